@@ -1,0 +1,20 @@
+"""Bits per byte on the stage's fixed validation batches."""
+
+import torch
+
+from callbacks.cadence import Periodic
+from llm.evaluation import bits_per_byte
+
+
+class BitsPerByte(Periodic):
+    """Logs `bpb`, before the first step too: the value that training has to bring down."""
+
+    def __init__(self, every: int):
+        super().__init__(every, at_start=True)
+
+    def act(self, trainer, module, step) -> None:
+        context = module.context
+        if not context.val_batches:
+            return
+        with torch.no_grad():
+            module.row["bpb"] = bits_per_byte(module.net, context.val_batches, context.token_bytes)

@@ -1,0 +1,35 @@
+"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on."""
+
+from callbacks.cadence import Periodic
+from llm.engine import Engine
+from llm.evaluation import evaluate_pass_at_k, evaluate_task
+from llm.sampling import SamplingParams
+
+
+class ChatEval(Periodic):
+    """Logs `chat/<task>`: greedy accuracy on held-out items of every task of `data.eval`."""
+
+    def __init__(self, every: int, max_per_task: int | None = None, max_new_tokens: int = 256):
+        super().__init__(every)
+        self.max_per_task, self.max_new_tokens = max_per_task, max_new_tokens
+
+    def act(self, trainer, module, step) -> None:
+        engine = Engine(module.net, module.context.tokenizer)
+        for name, task in module.context.eval_tasks.items():
+            result = evaluate_task(engine, task, self.max_per_task, self.max_new_tokens)
+            module.row[f"chat/{name}"] = result["accuracy"]
+        module.net.train()
+
+
+class PassAtK(Periodic):
+    """Logs `pass@1` and `pass@k` on held-out questions, sampled as the rollouts are."""
+
+    def __init__(self, every: int, task, num_samples: int, max_items: int, params: SamplingParams):
+        super().__init__(every, at_start=True)
+        self.task, self.num_samples, self.max_items, self.params = task, num_samples, max_items, params
+
+    def act(self, trainer, module, step) -> None:
+        engine = Engine(module.net, module.context.tokenizer)
+        scores = evaluate_pass_at_k(engine, self.task, self.num_samples, self.params, max_items=self.max_items)
+        module.row.update(scores)
+        module.net.train()

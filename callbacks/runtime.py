@@ -1,0 +1,56 @@
+"""Process-wide concerns: a clean stop on Ctrl-C and SIGTERM, and no garbage collector pauses inside steps."""
+
+import gc
+import signal
+
+import lightning as L
+
+
+class CleanStop(L.Callback):
+    """On the first SIGINT or SIGTERM: finish the step, save a checkpoint, end the loop. A second SIGINT ends at once.
+
+    `signum` tells the caller afterwards which signal it was, None if the stage ran to its end.
+    """
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.signum, self._previous = checkpoint, None, {}
+
+    def on_fit_start(self, trainer, module) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._request)
+
+    def _request(self, signum, frame) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if self.signum is not None and not trainer.should_stop:
+            self.checkpoint.act(trainer, module, module.global_step)
+            trainer.should_stop = True
+
+    def teardown(self, trainer, module, stage) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+
+class GarbageControl(L.Callback):
+    """Collects every `every` steps instead of whenever Python feels like it: a full collection costs a step its rhythm."""
+
+    def __init__(self, every: int = 1000):
+        self.every = every
+
+    def on_train_start(self, trainer, module) -> None:
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if module.global_step % self.every == 0:
+            gc.collect()
+
+    def teardown(self, trainer, module, stage) -> None:
+        gc.unfreeze()
+        gc.enable()

@@ -1,0 +1,19 @@
+"""What the model says to fixed prompts."""
+
+from callbacks.cadence import Periodic
+from llm.engine import Engine
+from llm.evaluation import draw_samples
+
+
+class Samples(Periodic):
+    """Prints greedy completions of the stage's prompts."""
+
+    def __init__(self, every: int, max_new_tokens: int = 48):
+        super().__init__(every)
+        self.max_new_tokens = max_new_tokens
+
+    def act(self, trainer, module, step) -> None:
+        engine = Engine(module.net, module.context.tokenizer)
+        for sample in draw_samples(engine, module.context.prompts, self.max_new_tokens):
+            print(f"  step {step} | {sample['prompt']} -> {sample['completion']}".replace("\n", " / "), flush=True)
+        module.net.train()

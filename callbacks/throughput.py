@@ -1,0 +1,86 @@
+"""Speed: tokens per second, milliseconds per step, FLOP/s as a share of what this machine's matrix products reach."""
+
+import time
+
+import lightning as L
+import torch
+
+# Dense bf16 peaks in FLOP/s by a part of the device's name; vendors' data sheets.
+GPU_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s: the data sheet's for known GPUs in bf16, else the best of a few square products measured here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in GPU_PEAKS.items():
+            if part in name:
+                return peak
+    return measured_matmul_rate(device, dtype)
+
+
+def measured_matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of n x n x n products, best of the repetitions that fit in `seconds`."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+class Throughput(L.Callback):
+    """Adds tok_per_s, ms_per_step, mfu, tokens, flops and seconds to every logged row.
+
+    The time of periodic callbacks (evaluation, checkpoints) is left out, waiting for data is not. flops and mfu count the
+    training passes; what reinforcement learning spends on sampling is in the seconds only.
+    """
+
+    def __init__(self, log_every: int, peak_flops: float | None = None):
+        self.log_every, self.peak, self.train_seconds = log_every, peak_flops, 0.0
+
+    def on_train_start(self, trainer, module) -> None:
+        self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
+        self._open_window(module)
+
+    def _open_window(self, module) -> None:
+        self.start, self.paused = time.perf_counter(), module.paused_seconds
+        self.first_step, self.first_token = module.global_step, module.tokens_seen
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        step = module.global_step
+        if step % self.log_every and step != module.context.total_steps and not trainer.should_stop:
+            return
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.start - (module.paused_seconds - self.paused)
+        rate = (module.tokens_seen - self.first_token) / seconds
+        self.train_seconds += seconds
+        module.row.update(
+            tok_per_s=rate,
+            ms_per_step=1000 * seconds / (step - self.first_step),
+            mfu=rate * module.flops_per_token / self.peak,
+            tokens=module.tokens_seen,
+            flops=float(module.tokens_seen * module.flops_per_token),
+            seconds=self.train_seconds,
+        )
+        self._open_window(module)
+
+    def state_dict(self) -> dict:
+        return {"train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.train_seconds = state["train_seconds"]

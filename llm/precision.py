@@ -1,0 +1,45 @@
+"""Explicit precision: fp32 master weights, one compute dtype, casts in our own `Linear`; no autocast."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Linear(nn.Linear):
+    """Bias-free linear layer that multiplies in the dtype of its input, whatever dtype its weight is stored in.
+
+    Initialisation is left to the model's one init function, so building a layer draws no random numbers.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products run natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return False
+
+
+def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtype:
+    """The compute dtype for `precision.compute` = auto | fp32 | bf16 on `device`; auto takes bf16 where it is native."""
+    device = torch.device(device)
+    if choice == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    if choice not in DTYPES:
+        raise UserError(f"precision.compute={choice}: choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[choice]

@@ -1,0 +1,128 @@
+"""What the stages share when they are put together: the parent's model, the data sources, the step context."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llm.data.documents import DocumentSource, EmbeddedDocuments, LocalDocuments
+from llm.errors import UserError
+from llm.gpt import GPT, GPTConfig, flops_per_token, num_params
+from llm.model_folder import load_model_folder
+from llm.optim import build_optimizer
+from llm.scaling import micro_batches, model_config
+from llm.stages.step import StageContext, StepData, StepModule
+from tasks import build_task
+
+
+@dataclass
+class BuiltStage:
+    """A stage ready to train: Lightning module and data module, what was derived, and callbacks of its own."""
+
+    module: StepModule
+    data: StepData
+    derived: dict
+    callbacks: list = field(default_factory=list)
+
+
+def document_source(data) -> DocumentSource:
+    """The text of the config group `data`, checked as far as that is cheap."""
+    if data.name == "embedded":
+        source = EmbeddedDocuments(data.size, data.seed, data.val_size)
+    elif data.path is None:
+        raise UserError("data.path is not set: data=local needs data.path=<folder, file or pattern of your text>")
+    else:
+        source = LocalDocuments(data.path, data.column)
+    print(f"text: {source.check()}", flush=True)
+    return source
+
+
+def load_parent(parent: Path, cfg) -> tuple[GPT, object]:
+    """Network and tokenizer of the parent's model/ folder; an architecture other than the config's is an error."""
+    net, tokenizer = load_model_folder(parent)
+    wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    check_same_model(wanted, net.config, parent)
+    return net, tokenizer
+
+
+CONFIG_KEYS = {
+    "n_layer": "model.depth",
+    "n_head": "model.depth (heads)",
+    "n_kv_head": "model.n_kv_head",
+    "head_dim": "model.head_dim",
+    "n_embd": "model.aspect_ratio (width)",
+    "seq_len": "model.seq_len",
+    "vocab_size": "vocabulary",
+    "arch": "arch",
+    "rope_base": "arch.rope_base",
+    "softcap": "arch.softcap",
+}
+
+
+def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
+    """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
+    a, b = wanted.to_dict(), found.to_dict()
+    differing = [f"{CONFIG_KEYS[k]}: configured {a[k]}, found {b[k]}" for k in a if a[k] != b[k]]
+    if differing:
+        raise UserError(
+            f"the model in {where} is not the one configured ({'; '.join(differing)}): "
+            f"choose model=d{found.n_layer} and the settings it was trained with, or another init_from"
+        )
+
+
+def steps_layout(cfg) -> dict:
+    """Sizes of a step on this one device, as arguments of the loaders."""
+    seq_len, rows = cfg.model.seq_len, cfg.batch.device
+    return {
+        "seq_len": seq_len,
+        "rows_per_micro": rows,
+        "micro_per_step": micro_batches(cfg.batch.total, rows, seq_len),
+        "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
+    }
+
+
+def eval_tasks(cfg) -> dict:
+    """Held-out tasks of `data.eval` by name, if the stage evaluates them."""
+    if not cfg.stage.chat_every:
+        return {}
+    return {name: build_task(name, cfg.data.tasks[name], "test") for name in cfg.data.eval}
+
+
+def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
+    return StageContext(
+        name=cfg.stage.name,
+        tokenizer=tokenizer,
+        token_bytes=torch.from_numpy(tokenizer.token_bytes()),
+        total_steps=total_steps,
+        seq_len=cfg.model.seq_len,
+        **more,
+    )
+
+
+def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
+    """The derived numbers that every model stage prints and saves. FLOPs of the whole stage, training passes only."""
+    n = num_params(net_config)
+    per_token = flops_per_token(net_config)
+    tokens = total_steps * tokens_per_step
+    return {
+        "depth": net_config.n_layer,
+        "n_embd": net_config.n_embd,
+        "n_head": net_config.n_head,
+        "n_kv_head": net_config.n_kv_head,
+        "vocab_size": net_config.vocab_size,
+        "seq_len": net_config.seq_len,
+        **{f"params_{kind}": count for kind, count in n.items()},
+        "flops_per_token": per_token,
+        "micro_batches": micro_per_step,
+        "tokens_per_step": tokens_per_step,
+        "steps": total_steps,
+        "planned_tokens": tokens,
+        "tokens_per_param": tokens / n["total"],
+        "planned_flops": float(tokens * per_token),
+    }
+
+
+def learning_rates(net: GPT, cfg) -> dict:
+    """Base learning rate of every parameter group, as `lr/<kind>/<parameters>`, for printing."""
+    groups = build_optimizer(net, cfg.optim, cfg.stage.lr_frac).param_groups
+    return {f"lr_{i}_{g['kind']}_{sum(p.numel() for p in g['params'])}_params": g["lr"] for i, g in enumerate(groups)}

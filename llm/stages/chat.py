@@ -1,0 +1,66 @@
+"""Midtraining and supervised finetuning: conversations, all tokens or the assistant's only.
+
+The two differ in their configuration alone: the mixture, `stage.train_on`, learning rates and horizon.
+"""
+
+from pathlib import Path
+
+from llm.data.conversations import estimate_steps
+from llm.data.loader import ConversationSteps, validation_batches
+from llm.errors import UserError
+from llm.stages.build import BuiltStage, eval_tasks, learning_rates, load_parent, model_facts, step_context, steps_layout
+from llm.stages.step import StepData, StepModule
+from tasks import build_mixture
+
+
+def build(cfg, parent: Path) -> BuiltStage:
+    """The parent's network on the mixture `data.mixture.<stage>`."""
+    layout = steps_layout(cfg)
+    net, tokenizer = load_parent(parent, cfg)
+    stage, weights = cfg.stage, dict(cfg.data.mixture[cfg.stage.name])
+    if not any(weights.values()):
+        raise UserError(f"data.mixture.{stage.name} names no task with repeats above 0: nothing to train on")
+    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed)
+    shape = {"seq_len": layout["seq_len"], "train_on": stage.train_on}
+    total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.total, stage.epochs, **shape)
+
+    def loader(mixture, **more) -> ConversationSteps:
+        return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout, **more)
+
+    held_out = held_out_mixture(cfg.data, weights, cfg.seed)
+    context = step_context(
+        cfg,
+        tokenizer,
+        total,
+        val_batches=validation_batches(loader(held_out, loop=False), stage.eval_tokens),
+        eval_tasks=eval_tasks(cfg),
+        prompts=questions(held_out),
+        is_chat=True,
+    )
+    derived = model_facts(net.config, cfg, total, cfg.batch.total, layout["micro_per_step"])
+    derived |= {"conversations": len(train)} | learning_rates(net, cfg)
+    module = StepModule(net, cfg.optim, stage, context)
+    return BuiltStage(module, StepData(lambda position: loader(train, state=position)), derived)
+
+
+def held_out_mixture(data, weights: dict[str, float], seed: int):
+    """One pass over the held-out rows of the tasks that are trained on and have some."""
+    names = [n for n, w in weights.items() if w and has_split(data.tasks[n], "test")]
+    if not names:
+        raise UserError("none of the tasks in the mixture has held-out rows: set data.tasks.<name>.test for one")
+    return build_mixture(data.tasks, dict.fromkeys(names, 1), "test", seed)
+
+
+def has_split(spec, split: str) -> bool:
+    """Whether a task can give rows of a split: generated ones always can, local ones if a file is named."""
+    return spec.source == "embedded" or spec.type in ("spelling_bee", "simple_spelling") or spec[split] is not None
+
+
+def questions(mixture, n: int = 4) -> list[dict]:
+    """The first turns of the first n held-out conversations, to be answered as samples."""
+    firsts = []
+    for i in range(min(n, len(mixture))):
+        messages = mixture[i]["messages"]
+        end = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
+        firsts.append({"messages": messages[:end]})
+    return firsts

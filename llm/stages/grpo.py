@@ -1,0 +1,150 @@
+"""Reinforcement learning with verifiable rewards: on-policy REINFORCE with a group baseline.
+
+Per step: draw several answers per question from the current network (calculator included), reward each by its task,
+advantage = reward - mean of the question's answers (GRPO of arXiv 2402.03300 without the division by the standard
+deviation, the KL term and the ratio clip: with one update per rollout the ratio is 1). The loss is the sum over sampled
+tokens of -advantage * log p, divided by the number of sampled tokens of the step.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from callbacks.chat_eval import PassAtK
+from llm.chat import render_prompt
+from llm.engine import Completion, Engine
+from llm.errors import UserError
+from llm.sampling import SamplingParams
+from llm.stages.build import BuiltStage, eval_tasks, learning_rates, load_parent, model_facts, step_context
+from llm.stages.chat import questions
+from llm.stages.step import StepData, StepModule
+from tasks import build_task
+
+
+class RolloutSteps:
+    """Step batches made of fresh samples. Never runs ahead: every batch comes from the weights of its own step.
+
+    Questions are visited in a permutation per epoch; draws depend on (seed, step) alone, so the position is one number.
+    """
+
+    def __init__(self, engine: Engine, task, stage, rows_per_micro: int, seed: int, position: dict | None):
+        self.engine, self.task, self.stage = engine, task, stage
+        self.rows_per_micro, self.seed = rows_per_micro, seed
+        self.step = 0 if position is None else position["step"]
+        limit = engine.net.config.seq_len - 1
+        self.prompts = {}
+        for i in range(len(task)):
+            prompt = render_prompt(engine.tokenizer, task[i])
+            if len(prompt) < limit:
+                self.prompts[i] = prompt
+        if len(self.prompts) < stage.prompts_per_step:
+            raise UserError(
+                f"stage.prompts_per_step={stage.prompts_per_step}: only {len(self.prompts)} questions of {task.name} "
+                f"leave room for an answer within model.seq_len={engine.net.config.seq_len}"
+            )
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            batch = self.rollout(self.step)
+            self.step += 1
+            yield batch | {"state": {"step": self.step}}
+
+    def questions_of(self, step: int) -> list[int]:
+        """Task indices of a step: consecutive entries of one endless sequence of shuffled epochs."""
+        usable, n = list(self.prompts), self.stage.prompts_per_step
+        chosen = []
+        for k in range(step * n, (step + 1) * n):
+            epoch, place = divmod(k, len(usable))
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(usable))
+            chosen.append(usable[order[place]])
+        return chosen
+
+    def rollout(self, step: int) -> dict:
+        stage, indices = self.stage, self.questions_of(step)
+        params = SamplingParams(
+            temperature=stage.temperature,
+            top_k=stage.top_k,
+            max_new_tokens=stage.max_new_tokens,
+            seed=self.seed * 1_000_003 + step,
+        )
+        prompts = [self.prompts[i] for i in indices]
+        groups = self.engine.generate(prompts, params, stage.samples_per_prompt)
+        self.engine.net.train()
+        conversations = [self.task[i] for i in indices]
+        decode = self.engine.tokenizer.decode
+        rewards = torch.tensor(
+            [[self.task.reward(c, decode(s.ids)) for s in group] for c, group in zip(conversations, groups, strict=True)]
+        )
+        stop = self.engine.tokenizer.special_id("<|assistant_end|>")
+        sequences = [sequence(prompt, s, stop) for prompt, group in zip(prompts, groups, strict=True) for s in group]
+        micro, n_trained, n_tokens = micro_batches_of(sequences, group_advantages(rewards).flatten(), self.rows_per_micro)
+        samples = [s for group in groups for s in group]
+        metrics = {
+            "reward": rewards.mean().item(),
+            "response_len": sum(len(s.ids) for s in samples) / len(samples),
+            "finished": sum(s.finish_reason == "stop" for s in samples) / len(samples),
+            "mixed_groups": (rewards.std(dim=1) > 0).float().mean().item(),  # only these give a gradient
+        }
+        return {"micro": micro, "n_trained": n_trained, "n_tokens": n_tokens, "metrics": metrics}
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """rewards (questions, samples) minus the mean of each question's samples."""
+    return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+def sequence(prompt: Sequence[int], sample: Completion, stop: int) -> tuple[list[int], list[int]]:
+    """(ids, mask) of prompt and completion, mask 1 on sampled tokens; the sampled end of turn counts as one of them."""
+    ids, mask = [*prompt, *sample.ids], [0] * len(prompt) + list(sample.mask)
+    if sample.finish_reason == "stop":
+        ids.append(stop)
+        mask.append(1)
+    return ids, mask
+
+
+def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[list[dict], int, int]:
+    """Micro-batches of `rows` right-padded sequences of similar length, with (trained, real) token counts of all."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
+    micro, n_trained = [], 0
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        length = len(sequences[part[0]][0]) - 1
+        inputs = torch.zeros(len(part), length, dtype=torch.long)
+        targets = torch.full((len(part), length), -1)
+        for row, i in enumerate(part):
+            ids, mask = (torch.tensor(x) for x in sequences[i])
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
+        n_trained += int((targets >= 0).sum())
+        weights = advantages[part].unsqueeze(1).expand_as(targets).contiguous()
+        micro.append({"inputs": inputs, "targets": targets, "weights": weights})
+    return micro, n_trained, sum(len(ids) - 1 for ids, _ in sequences)
+
+
+def build(cfg, parent: Path) -> BuiltStage:
+    """The parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
+    stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
+    if name not in cfg.data.tasks:
+        raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
+    net, tokenizer = load_parent(parent, cfg)
+    train, test = (build_task(name, cfg.data.tasks[name], split) for split in ("train", "test"))
+    if train.kind != "generative":
+        raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
+    total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
+    engine = Engine(net, tokenizer)
+    context = step_context(
+        cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True
+    )
+    tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
+    micro = -(-stage.prompts_per_step * stage.samples_per_prompt // cfg.batch.device)
+    derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg)
+    derived |= {"questions": len(train), "samples_per_step": stage.prompts_per_step * stage.samples_per_prompt}
+    params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
+    pass_at_k = PassAtK(stage.eval_every, test, stage.eval_samples, stage.eval_examples, params)
+    data = StepData(lambda position: RolloutSteps(engine, train, stage, cfg.batch.device, cfg.seed, position))
+    return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k])

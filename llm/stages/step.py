@@ -1,0 +1,129 @@
+"""`StepModule`: one Lightning batch is one optimizer step.
+
+A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`. The
+gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole step, so
+neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of zeros.
+"""
+
+from dataclasses import dataclass, field
+
+import lightning as L
+import torch
+
+from llm.gpt import GPT, flops_per_token
+from llm.optim import build_optimizer
+from llm.schedules import lr_multiplier, muon_momentum
+
+
+@dataclass
+class StageContext:
+    """What callbacks need to know about the stage besides the network."""
+
+    name: str
+    tokenizer: object
+    token_bytes: torch.Tensor  # (V,) bytes per token, specials 0
+    total_steps: int
+    seq_len: int
+    val_batches: list = field(default_factory=list)  # [{"inputs", "targets"}]
+    eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
+    prompts: list = field(default_factory=list)  # text to continue, or chat questions
+    is_chat: bool = False
+
+
+class StepModule(L.LightningModule):
+    """Trains a GPT on step batches with a learning rate and momentum that are pure functions of `global_step`."""
+
+    def __init__(self, net: GPT, optim, stage, context: StageContext):
+        super().__init__()
+        self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
+        self.automatic_optimization = False
+        self.flops_per_token = flops_per_token(net.config, context.seq_len)
+        self.tokens_seen = 0
+        self.window_trained = 0
+        self.window_nats = torch.zeros(())
+        self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
+        self.row: dict[str, float] = {}  # values of the current step waiting to be logged
+        self.latest: dict[str, float] = {}  # last value of everything logged so far
+
+    def micro_loss(self, micro: dict) -> torch.Tensor:
+        """Summed loss of a micro-batch in nats; with `weights` (B, T) every token's loss is multiplied by its weight."""
+        if "weights" not in micro:
+            return self.net(micro["inputs"], micro["targets"], reduction="sum")
+        return (self.net(micro["inputs"], micro["targets"], reduction="none") * micro["weights"]).sum()
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.apply_schedules(optimizer.param_groups)
+        nats = torch.zeros((), device=self.device)
+        for micro in batch["micro"]:
+            loss = self.micro_loss(micro)
+            (loss / max(batch["n_trained"], 1)).backward()
+            nats += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.window_nats = self.window_nats.to(nats.device) + nats
+        self.window_trained += batch["n_trained"]
+        self.tokens_seen += batch["n_tokens"]
+        self.row.update(batch.get("metrics", {}))
+        self.trainer.datamodule.position = batch["state"]
+
+    def lr_frac(self, step: int) -> float:
+        """Learning rate at `step` as a share of the stage's base learning rates."""
+        stage = self.stage_config
+        ratios = (stage.warmup_ratio, stage.warmdown_ratio, stage.final_lr_frac)
+        return lr_multiplier(step, self.context.total_steps, *ratios)
+
+    def apply_schedules(self, groups: list[dict]) -> None:
+        step, optim = self.global_step, self.optim_config
+        multiplier = self.lr_frac(step)
+        for group in groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if group["kind"] == "muon":
+                group["momentum"] = muon_momentum(step, optim.momentum_warmup, optim.momentum_start, optim.momentum)
+
+    def flush_window(self) -> dict[str, float]:
+        """Mean training loss per token since the last flush; the only host copy that training makes."""
+        if not self.window_trained:
+            return {}
+        values = {"loss": self.window_nats.item() / self.window_trained}
+        self.window_nats, self.window_trained = torch.zeros(()), 0
+        return values
+
+    def configure_optimizers(self):
+        return build_optimizer(self.net, self.optim_config, self.stage_config.lr_frac)
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        micro = [{k: v.to(device, non_blocking=True) for k, v in m.items()} for m in batch["micro"]]
+        return batch | {"micro": micro}  # the loader's state stays on the host
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["fathom"] = {"tokens": self.tokens_seen, "model": self.net.config.to_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.tokens_seen = checkpoint["fathom"]["tokens"]
+
+
+class StepData(L.LightningDataModule):
+    """Serves an iterable of step batches and keeps the loader's position behind the last *trained* batch.
+
+    `make_loader(position)` builds the iterable, from the start if position is None. The position rides with each batch
+    and is stored here only after its step, so prefetching never runs ahead of a checkpoint.
+    """
+
+    def __init__(self, make_loader):
+        super().__init__()
+        self.make_loader, self.position, self.loader = make_loader, None, None
+
+    def train_dataloader(self):
+        self.loader = self.make_loader(self.position)
+        return self.loader
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+    def teardown(self, stage: str) -> None:
+        if hasattr(self.loader, "close"):
+            self.loader.close()

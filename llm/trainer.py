@@ -1,0 +1,272 @@
+"""Runs one stage from a composed configuration: checks, Lightning trainer, hand-over to the next stage.
+
+    missing -> train -> finished          finished, same config  -> says so
+    unfinished -> resume -> finished      any, other config      -> error naming the keys (overwrite=true starts again)
+
+Everything a user can have got wrong is checked before the first step; a stage that stops early leaves a checkpoint and a
+run.json that says so.
+"""
+
+import logging
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from llm import __version__
+from llm.environment import environment, git_commit
+from llm.errors import UserError
+from llm.run import RunDir, describe_differences, diff_configs, find_parent, neutral_keys, read_manifest
+from llm.run import read_metrics, write_atomic, write_manifest
+
+SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+def run_stage(cfg: DictConfig) -> None:
+    """Train the stage that `cfg` describes, resume it, or report that it is done."""
+    run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    stage, stage_dir = cfg.stage.name, run.stage_dir(cfg.stage.name)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if not cfg.dry_run and is_finished(run, stage, config, cfg):
+        print(f"{run.name}/{stage} is finished: {stage_dir}")
+        return
+    parent = find_parent(run.root, run.name, stage, cfg.init_from)
+    manifest = {
+        "stage": stage,
+        "status": "running",
+        "parent": None if parent is None else str(parent),
+        "parent_id": identity(parent),
+        "config": config,
+        "commit": git_commit(),
+        "environment": environment(),
+        "version": __version__,
+        "started": now(),
+    }
+    check_same_parent(run, stage, manifest, cfg)
+    print(f"\n== {run.name}/{stage}" + (f", from {parent}" if parent else ""), flush=True)
+    begin = time.perf_counter()
+    if stage == "tokenizer":
+        results = run_tokenizer(cfg, stage_dir, manifest)
+    else:
+        results = run_model_stage(cfg, stage_dir, parent, manifest)
+    if results is None:  # dry run
+        return
+    earlier = (read_manifest(stage_dir) or {}).get("seconds", 0.0)
+    manifest |= {"seconds": earlier + time.perf_counter() - begin} | results
+    if manifest["status"] != "running":
+        write_manifest(stage_dir, manifest)
+        raise SystemExit(128 + manifest["signal"])
+    write_manifest(stage_dir, manifest | {"status": "finished", "finished": now()})
+    report(run)
+    print(f"{run.name}/{stage} finished in {manifest['seconds']:.0f} s: {stage_dir}", flush=True)
+
+
+def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
+    """Whether the stage is done with this config. Raises UserError if it was begun with another one."""
+    manifest = run.manifest(stage)
+    if manifest is None or cfg.overwrite:
+        return False
+    differences = diff_configs(manifest["config"], config, neutral_keys(stage))
+    if differences:
+        raise UserError(
+            f"{run.stage_dir(stage)} was made with another configuration ({describe_differences(differences)}): "
+            "use run=<new name>, overwrite=true to start it again, or the old values"
+        )
+    if stage in run.finished():
+        check_parent_unchanged(run, stage, manifest, cfg)
+        return True
+    if not cfg.resume:
+        raise UserError(f"resume=false, but {run.stage_dir(stage)} is unfinished: overwrite=true starts it again")
+    return False
+
+
+def check_parent_unchanged(run: RunDir, stage: str, manifest: dict, cfg) -> None:
+    """A finished stage whose parent was trained again is out of date."""
+    parent = None if manifest["parent"] is None else Path(manifest["parent"])
+    if parent is not None and parent.is_dir() and identity(parent) != manifest.get("parent_id"):
+        raise UserError(
+            f"{run.stage_dir(stage)} was trained from an earlier version of {parent}: overwrite=true trains it again "
+            "from the present one"
+        )
+
+
+def check_same_parent(run: RunDir, stage: str, manifest: dict, cfg) -> None:
+    """An unfinished stage may only be resumed from the parent it began with."""
+    old = run.manifest(stage)
+    if old is not None and not cfg.overwrite and not cfg.dry_run and old.get("parent_id") != manifest["parent_id"]:
+        raise UserError(
+            f"{run.stage_dir(stage)} was begun from another version of {old['parent']}: overwrite=true starts it again"
+        )
+
+
+def identity(parent: Path | None) -> str | None:
+    """What tells two trainings of a parent apart: when it was finished. None for a folder without run.json."""
+    manifest = None if parent is None else read_manifest(parent.parent)
+    return None if manifest is None else manifest.get("finished")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def begin_stage(cfg, stage_dir: Path, manifest: dict) -> None:
+    """Last act before work starts: what was there is removed if the user said so, and run.json says `running`."""
+    if cfg.overwrite and stage_dir.exists():
+        shutil.rmtree(stage_dir)
+    old = read_manifest(stage_dir) or {}
+    kept = {key: old[key] for key in ("started", "seconds") if key in old}
+    write_manifest(stage_dir, manifest | kept)
+    manifest |= {key: kept[key] for key in kept if key == "started"}
+    write_atomic(stage_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
+    from llm.stages.tokenizer import run
+
+    show_config(cfg, {"vocab_size": cfg.stage.vocab_size})
+    if cfg.dry_run:
+        return None
+    begin_stage(cfg, stage_dir, manifest)
+    return run(cfg, stage_dir)
+
+
+def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:
+    """Build, train and hand over; returns the values of run.json, with another status if the user stopped it."""
+    from llm.checkpoint import newest_checkpoint
+    from llm.model_folder import save_model_folder
+
+    quiet_lightning()
+    check_devices(cfg)
+    built = stage_builder(cfg.stage.name)(cfg, parent)
+    module = built.module
+    show_config(cfg, built.derived)
+    if cfg.dry_run:
+        return None
+    begin_stage(cfg, stage_dir, manifest)
+    resume = newest_checkpoint(stage_dir / "checkpoints")
+    if resume is not None:
+        print(f"resuming at step {resume[0]} of {module.context.total_steps}", flush=True)
+    trainer, stop = build_trainer(cfg, stage_dir, built)
+    trainer.fit(module, datamodule=built.data, ckpt_path=None if resume is None else str(resume[1]))
+    results = {
+        "derived": built.derived,
+        "tokens": module.tokens_seen,
+        "flops": float(module.tokens_seen * module.flops_per_token),
+        "steps": trainer.global_step,
+        "metrics": last_values(stage_dir),
+    }
+    if stop.signum is not None and trainer.global_step < module.context.total_steps:
+        name = SIGNAL_NAMES[stop.signum]
+        print(f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True)
+        return results | {"status": "interrupted", "signal": int(stop.signum)}
+    save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
+    return results
+
+
+def stage_builder(name: str) -> Callable:
+    if name == "pretrain":
+        from llm.stages.pretrain import build
+    elif name == "grpo":
+        from llm.stages.grpo import build
+    else:
+        from llm.stages.chat import build
+    return build
+
+
+def check_devices(cfg) -> None:
+    """One device is what this version trains on; more is refused here and not half-way through."""
+    if cfg.trainer.devices not in ("auto", 1, "1"):
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: training runs on one device; set trainer.devices=1")
+
+
+def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
+    """(Lightning trainer, callback that knows whether a signal ended it)."""
+    import lightning as L
+
+    from callbacks.checkpoint import StepCheckpoint
+    from callbacks.metrics import MetricsLog
+    from callbacks.runtime import CleanStop, GarbageControl
+    from llm.checkpoint import AtomicCheckpointIO
+    from llm.precision import resolve_compute_dtype
+
+    checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints")
+    stop = CleanStop(checkpoint)
+    chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
+    display = [chosen.pop("progress")] if "progress" in chosen else []
+    log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
+    speed = [chosen.pop("throughput")] if "throughput" in chosen else []
+    # Save first, then evaluate, then measure, then write the row, then show it.
+    callbacks = [checkpoint, stop, GarbageControl(), *chosen.values(), *built.callbacks, *speed, log, *display]
+    trainer = L.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=1,
+        precision="32-true",
+        max_steps=built.module.context.total_steps,
+        max_epochs=-1,
+        logger=[instantiate_part(f"logger.{n}", part, save_dir=str(stage_dir)) for n, part in cfg.logger.items()],
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(stage_dir),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        check_val_every_n_epoch=None,
+    )
+    device = trainer.strategy.root_device
+    built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    print(f"device {device}, compute {str(built.module.net.compute_dtype).removeprefix('torch.')}", flush=True)
+    return trainer, stop
+
+
+def instantiate_part(key: str, part, **more):
+    """Hydra's instantiate with an error that names the config key."""
+    try:
+        return instantiate(part, **more)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{key}: cannot be built from {OmegaConf.to_container(part)} ({cause})") from error
+
+
+def quiet_lightning() -> None:
+    """Lightning's own start-up lines and tips say nothing that the stage does not say itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+def last_values(stage_dir: Path) -> dict[str, float]:
+    """The last logged value of every column of metrics.csv."""
+    values: dict[str, float] = {}
+    for row in read_metrics(stage_dir):
+        values.update(row)
+    values.pop("step", None)
+    return values
+
+
+def show_config(cfg, derived: dict) -> None:
+    """Print the resolved config and the derived numbers; the same are saved in config.yaml and run.json."""
+    print(OmegaConf.to_yaml(cfg, resolve=True))
+    print("derived:")
+    for key, value in derived.items():
+        print(f"  {key}: {f'{value:,}' if isinstance(value, int) else f'{value:.6g}'}")
+    print(flush=True)
+
+
+def report(run: RunDir) -> None:
+    """Rebuild report.md; a failure here must not cost a finished stage."""
+    from llm.report import build_report
+
+    try:
+        build_report(run.path)
+    except Exception as error:
+        warnings.warn(f"the report could not be rebuilt: {error}", stacklevel=2)
