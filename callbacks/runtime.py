@@ -15,9 +15,12 @@ class CleanStop(L.Callback):
     def __init__(self, checkpoint):
         self.checkpoint, self.signum, self._previous = checkpoint, None, {}
 
-    def on_fit_start(self, trainer, module) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._request)
+    def setup(self, trainer, module, stage) -> None:
+        self._previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_start(self, trainer, module) -> None:
+        for signum in self._previous:  # only now: Lightning sets its own handlers after on_fit_start
+            signal.signal(signum, self._request)
 
     def _request(self, signum, frame) -> None:
         if self.signum is not None and signum == signal.SIGINT:

@@ -71,7 +71,7 @@ def run_stage(cfg: DictConfig) -> None:
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
     """Whether the stage is done with this config. Raises UserError if it was begun with another one."""
     manifest = run.manifest(stage)
-    if manifest is None or cfg.overwrite:
+    if manifest is None or cfg.overwrite or not holds_work(run.stage_dir(stage)):
         return False
     differences = diff_configs(manifest["config"], config, neutral_keys(stage))
     if differences:
@@ -80,14 +80,19 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
             "use run=<new name>, overwrite=true to start it again, or the old values"
         )
     if stage in run.finished():
-        check_parent_unchanged(run, stage, manifest, cfg)
+        check_parent_unchanged(run, stage, manifest)
         return True
     if not cfg.resume:
         raise UserError(f"resume=false, but {run.stage_dir(stage)} is unfinished: overwrite=true starts it again")
     return False
 
 
-def check_parent_unchanged(run: RunDir, stage: str, manifest: dict, cfg) -> None:
+def holds_work(stage_dir: Path) -> bool:
+    """Whether a stage got as far as a checkpoint or its result: only then is there something to lose."""
+    return (stage_dir / "model").is_dir() or any(stage_dir.glob("checkpoints/*.ckpt"))
+
+
+def check_parent_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
     """A finished stage whose parent was trained again is out of date."""
     parent = None if manifest["parent"] is None else Path(manifest["parent"])
     if parent is not None and parent.is_dir() and identity(parent) != manifest.get("parent_id"):
@@ -100,7 +105,9 @@ def check_parent_unchanged(run: RunDir, stage: str, manifest: dict, cfg) -> None
 def check_same_parent(run: RunDir, stage: str, manifest: dict, cfg) -> None:
     """An unfinished stage may only be resumed from the parent it began with."""
     old = run.manifest(stage)
-    if old is not None and not cfg.overwrite and not cfg.dry_run and old.get("parent_id") != manifest["parent_id"]:
+    if old is None or cfg.overwrite or cfg.dry_run or not holds_work(run.stage_dir(stage)):
+        return
+    if old.get("parent_id") != manifest["parent_id"]:
         raise UserError(
             f"{run.stage_dir(stage)} was begun from another version of {old['parent']}: overwrite=true starts it again"
         )

@@ -3,29 +3,37 @@
 import time
 from pathlib import Path
 
+from llm.compression import SAMPLE_TEXTS, named_encoder
 from llm.data.documents import texts
+from llm.files import replaced_folder
+from llm.run import write_atomic
 from llm.stages.build import document_source
-from llm.tokenizer import train_tokenizer
+from llm.tokenizer import compression_table, format_compression_table, train_tokenizer
 
-TABLE_CHARS = 200_000  # of each text in the compression table
+TABLE_CHARS = 200_000  # of the training and of the validation text
 
 
 def run(cfg, stage_dir: Path) -> dict:
     """Train, save to `stage_dir`/model, and return the values of run.json: derived numbers and metrics."""
     stage, source = cfg.stage, document_source(cfg.data)
+    others = {Path(name).name: named_encoder(name) for name in stage.compare}
     start = time.perf_counter()
     tokenizer = train_tokenizer(texts(source, "train"), stage.vocab_size, stage.max_chars, stage.doc_cap)
     seconds = time.perf_counter() - start
-    tokenizer.save(stage_dir / "model")
-    metrics = {}
-    for split in ("train", "val"):
-        text = head(texts(source, split), TABLE_CHARS)
-        n_bytes = len(text.encode())
-        metrics[f"bytes_per_token_{split}"] = n_bytes / max(len(tokenizer.encode(text)), 1)
+    print(f"trained {tokenizer.vocab_size:,} tokens in {seconds:.1f} s", flush=True)
+    samples = SAMPLE_TEXTS | {split: head(texts(source, split), TABLE_CHARS) for split in ("train", "val")}
+    table = compression_table(tokenizer, samples, others)
+    text = format_compression_table(table)
+    print(text, flush=True)
+    write_atomic(stage_dir / "compression.md", text + "\n")
+    with replaced_folder(stage_dir / "model") as folder:
+        tokenizer.save(folder)
     sizes = tokenizer.token_bytes()
     sizes = sizes[sizes > 0]
-    derived = {"vocab_size": tokenizer.vocab_size, "token_bytes_mean": float(sizes.mean()), "token_bytes_max": int(sizes.max())}
-    return {"derived": derived, "metrics": metrics | {"train_seconds": seconds}, "seconds": seconds}
+    return {
+        "derived": {"vocab_size": tokenizer.vocab_size, "token_bytes_mean": sizes.mean(), "token_bytes_max": sizes.max()},
+        "metrics": {f"bytes_per_token_{row['text']}": row["ratio"] for row in table} | {"train_seconds": seconds},
+    }
 
 
 def head(documents, n_chars: int) -> str:
@@ -37,5 +45,3 @@ def head(documents, n_chars: int) -> str:
         if length >= n_chars:
             break
     return "\n".join(parts)
-
-

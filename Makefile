@@ -1,0 +1,76 @@
+# `make help` lists what can be done. Needs Python 3.11 or newer and make; everything else goes into .venv.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+RUN ?= runs/demo
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
+DEMO_EVAL := eval.tokens=65536 eval.max_per_task=200 eval.max_new_tokens=160
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full browser check bench table report clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## create .venv and install the pinned versions (PIP_ARGS is passed to pip)
+
+# Done once, and again when the requirements change; the stamp comes last, so a broken installation is repeated.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11; use: make setup PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "error: $(PYTHON) lacks its venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Stages and evaluations that are done are not done again: a second `make demo` only says so.
+demo: $(STAMP) ## the whole pipeline on the embedded world, in minutes: train, evaluate, say how to chat
+	$(PY) train.py -m experiment=demo stage=$(DEMO_STAGES)
+	@for stage in sft grpo; do \
+	  scores=runs/demo/$$stage/eval.json; \
+	  if [ $$scores -nt runs/demo/$$stage/run.json ]; then echo "demo/$$stage is evaluated: $$scores"; \
+	  else echo "$(PY) evaluate.py run=demo stage=$$stage $(DEMO_EVAL)"; \
+	    $(PY) evaluate.py run=demo stage=$$stage $(DEMO_EVAL) || exit 1; fi; \
+	done
+	@echo
+	@echo "Report:  runs/demo/report.md"
+	@echo "Chat:    $(PY) serve.py run=demo              in the browser"
+	@echo "         $(PY) serve.py run=demo ui=cli       in the terminal"
+
+test: $(STAMP) ## the tests that need no more than minutes
+	$(PY) -m pytest -m 'not slow'
+
+test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
+	$(PY) -m pytest
+
+# What the browser test drives. It is left out, and pytest says so, where these cannot be had.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { command -v apt-get >/dev/null && apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } || \
+	  echo "no Chromium and no way to install it (apt-get install chromium needs root): the browser test is skipped" >&2
+	@[ -d tests/browser/node_modules/playwright-core ] || \
+	  { command -v npm >/dev/null && npm install --no-audit --no-fund --prefix tests/browser; } || \
+	  echo "no playwright-core and no npm to install it: the browser test is skipped" >&2
+
+check: $(STAMP) ## style: ruff check and ruff format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
+	@for script in bench/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+table: $(STAMP) ## all stages of all runs in one table
+	$(PY) -m llm.report --table
+
+report: $(STAMP) ## rebuild the report of a run (RUN=runs/demo)
+	$(PY) -m llm.report $(RUN)
+
+clean: ## remove .venv, caches and build products; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

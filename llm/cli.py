@@ -1,0 +1,144 @@
+"""What the three entry points share: help, the check of the command line, Hydra, and tidy ends.
+
+An entry point is two lines: `run_app("train", "llm.trainer.run_stage")`. The function it names is imported only when
+a job starts, so that `--help` and a mistake in the command line do not wait for torch.
+"""
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from llm.cli_help import help_text
+from llm.errors import UserError
+from llm.overrides import CONF, check_overrides, quote_raw, swept_overrides
+from llm.sweep import job_title, separate_run
+
+__all__ = ["check_overrides", "run_app"]
+
+INTERRUPTED = 130  # what shells report after Ctrl-C
+USER_ERROR = 2
+FAILED = 1
+
+
+class _JobFailed(BaseException):
+    """Carries a job's exception past Hydra, which would catch it and start the next job of the sweep."""
+
+    def __init__(self, job: str, cause: Exception) -> None:
+        super().__init__(job)
+        self.job, self.cause = job, cause
+
+
+def run_app(config_name: str, target: str) -> NoReturn:
+    """Run an entry point with the arguments in `sys.argv` and exit.
+
+    `target` is the dotted name of a function that takes the composed configuration. Exit status: 0, 2 after a
+    `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
+    job ends a sweep, and the sweep says which one it was.
+    """
+    try:
+        status = _run(config_name, target, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    sys.exit(status)
+
+
+def _run(config_name: str, target: str, argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_name, every_key="all" in argv))
+        return 0
+    try:
+        argv = quote_raw(config_name, argv)
+        if "--shell-completion" not in argv and "-sc" not in argv:
+            check_overrides(config_name, argv)
+        sys.argv[1:] = argv
+        _hydra(config_name, _job(target, swept_overrides(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except _JobFailed as failure:
+        return _report(failure)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _report(failure: _JobFailed) -> int:
+    """Say what went wrong in a job and, in a sweep, which job it was."""
+    sys.stdout.flush()
+    where = f"{failure.job}; later jobs were not started" if failure.job else ""
+    if isinstance(failure.cause, BrokenPipeError):
+        raise failure.cause
+    if isinstance(failure.cause, UserError):
+        print(f"error: {failure.cause}" + (f" [{where}]" if where else ""), file=sys.stderr)
+        return USER_ERROR
+    traceback.print_exception(failure.cause)
+    if where:
+        print(f"error: {where}", file=sys.stderr)
+    return FAILED
+
+
+def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
+    """Compose the configuration and call `job` with it, once or for every job of a sweep.
+
+    Hydra's sweeper insists on writing its own configuration to a file; a temporary folder takes it. Processes started
+    by a job find the folder in the environment and use the same one.
+    """
+    import hydra
+
+    from llm.config import register
+
+    register()
+    main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
+    if "FATHOM_SWEEP_DIR" in os.environ:
+        main()
+        return
+    with tempfile.TemporaryDirectory(prefix="fathom_sweep_") as folder:
+        os.environ["FATHOM_SWEEP_DIR"] = folder
+        main()
+
+
+def _job(target: str, swept: Sequence[Any]) -> Callable[[Any], None]:
+    """The function that Hydra calls: imports and calls `target`, and names the job if it fails within a sweep."""
+
+    def job(cfg: Any) -> None:
+        title = ""
+        if swept:
+            number, lines = _place_in_sweep(swept)
+            title = job_title(swept, lines, number)
+            print(f"\n== {title}", flush=True)
+        try:
+            _option_names(cfg)
+            if swept and "init_from" in cfg:
+                separate_run(cfg, lines)
+            module, _, function = target.rpartition(".")
+            getattr(import_module(module), function)(cfg)
+        except Exception as error:
+            raise _JobFailed(title, error) from error
+
+    return job
+
+
+def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
+    """The number of the present job and the values that the sweep gives it, as `key=value`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    keys = {override.get_key_element() for override in swept}
+    lines = [line for line in HydraConfig.get().overrides.task if line.partition("=")[0] in keys]
+    return HydraConfig.get().job.num, lines
+
+
+def _option_names(cfg: Any) -> None:
+    """Put the option's name where only that counts: `stage=sft` of evaluate.py means the stage, not its settings."""
+    from omegaconf import DictConfig, OmegaConf
+
+    schema = OmegaConf.get_type(cfg)
+    for name, spec in schema.__dataclass_fields__.items():
+        if spec.metadata.get("option_name") and isinstance(cfg[name], DictConfig):
+            cfg[name] = cfg[name].name

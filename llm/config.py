@@ -1,0 +1,358 @@
+"""Typed schemas of the configuration: the keys that exist, their types, and one line of help for each.
+
+The values live in `conf/`; a field without a default here must be set there. Hydra merges every YAML file into these
+dataclasses, so an unknown key or a value of the wrong type fails while the configuration is composed. What types
+cannot say (allowed words, ranges) is in the field metadata and checked by `check_values`.
+
+Nothing heavy is imported here: `train.py --help` and the check of the command line load this file.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+from llm.errors import UserError
+
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+
+
+def key(
+    text: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None, **more
+) -> Any:
+    """A field that YAML must set: `text` is its line in `--help`, the rest are the bounds that `check_values` tests.
+
+    In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `fixed` = set by choosing the
+    group's option, not by hand; `nonempty` = not an empty text; `raw` = text taken from the command line as it is; `option_name` = the name of the
+    chosen option is all that counts.
+    """
+    return field(metadata={"help": text, "choices": choices, "low": low, "high": high, **more})
+
+
+@dataclass
+class ModelConfig:
+    depth: int = key("number of Transformer layers; sets width and heads", low=1, main=True)
+    aspect_ratio: int = key("width = aspect_ratio x depth, rounded up to a multiple of head_dim", low=1)
+    head_dim: int = key("size of one attention head", low=2)
+    n_kv_head: int | None = key("key/value heads: null = one per query head, fewer = GQA, 1 = MQA", low=1)
+    seq_len: int = key("context length in tokens", low=8, main=True)
+
+
+@dataclass
+class ArchConfig:
+    name: str = key("set of block features", fixed=True)
+    rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
+    softcap: float = key("logits are softcap x tanh(logits / softcap)", above=0)
+
+
+@dataclass
+class BatchConfig:
+    total: int = key("tokens of one optimizer step, over all ranks and micro-batches", low=1, main=True)
+    device: int = key("rows of one micro-batch on one device", low=1, main=True)
+
+
+@dataclass
+class PrecisionConfig:
+    compute: str = key(
+        "arithmetic of the network: auto = bf16 where the hardware has it",
+        choices=("auto", "fp32", "bf16"),
+        main=True,
+    )
+
+
+@dataclass
+class PathsConfig:
+    runs: str = key("folder of all runs; each stage is <runs>/<run>/<stage>", main=True)
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = key("where to compute", choices=("auto", "cpu", "gpu"))
+    devices: Any = key("number of devices, or auto", main=True)
+
+
+@dataclass
+class StrategyConfig:
+    name: str = key("auto picks by the number of devices", choices=("auto", "single"), fixed=True)
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("optimizer", fixed=True)
+    betas: list[float] = key("AdamW's two averaging factors")
+    eps: float = key("AdamW's term against division by zero", above=0)
+    weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
+
+
+@dataclass
+class MuonAdamWConfig(OptimConfig):
+    matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
+    embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
+    unembedding_lr: float = key("learning rate of the output head at width 768 (AdamW)", above=0)
+    momentum: float = key("Muon's momentum after its warm-up", low=0, high=1)
+    momentum_start: float = key("Muon's momentum at step 0", low=0, high=1)
+    momentum_warmup: int = key("steps over which the momentum rises", low=0)
+    ns_steps: int = key("Newton-Schulz iterations", low=1)
+
+
+@dataclass
+class AdamWConfig(OptimConfig):
+    lr: float = key("learning rate of all parameters", above=0)
+
+
+@dataclass
+class StageConfig:
+    name: str = key("phase", choices=STAGES, fixed=True)
+
+
+@dataclass
+class TokenizerStage(StageConfig):
+    vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
+    max_chars: int = key("characters of text to train on, at most", low=1)
+    doc_cap: int = key("characters taken of one document, at most", low=1)
+    compare: list[str] = key("encodings to compare with: tiktoken names such as gpt2, tokenizer folders, tokenizer.json")
+
+
+@dataclass
+class ModelStage(StageConfig):
+    lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
+    warmup_ratio: float = key("share of the steps in which the learning rate rises from 0", low=0, high=1)
+    warmdown_ratio: float = key("share of the steps, at the end, in which it falls", low=0, high=1)
+    final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
+    eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
+    sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
+    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
+    chat_max_per_task: int | None = key("items of one task in such an evaluation; null = all", low=1)
+
+
+@dataclass
+class PretrainStage(ModelStage):
+    ratio: float = key("horizon: training tokens per parameter (max_steps and target_flops come first)", above=0)
+    target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
+    buffer: int = key("documents that best-fit packing chooses from", low=1)
+
+
+@dataclass
+class ChatStage(ModelStage):
+    epochs: float = key("horizon: passes over the mixture (max_steps comes first)", above=0)
+    train_on: str = key("tokens with a loss", choices=("all", "assistant"))
+
+
+@dataclass
+class GRPOStage(ModelStage):
+    task: str | None = key("task to be rewarded for; null = data.rl")
+    prompts_per_step: int = key("questions of one step", low=1)
+    samples_per_prompt: int = key("answers drawn per question; the group of the advantage", low=2)
+    max_new_tokens: int = key("length limit of an answer", low=1)
+    temperature: float = key("sampling temperature of the answers", above=0)
+    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0)
+    epochs: float = key("horizon: passes over the task (max_steps comes first)", above=0)
+    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1)
+    eval_samples: int = key("answers per question of that evaluation: the largest k of pass@k", low=1)
+
+
+@dataclass
+class TaskSpec:
+    """One task of `data.tasks`. Without defaults only `type` and `source` must be given."""
+
+    type: str = key(
+        "kind of task",
+        choices=(
+            "multiple_choice",
+            "gsm8k",
+            "humaneval",
+            "spelling_bee",
+            "simple_spelling",
+            "identity",
+            "chat",
+        ),
+    )
+    source: str = key("embedded = generated, local = files", choices=("embedded", "local"))
+    train: Any = field(default=None, metadata={"help": "file, pattern or list of them with the training rows"})
+    test: Any = field(default=None, metadata={"help": "file, pattern or list of them with the held-out rows"})
+    size: int | None = field(
+        default=None, metadata={"help": "training items to generate (embedded, spelling)", "low": 0}
+    )
+    test_size: int | None = field(default=None, metadata={"help": "held-out items to generate", "low": 0})
+    limit: int | None = field(default=None, metadata={"help": "use only the first items of a split", "low": 1})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of this kind of task"})
+
+
+@dataclass
+class MixtureConfig:
+    midtrain: dict[str, float] = key("task: repeats (a fraction below 1 = its first part, 0 = leave out)")
+    sft: dict[str, float] = key("task: repeats")
+
+
+@dataclass
+class DataConfig:
+    name: str = key("where text comes from", choices=("embedded", "local"), fixed=True)
+    path: str | None = key("folder, file or pattern of text: parquet, jsonl(.gz) or txt (data=local)", main=True)
+    column: str = key("column or field that holds the text")
+    tasks_path: str = key("folder that the task files of data=local lie in", main=True)
+    seed: int = key("seed of the generator (data=embedded)", low=0)
+    size: int | None = key("documents to generate for training (data=embedded)", low=1)
+    val_size: int | None = key("documents to generate for validation (data=embedded)", low=1)
+    tasks: dict[str, TaskSpec] = key("all tasks by name")
+    mixture: MixtureConfig = key("conversations that midtrain and sft train on")
+    rl: str | None = key("task that grpo trains on")
+    eval: list[str] = key("tasks of chat evaluations")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `train.py` reads: `conf/train.yaml` and its groups."""
+
+    stage: StageConfig = key("phase of training")
+    model: ModelConfig = key("size of the network")
+    arch: ArchConfig = key("features of its blocks")
+    optim: OptimConfig = key("optimizer")
+    data: DataConfig = key("text and tasks")
+    batch: BatchConfig = key("size of a step; follows the stage")
+    precision: PrecisionConfig = key("number formats")
+    trainer: TrainerConfig = key("devices")
+    strategy: StrategyConfig = key("how devices work together")
+    callbacks: dict[str, Any] = key("what happens beside the training steps")
+    logger: dict[str, Any] = key("where metrics go beside metrics.csv")
+    paths: PathsConfig = key("folders")
+    run: str | None = key("name of the chain of stages; null = d<depth>", main=True, nonempty=True)
+    init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
+    max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, main=True)
+    save_every: int = key("steps between checkpoints; the last step is always saved", low=1, main=True)
+    log_every: int = key("steps between rows of metrics.csv", low=1, main=True)
+    resume: bool = key("continue an unfinished stage from its last checkpoint", main=True)
+    overwrite: bool = key("delete what the stage wrote before and start again", main=True)
+    dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
+    seed: int = key("seed of initial weights, data order and sampling", low=0, main=True)
+
+
+@dataclass
+class EvalConfig:
+    bpb: bool = key("measure bits per byte on the validation text (eval=[bpb])")
+    chat: bool = key("measure the accuracy of data.eval's tasks (eval=[chat])")
+    samples: bool = key("print continuations and answers (eval=[samples])")
+    tokens: int = key("validation tokens for bits per byte", low=1)
+    max_per_task: int | None = key("items of one task; null = all", low=1, main=True)
+    max_new_tokens: int = key("length limit of a generated answer", low=1)
+    bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
+    batch_size: int = key("sequences evaluated together", low=1)
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything that `evaluate.py` reads."""
+
+    stage: Any = key("stage to evaluate; null = the best finished one", option_name=True)
+    eval: EvalConfig = key("what to measure")
+    data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
+    paths: PathsConfig = key("folders")
+    run: str | None = key("run to evaluate", main=True, nonempty=True)
+    seed: int = key("seed of sampling", low=0)
+
+
+@dataclass
+class ServeConfig:
+    """Everything that `serve.py` reads."""
+
+    stage: Any = key("stage to chat with; null = the best finished one", option_name=True)
+    paths: PathsConfig = key("folders")
+    run: str | None = key("run to chat with", main=True, nonempty=True)
+    ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
+    prompt: str | None = key("answer this once and exit", main=True, raw=True)
+    host: str = key("address that the browser chat listens on", main=True)
+    port: int = key("its port", low=0, high=65535, main=True)
+    temperature: float = key("0 = always the most likely token", low=0, main=True)
+    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, main=True)
+    max_new_tokens: int = key("length limit of an answer", low=1, main=True)
+    seed: int = key("seed of sampling", low=0, main=True)
+
+
+ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
+
+# Schemas whose class depends on the chosen option; the YAML files of these groups name theirs in their defaults list.
+VARIANTS: dict[str, dict[str, type]] = {
+    "stage": {
+        "tokenizer": TokenizerStage,
+        "pretrain": PretrainStage,
+        "midtrain": ChatStage,
+        "sft": ChatStage,
+        "grpo": GRPOStage,
+    },
+    "optim": {"muon_adamw": MuonAdamWConfig, "adamw": AdamWConfig},
+}
+
+
+def register() -> None:
+    """Give Hydra the schemas: `schema/train`, `schema/stage/sft`, ... for the defaults lists in `conf/`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for name, root in ROOTS.items():
+        store.store(group="schema", name=name, node=root, package="_global_", provider="fathom")
+    for group, variants in VARIANTS.items():
+        for name, schema in variants.items():
+            store.store(group=f"schema/{group}", name=name, node=schema, package=group, provider="fathom")
+
+
+def check_values(cfg: Any, prefix: str = "") -> None:
+    """Raise `UserError` for the first value outside the words or bounds that its schema states."""
+    from omegaconf import DictConfig, OmegaConf
+
+    schema = OmegaConf.get_type(cfg)
+    bounds = {f.name: f for f in fields(schema)} if is_dataclass(schema) else {}
+    for name in cfg:
+        value = cfg[name]
+        if isinstance(value, DictConfig):
+            check_values(value, f"{prefix}{name}.")
+        elif name in bounds:
+            problem = _violation(bounds[str(name)], value)
+            if problem:
+                raise UserError(f"{prefix}{name}={value}: must be {problem}")
+
+
+def check_task_names(data: Any) -> None:
+    """Raise `UserError` for a mixture, `data.rl` or `data.eval` that names a task not described in `data.tasks`."""
+    places = {f"data.mixture.{stage}": list(weights) for stage, weights in data.mixture.items()}
+    places |= {"data.rl": [data.rl] if data.rl else [], "data.eval": list(data.eval)}
+    for place, names in places.items():
+        for name in names:
+            if name not in data.tasks:
+                raise UserError(f"{place}: there is no task {name!r} in data.tasks ({', '.join(data.tasks)})")
+
+
+def _violation(spec: Field, value: Any) -> str | None:
+    """What `value` should have been, or None if it is fine."""
+    choices, low, high, above = (spec.metadata.get(k) for k in ("choices", "low", "high", "above"))
+    if value is None:
+        return None
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if isinstance(value, float) and math.isnan(value):
+        return "a number"
+    if low is not None and value < low:
+        return f"at least {low}"
+    if above is not None and value <= above:
+        return f"more than {above}"
+    if high is not None and value > high:
+        return f"at most {high}"
+    if spec.metadata.get("nonempty") and value == "":
+        return "a name"
+    return None
+
+
+@lru_cache
+def known_keys(config_name: str) -> dict[str, Field]:
+    """All dotted keys of an entry point with their schema fields, over all variants of its groups."""
+    return dict(_walk(ROOTS[config_name], ""))
+
+
+def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Field]]:
+    for spec in fields(schema):
+        yield prefix + spec.name, spec
+        variants = VARIANTS.get(spec.name, {}).values() if spec.type is not Any and not prefix else ()
+        nested = [t for t in (spec.type, *getattr(spec.type, "__args__", ())) if is_dataclass(t)]
+        is_mapping = getattr(spec.type, "__origin__", None) is dict
+        for inner in {*nested, *variants}:
+            yield from _walk(inner, f"{prefix}{spec.name}.{'<name>.' if is_mapping else ''}")

@@ -1,0 +1,143 @@
+"""Conversations of a mixture as token ids and masks, in an order that resumes exactly, and the steps an epoch takes."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llm.chat import render_conversation
+from llm.data.packing import BestFitPad, Document
+from llm.errors import UserError
+
+TRAIN_ON = ("assistant", "all")
+
+
+def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assistant") -> tuple[Document, bool]:
+    """(ids and mask of at most `row_len` tokens, whether the conversation was longer and lost its end)."""
+    ids, mask = render_conversation(tokenizer, conversation)
+    document = Document(np.array(ids[:row_len], np.int32), np.array(mask[:row_len], bool))
+    if train_on == "all":
+        document = Document(document.ids, np.ones(len(document.ids), bool))
+    return document, len(ids) > row_len
+
+
+class ConversationFeed:
+    """Rendered conversations of one rank, epoch after epoch, for packing into rows of `row_len` tokens.
+
+    Epoch 0 follows the mixture's own shuffle; each later epoch permutes it anew, seeded by seed + epoch. Conversation
+    number i over all epochs belongs to rank i % world. One that is longer than a row is cut at its end; one that then
+    holds no trained target is dropped. Both are counted. `cursor` (index, truncated, dropped, size of the mixture) is
+    the position after the last conversation handed out.
+    """
+
+    def __init__(
+        self,
+        mixture: Sequence,
+        tokenizer,
+        row_len: int,
+        *,
+        train_on: str = "assistant",
+        seed: int = 42,
+        cursor: dict | None = None,
+        rank: int = 0,
+        world: int = 1,
+        loop: bool = True,
+    ) -> None:
+        if train_on not in TRAIN_ON:
+            raise UserError(f"stage.train_on={train_on}: must be one of {', '.join(TRAIN_ON)}")
+        if not len(mixture):
+            raise UserError("the mixture holds no conversation. Give data.mixture tasks with rows and repeats above 0.")
+        size = len(mixture)
+        if cursor is not None and cursor["size"] != size:
+            raise UserError(
+                f"the mixture holds {size:,} conversations, the checkpoint's position is in one of {cursor['size']:,}. "
+                "Restore the data that the run started with, or start another with run=<new name>."
+            )
+        self.cursor = cursor or {"index": 0, "truncated": 0, "dropped": 0, "size": size}
+        self._mixture, self._tokenizer, self._row_len, self._train_on = mixture, tokenizer, row_len, train_on
+        self._seed, self._rank, self._world, self._loop = seed, rank, world, loop
+        self._documents = self._render()
+
+    def __iter__(self) -> Iterator[Document]:
+        return self
+
+    def __next__(self) -> Document:
+        document, self.cursor = next(self._documents)
+        return document
+
+    def _render(self) -> Iterator[tuple[Document, dict]]:
+        size, at = len(self._mixture), dict(self.cursor)
+        epoch, order, lost = -1, None, 0
+        while True:
+            index = at["index"]
+            if index // size != epoch:
+                epoch = index // size
+                if epoch and not self._loop:
+                    self.cursor = at  # counts those that were dropped last
+                    return
+                order = epoch_order(size, self._seed, epoch)
+            at["index"] = index + 1
+            if index % self._world != self._rank:
+                continue
+            document, cut = self._document(int(order[index % size]))
+            at["truncated"] += cut
+            if document.mask[1:].any():
+                lost = 0
+                yield document, dict(at)
+                continue
+            at["dropped"] += 1
+            lost += 1
+            if lost >= size:
+                raise UserError(
+                    f"none of the {size:,} conversations has a trained token in its first {self._row_len - 1} tokens. "
+                    "Raise model.seq_len or check the rows: the assistant's turns must not be empty."
+                )
+
+    def _document(self, row: int) -> tuple[Document, bool]:
+        try:
+            return render(self._tokenizer, self._mixture[row], self._row_len, self._train_on)
+        except UserError as error:
+            raise UserError(f"conversation {row} of the mixture: {error}") from error
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of a mixture's rows in an epoch: as it is at first, then a permutation seeded by seed + epoch."""
+    return np.arange(size) if epoch == 0 else np.random.default_rng(seed + epoch).permutation(size)
+
+
+def estimate_steps(
+    mixture: Sequence,
+    tokenizer,
+    tokens_per_step: int,
+    epochs: float = 1,
+    sample: int = 2000,
+    *,
+    seq_len: int,
+    train_on: str = "assistant",
+) -> int:
+    """Steps of `tokens_per_step` positions (all ranks) that `epochs` passes over the mixture take, padding included.
+
+    Every len/sample-th conversation (all, if there are no more than `sample`) is rendered and packed; the rows that a
+    conversation takes give the horizon. Deterministic, so that a resumed run finds the same one.
+    """
+    size = len(mixture)
+    count = min(size, sample)
+    feed = ConversationFeed(_Every(mixture, count), tokenizer, seq_len + 1, train_on=train_on, loop=False)
+    packer, rows = BestFitPad(seq_len + 1), 0
+    ids, mask = np.empty(seq_len + 1, np.int32), np.empty(seq_len + 1, bool)
+    while packer.fill(ids, mask, feed):
+        rows += 1
+    return math.ceil(epochs * rows * size / count * seq_len / tokens_per_step)
+
+
+class _Every(Sequence):
+    """`count` rows of a sequence at equal distances."""
+
+    def __init__(self, rows: Sequence, count: int) -> None:
+        self._rows, self._count = rows, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> dict:
+        return self._rows[i * len(self._rows) // self._count]

@@ -1,0 +1,61 @@
+"""Task rows of the embedded world in the raw formats of the real files, so the same task classes read both."""
+
+import inspect
+import random
+from collections.abc import Callable
+
+from llm.data.embedded.chats import choice_row, identity_row, smalltalk_row
+from llm.data.embedded.problems import draw_problem
+from llm.data.embedded.programs import program_row
+from llm.data.embedded.splits import check_split, collect, generator
+from llm.data.embedded.words import draw_word
+from llm.errors import UserError
+
+
+def arithmetic_row(split: str, rng: random.Random, **difficulty) -> dict:
+    """A GSM8K-style row; `difficulty` is passed on to `problems.draw_problem`."""
+    problem = draw_problem(split, rng, **difficulty)
+    return {"question": problem.text(), "answer": problem.solution()}
+
+
+def word_row(split: str, rng: random.Random) -> dict:
+    """One invented word."""
+    return {"word": draw_word(split, rng)}
+
+
+# kind -> (maker of one row, what makes two rows the same)
+KINDS: dict[str, tuple[Callable[..., dict], Callable[[dict], str]]] = {
+    "choice": (choice_row, lambda row: row["question"] + "|".join(row["choices"]["text"])),
+    "arithmetic": (arithmetic_row, lambda row: row["question"]),
+    "words": (word_row, lambda row: row["word"]),
+    "identity": (identity_row, lambda row: "|".join(m["content"] for m in row["messages"])),
+    "smalltalk": (smalltalk_row, lambda row: "|".join(m["content"] for m in row["messages"])),
+    "programs": (program_row, lambda row: row["task_id"]),
+}
+OPTIONS = {"arithmetic": draw_problem, "identity": identity_row}
+
+
+def options_of(kind: str) -> tuple[str, ...]:
+    """The names of the options that `rows` takes for a kind (difficulty, names)."""
+    if kind not in OPTIONS:
+        return ()
+    return tuple(name for name in inspect.signature(OPTIONS[kind]).parameters if name not in ("split", "rng"))
+
+
+def rows(kind: str, split: str, n: int, seed: int = 0, **options) -> list[dict]:
+    """`n` different rows of a kind: choice, arithmetic, words, identity, smalltalk or programs.
+
+    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: choice by fact, identity by
+    question, the others by a hash of the whole problem, word, chat or function name.
+    Options: arithmetic takes steps, distractors and max_number; identity takes assistant and maker.
+    Raises `UserError` for an unknown kind, split or option, and where the world holds fewer than `n` rows.
+    """
+    if kind not in KINDS:
+        raise UserError(f"the embedded world has no rows of kind {kind!r}: choose one of {', '.join(KINDS)}")
+    unknown = set(options) - set(options_of(kind))
+    if unknown:
+        known = ", ".join(options_of(kind)) or "none"
+        raise UserError(f"{kind} takes no option {', '.join(sorted(unknown))} (options: {known})")
+    make, key = KINDS[kind]
+    rng = generator("rows", kind, check_split(split), seed)
+    return collect(lambda: make(split, rng, **options), key, n, f"{kind} ({split})")

@@ -1,0 +1,95 @@
+"""The facts of the embedded world: 24 people, 12 animals, 12 objects and 8 towns, 216 facts in all.
+
+The facts are drawn once from a constant seed and never from the data seed, so documents and tasks that were made with
+different seeds always speak of the same world. Values are dealt evenly: the most frequent answer helps no one.
+"""
+
+from dataclasses import dataclass
+
+from llm.data.embedded.splits import generator
+
+WORLD_SEED = 1
+HELD_OUT = 4  # one fact in four of every attribute is asked as multiple choice in the test split only
+
+SHE = ("Ana", "Cleo", "Eva", "Gia", "Ida", "Kim", "Mia", "Ola", "Pia", "Tia", "Uma", "Zoe")
+HE = ("Ben", "Dan", "Finn", "Hugo", "Jon", "Leo", "Max", "Ned", "Rob", "Sam", "Vic", "Wes")
+PEOPLE = SHE + HE
+ANIMALS = ("bear", "cat", "crow", "dog", "duck", "fox", "frog", "goat", "hen", "horse", "mouse", "rabbit")
+OBJECTS = ("bell", "boat", "book", "box", "chair", "clock", "cup", "door", "drum", "kite", "lamp", "ring")
+TOWNS = ("Ashcroft", "Dunmore", "Fernby", "Milford", "Oakton", "Redhill", "Seaview", "Wexley")
+
+COLOURS = ("black", "blue", "brown", "green", "pink", "red", "white", "yellow")
+JOBS = ("baker", "doctor", "farmer", "miller", "painter", "sailor", "singer", "teacher")
+DISHES = ("bread", "cake", "cheese", "nuts", "pears", "plums", "rice", "soup")
+HOMES = ("attic", "barn", "cave", "forest", "garden", "hill", "pond", "river")
+FEEDS = ("berries", "corn", "fish", "grass", "honey", "leaves", "roots", "seeds")
+MATERIALS = ("clay", "glass", "gold", "iron", "paper", "stone", "wood", "wool")
+LANDMARKS = ("bridge", "castle", "harbour", "market", "mill", "school", "temple", "tower")
+CRAFTS = ("candles", "hats", "knives", "pots", "ropes", "rugs", "shoes", "toys")
+
+KINDS = {"person": PEOPLE, "animal": ANIMALS, "object": OBJECTS, "town": TOWNS}
+ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
+    "person": {"town": TOWNS, "job": JOBS, "pet": ANIMALS, "colour": COLOURS, "food": DISHES},
+    "animal": {"colour": COLOURS, "home": HOMES, "feed": FEEDS},
+    "object": {"colour": COLOURS, "material": MATERIALS, "owner": PEOPLE},
+    "town": {"landmark": LANDMARKS, "craft": CRAFTS, "mayor": PEOPLE},
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One statement about the world: the `attribute` of `entity` (of this `kind`) is `value`."""
+
+    kind: str
+    entity: str
+    attribute: str
+    value: str
+    held_out: bool  # asked as multiple choice in the test split only
+
+
+def _deal(kind: str, attribute: str, values: tuple[str, ...]) -> list[Fact]:
+    rng = generator("world", WORLD_SEED, kind, attribute)
+    entities = list(KINDS[kind])
+    rng.shuffle(entities)
+    deck: list[str] = []
+    while len(deck) < len(entities):
+        deck += rng.sample(values, len(values))
+    return [
+        Fact(kind, e, attribute, v, i % HELD_OUT == 0) for i, (e, v) in enumerate(zip(entities, deck, strict=False))
+    ]
+
+
+FACTS = [
+    fact for kind, table in ATTRIBUTES.items() for name, values in table.items() for fact in _deal(kind, name, values)
+]
+BY_ENTITY: dict[str, list[Fact]] = {e: [f for f in FACTS if f.entity == e] for names in KINDS.values() for e in names}
+BY_ATTRIBUTE: dict[tuple[str, str], list[Fact]] = {
+    (kind, name): [f for f in FACTS if (f.kind, f.attribute) == (kind, name)]
+    for kind, table in ATTRIBUTES.items()
+    for name in table
+}
+
+
+def value_of(entity: str, attribute: str) -> str:
+    """The value of one attribute; a `KeyError` means the world has no such fact."""
+    for fact in BY_ENTITY[entity]:
+        if fact.attribute == attribute:
+            return fact.value
+    raise KeyError((entity, attribute))
+
+
+def mention(kind: str, entity: str) -> str:
+    """How a sentence names the entity: people and towns by their name, animals and objects with an article."""
+    return f"the {entity}" if kind in ("animal", "object") else entity
+
+
+def pronoun(kind: str, entity: str) -> str:
+    """The pronoun that stands for the entity."""
+    if kind != "person":
+        return "it"
+    return "she" if entity in SHE else "he"
+
+
+def capital(text: str) -> str:
+    """`text` with its first letter in upper case and the rest untouched."""
+    return text[:1].upper() + text[1:]

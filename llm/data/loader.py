@@ -1,0 +1,328 @@
+"""Training batches, one per optimizer step, prepared by a background thread and resumable to the bit.
+
+A loader turns a feed of tokenised documents (TextSteps) or rendered conversations (ConversationSteps) into packed rows
+and those into steps:
+
+    {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
+     "n_trained": targets >= 0 in the step, "n_tokens": all positions, "waste": share cropped (text) or padded so far,
+     "state": the position after this step}
+
+All counts are of this rank. `state` holds the cursor of the source and the packing buffer as tensors and primitives (up
+to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it continues with
+exactly the steps that would have followed. It rides with the batch because the thread is ahead of training; leave it on
+the CPU. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
+"""
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+
+from llm.data.conversations import ConversationFeed
+from llm.data.documents import DocumentSource
+from llm.data.packing import BestFitCrop, BestFitPad, Document
+from llm.errors import UserError
+
+ENCODE_DOCUMENTS = 128  # documents tokenised together
+ENCODE_THREADS = min(4, os.cpu_count() or 1)
+
+
+class TextFeed:
+    """Tokenised documents of one rank, each beginning with BOS; `cursor` is the position after the last handed out."""
+
+    def __init__(
+        self, source: DocumentSource, split: str, tokenizer, cursor: dict | None, rank: int, world: int, loop: bool
+    ) -> None:
+        self.cursor = cursor
+        self._documents = self._encode(source.iterate(split, cursor, rank, world, loop), tokenizer)
+
+    def __iter__(self) -> Iterator[Document]:
+        return self
+
+    def __next__(self) -> Document:
+        ids, self.cursor = next(self._documents)
+        return Document(ids)
+
+    @staticmethod
+    def _encode(documents: Iterator[tuple[str, dict]], tokenizer) -> Iterator[tuple[np.ndarray, dict]]:
+        bos = tokenizer.bos_id
+        while batch := list(islice(documents, ENCODE_DOCUMENTS)):
+            encoded = tokenizer.encode_batch([text for text, _ in batch], num_threads=ENCODE_THREADS)
+            for ids, (_, cursor) in zip(encoded, batch, strict=True):
+                array = np.empty(len(ids) + 1, np.int32)
+                array[0], array[1:] = bos, ids
+                yield array, cursor
+
+
+class StepLoader:
+    """What the two loaders share: rows to steps, state, background thread. Iterating again starts over at `state`."""
+
+    kind = ""
+
+    def __init__(
+        self,
+        seq_len: int,
+        rows_per_micro: int,
+        micro_per_step: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        state: dict | None = None,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        if min(seq_len, rows_per_micro, micro_per_step, prefetch) < 1 or not 0 <= rank < world:
+            raise ValueError(
+                f"{seq_len=} {rows_per_micro=} {micro_per_step=} {prefetch=} {rank=} {world=}: out of range"
+            )
+        self.seq_len, self.rows_per_micro, self.micro_per_step = seq_len, rows_per_micro, micro_per_step
+        self.rank, self.world, self.prefetch, self.pin_memory = rank, world, prefetch, pin_memory
+        self.wait_seconds = 0.0  # time the consumer spent waiting for a step, since the loader was built
+        self.state = state
+        if state is not None:
+            self._check_state(state)
+        self._running: Callable[[], _Background | None] = lambda: None
+
+    def __len__(self) -> int:
+        """Endless for Lightning: a sized loader is not fetched ahead, and the stage stops at max_steps."""
+        return 10**9
+
+    def __iter__(self) -> "_Background":
+        self.close()
+        running = _Background(self)
+        self._running = weakref.ref(running)
+        return running
+
+    def close(self) -> None:
+        """Stop the background thread, if one is running."""
+        if running := self._running():
+            running.close()
+
+    def steps(self) -> Iterator[dict]:
+        """The steps, prepared in the calling thread."""
+        packer, cursor = self._packer(), None
+        if self.state is not None:
+            cursor = self.state["cursor"]
+            packer.load_state_dict({k: _to_numpy(v) for k, v in self.state["packer"].items()})
+        feed = self._feed(cursor)
+        rows = self.rows_per_micro * self.micro_per_step
+        while True:
+            ids = np.full((rows, self.seq_len + 1), self._pad_id(), np.int32)
+            mask = np.zeros(ids.shape, bool)
+            used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
+            if not any(used):
+                return
+            state = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
+            state["cursor"] = feed.cursor
+            state["packer"] = {k: _to_torch(v) for k, v in packer.state_dict().items()}
+            yield self._step(ids, mask) | {"waste": packer.waste, "state": state}
+
+    def _step(self, ids: np.ndarray, mask: np.ndarray) -> dict:
+        """Split packed rows (rows, T + 1) into micro-batches of inputs and shifted targets."""
+        inputs = torch.from_numpy(ids[:, :-1].astype(np.int64))
+        targets = torch.from_numpy(np.where(mask[:, 1:], ids[:, 1:], -1).astype(np.int64))
+        if self.pin_memory:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        size = self.rows_per_micro
+        parts = zip(inputs.split(size), targets.split(size), strict=True)
+        return {
+            "micro": [{"inputs": x, "targets": y} for x, y in parts],
+            "n_trained": int(mask[:, 1:].sum()),
+            "n_tokens": inputs.numel(),
+        }
+
+    def _check_state(self, state: dict) -> None:
+        mine = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
+        for key, value in mine.items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"the checkpoint's data position has {key}={state.get(key)}, this run {key}={value}. Continue with "
+                    "the configuration that the run started with, or start another with run=<new name>."
+                )
+
+    def _packer(self) -> BestFitCrop | BestFitPad:
+        raise NotImplementedError
+
+    def _feed(self, cursor: dict | None) -> Iterator[Document]:
+        """Documents from `cursor` on; the feed's `.cursor` follows what was handed out."""
+        raise NotImplementedError
+
+    def _pad_id(self) -> int:
+        raise NotImplementedError
+
+
+class TextSteps(StepLoader):
+    """Pretraining steps: BOS-aligned rows, best-fit packed, all tokens trained. The train split loops, others end."""
+
+    kind = "text"
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        tokenizer,
+        seq_len: int,
+        rows_per_micro: int,
+        micro_per_step: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        state: dict | None = None,
+        *,
+        split: str = "train",
+        buffer: int = 1000,
+        **options,
+    ) -> None:
+        super().__init__(seq_len, rows_per_micro, micro_per_step, rank=rank, world=world, state=state, **options)
+        self.source, self.tokenizer, self.split, self.buffer = source, tokenizer, split, buffer
+
+    def _packer(self) -> BestFitCrop:
+        return BestFitCrop(self.seq_len + 1, self.buffer)
+
+    def _feed(self, cursor: dict | None) -> TextFeed:
+        loop = self.split == "train"
+        return TextFeed(self.source, self.split, self.tokenizer, cursor, self.rank, self.world, loop)
+
+    def _pad_id(self) -> int:
+        return self.tokenizer.bos_id
+
+
+class ConversationSteps(StepLoader):
+    """Midtraining and finetuning steps: whole conversations, best-fit packed with padding.
+
+    train_on="assistant" trains what the assistant writes (llm.chat's mask), "all" every token. loop=False: one pass.
+    """
+
+    kind = "conversations"
+
+    def __init__(
+        self,
+        mixture: Sequence,
+        tokenizer,
+        seq_len: int,
+        rows_per_micro: int,
+        micro_per_step: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        state: dict | None = None,
+        *,
+        train_on: str = "assistant",
+        seed: int = 42,
+        buffer: int = 100,
+        loop: bool = True,
+        **options,
+    ) -> None:
+        super().__init__(seq_len, rows_per_micro, micro_per_step, rank=rank, world=world, state=state, **options)
+        self.mixture, self.tokenizer, self.buffer = mixture, tokenizer, buffer
+        self.train_on, self.seed, self.loop = train_on, seed, loop
+
+    def _packer(self) -> BestFitPad:
+        return BestFitPad(self.seq_len + 1, self.buffer)
+
+    def _feed(self, cursor: dict | None) -> ConversationFeed:
+        return ConversationFeed(
+            self.mixture,
+            self.tokenizer,
+            self.seq_len + 1,
+            train_on=self.train_on,
+            seed=self.seed,
+            cursor=cursor,
+            rank=self.rank,
+            world=self.world,
+            loop=self.loop,
+        )
+
+    def _pad_id(self) -> int:
+        return self.tokenizer.bos_id
+
+
+def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:
+    """The fixed micro-batches {"inputs", "targets"} of a finite loader that cover about `eval_tokens` positions.
+
+    Build the loader with split="val" or loop=False and without rank: all ranks pack the same rows and each keeps every
+    world-th micro-batch, so that a score summed over ranks does not depend on their number.
+    """
+    batches, tokens = [], 0
+    for step in loader.steps():
+        for micro in step["micro"]:
+            if tokens < eval_tokens and bool((micro["targets"] >= 0).any()):
+                batches.append(micro)
+                tokens += micro["inputs"].numel()
+        if tokens >= eval_tokens:
+            break
+    if not batches:
+        raise UserError("the validation split is empty: it holds no trained token. Add validation data.")
+    return batches[rank::world]
+
+
+class _Background:
+    """Iterator over loader.steps() that a daemon thread keeps `prefetch` steps ahead; errors surface in __next__."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        self._loader, self._ended = loader, False
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._free = threading.Semaphore(loader.prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=_prepare, args=(loader.steps, self._ready, self._free, stop), name="fathom-data", daemon=True
+        )
+        self._finalizer = weakref.finalize(
+            self, _stop, thread, self._free, stop
+        )  # on close, garbage collection or exit
+        thread.start()
+
+    def __iter__(self) -> "_Background":
+        return self
+
+    def __next__(self) -> dict:
+        if self._ended:
+            raise StopIteration
+        start = time.perf_counter()
+        step, error = self._ready.get()
+        self._loader.wait_seconds += time.perf_counter() - start
+        self._free.release()
+        if step is None:
+            self._ended = True
+            self.close()
+            raise StopIteration if error is None else error
+        return step
+
+    def close(self) -> None:
+        """Stop the thread and wait until it has ended. Further steps raise StopIteration."""
+        self._ended = True
+        self._finalizer()
+
+
+def _prepare(steps: Callable, ready: queue.SimpleQueue, free: threading.Semaphore, stop: threading.Event) -> None:
+    """The thread: put (step, None) for each step, then (None, error or None at the end)."""
+    try:
+        source = steps()
+        while True:
+            free.acquire()
+            if stop.is_set():
+                return
+            step = next(source, None)
+            ready.put((step, None))
+            if step is None:
+                return
+    except BaseException as error:  # also KeyboardInterrupt: the consumer decides
+        ready.put((None, error))
+
+
+def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    free.release()
+    if thread is not threading.current_thread():
+        thread.join(timeout=10)
+
+
+def _to_torch(value):
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _to_numpy(value):
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,305 @@
+"""Byte-level BPE tokenizer: trained with rustbpe, encoded with tiktoken, stored as text files (no pickle).
+
+Ids 0..255 are the single bytes, then come the merges, and the nine special tokens last. A folder holds
+`tokenizer.tiktoken` (one "base64 rank" line per token), `fathom_tokenizer.json` (pattern, special tokens, fingerprint)
+and the Hugging Face files written by `llm.hf_tokenizer`, which give the same ids.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from llm.errors import UserError
+from llm.hf_tokenizer import write_hf_tokenizer
+
+# Order and position (after the merges) are those of nanochat.
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+
+# Text is cut into these pieces before any merge; a token never crosses a cut. As GPT-4's pattern, with two changes:
+# numbers in groups of one or two digits (three would spend a small vocabulary on numbers), and the contractions spelled
+# out instead of case-insensitive, so that every regex engine agrees on them.
+SPLIT_PATTERN = "|".join(
+    (
+        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's 'd 'm 't 'll 've 're
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word with at most one leading space or sign
+        r"\p{N}{1,2}",
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs, with the line ends after them
+        r"\s*[\r\n]",
+        r"\s+(?!\S)",  # spaces before a word, but the last, which belongs to the word
+        r"\s+",
+    )
+)
+
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+RANKS_FILE = "tokenizer.tiktoken"
+META_FILE = "fathom_tokenizer.json"
+FORMAT_VERSION = 1
+# The regex engine gives up inside a whitespace run of about a million characters; runs longer than this are cut first.
+MAX_WHITESPACE_RUN = 100_000
+_LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN}}}")
+
+
+class Tokenizer:
+    """Text to ids and back. Immutable; `fingerprint` identifies everything that decides the ids.
+
+    Args:
+        tokens: byte strings by id, without the special tokens; must contain all 256 single bytes.
+        pattern: the regular expression that cuts text into pieces.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str = SPLIT_PATTERN):
+        self.tokens = tuple(tokens)
+        self.pattern = pattern
+        ranks = {token: i for i, token in enumerate(self.tokens)}
+        if len(ranks) != len(self.tokens) or any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError("a byte-level vocabulary holds every single byte and no token twice")
+        self._special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            "fathom", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_ids
+        )
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.bos_id = self._special_ids["<|bos|>"]
+        self.fingerprint = _fingerprint(self.tokens, pattern)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> "Tokenizer":
+        """Train on the texts, streaming. `vocab_size` counts the special tokens.
+
+        Raises UserError where the vocabulary is smaller than bytes plus special tokens, or the text too small for it.
+        """
+        import rustbpe
+
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(
+                f"stage.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+                f"need at least {MIN_VOCAB_SIZE}"
+            )
+        trainer = rustbpe.Tokenizer()
+        pieces = (piece for text in texts for piece in _pieces(_without_surrogates(text)))
+        trainer.train_from_iterator(pieces, vocab_size=vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
+        possible = len(ranks) + len(SPECIAL_TOKENS)
+        if possible < vocab_size:
+            if possible == MIN_VOCAB_SIZE:
+                raise UserError("the text to train the tokenizer on is empty; check data.path and stage.max_chars")
+            raise UserError(
+                f"stage.vocab_size={vocab_size} is too large for this text, which yields {possible} tokens at most; "
+                f"set stage.vocab_size={possible} or less, or give more text (data.path, data.size, stage.max_chars)"
+            )
+        return cls([bytes(token) for token, _ in ranks], pattern)
+
+    def special_id(self, name: str) -> int:
+        """Id of a special token, written with or without its marks: "<|bos|>" or "bos"."""
+        token_id = self._special_ids.get(name)
+        if token_id is None:
+            token_id = self._special_ids.get(f"<|{name}|>")
+        if token_id is None:
+            raise ValueError(f"no special token {name!r}; there are {', '.join(SPECIAL_TOKENS)}")
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text. A special token written in the text is ordinary text; lone surrogates become U+FFFD."""
+        if len(text) <= MAX_WHITESPACE_RUN:
+            return self._encoding.encode_ordinary(text)
+        return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 4) -> list[list[int]]:
+        """`encode` of each text, on threads: tiktoken releases Python's lock."""
+        with ThreadPoolExecutor(num_threads) as executor:
+            return list(executor.map(self.encode, texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens appear by name, bytes that are not UTF-8 as U+FFFD."""
+        return self._encoding.decode(ids)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Raw bytes of the ids, for streaming: one token may hold part of a character."""
+        return self._encoding.decode_bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """Length in raw bytes of every token, int32 (vocab_size,); 0 for special tokens, as bits per byte wants it."""
+        lengths = [len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS)
+        return np.array(lengths, dtype=np.int32)
+
+    def save(self, folder: str | os.PathLike, max_length: int | None = None) -> None:
+        """Write all files. `max_length` is the context of the model they accompany, for Hugging Face users."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_hf_tokenizer(folder, self.tokens, self.pattern, SPECIAL_TOKENS, max_length)
+        lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(self.tokens))
+        (folder / RANKS_FILE).write_text("".join(lines), encoding="ascii")
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "vocab_size": self.vocab_size,
+            "pattern": self.pattern,
+            "special_tokens": list(SPECIAL_TOKENS),
+            "fingerprint": self.fingerprint,
+        }
+        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Tokenizer":
+        """Read a saved tokenizer. Raises UserError where a file is missing, damaged or of another tokenizer."""
+        folder = Path(folder)
+        meta = _read_meta(folder / META_FILE)
+        tokens = _read_ranks(folder / RANKS_FILE)
+        if _fingerprint(tokens, meta["pattern"]) != meta["fingerprint"]:
+            raise UserError(
+                f"{folder}: {RANKS_FILE} and {META_FILE} do not belong together (fingerprint differs); "
+                "copy both again from the same run, or train the tokenizer again with stage=tokenizer"
+            )
+        try:
+            return cls(tokens, meta["pattern"])
+        except ValueError as error:
+            raise UserError(f"{folder}: not a usable tokenizer ({error}); train one with stage=tokenizer") from error
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, doc_cap: int) -> Tokenizer:
+    """Train on the first `doc_cap` characters of each document until `max_chars` characters have been read.
+
+    The cap keeps a few huge documents from ruling the merges.
+    """
+
+    def cropped() -> Iterator[str]:
+        left, cap = int(max_chars), int(doc_cap)
+        for document in documents:
+            text = document[: min(cap, left)]
+            left -= len(text)
+            yield text
+            if left <= 0:
+                return
+
+    return Tokenizer.train(cropped(), vocab_size)
+
+
+def compression_table(
+    tokenizer: Tokenizer, texts: dict[str, str], others: dict[str, Callable[[str], Sequence]]
+) -> list[dict]:
+    """One row per text: bytes, tokens, bytes per token, and the same for each other encoder.
+
+    `<other>_diff` is the share of tokens saved against that encoder in percent: positive means ours is shorter.
+    """
+    rows = []
+    for name, text in texts.items():
+        n_bytes, n_tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
+        row = {"text": name, "bytes": n_bytes, "tokens": n_tokens, "ratio": n_bytes / max(n_tokens, 1)}
+        for other, encode in others.items():
+            n_other = len(encode(text))
+            row[f"{other}_tokens"] = n_other
+            row[f"{other}_ratio"] = n_bytes / max(n_other, 1)
+            row[f"{other}_diff"] = 100 * (n_other - n_tokens) / max(n_other, 1)
+        rows.append(row)
+    return rows
+
+
+def format_compression_table(rows: Sequence[dict]) -> str:
+    """The rows of `compression_table` as an aligned Markdown table."""
+    if not rows:
+        return ""
+    cells = [list(rows[0])] + [[_format_cell(key, row[key]) for key in rows[0]] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = []
+    for line in cells:
+        padded = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
+
+
+def _format_cell(key: str, value: str | int | float) -> str:
+    if key.endswith("_diff"):
+        return f"{value:+.1f}%"
+    if key == "ratio" or key.endswith("_ratio"):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _fingerprint(tokens: Sequence[bytes], pattern: str) -> str:
+    """SHA-256 over pattern, tokens in id order and special tokens, each preceded by its length."""
+    digest = hashlib.sha256()
+    for item in (pattern.encode(), *tokens, *(name.encode() for name in SPECIAL_TOKENS)):
+        digest.update(len(item).to_bytes(4, "little") + item)
+    return digest.hexdigest()
+
+
+def _without_surrogates(text: str) -> str:
+    """Lone surrogates (possible in JSON escapes) are not UTF-8 and stop the trainer; replaced as tiktoken does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text, cut inside whitespace runs that are too long for the regex engine."""
+    start = 0
+    if len(text) > MAX_WHITESPACE_RUN:
+        for match in _LONG_WHITESPACE.finditer(text):
+            yield text[start : match.end()]
+            start = match.end()
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); a tokenizer folder holds {RANKS_FILE} and {META_FILE}. "
+            "Train a tokenizer with stage=tokenizer"
+        ) from error
+
+
+def _read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(_read_file(path))
+        if not isinstance(meta, dict) or not all(isinstance(meta[k], str) for k in ("pattern", "fingerprint")):
+            raise ValueError("pattern and fingerprint must be strings")
+        version, specials = meta["format_version"], meta["special_tokens"]
+    except UserError:
+        raise
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again or train a tokenizer (stage=tokenizer)") from error
+    if version != FORMAT_VERSION or specials != list(SPECIAL_TOKENS):
+        raise UserError(
+            f"{path}: format_version {version} with {specials} is not what this version of Fathom reads "
+            f"({FORMAT_VERSION} with {list(SPECIAL_TOKENS)}); train the tokenizer again with stage=tokenizer"
+        )
+    return meta
+
+
+def _read_ranks(path: Path) -> list[bytes]:
+    tokens = []
+    for number, line in enumerate(_read_file(path).splitlines()):
+        try:
+            token, rank = line.split()
+            if int(rank) != number:
+                raise ValueError(f"rank {int(rank)}, expected {number}")
+            tokens.append(base64.b64decode(token, validate=True))
+        except (ValueError, binascii.Error) as error:
+            raise UserError(
+                f"{path}: line {number + 1} is damaged ({error}); copy the file again, "
+                "or train a tokenizer with stage=tokenizer"
+            ) from error
+    return tokens

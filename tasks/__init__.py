@@ -1,0 +1,7 @@
+"""Finetuning and evaluation tasks: data, prompts and scoring, no model code."""
+
+from tasks.base import Task
+from tasks.mixture import Mixture
+from tasks.registry import build_mixture, build_task
+
+__all__ = ["Mixture", "Task", "build_mixture", "build_task"]

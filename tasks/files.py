@@ -1,0 +1,122 @@
+"""Local task files: .jsonl rows and .txt word lists, checked row by row before any compute and read lazily afterwards."""
+
+import glob
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llm.errors import UserError
+
+Check = Callable[[dict, str], None]
+
+
+def find_files(paths: str | Sequence[str], where: str, exclude: Sequence[Path] = ()) -> list[Path]:
+    """The files that a path, a glob or a list of them names, in sorted order per entry, without those to `exclude`.
+
+    Raises `UserError` naming `where` (the config key) for an entry that matches no file, or where nothing is left.
+    """
+    found: list[Path] = []
+    for entry in [paths] if isinstance(paths, (str, Path)) else list(paths):
+        text = str(Path(str(entry)).expanduser())
+        matches = [Path(text)] if Path(text).is_file() else [Path(p) for p in sorted(glob.glob(text, recursive=True))]
+        matches = [path for path in matches if path.is_file()]
+        if not matches:
+            raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()})")
+        found += matches
+    left_out = {path.resolve() for path in exclude}
+    found = [path for path in found if path.resolve() not in left_out]
+    if not found:
+        held_out = f" that is not also a test file ({', '.join(map(str, exclude))})" if exclude else ""
+        raise UserError(f"{where}: names no file{held_out}")
+    return found
+
+
+def decode(data: bytes, where: str) -> str:
+    """UTF-8 text of `data`, or `UserError` naming file, row and byte."""
+    try:
+        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} is not UTF-8 text: convert the file to UTF-8") from None
+
+
+def parse_row(line: bytes, where: str) -> dict:
+    """One JSON object; a bare array is taken as the messages of a conversation."""
+    try:
+        row = json.loads(decode(line, where))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one row per line") from None
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be a JSON object (or a list of messages), found {type(row).__name__}")
+    return row
+
+
+class JsonlRows(Sequence):
+    """The rows of .jsonl files as a sequence: every row is parsed and checked once, then only its position is kept.
+
+    check(row, where): raises `UserError` for a row that the task cannot use. limit: only the first rows.
+    """
+
+    def __init__(self, files: Sequence[Path], check: Check, limit: int | None = None):
+        self.positions: list[tuple[Path, int, int]] = []  # file, byte offset, row number
+        for path in files:
+            before = len(self.positions)
+            self._scan(path, check, limit)
+            if limit is not None and len(self.positions) >= limit:
+                break
+            if len(self.positions) == before:
+                raise UserError(f"{path}: the file holds no rows")
+
+    def _scan(self, path: Path, check: Check, limit: int | None) -> None:
+        try:
+            with open(path, "rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    if limit is not None and len(self.positions) >= limit:
+                        return
+                    if line.strip():
+                        where = f"{path} row {number}"
+                        check(parse_row(line, where), where)
+                        self.positions.append((path, offset, number))
+                    offset += len(line)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict:
+        path, offset, number = self.positions[index]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return parse_row(file.readline(), f"{path} row {number}")
+
+
+def read_words(files: Sequence[Path]) -> list[str]:
+    """The words of .txt files, one per line, in file order, each once.
+
+    Entries with other characters than letters (marks, digits, quotes) are left out: the spelling format could not hold them.
+    """
+    words: dict[str, None] = {}
+    for path in files:
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            word = decode(line, f"{path} row {number}").strip()
+            if len(word.split()) > 1:
+                raise UserError(f"{path} row {number}: one word per line, found {word!r}")
+            if word.isalpha():
+                words[word] = None
+    if not words:
+        raise UserError(f"{', '.join(map(str, files))}: no word made of letters")
+    return list(words)
+
+
+def need(row: dict, where: str, **types: type | tuple[type, ...]) -> None:
+    """Raise `UserError` where a key is missing or has another type than the task needs."""
+    for key, kind in types.items():
+        if key not in row:
+            raise UserError(f"{where}: key {key!r} is missing (found: {', '.join(map(str, row)) or 'nothing'})")
+        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is int):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UserError(f"{where}: {key!r} must be {names}, found {type(row[key]).__name__}")

@@ -1,0 +1,62 @@
+"""Shared by all tests: small configurations, a small tokenizer and model, and entry points run as real processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: many small matrices on few cores are fastest on one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPO = Path(__file__).resolve().parent.parent
+TEXT = "The red fox of Ember Hill has 12 apples and 3 friends. How many apples does the fox have? 12 apples!\n"
+
+
+def run_cli(script: str, *args: str, cwd: Path | str = REPO, timeout: float = 300, **env: str):
+    """Run an entry point (`run_cli("train.py", "stage=sft")`) in a process of its own and wait for it.
+
+    Returns `subprocess.CompletedProcess` with text in stdout and stderr; more environment variables as keywords.
+    """
+    command = [sys.executable, str(REPO / script), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def compose(config_name: str = "train", *overrides: str):
+    """The composed configuration of an entry point, checked like the command line."""
+    from llm.overrides import check_overrides
+    from llm.overrides import compose as compose_checked
+
+    check_overrides(config_name, overrides)
+    return compose_checked(config_name, overrides)
+
+
+@pytest.fixture
+def tiny_config(tmp_path) -> Callable:
+    """`tiny_config("sft", "max_steps=2")`: the configuration of a stage of experiment=tiny in a fresh folder."""
+
+    def build(stage: str = "pretrain", *overrides: str):
+        return compose("train", "experiment=tiny", f"stage={stage}", f"paths.runs={tmp_path / 'runs'}", *overrides)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """300 tokens: all bytes, a few merges, the nine special tokens."""
+    from llm.tokenizer import Tokenizer
+
+    return Tokenizer.train([TEXT * 20], vocab_size=300)
+
+
+@pytest.fixture
+def tiny_net(tiny_tokenizer):
+    """A network of two layers of width 32 with a context of 64 tokens, initial weights of seed 0."""
+    from llm.gpt import GPT, GPTConfig
+
+    config = GPTConfig(2, 2, 1, 16, 32, 64, tiny_tokenizer.vocab_size)
+    return GPT(config).init_weights(0).eval()

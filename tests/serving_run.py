@@ -1,0 +1,120 @@
+"""A run folder with a tiny model that has learnt a few conversations by heart, and its server, for tests of serving.
+
+`python tests/serving_run.py DIR` makes `DIR/tiny/sft`, to look at the chat by hand: `python serve.py paths.runs=DIR run=tiny`.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from llm.chat import render_conversation
+from llm.gpt import GPT, GPTConfig
+from llm.model_folder import save_model_folder
+from llm.tokenizer import Tokenizer
+
+REPO = Path(__file__).resolve().parent.parent
+SEQ_LEN = 768
+MAX_TRAINED = 150  # tokens; the song is cut here, so the model never learns to end it
+RESULT = {"type": "python_output", "text": "19"}
+CONVERSATIONS = [
+    [("Who are you?", "I am Fathom, a small language model. Ask me **anything**!")],
+    [
+        (
+            "Ava has 12 apples. She buys 7 more. How many?",
+            [
+                {"type": "text", "text": "Ava has 12 + 7 = "},
+                {"type": "python", "text": "12+7"},
+                RESULT,
+                {"type": "text", "text": "19 apples.\n#### 19"},
+            ],
+        )
+    ],
+    [("Greet me.", "Grüße! 你好 😀"), ("Again.", "Привет 👋")],
+    [("List two.", "- one\n- two\n\n`a*b*c` and 2*3*4 <b>")],
+    [("Sing.", "la " * MAX_TRAINED)],
+]
+
+
+def make_run(root: Path, run: str = "tiny", stage: str = "sft", steps: int = 100) -> Path:
+    """Train (seconds), save, and return the stage folder."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])  # one byte per token: every other character is split
+    net = GPT(GPTConfig(2, 2, 2, 32, 64, SEQ_LEN, tokenizer.vocab_size)).init_weights(0)
+    ids, targets = _batch(tokenizer)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1.0, 2 * (1 - step / steps))
+        loss = net(ids, targets=targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    stage_dir = root / run / stage
+    save_model_folder(stage_dir / "model", net, tokenizer)
+    manifest = {"stage": stage, "status": "finished", "parent": None, "metrics": {"loss": loss.item()}}
+    (stage_dir / "run.json").write_text(json.dumps(manifest))
+    return stage_dir
+
+
+def _batch(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """All conversations as one padded batch; only the assistant's tokens are trained."""
+    rows = []
+    for turns in CONVERSATIONS:
+        pairs = [(("user", question), ("assistant", answer)) for question, answer in turns]
+        messages = [{"role": role, "content": content} for pair in pairs for role, content in pair]
+        rows.append(render_conversation(tokenizer, {"messages": messages}, MAX_TRAINED))
+    longest = max(len(ids) for ids, _ in rows) - 1
+    inputs, targets = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), -1)
+    for i, (ids, mask) in enumerate(rows):
+        n = len(ids) - 1
+        inputs[i, :n] = torch.tensor(ids[:-1])
+        targets[i, :n] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -1)
+    return inputs, targets
+
+
+def start_process(*args: str, **popen) -> subprocess.Popen:
+    """`serve.py` in a process that can be interrupted as from a terminal, even if this one ignores Ctrl-C."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "serve.py"), *args],
+        cwd=REPO,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **popen,
+    )
+
+
+class ServerProcess:
+    """The browser chat of a run as a real server on a free port; Ctrl-C ends it."""
+
+    def __init__(self, runs: Path, *args: str):
+        self.process = start_process(f"paths.runs={runs}", "run=tiny", "port=0", *args)
+        self.output = ""
+
+    def __enter__(self) -> "ServerProcess":
+        for line in self.process.stdout:
+            self.output += line
+            if found := re.search(r"chat at (http://\S+)", line):
+                self.url = found[1]
+                return self
+        raise AssertionError(f"the server did not start: {self.output}")
+
+    def __exit__(self, *exc) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.output += self.process.communicate(timeout=20)[0]
+        finally:
+            self.process.kill()
+
+
+if __name__ == "__main__":
+    print(make_run(Path(sys.argv[1])))

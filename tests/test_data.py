@@ -1,0 +1,365 @@
+"""Step loaders of text and conversations: order, ranks, ends of epochs, exact resume, threads and bad input."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from data_files import words, write
+
+from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
+from llm.data.documents import LocalDocuments
+from llm.data.loader import ConversationSteps, TextSteps, validation_batches
+from llm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data" / "text"
+BOS = 256
+MARKS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+
+
+class Bytes:
+    """A tokenizer of single bytes with the special tokens that conversations need."""
+
+    bos_id = BOS
+
+    def special_id(self, name):
+        return 256 + MARKS.index(name)
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def encode_batch(self, texts, num_threads):
+        return [self.encode(text) for text in texts]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three parquet shards: 40 and 25 training documents, 30 for validation."""
+    for shard, (n, first) in enumerate([(40, 0), (25, 100), (30, 200)]):
+        write(tmp_path / f"shard_{shard}.parquet", words(n, first))
+    return tmp_path
+
+
+def same(a, b):
+    """Whether two batches or states are equal to the bit, with the same structure."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def take(loader, n):
+    """n steps through the background thread."""
+    steps = [step for step, _ in zip(loader, range(n), strict=False)]
+    loader.close()
+    return steps
+
+
+def documents_in(step):
+    """Every document in a step's rows as text, cropped ones included."""
+    found = []
+    for micro in step["micro"]:
+        for inputs, targets in zip(micro["inputs"].tolist(), micro["targets"].tolist(), strict=True):
+            row = [*inputs, targets[-1] if targets[-1] >= 0 else BOS]
+            starts = [i for i, token in enumerate(row) if token == BOS] + [len(row)]
+            pieces = [row[a + 1 : b] for a, b in zip(starts, starts[1:], strict=False)]
+            found += [bytes(t for t in piece if t < 256).decode() for piece in pieces if piece]
+    return found
+
+
+# ---- text steps -----------------------------------------------------------------------------------------------------
+
+
+def text_steps(folder, state=None, **options):
+    sizes = {"seq_len": 32, "rows_per_micro": 3, "micro_per_step": 2, "buffer": 20} | options
+    return TextSteps(LocalDocuments(folder), Bytes(), state=state, **sizes)
+
+
+def test_step_format(folder):
+    step = next(text_steps(folder).steps())
+    assert len(step["micro"]) == 2 and step["n_tokens"] == step["n_trained"] == 2 * 3 * 32
+    for micro in step["micro"]:
+        assert micro["inputs"].shape == micro["targets"].shape == (3, 32)
+        assert micro["inputs"].dtype == micro["targets"].dtype == torch.int64
+        assert torch.equal(micro["inputs"][:, 1:], micro["targets"][:, :-1])
+        assert (micro["inputs"][:, 0] == BOS).all()
+    assert len(text_steps(folder)) == 10**9
+    originals = set(words(40) + words(25, 100))
+    assert all(any(original.startswith(text) for original in originals) for text in documents_in(step))
+    assert 0 < step["waste"] < 1
+
+
+def test_steps_do_not_depend_on_threads_prefetch_or_micro_batches(folder, monkeypatch):
+    straight = [step for step, _ in zip(text_steps(folder).steps(), range(8), strict=False)]
+    for prefetch in (1, 5):
+        assert same(take(text_steps(folder, prefetch=prefetch), 8), straight)
+    monkeypatch.setattr("llm.data.loader.ENCODE_DOCUMENTS", 7)
+    monkeypatch.setattr("llm.data.loader.ENCODE_THREADS", 1)
+    assert same(take(text_steps(folder), 8), straight)
+    other = take(text_steps(folder, rows_per_micro=2, micro_per_step=3), 8)
+    rows = [torch.cat([micro["inputs"] for step in steps for micro in step["micro"]]) for steps in (straight, other)]
+    assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
+def test_text_resumes_bit_for_bit(folder, tmp_path_factory, rank, world):
+    straight = take(text_steps(folder, rank=rank, world=world), 40)
+    assert straight[-1]["state"]["cursor"]["epoch"] >= 2
+    for done in (1, 9, 23):
+        path = tmp_path_factory.mktemp("state") / "state.pt"
+        torch.save(straight[done - 1]["state"], path)
+        state = torch.load(path, weights_only=True)
+        assert same(take(text_steps(folder, state, rank=rank, world=world), 40 - done), straight[done:])
+
+
+def test_iterating_again_starts_over(folder):
+    loader = text_steps(folder)
+    assert same(take(loader, 3), take(loader, 3))
+
+
+def test_state_of_another_layout_is_refused(folder):
+    state = next(text_steps(folder).steps())["state"]
+    for options, message in [({"seq_len": 16}, "has seq_len=32, this run seq_len=16"), ({"world": 2}, "world=1, this")]:
+        with pytest.raises(UserError, match=message):
+            text_steps(folder, state, **options)
+    with pytest.raises(UserError, match="kind=text, this run kind=conversations"):
+        conversation_steps(10, state=state)
+    with pytest.raises(ValueError, match="out of range"):
+        text_steps(folder, rank=2, world=2)
+
+
+def test_ranks_train_on_disjoint_documents(folder):
+    seen = []
+    for rank in (0, 1):
+        steps = take(text_steps(folder, rank=rank, world=2, seq_len=64, buffer=1), 40)
+        first_epoch = [step for step in steps if step["state"]["cursor"]["epoch"] == 0]
+        seen.append({text[:4] for step in first_epoch for text in documents_in(step) if len(text) >= 4})
+    assert len(seen[0]) > 10 < len(seen[1]) and not seen[0] & seen[1]
+
+
+def test_an_epoch_end_neither_hangs_nor_drops_documents(tmp_path):
+    source = LocalDocuments(write(tmp_path / "few.jsonl", words(6)))  # five to train on, far fewer than the buffer
+    steps = take(TextSteps(source, Bytes(), 63, 4, buffer=50), 30)
+    counts = Counter(text[:4] for step in steps for text in documents_in(step) if len(text) >= 4)
+    assert counts.keys() == {text[:4] for text in words(5)}
+    assert steps[-1]["state"]["cursor"]["epoch"] > 20
+    assert max(counts.values()) <= 2.5 * min(counts.values())
+
+
+def test_a_finite_split_delivers_every_document(folder):
+    steps = list(text_steps(folder, split="val", seq_len=127).steps())
+    found = Counter(text[:4] for step in steps for text in documents_in(step) if len(text) >= 4)
+    assert max(found.values()) == 1 and len(found) >= 28  # at most two were cropped to less than their number
+    n_trained = sum(step["n_trained"] for step in steps)
+    rows = sum(bool((row >= 0).any()) for step in steps for micro in step["micro"] for row in micro["targets"])
+    packer = steps[-1]["state"]["packer"]
+    assert n_trained == packer["placed"] - rows  # each row's first token is no target
+    assert packer["placed"] + packer["cropped"] == sum(len(text) + 1 for text in words(30, 200))
+    assert len(packer["lengths"]) == 0
+
+
+# ---- the background thread ------------------------------------------------------------------------------------------
+
+
+def data_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "fathom-data"]
+
+
+def test_thread_ends_on_close_break_and_collection(folder):
+    loader = text_steps(folder)
+    steps = iter(loader)
+    next(steps)
+    assert len(data_threads()) == 1 and loader.wait_seconds > 0
+    steps.close()
+    assert not data_threads() and list(steps) == []
+    for _ in loader:
+        break
+    assert not data_threads()  # the iterator was collected
+    running = iter(loader)
+    next(running)
+    loader.close()
+    assert not data_threads()
+
+
+def test_errors_of_the_thread_surface_in_the_consumer(tmp_path):
+    rows = [json.dumps({"text": text}) for text in words(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{broken"]))
+    write(tmp_path / "b.jsonl", words(3))
+    steps = iter(TextSteps(LocalDocuments(tmp_path), Bytes(), 32, 4, buffer=10))
+    with pytest.raises(UserError, match="a.jsonl: line 301 is not valid JSON"):
+        for _ in range(10_000):
+            next(steps)
+    assert next(steps, None) is None and not data_threads()
+
+
+def test_a_process_with_a_running_loader_exits(folder):
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_data import text_steps
+steps = iter(text_steps({str(folder)!r}))
+print(next(steps)["n_tokens"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "192\n", "")
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+def conversation(i):
+    messages = [{"role": "user", "content": f"q{i:04d}"}, {"role": "assistant", "content": f"a{i:04d}" + "!" * (i % 9)}]
+    return {"messages": messages}
+
+
+def conversation_steps(n, **options):
+    sizes = {"seq_len": 63, "rows_per_micro": 2, "micro_per_step": 2, "buffer": 8} | options
+    return ConversationSteps([conversation(i) for i in range(n)], Bytes(), **sizes)
+
+
+def numbers_in(step):
+    return [int(text[1:5]) for text in documents_in(step)]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_conversation_targets(train_on):
+    step = next(conversation_steps(50, train_on=train_on).steps())
+    targets = torch.cat([micro["targets"] for micro in step["micro"]])
+    inputs = torch.cat([micro["inputs"] for micro in step["micro"]])
+    assert step["n_trained"] == int((targets >= 0).sum()) and step["n_tokens"] == inputs.numel()
+    trained = inputs[:, 1:][targets[:, :-1] >= 0]
+    assert torch.equal(trained, targets[:, :-1][targets[:, :-1] >= 0])  # a target is the next input
+    user, assistant_start = 257, 259
+    if train_on == "assistant":
+        assert not set(trained.tolist()) & {BOS, user, assistant_start}
+        for row in range(
+            len(inputs)
+        ):  # exactly what stands between assistant_start and assistant_end, the latter included
+            inside = False
+            for here, target in zip(inputs[row].tolist(), targets[row].tolist(), strict=True):
+                inside = here == assistant_start or (inside and here != 260)
+                assert (target >= 0) == inside
+    else:
+        assert {BOS, user, assistant_start} <= set(trained.tolist())
+
+
+def test_every_conversation_comes_once_per_epoch_in_a_new_order():
+    order = [list(epoch_order(100, 42, epoch)) for epoch in range(3)]
+    assert order[0] == list(range(100)) and order[1] != order[2] and sorted(order[1]) == order[0]
+    mixture = [conversation(i) for i in range(100)]
+    feed = ConversationFeed(mixture, Bytes(), 64, seed=42)
+    stream = [int(bytes(next(feed).ids[3:7].tolist())) for _ in range(300)]
+    assert [stream[:100], stream[100:200], stream[200:]] == order
+    other = ConversationFeed(mixture, Bytes(), 64, seed=7)
+    assert [int(bytes(next(other).ids[3:7].tolist())) for _ in range(200)][100:] != order[1]
+
+
+def test_one_pass_delivers_each_conversation_whole():
+    steps = list(conversation_steps(101, loop=False).steps())
+    assert sorted(number for step in steps for number in numbers_in(step)) == list(range(101))
+    endless = take(conversation_steps(10), 40)  # fewer conversations than fit into a few rows
+    counts = Counter(number for step in endless for number in numbers_in(step))
+    assert len(counts) == 10 and max(counts.values()) - min(counts.values()) <= 4
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (2, 3)])
+def test_conversations_resume_bit_for_bit(tmp_path, rank, world):
+    straight = take(conversation_steps(60, rank=rank, world=world), 30)
+    assert straight[-1]["state"]["cursor"]["index"] > 120
+    for done in (1, 13):
+        torch.save(straight[done - 1]["state"], tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        resumed = conversation_steps(60, rank=rank, world=world, state=state)
+        assert same(take(resumed, 30 - done), straight[done:])
+    with pytest.raises(UserError, match="holds 61 conversations, the checkpoint's position is in one of 60"):
+        take(conversation_steps(61, rank=rank, world=world, state=straight[0]["state"]), 1)
+
+
+def test_ranks_get_disjoint_conversations():
+    seen = [
+        {n for step in conversation_steps(100, rank=rank, world=3, loop=False).steps() for n in numbers_in(step)}
+        for rank in range(3)
+    ]
+    assert sorted(number for part in seen for number in part) == list(range(100))
+
+
+def test_long_conversations_are_cut_and_counted():
+    def long(question, answer):
+        return {
+            "messages": [{"role": "user", "content": "q" * question}, {"role": "assistant", "content": "a" * answer}]
+        }
+
+    mixture = [long(5, 5), long(5, 500), long(500, 5)]
+    loader = ConversationSteps(mixture, Bytes(), 63, 2, loop=False)
+    (step,) = loader.steps()
+    counts = step["state"]["cursor"]
+    assert (counts["truncated"], counts["dropped"]) == (2, 1)
+    assert sorted(len(text) for text in documents_in(step)) == [10, 64 - 4]  # the cut one fills its row
+    assert step["n_trained"] == 5 + 1 + 64 - 1 - 7 - 1
+    for loop in (False, True):
+        with pytest.raises(UserError, match="none of the 2 conversations has a trained token in its first 63 tokens"):
+            next(ConversationSteps([long(500, 5), long(90, 5)], Bytes(), 63, 2, loop=loop).steps())
+
+
+def test_bad_mixtures():
+    with pytest.raises(UserError, match="holds no conversation"):
+        next(conversation_steps(0).steps())
+    with pytest.raises(UserError, match="stage.train_on=user: must be one of assistant, all"):
+        next(conversation_steps(5, train_on="user").steps())
+    wrong = [conversation(0), {"messages": [{"role": "assistant", "content": "I begin"}]}]
+    with pytest.raises(UserError, match="conversation 1 of the mixture: message 1 has role 'assistant'"):
+        next(ConversationSteps(wrong, Bytes(), 63, 2).steps())
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_estimated_steps_are_what_an_epoch_takes(size):
+    mixture = [conversation(i) for i in range(size)]
+    estimate = estimate_steps(mixture, Bytes(), tokens_per_step=4 * 63, epochs=1, seq_len=63)
+    taken = len(list(conversation_steps(size, loop=False, buffer=100).steps()))
+    assert abs(estimate - taken) <= max(1, 0.03 * taken)
+    twice = estimate_steps(mixture, Bytes(), tokens_per_step=4 * 63, epochs=2, seq_len=63)
+    assert abs(twice - 2 * estimate) <= 1
+
+
+# ---- validation batches ---------------------------------------------------------------------------------------------
+
+
+def test_validation_batches_cover_the_tokens_asked_for_on_any_number_of_ranks(folder):
+    def loader():
+        return text_steps(folder, split="val")
+
+    batches = validation_batches(loader(), eval_tokens=250)
+    assert [batch["inputs"].shape for batch in batches] == [(3, 32)] * 3  # 288 positions
+    assert same(batches, validation_batches(loader(), eval_tokens=250))
+    everything = validation_batches(loader(), eval_tokens=10**9)
+    trained = sum(int((batch["targets"] >= 0).sum()) for batch in everything)
+    assert trained == sum(step["n_trained"] for step in loader().steps())
+    parts = [validation_batches(loader(), 10**9, rank, 2) for rank in (0, 1)]
+    assert same(everything[0::2], parts[0]) and same(everything[1::2], parts[1])
+    talks = validation_batches(conversation_steps(30, loop=False), eval_tokens=10**9)
+    assert sum(batch["inputs"].numel() for batch in talks) >= 30 * 15
+
+
+# ---- real files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the text files beside the repository")
+def test_real_text():
+    source = LocalDocuments(REAL)
+    assert source.check() == f"5 parquet files, data.path={REAL}; validation: shard_00004.parquet"
+    loader = TextSteps(source, Bytes(), 2048, 8, buffer=200)
+    steps = take(loader, 6)
+    assert all(step["n_trained"] == 8 * 2048 for step in steps)
+    state = steps[2]["state"]
+    assert state["cursor"]["shard"] == 0 and state["cursor"]["row"] == state["cursor"]["index"]
+    resumed = take(TextSteps(source, Bytes(), 2048, 8, buffer=200, state=state), 3)
+    assert same(resumed, steps[3:])
+    late = next(source.iterate("train", {"epoch": 0, "shard": 3, "row": 4686, "index": 29262}))
+    assert late[1] == {"epoch": 0, "shard": 3, "row": 4687, "index": 29263}
+    assert validation_batches(TextSteps(source, Bytes(), 256, 16, split="val"), 10_000)[0]["inputs"].shape == (16, 256)
