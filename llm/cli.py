@@ -22,6 +22,7 @@ __all__ = ["check_overrides", "run_app"]
 INTERRUPTED = 130  # what shells report after Ctrl-C
 USER_ERROR = 2
 FAILED = 1
+MULTIRUN = ("-m", "--multirun")
 
 
 class _JobFailed(BaseException):
@@ -53,6 +54,8 @@ def _run(config_name: str, target: str, argv: list[str]) -> int:
         print(help_text(config_name, every_key="all" in argv))
         return 0
     try:
+        # Hydra's argparse takes -m before the overrides only.
+        argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
         argv = quote_raw(config_name, argv)
         if "--shell-completion" not in argv and "-sc" not in argv:
             check_overrides(config_name, argv)

@@ -249,7 +249,6 @@ class EvaluateConfig:
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
     run: str | None = key("run to evaluate", main=True, nonempty=True)
-    seed: int = key("seed of sampling", low=0)
 
 
 @dataclass

@@ -276,10 +276,16 @@ def _is_plain(name: str) -> bool:
 def _stage_parent(source: RunDir, parent: str, stage: str, run: str) -> Path:
     """model/ of `parent` in the run `source`, checked to be finished and to hold what `stage` needs."""
     if parent not in source.finished():
-        usable = [s for s in source.finished() if stage == "pretrain" or s in MODEL_STAGES]
+        runs = sorted(list_runs(source.root), key=lambda candidate: candidate.name != source.name)
+        usable = [
+            f"{candidate.name}/{s}"
+            for candidate in runs
+            for s in reversed(candidate.finished())
+            if STAGES.index(s) < STAGES.index(stage) and (stage == "pretrain" or s in MODEL_STAGES)
+        ]
         fix = f"run it first: python train.py stage={parent} run={source.name}"
         if usable:
-            fix += f", or start from another stage: init_from={source.name}/{usable[-1]}"
+            fix += f", or start from another stage: init_from={usable[0]}"
         raise UserError(
             f"stage={stage} of run={run} starts from {source.name}/{parent}, which is {_state(source, parent)}. "
             f"{_existing(source.root, source.name)} {fix[0].upper()}{fix[1:]}"
