@@ -8,8 +8,8 @@ import lightning as L
 class Periodic(L.Callback):
     """Calls `act(trainer, module, step)` every `every` steps and after the last one; never if `every` is 0.
 
-    With `at_start` also before the first step of a run that is not resumed. Steps are optimizer steps. The time spent is
-    added to `module.paused_seconds`, which the throughput leaves out.
+    With `at_start` also before the first step of a run that is not resumed. Steps are optimizer steps. The time spent
+    is added to `module.paused_seconds`, which the throughput leaves out.
     """
 
     def __init__(self, every: int, at_start: bool = False):

@@ -22,6 +22,8 @@ class MetricsLog(L.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         step = module.global_step
+        if step % self.log_every == 0:
+            module.flush_window()  # a checkpoint is written before its step's row: that row has used the window
         rows = self._read() if step > 0 else []
         self._rewrite([row for row in rows if int(row["step"]) <= step])
         if module.row:
@@ -29,7 +31,12 @@ class MetricsLog(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step = module.global_step
-        if step % self.log_every == 0 or step == module.context.total_steps or trainer.should_stop or "bpb" in module.row:
+        if (
+            step % self.log_every == 0
+            or step == module.context.total_steps
+            or trainer.should_stop
+            or "bpb" in module.row
+        ):
             module.row["lr"] = module.lr_frac(step - 1)
             module.row.update(module.flush_window())
             self._log(trainer, module, step)

@@ -40,7 +40,7 @@ class CleanStop(L.Callback):
 
 
 class GarbageControl(L.Callback):
-    """Collects every `every` steps instead of whenever Python feels like it: a full collection costs a step its rhythm."""
+    """Collects garbage every `every` steps and not whenever Python feels like it, which would stall a step."""
 
     def __init__(self, every: int = 1000):
         self.every = every

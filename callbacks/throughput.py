@@ -45,8 +45,8 @@ def measured_matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1024
 class Throughput(L.Callback):
     """Adds tok_per_s, ms_per_step, mfu, tokens, flops and seconds to every logged row.
 
-    The time of periodic callbacks (evaluation, checkpoints) is left out, waiting for data is not. flops and mfu count the
-    training passes; what reinforcement learning spends on sampling is in the seconds only.
+    The time of periodic callbacks (evaluation, checkpoints) is left out, waiting for data is not. flops and mfu count
+    the training passes; what reinforcement learning spends on sampling is in the seconds only.
     """
 
     def __init__(self, log_every: int, peak_flops: float | None = None):

@@ -48,7 +48,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             kept = list_checkpoints(path.parent)
             state = f"the checkpoint of step {kept[-1][0]} is intact" if kept else "no earlier checkpoint exists"
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise UserError(f"cannot write {path}: {reason}; {state}. Free some space and run again to resume") from error
+            raise UserError(
+                f"cannot write {path}: {reason}; {state}. Free some space and run again to resume"
+            ) from error
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -61,7 +63,9 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return step, path
         except Exception as error:  # noqa: BLE001  any damage means the same: take the one before
-            log.warning("%s cannot be read (%s): using the checkpoint before it", path, str(error).splitlines()[0][:200])
+            log.warning(
+                "%s cannot be read (%s): using the checkpoint before it", path, str(error).splitlines()[0][:200]
+            )
     return None
 
 

@@ -8,7 +8,7 @@ from llm.overrides import CONF, config_groups, group_options
 
 EXAMPLES = {
     "train": [
-        "python train.py stage=pretrain model=d4",
+        "python train.py experiment=demo stage=tokenizer",
         "python train.py -m experiment=demo stage=tokenizer,pretrain,midtrain,sft,grpo",
         "python train.py -m experiment=demo stage=pretrain model=d2,d4",
     ],
@@ -37,13 +37,11 @@ def help_text(config_name: str, *, every_key: bool = False) -> str:
     shown = {name: f for name, f in shown.items() if not f.metadata.get("fixed")}
     width = max(map(len, shown))
     lines += [f"    {name:<{width}}  {_describe(f)}" for name, f in sorted(shown.items(), key=_top_level_first)]
-    lines += ["", "More:", ""]
-    lines += [
-        f"    python {config_name}.py --help all       every key",
-        f"    python {config_name}.py <settings> --cfg job   the composed configuration, without running it",
-    ]
+    more = {"--help all": "every key", "<settings> --cfg job": "the composed configuration, without running it"}
     if config_name == "train":
-        lines.append("    python train.py <settings> dry_run=true  the derived numbers too")
+        more["<settings> dry_run=true"] = "the derived numbers too"
+    lines += ["", "More:", ""]
+    lines += [f"    python {config_name}.py {command:<24}{text}" for command, text in more.items()]
     return "\n".join(lines)
 
 

@@ -23,9 +23,9 @@ def key(
 ) -> Any:
     """A field that YAML must set: `text` is its line in `--help`, the rest are the bounds that `check_values` tests.
 
-    In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `fixed` = set by choosing the
-    group's option, not by hand; `nonempty` = not an empty text; `raw` = text taken from the command line as it is; `option_name` = the name of the
-    chosen option is all that counts.
+    In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `nonempty` = not an empty text;
+    `fixed` = set by choosing the group's option, not by hand; `raw` = text taken from the command line as it is;
+    `option_name` = the name of the chosen option is all that counts.
     """
     return field(metadata={"help": text, "choices": choices, "low": low, "high": high, **more})
 
@@ -111,7 +111,7 @@ class TokenizerStage(StageConfig):
     vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
     max_chars: int = key("characters of text to train on, at most", low=1)
     doc_cap: int = key("characters taken of one document, at most", low=1)
-    compare: list[str] = key("encodings to compare with: tiktoken names such as gpt2, tokenizer folders, tokenizer.json")
+    compare: list[str] = key("others to compare with: tiktoken names such as gpt2, tokenizer folders or files")
 
 
 @dataclass
@@ -121,27 +121,34 @@ class ModelStage(StageConfig):
     warmdown_ratio: float = key("share of the steps, at the end, in which it falls", low=0, high=1)
     final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
     eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
-    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
-    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
-    chat_max_per_task: int | None = key("items of one task in such an evaluation; null = all", low=1)
 
 
 @dataclass
 class PretrainStage(ModelStage):
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     ratio: float = key("horizon: training tokens per parameter (max_steps and target_flops come first)", above=0)
     target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
     buffer: int = key("documents that best-fit packing chooses from", low=1)
 
 
 @dataclass
-class ChatStage(ModelStage):
+class AssistantStage(ModelStage):
+    """Stages whose model answers: their answers can be judged."""
+
+    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
+    chat_max_per_task: int | None = key("items of one task in such an evaluation; null = all", low=1)
+
+
+@dataclass
+class ChatStage(AssistantStage):
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     epochs: float = key("horizon: passes over the mixture (max_steps comes first)", above=0)
     train_on: str = key("tokens with a loss", choices=("all", "assistant"))
 
 
 @dataclass
-class GRPOStage(ModelStage):
+class GRPOStage(AssistantStage):
     task: str | None = key("task to be rewarded for; null = data.rl")
     prompts_per_step: int = key("questions of one step", low=1)
     samples_per_prompt: int = key("answers drawn per question; the group of the advantage", low=2)
@@ -353,5 +360,5 @@ def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Field]]:
         variants = VARIANTS.get(spec.name, {}).values() if spec.type is not Any and not prefix else ()
         nested = [t for t in (spec.type, *getattr(spec.type, "__args__", ())) if is_dataclass(t)]
         is_mapping = getattr(spec.type, "__origin__", None) is dict
-        for inner in {*nested, *variants}:
+        for inner in dict.fromkeys([*nested, *variants]):
             yield from _walk(inner, f"{prefix}{spec.name}.{'<name>.' if is_mapping else ''}")

@@ -40,7 +40,7 @@ class Completion:
 
 
 class Engine:
-    """Generation with a model and its tokenizer. Weights are read anew by each call, so training may go on in between."""
+    """Generation with a model and its tokenizer. Each call reads the weights anew: training may go on in between."""
 
     def __init__(self, net, tokenizer):
         self.net, self.tokenizer = net, tokenizer

@@ -1,9 +1,9 @@
 """The Transformer.
 
-`classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm after
-the embedding, before each sublayer and before the head, untied embedding and head without biases, optional grouped-query
-attention, logits soft-capped at 15. Weights are kept in fp32 and multiplied in `compute_dtype`. This file knows nothing
-of training loops, configuration or files.
+`classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm
+after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
+grouped-query attention, logits soft-capped at 15. Weights are kept in fp32 and multiplied in `compute_dtype`. This file
+knows nothing of training loops, configuration or files.
 """
 
 from dataclasses import asdict, dataclass, fields

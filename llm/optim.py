@@ -1,8 +1,8 @@
 """MuonAdamW: one optimizer, Muon for the matrices of the blocks and AdamW for everything else.
 
-Muon (Keller Jordan et al., 2024): momentum, then the nearest semi-orthogonal matrix instead of the raw update. Matrices of
-one shape are stacked and orthogonalised together. Hyperparameters are plain numbers in `param_groups`; schedules write
-them before each step.
+Muon (Keller Jordan et al., 2024): momentum, then the nearest semi-orthogonal matrix instead of the raw update. Matrices
+of one shape are stacked and orthogonalised together. Hyperparameters are plain numbers in `param_groups`; schedules
+write them before each step.
 """
 
 import torch

@@ -36,7 +36,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtype:
-    """The compute dtype for `precision.compute` = auto | fp32 | bf16 on `device`; auto takes bf16 where it is native."""
+    """The compute dtype for `precision.compute` = auto | fp32 | bf16; auto takes bf16 where the device has it."""
     device = torch.device(device)
     if choice == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32

@@ -32,13 +32,13 @@ NEUTRAL_KEYS = (
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "data.eval"),
 )
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
-_TEXT = ("data.path", "data.column", "data.size", "data.val_size")
+_TEXT = ("data.path", "data.column", "data.seed", "data.size", "data.val_size")
 _NEUTRAL_BY_STAGE = {  # groups that a stage does not read
     "tokenizer": (*_TASKS, "model", "arch", "optim", "batch", "precision", "max_steps", "seed"),
     "pretrain": _TASKS,
     "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
     "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),
-    "grpo": (*_TEXT, "data.mixture"),
+    "grpo": (*_TEXT, "data.mixture", "batch.total"),
 }
 
 
@@ -283,7 +283,7 @@ def _stage_parent(source: RunDir, parent: str, stage: str, run: str) -> Path:
             for s in reversed(candidate.finished())
             if STAGES.index(s) < STAGES.index(stage) and (stage == "pretrain" or s in MODEL_STAGES)
         ]
-        fix = f"run it first: python train.py stage={parent} run={source.name}"
+        fix = f"run it first (the same command with stage={parent})"
         if usable:
             fix += f", or start from another stage: init_from={usable[0]}"
         raise UserError(

@@ -23,8 +23,17 @@ from omegaconf import DictConfig, OmegaConf
 from llm import __version__
 from llm.environment import environment, git_commit
 from llm.errors import UserError
-from llm.run import RunDir, describe_differences, diff_configs, find_parent, neutral_keys, read_manifest
-from llm.run import read_metrics, write_atomic, write_manifest
+from llm.run import (
+    RunDir,
+    describe_differences,
+    diff_configs,
+    find_parent,
+    neutral_keys,
+    read_manifest,
+    read_metrics,
+    write_atomic,
+    write_manifest,
+)
 
 SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -135,13 +144,16 @@ def begin_stage(cfg, stage_dir: Path, manifest: dict) -> None:
 
 
 def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
-    from llm.stages.tokenizer import run
+    from llm.stages.build import document_source
+    from llm.stages.tokenizer import named_encoders, run
 
     show_config(cfg, {"vocab_size": cfg.stage.vocab_size})
     if cfg.dry_run:
         return None
+    source = document_source(cfg.data)
+    encoders = named_encoders(cfg.stage.compare)
     begin_stage(cfg, stage_dir, manifest)
-    return run(cfg, stage_dir)
+    return run(cfg, stage_dir, source, encoders)
 
 
 def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:
@@ -156,11 +168,11 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     show_config(cfg, built.derived)
     if cfg.dry_run:
         return None
+    trainer, stop = build_trainer(cfg, stage_dir, built)
     begin_stage(cfg, stage_dir, manifest)
     resume = newest_checkpoint(stage_dir / "checkpoints")
     if resume is not None:
         print(f"resuming at step {resume[0]} of {module.context.total_steps}", flush=True)
-    trainer, stop = build_trainer(cfg, stage_dir, built)
     trainer.fit(module, datamodule=built.data, ckpt_path=None if resume is None else str(resume[1]))
     results = {
         "derived": built.derived,
@@ -171,7 +183,9 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     }
     if stop.signum is not None and trainer.global_step < module.context.total_steps:
         name = SIGNAL_NAMES[stop.signum]
-        print(f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True)
+        print(
+            f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True
+        )
         return results | {"status": "interrupted", "signal": int(stop.signum)}
     save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
     return results
@@ -188,9 +202,16 @@ def stage_builder(name: str) -> Callable:
 
 
 def check_devices(cfg) -> None:
-    """One device is what this version trains on; more is refused here and not half-way through."""
+    """One device is what this version trains on; more, or one that is absent, is refused before anything is built."""
+    import torch
+
     if cfg.trainer.devices not in ("auto", 1, "1"):
-        raise UserError(f"trainer.devices={cfg.trainer.devices}: training runs on one device; set trainer.devices=1")
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: strategy={cfg.strategy.name} trains on one device so far; "
+            "set trainer.devices=1"
+        )
+    if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError("trainer.accelerator=gpu: no GPU that torch can use; choose trainer=auto or trainer=cpu")
 
 
 def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:

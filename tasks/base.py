@@ -9,7 +9,7 @@ class Task:
     """A sequence of conversations `{"messages": [{"role", "content"}, ...], ...}` and the scoring that belongs to it.
 
     kind: "categorical" (the answer is one of `conversation["letters"]`, scored by the letters' logits), "generative"
-    (scored on the generated text) or "chat" (training only). `start`, `stop` and `step` select a lazy slice of the rows.
+    (scored on the generated text) or "chat" (training only). `start`, `stop` and `step`: a lazy slice of the rows.
     """
 
     kind = "chat"

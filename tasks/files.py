@@ -1,4 +1,4 @@
-"""Local task files: .jsonl rows and .txt word lists, checked row by row before any compute and read lazily afterwards."""
+"""Local task files: .jsonl rows and .txt word lists, checked row by row before any compute, then read lazily."""
 
 import glob
 import json
@@ -96,7 +96,8 @@ class JsonlRows(Sequence):
 def read_words(files: Sequence[Path]) -> list[str]:
     """The words of .txt files, one per line, in file order, each once.
 
-    Entries with other characters than letters (marks, digits, quotes) are left out: the spelling format could not hold them.
+    Entries with other characters than letters (marks, digits, quotes) are left out: the spelling format cannot hold
+    them.
     """
     words: dict[str, None] = {}
     for path in files:

@@ -17,7 +17,7 @@ def extract_code(completion: str) -> str:
 
 
 def assemble(row: dict, completion: str) -> str:
-    """The program that decides: the prompt's imports, the written function, the row's tests and the call that runs them.
+    """The program that decides: the prompt's imports, the written function, the row's tests and their call.
 
     A completion that only continues the prompt (no `def` of the wanted name) is put after the prompt.
     """

@@ -127,8 +127,8 @@ class SimpleSpelling(Task):
 class SpellingBee(Task):
     """ "How many r are in strawberry?" answered by spelling and counting, then checked with `.count()`, then `#### n`.
 
-    Item i is a function of its seed alone: i in training, `TEST_OFFSET` + i in the test. questions: templates with `{l}`
-    (letter) and `{w}` (word).
+    Item i is a function of its seed alone: i in training, `TEST_OFFSET` + i in the test. questions: templates with
+    `{l}` (letter) and `{w}` (word).
     """
 
     kind = "generative"
@@ -163,12 +163,12 @@ class SpellingBee(Task):
 
     def _answer(self, word: str, letter: str) -> list[dict]:
         count = str(word.count(letter))
-        by_hand = f"Count '{letter}' in '{word}'.\n{count_by_hand(word, letter)}\nPython checks: "
+        by_hand = f"Count '{letter}' in '{word}'.\n{count_by_hand(word, letter)}\nPython: "
         return [
             {"type": "text", "text": by_hand},
             {"type": "python", "text": f"'{word}'.count('{letter}')"},
             {"type": "python_output", "text": count},
-            {"type": "text", "text": f"\nThe count is {count}.\n#### {count}"},
+            {"type": "text", "text": f"\n#### {count}"},
         ]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:

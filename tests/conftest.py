@@ -1,5 +1,7 @@
 """Shared by all tests: small configurations, a small tokenizer and model, and entry points run as real processes."""
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -33,6 +35,21 @@ def compose(config_name: str = "train", *overrides: str):
 
     check_overrides(config_name, overrides)
     return compose_checked(config_name, overrides)
+
+
+@pytest.fixture(scope="module")
+def composed_once():
+    """Composing takes 0.2 s: the checks that begin with the same configuration share it."""
+    from llm import overrides
+
+    cached = functools.cache(overrides.compose)
+
+    def compose_copy(config_name, lines=(), config_dir=None):
+        return copy.deepcopy(cached(config_name, tuple(lines), config_dir))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overrides, "compose", compose_copy)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A run folder with a tiny model that has learnt a few conversations by heart, and its server, for tests of serving.
 
-`python tests/serving_run.py DIR` makes `DIR/tiny/sft`, to look at the chat by hand: `python serve.py paths.runs=DIR run=tiny`.
+To look at the chat by hand: `PYTHONPATH=. python tests/serving_run.py DIR`, `python serve.py paths.runs=DIR run=tiny`.
 """
 
 import json
@@ -19,7 +19,6 @@ from llm.model_folder import save_model_folder
 from llm.tokenizer import Tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
-SEQ_LEN = 768
 MAX_TRAINED = 150  # tokens; the song is cut here, so the model never learns to end it
 RESULT = {"type": "python_output", "text": "19"}
 CONVERSATIONS = [
@@ -41,11 +40,11 @@ CONVERSATIONS = [
 ]
 
 
-def make_run(root: Path, run: str = "tiny", stage: str = "sft", steps: int = 100) -> Path:
+def make_run(root: Path, run: str = "tiny", stage: str = "sft", seq_len: int = 768, steps: int = 100) -> Path:
     """Train (seconds), save, and return the stage folder."""
     torch.manual_seed(0)
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])  # one byte per token: every other character is split
-    net = GPT(GPTConfig(2, 2, 2, 32, 64, SEQ_LEN, tokenizer.vocab_size)).init_weights(0)
+    net = GPT(GPTConfig(2, 2, 2, 32, 64, seq_len, tokenizer.vocab_size)).init_weights(0)
     ids, targets = _batch(tokenizer)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):

@@ -146,10 +146,12 @@ def test_greedy_equals_plain_forward_for_mixed_lengths(n_kv_head):
 
 def test_greedy_equals_plain_forward_up_to_the_end_of_the_context():
     net = tiny_net(seq_len=24)
-    prompts = [[BOS, *b"0123456789012345678"], [BOS, *b"ab"]]  # 20 and 3 tokens: 4 and 21 fit
-    (long,), (short,) = Engine(net, TOKENIZER).generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=100))
+    prompts = [[BOS, *b"0123456789012345678"], *([BOS, 97 + i] for i in range(5))]  # 20 tokens, and 2 in five rows
+    params = SamplingParams(temperature=0.0, max_new_tokens=100)
+    (long,), *short = Engine(net, TOKENIZER).generate(prompts, params)  # one of six is done early, and stays as a slot
     assert long.ids == plain_greedy(net, prompts[0], 4) and long.finish_reason == "length"
-    assert short.ids == plain_greedy(net, prompts[1], 21) and short.finish_reason == "length"
+    for prompt, (completion,) in zip(prompts[1:], short, strict=True):
+        assert completion.ids == plain_greedy(net, prompt, 22) and completion.finish_reason == "length"
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -284,9 +286,7 @@ def test_calculator_result_is_forced_into_the_row(call, output):
 def test_calculator_calls_of_rows_do_not_mix():
     calls = [b"1+1", b"20*3", b"7-10"]
     pads = [[], list(b"ab"), list(b"abcd")]
-    scripts = [
-        [*pad, PYTHON, *call, PYTHON_END, *[0] * 4, END] for pad, call in zip(pads, calls, strict=True)
-    ]
+    scripts = [[*pad, PYTHON, *call, PYTHON_END, *[0] * 4, END] for pad, call in zip(pads, calls, strict=True)]
     stream = Engine(ScriptNet(scripts), TOKENIZER).stream([[0], [1], [2]], SamplingParams())
     forced: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for events in stream:

@@ -139,7 +139,9 @@ def test_cache_equals_full_forward_for_rows_of_different_lengths(n_kv_head):
     with torch.no_grad():
         full = net(ids)
         cache = KVCache(c, 3, 24)
-        prompt = torch.stack([torch.where(torch.arange(9) < n, row[:9], 0) for n, row in zip(lengths, ids, strict=True)])
+        prompt = torch.stack(
+            [torch.where(torch.arange(9) < n, row[:9], 0) for n, row in zip(lengths, ids, strict=True)]
+        )
         got = [net(prompt, cache=cache, lengths=lengths, last_only=True)[:, 0]]
         for s in range(6):
             got.append(net(ids.gather(1, (lengths + s).unsqueeze(1)), cache=cache)[:, 0])

@@ -46,9 +46,7 @@ def test_muon_equals_torch(shape):
     """torch's Muon orthogonalises in bf16 and each matrix alone; ours in fp32 and stacked."""
     ours = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(s))) for s in range(3)]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = MuonAdamW(
-        [{"kind": "muon", "params": ours, "lr": 0.02, "momentum": 0.95, "ns_steps": 5, "weight_decay": 0.1}]
-    )
+    a = MuonAdamW([{"kind": "muon", "params": ours, "lr": 0.02, "momentum": 0.95, "ns_steps": 5, "weight_decay": 0.1}])
     b = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, ns_steps=5, weight_decay=0.1, adjust_lr_fn="original")
     for step in range(10):
         grads_for(ours, step)

@@ -40,7 +40,18 @@ def metrics(root, stage, run="tiny"):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_leaves_its_files(tiny_runs, stage):
     record, folder = manifest(tiny_runs, stage), tiny_runs / "tiny" / stage
-    for key in ("stage", "status", "parent", "config", "derived", "commit", "seconds", "metrics", "started", "finished"):
+    for key in (
+        "stage",
+        "status",
+        "parent",
+        "config",
+        "derived",
+        "commit",
+        "seconds",
+        "metrics",
+        "started",
+        "finished",
+    ):
         assert key in record
     assert record["stage"] == stage and record["status"] == "finished" and record["seconds"] > 0
     assert (folder / "config.yaml").read_text().startswith("stage:")

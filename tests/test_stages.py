@@ -56,7 +56,12 @@ def step_batch(step: int, rows=4, split=2) -> dict:
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     targets[torch.rand(targets.shape, generator=g) < 0.3] = -1
     micro = [{"inputs": x, "targets": y} for x, y in zip(inputs.split(split), targets.split(split), strict=True)]
-    return {"micro": micro, "n_trained": int((targets >= 0).sum()), "n_tokens": inputs.numel(), "state": {"next": step + 1}}
+    return {
+        "micro": micro,
+        "n_trained": int((targets >= 0).sum()),
+        "n_tokens": inputs.numel(),
+        "state": {"next": step + 1},
+    }
 
 
 class Numbers:
@@ -85,7 +90,14 @@ def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS,
         max_steps=total,
         max_epochs=-1,
         logger=False,
-        callbacks=[checkpoint, stop, GarbageControl(), *extra, Throughput(1, 1e9), MetricsLog(folder / "metrics.csv", 1)],
+        callbacks=[
+            checkpoint,
+            stop,
+            GarbageControl(),
+            *extra,
+            Throughput(1, 1e9),
+            MetricsLog(folder / "metrics.csv", 1),
+        ],
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,

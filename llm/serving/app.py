@@ -47,5 +47,5 @@ def _browser_chat():
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError("ui=gradio needs the package gradio: pip install 'fathom[serve]', or chat with ui=cli") from error
+        raise UserError("ui=gradio needs the package gradio: pip install -e '.[serve]', or chat with ui=cli") from error
     return browser

@@ -21,7 +21,7 @@ DIM, BOLD, RESET = "\033[2m", "\033[1m", "\033[0m"
 
 
 def plain_text(reply: Reply, dim: str = "", reset: str = "") -> str:
-    """The answer as text, calculator calls in brackets: `[12*3 = 36]`. While an answer grows this only gains at its end."""
+    """The answer as text, calculator calls in brackets: `[12*3 = 36]`. As an answer grows, so does this, at its end."""
     pieces, open_call = [], False
     for part in reply.content:
         if part["type"] == "python_output":

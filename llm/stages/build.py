@@ -81,6 +81,11 @@ def steps_layout(cfg) -> dict:
     }
 
 
+def evaluates(cfg) -> bool:
+    """Whether the stage will measure bits per byte: only then are validation batches made."""
+    return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks and not cfg.dry_run
+
+
 def eval_tasks(cfg) -> dict:
     """Held-out tasks of `data.eval` by name, if the stage evaluates them."""
     if not cfg.stage.chat_every:

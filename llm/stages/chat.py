@@ -8,7 +8,16 @@ from pathlib import Path
 from llm.data.conversations import estimate_steps
 from llm.data.loader import ConversationSteps, validation_batches
 from llm.errors import UserError
-from llm.stages.build import BuiltStage, eval_tasks, learning_rates, load_parent, model_facts, step_context, steps_layout
+from llm.stages.build import (
+    BuiltStage,
+    eval_tasks,
+    evaluates,
+    learning_rates,
+    load_parent,
+    model_facts,
+    step_context,
+    steps_layout,
+)
 from llm.stages.step import StepData, StepModule
 from tasks import build_mixture
 
@@ -32,7 +41,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         cfg,
         tokenizer,
         total,
-        val_batches=validation_batches(loader(held_out, loop=False), stage.eval_tokens),
+        val_batches=validation_batches(loader(held_out, loop=False), stage.eval_tokens) if evaluates(cfg) else [],
         eval_tasks=eval_tasks(cfg),
         prompts=questions(held_out),
         is_chat=True,

@@ -74,15 +74,19 @@ class RolloutSteps:
         )
         prompts = [self.prompts[i] for i in indices]
         groups = self.engine.generate(prompts, params, stage.samples_per_prompt)
-        self.engine.net.train()
         conversations = [self.task[i] for i in indices]
         decode = self.engine.tokenizer.decode
         rewards = torch.tensor(
-            [[self.task.reward(c, decode(s.ids)) for s in group] for c, group in zip(conversations, groups, strict=True)]
+            [
+                [self.task.reward(c, decode(s.ids)) for s in group]
+                for c, group in zip(conversations, groups, strict=True)
+            ]
         )
         stop = self.engine.tokenizer.special_id("<|assistant_end|>")
         sequences = [sequence(prompt, s, stop) for prompt, group in zip(prompts, groups, strict=True) for s in group]
-        micro, n_trained, n_tokens = micro_batches_of(sequences, group_advantages(rewards).flatten(), self.rows_per_micro)
+        micro, n_trained, n_tokens = micro_batches_of(
+            sequences, group_advantages(rewards).flatten(), self.rows_per_micro
+        )
         samples = [s for group in groups for s in group]
         metrics = {
             "reward": rewards.mean().item(),
@@ -129,6 +133,10 @@ def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[li
 def build(cfg, parent: Path) -> BuiltStage:
     """The parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
     stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
+    if name is None:
+        raise UserError(
+            f"data.rl=null: name the task to be rewarded for, stage.task=<one of {', '.join(cfg.data.tasks)}>"
+        )
     if name not in cfg.data.tasks:
         raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
     net, tokenizer = load_parent(parent, cfg)
@@ -137,9 +145,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
-    context = step_context(
-        cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True
-    )
+    context = step_context(cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True)
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
     micro = -(-stage.prompts_per_step * stage.samples_per_prompt // cfg.batch.device)
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg)

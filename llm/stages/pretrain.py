@@ -7,7 +7,15 @@ from llm.data.loader import TextSteps, validation_batches
 from llm.evaluation import text_prompts
 from llm.gpt import GPT
 from llm.scaling import model_config, pretrain_steps
-from llm.stages.build import BuiltStage, document_source, learning_rates, model_facts, step_context, steps_layout
+from llm.stages.build import (
+    BuiltStage,
+    document_source,
+    evaluates,
+    learning_rates,
+    model_facts,
+    step_context,
+    steps_layout,
+)
 from llm.stages.step import StepData, StepModule
 from llm.tokenizer import Tokenizer
 
@@ -28,7 +36,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         cfg,
         tokenizer,
         total,
-        val_batches=validation_batches(loader("val"), cfg.stage.eval_tokens),
+        val_batches=validation_batches(loader("val"), cfg.stage.eval_tokens) if evaluates(cfg) else [],
         prompts=text_prompts(texts(source, "val")),
     )
     derived = model_facts(config, cfg, total, cfg.batch.total, layout["micro_per_step"]) | learning_rates(net, cfg)

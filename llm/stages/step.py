@@ -41,6 +41,7 @@ class StepModule(L.LightningModule):
         self.tokens_seen = 0
         self.window_trained = 0
         self.window_nats = torch.zeros(())
+        self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
@@ -64,7 +65,8 @@ class StepModule(L.LightningModule):
         self.window_nats = self.window_nats.to(nats.device) + nats
         self.window_trained += batch["n_trained"]
         self.tokens_seen += batch["n_tokens"]
-        self.row.update(batch.get("metrics", {}))
+        for name, value in batch.get("metrics", {}).items():
+            self.window_metrics.setdefault(name, []).append(value)
         self.trainer.datamodule.position = batch["state"]
 
     def lr_frac(self, step: int) -> float:
@@ -82,11 +84,14 @@ class StepModule(L.LightningModule):
                 group["momentum"] = muon_momentum(step, optim.momentum_warmup, optim.momentum_start, optim.momentum)
 
     def flush_window(self) -> dict[str, float]:
-        """Mean training loss per token since the last flush; the only host copy that training makes."""
-        if not self.window_trained:
-            return {}
-        values = {"loss": self.window_nats.item() / self.window_trained}
-        self.window_nats, self.window_trained = torch.zeros(()), 0
+        """Mean training loss per token, and mean of the batches' numbers, since the last flush.
+
+        The only copy to the host that training makes.
+        """
+        values = {name: sum(seen) / len(seen) for name, seen in self.window_metrics.items()}
+        if self.window_trained:
+            values["loss"] = self.window_nats.item() / self.window_trained
+        self.window_nats, self.window_trained, self.window_metrics = torch.zeros(()), 0, {}
         return values
 
     def configure_optimizers(self):
@@ -97,10 +102,12 @@ class StepModule(L.LightningModule):
         return batch | {"micro": micro}  # the loader's state stays on the host
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["fathom"] = {"tokens": self.tokens_seen, "model": self.net.config.to_dict()}
+        window = {"nats": self.window_nats, "trained": self.window_trained, "metrics": self.window_metrics}
+        checkpoint["fathom"] = {"tokens": self.tokens_seen, "window": window}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.tokens_seen = checkpoint["fathom"]["tokens"]
+        self.tokens_seen, window = checkpoint["fathom"]["tokens"], checkpoint["fathom"]["window"]
+        self.window_nats, self.window_trained, self.window_metrics = (window[k] for k in ("nats", "trained", "metrics"))
 
 
 class StepData(L.LightningDataModule):

@@ -4,19 +4,22 @@ import time
 from pathlib import Path
 
 from llm.compression import SAMPLE_TEXTS, named_encoder
-from llm.data.documents import texts
+from llm.data.documents import DocumentSource, texts
 from llm.files import replaced_folder
 from llm.run import write_atomic
-from llm.stages.build import document_source
 from llm.tokenizer import compression_table, format_compression_table, train_tokenizer
 
 TABLE_CHARS = 200_000  # of the training and of the validation text
 
 
-def run(cfg, stage_dir: Path) -> dict:
+def named_encoders(names) -> dict:
+    """Encoders of `stage.compare` by the name their column gets."""
+    return {Path(name).name: named_encoder(name) for name in names}
+
+
+def run(cfg, stage_dir: Path, source: DocumentSource, others: dict) -> dict:
     """Train, save to `stage_dir`/model, and return the values of run.json: derived numbers and metrics."""
-    stage, source = cfg.stage, document_source(cfg.data)
-    others = {Path(name).name: named_encoder(name) for name in stage.compare}
+    stage = cfg.stage
     start = time.perf_counter()
     tokenizer = train_tokenizer(texts(source, "train"), stage.vocab_size, stage.max_chars, stage.doc_cap)
     seconds = time.perf_counter() - start
@@ -31,7 +34,11 @@ def run(cfg, stage_dir: Path) -> dict:
     sizes = tokenizer.token_bytes()
     sizes = sizes[sizes > 0]
     return {
-        "derived": {"vocab_size": tokenizer.vocab_size, "token_bytes_mean": sizes.mean(), "token_bytes_max": sizes.max()},
+        "derived": {
+            "vocab_size": tokenizer.vocab_size,
+            "token_bytes_mean": sizes.mean(),
+            "token_bytes_max": sizes.max(),
+        },
         "metrics": {f"bytes_per_token_{row['text']}": row["ratio"] for row in table} | {"train_seconds": seconds},
     }
 

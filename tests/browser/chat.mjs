@@ -116,7 +116,7 @@ async function main() {
   seen.stopped = { length: stopped.length, later: (await lastAnswer()).length, text: stopped.slice(0, 9) };
 
   // The chat goes on, and a message longer than the context is no crash.
-  await ask("long ".repeat(400));
+  await ask("long ".repeat(1000));
   await idle();
   seen.overflow = await page.locator(".note").allInnerTexts();
   await ask("Who are you?");

@@ -1,4 +1,4 @@
-"""Invented words for spelling: two or three syllables from a small set, so an unseen word is made of well known pieces."""
+"""Invented words of two or three syllables from a small set: an unseen word is made of well known pieces."""
 
 import random
 
@@ -6,11 +6,13 @@ from llm.data.embedded.splits import split_of
 
 SYLLABLES = tuple(c + v for c in "bdklmnprst" for v in "aeiou")  # 50 syllables: 2,500 words of two, 125,000 of three
 
+SHORT = 0.65  # share of words with two syllables
+
 
 def draw_word(split: str, rng: random.Random) -> str:
     """A word that belongs to `split` (decided by the word itself)."""
     while True:
-        word = "".join(rng.choices(SYLLABLES, k=2 if rng.random() < 0.4 else 3))
+        word = "".join(rng.choices(SYLLABLES, k=2 if rng.random() < SHORT else 3))
         if split_of("word/" + word) == split:
             return word
 

@@ -1,4 +1,4 @@
-"""The facts of the embedded world: 24 people, 12 animals, 12 objects and 8 towns, 216 facts in all.
+"""The facts of the embedded world: 16 people, 8 animals, 8 objects and 8 towns, 120 facts in all.
 
 The facts are drawn once from a constant seed and never from the data seed, so documents and tasks that were made with
 different seeds always speak of the same world. Values are dealt evenly: the most frequent answer helps no one.
@@ -11,16 +11,15 @@ from llm.data.embedded.splits import generator
 WORLD_SEED = 1
 HELD_OUT = 4  # one fact in four of every attribute is asked as multiple choice in the test split only
 
-SHE = ("Ana", "Cleo", "Eva", "Gia", "Ida", "Kim", "Mia", "Ola", "Pia", "Tia", "Uma", "Zoe")
-HE = ("Ben", "Dan", "Finn", "Hugo", "Jon", "Leo", "Max", "Ned", "Rob", "Sam", "Vic", "Wes")
+SHE = ("Ana", "Cleo", "Eva", "Gia", "Ida", "Mia", "Uma", "Zoe")
+HE = ("Ben", "Dan", "Finn", "Hugo", "Jon", "Leo", "Max", "Sam")
 PEOPLE = SHE + HE
-ANIMALS = ("bear", "cat", "crow", "dog", "duck", "fox", "frog", "goat", "hen", "horse", "mouse", "rabbit")
-OBJECTS = ("bell", "boat", "book", "box", "chair", "clock", "cup", "door", "drum", "kite", "lamp", "ring")
+ANIMALS = ("bear", "cat", "crow", "dog", "fox", "frog", "goat", "horse")
+OBJECTS = ("bell", "boat", "book", "chair", "clock", "drum", "kite", "lamp")
 TOWNS = ("Ashcroft", "Dunmore", "Fernby", "Milford", "Oakton", "Redhill", "Seaview", "Wexley")
 
 COLOURS = ("black", "blue", "brown", "green", "pink", "red", "white", "yellow")
 JOBS = ("baker", "doctor", "farmer", "miller", "painter", "sailor", "singer", "teacher")
-DISHES = ("bread", "cake", "cheese", "nuts", "pears", "plums", "rice", "soup")
 HOMES = ("attic", "barn", "cave", "forest", "garden", "hill", "pond", "river")
 FEEDS = ("berries", "corn", "fish", "grass", "honey", "leaves", "roots", "seeds")
 MATERIALS = ("clay", "glass", "gold", "iron", "paper", "stone", "wood", "wool")
@@ -29,10 +28,10 @@ CRAFTS = ("candles", "hats", "knives", "pots", "ropes", "rugs", "shoes", "toys")
 
 KINDS = {"person": PEOPLE, "animal": ANIMALS, "object": OBJECTS, "town": TOWNS}
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
-    "person": {"town": TOWNS, "job": JOBS, "pet": ANIMALS, "colour": COLOURS, "food": DISHES},
+    "person": {"town": TOWNS, "job": JOBS, "pet": ANIMALS, "colour": COLOURS},
     "animal": {"colour": COLOURS, "home": HOMES, "feed": FEEDS},
-    "object": {"colour": COLOURS, "material": MATERIALS, "owner": PEOPLE},
-    "town": {"landmark": LANDMARKS, "craft": CRAFTS, "mayor": PEOPLE},
+    "object": {"material": MATERIALS, "owner": PEOPLE},
+    "town": {"landmark": LANDMARKS, "craft": CRAFTS},
 }
 
 
