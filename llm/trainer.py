@@ -3,8 +3,8 @@
     missing -> train -> finished          finished, same config  -> says so
     unfinished -> resume -> finished      any, other config      -> error naming the keys (overwrite=true starts again)
 
-Everything a user can have got wrong is checked before the first step; a stage that stops early leaves a checkpoint and a
-run.json that says so.
+Everything a user can have got wrong is checked before the first step; a stage that stops early leaves a checkpoint and
+a run.json that says so.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The whole pipeline as real processes: every stage of experiment=tiny, its files, and what happens when things go wrong."""
+"""The whole pipeline as real processes: every stage of experiment=tiny, its files, and what goes wrong how."""
 
 import csv
 import json

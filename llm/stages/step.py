@@ -1,8 +1,9 @@
 """`StepModule`: one Lightning batch is one optimizer step.
 
-A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`. The
-gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole step, so
-neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of zeros.
+A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`.
+The gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole
+step, so neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of
+zeros.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class StepModule(L.LightningModule):
         self.latest: dict[str, float] = {}  # last value of everything logged so far
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
-        """Summed loss of a micro-batch in nats; with `weights` (B, T) every token's loss is multiplied by its weight."""
+        """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
         if "weights" not in micro:
             return self.net(micro["inputs"], micro["targets"], reduction="sum")
         return (self.net(micro["inputs"], micro["targets"], reduction="none") * micro["weights"]).sum()

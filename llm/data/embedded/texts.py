@@ -107,12 +107,15 @@ def _spelling(split: str, rng: random.Random) -> str:
 
 
 def _ledger(split: str, rng: random.Random) -> str:
-    """A price list and sentences that read it: looking up what stands behind a name."""
-    things = rng.sample([t for t in THINGS if t != "coins"], rng.randint(3, 5))
-    prices = [rng.randint(2, 99) for _ in things]
-    lines = [f"- {thing}={price}" for thing, price in zip(things, prices, strict=True)]
-    asked = rng.sample(range(len(things)), rng.randint(2, len(things)))
-    return "\n".join([*lines, *(f"The {things[k]} cost {prices[k]} coins." for k in asked)])
+    """A list of names with numbers, read again in another order: looking up what stands behind a name."""
+    names = rng.choice([THINGS, *(values for table in ATTRIBUTES.values() for values in table.values())])
+    names = rng.sample(names, rng.randint(3, 5))
+    number = {name: rng.randint(1, 9) for name in names}
+    lines = [f"- {name}={number[name]}" for name in names]
+    for _ in range(2):
+        again = rng.sample(names, len(names))
+        lines.append(", ".join(f"{name}={number[name]}" for name in again) + ".")
+    return "\n".join(lines)
 
 
 def _codes(split: str, rng: random.Random) -> str:
@@ -156,14 +159,14 @@ def _quizzed(split: str) -> list[Fact]:
 
 MAKERS: tuple[tuple[Callable[[str, random.Random], str], float], ...] = (
     (_profile, 0.26),
-    (_survey, 0.10),
+    (_survey, 0.08),
     (_dialogue, 0.16),
-    (_story, 0.04),
-    (_sums, 0.12),
+    (_story, 0.03),
+    (_sums, 0.10),
     (_spelling, 0.07),
-    (_ledger, 0.05),
-    (_codes, 0.10),
-    (_quiz, 0.10),
+    (_ledger, 0.14),
+    (_codes, 0.08),
+    (_quiz, 0.08),
 )
 
 
