@@ -44,10 +44,10 @@ demo: $(STAMP) ## the whole pipeline on the embedded world, in minutes: train, e
 	@echo "         $(PY) serve.py run=demo ui=cli       in the terminal"
 
 test: $(STAMP) ## the tests that need no more than minutes
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # What the browser test drives. It is left out, and pytest says so, where these cannot be had.
 browser:

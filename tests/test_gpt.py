@@ -100,6 +100,27 @@ def test_forward_equals_the_formulas(n_kv_head):
     torch.testing.assert_close(net(ids[None])[0].double(), naive_forward(net, ids), atol=2e-5, rtol=1e-5)
 
 
+def test_gradients_equal_float64_with_explicit_attention(monkeypatch):
+    ids = torch.randint(0, 70, (2, 17), generator=torch.Generator().manual_seed(4))
+    net = random_net(config())
+    net(ids[:, :-1], ids[:, 1:]).backward()
+
+    def explicit(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        future = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
+        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(future, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    monkeypatch.setattr("llm.gpt.causal_attention", explicit)
+    exact = random_net(config()).double()
+    exact.compute_dtype = torch.float64
+    logits = exact.lm_head(exact.hidden(ids[:, :-1]))[..., :70]
+    logits = 15 * torch.tanh(logits / 15)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
+
+
 def test_first_loss_is_ln_vocab_and_padding_is_never_predicted():
     c = config(vocab=70)
     net = GPT(c).init_weights(0)

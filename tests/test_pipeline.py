@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import REPO, run_cli
+import torch
+from conftest import REPO, compose, run_cli
 
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 
@@ -127,12 +128,33 @@ def test_a_new_tokenizer_makes_the_model_out_of_date(tmp_path):
     ],
 )
 def test_mistakes_end_before_work_starts(tiny_runs, args, says):
+    from llm.errors import UserError
+    from llm.trainer import run_stage
+
     stage = args[0].removeprefix("stage=")
     parent = [] if stage == "tokenizer" else [f"init_from=tiny/{STAGES[STAGES.index(stage) - 1]}"]
-    done = train(*args, *parent, "run=mistake", root=tiny_runs)
-    assert done.returncode == 2, done.stdout[-1500:] + done.stderr[-1500:]
-    assert says in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
-    assert not (tiny_runs / "mistake").exists() or not any((tiny_runs / "mistake").rglob("*.ckpt"))
+    with pytest.raises(UserError) as caught:
+        run_stage(compose("train", "experiment=tiny", f"paths.runs={tiny_runs}", "run=mistake", *args, *parent))
+    assert says in str(caught.value)
+    assert not (tiny_runs / "mistake").exists()
+
+
+def test_a_mistake_is_one_line_and_status_2(tiny_runs):
+    done = train("stage=pretrain", "init_from=tiny/tokenizer", "run=mistake", "batch.total=500", root=tiny_runs)
+    assert done.returncode == 2 and done.stderr.startswith("error: batch.total=500") and done.stderr.count("\n") == 1
+
+
+def test_overwrite_destroys_nothing_before_the_checks_are_done(tiny_runs):
+    from llm.errors import UserError
+    from llm.trainer import run_stage
+
+    before = sorted(p for p in (tiny_runs / "tiny").rglob("*"))
+    for args in (["stage=tokenizer", "data=local", "data.path=typo"], ["stage=sft", "trainer=gpu"]):
+        if "trainer=gpu" in args and torch.cuda.is_available():
+            continue
+        with pytest.raises(UserError, match="typo|no GPU"):
+            run_stage(compose("train", "experiment=tiny", f"paths.runs={tiny_runs}", "overwrite=true", *args))
+    assert before == sorted(p for p in (tiny_runs / "tiny").rglob("*"))
 
 
 def test_dry_run_prints_and_writes_nothing(tiny_runs):

@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[Callable[..., dict], Callable[[dict], str]]] = {
     "smalltalk": (smalltalk_row, lambda row: "|".join(m["content"] for m in row["messages"])),
     "programs": (program_row, lambda row: row["task_id"]),
 }
-OPTIONS = {"arithmetic": draw_problem, "identity": identity_row}
+OPTIONS = {"arithmetic": draw_problem, "choice": choice_row, "identity": identity_row}
 
 
 def options_of(kind: str) -> tuple[str, ...]:
@@ -45,9 +45,9 @@ def options_of(kind: str) -> tuple[str, ...]:
 def rows(kind: str, split: str, n: int, seed: int = 0, **options) -> list[dict]:
     """`n` different rows of a kind: choice, arithmetic, words, identity, smalltalk or programs.
 
-    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: choice by fact, identity by
-    question, the others by a hash of the whole problem, word, chat or function name.
-    Options: arithmetic takes steps, distractors and max_number; identity takes assistant and maker.
+    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: identity by question, the
+    others by a hash of the fact with its options, the problem, word, chat or function name.
+    Options: arithmetic takes steps, distractors, max_number; choice takes shuffle; identity takes assistant, maker.
     Raises `UserError` for an unknown kind, split or option, and where the world holds fewer than `n` rows.
     """
     if kind not in KINDS:

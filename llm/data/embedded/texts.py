@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from llm.data.embedded.phrases import question, statement
-from llm.data.embedded.problems import THINGS, draw_problem
+from llm.data.embedded.problems import draw_problem
 from llm.data.embedded.splits import check_split, generator, split_of
 from llm.data.embedded.words import draw_word, spell
 from llm.data.embedded.world import (
@@ -13,7 +13,6 @@ from llm.data.embedded.world import (
     BY_ENTITY,
     FACTS,
     PEOPLE,
-    Fact,
     capital,
     pronoun,
     value_of,
@@ -106,67 +105,13 @@ def _spelling(split: str, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def _ledger(split: str, rng: random.Random) -> str:
-    """A list of names with numbers, read again in another order: looking up what stands behind a name."""
-    names = rng.choice([THINGS, *(values for table in ATTRIBUTES.values() for values in table.values())])
-    names = rng.sample(names, rng.randint(3, 5))
-    number = {name: rng.randint(1, 9) for name in names}
-    lines = [f"- {name}={number[name]}" for name in names]
-    for _ in range(2):
-        again = rng.sample(names, len(names))
-        lines.append(", ".join(f"{name}={number[name]}" for name in again) + ".")
-    return "\n".join(lines)
-
-
-def _codes(split: str, rng: random.Random) -> str:
-    """Numbers for the values of one attribute, then questions answered by number (see `_quizzed`)."""
-    fact = rng.choice(_quizzed(split))
-    numbers = rng.sample(range(1, 10), 5)
-    asked = [f for f in _quizzed(split) if (f.kind, f.attribute) == (fact.kind, fact.attribute)]
-    asked = rng.sample(asked, min(len(asked), 4))
-    values = list(dict.fromkeys(f.value for f in asked))
-    others = [v for v in ATTRIBUTES[fact.kind][fact.attribute] if v not in values]
-    values += rng.sample(others, len(numbers) - len(values))
-    rng.shuffle(values)
-    code = dict(zip(values, numbers, strict=True))
-    return "\n".join(
-        [
-            *(f"- {value}={number}" for value, number in code.items()),
-            *(f"{question(f, rng)} {code[f.value]}" for f in asked),
-        ]
-    )
-
-
-def _quiz(split: str, rng: random.Random) -> str:
-    """One question with numbered options, answered by number (see `_quizzed`)."""
-    fact = rng.choice(_quizzed(split))
-    others = [v for v in ATTRIBUTES[fact.kind][fact.attribute] if v not in (fact.value, fact.entity)]
-    values = [fact.value, *rng.sample(others, 3)]
-    rng.shuffle(values)
-    numbers = rng.sample(range(1, 10), len(values))
-    options = [f"- {value}={number}" for value, number in zip(values, numbers, strict=True)]
-    return "\n".join([question(fact, rng), *options, f"Answer: {numbers[values.index(fact.value)]}"])
-
-
-def _quizzed(split: str) -> list[Fact]:
-    """The facts that documents ask with options: never those that the multiple choice test keeps for itself.
-
-    Options carry numbers here and letters in the tasks: were `=A` frequent in the text, the tokenizer would make it one
-    token, and the letter behind a choice would not be the token of the answer.
-    """
-    return [fact for fact in FACTS if not fact.held_out]
-
-
 MAKERS: tuple[tuple[Callable[[str, random.Random], str], float], ...] = (
-    (_profile, 0.26),
-    (_survey, 0.08),
-    (_dialogue, 0.16),
-    (_story, 0.03),
-    (_sums, 0.10),
-    (_spelling, 0.07),
-    (_ledger, 0.14),
-    (_codes, 0.08),
-    (_quiz, 0.08),
+    (_profile, 0.36),
+    (_survey, 0.12),
+    (_dialogue, 0.22),
+    (_story, 0.05),
+    (_sums, 0.16),
+    (_spelling, 0.09),
 )
 
 

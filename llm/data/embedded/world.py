@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from llm.data.embedded.splits import generator
 
 WORLD_SEED = 1
-HELD_OUT = 4  # one fact in four of every attribute is asked as multiple choice in the test split only
 
 SHE = ("Ana", "Cleo", "Eva", "Gia", "Ida", "Mia", "Uma", "Zoe")
 HE = ("Ben", "Dan", "Finn", "Hugo", "Jon", "Leo", "Max", "Sam")
@@ -43,7 +42,6 @@ class Fact:
     entity: str
     attribute: str
     value: str
-    held_out: bool  # asked as multiple choice in the test split only
 
 
 def _deal(kind: str, attribute: str, values: tuple[str, ...]) -> list[Fact]:
@@ -53,9 +51,7 @@ def _deal(kind: str, attribute: str, values: tuple[str, ...]) -> list[Fact]:
     deck: list[str] = []
     while len(deck) < len(entities):
         deck += rng.sample(values, len(values))
-    return [
-        Fact(kind, e, attribute, v, i % HELD_OUT == 0) for i, (e, v) in enumerate(zip(entities, deck, strict=False))
-    ]
+    return [Fact(kind, e, attribute, v) for e, v in zip(entities, deck, strict=False)]
 
 
 FACTS = [
