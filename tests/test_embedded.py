@@ -26,6 +26,8 @@ def text_of(kind: str, row: dict) -> str:
     """What two rows must not share across the splits."""
     if "messages" in row:
         return "|".join(m["content"] for m in row["messages"])
+    if kind == "choice":
+        return row["question"] + "|".join(row["choices"]["text"])
     return row[{"words": "word", "programs": "task_id"}.get(kind, "question")]
 
 
@@ -170,7 +172,7 @@ def test_choice_asks_true_facts_and_keeps_some_sets_of_options_for_the_test():
             assert len(set(options)) == 4 and row["choices"]["label"] == ["A", "B", "C", "D"]
             asked[split].add((entity, right, options))
     assert not asked["train"] & asked["test"]
-    assert len({fact[:2] for fact in asked["train"]}) == 120 and len({fact[:2] for fact in asked["test"]}) > 90
+    assert len({fact[:2] for fact in asked["train"]}) == 120 and len({fact[:2] for fact in asked["test"]}) > 80
 
 
 def test_choice_letters_are_balanced():
