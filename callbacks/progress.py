@@ -20,8 +20,8 @@ FORMATS = {
 class Progress(L.Callback):
     """A bar with loss, bpb, learning rate, tok/s and ETA in a terminal; a line per logged step elsewhere.
 
-    It shows values that `MetricsLog` has brought to the host anyway and redraws four times a second, so it adds no device
-    synchronisation and no measurable time.
+    It shows values that `MetricsLog` has brought to the host anyway and redraws four times a second, so it adds no
+    device synchronisation and no measurable time.
     """
 
     def __init__(self, log_every: int):
