@@ -40,8 +40,8 @@ def run_app(config_name: str, target: str) -> NoReturn:
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
     job ends a sweep, and the sweep says which one it was.
     """
-    # Before torch is imported. Threads that spin while they wait make a step several times slower as soon as another
-    # program wants a core (3,100 against 850 ms); sleeping costs little on an idle machine.
+    # Before torch is imported: threads that spin while they wait take the cores from each other on a busy machine.
+    # What was measured, and how weakly, is in docs/lab_notebook.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = _run(config_name, target, sys.argv[1:])
