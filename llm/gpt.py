@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm.attention import KVCache, apply_rotary, cached_attention, causal_attention, rotary_tables
+from llm.eager import relu_squared
+from llm.eager import rms_norm as norm
+from llm.loss_head import linear_cross_entropy, softcapped
 from llm.precision import Linear
 
 VOCAB_MULTIPLE = 64  # embedding and head are padded to a multiple of this: even shards, fast kernels
-NORM_EPS = torch.finfo(torch.float32).eps
 ARCHS = ("classic",)
 
 
@@ -79,11 +81,6 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     return 6 * (n["total"] - n["embedding"]) + attention
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -113,7 +110,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -190,21 +187,22 @@ class GPT(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""
-        logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
-        return self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return softcapped(self.lm_head(hidden)[..., : self.config.vocab_size], self.config.softcap)
 
     def forward(
         self,
         ids: torch.Tensor,
         targets: torch.Tensor | None = None,
         reduction: str = "mean",
+        token_weights: torch.Tensor | None = None,
         cache: KVCache | None = None,
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
         """Logits (B, T, V), or with `targets` the cross-entropy in nats.
 
-        ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T)).
+        ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T));
+        token_weights (B, T) multiply the tokens' losses.
         cache: continue every row behind its cached tokens; `lengths` (B,) true tokens per row of right-padded ids.
         last_only: logits (B, 1, V) at each row's last true token only.
         """
@@ -214,8 +212,7 @@ class GPT(nn.Module):
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
-        logits = self.logits(hidden)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+            return self.logits(hidden)
+        true_head = self.lm_head.weight[: self.config.vocab_size]
+        return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction)

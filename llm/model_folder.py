@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.eager import NORM_EPS
 from llm.errors import UserError
 from llm.files import replaced_folder
-from llm.gpt import GPT, NORM_EPS, GPTConfig
+from llm.gpt import GPT, GPTConfig
 from llm.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"

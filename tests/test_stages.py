@@ -273,6 +273,14 @@ def test_micro_batches_give_the_gradient_of_the_policy_loss():
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_answers_without_advantage_are_counted_but_not_passed_through():
+    sequences = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 5, 6], [0, 0, 1]), ([1, 7], [0, 1])]
+    micro, n_trained, n_tokens = micro_batches_of(sequences, torch.tensor([0.0, 0.5, -0.5]), rows=8)
+    assert (len(micro), n_trained, n_tokens) == (1, 4, 6) and micro[0]["inputs"].shape == (2, 2)
+    micro, n_trained, _ = micro_batches_of(sequences, torch.zeros(3), rows=8)
+    assert n_trained == 4 and len(micro) == 1 and not micro[0]["weights"].any()
+
+
 class Questions:
     """A task of numbered questions whose answers are judged by their length."""
 

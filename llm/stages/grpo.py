@@ -112,9 +112,14 @@ def sequence(prompt: Sequence[int], sample: Completion, stop: int) -> tuple[list
 
 
 def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[list[dict], int, int]:
-    """Micro-batches of `rows` right-padded sequences of similar length, with (trained, real) token counts of all."""
+    """Micro-batches of `rows` right-padded sequences of similar length, with (trained, real) token counts of all.
+
+    A sequence without advantage has no gradient and is left out of the passes, though not out of the counts; if none
+    has any, the shortest one stands for them, so that the step is an ordinary one.
+    """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
-    micro, n_trained = [], 0
+    n_trained, n_tokens = sum(sum(mask[1:]) for _, mask in sequences), sum(len(ids) - 1 for ids, _ in sequences)
+    order, micro = [i for i in order if advantages[i] != 0] or order[-1:], []
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
         length = len(sequences[part[0]][0]) - 1
@@ -124,10 +129,9 @@ def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[li
             ids, mask = (torch.tensor(x) for x in sequences[i])
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
-        n_trained += int((targets >= 0).sum())
         weights = advantages[part].unsqueeze(1).expand_as(targets).contiguous()
         micro.append({"inputs": inputs, "targets": targets, "weights": weights})
-    return micro, n_trained, sum(len(ids) - 1 for ids, _ in sequences)
+    return micro, n_trained, n_tokens
 
 
 def build(cfg, parent: Path) -> BuiltStage:

@@ -49,9 +49,7 @@ class StepModule(L.LightningModule):
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
-        if "weights" not in micro:
-            return self.net(micro["inputs"], micro["targets"], reduction="sum")
-        return (self.net(micro["inputs"], micro["targets"], reduction="none") * micro["weights"]).sum()
+        return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
         optimizer = self.optimizers()

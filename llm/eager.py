@@ -1,0 +1,51 @@
+"""Elementwise parts of the model as single autograd nodes.
+
+Written as plain expressions, their backward passes go over memory many times. These forms save one tensor each and pass
+over it as seldom as eager PyTorch allows.
+"""
+
+import torch
+import torch.nn.functional as F
+
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without weights; the mean is taken in fp32 or wider."""
+    return _RMSNorm.apply(x)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2 (Primer, arXiv 2109.08668)."""
+    return _ReLUSquared.apply(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.size(-1))
+        scale = mean_square.add_(NORM_EPS).rsqrt_()
+        y = torch.mul(x, scale, out=torch.empty_like(x))
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True, dtype=scale.dtype)  # the part of grad that only stretches x
+        dx = torch.addcmul(grad, y, along.to(y.dtype), value=-1 / y.size(-1))
+        return dx.mul_(scale)
+
+
+class _ReLUSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        h = F.relu(x)
+        ctx.save_for_backward(h)
+        return h * h
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        return (grad * h).mul_(2)

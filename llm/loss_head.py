@@ -1,0 +1,105 @@
+"""Linear head, soft cap and cross-entropy in one, a chunk of tokens at a time: full logits never exist.
+
+A summed loss computes its gradients on the way and keeps nothing else (the idea of Liger Kernel, arXiv 2410.10989); the
+losses of single tokens keep one number per token and multiply once more in the backward pass. Both are exact.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # logits per chunk: a core's cache; 512 MB of fp32
+OTHER_CHUNK_ELEMENTS = 1 << 25
+MIN_CHUNK_TOKENS = 256  # fewer make slow matrix products
+
+
+def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(logits / cap) in fp32: never outside (-cap, cap) (Gemma 2, arXiv 2408.00118)."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float,
+    token_weights: torch.Tensor | None = None,
+    reduction: str = "sum",
+) -> torch.Tensor:
+    """Cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`.
+
+    hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
+    trained, loss 0; token_weights: (...) factors of the tokens' losses. reduction: sum | mean (over trained tokens) |
+    none. Returns an fp32 scalar, or losses of the shape of `targets`.
+    """
+    flat, goals = hidden.flatten(0, -2), targets.flatten()
+    factors = None if token_weights is None else token_weights.flatten()
+    trained = None
+    if goals.device.type == "cpu" and (goals < 0).any():  # on a GPU, counting them would make the host wait
+        trained = (goals >= 0).nonzero().squeeze(1)
+        flat, goals = flat[trained], goals[trained]
+        factors = None if factors is None else factors[trained]
+    weight = weight.to(flat.dtype)
+    if reduction == "none":
+        losses = _TokenLosses.apply(flat, weight, goals, softcap)
+        losses = losses if factors is None else losses * factors
+        if trained is not None:
+            losses = torch.zeros(targets.numel()).index_put((trained,), losses)
+        return losses.view_as(targets)
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad)
+    return total / (goals >= 0).sum() if reduction == "mean" else total
+
+
+def _run(hidden, weight, goals, factors, softcap: float, with_grad: bool):
+    """Losses (N,) without factors; with_grad: also the gradients of sum(losses * factors), d hidden and d weight."""
+    chunk = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS) // len(weight))
+    losses = hidden.new_empty(len(goals), dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if with_grad else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+    for start in range(0, len(goals), chunk):
+        rows = slice(start, start + chunk)
+        h, goal = hidden[rows], goals[rows, None]
+        trained = goal >= 0
+        squashed = F.linear(h, weight).float().div_(softcap).tanh_()
+        logits = squashed * softcap
+        log_z = logits.logsumexp(dim=1, keepdim=True)
+        losses[rows] = (log_z - logits.gather(1, goal.clamp(min=0))).mul_(trained).squeeze(1)
+        if not with_grad:
+            continue
+        scale = trained.float() if factors is None else trained * factors[rows, None]
+        d_logits = logits.sub_(log_z).exp_().scatter_add_(1, goal.clamp(min=0), torch.full_like(scale, -1.0))
+        d_logits.mul_(scale).addcmul_(d_logits, squashed.square_(), value=-1)  # d tanh = 1 - tanh^2
+        d_logits = d_logits.to(h.dtype)
+        torch.mm(d_logits, weight, out=d_hidden[rows])
+        if d_weight.dtype == h.dtype:
+            d_weight.addmm_(d_logits.T, h)
+        else:
+            d_weight += d_logits.T @ h
+    return losses, d_hidden, d_weight
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, goals, factors, softcap: float, with_grad: bool):
+        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad)
+        ctx.weight_dtype = weight.dtype
+        return losses.sum() if factors is None else (losses * factors).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        d_hidden, d_weight = ctx.gradients
+        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None, None, None
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, goals, softcap: float):
+        ctx.save_for_backward(hidden, weight, goals)
+        ctx.softcap = softcap
+        return _run(hidden, weight, goals, None, softcap, with_grad=False)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, goals = ctx.saved_tensors
+        _, d_hidden, d_weight = _run(hidden, weight, goals, grad, ctx.softcap, with_grad=True)
+        return d_hidden, d_weight.to(weight.dtype), None, None
