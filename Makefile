@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
-DEMO_EVAL := eval.tokens=65536 eval.max_per_task=200 eval.max_new_tokens=160
+DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full browser check bench table report clean

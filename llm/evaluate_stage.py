@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from llm.data.documents import texts
+from llm.data.documents import document_source, texts
 from llm.data.loader import ConversationSteps, TextSteps, validation_batches
 from llm.engine import Engine
 from llm.errors import UserError
-from llm.evaluation import bits_per_byte, draw_samples, evaluate_task, text_prompts
+from llm.evaluation import bits_per_byte, draw_samples, evaluate_task, questions, text_prompts
 from llm.format import duration, percent, value
 from llm.model_folder import load_model_folder
 from llm.precision import resolve_compute_dtype
 from llm.report import build_report, print_table
 from llm.run import find_stage, read_json, read_manifest, write_json
-from llm.stages.build import document_source
-from llm.stages.chat import held_out_mixture, questions
-from tasks import build_task
+from tasks import build_task, held_out_mixture
 
 SECTIONS = ("bpb", "chat", "samples")
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
@@ -46,7 +44,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         scores |= measure[section]()
     merged = merge_scores(stage_dir / "eval.json", scores)
     print_scores(stage_dir, scores)
-    print(f"scores: {stage_dir / 'eval.json'}   report: {build_report(stage_dir.parent)}")
+    print(f"scores: {stage_dir / 'eval.json'}   report: {build_report(stage_dir.parent, redraw=False)}")
     return merged
 
 

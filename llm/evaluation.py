@@ -194,6 +194,16 @@ def evaluate_pass_at_k(
 # Samples
 
 
+def questions(mixture, n: int = 4) -> list[dict]:
+    """The first turns of the first n held-out conversations, to be answered as samples."""
+    firsts = []
+    for i in range(min(n, len(mixture))):
+        messages = mixture[i]["messages"]
+        end = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
+        firsts.append({"messages": messages[:end]})
+    return firsts
+
+
 def text_prompts(documents: Iterable[str], n: int = 4, n_words: int = 6) -> list[str]:
     """The first words of n held-out documents: prompts that suit whatever language and subject a run was trained on.
 

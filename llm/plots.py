@@ -22,10 +22,11 @@ _STYLE = {
 }
 
 
-def draw_curves(folder: Path, run: str, stages: dict[str, Rows]) -> list[tuple[str, Path]]:
+def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = True) -> list[tuple[str, Path]]:
     """Write every figure that the metrics allow into `folder`; returns (caption, file) in reading order.
 
-    stages: {stage: rows of metrics.csv}. Figures: loss, bits per byte, task accuracy, reward.
+    stages: {stage: rows of metrics.csv}. Figures: loss, bits per byte, task accuracy, reward. redraw=False keeps
+    figures that exist.
     """
     learning = {stage: rows for stage, rows in stages.items() if stage != "grpo"}
     tasks = sorted({key for rows in stages.values() for row in rows for key in row if key.startswith("chat/")})
@@ -40,11 +41,14 @@ def draw_curves(folder: Path, run: str, stages: dict[str, Rows]) -> list[tuple[s
     drawn = []
     for caption, name, panels, keys, label, options in figures:
         shown = {stage: rows for stage, rows in panels.items() if any(key in row for row in rows for key in keys)}
-        (folder / name).unlink(missing_ok=True)
-        if shown:
+        path = folder / name
+        if not shown:
+            path.unlink(missing_ok=True)
+            continue
+        if redraw or not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _figure(folder / name, f"{caption}: {run}", shown, keys, label, **options)
-            drawn.append((caption, folder / name))
+            _figure(path, f"{caption}: {run}", shown, keys, label, **options)
+        drawn.append((caption, path))
     return drawn
 
 

@@ -34,16 +34,17 @@ SAMPLES_PER_STAGE = 8
 PROGRESS_KEYS = frozenset({"lr", "tok_per_s", "ms_per_step", "mfu", "tokens", "flops", "seconds", "train_seconds"})
 
 
-def build_report(run_dir: str | os.PathLike[str]) -> Path:
+def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     """(Re)write report.md and its figures from whatever stages exist so far; returns its path.
 
-    A stage file that cannot be read is named in the report instead of hiding the other stages.
+    A stage file that cannot be read is named in the report instead of hiding the other stages. redraw=False keeps
+    figures that exist: enough where no stage has trained since.
     """
     folder = Path(run_dir)
     stages, problems = read_stages(folder)
     if not stages and not problems:
         raise UserError(f"{folder} has no stage with a run.json: nothing to report; run a stage with train.py first")
-    curves = _draw(folder, stages)
+    curves = _draw(folder, stages, redraw)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
     parts += [f"> **Problem:** {problem}" for problem in problems]
@@ -181,10 +182,11 @@ def _compression(tokenizer: dict[str, Any]) -> list[str]:
     return ["## Tokenizer", markdown_table(["text", "bytes per token"], rows, numeric=[1])]
 
 
-def _draw(folder: Path, stages: dict[str, dict]) -> list[str]:
+def _draw(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
     from llm.plots import draw_curves
 
-    figures = draw_curves(folder / "report", folder.name, {stage: facts["rows"] for stage, facts in stages.items()})
+    rows = {stage: facts["rows"] for stage, facts in stages.items()}
+    figures = draw_curves(folder / "report", folder.name, rows, redraw)
     return [f"![{caption}]({path.relative_to(folder).as_posix()})" for caption, path in figures]
 
 

@@ -144,7 +144,7 @@ def begin_stage(cfg, stage_dir: Path, manifest: dict) -> None:
 
 
 def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
-    from llm.stages.build import document_source
+    from llm.data.documents import document_source
     from llm.stages.tokenizer import named_encoders, run
 
     show_config(cfg, {"vocab_size": cfg.stage.vocab_size})

@@ -2,6 +2,6 @@
 
 from tasks.base import Task
 from tasks.mixture import Mixture
-from tasks.registry import build_mixture, build_task
+from tasks.registry import build_mixture, build_task, held_out_mixture
 
-__all__ = ["Mixture", "Task", "build_mixture", "build_task"]
+__all__ = ["Mixture", "Task", "build_mixture", "build_task", "held_out_mixture"]

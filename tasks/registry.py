@@ -75,6 +75,19 @@ def build_mixture(
     return Mixture(entries, seed)
 
 
+def held_out_mixture(data, weights: Mapping[str, float], seed: int) -> Mixture:
+    """One pass over the held-out rows of the tasks that are trained on and have some."""
+    names = [n for n, w in weights.items() if w and has_split(data.tasks[n], "test")]
+    if not names:
+        raise UserError("none of the tasks in the mixture has held-out rows: set data.tasks.<name>.test for one")
+    return build_mixture(data.tasks, dict.fromkeys(names, 1), "test", seed)
+
+
+def has_split(spec, split: str) -> bool:
+    """Whether a task can give rows of a split: generated ones always can, local ones if a file is named."""
+    return spec.source == "embedded" or spec.type in ("spelling_bee", "simple_spelling") or spec[split] is not None
+
+
 def _row_task(name: str, spec: Mapping[str, Any], split: str, options: dict) -> Task:
     task, check_train, check_test, kind, sizes = ROW_TASKS[spec["type"]]
     limit = spec.get("limit")

@@ -363,3 +363,15 @@ def _txt_documents(path: Path) -> Iterator[str]:
 
 def _short(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:160]
+
+
+def document_source(data) -> DocumentSource:
+    """The text of the config group `data`, checked as far as that is cheap."""
+    if data.name == "embedded":
+        source = EmbeddedDocuments(data.size, data.seed, data.val_size)
+    elif data.path is None:
+        raise UserError("data.path is not set: data=local needs data.path=<folder, file or pattern of your text>")
+    else:
+        source = LocalDocuments(data.path, data.column)
+    print(f"text: {source.check()}", flush=True)
+    return source

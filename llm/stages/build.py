@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from llm.data.documents import DocumentSource, EmbeddedDocuments, LocalDocuments
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig, flops_per_token, num_params
 from llm.model_folder import load_model_folder
@@ -23,18 +22,6 @@ class BuiltStage:
     data: StepData
     derived: dict
     callbacks: list = field(default_factory=list)
-
-
-def document_source(data) -> DocumentSource:
-    """The text of the config group `data`, checked as far as that is cheap."""
-    if data.name == "embedded":
-        source = EmbeddedDocuments(data.size, data.seed, data.val_size)
-    elif data.path is None:
-        raise UserError("data.path is not set: data=local needs data.path=<folder, file or pattern of your text>")
-    else:
-        source = LocalDocuments(data.path, data.column)
-    print(f"text: {source.check()}", flush=True)
-    return source
 
 
 def load_parent(parent: Path, cfg) -> tuple[GPT, object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from llm.data.conversations import estimate_steps
 from llm.data.loader import ConversationSteps, validation_batches
 from llm.errors import UserError
+from llm.evaluation import questions
 from llm.stages.build import (
     BuiltStage,
     eval_tasks,
@@ -19,7 +20,7 @@ from llm.stages.build import (
     steps_layout,
 )
 from llm.stages.step import StepData, StepModule
-from tasks import build_mixture
+from tasks import build_mixture, held_out_mixture
 
 
 def build(cfg, parent: Path) -> BuiltStage:
@@ -50,26 +51,3 @@ def build(cfg, parent: Path) -> BuiltStage:
     derived |= {"conversations": len(train)} | learning_rates(net, cfg)
     module = StepModule(net, cfg.optim, stage, context)
     return BuiltStage(module, StepData(lambda position: loader(train, state=position)), derived)
-
-
-def held_out_mixture(data, weights: dict[str, float], seed: int):
-    """One pass over the held-out rows of the tasks that are trained on and have some."""
-    names = [n for n, w in weights.items() if w and has_split(data.tasks[n], "test")]
-    if not names:
-        raise UserError("none of the tasks in the mixture has held-out rows: set data.tasks.<name>.test for one")
-    return build_mixture(data.tasks, dict.fromkeys(names, 1), "test", seed)
-
-
-def has_split(spec, split: str) -> bool:
-    """Whether a task can give rows of a split: generated ones always can, local ones if a file is named."""
-    return spec.source == "embedded" or spec.type in ("spelling_bee", "simple_spelling") or spec[split] is not None
-
-
-def questions(mixture, n: int = 4) -> list[dict]:
-    """The first turns of the first n held-out conversations, to be answered as samples."""
-    firsts = []
-    for i in range(min(n, len(mixture))):
-        messages = mixture[i]["messages"]
-        end = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
-        firsts.append({"messages": messages[:end]})
-    return firsts

@@ -16,9 +16,9 @@ from callbacks.chat_eval import PassAtK
 from llm.chat import render_prompt
 from llm.engine import Completion, Engine
 from llm.errors import UserError
+from llm.evaluation import questions
 from llm.sampling import SamplingParams
 from llm.stages.build import BuiltStage, eval_tasks, learning_rates, load_parent, model_facts, step_context
-from llm.stages.chat import questions
 from llm.stages.step import StepData, StepModule
 from tasks import build_task
 

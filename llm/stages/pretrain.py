@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from llm.data.documents import texts
+from llm.data.documents import document_source, texts
 from llm.data.loader import TextSteps, validation_batches
 from llm.evaluation import text_prompts
 from llm.gpt import GPT
 from llm.scaling import model_config, pretrain_steps
 from llm.stages.build import (
     BuiltStage,
-    document_source,
     evaluates,
     learning_rates,
     model_facts,
