@@ -156,6 +156,8 @@ class GRPOStage(AssistantStage):
     temperature: float = key("sampling temperature of the answers", above=0)
     top_k: int = key("sample among the k most likely tokens; 0 = all", low=0)
     epochs: float = key("horizon: passes over the task (max_steps comes first)", above=0)
+    rehearsal: int = key("conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0)
+    rehearsal_weight: float = key("weight of their mean loss per token", above=0)
     eval_examples: int = key("held-out questions of a pass@k evaluation", low=1)
     eval_samples: int = key("answers per question of that evaluation: the largest k of pass@k", low=1)
 

@@ -303,3 +303,23 @@ def test_questions_are_visited_once_per_epoch_and_position_restores(monkeypatch)
     assert RolloutSteps(engine, Questions(), stage, 2, seed=1, position={"step": 3}).step == 3
     with pytest.raises(UserError, match="stage.prompts_per_step=9"):
         RolloutSteps(engine, Questions(), SimpleNamespace(prompts_per_step=9), 2, 1, None)
+
+
+def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
+    """One step's gradient = that of the rewarded answers + weight x that of the rehearsed rows' mean loss."""
+    rows = [([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])]
+    monkeypatch.setattr("llm.stages.grpo.render_prompt", lambda tokenizer, c: [1])
+    monkeypatch.setattr("llm.stages.grpo.render_conversation", lambda tokenizer, row, limit: rows[row])
+    stage = SimpleNamespace(prompts_per_step=2, rehearsal=2, rehearsal_weight=0.5)
+    engine = SimpleNamespace(net=net(), tokenizer=None)
+    steps = RolloutSteps(engine, Questions(), stage, 1, seed=1, position=None, rehearsal=[0, 1, 2])
+    assert [len(steps.rehearse(step, 10)[0]) for step in range(3)] == [2, 2, 2]
+    micro, n_tokens = steps.rehearse(1, n_trained=10)  # rows 2 and 0: two passes of one row
+    assert n_tokens == 1 + 3
+    module = StepModule(engine.net, OPTIM, STAGE, StageContext("grpo", None, torch.ones(70), STEPS, 8))
+    got = sum(module.micro_loss(m) for m in micro) / 10
+    wanted = torch.zeros(())
+    for ids, mask in (rows[2], rows[0]):
+        targets = torch.tensor([[i if trained else -1 for i, trained in zip(ids[1:], mask[1:], strict=True)]])
+        wanted = wanted + engine.net(torch.tensor([ids[:-1]]), targets, reduction="sum")
+    torch.testing.assert_close(got, 0.5 * wanted / 3)

@@ -3,7 +3,8 @@
 Per step: draw several answers per question from the current network (calculator included), reward each by its task,
 advantage = reward - mean of the question's answers (GRPO of arXiv 2402.03300 without the division by the standard
 deviation, the KL term and the ratio clip: with one update per rollout the ratio is 1). The loss is the sum over sampled
-tokens of -advantage * log p, divided by the number of sampled tokens of the step.
+tokens of -advantage * log p, divided by the number of sampled tokens of the step. So that what is not rewarded is not
+forgotten, the loss of some finetuning conversations can be added (PPO-ptx of InstructGPT, arXiv 2203.02155).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,24 +14,27 @@ import numpy as np
 import torch
 
 from callbacks.chat_eval import PassAtK
-from llm.chat import render_prompt
+from llm.chat import render_conversation, render_prompt
 from llm.engine import Completion, Engine
 from llm.errors import UserError
 from llm.evaluation import questions
 from llm.sampling import SamplingParams
 from llm.stages.build import BuiltStage, eval_tasks, learning_rates, load_parent, model_facts, step_context
 from llm.stages.step import StepData, StepModule
-from tasks import build_task
+from tasks import Mixture, build_mixture, build_task
 
 
 class RolloutSteps:
     """Step batches made of fresh samples. Never runs ahead: every batch comes from the weights of its own step.
 
     Questions are visited in a permutation per epoch; draws depend on (seed, step) alone, so the position is one number.
+    rehearsal: conversations of which `stage.rehearsal` are trained on beside the answers of every step.
     """
 
-    def __init__(self, engine: Engine, task, stage, rows_per_micro: int, seed: int, position: dict | None):
-        self.engine, self.task, self.stage = engine, task, stage
+    def __init__(
+        self, engine: Engine, task, stage, rows_per_micro: int, seed: int, position: dict | None, rehearsal=None
+    ):
+        self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
         self.rows_per_micro, self.seed = rows_per_micro, seed
         self.step = 0 if position is None else position["step"]
         limit = engine.net.config.seq_len - 1
@@ -87,6 +91,9 @@ class RolloutSteps:
         micro, n_trained, n_tokens = micro_batches_of(
             sequences, group_advantages(rewards).flatten(), self.rows_per_micro
         )
+        if self.rehearsal is not None:
+            extra, n_extra = self.rehearse(step, n_trained)
+            micro, n_tokens = micro + extra, n_tokens + n_extra
         samples = [s for group in groups for s in group]
         metrics = {
             "reward": rewards.mean().item(),
@@ -95,6 +102,19 @@ class RolloutSteps:
             "mixed_groups": (rewards.std(dim=1) > 0).float().mean().item(),  # only these give a gradient
         }
         return {"micro": micro, "n_trained": n_trained, "n_tokens": n_tokens, "metrics": metrics}
+
+    def rehearse(self, step: int, n_trained: int) -> tuple[list[dict], int]:
+        """Micro-batches of the step's finetuning conversations and their number of tokens.
+
+        Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`.
+        """
+        n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
+        rows = [self.rehearsal[k % len(self.rehearsal)] for k in range(step * n, (step + 1) * n)]
+        sequences = [render_conversation(self.engine.tokenizer, row, limit) for row in rows]
+        micro, n_rehearsed, n_tokens = micro_batches_of(sequences, torch.ones(n), self.rows_per_micro)
+        for batch in micro:
+            batch["weights"] *= self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
+        return micro, n_tokens
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
@@ -156,5 +176,18 @@ def build(cfg, parent: Path) -> BuiltStage:
     derived |= {"questions": len(train), "samples_per_step": stage.prompts_per_step * stage.samples_per_prompt}
     params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
     pass_at_k = PassAtK(stage.eval_every, test, stage.eval_samples, stage.eval_examples, params)
-    data = StepData(lambda position: RolloutSteps(engine, train, stage, cfg.batch.device, cfg.seed, position))
+    rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
+
+    def loader(position: dict | None) -> RolloutSteps:
+        return RolloutSteps(engine, train, stage, cfg.batch.device, cfg.seed, position, rehearsal)
+
+    data = StepData(loader)
     return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k])
+
+
+def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
+    """The mixture of finetuning without the rewarded task: that one is to be learnt from its rewards alone."""
+    weights = {name: repeats for name, repeats in dict(cfg.data.mixture.sft).items() if name != rewarded and repeats}
+    if not weights:
+        raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.sft names no task besides {rewarded}")
+    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed)
