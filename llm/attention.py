@@ -1,7 +1,5 @@
 """Causal attention and the key/value cache: everything that looks across positions."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
@@ -82,11 +80,14 @@ class KVCache:
         self.lengths = self.lengths + (n_new if lengths is None else lengths)
         self.used += n_new
 
-    def select(self, rows: Sequence[int] | torch.Tensor) -> None:
-        """Keep these rows, in this order; repeated indices copy a row (samples of one prompt)."""
-        rows = torch.as_tensor(rows, device=self.lengths.device)
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep these rows, each at most once, without new buffers: moving the positions in use is far cheaper."""
+        n = len(rows)
+        for layer in (*self.k, *self.v):
+            layer[:n, : self.used] = layer[rows, : self.used]
+        self.k, self.v, self.lengths = self.k[:, :n], self.v[:, :n], self.lengths[rows]
 
     def repeat(self, n: int) -> None:
         """Every row n times, copies side by side."""
-        self.select(torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(n))
+        self.k, self.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
+        self.lengths = self.lengths.repeat_interleave(n)

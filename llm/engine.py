@@ -203,7 +203,7 @@ class TokenStream:
             return
         self._slots = [self._slots[slot] for slot in keep]
         rows = torch.tensor(keep, device=self._next_ids.device)
-        self._cache.select(rows)
+        self._cache.keep(rows)
         self._next_ids = self._next_ids[rows]
         if self._draws is not None:
             self._draws = self._draws[:, rows]

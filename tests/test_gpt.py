@@ -178,7 +178,7 @@ def test_cache_rows_can_be_copied_and_dropped():
         cache = KVCache(c, 2, 10)
         net(ids, cache=cache)
         cache.repeat(2)  # rows 0 0 1 1
-        cache.select([3, 0])
+        cache.keep(torch.tensor([3, 0]))
         new = torch.tensor([[5], [6]])
         got = net(new, cache=cache)[:, 0]
         want = net(torch.cat((ids[[1, 0]], new), 1))[:, -1]
