@@ -45,6 +45,8 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
         _check_first_part(config_name, override, groups)
     for choice in itertools.product(*(_lines(o) for o in chosen)):
         _check_values(config_name, choice, values, args.config_dir)
+    if args.multirun:
+        _check_sweep(config_name, chosen, values, args.config_dir)
 
 
 def swept_overrides(argv: Sequence[str]) -> list[Any]:
@@ -206,6 +208,23 @@ def _check_values(config_name: str, choice: Sequence[str], values: list[Any], co
     check_values(cfg)
     if cfg.get("data") is not None:
         check_task_names(cfg.data)
+
+
+def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_dir: str | None) -> None:
+    """Keys of a swept group that its default lacks: Hydra composes a sweep with the defaults first and fails there."""
+    swept = [o.key_or_group for o in chosen if o.is_sweep_override()]
+    fixed = [line for o in chosen if not o.is_sweep_override() for line in _lines(o)]
+    inside = [o for o in values if o.key_or_group.partition(".")[0] in swept and not o.is_sweep_override()]
+    cfg = compose(config_name, fixed, config_dir) if inside else None
+    for override in inside:
+        try:
+            _try_override(config_name, cfg, override, _values(override)[0], fixed)
+        except UserError:
+            group = override.key_or_group.partition(".")[0]
+            raise UserError(
+                f"{override.input_line}: not every option of {group} has this key, so a sweep over {group} cannot take "
+                f"it; give it to the command of its own {group}, or put it into conf/experiment/<name>/<{group}>.yaml"
+            ) from None
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:

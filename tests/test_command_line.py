@@ -315,6 +315,12 @@ def test_the_sweep_flag_may_come_last():
     assert "did you mean stage=pretrain?" in result.stderr
 
 
+def test_a_sweep_over_stages_explains_a_key_that_the_first_one_lacks():
+    result = run_cli("train.py", "-m", "stage=midtrain,sft", "stage.chat_every=0")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: stage.chat_every=0: not every option of stage has this key")
+
+
 def test_the_check_imports_nothing_heavy():
     code = (
         "import sys; from llm.cli import check_overrides; check_overrides('train', ['experiment=demo', 'stage=sft']);"
