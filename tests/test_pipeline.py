@@ -184,10 +184,16 @@ def same_weights(a, b) -> bool:
     return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
 
 
+FAST_STOPS = {("pretrain", signal.SIGINT), ("sft", signal.SIGKILL)}
+
+
 @pytest.mark.parametrize(
     ("stage", "signum", "status"),
-    [("pretrain", signal.SIGINT, 130), ("sft", signal.SIGKILL, -9)]
-    + [pytest.param(s, n, c, marks=pytest.mark.slow) for s in STAGES[1:] for n, c in ((2, 130), (15, 143), (9, -9))],
+    [
+        pytest.param(stage, signum, status, marks=() if (stage, signum) in FAST_STOPS else pytest.mark.slow)
+        for stage in STAGES[1:]
+        for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9))
+    ],
 )
 def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, stage, signum, status):
     """Straight run = run that is stopped by a signal and started again with the same command, bit for bit."""
