@@ -127,6 +127,17 @@ def test_curves_need_no_display_and_few_points_are_enough(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_figures_are_kept_on_request_and_drawn_where_missing(tmp_path):
+    rows = {"pretrain": [{"step": 0, "loss": 3.0, "bpb": 2.0}]}
+    draw_curves(tmp_path, "kept", rows)
+    (tmp_path / "loss.png").write_bytes(b"kept")
+    (tmp_path / "bpb.png").unlink()
+    assert [path.name for _, path in draw_curves(tmp_path, "kept", rows, redraw=False)] == ["loss.png", "bpb.png"]
+    assert (tmp_path / "loss.png").read_bytes() == b"kept" and (tmp_path / "bpb.png").stat().st_size > 1000
+    draw_curves(tmp_path, "kept", rows)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 def test_smoothing_keeps_start_and_constants():
     assert smoothed([5.0, 1.0, 1.0, 1.0, 1.0], 2)[0] == 5.0
     assert smoothed([2.0] * 10, 3) == [2.0] * 10
