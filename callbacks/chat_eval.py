@@ -24,12 +24,15 @@ class ChatEval(Periodic):
 class PassAtK(Periodic):
     """Logs `pass@1` and `pass@k` on held-out questions, sampled as the rollouts are."""
 
-    def __init__(self, every: int, task, num_samples: int, max_items: int, params: SamplingParams):
+    def __init__(self, every: int, task, num_samples: int, max_items: int, params: SamplingParams, batch_size: int):
         super().__init__(every, at_start=True)
         self.task, self.num_samples, self.max_items, self.params = task, num_samples, max_items, params
+        self.batch_size = batch_size  # questions decoded at a time
 
     def act(self, trainer, module, step) -> None:
         engine = Engine(module.net, module.context.tokenizer)
-        scores = evaluate_pass_at_k(engine, self.task, self.num_samples, self.params, max_items=self.max_items)
+        scores = evaluate_pass_at_k(
+            engine, self.task, self.num_samples, self.params, max_items=self.max_items, batch_size=self.batch_size
+        )
         module.row.update(scores)
         module.net.train()

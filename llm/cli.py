@@ -40,9 +40,10 @@ def run_app(config_name: str, target: str) -> NoReturn:
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
     job ends a sweep, and the sweep says which one it was.
     """
-    # Before torch is imported: threads that spin while they wait take the cores from each other on a busy machine.
-    # What was measured, and how weakly, is in docs/lab_notebook.md.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported. Threads that spin for long while they wait take the cores from each other on a busy
+    # machine; threads that sleep at once cost a third of the speed on an idle one (docs/lab_notebook.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     try:
         status = _run(config_name, target, sys.argv[1:])
         sys.stdout.flush()

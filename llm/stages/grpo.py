@@ -175,7 +175,9 @@ def build(cfg, parent: Path) -> BuiltStage:
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg)
     derived |= {"questions": len(train), "samples_per_step": stage.prompts_per_step * stage.samples_per_prompt}
     params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
-    pass_at_k = PassAtK(stage.eval_every, test, stage.eval_samples, stage.eval_examples, params)
+    pass_at_k = PassAtK(
+        stage.eval_every, test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
+    )
     rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
 
     def loader(position: dict | None) -> RolloutSteps:
