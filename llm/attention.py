@@ -21,23 +21,125 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v with a causal mask. q: (B, T, H, D); k, v: (B, T, Hkv, D); returns (B, T, H, D)."""
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v, where a position sees itself and the `window` positions before it (None: all).
+
+    q: (B, T, H, D); k, v: (B, T, Hkv, D); returns (B, T, H, D).
+    """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    if window is not None and window < q.size(2) - 1:
+        if k.size(1) != q.size(1):
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+        attend = _BandedOnCPU.apply if q.device.type == "cpu" and q.dtype in CPU_FLASH_DTYPES else banded_attention
+        return attend(q, k, v, scale, window).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
 
 
-def cached_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def cached_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float, window: int | None = None
+) -> torch.Tensor:
     """Attention of new queries over a cache in which key j of a row stands at position j.
 
-    q: (B, T, H, D) at `positions` (B, T); k, v: (B, S, Hkv, D). A query sees the keys at or before its own position,
-    which hides whatever lies behind a row's end (padding, stale entries).
+    q: (B, T, H, D) at `positions` (B, T); k, v: (B, S, Hkv, D). A query sees the keys at or before its own position
+    (and within the window), which hides whatever lies behind a row's end (padding, stale entries).
     """
-    mask = torch.arange(k.size(1), device=q.device) <= positions.unsqueeze(-1)  # (B, T, S)
+    at = torch.arange(k.size(1), device=q.device)
+    mask = at <= positions.unsqueeze(-1)  # (B, T, S)
+    if window is not None and window < k.size(1) - 1:
+        mask &= at >= positions.unsqueeze(-1) - window
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    enable_gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=enable_gqa).transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+    return y.transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sliding windows: queries in blocks, each against the keys that its window reaches. What lies outside is never computed,
+# and no (T, T) mask exists: time and memory follow T x window.
+
+CPU_FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+    """(first query, behind the last query, first key) per block. The first block is plain causal, later ones banded."""
+    size = max(64, window // 2)
+    first = min(length, window + 1)  # up to here the window reaches back to the start
+    blocks = [(0, first, 0)]
+    return blocks + [(at, min(at + size, length), at - window) for at in range(first, length, size)]
+
+
+def _band(n: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """Additive mask (n, n + window): query i sees the keys i to i + window of its block."""
+    outside = torch.ones(n, n + window, dtype=torch.bool, device=like.device)
+    outside = outside.triu(window + 1) | outside.tril(-1)
+    return torch.zeros(n, n + window, device=like.device, dtype=like.dtype).masked_fill_(outside, -torch.inf)
+
+
+def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
+    """Windowed attention of (B, H, T, D) by any SDPA kernel, differentiable by autograd."""
+    outputs, mask = [], None
+    for start, end, key in _blocks(q.size(2), window):
+        part = (q[:, :, start:end], k[:, :, key:end], v[:, :, key:end])
+        if start == 0:
+            outputs.append(F.scaled_dot_product_attention(*part, is_causal=True, scale=scale))
+            continue
+        n = end - start
+        mask = _band(n, window, q) if mask is None else mask
+        outputs.append(F.scaled_dot_product_attention(*part, attn_mask=mask[:n, : n + window], scale=scale))
+    return torch.cat(outputs, dim=2)
+
+
+class _BandedOnCPU(torch.autograd.Function):
+    """The same with torch's flash kernels for the CPU and gradients added up in place.
+
+    Autograd's own backward of a slice writes a full tensor of zeros per block.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale: float, window: int):
+        blocks = _blocks(q.size(2), window)
+        out, sums = torch.empty_like(q), []
+        mask = _band(blocks[1][1] - blocks[1][0], window, q)
+        for start, end, key in blocks:
+            y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, start:end],
+                k[:, :, key:end],
+                v[:, :, key:end],
+                is_causal=start == 0,
+                attn_mask=None if start == 0 else mask[: end - start, : end - key],
+                scale=scale,
+            )
+            out[:, :, start:end] = y
+            sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, mask, *sums)
+        ctx.scale, ctx.blocks = scale, blocks
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, mask, *sums = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, end, key), log_sum in zip(ctx.blocks, sums, strict=True):
+            d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, start:end],
+                q[:, :, start:end],
+                k[:, :, key:end],
+                v[:, :, key:end],
+                out[:, :, start:end],
+                log_sum,
+                0.0,
+                start == 0,
+                attn_mask=None if start == 0 else mask[: end - start, : end - key],
+                scale=ctx.scale,
+            )
+            dq[:, :, start:end] = d[0]
+            dk[:, :, key:end] += d[1]
+            dv[:, :, key:end] += d[2]
+        return dq, dk, dv, None, None
 
 
 class KVCache:
@@ -54,6 +156,8 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # true tokens per row
         self.used = 0
+        self.fed: torch.Tensor | None = None  # embeddings of the tokens just fed (B, T, C), where the model smears
+        self.last_embed: torch.Tensor | None = None  # of every row's last token (B, 1, C)
 
     @property
     def max_len(self) -> int:
@@ -77,6 +181,10 @@ class KVCache:
 
     def advance(self, n_new: int, lengths: torch.Tensor | None = None) -> None:
         """Count `n_new` written positions of which the first `lengths[b]` are true tokens (all, if not given)."""
+        if self.fed is not None:
+            rows = torch.arange(len(self.fed), device=self.fed.device)
+            last = torch.full_like(rows, n_new - 1) if lengths is None else lengths - 1
+            self.last_embed, self.fed = self.fed[rows, last].unsqueeze(1), None
         self.lengths = self.lengths + (n_new if lengths is None else lengths)
         self.used += n_new
 
@@ -86,8 +194,12 @@ class KVCache:
         for layer in (*self.k, *self.v):
             layer[:n, : self.used] = layer[rows, : self.used]
         self.k, self.v, self.lengths = self.k[:, :n], self.v[:, :n], self.lengths[rows]
+        if self.last_embed is not None:
+            self.last_embed = self.last_embed[rows]
 
     def repeat(self, n: int) -> None:
         """Every row n times, copies side by side."""
         self.k, self.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
         self.lengths = self.lengths.repeat_interleave(n)
+        if self.last_embed is not None:
+            self.last_embed = self.last_embed.repeat_interleave(n, dim=0)

@@ -42,8 +42,37 @@ class ModelConfig:
 @dataclass
 class ArchConfig:
     name: str = key("set of block features", fixed=True)
+
+
+@dataclass
+class ClassicArch(ArchConfig):
     rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
     softcap: float = key("logits are softcap x tanh(logits / softcap)", above=0)
+
+
+@dataclass
+class ModernArch(ClassicArch):
+    qk_scale: float = key("factor on the normed queries and on the keys", above=0)
+    window_pattern: str = key("a letter per layer, repeated: L = full attention, S = short window; the last layer is L")
+    window_divisor: int = key("a short window is seq_len / this, rounded up to a multiple of 128", low=1)
+    value_embeds: bool = key("add gated embeddings of the tokens to the values of every other layer")
+    gate_channels: int = key("channels of the layer's input that set those gates", low=1)
+    gate_range: float = key("the gates lie between 0 and this", above=0)
+    gate_init: float = key("their initial weights, and those of the smear gate, are drawn from U(0, this)", low=0)
+    residual_scalars: bool = key("x <- r x + a x0 before every block, with trained r and a")
+    resid_init: list[float] = key("r of the first and the last layer, linear between")
+    x0_init: list[float] = key("a of the first and the last layer, linear between")
+    smear: bool = key("tokens take in some of the embedding of the token before")
+    backout: bool = key("subtract some of the middle block's output before the head")
+    backout_init: float = key("how much of it at the start")
+    embedding_std: float = key("standard deviation of the initial embedding", above=0)
+    head_std: float = key("standard deviation of the initial head", low=0)
+    fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0)
+
+
+@dataclass
+class GPT2Arch(ArchConfig):
+    tied: bool = key("the head is the embedding")
 
 
 @dataclass
@@ -288,6 +317,7 @@ VARIANTS: dict[str, dict[str, type]] = {
         "sft": ChatStage,
         "grpo": GRPOStage,
     },
+    "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch},
     "optim": {"muon_adamw": MuonAdamWConfig, "adamw": AdamWConfig},
 }
 

@@ -1,8 +1,10 @@
-"""The Transformer.
+"""The Transformer, in three forms that one config describes.
 
 `classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm
 after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
-grouped-query attention, logits soft-capped at 15. Weights are kept in fp32 and multiplied in `compute_dtype`. This file
+grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
+residual and x0 scalars, sliding windows, smear, backout, a q/k scale. `gpt2` is the baseline of 2019: learned
+positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This file
 knows nothing of training loops, configuration or files.
 """
 
@@ -18,13 +20,14 @@ from llm.eager import rms_norm as norm
 from llm.loss_head import linear_cross_entropy, softcapped
 from llm.precision import Linear
 
-VOCAB_MULTIPLE = 64  # embedding and head are padded to a multiple of this: even shards, fast kernels
-ARCHS = ("classic",)
+ARCHS = ("classic", "modern", "gpt2")
+WINDOW_MULTIPLE = 128  # short windows are rounded up to it: the block size of fast kernels
+SMEAR_CHANNELS = 24  # of the embedding, that decide how much of the previous token a token takes in
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the model: everything needed to rebuild it without weights."""
+    """Shape of the model: everything needed to rebuild it without weights. The defaults are those of `classic`."""
 
     n_layer: int
     n_head: int
@@ -35,7 +38,25 @@ class GPTConfig:
     vocab_size: int  # true vocabulary; tensors are padded to `padded_vocab_size`
     arch: str = "classic"
     rope_base: float = 10_000.0
-    softcap: float = 15.0
+    softcap: float | None = 15.0  # null: logits as they are
+    qk_scale: float = 1.0  # factor on the normed queries and on the keys
+    window_pattern: str = "L"  # one letter per layer, repeated: L = full attention, S = short window; the last is L
+    window_divisor: int = 4  # a short window is seq_len / this, rounded up to a multiple of WINDOW_MULTIPLE
+    value_embeds: bool = False  # a second embedding of the tokens, gated, added to the values of every other layer
+    gate_channels: int = 12  # of the layer's input, that set the gate
+    gate_range: float = 3.0  # the gate lies between 0 and this
+    residual_scalars: bool = False  # x <- r * x + a * x0 before every block
+    smear: bool = False  # tokens take in some of the token before
+    backout: bool = False  # what the middle of the network has found is taken out again before the head
+    tied: bool = False  # the head is the embedding
+    vocab_multiple: int = 64  # embedding and head are padded to a multiple of this: even shards, fast kernels
+    resid_init: tuple[float, float] = (1.0, 1.0)  # r of the first and the last layer, linear between
+    x0_init: tuple[float, float] = (0.0, 0.0)  # a likewise
+    backout_init: float = 0.2
+    gate_init: float = 0.0  # gates ~ U(0, this)
+    embedding_std: float = 1.0
+    head_std: float = 0.0
+    fc_scale: float = 1.0  # factor on the initial weights of the MLP's first layer
 
     def __post_init__(self):
         if self.arch not in ARCHS:
@@ -44,10 +65,31 @@ class GPTConfig:
             raise ValueError(f"model.n_kv_head={self.n_kv_head} must divide the number of heads, {self.n_head}")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even: rotary positions turn pairs of channels")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(
+                f"arch.window_pattern={self.window_pattern!r}: one letter per layer, S (short window) or L (full "
+                "attention), repeated over the depth, as in SSSL"
+            )
+        for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
+            used = self.value_embeds if name == "arch.gate_channels" else self.smear
+            if used and channels > self.n_embd:
+                raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
 
     @property
     def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def window(self, layer: int) -> int | None:
+        """Number of earlier positions that a layer sees beside its own; None = all. The last layer sees all."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        if letter == "L" or layer == self.n_layer - 1:
+            return None
+        short = -(-self.seq_len // (self.window_divisor * WINDOW_MULTIPLE)) * WINDOW_MULTIPLE
+        return short if short < self.seq_len else None
+
+    def has_value_embed(self, layer: int) -> bool:
+        """Every other layer, the last one among them."""
+        return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -58,70 +100,122 @@ class GPTConfig:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown model config keys {sorted(unknown)}: written by a newer version?")
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def num_params(config: GPTConfig) -> dict[str, int]:
-    """Parameter counts by kind and in total, without building the model."""
-    table = config.padded_vocab_size * config.n_embd
-    q_and_out = 2 * config.n_embd * config.n_head * config.head_dim
-    k_and_v = 2 * config.n_embd * config.n_kv_head * config.head_dim
-    mlp = 8 * config.n_embd**2
-    blocks = config.n_layer * (q_and_out + k_and_v + mlp)
-    return {"embedding": table, "head": table, "blocks": blocks, "total": 2 * table + blocks}
+    """Parameter counts by kind and in total, without building the model; kinds that the model lacks are left out."""
+    c = config
+    table = c.padded_vocab_size * c.n_embd
+    q_and_out = 2 * c.n_embd * c.n_head * c.head_dim
+    k_and_v = 2 * c.n_embd * c.n_kv_head * c.head_dim
+    mlp = 8 * c.n_embd**2
+    n_value = sum(c.has_value_embed(layer) for layer in range(c.n_layer))
+    blocks = c.n_layer * (q_and_out + k_and_v + mlp) + n_value * c.n_kv_head * c.gate_channels
+    counts = {"embedding": table, "head": 0 if c.tied else table, "blocks": blocks}
+    if c.arch == "gpt2":  # biases of the six projections, weight and bias of the norms
+        attention_biases = (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd
+        counts["blocks"] += c.n_layer * (attention_biases + 5 * c.n_embd + 4 * c.n_embd)
+        counts |= {"positions": c.seq_len * c.n_embd, "final_norm": 2 * c.n_embd}
+    if c.value_embeds:
+        counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
+    if c.smear:
+        counts["smear_gate"] = SMEAR_CHANNELS
+    if scalars := 2 * c.n_layer * c.residual_scalars + c.smear + c.backout:
+        counts["scalars"] = scalars
+    return counts | {"total": sum(counts.values())}
+
+
+def scaling_params(config: GPTConfig) -> int:
+    """The parameters that scaling rules count: matrices of the blocks and of the head (Kaplan et al. 2020)."""
+    return num_params(config)["blocks"] + config.padded_vocab_size * config.n_embd
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
-    """Training FLOPs per token: 6 per weight that multiplies (the embedding is a lookup) plus attention at full length.
+    """Training FLOPs per token: 6 per weight that multiplies (embeddings are look-ups) plus attention.
 
-    Attention: 2 products forward, 4 backward, 2 FLOPs each, over T keys: 12 * L * H * D * T (PaLM, appendix B).
+    Attention: 2 products forward, 4 backward, 2 FLOPs each, over the T keys of a full layer or the window of a short
+    one: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for causality).
     """
-    n = num_params(config)
-    attention = 12 * config.n_layer * config.n_head * config.head_dim * (seq_len or config.seq_len)
-    return 6 * (n["total"] - n["embedding"]) + attention
+    c, length = config, seq_len or config.seq_len
+    keys = sum(min(c.window(layer) or length, length) for layer in range(c.n_layer))
+    return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 12 * c.n_head * c.head_dim * keys
+
+
+class LayerNorm(nn.LayerNorm):
+    """Weights are cast to the dtype of the input."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Without weights."""
+
+    def forward(self, x):
+        return norm(x)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return LayerNorm(config.n_embd) if config.arch == "gpt2" else RMSNorm()
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
-        self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
-        self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
-        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd)
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
+        self.is_gpt2 = config.arch == "gpt2"
+        self.scale = config.qk_scale**2 / config.head_dim**0.5
+        self.gate_channels, self.gate_range = config.gate_channels, config.gate_range
+        kv_dim = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_dim, bias=self.is_gpt2)
+        self.c_k = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
+        self.c_v = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
+        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=self.is_gpt2)
+        if config.has_value_embed(layer):
+            self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def forward(self, x, cos, sin, cache: KVCache | None, positions):
+    def forward(self, x, value_embed, rotary, cache: KVCache | None, positions):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        if value_embed is not None:
+            gate = self.gate_range * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+        if not self.is_gpt2:
+            q, k = norm(apply_rotary(q, *rotary)), norm(apply_rotary(k, *rotary))
         if cache is None:
-            y = causal_attention(q, k, v)
+            y = causal_attention(q, k, v, self.scale, self.window)
         else:
             first = cache.used == 0
             keys, values = cache.update(self.layer, k, v, positions)
-            y = causal_attention(q, k, v) if first else cached_attention(q, keys, values, positions)
+            if first:
+                y = causal_attention(q, k, v, self.scale, self.window)
+            else:
+                y = cached_attention(q, keys, values, positions, self.scale, self.window)
         return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.is_gpt2 = config.arch == "gpt2"
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=self.is_gpt2)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=self.is_gpt2)
 
     def forward(self, x):
-        return self.c_proj(relu_squared(self.c_fc(x)))
+        h = self.c_fc(x)
+        return self.c_proj(F.gelu(h, approximate="tanh") if self.is_gpt2 else relu_squared(h))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.norm_1, self.attn = make_norm(config), Attention(config, layer)
+        self.norm_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, cos, sin, cache, positions):
-        x = x + self.attn(norm(x), cos, sin, cache, positions)
-        return x + self.mlp(norm(x))
+    def forward(self, x, value_embed, rotary, cache, positions):
+        x = x + self.attn(self.norm_1(x), value_embed, rotary, cache, positions)
+        return x + self.mlp(self.norm_2(x))
 
 
 class GPT(nn.Module):
@@ -131,63 +225,145 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd, _weight=self._empty_table(config)),
+                "wte": _table(config.padded_vocab_size, config.n_embd),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             }
         )
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
-        cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-
-    @staticmethod
-    def _empty_table(config: GPTConfig) -> torch.Tensor:
-        return torch.empty(config.padded_vocab_size, config.n_embd)
+        if config.arch == "gpt2":
+            self.transformer["wpe"] = _table(config.seq_len, config.n_embd)
+        self.final_norm = make_norm(config)
+        self.lm_head = None if config.tied else Linear(config.n_embd, config.padded_vocab_size)
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(layer): _table(config.padded_vocab_size, kv_dim)
+                for layer in range(config.n_layer)
+                if config.has_value_embed(layer)
+            }
+        )
+        if config.residual_scalars:
+            self.resid_scalars = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_scalars = nn.Parameter(torch.empty(config.n_layer))
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+            self.smear_scalar = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_scalar = nn.Parameter(torch.empty(1))
+        if config.arch != "gpt2":
+            cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rope_base)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.transformer.wte.weight.device
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(padded vocabulary, n_embd): the head's own matrix or the embedding."""
+        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 42) -> "GPT":
         """Fill all weights, reproducibly on any device.
 
-        Embedding N(0, 1); block inputs N(0, s) with s = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in); the projections
-        back into the residual stream and the head start at zero, so the first loss is exactly ln(vocabulary).
+        classic: embedding N(0, 1); block inputs N(0, s), s = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in).
+        modern: block inputs and value embeddings U(-b, b), b = sqrt(3 / n_embd), the MLP's times `fc_scale`; gates
+        U(0, gate_init), smear off. Both: projections back into the residual stream start at zero, so with a zero head
+        (classic) the first loss is exactly ln(vocabulary).
+        gpt2: N(0, 0.02), projections N(0, 0.02 / sqrt(2 n_layer)), positions N(0, 0.01), biases 0.
         """
-        generator = torch.Generator().manual_seed(seed)
+        c, generator = self.config, torch.Generator().manual_seed(seed)
 
         def normal_(weight: torch.Tensor, std: float) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
-        normal_(self.transformer.wte.weight, 1.0)
+        def uniform_(weight: torch.Tensor, low: float, high: float) -> None:
+            weight.copy_(torch.rand(weight.shape, generator=generator) * (high - low) + low)
+
+        if c.arch == "gpt2":
+            for name, p in self.named_parameters():
+                if p.ndim == 1:
+                    p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                elif name.endswith("c_proj.weight"):
+                    normal_(p, 0.02 / (2 * c.n_layer) ** 0.5)
+                else:
+                    normal_(p, 0.01 if "wpe" in name else 0.02)
+            return self
+        normal_(self.transformer.wte.weight, c.embedding_std)
+        bound = (3 / c.n_embd) ** 0.5
         for block in self.transformer.h:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
                 fan_out, fan_in = linear.weight.shape
-                normal_(linear.weight, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5)
+                if c.arch == "modern":
+                    uniform_(linear.weight, -bound, bound)
+                else:
+                    normal_(linear.weight, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5)
+            block.mlp.c_fc.weight.mul_(c.fc_scale)
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
-        self.lm_head.weight.zero_()
+            if hasattr(block.attn, "ve_gate"):
+                uniform_(block.attn.ve_gate.weight, 0.0, c.gate_init)
+        for table in self.value_embeds.values():
+            uniform_(table.weight, -bound, bound)
+        if c.residual_scalars:
+            self.resid_scalars.copy_(torch.linspace(*c.resid_init, c.n_layer))
+            self.x0_scalars.copy_(torch.linspace(*c.x0_init, c.n_layer))
+        if c.smear:
+            uniform_(self.smear_gate.weight, 0.0, c.gate_init)
+            self.smear_scalar.zero_()
+        if c.backout:
+            self.backout_scalar.fill_(c.backout_init)
+        if self.lm_head is not None:
+            normal_(self.lm_head.weight, c.head_std)
         return self
+
+    def embed(self, ids: torch.Tensor, cache: KVCache | None, at) -> torch.Tensor:
+        """What enters the first block, (B, T, n_embd) in the compute dtype. `at`: positions of the tokens."""
+        x = F.embedding(ids, self.transformer.wte.weight)
+        if self.config.arch == "gpt2":
+            return (x + self.transformer.wpe.weight[at]).to(self.compute_dtype)
+        x = norm(x.to(self.compute_dtype))
+        if self.config.smear:
+            first = torch.zeros_like(x[:, :1]) if cache is None or cache.used == 0 else cache.last_embed
+            before = torch.cat((first, x[:, :-1]), dim=1)
+            if cache is not None:
+                cache.fed = x
+            gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+            x = x + self.smear_scalar.to(x.dtype) * gate * before
+        return x
 
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Normed output of the last block, (B, T, n_embd) in the compute dtype. Does not advance the cache."""
-        T = ids.size(1)
-        if T > self.config.seq_len:
-            raise ValueError(f"{T} tokens do not fit the model's context of {self.config.seq_len}")
+        T, c = ids.size(1), self.config
+        if T > c.seq_len:
+            raise ValueError(f"{T} tokens do not fit the model's context of {c.seq_len}")
         positions = None if cache is None else cache.positions(T)
         at = slice(0, T) if cache is None else positions
-        cos, sin = self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype)
-        x = norm(F.embedding(ids, self.transformer.wte.weight).to(self.compute_dtype))
-        for block in self.transformer.h:
-            x = block(x, cos, sin, cache, positions)
-        return norm(x)
+        rotary = None
+        if c.arch != "gpt2":
+            rotary = (self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype))
+        x = x0 = self.embed(ids, cache, at)
+        for layer, block in enumerate(self.transformer.h):
+            if c.residual_scalars:
+                x = self.resid_scalars[layer].to(x.dtype) * x + self.x0_scalars[layer].to(x.dtype) * x0
+            value_embed = None
+            if c.has_value_embed(layer):
+                value_embed = F.embedding(ids, self.value_embeds[str(layer)].weight).to(x.dtype)
+            x = block(x, value_embed, rotary, cache, positions)
+            if layer == c.n_layer // 2:
+                middle = x
+        if c.backout:
+            x = x - self.backout_scalar.to(x.dtype) * middle
+        return self.final_norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""
-        return softcapped(self.lm_head(hidden)[..., : self.config.vocab_size], self.config.softcap)
+        return softcapped(
+            F.linear(hidden, self.head_weight.to(hidden.dtype))[..., : self.config.vocab_size], self.config.softcap
+        )
 
     def forward(
         self,
@@ -214,5 +390,10 @@ class GPT(nn.Module):
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
         if targets is None:
             return self.logits(hidden)
-        true_head = self.lm_head.weight[: self.config.vocab_size]
+        true_head = self.head_weight[: self.config.vocab_size]
         return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose weights are left to the one init function."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))

@@ -12,20 +12,20 @@ OTHER_CHUNK_ELEMENTS = 1 << 25
 MIN_CHUNK_TOKENS = 256  # fewer make slow matrix products
 
 
-def softcapped(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """cap * tanh(logits / cap) in fp32: never outside (-cap, cap) (Gemma 2, arXiv 2408.00118)."""
-    return cap * torch.tanh(logits.float() / cap)
+def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(logits / cap) in fp32: never outside (-cap, cap) (Gemma 2, arXiv 2408.00118). None: just fp32."""
+    return logits.float() if cap is None else cap * torch.tanh(logits.float() / cap)
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    softcap: float,
+    softcap: float | None,
     token_weights: torch.Tensor | None = None,
     reduction: str = "sum",
 ) -> torch.Tensor:
-    """Cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`.
+    """Cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`; softcap None = no cap.
 
     hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
     trained, loss 0; token_weights: (...) factors of the tokens' losses. reduction: sum | mean (over trained tokens) |
@@ -50,7 +50,7 @@ def linear_cross_entropy(
     return total / (goals >= 0).sum() if reduction == "mean" else total
 
 
-def _run(hidden, weight, goals, factors, softcap: float, with_grad: bool):
+def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool):
     """Losses (N,) without factors; with_grad: also the gradients of sum(losses * factors), d hidden and d weight."""
     chunk = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS) // len(weight))
     losses = hidden.new_empty(len(goals), dtype=torch.float32)
@@ -60,15 +60,19 @@ def _run(hidden, weight, goals, factors, softcap: float, with_grad: bool):
         rows = slice(start, start + chunk)
         h, goal = hidden[rows], goals[rows, None]
         trained = goal >= 0
-        squashed = F.linear(h, weight).float().div_(softcap).tanh_()
-        logits = squashed * softcap
+        logits = F.linear(h, weight).float()
+        if softcap is not None:
+            squashed = logits.div_(softcap).tanh_()
+            logits = squashed * softcap
         log_z = logits.logsumexp(dim=1, keepdim=True)
         losses[rows] = (log_z - logits.gather(1, goal.clamp(min=0))).mul_(trained).squeeze(1)
         if not with_grad:
             continue
         scale = trained.float() if factors is None else trained * factors[rows, None]
         d_logits = logits.sub_(log_z).exp_().scatter_add_(1, goal.clamp(min=0), torch.full_like(scale, -1.0))
-        d_logits.mul_(scale).addcmul_(d_logits, squashed.square_(), value=-1)  # d tanh = 1 - tanh^2
+        d_logits.mul_(scale)
+        if softcap is not None:
+            d_logits.addcmul_(d_logits, squashed.square_(), value=-1)  # d tanh = 1 - tanh^2
         d_logits = d_logits.to(h.dtype)
         torch.mm(d_logits, weight, out=d_hidden[rows])
         if d_weight.dtype == h.dtype:
@@ -80,7 +84,7 @@ def _run(hidden, weight, goals, factors, softcap: float, with_grad: bool):
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, goals, factors, softcap: float, with_grad: bool):
+    def forward(ctx, hidden, weight, goals, factors, softcap: float | None, with_grad: bool):
         losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad)
         ctx.weight_dtype = weight.dtype
         return losses.sum() if factors is None else (losses * factors).sum()
@@ -93,7 +97,7 @@ class _SummedLoss(torch.autograd.Function):
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, goals, softcap: float):
+    def forward(ctx, hidden, weight, goals, softcap: float | None):
         ctx.save_for_backward(hidden, weight, goals)
         ctx.softcap = softcap
         return _run(hidden, weight, goals, None, softcap, with_grad=False)[0]

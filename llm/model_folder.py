@@ -36,7 +36,7 @@ HF_PARTS = (
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
-VOCAB_PARAMS = ("transformer.wte.weight", "lm_head.weight")  # their first dimension is the padded vocabulary
+VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
 
 
 def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer) -> None:
@@ -53,8 +53,8 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         _write_json(new / GENERATION_FILE, generation_config(tokenizer))
         tensors = {}
         for name, value in net.state_dict().items():
-            rows = config.vocab_size if name in VOCAB_PARAMS else len(value)
-            tensors[hf_name(name)] = value[:rows].detach().to("cpu", torch.float32).contiguous()
+            rows = config.vocab_size if name.startswith(VOCAB_PARAMS) else len(value)
+            tensors[file_name(name, config)] = value[:rows].detach().to("cpu", torch.float32).contiguous()
         try:
             save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -86,8 +86,10 @@ def read_config(folder: str | os.PathLike) -> GPTConfig:
     return _read_config(Path(folder))[0]
 
 
-def hf_name(name: str) -> str:
-    """Name of a parameter in Hugging Face's NanoChat."""
+def file_name(name: str, config: GPTConfig) -> str:
+    """Name of a parameter in the file: `classic` takes those of Hugging Face's NanoChat."""
+    if config.arch != "classic":
+        return name
     for ours, theirs in HF_PARTS:
         name = name.replace(ours, theirs)
     return name
@@ -167,14 +169,14 @@ def _load_weights(net: GPT, path: Path) -> None:
     state = net.state_dict()
     try:
         with safe_open(path, framework="pt") as file:
-            expected, found = {hf_name(name): name for name in state}, set(file.keys())
+            expected, found = {file_name(name, net.config): name for name in state}, set(file.keys())
             if missing := sorted(set(expected) - found):
                 raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); {fix}")
             if unknown := sorted(found - set(expected)):
                 raise UserError(f"{path}: tensor {unknown[0]} is not of this model ({len(unknown)} in all); {fix}")
             for theirs, name in expected.items():
                 target = state[name]
-                rows = net.config.vocab_size if name in VOCAB_PARAMS else len(target)
+                rows = net.config.vocab_size if name.startswith(VOCAB_PARAMS) else len(target)
                 shape = tuple(file.get_slice(theirs).get_shape())
                 if shape != (rows, *target.shape[1:]):
                     raise UserError(

@@ -10,19 +10,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Linear(nn.Linear):
-    """Bias-free linear layer that multiplies in the dtype of its input, whatever dtype its weight is stored in.
+    """Linear layer that multiplies in the dtype of its input, whatever dtype its weight is stored in.
 
     Initialisation is left to the model's one init function, so building a layer draws no random numbers.
     """
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def has_fast_bf16(device: torch.device) -> bool:

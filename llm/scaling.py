@@ -14,6 +14,10 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         if model[key] < 1:
             raise UserError(f"model.{key}={model[key]}: must be at least 1")
     n_head = -(-model.depth * model.aspect_ratio // model.head_dim)
+    features = {name: arch[name] for name in arch if name != "name"}
+    features |= {name: tuple(features[name]) for name in ("resid_init", "x0_init") if name in features}
+    if arch.name == "gpt2":
+        features |= {"softcap": None, "vocab_multiple": 1}  # as published
     try:
         return GPTConfig(
             n_layer=model.depth,
@@ -24,8 +28,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
             seq_len=model.seq_len,
             vocab_size=vocab_size,
             arch=arch.name,
-            rope_base=float(arch.rope_base),
-            softcap=float(arch.softcap),
+            **features,
         )
     except ValueError as error:
         raise UserError(f"model.depth={model.depth}: {error}") from error

@@ -40,20 +40,17 @@ CONFIG_KEYS = {
     "n_embd": "model.aspect_ratio (width)",
     "seq_len": "model.seq_len",
     "vocab_size": "vocabulary",
-    "arch": "arch",
-    "rope_base": "arch.rope_base",
-    "softcap": "arch.softcap",
 }
 
 
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
     a, b = wanted.to_dict(), found.to_dict()
-    differing = [f"{CONFIG_KEYS[k]}: configured {a[k]}, found {b[k]}" for k in a if a[k] != b[k]]
+    differing = [f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}" for k in a if a[k] != b[k]]
     if differing:
         raise UserError(
             f"the model in {where} is not the one configured ({'; '.join(differing)}): "
-            f"choose model=d{found.n_layer} and the settings it was trained with, or another init_from"
+            f"choose model=d{found.n_layer} arch={found.arch} and the settings it was trained with, or another init_from"
         )
 
 
