@@ -37,6 +37,7 @@ class ModelConfig:
     head_dim: int = key("size of one attention head", low=2)
     n_kv_head: int | None = key("key/value heads: null = one per query head, fewer = GQA, 1 = MQA", low=1)
     seq_len: int = key("context length in tokens", low=8, main=True)
+    vocab_size: int | None = key("what the tokenizer must have; lets dry_run do without one; null = anything", low=265)
 
 
 @dataclass
@@ -77,7 +78,9 @@ class GPT2Arch(ArchConfig):
 
 @dataclass
 class BatchConfig:
-    total: int = key("tokens of one optimizer step, over all ranks and micro-batches", low=1, main=True)
+    total: int | None = key(
+        "tokens of one optimizer step, over all ranks and micro-batches; null = by llm/scaling.py", low=1, main=True
+    )
     device: int = key("rows of one micro-batch on one device", low=1, main=True)
 
 
@@ -88,6 +91,13 @@ class PrecisionConfig:
         choices=("auto", "fp32", "bf16"),
         main=True,
     )
+
+
+@dataclass
+class EstimateConfig:
+    gpu: str = key("GPU whose memory, time and cost dry_run estimates")
+    devices: int = key("how many of them", low=1)
+    mfu: float = key("share of their bf16 peak that training reaches", above=0, high=1)
 
 
 @dataclass
@@ -109,20 +119,41 @@ class StrategyConfig:
 @dataclass
 class OptimConfig:
     name: str = key("optimizer", fixed=True)
-    betas: list[float] = key("AdamW's two averaging factors")
+    betas: list[float] = key("AdamW's two averaging factors, where a kind of parameters has none of its own")
     eps: float = key("AdamW's term against division by zero", above=0)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
+    decay_schedule: str = key("weight decay over the steps", choices=("constant", "linear", "cosine"))
+    scale_lr: bool = key("multiply all rates by sqrt(batch.total / 524288)")
+    scale_decay: bool = key("multiply weight_decay by that factor and by (tokens of a d12 run) / (tokens of this one)")
 
 
 @dataclass
 class MuonAdamWConfig(OptimConfig):
     matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
     embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
+    embedding_betas: list[float] = key("its averaging factors")
+    embedding_decay: float = key("its weight decay", low=0)
     unembedding_lr: float = key("learning rate of the output head at width 768 (AdamW)", above=0)
+    unembedding_betas: list[float] = key("its averaging factors")
+    unembedding_decay: float = key("its weight decay", low=0)
+    value_lr: float = key("learning rate of the value embeddings at width 768 (AdamW)", above=0)
+    value_betas: list[float] = key("their averaging factors")
+    value_decay: float = key("their weight decay", low=0)
+    resid_lr: float = key("learning rate of the residual scalars, and of biases and norms (AdamW)", above=0)
+    resid_decay: float = key("weight decay of the residual scalars", low=0)
+    x0_lr: float = key("learning rate of the x0 scalars (AdamW)", above=0)
+    x0_betas: list[float] = key("their averaging factors")
+    smear_lr: float = key("learning rate of smear and backout (AdamW)", above=0)
     momentum: float = key("Muon's momentum after its warm-up", low=0, high=1)
     momentum_start: float = key("Muon's momentum at step 0", low=0, high=1)
     momentum_warmup: int = key("steps over which the momentum rises", low=0)
-    ns_steps: int = key("Newton-Schulz iterations", low=1)
+    momentum_final: float | None = key("momentum at the end, approached while the rate falls; null = no fall", low=0, high=1)
+    orthogonalizer: str = key("how the update is made orthogonal", choices=("polar_express", "newton_schulz"))
+    ns_steps: int = key("its iterations", low=1)
+    equalize: bool = key("scale the rows of the momentum to one length first")
+    normuon_beta2: float | None = key("divide rows by their running root mean square (NorMuon); null = no", low=0, high=1)
+    renormalize: bool = key("give the update the norm of an exactly orthogonal matrix")
+    cautious: bool = key("decay a weight only where the update shrinks it too")
 
 
 @dataclass
@@ -146,7 +177,7 @@ class TokenizerStage(StageConfig):
 @dataclass
 class ModelStage(StageConfig):
     lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
-    warmup_ratio: float = key("share of the steps in which the learning rate rises from 0", low=0, high=1)
+    warmup_steps: int = key("steps in which the learning rate rises from 0, at most a quarter of all", low=0)
     warmdown_ratio: float = key("share of the steps, at the end, in which it falls", low=0, high=1)
     final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
     eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
@@ -157,6 +188,7 @@ class ModelStage(StageConfig):
 class PretrainStage(ModelStage):
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     ratio: float = key("horizon: training tokens per parameter (max_steps and target_flops come first)", above=0)
+    ratio_of: str = key("parameters that count: all, or the matrices of blocks and head", choices=("all", "matrices"))
     target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
     buffer: int = key("documents that best-fit packing chooses from", low=1)
 
@@ -254,6 +286,7 @@ class TrainConfig:
     strategy: StrategyConfig = key("how devices work together")
     callbacks: dict[str, Any] = key("what happens beside the training steps")
     logger: dict[str, Any] = key("where metrics go beside metrics.csv")
+    estimate: EstimateConfig = key("what dry_run tells about a GPU")
     paths: PathsConfig = key("folders")
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True, nonempty=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)

@@ -96,10 +96,14 @@ def file_name(name: str, config: GPTConfig) -> str:
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
-    """config.json: NanoChatConfig fields, with every default that does not fit set, and our own under `fathom`."""
+    """config.json: NanoChatConfig fields, with every default that does not fit set, and our own under `fathom`.
+
+    Only `classic` is a NanoChat model; others say that they are Fathom's, so that transformers refuses them.
+    """
+    is_classic = config.arch == "classic"
     return {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
+        "architectures": ["NanoChatForCausalLM" if is_classic else "FathomForCausalLM"],
+        "model_type": "nanochat" if is_classic else "fathom",
         "dtype": "float32",
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
@@ -109,13 +113,13 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
         "num_key_value_heads": config.n_kv_head,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.seq_len,
-        "hidden_act": "relu2",
+        "hidden_act": "gelu_new" if config.arch == "gpt2" else "relu2",
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "final_logit_softcapping": config.softcap,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.special_id("<|assistant_end|>"),
         "pad_token_id": tokenizer.special_id("<|assistant_end|>"),

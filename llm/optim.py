@@ -1,66 +1,99 @@
 """MuonAdamW: one optimizer, Muon for the matrices of the blocks and AdamW for everything else.
 
 Muon (Keller Jordan et al., 2024): momentum, then the nearest semi-orthogonal matrix instead of the raw update. Matrices
-of one shape are stacked and orthogonalised together. Hyperparameters are plain numbers in `param_groups`; schedules
-write them before each step.
+of one shape are stacked and updated together. Around the orthogonalisation, each by its own switch: row equilibration,
+a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weight decay (arXiv 2510.12402).
+Hyperparameters are plain numbers in `param_groups`; schedules write them before each step.
 """
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw as adamw_update
 
+from llm.precision import has_fast_bf16
 from llm.scaling import adam_lr_scale
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic tuned for slope at zero; singular values end in about [0.7, 1.2]
+# One quintic per iteration, each the best for what the one before leaves (Polar Express, arXiv 2505.16932, 2 % margin).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+COEFFICIENTS = {"newton_schulz": lambda i: NEWTON_SCHULZ, "polar_express": lambda i: POLAR_EXPRESS[min(i, 4)]}
+NORM_MARGIN = {"newton_schulz": 1.0, "polar_express": 1.01}  # rounding must not lift a singular value above 1
 
 
-def orthogonalize(g: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Approximate polar factor U V^T of each matrix of a stack (..., m, n) by Newton-Schulz iterations.
+def orthogonalize(
+    g: torch.Tensor, steps: int = 5, method: str = "newton_schulz", dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Approximate polar factor U V^T of each matrix of a stack (..., m, n), in the dtype of `g`.
 
-    dtype: precision of the products; default bf16 on CUDA, else that of `g`.
+    method: newton_schulz | polar_express. dtype: precision of the products; default bf16 where the device has it.
     """
-    a, b, c = NEWTON_SCHULZ
-    x = g.to(dtype or (torch.bfloat16 if g.is_cuda else g.dtype))
+    x = g.to(dtype or (torch.bfloat16 if has_fast_bf16(g.device) else g.dtype))
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * NORM_MARGIN[method] + 1e-7)
+    for i in range(steps):
+        a, b, c = COEFFICIENTS[method](i)
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(g.dtype)
 
 
-def adamw_update(p, grad, state, lr: float, betas, eps: float, weight_decay: float) -> None:
-    """One AdamW step (Loshchilov & Hutter 2019) in place, as `torch.optim.AdamW` defines it."""
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-    state["step"] += 1
-    beta1, beta2, step = *betas, state["step"].item()  # a host scalar: no device sync
-    state["exp_avg"].lerp_(grad, 1 - beta1)
-    state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
-    if weight_decay:
-        p.mul_(1 - lr * weight_decay)
-    denom = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(eps)
-    p.addcdiv_(state["exp_avg"], denom, value=-lr / (1 - beta1**step))
+def equalize_rows(g: torch.Tensor) -> torch.Tensor:
+    """Every row of every matrix scaled to length 1, so that none is lost in the shadow of large ones."""
+    return g / g.norm(dim=-1, keepdim=True).clamp_min(1e-10)
+
+
+def variance_step(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
+    """Divide the rows (columns, if they are more) of a stack (n, r, c) by their running root mean square, in NorMuon's
+    way: the norm of each matrix stays what it was. `second_moment` (n, r, 1) or (n, 1, c) is updated in place.
+    """
+    dim = -1 if update.size(-2) >= update.size(-1) else -2
+    mean_square = update.square().mean(dim, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    old = mean_square.sum(dim=(-2, -1), keepdim=True)
+    new = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    return update * (scale * (old / new.clamp_min(1e-20)).sqrt())
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups carry `kind`: "muon" (2-D matrices) or "adamw".
 
-    muon:  lr, momentum (Nesterov), ns_steps, weight_decay (decoupled)
-    adamw: lr, betas, eps, weight_decay (decoupled)
+    muon:  lr, momentum (Nesterov), ns_steps, orthogonalizer, equalize, normuon_beta2 (None = off), renormalize,
+           weight_decay (decoupled), cautious (decay only what the update shrinks too)
+    adamw: lr, betas, eps, weight_decay (decoupled), as `torch.optim.AdamW` defines it
     State is fp32 and kept per parameter, so a checkpoint does not depend on how matrices are grouped.
     """
+
+    MUON_DEFAULTS = {
+        "momentum": 0.95,
+        "ns_steps": 5,
+        "orthogonalizer": "newton_schulz",
+        "equalize": False,
+        "normuon_beta2": None,
+        "renormalize": False,
+        "cautious": False,
+    }
 
     def __init__(self, groups: list[dict]):
         for group in groups:
             group.setdefault("weight_decay", 0.0)
-            group["initial_lr"] = group["lr"]
+            group.setdefault("decays", False)  # whether the weight decay follows its schedule
+            group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
             if group["kind"] not in ("muon", "adamw"):
                 raise ValueError(f"kind={group['kind']!r}: muon or adamw")
-            if group["kind"] == "muon" and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("Muon takes 2-D matrices only")
+            if group["kind"] == "muon":
+                if any(p.ndim != 2 for p in group["params"]):
+                    raise ValueError("Muon takes 2-D matrices only")
+                for name, value in self.MUON_DEFAULTS.items():
+                    group.setdefault(name, value)
         super().__init__(groups, {})
 
     def step(self, closure=None):
@@ -77,52 +110,124 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _adamw(self, group: dict) -> None:
-        hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
-        for p in group["params"]:
-            if p.grad is not None:
-                adamw_update(p, p.grad, self.state[p], **hyper)
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        if not params:
+            return
+        states = [self.state[p] for p in params]
+        adamw_update(
+            params,
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=params[0].device.type in ("cpu", "cuda") and params[0].dtype != torch.float64,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def _muon(self, group: dict) -> None:
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for p in group["params"]:
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
-        for (rows, cols), params in by_shape.items():
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: look ahead
-            updates = orthogonalize(torch.stack(updates), group["ns_steps"])
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, list(updates.unbind(0)), alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
+        for params in by_shape.values():
+            self._muon_stack(group, params)
+
+    def _muon_stack(self, group: dict, params: list[nn.Parameter]) -> None:
+        """One update of matrices (r, c) of the same shape."""
+        (rows, cols), states = params[0].shape, [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+                if group["normuon_beta2"] is not None:
+                    state["second_moment"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols))
+        grads, buffers = [p.grad for p in params], [s["momentum_buffer"] for s in states]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
+        if group["equalize"]:
+            update = equalize_rows(update)
+        update = orthogonalize(update, group["ns_steps"], group["orthogonalizer"])
+        if group["normuon_beta2"] is not None:
+            moments = torch.stack([s["second_moment"] for s in states])
+            update = variance_step(update, moments, group["normuon_beta2"])
+            torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
+        if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix
+            norm = update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
+            update = update * (min(rows, cols) ** 0.5 / norm)
+        decay = group["lr"] * group["weight_decay"]
+        if decay and group["cautious"]:
+            weights = torch.stack([p.detach() for p in params])
+            shrinks = (update * weights) >= 0
+            torch._foreach_sub_(params, list((weights * shrinks).mul_(decay).unbind(0)))
+        elif decay:
+            torch._foreach_mul_(params, 1 - decay)
+        torch._foreach_add_(params, list(update.unbind(0)), alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
 
 
-def build_optimizer(net: nn.Module, optim, lr_frac: float = 1.0) -> MuonAdamW:
-    """Optimizer for a GPT by the config group `optim`; `lr_frac` scales all learning rates (finetuning).
+def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0) -> MuonAdamW:
+    """Optimizer for a GPT by the config group `optim`; the scales multiply all learning rates and Muon's decay.
 
-    muon_adamw: embedding and head by AdamW with the width rule of `llm.scaling`, block matrices by Muon.
-    adamw: one learning rate for all, weight decay on the block matrices only.
+    muon_adamw: matrices of the blocks by Muon; head, embeddings, scalars and gpt2's vectors by AdamW, each kind with its
+    own rate, betas and decay; rates of tables and head follow the width rule of `llm.scaling`.
+    adamw: one learning rate for all, weight decay on the matrices of the blocks only.
     """
-    embedding, head = [net.transformer.wte.weight], [net.lm_head.weight]
-    matrices = list(net.transformer.h.parameters())
-    adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps}
+    kinds = _params_by_kind(net)
+    decay = optim.weight_decay * decay_scale
     if optim.name == "adamw":
-        lr = optim.lr * lr_frac
+        adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr * lr_scale}
+        rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
         return MuonAdamW(
             [
-                adam | {"params": matrices, "lr": lr, "weight_decay": optim.weight_decay},
-                adam | {"params": embedding + head, "lr": lr, "weight_decay": 0.0},
+                adam | {"params": kinds["matrices"], "weight_decay": decay, "decays": True},
+                adam | {"params": rest, "weight_decay": 0.0},
             ]
         )
-    scale = lr_frac * adam_lr_scale(net.config.n_embd)
-    muon = {"kind": "muon", "momentum": optim.momentum, "ns_steps": optim.ns_steps, "weight_decay": optim.weight_decay}
-    return MuonAdamW(
-        [
-            adam | {"params": head, "lr": optim.unembedding_lr * scale},
-            adam | {"params": embedding, "lr": optim.embedding_lr * scale},
-            muon | {"params": matrices, "lr": optim.matrix_lr * lr_frac},
-        ]
-    )
+    width = adam_lr_scale(net.config.n_embd)
+    rules = {  # kind: rate, betas, decay
+        "head": (optim.unembedding_lr * width, optim.unembedding_betas, optim.unembedding_decay),
+        "embedding": (optim.embedding_lr * width, optim.embedding_betas, optim.embedding_decay),
+        "value_embeds": (optim.value_lr * width, optim.value_betas, optim.value_decay),
+        "residual": (optim.resid_lr, optim.betas, optim.resid_decay),
+        "x0": (optim.x0_lr, optim.x0_betas, 0.0),
+        "smear": (optim.smear_lr, optim.betas, 0.0),
+        "vectors": (optim.resid_lr, optim.betas, 0.0),
+    }
+    groups = []
+    for kind, (lr, betas, own_decay) in rules.items():
+        if kinds[kind]:
+            group = {"kind": "adamw", "params": kinds[kind], "lr": lr * lr_scale, "betas": tuple(betas)}
+            groups.append(group | {"eps": optim.eps, "weight_decay": own_decay})
+    muon = {name: optim[name] for name in MuonAdamW.MUON_DEFAULTS}
+    muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr * lr_scale}
+    return MuonAdamW([*groups, muon | {"weight_decay": decay, "decays": True}])
+
+
+def _params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every parameter once, under the name of the rule that trains it."""
+    kinds: dict[str, list[nn.Parameter]] = {
+        kind: [] for kind in ("head", "embedding", "value_embeds", "residual", "x0", "smear", "vectors", "matrices")
+    }
+    places = {
+        "lm_head.": "head",
+        "transformer.wte.": "embedding",
+        "transformer.wpe.": "embedding",
+        "value_embeds.": "value_embeds",
+        "resid_scalars": "residual",
+        "x0_scalars": "x0",
+        "smear_": "smear",
+        "backout_": "smear",
+    }
+    for name, p in net.named_parameters():
+        place = next((kind for start, kind in places.items() if name.startswith(start)), None)
+        kinds[place or ("matrices" if p.ndim == 2 else "vectors")].append(p)
+    return kinds

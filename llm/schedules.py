@@ -1,21 +1,37 @@
-"""Schedules: pure functions of the step, so there is nothing to checkpoint and nothing to restore."""
+"""Schedules: pure functions of the step, so there is nothing to checkpoint and nothing to restore.
+
+step counts from 0 and names the update about to be made.
+"""
+
+import math
 
 
-def lr_multiplier(step: int, total_steps: int, warmup_ratio: float, warmdown_ratio: float, final_frac: float) -> float:
-    """Linear warm-up, flat, linear decay to `final_frac`; the ratios are shares of `total_steps`.
+def lr_multiplier(step: int, total_steps: int, warmup_steps: int, warmdown_ratio: float, final_frac: float) -> float:
+    """Linear warm-up, flat, linear decay to `final_frac` over the last `warmdown_ratio` of the steps.
 
-    step counts from 0 and names the update about to be made, so the first warm-up value is 1 / warmup and not 0.
+    The warm-up takes at most a quarter of the steps; its first value is 1 / warmup and not 0.
     """
-    warmup, warmdown = round(warmup_ratio * total_steps), round(warmdown_ratio * total_steps)
+    warmup = min(warmup_steps, total_steps // 4)
     if step < warmup:
         return (step + 1) / warmup
-    if step <= total_steps - warmdown:
-        return 1.0
-    left = max(total_steps - step, 0) / warmdown
+    left = 1 - warmdown_progress(step, total_steps, warmdown_ratio)
     return left + (1 - left) * final_frac
 
 
-def muon_momentum(step: int, warmup_steps: int, start: float, end: float) -> float:
-    """Momentum of Muon: linear from `start` to `end` over the first `warmup_steps` steps."""
+def warmdown_progress(step: int, total_steps: int, warmdown_ratio: float) -> float:
+    """0 until the warm-down begins, then linear to 1 at the end."""
+    warmdown = round(warmdown_ratio * total_steps)
+    return min(max(step - (total_steps - warmdown), 0) / warmdown, 1.0) if warmdown else float(step > total_steps)
+
+
+def muon_momentum(step: int, warmup_steps: int, start: float, end: float, final: float, warmdown: float) -> float:
+    """Momentum of Muon: linear from `start` to `end` over the first steps, then with `warmdown` (0 to 1) to `final`."""
     frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
-    return (1 - frac) * start + frac * end
+    risen = (1 - frac) * start + frac * end
+    return risen + warmdown * (final - risen)
+
+
+def decay_multiplier(schedule: str, step: int, total_steps: int) -> float:
+    """Factor on the weight decay: constant, or from 1 to 0 in a line (linear) or half a cosine wave (cosine)."""
+    done = min(step / total_steps, 1.0)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]

@@ -46,7 +46,16 @@ def run_stage(cfg: DictConfig) -> None:
     if not cfg.dry_run and is_finished(run, stage, config, cfg):
         print(f"{run.name}/{stage} is finished: {stage_dir}")
         return
-    parent = find_parent(run.root, run.name, stage, cfg.init_from)
+    try:
+        parent = find_parent(run.root, run.name, stage, cfg.init_from)
+    except UserError:
+        if not (cfg.dry_run and stage == "pretrain" and cfg.init_from is None and cfg.model.vocab_size):
+            raise
+        from llm.stages.pretrain import derived_without_tokenizer
+
+        show_config(cfg, derived_without_tokenizer(cfg))
+        print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
+        return
     manifest = {
         "stage": stage,
         "status": "running",
@@ -286,7 +295,8 @@ def show_config(cfg, derived: dict) -> None:
     print(OmegaConf.to_yaml(cfg, resolve=True))
     print("derived:")
     for key, value in derived.items():
-        print(f"  {key}: {f'{value:,}' if isinstance(value, int) else f'{value:.6g}'}")
+        text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"
+        print(f"  {key}: {text}")
     print(flush=True)
 
 

@@ -62,17 +62,26 @@ def test_the_other_entry_points_compose(config_name):
     assert cfg.stage is None
 
 
-def test_defaults_are_those_of_october_2025():
+def test_defaults_are_the_published_ones():
     cfg = compose("train")
-    assert (cfg.batch.total, cfg.batch.device, cfg.model.seq_len, cfg.seed) == (524_288, 32, 2048, 42)
+    assert (cfg.batch.total, cfg.batch.device, cfg.model.seq_len, cfg.seed) == (None, 32, 2048, 42)
     assert (cfg.model.aspect_ratio, cfg.model.head_dim, cfg.model.n_kv_head) == (64, 128, None)
+    assert (cfg.arch.name, cfg.arch.window_pattern, cfg.arch.window_divisor) == ("modern", "SSSL", 4)
+    assert (cfg.arch.rope_base, cfg.arch.softcap, cfg.arch.qk_scale) == (100_000, 15, 1.2)
+    assert (cfg.optim.momentum_start, cfg.optim.momentum, cfg.optim.momentum_final) == (0.85, 0.97, 0.9)
+    stage = cfg.stage
+    assert (stage.ratio, stage.ratio_of, stage.warmup_steps) == (12, "matrices", 40)
+    assert (stage.warmdown_ratio, stage.final_lr_frac) == (0.65, 0.05)
+    assert (stage.eval_every, stage.eval_tokens, stage.sample_every) == (250, 20 * 524_288, 2000)
+
+    cfg = compose("train", "experiment=speedrun_2025")
     assert (cfg.optim.matrix_lr, cfg.optim.embedding_lr, cfg.optim.unembedding_lr) == (0.02, 0.2, 0.004)
     assert (list(cfg.optim.betas), cfg.optim.eps, cfg.optim.weight_decay) == ([0.8, 0.95], 1e-10, 0.0)
     assert (cfg.optim.momentum_start, cfg.optim.momentum, cfg.optim.momentum_warmup) == (0.85, 0.95, 300)
-    assert (cfg.optim.ns_steps, cfg.arch.rope_base, cfg.arch.softcap) == (5, 10_000, 15)
+    assert (cfg.optim.orthogonalizer, cfg.optim.ns_steps) == ("newton_schulz", 5)
     stage = cfg.stage
-    assert (stage.ratio, stage.warmup_ratio, stage.warmdown_ratio, stage.final_lr_frac) == (20, 0.0, 0.2, 0.0)
-    assert (stage.eval_every, stage.eval_tokens, stage.sample_every) == (250, 20 * 524_288, 2000)
+    assert (stage.ratio, stage.ratio_of, stage.warmup_steps) == (20, "all", 0)
+    assert (stage.warmdown_ratio, stage.final_lr_frac, cfg.batch.total) == (0.2, 0.0, 524_288)
 
     tokenizer = compose("train", "stage=tokenizer").stage
     assert (tokenizer.vocab_size, tokenizer.max_chars, tokenizer.doc_cap) == (65_536, 2_000_000_000, 10_000)

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from llm.errors import UserError
-from llm.gpt import GPT, GPTConfig, flops_per_token, num_params
+from llm.gpt import GPT, GPTConfig, flops_per_token, num_params, scaling_params
+from llm.hardware import estimate
 from llm.model_folder import load_model_folder
 from llm.optim import build_optimizer
-from llm.scaling import micro_batches, model_config
+from llm.scaling import lr_batch_factor, micro_batches, model_config
 from llm.stages.step import StageContext, StepData, StepModule
 from tasks import build_task
 
@@ -27,9 +28,19 @@ class BuiltStage:
 def load_parent(parent: Path, cfg) -> tuple[GPT, object]:
     """Network and tokenizer of the parent's model/ folder; an architecture other than the config's is an error."""
     net, tokenizer = load_model_folder(parent)
+    check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     check_same_model(wanted, net.config, parent)
     return net, tokenizer
+
+
+def check_vocab_size(cfg, found: int) -> None:
+    """Raise UserError where the tokenizer is not of the size that `model.vocab_size` asks for."""
+    if cfg.model.vocab_size not in (None, found):
+        raise UserError(
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer has {found} tokens; set model.vocab_size=null, or "
+            "train a tokenizer of that size (stage=tokenizer stage.vocab_size=...)"
+        )
 
 
 CONFIG_KEYS = {
@@ -54,13 +65,15 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
         )
 
 
-def steps_layout(cfg) -> dict:
-    """Sizes of a step on this one device, as arguments of the loaders."""
+def steps_layout(cfg, tokens: int | None) -> dict:
+    """Sizes of a step of `tokens` on this one device, as arguments of the loaders."""
+    if tokens is None:
+        raise UserError(f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number")
     seq_len, rows = cfg.model.seq_len, cfg.batch.device
     return {
         "seq_len": seq_len,
         "rows_per_micro": rows,
-        "micro_per_step": micro_batches(cfg.batch.total, rows, seq_len),
+        "micro_per_step": micro_batches(tokens, rows, seq_len),
         "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
     }
 
@@ -75,6 +88,20 @@ def eval_tasks(cfg) -> dict:
     if not cfg.stage.chat_every:
         return {}
     return {name: build_task(name, cfg.data.tasks[name], "test") for name in cfg.data.eval}
+
+
+def lr_scale(cfg, batch_tokens: int | None) -> float:
+    """Factor on the optimizer's rates: the stage's share, and the square root of the batch if `optim.scale_lr`.
+
+    Finetuning steps hold few trained tokens, so there the batch counts only if it is given.
+    """
+    scaled = cfg.optim.scale_lr and batch_tokens is not None
+    return cfg.stage.lr_frac * (lr_batch_factor(batch_tokens) if scaled else 1.0)
+
+
+def finetuning_scales(cfg, batch_tokens: int | None) -> dict[str, float]:
+    """Scales of rates and decay for stages that start from a trained network: by rule, their weights do not decay."""
+    return {"lr_scale": lr_scale(cfg, batch_tokens), "decay_scale": 0.0 if cfg.optim.scale_decay else 1.0}
 
 
 def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
@@ -101,6 +128,8 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
         "vocab_size": net_config.vocab_size,
         "seq_len": net_config.seq_len,
         **{f"params_{kind}": count for kind, count in n.items()},
+        "params_scaling": scaling_params(net_config),
+        "windows": " ".join(str(net_config.window(layer) or "full") for layer in range(net_config.n_layer)),
         "flops_per_token": per_token,
         "micro_batches": micro_per_step,
         "tokens_per_step": tokens_per_step,
@@ -111,7 +140,14 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
     }
 
 
-def learning_rates(net: GPT, cfg) -> dict:
-    """Base learning rate of every parameter group, as `lr/<kind>/<parameters>`, for printing."""
-    groups = build_optimizer(net, cfg.optim, cfg.stage.lr_frac).param_groups
-    return {f"lr_{i}_{g['kind']}_{sum(p.numel() for p in g['params'])}_params": g["lr"] for i, g in enumerate(groups)}
+def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
+    """Memory, time and cost on the GPU of `estimate`, for dry_run."""
+    e = cfg.estimate
+    return estimate(net_config, flops=flops, rows=cfg.batch.device, gpu=e.gpu, devices=e.devices, mfu=e.mfu)
+
+
+def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float) -> dict:
+    """Base learning rate of every parameter group, as `lr/<kind>/<parameters>`, and Muon's decay, for printing."""
+    groups = build_optimizer(net, cfg.optim, lr_scale, decay_scale).param_groups
+    rates = {f"lr_{i}_{g['kind']}_{sum(p.numel() for p in g['params'])}_params": g["lr"] for i, g in enumerate(groups)}
+    return rates | {"weight_decay": cfg.optim.weight_decay * decay_scale}

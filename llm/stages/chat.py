@@ -13,6 +13,7 @@ from llm.stages.build import (
     BuiltStage,
     eval_tasks,
     evaluates,
+    finetuning_scales,
     learning_rates,
     load_parent,
     model_facts,
@@ -25,7 +26,7 @@ from tasks import build_mixture, held_out_mixture
 
 def build(cfg, parent: Path) -> BuiltStage:
     """The parent's network on the mixture `data.mixture.<stage>`."""
-    layout = steps_layout(cfg)
+    layout, scales = steps_layout(cfg, cfg.batch.total), finetuning_scales(cfg, cfg.batch.total)
     net, tokenizer = load_parent(parent, cfg)
     stage, weights = cfg.stage, dict(cfg.data.mixture[cfg.stage.name])
     if not any(weights.values()):
@@ -46,8 +47,9 @@ def build(cfg, parent: Path) -> BuiltStage:
         eval_tasks=eval_tasks(cfg),
         prompts=questions(held_out),
         is_chat=True,
+        **scales,
     )
     derived = model_facts(net.config, cfg, total, cfg.batch.total, layout["micro_per_step"])
-    derived |= {"conversations": len(train)} | learning_rates(net, cfg)
+    derived |= {"conversations": len(train)} | learning_rates(net, cfg, **scales)
     module = StepModule(net, cfg.optim, stage, context)
     return BuiltStage(module, StepData(lambda position: loader(train, state=position)), derived)

@@ -19,7 +19,15 @@ from llm.engine import Completion, Engine
 from llm.errors import UserError
 from llm.evaluation import questions
 from llm.sampling import SamplingParams
-from llm.stages.build import BuiltStage, eval_tasks, learning_rates, load_parent, model_facts, step_context
+from llm.stages.build import (
+    BuiltStage,
+    eval_tasks,
+    finetuning_scales,
+    learning_rates,
+    load_parent,
+    model_facts,
+    step_context,
+)
 from llm.stages.step import StepData, StepModule
 from tasks import Mixture, build_mixture, build_task
 
@@ -169,10 +177,13 @@ def build(cfg, parent: Path) -> BuiltStage:
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
-    context = step_context(cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True)
+    scales = finetuning_scales(cfg, None)
+    context = step_context(
+        cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True, **scales
+    )
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
     micro = -(-stage.prompts_per_step * stage.samples_per_prompt // cfg.batch.device)
-    derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg)
+    derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg, **scales)
     derived |= {"questions": len(train), "samples_per_step": stage.prompts_per_step * stage.samples_per_prompt}
     params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
     pass_at_k = PassAtK(

@@ -1,16 +1,31 @@
 """Pretraining: next-token prediction on documents, packed into rows that begin with BOS."""
 
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from llm.data.documents import document_source, texts
 from llm.data.loader import TextSteps, validation_batches
+from llm.errors import UserError
 from llm.evaluation import text_prompts
-from llm.gpt import GPT
-from llm.scaling import model_config, pretrain_steps
+from llm.gpt import GPT, GPTConfig
+from llm.scaling import (
+    REFERENCE_DEPTH,
+    auto_batch,
+    decay_factor,
+    micro_batches,
+    model_config,
+    pretrain_steps,
+    training_tokens,
+)
 from llm.stages.build import (
     BuiltStage,
+    check_vocab_size,
     evaluates,
+    gpu_estimate,
     learning_rates,
+    lr_scale,
     model_facts,
     step_context,
     steps_layout,
@@ -19,12 +34,37 @@ from llm.stages.step import StepData, StepModule
 from llm.tokenizer import Tokenizer
 
 
+class Plan(NamedTuple):
+    """What follows from the configuration and the size of the vocabulary."""
+
+    config: GPTConfig
+    batch_tokens: int
+    steps: int
+    scales: dict[str, float]  # lr_scale and decay_scale
+
+
+def plan(cfg, vocab_size: int) -> Plan:
+    """Shape, batch, horizon, rates and decay by the rules of `llm.scaling`."""
+    stage, config = cfg.stage, model_config(cfg.model, cfg.arch, vocab_size)
+    if cfg.max_steps is not None and stage.target_flops is not None:
+        raise UserError(
+            f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one of them"
+        )
+    reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, cfg.arch, vocab_size)
+    tokens, reference_tokens = (training_tokens(c, stage.ratio, stage.ratio_of) for c in (config, reference))
+    batch = cfg.batch.total or auto_batch(tokens, reference_tokens)
+    steps = cfg.max_steps or pretrain_steps(config, batch, stage.ratio, stage.ratio_of, stage.target_flops)
+    decay_scale = decay_factor(batch, tokens, reference_tokens) if cfg.optim.scale_decay else 1.0
+    return Plan(config, batch, steps, {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale})
+
+
 def build(cfg, parent: Path) -> BuiltStage:
     """A fresh network on the tokenizer of `parent`."""
-    layout = steps_layout(cfg)
     tokenizer = Tokenizer.load(parent)
-    config = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
-    total = cfg.max_steps or pretrain_steps(config, cfg.batch.total, cfg.stage.ratio, cfg.stage.target_flops)
+    check_vocab_size(cfg, tokenizer.vocab_size)
+    planned = plan(cfg, tokenizer.vocab_size)
+    config, batch_tokens, total, scales = planned
+    layout = steps_layout(cfg, batch_tokens)
     source = document_source(cfg.data)
     net = GPT(config).init_weights(cfg.seed)
 
@@ -37,7 +77,23 @@ def build(cfg, parent: Path) -> BuiltStage:
         total,
         val_batches=validation_batches(loader("val"), cfg.stage.eval_tokens) if evaluates(cfg) else [],
         prompts=text_prompts(texts(source, "val")),
+        **scales,
     )
-    derived = model_facts(config, cfg, total, cfg.batch.total, layout["micro_per_step"]) | learning_rates(net, cfg)
     module = StepModule(net, cfg.optim, cfg.stage, context)
-    return BuiltStage(module, StepData(lambda position: loader("train", position)), derived)
+    return BuiltStage(module, StepData(lambda position: loader("train", position)), derived(cfg, planned, net))
+
+
+def derived(cfg, planned: Plan, net: GPT) -> dict:
+    """The numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
+    config, batch_tokens, total, scales = planned
+    micro = micro_batches(batch_tokens, cfg.batch.device, cfg.model.seq_len)
+    values = model_facts(config, cfg, total, batch_tokens, micro) | learning_rates(net, cfg, **scales)
+    return values | (gpu_estimate(config, cfg, values["planned_flops"]) if cfg.dry_run else {})
+
+
+def derived_without_tokenizer(cfg) -> dict:
+    """The same from `model.vocab_size` alone: no tokenizer, no data, no weights."""
+    planned = plan(cfg, cfg.model.vocab_size)
+    with torch.device("meta"):
+        net = GPT(planned.config)
+    return derived(cfg, planned, net)

@@ -13,7 +13,7 @@ import torch
 
 from llm.gpt import GPT, flops_per_token
 from llm.optim import build_optimizer
-from llm.schedules import lr_multiplier, muon_momentum
+from llm.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
 
 
 @dataclass
@@ -25,6 +25,8 @@ class StageContext:
     token_bytes: torch.Tensor  # (V,) bytes per token, specials 0
     total_steps: int
     seq_len: int
+    lr_scale: float = 1.0  # on the optimizer's rates, from lr_frac and the batch
+    decay_scale: float = 1.0  # on its weight decay
     val_batches: list = field(default_factory=list)  # [{"inputs", "targets"}]
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
@@ -71,16 +73,23 @@ class StepModule(L.LightningModule):
     def lr_frac(self, step: int) -> float:
         """Learning rate at `step` as a share of the stage's base learning rates."""
         stage = self.stage_config
-        ratios = (stage.warmup_ratio, stage.warmdown_ratio, stage.final_lr_frac)
-        return lr_multiplier(step, self.context.total_steps, *ratios)
+        shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac)
+        return lr_multiplier(step, self.context.total_steps, *shape)
 
     def apply_schedules(self, groups: list[dict]) -> None:
-        step, optim = self.global_step, self.optim_config
-        multiplier = self.lr_frac(step)
+        step, total, optim = self.global_step, self.context.total_steps, self.optim_config
+        multiplier, decay = self.lr_frac(step), decay_multiplier(optim.decay_schedule, step, total)
+        warmdown = warmdown_progress(step, total, self.stage_config.warmdown_ratio)
         for group in groups:
             group["lr"] = group["initial_lr"] * multiplier
+            if group["decays"]:
+                group["weight_decay"] = group["initial_decay"] * decay
             if group["kind"] == "muon":
-                group["momentum"] = muon_momentum(step, optim.momentum_warmup, optim.momentum_start, optim.momentum)
+                end = optim.momentum
+                final = end if optim.momentum_final is None else optim.momentum_final
+                group["momentum"] = muon_momentum(
+                    step, optim.momentum_warmup, optim.momentum_start, end, final, warmdown
+                )
 
     def flush_window(self) -> dict[str, float]:
         """Mean training loss per token, and mean of the batches' numbers, since the last flush.
@@ -94,7 +103,7 @@ class StepModule(L.LightningModule):
         return values
 
     def configure_optimizers(self):
-        return build_optimizer(self.net, self.optim_config, self.stage_config.lr_frac)
+        return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         micro = [{k: v.to(device, non_blocking=True) for k, v in m.items()} for m in batch["micro"]]
