@@ -58,8 +58,8 @@ def cached_attention(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sliding windows: queries in blocks, each against the keys that its window reaches. What lies outside is never computed,
-# and no (T, T) mask exists: time and memory follow T x window.
+# Sliding windows: queries in blocks, each against the keys that its window reaches. What lies outside is never
+# computed, and no (T, T) mask exists: time and memory follow T x window.
 
 CPU_FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -147,11 +147,15 @@ class MuonAdamWConfig(OptimConfig):
     momentum: float = key("Muon's momentum after its warm-up", low=0, high=1)
     momentum_start: float = key("Muon's momentum at step 0", low=0, high=1)
     momentum_warmup: int = key("steps over which the momentum rises", low=0)
-    momentum_final: float | None = key("momentum at the end, approached while the rate falls; null = no fall", low=0, high=1)
+    momentum_final: float | None = key(
+        "momentum at the end, approached while the rate falls; null = no fall", low=0, high=1
+    )
     orthogonalizer: str = key("how the update is made orthogonal", choices=("polar_express", "newton_schulz"))
     ns_steps: int = key("its iterations", low=1)
     equalize: bool = key("scale the rows of the momentum to one length first")
-    normuon_beta2: float | None = key("divide rows by their running root mean square (NorMuon); null = no", low=0, high=1)
+    normuon_beta2: float | None = key(
+        "divide rows by their running root mean square (NorMuon); null = no", low=0, high=1
+    )
     renormalize: bool = key("give the update the norm of an exactly orthogonal matrix")
     cautious: bool = key("decay a weight only where the update shrinks it too")
 

@@ -4,8 +4,8 @@
 after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
 grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
 residual and x0 scalars, sliding windows, smear, backout, a q/k scale. `gpt2` is the baseline of 2019: learned
-positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This file
-knows nothing of training loops, configuration or files.
+positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This
+file knows nothing of training loops, configuration or files.
 """
 
 from dataclasses import asdict, dataclass, fields

@@ -28,7 +28,9 @@ GPUS = {
 CHUNK_BYTES = 1.5e9  # the loss head's logits and their gradients
 
 
-def estimate(config: GPTConfig, *, flops: float, rows: int, gpu: str, devices: int, mfu: float) -> dict[str, float | str]:
+def estimate(
+    config: GPTConfig, *, flops: float, rows: int, gpu: str, devices: int, mfu: float
+) -> dict[str, float | str]:
     """Peak memory of one device, hours and dollars of a run of `flops`, at a share `mfu` of the GPU's bf16 peak."""
     if gpu not in GPUS:
         raise UserError(f"estimate.gpu={gpu}: choose one of {', '.join(GPUS)}")
@@ -38,7 +40,9 @@ def estimate(config: GPTConfig, *, flops: float, rows: int, gpu: str, devices: i
     return {
         "estimate_gpu": f"{devices} x {gpu} at {mfu:.0%} of {card.flops / 1e12:.0f} TFLOP/s",
         "estimate_memory_gib": memory,
-        "estimate_fits": "yes" if memory < 0.95 * card.memory_gib else f"no: {card.memory_gib:g} GiB; lower batch.device",
+        "estimate_fits": "yes"
+        if memory < 0.95 * card.memory_gib
+        else f"no: {card.memory_gib:g} GiB; lower batch.device",
         "estimate_hours": hours,
         "estimate_dollars": hours * devices * card.dollars_per_hour,
     }

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
 
-from llm.precision import has_fast_bf16
 from llm.scaling import adam_lr_scale
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic tuned for slope at zero; singular values end in about [0.7, 1.2]
@@ -31,9 +30,9 @@ def orthogonalize(
 ) -> torch.Tensor:
     """Approximate polar factor U V^T of each matrix of a stack (..., m, n), in the dtype of `g`.
 
-    method: newton_schulz | polar_express. dtype: precision of the products; default bf16 where the device has it.
+    method: newton_schulz | polar_express. dtype: precision of the products; default that of `g`.
     """
-    x = g.to(dtype or (torch.bfloat16 if has_fast_bf16(g.device) else g.dtype))
+    x = g.to(dtype or g.dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -66,8 +65,8 @@ def variance_step(update: torch.Tensor, second_moment: torch.Tensor, beta2: floa
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups carry `kind`: "muon" (2-D matrices) or "adamw".
 
-    muon:  lr, momentum (Nesterov), ns_steps, orthogonalizer, equalize, normuon_beta2 (None = off), renormalize,
-           weight_decay (decoupled), cautious (decay only what the update shrinks too)
+    muon:  lr, momentum (Nesterov), ns_steps, orthogonalizer, in_bf16 (its products), equalize, normuon_beta2 (None =
+           off), renormalize, weight_decay (decoupled), cautious (decay only what the update shrinks too)
     adamw: lr, betas, eps, weight_decay (decoupled), as `torch.optim.AdamW` defines it
     State is fp32 and kept per parameter, so a checkpoint does not depend on how matrices are grouped.
     """
@@ -76,6 +75,7 @@ class MuonAdamW(torch.optim.Optimizer):
         "momentum": 0.95,
         "ns_steps": 5,
         "orthogonalizer": "newton_schulz",
+        "in_bf16": False,
         "equalize": False,
         "normuon_beta2": None,
         "renormalize": False,
@@ -156,7 +156,8 @@ class MuonAdamW(torch.optim.Optimizer):
         update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
         if group["equalize"]:
             update = equalize_rows(update)
-        update = orthogonalize(update, group["ns_steps"], group["orthogonalizer"])
+        dtype = torch.bfloat16 if group["in_bf16"] else None
+        update = orthogonalize(update, group["ns_steps"], group["orthogonalizer"], dtype)
         if group["normuon_beta2"] is not None:
             moments = torch.stack([s["second_moment"] for s in states])
             update = variance_step(update, moments, group["normuon_beta2"])
@@ -177,8 +178,8 @@ class MuonAdamW(torch.optim.Optimizer):
 def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0) -> MuonAdamW:
     """Optimizer for a GPT by the config group `optim`; the scales multiply all learning rates and Muon's decay.
 
-    muon_adamw: matrices of the blocks by Muon; head, embeddings, scalars and gpt2's vectors by AdamW, each kind with its
-    own rate, betas and decay; rates of tables and head follow the width rule of `llm.scaling`.
+    muon_adamw: matrices of the blocks by Muon; head, embeddings, scalars and gpt2's vectors by AdamW, each kind with
+    its own rate, betas and decay; rates of tables and head follow the width rule of `llm.scaling`.
     adamw: one learning rate for all, weight decay on the matrices of the blocks only.
     """
     kinds = _params_by_kind(net)
@@ -207,7 +208,8 @@ def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: f
         if kinds[kind]:
             group = {"kind": "adamw", "params": kinds[kind], "lr": lr * lr_scale, "betas": tuple(betas)}
             groups.append(group | {"eps": optim.eps, "weight_decay": own_decay})
-    muon = {name: optim[name] for name in MuonAdamW.MUON_DEFAULTS}
+    muon = {name: optim[name] for name in MuonAdamW.MUON_DEFAULTS if name in optim}
+    muon["in_bf16"] = net.compute_dtype == torch.bfloat16
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr * lr_scale}
     return MuonAdamW([*groups, muon | {"weight_decay": decay, "decays": True}])
 

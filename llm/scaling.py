@@ -1,8 +1,8 @@
 """From depth to everything: the arithmetic behind the configuration, as pure functions.
 
 Shape: width 64 x depth, heads of 128 channels. Horizon, batch, rates and decay follow nanochat's rules: tuned at depth
-12, they are carried to other depths by the tokens D that each trains on (batch ~ D^0.383, Power Lines, arXiv 2505.13738;
-weight decay by a constant time scale, arXiv 2405.13698).
+12, they are carried to other depths by the tokens D that each trains on (batch ~ D^0.383, Power Lines, arXiv
+2505.13738; weight decay by a constant time scale, arXiv 2405.13698).
 """
 
 import math

@@ -67,7 +67,9 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("arch", "depth", "params", "counted", "flops", "batch", "steps", "decay", "factor"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("arch", "depth", "params", "counted", "flops", "batch", "steps", "decay", "factor"), PUBLISHED
+)
 def test_rules_of_2026_equal_the_published_rows(arch, depth, params, counted, flops, batch, steps, decay, factor):
     ratio, base = (10.5, 0.2) if arch == "modern_2026_02" else (12.0, 0.28)
     config, reference = (shape(d, arch, 32_768) for d in (depth, 12))

@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from conftest import compose
 
 from callbacks.cadence import Periodic
 from callbacks.checkpoint import StepCheckpoint
@@ -23,20 +24,8 @@ from llm.gpt import GPT, GPTConfig
 from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.step import StageContext, StepData, StepModule
 
-OPTIM = SimpleNamespace(
-    name="muon_adamw",
-    matrix_lr=0.02,
-    embedding_lr=0.2,
-    unembedding_lr=0.004,
-    betas=[0.8, 0.95],
-    eps=1e-10,
-    weight_decay=0.0,
-    momentum=0.95,
-    momentum_start=0.85,
-    momentum_warmup=4,
-    ns_steps=5,
-)
-STAGE = SimpleNamespace(lr_frac=1.0, warmup_ratio=0.0, warmdown_ratio=0.5, final_lr_frac=0.0)
+OPTIM = compose("train", "optim=muon_2025", "optim.momentum_warmup=4").optim
+STAGE = SimpleNamespace(lr_frac=1.0, warmup_steps=0, warmdown_ratio=0.5, final_lr_frac=0.0)
 CONFIG = GPTConfig(2, 1, 1, 16, 16, 8, 70)
 STEPS = 6
 

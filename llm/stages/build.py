@@ -57,18 +57,24 @@ CONFIG_KEYS = {
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
     a, b = wanted.to_dict(), found.to_dict()
-    differing = [f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}" for k in a if a[k] != b[k]]
+    differing = [
+        f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
+        for k in a
+        if a[k] != b[k]
+    ]
     if differing:
         raise UserError(
             f"the model in {where} is not the one configured ({'; '.join(differing)}): "
-            f"choose model=d{found.n_layer} arch={found.arch} and the settings it was trained with, or another init_from"
+            f"choose model=d{found.n_layer} arch={found.arch} and the settings of its training, or another init_from"
         )
 
 
 def steps_layout(cfg, tokens: int | None) -> dict:
     """Sizes of a step of `tokens` on this one device, as arguments of the loaders."""
     if tokens is None:
-        raise UserError(f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number")
+        raise UserError(
+            f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
+        )
     seq_len, rows = cfg.model.seq_len, cfg.batch.device
     return {
         "seq_len": seq_len,

@@ -48,7 +48,7 @@ def plan(cfg, vocab_size: int) -> Plan:
     stage, config = cfg.stage, model_config(cfg.model, cfg.arch, vocab_size)
     if cfg.max_steps is not None and stage.target_flops is not None:
         raise UserError(
-            f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one of them"
+            f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one"
         )
     reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, cfg.arch, vocab_size)
     tokens, reference_tokens = (training_tokens(c, stage.ratio, stage.ratio_of) for c in (config, reference))
