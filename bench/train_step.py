@@ -1,149 +1,154 @@
 """Milliseconds of one training step, split into data, forward + backward, optimizer and the Lightning loop.
 
-    python bench/train_step.py [--depth 4] [--seq-len 512] [--rows 4] [--vocab 8192] [--steps 20] [--dtype auto]
+    python bench/train_step.py [--depth 4] [--arch modern] [--optim muon_adamw] [--window L] [--seq-len 512] [--rows 4]
+                               [--micro 1] [--vocab 8192] [--steps 20] [--dtype auto]
 
-Everything runs in one process: the plain loop, the same steps through Lightning, and the matrix product rate that the
-share of the peak refers to. Prints a table and a last line of JSON.
+Everything runs in one process: steps in a plain loop, the same through Lightning with the callbacks of a stage, and the
+matrix product rate that the share of the peak refers to. In both loops every part of every step is timed; data and
+framework are what Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
+tokenizer that returns what is stored. Prints a table and a last line of JSON.
 """
 
-import argparse
-import json
-import sys
+import _bench  # isort: skip  (puts the project on the path)
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lightning as L
+import numpy as np
+import torch
 
-import lightning as L  # noqa: E402
-import torch  # noqa: E402
+from callbacks.metrics import MetricsLog
+from callbacks.runtime import GarbageControl
+from callbacks.throughput import Throughput, measured_matmul_rate
+from llm.data.loader import TextSteps
+from llm.gpt import GPT, flops_per_token, num_params
+from llm.optim import build_optimizer
+from llm.overrides import compose
+from llm.scaling import model_config
+from llm.stages.step import StageContext, StepData, StepModule
+from llm.trainer import quiet_lightning
 
-from callbacks.metrics import MetricsLog  # noqa: E402
-from callbacks.throughput import Throughput, measured_matmul_rate  # noqa: E402
-from llm.gpt import GPT, GPTConfig, flops_per_token, num_params  # noqa: E402
-from llm.optim import build_optimizer  # noqa: E402
-from llm.precision import resolve_compute_dtype  # noqa: E402
-from llm.stages.step import StageContext, StepData, StepModule  # noqa: E402
-from llm.trainer import quiet_lightning  # noqa: E402
-
-OPTIM = SimpleNamespace(
-    name="muon_adamw",
-    matrix_lr=0.02,
-    embedding_lr=0.2,
-    unembedding_lr=0.004,
-    betas=[0.8, 0.95],
-    eps=1e-10,
-    weight_decay=0.0,
-    momentum=0.95,
-    momentum_start=0.85,
-    momentum_warmup=300,
-    ns_steps=5,
-)
-STAGE = SimpleNamespace(lr_frac=1.0, warmup_ratio=0.0, warmdown_ratio=0.0, final_lr_frac=1.0)
+WARMUP = 3  # steps not counted
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("depth", 4), ("seq-len", 512), ("rows", 4), ("vocab", 8192), ("steps", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
-    return parser.parse_args()
+class Stored:
+    """Source and tokenizer in one: 'documents' of random length that are already ids."""
+
+    bos_id = 0
+
+    def __init__(self, vocab: int):
+        rng = np.random.default_rng(0)
+        self.documents = [rng.integers(1, vocab, rng.integers(50, 1500)).tolist() for _ in range(2000)]
+
+    def iterate(self, split, cursor=None, rank=0, world=1, loop=True):
+        while True:
+            for i, ids in enumerate(self.documents):
+                yield ids, {"at": i}
+
+    def encode_batch(self, texts, num_threads=1):
+        return texts
 
 
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
-def plain_loop(net: GPT, batch: dict, steps: int, sync) -> tuple[float, float]:
-    """Median seconds of forward + backward and of the optimizer, after two warm-up steps."""
-    optimizer = build_optimizer(net, OPTIM)
-    passes, updates = [], []
-    for _ in range(steps + 2):
-        sync()
+def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
+    """Median seconds of the parts of a step in the shortest possible loop."""
+    optimizer = build_optimizer(net, cfg.optim)
+    parts = {"data": [], "passes": [], "update": []}
+    for _ in range(steps + WARMUP):
         start = time.perf_counter()
-        for micro in batch["micro"]:
-            (net(micro["inputs"], micro["targets"], reduction="sum") / batch["n_trained"]).backward()
-        sync()
-        middle = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sync()
-        passes.append(middle - start)
-        updates.append(time.perf_counter() - middle)
-    return median(passes[2:]), median(updates[2:])
+        batch = next(batches)
+        parts["data"].append(time.perf_counter() - start)
+        parts["passes"].append(_bench.seconds_of(lambda batch=batch: passes(net, batch)))
+        parts["update"].append(_bench.seconds_of(lambda: (optimizer.step(), optimizer.zero_grad(set_to_none=True))))
+    return {name: _bench.median(values[WARMUP:]) for name, values in parts.items()}
 
 
-def lightning_loop(net: GPT, batch: dict, steps: int) -> float:
-    """Seconds per step of the same work as a stage does it: Lightning, metrics and throughput callbacks."""
+def passes(net: GPT, batch: dict) -> None:
+    for micro in batch["micro"]:
+        ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
+        (net(ids, targets, reduction="sum") / batch["n_trained"]).backward()
 
-    class Same:
-        def __len__(self):
-            return 10**9
 
-        def __iter__(self):
-            while True:
-                yield batch
+def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
+    """Median seconds of a whole step as a stage does it, and of `training_step` within it."""
+    marks, inside = [], []
 
-    class Clock(L.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+    class Timed(StepModule):
+        def training_step(self, batch, batch_idx):
+            inside.append(_bench.seconds_of(lambda: super(Timed, self).training_step(batch, batch_idx)))
             marks.append(time.perf_counter())
 
-    marks: list[float] = []
-    module = StepModule(net, OPTIM, STAGE, StageContext("bench", None, torch.ones(1), steps + 3, net.config.seq_len))
+    context = StageContext("bench", None, torch.ones(1), steps + WARMUP + 1, net.config.seq_len)
     with tempfile.TemporaryDirectory() as folder:
+        log = MetricsLog(Path(folder) / "metrics.csv", 10)
         trainer = L.Trainer(
             accelerator="auto",
             devices=1,
-            max_steps=steps + 3,
+            max_steps=steps + WARMUP + 1,
             max_epochs=-1,
             logger=False,
-            callbacks=[Clock(), Throughput(10), MetricsLog(Path(folder) / "metrics.csv", 10)],
+            callbacks=[GarbageControl(), Throughput(10, peak_flops=1.0), log],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        trainer.fit(module, datamodule=StepData(lambda position: Same()))
-    return median([b - a for a, b in zip(marks[2:], marks[3:], strict=False)])
+        trainer.fit(Timed(net, cfg.optim, cfg.stage, context), datamodule=StepData(lambda position: loader))
+    whole = [b - a for a, b in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
+    return _bench.median(whole), _bench.median(inside[WARMUP + 1 :])
 
 
 def main() -> None:
-    args = arguments()
+    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 1, "vocab": 8192, "steps": 20}
+    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L")
     quiet_lightning()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    dtype = resolve_compute_dtype(args.dtype, device)
-    heads = -(-64 * args.depth // 128)
-    config = GPTConfig(args.depth, heads, heads, 128, 128 * heads, args.seq_len, args.vocab)
-    net = GPT(config).init_weights(0).to(device)
-    net.compute_dtype = dtype
-    ids = torch.randint(0, args.vocab, (args.rows, args.seq_len + 1), device=device)
-    micro = {"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
-    tokens = args.rows * args.seq_len
-    batch = {"micro": [micro], "n_trained": tokens, "n_tokens": tokens, "state": None}
-    peak = measured_matmul_rate(device, dtype, n=2048, seconds=1.0)
-    passes, update = plain_loop(net, batch, args.steps, sync)
-    framework = lightning_loop(net, batch, args.steps) - passes - update
-    total = passes + update + max(framework, 0.0)
+    words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
+    words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
+    cfg = compose("train", words)
+    config = model_config(cfg.model, cfg.arch, args.vocab)
+    net = GPT(config).init_weights(0).to(_bench.DEVICE)
+    net.compute_dtype = args.dtype
+    stored = Stored(args.vocab)
+
+    def loader() -> TextSteps:
+        return TextSteps(
+            stored,
+            stored,
+            split="train",
+            seq_len=args.seq_len,
+            rows_per_micro=args.rows,
+            micro_per_step=args.micro,
+            buffer=1000,
+        )
+
+    peak = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=1.0)
+    feed = loader()
+    parts = plain_loop(net, cfg, iter(feed), args.steps)
+    batch = next(iter(feed))
+    feed.close()
+    memory = _bench.peak_bytes(lambda: passes(net, batch))
+    net.zero_grad(set_to_none=True)
+    whole, inside = lightning_loop(net, cfg, loader(), args.steps)
+    total, tokens = sum(parts.values()), args.rows * args.seq_len * args.micro
     rate = tokens * flops_per_token(config) / total
-    result = {
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "params": num_params(config)["total"],
-        "forward_backward_ms": 1000 * passes,
-        "optimizer_ms": 1000 * update,
-        "framework_ms": 1000 * framework,
-        "tok_per_s": tokens / total,
-        "flops_per_s": rate,
-        "matmul_flops_per_s": peak,
-        "share_of_matmul_rate": rate / peak,
-        "optimizer_share": update / total,
-        "framework_share": framework / total,
-    }
-    for key, value in result.items():
-        print(f"{key:22} {value:,.4g}" if isinstance(value, float) else f"{key:22} {value}")
-    print(json.dumps(result))
+    _bench.show(
+        vars(args)
+        | {
+            "params": num_params(config)["total"],
+            "data_ms": 1000 * parts["data"],
+            "forward_backward_ms": 1000 * parts["passes"],
+            "optimizer_ms": 1000 * parts["update"],
+            "framework_ms": 1000 * (whole - inside),
+            "tok_per_s": tokens / total,
+            "flops_per_s": rate,
+            "matmul_flops_per_s": peak,
+            "share_of_matmul_rate": rate / peak,
+            "optimizer_share": parts["update"] / total,
+            "framework_share": (whole - inside) / whole,
+            "step_peak_mb": memory / 1e6,
+            "lightning_to_plain": whole / total,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
 """metrics.csv, and the same rows to TensorBoard or wandb."""
 
 import csv
-import math
 from pathlib import Path
 
 import lightning as L
-
-from llm.errors import UserError
 
 
 class MetricsLog(L.Callback):
@@ -40,12 +37,6 @@ class MetricsLog(L.Callback):
             module.row["lr"] = module.lr_frac(step - 1)
             module.row.update(module.flush_window())
             self._log(trainer, module, step)
-            loss = module.latest.get("loss", 0.0)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the training loss became {loss} by step {step}: lower the learning rate (stage.lr_frac), "
-                    "then start again with overwrite=true or go back to an earlier stage"
-                )
 
     def _log(self, trainer, module, step: int) -> None:
         row, module.row = module.row, {}

@@ -2,8 +2,11 @@
 
 import gc
 import signal
+from pathlib import Path
 
 import lightning as L
+
+from llm.errors import NonFiniteLoss
 
 
 class CleanStop(L.Callback):
@@ -37,6 +40,22 @@ class CleanStop(L.Callback):
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
+
+
+class LossGuard(L.Callback):
+    """When a step's loss is not finite: saves a checkpoint of the step before and the text that the step was fed."""
+
+    def __init__(self, checkpoint, folder: str | Path):
+        self.checkpoint, self.folder = checkpoint, Path(folder)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if not isinstance(exception, NonFiniteLoss):
+            return
+        path = self.folder / f"nonfinite_step_{exception.step}.txt"
+        decode = module.context.tokenizer.decode
+        path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
+        self.checkpoint.act(trainer, module, module.global_step)
+        exception.args = (f"{exception.args[0]}; its text is in {path}, step {module.global_step} was saved",)
 
 
 class GarbageControl(L.Callback):

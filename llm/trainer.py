@@ -229,7 +229,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
 
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
-    from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.runtime import CleanStop, GarbageControl, LossGuard
     from llm.checkpoint import AtomicCheckpointIO
     from llm.precision import resolve_compute_dtype
 
@@ -240,7 +240,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     speed = [chosen.pop("throughput")] if "throughput" in chosen else []
     # Save first, then evaluate, then measure, then write the row, then show it.
-    callbacks = [checkpoint, stop, GarbageControl(), *chosen.values(), *built.callbacks, *speed, log, *display]
+    guards = [LossGuard(checkpoint, stage_dir), GarbageControl()]
+    callbacks = [checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display]
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,

@@ -15,7 +15,7 @@ from callbacks.cadence import Periodic
 from callbacks.checkpoint import StepCheckpoint
 from callbacks.metrics import MetricsLog
 from callbacks.progress import Progress
-from callbacks.runtime import CleanStop, GarbageControl
+from callbacks.runtime import CleanStop, GarbageControl, LossGuard
 from callbacks.throughput import Throughput
 from llm.checkpoint import AtomicCheckpointIO, list_checkpoints, newest_checkpoint
 from llm.engine import Completion
@@ -195,12 +195,45 @@ def test_a_failing_write_keeps_the_checkpoint_before(tmp_path):
     assert newest_checkpoint(folder)[0] == 2
 
 
-def test_a_lost_loss_stops_with_the_step(tmp_path):
-    module = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
-    with torch.no_grad():
-        module.net.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="became nan by step 1"):
-        fit(tmp_path, module=module)
+class Letters:
+    @staticmethod
+    def decode(ids):
+        return " ".join(map(str, ids))
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
+    """In step 3 the second micro-batch overflows: the checkpoint holds the weights after step 2, bit for bit."""
+
+    class Overflowing(StepModule):
+        def micro_loss(self, micro):
+            loss = super().micro_loss(micro)
+            return loss * float("inf") if "bad" in micro else loss
+
+    def make(step):
+        batch = step_batch(step)
+        if step == 2:
+            batch["micro"][1]["bad"] = torch.ones(())
+        return batch
+
+    def module(cls=StepModule):
+        return cls(net(), OPTIM, STAGE, StageContext("sft", Letters, torch.ones(70), STEPS, 8))
+
+    folder = tmp_path / "broken"
+    guard = LossGuard(StepCheckpoint(2, folder / "checkpoints"), folder)
+    with pytest.raises(UserError, match="became inf in step 3, micro-batch 1.*step 2 was saved"):
+        fit(folder, make, module=module(Overflowing), extra=[guard], save_every=100)
+    text = (folder / "nonfinite_step_3.txt").read_text()
+    assert text.splitlines()[0] == Letters.decode(step_batch(2)["micro"][1]["inputs"][0].tolist())
+    step, path = newest_checkpoint(folder / "checkpoints")
+    assert step == 2
+    fit(tmp_path / "straight", extra=[StopAt(2)], module=module())
+    _, other = newest_checkpoint(tmp_path / "straight" / "checkpoints")
+    ours, theirs = (torch.load(p, weights_only=True)["state_dict"] for p in (path, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    resumed, _ = fit(folder, ckpt=path, module=module())  # without the accident it goes on
+    whole, _ = fit(tmp_path / "whole", module=module())
+    for p, q in zip(resumed.net.parameters(), whole.net.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_metrics_gain_columns_without_losing_rows(tmp_path):

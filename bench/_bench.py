@@ -1,0 +1,87 @@
+"""What the benchmarks share: the device, medians of alternating runs, peak memory, a table and a last line of JSON."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as the entry points do
+
+import torch  # noqa: E402
+
+from llm.precision import resolve_compute_dtype  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def arguments(doc: str, numbers: dict[str, int], **words: str) -> argparse.Namespace:
+    """Command line of whole numbers and words with their defaults, and --dtype, which becomes a torch.dtype."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in words.items():
+        parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
+    args = parser.parse_args()
+    args.dtype = resolve_compute_dtype(args.dtype, DEVICE)
+    return args
+
+
+def sync() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    sync()
+    start = time.perf_counter()
+    step()
+    sync()
+    return time.perf_counter() - start
+
+
+def alternating(steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each step; they take turns, so that a busy moment of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + warmup):
+        for name, step in steps.items():
+            passed = seconds_of(step)
+            if turn >= warmup:
+                seconds[name].append(passed)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Most memory in use during `step` beyond what was in use before it: measured on a GPU, counted on a CPU."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def show(result: dict) -> None:
+    """A line per value, then all of them as one line of JSON."""
+    result = {name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for name, v in result.items()}
+    result = {"device": str(DEVICE), "threads": torch.get_num_threads()} | result
+    width = max(map(len, result))
+    for name, value in result.items():
+        print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+    print(json.dumps(result))

@@ -1,0 +1,54 @@
+"""Causal attention with and without sliding windows: time, and memory kept for the backward pass.
+
+    python bench/attention.py [--rows 4] [--heads 4] [--head-dim 128] [--window 512] [--dtype bf16] [--repeats 5]
+
+Forward and backward. full = plain causal attention; masked = a window as a (T, T) mask given to the same kernel; banded
+= ours, blocks of queries against the keys in reach. Prints a table and a last line of JSON.
+"""
+
+import _bench  # isort: skip  (puts the project on the path)
+import torch
+import torch.nn.functional as F
+
+from llm.attention import causal_attention
+
+LENGTHS = (1024, 2048, 4096)
+
+
+def main() -> None:
+    defaults = {"rows": 4, "heads": 4, "head-dim": 128, "window": 512, "repeats": 5}
+    args = _bench.arguments(__doc__, defaults)
+    result, scale = vars(args), args.head_dim**-0.5
+    torch.manual_seed(0)
+    for length in LENGTHS:
+        shape = (args.rows, length, args.heads, args.head_dim)
+        q, k, v, grad = (torch.randn(shape, device=_bench.DEVICE, dtype=args.dtype) for _ in range(4))
+        inputs = [t.requires_grad_() for t in (q, k, v)]
+        distance = torch.arange(length, device=_bench.DEVICE).unsqueeze(1) - torch.arange(length, device=_bench.DEVICE)
+
+        def masked(q, k, v, distance=distance):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            mask = (distance >= 0) & (distance <= args.window)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+        forms = {
+            "full": lambda q, k, v: causal_attention(q, k, v, scale),
+            "masked": masked,
+            "banded": lambda q, k, v: causal_attention(q, k, v, scale, args.window),
+        }
+        steps = {
+            name: lambda form=form, inputs=inputs, grad=grad: torch.autograd.grad(form(*inputs), inputs, grad)
+            for name, form in forms.items()
+        }
+        difference = (masked(*inputs) - forms["banded"](*inputs)).abs().max().item()
+        seconds = _bench.alternating(steps, args.repeats, warmup=1)
+        for name, step in steps.items():
+            result[f"{length}_{name}_ms"] = 1000 * seconds[name]
+            result[f"{length}_{name}_peak_mb"] = _bench.peak_bytes(step) / 1e6
+        result[f"{length}_banded_to_full"] = seconds["banded"] / seconds["full"]
+        result[f"{length}_difference"] = difference
+    _bench.show(result)
+
+
+if __name__ == "__main__":
+    main()

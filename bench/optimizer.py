@@ -1,0 +1,72 @@
+"""Milliseconds of one optimizer step for a whole model, against torch's own optimizers and against the hardware.
+
+    python bench/optimizer.py [--depth 4] [--vocab 8192] [--dtype bf16] [--repeats 10]
+
+2026 and 2025 are ours with those settings; torch = torch.optim.Muon (matrix after matrix, its products in bf16) and fused
+torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Ceilings: the orthogonalisation's
+products at the measured matrix product rate, and the bytes that AdamW must move at the measured rate of a copy.
+Prints a table and a last line of JSON.
+"""
+
+import _bench  # isort: skip  (puts the project on the path)
+import copy
+
+import torch
+
+from callbacks.throughput import measured_matmul_rate
+from llm.gpt import GPT
+from llm.optim import build_optimizer
+from llm.overrides import compose
+from llm.scaling import model_config
+
+
+def copy_rate(n: int = 1 << 26) -> float:
+    """Bytes per second that a copy reads and writes."""
+    a, b = (torch.zeros(n, dtype=torch.uint8, device=_bench.DEVICE) for _ in range(2))
+    return 2 * n / min(_bench.seconds_of(lambda: a.copy_(b)) for _ in range(10))
+
+
+def muon_flops(params: list[torch.Tensor], steps: int) -> float:
+    """Of the orthogonalisation: per iteration x x^T, its square, and its product with x."""
+    total = 0.0
+    for p in params:
+        small, large = sorted(p.shape)
+        total += steps * (2 * small**2 * large * 2 + 2 * small**3)
+    return total
+
+
+def main() -> None:
+    args = _bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})
+    cfg = compose("train", [f"model=d{args.depth}"])
+    net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
+    net.compute_dtype = args.dtype
+    nets = {name: copy.deepcopy(net) for name in ("2026", "2025", "torch", "adamw")}
+    for one in nets.values():
+        for seed, p in enumerate(one.parameters()):
+            generator = torch.Generator(_bench.DEVICE).manual_seed(seed)
+            p.grad = torch.randn(p.shape, device=_bench.DEVICE, generator=generator)
+    matrices = {name: [p for p in one.transformer.h.parameters() if p.ndim == 2] for name, one in nets.items()}
+    chosen = {id(p) for p in matrices["torch"]}
+    rest = [p for p in nets["torch"].parameters() if id(p) not in chosen]
+    muon, adamw = torch.optim.Muon(matrices["torch"], lr=0.01), torch.optim.AdamW(rest, lr=0.01, fused=True)
+    ours = {"2026": "muon_adamw", "2025": "muon_2025", "adamw": "adamw"}
+    optimizers = {n: build_optimizer(nets[n], compose("train", [f"optim={o}"]).optim) for n, o in ours.items()}
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    steps["torch"] = lambda: (muon.step(), adamw.step())
+    groups = optimizers["2026"].param_groups
+    steps |= {"2026_muon": lambda: optimizers["2026"]._muon(groups[-1])}
+    steps |= {"2026_adamw": lambda: [optimizers["2026"]._adamw(group) for group in groups[:-1]]}
+    with torch.no_grad():
+        seconds = _bench.alternating(steps, args.repeats)
+    n_adamw = sum(p.numel() for p in rest)
+    result = vars(args) | {f"{name}_ms": 1000 * value for name, value in seconds.items()}
+    result["to_torch"] = seconds["2026"] / seconds["torch"]
+    result["muon_floor_ms"] = (
+        1000 * muon_flops(matrices["torch"], 5) / measured_matmul_rate(_bench.DEVICE, args.dtype, 2048)
+    )
+    result["adamw_floor_ms"] = 1000 * 28 * n_adamw / copy_rate()  # reads 4 and writes 3 fp32 values per parameter
+    _bench.show(result)
+
+
+if __name__ == "__main__":
+    main()
