@@ -2,10 +2,10 @@
 
     python bench/optimizer.py [--depth 4] [--vocab 8192] [--dtype bf16] [--repeats 10]
 
-2026 and 2025 are ours with those settings; torch = torch.optim.Muon (matrix after matrix, its products in bf16) and fused
-torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Ceilings: the orthogonalisation's
-products at the measured matrix product rate, and the bytes that AdamW must move at the measured rate of a copy.
-Prints a table and a last line of JSON.
+2026 and 2025 are ours with those settings; torch = torch.optim.Muon (matrix after matrix, its products in bf16) and
+fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Ceilings: the
+orthogonalisation's products at the measured matrix product rate, and the bytes that AdamW must move at the measured
+rate of a copy. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)

@@ -81,14 +81,14 @@ class BatchConfig:
     total: int | None = key(
         "tokens of one optimizer step, over all ranks and micro-batches; null = by llm/scaling.py", low=1, main=True
     )
-    device: int = key("rows of one micro-batch on one device", low=1, main=True)
+    device: Any = key("rows of one micro-batch on one device; auto = as many as fit", main=True)
 
 
 @dataclass
 class PrecisionConfig:
     compute: str = key(
         "arithmetic of the network: auto = bf16 where the hardware has it",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", "fp32", "bf16", "fp16"),
         main=True,
     )
 
@@ -109,6 +109,7 @@ class PathsConfig:
 class TrainerConfig:
     accelerator: str = key("where to compute", choices=("auto", "cpu", "gpu"))
     devices: Any = key("number of devices, or auto", main=True)
+    activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from llm.attention import KVCache, apply_rotary, cached_attention, causal_attention, rotary_tables
 from llm.eager import relu_squared
@@ -225,6 +226,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.activation_checkpointing = False
         kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
@@ -352,7 +354,11 @@ class GPT(nn.Module):
             value_embed = None
             if c.has_value_embed(layer):
                 value_embed = F.embedding(ids, self.value_embeds[str(layer)].weight).to(x.dtype)
-            x = block(x, value_embed, rotary, cache, positions)
+            inputs = (x, value_embed, rotary, cache, positions)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
             if layer == c.n_layer // 2:
                 middle = x
         if c.backout:

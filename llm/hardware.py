@@ -28,13 +28,17 @@ GPUS = {
 CHUNK_BYTES = 1.5e9  # the loss head's logits and their gradients
 
 
+def named_gpu(name: str) -> GPU:
+    if name not in GPUS:
+        raise UserError(f"estimate.gpu={name}: choose one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
 def estimate(
     config: GPTConfig, *, flops: float, rows: int, gpu: str, devices: int, mfu: float
 ) -> dict[str, float | str]:
     """Peak memory of one device, hours and dollars of a run of `flops`, at a share `mfu` of the GPU's bf16 peak."""
-    if gpu not in GPUS:
-        raise UserError(f"estimate.gpu={gpu}: choose one of {', '.join(GPUS)}")
-    card = GPUS[gpu]
+    card = named_gpu(gpu)
     hours = flops / (card.flops * devices * mfu) / 3600
     memory = memory_bytes(config, rows) / 2**30
     return {

@@ -6,7 +6,7 @@ from torch import nn
 
 from llm.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Linear(nn.Linear):
@@ -36,10 +36,41 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtype:
-    """The compute dtype for `precision.compute` = auto | fp32 | bf16; auto takes bf16 where the device has it."""
+    """The dtype for `precision.compute` = auto | fp32 | bf16 | fp16; auto takes bf16 where the device has it."""
     device = torch.device(device)
     if choice == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
     if choice not in DTYPES:
         raise UserError(f"precision.compute={choice}: choose one of auto, {', '.join(DTYPES)}")
     return DTYPES[choice]
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16: gradients too small for it are scaled up, steps that overflow are left out.
+
+    The scale doubles after `interval` steps without overflow and halves at every overflow (Micikevicius et al. 2018).
+    """
+
+    def __init__(self, scale: float = 2.0**15, interval: int = 1000):
+        self.scale, self.interval, self.good_steps = scale, interval, 0
+
+    def unscale(self, params) -> bool:
+        """Divide the gradients by the scale, or drop them all and return False where one overflowed."""
+        grads = [p.grad for p in params if p.grad is not None]
+        norms = torch._foreach_norm(grads, ord=float("inf"))
+        if grads and not torch.isfinite(torch.stack(norms)).all():
+            for p in params:
+                p.grad = None
+            self.scale, self.good_steps = max(self.scale / 2, 1.0), 0
+            return False
+        torch._foreach_mul_(grads, 1 / self.scale)
+        self.good_steps += 1
+        if self.good_steps == self.interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+        return True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.scale, self.good_steps = state["scale"], int(state["good_steps"])

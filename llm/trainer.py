@@ -262,6 +262,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     )
     device = trainer.strategy.root_device
     built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
     print(f"device {device}, compute {str(built.module.net.compute_dtype).removeprefix('torch.')}", flush=True)
     return trainer, stop
 

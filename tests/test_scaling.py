@@ -1,11 +1,15 @@
 """Scaling rules and schedules against the published numbers."""
 
+import os
+
 import pytest
+import torch
 from conftest import compose
 
 from llm.errors import UserError
 from llm.gpt import flops_per_token, num_params, scaling_params
 from llm.hardware import estimate, memory_bytes
+from llm.micro_batch import largest_trial, resolve_rows
 from llm.scaling import (
     adam_lr_scale,
     auto_batch,
@@ -159,6 +163,39 @@ def test_estimates():
     assert more == 16 * 2048 * 20 * 20 * 1280 * 2  # rows x positions x layers x values x width x bytes
     with pytest.raises(UserError, match="estimate.gpu=tpu"):
         estimate(config, flops=1, rows=1, gpu="tpu", devices=1, mfu=0.5)
+
+
+def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
+    cfg = compose("train", "batch.device=auto", "model.seq_len=512", "trainer=cpu")
+    config = shape(4, seq_len=512)
+    assert resolve_rows(cfg, config, 48) == 16  # 24 and 48 rows are more than 8,192 tokens
+    assert "batch.device=auto: 16 rows of 512 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3) if name == "SC_AVPHYS_PAGES" else 1)
+    assert resolve_rows(cfg, config, 48) == 3
+    for wrong in ("many", "0", "1.5", "true"):
+        with pytest.raises(UserError, match=f"batch.device={wrong}".replace("true", "True")):
+            resolve_rows(compose("train", f"batch.device={wrong}"), config, 48)
+
+
+def test_trials_go_down_until_one_fits():
+    tried = []
+
+    def attempt(rows):
+        tried.append(rows)
+        if rows > 4:
+            raise torch.OutOfMemoryError("full")
+
+    assert largest_trial([16, 8, 4, 2, 1], attempt) == 4 and tried == [16, 8, 4]
+    with pytest.raises(UserError, match="not even one row fits"):
+        largest_trial([16, 8], attempt)
+
+
+def test_auto_rows_of_a_dry_run_fit_the_named_gpu():
+    small, large = (
+        derived_without_tokenizer(compose("train", "experiment=speedrun", "batch.device=auto", f"estimate.gpu={gpu}"))
+        for gpu in ("rtx4090", "b200")
+    )
+    assert small["micro_batches"] > large["micro_batches"] and large["micro_batches"] == 16
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from llm.checkpoint import AtomicCheckpointIO, list_checkpoints, newest_checkpoi
 from llm.engine import Completion
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig
+from llm.precision import LossScaler
 from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.step import StageContext, StepData, StepModule
 
@@ -193,6 +194,41 @@ def test_a_failing_write_keeps_the_checkpoint_before(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert sorted(p.name for p in folder.iterdir()) == ["step_000002.ckpt"]
     assert newest_checkpoint(folder)[0] == 2
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else():
+    batch, grads, saved = step_batch(0), [], []
+    for on in (False, True):
+        model = net()
+        model.activation_checkpointing, held = on, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.nbytes) or t, lambda t: t):
+            loss = model(batch["micro"][0]["inputs"], batch["micro"][0]["targets"], reduction="sum")
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        saved.append(sum(held))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and saved[1] < 0.5 * saved[0]
+
+
+def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(tmp_path):
+    exact, _ = fit(tmp_path / "fp32")
+    half = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
+    half.net.compute_dtype = torch.float16
+    fit(tmp_path / "fp16", module=half)
+    moved = sum((p - q).norm() ** 2 for p, q in zip(exact.net.parameters(), net().parameters(), strict=True))
+    apart = sum((p - q).norm() ** 2 for p, q in zip(exact.net.parameters(), half.net.parameters(), strict=True))
+    assert apart < 0.02 * moved and half.scaler.good_steps == STEPS
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    scaler = LossScaler(scale=8.0, interval=2)
+    for value, good in ((4.0, True), (float("inf"), False), (8.0, True), (8.0, True)):
+        params[0].grad, params[1].grad = torch.full((3,), 8.0), torch.full((3,), value)
+        before = scaler.scale
+        assert scaler.unscale(params) is good
+        if good:
+            assert params[1].grad.eq(value / before).all()
+        else:
+            assert params[0].grad is None and params[1].grad is None and scaler.scale == before / 2
+    assert scaler.state_dict() == {"scale": 8.0, "good_steps": 0}
 
 
 class Letters:

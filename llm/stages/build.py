@@ -8,6 +8,7 @@ import torch
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig, flops_per_token, num_params, scaling_params
 from llm.hardware import estimate
+from llm.micro_batch import resolve_rows
 from llm.model_folder import load_model_folder
 from llm.optim import build_optimizer
 from llm.scaling import lr_batch_factor, micro_batches, model_config
@@ -69,13 +70,14 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
         )
 
 
-def steps_layout(cfg, tokens: int | None) -> dict:
-    """Sizes of a step of `tokens` on this one device, as arguments of the loaders."""
+def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> dict:
+    """Sizes of a step of `tokens` on this one device, as arguments of the loaders; resolves `batch.device=auto`."""
     if tokens is None:
         raise UserError(
             f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
         )
-    seq_len, rows = cfg.model.seq_len, cfg.batch.device
+    seq_len = cfg.model.seq_len
+    cfg.batch.device = rows = resolve_rows(cfg, config, tokens // seq_len)
     return {
         "seq_len": seq_len,
         "rows_per_micro": rows,

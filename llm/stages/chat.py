@@ -26,8 +26,8 @@ from tasks import build_mixture, held_out_mixture
 
 def build(cfg, parent: Path) -> BuiltStage:
     """The parent's network on the mixture `data.mixture.<stage>`."""
-    layout, scales = steps_layout(cfg, cfg.batch.total), finetuning_scales(cfg, cfg.batch.total)
     net, tokenizer = load_parent(parent, cfg)
+    layout, scales = steps_layout(cfg, net.config, cfg.batch.total), finetuning_scales(cfg, cfg.batch.total)
     stage, weights = cfg.stage, dict(cfg.data.mixture[cfg.stage.name])
     if not any(weights.values()):
         raise UserError(f"data.mixture.{stage.name} names no task with repeats above 0: nothing to train on")

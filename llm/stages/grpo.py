@@ -18,6 +18,7 @@ from llm.chat import render_conversation, render_prompt
 from llm.engine import Completion, Engine
 from llm.errors import UserError
 from llm.evaluation import questions
+from llm.micro_batch import resolve_rows
 from llm.sampling import SamplingParams
 from llm.stages.build import (
     BuiltStage,
@@ -177,6 +178,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
+    cfg.batch.device = resolve_rows(cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt)
     scales = finetuning_scales(cfg, None)
     context = step_context(
         cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True, **scales

@@ -10,6 +10,8 @@ from llm.data.loader import TextSteps, validation_batches
 from llm.errors import UserError
 from llm.evaluation import text_prompts
 from llm.gpt import GPT, GPTConfig
+from llm.hardware import named_gpu
+from llm.micro_batch import SHARE, largest_by_arithmetic
 from llm.scaling import (
     REFERENCE_DEPTH,
     auto_batch,
@@ -64,7 +66,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     check_vocab_size(cfg, tokenizer.vocab_size)
     planned = plan(cfg, tokenizer.vocab_size)
     config, batch_tokens, total, scales = planned
-    layout = steps_layout(cfg, batch_tokens)
+    layout = steps_layout(cfg, config, batch_tokens)
     source = document_source(cfg.data)
     net = GPT(config).init_weights(cfg.seed)
 
@@ -94,6 +96,11 @@ def derived(cfg, planned: Plan, net: GPT) -> dict:
 def derived_without_tokenizer(cfg) -> dict:
     """The same from `model.vocab_size` alone: no tokenizer, no data, no weights."""
     planned = plan(cfg, cfg.model.vocab_size)
+    if cfg.batch.device == "auto":
+        total_rows = planned.batch_tokens // cfg.model.seq_len
+        choices = [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
+        budget = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30
+        cfg.batch.device = largest_by_arithmetic(choices, planned.config, budget)
     with torch.device("meta"):
         net = GPT(planned.config)
     return derived(cfg, planned, net)

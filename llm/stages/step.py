@@ -15,6 +15,7 @@ import torch
 from llm.errors import NonFiniteLoss
 from llm.gpt import GPT, flops_per_token
 from llm.optim import build_optimizer
+from llm.precision import LossScaler
 from llm.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
 
 
@@ -47,6 +48,7 @@ class StepModule(L.LightningModule):
         self.window_trained = 0
         self.window_nats = torch.zeros(())
         self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
+        self.scaler = None  # set where the network computes in fp16
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
@@ -58,12 +60,15 @@ class StepModule(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> None:
         optimizer = self.optimizers()
         self.apply_schedules(optimizer.param_groups)
+        factor = (1.0 if self.scaler is None else self.scaler.scale) / max(batch["n_trained"], 1)
         losses = []
         for micro in batch["micro"]:
             loss = self.micro_loss(micro)
-            (loss / max(batch["n_trained"], 1)).backward()
+            (loss * factor).backward()
             losses.append(loss.detach())
         nats = self.checked_sum(losses, batch)
+        if self.scaler is not None:
+            self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.window_nats = self.window_nats.to(nats.device) + nats
@@ -118,6 +123,8 @@ class StepModule(L.LightningModule):
         return values
 
     def configure_optimizers(self):
+        if self.net.compute_dtype == torch.float16:
+            self.scaler = LossScaler()
         return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
@@ -127,10 +134,14 @@ class StepModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         window = {"nats": self.window_nats, "trained": self.window_trained, "metrics": self.window_metrics}
         checkpoint["fathom"] = {"tokens": self.tokens_seen, "window": window}
+        if self.scaler is not None:
+            checkpoint["fathom"]["scaler"] = self.scaler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.tokens_seen, window = checkpoint["fathom"]["tokens"], checkpoint["fathom"]["window"]
         self.window_nats, self.window_trained, self.window_metrics = (window[k] for k in ("nats", "trained", "metrics"))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
 
 
 class StepData(L.LightningDataModule):
