@@ -17,6 +17,42 @@ def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits.float() if cap is None else cap * torch.tanh(logits.float() / cap)
 
 
+def chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None):
+    """Losses (n,) of a chunk of raw logits (n, V) against goals (n, 1), and with `scale` (n, 1) also the gradient of
+    sum(losses * scale) by the logits, in their dtype. Works in place where it can: the form for eager PyTorch.
+    """
+    z = logits.float()
+    if cap is None:
+        log_z = z.logsumexp(dim=1, keepdim=True)
+        losses = (log_z - z.gather(1, goal)).squeeze(1)
+        if scale is None:
+            return losses, None
+        d_logits = (z - log_z).exp_().mul_(scale)
+        return losses, d_logits.scatter_add_(1, goal, -scale).to(logits.dtype)
+    t = z.div_(cap).tanh_()
+    at_goal = t.gather(1, goal)
+    e = torch.mul(t, cap).exp_()  # no maximum to subtract: the cap keeps e^z finite
+    total = e.sum(dim=1, keepdim=True)
+    losses = (total.log() - cap * at_goal).squeeze(1)
+    if scale is None:
+        return losses, None
+    d_logits = e.mul_(scale / total).scatter_add_(1, goal, -scale)
+    return losses, d_logits.addcmul_(d_logits, t.square_(), value=-1).to(logits.dtype)  # d tanh = 1 - tanh^2
+
+
+def fused_chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None):
+    """The same for torch.compile, which makes two passes over the chunk of it."""
+    if scale is None or cap is None:
+        return chunk_loss(logits, goal, scale, cap)
+    t = torch.tanh(logits.float() / cap)
+    z = t * cap
+    log_z = z.exp().sum(dim=1, keepdim=True).log()
+    losses = (log_z - z.gather(1, goal)).squeeze(1)
+    is_goal = torch.arange(z.size(1), device=z.device).unsqueeze(0) == goal
+    d_logits = ((z - log_z).exp() - is_goal.float()) * scale * (1 - t * t)
+    return losses, d_logits.to(logits.dtype)
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -24,12 +60,14 @@ def linear_cross_entropy(
     softcap: float | None,
     token_weights: torch.Tensor | None = None,
     reduction: str = "sum",
+    kernel=chunk_loss,
 ) -> torch.Tensor:
     """Cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`; softcap None = no cap.
 
     hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
     trained, loss 0; token_weights: (...) factors of the tokens' losses. reduction: sum | mean (over trained tokens) |
-    none. Returns an fp32 scalar, or losses of the shape of `targets`.
+    none. kernel: `chunk_loss`, or `fused_chunk_loss` compiled. Returns an fp32 scalar, or losses of the shape of
+    `targets`.
     """
     flat, goals = hidden.flatten(0, -2), targets.flatten()
     factors = None if token_weights is None else token_weights.flatten()
@@ -46,34 +84,28 @@ def linear_cross_entropy(
             losses = torch.zeros(targets.numel()).index_put((trained,), losses)
         return losses.view_as(targets)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad)
+    total = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad, kernel)
     return total / (goals >= 0).sum() if reduction == "mean" else total
 
 
-def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool):
+def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel=chunk_loss):
     """Losses (N,) without factors; with_grad: also the gradients of sum(losses * factors), d hidden and d weight."""
-    chunk = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS) // len(weight))
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
+    chunk = max(MIN_CHUNK_TOKENS, elements // len(weight))
     losses = hidden.new_empty(len(goals), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if with_grad else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
     for start in range(0, len(goals), chunk):
         rows = slice(start, start + chunk)
         h, goal = hidden[rows], goals[rows, None]
-        trained = goal >= 0
-        logits = F.linear(h, weight).float()
-        if softcap is not None:
-            squashed = logits.div_(softcap).tanh_()
-            logits = squashed * softcap
-        log_z = logits.logsumexp(dim=1, keepdim=True)
-        losses[rows] = (log_z - logits.gather(1, goal.clamp(min=0))).mul_(trained).squeeze(1)
+        trained = (goal >= 0).float()
+        scale = None
+        if with_grad:
+            scale = trained if factors is None else trained * factors[rows, None]
+        raw, d_logits = kernel(F.linear(h, weight), goal.clamp(min=0), scale, softcap)
+        losses[rows] = raw * trained.squeeze(1)
         if not with_grad:
             continue
-        scale = trained.float() if factors is None else trained * factors[rows, None]
-        d_logits = logits.sub_(log_z).exp_().scatter_add_(1, goal.clamp(min=0), torch.full_like(scale, -1.0))
-        d_logits.mul_(scale)
-        if softcap is not None:
-            d_logits.addcmul_(d_logits, squashed.square_(), value=-1)  # d tanh = 1 - tanh^2
-        d_logits = d_logits.to(h.dtype)
         torch.mm(d_logits, weight, out=d_hidden[rows])
         if d_weight.dtype == h.dtype:
             d_weight.addmm_(d_logits.T, h)
@@ -84,15 +116,15 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool)
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, goals, factors, softcap: float | None, with_grad: bool):
-        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad)
+    def forward(ctx, hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel):
+        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel)
         ctx.weight_dtype = weight.dtype
         return losses.sum() if factors is None else (losses * factors).sum()
 
     @staticmethod
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.gradients
-        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), None, None, None, None
+        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), *(None,) * 5
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -6,6 +6,8 @@ a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weig
 Hyperparameters are plain numbers in `param_groups`; schedules write them before each step.
 """
 
+from itertools import islice
+
 import torch
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
@@ -25,41 +27,47 @@ COEFFICIENTS = {"newton_schulz": lambda i: NEWTON_SCHULZ, "polar_express": lambd
 NORM_MARGIN = {"newton_schulz": 1.0, "polar_express": 1.01}  # rounding must not lift a singular value above 1
 
 
+# Matrices stacked for one update: on a CPU as many as stay in a core's cache between the passes over them.
+STACK_BYTES = {"cpu": 1 << 21}
+OTHER_STACK_BYTES = 1 << 32
+
+
 def orthogonalize(
     g: torch.Tensor, steps: int = 5, method: str = "newton_schulz", dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Approximate polar factor U V^T of each matrix of a stack (..., m, n), in the dtype of `g`.
+    """Approximate polar factor U V^T of each matrix of a stack (n, r, c); `dtype` of products and result.
 
-    method: newton_schulz | polar_express. dtype: precision of the products; default that of `g`.
+    method: newton_schulz | polar_express. Default dtype: that of `g`.
     """
-    x = g.to(dtype or g.dtype)
+    norm = g.norm(dim=(-2, -1), keepdim=True) * NORM_MARGIN[method] + 1e-7
+    return polar_iterations(torch.div(g, norm, out=torch.empty_like(g, dtype=dtype or g.dtype)), steps, method)
+
+
+def polar_iterations(x: torch.Tensor, steps: int, method: str) -> torch.Tensor:
+    """The same for a stack whose matrices have no singular value above 1."""
     tall = x.size(-2) > x.size(-1)
     if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * NORM_MARGIN[method] + 1e-7)
+        x = x.mT.contiguous()
     for i in range(steps):
         a, b, c = COEFFICIENTS[method](i)
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
-def equalize_rows(g: torch.Tensor) -> torch.Tensor:
-    """Every row of every matrix scaled to length 1, so that none is lost in the shadow of large ones."""
-    return g / g.norm(dim=-1, keepdim=True).clamp_min(1e-10)
-
-
-def variance_step(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
-    """Divide the rows (columns, if they are more) of a stack (n, r, c) by their running root mean square, in NorMuon's
-    way: the norm of each matrix stays what it was. `second_moment` (n, r, 1) or (n, 1, c) is updated in place.
+def row_factors(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
+    """What NorMuon multiplies the rows (columns, if they are more) of a stack (n, r, c) with: one over their running
+    root mean square, times a number per matrix that keeps its norm. `second_moment`, of the factors' shape, (n, r, 1)
+    or (n, 1, c), is updated in place.
     """
     dim = -1 if update.size(-2) >= update.size(-1) else -2
-    mean_square = update.square().mean(dim, keepdim=True)
+    mean_square = torch.linalg.vector_norm(update, dim=dim, keepdim=True, dtype=torch.float32).square_()
+    mean_square.div_(update.size(dim))
     second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
     old = mean_square.sum(dim=(-2, -1), keepdim=True)
     new = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
-    return update * (scale * (old / new.clamp_min(1e-20)).sqrt())
+    return scale * (old / new.clamp_min(1e-20)).sqrt()
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -140,39 +148,47 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
-        for params in by_shape.values():
-            self._muon_stack(group, params)
+        for shape, params in by_shape.items():
+            size = STACK_BYTES.get(params[0].device.type, OTHER_STACK_BYTES) // (4 * shape.numel())
+            for part in batched(params, max(size, 1)):
+                self._muon_stack(group, part)
 
     def _muon_stack(self, group: dict, params: list[nn.Parameter]) -> None:
         """One update of matrices (r, c) of the same shape."""
         (rows, cols), states = params[0].shape, [self.state[p] for p in params]
+        beta2, method = group["normuon_beta2"], group["orthogonalizer"]
         for p, state in zip(params, states, strict=True):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-                if group["normuon_beta2"] is not None:
-                    state["second_moment"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols))
+                if beta2 is not None:
+                    state["second_moment"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols), dtype=torch.float32)
         grads, buffers = [p.grad for p in params], [s["momentum_buffer"] for s in states]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
-        if group["equalize"]:
-            update = equalize_rows(update)
-        dtype = torch.bfloat16 if group["in_bf16"] else None
-        update = orthogonalize(update, group["ns_steps"], group["orthogonalizer"], dtype)
-        if group["normuon_beta2"] is not None:
+        dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
+        if group["equalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
+            lengths = update.norm(dim=-1, keepdim=True).clamp_min_(1e-10) * (rows**0.5 * NORM_MARGIN[method])
+            update = torch.div(update, lengths, out=torch.empty_like(update, dtype=dtype))
+            update = polar_iterations(update, group["ns_steps"], method)
+        else:
+            update = orthogonalize(update, group["ns_steps"], method, dtype)
+        factors = torch.ones((), device=update.device)
+        if beta2 is not None:
             moments = torch.stack([s["second_moment"] for s in states])
-            update = variance_step(update, moments, group["normuon_beta2"])
+            factors = row_factors(update, moments, beta2)
             torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
-        if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix
-            norm = update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
-            update = update * (min(rows, cols) ** 0.5 / norm)
+        if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix; the factors kept the norm
+            norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+            factors = factors * (min(rows, cols) ** 0.5 / norm.clamp_min_(1e-10))
         decay = group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
             weights = torch.stack([p.detach() for p in params])
             shrinks = (update * weights) >= 0
-            torch._foreach_sub_(params, list((weights * shrinks).mul_(decay).unbind(0)))
+            torch._foreach_sub_(params, list(weights.mul_(shrinks).mul_(decay).unbind(0)))
         elif decay:
             torch._foreach_mul_(params, 1 - decay)
-        torch._foreach_add_(params, list(update.unbind(0)), alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
+        step = update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
+        torch._foreach_add_(params, list(step.unbind(0)))
 
 
 def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0) -> MuonAdamW:
@@ -212,6 +228,13 @@ def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: f
     muon["in_bf16"] = net.compute_dtype == torch.bfloat16
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr * lr_scale}
     return MuonAdamW([*groups, muon | {"weight_decay": decay, "decays": True}])
+
+
+def batched(items: list, size: int):
+    """Consecutive parts of at most `size` items (itertools has it from Python 3.12 on)."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def _params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
