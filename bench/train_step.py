@@ -1,7 +1,7 @@
 """Milliseconds of one training step, split into data, forward + backward, optimizer and the Lightning loop.
 
     python bench/train_step.py [--depth 4] [--arch modern] [--optim muon_adamw] [--window L] [--seq-len 512] [--rows 4]
-                               [--micro 1] [--vocab 8192] [--steps 20] [--dtype auto]
+                               [--micro 1] [--vocab 8192] [--steps 20] [--dtype auto] [--compile true]
 
 Everything runs in one process: steps in a plain loop, the same through Lightning with the callbacks of a stage, and the
 matrix product rate that the share of the peak refers to. In both loops every part of every step is timed; data and
@@ -21,6 +21,7 @@ import torch
 from callbacks.metrics import MetricsLog
 from callbacks.runtime import GarbageControl
 from callbacks.throughput import Throughput, measured_matmul_rate
+from llm.compiling import compile_training
 from llm.data.loader import TextSteps
 from llm.gpt import GPT, flops_per_token, num_params
 from llm.optim import build_optimizer
@@ -100,7 +101,7 @@ def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
 
 def main() -> None:
     numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 1, "vocab": 8192, "steps": 20}
-    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L")
+    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", compile="true")
     quiet_lightning()
     words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
     words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
@@ -108,6 +109,9 @@ def main() -> None:
     config = model_config(cfg.model, cfg.arch, args.vocab)
     net = GPT(config).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
+    begin = time.perf_counter()
+    if args.compile == "true":
+        compile_training(net)
     stored = Stored(args.vocab)
 
     def loader() -> TextSteps:
@@ -123,6 +127,9 @@ def main() -> None:
 
     peak = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=1.0)
     feed = loader()
+    passes(net, next(iter(feed)))
+    net.zero_grad(set_to_none=True)
+    first = time.perf_counter() - begin
     parts = plain_loop(net, cfg, iter(feed), args.steps)
     batch = next(iter(feed))
     feed.close()
@@ -135,6 +142,7 @@ def main() -> None:
         vars(args)
         | {
             "params": num_params(config)["total"],
+            "first_step_s": first,
             "data_ms": 1000 * parts["data"],
             "forward_backward_ms": 1000 * parts["passes"],
             "optimizer_ms": 1000 * parts["update"],

@@ -287,6 +287,7 @@ class TrainConfig:
     data: DataConfig = key("text and tasks")
     batch: BatchConfig = key("size of a step; follows the stage")
     precision: PrecisionConfig = key("number formats")
+    compile: Any = key("torch.compile for training steps: auto = where it pays, true, false", main=True)
     trainer: TrainerConfig = key("devices")
     strategy: StrategyConfig = key("how devices work together")
     callbacks: dict[str, Any] = key("what happens beside the training steps")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.attention import KVCache, apply_rotary, cached_attention, causal_attention, rotary_tables
 from llm.eager import relu_squared
 from llm.eager import rms_norm as norm
-from llm.loss_head import linear_cross_entropy, softcapped
+from llm.loss_head import chunk_loss, linear_cross_entropy, softcapped
 from llm.precision import Linear
 
 ARCHS = ("classic", "modern", "gpt2")
@@ -227,6 +227,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
+        self.training_hidden, self.loss_kernel = self.hidden, chunk_loss  # llm.compiling puts compiled ones here
         kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
@@ -388,7 +389,8 @@ class GPT(nn.Module):
         cache: continue every row behind its cached tokens; `lengths` (B,) true tokens per row of right-padded ids.
         last_only: logits (B, 1, V) at each row's last true token only.
         """
-        hidden = self.hidden(ids, cache)
+        is_training = targets is not None and cache is None and torch.is_grad_enabled()
+        hidden = self.training_hidden(ids) if is_training else self.hidden(ids, cache)
         if cache is not None:
             cache.advance(ids.size(1), lengths)
         if last_only:
@@ -397,7 +399,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         true_head = self.head_weight[: self.config.vocab_size]
-        return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction)
+        kernel = self.loss_kernel if is_training else chunk_loss
+        return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction, kernel)
 
 
 def _table(rows: int, width: int) -> nn.Embedding:

@@ -231,6 +231,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl, LossGuard
     from llm.checkpoint import AtomicCheckpointIO
+    from llm.compiling import compile_training, decide
     from llm.precision import resolve_compute_dtype
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints")
@@ -263,7 +264,12 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     device = trainer.strategy.root_device
     built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
-    print(f"device {device}, compute {str(built.module.net.compute_dtype).removeprefix('torch.')}", flush=True)
+    steps = built.module.context.total_steps
+    compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
+    if compiled:
+        compile_training(built.module.net)
+    dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
+    print(f"device {device}, compute {dtype}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
     return trainer, stop
 
 
