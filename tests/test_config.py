@@ -84,7 +84,7 @@ def test_defaults_are_the_published_ones():
     assert (stage.warmdown_ratio, stage.final_lr_frac, cfg.batch.total) == (0.2, 0.0, 524_288)
 
     tokenizer = compose("train", "stage=tokenizer").stage
-    assert (tokenizer.vocab_size, tokenizer.max_chars, tokenizer.doc_cap) == (65_536, 2_000_000_000, 10_000)
+    assert (tokenizer.vocab_size, tokenizer.max_chars, tokenizer.doc_cap) == (32_768, 2_000_000_000, 10_000)
     mid = compose("train", "stage=midtrain").stage
     assert (mid.lr_frac, mid.warmdown_ratio, mid.train_on, mid.epochs, mid.eval_every) == (1.0, 0.2, "all", 1, 150)
     sft = compose("train", "stage=sft")
