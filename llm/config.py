@@ -91,6 +91,7 @@ class PrecisionConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
         main=True,
     )
+    fp8: bool = key("the blocks' matrix products in 8 bits, on Hopper GPUs and newer; elsewhere a message and bf16")
 
 
 @dataclass

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm.errors import UserError
+from llm.fp8 import fp8_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,6 +16,8 @@ class Linear(nn.Linear):
     Initialisation is left to the model's one init function, so building a layer draws no random numbers.
     """
 
+    fp8 = False  # set by llm.fp8.enable_fp8
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
 
@@ -22,6 +25,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 

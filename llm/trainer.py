@@ -263,6 +263,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     )
     device = trainer.strategy.root_device
     built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    if cfg.precision.fp8:
+        print(use_fp8(built.module.net, device), flush=True)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
     steps = built.module.context.total_steps
     compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
@@ -271,6 +273,19 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
     print(f"device {device}, compute {dtype}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
     return trainer, stop
+
+
+def use_fp8(net, device) -> str:
+    """Turn fp8 on where the device has it; what was done, in words for the log."""
+    import torch
+
+    from llm.fp8 import can_fp8, enable_fp8
+
+    if net.compute_dtype != torch.bfloat16:
+        raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
+    if not can_fp8(device):
+        return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
+    return f"fp8: {enable_fp8(net)} matrices"
 
 
 def instantiate_part(key: str, part, **more):
