@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as the entry points do
+from llm.environment import tune_process  # noqa: E402
+
+tune_process()  # as the entry points do
 
 import torch  # noqa: E402
 

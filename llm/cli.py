@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from llm.cli_help import help_text
+from llm.environment import tune_process
 from llm.errors import UserError
 from llm.overrides import CONF, check_overrides, quote_raw, swept_overrides
 from llm.sweep import job_title, separate_run
@@ -40,10 +41,7 @@ def run_app(config_name: str, target: str) -> NoReturn:
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
     job ends a sweep, and the sweep says which one it was.
     """
-    # Before torch is imported. Threads that spin for long while they wait take the cores from each other on a busy
-    # machine; threads that sleep at once cost a third of the speed on an idle one (docs/lab_notebook.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    tune_process()
     try:
         status = _run(config_name, target, sys.argv[1:])
         sys.stdout.flush()

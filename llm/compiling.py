@@ -1,6 +1,7 @@
-"""torch.compile for the fixed shapes of training: the network up to its last norm, and the loss head's passes.
+"""torch.compile for the fixed shapes of training: the network from its embeddings to the last norm, and the loss head.
 
-Everything else stays eager: evaluation and generation, whose shapes vary, and reinforcement learning. Names of weights
+What loses stays eager: the embeddings themselves, whose compiled gradient adds atomically, one number after another.
+So do evaluation and generation, whose shapes vary, and reinforcement learning. Names of weights
 do not change. `compile=auto` compiles where it pays: on a GPU; on a CPU with a C++ compiler for long runs, because the
 first step waits for the compiler (20 to 60 seconds, less when its cache on disk is warm).
 """
@@ -45,7 +46,7 @@ def compile_training(net) -> None:
 
     Raises UserError, naming the part, where the compiler fails at the first step.
     """
-    net.training_hidden = _named("the network", torch.compile(net.hidden, dynamic=False))
+    net.training_trunk = _named("the network", torch.compile(net.trunk, dynamic=False))
     net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False))
 
 

@@ -1,5 +1,6 @@
 """Facts about the machine and the source tree that a run was made with."""
 
+import ctypes
 import os
 import platform
 import re
@@ -7,6 +8,23 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
+
+
+def tune_process() -> None:
+    """Settings of the process that torch's speed on a CPU depends on; before torch is imported.
+
+    Threads that spin for long while they wait take the cores from each other on a busy machine; threads that sleep at
+    once cost a third of the speed on an idle one. Memory that glibc hands back to the system after every step must be
+    cleared page by page when it is asked for again: a quarter of a step. Numbers: docs/lab_notebook.md.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def git_commit() -> str | None:

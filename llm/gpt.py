@@ -227,7 +227,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
-        self.training_hidden, self.loss_kernel = self.hidden, chunk_loss  # llm.compiling puts compiled ones here
+        self.training_trunk, self.loss_kernel = None, chunk_loss  # llm.compiling puts compiled ones here
         kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
@@ -323,9 +323,8 @@ class GPT(nn.Module):
             normal_(self.lm_head.weight, c.head_std)
         return self
 
-    def embed(self, ids: torch.Tensor, cache: KVCache | None, at) -> torch.Tensor:
-        """What enters the first block, (B, T, n_embd) in the compute dtype. `at`: positions of the tokens."""
-        x = F.embedding(ids, self.transformer.wte.weight)
+    def embed(self, x: torch.Tensor, cache: KVCache | None, at) -> torch.Tensor:
+        """What enters the first block, from the rows of the embedding (B, T, n_embd). `at`: positions of the tokens."""
         if self.config.arch == "gpt2":
             return (x + self.transformer.wpe.weight[at]).to(self.compute_dtype)
         x = norm(x.to(self.compute_dtype))
@@ -338,23 +337,22 @@ class GPT(nn.Module):
             x = x + self.smear_scalar.to(x.dtype) * gate * before
         return x
 
-    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Normed output of the last block, (B, T, n_embd) in the compute dtype. Does not advance the cache."""
-        T, c = ids.size(1), self.config
-        if T > c.seq_len:
-            raise ValueError(f"{T} tokens do not fit the model's context of {c.seq_len}")
+    def trunk(self, x: torch.Tensor, values: list, cache: KVCache | None = None) -> torch.Tensor:
+        """From rows of the embedding (B, T, n_embd) to the normed output of the last block, in the compute dtype.
+
+        values: rows of the value embeddings (B, T, kv_dim), None for layers without.
+        """
+        T, c = x.size(1), self.config
         positions = None if cache is None else cache.positions(T)
         at = slice(0, T) if cache is None else positions
         rotary = None
         if c.arch != "gpt2":
             rotary = (self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype))
-        x = x0 = self.embed(ids, cache, at)
+        x = x0 = self.embed(x, cache, at)
         for layer, block in enumerate(self.transformer.h):
             if c.residual_scalars:
                 x = self.resid_scalars[layer].to(x.dtype) * x + self.x0_scalars[layer].to(x.dtype) * x0
-            value_embed = None
-            if c.has_value_embed(layer):
-                value_embed = F.embedding(ids, self.value_embeds[str(layer)].weight).to(x.dtype)
+            value_embed = None if values[layer] is None else values[layer].to(x.dtype)
             inputs = (x, value_embed, rotary, cache, positions)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
@@ -365,6 +363,17 @@ class GPT(nn.Module):
         if c.backout:
             x = x - self.backout_scalar.to(x.dtype) * middle
         return self.final_norm(x)
+
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, trunk=None) -> torch.Tensor:
+        """Normed output of the last block for ids (B, T). Does not advance the cache. trunk: a compiled form of it."""
+        if ids.size(1) > self.config.seq_len:
+            raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
+        tables = (
+            self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
+        )
+        values = [None if table is None else F.embedding(ids, table.weight) for table in tables]
+        x = F.embedding(ids, self.transformer.wte.weight)
+        return trunk(x, values) if trunk is not None else self.trunk(x, values, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""
@@ -390,7 +399,7 @@ class GPT(nn.Module):
         last_only: logits (B, 1, V) at each row's last true token only.
         """
         is_training = targets is not None and cache is None and torch.is_grad_enabled()
-        hidden = self.training_hidden(ids) if is_training else self.hidden(ids, cache)
+        hidden = self.hidden(ids, cache, self.training_trunk if is_training else None)
         if cache is not None:
             cache.advance(ids.size(1), lengths)
         if last_only:

@@ -7,9 +7,11 @@ losses of single tokens keep one number per token and multiply once more in the 
 import torch
 import torch.nn.functional as F
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}  # logits per chunk: a core's cache; 512 MB of fp32
-OTHER_CHUNK_ELEMENTS = 1 << 25
-MIN_CHUNK_TOKENS = 256  # fewer make slow matrix products
+# Logits that exist at a time in the compute dtype (per chunk: few, large matrix products), and of these in fp32 (per
+# tile: on a CPU as many as stay in the cache).
+CHUNK_ELEMENTS = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 28, 1 << 27)}
+OTHER_CHUNK_ELEMENTS = (1 << 25, 1 << 25)
+MIN_TOKENS = 256  # of a chunk or tile
 
 
 def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -90,28 +92,33 @@ def linear_cross_entropy(
 
 def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel=chunk_loss):
     """Losses (N,) without factors; with_grad: also the gradients of sum(losses * factors), d hidden and d weight."""
-    elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
-    chunk = max(MIN_CHUNK_TOKENS, elements // len(weight))
+    elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
+    chunk = max(MIN_TOKENS, elements // len(weight))
+    tile = max(MIN_TOKENS, tile_elements // len(weight))
+    trained = (goals >= 0).float()
+    scales = trained if factors is None else trained * factors
+    goals = goals.clamp(min=0).unsqueeze(1)
     losses = hidden.new_empty(len(goals), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if with_grad else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
     for start in range(0, len(goals), chunk):
         rows = slice(start, start + chunk)
-        h, goal = hidden[rows], goals[rows, None]
-        trained = (goal >= 0).float()
-        scale = None
-        if with_grad:
-            scale = trained if factors is None else trained * factors[rows, None]
-        raw, d_logits = kernel(F.linear(h, weight), goal.clamp(min=0), scale, softcap)
-        losses[rows] = raw * trained.squeeze(1)
+        logits = F.linear(hidden[rows], weight)
+        for first in range(0, len(logits), tile):
+            part = logits[first : first + tile]
+            here = slice(start + first, start + first + len(part))
+            scale = scales[here].unsqueeze(1) if with_grad else None
+            losses[here], d_logits = kernel(part, goals[here], scale, softcap)
+            if with_grad:
+                part.copy_(d_logits)
         if not with_grad:
             continue
-        torch.mm(d_logits, weight, out=d_hidden[rows])
-        if d_weight.dtype == h.dtype:
-            d_weight.addmm_(d_logits.T, h)
+        torch.mm(logits, weight, out=d_hidden[rows])
+        if d_weight.dtype == logits.dtype:
+            d_weight.addmm_(logits.T, hidden[rows])
         else:
-            d_weight += d_logits.T @ h
-    return losses, d_hidden, d_weight
+            d_weight += logits.T @ hidden[rows]
+    return losses.mul_(trained), d_hidden, d_weight
 
 
 class _SummedLoss(torch.autograd.Function):

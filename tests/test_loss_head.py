@@ -36,9 +36,9 @@ def gradients(loss, *leaves):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 def test_equals_the_plain_form_in_float64(monkeypatch, reduction, weighted, masked):
-    monkeypatch.setattr(loss_head, "MIN_CHUNK_TOKENS", 32)  # several chunks, the last one short
+    monkeypatch.setattr(loss_head, "MIN_TOKENS", 8)  # several tiles and chunks, the last ones short
     monkeypatch.setattr(loss_head, "CHUNK_ELEMENTS", {})
-    monkeypatch.setattr(loss_head, "OTHER_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss_head, "OTHER_CHUNK_ELEMENTS", (32 * len(inputs()[1]), 1))
     hidden, weight, targets, factors = inputs(masked=masked)
     token_weights = factors if weighted else None
     loss = linear_cross_entropy(hidden, weight, targets, 15.0, token_weights, reduction)
