@@ -28,13 +28,12 @@ def causal_attention(
 
     q: (B, T, H, D); k, v: (B, T, Hkv, D); returns (B, T, H, D).
     """
-    if window is not None and window < q.size(1) - 1:
-        if k.size(2) != q.size(2):
-            k, v = (t.repeat_interleave(q.size(2) // k.size(2), dim=2) for t in (k, v))
-        if q.device.type == "cpu" and q.dtype in CPU_FLASH_DTYPES:
-            return _WindowOnCPU.apply(q, k, v, scale, window)
-        return banded_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale, window).transpose(1, 2)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if window is not None and window < q.size(2) - 1:
+        if k.size(1) != q.size(1):
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+        attend = _BandedOnCPU.apply if q.device.type == "cpu" and q.dtype in CPU_FLASH_DTYPES else banded_attention
+        return attend(q, k, v, scale, window).transpose(1, 2)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
 
@@ -94,59 +93,53 @@ def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
     return torch.cat(outputs, dim=2)
 
 
-class _WindowOnCPU(torch.autograd.Function):
-    """The same on (B, T, H, D) with torch's flash kernel for the CPU, which is fast only where it is plainly causal.
+class _BandedOnCPU(torch.autograd.Function):
+    """The same with torch's flash kernels for the CPU and gradients added up in place.
 
-    Cut the sequence into blocks as long as the window. A query sees its own block causally, and of the block before it
-    the keys j >= i; with both reversed that is causal too. The two parts are joined by their log-sums, and given the
-    joint output and log-sum, the kernel's backward pass gives each part's share of the gradients. Time ~ T x window.
+    Autograd's own backward of a slice writes a full tensor of zeros per block.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, scale: float, window: int):
-        length, pad = q.size(1), -q.size(1) % window
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, window)) for t in (q, k, v))  # (B, N, W, H, D)
-        out, log_sum = (t.unflatten(0, q.shape[:2]) for t in _flash(q, k, v, scale))  # (B, N, W, H, D), (B, N, W, H)
-        reach, before = (t.unflatten(0, (len(q), -1)).flip(2) for t in _flash(*_reversed(q, k, v), scale))
-        own = log_sum[:, 1:]
-        joint = torch.logaddexp(own, before)
-        weights = ((own - joint).exp().unsqueeze(-1), (before - joint).exp().unsqueeze(-1))
-        out[:, 1:] = (out[:, 1:] * weights[0] + reach * weights[1]).to(out.dtype)
-        log_sum[:, 1:] = joint
-        ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.scale, ctx.length = scale, length
-        return out.flatten(1, 2)[:, :length]
+        blocks = _blocks(q.size(2), window)
+        out, sums = torch.empty_like(q), []
+        mask = _band(blocks[1][1] - blocks[1][0], window, q)
+        for start, end, key in blocks:
+            y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, start:end],
+                k[:, :, key:end],
+                v[:, :, key:end],
+                is_causal=start == 0,
+                attn_mask=None if start == 0 else mask[: end - start, : end - key],
+                scale=scale,
+            )
+            out[:, :, start:end] = y
+            sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, mask, *sums)
+        ctx.scale, ctx.blocks = scale, blocks
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, log_sum = ctx.saved_tensors
-        grad = F.pad(grad, (0, 0, 0, 0, 0, out.size(1) * out.size(2) - ctx.length)).view_as(out)
-        dq, dk, dv = (t.view_as(q) for t in _flash_backward(grad, q, k, v, out, log_sum, ctx.scale))
-        q, k, v = _reversed(q, k, v)
-        grad, out, log_sum = (t[:, 1:].flip(2) for t in (grad, out, log_sum))
-        before = _flash_backward(grad, q, k, v, out, log_sum, ctx.scale)
-        for total, part, blocks in zip((dq, dk, dv), before, (slice(1, None), *(slice(None, -1),) * 2), strict=True):
-            total[:, blocks] += part.view_as(q).flip(2)
-        return *(t.flatten(1, 2)[:, : ctx.length] for t in (dq, dk, dv)), None, None
-
-
-def _reversed(q, k, v):
-    """Queries of every block but the first, keys and values of every block but the last, back to front."""
-    return q[:, 1:].flip(2), k[:, :-1].flip(2), v[:, :-1].flip(2)
-
-
-def _flash(q, k, v, scale: float):
-    """Causal attention within blocks (B, N, W, H, D): output (B N, W, H, D) and log-sums (B N, W, H)."""
-    q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
-    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True, scale=scale)
-    return out.transpose(1, 2), log_sum.transpose(1, 2)
-
-
-def _flash_backward(grad, q, k, v, out, log_sum, scale: float):
-    """Gradients (B N, W, H, D) of `_flash`."""
-    grad, q, k, v, out, log_sum = (t.flatten(0, 1).transpose(1, 2) for t in (grad, q, k, v, out, log_sum))
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return [t.transpose(1, 2).contiguous() for t in backward(grad, q, k, v, out, log_sum, 0.0, True, scale=scale)]
+        q, k, v, out, mask, *sums = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, end, key), log_sum in zip(ctx.blocks, sums, strict=True):
+            d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, start:end],
+                q[:, :, start:end],
+                k[:, :, key:end],
+                v[:, :, key:end],
+                out[:, :, start:end],
+                log_sum,
+                0.0,
+                start == 0,
+                attn_mask=None if start == 0 else mask[: end - start, : end - key],
+                scale=ctx.scale,
+            )
+            dq[:, :, start:end] = d[0]
+            dk[:, :, key:end] += d[1]
+            dv[:, :, key:end] += d[2]
+        return dq, dk, dv, None, None
 
 
 class KVCache:
