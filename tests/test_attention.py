@@ -79,7 +79,7 @@ def test_a_window_keeps_less_memory_than_a_mask():
     def windowed(q, k, v):
         return causal_attention(q, k, v, SCALE, 64)
 
-    assert saved(windowed, 1024) == pytest.approx(2 * saved(windowed, 512), rel=0.01)
+    assert saved(windowed, 1024) == pytest.approx(2 * saved(windowed, 512), rel=0.03)
     assert saved(windowed, 1024) < 0.7 * saved(lambda q, k, v: masked(q, k, v, 64), 1024)
 
 
