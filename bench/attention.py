@@ -1,4 +1,4 @@
-"""Causal attention with and without sliding windows: time, and memory kept for the backward pass.
+"""Causal attention with and without sliding windows: time and peak memory of forward and backward.
 
     python bench/attention.py [--rows 4] [--heads 4] [--head-dim 128] [--window 512] [--dtype bf16] [--repeats 5]
 

@@ -9,8 +9,8 @@ import lightning as L
 class MetricsLog(L.Callback):
     """Last of the callbacks: writes what the others put into `module.row`, one row per logged step.
 
-    A row is written every `log_every` steps, after the last step, and whenever an evaluation left a value. This is the
-    only place where the training loss reaches the host. Resuming drops the rows of steps that will be done again.
+    A row is written every `log_every` steps, after the last step, and whenever an evaluation left a value. Resuming
+    drops the rows of steps that will be done again.
     """
 
     def __init__(self, path: str | Path, log_every: int):

@@ -1,4 +1,4 @@
-"""Process-wide concerns: a clean stop on Ctrl-C and SIGTERM, and no garbage collector pauses inside steps."""
+"""Process-wide concerns: a clean stop on signals and on a loss that is no number, and no garbage collector in steps."""
 
 import gc
 import signal

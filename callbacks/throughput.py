@@ -5,26 +5,14 @@ import time
 import lightning as L
 import torch
 
-# Dense bf16 peaks in FLOP/s by a part of the device's name; vendors' data sheets.
-GPU_PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+from llm.hardware import peak_of
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s: the data sheet's for known GPUs in bf16, else the best of a few square products measured here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in GPU_PEAKS.items():
-            if part in name:
-                return peak
+        if peak := peak_of(torch.cuda.get_device_name(device)):
+            return peak
     return measured_matmul_rate(device, dtype)
 
 

@@ -20,7 +20,7 @@ FIXED_SHAPES = ("pretrain", "midtrain", "sft")
 
 def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> tuple[bool, str]:
     """Whether to compile for `compile` = auto | True | False, and why, in words for the log."""
-    if choice not in ("auto", True, False):
+    if choice != "auto" and not isinstance(choice, bool):
         raise UserError(f"compile={choice}: choose one of auto, true, false")
     if choice is False:
         return False, "compile=false"
@@ -34,6 +34,8 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
         return False, "there is no C++ compiler"
     if choice is True:
         return True, "compile=true"
+    if device.type == "cuda" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return False, "there is no C compiler"
     if device.type == "cuda":
         return True, "on a GPU"
     if device.type == "cpu" and steps >= LONG_RUN:

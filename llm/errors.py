@@ -17,6 +17,6 @@ class NonFiniteLoss(UserError):
     def __init__(self, step: int, loss: float, micro: int, documents):
         super().__init__(
             f"the training loss became {loss} in step {step}, micro-batch {micro}: lower the learning rate "
-            "(stage.lr_frac, optim.matrix_lr) and start again with overwrite=true or run=<new name>"
+            "(stage.lr_frac) and start again with overwrite=true or run=<new name>"
         )
         self.step, self.documents = step, documents

@@ -7,7 +7,7 @@ layer, forward and backward, run in fp8 with bf16 results; master weights stay f
 
 import torch
 
-MULTIPLE = 16  # of both sides of a matrix: what the kernels can take
+MULTIPLE = 16  # of both sides of a matrix and of the number of tokens: what the kernels can take
 
 
 def can_fp8(device: torch.device) -> bool:
@@ -23,6 +23,11 @@ def enable_fp8(net) -> int:
     for layer in layers:
         layer.fp8 = True
     return len(layers)
+
+
+def takes_fp8(x: torch.Tensor) -> bool:
+    """Whether the number of tokens in x (..., K) suits the kernels, which sum over it for the weight's gradient."""
+    return x.numel() // x.size(-1) % MULTIPLE == 0
 
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

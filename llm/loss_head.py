@@ -95,6 +95,8 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool,
     elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
     chunk = max(MIN_TOKENS, elements // len(weight))
     tile = max(MIN_TOKENS, tile_elements // len(weight))
+    if hidden.device.type != "cpu":  # there no token was left out, so the number of them is as fixed as the tile
+        tile = min(tile, len(goals))
     trained = (goals >= 0).float()
     scales = trained if factors is None else trained * factors
     goals = goals.clamp(min=0).unsqueeze(1)
@@ -108,7 +110,8 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool,
             part = logits[first : first + tile]
             here = slice(start + first, start + first + len(part))
             scale = scales[here].unsqueeze(1) if with_grad else None
-            losses[here], d_logits = kernel(part, goals[here], scale, softcap)
+            run = kernel if len(part) == tile else chunk_loss  # a compiled kernel is made for one size
+            losses[here], d_logits = run(part, goals[here], scale, softcap)
             if with_grad:
                 part.copy_(d_logits)
         if not with_grad:

@@ -18,34 +18,47 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
     """Rows of one micro-batch for `batch.device`, of a step that holds `total_rows`; says what auto chose."""
     rows = cfg.batch.device
     if rows != "auto":
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise UserError(f"batch.device={rows}: give a whole number of at least 1, or auto")
-        return rows
-    device = training_device(cfg)
-    choices = [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
+        return checked_rows(rows)
+    device, choices = training_device(cfg), divisors(total_rows)
     if device.type == "cuda":
         rows = largest_trial(choices, lambda n: one_pass(cfg, config, n, device))
         what = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB used in a trial"
-        torch.cuda.reset_peak_memory_stats(device)
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-        rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, max_tokens=CPU_TOKENS)
-        what = f"about {memory_bytes(config, rows) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+        again = cfg.trainer.activation_checkpointing
+        rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
+        what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
     print(f"batch.device=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
     return rows
+
+
+def checked_rows(rows) -> int:
+    """`batch.device` as a number; UserError for anything else."""
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise UserError(f"batch.device={rows}: give a whole number of at least 1, or auto")
+    return rows
+
+
+def divisors(total_rows: int) -> list[int]:
+    """Sizes of a micro-batch that divide a step of `total_rows`, the largest first."""
+    if total_rows < 1:
+        raise UserError("batch.device=auto: batch.total holds no whole row of model.seq_len tokens; raise it")
+    return [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
 
 
 def training_device(cfg) -> torch.device:
     """Where `cfg.trainer` will train."""
     if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def largest_by_arithmetic(choices, config: GPTConfig, budget: float, max_tokens: float = float("inf")) -> int:
+def largest_by_arithmetic(
+    choices, config: GPTConfig, budget: float, activation_checkpointing: bool, max_tokens: float = float("inf")
+) -> int:
     """The first of the falling `choices` whose estimated memory is within `budget` bytes; the smallest if none is."""
     for rows in choices:
-        if rows * config.seq_len <= max_tokens and memory_bytes(config, rows) <= budget:
+        if rows * config.seq_len <= max_tokens and memory_bytes(config, rows, activation_checkpointing) <= budget:
             return rows
     return choices[-1]
 
@@ -71,9 +84,9 @@ def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
     from llm.precision import resolve_compute_dtype
 
     torch.cuda.set_per_process_memory_fraction(SHARE, device)
+    torch.cuda.reset_peak_memory_stats(device)
     try:
-        with device:
-            net = GPT(config).init_weights(0)
+        net = GPT(config).init_weights(0).to(device)
         net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
         net.activation_checkpointing = cfg.trainer.activation_checkpointing
         state = [torch.zeros_like(p) for p in net.parameters() for _ in range(2)]

@@ -117,7 +117,7 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "final_logit_softcapping": config.softcap,
-        "attention_bias": False,
+        "attention_bias": config.arch == "gpt2",
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tied,
         "bos_token_id": tokenizer.bos_id,

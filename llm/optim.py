@@ -121,11 +121,13 @@ class MuonAdamW(torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         if not params:
             return
         states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):  # a loaded state's step lies on the CPU
+            state["step"] = state["step"].to(p.device)
         adamw_update(
             params,
             [p.grad for p in params],

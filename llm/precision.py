@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm.errors import UserError
-from llm.fp8 import fp8_linear
+from llm.fp8 import fp8_linear, takes_fp8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fp8 and torch.is_grad_enabled():
+        if self.fp8 and torch.is_grad_enabled() and takes_fp8(x):
             return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -28,17 +28,17 @@ ABSENT = "(absent)"
 # Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
 NEUTRAL_KEYS = (
     *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_every"),
-    *("logger", "callbacks", "trainer", "strategy", "batch.device"),
+    *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "data.eval"),
 )
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 _TEXT = ("data.path", "data.column", "data.seed", "data.size", "data.val_size")
 _NEUTRAL_BY_STAGE = {  # groups that a stage does not read
-    "tokenizer": (*_TASKS, "model", "arch", "optim", "batch", "precision", "max_steps", "seed"),
+    "tokenizer": (*_TASKS, "model", "arch", "optim", "batch", "precision", "compile", "max_steps", "seed"),
     "pretrain": _TASKS,
     "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
     "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),
-    "grpo": (*_TEXT, "data.mixture", "batch.total"),
+    "grpo": (*_TEXT, "data.mixture", "batch.total", "compile"),
 }
 
 

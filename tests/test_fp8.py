@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm.errors import UserError
-from llm.fp8 import can_fp8, enable_fp8, fp8_linear
+from llm.fp8 import can_fp8, enable_fp8, fp8_linear, takes_fp8
 from llm.gpt import GPT, GPTConfig
 from llm.trainer import use_fp8
 
@@ -25,6 +25,10 @@ def test_product_and_gradients_are_close():
     assert relative(y, exact_x @ exact_w.T) < 0.05
     assert relative(dx, exact_grad @ exact_w) < 0.08  # e5m2 has two bits of fraction
     assert relative(dw, exact_grad.flatten(0, 1).T @ exact_x.flatten(0, 1)) < 0.08
+
+
+def test_numbers_of_tokens_that_the_kernels_refuse_stay_in_bf16():
+    assert takes_fp8(torch.zeros(2, 48, 64)) and not takes_fp8(torch.zeros(1, 17, 64))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1e4])

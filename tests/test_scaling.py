@@ -8,7 +8,7 @@ from conftest import compose
 
 from llm.errors import UserError
 from llm.gpt import flops_per_token, num_params, scaling_params
-from llm.hardware import estimate, memory_bytes
+from llm.hardware import estimate, memory_bytes, peak_of
 from llm.micro_batch import largest_trial, resolve_rows
 from llm.scaling import (
     adam_lr_scale,
@@ -165,6 +165,12 @@ def test_estimates():
         estimate(config, flops=1, rows=1, gpu="tpu", devices=1, mfu=0.5)
 
 
+def test_peaks_are_found_by_the_drivers_names():
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA GeForce RTX 4090": 165e12}
+    assert {name: peak_of(name) for name in names} == names
+    assert peak_of("NVIDIA GeForce GTX 1080") is None
+
+
 def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
     cfg = compose("train", "batch.device=auto", "model.seq_len=512", "trainer=cpu")
     config = shape(4, seq_len=512)
@@ -172,6 +178,8 @@ def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
     assert "batch.device=auto: 16 rows of 512 tokens" in capsys.readouterr().out
     monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3) if name == "SC_AVPHYS_PAGES" else 1)
     assert resolve_rows(cfg, config, 48) == 3
+    with pytest.raises(UserError, match="holds no whole row"):
+        resolve_rows(cfg, config, 0)
     for wrong in ("many", "0", "1.5", "true"):
         with pytest.raises(UserError, match=f"batch.device={wrong}".replace("true", "True")):
             resolve_rows(compose("train", f"batch.device={wrong}"), config, 48)
@@ -195,6 +203,12 @@ def test_auto_rows_of_a_dry_run_fit_the_named_gpu():
         derived_without_tokenizer(compose("train", "experiment=speedrun", "batch.device=auto", f"estimate.gpu={gpu}"))
         for gpu in ("rtx4090", "b200")
     )
+    with pytest.raises(UserError, match="batch.device=big"):
+        derived_without_tokenizer(compose("train", "experiment=speedrun", "batch.device=big"))
+    again = compose("train", "experiment=speedrun", "trainer.activation_checkpointing=true", "dry_run=true")
+    plain = compose("train", "experiment=speedrun", "dry_run=true")
+    memory = [derived_without_tokenizer(c)["estimate_memory_gib"] for c in (again, plain)]
+    assert memory[0] < 0.6 * memory[1]
     assert small["micro_batches"] > large["micro_batches"] and large["micro_batches"] == 16
 
 

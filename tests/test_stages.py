@@ -218,6 +218,16 @@ def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(tmp_path):
     apart = sum((p - q).norm() ** 2 for p, q in zip(exact.net.parameters(), half.net.parameters(), strict=True))
     assert apart < 0.02 * moved and half.scaler.good_steps == STEPS
 
+    broken = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
+    broken.net.compute_dtype = torch.float16
+    fit(tmp_path / "broken", module=broken, extra=[StopAt(3)])
+    resumed = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
+    resumed.net.compute_dtype = torch.float16
+    fit(tmp_path / "broken", module=resumed, ckpt=newest_checkpoint(tmp_path / "broken" / "checkpoints")[1])
+    assert resumed.scaler.state_dict() == half.scaler.state_dict()
+    for p, q in zip(half.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     scaler = LossScaler(scale=8.0, interval=2)
     for value, good in ((4.0, True), (float("inf"), False), (8.0, True), (8.0, True)):

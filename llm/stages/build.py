@@ -66,7 +66,8 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     if differing:
         raise UserError(
             f"the model in {where} is not the one configured ({'; '.join(differing)}): "
-            f"choose model=d{found.n_layer} arch={found.arch} and the settings of its training, or another init_from"
+            f"choose model=d{found.n_layer} and the arch option and settings it was trained with (config.yaml beside "
+            "its model folder), or another init_from"
         )
 
 
@@ -101,7 +102,7 @@ def eval_tasks(cfg) -> dict:
 def lr_scale(cfg, batch_tokens: int | None) -> float:
     """Factor on the optimizer's rates: the stage's share, and the square root of the batch if `optim.scale_lr`.
 
-    Finetuning steps hold few trained tokens, so there the batch counts only if it is given.
+    batch_tokens: None where a step has no fixed number of them (grpo).
     """
     scaled = cfg.optim.scale_lr and batch_tokens is not None
     return cfg.stage.lr_frac * (lr_batch_factor(batch_tokens) if scaled else 1.0)
@@ -151,7 +152,8 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
 def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
     """Memory, time and cost on the GPU of `estimate`, for dry_run."""
     e = cfg.estimate
-    return estimate(net_config, flops=flops, rows=cfg.batch.device, gpu=e.gpu, devices=e.devices, mfu=e.mfu)
+    again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.device}
+    return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)
 
 
 def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float) -> dict:

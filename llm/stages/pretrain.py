@@ -11,7 +11,7 @@ from llm.errors import UserError
 from llm.evaluation import text_prompts
 from llm.gpt import GPT, GPTConfig
 from llm.hardware import named_gpu
-from llm.micro_batch import SHARE, largest_by_arithmetic
+from llm.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.scaling import (
     REFERENCE_DEPTH,
     auto_batch,
@@ -97,10 +97,10 @@ def derived_without_tokenizer(cfg) -> dict:
     """The same from `model.vocab_size` alone: no tokenizer, no data, no weights."""
     planned = plan(cfg, cfg.model.vocab_size)
     if cfg.batch.device == "auto":
-        total_rows = planned.batch_tokens // cfg.model.seq_len
-        choices = [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
-        budget = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30
-        cfg.batch.device = largest_by_arithmetic(choices, planned.config, budget)
+        choices = divisors(planned.batch_tokens // cfg.model.seq_len)
+        budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
+        cfg.batch.device = largest_by_arithmetic(choices, planned.config, budget, again)
+    checked_rows(cfg.batch.device)
     with torch.device("meta"):
         net = GPT(planned.config)
     return derived(cfg, planned, net)

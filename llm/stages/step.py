@@ -112,10 +112,7 @@ class StepModule(L.LightningModule):
                 )
 
     def flush_window(self) -> dict[str, float]:
-        """Mean training loss per token, and mean of the batches' numbers, since the last flush.
-
-        The only copy to the host that training makes.
-        """
+        """Mean training loss per token, and mean of the batches' numbers, since the last flush."""
         values = {name: sum(seen) / len(seen) for name, seen in self.window_metrics.items()}
         if self.window_trained:
             values["loss"] = self.window_nats.item() / self.window_trained
@@ -123,7 +120,7 @@ class StepModule(L.LightningModule):
         return values
 
     def configure_optimizers(self):
-        if self.net.compute_dtype == torch.float16:
+        if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
         return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale)
 
@@ -140,7 +137,8 @@ class StepModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.tokens_seen, window = checkpoint["fathom"]["tokens"], checkpoint["fathom"]["window"]
         self.window_nats, self.window_trained, self.window_metrics = (window[k] for k in ("nats", "trained", "metrics"))
-        if self.scaler is not None:
+        if "scaler" in checkpoint["fathom"]:
+            self.scaler = LossScaler()
             self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
 
 
