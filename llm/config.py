@@ -125,8 +125,8 @@ class OptimConfig:
     eps: float = key("AdamW's term against division by zero", above=0)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
     decay_schedule: str = key("weight decay over the steps", choices=("constant", "linear", "cosine"))
-    scale_lr: bool = key("multiply all rates by sqrt(batch.total / 524288)")
-    scale_decay: bool = key("multiply weight_decay by that factor and by (tokens of a d12 run) / (tokens of this one)")
+    scale_lr: bool = key("multiply all rates by sqrt(batch.total / 524288), and by 0.71 for steps below 262144")
+    scale_decay: bool = key("multiply weight_decay by sqrt(batch.total / 524288) x (a d12 run's tokens) / (this one's)")
 
 
 @dataclass

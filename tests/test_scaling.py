@@ -139,7 +139,9 @@ def test_scales_of_a_plan():
     assert scales["lr_scale"] == pytest.approx(0.5 * 2**0.5)
     assert cfg.optim.weight_decay * scales["decay_scale"] == pytest.approx(0.1002, rel=1e-3)
     assert plan(compose("train", "optim=muon_2025"), 32_768).scales == {"lr_scale": 1.0, "decay_scale": 1.0}
-    assert plan(compose("train", "batch.total=8192"), 32_768).scales["lr_scale"] == pytest.approx(0.125)
+    small = [plan(compose("train", f"batch.total={n}", "stage.ratio=1"), 32_768).scales for n in (2**18, 8192)]
+    assert [s["lr_scale"] for s in small] == pytest.approx([0.5**0.5] * 2)  # the rates stay, the decay goes on
+    assert small[1]["decay_scale"] == pytest.approx(small[0]["decay_scale"] / 2**2.5)
 
 
 def test_adam_scale_at_d20():
