@@ -1,7 +1,13 @@
 """Causal attention and the key/value cache: everything that looks across positions."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from llm import attention_cpu
+from llm.errors import UserError
 
 
 def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,21 +27,95 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+BACKENDS = ("auto", "cpu", "flash3", "flex", "sdpa")
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, special: bool, asked: str = "auto") -> str:
+    """The fastest form of `causal_attention` that runs here: cpu | flash3 | flex | sdpa.
+
+    special: whether some layer has a window or documents are kept apart; without, plain SDPA is as good as any.
+    Raises UserError where the one `asked` for cannot run.
+    """
+    fast_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    possible = {
+        "cpu": device.type == "cpu" and dtype in attention_cpu.DTYPES,
+        "flash3": fast_gpu and torch.cuda.get_device_capability(device)[0] == 9 and flash3() is not None,
+        "flex": device.type == "cuda",  # torch has no backward pass of it for CPUs
+        "sdpa": True,
+    }
+    if asked != "auto":
+        if asked not in BACKENDS:
+            raise UserError(f"attention={asked}: choose one of {', '.join(BACKENDS)}")
+        if not possible[asked]:
+            needs = {
+                "cpu": "a CPU and fp32, bf16 or fp16",
+                "flash3": "a Hopper GPU, bf16 or fp16, and the package flash_attn_3 or kernels",
+                "flex": "a CUDA GPU",
+            }[asked]
+            raise UserError(f"attention={asked} needs {needs}; this is {device} with {dtype}: set attention=auto")
+        return asked
+    if not special:
+        possible["flex"] = False
+    return next(name for name, runs in possible.items() if runs)
+
+
+@cache
+def flash3():
+    """FlashAttention 3's function, from the wheel flash_attn_3 or a kernel that the package kernels has stored."""
+    try:
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func
+    except ImportError:
+        pass
+    try:
+        from kernels import get_kernel
+
+        return get_kernel("kernels-community/flash-attn3").flash_attn_func
+    except Exception:  # not installed, not reachable, made for another version: the next best backend serves
+        return None
+
+
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    documents: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v, where a position sees itself and the `window` positions before it (None: all).
 
-    q: (B, T, H, D); k, v: (B, T, Hkv, D); returns (B, T, H, D).
+    q: (B, T, H, D); k, v: (B, T, Hkv, D); documents: (B, T) int, positions see only those of the same number; backend:
+    from `choose_backend`, by default what it chooses. Returns (B, T, H, D).
     """
+    window = None if window is not None and window >= q.size(1) - 1 else window
+    special = window is not None or documents is not None
+    backend = backend or choose_backend(q.device, q.dtype, special)
+    if backend == "flash3" and documents is None:
+        reach = (-1 if window is None else window, 0)
+        y = flash3()(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
+        return y[0] if isinstance(y, tuple) else y  # older wheels also return the log-sums
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if window is not None and window < q.size(2) - 1:
-        if k.size(1) != q.size(1):
-            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-        attend = _BandedOnCPU.apply if q.device.type == "cpu" and q.dtype in CPU_FLASH_DTYPES else banded_attention
-        return attend(q, k, v, scale, window).transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    if special and backend in ("flash3", "flex"):
+        y = flex(q, k, v, scale, window, documents)
+    elif backend == "cpu" and (special or q.dtype != torch.float32 or attention_cpu.keeps(q.size(2), window)):
+        y = attention_cpu.attention(*_even(q, k, v), scale, window, documents)
+    elif documents is not None:
+        y = masked_attention(*_even(q, k, v), scale, window, documents)
+    elif window is not None:
+        y = banded_attention(*_even(q, k, v), scale, window)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
+
+
+def _even(q, k, v):
+    """As many key and value heads as query heads."""
+    if k.size(1) == q.size(1):
+        return q, k, v
+    return q, *(t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
 
 
 def cached_attention(
@@ -58,88 +138,65 @@ def cached_attention(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sliding windows: queries in blocks, each against the keys that its window reaches. What lies outside is never
-# computed, and no (T, T) mask exists: time and memory follow T x window.
-
-CPU_FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
-    """(first query, behind the last query, first key) per block. The first block is plain causal, later ones banded."""
-    size = max(64, window // 2)
-    first = min(length, window + 1)  # up to here the window reaches back to the start
-    blocks = [(0, first, 0)]
-    return blocks + [(at, min(at + size, length), at - window) for at in range(first, length, size)]
-
-
-def _band(n: int, window: int, like: torch.Tensor) -> torch.Tensor:
-    """Additive mask (n, n + window): query i sees the keys i to i + window of its block."""
-    outside = torch.ones(n, n + window, dtype=torch.bool, device=like.device)
-    outside = outside.triu(window + 1) | outside.tril(-1)
-    return torch.zeros(n, n + window, device=like.device, dtype=like.dtype).masked_fill_(outside, -torch.inf)
+# Forms of windows and documents for (B, H, T, D).
 
 
 def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
-    """Windowed attention of (B, H, T, D) by any SDPA kernel, differentiable by autograd."""
-    outputs, mask = [], None
-    for start, end, key in _blocks(q.size(2), window):
+    """A window by any SDPA kernel: queries in blocks, each against the keys in reach. No (T, T) mask exists."""
+    outputs, T = [], q.size(2)
+    size = max(64, window // 2)
+    bounds = [(0, min(T, window + 1))]  # up to here the window reaches back to the start: plain causal
+    bounds += [(at, min(at + size, T)) for at in range(window + 1, T, size)]
+    outside = torch.ones(size, size + window, dtype=torch.bool, device=q.device)
+    outside = outside.triu(window + 1) | outside.tril(-1)
+    mask = torch.zeros(outside.shape, device=q.device, dtype=q.dtype).masked_fill_(outside, -torch.inf)
+    for start, end in bounds:
+        key, n = max(0, start - window), end - start
         part = (q[:, :, start:end], k[:, :, key:end], v[:, :, key:end])
-        if start == 0:
-            outputs.append(F.scaled_dot_product_attention(*part, is_causal=True, scale=scale))
-            continue
-        n = end - start
-        mask = _band(n, window, q) if mask is None else mask
-        outputs.append(F.scaled_dot_product_attention(*part, attn_mask=mask[:n, : n + window], scale=scale))
+        shape = {"is_causal": True} if start == 0 else {"attn_mask": mask[:n, : n + window]}
+        outputs.append(F.scaled_dot_product_attention(*part, **shape, scale=scale))
     return torch.cat(outputs, dim=2)
 
 
-class _BandedOnCPU(torch.autograd.Function):
-    """The same with torch's flash kernels for the CPU and gradients added up in place.
+def masked_attention(q, k, v, scale: float, window: int | None, documents: torch.Tensor) -> torch.Tensor:
+    """Documents apart by a (B, 1, T, T) mask: where nothing better runs."""
+    at = torch.arange(q.size(2), device=q.device)
+    distance = at.unsqueeze(1) - at
+    mask = distance >= 0 if window is None else (distance >= 0) & (distance <= window)
+    mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), scale=scale)
 
-    Autograd's own backward of a slice writes a full tensor of zeros per block.
-    """
 
-    @staticmethod
-    def forward(ctx, q, k, v, scale: float, window: int):
-        blocks = _blocks(q.size(2), window)
-        out, sums = torch.empty_like(q), []
-        mask = _band(blocks[1][1] - blocks[1][0], window, q)
-        for start, end, key in blocks:
-            y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, start:end],
-                k[:, :, key:end],
-                v[:, :, key:end],
-                is_causal=start == 0,
-                attn_mask=None if start == 0 else mask[: end - start, : end - key],
-                scale=scale,
-            )
-            out[:, :, start:end] = y
-            sums.append(log_sum)
-        ctx.save_for_backward(q, k, v, out, mask, *sums)
-        ctx.scale, ctx.blocks = scale, blocks
-        return out
+def flex(q, k, v, scale: float, window: int | None, documents: torch.Tensor | None) -> torch.Tensor:
+    """FlexAttention: blocks that the window or the documents hide are left out, no mask is held (PyTorch 2.5)."""
+    mask = _flex_mask(q.size(2), window, q.device) if documents is None else _document_mask(window, documents)
+    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, mask, *sums = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end, key), log_sum in zip(ctx.blocks, sums, strict=True):
-            d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, start:end],
-                q[:, :, start:end],
-                k[:, :, key:end],
-                v[:, :, key:end],
-                out[:, :, start:end],
-                log_sum,
-                0.0,
-                start == 0,
-                attn_mask=None if start == 0 else mask[: end - start, : end - key],
-                scale=ctx.scale,
-            )
-            dq[:, :, start:end] = d[0]
-            dk[:, :, key:end] += d[1]
-            dv[:, :, key:end] += d[2]
-        return dq, dk, dv, None, None
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _flex_mask(length: int, window: int | None, device: torch.device):
+    return create_block_mask(_sees(window), None, None, length, length, device=device)
+
+
+def _document_mask(window: int | None, documents: torch.Tensor):
+    sees, (rows, length) = _sees(window), documents.shape
+
+    def same(b, h, at, key):
+        return sees(b, h, at, key) & (documents[b, at] == documents[b, key])
+
+    return create_block_mask(same, rows, None, length, length, device=documents.device)
+
+
+def _sees(window: int | None):
+    def sees(b, h, at, key):
+        return at >= key if window is None else (at >= key) & (at - key <= window)
+
+    return sees
 
 
 class KVCache:

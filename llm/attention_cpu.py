@@ -1,0 +1,171 @@
+"""Causal attention on a CPU as large matrix products over blocks of queries, with windows and document masks.
+
+torch's own kernel multiplies small tiles, at a fraction of the speed of a large product. Here a block of queries meets
+all the keys it can see in one product for many heads. What lies outside the window is never computed, and no (T, T)
+mask exists. Scores of bf16 and fp16 come as two terms, the rounded product and what rounding took from it, so that the
+softmax sees them as exactly as fp32 accumulators would give them. Numbers: docs/lab_notebook.md.
+"""
+
+import math
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 128  # queries
+HEADS_BYTES = 1 << 23  # fp32 scores that exist at a time: as many heads together as leave them in the cache
+KEPT_KEYS = 1024  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
+
+
+def keeps(length: int, window: int | None) -> bool:
+    return _reach(length, window) <= KEPT_KEYS
+
+
+def attention(q, k, v, scale: float, window: int | None = None, documents=None) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the positions at or before a query's own, at most `window` before (None: all).
+
+    q, k, v: (B, H, T, D) fp32, bf16 or fp16, the same number of heads; documents: (B, T) int, positions see only those
+    of the same number. Returns (B, H, T, D).
+    """
+    B, H, T, D = q.shape
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    if documents is not None:
+        documents = documents.repeat_interleave(H, dim=0)
+    return _attention(q, k, v, scale, window, documents)[0].view(B, H, T, D)
+
+
+# One operator each for forward and backward: torch.compile takes them as they are instead of tracing their loops.
+
+
+@torch.library.custom_op("fathom::attention_on_cpu", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    documents: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (N, T, D) for N rows of heads, and the probabilities of all blocks end to end, or nothing."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    hidden = _upper(q.device)
+    kept = q.new_empty(_kept_numel(*q.shape[:2], window))
+    at = 0
+    for heads in _head_groups(*q.shape[:2], window):
+        for start, end, key in _blocks(q.size(1), window):
+            keys = k[heads, key:end].contiguous()
+            shape = (len(keys), end - start, end - key)
+            p = kept[at : at + math.prod(shape)].view(shape) if len(kept) else q.new_empty(shape)
+            at += math.prod(shape)
+            _probabilities(p, q[heads, start:end], keys, scale, start - key, window, hidden, documents, heads, key)
+            torch.bmm(p, v[heads, key:end], out=out[heads, start:end])
+    return out, kept
+
+
+@_attention.register_fake
+def _(q, k, v, scale, window, documents):
+    kept = q.new_empty(_kept_numel(*q.shape[:2], window))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), kept
+
+
+@torch.library.custom_op("fathom::attention_on_cpu_backward", mutates_args=())
+def _attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: torch.Tensor,
+    scale: float,
+    window: int | None,
+    documents: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    hidden, at = _upper(q.device), 0
+    for heads in _head_groups(*q.shape[:2], window):
+        dk_sum = torch.zeros(k[heads].shape, dtype=torch.float32)
+        dv_sum = torch.zeros_like(dk_sum)
+        for start, end, key in _blocks(q.size(1), window):
+            queries, keys, g = (
+                t.contiguous() for t in (q[heads, start:end], k[heads, key:end], grad[heads, start:end])
+            )
+            shape = (len(keys), end - start, end - key)
+            if len(kept):
+                p = kept[at : at + math.prod(shape)].view(shape)
+                at += math.prod(shape)
+            else:
+                p = q.new_empty(shape)
+                _probabilities(p, queries, keys, scale, start - key, window, hidden, documents, heads, key)
+            dv_sum[:, key:end] += torch.bmm(p.mT, g)
+            dp = torch.bmm(g, v[heads, key:end].mT)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            _product(ds, keys, scale, out=dq[heads, start:end])
+            dk_sum[:, key:end] += _product(ds.mT, queries, scale)
+        dk[heads], dv[heads] = dk_sum, dv_sum
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, kept, scale, window, documents):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale, ctx.window, documents = inputs
+    ctx.save_for_backward(q, k, v, output[1], documents)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    q, k, v, kept, documents = ctx.saved_tensors
+    return *_attention_backward(grad, q, k, v, kept, ctx.scale, ctx.window, documents), None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _product(a, b, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """scale * a b of stacks, scaled before it is rounded."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
+
+
+def _probabilities(out, q, k, scale, lead: int, window, hidden, documents, heads: slice, key: int) -> None:
+    """Fill `out` (G, n, m) with the softmax over keys; `lead`: how many keys stand before the first query."""
+    product = _product(q, k.mT, scale)
+    scores = product.float()
+    if q.dtype != torch.float32:
+        scores += torch.baddbmm(product, q, k.mT, beta=-1, alpha=scale)
+    n = q.size(1)
+    scores[:, :, lead:] += hidden[:n, :n]  # what comes after the query
+    if window is not None and (within := window - lead) < n:  # the first queries see all keys, these no longer
+        scores[:, within:, : n - within] += hidden.T[: n - within, : n - within]
+    if documents is not None:
+        of_keys = documents[heads, key : key + k.size(1)]
+        of_queries = of_keys[:, lead : lead + n]
+        scores.masked_fill_(of_queries.unsqueeze(2) != of_keys.unsqueeze(1), -math.inf)
+    out.copy_(torch.softmax(scores, dim=-1, out=scores))
+
+
+def _upper(device) -> torch.Tensor:
+    """(BLOCK, BLOCK): -inf above the diagonal, 0 elsewhere."""
+    return torch.full((BLOCK, BLOCK), -math.inf, device=device).triu_(1)
+
+
+def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, behind the last query, first key) per block."""
+    starts = range(0, length, BLOCK)
+    return [(s, min(s + BLOCK, length), 0 if window is None else max(0, s - window)) for s in starts]
+
+
+def _reach(length: int, window: int | None) -> int:
+    """Most keys of one block."""
+    return length if window is None else min(length, window + BLOCK)
+
+
+def _head_groups(n: int, length: int, window: int | None) -> list[slice]:
+    size = max(1, HEADS_BYTES // (4 * BLOCK * _reach(length, window)))
+    return [slice(at, min(at + size, n)) for at in range(0, n, size)]
+
+
+def _kept_numel(n: int, length: int, window: int | None) -> int:
+    if not keeps(length, window):
+        return 0
+    return n * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))
