@@ -12,8 +12,8 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 128  # queries
-HEADS_BYTES = 1 << 23  # fp32 scores that exist at a time: as many heads together as leave them in the cache
-KEPT_KEYS = 1024  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
+HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time: as many heads together as the cache holds
+KEPT_KEYS = 512  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
 
 
 def keeps(length: int, window: int | None) -> bool:
@@ -50,7 +50,7 @@ def _attention(
     hidden = _upper(q.device)
     kept = q.new_empty(_kept_numel(*q.shape[:2], window))
     at = 0
-    for heads in _head_groups(*q.shape[:2], window):
+    for heads in _head_groups(*q.shape, window):
         for start, end, key in _blocks(q.size(1), window):
             keys = k[heads, key:end].contiguous()
             shape = (len(keys), end - start, end - key)
@@ -80,7 +80,7 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     hidden, at = _upper(q.device), 0
-    for heads in _head_groups(*q.shape[:2], window):
+    for heads in _head_groups(*q.shape, window):
         dk_sum = torch.zeros(k[heads].shape, dtype=torch.float32)
         dv_sum = torch.zeros_like(dk_sum)
         for start, end, key in _blocks(q.size(1), window):
@@ -160,8 +160,8 @@ def _reach(length: int, window: int | None) -> int:
     return length if window is None else min(length, window + BLOCK)
 
 
-def _head_groups(n: int, length: int, window: int | None) -> list[slice]:
-    size = max(1, HEADS_BYTES // (4 * BLOCK * _reach(length, window)))
+def _head_groups(n: int, length: int, head_dim: int, window: int | None) -> list[slice]:
+    size = max(1, HEADS_BYTES // (4 * (BLOCK * _reach(length, window) + 2 * length * head_dim)))
     return [slice(at, min(at + size, n)) for at in range(0, n, size)]
 
 

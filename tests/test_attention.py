@@ -56,7 +56,7 @@ def documents_of(length, rows=2):
     return starts.cumsum(1)
 
 
-@pytest.mark.parametrize("kept", [1024, 0])  # probabilities kept for the backward pass, or made again in it
+@pytest.mark.parametrize("kept", [512, 0])  # probabilities kept for the backward pass, or made again in it
 @pytest.mark.parametrize("heads_bytes", [1 << 23, 1 << 17])  # all heads at once, or in groups
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("length", "window"), [*CASES, (1, None), (128, None), (300, None)])
@@ -91,8 +91,9 @@ def test_low_precision_is_as_exact_as_torch(dtype, window):
     y = masked(*exact, window)
     want = [y, *torch.autograd.grad(y, exact, grad.double())]
     torchs = errors(lambda q, k, v: masked(q, k, v, window), theirs)
-    for ours, reference in zip(errors(lambda q, k, v: causal_attention(q, k, v, SCALE, window), tensors), torchs):
-        assert ours < 1.5 * reference < 0.02
+    ours = errors(lambda q, k, v: causal_attention(q, k, v, SCALE, window), tensors)
+    for error, reference in zip(ours, torchs, strict=True):
+        assert error < 1.5 * reference < 0.02
 
 
 def test_the_operator_is_well_formed():
@@ -164,10 +165,10 @@ def test_a_window_keeps_less_memory_than_a_mask():
         return sum(held)
 
     def windowed(q, k, v):
-        return causal_attention(q, k, v, SCALE, 64)
+        return causal_attention(q, k, v, SCALE, 512)
 
     assert saved(windowed, 4096) == pytest.approx(2 * saved(windowed, 2048), rel=0.03)
-    assert saved(windowed, 4096) < 0.2 * saved(lambda q, k, v: masked(q, k, v, 64), 4096)
+    assert saved(windowed, 4096) < 0.2 * saved(lambda q, k, v: masked(q, k, v, 512), 4096)
 
 
 def test_cached_attention_sees_the_window_only():
