@@ -1,10 +1,11 @@
 """Causal attention and the key/value cache: everything that looks across positions."""
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from llm import attention_cpu
 from llm.errors import UserError
@@ -27,9 +28,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-BACKENDS = ("auto", "cpu", "flash3", "flex", "sdpa")
-
-
 def choose_backend(device: torch.device, dtype: torch.dtype, special: bool, asked: str = "auto") -> str:
     """The fastest form of `causal_attention` that runs here: cpu | flash3 | flex | sdpa.
 
@@ -44,8 +42,6 @@ def choose_backend(device: torch.device, dtype: torch.dtype, special: bool, aske
         "sdpa": True,
     }
     if asked != "auto":
-        if asked not in BACKENDS:
-            raise UserError(f"attention={asked}: choose one of {', '.join(BACKENDS)}")
         if not possible[asked]:
             needs = {
                 "cpu": "a CPU and fp32, bf16 or fp16",
@@ -76,21 +72,32 @@ def flash3():
         return None
 
 
+def document_masks(starts: torch.Tensor, windows: Iterable[int | None], backend: str) -> dict:
+    """What `causal_attention` takes as `documents`, per window, for rows whose documents begin where `starts` (B, T)
+    is true: the documents' numbers, or what FlexAttention makes of them once for all layers.
+    """
+    documents = starts.cumsum(1)
+    if backend not in ("flash3", "flex"):
+        return dict.fromkeys(windows, documents)
+    return {window: _document_mask(window, documents) for window in set(windows)}
+
+
 def causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float,
     window: int | None = None,
-    documents: torch.Tensor | None = None,
+    documents: torch.Tensor | BlockMask | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v, where a position sees itself and the `window` positions before it (None: all).
 
-    q: (B, T, H, D); k, v: (B, T, Hkv, D); documents: (B, T) int, positions see only those of the same number; backend:
-    from `choose_backend`, by default what it chooses. Returns (B, T, H, D).
+    q: (B, T, H, D); k, v: (B, T, Hkv, D); documents: (B, T) int, positions see only those of the same number, or from
+    `document_masks`; backend: from `choose_backend`, by default what it chooses. Returns (B, T, H, D).
     """
-    window = None if window is not None and window >= q.size(1) - 1 else window
+    if window is not None and window >= q.size(1) - 1:
+        window = None
     special = window is not None or documents is not None
     backend = backend or choose_backend(q.device, q.dtype, special)
     if backend == "flash3" and documents is None:
@@ -167,9 +174,12 @@ def masked_attention(q, k, v, scale: float, window: int | None, documents: torch
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), scale=scale)
 
 
-def flex(q, k, v, scale: float, window: int | None, documents: torch.Tensor | None) -> torch.Tensor:
+def flex(q, k, v, scale: float, window: int | None, documents: torch.Tensor | BlockMask | None) -> torch.Tensor:
     """FlexAttention: blocks that the window or the documents hide are left out, no mask is held (PyTorch 2.5)."""
-    mask = _flex_mask(q.size(2), window, q.device) if documents is None else _document_mask(window, documents)
+    if documents is None:
+        mask = _flex_mask(q.size(2), window, q.device)
+    else:
+        mask = documents if isinstance(documents, BlockMask) else _document_mask(window, documents)
     return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
@@ -189,7 +199,8 @@ def _document_mask(window: int | None, documents: torch.Tensor):
     def same(b, h, at, key):
         return sees(b, h, at, key) & (documents[b, at] == documents[b, key])
 
-    return create_block_mask(same, rows, None, length, length, device=documents.device)
+    compiled = documents.device.type == "cuda"  # else it would hold (B, T, T) for a moment
+    return create_block_mask(same, rows, None, length, length, device=documents.device, _compile=compiled)
 
 
 def _sees(window: int | None):

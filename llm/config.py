@@ -15,6 +15,7 @@ from typing import Any
 
 from llm.errors import UserError
 
+ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 
 
@@ -43,6 +44,7 @@ class ModelConfig:
 @dataclass
 class ArchConfig:
     name: str = key("set of block features", fixed=True)
+    document_masks: bool = key("tokens see their own document or conversation only, not the others of a packed row")
 
 
 @dataclass
@@ -289,6 +291,7 @@ class TrainConfig:
     batch: BatchConfig = key("size of a step; follows the stage")
     precision: PrecisionConfig = key("number formats")
     compile: Any = key("torch.compile for training steps: auto = where it pays, true, false", main=True)
+    attention: str = key("attention kernel: auto = the fastest that runs here", choices=ATTENTION)
     trainer: TrainerConfig = key("devices")
     strategy: StrategyConfig = key("how devices work together")
     callbacks: dict[str, Any] = key("what happens beside the training steps")

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.attention import KVCache, apply_rotary, cached_attention, causal_attention, rotary_tables
+from llm.attention import (
+    KVCache,
+    apply_rotary,
+    cached_attention,
+    causal_attention,
+    choose_backend,
+    document_masks,
+    rotary_tables,
+)
 from llm.eager import relu_squared
 from llm.eager import rms_norm as norm
 from llm.loss_head import chunk_loss, linear_cross_entropy, softcapped
@@ -50,6 +58,7 @@ class GPTConfig:
     smear: bool = False  # tokens take in some of the token before
     backout: bool = False  # what the middle of the network has found is taken out again before the head
     tied: bool = False  # the head is the embedding
+    bos_id: int | None = None  # every document begins with it, and sees no other; null = all of a row is visible
     vocab_multiple: int = 64  # embedding and head are padded to a multiple of this: even shards, fast kernels
     resid_init: tuple[float, float] = (1.0, 1.0)  # r of the first and the last layer, linear between
     x0_init: tuple[float, float] = (0.0, 0.0)  # a likewise
@@ -168,6 +177,7 @@ class Attention(nn.Module):
         self.is_gpt2 = config.arch == "gpt2"
         self.scale = config.qk_scale**2 / config.head_dim**0.5
         self.gate_channels, self.gate_range = config.gate_channels, config.gate_range
+        self.backend: str | None = None  # of causal_attention; None = what suits the tensors
         kv_dim = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_head * config.head_dim, bias=self.is_gpt2)
         self.c_k = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
@@ -176,7 +186,7 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def forward(self, x, value_embed, rotary, cache: KVCache | None, positions):
+    def forward(self, x, value_embed, rotary, documents, cache: KVCache | None, positions):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
         if value_embed is not None:
@@ -185,12 +195,12 @@ class Attention(nn.Module):
         if not self.is_gpt2:
             q, k = norm(apply_rotary(q, *rotary)), norm(apply_rotary(k, *rotary))
         if cache is None:
-            y = causal_attention(q, k, v, self.scale, self.window)
+            y = causal_attention(q, k, v, self.scale, self.window, documents, self.backend)
         else:
             first = cache.used == 0
             keys, values = cache.update(self.layer, k, v, positions)
             if first:
-                y = causal_attention(q, k, v, self.scale, self.window)
+                y = causal_attention(q, k, v, self.scale, self.window, None, self.backend)
             else:
                 y = cached_attention(q, keys, values, positions, self.scale, self.window)
         return self.c_proj(y.reshape(B, T, -1))
@@ -214,8 +224,8 @@ class Block(nn.Module):
         self.norm_1, self.attn = make_norm(config), Attention(config, layer)
         self.norm_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, value_embed, rotary, cache, positions):
-        x = x + self.attn(self.norm_1(x), value_embed, rotary, cache, positions)
+    def forward(self, x, value_embed, rotary, documents, cache, positions):
+        x = x + self.attn(self.norm_1(x), value_embed, rotary, documents, cache, positions)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -323,24 +333,44 @@ class GPT(nn.Module):
             normal_(self.lm_head.weight, c.head_std)
         return self
 
-    def embed(self, x: torch.Tensor, cache: KVCache | None, at) -> torch.Tensor:
-        """What enters the first block, from the rows of the embedding (B, T, n_embd). `at`: positions of the tokens."""
+    def set_attention(self, asked: str) -> str:
+        """Choose the backend of every layer by `llm.attention.choose_backend`; returns their names, for the log."""
+        for block in self.transformer.h:
+            special = block.attn.window is not None or self.config.bos_id is not None
+            block.attn.backend = choose_backend(self.device, self.compute_dtype, special, asked)
+        return " and ".join(sorted({block.attn.backend for block in self.transformer.h}))
+
+    def embed(self, x: torch.Tensor, cache: KVCache | None, at, starts: torch.Tensor | None) -> torch.Tensor:
+        """What enters the first block, from the rows of the embedding (B, T, n_embd).
+
+        at: positions of the tokens; starts: (B, T) true where a document begins, if they are kept apart.
+        """
         if self.config.arch == "gpt2":
             return (x + self.transformer.wpe.weight[at]).to(self.compute_dtype)
         x = norm(x.to(self.compute_dtype))
         if self.config.smear:
             first = torch.zeros_like(x[:, :1]) if cache is None or cache.used == 0 else cache.last_embed
             before = torch.cat((first, x[:, :-1]), dim=1)
+            if starts is not None:
+                before = before.masked_fill(starts.unsqueeze(-1), 0)
             if cache is not None:
                 cache.fed = x
             gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
             x = x + self.smear_scalar.to(x.dtype) * gate * before
         return x
 
-    def trunk(self, x: torch.Tensor, values: list, cache: KVCache | None = None) -> torch.Tensor:
+    def trunk(
+        self,
+        x: torch.Tensor,
+        values: list,
+        starts: torch.Tensor | None = None,
+        documents: dict | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
         """From rows of the embedding (B, T, n_embd) to the normed output of the last block, in the compute dtype.
 
-        values: rows of the value embeddings (B, T, kv_dim), None for layers without.
+        values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
+        document begins, and documents: what follows for each window, if documents are kept apart.
         """
         T, c = x.size(1), self.config
         positions = None if cache is None else cache.positions(T)
@@ -348,12 +378,13 @@ class GPT(nn.Module):
         rotary = None
         if c.arch != "gpt2":
             rotary = (self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype))
-        x = x0 = self.embed(x, cache, at)
+        x = x0 = self.embed(x, cache, at, starts)
         for layer, block in enumerate(self.transformer.h):
             if c.residual_scalars:
                 x = self.resid_scalars[layer].to(x.dtype) * x + self.x0_scalars[layer].to(x.dtype) * x0
             value_embed = None if values[layer] is None else values[layer].to(x.dtype)
-            inputs = (x, value_embed, rotary, cache, positions)
+            seen = None if documents is None else documents[block.attn.window]
+            inputs = (x, value_embed, rotary, seen, cache, positions)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -373,7 +404,14 @@ class GPT(nn.Module):
         )
         values = [None if table is None else F.embedding(ids, table.weight) for table in tables]
         x = F.embedding(ids, self.transformer.wte.weight)
-        return trunk(x, values) if trunk is not None else self.trunk(x, values, cache)
+        starts = documents = None
+        if self.config.bos_id is not None and cache is None:  # with a cache a row holds one conversation
+            starts, blocks = ids == self.config.bos_id, [block.attn for block in self.transformer.h]
+            backend = blocks[0].backend or choose_backend(x.device, self.compute_dtype, special=True)
+            documents = document_masks(starts, [attn.window for attn in blocks], backend)
+        if trunk is not None:
+            return trunk(x, values, starts, documents)
+        return self.trunk(x, values, starts, documents, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""

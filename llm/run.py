@@ -34,7 +34,7 @@ NEUTRAL_KEYS = (
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 _TEXT = ("data.path", "data.column", "data.seed", "data.size", "data.val_size")
 _NEUTRAL_BY_STAGE = {  # groups that a stage does not read
-    "tokenizer": (*_TASKS, "model", "arch", "optim", "batch", "precision", "compile", "max_steps", "seed"),
+    "tokenizer": (*_TASKS, "model", "arch", "optim", "batch", "precision", "compile", "attention", "max_steps", "seed"),
     "pretrain": _TASKS,
     "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
     "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),

@@ -9,6 +9,7 @@ import math
 
 from llm.errors import UserError
 from llm.gpt import GPTConfig, flops_per_token, num_params, scaling_params
+from llm.tokenizer import SPECIAL_TOKENS
 
 REFERENCE_DEPTH = 12  # where the hyperparameters were tuned,
 REFERENCE_BATCH = 2**19  # with steps of this many tokens
@@ -27,6 +28,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         if len(features[name]) != 2:
             raise UserError(f"arch.{name}={list(features[name])}: give two numbers, for the first and the last layer")
         features[name] = tuple(features[name])
+    bos_id = vocab_size - len(SPECIAL_TOKENS) if features.pop("document_masks", False) else None
     if arch["name"] == "gpt2":
         features |= {"softcap": None, "vocab_multiple": 1}  # as published
     try:
@@ -39,6 +41,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
             seq_len=model["seq_len"],
             vocab_size=vocab_size,
             arch=arch["name"],
+            bos_id=bos_id,
             **features,
         )
     except ValueError as error:

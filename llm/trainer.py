@@ -266,12 +266,14 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     if cfg.precision.fp8:
         print(use_fp8(built.module.net, device), flush=True)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
+    attention = built.module.net.set_attention(cfg.attention)
     steps = built.module.context.total_steps
     compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
     if compiled:
         compile_training(built.module.net)
     dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
-    print(f"device {device}, compute {dtype}, {'compiled' if compiled else 'eager'} ({why})", flush=True)
+    how = "compiled" if compiled else "eager"
+    print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
     return trainer, stop
 
 

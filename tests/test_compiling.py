@@ -48,8 +48,8 @@ def test_orders_that_cannot_be_followed(monkeypatch):
         decide(True, "pretrain", CPU, 10)
 
 
-def network() -> GPT:
-    net = GPT(GPTConfig(3, 2, 2, 16, 32, 256, 100, arch="modern", **MODERN)).init_weights(0)
+def network(bos_id=None) -> GPT:
+    net = GPT(GPTConfig(3, 2, 2, 16, 32, 256, 100, arch="modern", bos_id=bos_id, **MODERN)).init_weights(0)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
@@ -57,10 +57,11 @@ def network() -> GPT:
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager_and_is_compiled_once(monkeypatch):
+@pytest.mark.parametrize("bos_id", [None, 99])  # 99: documents are kept apart
+def test_compiled_equals_eager_and_is_compiled_once(bos_id, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", (1 << 24, 25_600))  # tiles of 256 tokens
     torch._dynamo.reset()
-    eager, compiled = network(), network()
+    eager, compiled = network(bos_id), network(bos_id)
     compile_training(compiled)
     assert list(compiled.state_dict()) == list(eager.state_dict())
     torch._dynamo.utils.counters.clear()

@@ -210,7 +210,8 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
     net = random_net(c)
     net(ids[:, :-1], ids[:, 1:]).backward()
 
-    def explicit(q, k, v, scale, window):
+    def explicit(q, k, v, scale, window, documents, backend):
+        assert documents is None and backend is None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         distance = torch.arange(q.size(2)).unsqueeze(1) - torch.arange(q.size(2))
         hidden = (distance < 0) | (distance > (q.size(2) if window is None else window))
@@ -226,6 +227,31 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
     for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True):
         floor = 1e-6 * exact.transformer.wte.weight.grad.norm()  # a key's bias cancels: its gradient is rounding alone
         assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + floor, name
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_masked_documents_are_as_if_alone(arch, monkeypatch):
+    """Losses and gradients of packed documents are those of every document in a row of its own (RoPE is relative)."""
+    monkeypatch.setattr("llm.gpt.WINDOW_MULTIPLE", 4)
+    packed, alone = (random_net(config(depth=3, bos_id=bos, **ARCHS[arch])) for bos in (69, None))
+    generator = torch.Generator().manual_seed(5)
+    documents = [torch.randint(0, 69, (n,), generator=generator) for n in (7, 1, 12, 8)]
+    documents = [torch.cat((torch.tensor([69]), d)) for d in documents]
+    ids = torch.cat(documents).unsqueeze(0)  # (1, 32)
+    ends = torch.tensor([len(d) for d in documents]).cumsum(0)
+    targets = ids[:, 1:].clone()
+    targets[:, ends[:-1] - 1] = -1  # the next document's start
+    loss = packed(ids[:, :-1], targets, reduction="sum")
+    loss.backward()
+    total = sum(alone(d[None, :-1], d[None, 1:], reduction="sum") for d in documents)
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=1e-5)
+    for (name, p), q in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-5, msg=name)
+    with torch.no_grad():
+        together, mixed = packed(ids), alone(ids)
+    assert (together[:, : ends[0]] - mixed[:, : ends[0]]).abs().max() < 1e-5  # the first document sees the same
+    assert (together[:, ends[0] :] - mixed[:, ends[0] :]).abs().max() > 1e-3
 
 
 def test_first_loss_is_ln_vocab_and_padding_is_never_predicted():

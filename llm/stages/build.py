@@ -52,12 +52,13 @@ CONFIG_KEYS = {
     "n_embd": "model.aspect_ratio (width)",
     "seq_len": "model.seq_len",
     "vocab_size": "vocabulary",
+    "bos_id": "arch.document_masks",
 }
 
 
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
-    a, b = wanted.to_dict(), found.to_dict()
+    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None} for c in (wanted, found))
     differing = [
         f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
         for k in a
