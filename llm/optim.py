@@ -55,14 +55,17 @@ def polar_iterations(x: torch.Tensor, steps: int, method: str) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def row_factors(update: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
-    """What NorMuon multiplies the rows (columns, if they are more) of a stack (n, r, c) with: one over their running
-    root mean square, times a number per matrix that keeps its norm. `second_moment`, of the factors' shape, (n, r, 1)
-    or (n, 1, c), is updated in place.
-    """
+def row_mean_square(update: torch.Tensor) -> torch.Tensor:
+    """Mean square of the rows (columns, if they are more) of a stack (n, r, c): (n, r, 1) or (n, 1, c), fp32."""
     dim = -1 if update.size(-2) >= update.size(-1) else -2
-    mean_square = torch.linalg.vector_norm(update, dim=dim, keepdim=True, dtype=torch.float32).square_()
-    mean_square.div_(update.size(dim))
+    norms = torch.linalg.vector_norm(update, dim=dim, keepdim=True, dtype=torch.float32)
+    return norms.square_().div_(update.size(dim))
+
+
+def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
+    """What NorMuon multiplies the rows (or columns) with: one over their running root mean square, times a number per
+    matrix that keeps its norm. `second_moment`, of the shape of `mean_square`, is updated in place.
+    """
     second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
     old = mean_square.sum(dim=(-2, -1), keepdim=True)
@@ -175,21 +178,23 @@ class MuonAdamW(torch.optim.Optimizer):
         else:
             update = orthogonalize(update, group["ns_steps"], method, dtype)
         factors = torch.ones((), device=update.device)
+        mean_square = row_mean_square(update) if beta2 is not None or group["renormalize"] else None
         if beta2 is not None:
             moments = torch.stack([s["second_moment"] for s in states])
-            factors = row_factors(update, moments, beta2)
+            factors = row_factors(mean_square, moments, beta2)
             torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
         if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix; the factors kept the norm
-            norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+            norm = (mean_square.sum(dim=(-2, -1), keepdim=True) * min(rows, cols)).sqrt_()
             factors = factors * (min(rows, cols) ** 0.5 / norm.clamp_min_(1e-10))
         decay = group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
             weights = torch.stack([p.detach() for p in params])
-            shrinks = (update * weights) >= 0
-            torch._foreach_sub_(params, list(weights.mul_(shrinks).mul_(decay).unbind(0)))
+            decayed = weights.mul_((update * weights) >= 0)
         elif decay:
             torch._foreach_mul_(params, 1 - decay)
         step = update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
+        if decay and group["cautious"]:
+            step.sub_(decayed, alpha=decay)
         torch._foreach_add_(params, list(step.unbind(0)))
 
 

@@ -6,7 +6,15 @@ from conftest import compose
 
 from llm import optim
 from llm.gpt import GPT
-from llm.optim import COEFFICIENTS, POLAR_EXPRESS, MuonAdamW, build_optimizer, orthogonalize, row_factors
+from llm.optim import (
+    COEFFICIENTS,
+    POLAR_EXPRESS,
+    MuonAdamW,
+    build_optimizer,
+    orthogonalize,
+    row_factors,
+    row_mean_square,
+)
 from llm.scaling import model_config
 
 
@@ -116,7 +124,7 @@ def test_products_are_in_bf16_where_the_network_computes_in_it():
 
 def test_normuon_keeps_the_norm_and_evens_out_rows():
     u = torch.randn(2, 8, 4) * torch.tensor([1.0, 10.0] * 4)[:, None]
-    out = u * row_factors(u, torch.zeros(2, 8, 1), 0.0)
+    out = u * row_factors(row_mean_square(u), torch.zeros(2, 8, 1), 0.0)
     torch.testing.assert_close(out.norm(dim=(1, 2)), u.norm(dim=(1, 2)))
     rows = out.norm(dim=2)
     torch.testing.assert_close(rows, rows.mean(1, keepdim=True).expand_as(rows))
