@@ -2,15 +2,15 @@
 
     python bench/attention.py [--rows 4] [--heads 4] [--head-dim 128] [--window 512] [--dtype bf16] [--repeats 5]
 
-Forward and backward. full = plain causal attention; masked = a window as a (T, T) mask given to the same kernel; banded
-= ours, blocks of queries against the keys in reach. Prints a table and a last line of JSON.
+Forward and backward. sdpa = torch's causal attention; full = ours by its best backend; masked = torch's with the window
+as a (T, T) mask; banded = ours with the window. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
 import torch
 import torch.nn.functional as F
 
-from llm.attention import causal_attention
+from llm.attention import attention_masks, causal_attention, choose_backend
 
 LENGTHS = (1024, 2048, 4096)
 
@@ -18,7 +18,9 @@ LENGTHS = (1024, 2048, 4096)
 def main() -> None:
     defaults = {"rows": 4, "heads": 4, "head-dim": 128, "window": 512, "repeats": 5}
     args = _bench.arguments(__doc__, defaults)
-    result, scale = vars(args), args.head_dim**-0.5
+    shape = ("auto", _bench.DEVICE, args.dtype, args.head_dim)
+    full, windowed = (choose_backend(*shape, windows, documents=False) for windows in (False, True))
+    result, scale = vars(args) | {"full": full, "banded": windowed}, args.head_dim**-0.5
     torch.manual_seed(0)
     for length in LENGTHS:
         shape = (args.rows, length, args.heads, args.head_dim)
@@ -31,10 +33,12 @@ def main() -> None:
             mask = (distance >= 0) & (distance <= args.window)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
+        mask = attention_masks([args.window], length, None, windowed, _bench.DEVICE)[args.window]
         forms = {
-            "full": lambda q, k, v: causal_attention(q, k, v, scale),
+            "sdpa": lambda q, k, v: causal_attention(q, k, v, scale, backend="sdpa"),
+            "full": lambda q, k, v: causal_attention(q, k, v, scale, backend=full),
             "masked": masked,
-            "banded": lambda q, k, v: causal_attention(q, k, v, scale, args.window),
+            "banded": lambda q, k, v, mask=mask: causal_attention(q, k, v, scale, args.window, mask, windowed),
         }
         steps = {
             name: lambda form=form, inputs=inputs, grad=grad: torch.autograd.grad(form(*inputs), inputs, grad)
@@ -45,6 +49,7 @@ def main() -> None:
         for name, step in steps.items():
             result[f"{length}_{name}_ms"] = 1000 * seconds[name]
             result[f"{length}_{name}_peak_mb"] = _bench.peak_bytes(step) / 1e6
+        result[f"{length}_full_to_sdpa"] = seconds["full"] / seconds["sdpa"]
         result[f"{length}_banded_to_full"] = seconds["banded"] / seconds["full"]
         result[f"{length}_difference"] = difference
     _bench.show(result)

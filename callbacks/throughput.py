@@ -34,7 +34,8 @@ class Throughput(L.Callback):
     """Adds tok_per_s, ms_per_step, mfu, tokens, flops and seconds to every logged row.
 
     The time of periodic callbacks (evaluation, checkpoints) is left out, waiting for data is not. flops and mfu count
-    the training passes; what reinforcement learning spends on sampling is in the seconds only.
+    the training passes; what reinforcement learning spends on sampling is in the seconds only. A first step that waits
+    for torch.compile counts in the seconds but not in the rates, and is printed.
     """
 
     def __init__(self, log_every: int, peak_flops: float | None = None):
@@ -42,6 +43,7 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
+        self.compiles = module.net.training_trunk is not None
         self._open_window(module)
 
     def _open_window(self, module) -> None:
@@ -49,22 +51,27 @@ class Throughput(L.Callback):
         self.first_step, self.first_token = module.global_step, module.tokens_seen
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        step = module.global_step
-        if step % self.log_every and step != module.context.total_steps and not trainer.should_stop:
+        step, compiles = module.global_step, self.compiles
+        writes = step % self.log_every == 0 or step == module.context.total_steps or trainer.should_stop
+        self.compiles = False
+        if not (writes or compiles):
             return
         if module.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.start - (module.paused_seconds - self.paused)
         rate = (module.tokens_seen - self.first_token) / seconds
         self.train_seconds += seconds
-        module.row.update(
-            tok_per_s=rate,
-            ms_per_step=1000 * seconds / (step - self.first_step),
-            mfu=rate * module.flops_per_token / self.peak,
-            tokens=module.tokens_seen,
-            flops=float(module.tokens_seen * module.flops_per_token),
-            seconds=self.train_seconds,
-        )
+        if compiles:
+            print(f"first step: {seconds:.1f} s with compilation", flush=True)
+        else:
+            module.row.update(
+                tok_per_s=rate,
+                ms_per_step=1000 * seconds / (step - self.first_step),
+                mfu=rate * module.flops_per_token / self.peak,
+            )
+        if writes:
+            flops = float(module.tokens_seen * module.flops_per_token)
+            module.row.update(tokens=module.tokens_seen, flops=flops, seconds=self.train_seconds)
         self._open_window(module)
 
     def state_dict(self) -> dict:

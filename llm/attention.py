@@ -1,14 +1,21 @@
 """Causal attention and the key/value cache: everything that looks across positions."""
 
+import shutil
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._triton import has_triton
 
 from llm import attention_cpu
 from llm.errors import UserError
+
+try:
+    from flash_attn_interface import flash_attn_func  # FlashAttention 3, the wheel flash_attn_3
+except (ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
+    flash_attn_func = None
 
 
 def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,58 +35,66 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, special: bool, asked: str = "auto") -> str:
-    """The fastest form of `causal_attention` that runs here: cpu | flash3 | flex | sdpa.
+def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What serves any shape and length: evaluation, sampling, reinforcement learning."""
+    return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"
 
-    special: whether some layer has a window or documents are kept apart; without, plain SDPA is as good as any.
-    Raises UserError where the one `asked` for cannot run.
+
+def choose_backend(
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    windows: bool,
+    documents: bool,
+    fixed_shapes: bool = True,
+) -> str:
+    """Backend of `causal_attention` for training steps: cpu | flash3 | flex | sdpa; auto = the fastest that can.
+
+    windows, documents: whether some layer has a window, and whether documents are kept apart; fixed_shapes: whether all
+    steps are alike, as compiled kernels need. Raises UserError where the one `asked` for cannot do it.
     """
     fast_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    possible = {
-        "cpu": device.type == "cpu" and dtype in attention_cpu.DTYPES,
-        "flash3": fast_gpu and torch.cuda.get_device_capability(device)[0] == 9 and flash3() is not None,
-        "flex": device.type == "cuda",  # torch has no backward pass of it for CPUs
-        "sdpa": True,
+    hopper = fast_gpu and torch.cuda.get_device_capability(device)[0] == 9
+    compiles = device.type == "cuda" and has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))
+    can = {
+        "cpu": (plain_backend(device, dtype) == "cpu", "a CPU and fp32, bf16 or fp16"),
+        "flash3": (
+            hopper and flash_attn_func is not None and head_dim % 8 == 0 and head_dim <= 256 and not documents,
+            "a Hopper GPU, bf16 or fp16, the package flash_attn_3, heads of at most 256, and no document masks",
+        ),
+        "flex": (  # torch has no backward pass of it for CPUs
+            compiles and dtype != torch.float64 and head_dim >= 16 and fixed_shapes,
+            "a CUDA GPU, Triton and a C compiler, heads of at least 16, and steps of one shape",
+        ),
+        "sdpa": (True, ""),
     }
-    if asked != "auto":
-        if not possible[asked]:
-            needs = {
-                "cpu": "a CPU and fp32, bf16 or fp16",
-                "flash3": "a Hopper GPU, bf16 or fp16, and the package flash_attn_3 or kernels",
-                "flex": "a CUDA GPU",
-            }[asked]
-            raise UserError(f"attention={asked} needs {needs}; this is {device} with {dtype}: set attention=auto")
-        return asked
-    if not special:
-        possible["flex"] = False
-    return next(name for name, runs in possible.items() if runs)
+    if asked == "auto":
+        useful = [name for name, (possible, _) in can.items() if possible]
+        return next(name for name in useful if name != "flex" or windows or documents)
+    possible, needs = can[asked]
+    if not possible:
+        raise UserError(f"attention={asked} needs {needs}; this is {device} with {dtype}: set attention=auto")
+    return asked
 
 
-@cache
-def flash3():
-    """FlashAttention 3's function, from the wheel flash_attn_3 or a kernel that the package kernels has stored."""
-    try:
-        from flash_attn_interface import flash_attn_func
+def attention_masks(
+    windows: Iterable[int | None], length: int, starts: torch.Tensor | None, backend: str, device: torch.device
+) -> dict:
+    """What `causal_attention` needs beside the window, for each of the windows; made once per pass for all layers.
 
-        return flash_attn_func
-    except ImportError:
-        pass
-    try:
-        from kernels import get_kernel
-
-        return get_kernel("kernels-community/flash-attn3").flash_attn_func
-    except Exception:  # not installed, not reachable, made for another version: the next best backend serves
-        return None
-
-
-def document_masks(starts: torch.Tensor, windows: Iterable[int | None], backend: str) -> dict:
-    """What `causal_attention` takes as `documents`, per window, for rows whose documents begin where `starts` (B, T)
-    is true: the documents' numbers, or what FlexAttention makes of them once for all layers.
+    starts: (B, length) true where a document begins, None = all of a row is visible. The masks are None, the numbers of
+    the documents (B, length) for "cpu", a BlockMask for "flex", or (B, 1, length, length) where nothing better runs.
     """
+    windows = set(windows)
+    if starts is None:
+        hides = {window for window in windows if backend == "flex" and window is not None and window < length - 1}
+        return dict.fromkeys(windows) | {window: _window_mask(window, length, device) for window in hides}
     documents = starts.cumsum(1)
-    if backend not in ("flash3", "flex"):
+    if backend == "cpu":
         return dict.fromkeys(windows, documents)
-    return {window: _document_mask(window, documents) for window in set(windows)}
+    make = _document_block_mask if backend == "flex" else _document_mask
+    return {window: make(window, documents) for window in windows}
 
 
 def causal_attention(
@@ -88,33 +103,34 @@ def causal_attention(
     v: torch.Tensor,
     scale: float,
     window: int | None = None,
-    documents: torch.Tensor | BlockMask | None = None,
+    mask: torch.Tensor | BlockMask | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v, where a position sees itself and the `window` positions before it (None: all).
 
-    q: (B, T, H, D); k, v: (B, T, Hkv, D); documents: (B, T) int, positions see only those of the same number, or from
-    `document_masks`; backend: from `choose_backend`, by default what it chooses. Returns (B, T, H, D).
+    q: (B, T, H, D); k, v: (B, T, Hkv, D); mask: from `attention_masks`; backend: from `choose_backend`, by default
+    `plain_backend`. Returns (B, T, H, D).
     """
     if window is not None and window >= q.size(1) - 1:
         window = None
-    special = window is not None or documents is not None
-    backend = backend or choose_backend(q.device, q.dtype, special)
-    if backend == "flash3" and documents is None:
+    backend = backend or plain_backend(q.device, q.dtype)
+    if backend == "flash3":
         reach = (-1 if window is None else window, 0)
-        y = flash3()(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
+        y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
         return y[0] if isinstance(y, tuple) else y  # older wheels also return the log-sums
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if special and backend in ("flash3", "flex"):
-        y = flex(q, k, v, scale, window, documents)
-    elif backend == "cpu" and (special or q.dtype != torch.float32 or attention_cpu.keeps(q.size(2), window)):
-        y = attention_cpu.attention(*_even(q, k, v), scale, window, documents)
-    elif documents is not None:
-        y = masked_attention(*_even(q, k, v), scale, window, documents)
+    is_grouped = q.size(1) != k.size(1)
+    if backend == "flex" and mask is not None:
+        kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        y = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    elif backend == "cpu" and attention_cpu.is_faster(q, window, mask):
+        y = attention_cpu.attention(*_even(q, k, v), scale, window, mask)
+    elif mask is not None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=is_grouped)
     elif window is not None:
         y = banded_attention(*_even(q, k, v), scale, window)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped)
     return y.transpose(1, 2)
 
 
@@ -145,7 +161,7 @@ def cached_attention(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forms of windows and documents for (B, H, T, D).
+# Windows and documents for (B, H, T, D).
 
 
 def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
@@ -165,22 +181,12 @@ def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
     return torch.cat(outputs, dim=2)
 
 
-def masked_attention(q, k, v, scale: float, window: int | None, documents: torch.Tensor) -> torch.Tensor:
-    """Documents apart by a (B, 1, T, T) mask: where nothing better runs."""
-    at = torch.arange(q.size(2), device=q.device)
-    distance = at.unsqueeze(1) - at
-    mask = distance >= 0 if window is None else (distance >= 0) & (distance <= window)
-    mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), scale=scale)
+def _document_mask(window: int | None, documents: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(documents.size(1), device=documents.device)
+    return (_sees(window)(0, 0, at.unsqueeze(1), at) & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
 
 
-def flex(q, k, v, scale: float, window: int | None, documents: torch.Tensor | BlockMask | None) -> torch.Tensor:
-    """FlexAttention: blocks that the window or the documents hide are left out, no mask is held (PyTorch 2.5)."""
-    if documents is None:
-        mask = _flex_mask(q.size(2), window, q.device)
-    else:
-        mask = documents if isinstance(documents, BlockMask) else _document_mask(window, documents)
-    return _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+# FlexAttention (PyTorch 2.5) leaves out the blocks that its BlockMask hides and holds no (T, T) mask.
 
 
 @cache
@@ -189,18 +195,23 @@ def _compiled_flex():
 
 
 @cache
-def _flex_mask(length: int, window: int | None, device: torch.device):
+def _compiled_block_mask():
+    return torch.compile(create_block_mask)  # uncompiled it holds all pairs of positions for a moment
+
+
+@lru_cache(maxsize=8)
+def _window_mask(window: int, length: int, device: torch.device) -> BlockMask:
     return create_block_mask(_sees(window), None, None, length, length, device=device)
 
 
-def _document_mask(window: int | None, documents: torch.Tensor):
+def _document_block_mask(window: int | None, documents: torch.Tensor) -> BlockMask:
     sees, (rows, length) = _sees(window), documents.shape
 
     def same(b, h, at, key):
         return sees(b, h, at, key) & (documents[b, at] == documents[b, key])
 
-    compiled = documents.device.type == "cuda"  # else it would hold (B, T, T) for a moment
-    return create_block_mask(same, rows, None, length, length, device=documents.device, _compile=compiled)
+    make = _compiled_block_mask() if documents.device.type == "cuda" else create_block_mask
+    return make(same, rows, None, length, length, device=documents.device)
 
 
 def _sees(window: int | None):

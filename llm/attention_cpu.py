@@ -16,8 +16,10 @@ HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time: as many h
 KEPT_KEYS = 512  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
 
 
-def keeps(length: int, window: int | None) -> bool:
-    return _reach(length, window) <= KEPT_KEYS
+def is_faster(q: torch.Tensor, window: int | None, documents) -> bool:
+    """Than torch's SDPA: always but for long plain fp32, whose probabilities the backward pass would make again."""
+    special = window is not None or documents is not None
+    return special or q.dtype != torch.float32 or _reach(q.size(2), window) <= KEPT_KEYS
 
 
 def attention(q, k, v, scale: float, window: int | None = None, documents=None) -> torch.Tensor:
@@ -30,13 +32,14 @@ def attention(q, k, v, scale: float, window: int | None = None, documents=None) 
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     if documents is not None:
         documents = documents.repeat_interleave(H, dim=0)
-    return _attention(q, k, v, scale, window, documents)[0].view(B, H, T, D)
+    keep = torch.is_grad_enabled() and _reach(T, window) <= KEPT_KEYS
+    return _attention(q, k, v, scale, window, documents, keep)[0].view(B, H, T, D)
 
 
 # One operator each for forward and backward: torch.compile takes them as they are instead of tracing their loops.
 
 
-@torch.library.custom_op("fathom::attention_on_cpu", mutates_args=())
+@torch.library.custom_op("fathom::attention_on_cpu", mutates_args=(), device_types="cpu")
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -44,17 +47,17 @@ def _attention(
     scale: float,
     window: int | None,
     documents: torch.Tensor | None,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (N, T, D) for N rows of heads, and the probabilities of all blocks end to end, or nothing."""
+    """Output (N, T, D) for N rows of heads, and the probabilities of all blocks end to end, if they are to be kept."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     hidden = _upper(q.device)
-    kept = q.new_empty(_kept_numel(*q.shape[:2], window))
-    at = 0
+    kept, at = q.new_empty(_kept_numel(*q.shape[:2], window, keep)), 0
     for heads in _head_groups(*q.shape, window):
         for start, end, key in _blocks(q.size(1), window):
             keys = k[heads, key:end].contiguous()
             shape = (len(keys), end - start, end - key)
-            p = kept[at : at + math.prod(shape)].view(shape) if len(kept) else q.new_empty(shape)
+            p = kept[at : at + math.prod(shape)].view(shape) if keep else q.new_empty(shape)
             at += math.prod(shape)
             _probabilities(p, q[heads, start:end], keys, scale, start - key, window, hidden, documents, heads, key)
             torch.bmm(p, v[heads, key:end], out=out[heads, start:end])
@@ -62,12 +65,12 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, scale, window, documents):
-    kept = q.new_empty(_kept_numel(*q.shape[:2], window))
+def _(q, k, v, scale, window, documents, keep):
+    kept = q.new_empty(_kept_numel(*q.shape[:2], window, keep))
     return torch.empty_like(q, memory_format=torch.contiguous_format), kept
 
 
-@torch.library.custom_op("fathom::attention_on_cpu_backward", mutates_args=())
+@torch.library.custom_op("fathom::attention_on_cpu_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -109,14 +112,13 @@ def _(grad, q, k, v, kept, scale, window, documents):
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, ctx.scale, ctx.window, documents = inputs
+    q, k, v, ctx.scale, ctx.window, documents, _ = inputs
     ctx.save_for_backward(q, k, v, output[1], documents)
-    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     q, k, v, kept, documents = ctx.saved_tensors
-    return *_attention_backward(grad, q, k, v, kept, ctx.scale, ctx.window, documents), None, None, None
+    return *_attention_backward(grad, q, k, v, kept, ctx.scale, ctx.window, documents), *(None,) * 4
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -165,7 +167,5 @@ def _head_groups(n: int, length: int, head_dim: int, window: int | None) -> list
     return [slice(at, min(at + size, n)) for at in range(0, n, size)]
 
 
-def _kept_numel(n: int, length: int, window: int | None) -> int:
-    if not keeps(length, window):
-        return 0
-    return n * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))
+def _kept_numel(n: int, length: int, window: int | None, keep: bool) -> int:
+    return keep * n * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))

@@ -291,7 +291,7 @@ class TrainConfig:
     batch: BatchConfig = key("size of a step; follows the stage")
     precision: PrecisionConfig = key("number formats")
     compile: Any = key("torch.compile for training steps: auto = where it pays, true, false", main=True)
-    attention: str = key("attention kernel: auto = the fastest that runs here", choices=ATTENTION)
+    attention: str = key("attention kernel of training steps: auto = the fastest that runs here", choices=ATTENTION)
     trainer: TrainerConfig = key("devices")
     strategy: StrategyConfig = key("how devices work together")
     callbacks: dict[str, Any] = key("what happens beside the training steps")

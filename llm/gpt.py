@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from llm.attention import (
     KVCache,
     apply_rotary,
+    attention_masks,
     cached_attention,
     causal_attention,
     choose_backend,
-    document_masks,
+    plain_backend,
     rotary_tables,
 )
 from llm.eager import relu_squared
@@ -177,7 +178,6 @@ class Attention(nn.Module):
         self.is_gpt2 = config.arch == "gpt2"
         self.scale = config.qk_scale**2 / config.head_dim**0.5
         self.gate_channels, self.gate_range = config.gate_channels, config.gate_range
-        self.backend: str | None = None  # of causal_attention; None = what suits the tensors
         kv_dim = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_head * config.head_dim, bias=self.is_gpt2)
         self.c_k = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def forward(self, x, value_embed, rotary, documents, cache: KVCache | None, positions):
+    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | None, positions):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
         if value_embed is not None:
@@ -195,12 +195,12 @@ class Attention(nn.Module):
         if not self.is_gpt2:
             q, k = norm(apply_rotary(q, *rotary)), norm(apply_rotary(k, *rotary))
         if cache is None:
-            y = causal_attention(q, k, v, self.scale, self.window, documents, self.backend)
+            y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
         else:
             first = cache.used == 0
             keys, values = cache.update(self.layer, k, v, positions)
             if first:
-                y = causal_attention(q, k, v, self.scale, self.window, None, self.backend)
+                y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
             else:
                 y = cached_attention(q, keys, values, positions, self.scale, self.window)
         return self.c_proj(y.reshape(B, T, -1))
@@ -224,8 +224,8 @@ class Block(nn.Module):
         self.norm_1, self.attn = make_norm(config), Attention(config, layer)
         self.norm_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, value_embed, rotary, documents, cache, positions):
-        x = x + self.attn(self.norm_1(x), value_embed, rotary, documents, cache, positions)
+    def forward(self, x, value_embed, rotary, mask, backend, cache, positions):
+        x = x + self.attn(self.norm_1(x), value_embed, rotary, mask, backend, cache, positions)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -238,6 +238,8 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
         self.training_trunk, self.loss_kernel = None, chunk_loss  # llm.compiling puts compiled ones here
+        self.training_attention: str | None = None  # set by set_attention; None = plain_backend
+        self.windows = [config.window(layer) for layer in range(config.n_layer)]
         kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
@@ -333,12 +335,12 @@ class GPT(nn.Module):
             normal_(self.lm_head.weight, c.head_std)
         return self
 
-    def set_attention(self, asked: str) -> str:
-        """Choose the backend of every layer by `llm.attention.choose_backend`; returns their names, for the log."""
-        for block in self.transformer.h:
-            special = block.attn.window is not None or self.config.bos_id is not None
-            block.attn.backend = choose_backend(self.device, self.compute_dtype, special, asked)
-        return " and ".join(sorted({block.attn.backend for block in self.transformer.h}))
+    def set_attention(self, asked: str, device: torch.device, fixed_shapes: bool) -> str:
+        """Choose the attention backend of training steps on `device` by `choose_backend`; returns its name."""
+        windows, documents = any(self.windows), self.config.bos_id is not None
+        shape = (self.compute_dtype, self.config.head_dim, windows, documents, fixed_shapes)
+        self.training_attention = choose_backend(asked, device, *shape)
+        return self.training_attention
 
     def embed(self, x: torch.Tensor, cache: KVCache | None, at, starts: torch.Tensor | None) -> torch.Tensor:
         """What enters the first block, from the rows of the embedding (B, T, n_embd).
@@ -363,14 +365,15 @@ class GPT(nn.Module):
         self,
         x: torch.Tensor,
         values: list,
-        starts: torch.Tensor | None = None,
-        documents: dict | None = None,
+        starts: torch.Tensor | None,
+        masks: dict,
+        backend: str,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """From rows of the embedding (B, T, n_embd) to the normed output of the last block, in the compute dtype.
 
         values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
-        document begins, and documents: what follows for each window, if documents are kept apart.
+        document begins, None if all of a row is visible; masks: by window, from `attention_masks`.
         """
         T, c = x.size(1), self.config
         positions = None if cache is None else cache.positions(T)
@@ -383,8 +386,7 @@ class GPT(nn.Module):
             if c.residual_scalars:
                 x = self.resid_scalars[layer].to(x.dtype) * x + self.x0_scalars[layer].to(x.dtype) * x0
             value_embed = None if values[layer] is None else values[layer].to(x.dtype)
-            seen = None if documents is None else documents[block.attn.window]
-            inputs = (x, value_embed, rotary, seen, cache, positions)
+            inputs = (x, value_embed, rotary, masks[self.windows[layer]], backend, cache, positions)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -395,8 +397,11 @@ class GPT(nn.Module):
             x = x - self.backout_scalar.to(x.dtype) * middle
         return self.final_norm(x)
 
-    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, trunk=None) -> torch.Tensor:
-        """Normed output of the last block for ids (B, T). Does not advance the cache. trunk: a compiled form of it."""
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, is_training: bool = False) -> torch.Tensor:
+        """Normed output of the last block for ids (B, T). Does not advance the cache.
+
+        is_training: by the attention and the compiled trunk that were chosen for training steps.
+        """
         if ids.size(1) > self.config.seq_len:
             raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
         tables = (
@@ -404,14 +409,13 @@ class GPT(nn.Module):
         )
         values = [None if table is None else F.embedding(ids, table.weight) for table in tables]
         x = F.embedding(ids, self.transformer.wte.weight)
-        starts = documents = None
-        if self.config.bos_id is not None and cache is None:  # with a cache a row holds one conversation
-            starts, blocks = ids == self.config.bos_id, [block.attn for block in self.transformer.h]
-            backend = blocks[0].backend or choose_backend(x.device, self.compute_dtype, special=True)
-            documents = document_masks(starts, [attn.window for attn in blocks], backend)
-        if trunk is not None:
-            return trunk(x, values, starts, documents)
-        return self.trunk(x, values, starts, documents, cache)
+        apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
+        starts = ids == self.config.bos_id if apart else None
+        backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
+        masks = attention_masks(self.windows, ids.size(1), starts, backend, x.device)
+        if is_training and self.training_trunk is not None:
+            return self.training_trunk(x, values, starts, masks, backend)
+        return self.trunk(x, values, starts, masks, backend, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""
@@ -437,7 +441,7 @@ class GPT(nn.Module):
         last_only: logits (B, 1, V) at each row's last true token only.
         """
         is_training = targets is not None and cache is None and torch.is_grad_enabled()
-        hidden = self.hidden(ids, cache, self.training_trunk if is_training else None)
+        hidden = self.hidden(ids, cache, is_training)
         if cache is not None:
             cache.advance(ids.size(1), lengths)
         if last_only:

@@ -20,26 +20,25 @@ def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None):
-    """Losses (n,) of a chunk of raw logits (n, V) against goals (n, 1), and with `scale` (n, 1) also the gradient of
-    sum(losses * scale) by the logits, in their dtype. Works in place where it can: the form for eager PyTorch.
+    """Losses (n,) of a chunk of raw logits (n, V) against goals (n, 1). With `scale` (n, 1), the gradient of
+    sum(losses * scale) by the logits takes their place. The form for eager PyTorch.
     """
     z = logits.float()
     if cap is None:
         log_z = z.logsumexp(dim=1, keepdim=True)
         losses = (log_z - z.gather(1, goal)).squeeze(1)
-        if scale is None:
-            return losses, None
-        d_logits = (z - log_z).exp_().mul_(scale)
-        return losses, d_logits.scatter_add_(1, goal, -scale).to(logits.dtype)
+        if scale is not None:
+            logits.copy_((z - log_z).exp_().mul_(scale).scatter_add_(1, goal, -scale))
+        return losses
     t = z.div_(cap).tanh_()
     at_goal = t.gather(1, goal)
     e = torch.mul(t, cap).exp_()  # no maximum to subtract: the cap keeps e^z finite
     total = e.sum(dim=1, keepdim=True)
     losses = (total.log() - cap * at_goal).squeeze(1)
-    if scale is None:
-        return losses, None
-    d_logits = e.mul_(scale / total).scatter_add_(1, goal, -scale)
-    return losses, d_logits.addcmul_(d_logits, t.square_(), value=-1).to(logits.dtype)  # d tanh = 1 - tanh^2
+    if scale is not None:
+        d_logits = e.mul_(scale / total).scatter_add_(1, goal, -scale)
+        logits.copy_(d_logits.addcmul_(d_logits, t.square_(), value=-1))  # d tanh = 1 - tanh^2
+    return losses
 
 
 def fused_chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None):
@@ -51,8 +50,8 @@ def fused_chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tens
     total = e.sum(dim=1, keepdim=True)
     losses = (total.log() - cap * t.gather(1, goal)).squeeze(1)
     is_goal = torch.arange(t.size(1), device=t.device).unsqueeze(0) == goal
-    d_logits = (e * (scale / total) - torch.where(is_goal, scale, 0.0)) * (1 - t * t)
-    return losses, d_logits.to(logits.dtype)
+    logits.copy_((e * (scale / total) - torch.where(is_goal, scale, 0.0)) * (1 - t * t))
+    return losses
 
 
 def linear_cross_entropy(
@@ -111,9 +110,7 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool,
             here = slice(start + first, start + first + len(part))
             scale = scales[here].unsqueeze(1) if with_grad else None
             run = kernel if len(part) == tile else chunk_loss  # a compiled kernel is made for one size
-            losses[here], d_logits = run(part, goals[here], scale, softcap)
-            if with_grad:
-                part.copy_(d_logits)
+            losses[here] = run(part, goals[here], scale, softcap)
         if not with_grad:
             continue
         torch.mm(logits, weight, out=d_hidden[rows])

@@ -11,7 +11,7 @@ from llm.hardware import memory_bytes
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
 SHARE = 0.9  # of the device's memory that a micro-batch may fill: evaluation and fragments need the rest
-CPU_SHARE = 0.5
+CPU_SHARE = 0.5  # the estimate is a GPU's: attention on a CPU keeps about a quarter more
 
 
 def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:

@@ -177,7 +177,7 @@ class MuonAdamW(torch.optim.Optimizer):
             update = polar_iterations(update, group["ns_steps"], method)
         else:
             update = orthogonalize(update, group["ns_steps"], method, dtype)
-        factors = torch.ones((), device=update.device)
+        factors = torch.ones((1, 1, 1), device=update.device)  # makes what it multiplies fp32
         mean_square = row_mean_square(update) if beta2 is not None or group["renormalize"] else None
         if beta2 is not None:
             moments = torch.stack([s["second_moment"] for s in states])

@@ -231,7 +231,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl, LossGuard
     from llm.checkpoint import AtomicCheckpointIO
-    from llm.compiling import compile_training, decide
+    from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints")
@@ -266,7 +266,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     if cfg.precision.fp8:
         print(use_fp8(built.module.net, device), flush=True)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
-    attention = built.module.net.set_attention(cfg.attention)
+    attention = built.module.net.set_attention(cfg.attention, device, cfg.stage.name in FIXED_SHAPES)
     steps = built.module.context.total_steps
     compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
     if compiled:

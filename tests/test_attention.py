@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from llm import attention_cpu
-from llm.attention import banded_attention, cached_attention, causal_attention, choose_backend, flash3, flex
+from llm.attention import attention_masks, banded_attention, cached_attention, causal_attention, choose_backend
 from llm.errors import UserError
+from llm.gpt import GPT, GPTConfig
 
 SCALE = 0.3
 
@@ -26,6 +27,10 @@ def inputs(length, dtype=torch.float64, kv_heads=4):
     shapes = [(2, length, heads, 16) for heads in (4, kv_heads, kv_heads, 4)]
     q, k, v, grad = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
     return [t.requires_grad_() for t in (q, k, v)], grad
+
+
+def starts_of(length, rows=2):
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(length)) < 0.03
 
 
 def banded(q, k, v, scale, window):
@@ -51,11 +56,6 @@ def test_windows_equal_a_mask(form, length, window):
         torch.testing.assert_close(a.double(), b, **tolerance)
 
 
-def documents_of(length, rows=2):
-    starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(length)) < 0.03
-    return starts.cumsum(1)
-
-
 @pytest.mark.parametrize("kept", [512, 0])  # probabilities kept for the backward pass, or made again in it
 @pytest.mark.parametrize("heads_bytes", [1 << 23, 1 << 17])  # all heads at once, or in groups
 @pytest.mark.parametrize("apart", [False, True])
@@ -63,7 +63,7 @@ def documents_of(length, rows=2):
 def test_blocks_on_the_cpu_equal_a_mask(length, window, apart, heads_bytes, kept, monkeypatch):
     monkeypatch.setattr(attention_cpu, "KEPT_KEYS", kept)
     monkeypatch.setattr(attention_cpu, "HEADS_BYTES", heads_bytes)
-    documents = documents_of(length) if apart else None
+    documents = starts_of(length).cumsum(1) if apart else None
     tensors, grad = inputs(length, torch.float32)
     exact, exact_grad = inputs(length)
     got = causal_attention(*tensors, SCALE, window, documents, backend="cpu")
@@ -102,7 +102,7 @@ def test_the_operator_is_well_formed():
         t.detach().flatten(0, 1).transpose(0, 1).contiguous().requires_grad_() for t in inputs(140, torch.float32)[0]
     )
     for window in (None, 16):
-        torch.library.opcheck(attention_cpu._attention, (q, k, v, SCALE, window, None))
+        torch.library.opcheck(attention_cpu._attention, (q, k, v, SCALE, window, None, True))
 
 
 def test_grouped_heads_and_windows_that_reach_everything():
@@ -116,14 +116,17 @@ def test_grouped_heads_and_windows_that_reach_everything():
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("window", [None, 20])
-def test_flex_attention_equals_a_mask(window, apart, kv_heads):
-    """Forward only: torch has no backward pass of it for CPUs."""
-    documents = documents_of(200) if apart else None
+@pytest.mark.parametrize("window", [None, 20, 199])
+@pytest.mark.parametrize("backend", ["cpu", "flex", "sdpa"])
+def test_backends_equal_a_mask(backend, window, apart, kv_heads):
+    """Forward only: torch has no backward pass of FlexAttention for CPUs."""
+    starts = starts_of(200) if apart else None
     tensors, _ = inputs(200, torch.float32, kv_heads)
     q, k, v = (t.detach() for t in tensors)
-    got = flex(*(t.transpose(1, 2) for t in (q, k, v)), SCALE, window, documents).transpose(1, 2)
-    torch.testing.assert_close(got, masked(q, k, v, window, documents), atol=1e-5, rtol=1e-5)
+    mask = attention_masks([window, None], 200, starts, backend, CPU)[window]
+    got = causal_attention(q, k, v, SCALE, window, mask, backend)
+    want = masked(q, k, v, window, None if starts is None else starts.cumsum(1))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_what_flash_attention_3_is_asked_for(monkeypatch):
@@ -133,23 +136,76 @@ def test_what_flash_attention_3_is_asked_for(monkeypatch):
         assert causal and window_size[1] == 0
         return masked(q, k, v, window_size[0] if window_size[0] >= 0 else None) * (softmax_scale / SCALE)
 
-    monkeypatch.setattr("llm.attention.flash3", lambda: flash_attn_func)
+    monkeypatch.setattr("llm.attention.flash_attn_func", flash_attn_func)
     (q, k, v), _ = inputs(60, torch.float32)
     for window in (None, 8, 59):
         got = causal_attention(q, k, v, SCALE, window, backend="flash3")
         torch.testing.assert_close(got, masked(q, k, v, window), atol=1e-5, rtol=1e-5)
 
 
-def test_the_backend_is_the_best_that_runs():
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    assert choose_backend(cpu, bf16, special=True) == choose_backend(cpu, bf16, special=False) == "cpu"
-    assert choose_backend(cpu, torch.float64, special=True) == "sdpa"
-    assert choose_backend(cpu, bf16, special=True, asked="sdpa") == "sdpa"
+CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
+
+
+def choose(asked="auto", device=GPU, dtype=BF16, head_dim=128, windows=True, documents=False, **more):
+    return choose_backend(asked, device, dtype, head_dim, windows, documents, **more)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if there were one, with everything installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("llm.attention.flash_attn_func", lambda *args: None)
+    monkeypatch.setattr("llm.attention.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+
+
+def test_the_backend_is_the_best_that_runs(hopper, monkeypatch):
+    assert choose(device=CPU) == choose(device=CPU, windows=False) == "cpu"
+    assert choose(device=CPU, dtype=torch.float64) == choose("sdpa", device=CPU) == "sdpa"
+    assert choose(device=torch.device("mps"), dtype=torch.float32) == "sdpa"
+    assert choose() == choose(windows=False) == choose(fixed_shapes=False) == "flash3"
+    assert choose(documents=True) == choose(dtype=torch.float32) == choose(head_dim=260) == "flex"
+    assert choose(documents=True, fixed_shapes=False) == choose(dtype=torch.float32, windows=False) == "sdpa"
+    assert choose(head_dim=12) == "sdpa" and choose("sdpa") == "sdpa" and choose("flex", windows=False) == "flex"
+    monkeypatch.setattr("llm.attention.has_triton", lambda: False)
+    assert choose(documents=True) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose() == "sdpa"
+
+
+def test_backends_that_cannot_run(hopper):
+    with pytest.raises(UserError, match="attention=cpu needs a CPU and .* this is cuda:0 .*: set attention=auto"):
+        choose("cpu")
     with pytest.raises(UserError, match="attention=flash3 needs a Hopper GPU"):
-        choose_backend(cpu, bf16, special=True, asked="flash3")
+        choose("flash3", device=CPU)
+    with pytest.raises(UserError, match="attention=flash3 needs .* no document masks"):
+        choose("flash3", documents=True)
     with pytest.raises(UserError, match="attention=flex needs a CUDA GPU"):
-        choose_backend(cpu, bf16, special=True, asked="flex")
-    assert flash3() is None or callable(flash3())
+        choose("flex", device=CPU)
+    with pytest.raises(UserError, match="attention=flex needs .* steps of one shape"):
+        choose("flex", fixed_shapes=False)
+
+
+@pytest.mark.parametrize("bos_id", [None, 69])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flex_attention_is_one_graph_with_the_network(checkpointing, bos_id):
+    """Compiled as for training, with another compiler behind: nothing of the network may fall out of the graph."""
+    torch._dynamo.reset()
+    features = {"arch": "modern", "window_pattern": "SL", "window_divisor": 2, "bos_id": bos_id}
+    config = GPTConfig(3, 4, 4, 16, 64, 256, 70, **features)
+    net = GPT(config).init_weights(0)
+    net.activation_checkpointing = checkpointing
+    ids = torch.randint(0, 70, (2, 256), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        net(ids)  # evaluation between the steps must leave nothing that training cannot use
+    expected = net.hidden(ids)
+    net.training_attention = "flex"
+    net.training_trunk = torch.compile(net.trunk, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        got = net.hidden(ids, is_training=True)
+        again = net.hidden(ids.roll(1, 0), is_training=True)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, expected.roll(1, 0), atol=1e-5, rtol=1e-5)
 
 
 def test_a_window_keeps_less_memory_than_a_mask():

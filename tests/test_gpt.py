@@ -210,8 +210,8 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
     net = random_net(c)
     net(ids[:, :-1], ids[:, 1:]).backward()
 
-    def explicit(q, k, v, scale, window, documents, backend):
-        assert documents is None and backend is None
+    def explicit(q, k, v, scale, window, mask, backend):
+        assert mask is None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         distance = torch.arange(q.size(2)).unsqueeze(1) - torch.arange(q.size(2))
         hidden = (distance < 0) | (distance > (q.size(2) if window is None else window))

@@ -144,15 +144,17 @@ def test_the_size_of_a_stack_changes_nothing(monkeypatch):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
-def test_cautious_decay_spares_weights_that_the_update_grows():
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_cautious_decay_spares_weights_that_the_update_grows(in_bf16):
     p = torch.nn.Parameter(torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
     before, p.grad = p.detach().clone(), torch.tensor([[1.0, 1.0], [0.5, -0.7]])
-    still = MuonAdamW([{"kind": "muon", "params": [p], "lr": 0.1, "weight_decay": 0.0}])
+    still = MuonAdamW([{"kind": "muon", "params": [p], "lr": 0.1, "weight_decay": 0.0, "in_bf16": in_bf16}])
     still.step()
     update = before - p.detach()
     q = torch.nn.Parameter(before.clone())
     q.grad = p.grad
-    MuonAdamW([{"kind": "muon", "params": [q], "lr": 0.1, "weight_decay": 0.5, "cautious": True}]).step()
+    muon = {"kind": "muon", "params": [q], "lr": 0.1, "weight_decay": 0.5, "cautious": True, "in_bf16": in_bf16}
+    MuonAdamW([muon]).step()
     torch.testing.assert_close(p.detach() - q.detach(), 0.05 * before * ((update * before) >= 0))
 
 

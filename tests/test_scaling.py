@@ -1,6 +1,7 @@
 """Scaling rules and schedules against the published numbers."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from llm.scaling import (
     training_tokens,
 )
 from llm.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
+from llm.stages.build import check_same_model
 from llm.stages.pretrain import derived_without_tokenizer, plan
 
 pytestmark = pytest.mark.usefixtures("composed_once")
@@ -29,6 +31,17 @@ pytestmark = pytest.mark.usefixtures("composed_once")
 def shape(depth, arch="classic", vocab=65_536, **more):
     cfg = compose("train", f"arch={arch}")
     return model_config(dict(cfg.model) | {"depth": depth} | more, cfg.arch, vocab)
+
+
+def test_document_masks_begin_at_the_tokenizers_bos(tiny_tokenizer):
+    cfg = compose("train", "arch=modern")
+    arch = dict(cfg.arch) | {"document_masks": True}
+    apart = model_config(cfg.model, arch, tiny_tokenizer.vocab_size)
+    assert apart.bos_id == tiny_tokenizer.bos_id
+    together = model_config(cfg.model, cfg.arch, tiny_tokenizer.vocab_size)
+    assert together.bos_id is None
+    with pytest.raises(UserError, match="arch.document_masks: configured False, found True"):
+        check_same_model(together, apart, Path("runs/x"))
 
 
 def test_depth_sets_width_and_heads():

@@ -2,7 +2,9 @@
 
 import csv
 import os
+import re
 import signal
+import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -69,7 +71,7 @@ class Numbers:
             self.next += 1
 
 
-def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None):
+def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1):
     context = StageContext("pretrain", None, torch.ones(70), total, 8)
     module = module or StepModule(net(), OPTIM, STAGE, context)
     checkpoint = StepCheckpoint(save_every, folder / "checkpoints")
@@ -85,8 +87,8 @@ def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS,
             stop,
             GarbageControl(),
             *extra,
-            Throughput(1, 1e9),
-            MetricsLog(folder / "metrics.csv", 1),
+            Throughput(log_every, 1e9),
+            MetricsLog(folder / "metrics.csv", log_every),
         ],
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
@@ -103,6 +105,28 @@ def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS,
 def rows(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys):
+    class SlowStart(StepModule):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 0:
+                time.sleep(0.5)  # as long as torch.compile might take for so small a network
+            super().training_step(batch, batch_idx)
+
+    context = StageContext("pretrain", None, torch.ones(70), STEPS, 8)
+    module = SlowStart(net(), OPTIM, STAGE, context)
+    module.net.training_trunk = module.net.trunk
+    fit(tmp_path / "1", module=module)
+    first, second = rows(tmp_path / "1")[:2]
+    assert float(first["seconds"]) > 0.5 and first["ms_per_step"] == first["tok_per_s"] == "" != second["tok_per_s"]
+    capsys.readouterr()
+    module = SlowStart(net(), OPTIM, STAGE, context)
+    module.net.training_trunk = module.net.trunk
+    fit(tmp_path / "3", module=module, log_every=3)
+    first = rows(tmp_path / "3")[0]
+    assert first["step"] == "3" and float(first["ms_per_step"]) < 250 and float(first["seconds"]) > 0.5
+    assert re.search(r"first step: 0\.[5-9] s with compilation", capsys.readouterr().out)
 
 
 def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path):
