@@ -18,8 +18,8 @@ LENGTHS = (1024, 2048, 4096)
 def main() -> None:
     defaults = {"rows": 4, "heads": 4, "head-dim": 128, "window": 512, "repeats": 5}
     args = _bench.arguments(__doc__, defaults)
-    shape = ("auto", _bench.DEVICE, args.dtype, args.head_dim)
-    full, windowed = (choose_backend(*shape, windows, documents=False) for windows in (False, True))
+    asked = ("auto", _bench.DEVICE, args.dtype, args.head_dim)
+    full, windowed = (choose_backend(*asked, windows, documents=False) for windows in (False, True))
     result, scale = vars(args) | {"full": full, "banded": windowed}, args.head_dim**-0.5
     torch.manual_seed(0)
     for length in LENGTHS:
