@@ -45,21 +45,19 @@ def orthogonalize(
 
 def polar_iterations(x: torch.Tensor, steps: int, method: str) -> torch.Tensor:
     """The same for a stack whose matrices have no singular value above 1."""
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT.contiguous()
+    tall = x.size(-2) > x.size(-1)  # the products with the smaller Gram matrix
     for i in range(steps):
         a, b, c = COEFFICIENTS[method](i)
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
+    return x
 
 
 def row_mean_square(update: torch.Tensor) -> torch.Tensor:
     """Mean square of the rows (columns, if they are more) of a stack (n, r, c): (n, r, 1) or (n, 1, c), fp32."""
     dim = -1 if update.size(-2) >= update.size(-1) else -2
-    norms = torch.linalg.vector_norm(update, dim=dim, keepdim=True, dtype=torch.float32)
-    return norms.square_().div_(update.size(dim))
+    return update.float().square().mean(dim=dim, keepdim=True)
 
 
 def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
@@ -189,7 +187,7 @@ class MuonAdamW(torch.optim.Optimizer):
         decay = group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
             weights = torch.stack([p.detach() for p in params])
-            decayed = weights.mul_((update * weights) >= 0)
+            decayed = (update * weights).ge_(0).mul_(weights)  # 0 or 1 in fp32: masks of booleans are slow on a CPU
         elif decay:
             torch._foreach_mul_(params, 1 - decay)
         step = update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
