@@ -2,12 +2,14 @@
 
     python bench/train_step.py [--depth 4] [--arch modern] [--optim muon_adamw] [--window L] [--seq-len 512] [--rows 4]
                                [--micro 4] [--vocab 8192] [--steps 20] [--dtype auto] [--compile true]
+                               [--attention auto] [--plain-logits false]
 
 Everything runs in one process: steps in a plain loop, the same through Lightning with the callbacks of a stage, and the
 matrix product rate that the share of the peak refers to. In both loops every part of every step is timed; data and
 framework are what Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
 tokenizer that returns what is stored. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is
-also given as if it were one. Prints a table and a last line of JSON.
+also given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32.
+Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -18,6 +20,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from callbacks.metrics import MetricsLog
 from callbacks.runtime import GarbageControl
@@ -71,6 +74,13 @@ def passes(net: GPT, batch: dict) -> None:
         (net(ids, targets, reduction="sum") / batch["n_trained"]).backward()
 
 
+def passes_with_plain_logits(net: GPT, batch: dict) -> None:
+    for micro in batch["micro"]:
+        ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
+        logits = net.logits(net.hidden(ids, is_training=True))
+        (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / batch["n_trained"]).backward()
+
+
 def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
     """Median seconds of a whole step as a stage does it, and of `training_step` within it."""
     marks, inside = [], []
@@ -102,7 +112,8 @@ def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
 
 def main() -> None:
     numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
-    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", compile="true")
+    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
+    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)
     quiet_lightning()
     words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
     words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
@@ -110,6 +121,7 @@ def main() -> None:
     config = model_config(cfg.model, cfg.arch, args.vocab)
     net = GPT(config).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
+    args.attention = net.set_attention(args.attention, _bench.DEVICE, fixed_shapes=True)
     if args.compile == "true":
         compile_training(net)
     stored = Stored(args.vocab)
@@ -133,8 +145,12 @@ def main() -> None:
     parts = plain_loop(net, cfg, iter(feed), args.steps)
     batch = next(iter(feed))
     feed.close()
-    memory = _bench.peak_bytes(lambda: passes(net, batch))
+    memory = {"step_peak_mb": _bench.peak_bytes(lambda: passes(net, batch)) / 1e6}
     net.zero_grad(set_to_none=True)
+    if args.plain_logits == "true":
+        peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
+        memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
+        net.zero_grad(set_to_none=True)
     whole, inside = lightning_loop(net, cfg, loader(), args.steps)
     total, tokens = sum(parts.values()), args.rows * args.seq_len * args.micro
     rate = tokens * flops_per_token(config) / total
@@ -154,9 +170,9 @@ def main() -> None:
             "optimizer_share": parts["update"] / total,
             "optimizer_share_of_one_micro": parts["update"] / (total - (1 - 1 / args.micro) * parts["passes"]),
             "framework_share": (whole - inside) / whole,
-            "step_peak_mb": memory / 1e6,
             "lightning_to_plain": whole / total,
         }
+        | memory
     )
 
 
