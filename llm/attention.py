@@ -118,27 +118,27 @@ def causal_attention(
         reach = (-1 if window is None else window, 0)
         y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
         return y[0] if isinstance(y, tuple) else y  # older wheels also return the log-sums
+    if backend == "cpu" and attention_cpu.is_faster(q, window, mask):
+        return attention_cpu.attention(*_even(q, k, v), scale, window, mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     is_grouped = q.size(1) != k.size(1)
     if backend == "flex" and mask is not None:
         kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         y = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
-    elif backend == "cpu" and attention_cpu.is_faster(q, window, mask):
-        y = attention_cpu.attention(*_even(q, k, v), scale, window, mask)
     elif mask is not None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=is_grouped)
     elif window is not None:
-        y = banded_attention(*_even(q, k, v), scale, window)
+        y = banded_attention(*_even(q, k, v, dim=1), scale, window)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped)
     return y.transpose(1, 2)
 
 
-def _even(q, k, v):
-    """As many key and value heads as query heads."""
-    if k.size(1) == q.size(1):
+def _even(q, k, v, dim: int = 2):
+    """As many key and value heads, dimension `dim`, as query heads."""
+    if k.size(dim) == q.size(dim):
         return q, k, v
-    return q, *(t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return q, *(t.repeat_interleave(q.size(dim) // t.size(dim), dim=dim) for t in (k, v))
 
 
 def cached_attention(

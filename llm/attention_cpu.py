@@ -12,28 +12,24 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 128  # queries
-HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time: as many heads together as the cache holds
+HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time, about: as many heads together as the cache holds
 KEPT_KEYS = 512  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
 
 
 def is_faster(q: torch.Tensor, window: int | None, documents) -> bool:
     """Than torch's SDPA: always but for long plain fp32, whose probabilities the backward pass would make again."""
     special = window is not None or documents is not None
-    return special or q.dtype != torch.float32 or _reach(q.size(2), window) <= KEPT_KEYS
+    return special or q.dtype != torch.float32 or _reach(q.size(1), window) <= KEPT_KEYS
 
 
 def attention(q, k, v, scale: float, window: int | None = None, documents=None) -> torch.Tensor:
     """softmax(scale * q k^T) v over the positions at or before a query's own, at most `window` before (None: all).
 
-    q, k, v: (B, H, T, D) fp32, bf16 or fp16, the same number of heads; documents: (B, T) int, positions see only those
-    of the same number. Returns (B, H, T, D).
+    q, k, v: (B, T, H, D) fp32, bf16 or fp16, the same number of heads; documents: (B, T) int, positions see only those
+    of the same number. Returns (B, T, H, D).
     """
-    B, H, T, D = q.shape
-    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
-    if documents is not None:
-        documents = documents.repeat_interleave(H, dim=0)
-    keep = torch.is_grad_enabled() and _reach(T, window) <= KEPT_KEYS
-    return _attention(q, k, v, scale, window, documents, keep)[0].view(B, H, T, D)
+    keep = torch.is_grad_enabled() and _reach(q.size(1), window) <= KEPT_KEYS
+    return _attention(q, k, v, scale, window, documents, keep)[0]
 
 
 # One operator each for forward and backward: torch.compile takes them as they are instead of tracing their loops.
@@ -49,24 +45,27 @@ def _attention(
     documents: torch.Tensor | None,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (N, T, D) for N rows of heads, and the probabilities of all blocks end to end, if they are to be kept."""
+    """Output (B, T, H, D), and the probabilities of all blocks end to end, if they are to be kept."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     hidden = _upper(q.device)
-    kept, at = q.new_empty(_kept_numel(*q.shape[:2], window, keep)), 0
-    for heads in _head_groups(*q.shape, window):
+    kept, at = q.new_empty(_kept_numel(*q.shape[:3], window, keep)), 0
+    for group in _groups(*q.shape, window):
+        queries, keys, values = (_stack(t, group) for t in (q, k, v))
+        y, of_rows = torch.empty_like(queries), None if documents is None else documents[group[0]]
         for start, end, key in _blocks(q.size(1), window):
-            keys = k[heads, key:end].contiguous()
             shape = (len(keys), end - start, end - key)
             p = kept[at : at + math.prod(shape)].view(shape) if keep else q.new_empty(shape)
             at += math.prod(shape)
-            _probabilities(p, q[heads, start:end], keys, scale, start - key, window, hidden, documents, heads, key)
-            torch.bmm(p, v[heads, key:end], out=out[heads, start:end])
+            seen = keys[:, key:end].contiguous()
+            _probabilities(p, queries[:, start:end], seen, scale, start - key, window, hidden, of_rows, key)
+            torch.bmm(p, values[:, key:end], out=y[:, start:end])
+        _unstack(y, out, group)
     return out, kept
 
 
 @_attention.register_fake
 def _(q, k, v, scale, window, documents, keep):
-    kept = q.new_empty(_kept_numel(*q.shape[:2], window, keep))
+    kept = q.new_empty(_kept_numel(*q.shape[:3], window, keep))
     return torch.empty_like(q, memory_format=torch.contiguous_format), kept
 
 
@@ -83,12 +82,14 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     hidden, at = _upper(q.device), 0
-    for heads in _head_groups(*q.shape, window):
-        dk_sum = torch.zeros(k[heads].shape, dtype=torch.float32)
+    for group in _groups(*q.shape, window):
+        all_queries, all_keys, values, grads = (_stack(t, group) for t in (q, k, v, grad))
+        dq_stack, of_rows = torch.empty_like(all_queries), None if documents is None else documents[group[0]]
+        dk_sum = torch.zeros(all_keys.shape, dtype=torch.float32)
         dv_sum = torch.zeros_like(dk_sum)
         for start, end, key in _blocks(q.size(1), window):
             queries, keys, g = (
-                t.contiguous() for t in (q[heads, start:end], k[heads, key:end], grad[heads, start:end])
+                t.contiguous() for t in (all_queries[:, start:end], all_keys[:, key:end], grads[:, start:end])
             )
             shape = (len(keys), end - start, end - key)
             if len(kept):
@@ -96,13 +97,14 @@ def _attention_backward(
                 at += math.prod(shape)
             else:
                 p = q.new_empty(shape)
-                _probabilities(p, queries, keys, scale, start - key, window, hidden, documents, heads, key)
+                _probabilities(p, queries, keys, scale, start - key, window, hidden, of_rows, key)
             dv_sum[:, key:end] += torch.bmm(p.mT, g)
-            dp = torch.bmm(g, v[heads, key:end].mT)
+            dp = torch.bmm(g, values[:, key:end].mT)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            _product(ds, keys, scale, out=dq[heads, start:end])
+            _product(ds, keys, scale, out=dq_stack[:, start:end])
             dk_sum[:, key:end] += _product(ds.mT, queries, scale)
-        dk[heads], dv[heads] = dk_sum, dv_sum
+        for summed, gradient in ((dq_stack, dq), (dk_sum, dk), (dv_sum, dv)):
+            _unstack(summed, gradient, group)
     return dq, dk, dv
 
 
@@ -129,7 +131,7 @@ def _product(a, b, scale: float, out: torch.Tensor | None = None) -> torch.Tenso
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
 
 
-def _probabilities(out, q, k, scale, lead: int, window, hidden, documents, heads: slice, key: int) -> None:
+def _probabilities(out, q, k, scale, lead: int, window, hidden, documents, key: int) -> None:
     """Fill `out` (G, n, m) with the softmax over keys; `lead`: how many keys stand before the first query."""
     product = _product(q, k.mT, scale)
     scores = product.float()
@@ -140,9 +142,9 @@ def _probabilities(out, q, k, scale, lead: int, window, hidden, documents, heads
     if window is not None and (within := window - lead) < n:  # the first queries see all keys, these no longer
         scores[:, within:, : n - within] += hidden.T[: n - within, : n - within]
     if documents is not None:
-        of_keys = documents[heads, key : key + k.size(1)]
-        of_queries = of_keys[:, lead : lead + n]
-        scores.masked_fill_(of_queries.unsqueeze(2) != of_keys.unsqueeze(1), -math.inf)
+        of_keys = documents[:, key : key + k.size(1)]
+        apart = of_keys[:, lead : lead + n].unsqueeze(2) != of_keys.unsqueeze(1)
+        scores.view(len(apart), -1, *apart.shape[1:]).masked_fill_(apart.unsqueeze(1), -math.inf)
     out.copy_(torch.softmax(scores, dim=-1, out=scores))
 
 
@@ -162,10 +164,29 @@ def _reach(length: int, window: int | None) -> int:
     return length if window is None else min(length, window + BLOCK)
 
 
-def _head_groups(n: int, length: int, head_dim: int, window: int | None) -> list[slice]:
+def _groups(rows: int, length: int, heads: int, head_dim: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Rows and heads that are worked on together: all heads of some rows, or some heads of one row."""
     size = max(1, HEADS_BYTES // (4 * (BLOCK * _reach(length, window) + 2 * length * head_dim)))
-    return [slice(at, min(at + size, n)) for at in range(0, n, size)]
+    some_rows, parts = max(1, size // heads), max(1, round(heads / size))
+    some_heads = -(-heads // parts)
+    return [
+        (slice(row, row + some_rows), slice(head, head + some_heads))
+        for row in range(0, rows, some_rows)
+        for head in range(0, heads, some_heads)
+    ]
 
 
-def _kept_numel(n: int, length: int, window: int | None, keep: bool) -> int:
-    return keep * n * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))
+def _stack(t: torch.Tensor, group: tuple[slice, slice]) -> torch.Tensor:
+    """The group of (B, T, H, D) as a stack of its own, (G, T, D)."""
+    rows, heads = group
+    return t[rows, :, heads].transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _unstack(stack: torch.Tensor, out: torch.Tensor, group: tuple[slice, slice]) -> None:
+    """Write a stack (G, T, D) to where its group lies in `out` (B, T, H, D)."""
+    part = out[group[0], :, group[1]].transpose(1, 2)
+    part.copy_(stack.view(part.shape))
+
+
+def _kept_numel(rows: int, length: int, heads: int, window: int | None, keep: bool) -> int:
+    return keep * rows * heads * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))
