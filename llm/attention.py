@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache, lru_cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,8 @@ from torch.utils._triton import has_triton
 from llm import attention_cpu
 from llm.errors import UserError
 
-try:
-    from flash_attn_interface import flash_attn_func  # FlashAttention 3, the wheel flash_attn_3
-except (ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
-    flash_attn_func = None
+FLASH3_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}  # on the Hugging Face hub
+flash_attn_func = None  # FlashAttention 3, once `has_flash3` has found it
 
 
 def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +40,18 @@ def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
     return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"
 
 
+def has_flash3() -> bool:
+    """Whether FlashAttention 3 is there: the wheel flash_attn_3, or what the package `kernels` has or fetches."""
+    global flash_attn_func
+    if flash_attn_func is None:
+        with suppress(ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
+            from flash_attn_interface import flash_attn_func
+    if flash_attn_func is None:
+        with suppress(Exception):  # the hub cannot be reached, or has nothing for this torch: others serve
+            flash_attn_func = import_module("kernels").get_kernel(**FLASH3_KERNEL).flash_attn_func
+    return flash_attn_func is not None
+
+
 def choose_backend(
     asked: str,
     device: torch.device,
@@ -60,8 +72,8 @@ def choose_backend(
     can = {
         "cpu": (plain_backend(device, dtype) == "cpu", "a CPU and fp32, bf16 or fp16"),
         "flash3": (
-            hopper and flash_attn_func is not None and head_dim % 8 == 0 and head_dim <= 256 and not documents,
-            "a Hopper GPU, bf16 or fp16, the package flash_attn_3, heads of at most 256, and no document masks",
+            hopper and head_dim % 8 == 0 and head_dim <= 256 and not documents and has_flash3(),
+            "a Hopper GPU, bf16 or fp16, the package flash_attn_3 or kernels, heads up to 256, and no document masks",
         ),
         "flex": (  # torch has no backward pass of it for CPUs
             compiles and dtype != torch.float64 and head_dim >= 16 and fixed_shapes,

@@ -1,10 +1,13 @@
 """Windowed attention: every form against the plain masked one, outputs and gradients."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llm import attention_cpu
+from llm import attention, attention_cpu
 from llm.attention import attention_masks, banded_attention, cached_attention, causal_attention, choose_backend
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig
@@ -169,6 +172,26 @@ def test_the_backend_is_the_best_that_runs(hopper, monkeypatch):
     assert choose(documents=True) == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose() == "sdpa"
+
+
+def test_flash_attention_3_from_the_hub(hopper, monkeypatch):
+    def get_kernel(repo_id, *, version):
+        assert (repo_id, version) == ("kernels-community/flash-attn3", 1)
+        return SimpleNamespace(flash_attn_func=asked.append)
+
+    asked = []
+    monkeypatch.setattr("llm.attention.flash_attn_func", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    assert choose() == "flex"
+    with pytest.raises(UserError, match="attention=flash3 needs .* the package flash_attn_3 or kernels"):
+        choose("flash3")
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *_, **__: 1 / 0))  # nothing fits
+    assert choose() == "flex"
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    assert choose(documents=True) == "flex"
+    assert choose() == choose("flash3") == "flash3"
+    assert attention.flash_attn_func == asked.append
 
 
 def test_backends_that_cannot_run(hopper):
