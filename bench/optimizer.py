@@ -53,9 +53,10 @@ def main() -> None:
     optimizers = {n: build_optimizer(nets[n], compose("train", [f"optim={o}"]).optim) for n, o in ours.items()}
     steps = {name: optimizer.step for name, optimizer in optimizers.items()}
     steps["torch"] = lambda: (muon.step(), adamw.step())
-    groups = optimizers["2026"].param_groups
-    steps |= {"2026_muon": lambda: optimizers["2026"]._muon(groups[-1])}
-    steps |= {"2026_adamw": lambda: [optimizers["2026"]._adamw(group) for group in groups[:-1]]}
+    *adamw_groups, muon_group = optimizers["2026"].param_groups
+    shares = [(group, [(p, p, p.grad) for p in group["params"]]) for group in adamw_groups]
+    steps |= {"2026_muon": lambda: optimizers["2026"]._muon(muon_group, muon_group["params"])}
+    steps |= {"2026_adamw": lambda: [optimizers["2026"]._adamw(*share) for share in shares]}
     with torch.no_grad():
         seconds = _bench.alternating(steps, args.repeats)
     n_adamw = sum(p.numel() for p in rest)

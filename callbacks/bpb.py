@@ -1,4 +1,4 @@
-"""Bits per byte on the stage's fixed validation batches."""
+"""Bits per byte on the stage's fixed validation batches, which the processes share out."""
 
 import torch
 
@@ -14,7 +14,7 @@ class BitsPerByte(Periodic):
 
     def act(self, trainer, module, step) -> None:
         context = module.context
-        if not context.val_batches:
+        if context.val_batches is None:
             return
         with torch.no_grad():
             module.row["bpb"] = bits_per_byte(module.net, context.val_batches, context.token_bytes)

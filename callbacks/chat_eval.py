@@ -1,4 +1,4 @@
-"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on."""
+"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on. Rank 0 measures both."""
 
 from callbacks.cadence import Periodic
 from llm.engine import Engine
@@ -14,6 +14,8 @@ class ChatEval(Periodic):
         self.max_per_task, self.max_new_tokens = max_per_task, max_new_tokens
 
     def act(self, trainer, module, step) -> None:
+        if not trainer.is_global_zero:
+            return
         engine = Engine(module.net, module.context.tokenizer)
         for name, task in module.context.eval_tasks.items():
             result = evaluate_task(engine, task, self.max_per_task, self.max_new_tokens)
@@ -30,6 +32,8 @@ class PassAtK(Periodic):
         self.batch_size = batch_size  # questions decoded at a time
 
     def act(self, trainer, module, step) -> None:
+        if not trainer.is_global_zero:
+            return
         engine = Engine(module.net, module.context.tokenizer)
         scores = evaluate_pass_at_k(
             engine, self.task, self.num_samples, self.params, max_items=self.max_items, batch_size=self.batch_size

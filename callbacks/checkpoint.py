@@ -18,4 +18,5 @@ class StepCheckpoint(Periodic):
 
     def act(self, trainer, module, step) -> None:
         trainer.save_checkpoint(checkpoint_path(self.folder, step))
-        remove_old(self.folder, self.keep)
+        if trainer.is_global_zero:
+            remove_old(self.folder, self.keep)

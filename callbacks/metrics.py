@@ -10,7 +10,7 @@ class MetricsLog(L.Callback):
     """Last of the callbacks: writes what the others put into `module.row`, one row per logged step.
 
     A row is written every `log_every` steps, after the last step, and whenever an evaluation left a value. Resuming
-    drops the rows of steps that will be done again.
+    drops the rows of steps that will be done again. Rank 0 writes; what it writes is of all processes.
     """
 
     def __init__(self, path: str | Path, log_every: int):
@@ -21,8 +21,9 @@ class MetricsLog(L.Callback):
         step = module.global_step
         if step % self.log_every == 0:
             module.flush_window()  # a checkpoint is written before its step's row: that row has used the window
-        rows = self._read() if step > 0 else []
-        self._rewrite([row for row in rows if int(row["step"]) <= step])
+        if trainer.is_global_zero:
+            rows = self._read() if step > 0 else []
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
         if module.row:
             self._log(trainer, module, step)
 
@@ -41,6 +42,8 @@ class MetricsLog(L.Callback):
     def _log(self, trainer, module, step: int) -> None:
         row, module.row = module.row, {}
         module.latest.update(row)
+        if not trainer.is_global_zero:
+            return
         new = [name for name in row if name not in self.columns]
         if new:
             rows = self._read()

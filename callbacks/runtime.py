@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
+from llm import distributed
 from llm.errors import NonFiniteLoss
 
 
@@ -22,17 +23,20 @@ class CleanStop(L.Callback):
         self._previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_start(self, trainer, module) -> None:
+        self.module = module
         for signum in self._previous:  # only now: Lightning sets its own handlers after on_fit_start
             signal.signal(signum, self._request)
 
     def _request(self, signum, frame) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum, self.module.wants_stop = signum, True
         print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if self.signum is not None and not trainer.should_stop:
+        alone = distributed.world_size() == 1
+        if (module.wants_stop if alone else module.stop_votes) and not trainer.should_stop:
+            self.signum = max(signum or 0 for signum in distributed.gathered(self.signum))
             self.checkpoint.act(trainer, module, module.global_step)
             trainer.should_stop = True
 
@@ -51,11 +55,13 @@ class LossGuard(L.Callback):
     def on_exception(self, trainer, module, exception) -> None:
         if not isinstance(exception, NonFiniteLoss):
             return
-        path = self.folder / f"nonfinite_step_{exception.step}.txt"
-        decode = module.context.tokenizer.decode
-        path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
+        path, text = self.folder / f"nonfinite_step_{exception.step}.txt", ""
+        if exception.documents is not None:
+            decode = module.context.tokenizer.decode
+            path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
+            text = f"its text is in {path}, "
         self.checkpoint.act(trainer, module, module.global_step)
-        exception.args = (f"{exception.args[0]}; its text is in {path}, step {module.global_step} was saved",)
+        exception.args = (f"{exception.args[0]}; {text}step {module.global_step} was saved",)
 
 
 class GarbageControl(L.Callback):

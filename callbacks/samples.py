@@ -13,6 +13,8 @@ class Samples(Periodic):
         self.max_new_tokens = max_new_tokens
 
     def act(self, trainer, module, step) -> None:
+        if not trainer.is_global_zero:
+            return
         engine = Engine(module.net, module.context.tokenizer)
         for sample in draw_samples(engine, module.context.prompts, self.max_new_tokens):
             print(f"  step {step} | {sample['prompt']} -> {sample['completion']}".replace("\n", " / "), flush=True)

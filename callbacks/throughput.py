@@ -35,7 +35,7 @@ class Throughput(L.Callback):
 
     The time of periodic callbacks (evaluation, checkpoints) is left out, waiting for data is not. flops and mfu count
     the training passes; what reinforcement learning spends on sampling is in the seconds only. A first step that waits
-    for torch.compile counts in the seconds but not in the rates, and is printed.
+    for torch.compile counts in the seconds but not in the rates, and is printed. Tokens and FLOPs are of all processes.
     """
 
     def __init__(self, log_every: int, peak_flops: float | None = None):
@@ -67,7 +67,7 @@ class Throughput(L.Callback):
             module.row.update(
                 tok_per_s=rate,
                 ms_per_step=1000 * seconds / (step - self.first_step),
-                mfu=rate * module.flops_per_token / self.peak,
+                mfu=rate * module.flops_per_token / (self.peak * trainer.world_size),
             )
         if writes:
             flops = float(module.tokens_seen * module.flops_per_token)

@@ -117,7 +117,7 @@ class TrainerConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = key("auto picks by the number of devices", choices=("auto", "single"), fixed=True)
+    name: str = key("auto picks by the number of devices", choices=("auto", "single", "muon", "ddp"), fixed=True)
 
 
 @dataclass

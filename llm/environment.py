@@ -4,12 +4,14 @@ import ctypes
 import os
 import platform
 import re
+import signal
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def tune_process() -> None:
@@ -25,6 +27,13 @@ def tune_process() -> None:
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
+
+
+def die_with_parent() -> None:
+    """Be ended by the system when the process that started this one ends, however it does (Linux only)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def git_commit() -> str | None:

@@ -11,12 +11,14 @@ class UserError(ValueError):
 class NonFiniteLoss(UserError):
     """A training step whose loss is not a number, raised before the update: the weights are those of the step before.
 
-    step: the one that failed, counted from 1. documents: ids (B, T) of the micro-batch that did it.
+    step: the one that failed, counted from 1. micro, documents: number and ids (B, T) of the micro-batch that did it,
+    None where it was another process's.
     """
 
-    def __init__(self, step: int, loss: float, micro: int, documents):
+    def __init__(self, step: int, loss: float, micro: int | None, documents):
+        where = "on another process" if micro is None else f"micro-batch {micro}"
         super().__init__(
-            f"the training loss became {loss} in step {step}, micro-batch {micro}: lower the learning rate "
+            f"the training loss became {loss} in step {step}, {where}: lower the learning rate "
             "(stage.lr_frac) and start again with overwrite=true or run=<new name>"
         )
         self.step, self.documents = step, documents

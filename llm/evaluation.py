@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llm import distributed
 from llm.chat import render_prompt
 from llm.errors import UserError
 from llm.sampling import SamplingParams
@@ -56,9 +57,9 @@ def bits_per_byte(
 ) -> float:
     """Summed nats / (ln 2 x summed bytes), comparable across vocabularies; inf if the targets have no bytes.
 
-    Arguments as `nats_and_bytes`.
+    Every process brings its share of the batches. Arguments as `nats_and_bytes`.
     """
-    nats, n_bytes = nats_and_bytes(net, batches, token_bytes, device)
+    nats, n_bytes = distributed.total(nats_and_bytes(net, batches, token_bytes, device))
     return nats / (math.log(2) * n_bytes) if n_bytes else math.inf
 
 

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from llm import distributed
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig
 from llm.hardware import memory_bytes
@@ -15,7 +16,7 @@ CPU_SHARE = 0.5  # the estimate is a GPU's: attention on a CPU keeps about a qua
 
 
 def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
-    """Rows of one micro-batch for `batch.device`, of a step that holds `total_rows`; says what auto chose."""
+    """Rows of one micro-batch for `batch.device`, where each device has `total_rows` a step; says what auto chose."""
     rows = cfg.batch.device
     if rows != "auto":
         return checked_rows(rows)
@@ -29,7 +30,7 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
         rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
         what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
     print(f"batch.device=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
-    return rows
+    return min(distributed.gathered(rows))
 
 
 def checked_rows(rows) -> int:

@@ -111,27 +111,31 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            for group in self.param_groups:
-                if group["kind"] == "muon":
-                    self._muon(group)
-                else:
-                    self._adamw(group)
+            self._update()
         return loss
 
-    def _adamw(self, group: dict) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        if not params:
+    def _update(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["kind"] == "muon":
+                self._muon(group, params)
+            else:
+                self._adamw(group, [(p, p, p.grad) for p in params])
+
+    def _adamw(self, group: dict, shares: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Update shares of parameters: (parameter whose state it is, what to update of it, the gradient of that)."""
+        if not shares:
             return
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):  # a loaded state's step lies on the CPU
-            state["step"] = state["step"].to(p.device)
+        states = [self.state[p] for p, _, _ in shares]
+        params = [share for _, share, _ in shares]
+        for share, state in zip(params, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(share), torch.zeros_like(share)
+            state["step"] = state["step"].to(share.device)  # a loaded state's step lies on the CPU
         adamw_update(
             params,
-            [p.grad for p in params],
+            [grad for _, _, grad in shares],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -146,17 +150,16 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _muon(self, group: dict) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                by_shape.setdefault(p.shape, []).append(p)
+    def _muon(self, group: dict, params: list[torch.Tensor]) -> None:
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for p in params:
+            by_shape.setdefault(p.shape, []).append(p)
         for shape, params in by_shape.items():
             size = STACK_BYTES.get(params[0].device.type, OTHER_STACK_BYTES) // (4 * shape.numel())
             for part in batched(params, max(size, 1)):
                 self._muon_stack(group, part)
 
-    def _muon_stack(self, group: dict, params: list[nn.Parameter]) -> None:
+    def _muon_stack(self, group: dict, params: list[torch.Tensor]) -> None:
         """One update of matrices (r, c) of the same shape."""
         (rows, cols), states = params[0].shape, [self.state[p] for p in params]
         beta2, method = group["normuon_beta2"], group["orthogonalizer"]
@@ -196,7 +199,9 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_add_(params, list(step.unbind(0)))
 
 
-def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0) -> MuonAdamW:
+def build_optimizer(
+    net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0, optimizer: type[MuonAdamW] = MuonAdamW
+) -> MuonAdamW:
     """Optimizer for a GPT by the config group `optim`; the scales multiply all learning rates and Muon's decay.
 
     muon_adamw: matrices of the blocks by Muon; head, embeddings, scalars and gpt2's vectors by AdamW, each kind with
@@ -208,7 +213,7 @@ def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: f
     if optim.name == "adamw":
         adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr * lr_scale}
         rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
-        return MuonAdamW(
+        return optimizer(
             [
                 adam | {"params": kinds["matrices"], "weight_decay": decay, "decays": True},
                 adam | {"params": rest, "weight_decay": 0.0},
@@ -232,7 +237,7 @@ def build_optimizer(net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: f
     muon = {name: optim[name] for name in MuonAdamW.MUON_DEFAULTS if name in optim}
     muon["in_bf16"] = net.compute_dtype == torch.bfloat16
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr * lr_scale}
-    return MuonAdamW([*groups, muon | {"weight_decay": decay, "decays": True}])
+    return optimizer([*groups, muon | {"weight_decay": decay, "decays": True}])
 
 
 def batched(items: list, size: int):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm import distributed
 from llm.errors import UserError
 from llm.fp8 import fp8_linear, takes_fp8
 
@@ -63,7 +64,8 @@ class LossScaler:
         """Divide the gradients by the scale, or drop them all and return False where one overflowed."""
         grads = [p.grad for p in params if p.grad is not None]
         norms = torch._foreach_norm(grads, ord=float("inf"))
-        if grads and not torch.isfinite(torch.stack(norms)).all():
+        overflowed = bool(grads) and not torch.isfinite(torch.stack(norms)).all()
+        if distributed.total([float(overflowed)])[0]:
             for p in params:
                 p.grad = None
             self.scale, self.good_steps = max(self.scale / 2, 1.0), 0

@@ -8,8 +8,10 @@ a run.json that says so.
 """
 
 import logging
+import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm import __version__
 from llm.environment import environment, git_commit
 from llm.errors import UserError
+from llm.launch import is_launched, launch, wanted_processes
 from llm.run import (
     RunDir,
     describe_differences,
@@ -40,11 +43,17 @@ SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 def run_stage(cfg: DictConfig) -> None:
     """Train the stage that `cfg` describes, resume it, or report that it is done."""
+    if is_launched() and not join_others(cfg):
+        return
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     stage, stage_dir = cfg.stage.name, run.stage_dir(cfg.stage.name)
     config = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run and is_finished(run, stage, config, cfg):
         print(f"{run.name}/{stage} is finished: {stage_dir}")
+        return
+    if stage != "tokenizer" and not (cfg.dry_run or is_launched()) and (n := wanted_processes(cfg)) > 1:
+        if status := launch(config, n):
+            raise SystemExit(status)
         return
     try:
         parent = find_parent(run.root, run.name, stage, cfg.init_from)
@@ -76,6 +85,8 @@ def run_stage(cfg: DictConfig) -> None:
         results = run_model_stage(cfg, stage_dir, parent, manifest)
     if results is None:  # dry run
         return
+    if int(os.environ.get("RANK", 0)) > 0:  # the rest is for one process
+        raise SystemExit(128 + results["signal"] if "signal" in results else 0)
     earlier = (read_manifest(stage_dir) or {}).get("seconds", 0.0)
     manifest |= {"seconds": earlier + time.perf_counter() - begin} | results
     if manifest["status"] != "running":
@@ -84,6 +95,19 @@ def run_stage(cfg: DictConfig) -> None:
     write_manifest(stage_dir, manifest | {"status": "finished", "finished": now()})
     report(run)
     print(f"{run.name}/{stage} finished in {manifest['seconds']:.0f} s: {stage_dir}", flush=True)
+
+
+def join_others(cfg) -> bool:
+    """Meet the other processes of a launcher; whether this one has something to do. Only rank 0 prints."""
+    import torch
+
+    from llm.distributed import join
+
+    if cfg.stage.name != "tokenizer":
+        join(on_gpu=cfg.trainer.accelerator != "cpu" and torch.cuda.is_available())
+    if int(os.environ["RANK"]) > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    return cfg.stage.name != "tokenizer" or int(os.environ["RANK"]) == 0
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
@@ -167,6 +191,7 @@ def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
 
 def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:
     """Build, train and hand over; returns the values of run.json, with another status if the user stopped it."""
+    from llm import distributed
     from llm.checkpoint import newest_checkpoint
     from llm.model_folder import save_model_folder
 
@@ -178,8 +203,10 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     if cfg.dry_run:
         return None
     trainer, stop = build_trainer(cfg, stage_dir, built)
-    begin_stage(cfg, stage_dir, manifest)
-    resume = newest_checkpoint(stage_dir / "checkpoints")
+    distributed.barrier()  # nobody writes before all have read
+    if distributed.is_main():
+        begin_stage(cfg, stage_dir, manifest)
+    resume = distributed.from_main(newest_checkpoint(stage_dir / "checkpoints") if distributed.is_main() else None)
     if resume is not None:
         print(f"resuming at step {resume[0]} of {module.context.total_steps}", flush=True)
     trainer.fit(module, datamodule=built.data, ckpt_path=None if resume is None else str(resume[1]))
@@ -196,7 +223,8 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
             f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True
         )
         return results | {"status": "interrupted", "signal": int(stop.signum)}
-    save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
+    if distributed.is_main():
+        save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
     return results
 
 
@@ -211,14 +239,9 @@ def stage_builder(name: str) -> Callable:
 
 
 def check_devices(cfg) -> None:
-    """One device is what this version trains on; more, or one that is absent, is refused before anything is built."""
+    """Devices that are absent are refused before anything is built."""
     import torch
 
-    if cfg.trainer.devices not in ("auto", 1, "1"):
-        raise UserError(
-            f"trainer.devices={cfg.trainer.devices}: strategy={cfg.strategy.name} trains on one device so far; "
-            "set trainer.devices=1"
-        )
     if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise UserError("trainer.accelerator=gpu: no GPU that torch can use; choose trainer=auto or trainer=cpu")
 
@@ -233,6 +256,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from llm.checkpoint import AtomicCheckpointIO
     from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
+    from llm.strategy import layout_of_processes, make_strategy
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints")
     stop = CleanStop(checkpoint)
@@ -245,7 +269,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     callbacks = [checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display]
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
-        devices=1,
+        **layout_of_processes(),
+        strategy=make_strategy(cfg.strategy.name),
         precision="32-true",
         max_steps=built.module.context.total_steps,
         max_epochs=-1,

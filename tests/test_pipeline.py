@@ -116,7 +116,7 @@ def test_a_new_tokenizer_makes_the_model_out_of_date(tmp_path):
     ("args", "says"),
     [
         (["stage=pretrain", "batch.total=500"], "batch.total=500"),
-        (["stage=pretrain", "trainer.devices=3"], "trainer.devices=3"),
+        (["stage=pretrain", "trainer.devices=0"], "trainer.devices=0"),
         (["stage=tokenizer", "stage.vocab_size=100"], "stage.vocab_size"),
         (["stage=tokenizer", "stage.vocab_size=100000"], "vocab_size"),
         (["stage=pretrain", "data=local"], "data.path"),

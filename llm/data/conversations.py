@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llm.chat import render_conversation
+from llm.data.documents import Taken
 from llm.data.packing import BestFitPad, Document
 from llm.errors import UserError
 
@@ -66,7 +67,7 @@ class ConversationFeed:
         return document
 
     def _render(self) -> Iterator[tuple[Document, dict]]:
-        size, at = len(self._mixture), dict(self.cursor)
+        size, at, taken = len(self._mixture), dict(self.cursor), Taken(self.cursor)
         epoch, order, lost = -1, None, 0
         while True:
             index = at["index"]
@@ -77,13 +78,13 @@ class ConversationFeed:
                     return
                 order = epoch_order(size, self._seed, epoch)
             at["index"] = index + 1
-            if index % self._world != self._rank:
+            if index % self._world != self._rank or index in taken:
                 continue
             document, cut = self._document(int(order[index % size]))
             at["truncated"] += cut
             if document.mask[1:].any():
                 lost = 0
-                yield document, dict(at)
+                yield document, {key: at[key] for key in at if key != "taken"} | taken.cursor(at["index"])
                 continue
             at["dropped"] += 1
             lost += 1

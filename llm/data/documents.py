@@ -3,7 +3,8 @@
 A source walks its shards in name order, row by row, and gives document number `index` to rank `index % world`, so that
 ranks read disjoint documents, every rank sees the same global order and the union does not depend on the number of
 ranks. The cursor names the next row to read, in four integers: epoch, shard, row (inside the shard) and index (number
-of documents before it, over all ranks and epochs, empty ones not counted). It knows nothing of threads or batch sizes.
+of documents before it, over all ranks and epochs, empty ones not counted), and for a while after the number of ranks
+has changed what was `taken` before. It knows nothing of threads or batch sizes.
 """
 
 import codecs
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llm.errors import UserError
 
@@ -28,7 +29,7 @@ TXT_CHARS_MAX = 8_000  # ... or at the first line end after this many
 TXT_LINE_BYTES = 1 << 16  # longer lines are cut
 TXT_SEPARATOR = "<|endoftext|>"  # a line of its own that always ends a document
 
-Cursor = dict[str, int]
+Cursor = dict[str, Any]
 
 
 class DocumentSource(Protocol):
@@ -51,6 +52,25 @@ def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
     return (text for text, _ in source.iterate(split, loop=False))
 
 
+class Taken:
+    """The documents behind a cursor that were read before, by ranks that were ahead when their number changed.
+
+    A cursor names them in `taken`: for every change a list by old rank, in which number i was read where
+    i < list[i % len(list)]. Cursors beyond all of them no longer do.
+    """
+
+    def __init__(self, cursor: dict):
+        self.rules = cursor.get("taken", [])
+        self.end = max((max(rule) for rule in self.rules), default=0)
+
+    def __contains__(self, number: int) -> bool:
+        return number < self.end and any(number < rule[number % len(rule)] for rule in self.rules)
+
+    def cursor(self, index: int) -> dict:
+        """What the cursor behind `index` documents has to carry on."""
+        return {"taken": self.rules} if index < self.end else {}
+
+
 def walk(
     shards: Sequence,
     rows: Callable[[object, int], Iterator[str | None]],
@@ -66,6 +86,7 @@ def walk(
     UserError and never an endless loop.
     """
     position = cursor or {"epoch": 0, "shard": 0, "row": 0, "index": 0}
+    taken = Taken(position)
     epoch, first, row, index = (position[key] for key in ("epoch", "shard", "row", "index"))
     if first >= len(shards):
         raise UserError(
@@ -80,8 +101,8 @@ def walk(
                 if not text or text.isspace():
                     continue
                 index += 1
-                if (index - 1) % world == rank:
-                    yield text, {"epoch": epoch, "shard": number, "row": row, "index": index}
+                if (index - 1) % world == rank and index - 1 not in taken:
+                    yield text, {"epoch": epoch, "shard": number, "row": row, "index": index} | taken.cursor(index)
             row = 0
         if complete and index == found:
             raise UserError(f"{where}: there is no document, or every one is empty. Name files that hold text.")

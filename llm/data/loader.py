@@ -26,9 +26,10 @@ import torch
 
 from llm.data.conversations import ConversationFeed
 from llm.data.documents import DocumentSource
-from llm.data.packing import BestFitCrop, BestFitPad, Document
+from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
 from llm.errors import UserError
 
+UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
 ENCODE_DOCUMENTS = 128  # documents tokenised together
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
 
@@ -120,7 +121,7 @@ class StepLoader:
                 return
             state = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
             state["cursor"] = feed.cursor
-            state["packer"] = {k: _to_torch(v) for k, v in packer.state_dict().items()}
+            state["packer"] = _tensors(packer.state_dict())
             yield self._step(ids, mask) | {"waste": packer.waste, "state": state}
 
     def _step(self, ids: np.ndarray, mask: np.ndarray) -> dict:
@@ -243,7 +244,7 @@ class ConversationSteps(StepLoader):
 def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:
     """The fixed micro-batches {"inputs", "targets"} of a finite loader that cover about `eval_tokens` positions.
 
-    Build the loader with split="val" or loop=False and without rank: all ranks pack the same rows and each keeps every
+    Build the loader with split="val" or loop=False and `UNDIVIDED`: all ranks pack the same rows and each keeps every
     world-th micro-batch, so that a score summed over ranks does not depend on their number.
     """
     batches, tokens = [], 0
@@ -257,6 +258,27 @@ def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, worl
     if not batches:
         raise UserError("the validation split is empty: it holds no trained token. Add validation data.")
     return batches[rank::world]
+
+
+def positions_for(positions: list[dict | None], world: int) -> list[dict | None]:
+    """The positions (by rank) that another number of ranks continues from, so that nothing is lost or repeated.
+
+    Documents and conversations are numbered over all ranks: number i went to rank i % len(positions). Reading goes on
+    at the rank that is furthest behind, and what the others have read already is named in `taken` and left out. What
+    waits in the packing buffers is dealt out anew.
+    """
+    if len(positions) == world:
+        return positions
+    if any(position is None or "packer" not in position for position in positions):
+        return [positions[0]] * world  # not begun, or the same for all ranks
+    cursors, packers = ([position[key] for position in positions] for key in ("cursor", "packer"))
+    behind = min(cursors, key=lambda cursor: cursor["index"])
+    cursor = behind | {"taken": [*behind.get("taken", []), [cursor["index"] for cursor in cursors]]}
+    dealt = deal([{name: _to_numpy(value) for name, value in packer.items()} for packer in packers], world)
+    return [
+        positions[0] | {"rank": rank, "world": world, "cursor": cursor, "packer": _tensors(dealt[rank])}
+        for rank in range(world)
+    ]
 
 
 class _Background:
@@ -320,8 +342,8 @@ def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.E
         thread.join(timeout=10)
 
 
-def _to_torch(value):
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+def _tensors(state: dict) -> dict:
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
 
 
 def _to_numpy(value):

@@ -80,6 +80,7 @@ class _Packer:
         empty = [np.zeros(0, np.int32)]
         state = {
             "placed": self.placed,
+            "row_len": self.row_len,
             "lengths": np.array([key // _ARRIVALS for key in self._waiting], np.int64),
             "tokens": np.concatenate([document.ids for document in documents] or empty),
         }
@@ -98,6 +99,37 @@ class _Packer:
             start = stop
         if start != len(tokens):
             raise ValueError(f"packing state holds {len(tokens)} tokens where rows of {self.row_len} need {start}")
+
+
+def deal(states: list[dict], n: int) -> list[dict]:
+    """States of `n` packers that together hold the documents of all `states`, dealt out one by one; the first has the
+    counters of all.
+    """
+    hands: list[dict] = [{"lengths": [], "tokens": [], "mask": []} for _ in range(n)]
+    turn = 0
+    for state in states:
+        ends = np.cumsum(np.minimum(state["lengths"], state["row_len"]))
+        parts = {key: np.split(state[key], ends)[:-1] for key in ("tokens", "mask") if key in state}
+        for i, length in enumerate(state["lengths"]):
+            hand = hands[turn % n]
+            hand["lengths"].append(length)
+            for key, documents in parts.items():
+                hand[key].append(documents[i])
+            turn += 1
+    dealt = []
+    for number, hand in enumerate(hands):
+        state = {key: value * (number == 0) for key, value in _sums(states).items()} | {"row_len": states[0]["row_len"]}
+        state["lengths"] = np.array(hand["lengths"], np.int64)
+        state["tokens"] = np.concatenate([*hand["tokens"], np.zeros(0, np.int32)])
+        if hand["mask"]:
+            state["mask"] = np.concatenate(hand["mask"])
+        dealt.append(state)
+    return dealt
+
+
+def _sums(states: list[dict]) -> dict[str, int]:
+    counters = ("placed", "cropped", "padded")
+    return {key: sum(int(state[key]) for state in states) for key in counters if key in states[0]}
 
 
 class BestFitCrop(_Packer):

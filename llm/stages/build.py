@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from llm import distributed
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig, flops_per_token, num_params, scaling_params
 from llm.hardware import estimate
+from llm.launch import processes
 from llm.micro_batch import resolve_rows
 from llm.model_folder import load_model_folder
 from llm.optim import build_optimizer
@@ -73,17 +75,19 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
 
 
 def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> dict:
-    """Sizes of a step of `tokens` on this one device, as arguments of the loaders; resolves `batch.device=auto`."""
+    """A step of `tokens` over all processes, as arguments of each one's loader; resolves `batch.device=auto`."""
     if tokens is None:
         raise UserError(
             f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
         )
-    seq_len = cfg.model.seq_len
-    cfg.batch.device = rows = resolve_rows(cfg, config, tokens // seq_len)
+    seq_len, world = cfg.model.seq_len, processes(cfg)
+    cfg.batch.device = rows = resolve_rows(cfg, config, tokens // seq_len // world)
     return {
         "seq_len": seq_len,
         "rows_per_micro": rows,
-        "micro_per_step": micro_batches(tokens, rows, seq_len),
+        "micro_per_step": micro_batches(tokens, rows, seq_len, world),
+        "rank": distributed.rank(),
+        "world": distributed.world_size(),
         "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
     }
 

@@ -6,7 +6,7 @@ The two differ in their configuration alone: the mixture, `stage.train_on`, lear
 from pathlib import Path
 
 from llm.data.conversations import estimate_steps
-from llm.data.loader import ConversationSteps, validation_batches
+from llm.data.loader import UNDIVIDED, ConversationSteps, validation_batches
 from llm.errors import UserError
 from llm.evaluation import questions
 from llm.stages.build import (
@@ -36,14 +36,17 @@ def build(cfg, parent: Path) -> BuiltStage:
     total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.total, stage.epochs, **shape)
 
     def loader(mixture, **more) -> ConversationSteps:
-        return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout, **more)
+        return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout | more)
 
-    held_out = held_out_mixture(cfg.data, weights, cfg.seed)
+    held_out, val_batches = held_out_mixture(cfg.data, weights, cfg.seed), None
+    if evaluates(cfg):
+        whole = loader(held_out, loop=False, **UNDIVIDED)
+        val_batches = validation_batches(whole, stage.eval_tokens, layout["rank"], layout["world"])
     context = step_context(
         cfg,
         tokenizer,
         total,
-        val_batches=validation_batches(loader(held_out, loop=False), stage.eval_tokens) if evaluates(cfg) else [],
+        val_batches=val_batches,
         eval_tasks=eval_tasks(cfg),
         prompts=questions(held_out),
         is_chat=True,

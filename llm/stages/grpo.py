@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from callbacks.chat_eval import PassAtK
+from llm import distributed
 from llm.chat import render_conversation, render_prompt
 from llm.engine import Completion, Engine
 from llm.errors import UserError
 from llm.evaluation import questions
+from llm.launch import processes
 from llm.micro_batch import resolve_rows
 from llm.sampling import SamplingParams
 from llm.stages.build import (
@@ -68,14 +70,19 @@ class RolloutSteps:
             yield batch | {"state": {"step": self.step}}
 
     def questions_of(self, step: int) -> list[int]:
-        """Task indices of a step: consecutive entries of one endless sequence of shuffled epochs."""
+        """This rank's share of a step's task indices: consecutive entries of an endless sequence of shuffled epochs."""
         usable, n = list(self.prompts), self.stage.prompts_per_step
         chosen = []
         for k in range(step * n, (step + 1) * n):
             epoch, place = divmod(k, len(usable))
             order = np.random.default_rng((self.seed, epoch)).permutation(len(usable))
             chosen.append(usable[order[place]])
-        return chosen
+        return self.share(chosen)
+
+    @staticmethod
+    def share(items: Sequence) -> Sequence:
+        """What of a step's items falls to this rank."""
+        return items[distributed.rank() :: distributed.world_size()]
 
     def rollout(self, step: int) -> dict:
         stage, indices = self.stage, self.questions_of(step)
@@ -83,7 +90,7 @@ class RolloutSteps:
             temperature=stage.temperature,
             top_k=stage.top_k,
             max_new_tokens=stage.max_new_tokens,
-            seed=self.seed * 1_000_003 + step,
+            seed=(self.seed + 1_009 * distributed.rank()) * 1_000_003 + step,
         )
         prompts = [self.prompts[i] for i in indices]
         groups = self.engine.generate(prompts, params, stage.samples_per_prompt)
@@ -118,9 +125,9 @@ class RolloutSteps:
         Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`.
         """
         n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
-        rows = [self.rehearsal[k % len(self.rehearsal)] for k in range(step * n, (step + 1) * n)]
+        rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
         sequences = [render_conversation(self.engine.tokenizer, row, limit) for row in rows]
-        micro, n_rehearsed, n_tokens = micro_batches_of(sequences, torch.ones(n), self.rows_per_micro)
+        micro, n_rehearsed, n_tokens = micro_batches_of(sequences, torch.ones(len(rows)), self.rows_per_micro)
         for batch in micro:
             batch["weights"] *= self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
         return micro, n_tokens
@@ -178,13 +185,17 @@ def build(cfg, parent: Path) -> BuiltStage:
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
-    cfg.batch.device = resolve_rows(cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt)
+    world = processes(cfg)
+    for key in ("prompts_per_step", *(["rehearsal"] if stage.rehearsal else [])):
+        if stage[key] < world:
+            raise UserError(f"stage.{key}={stage[key]}: fewer than the {world} devices; raise it or train on fewer")
+    cfg.batch.device = resolve_rows(cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt // world)
     scales = finetuning_scales(cfg, None)
     context = step_context(
         cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True, **scales
     )
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
-    micro = -(-stage.prompts_per_step * stage.samples_per_prompt // cfg.batch.device)
+    micro = -(-stage.prompts_per_step * stage.samples_per_prompt // (cfg.batch.device * world))
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg, **scales)
     derived |= {"questions": len(train), "samples_per_step": stage.prompts_per_step * stage.samples_per_prompt}
     params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)

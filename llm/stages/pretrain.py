@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 
 from llm.data.documents import document_source, texts
-from llm.data.loader import TextSteps, validation_batches
+from llm.data.loader import UNDIVIDED, TextSteps, validation_batches
 from llm.errors import UserError
 from llm.evaluation import text_prompts
 from llm.gpt import GPT, GPTConfig
 from llm.hardware import named_gpu
+from llm.launch import processes
 from llm.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.scaling import (
     REFERENCE_DEPTH,
@@ -70,14 +71,19 @@ def build(cfg, parent: Path) -> BuiltStage:
     source = document_source(cfg.data)
     net = GPT(config).init_weights(cfg.seed)
 
-    def loader(split: str, position=None) -> TextSteps:
-        return TextSteps(source, tokenizer, split=split, buffer=cfg.stage.buffer, state=position, **layout)
+    def loader(split: str, position=None, **more) -> TextSteps:
+        sizes = layout | more
+        return TextSteps(source, tokenizer, split=split, buffer=cfg.stage.buffer, state=position, **sizes)
 
+    val_batches = None
+    if evaluates(cfg):
+        whole = loader("val", **UNDIVIDED)
+        val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout["rank"], layout["world"])
     context = step_context(
         cfg,
         tokenizer,
         total,
-        val_batches=validation_batches(loader("val"), cfg.stage.eval_tokens) if evaluates(cfg) else [],
+        val_batches=val_batches,
         prompts=text_prompts(texts(source, "val")),
         **scales,
     )
@@ -88,7 +94,7 @@ def build(cfg, parent: Path) -> BuiltStage:
 def derived(cfg, planned: Plan, net: GPT) -> dict:
     """The numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
     config, batch_tokens, total, scales = planned
-    micro = micro_batches(batch_tokens, cfg.batch.device, cfg.model.seq_len)
+    micro = micro_batches(batch_tokens, cfg.batch.device, cfg.model.seq_len, processes(cfg))
     values = model_facts(config, cfg, total, batch_tokens, micro) | learning_rates(net, cfg, **scales)
     return values | (gpu_estimate(config, cfg, values["planned_flops"]) if cfg.dry_run else {})
 

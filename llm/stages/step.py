@@ -3,20 +3,26 @@
 A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`.
 The gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole
 step, so neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of
-zeros.
+zeros. With several processes the step is that of all their batches together.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import lightning as L
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from llm import distributed
+from llm.data.loader import positions_for
 from llm.errors import NonFiniteLoss
 from llm.gpt import GPT, flops_per_token
-from llm.optim import build_optimizer
+from llm.optim import MuonAdamW, build_optimizer
+from llm.optim_sharded import ShardedMuonAdamW
 from llm.precision import LossScaler
 from llm.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
+from llm.strategy import MuonStrategy
 
 
 @dataclass
@@ -30,7 +36,7 @@ class StageContext:
     seq_len: int
     lr_scale: float = 1.0  # on the optimizer's rates, from lr_frac and the batch
     decay_scale: float = 1.0  # on its weight decay
-    val_batches: list = field(default_factory=list)  # [{"inputs", "targets"}]
+    val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
     is_chat: bool = False
@@ -46,12 +52,14 @@ class StepModule(L.LightningModule):
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
         self.tokens_seen = 0
         self.window_trained = 0
-        self.window_nats = torch.zeros(())
+        self.window_nats = 0.0
         self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
         self.scaler = None  # set where the network computes in fp16
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
+        self.wants_stop = False  # whether this process was asked to stop, and then
+        self.stop_votes = 0  # how many were, as all of them know after a step
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
@@ -60,34 +68,46 @@ class StepModule(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> None:
         optimizer = self.optimizers()
         self.apply_schedules(optimizer.param_groups)
-        factor = (1.0 if self.scaler is None else self.scaler.scale) / max(batch["n_trained"], 1)
-        losses = []
-        for micro in batch["micro"]:
-            loss = self.micro_loss(micro)
-            (loss * factor).backward()
-            losses.append(loss.detach())
+        own = batch.get("metrics", {})
+        n_trained, n_tokens, *metrics = distributed.total([batch["n_trained"], batch["n_tokens"], *own.values()])
+        losses = self.passes(batch["micro"], (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
         nats = self.checked_sum(losses, batch)
         if self.scaler is not None:
             self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.window_nats = self.window_nats.to(nats.device) + nats
-        self.window_trained += batch["n_trained"]
-        self.tokens_seen += batch["n_tokens"]
-        for name, value in batch.get("metrics", {}).items():
-            self.window_metrics.setdefault(name, []).append(value)
+        self.window_nats += nats
+        self.window_trained += int(n_trained)
+        self.tokens_seen += int(n_tokens)
+        for name, value in zip(own, metrics, strict=True):
+            self.window_metrics.setdefault(name, []).append(value / distributed.world_size())
         self.trainer.datamodule.position = batch["state"]
 
-    def checked_sum(self, losses: list[torch.Tensor], batch: dict) -> torch.Tensor:
-        """Sum of the step's losses. Raises `NonFiniteLoss`, before the weights are touched, if it is not finite.
+    def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
+        """Forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
+        ddp, losses = self.trainer.model, []
+        for i, micro in enumerate(micro_batches):
+            loss = self.micro_loss(micro)
+            if isinstance(ddp, DistributedDataParallel):
+                with nullcontext() if i + 1 == len(micro_batches) else ddp.no_sync():
+                    self.manual_backward(loss * factor)
+            else:
+                (loss * factor).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def checked_sum(self, losses: list[torch.Tensor], batch: dict) -> float:
+        """Sum of the losses of all processes. Raises `NonFiniteLoss`, before the weights are touched, if not finite.
 
         The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
         a GPU, and no step can spoil the weights.
         """
-        nats = torch.stack(losses).sum()
-        if not math.isfinite(value := nats.item()):
-            worst = next(i for i, loss in enumerate(losses) if not math.isfinite(loss.item()))
-            raise NonFiniteLoss(self.global_step + 1, value, worst, batch["micro"][worst]["inputs"].cpu())
+        nats, votes = distributed.total([torch.stack(losses).sum().item(), float(self.wants_stop)])
+        self.stop_votes = int(votes)
+        if not math.isfinite(nats):
+            worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
+            documents = None if worst is None else batch["micro"][worst]["inputs"].cpu()
+            raise NonFiniteLoss(self.global_step + 1, nats, worst, documents)
         return nats
 
     def lr_frac(self, step: int) -> float:
@@ -115,14 +135,15 @@ class StepModule(L.LightningModule):
         """Mean training loss per token, and mean of the batches' numbers, since the last flush."""
         values = {name: sum(seen) / len(seen) for name, seen in self.window_metrics.items()}
         if self.window_trained:
-            values["loss"] = self.window_nats.item() / self.window_trained
-        self.window_nats, self.window_trained, self.window_metrics = torch.zeros(()), 0, {}
+            values["loss"] = self.window_nats / self.window_trained
+        self.window_nats, self.window_trained, self.window_metrics = 0.0, 0, {}
         return values
 
     def configure_optimizers(self):
         if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
-        return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale)
+        kind = ShardedMuonAdamW if isinstance(self.trainer.strategy, MuonStrategy) else MuonAdamW
+        return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         micro = [{k: v.to(device, non_blocking=True) for k, v in m.items()} for m in batch["micro"]]
@@ -158,10 +179,11 @@ class StepData(L.LightningDataModule):
         return self.loader
 
     def state_dict(self) -> dict:
-        return {"position": self.position}
+        """The positions of all processes, by rank; called on all of them."""
+        return {"positions": distributed.gathered(self.position)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.position = state["position"]
+        self.position = positions_for(state["positions"], distributed.world_size())[distributed.rank()]
 
     def teardown(self, stage: str) -> None:
         if hasattr(self.loader, "close"):

@@ -1,0 +1,71 @@
+"""The processes of one training: which one this is, and the few numbers they exchange beside gradients and weights.
+
+Every function also works in a single process without torch.distributed, where there is nobody to talk to. What is
+exchanged here lives on the host and travels by gloo, so no GPU waits for it.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm.launch import is_launched
+
+TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may evaluate or write while the others wait
+
+
+def join(on_gpu: bool) -> None:
+    """Meet the other processes, if a launcher started this one beside others. Once per process."""
+    if is_launched() and not dist.is_initialized():
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """The sums of numbers over all processes, in fp64: the same bits everywhere."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gathered(thing: Any) -> list:
+    """What every process has, by rank. Things are pickled: for small ones and checkpoints."""
+    if world_size() == 1:
+        return [thing]
+    things: list = [None] * world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def from_main(thing: Any) -> Any:
+    """What rank 0 has."""
+    if world_size() == 1:
+        return thing
+    box = [thing]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        total([0.0])

@@ -1,0 +1,94 @@
+"""What each process of test_distributed.py runs: `python distributed_job.py <strategy> <folder>` under a launcher.
+
+Trains a small network in fp64 on every kind of step and saves the weights; alone on all micro-batches of a step, with
+others on its share of them.
+"""
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from conftest import compose
+
+from llm import distributed
+from llm.gpt import GPT
+from llm.scaling import model_config
+from llm.stages.step import StageContext, StepData, StepModule
+from llm.strategy import layout_of_processes, make_strategy
+
+STEPS, VOCAB, MICRO = 20, 301, 6
+KINDS = ("pretrain", "sft", "grpo")
+
+
+def micro_batch(kind: str, step: int, number: int) -> dict:
+    """Rows of one length, all trained; with uneven masks; or of uneven lengths, with weights."""
+    g = torch.Generator().manual_seed(1000 * step + number)
+    length = 24 if kind != "grpo" else 8 + int(torch.randint(0, 16, (), generator=g))
+    ids = torch.randint(0, VOCAB, (2, length + 1), generator=g)
+    micro = {"inputs": ids[:, :-1], "targets": ids[:, 1:].clone()}
+    if kind != "pretrain":
+        micro["targets"][torch.rand(micro["targets"].shape, generator=g) < 0.2 * number] = -1
+    if kind == "grpo":
+        micro["weights"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
+    return micro
+
+
+class Steps:
+    def __init__(self, kind: str):
+        self.kind, self.step = kind, 0
+
+    def __len__(self):
+        return 10**9
+
+    def __iter__(self):
+        while True:
+            numbers = range(distributed.rank(), MICRO - (self.kind == "grpo"), distributed.world_size())
+            micro = [micro_batch(self.kind, self.step, number) for number in numbers]
+            trained = sum(int((m["targets"] >= 0).sum()) for m in micro)
+            self.step += 1
+            yield {
+                "micro": micro,
+                "n_trained": trained,
+                "n_tokens": sum(m["inputs"].numel() for m in micro),
+                "state": {},
+            }
+
+
+def train(kind: str, strategy: str) -> tuple[StepModule, L.Trainer]:
+    cfg = compose(
+        "train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4"
+    )
+    net = GPT(model_config(cfg.model, cfg.arch, VOCAB)).init_weights(1).double()
+    net.compute_dtype = torch.float64
+    module = StepModule(net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        **layout_of_processes(),
+        strategy=make_strategy(strategy),
+        precision="32-true",
+        max_steps=STEPS,
+        max_epochs=-1,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=StepData(lambda position: Steps(kind)))
+    return module, trainer
+
+
+def main() -> None:
+    strategy, folder = sys.argv[1:]
+    distributed.join(on_gpu=False)
+    for kind in KINDS:
+        module, trainer = train(kind, strategy)
+        held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
+        result = {"weights": module.net.state_dict(), "held": distributed.gathered(held), "tokens": module.tokens_seen}
+        if distributed.is_main():
+            torch.save(result, Path(folder) / f"{kind}.pt")
+
+
+if __name__ == "__main__":
+    main()
