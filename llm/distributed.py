@@ -25,6 +25,13 @@ def join(on_gpu: bool) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
 
 
+def leave() -> None:
+    """Part from the other processes, when all have come to their end: one that goes early makes others abort."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

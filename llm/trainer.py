@@ -43,8 +43,22 @@ SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 def run_stage(cfg: DictConfig) -> None:
     """Train the stage that `cfg` describes, resume it, or report that it is done."""
-    if is_launched() and not join_others(cfg):
-        return
+    if not is_launched():
+        return work_on_stage(cfg)
+    if not join_others(cfg):
+        return None
+    from llm.distributed import leave
+
+    try:
+        work_on_stage(cfg)
+    except SystemExit:  # stopped by a signal, as all of them
+        leave()
+        raise
+    return leave()
+
+
+def work_on_stage(cfg: DictConfig) -> None:
+    """The same for one of the processes; the one that starts others only waits for them."""
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     stage, stage_dir = cfg.stage.name, run.stage_dir(cfg.stage.name)
     config = OmegaConf.to_container(cfg, resolve=True)

@@ -88,6 +88,7 @@ def main() -> None:
         result = {"weights": module.net.state_dict(), "held": distributed.gathered(held), "tokens": module.tokens_seen}
         if distributed.is_main():
             torch.save(result, Path(folder) / f"{kind}.pt")
+    distributed.leave()
 
 
 if __name__ == "__main__":
