@@ -122,11 +122,17 @@ def main() -> None:
 
     cfg = OmegaConf.create(json.loads(Path(config).read_text(encoding="utf-8")))
     OmegaConf.set_struct(cfg, True)
+    status = 0
     try:
         run_stage(cfg)
     except UserError as error:
         (Path(folder) / f"error_{int(os.environ['RANK']):04d}").write_text(str(error), encoding="utf-8")
-        sys.exit(2)
+        status = 2
+    except SystemExit as stop:
+        status = stop.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking down torch's threads in an orderly way aborts now and then
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Trains a small network in fp64 on every kind of step and saves the weights; alon
 others on its share of them.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def main() -> None:
         if distributed.is_main():
             torch.save(result, Path(folder) / f"{kind}.pt")
     distributed.leave()
+    os._exit(0)  # as llm.launch
 
 
 if __name__ == "__main__":
