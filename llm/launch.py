@@ -2,7 +2,7 @@
 
     python -m llm.launch <config.json> <folder for errors>      what every process runs; use train.py instead
 
-`train.py trainer.devices=8` starts itself in 8 processes by this; torchrun and srun start them by themselves. The
+`train.py trainer.devices=8` starts itself in 8 processes by this; torchrun starts them by itself. The
 processes get the composed configuration, so a job of a sweep starts as a single one does. The first that fails takes
 the others with it, signals go to all of them, and their first UserError becomes the launcher's.
 """
