@@ -12,7 +12,7 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 128  # queries
-HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time, about: as many heads together as the cache holds
+HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time: as many heads together as the cache holds
 KEPT_KEYS = 512  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
 
 
@@ -167,7 +167,7 @@ def _reach(length: int, window: int | None) -> int:
 def _groups(rows: int, length: int, heads: int, head_dim: int, window: int | None) -> list[tuple[slice, slice]]:
     """Rows and heads that are worked on together: all heads of some rows, or some heads of one row."""
     size = max(1, HEADS_BYTES // (4 * (BLOCK * _reach(length, window) + 2 * length * head_dim)))
-    some_rows, parts = max(1, size // heads), max(1, round(heads / size))
+    some_rows, parts = max(1, size // heads), -(-heads // size)
     some_heads = -(-heads // parts)
     return [
         (slice(row, row + some_rows), slice(head, head + some_heads))
