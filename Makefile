@@ -11,7 +11,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench table report clean
+.PHONY: help setup demo test test-full browser check bench table report inspect clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ table: $(STAMP) ## all stages of all runs in one table
 
 report: $(STAMP) ## rebuild the report of a run (RUN=runs/demo)
 	$(PY) -m llm.report $(RUN)
+
+inspect: $(STAMP) ## what a run holds, every checksum verified (RUN=runs/demo)
+	$(PY) -m llm.checkpoint $(RUN)
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules

@@ -8,9 +8,12 @@ import lightning as L
 class Periodic(L.Callback):
     """Calls `act(trainer, module, step)` every `every` steps and after the last one; never if `every` is 0.
 
-    With `at_start` also before the first step of a run that is not resumed. Steps are optimizer steps. The time spent
-    is added to `module.paused_seconds`, which the throughput leaves out.
+    With `at_start` also before the first step. A run that was killed between a checkpoint and the row of metrics of
+    the same step acts again when it resumes (`module.row_is_missing`), unless `repeats` is False. Steps are optimizer
+    steps. The time spent is added to `module.paused_seconds`, which the throughput leaves out.
     """
+
+    repeats = True
 
     def __init__(self, every: int, at_start: bool = False):
         self.every, self.at_start = every, at_start
@@ -18,14 +21,18 @@ class Periodic(L.Callback):
     def act(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         raise NotImplementedError
 
+    def due(self, module: L.LightningModule, step: int) -> bool:
+        if step == 0:
+            return self.at_start and self.every > 0
+        return self.every > 0 and (step % self.every == 0 or step == module.context.total_steps)
+
     def on_train_start(self, trainer, module) -> None:
-        if self.every > 0 and self.at_start and module.global_step == 0:
-            self.timed(trainer, module, 0)
+        if self.repeats and module.row_is_missing and self.due(module, module.global_step):
+            self.timed(trainer, module, module.global_step)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        step = module.global_step
-        if self.every > 0 and (step % self.every == 0 or step == module.context.total_steps):
-            self.timed(trainer, module, step)
+        if self.due(module, module.global_step):
+            self.timed(trainer, module, module.global_step)
 
     def timed(self, trainer, module, step: int) -> None:
         start = time.perf_counter()

@@ -1,22 +1,38 @@
-"""Step-based checkpoints."""
+"""When checkpoints are written."""
 
+import time
 from pathlib import Path
 
 from callbacks.cadence import Periodic
-from llm.checkpoint import checkpoint_path, remove_old
+from llm.checkpoint import checkpoint_path
 
 
 class StepCheckpoint(Periodic):
-    """Saves every `every` steps, after the last step, and whenever a clean stop was asked for; keeps the newest two.
+    """Saves every `every` steps and every `minutes`, after the last step, and whenever a clean stop was asked for.
 
     Stands before the evaluations in the list of callbacks: a failing evaluation must not cost the steps before it.
     """
 
-    def __init__(self, every: int, folder: str | Path, keep: int = 2):
+    repeats = False
+
+    def __init__(self, every: int, folder: str | Path, minutes: float | None = None):
         super().__init__(every)
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.seconds, self.saved = Path(folder), 60 * (minutes or float("inf")), None
+
+    def on_train_start(self, trainer, module) -> None:
+        self.saved_at = time.monotonic()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        module.wants_checkpoint = time.monotonic() - self.saved_at > self.seconds
+
+    def due(self, module, step: int) -> bool:
+        return super().due(module, step) or module.checkpoint_votes > 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        trainer.strategy.checkpoint_io.check()
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def act(self, trainer, module, step) -> None:
-        trainer.save_checkpoint(checkpoint_path(self.folder, step))
-        if trainer.is_global_zero:
-            remove_old(self.folder, self.keep)
+        if self.saved != step:
+            trainer.save_checkpoint(checkpoint_path(self.folder, step))
+            self.saved, self.saved_at = step, time.monotonic()

@@ -44,6 +44,8 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer, module) -> None:
         self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
         self.compiles = module.net.training_trunk is not None
+        if module.row_is_missing and self._due(module):
+            self._write(module, None, None, None)
         self._open_window(module)
 
     def _open_window(self, module) -> None:
@@ -51,10 +53,8 @@ class Throughput(L.Callback):
         self.first_step, self.first_token = module.global_step, module.tokens_seen
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        step, compiles = module.global_step, self.compiles
-        writes = step % self.log_every == 0 or step == module.context.total_steps or trainer.should_stop
-        self.compiles = False
-        if not (writes or compiles):
+        compiles, self.compiles = self.compiles, False
+        if not (self._due(module) or compiles):
             return
         if module.device.type == "cuda":
             torch.cuda.synchronize()
@@ -63,16 +63,21 @@ class Throughput(L.Callback):
         self.train_seconds += seconds
         if compiles:
             print(f"first step: {seconds:.1f} s with compilation", flush=True)
+            rates = (None, None, None)
         else:
-            module.row.update(
-                tok_per_s=rate,
-                ms_per_step=1000 * seconds / (step - self.first_step),
-                mfu=rate * module.flops_per_token / (self.peak * trainer.world_size),
-            )
-        if writes:
-            flops = float(module.tokens_seen * module.flops_per_token)
-            module.row.update(tokens=module.tokens_seen, flops=flops, seconds=self.train_seconds)
+            mfu = rate * module.flops_per_token / (self.peak * trainer.world_size)
+            rates = (rate, 1000 * seconds / (module.global_step - self.first_step), mfu)
+        if self._due(module):
+            self._write(module, *rates)
         self._open_window(module)
+
+    def _due(self, module) -> bool:
+        step = module.global_step
+        return step > 0 and (step % self.log_every == 0 or step == module.context.total_steps)
+
+    def _write(self, module, tok_per_s: float | None, ms_per_step: float | None, mfu: float | None) -> None:
+        module.row.update(tok_per_s=tok_per_s, ms_per_step=ms_per_step, mfu=mfu, tokens=module.tokens_seen)
+        module.row.update(flops=float(module.tokens_seen * module.flops_per_token), seconds=self.train_seconds)
 
     def state_dict(self) -> dict:
         return {"train_seconds": self.train_seconds}

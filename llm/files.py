@@ -1,5 +1,6 @@
 """Folders that are replaced as a whole or not at all."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,10 +31,11 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
         new.mkdir(parents=True)
         yield new
         for path in new.iterdir():
-            _sync(path)
+            sync(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error}); free disk space or choose another paths.runs, "
@@ -45,9 +47,16 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable; not every file system (or Windows) allows it, and then there is nothing to do."""
+    with contextlib.suppress(OSError):
+        sync(folder)

@@ -114,6 +114,12 @@ class MuonAdamW(torch.optim.Optimizer):
             self._update()
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but the state becomes this optimizer's own: what is loaded may be a file mapped into memory."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state.update({name: value.clone() for name, value in state.items()})
+
     def _update(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

@@ -164,7 +164,7 @@ class ShardedMuonAdamW(MuonAdamW):
             if i in state_dict["state"] and p not in others:
                 state[i] = dict(state_dict["state"][i])
                 if table := self.tables.get(p):
-                    state[i] |= {name: table.share(state[i][name].flatten(), self.rank).clone() for name in CUT}
+                    state[i] |= {name: table.share(state[i][name].flatten(), self.rank) for name in CUT}
         super().load_state_dict(state_dict | {"state": state})
 
     def _params(self) -> Iterable[torch.Tensor]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from llm.config import STAGES
 from llm.errors import UserError
+from llm.files import sync_folder
 
 MODEL_STAGES = STAGES[1:]  # each stage starts from the one before; only the tokenizer makes no model
 MANIFEST = "run.json"
@@ -27,7 +28,7 @@ ABSENT = "(absent)"
 
 # Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
 NEUTRAL_KEYS = (
-    *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_every"),
+    *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last"),
     *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "data.eval"),
 )
@@ -117,23 +118,13 @@ def write_atomic(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {path}: {reason}{_free_space(path.parent)}; the file is as it was") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every file system (or Windows) allows it, and then there is nothing to do."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _free_space(folder: Path) -> str:

@@ -267,12 +267,12 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl, LossGuard
-    from llm.checkpoint import AtomicCheckpointIO
+    from llm.checkpoint import CheckpointWriter
     from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
     from llm.strategy import layout_of_processes, make_strategy
 
-    checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints")
+    checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
     stop = CleanStop(checkpoint)
     chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
     display = [chosen.pop("progress")] if "progress" in chosen else []
@@ -290,7 +290,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
         max_epochs=-1,
         logger=[instantiate_part(f"logger.{n}", part, save_dir=str(stage_dir)) for n, part in cfg.logger.items()],
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async)],
         default_root_dir=str(stage_dir),
         enable_checkpointing=False,
         enable_progress_bar=False,

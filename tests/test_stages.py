@@ -19,7 +19,7 @@ from callbacks.metrics import MetricsLog
 from callbacks.progress import Progress
 from callbacks.runtime import CleanStop, GarbageControl, LossGuard
 from callbacks.throughput import Throughput
-from llm.checkpoint import AtomicCheckpointIO, list_checkpoints, newest_checkpoint
+from llm.checkpoint import CheckpointWriter, list_checkpoints, newest_checkpoint
 from llm.engine import Completion
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig
@@ -90,7 +90,7 @@ def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS,
             Throughput(log_every, 1e9),
             MetricsLog(folder / "metrics.csv", log_every),
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[CheckpointWriter()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -199,24 +199,25 @@ def test_only_the_newest_two_checkpoints_stay_and_a_damaged_one_is_skipped(tmp_p
     assert [step for step, _ in list_checkpoints(folder)] == [4, 6]
     newest = list_checkpoints(folder)[-1][1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert newest_checkpoint(folder)[0] == 4 and "cannot be read" in caplog.text
+    assert newest_checkpoint(folder)[0] == 4 and "is damaged (1000 bytes instead of" in caplog.text
 
 
 def test_a_failing_write_keeps_the_checkpoint_before(tmp_path):
     """The file size limit of the process makes real writes fail half-way, as a full disk does."""
     resource = pytest.importorskip("resource")
     module, _ = fit(tmp_path, total=2)
-    folder, io = tmp_path / "checkpoints", AtomicCheckpointIO()
+    folder, io = tmp_path / "checkpoints", CheckpointWriter()
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(UserError, match="step 2 is intact"):
             io.save_checkpoint({"w": torch.zeros(100_000)}, folder / "step_000003.ckpt")
+            io.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert sorted(p.name for p in folder.iterdir()) == ["step_000002.ckpt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "step_000002.ckpt"]
     assert newest_checkpoint(folder)[0] == 2
 
 

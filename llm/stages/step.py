@@ -58,8 +58,9 @@ class StepModule(L.LightningModule):
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
-        self.wants_stop = False  # whether this process was asked to stop, and then
-        self.stop_votes = 0  # how many were, as all of them know after a step
+        self.logged_steps: set[int] = set()  # those with a row in metrics.csv when the training began
+        self.wants_stop = self.wants_checkpoint = False  # whether this process was asked to stop, is late to save
+        self.stop_votes = self.checkpoint_votes = 0  # how many are, as all of them know after a step
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
@@ -102,13 +103,18 @@ class StepModule(L.LightningModule):
         The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
         a GPU, and no step can spoil the weights.
         """
-        nats, votes = distributed.total([torch.stack(losses).sum().item(), float(self.wants_stop)])
-        self.stop_votes = int(votes)
+        votes = (float(self.wants_stop), float(self.wants_checkpoint))
+        nats, self.stop_votes, self.checkpoint_votes = distributed.total([torch.stack(losses).sum().item(), *votes])
         if not math.isfinite(nats):
             worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
             documents = None if worst is None else batch["micro"][worst]["inputs"].cpu()
             raise NonFiniteLoss(self.global_step + 1, nats, worst, documents)
         return nats
+
+    @property
+    def row_is_missing(self) -> bool:
+        """Whether this step is still to be evaluated and logged: the first one, or the one of a killed run."""
+        return self.global_step == 0 or self.global_step not in self.logged_steps
 
     def lr_frac(self, step: int) -> float:
         """Learning rate at `step` as a share of the stage's base learning rates."""
