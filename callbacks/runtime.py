@@ -1,13 +1,11 @@
-"""Process-wide concerns: a clean stop on signals and on a loss that is no number, and no garbage collector in steps."""
+"""Process-wide concerns: a clean stop on signals, and no garbage collector in steps."""
 
 import gc
 import signal
-from pathlib import Path
 
 import lightning as L
 
 from llm import distributed
-from llm.errors import NonFiniteLoss
 
 
 class CleanStop(L.Callback):
@@ -44,24 +42,6 @@ class CleanStop(L.Callback):
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
-
-
-class LossGuard(L.Callback):
-    """When a step's loss is not finite: saves a checkpoint of the step before and the text that the step was fed."""
-
-    def __init__(self, checkpoint, folder: str | Path):
-        self.checkpoint, self.folder = checkpoint, Path(folder)
-
-    def on_exception(self, trainer, module, exception) -> None:
-        if not isinstance(exception, NonFiniteLoss):
-            return
-        path, text = self.folder / f"nonfinite_step_{exception.step}.txt", ""
-        if exception.documents is not None:
-            decode = module.context.tokenizer.decode
-            path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
-            text = f"its text is in {path}, "
-        self.checkpoint.act(trainer, module, module.global_step)
-        exception.args = (f"{exception.args[0]}; {text}step {module.global_step} was saved",)
 
 
 class GarbageControl(L.Callback):

@@ -1,6 +1,6 @@
 """Resume checkpoints: `checkpoints/step_<n>.ckpt`, everything needed to go on, written whole or not at all.
 
-    python -m llm.checkpoint <run folder>      what a run holds, every checksum verified; status 1 if something is damaged
+    python -m llm.checkpoint <run folder>      what a run holds, checksums verified; status 1 if something is damaged
 
 They hold only tensors and primitives, so they load with `weights_only=True`; the model for the next stage is another
 artifact (`llm.model_folder`). `checkpoints/manifest.json` holds size and SHA-256 of each file. A step waits for a copy
@@ -87,7 +87,7 @@ class HostCopy:
         self.buffers: dict[tuple, torch.Tensor] = {}
 
     def of(self, checkpoint: Any) -> Any:
-        """A copy of nested dicts, lists and tuples whose tensors are ours; views of the same numbers stay one tensor."""
+        """A copy of nested dicts, lists and tuples with tensors of our own; views of the same numbers stay one."""
         old, self.buffers, seen = self.buffers, {}, {}
 
         def copied(thing: Any, place: tuple) -> Any:

@@ -104,6 +104,16 @@ class EstimateConfig:
 
 
 @dataclass
+class WatchConfig:
+    bad_loss: str = key("what a loss that is not finite or jumps means", choices=("stop", "roll_back"))
+    loss_jump: float = key("nats above the median of the last 50 steps from which a step's loss is bad", above=0)
+    rollbacks: int = key("how often a stage may go back to its last checkpoint and leave out data", low=0)
+    data_seconds: float = key("seconds without training data after which a stage gives up", above=0)
+    every: int = key("steps between comparisons of the processes: same weights, similar speed", low=1)
+    slow: float = key("report a process that takes so many times the median for its part of a step", above=1)
+
+
+@dataclass
 class PathsConfig:
     runs: str = key("folder of all runs; each stage is <runs>/<run>/<stage>", main=True)
 
@@ -295,6 +305,7 @@ class TrainConfig:
     trainer: TrainerConfig = key("devices")
     strategy: StrategyConfig = key("how devices work together")
     callbacks: dict[str, Any] = key("what happens beside the training steps")
+    watch: WatchConfig = key("what is wrong with a training, and what happens then")
     logger: dict[str, Any] = key("where metrics go beside metrics.csv")
     estimate: EstimateConfig = key("what dry_run tells about a GPU")
     paths: PathsConfig = key("folders")

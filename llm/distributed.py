@@ -5,6 +5,7 @@ exchanged here lives on the host and travels by gloo, so no GPU waits for it.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from llm.launch import is_launched
 
+_waited = 0.0
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may evaluate or write while the others wait
 
 
@@ -49,9 +51,17 @@ def total(values: Sequence[float]) -> list[float]:
     """The sums of numbers over all processes, in fp64: the same bits everywhere."""
     if world_size() == 1:
         return list(values)
+    global _waited
+    start = time.perf_counter()
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
+    _waited += time.perf_counter() - start
     return sums.tolist()
+
+
+def waited_seconds() -> float:
+    """Time that this process has spent in `total`, above all waiting for the others."""
+    return _waited
 
 
 def gathered(thing: Any) -> list:

@@ -8,17 +8,16 @@ class UserError(ValueError):
     """
 
 
-class NonFiniteLoss(UserError):
-    """A training step whose loss is not a number, raised before the update: the weights are those of the step before.
+class BadLoss(UserError):
+    """A training step whose loss is not finite or far above the last ones, raised before it changes the weights.
 
-    step: the one that failed, counted from 1. micro, documents: number and ids (B, T) of the micro-batch that did it,
-    None where it was another process's.
+    step: the one that failed, counted from 1. finite: whether its loss is; then the steps before may be at fault.
+    documents: ids (B, T) of the micro-batch that did it, None where it is another process's or unknown.
     """
 
-    def __init__(self, step: int, loss: float, micro: int | None, documents):
-        where = "on another process" if micro is None else f"micro-batch {micro}"
+    def __init__(self, step: int, problem: str, finite: bool, documents=None):
         super().__init__(
-            f"the training loss became {loss} in step {step}, {where}: lower the learning rate "
-            "(stage.lr_frac) and start again with overwrite=true or run=<new name>"
+            f"{problem}: lower the learning rate (stage.lr_frac) and start again with overwrite=true or "
+            "run=<new name>, or let it leave out such data (watch.bad_loss=roll_back)"
         )
-        self.step, self.documents = step, documents
+        self.step, self.problem, self.finite, self.documents = step, problem, finite, documents

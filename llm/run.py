@@ -28,7 +28,7 @@ ABSENT = "(absent)"
 
 # Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
 NEUTRAL_KEYS = (
-    *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last"),
+    *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
     *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "data.eval"),
 )

@@ -41,6 +41,11 @@ def _summed(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
+def holds_all_weights(strategy: Strategy) -> bool:
+    """Whether every process has the whole network."""
+    return True
+
+
 def layout_of_processes() -> dict[str, int]:
     """`devices` of this machine and `num_nodes`, as `lightning.Trainer` takes them."""
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1

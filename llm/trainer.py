@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm import __version__
 from llm.environment import environment, git_commit
-from llm.errors import UserError
+from llm.errors import BadLoss, UserError
 from llm.launch import is_launched, launch, wanted_processes
 from llm.run import (
     RunDir,
@@ -32,12 +32,15 @@ from llm.run import (
     diff_configs,
     find_parent,
     neutral_keys,
+    read_json,
     read_manifest,
     read_metrics,
     write_atomic,
+    write_json,
     write_manifest,
 )
 
+ROLLBACKS = "rollbacks.json"
 SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -206,13 +209,12 @@ def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
 def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:
     """Build, train and hand over; returns the values of run.json, with another status if the user stopped it."""
     from llm import distributed
-    from llm.checkpoint import newest_checkpoint
     from llm.model_folder import save_model_folder
 
     quiet_lightning()
     check_devices(cfg)
-    built = stage_builder(cfg.stage.name)(cfg, parent)
-    module = built.module
+    build = stage_builder(cfg.stage.name)
+    built = build(cfg, parent)
     show_config(cfg, built.derived)
     if cfg.dry_run:
         return None
@@ -220,10 +222,17 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     distributed.barrier()  # nobody writes before all have read
     if distributed.is_main():
         begin_stage(cfg, stage_dir, manifest)
-    resume = distributed.from_main(newest_checkpoint(stage_dir / "checkpoints") if distributed.is_main() else None)
-    if resume is not None:
-        print(f"resuming at step {resume[0]} of {module.context.total_steps}", flush=True)
-    trainer.fit(module, datamodule=built.data, ckpt_path=None if resume is None else str(resume[1]))
+    while True:
+        try:
+            fit(trainer, built, stage_dir)
+            break
+        except BadLoss as error:
+            if cfg.watch.bad_loss == "stop":
+                raise
+            roll_back(stage_dir, error, cfg.watch.rollbacks)
+        built = build(cfg, parent)
+        trainer, stop = build_trainer(cfg, stage_dir, built)
+    module = built.module
     results = {
         "derived": built.derived,
         "tokens": module.tokens_seen,
@@ -240,6 +249,40 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     if distributed.is_main():
         save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
     return results
+
+
+def fit(trainer, built, stage_dir: Path) -> None:
+    """Train from the newest checkpoint on, or from the start, without the data that a roll-back left out."""
+    from llm import distributed
+    from llm.checkpoint import newest_checkpoint
+
+    newest = newest_checkpoint(stage_dir / "checkpoints") if distributed.is_main() else None
+    step, path = distributed.from_main(newest or (0, None))
+    if path is not None:
+        print(f"resuming at step {step} of {built.module.context.total_steps}", flush=True)
+    left_out = (read_json(stage_dir / ROLLBACKS) or {}).get("left_out", {})
+    built.data.left_out = left_out.get(str(step), 0)
+    trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
+
+
+def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
+    """Note that the data between the newest checkpoint and a bad step is to be left out. Raises `error` at the limit.
+
+    The note stays, `rollbacks.json`: whoever resumes from that checkpoint later leaves out the same data.
+    """
+    from llm import distributed
+    from llm.checkpoint import newest_checkpoint
+
+    if distributed.is_main():
+        noted = read_json(stage_dir / ROLLBACKS) or {"count": 0, "left_out": {}}
+        if noted["count"] >= limit:
+            raise UserError(f"{error}. It was rolled back {noted['count']} times before (watch.rollbacks={limit})")
+        step, _ = newest_checkpoint(stage_dir / "checkpoints") or (0, None)
+        steps = noted["left_out"].get(str(step), 0) + error.step - step
+        noted["left_out"][str(step)] = steps
+        write_json(stage_dir / ROLLBACKS, noted | {"count": noted["count"] + 1})
+        print(f"{error.problem}: back to step {step}, leaving out {steps} steps of data", flush=True)
+    distributed.barrier()
 
 
 def stage_builder(name: str) -> Callable:
@@ -266,7 +309,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
 
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
-    from callbacks.runtime import CleanStop, GarbageControl, LossGuard
+    from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.watch import LossGuard, ProcessWatch
     from llm.checkpoint import CheckpointWriter
     from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
@@ -278,9 +322,10 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     display = [chosen.pop("progress")] if "progress" in chosen else []
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     speed = [chosen.pop("throughput")] if "throughput" in chosen else []
-    # Save first, then evaluate, then measure, then write the row, then show it.
-    guards = [LossGuard(checkpoint, stage_dir), GarbageControl()]
-    callbacks = [checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display]
+    guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
+    processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
+    # Compare the processes and save, then evaluate, then measure, then write the row, then show it.
+    callbacks = [processes, checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display]
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **layout_of_processes(),

@@ -17,7 +17,8 @@ from callbacks.cadence import Periodic
 from callbacks.checkpoint import StepCheckpoint
 from callbacks.metrics import MetricsLog
 from callbacks.progress import Progress
-from callbacks.runtime import CleanStop, GarbageControl, LossGuard
+from callbacks.runtime import CleanStop, GarbageControl
+from callbacks.watch import LossGuard
 from callbacks.throughput import Throughput
 from llm.checkpoint import CheckpointWriter, list_checkpoints, newest_checkpoint
 from llm.engine import Completion
@@ -293,7 +294,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
     guard = LossGuard(StepCheckpoint(2, folder / "checkpoints"), folder)
     with pytest.raises(UserError, match="became inf in step 3, micro-batch 1.*step 2 was saved"):
         fit(folder, make, module=module(Overflowing), extra=[guard], save_every=100)
-    text = (folder / "nonfinite_step_3.txt").read_text()
+    text = (folder / "bad_loss_step_3.txt").read_text()
     assert text.splitlines()[0] == Letters.decode(step_batch(2)["micro"][1]["inputs"][0].tolist())
     step, path = newest_checkpoint(folder / "checkpoints")
     assert step == 2

@@ -13,6 +13,7 @@ exactly the steps that would have followed. It rides with the batch because the 
 the CPU. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
 """
 
+import logging
 import os
 import queue
 import threading
@@ -29,6 +30,8 @@ from llm.data.documents import DocumentSource
 from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
 from llm.errors import UserError
 
+log = logging.getLogger(__name__)
+NEWS_SECONDS = 30.0  # between lines about data that does not come
 UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
 ENCODE_DOCUMENTS = 128  # documents tokenised together
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
@@ -76,6 +79,7 @@ class StepLoader:
         world: int = 1,
         state: dict | None = None,
         prefetch: int = 2,
+        patience: float = 900.0,
         pin_memory: bool = False,
     ) -> None:
         if min(seq_len, rows_per_micro, micro_per_step, prefetch) < 1 or not 0 <= rank < world:
@@ -84,6 +88,7 @@ class StepLoader:
             )
         self.seq_len, self.rows_per_micro, self.micro_per_step = seq_len, rows_per_micro, micro_per_step
         self.rank, self.world, self.prefetch, self.pin_memory = rank, world, prefetch, pin_memory
+        self.patience = patience  # seconds without a step that mean there will be none
         self.wait_seconds = 0.0  # time the consumer spent waiting for a step, since the loader was built
         self.state = state
         if state is not None:
@@ -99,6 +104,11 @@ class StepLoader:
         running = _Background(self)
         self._running = weakref.ref(running)
         return running
+
+    def skip(self, steps: int) -> None:
+        """Begin behind the next `steps` steps."""
+        for step in islice(self.steps(), steps):
+            self.state = step["state"]
 
     def close(self) -> None:
         """Stop the background thread, if one is running."""
@@ -304,7 +314,7 @@ class _Background:
         if self._ended:
             raise StopIteration
         start = time.perf_counter()
-        step, error = self._ready.get()
+        step, error = self._patiently()
         self._loader.wait_seconds += time.perf_counter() - start
         self._free.release()
         if step is None:
@@ -312,6 +322,20 @@ class _Background:
             self.close()
             raise StopIteration if error is None else error
         return step
+
+    def _patiently(self) -> tuple[dict | None, BaseException | None]:
+        waited = 0.0
+        while waited < self._loader.patience:
+            wait = min(NEWS_SECONDS, self._loader.patience - waited)
+            try:
+                return self._ready.get(timeout=wait)
+            except queue.Empty:
+                waited += wait
+                log.warning("process %d waits for training data since %.0f s", self._loader.rank, waited)
+        raise UserError(
+            f"no training data for {waited:.0f} s (watch.data_seconds): check the disk or network that data.path is "
+            "read from; the same command resumes at the last checkpoint"
+        )
 
     def close(self) -> None:
         """Stop the thread and wait until it has ended. Further steps raise StopIteration."""

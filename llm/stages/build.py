@@ -88,6 +88,7 @@ def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> dict:
         "micro_per_step": micro_batches(tokens, rows, seq_len, world),
         "rank": distributed.rank(),
         "world": distributed.world_size(),
+        "patience": cfg.watch.data_seconds,
         "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
     }
 
@@ -125,6 +126,7 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
         token_bytes=torch.from_numpy(tokenizer.token_bytes()),
         total_steps=total_steps,
         seq_len=cfg.model.seq_len,
+        loss_jump=cfg.watch.loss_jump,
         **more,
     )
 

@@ -63,6 +63,10 @@ class RolloutSteps:
     def __len__(self) -> int:
         return 10**9
 
+    def skip(self, steps: int) -> None:
+        """Leave out the questions of so many steps."""
+        self.step += steps
+
     def __iter__(self) -> Iterator[dict]:
         while True:
             batch = self.rollout(self.step)

@@ -7,6 +7,8 @@ zeros. With several processes the step is that of all their batches together.
 """
 
 import math
+import statistics
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -16,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm import distributed
 from llm.data.loader import positions_for
-from llm.errors import NonFiniteLoss
+from llm.errors import BadLoss
 from llm.gpt import GPT, flops_per_token
 from llm.optim import MuonAdamW, build_optimizer
 from llm.optim_sharded import ShardedMuonAdamW
@@ -36,6 +38,7 @@ class StageContext:
     seq_len: int
     lr_scale: float = 1.0  # on the optimizer's rates, from lr_frac and the batch
     decay_scale: float = 1.0  # on its weight decay
+    loss_jump: float = math.inf  # nats above the median of the last steps that no sound training has
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
@@ -51,6 +54,7 @@ class StepModule(L.LightningModule):
         self.automatic_optimization = False
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
         self.tokens_seen = 0
+        self.recent: deque[float] = deque(maxlen=50)  # mean losses of the last steps
         self.window_trained = 0
         self.window_nats = 0.0
         self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
@@ -72,7 +76,7 @@ class StepModule(L.LightningModule):
         own = batch.get("metrics", {})
         n_trained, n_tokens, *metrics = distributed.total([batch["n_trained"], batch["n_tokens"], *own.values()])
         losses = self.passes(batch["micro"], (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
-        nats = self.checked_sum(losses, batch)
+        nats = self.checked_sum(losses, batch, int(n_trained))
         if self.scaler is not None:
             self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
         optimizer.step()
@@ -97,8 +101,8 @@ class StepModule(L.LightningModule):
             losses.append(loss.detach())
         return losses
 
-    def checked_sum(self, losses: list[torch.Tensor], batch: dict) -> float:
-        """Sum of the losses of all processes. Raises `NonFiniteLoss`, before the weights are touched, if not finite.
+    def checked_sum(self, losses: list[torch.Tensor], batch: dict, n_trained: int) -> float:
+        """Sum of the losses of all processes. Raises `BadLoss`, before the weights are touched, if it is one.
 
         The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
         a GPU, and no step can spoil the weights.
@@ -107,9 +111,24 @@ class StepModule(L.LightningModule):
         nats, self.stop_votes, self.checkpoint_votes = distributed.total([torch.stack(losses).sum().item(), *votes])
         if not math.isfinite(nats):
             worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
-            documents = None if worst is None else batch["micro"][worst]["inputs"].cpu()
-            raise NonFiniteLoss(self.global_step + 1, nats, worst, documents)
+            where, documents = "on another process", None
+            if worst is not None:
+                where, documents = f"micro-batch {worst}", batch["micro"][worst]["inputs"].cpu()
+            problem = f"the training loss became {nats} in step {self.global_step + 1}, {where}"
+            raise BadLoss(self.global_step + 1, problem, False, documents)
+        self.watch_jump(nats / max(n_trained, 1))
         return nats
+
+    def watch_jump(self, loss: float) -> None:
+        """Raise `BadLoss` if a step's mean loss is `context.loss_jump` nats above the median of the last 50."""
+        if len(self.recent) == self.recent.maxlen:
+            usual = statistics.median(self.recent)
+            if loss > usual + self.context.loss_jump:
+                step, limit = self.global_step + 1, f"by more than watch.loss_jump={self.context.loss_jump}"
+                raise BadLoss(
+                    step, f"the training loss jumped from {usual:.3f} to {loss:.3f} in step {step}, {limit}", True
+                )
+        self.recent.append(loss)
 
     @property
     def row_is_missing(self) -> bool:
@@ -157,13 +176,14 @@ class StepModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         window = {"nats": self.window_nats, "trained": self.window_trained, "metrics": self.window_metrics}
-        checkpoint["fathom"] = {"tokens": self.tokens_seen, "window": window}
+        checkpoint["fathom"] = {"tokens": self.tokens_seen, "window": window, "recent": list(self.recent)}
         if self.scaler is not None:
             checkpoint["fathom"]["scaler"] = self.scaler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.tokens_seen, window = checkpoint["fathom"]["tokens"], checkpoint["fathom"]["window"]
         self.window_nats, self.window_trained, self.window_metrics = (window[k] for k in ("nats", "trained", "metrics"))
+        self.recent.extend(checkpoint["fathom"]["recent"])
         if "scaler" in checkpoint["fathom"]:
             self.scaler = LossScaler()
             self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
@@ -179,9 +199,12 @@ class StepData(L.LightningDataModule):
     def __init__(self, make_loader):
         super().__init__()
         self.make_loader, self.position, self.loader = make_loader, None, None
+        self.left_out = 0  # steps of data at the position that are not trained on
 
     def train_dataloader(self):
         self.loader = self.make_loader(self.position)
+        if self.left_out:
+            self.loader.skip(self.left_out)
         return self.loader
 
     def state_dict(self) -> dict:

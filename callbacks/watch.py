@@ -1,0 +1,88 @@
+"""Watches over a training: a loss that no training has, processes that hold different weights, one that is slow."""
+
+import socket
+import statistics
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from llm import distributed
+from llm.errors import BadLoss, UserError
+from llm.strategy import holds_all_weights
+
+
+class LossGuard(L.Callback):
+    """Writes the text that a step with a bad loss was fed, and saves the step before where its weights are sound.
+
+    saves: whether training is to stop here; where it goes back to an older checkpoint nothing is saved.
+    """
+
+    def __init__(self, checkpoint, folder: str | Path, saves: bool = True):
+        self.checkpoint, self.folder, self.saves = checkpoint, Path(folder), saves
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if not isinstance(exception, BadLoss):
+            return
+        path, text = self.folder / f"bad_loss_step_{exception.step}.txt", ""
+        if exception.documents is not None:
+            decode = module.context.tokenizer.decode
+            path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
+            text = f"; its text is in {path}"
+        if self.saves and not exception.finite:
+            self.checkpoint.act(trainer, module, module.global_step)
+            text += f"; step {module.global_step} was saved"
+        exception.args = (f"{exception.args[0]}{text}",)
+
+
+class ProcessWatch(L.Callback):
+    """Every `every` steps, and before each checkpoint: do all processes hold the same weights, is one of them slow?
+
+    slow: how many times the others' time for its part of a step makes a process worth a line. Nothing in one process.
+    """
+
+    def __init__(self, checkpoint, every: int, slow: float):
+        self.checkpoint, self.every, self.slow = checkpoint, every, slow
+
+    def on_train_start(self, trainer, module) -> None:
+        self._begin_window(module)
+
+    def _begin_window(self, module) -> None:
+        self.start = time.perf_counter() - distributed.waited_seconds() - module.paused_seconds
+        self.first_step = module.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        step = module.global_step
+        if distributed.world_size() == 1 or not (step % self.every == 0 or self.checkpoint.due(module, step)):
+            return
+        if holds_all_weights(trainer.strategy):
+            check_same_weights(dict(module.net.named_parameters()), step)
+        if step % self.every == 0:
+            busy = time.perf_counter() - distributed.waited_seconds() - module.paused_seconds - self.start
+            report = slow_processes(1000 * busy / (step - self.first_step), self.slow)
+            if report:
+                print(f"step {step}: {report}", flush=True)
+            self._begin_window(module)
+
+
+def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
+    """Raise UserError if the fp32 bits of a parameter add up to another number in another process."""
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
+    by_process = distributed.gathered(sums)
+    for number, its in enumerate(by_process):
+        differing = [name for name, a, b in zip(params, by_process[0], its, strict=True) if a != b]
+        if differing:
+            raise UserError(
+                f"after step {step} process {number} holds other weights than process 0 ({len(differing)} of "
+                f"{len(params)} parameters, first {differing[0]}): a fault of memory, network or driver. Nothing was "
+                "saved since the processes last agreed; the same command resumes from there"
+            )
+
+
+def slow_processes(milliseconds: float, slow: float) -> str | None:
+    """What to say of processes that take more than `slow` times the median for their own part of a step."""
+    times = distributed.gathered((milliseconds, socket.gethostname()))
+    median = statistics.median_low([own for own, _ in times])
+    late = [f"process {k} on {host} {own:.0f} ms" for k, (own, host) in enumerate(times) if own > slow * median]
+    return f"slow processes: {', '.join(late)}; the others {median:.0f} ms a step" if late else None
