@@ -18,8 +18,8 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.metrics import MetricsLog
 from callbacks.progress import Progress
 from callbacks.runtime import CleanStop, GarbageControl
-from callbacks.watch import LossGuard
 from callbacks.throughput import Throughput
+from callbacks.watch import LossGuard
 from llm.checkpoint import CheckpointWriter, list_checkpoints, newest_checkpoint
 from llm.engine import Completion
 from llm.errors import UserError
@@ -72,10 +72,12 @@ class Numbers:
             self.next += 1
 
 
-def fit(folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1):
+def fit(
+    folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1, minutes=None
+):
     context = StageContext("pretrain", None, torch.ones(70), total, 8)
     module = module or StepModule(net(), OPTIM, STAGE, context)
-    checkpoint = StepCheckpoint(save_every, folder / "checkpoints")
+    checkpoint = StepCheckpoint(save_every, folder / "checkpoints", minutes)
     stop = CleanStop(checkpoint)
     trainer = L.Trainer(
         accelerator="cpu",
