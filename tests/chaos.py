@@ -2,11 +2,11 @@
 
     python tests/chaos.py [--kills 100] [--seed 0] [--folder runs/chaos]        `make chaos`
 
-For every model stage, in one process and in two: a training that is left alone, and trainings that are killed by SIGKILL
-at random moments (all processes at once, the launcher, or one process) and started again with the same command until
-they end. Weights must be equal bit for bit and metrics.csv row for row, without what the clock says. Before some of the
-restarts the newest checkpoint or the manifest is damaged. Then a disk that fills up, and a training that goes on with
-fewer processes. Prints one table; exits with 1 if anything was lost.
+For every model stage, in one process and in two: a training that is left alone, and trainings that are killed by
+SIGKILL at random moments (all processes at once, the launcher, or one process) and started again with the same command
+until they end. Weights must be equal bit for bit and metrics.csv row for row, without what the clock says. Before some
+of the restarts the newest checkpoint or the manifest is damaged. Then a disk that fills up, and trainings that lose one
+of two processes and go on with the other. Prints one table; exits with 1 if anything was lost.
 """
 
 import argparse
@@ -65,16 +65,21 @@ class Chaos:
         line = [*common, *parent, *steps, *own, *rare, f"paths.runs={self.root}", *more]
         return [sys.executable, str(REPO / "train.py"), *line]
 
-    def start(self, *args, **env) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    def start(self, *args) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(self.command(*args), env=environment, **pipes)
 
-    def finish(self, *args) -> None:
+    def status(self, *args) -> tuple[int, str]:
+        """Exit status and output of a training that is left alone."""
         process = self.start(*args)
         out, _ = process.communicate(timeout=600)
-        if process.returncode != 0:
-            raise RuntimeError(f"{' '.join(process.args[2:])} ended with {process.returncode}:\n{out[-2000:]}")
+        return process.returncode, out
+
+    def finish(self, *args) -> None:
+        status, out = self.status(*args)
+        if status != 0:
+            raise RuntimeError(f"{' '.join(self.command(*args)[2:])} ended with {status}:\n{out[-2000:]}")
 
     def parents(self) -> None:
         for stage in STAGES[:-1]:
@@ -82,25 +87,25 @@ class Chaos:
 
     # ---- SIGKILL ----------------------------------------------------------------------------------------------------
 
-    def kills(self, stage: str, n: int, count: int) -> list[Tally]:
-        """`count` kills of one kind of training; what was killed and what was damaged, apart."""
+    def kills(self, stage: str, n: int, count: int) -> tuple[Tally, int]:
+        """`count` kills of one kind of training, and how often files were damaged before the restart."""
         rng = random.Random(f"{self.seed} {stage} {n}")
         straight = f"straight-{stage}-{n}"
         begin = time.monotonic()
         self.finish(stage, straight, n)
         seconds = time.monotonic() - begin
-        killed, damaged = Tally(f"SIGKILL, {stage}, {n} proc."), Tally(f"damaged files, {stage}, {n} proc.")
-        number = 0
+        killed, damaged, number = Tally(f"SIGKILL, {stage}, {n} proc."), 0, 0
         while killed.injected < count:
             number += 1
             run = f"killed-{stage}-{n}-{number}"
-            self.kill_until_finished(stage, run, n, count, seconds, rng, killed, damaged)
+            damaged += self.kill_until_finished(stage, run, n, count, seconds, rng, killed)
             self.compare(stage, straight, run, killed)
             shutil.rmtree(self.root / run)
-        return [killed, damaged]
+        return killed, damaged
 
-    def kill_until_finished(self, stage, run, n, count, seconds, rng, killed: Tally, damaged: Tally) -> None:
-        folder, pending = self.root / run / stage / "checkpoints", 0
+    def kill_until_finished(self, stage, run, n, count, seconds, rng, killed: Tally) -> int:
+        """Start and kill one training until it comes to its end; how often its files were damaged."""
+        folder, damaged, pending = self.root / run / stage / "checkpoints", 0, 0
         while True:
             had, process = list(folder.glob("*.ckpt")), self.start(stage, run, n)
             moment = rng.uniform(0.0, 1.2) * seconds if killed.injected + pending < count else 600
@@ -110,17 +115,13 @@ class Chaos:
                 kill(process, rng.choice(["all", "all", "launcher", "one"]))
                 process.stdout.close()
                 pending += 1
-                if self.damage(folder, rng.choice(DAMAGES), rng):
-                    damaged.injected, damaged.recovered = damaged.injected + 1, damaged.recovered + 1
+                damaged += self.damage(folder, rng.choice(DAMAGES), rng)
                 continue
             if process.returncode != 0:
-                killed.problems.append(f"{run} ended with {process.returncode}: {out[-800:]}")
-                break
-            if had and "resuming at step" not in out and "is finished" not in out:
-                killed.unreadable += 1
-            killed.recovered += pending
-            break
-        killed.injected += pending
+                raise RuntimeError(f"{run} ended with {process.returncode}: {out[-800:]}")
+            killed.unreadable += bool(had) and "resuming at step" not in out and "is finished" not in out
+            killed.injected, killed.recovered = killed.injected + pending, killed.recovered + pending
+            return damaged
 
     def damage(self, folder: Path, how: str | None, rng: random.Random) -> bool:
         """Damage the newest checkpoint, or the manifest, if an older checkpoint is there to be used."""
@@ -139,10 +140,8 @@ class Chaos:
     def compare(self, stage: str, a: str, b: str, tally: Tally) -> None:
         tally.compared += 1
         weights = [load_file(self.root / run / stage / "model" / "model.safetensors") for run in (a, b)]
-        bits = (
-            np.unpackbits(x.view(np.uint8) ^ y.view(np.uint8)).sum() for x, y in zip(*map(arrays, weights), strict=True)
-        )
-        tally.differing_bits += int(sum(bits))
+        for x, y in zip(*map(arrays, weights), strict=True):
+            tally.differing_bits += int(np.unpackbits(x.view(np.uint8) ^ y.view(np.uint8)).sum())
         ours, theirs = (table(self.root / run / stage / "metrics.csv") for run in (a, b))
         tally.differing_rows += len(ours ^ theirs)
 
@@ -159,17 +158,14 @@ class Chaos:
             for megabytes in (6, 9, 12):
                 run = f"full-{megabytes}"
                 subprocess.run(["mount", "-o", f"remount,size={megabytes}M", str(disk)], check=True)
-                command = [*self.command(stage, run, 1), f"paths.runs={disk}", f"init_from={self.root}/tiny/tokenizer"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                line = (stage, run, 1, f"paths.runs={disk}", f"init_from={self.root}/tiny/tokenizer")
+                status, out = self.status(*line)
                 tally.injected += 1
-                if done.returncode != 2 or "cannot" not in done.stderr or "error:" not in done.stderr:
-                    tally.problems.append(f"{megabytes} MB: status {done.returncode}: {done.stderr[-500:]}")
+                if status != 2 or "error: " not in out or "cannot" not in out:
+                    tally.problems.append(f"{megabytes} MB: status {status}: {out[-500:]}")
                 subprocess.run(["mount", "-o", "remount,size=100M", str(disk)], check=True)
-                done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-                tally.recovered += done.returncode == 0
-                if done.returncode:
-                    tally.problems.append(f"{megabytes} MB, then 100: {done.stderr[-500:]}")
-                    continue
+                self.finish(*line)
+                tally.recovered += 1
                 (self.root / run).symlink_to(disk / run)
                 self.compare(stage, f"straight-{stage}-1", run, tally)
                 shutil.rmtree(disk / run)
@@ -203,9 +199,8 @@ def wait_for_checkpoint(stage_dir: Path, process: subprocess.Popen) -> None:
 def kill(process: subprocess.Popen, what: str) -> None:
     """SIGKILL to all processes of a training, its launcher, or one of its processes; returns when none is left."""
     children = children_of(process.pid)
-    for pid in {"all": [process.pid, *children], "launcher": [process.pid], "one": children[-1:] or [process.pid]}[
-        what
-    ]:
+    victims = {"all": [process.pid, *children], "launcher": [process.pid], "one": children[-1:] or [process.pid]}
+    for pid in victims[what]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -248,12 +243,13 @@ def main() -> None:
     chaos.parents()
     kinds = [(stage, n) for n in (1, 2) for stage in STAGES[1:]]
     counts = [args.kills // len(kinds) + (i < args.kills % len(kinds)) for i in range(len(kinds))]
-    tallies: list[Tally] = []
+    tallies, damaged = [], Tally("damaged checkpoints and manifests")
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(lambda kind, count: chaos.kills(*kind, count), kinds, counts):
-            tallies += done
-            print(*(f"{t.fault}: {t.recovered} of {t.injected}" for t in done), sep=", ", flush=True)
-    tallies += [chaos.full_disk(), chaos.fewer_processes()]
+            tallies.append(done[0])
+            damaged.injected, damaged.recovered = (damaged.injected + done[1], damaged.recovered + done[1])
+            print(f"{done[0].fault}: {done[0].recovered} of {done[0].injected}", flush=True)
+    tallies += [damaged, chaos.full_disk(), chaos.fewer_processes()]
     total = Tally("**all**")
     for t in tallies:
         for name in ("injected", "recovered", "compared", "differing_bits", "differing_rows", "unreadable"):

@@ -132,7 +132,8 @@ from llm.optim import MuonAdamW
 def anonymous():
     return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 net = torch.nn.Linear(4096, 4096, bias=False)
-optimizer = MuonAdamW([{"kind": "adamw", "params": list(net.parameters()), "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}])
+adamw = {"kind": "adamw", "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}
+optimizer = MuonAdamW([adamw | {"params": list(net.parameters())}])
 before, peak, done = anonymous(), 0.0, False
 def watch():
     global peak
@@ -190,7 +191,7 @@ class Bits(Periodic):
 @pytest.mark.parametrize("killed_at", range(1, STEPS))
 @pytest.mark.parametrize("row_written", [True, False])
 def test_a_row_that_a_kill_cost_is_written_again(tmp_path, killed_at, row_written):
-    """Killed right before or after the row of the checkpoint's step; rows are due every 4 steps, evaluations every 3."""
+    """Killed right before or after the row of the checkpoint's step; rows come every 4 steps, evaluations every 3."""
     kwargs = {"log_every": 4, "save_every": 1}
     fit(tmp_path / "straight", extra=[Bits(3, True)], **kwargs)
     fit(tmp_path / "killed", extra=[Bits(3, True), StopAt(killed_at)], **kwargs)
