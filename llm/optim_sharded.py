@@ -7,12 +7,13 @@ view, AdamW being elementwise. What is small is summed and updated everywhere. A
 travels while another is computed. `state_dict` is MuonAdamW's, whole, so that any number of processes can go on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from llm import distributed
 from llm.optim import MuonAdamW
 
 CUT = ("exp_avg", "exp_avg_sq")  # what AdamW keeps per number of a parameter
@@ -22,6 +23,7 @@ BUCKET_BYTES = 1 << 28  # of matrices that travel together, about
 # The old names warn from torch 2.13 on, the new ones are missing before it.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+Arrival = Callable[[], torch.Tensor]  # waits for what was started, returns what arrived
 
 
 @dataclass
@@ -83,33 +85,30 @@ class ShardedMuonAdamW(MuonAdamW):
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return  # a step that overflowed, on all processes alike
         sums, arriving = [self._sum(part) for part in self.parts], []
-        for part, (work, summed) in zip(self.parts, sums, strict=True):
-            work.wait()
+        for part, summed in zip(self.parts, sums, strict=True):
             if isinstance(part, Small):
-                shares = zip(part.params, part.params, split(summed, part.params), strict=True)
+                shares = zip(part.params, part.params, split(summed(), part.params), strict=True)
                 self._adamw(self.param_groups[part.group], list(shares))
             else:
-                arriving.append((part, *self._update_share(part, summed)))
-        for part, work, whole in arriving:
-            work.wait()
-            self._take(part, whole)
+                arriving.append((part, self._update_share(part, summed())))
+        for part, whole in arriving:
+            self._take(part, whole())
 
-    def _sum(self, part: Matrices | Table | Small) -> tuple[dist.Work, torch.Tensor]:
-        """Start to sum the gradients of a part: (what to wait for, where this process's share arrives)."""
+    def _sum(self, part: Matrices | Table | Small) -> Arrival:
+        """Start to sum the gradients of a part: this process's share arrives, or all of a small part."""
         if isinstance(part, Small):
             flat = torch.cat([grad_of(p).flatten() for p in part.params])
-            return dist.all_reduce(flat, async_op=True), flat
+            return arrival(dist.all_reduce(flat, async_op=True), flat)
         if isinstance(part, Table):
             flat = padded(grad_of(part.param).flatten(), self.world * part.chunk)
         else:
             flat = self.param_groups[part.group]["params"][0].new_empty(self.world * part.chunk)
             for owned, place in zip(part.owned, flat.split(part.chunk), strict=True):
                 end_to_end(map(grad_of, owned), place)
-        share = flat.new_empty(part.chunk)
-        return reduce_scatter(share, flat, async_op=True), share
+        return summed_share(flat, self.world)
 
-    def _update_share(self, part: Matrices | Table, summed: torch.Tensor) -> tuple[dist.Work, torch.Tensor]:
-        """Update what this process owns and start to send it: (what to wait for, where the whole part arrives)."""
+    def _update_share(self, part: Matrices | Table, summed: torch.Tensor) -> Arrival:
+        """Update what this process owns and start to send it: the whole part arrives."""
         group = self.param_groups[part.group]
         if isinstance(part, Table):
             flat = part.param.detach().flatten()
@@ -123,8 +122,7 @@ class ShardedMuonAdamW(MuonAdamW):
                 p.grad = grad
             self._muon(group, own)
             end_to_end(own, sent := torch.empty_like(summed))
-        whole = sent.new_empty(self.world * part.chunk)
-        return all_gather(whole, sent, async_op=True), whole
+        return all_shares(sent, self.world)
 
     def _take(self, part: Matrices | Table, whole: torch.Tensor) -> None:
         """Write the weights that arrived."""
@@ -137,9 +135,13 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def consolidate_state_dict(self) -> None:
         """Bring the whole state to rank 0's host memory. All processes call it before `state_dict`."""
-        mine = {i: on_host(self.state[p]) for i, p in enumerate(self._params()) if self.state.get(p)}
-        everyone: list = [None] * self.world
-        dist.gather_object(mine, everyone if self.rank == 0 else None)
+        everywhere = {p for part in self.parts if isinstance(part, Small) for p in part.params}
+        mine = {
+            i: {name: value.cpu() for name, value in self.state[p].items()}
+            for i, p in enumerate(self._params())
+            if self.state.get(p) and not (self.rank > 0 and p in everywhere)
+        }
+        everyone = states_by_process(mine)
         if self.rank > 0:
             return
         self.whole_state = {}
@@ -210,5 +212,49 @@ def split(flat: torch.Tensor, params: Sequence[torch.Tensor]) -> list[torch.Tens
     return [part.view(p.shape) for part, p in zip(flat[: sum(sizes)].split(sizes), params, strict=True)]
 
 
-def on_host(state: dict) -> dict:
-    return {name: value.cpu() for name, value in state.items()}
+# ---- communication --------------------------------------------------------------------------------------------------
+
+
+def arrival(work: dist.Work, arriving: torch.Tensor) -> Arrival:
+    def wait() -> torch.Tensor:
+        work.wait()
+        return arriving
+
+    return wait
+
+
+def summed_share(flat: torch.Tensor, world: int) -> Arrival:
+    """Start a reduce-scatter of the equal parts of `flat`: the sum of everybody's part `rank` arrives.
+
+    gloo's own sums everything everywhere; sending each part to its owner moves half of that.
+    """
+    if flat.is_cpu:
+        parts = torch.empty_like(flat)
+        all_parts = arrival(dist.all_to_all_single(parts, flat, async_op=True), parts)
+        return lambda: all_parts().view(world, -1).sum(0)
+    share = flat.new_empty(len(flat) // world)
+    return arrival(reduce_scatter(share, flat, async_op=True), share)
+
+
+def all_shares(share: torch.Tensor, world: int) -> Arrival:
+    """Start an all-gather: everybody's share arrives, end to end. gloo's own copies more than it sends."""
+    whole = share.new_empty(world * len(share))
+    if share.is_cpu:
+        return arrival(dist.all_to_all_single(whole, share.repeat(world), async_op=True), whole)
+    return arrival(all_gather(whole, share, async_op=True), whole)
+
+
+def states_by_process(mine: dict[int, dict[str, torch.Tensor]]) -> list[dict[int, dict[str, torch.Tensor]]]:
+    """On rank 0 what every process has of {number: {name: tensor on the host}}; what the others get is not whole."""
+    everyone = distributed.gathered({i: {n: t.to("meta") for n, t in state.items()} for i, state in mine.items()})
+    for process, states in enumerate(everyone):
+        for i, state in states.items():
+            for name, meta in state.items():
+                if process == distributed.rank():
+                    state[name] = mine[i][name]
+                    if process > 0:
+                        dist.send(mine[i][name].contiguous(), 0)
+                elif distributed.is_main():
+                    state[name] = torch.empty(meta.shape, dtype=meta.dtype)
+                    dist.recv(state[name], process)
+    return everyone
