@@ -11,7 +11,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench table report inspect clean
+.PHONY: help setup demo test test-full browser check bench chaos table report inspect clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,10 @@ test: $(STAMP) ## the tests that need no more than minutes
 
 test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# Killing a hundred trainings takes a quarter of an hour or more. The full disk needs the right to mount a tmpfs.
+chaos: $(STAMP) ## kill, starve and damage real trainings; compare with trainings left alone (ARGS="--kills 20")
+	$(PY) tests/chaos.py $(ARGS)
 
 # What the browser test drives. It is left out, and pytest says so, where these cannot be had.
 browser:
