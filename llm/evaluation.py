@@ -1,8 +1,8 @@
 """Scores of a model: bits per byte, accuracy on tasks, pass@k and samples.
 
 Functions take a network, an engine and tasks, never a configuration, so that callbacks during training and
-`evaluate.py` measure with the same code. Batches are formed across items of similar length; the verdicts of a greedy
-evaluation do not depend on how.
+`evaluate.py` measure with the same code. Batches are formed across items of similar length and shared out among the
+processes, which all call the same function and get the same result; verdicts do not depend on either.
 """
 
 import math
@@ -87,7 +87,7 @@ def evaluate_task(
     limit = engine.net.config.seq_len
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
     verdicts = [False] * len(prompts)
-    for rows in batches_by_length(fits, prompts, batch_size):
+    for _, rows in own_batches(fits, prompts, batch_size):
         if task.kind == "categorical":
             judged = _judge_letters(engine, [prompts[i] for i in rows], [conversations[i] for i in rows])
         elif task.kind == "generative":
@@ -97,6 +97,7 @@ def evaluate_task(
             raise UserError(f"task {task.name} is only for training (kind {task.kind}): remove it from data.eval")
         for i, verdict in zip(rows, judged, strict=True):
             verdicts[i] = bool(verdict)
+    verdicts = [verdict > 0 for verdict in distributed.total(verdicts)]
     return {**score(verdicts), "verdicts": verdicts, "too_long": len(prompts) - len(fits)}
 
 
@@ -120,6 +121,12 @@ def batches_by_length(rows: Sequence[int], prompts: Sequence[list[int]], batch_s
     order = sorted(rows, key=lambda i: (-len(prompts[i]), i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def own_batches(rows: Sequence[int], prompts: Sequence[list[int]], batch_size: int) -> list[tuple[int, list[int]]]:
+    """This process's share of those batches, with their numbers among all."""
+    numbered = list(enumerate(batches_by_length(rows, prompts, batch_size)))
+    return numbered[distributed.rank() :: distributed.world_size()]
 
 
 @torch.no_grad()
@@ -182,11 +189,12 @@ def evaluate_pass_at_k(
     prompts = [render_prompt(engine.tokenizer, conversation) for conversation in conversations]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.net.config.seq_len]
     correct = [0] * len(prompts)
-    for number, rows in enumerate(batches_by_length(fits, prompts, batch_size)):
+    for number, rows in own_batches(fits, prompts, batch_size):
         drawn = engine.generate([prompts[i] for i in rows], replace(params, seed=params.seed + number), num_samples)
         for i, samples in zip(rows, drawn, strict=True):
             texts = [engine.tokenizer.decode(sample.ids) for sample in samples]
             correct[i] = sum(bool(task.evaluate(conversations[i], text)) for text in texts)
+    correct = [int(c) for c in distributed.total(correct)]
     ks = sorted({1, num_samples} if ks is None else set(ks))
     return {f"pass@{k}": sum(pass_at_k(num_samples, c, k) for c in correct) / len(correct) for k in ks}
 
