@@ -5,8 +5,10 @@ a job starts, so that `--help` and a mistake in the command line do not wait for
 """
 
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -15,6 +17,7 @@ from typing import Any, NoReturn
 from llm.cli_help import help_text
 from llm.environment import tune_process
 from llm.errors import UserError
+from llm.launch import adopt_slurm, begin, end, is_launched, launched_rank
 from llm.overrides import CONF, check_overrides, quote_raw, swept_overrides
 from llm.sweep import job_title, separate_run
 
@@ -23,6 +26,7 @@ __all__ = ["check_overrides", "run_app"]
 INTERRUPTED = 130  # what shells report after Ctrl-C
 USER_ERROR = 2
 FAILED = 1
+PATIENCE_SECONDS = 5  # of the other ranks, before they repeat what rank 0 had to say
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -48,6 +52,10 @@ def run_app(config_name: str, target: str) -> NoReturn:
     except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
+    except SystemExit as stop:
+        status = stop.code
+    if is_launched():
+        end(status or 0)
     sys.exit(status)
 
 
@@ -56,6 +64,9 @@ def _run(config_name: str, target: str, argv: list[str]) -> int:
         print(help_text(config_name, every_key="all" in argv))
         return 0
     try:
+        adopt_slurm()
+        if is_launched():
+            begin()
         # Hydra's argparse takes -m before the overrides only.
         argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
         argv = quote_raw(config_name, argv)
@@ -64,14 +75,22 @@ def _run(config_name: str, target: str, argv: list[str]) -> int:
         sys.argv[1:] = argv
         _hydra(config_name, _job(target, swept_overrides(argv)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _complain(str(error))
     except _JobFailed as failure:
         return _report(failure)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _complain(mistake: str) -> int:
+    """Print the error line. Rank 0 speaks first: if it has the same to say, its launcher ends the others meanwhile."""
+    if launched_rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_SECONDS)
+    print(f"error: {mistake}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _report(failure: _JobFailed) -> int:
@@ -81,8 +100,7 @@ def _report(failure: _JobFailed) -> int:
     if isinstance(failure.cause, BrokenPipeError):
         raise failure.cause
     if isinstance(failure.cause, UserError):
-        print(f"error: {failure.cause}" + (f" [{where}]" if where else ""), file=sys.stderr)
-        return USER_ERROR
+        return _complain(f"{failure.cause}" + (f" [{where}]" if where else ""))
     traceback.print_exception(failure.cause)
     if where:
         print(f"error: {where}", file=sys.stderr)
