@@ -18,7 +18,7 @@ from llm.cli_help import help_text
 from llm.environment import tune_process
 from llm.errors import UserError
 from llm.launch import adopt_slurm, begin, end, is_launched, launched_rank
-from llm.overrides import CONF, check_overrides, quote_raw, swept_overrides
+from llm.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides
 from llm.sweep import job_title, separate_run
 
 __all__ = ["check_overrides", "run_app"]
@@ -72,6 +72,9 @@ def _run(config_name: str, target: str, argv: list[str]) -> int:
         argv = quote_raw(config_name, argv)
         if "--shell-completion" not in argv and "-sc" not in argv:
             check_overrides(config_name, argv)
+        if launcher(argv) != "basic":
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on the exception of a job
+            print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
         sys.argv[1:] = argv
         _hydra(config_name, _job(target, swept_overrides(argv)))
     except UserError as error:
@@ -142,10 +145,25 @@ def _job(target: str, swept: Sequence[Any]) -> Callable[[Any], None]:
                 separate_run(cfg, lines)
             module, _, function = target.rpartition(".")
             getattr(import_module(module), function)(cfg)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if "SUBMITIT_FOLDER" in os.environ:
+                raise _in_one_line(title, error) from None
+            if isinstance(error, SystemExit):
+                raise
             raise _JobFailed(title, error) from error
 
     return job
+
+
+def _in_one_line(title: str, error: BaseException) -> UserError:
+    """What the command that waits for a submitted job is told; the job's own log gets the rest."""
+    import submitit
+
+    if isinstance(error, SystemExit):
+        return UserError(f"{title} was stopped (status {error.code}); the same command resumes")
+    _report(_JobFailed("", error))
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return UserError(f"{text} [{title}; log: {submitit.JobEnvironment().paths.stderr}]")
 
 
 def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
