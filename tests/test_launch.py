@@ -236,9 +236,7 @@ def test_a_sweep_of_submitted_jobs(root, tmp_path):
 
 def test_launchers_of_sweeps_are_checked(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"hydra/launcher=slurm: needs a package of its own: pip install -e '.\[slurm\]'"
-    ):
+    with pytest.raises(UserError, match=r"hydra/launcher=slurm: needs a package .*: pip install -e '.\[slurm\]'"):
         check_overrides("train", ["-m", "hydra/launcher=slurm", "model=d2,d4"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(UserError, match="there is no sbatch here"):
