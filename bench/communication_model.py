@@ -9,7 +9,7 @@ Exposed is what nothing hides: muon exchanges after the backward pass, ddp durin
 (two thirds of its time), fsdp during all of the computing. Prints a table and a last line of JSON.
 """
 
-import _bench  # isort: skip  (puts the project on the path)
+import _bench  # noqa: F401  isort: skip  (puts the project on the path)
 import json
 
 from llm.format import markdown_table
