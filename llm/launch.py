@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -119,13 +120,19 @@ def launch(config: dict, n: int) -> int:
         environments = [child_env(k, n, port, address, node, num_nodes) for k in range(n)]
         children = [subprocess.Popen(command, env=env, start_new_session=True) for env in environments]
 
-        def tell(signum, frame=None):
+        def tell(signum):
             for child in children:
                 child.send_signal(signum)
 
-        previous = {signum: signal.signal(signum, tell) for signum in STOP_SIGNALS}
+        received: list[int] = []
+
+        def pass_on(signum, frame):
+            received.append(signum)
+            tell(signum)
+
+        previous = {signum: signal.signal(signum, pass_on) for signum in STOP_SIGNALS}
         try:
-            wait(children, tell)
+            wait(children, tell, received)
             ended = enumerate(children, start=node * n)
             killed = [(rank, -child.returncode) for rank, child in ended if (child.returncode or 0) < 0]
         finally:
@@ -140,14 +147,17 @@ def launch(config: dict, n: int) -> int:
         rank, signum = killed[0]
         print(f"process {rank} was ended by {signal.Signals(signum).name}", file=sys.stderr)
         return 128 + signum
-    return max(child.returncode for child in children)
+    return max(128 - child.returncode if child.returncode < 0 else child.returncode for child in children)
 
 
-def wait(children: list[subprocess.Popen], tell) -> None:
-    """Until all have ended; after a first failure the others get some time, then SIGTERM, then no more."""
+def wait(children: list[subprocess.Popen], tell: Callable[[int], None], received: list[int]) -> None:
+    """Until all have ended; after a first failure, or a second signal, they get some time, then SIGTERM, then no more.
+
+    One that waits for a process of a node that has gone hears no signal.
+    """
     failed_at, told = None, False
     while any(child.poll() is None for child in children):
-        if failed_at is None and any(child.returncode for child in children):
+        if failed_at is None and (len(received) > 1 or any(child.returncode for child in children)):
             failed_at = time.monotonic()
         waited = 0.0 if failed_at is None else time.monotonic() - failed_at
         if waited > GRACE_SECONDS and not told:
