@@ -6,10 +6,11 @@ import signal
 import lightning as L
 
 from llm import distributed
+from llm.launch import STOP_SIGNALS
 
 
 class CleanStop(L.Callback):
-    """On the first SIGINT or SIGTERM: finish the step, save a checkpoint, end the loop. A second SIGINT ends at once.
+    """On the first SIGINT, SIGTERM or SIGUSR1: finish the step, save, end the loop. A second SIGINT ends at once.
 
     `signum` tells the caller afterwards which signal it was, None if the stage ran to its end.
     """
@@ -18,7 +19,7 @@ class CleanStop(L.Callback):
         self.checkpoint, self.signum, self._previous = checkpoint, None, {}
 
     def setup(self, trainer, module, stage) -> None:
-        self._previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
 
     def on_train_start(self, trainer, module) -> None:
         self.module = module

@@ -5,8 +5,10 @@ a job starts, so that `--help` and a mistake in the command line do not wait for
 """
 
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -15,7 +17,8 @@ from typing import Any, NoReturn
 from llm.cli_help import help_text
 from llm.environment import tune_process
 from llm.errors import UserError
-from llm.overrides import CONF, check_overrides, quote_raw, swept_overrides
+from llm.launch import adopt_slurm, begin, end, is_launched, launched_rank
+from llm.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides
 from llm.sweep import job_title, separate_run
 
 __all__ = ["check_overrides", "run_app"]
@@ -23,6 +26,7 @@ __all__ = ["check_overrides", "run_app"]
 INTERRUPTED = 130  # what shells report after Ctrl-C
 USER_ERROR = 2
 FAILED = 1
+PATIENCE_SECONDS = 5  # of the other ranks, before they repeat what rank 0 had to say
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -48,6 +52,10 @@ def run_app(config_name: str, target: str) -> NoReturn:
     except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
+    except SystemExit as stop:
+        status = stop.code
+    if is_launched():
+        end(status or 0)
     sys.exit(status)
 
 
@@ -56,22 +64,36 @@ def _run(config_name: str, target: str, argv: list[str]) -> int:
         print(help_text(config_name, every_key="all" in argv))
         return 0
     try:
+        adopt_slurm()
+        if is_launched():
+            begin()
         # Hydra's argparse takes -m before the overrides only.
         argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
         argv = quote_raw(config_name, argv)
         if "--shell-completion" not in argv and "-sc" not in argv:
             check_overrides(config_name, argv)
+        if launcher(argv) != "basic":
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on the exception of a job
+            print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
         sys.argv[1:] = argv
         _hydra(config_name, _job(target, swept_overrides(argv)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _complain(str(error))
     except _JobFailed as failure:
         return _report(failure)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _complain(mistake: str) -> int:
+    """Print the error line. Rank 0 speaks first: if it has the same to say, its launcher ends the others meanwhile."""
+    if launched_rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_SECONDS)
+    print(f"error: {mistake}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _report(failure: _JobFailed) -> int:
@@ -81,8 +103,7 @@ def _report(failure: _JobFailed) -> int:
     if isinstance(failure.cause, BrokenPipeError):
         raise failure.cause
     if isinstance(failure.cause, UserError):
-        print(f"error: {failure.cause}" + (f" [{where}]" if where else ""), file=sys.stderr)
-        return USER_ERROR
+        return _complain(f"{failure.cause}" + (f" [{where}]" if where else ""))
     traceback.print_exception(failure.cause)
     if where:
         print(f"error: {where}", file=sys.stderr)
@@ -124,10 +145,25 @@ def _job(target: str, swept: Sequence[Any]) -> Callable[[Any], None]:
                 separate_run(cfg, lines)
             module, _, function = target.rpartition(".")
             getattr(import_module(module), function)(cfg)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if "SUBMITIT_FOLDER" in os.environ:
+                raise _in_one_line(title, error) from None
+            if isinstance(error, SystemExit):
+                raise
             raise _JobFailed(title, error) from error
 
     return job
+
+
+def _in_one_line(title: str, error: BaseException) -> UserError:
+    """What the command that waits for a submitted job is told; the job's own log gets the rest."""
+    import submitit
+
+    if isinstance(error, SystemExit):
+        return UserError(f"{title} was stopped (status {error.code}); the same command resumes")
+    _report(_JobFailed("", error))
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return UserError(f"{text} [{title}; log: {submitit.JobEnvironment().paths.stderr}]")
 
 
 def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:

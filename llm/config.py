@@ -121,7 +121,8 @@ class PathsConfig:
 @dataclass
 class TrainerConfig:
     accelerator: str = key("where to compute", choices=("auto", "cpu", "gpu"))
-    devices: Any = key("number of devices, or auto", main=True)
+    devices: Any = key("number of devices of a node, or auto; torchrun and srun decide by themselves", main=True)
+    num_nodes: int = key("machines, each with the same command and its NODE_RANK, MASTER_ADDR, MASTER_PORT set", low=1)
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm.errors import UserError
 from llm.launch import is_launched
 
 _waited = 0.0
@@ -20,18 +21,17 @@ TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may evaluate or write
 
 
 def join(on_gpu: bool) -> None:
-    """Meet the other processes, if a launcher started this one beside others. Once per process."""
+    """Meet the other processes, if a launcher started this one beside others. Once per process: stages share it."""
     if is_launched() and not dist.is_initialized():
         if on_gpu:
+            here = int(os.environ["LOCAL_WORLD_SIZE"])
+            if torch.cuda.device_count() < here:
+                raise UserError(
+                    f"{here} processes run on this node, and this one sees {torch.cuda.device_count()} GPUs: start one "
+                    "per GPU and let each see all of them (SLURM: --gpus-per-node, not --gpus-per-task)"
+                )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-
-
-def leave() -> None:
-    """Part from the other processes, when all have come to their end: one that goes early makes others abort."""
-    if dist.is_initialized():
-        barrier()
-        dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -5,8 +5,10 @@ composed with the chosen options once, and each override is tried on it.
 """
 
 import difflib
+import importlib.util
 import itertools
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -29,7 +31,9 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
     _check_dashes(argv)
     args = get_args_parser().parse_args(list(argv))
     folders = [CONF] + ([Path(args.config_dir)] if args.config_dir else [])
-    overrides = [o for o in parse(args.overrides) if not re.match(r"hydra[./]", o.key_or_group)]
+    overrides = parse(args.overrides)
+    _check_launcher(launcher(argv), overrides)
+    overrides = [o for o in overrides if not re.match(r"hydra[./]", o.key_or_group)]
     if not args.multirun:
         for override in overrides:
             if override.is_sweep_override():
@@ -55,6 +59,11 @@ def swept_overrides(argv: Sequence[str]) -> list[Any]:
 
     args = get_args_parser().parse_args(list(argv))
     return [o for o in parse(args.overrides) if o.is_sweep_override()] if args.multirun else []
+
+
+def launcher(argv: Sequence[str]) -> str:
+    """The option of `hydra/launcher` in `argv`: what starts the jobs of a sweep."""
+    return next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith("hydra/launcher=")), "basic")
 
 
 def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
@@ -146,6 +155,18 @@ def _check_dashes(argv: Sequence[str]) -> None:
         if name.startswith("--") and name not in options:
             bare = name.lstrip("-").replace("-", "_")
             raise UserError(f"{arg}: no such option; settings have no dashes: {bare}=<value> (list: --help)")
+
+
+def _check_launcher(name: str, overrides: list[Any]) -> None:
+    """Launchers other than Hydra's own are extra packages, and start all jobs at the same time."""
+    if name == "basic":
+        return
+    if re.match("slurm|submitit", name) and importlib.util.find_spec("submitit") is None:
+        raise UserError(f"hydra/launcher={name}: needs a package of its own: pip install -e '.[slurm]'")
+    if name.endswith("slurm") and shutil.which("sbatch") is None:
+        raise UserError(f"hydra/launcher={name}: there is no sbatch here; run this where jobs are submitted")
+    if any(o.key_or_group == "stage" and o.is_sweep_override() for o in overrides):
+        raise UserError(f"hydra/launcher={name} starts all jobs at once, but stages follow each other: give one stage")
 
 
 def _values(override: Any) -> list[Any]:

@@ -8,11 +8,17 @@ import os
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 from llm.distributed import world_size
 from llm.errors import UserError
+from llm.launch import is_launched
 
 
 @StrategyRegistry.register("muon", description="gradients, optimizer state and updates in shares (ZeRO-2)")
@@ -50,6 +56,11 @@ def layout_of_processes() -> dict[str, int]:
     """`devices` of this machine and `num_nodes`, as `lightning.Trainer` takes them."""
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
     return {"devices": here, "num_nodes": world_size() // here}
+
+
+def cluster_environment() -> ClusterEnvironment:
+    """Where Lightning reads this process's rank. It is told, as it would take any SLURM job for one of its own."""
+    return TorchElasticEnvironment() if is_launched() else LightningEnvironment()
 
 
 def make_strategy(name: str) -> str | Strategy:

@@ -8,10 +8,8 @@ a run.json that says so.
 """
 
 import logging
-import os
 import shutil
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm import __version__
 from llm.environment import environment, git_commit
 from llm.errors import BadLoss, UserError
-from llm.launch import is_launched, launch, wanted_processes
+from llm.launch import check_layout, is_launched, launch, launched_rank, processes, processes_here
 from llm.run import (
     RunDir,
     describe_differences,
@@ -41,23 +39,28 @@ from llm.run import (
 )
 
 ROLLBACKS = "rollbacks.json"
-SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
 
 
 def run_stage(cfg: DictConfig) -> None:
     """Train the stage that `cfg` describes, resume it, or report that it is done."""
     if not is_launched():
         return work_on_stage(cfg)
-    if not join_others(cfg):
-        return None
-    from llm.distributed import leave
+    import torch
 
+    from llm import distributed
+
+    check_layout(cfg)
+    distributed.join(on_gpu=cfg.trainer.accelerator != "cpu" and torch.cuda.is_available())
+    status = 0
     try:
-        work_on_stage(cfg)
-    except SystemExit:  # stopped by a signal, as all of them
-        leave()
-        raise
-    return leave()
+        if cfg.stage.name != "tokenizer" or distributed.is_main():
+            work_on_stage(cfg)
+    except SystemExit as stop:  # by a signal, as all of them
+        status = stop.code
+    distributed.barrier()  # the next stage finds what this one wrote; who ends early makes the others fail
+    if status:
+        raise SystemExit(status)
 
 
 def work_on_stage(cfg: DictConfig) -> None:
@@ -68,8 +71,8 @@ def work_on_stage(cfg: DictConfig) -> None:
     if not cfg.dry_run and is_finished(run, stage, config, cfg):
         print(f"{run.name}/{stage} is finished: {stage_dir}")
         return
-    if stage != "tokenizer" and not (cfg.dry_run or is_launched()) and (n := wanted_processes(cfg)) > 1:
-        if status := launch(config, n):
+    if not (cfg.dry_run or is_launched()) and processes(cfg) > 1:
+        if status := launch(config, processes_here(cfg)):
             raise SystemExit(status)
         return
     try:
@@ -102,8 +105,10 @@ def work_on_stage(cfg: DictConfig) -> None:
         results = run_model_stage(cfg, stage_dir, parent, manifest)
     if results is None:  # dry run
         return
-    if int(os.environ.get("RANK", 0)) > 0:  # the rest is for one process
-        raise SystemExit(128 + results["signal"] if "signal" in results else 0)
+    if launched_rank() > 0:  # the rest is for one process
+        if "signal" in results:
+            raise SystemExit(128 + results["signal"])
+        return
     earlier = (read_manifest(stage_dir) or {}).get("seconds", 0.0)
     manifest |= {"seconds": earlier + time.perf_counter() - begin} | results
     if manifest["status"] != "running":
@@ -112,19 +117,6 @@ def work_on_stage(cfg: DictConfig) -> None:
     write_manifest(stage_dir, manifest | {"status": "finished", "finished": now()})
     report(run)
     print(f"{run.name}/{stage} finished in {manifest['seconds']:.0f} s: {stage_dir}", flush=True)
-
-
-def join_others(cfg) -> bool:
-    """Meet the other processes of a launcher; whether this one has something to do. Only rank 0 prints."""
-    import torch
-
-    from llm.distributed import join
-
-    if cfg.stage.name != "tokenizer":
-        join(on_gpu=cfg.trainer.accelerator != "cpu" and torch.cuda.is_available())
-    if int(os.environ["RANK"]) > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
-    return cfg.stage.name != "tokenizer" or int(os.environ["RANK"]) == 0
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
@@ -314,7 +306,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from llm.checkpoint import CheckpointWriter
     from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
-    from llm.strategy import layout_of_processes, make_strategy
+    from llm.strategy import cluster_environment, layout_of_processes, make_strategy
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
     stop = CleanStop(checkpoint)
@@ -335,7 +327,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
         max_epochs=-1,
         logger=[instantiate_part(f"logger.{n}", part, save_dir=str(stage_dir)) for n, part in cfg.logger.items()],
         callbacks=callbacks,
-        plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async)],
+        plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment()],
         default_root_dir=str(stage_dir),
         enable_checkpointing=False,
         enable_progress_bar=False,

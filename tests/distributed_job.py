@@ -4,7 +4,6 @@ Trains a small network in fp64 on every kind of step and saves the weights; alon
 others on its share of them.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from conftest import compose
 
 from llm import distributed
 from llm.gpt import GPT
+from llm.launch import end
 from llm.scaling import model_config
 from llm.stages.step import StageContext, StepData, StepModule
 from llm.strategy import layout_of_processes, make_strategy
@@ -89,8 +89,8 @@ def main() -> None:
         result = {"weights": module.net.state_dict(), "held": distributed.gathered(held), "tokens": module.tokens_seen}
         if distributed.is_main():
             torch.save(result, Path(folder) / f"{kind}.pt")
-    distributed.leave()
-    os._exit(0)  # as llm.launch
+    distributed.barrier()
+    end(0)
 
 
 if __name__ == "__main__":
