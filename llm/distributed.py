@@ -32,6 +32,9 @@ def join(on_gpu: bool) -> None:
                 )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        from llm import heartbeat
+
+        heartbeat.start()
 
 
 def world_size() -> int:

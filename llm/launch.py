@@ -26,7 +26,8 @@ from llm.errors import UserError
 
 GRACE_SECONDS = 10  # after the first failure the others may end by themselves, with what they have to say
 KILL_SECONDS = 30  # then they are told to stop, and then killed
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends the last one before the time is over
+SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # SLURM sends it before the time is over; Windows has none
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, SIGUSR1)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm import __version__
 from llm.environment import environment, git_commit
 from llm.errors import BadLoss, UserError
-from llm.launch import check_layout, is_launched, launch, launched_rank, processes, processes_here
+from llm.launch import SIGUSR1, check_layout, is_launched, launch, launched_rank, processes, processes_here
 from llm.run import (
     RunDir,
     describe_differences,
@@ -39,7 +39,7 @@ from llm.run import (
 )
 
 ROLLBACKS = "rollbacks.json"
-SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
+SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 def run_stage(cfg: DictConfig) -> None:

@@ -243,3 +243,31 @@ def test_launchers_of_sweeps_are_checked(monkeypatch):
         check_overrides("train", ["-m", "hydra/launcher=slurm", "model=d2,d4"])
     with pytest.raises(UserError, match="starts all jobs at once"):
         check_overrides("train", ["-m", "hydra/launcher=submitit_local", "stage=sft,grpo"])
+
+
+SILENT = """
+import os, signal, sys
+from llm import distributed, heartbeat
+heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.2, 2.0
+distributed.join(on_gpu=False)
+if distributed.rank() == int(sys.argv[1]):
+    os.kill(os.getpid(), signal.SIGSTOP)
+distributed.barrier()
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_process_that_is_not_heard_of_ends_the_others(victim):
+    """One that stands still keeps its connections open, as the processes of a vanished node seem to."""
+    command, port = [sys.executable, "-c", SILENT, str(victim)], free_port()
+    started = [
+        subprocess.Popen(command, env=child_env(k, 3, port), stderr=subprocess.PIPE, text=True) for k in range(3)
+    ]
+    others = [process for k, process in enumerate(started) if k != victim]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in others]
+    finally:
+        started[victim].kill()
+        started[victim].communicate()
+    assert all(process.returncode == 1 for process in others)
+    assert f"error: nothing heard of process {victim} for 2 s" in "".join(errors)
