@@ -208,6 +208,7 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     from llm import distributed
     from llm.checkpoint import newest_checkpoint
     from llm.model_folder import save_model_folder
+    from llm.strategy import whole_net
 
     quiet_lightning()
     check_devices(cfg)
@@ -237,8 +238,9 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
             f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True
         )
         return results | {"status": "interrupted", "signal": int(stop.signum)}
+    net = whole_net(module.net)
     if distributed.is_main():
-        save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
+        save_model_folder(stage_dir / "model", net, module.context.tokenizer)
     return results
 
 

@@ -16,7 +16,7 @@ from llm import distributed
 from llm.gpt import GPT
 from llm.scaling import model_config
 from llm.stages.step import StageContext, StepData, StepModule
-from llm.strategy import layout_of_processes, make_strategy
+from llm.strategy import layout_of_processes, make_strategy, whole_net
 
 STEPS, VOCAB, MICRO = 20, 301, 6
 KINDS = ("pretrain", "sft", "grpo")
@@ -86,7 +86,8 @@ def main() -> None:
     for kind in KINDS:
         module, trainer = train(kind, strategy)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
-        result = {"weights": module.net.state_dict(), "held": distributed.gathered(held), "tokens": module.tokens_seen}
+        weights = whole_net(module.net).state_dict()
+        result = {"weights": weights, "held": distributed.gathered(held), "tokens": module.tokens_seen}
         if distributed.is_main():
             torch.save(result, Path(folder) / f"{kind}.pt")
     distributed.leave()

@@ -36,7 +36,7 @@ def alone(tmp_path_factory):
     return job(1, "auto", tmp_path_factory.mktemp("alone") / "1")
 
 
-@pytest.mark.parametrize("strategy", ["muon", "ddp"])
+@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_train_the_weights_of_one(alone, n, strategy, tmp_path):
     """20 steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
