@@ -272,7 +272,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from llm.checkpoint import AtomicCheckpointIO
     from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
-    from llm.strategy import layout_of_processes, make_strategy
+    from llm.strategy import FSDPStrategy, layout_of_processes, make_strategy
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints")
     stop = CleanStop(checkpoint)
@@ -304,14 +304,19 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     )
     device = trainer.strategy.root_device
     built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
     if cfg.precision.fp8:
+        if is_fsdp:
+            raise UserError(
+                "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
+            )
         print(use_fp8(built.module.net, device), flush=True)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
     attention = built.module.net.set_attention(cfg.attention, device, cfg.stage.name in FIXED_SHAPES)
     steps = built.module.context.total_steps
     compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
     if compiled:
-        compile_training(built.module.net)
+        compile_training(built.module.net, by_block=is_fsdp)
     dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
     how = "compiled" if compiled else "eager"
     print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
