@@ -65,7 +65,7 @@ def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: f
     """What NorMuon multiplies the rows (or columns) with: one over their running root mean square, times a number per
     matrix that keeps its norm. `second_moment`, of the shape of `mean_square`, is updated in place.
     """
-    second_moment.lerp_(mean_square, 1 - beta2)
+    second_moment.lerp_(mean_square.to(second_moment.dtype), 1 - beta2)  # a loaded one has the weights' dtype
     scale = second_moment.clamp_min(1e-10).rsqrt()
     old = mean_square.sum(dim=(-2, -1), keepdim=True)
     new = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)

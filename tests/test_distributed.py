@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -21,32 +22,47 @@ from llm.optim_sharded import BUCKET_BYTES, even_shares
 KINDS = ("pretrain", "sft", "grpo")
 
 
-def job(n: int, strategy: str, folder) -> dict[str, dict]:
+def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
-    folder.mkdir()
-    command, port = [sys.executable, str(REPO / "tests" / "distributed_job.py"), strategy, str(folder)], free_port()
+    script, port = REPO / "tests" / "distributed_job.py", free_port()
+    command = [sys.executable, str(script), strategy, str(folder), *map(str, checkpoint)]
     environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [os.environ | {"PYTHONPATH": str(REPO)}]
     processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for env in environments]
     assert [process.wait(timeout=300) for process in processes] == [0] * n
-    return {kind: torch.load(folder / f"{kind}.pt") for kind in KINDS}
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else KINDS)}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return job(1, "auto", tmp_path_factory.mktemp("alone") / "1")
+def trained(tmp_path_factory):
+    """trained(strategy, n): folder and results of 20 steps, run once."""
+
+    @cache
+    def run(strategy: str, n: int):
+        folder = tmp_path_factory.mktemp(strategy)
+        return folder, job(n, strategy, folder)
+
+    return run
 
 
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_train_the_weights_of_one(alone, n, strategy, tmp_path):
+def test_processes_train_the_weights_of_one(trained, n, strategy):
     """20 steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
-    results = job(n, strategy, tmp_path / "n")
+    (_, alone), (_, results) = trained("auto", 1), trained(strategy, n)
     for kind in KINDS:
         for name, weight in alone[kind]["weights"].items():
             torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0)
         assert results[kind]["tokens"] == alone[kind]["tokens"]
         shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
         assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
+
+
+@pytest.mark.parametrize(("saved", "strategy", "n"), [("fsdp", "auto", 1), ("muon", "fsdp", 2)])
+def test_a_checkpoint_of_one_strategy_goes_on_under_another(trained, saved, strategy, n, tmp_path):
+    checkpoint = trained(saved, 2)[0] / "pretrain" / "step_000010.ckpt"
+    weights = job(n, strategy, tmp_path, checkpoint)["pretrain"]["weights"]
+    for name, weight in trained("auto", 1)[1]["pretrain"]["weights"].items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
