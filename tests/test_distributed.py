@@ -17,6 +17,7 @@ from llm.data.documents import walk
 from llm.data.loader import positions_for
 from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
 from llm.launch import child_env, free_port
+from llm.model_folder import load_model_folder
 from llm.optim_sharded import BUCKET_BYTES, even_shares
 
 KINDS = ("pretrain", "sft", "grpo")
@@ -152,9 +153,9 @@ def columns(root, run: str) -> list[tuple]:
 LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=30", "stage.eval_every=10", "stage.sample_every=0")
 
 
-def stopped(root, run: str, signum: signal.Signals) -> int:
+def stopped(root, run: str, signum: signal.Signals, *args: str) -> int:
     """Start a training, send a signal to its launcher once there is a checkpoint; its exit status."""
-    command = [sys.executable, str(REPO / "train.py"), *TINY, f"paths.runs={root}", *LONG, f"run={run}"]
+    command = [sys.executable, str(REPO / "train.py"), *TINY, f"paths.runs={root}", *LONG, f"run={run}", *args]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((root / run).glob("pretrain/checkpoints/*.ckpt")):
         assert launcher.poll() is None
@@ -178,10 +179,19 @@ def test_two_processes_resume_bit_for_bit(tokenizer):
 
 
 def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
-    assert stopped(tokenizer, "moved", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert stopped(tokenizer, "moved", signal.SIGTERM, "strategy=fsdp") == 128 + signal.SIGTERM
     resumed = tiny(tokenizer, *LONG, "run=moved", "trainer.devices=1")
     assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
     assert columns(tokenizer, "moved")[-1][0] == "30"
+
+
+def test_fsdp_generates_evaluates_and_saves_with_whole_weights(tokenizer):
+    done = tiny(tokenizer, "strategy=fsdp", "stage=pretrain", "init_from=tiny/tokenizer", "run=cut", "max_steps=1")
+    assert done.returncode == 0 and "step 1 |" in done.stdout, done.stderr
+    done = tiny(tokenizer, "strategy=fsdp", "stage=grpo", "init_from=cut/pretrain", "run=cut", "max_steps=1")
+    assert done.returncode == 0 and "pass@1" in done.stdout, done.stderr
+    net, _ = load_model_folder(tokenizer / "cut" / "grpo" / "model")
+    assert net.head_weight.any()
 
 
 def test_a_dead_process_ends_the_training(tokenizer):
