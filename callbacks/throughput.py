@@ -6,7 +6,6 @@ import lightning as L
 import torch
 
 from llm.hardware import peak_of
-from llm.loss_head import chunk_loss
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -44,7 +43,7 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
-        self.compiles = module.net.loss_kernel is not chunk_loss
+        self.compiles = module.net.training_trunk is not None
         self._open_window(module)
 
     def _open_window(self, module) -> None:

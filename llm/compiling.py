@@ -52,6 +52,7 @@ def compile_training(net, by_block: bool = False) -> None:
     if by_block:
         for block in net.transformer.h:
             block.forward = _named("a block", torch.compile(block.forward, dynamic=False))
+        net.training_trunk = net.trunk
     else:
         net.training_trunk = _named("the network", torch.compile(net.trunk, dynamic=False))
     net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False))
