@@ -49,6 +49,7 @@ def _summed(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
+# Lightning's own "fsdp" is FSDP1, which neither runs on a CPU nor keeps matrices apart.
 @StrategyRegistry.register("fsdp2", description="weights, gradients, optimizer state in shares (ZeRO-3)")
 class FSDPStrategy(ModelParallelStrategy):
     """Every block, and all else together, is gathered for its forward and backward pass; gradients are summed.

@@ -183,15 +183,11 @@ def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
     resumed = tiny(tokenizer, *LONG, "run=moved", "trainer.devices=1")
     assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
     assert columns(tokenizer, "moved")[-1][0] == "30"
-
-
-def test_fsdp_generates_evaluates_and_saves_with_whole_weights(tokenizer):
-    done = tiny(tokenizer, "strategy=fsdp", "stage=pretrain", "init_from=tiny/tokenizer", "run=cut", "max_steps=1")
-    assert done.returncode == 0 and "step 1 |" in done.stdout, done.stderr
-    done = tiny(tokenizer, "strategy=fsdp", "stage=grpo", "init_from=cut/pretrain", "run=cut", "max_steps=1")
+    # what generates, evaluates and saves under fsdp needs whole weights
+    done = tiny(tokenizer, "strategy=fsdp", "stage=grpo", "init_from=moved/pretrain", "run=moved", "max_steps=1")
     assert done.returncode == 0 and "pass@1" in done.stdout, done.stderr
-    net, _ = load_model_folder(tokenizer / "cut" / "grpo" / "model")
-    assert net.head_weight.any()
+    before, after = (load_model_folder(tokenizer / "moved" / s / "model")[0].head_weight for s in ("pretrain", "grpo"))
+    assert before.shape == after.shape and (before - after).abs().max() < 0.1
 
 
 def test_a_dead_process_ends_the_training(tokenizer):
