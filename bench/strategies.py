@@ -21,14 +21,14 @@ import torch
 from llm import distributed
 from llm.checkpoint import CheckpointWriter
 from llm.gpt import GPT
-from llm.launch import child_env, free_port
+from llm.launch import child_env, end, free_port
 from llm.overrides import compose
 from llm.scaling import model_config
 from llm.stages.step import StageContext, StepData, StepModule
 from llm.strategy import layout_of_processes, make_strategy
 from llm.trainer import quiet_lightning
 
-STRATEGIES = ("muon", "ddp")
+STRATEGIES = ("muon", "ddp", "fsdp")
 
 
 class Clock(L.Callback):
@@ -102,8 +102,8 @@ def work(args, folder: Path) -> None:
     if distributed.is_main():
         medians = [{name: _bench.median(values) for name, values in by.items()} for by in (steps, saves)]
         (folder / "result.json").write_text(json.dumps(medians))
-    distributed.leave()
-    os._exit(0)
+    distributed.barrier()
+    end(0)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import torch
 
 from callbacks.cadence import Periodic
 from llm.evaluation import bits_per_byte
+from llm.strategy import whole_net
 
 
 class BitsPerByte(Periodic):
@@ -17,4 +18,4 @@ class BitsPerByte(Periodic):
         if context.val_batches is None:
             return
         with torch.no_grad():
-            module.row["bpb"] = bits_per_byte(module.net, context.val_batches, context.token_bytes)
+            module.row["bpb"] = bits_per_byte(whole_net(module.net), context.val_batches, context.token_bytes)

@@ -1,9 +1,10 @@
-"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on. Rank 0 measures both."""
+"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on. The processes share both."""
 
 from callbacks.cadence import Periodic
 from llm.engine import Engine
 from llm.evaluation import evaluate_pass_at_k, evaluate_task
 from llm.sampling import SamplingParams
+from llm.strategy import whole_net
 
 
 class ChatEval(Periodic):
@@ -14,9 +15,7 @@ class ChatEval(Periodic):
         self.max_per_task, self.max_new_tokens = max_per_task, max_new_tokens
 
     def act(self, trainer, module, step) -> None:
-        if not trainer.is_global_zero:
-            return
-        engine = Engine(module.net, module.context.tokenizer)
+        engine = Engine(whole_net(module.net), module.context.tokenizer)
         for name, task in module.context.eval_tasks.items():
             result = evaluate_task(engine, task, self.max_per_task, self.max_new_tokens)
             module.row[f"chat/{name}"] = result["accuracy"]
@@ -32,9 +31,7 @@ class PassAtK(Periodic):
         self.batch_size = batch_size  # questions decoded at a time
 
     def act(self, trainer, module, step) -> None:
-        if not trainer.is_global_zero:
-            return
-        engine = Engine(module.net, module.context.tokenizer)
+        engine = Engine(whole_net(module.net), module.context.tokenizer)
         scores = evaluate_pass_at_k(
             engine, self.task, self.num_samples, self.params, max_items=self.max_items, batch_size=self.batch_size
         )

@@ -3,6 +3,7 @@
 from callbacks.cadence import Periodic
 from llm.engine import Engine
 from llm.evaluation import draw_samples
+from llm.strategy import whole_net
 
 
 class Samples(Periodic):
@@ -13,9 +14,10 @@ class Samples(Periodic):
         self.max_new_tokens = max_new_tokens
 
     def act(self, trainer, module, step) -> None:
+        net = whole_net(module.net)
         if not trainer.is_global_zero:
             return
-        engine = Engine(module.net, module.context.tokenizer)
+        engine = Engine(net, module.context.tokenizer)
         for sample in draw_samples(engine, module.context.prompts, self.max_new_tokens):
             print(f"  step {step} | {sample['prompt']} -> {sample['completion']}".replace("\n", " / "), flush=True)
         module.net.train()

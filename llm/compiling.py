@@ -43,12 +43,18 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
     return False, f"fewer than {LONG_RUN} steps on a CPU" if device.type == "cpu" else f"on {device.type}"
 
 
-def compile_training(net) -> None:
+def compile_training(net, by_block: bool = False) -> None:
     """From now on `net` runs compiled where it is given targets and gradients are on.
 
-    Raises UserError, naming the part, where the compiler fails at the first step.
+    by_block: every block by itself, for FSDP2, which gathers and frees weights between them; then the blocks are
+    compiled wherever they run. Raises UserError, naming the part, where the compiler fails at the first step.
     """
-    net.training_trunk = _named("the network", torch.compile(net.trunk, dynamic=False))
+    if by_block:
+        for block in net.transformer.h:
+            block.forward = _named("a block", torch.compile(block.forward, dynamic=False))
+        net.training_trunk = net.trunk
+    else:
+        net.training_trunk = _named("the network", torch.compile(net.trunk, dynamic=False))
     net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False))
 
 

@@ -128,7 +128,9 @@ class TrainerConfig:
 
 @dataclass
 class StrategyConfig:
-    name: str = key("auto picks by the number of devices", choices=("auto", "single", "muon", "ddp"), fixed=True)
+    name: str = key(
+        "auto picks by the number of devices", choices=("auto", "single", "muon", "ddp", "fsdp"), fixed=True
+    )
 
 
 @dataclass

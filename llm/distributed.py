@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from llm.errors import UserError
 from llm.launch import is_launched
@@ -48,6 +49,11 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
     return rank() == 0
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it, or its rows of a DTensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def total(values: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weig
 Hyperparameters are plain numbers in `param_groups`; schedules write them before each step.
 """
 
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -64,7 +65,7 @@ def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: f
     """What NorMuon multiplies the rows (or columns) with: one over their running root mean square, times a number per
     matrix that keeps its norm. `second_moment`, of the shape of `mean_square`, is updated in place.
     """
-    second_moment.lerp_(mean_square, 1 - beta2)
+    second_moment.lerp_(mean_square.to(second_moment.dtype), 1 - beta2)  # a loaded one has the weights' dtype
     scale = second_moment.clamp_min(1e-10).rsqrt()
     old = mean_square.sum(dim=(-2, -1), keepdim=True)
     new = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
@@ -157,24 +158,20 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
     def _muon(self, group: dict, params: list[torch.Tensor]) -> None:
-        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-        for p in params:
-            by_shape.setdefault(p.shape, []).append(p)
-        for shape, params in by_shape.items():
-            size = STACK_BYTES.get(params[0].device.type, OTHER_STACK_BYTES) // (4 * shape.numel())
-            for part in batched(params, max(size, 1)):
-                self._muon_stack(group, part)
+        for part in stacks(params):
+            self._descend(group, part, self._muon_step(group, part, [p.grad for p in part]))
 
-    def _muon_stack(self, group: dict, params: list[torch.Tensor]) -> None:
-        """One update of matrices (r, c) of the same shape."""
+    def _muon_step(self, group: dict, params: list[torch.Tensor], grads: list[torch.Tensor]) -> torch.Tensor:
+        """What Muon adds to matrices (r, c) of the same shape, without weight decay: (n, r, c), fp32 or wider."""
         (rows, cols), states = params[0].shape, [self.state[p] for p in params]
         beta2, method = group["normuon_beta2"], group["orthogonalizer"]
-        for p, state in zip(params, states, strict=True):
+        for grad, state in zip(grads, states, strict=True):
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"] = torch.zeros_like(grad)
                 if beta2 is not None:
-                    state["second_moment"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols), dtype=torch.float32)
-        grads, buffers = [p.grad for p in params], [s["momentum_buffer"] for s in states]
+                    shape = (rows, 1) if rows >= cols else (1, cols)
+                    state["second_moment"] = grad.new_zeros(shape, dtype=torch.float32)
+        buffers = [s["momentum_buffer"] for s in states]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
         dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
@@ -193,15 +190,17 @@ class MuonAdamW(torch.optim.Optimizer):
         if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix; the factors kept the norm
             norm = (mean_square.sum(dim=(-2, -1), keepdim=True) * min(rows, cols)).sqrt_()
             factors = factors * (min(rows, cols) ** 0.5 / norm.clamp_min_(1e-10))
+        return update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
+
+    def _descend(self, group: dict, params: list[torch.Tensor], step: torch.Tensor) -> None:
+        """Decay matrices, or the same rows of each, and add the steps (n, r, c)."""
         decay = group["lr"] * group["weight_decay"]
         if decay and group["cautious"]:
             weights = torch.stack([p.detach() for p in params])
-            decayed = (update * weights).ge_(0).mul_(weights)  # 0 or 1 in fp32: masks of booleans are slow on a CPU
+            decayed = (step * weights).le_(0).mul_(weights)  # 0 or 1 in fp32: masks of booleans are slow on a CPU
+            step.sub_(decayed, alpha=decay)
         elif decay:
             torch._foreach_mul_(params, 1 - decay)
-        step = update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
-        if decay and group["cautious"]:
-            step.sub_(decayed, alpha=decay)
         torch._foreach_add_(params, list(step.unbind(0)))
 
 
@@ -244,6 +243,16 @@ def build_optimizer(
     muon["in_bf16"] = net.compute_dtype == torch.bfloat16
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr * lr_scale}
     return optimizer([*groups, muon | {"weight_decay": decay, "decays": True}])
+
+
+def stacks(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The matrices in parts of one shape that are updated together."""
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for p in params:
+        by_shape.setdefault(p.shape, []).append(p)
+    for shape, params in by_shape.items():
+        size = STACK_BYTES.get(params[0].device.type, OTHER_STACK_BYTES) // (4 * shape.numel())
+        yield from batched(params, max(size, 1))
 
 
 def batched(items: list, size: int):

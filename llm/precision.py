@@ -62,7 +62,7 @@ class LossScaler:
 
     def unscale(self, params) -> bool:
         """Divide the gradients by the scale, or drop them all and return False where one overflowed."""
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [grad for p in params if p.grad is not None and (grad := distributed.local(p.grad)).numel()]
         norms = torch._foreach_norm(grads, ord=float("inf"))
         overflowed = bool(grads) and not torch.isfinite(torch.stack(norms)).all()
         if distributed.total([float(overflowed)])[0]:

@@ -202,6 +202,7 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     """Build, train and hand over; returns the values of run.json, with another status if the user stopped it."""
     from llm import distributed
     from llm.model_folder import save_model_folder
+    from llm.strategy import whole_net
 
     quiet_lightning()
     check_devices(cfg)
@@ -238,8 +239,9 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
             f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True
         )
         return results | {"status": "interrupted", "signal": int(stop.signum)}
+    net = whole_net(module.net)
     if distributed.is_main():
-        save_model_folder(stage_dir / "model", module.net, module.context.tokenizer)
+        save_model_folder(stage_dir / "model", net, module.context.tokenizer)
     return results
 
 
@@ -306,7 +308,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from llm.checkpoint import CheckpointWriter
     from llm.compiling import FIXED_SHAPES, compile_training, decide
     from llm.precision import resolve_compute_dtype
-    from llm.strategy import cluster_environment, layout_of_processes, make_strategy
+    from llm.strategy import FSDPStrategy, cluster_environment, layout_of_processes, make_strategy
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
     stop = CleanStop(checkpoint)
@@ -339,14 +341,19 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     )
     device = trainer.strategy.root_device
     built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
     if cfg.precision.fp8:
+        if is_fsdp:
+            raise UserError(
+                "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
+            )
         print(use_fp8(built.module.net, device), flush=True)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
     attention = built.module.net.set_attention(cfg.attention, device, cfg.stage.name in FIXED_SHAPES)
     steps = built.module.context.total_steps
     compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
     if compiled:
-        compile_training(built.module.net)
+        compile_training(built.module.net, by_block=is_fsdp)
     dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
     how = "compiled" if compiled else "eager"
     print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)

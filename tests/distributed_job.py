@@ -1,7 +1,7 @@
-"""What each process of test_distributed.py runs: `python distributed_job.py <strategy> <folder>` under a launcher.
+"""What each process of test_distributed.py runs: `distributed_job.py <strategy> <folder> [<checkpoint>]`, launched.
 
-Trains a small network in fp64 on every kind of step and saves the weights; alone on all micro-batches of a step, with
-others on its share of them.
+Trains a small network in fp64 on every kind of step and saves the weights and the checkpoint of half the steps; alone
+on all micro-batches of a step, with others on its share of them. With a checkpoint of `pretrain` it goes on from there.
 """
 
 import sys
@@ -11,12 +11,14 @@ import lightning as L
 import torch
 from conftest import compose
 
+from callbacks.checkpoint import StepCheckpoint
 from llm import distributed
+from llm.checkpoint import CheckpointWriter
 from llm.gpt import GPT
 from llm.launch import end
 from llm.scaling import model_config
 from llm.stages.step import StageContext, StepData, StepModule
-from llm.strategy import layout_of_processes, make_strategy
+from llm.strategy import layout_of_processes, make_strategy, whole_net
 
 STEPS, VOCAB, MICRO = 20, 301, 6
 KINDS = ("pretrain", "sft", "grpo")
@@ -36,8 +38,8 @@ def micro_batch(kind: str, step: int, number: int) -> dict:
 
 
 class Steps:
-    def __init__(self, kind: str):
-        self.kind, self.step = kind, 0
+    def __init__(self, kind: str, position: dict | None):
+        self.kind, self.step = kind, 0 if position is None else position["step"]
 
     def __len__(self):
         return 10**9
@@ -52,11 +54,11 @@ class Steps:
                 "micro": micro,
                 "n_trained": trained,
                 "n_tokens": sum(m["inputs"].numel() for m in micro),
-                "state": {},
+                "state": {"step": self.step},
             }
 
 
-def train(kind: str, strategy: str) -> tuple[StepModule, L.Trainer]:
+def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tuple[StepModule, L.Trainer]:
     cfg = compose(
         "train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4"
     )
@@ -72,23 +74,26 @@ def train(kind: str, strategy: str) -> tuple[StepModule, L.Trainer]:
         max_epochs=-1,
         logger=False,
         use_distributed_sampler=False,
+        callbacks=[StepCheckpoint(STEPS // 2, folder / kind)],
+        plugins=[CheckpointWriter()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=StepData(lambda position: Steps(kind)))
+    trainer.fit(module, datamodule=StepData(lambda position: Steps(kind, position)), ckpt_path=checkpoint)
     return module, trainer
 
 
 def main() -> None:
-    strategy, folder = sys.argv[1:]
+    strategy, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], None)[0]
     distributed.join(on_gpu=False)
-    for kind in KINDS:
-        module, trainer = train(kind, strategy)
+    for kind in KINDS if checkpoint is None else KINDS[:1]:
+        module, trainer = train(kind, strategy, folder, checkpoint)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
-        result = {"weights": module.net.state_dict(), "held": distributed.gathered(held), "tokens": module.tokens_seen}
+        weights = whole_net(module.net).state_dict()
+        result = {"weights": weights, "held": distributed.gathered(held), "tokens": module.tokens_seen}
         if distributed.is_main():
-            torch.save(result, Path(folder) / f"{kind}.pt")
+            torch.save(result, folder / f"{kind}.pt")
     distributed.barrier()
     end(0)
 

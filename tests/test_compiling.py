@@ -57,12 +57,12 @@ def network(bos_id=None) -> GPT:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bos_id", [None, 99])  # 99: documents are kept apart
-def test_compiled_equals_eager_and_is_compiled_once(bos_id, monkeypatch):
+@pytest.mark.parametrize(("bos_id", "by_block"), [(None, False), (99, False), (None, True)])  # 99: documents apart
+def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", (1 << 24, 25_600))  # tiles of 256 tokens
     torch._dynamo.reset()
     eager, compiled = network(bos_id), network(bos_id)
-    compile_training(compiled)
+    compile_training(compiled, by_block)
     assert list(compiled.state_dict()) == list(eager.state_dict())
     torch._dynamo.utils.counters.clear()
     for step in range(3):

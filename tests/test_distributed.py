@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -16,37 +17,53 @@ from llm.data.documents import walk
 from llm.data.loader import positions_for
 from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
 from llm.launch import child_env, free_port
+from llm.model_folder import load_model_folder
 from llm.optim_sharded import BUCKET_BYTES, even_shares
 
 KINDS = ("pretrain", "sft", "grpo")
 
 
-def job(n: int, strategy: str, folder) -> dict[str, dict]:
+def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
-    folder.mkdir()
-    command, port = [sys.executable, str(REPO / "tests" / "distributed_job.py"), strategy, str(folder)], free_port()
+    script, port = REPO / "tests" / "distributed_job.py", free_port()
+    command = [sys.executable, str(script), strategy, str(folder), *map(str, checkpoint)]
     environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [os.environ | {"PYTHONPATH": str(REPO)}]
     processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for env in environments]
     assert [process.wait(timeout=300) for process in processes] == [0] * n
-    return {kind: torch.load(folder / f"{kind}.pt") for kind in KINDS}
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else KINDS)}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return job(1, "auto", tmp_path_factory.mktemp("alone") / "1")
+def trained(tmp_path_factory):
+    """trained(strategy, n): folder and results of 20 steps, run once."""
+
+    @cache
+    def run(strategy: str, n: int):
+        folder = tmp_path_factory.mktemp(strategy)
+        return folder, job(n, strategy, folder)
+
+    return run
 
 
-@pytest.mark.parametrize("strategy", ["muon", "ddp"])
+@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_train_the_weights_of_one(alone, n, strategy, tmp_path):
+def test_processes_train_the_weights_of_one(trained, n, strategy):
     """20 steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
-    results = job(n, strategy, tmp_path / "n")
+    (_, alone), (_, results) = trained("auto", 1), trained(strategy, n)
     for kind in KINDS:
         for name, weight in alone[kind]["weights"].items():
             torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0)
         assert results[kind]["tokens"] == alone[kind]["tokens"]
         shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
         assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
+
+
+@pytest.mark.parametrize(("saved", "strategy", "n"), [("fsdp", "auto", 1), ("muon", "fsdp", 2)])
+def test_a_checkpoint_of_one_strategy_goes_on_under_another(trained, saved, strategy, n, tmp_path):
+    checkpoint = trained(saved, 2)[0] / "pretrain" / "step_000010.ckpt"
+    weights = job(n, strategy, tmp_path, checkpoint)["pretrain"]["weights"]
+    for name, weight in trained("auto", 1)[1]["pretrain"]["weights"].items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -136,9 +153,9 @@ def columns(root, run: str) -> list[tuple]:
 LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=30", "stage.eval_every=10", "stage.sample_every=0")
 
 
-def stopped(root, run: str, signum: signal.Signals) -> int:
+def stopped(root, run: str, signum: signal.Signals, *args: str) -> int:
     """Start a training, send a signal to its launcher once there is a checkpoint; its exit status."""
-    command = [sys.executable, str(REPO / "train.py"), *TINY, f"paths.runs={root}", *LONG, f"run={run}"]
+    command = [sys.executable, str(REPO / "train.py"), *TINY, f"paths.runs={root}", *LONG, f"run={run}", *args]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((root / run).glob("pretrain/checkpoints/*.ckpt")):
         assert launcher.poll() is None
@@ -162,10 +179,15 @@ def test_two_processes_resume_bit_for_bit(tokenizer):
 
 
 def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
-    assert stopped(tokenizer, "moved", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert stopped(tokenizer, "moved", signal.SIGTERM, "strategy=fsdp") == 128 + signal.SIGTERM
     resumed = tiny(tokenizer, *LONG, "run=moved", "trainer.devices=1")
     assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
     assert columns(tokenizer, "moved")[-1][0] == "30"
+    # what generates, evaluates and saves under fsdp needs whole weights
+    done = tiny(tokenizer, "strategy=fsdp", "stage=grpo", "init_from=moved/pretrain", "run=moved", "max_steps=1")
+    assert done.returncode == 0 and "pass@1" in done.stdout, done.stderr
+    before, after = (load_model_folder(tokenizer / "moved" / s / "model")[0].head_weight for s in ("pretrain", "grpo"))
+    assert before.shape == after.shape and (before - after).abs().max() < 0.1
 
 
 def test_a_dead_process_ends_the_training(tokenizer):

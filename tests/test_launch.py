@@ -16,7 +16,7 @@ from conftest import REPO, run_cli
 from omegaconf import OmegaConf
 
 from llm.errors import UserError
-from llm.launch import LAUNCHED, adopt_slurm, check_layout, free_port, meeting_place
+from llm.launch import LAUNCHED, adopt_slurm, check_layout, child_env, free_port, meeting_place
 from llm.overrides import check_overrides
 
 TINY = ("experiment=tiny", "batch.total=1024", "trainer=cpu", "precision.compute=fp32", "compile=false")

@@ -32,6 +32,7 @@ from llm.stages.build import (
     step_context,
 )
 from llm.stages.step import StepData, StepModule
+from llm.strategy import whole_net
 from tasks import Mixture, build_mixture, build_task
 
 
@@ -97,7 +98,8 @@ class RolloutSteps:
             seed=(self.seed + 1_009 * distributed.rank()) * 1_000_003 + step,
         )
         prompts = [self.prompts[i] for i in indices]
-        groups = self.engine.generate(prompts, params, stage.samples_per_prompt)
+        engine = Engine(whole_net(self.engine.net), self.engine.tokenizer)
+        groups = engine.generate(prompts, params, stage.samples_per_prompt)
         conversations = [self.task[i] for i in indices]
         decode = self.engine.tokenizer.decode
         rewards = torch.tensor(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import lightning as L
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from llm import distributed
@@ -21,10 +22,9 @@ from llm.data.loader import positions_for
 from llm.errors import BadLoss
 from llm.gpt import GPT, flops_per_token
 from llm.optim import MuonAdamW, build_optimizer
-from llm.optim_sharded import ShardedMuonAdamW
 from llm.precision import LossScaler
 from llm.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
-from llm.strategy import MuonStrategy
+from llm.strategy import FSDPStrategy
 
 
 @dataclass
@@ -66,6 +66,10 @@ class StepModule(L.LightningModule):
         self.wants_stop = self.wants_checkpoint = False  # whether this process was asked to stop, is late to save
         self.stop_votes = self.checkpoint_votes = 0  # how many are, as all of them know after a step
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            self.trainer.strategy.shard(self.net)
+
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
@@ -91,6 +95,8 @@ class StepModule(L.LightningModule):
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
         """Forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
         ddp, losses = self.trainer.model, []
+        if isinstance(self.net, FSDPModule):
+            micro_batches = evened(micro_batches)
         for i, micro in enumerate(micro_batches):
             loss = self.micro_loss(micro)
             if isinstance(ddp, DistributedDataParallel):
@@ -167,7 +173,7 @@ class StepModule(L.LightningModule):
     def configure_optimizers(self):
         if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
-        kind = ShardedMuonAdamW if isinstance(self.trainer.strategy, MuonStrategy) else MuonAdamW
+        kind = getattr(self.trainer.strategy, "optimizer_kind", MuonAdamW)
         return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
@@ -187,6 +193,13 @@ class StepModule(L.LightningModule):
         if "scaler" in checkpoint["fathom"]:
             self.scaler = LossScaler()
             self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
+
+
+def evened(micro_batches: list[dict]) -> list[dict]:
+    """As many on all processes, for passes in which they talk: what is added is a row of which nothing is trained."""
+    inputs = micro_batches[0]["inputs"][:1]
+    idle = {"inputs": inputs, "targets": torch.full_like(inputs, -1)}
+    return micro_batches + [idle] * (max(distributed.gathered(len(micro_batches))) - len(micro_batches))
 
 
 class StepData(L.LightningDataModule):
