@@ -1,4 +1,4 @@
-"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on. The processes share both."""
+"""Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on; all processes measure."""
 
 from callbacks.cadence import Periodic
 from llm.engine import Engine

@@ -48,10 +48,14 @@ def start() -> None:
     register = Register("127.0.0.1" if here == world else "", world) if distributed.is_main() else None
     port = distributed.from_main(None if register is None else register.server_address[1])
     address = ("127.0.0.1" if here == world else os.environ["MASTER_ADDR"], port)
+    problem = None
     try:
         silent_processes(register, address)
     except OSError as error:
-        log.warning("rank 0 cannot be called at %s (%s): a node that vanishes will not be noticed", address, error)
+        problem = str(error)
+    distributed.barrier()
+    if problem is not None:
+        log.warning("rank 0 cannot be called at %s (%s): a node that vanishes will not be noticed", address, problem)
         return
     threading.Thread(target=watch, args=(register, address), name="fathom-heartbeat", daemon=True).start()
 
