@@ -32,10 +32,10 @@ STRATEGIES = ("muon", "ddp", "fsdp")
 
 
 class Clock(L.Callback):
-    """Seconds of every step, and of a checkpoint at the end: what the step waits for."""
+    """Seconds of every step, and those that it waits for a checkpoint, by whether that is written beside it."""
 
     def __init__(self, path: Path):
-        self.path, self.seconds, self.at = path, [], None
+        self.path, self.seconds, self.at, self.saves = path, [], None, {}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         now = time.perf_counter()
@@ -44,10 +44,13 @@ class Clock(L.Callback):
         self.at = now
 
     def on_train_end(self, trainer, module) -> None:
-        distributed.barrier()
-        start = time.perf_counter()
-        trainer.save_checkpoint(self.path)
-        self.save = time.perf_counter() - start
+        writer = trainer.strategy.checkpoint_io
+        for writer.asynchronous in (True, True, False):  # the first one also asks the system for memory
+            writer.finish()
+            distributed.barrier()
+            start = time.perf_counter()
+            trainer.save_checkpoint(self.path)
+            self.saves[writer.asynchronous] = time.perf_counter() - start
 
 
 class Steps:
@@ -93,14 +96,15 @@ def work(args, folder: Path) -> None:
     """One of the processes."""
     quiet_lightning()
     distributed.join(on_gpu=_bench.DEVICE.type == "cuda")
-    steps, saves = ({name: [] for name in STRATEGIES} for _ in range(2))
+    steps, saves, syncs = ({name: [] for name in STRATEGIES} for _ in range(3))
     for _ in range(args.rounds):
         for name in STRATEGIES:
             clock = train(name, args, folder)
             steps[name] += clock.seconds[1:]
-            saves[name].append(clock.save)
+            saves[name].append(clock.saves[True])
+            syncs[name].append(clock.saves[False])
     if distributed.is_main():
-        medians = [{name: _bench.median(values) for name, values in by.items()} for by in (steps, saves)]
+        medians = [{name: _bench.median(values) for name, values in by.items()} for by in (steps, saves, syncs)]
         (folder / "result.json").write_text(json.dumps(medians))
     distributed.barrier()
     end(0)
@@ -117,10 +121,11 @@ def main() -> None:
         started = [subprocess.Popen(command, env=environment) for environment in environments]
         if any(process.wait() for process in started):
             raise SystemExit("a process failed")
-        steps, saves = json.loads((Path(folder) / "result.json").read_text())
+        steps, saves, syncs = json.loads((Path(folder) / "result.json").read_text())
     result = vars(args) | {f"{name}_step_ms": 1000 * seconds for name, seconds in steps.items()}
     result |= {f"{name}_to_ddp": steps[name] / steps["ddp"] for name in STRATEGIES}
     result |= {f"{name}_checkpoint_waits_ms": 1000 * seconds for name, seconds in saves.items()}
+    result |= {f"{name}_checkpoint_to_sync": saves[name] / syncs[name] for name in STRATEGIES}
     _bench.show(result)
     return None
 

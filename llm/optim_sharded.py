@@ -7,6 +7,7 @@ view, AdamW being elementwise. What is small is summed and updated everywhere. A
 travels while another is computed. `state_dict` is MuonAdamW's, whole, so that any number of processes can go on.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -141,15 +142,25 @@ class ShardedMuonAdamW(MuonAdamW):
             for i, p in enumerate(self._params())
             if self.state.get(p) and not (self.rank > 0 and p in everywhere)
         }
-        everyone = states_by_process(mine)
+        shapes = distributed.gathered({i: {n: t.to("meta") for n, t in state.items()} for i, state in mine.items()})
         if self.rank > 0:
+            for t in (t for state in mine.values() for t in state.values()):
+                dist.send(t.contiguous(), 0)
             return
-        self.whole_state = {}
-        for i, p in enumerate(self._params()):
-            if states := [states[i] for states in everyone if i in states]:
-                self.whole_state[i] = states[0]
-                if p in self.tables:
-                    self.whole_state[i] |= {n: torch.cat([s[n] for s in states]).view(p.shape) for n in CUT}
+        self.whole_state, filled, params = {}, Counter(), list(self._params())
+        for process, states in enumerate(shapes):
+            for i, name, shape in ((i, name, t) for i, state in states.items() for name, t in state.items()):
+                whole = self.whole_state.setdefault(i, {})
+                if params[i] in self.tables and name in CUT:
+                    flat = whole.setdefault(name, torch.empty(params[i].shape, dtype=shape.dtype)).view(-1)
+                    place = flat[filled[i, name] :][: shape.numel()]
+                    filled[i, name] += shape.numel()
+                else:
+                    place = whole[name] = torch.empty(shape.shape, dtype=shape.dtype)
+                if process == 0:
+                    place.copy_(mine[i][name])
+                else:
+                    dist.recv(place, process)
 
     def state_dict(self) -> dict:
         """As MuonAdamW's, of all processes, after `consolidate_state_dict` and on rank 0."""
@@ -242,19 +253,3 @@ def all_shares(share: torch.Tensor, world: int) -> Arrival:
     if share.is_cpu:
         return arrival(dist.all_to_all_single(whole, share.repeat(world), async_op=True), whole)
     return arrival(all_gather(whole, share, async_op=True), whole)
-
-
-def states_by_process(mine: dict[int, dict[str, torch.Tensor]]) -> list[dict[int, dict[str, torch.Tensor]]]:
-    """On rank 0 what every process has of {number: {name: tensor on the host}}; what the others get is not whole."""
-    everyone = distributed.gathered({i: {n: t.to("meta") for n, t in state.items()} for i, state in mine.items()})
-    for process, states in enumerate(everyone):
-        for i, state in states.items():
-            for name, meta in state.items():
-                if process == distributed.rank():
-                    state[name] = mine[i][name]
-                    if process > 0:
-                        dist.send(mine[i][name].contiguous(), 0)
-                elif distributed.is_main():
-                    state[name] = torch.empty(meta.shape, dtype=meta.dtype)
-                    dist.recv(state[name], process)
-    return everyone
