@@ -9,11 +9,14 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from conftest import compose
 
 from callbacks.checkpoint import StepCheckpoint
+from callbacks.watch import check_same_weights
 from llm import distributed
 from llm.checkpoint import CheckpointWriter
+from llm.errors import UserError
 from llm.gpt import GPT
 from llm.launch import end
 from llm.scaling import model_config
@@ -84,14 +87,50 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     return module, trainer
 
 
+class Sent:
+    """Counts the numbers that a ring sends for the collectives of an optimizer, in units of W / (W - 1)."""
+
+    def __init__(self):
+        self.numbers = 0
+        for name, weight, source in (("all_to_all_single", 1, 1), ("all_reduce", 2, 0)):
+            setattr(dist, name, self.counting(getattr(dist, name), weight, source))
+
+    def counting(self, collective, weight: int, source: int):
+        """source: which of the arguments is sent."""
+
+        def counted(*args, **options):
+            self.numbers += weight * args[source].numel()
+            return collective(*args, **options)
+
+        return counted
+
+
+def notices_other_weights(module: StepModule) -> bool:
+    """Whether a bit that flips in the last process is named by all of them."""
+    params = {name: p.detach().float() for name, p in module.net.named_parameters()}
+    check_same_weights(params, STEPS)
+    if distributed.rank() == distributed.world_size() - 1:
+        params["lm_head.weight"].view(torch.int32)[3, 5] ^= 1
+    try:
+        check_same_weights(params, STEPS)
+    except UserError as error:
+        return f"process {distributed.world_size() - 1} holds other weights" in str(error) and "lm_head" in str(error)
+    return False
+
+
 def main() -> None:
     strategy, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], None)[0]
     distributed.join(on_gpu=False)
+    sent = Sent()
     for kind in KINDS if checkpoint is None else KINDS[:1]:
+        sent.numbers = 0
         module, trainer = train(kind, strategy, folder, checkpoint)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
         weights = whole_net(module.net).state_dict()
         result = {"weights": weights, "held": distributed.gathered(held), "tokens": module.tokens_seen}
+        result["sent"] = sent.numbers / STEPS
+        if distributed.world_size() > 1 and strategy != "fsdp":
+            result["noticed"] = all(distributed.gathered(notices_other_weights(module)))
         if distributed.is_main():
             torch.save(result, folder / f"{kind}.pt")
     distributed.barrier()

@@ -56,6 +56,15 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
         assert results[kind]["tokens"] == alone[kind]["tokens"]
         shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
         assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
+        assert strategy == "fsdp" or results[kind]["noticed"]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
+    """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""
+    results = trained("muon", n)[1]
+    for kind in KINDS:
+        assert 2 <= results[kind]["sent"] / sum(w.numel() for w in results[kind]["weights"].values()) < 2.1
 
 
 @pytest.mark.parametrize(("saved", "strategy", "n"), [("fsdp", "auto", 1), ("muon", "fsdp", 2)])
