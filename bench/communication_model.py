@@ -40,12 +40,16 @@ def step_of(model: str, world: int, strategy: str) -> dict:
         for depth in (cfg.model.depth, REFERENCE_DEPTH)
     )
     horizons = [training_tokens(c, cfg.stage.ratio, cfg.stage.ratio_of) for c in (config, reference)]
-    tokens, params = auto_batch(*horizons), num_params(config)["total"]
+    tokens, params, matrices = auto_batch(*horizons), *(num_params(config)[kind] for kind in ("total", "blocks"))
     rows = min(ROWS[model], tokens // config.seq_len // world)
     micro = tokens // (config.seq_len * world * rows)
     compute = tokens * flops_per_token(config) / world / RATE
-    passes = 3 * micro if strategy == "fsdp" else 2  # gathered twice and summed, or summed and gathered
-    sent = passes * 4 * params * (world - 1) / world
+    numbers = 2 * params  # gradients summed, weights gathered
+    if (
+        strategy == "fsdp"
+    ):  # weights gathered twice, gradients summed; of matrices the gradient to its owner, a step back
+        numbers = 3 * micro * params + 2 * matrices
+    sent = 4 * numbers * (world - 1) / world
     transfer = sent / (REACHED * (NVLINK if world <= NODE else ADAPTERS))
     hidden = {"muon": 0.0, "ddp": compute / micro * 2 / 3, "fsdp": compute}[strategy]
     update = (muon_flops(config) / RATE + UPDATE_BYTES * params / MEMORY_RATE) / (1 if strategy == "ddp" else world)

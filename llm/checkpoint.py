@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,10 +177,14 @@ def checksums(folder: Path) -> dict[str, dict]:
 
 
 def damage(path: Path, listed: dict[str, dict]) -> str | None:
-    """What is wrong with a checkpoint, None if it is what was written. One that is not in the manifest must load."""
+    """What is wrong with a checkpoint, None if it is what was written: by the manifest, else by its own CRCs."""
     entry = listed.get(path.name)
     try:
-        if entry is not None:
+        if entry is None:
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    return f"not in the manifest, and the CRC of {name} is wrong"
+        else:
             if (size := path.stat().st_size) != entry["bytes"]:
                 return f"{size} bytes instead of {entry['bytes']}"
             with open(path, "rb") as file:

@@ -95,12 +95,15 @@ class Chaos:
         self.finish(stage, straight, n)
         seconds = time.monotonic() - begin
         killed, damaged, number = Tally(f"SIGKILL, {stage}, {n} proc."), 0, 0
-        while killed.injected < count:
+        while killed.injected < count and not killed.problems:
             number += 1
             run = f"killed-{stage}-{n}-{number}"
-            damaged += self.kill_until_finished(stage, run, n, count, seconds, rng, killed)
-            self.compare(stage, straight, run, killed)
-            shutil.rmtree(self.root / run)
+            try:
+                damaged += self.kill_until_finished(stage, run, n, count, seconds, rng, killed)
+                self.compare(stage, straight, run, killed)
+                shutil.rmtree(self.root / run)
+            except RuntimeError as error:
+                killed.problems.append(str(error))
         return killed, damaged
 
     def kill_until_finished(self, stage, run, n, count, seconds, rng, killed: Tally) -> int:

@@ -54,6 +54,12 @@ def test_a_damaged_manifest_costs_a_warning_and_at_most_a_checkpoint(saved, text
     assert newest_checkpoint(saved)[0] == 4 and "step_000004.ckpt" in json.loads((saved / "manifest.json").read_text())
 
 
+def test_without_a_manifest_the_files_own_sums_are_checked(saved, caplog):
+    (saved / "manifest.json").unlink()
+    flip(saved / "step_000003.ckpt", 0.5)
+    assert newest_checkpoint(saved)[0] == 2 and "not in the manifest, and the CRC of" in caplog.text
+
+
 def test_a_checkpoint_that_was_not_listed_yet_is_used(saved):
     """Killed between the renaming and the manifest."""
     listed = json.loads((saved / "manifest.json").read_text())
