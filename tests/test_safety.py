@@ -318,3 +318,12 @@ def test_a_slow_process_is_named(monkeypatch):
     monkeypatch.setattr(distributed, "gathered", lambda mine: [mine, mine, [mine[0], mine[1] + 1]])
     with pytest.raises(UserError, match="after step 7 process 2 holds other weights than process 0.*first b"):
         check_same_weights(params, 7)
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_when_trainings_are_killed(tmp_path):
+    """`make chaos` in small: every stage killed once in one process and once in two, and the other faults."""
+    command = [sys.executable, str(REPO / "tests" / "chaos.py"), "--kills", "8", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "| **all** |" in done.stdout
