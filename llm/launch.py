@@ -157,7 +157,7 @@ def wait(children: list[subprocess.Popen], tell: Callable[[int], None], received
     One that waits for a process of a node that has gone hears no signal.
     """
     failed_at, told = None, False
-    while any(child.poll() is None for child in children):
+    while [child for child in children if child.poll() is None]:  # all are asked, not only up to the first that runs
         if failed_at is None and (len(received) > 1 or any(child.returncode for child in children)):
             failed_at = time.monotonic()
         waited = 0.0 if failed_at is None else time.monotonic() - failed_at

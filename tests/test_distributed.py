@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from chaos import children_of
 from conftest import REPO, run_cli
 
 from llm.data.documents import walk
@@ -199,22 +200,19 @@ def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
     assert before.shape == after.shape and (before - after).abs().max() < 0.1
 
 
-def test_a_dead_process_ends_the_training(tokenizer):
-    command = [
-        sys.executable,
-        str(REPO / "train.py"),
-        *TINY,
-        f"paths.runs={tokenizer}",
-        *LONG,
-        "run=dead",
-        "max_steps=3000",
-    ]
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_a_dead_process_ends_the_training(tokenizer, when):
+    """One that dies before the processes have met leaves the first one waiting for it."""
+    run = f"dead-{when}"
+    line = [*TINY, f"paths.runs={tokenizer}", *LONG, f"run={run}", "max_steps=3000"]
+    command = [sys.executable, str(REPO / "train.py"), *line]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list((tokenizer / "dead").glob("pretrain/checkpoints/*.ckpt")):
+    while len(children := children_of(launcher.pid)) < 2 or (
+        when == "training" and not list((tokenizer / run).glob("pretrain/checkpoints/*.ckpt"))
+    ):
         assert launcher.poll() is None
         time.sleep(0.01)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(children[-1], signal.SIGKILL)
     start = time.monotonic()
     _, errors = launcher.communicate(timeout=60)
     assert time.monotonic() - start < 60 and launcher.returncode == 128 + signal.SIGKILL
