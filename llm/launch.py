@@ -144,8 +144,8 @@ def launch(config: dict, n: int) -> int:
                 signal.signal(signum, handler)
         if errors := sorted(Path(folder).glob("error_*")):
             raise UserError(errors[0].read_text(encoding="utf-8"))
-    if killed:  # the others then fail for want of an answer: that is no news
-        rank, signum = killed[0]
+    if killed:  # the others then fail for want of an answer, or get SIGTERM from here: that is no news
+        rank, signum = min(killed, key=lambda pair: pair[1] == signal.SIGTERM)
         print(f"process {rank} was ended by {signal.Signals(signum).name}", file=sys.stderr)
         return 128 + signum
     return max(128 - child.returncode if child.returncode < 0 else child.returncode for child in children)
