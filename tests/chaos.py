@@ -102,7 +102,7 @@ class Chaos:
                 damaged += self.kill_until_finished(stage, run, n, count, seconds, rng, killed)
                 self.compare(stage, straight, run, killed)
                 shutil.rmtree(self.root / run)
-            except RuntimeError as error:
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
                 killed.problems.append(str(error))
         return killed, damaged
 
