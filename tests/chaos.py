@@ -99,18 +99,21 @@ class Chaos:
             number += 1
             run = f"killed-{stage}-{n}-{number}"
             try:
-                damaged += self.kill_until_finished(stage, run, n, count, seconds, rng, killed)
+                more, seconds = self.kill_until_finished(stage, run, n, count, seconds, rng, killed)
+                damaged += more
                 self.compare(stage, straight, run, killed)
                 shutil.rmtree(self.root / run)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 killed.problems.append(str(error))
         return killed, damaged
 
-    def kill_until_finished(self, stage, run, n, count, seconds, rng, killed: Tally) -> int:
-        """Start and kill one training until it comes to its end; how often its files were damaged."""
+    def kill_until_finished(self, stage, run, n, count, seconds, rng, killed: Tally) -> tuple[int, float]:
+        """Start and kill one training until it comes to its end, within about the `seconds` that one takes; how often its
+        files were damaged, and how long one takes now.
+        """
         folder, damaged, pending = self.root / run / stage / "checkpoints", 0, 0
         while True:
-            had, process = list(folder.glob("*.ckpt")), self.start(stage, run, n)
+            had, process, begin = list(folder.glob("*.ckpt")), self.start(stage, run, n), time.monotonic()
             moment = rng.uniform(0.0, 1.2) * seconds if killed.injected + pending < count else 600
             try:
                 out, _ = process.communicate(timeout=moment)
@@ -124,7 +127,7 @@ class Chaos:
                 raise RuntimeError(f"{run} ended with {process.returncode}: {out[-800:]}")
             killed.unreadable += bool(had) and "resuming at step" not in out and "is finished" not in out
             killed.injected, killed.recovered = killed.injected + pending, killed.recovered + pending
-            return damaged
+            return damaged, seconds if pending else time.monotonic() - begin
 
     def damage(self, folder: Path, how: str | None, rng: random.Random) -> bool:
         """Damage the newest checkpoint, or the manifest, if an older checkpoint is there to be used."""
