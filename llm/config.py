@@ -190,6 +190,10 @@ class StageConfig:
 @dataclass
 class TokenizerStage(StageConfig):
     vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
+    pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
+    digits: int = key("digits of a number that may become one token", low=1, high=3)
+    marks: bool = key("combining marks belong to words, as Hindi, Thai or Arabic need")
+    pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
     max_chars: int = key("characters of text to train on, at most", low=1)
     doc_cap: int = key("characters taken of one document, at most", low=1)
     compare: list[str] = key("others to compare with: tiktoken names such as gpt2, tokenizer folders or files")

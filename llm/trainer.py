@@ -187,15 +187,16 @@ def begin_stage(cfg, stage_dir: Path, manifest: dict) -> None:
 
 def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
     from llm.data.documents import document_source
-    from llm.stages.tokenizer import named_encoders, run
+    from llm.stages.tokenizer import named_encoders, prepared, run
 
-    show_config(cfg, {"vocab_size": cfg.stage.vocab_size})
+    ready = prepared(cfg.stage)
+    show_config(cfg, {"vocab_size": cfg.stage.vocab_size if isinstance(ready, str) else ready.vocab_size})
     if cfg.dry_run:
         return None
     source = document_source(cfg.data)
     encoders = named_encoders(cfg.stage.compare)
     begin_stage(cfg, stage_dir, manifest)
-    return run(cfg, stage_dir, source, encoders)
+    return run(cfg, stage_dir, source, ready, encoders)
 
 
 def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:

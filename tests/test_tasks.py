@@ -469,3 +469,35 @@ def test_real_word_list_gives_both_splits():
     train, test = (build_task("bee", spec, split) for split in ("train", "test"))
     assert len(train.words) + len(test.words) == 104864 and not set(train.words) & set(test.words)
     assert train.evaluate(train[5], content_text(train[5]["messages"][-1]["content"]))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Q\n\nmore"}, {"from": "gpt", "value": "A"}]},
+        {"instruction": "Q", "input": "more", "output": "A"},
+        {"prompt": "Q\n\nmore", "completion": "A"},
+        {"question": "Q\n\nmore", "response": "A"},
+        {"messages": [{"role": "user", "content": "Q\n\nmore"}, {"role": "assistant", "content": "A"}], "id": 3},
+    ],
+)
+def test_conversations_of_every_common_format_are_read(tmp_path, row):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    spec = {"type": "chat", "source": "local", "train": str(tmp_path / "rows.jsonl")}
+    messages = build_task("talk", spec, "train")[0]["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [("user", "Q\n\nmore"), ("assistant", "A")]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"text": "no talk"}, r"no conversation \(found: text\); needed: messages, conversations"),
+        ({"conversations": [{"from": "gpt", "value": "A"}]}, "message 1 has role 'assistant', expected 'user'"),
+        ({"conversations": [{"from": "narrator", "value": "A"}]}, "message 1 has role 'narrator'"),
+        ({"instruction": 3, "output": "A"}, r"message 1 \(user\)"),
+    ],
+)
+def test_rows_that_are_no_conversation_are_named(tmp_path, row, problem):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"rows.jsonl row 1: .*{problem}"):
+        build_task("talk", {"type": "chat", "source": "local", "train": str(tmp_path / "rows.jsonl")}, "train")
