@@ -27,12 +27,13 @@ import torch
 
 from llm.data.conversations import ConversationFeed
 from llm.data.documents import DocumentSource
-from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
+from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
 from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # between lines about data that does not come
 UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
+VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
 ENCODE_DOCUMENTS = 128  # documents tokenised together
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
 
@@ -157,7 +158,7 @@ class StepLoader:
                     "the configuration that the run started with, or start another with run=<new name>."
                 )
 
-    def _packer(self) -> BestFitCrop | BestFitPad:
+    def _packer(self) -> BestFit | BestFitCrop | BestFitPad | Stream:
         raise NotImplementedError
 
     def _feed(self, cursor: dict | None) -> Iterator[Document]:
@@ -169,7 +170,7 @@ class StepLoader:
 
 
 class TextSteps(StepLoader):
-    """Pretraining steps: BOS-aligned rows, best-fit packed, all tokens trained. The train split loops, others end."""
+    """Pretraining steps: rows packed by one of `PACKINGS`, all tokens trained. The train split loops, others end."""
 
     kind = "text"
 
@@ -185,14 +186,16 @@ class TextSteps(StepLoader):
         state: dict | None = None,
         *,
         split: str = "train",
+        packing: str = VAL_PACKING,
         buffer: int = 1000,
         **options,
     ) -> None:
         super().__init__(seq_len, rows_per_micro, micro_per_step, rank=rank, world=world, state=state, **options)
-        self.source, self.tokenizer, self.split, self.buffer = source, tokenizer, split, buffer
+        self.source, self.tokenizer, self.split = source, tokenizer, split
+        self.packing, self.buffer = packing, buffer
 
-    def _packer(self) -> BestFitCrop:
-        return BestFitCrop(self.seq_len + 1, self.buffer)
+    def _packer(self) -> BestFit | BestFitCrop | Stream:
+        return PACKINGS[self.packing](self.seq_len + 1, self.buffer)
 
     def _feed(self, cursor: dict | None) -> TextFeed:
         loop = self.split == "train"

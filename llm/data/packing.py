@@ -1,15 +1,18 @@
-"""Best-fit packing of documents into rows of fixed length: which documents share a row, and what is lost.
+"""Packing of documents into rows of fixed length: which documents share a row, and what is lost.
 
-Both packers keep a buffer of waiting documents, refilled before every placement, and put the LARGEST one that fits into
-the space left in the row. They differ where none fits:
+All but Stream keep a buffer of waiting documents, refilled before every placement:
 
-- BestFitCrop (pretraining) crops the SHORTEST waiting document to the space and drops its rest: rows are full, every
-  row and document begins with a document's first token (BOS), and a share of the tokens is never trained on (`waste`).
+- BestFit (pretraining) looks for one document, or two, that end exactly at the row's end; else it takes the largest that
+  fits, and where none fits the shortest fills the row and its rest waits as a piece of its own. A document longer than a
+  row is such pieces from the start. Rows are full and nothing is lost; every piece begins with BOS, and a BOS that is a
+  target always stands behind the true end of a document.
+- BestFitCrop (as nanochat since January 2026) takes the LARGEST document that fits; where none fits it crops the
+  SHORTEST to the space and drops its rest: a share of the tokens is never trained on (`waste`).
+- Stream (as nanochat in 2025) cuts one flat stream of documents into rows, which then begin anywhere.
 - BestFitPad (conversations) never crops: the space left is padding that is not trained on (`waste`).
 
 Documents of equal length leave in order of arrival, so the result is a function of the order of documents alone.
 Waiting lengths are kept sorted: a placement is a binary search plus one copy, a few microseconds.
-Source: nanochat's loader since January 2026 (largest that fits, else crop the shortest; buffers of 1,000 and 100).
 """
 
 from bisect import bisect_left, insort
@@ -43,10 +46,10 @@ class _Packer:
         self._waiting: dict[int, Document] = {}  # key -> document of at most row_len tokens, in order of arrival
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._waiting)
 
     def _refill(self, documents: Iterator[Document]) -> None:
-        while len(self._keys) < self.buffer:
+        while len(self._waiting) < self.buffer:
             document = next(documents, None)
             if document is None:
                 return
@@ -55,13 +58,16 @@ class _Packer:
     def _add(self, document: Document, length: int) -> None:
         if not length:
             return
-        key = length * _ARRIVALS + _ARRIVALS - 1 - self._arrivals
-        self._arrivals += 1
+        key = self._key(length)
         if length > self.row_len:  # copied, so that the rest of a long document can be freed
             ids, mask = document
             document = Document(ids[: self.row_len].copy(), None if mask is None else mask[: self.row_len].copy())
         insort(self._keys, key)
         self._waiting[key] = document
+
+    def _key(self, length: int) -> int:
+        self._arrivals += 1
+        return length * _ARRIVALS + _ARRIVALS - self._arrivals
 
     def _pop_largest(self, space: int) -> Document | None:
         """The largest waiting document of at most `space` tokens, the oldest among equals."""
@@ -130,6 +136,105 @@ def deal(states: list[dict], n: int) -> list[dict]:
 def _sums(states: list[dict]) -> dict[str, int]:
     counters = ("placed", "cropped", "padded")
     return {key: sum(int(state[key]) for state in states) for key in counters if key in states[0]}
+
+
+class BestFit(_Packer):
+    """Full rows in which every piece begins with BOS, and no token is lost; only a finite stream's last row ends early."""
+
+    waste = 0.0
+
+    def __init__(self, row_len: int, buffer: int = 1000) -> None:
+        super().__init__(row_len, buffer)
+        self._counts = np.zeros(row_len + 1, np.int32)  # waiting pieces by length
+
+    def _add(self, document: Document, length: int) -> None:
+        if length <= self.row_len:
+            super()._add(document, length)
+            self._counts[length] += 1
+            return
+        for start in range(1, length, self.row_len - 1):
+            piece = _behind_first(document, start, start + self.row_len - 1)
+            self._add(piece, len(piece.ids))
+
+    def _next(self, space: int) -> Document:
+        """The piece to place: the largest that leaves no gap, alone or with one other, else the largest that fits, else
+        the shortest.
+        """
+        length = space
+        if not self._counts[space]:
+            ends = self._counts[1:space]
+            pairs = ((ends > 0) & (ends[::-1] > 0)).nonzero()[0]
+            if len(pairs) and (2 * (pairs[-1] + 1) > space or ends[pairs[-1]] > 1):
+                length = int(pairs[-1]) + 1
+        document = self._pop_largest(length) or self._pop_shortest()[0]
+        self._counts[len(document.ids)] -= 1
+        return document
+
+    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
+        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
+        at = 0
+        while at < self.row_len:
+            self._refill(documents)
+            if not self._waiting:
+                break
+            document = self._next(self.row_len - at)
+            end = min(at + len(document.ids), self.row_len)
+            used = end - at
+            ids[at:end] = document.ids[:used]
+            mask[at:end] = True if document.mask is None else document.mask[:used]
+            if used < len(document.ids):
+                rest = _behind_first(document, used, len(document.ids))
+                self._add(rest, len(rest.ids))
+            at = end
+        self.placed += at
+        return at
+
+    def load_state_dict(self, state: dict) -> None:
+        self._counts[:] = 0
+        super().load_state_dict(state)
+
+
+def _behind_first(document: Document, start: int, stop: int) -> Document:
+    """The first token (BOS) and those from `start` to `stop`."""
+    ids, mask = document
+    return Document(
+        np.concatenate((ids[:1], ids[start:stop])), None if mask is None else np.concatenate((mask[:1], mask[start:stop]))
+    )
+
+
+class Stream(_Packer):
+    """All documents one after the other, cut where a row ends; the rest begins the next row, without a BOS."""
+
+    waste = 0.0
+
+    def __init__(self, row_len: int, buffer: int = 1) -> None:
+        super().__init__(row_len, 1)
+
+    def _add(self, document: Document, length: int) -> None:
+        ids, mask = document
+        for start in range(0, length, self.row_len):
+            part = slice(start, start + self.row_len)
+            piece = Document(ids[part].copy(), None if mask is None else mask[part].copy())
+            self._waiting[self._key(len(piece.ids))] = piece
+
+    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
+        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
+        at = 0
+        while at < self.row_len:
+            self._refill(documents)
+            if not self._waiting:
+                break
+            document = self._waiting.pop(next(iter(self._waiting)))
+            end = min(at + len(document.ids), self.row_len)
+            used = end - at
+            ids[at:end] = document.ids[:used]
+            mask[at:end] = True if document.mask is None else document.mask[:used]
+            if used < len(document.ids):
+                rest = Document(document.ids[used:], None if document.mask is None else document.mask[used:])
+                self._waiting = {self._key(len(rest.ids)): rest} | self._waiting
+            at = end
+        self.placed += at
+        return at
 
 
 class BestFitCrop(_Packer):
@@ -207,3 +312,10 @@ class BestFitPad(_Packer):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.padded = int(state["padded"])
+
+
+PACKINGS: dict[str, type[BestFit] | type[BestFitCrop] | type[Stream]] = {
+    "best_fit": BestFit,
+    "crop": BestFitCrop,
+    "stream": Stream,
+}

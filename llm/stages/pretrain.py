@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from llm.data.documents import document_source, texts
-from llm.data.loader import UNDIVIDED, TextSteps, validation_batches
+from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
 from llm.errors import UserError
 from llm.evaluation import text_prompts
 from llm.gpt import GPT, GPTConfig
@@ -73,7 +73,9 @@ def build(cfg, parent: Path) -> BuiltStage:
 
     def loader(split: str, position=None, **more) -> TextSteps:
         sizes = layout | more
-        return TextSteps(source, tokenizer, split=split, buffer=cfg.stage.buffer, state=position, **sizes)
+        packing = cfg.data.packing if split == "train" else VAL_PACKING
+        options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
+        return TextSteps(source, tokenizer, state=position, **options, **sizes)
 
     val_batches = None
     if evaluates(cfg):
