@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_files import words, write
@@ -33,8 +34,8 @@ class Bytes:
     def encode(self, text):
         return list(text.encode())
 
-    def encode_batch(self, texts, num_threads):
-        return [self.encode(text) for text in texts]
+    def encode_document(self, text):
+        return np.array([BOS, *self.encode(text)], np.int32)
 
 
 @pytest.fixture
@@ -56,9 +57,14 @@ def same(a, b):
 
 def take(loader, n):
     """n steps through the background thread."""
-    steps = [step for step, _ in zip(loader, range(n), strict=False)]
+    steps = [placed(step) for step, _ in zip(loader, range(n), strict=False)]
     loader.close()
     return steps
+
+
+def placed(step):
+    """The step with its position, not the function that makes it."""
+    return step | {"state": step["state"]()}
 
 
 def documents_in(step):
@@ -96,7 +102,7 @@ def test_step_format(folder):
 
 
 def test_steps_do_not_depend_on_threads_prefetch_or_micro_batches(folder, monkeypatch):
-    straight = [step for step, _ in zip(text_steps(folder).steps(), range(8), strict=False)]
+    straight = [placed(step) for step, _ in zip(text_steps(folder).steps(), range(8), strict=False)]
     for prefetch in (1, 5):
         assert same(take(text_steps(folder, prefetch=prefetch), 8), straight)
     monkeypatch.setattr("llm.data.loader.ENCODE_DOCUMENTS", 7)
@@ -124,7 +130,7 @@ def test_iterating_again_starts_over(folder):
 
 
 def test_state_of_another_layout_is_refused(folder):
-    state = next(text_steps(folder).steps())["state"]
+    state = next(text_steps(folder).steps())["state"]()
     for options, message in [({"seq_len": 16}, "has seq_len=32, this run seq_len=16"), ({"world": 2}, "world=1, this")]:
         with pytest.raises(UserError, match=message):
             text_steps(folder, state, **options)
@@ -158,7 +164,7 @@ def test_a_finite_split_delivers_every_document(folder):
     assert max(found.values()) == 1 and len(found) >= 28  # at most two were cropped to less than their number
     n_trained = sum(step["n_trained"] for step in steps)
     rows = sum(bool((row >= 0).any()) for step in steps for micro in step["micro"] for row in micro["targets"])
-    packer = steps[-1]["state"]["packer"]
+    packer = steps[-1]["state"]()["packer"]
     assert n_trained == packer["placed"] - rows  # each row's first token is no target
     assert packer["placed"] + packer["cropped"] == sum(len(text) + 1 for text in words(30, 200))
     assert len(packer["lengths"]) == 0
@@ -298,7 +304,7 @@ def test_long_conversations_are_cut_and_counted():
     mixture = [long(5, 5), long(5, 500), long(500, 5)]
     loader = ConversationSteps(mixture, Bytes(), 63, 2, loop=False)
     (step,) = loader.steps()
-    counts = step["state"]["cursor"]
+    counts = step["state"]()["cursor"]
     assert (counts["truncated"], counts["dropped"]) == (2, 1)
     assert sorted(len(text) for text in documents_in(step)) == [10, 64 - 4]  # the cut one fills its row
     assert step["n_trained"] == 5 + 1 + 64 - 1 - 7 - 1

@@ -5,12 +5,12 @@ and those into steps:
 
     {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
      "n_trained": targets >= 0 in the step, "n_tokens": all positions, "waste": share cropped (text) or padded so far,
-     "state": the position after this step}
+     "state": a function that returns the position after this step}
 
-All counts are of this rank. `state` holds the cursor of the source and the packing buffer as tensors and primitives (up
-to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it continues with
-exactly the steps that would have followed. It rides with the batch because the thread is ahead of training; leave it on
-the CPU. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
+All counts are of this rank. The position holds the cursor of the source and the packing buffer as tensors and
+primitives (up to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it
+continues with exactly the steps that would have followed. It rides with the batch because the thread is ahead of
+training, as a function because few positions are ever stored. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
 """
 
 import logging
@@ -19,7 +19,9 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -34,8 +36,9 @@ log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # between lines about data that does not come
 UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
 VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
-ENCODE_DOCUMENTS = 128  # documents tokenised together
+ENCODE_DOCUMENTS = 32  # documents that a thread tokenises in one go
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
+ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed
 
 
 class TextFeed:
@@ -45,7 +48,7 @@ class TextFeed:
         self, source: DocumentSource, split: str, tokenizer, cursor: dict | None, rank: int, world: int, loop: bool
     ) -> None:
         self.cursor = cursor
-        self._documents = self._encode(source.iterate(split, cursor, rank, world, loop), tokenizer)
+        self._documents = encoded(source.iterate(split, cursor, rank, world, loop), tokenizer)
 
     def __iter__(self) -> Iterator[Document]:
         return self
@@ -54,15 +57,20 @@ class TextFeed:
         ids, self.cursor = next(self._documents)
         return Document(ids)
 
-    @staticmethod
-    def _encode(documents: Iterator[tuple[str, dict]], tokenizer) -> Iterator[tuple[np.ndarray, dict]]:
-        bos = tokenizer.bos_id
-        while batch := list(islice(documents, ENCODE_DOCUMENTS)):
-            encoded = tokenizer.encode_batch([text for text, _ in batch], num_threads=ENCODE_THREADS)
-            for ids, (_, cursor) in zip(encoded, batch, strict=True):
-                array = np.empty(len(ids) + 1, np.int32)
-                array[0], array[1:] = bos, ids
-                yield array, cursor
+
+def encoded(documents: Iterator[tuple[str, dict]], tokenizer) -> Iterator[tuple[np.ndarray, dict]]:
+    """Token ids (int32, BOS first) of each text, in their order; threads tokenise ahead of what is taken."""
+
+    def encode(portion: list[tuple[str, dict]]) -> list[tuple[np.ndarray, dict]]:
+        return [(tokenizer.encode_document(text), cursor) for text, cursor in portion]
+
+    portions = iter(lambda: list(islice(documents, ENCODE_DOCUMENTS)), [])
+    with ThreadPoolExecutor(ENCODE_THREADS) as executor:
+        waiting = deque(executor.submit(encode, portion) for portion in islice(portions, ENCODE_AHEAD))
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(executor.submit(encode, portion) for portion in islice(portions, 1))
+            yield from done
 
 
 class StepLoader:
@@ -109,7 +117,7 @@ class StepLoader:
     def skip(self, steps: int) -> None:
         """Begin behind the next `steps` steps."""
         for step in islice(self.steps(), steps):
-            self.state = step["state"]
+            self.state = step["state"]()
 
     def close(self) -> None:
         """Stop the background thread, if one is running."""
@@ -130,10 +138,12 @@ class StepLoader:
             used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
             if not any(used):
                 return
-            state = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
-            state["cursor"] = feed.cursor
-            state["packer"] = _tensors(packer.state_dict())
-            yield self._step(ids, mask) | {"waste": packer.waste, "state": state}
+            yield self._step(ids, mask) | {"waste": packer.waste, "state": self._position(feed.cursor, packer.snapshot())}
+
+    def _position(self, cursor: dict | None, snapshot: Callable[[], dict]) -> Callable[[], dict]:
+        """What makes the position: only the steps that a checkpoint follows need it, and it is megabytes."""
+        layout = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
+        return lambda: layout | {"cursor": cursor, "packer": _tensors(snapshot())}
 
     def _step(self, ids: np.ndarray, mask: np.ndarray) -> dict:
         """Split packed rows (rows, T + 1) into micro-batches of inputs and shifted targets."""

@@ -16,7 +16,7 @@ Waiting lengths are kept sorted: a placement is a binary search plus one copy, a
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -82,17 +82,15 @@ class _Packer:
 
     def state_dict(self) -> dict:
         """The waiting documents in order of arrival as flat arrays, and the counters. Fresh copies, a few MB."""
-        documents = list(self._waiting.values())
-        empty = [np.zeros(0, np.int32)]
-        state = {
-            "placed": self.placed,
-            "row_len": self.row_len,
-            "lengths": np.array([key // _ARRIVALS for key in self._waiting], np.int64),
-            "tokens": np.concatenate([document.ids for document in documents] or empty),
-        }
-        if documents and documents[0].mask is not None:
-            state["mask"] = np.concatenate([document.mask for document in documents])
-        return state
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], dict]:
+        """A function that makes the `state_dict` of now: this takes microseconds, the copies are made when it is called."""
+        counters, waiting = self._counters(), list(self._waiting.items())
+        return lambda: counters | {"row_len": self.row_len} | _flat(waiting)
+
+    def _counters(self) -> dict[str, int]:
+        return {"placed": self.placed}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()` of a packer with the same row length: the same documents give the same rows."""
@@ -105,6 +103,17 @@ class _Packer:
             start = stop
         if start != len(tokens):
             raise ValueError(f"packing state holds {len(tokens)} tokens where rows of {self.row_len} need {start}")
+
+
+def _flat(waiting: list[tuple[int, Document]]) -> dict[str, np.ndarray]:
+    documents = [document for _, document in waiting]
+    flat = {
+        "lengths": np.array([key // _ARRIVALS for key, _ in waiting], np.int64),
+        "tokens": np.concatenate([document.ids for document in documents] or [np.zeros(0, np.int32)]),
+    }
+    if documents and documents[0].mask is not None:
+        flat["mask"] = np.concatenate([document.mask for document in documents])
+    return flat
 
 
 def deal(states: list[dict], n: int) -> list[dict]:
@@ -268,8 +277,8 @@ class BestFitCrop(_Packer):
         self.placed += at
         return at
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"cropped": self.cropped}
+    def _counters(self) -> dict[str, int]:
+        return super()._counters() | {"cropped": self.cropped}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -306,8 +315,8 @@ class BestFitPad(_Packer):
         self.padded += self.row_len - at if at else 0
         return at
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"padded": self.padded}
+    def _counters(self) -> dict[str, int]:
+        return super()._counters() | {"padded": self.padded}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)

@@ -1,6 +1,7 @@
 """`StepModule`: one Lightning batch is one optimizer step.
 
-A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`.
+A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`,
+whose state is the loader's position or a function that returns it.
 The gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole
 step, so neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of
 zeros. With several processes the step is that of all their batches together.
@@ -222,7 +223,8 @@ class StepData(L.LightningDataModule):
 
     def state_dict(self) -> dict:
         """The positions of all processes, by rank; called on all of them."""
-        return {"positions": distributed.gathered(self.position)}
+        position = self.position() if callable(self.position) else self.position
+        return {"positions": distributed.gathered(position)}
 
     def load_state_dict(self, state: dict) -> None:
         self.position = positions_for(state["positions"], distributed.world_size())[distributed.rank()]
