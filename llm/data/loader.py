@@ -10,18 +10,16 @@ and those into steps:
 All counts are of this rank. The position holds the cursor of the source and the packing buffer as tensors and
 primitives (up to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it
 continues with exactly the steps that would have followed. It rides with the batch because the thread is ahead of
-training, as a function because few positions are ever stored. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
+training, as a function because few positions are ever stored. Steps are a function of source, tokenizer, sizes and rank
+alone, never of prefetch depth or thread timing.
 """
 
 import logging
-import os
 import queue
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -30,25 +28,31 @@ import torch
 from llm.data.conversations import ConversationFeed
 from llm.data.documents import DocumentSource
 from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
+from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # between lines about data that does not come
 UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
 VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
-ENCODE_DOCUMENTS = 32  # documents that a thread tokenises in one go
-ENCODE_THREADS = min(4, os.cpu_count() or 1)
-ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed
 
 
 class TextFeed:
     """Tokenised documents of one rank, each beginning with BOS; `cursor` is the position after the last handed out."""
 
     def __init__(
-        self, source: DocumentSource, split: str, tokenizer, cursor: dict | None, rank: int, world: int, loop: bool
+        self,
+        source: DocumentSource | CachedDocuments,
+        split: str,
+        tokenizer,
+        cursor: dict | None,
+        rank: int,
+        world: int,
+        loop: bool,
     ) -> None:
         self.cursor = cursor
-        self._documents = encoded(source.iterate(split, cursor, rank, world, loop), tokenizer)
+        documents = source.iterate(split, cursor, rank, world, loop)
+        self._documents = documents if isinstance(source, CachedDocuments) else encoded(documents, tokenizer)
 
     def __iter__(self) -> Iterator[Document]:
         return self
@@ -56,21 +60,6 @@ class TextFeed:
     def __next__(self) -> Document:
         ids, self.cursor = next(self._documents)
         return Document(ids)
-
-
-def encoded(documents: Iterator[tuple[str, dict]], tokenizer) -> Iterator[tuple[np.ndarray, dict]]:
-    """Token ids (int32, BOS first) of each text, in their order; threads tokenise ahead of what is taken."""
-
-    def encode(portion: list[tuple[str, dict]]) -> list[tuple[np.ndarray, dict]]:
-        return [(tokenizer.encode_document(text), cursor) for text, cursor in portion]
-
-    portions = iter(lambda: list(islice(documents, ENCODE_DOCUMENTS)), [])
-    with ThreadPoolExecutor(ENCODE_THREADS) as executor:
-        waiting = deque(executor.submit(encode, portion) for portion in islice(portions, ENCODE_AHEAD))
-        while waiting:
-            done = waiting.popleft().result()
-            waiting.extend(executor.submit(encode, portion) for portion in islice(portions, 1))
-            yield from done
 
 
 class StepLoader:
@@ -138,7 +127,10 @@ class StepLoader:
             used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
             if not any(used):
                 return
-            yield self._step(ids, mask) | {"waste": packer.waste, "state": self._position(feed.cursor, packer.snapshot())}
+            yield self._step(ids, mask) | {
+                "waste": packer.waste,
+                "state": self._position(feed.cursor, packer.snapshot()),
+            }
 
     def _position(self, cursor: dict | None, snapshot: Callable[[], dict]) -> Callable[[], dict]:
         """What makes the position: only the steps that a checkpoint follows need it, and it is megabytes."""
@@ -186,7 +178,7 @@ class TextSteps(StepLoader):
 
     def __init__(
         self,
-        source: DocumentSource,
+        source: DocumentSource | CachedDocuments,
         tokenizer,
         seq_len: int,
         rows_per_micro: int,

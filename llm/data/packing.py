@@ -2,10 +2,10 @@
 
 All but Stream keep a buffer of waiting documents, refilled before every placement:
 
-- BestFit (pretraining) looks for one document, or two, that end exactly at the row's end; else it takes the largest that
-  fits, and where none fits the shortest fills the row and its rest waits as a piece of its own. A document longer than a
-  row is such pieces from the start. Rows are full and nothing is lost; every piece begins with BOS, and a BOS that is a
-  target always stands behind the true end of a document.
+- BestFit (pretraining) looks for one document, or two, that end exactly at the row's end; else it takes the largest
+  that fits, and where none fits the shortest fills the row and its rest waits as a piece of its own. A document longer
+  than a row is such pieces from the start. Rows are full and nothing is lost; every piece begins with BOS, and a BOS
+  that is a target always stands behind the true end of a document.
 - BestFitCrop (as nanochat since January 2026) takes the LARGEST document that fits; where none fits it crops the
   SHORTEST to the space and drops its rest: a share of the tokens is never trained on (`waste`).
 - Stream (as nanochat in 2025) cuts one flat stream of documents into rows, which then begin anywhere.
@@ -85,7 +85,7 @@ class _Packer:
         return self.snapshot()()
 
     def snapshot(self) -> Callable[[], dict]:
-        """A function that makes the `state_dict` of now: this takes microseconds, the copies are made when it is called."""
+        """A function that makes the `state_dict` of now; the copies are made when it is called."""
         counters, waiting = self._counters(), list(self._waiting.items())
         return lambda: counters | {"row_len": self.row_len} | _flat(waiting)
 
@@ -148,7 +148,7 @@ def _sums(states: list[dict]) -> dict[str, int]:
 
 
 class BestFit(_Packer):
-    """Full rows in which every piece begins with BOS, and no token is lost; only a finite stream's last row ends early."""
+    """Full rows in which every piece begins with BOS, no token lost; only a finite stream's last row ends early."""
 
     waste = 0.0
 
@@ -205,10 +205,8 @@ class BestFit(_Packer):
 
 def _behind_first(document: Document, start: int, stop: int) -> Document:
     """The first token (BOS) and those from `start` to `stop`."""
-    ids, mask = document
-    return Document(
-        np.concatenate((ids[:1], ids[start:stop])), None if mask is None else np.concatenate((mask[:1], mask[start:stop]))
-    )
+    ids, mask = (None if x is None else np.concatenate((x[:1], x[start:stop])) for x in document)
+    return Document(ids, mask)
 
 
 class Stream(_Packer):
