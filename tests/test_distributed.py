@@ -156,7 +156,7 @@ def tokenizer(tmp_path_factory):
 def columns(root, run: str) -> list[tuple]:
     """The rows of metrics.csv without what the clock says."""
     lines = [line.split(",") for line in (root / run / "pretrain" / "metrics.csv").read_text().splitlines()]
-    timed = {lines[0].index(name) for name in ("tok_per_s", "ms_per_step", "mfu", "seconds")}
+    timed = {lines[0].index(name) for name in ("tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds")}
     return [tuple(cell for i, cell in enumerate(line) if i not in timed) for line in lines]
 
 

@@ -213,7 +213,7 @@ def test_a_row_that_a_kill_cost_is_written_again(tmp_path, killed_at, row_writte
     assert [list(row) for row in tables[0]] == [list(row) for row in tables[1]]
 
 
-TIMES, RUNS = {"tok_per_s", "ms_per_step", "mfu", "seconds"}, ("straight", "killed")
+TIMES, RUNS = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}, ("straight", "killed")
 
 
 # ---- watchdogs ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ class StepModule(L.LightningModule):
         self.window_nats = 0.0
         self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
         self.scaler = None  # set where the network computes in fp16
+        self.waste: float | None = None  # share of the tokens that packing lost so far
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
@@ -91,6 +92,7 @@ class StepModule(L.LightningModule):
         self.tokens_seen += int(n_tokens)
         for name, value in zip(own, metrics, strict=True):
             self.window_metrics.setdefault(name, []).append(value / distributed.world_size())
+        self.waste = batch.get("waste")
         self.trainer.datamodule.position = batch["state"]
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
