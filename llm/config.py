@@ -286,6 +286,11 @@ class DataConfig:
     name: str = key("where text comes from", choices=("embedded", "local"), fixed=True)
     path: str | None = key("folder, file or pattern of text: parquet, jsonl(.gz) or txt (data=local)", main=True)
     column: str = key("column or field that holds the text")
+    packing: str = key(
+        "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
+        choices=("best_fit", "crop", "stream"),
+    )
+    token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)
     size: int | None = key("documents to generate for training (data=embedded)", low=1)

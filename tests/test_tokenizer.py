@@ -105,6 +105,9 @@ def test_round_trip_and_no_special_parsed_from_text(tok):
 def test_batch_equals_single(tok):
     assert tok.encode_batch(MULTILINGUAL, num_threads=2) == [tok.encode(text) for text in MULTILINGUAL]
     assert tok.encode_batch([]) == []
+    for text in [*MULTILINGUAL, "", "a <|bos|> \ud800 b", " " * 250_000 + "x"]:
+        ids = tok.encode_document(text)
+        assert ids.dtype == np.int32 and ids.tolist() == [tok.bos_id, *tok.encode(text)]
 
 
 def test_numbers_are_split_in_groups_of_at_most_two_digits():

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from llm.data.documents import document_source, texts
-from llm.data.loader import UNDIVIDED, TextSteps, validation_batches
+from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
+from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
 from llm.evaluation import text_prompts
 from llm.gpt import GPT, GPTConfig
@@ -69,11 +70,17 @@ def build(cfg, parent: Path) -> BuiltStage:
     config, batch_tokens, total, scales = planned
     layout = steps_layout(cfg, config, batch_tokens)
     source = document_source(cfg.data)
+    train_source = source
+    if cfg.data.token_cache:
+        folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
+        train_source = CachedDocuments(source, tokenizer, folder)
     net = GPT(config).init_weights(cfg.seed)
 
     def loader(split: str, position=None, **more) -> TextSteps:
         sizes = layout | more
-        return TextSteps(source, tokenizer, split=split, buffer=cfg.stage.buffer, state=position, **sizes)
+        reads, packing = (train_source, cfg.data.packing) if split == "train" else (source, VAL_PACKING)
+        options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
+        return TextSteps(reads, tokenizer, state=position, **options, **sizes)
 
     val_batches = None
     if evaluates(cfg):
