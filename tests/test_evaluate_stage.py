@@ -141,7 +141,9 @@ def test_user_errors(runs):
     for more, pattern in (
         ({"stage": "midtrain"}, "stage=midtrain of run=demo is missing"),
         ({"run": "other"}, "run=other"),
-        ({"eval": {"bundle": "bundle.zip"}}, "eval.bundle"),
+        ({"eval": {"bundle": "bundle.zip"}}, "only eval=.core. reads it"),
+        ({"eval": {"core": True}}, "needs eval.bundle"),
+        ({"eval": {"core": True, "bundle": "bundle.zip"}}, "bundle.zip: no such file"),
         ({"eval": {"chat": False}}, r"eval=\[\]"),
         ({"eval": {"max_per_task": 0}}, "eval.max_per_task=0"),
     ):
