@@ -216,6 +216,9 @@ class PretrainStage(ModelStage):
     ratio_of: str = key("parameters that count: all, or the matrices of blocks and head", choices=("all", "matrices"))
     target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
     buffer: int = key("documents that best-fit packing chooses from", low=1)
+    core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
+    core_max_per_task: int | None = key("examples of one task in such an evaluation; null = all", low=1)
+    core_bundle: str | None = key("folder or zip of a CORE evaluation bundle; null = no CORE evaluations")
 
 
 @dataclass
@@ -340,10 +343,12 @@ class EvalConfig:
     bpb: bool = key("measure bits per byte on the validation text (eval=[bpb])")
     chat: bool = key("measure the accuracy of data.eval's tasks (eval=[chat])")
     samples: bool = key("print continuations and answers (eval=[samples])")
+    core: bool = key("measure the CORE metric with eval.bundle (eval=[core])")
     tokens: int = key("validation tokens for bits per byte", low=1)
     max_per_task: int | None = key("items of one task; null = all", low=1, main=True)
     max_new_tokens: int = key("length limit of a generated answer", low=1)
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
+    core_tasks: list[str] | None = key("tasks of the bundle to measure; null = all, whose mean is CORE")
     batch_size: int = key("sequences evaluated together", low=1)
 
 

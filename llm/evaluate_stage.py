@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from llm.core import measure_core
+from llm.core_bundle import load_bundle
 from llm.data.documents import document_source, texts
 from llm.data.loader import ConversationSteps, TextSteps, validation_batches
 from llm.engine import Engine
@@ -20,7 +22,7 @@ from llm.report import build_report, print_table
 from llm.run import find_stage, read_json, read_manifest, write_json
 from tasks import build_task, held_out_mixture
 
-SECTIONS = ("bpb", "chat", "samples")
+SECTIONS = ("bpb", "chat", "core", "samples")
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 
@@ -28,17 +30,21 @@ QUESTIONS_PER_TASK = 2
 def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     """Score the stage that `cfg` (conf/evaluate.yaml) names, print a table, update eval.json and the run's report.
 
-    Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr"}}, "samples"}.
+    Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr"}}, "core",
+    "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "samples"}.
     """
     wanted = [section for section in SECTIONS if cfg.eval[section]]
     if not wanted:
         raise UserError(f"eval=[] measures nothing: choose from {', '.join(SECTIONS)}, as in eval=[bpb,chat]")
-    if cfg.eval.bundle is not None:
-        raise UserError(f"eval.bundle={cfg.eval.bundle}: this version has no CORE evaluation; leave eval.bundle unset")
+    if cfg.eval.core and cfg.eval.bundle is None:
+        raise UserError("eval=[core] needs eval.bundle=<folder or zip of a CORE bundle>; see docs/evaluation.md")
+    if cfg.eval.bundle is not None and not cfg.eval.core:
+        raise UserError(f"eval.bundle={cfg.eval.bundle}: only eval=[core] reads it")
     stage_dir = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
     subject = Subject(stage_dir, cfg)
     print(f"{stage_dir.parent.name}/{stage_dir.name} on {subject.net.device}", flush=True)
     measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
+    measure["core"] = subject.core
     scores: dict[str, Any] = {}
     for section in wanted:
         scores |= measure[section]()
@@ -51,10 +57,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
     merged = read_json(path) or {}
-    chat = {**(merged.get("chat") or {}), **(scores.get("chat") or {})}
-    merged |= scores
-    if chat:
-        merged["chat"] = chat
+    by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in ("chat", "core_tasks")}
+    merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
     write_json(path, merged)
     return merged
 
@@ -83,7 +87,9 @@ class Subject:
         saved = OmegaConf.create(manifest["config"])
         self.name, self.seed, self.options = stage_dir.name, saved.seed, cfg.eval
         self.data = saved.data if cfg.data is None else cfg.data
-        self.settings = saved.stage
+        self.settings, self.folder = saved.stage, stage_dir
+        names, most = cfg.eval.core_tasks, cfg.eval.max_per_task
+        self.core_tasks = load_bundle(cfg.eval.bundle, names, most) if cfg.eval.core else []
         net, self.tokenizer = load_model_folder(stage_dir / "model")
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
@@ -158,6 +164,10 @@ class Subject:
         if name not in self.data.tasks:
             raise UserError(f"data.eval names {name!r}, which is not in data.tasks ({', '.join(self.data.tasks)})")
         return build_task(name, self.data.tasks[name], "test")
+
+    def core(self) -> dict[str, Any]:
+        """{"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
+        return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.folder)
 
     def samples(self) -> dict[str, list]:
         """{"samples": [{"prompt", "completion"}]}: held-out texts continued, or questions of every task answered."""

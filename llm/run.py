@@ -30,7 +30,7 @@ ABSENT = "(absent)"
 NEUTRAL_KEYS = (
     *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
     *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
-    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "data.eval", "data.token_cache"),
+    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.core_*", "data.eval", "data.token_cache"),
 )
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 _TEXT = ("data.path", "data.column", "data.seed", "data.size", "data.val_size", "data.packing")

@@ -80,8 +80,15 @@ def runs(tmp_path_factory):
 
 def settings(runs, sections, **more):
     """The composed configuration of conf/evaluate.yaml, as run_app hands it over."""
-    chosen = {name: name in sections for name in ("bpb", "chat", "samples")}
-    options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
+    chosen = {name: name in sections for name in ("bpb", "chat", "core", "samples")}
+    options = {
+        "tokens": 2048,
+        "max_per_task": 4,
+        "max_new_tokens": 8,
+        "batch_size": 4,
+        "bundle": None,
+        "core_tasks": None,
+    }
     config = {"run": "demo", "stage": "sft", "data": None, "paths": {"runs": str(runs)}, "eval": options | chosen}
     return OmegaConf.create(OmegaConf.merge(config, more))
 
@@ -134,7 +141,9 @@ def test_user_errors(runs):
     for more, pattern in (
         ({"stage": "midtrain"}, "stage=midtrain of run=demo is missing"),
         ({"run": "other"}, "run=other"),
-        ({"eval": {"bundle": "bundle.zip"}}, "eval.bundle"),
+        ({"eval": {"bundle": "bundle.zip"}}, "only eval=.core. reads it"),
+        ({"eval": {"core": True}}, "needs eval.bundle"),
+        ({"eval": {"core": True, "bundle": "bundle.zip"}}, "bundle.zip: no such file"),
         ({"eval": {"chat": False}}, r"eval=\[\]"),
         ({"eval": {"max_per_task": 0}}, "eval.max_per_task=0"),
     ):
