@@ -83,20 +83,22 @@ def run_program(program: Program, limits: Limits | None = None, namespaces: bool
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
     ):
-        job = {"code": program.code, "entry_point": program.entry_point, "limits": asdict(limits), "folder": folder}
+        job = {"code": program.code, "entry_point": program.entry_point, "limits": asdict(limits)}
         job |= {"stdout": out.fileno(), "stderr": err.fileno(), "namespaces": namespaces}
         question = framed(job) + framed({"setup": program.setup, "tests": program.tests})
-        answer = _ask_runner(question, (out.fileno(), err.fileno()), limits.seconds + STARTING)
+        answer = _ask_runner(
+            [*RUNNER, folder, str(os.getpid())], question, (out.fileno(), err.fileno()), limits.seconds + STARTING
+        )
         shown = [_tail(file) for file in (out, err)]
     if answer["verdict"] == "timeout":
         answer["detail"] = f"stopped after {limits.seconds:g} s"
     return ProgramResult(answer["verdict"], answer["detail"], *shown, answer.get("held", {}))
 
 
-def _ask_runner(question: bytes, output: tuple[int, int], seconds: float) -> dict:
+def _ask_runner(command: list[str], question: bytes, output: tuple[int, int], seconds: float) -> dict:
     """The runner's answer; what the runner died of as "killed"."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(RUNNER, stdin=pipe, stdout=pipe, stderr=pipe, env={}, pass_fds=output) as runner:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, pass_fds=output) as runner:
         try:
             answer, errors = runner.communicate(question, timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,6 @@
-"""Runs one program against its tests: `python -I -S -B tasks/sandbox`, one job on stdin, one result on stdout.
+"""Runs one program against its tests: `python -I -S -B tasks/sandbox <folder> <caller's pid>`.
+
+One job comes on stdin, one result goes to stdout.
 
 The runner makes the sandbox, starts the judge in it, keeps the time, and ends whatever is left. It never runs code of
 the program, and the program cannot reach it.
@@ -25,10 +27,11 @@ RESULT = 1
 def main() -> None:
     confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
     confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    folder, caller = sys.argv[1], int(sys.argv[2])
+    if os.getppid() != caller:
+        return  # it ended before its end could be noticed
     job = receive(0)
     _tidy_descriptors(job["stdout"], job["stderr"])
-    folder = job["folder"]
     held = {"namespaces": job["namespaces"] and confine.enter_namespaces(folder, job["limits"]["disk_mb"])}
     if not held["namespaces"]:
         os.chdir(folder)

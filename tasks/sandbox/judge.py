@@ -29,6 +29,8 @@ def judge(job: dict, folder: str, held: dict[str, bool], report: int) -> None:
         limits = job["limits"]
         held["own_user"] = confine.drop_rights(folder)
         confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(1))  # should the runner be gone already
+        signal.alarm(int(limits["seconds"]) + 2)
         confine.limit_resources(limits["memory_mb"], limits["seconds"], limits["file_mb"], limits["open_files"])
         held["filter"] = confine.filter_calls(alone=True, may_fork=True)
         ask_in, ask_out = os.pipe()
@@ -82,8 +84,9 @@ def verdict_of(tests: dict, child: int, ask: int, answer: int) -> tuple[str, str
         verdict, detail = ended.args
         return verdict, detail
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"[:500].strip(": \n")
-        return ("error" if getattr(error, "from_program", False) else "fail"), text
+        raised = getattr(error, "raised", None)
+        text = raised or f"{type(error).__name__}: {error}"[:500].strip(": \n")
+        return ("error" if raised else "fail"), text
 
 
 def _exception(content: Any) -> Exception:
@@ -94,7 +97,7 @@ def _exception(content: Any) -> Exception:
         error = kind(text) if issubclass(kind, Exception) else RuntimeError(f"{name}: {text}")
     except TypeError:  # no class, or one that wants more arguments
         error = RuntimeError(f"{name}: {text}")
-    error.from_program = True
+    error.raised = f"{name}: {text}".strip(": ")  # by the program, not by the tests
     return error
 
 
