@@ -334,6 +334,9 @@ class EvalConfig:
     tokens: int = key("validation tokens for bits per byte", low=1)
     max_per_task: int | None = key("items of one task; null = all", low=1, main=True)
     max_new_tokens: int = key("length limit of a generated answer", low=1)
+    num_samples: int = key("answers per item of generative tasks: 1 = a greedy one, more = drawn, for pass@k", low=1)
+    ks: list[int] | None = key("which pass@k; null = 1 and num_samples")
+    temperature: float = key("sampling temperature of drawn answers", above=0)
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
     batch_size: int = key("sequences evaluated together", low=1)
 

@@ -122,12 +122,20 @@ def _tail(file: IO[bytes]) -> str:
 def run_programs(
     programs: Sequence[Program], limits: Limits | None = None, workers: int | None = None
 ) -> list[ProgramResult]:
-    """The verdicts on many programs, `workers` at a time (default: one per CPU core)."""
+    """The verdicts on many programs, `workers` at a time (default: one per CPU core).
+
+    Says once per process what confines them. Raises `UserError` if the sandbox does not work here.
+    """
+    announce_sandbox()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         return list(pool.map(lambda program: run_program(program, limits), programs))
 
 
 @lru_cache
+def announce_sandbox() -> None:
+    print(f"sandbox for programs: {sandbox_report()}", flush=True)
+
+
 def sandbox_report() -> str:
     """One line: what confines programs on this machine, and what does not. Raises `UserError` if none can be run."""
     probe = Program("import json\ndef f(x):\n    return x", "f", "def check(f):\n    assert f((1, 2)) == (1, 2)\n")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from tasks.base import Task, dialogue
-from tasks.execution import Program, run_program, run_programs
+from tasks.execution import Program, run_programs
 from tasks.files import need
 
 FENCE = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -45,7 +45,7 @@ class HumanEval(Task):
         return {"messages": dialogue(row["prompt"], answer), **facts}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return run_program(program(conversation, completion)).ok
+        return self.verdicts([conversation], [completion]) == ["pass"]
 
     def verdicts(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[str]:
         programs = [program(c, text) for c, text in zip(conversations, completions, strict=True)]
