@@ -153,6 +153,7 @@ def sandbox_report() -> str:
             gaps.append("the network")
         if not (held["own_user"] or held["landlock"]):
             gaps.append("the environment of this process")
+        gaps.append("the space on its disk")
     names += ["a user of its own"] if held["own_user"] else []
     names += ["system call filter"] if held["filter"] else []
     open_to = f"; NOT out of reach: {', '.join(gaps)}" if gaps else ""

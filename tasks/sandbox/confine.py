@@ -159,14 +159,14 @@ def _check(result: int) -> None:
 def drop_rights(folder: str) -> bool:
     """Give up root and every capability for good; True if this process now is a user that nobody else is.
 
-    folder: what this user must be able to write to. Where only root can read Python itself, as in root's home without
-    a file system of one's own, root stays, without its capabilities.
+    folder: what this user must be able to write to. Where only root can reach it or Python itself (in root's home,
+    without files of one's own), the user stays root, without the capabilities.
     """
     own_user = False
     if LINUX:
         for capability in range(64):
             prctl(PR_CAPBSET_DROP, capability)
-    if os.getuid() == 0 and _readable_by_all(sys.base_prefix):
+    if os.getuid() == 0 and _open_to_all(sys.base_prefix) and _open_to_all(os.path.dirname(folder)):
         uid = FIRST_UID + _host_pid
         with contextlib.suppress(OSError):
             os.chown(folder, uid, uid)
@@ -182,8 +182,7 @@ def drop_rights(folder: str) -> bool:
     return own_user
 
 
-def _readable_by_all(path: str) -> bool:
-    """Of a new root, whose folders were made on the way to Python's, this is true."""
+def _open_to_all(path: str) -> bool:
     while os.stat(path).st_mode & 0o005 == 0o005:
         if path == os.path.dirname(path):
             return True
@@ -268,7 +267,10 @@ def limit_paths(folder: str) -> bool:
     rules = [(path, READ) for path in _visible_folders()]
     rules += [(path, READ_WRITE_FILE) for path in DEVICES] + [(folder, every)]
     for path, rights in rules:
-        handle = os.open(path, os.O_PATH)
+        try:
+            handle = os.open(path, os.O_PATH)
+        except OSError:
+            return False
         failed = libc.syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", rights, handle), 0)
         os.close(handle)
         if failed:

@@ -29,6 +29,7 @@ def judge(job: dict, folder: str, held: dict[str, bool], report: int) -> None:
         limits = job["limits"]
         held["own_user"] = confine.drop_rights(folder)
         confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, as the first process of a namespace
         signal.signal(signal.SIGALRM, lambda *_: os._exit(1))  # should the runner be gone already
         signal.alarm(int(limits["seconds"]) + 2)
         confine.limit_resources(limits["memory_mb"], limits["seconds"], limits["file_mb"], limits["open_files"])
