@@ -122,12 +122,12 @@ def _tail(file: IO[bytes]) -> str:
 def run_programs(
     programs: Sequence[Program], limits: Limits | None = None, workers: int | None = None
 ) -> list[ProgramResult]:
-    """The verdicts on many programs, `workers` at a time (default: one per CPU core).
+    """The verdicts on many programs, `workers` at a time (default: one per CPU core, up to 32).
 
     Says once per process what confines them. Raises `UserError` if the sandbox does not work here.
     """
     announce_sandbox()
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda program: run_program(program, limits), programs))
 
 

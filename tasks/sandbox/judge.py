@@ -34,6 +34,7 @@ def judge(job: dict, folder: str, held: dict[str, bool], report: int) -> None:
         signal.alarm(int(limits["seconds"]) + 2)
         confine.limit_resources(limits["memory_mb"], limits["seconds"], limits["file_mb"], limits["open_files"])
         held["filter"] = confine.filter_calls(alone=True, may_fork=True)
+        sys.set_int_max_str_digits(0)  # large numbers may travel
         ask_in, ask_out = os.pipe()
         answer_in, answer_out = os.pipe()
         child = os.fork()
@@ -42,7 +43,6 @@ def judge(job: dict, folder: str, held: dict[str, bool], report: int) -> None:
         os.close(ask_in)
         os.close(answer_out)
         os.dup2(STDERR, 2)
-        sys.set_int_max_str_digits(0)
         held["landlock"] = receive(answer_in)  # sent before the program runs
         verdict, detail = verdict_of(receive(0) | {"entry_point": job["entry_point"]}, child, ask_out, answer_in)
         send(report, {"verdict": verdict, "detail": detail, "held": held})
