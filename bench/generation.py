@@ -1,7 +1,7 @@
 """Tokens per second of generative evaluation: prompts in batches, and one prompt after the other.
 
-    python bench/generation.py [--depth 4] [--vocab 8192] [--prompts 64] [--batch 32] [--tokens 64] [--dtype auto]
-                               [--repeats 3]
+    python bench/generation.py [--depth 4] [--vocab 8192] [--prompts 64] [--batch 64] [--tokens 32] [--dtype auto]
+                               [--repeats 1]
 
 Greedy answers to prompts of 32 to 160 tokens by a model with random weights that never ends its turn, one sample each,
 through the engine as evaluation uses it. Both ways take turns in one process. Prints a table and a last line of JSON.
@@ -28,7 +28,7 @@ class Numbers:
 
 
 def main() -> None:
-    numbers = {"depth": 4, "vocab": 8192, "prompts": 64, "batch": 32, "tokens": 64, "repeats": 3}
+    numbers = {"depth": 4, "vocab": 8192, "prompts": 64, "batch": 64, "tokens": 32, "repeats": 1}
     args = _bench.arguments(__doc__, numbers)
     cfg = compose("train", [f"model=d{args.depth}", "model.seq_len=512"])
     torch.manual_seed(0)

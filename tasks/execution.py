@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,6 +20,12 @@ from tasks.sandbox.messages import framed
 
 RUNNER = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox"))]
 VERDICTS = ("pass", "fail", "error", "timeout", "killed")
+PROTECTIONS = {
+    "namespaces": "namespaces (own files, processes and network)",
+    "landlock": "Landlock (files)",
+    "own_user": "a user of its own",
+    "filter": "system call filter",
+}
 SHOWN_BYTES = 4_000  # of stdout and stderr that a result keeps
 STARTING = 30.0  # seconds that making and ending a sandbox may take on a busy machine
 
@@ -142,19 +148,18 @@ def sandbox_report() -> str:
     result = run_program(probe)
     if not result.ok:
         raise UserError(f"the sandbox for programs does not work here: {result.detail} {result.stderr}".strip())
-    held, gaps = result.held, []
-    if held["namespaces"]:
-        names = ["namespaces (own files, processes and network)"]
-    else:
-        names = ["Landlock (files)"] if held["landlock"] else []
+    return describe(result.held)
+
+
+def describe(held: Mapping[str, bool]) -> str:
+    """The protections in force, and what is in reach of programs because others are not."""
+    names = [text for name, text in PROTECTIONS.items() if held[name]]
+    gaps = []
+    if not held["namespaces"]:
         if not held["landlock"]:
-            gaps.append("files of other users" if held["own_user"] else "files of this user")
+            gaps.append("files that all may use" if held["own_user"] else "this user's files and environment")
         if not held["filter"]:
             gaps.append("the network")
-        if not (held["own_user"] or held["landlock"]):
-            gaps.append("the environment of this process")
-        gaps.append("the space on its disk")
-    names += ["a user of its own"] if held["own_user"] else []
-    names += ["system call filter"] if held["filter"] else []
+        gaps.append("the space on the disk")
     open_to = f"; NOT out of reach: {', '.join(gaps)}" if gaps else ""
     return f"{', '.join([*names, 'limits'])}{open_to}"

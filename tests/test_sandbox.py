@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from tasks.execution import Limits, Program, run_program, run_programs, sandbox_report
+from tasks.execution import PROTECTIONS, Limits, Program, describe, run_program, run_programs, sandbox_report
 from tasks.sandbox.messages import BadMessage, pack, unpack
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="most protections are Linux's")
@@ -247,6 +247,13 @@ def test_a_caller_that_is_killed_leaves_no_program(tmp_path):
     assert not programs_left(tmp_path)
 
 
-def test_the_report_says_what_holds():
-    report = sandbox_report()
-    assert "limits" in report and ("namespaces" in report or "NOT" in report or "Landlock" in report)
+def test_the_report_says_what_holds_and_what_does_not():
+    assert sandbox_report().endswith("limits") or "NOT out of reach" in sandbox_report()
+    nothing = dict.fromkeys(PROTECTIONS, False)
+    assert describe(nothing) == (
+        "limits; NOT out of reach: this user's files and environment, the network, the space on the disk"
+    )
+    assert "NOT" not in describe(nothing | {"namespaces": True, "filter": True})
+    assert describe(nothing | {"landlock": True, "filter": True}).endswith(
+        "limits; NOT out of reach: the space on the disk"
+    )
