@@ -60,7 +60,7 @@ def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     merged |= scores
     if chat:
         merged["chat"] = chat
-    if (overall := chat_core(chat)) is not None:
+    if (overall := chat_core(merged.get("chat") or {})) is not None:
         merged["chatcore"] = overall
     write_json(path, merged)
     return merged
@@ -99,9 +99,9 @@ class Subject:
         if not manifest.get("config"):
             raise UserError(f"{stage_dir / 'run.json'} has no config: the stage was not written by train.py")
         saved = OmegaConf.create(manifest["config"])
-        self.stage_dir, self.name, self.seed, self.options = stage_dir, stage_dir.name, saved.seed, cfg.eval
+        self.name, self.seed, self.options = stage_dir.name, saved.seed, cfg.eval
         self.data = saved.data if cfg.data is None else cfg.data
-        self.settings = saved.stage
+        self.settings, self.folder = saved.stage, stage_dir
         net, self.tokenizer = load_model_folder(stage_dir / "model")
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
@@ -179,7 +179,7 @@ class Subject:
                 options.num_samples,
                 options.ks,
             )
-            write_records(self.stage_dir / "records" / f"{name}.jsonl", result.pop("records"))
+            write_records(self.folder / "records" / f"{name}.jsonl", result.pop("records"))
             scores[name] = result
             note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""
             took = duration(time.perf_counter() - start)

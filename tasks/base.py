@@ -41,9 +41,9 @@ class Task:
         pairs = zip(conversations, completions, strict=True)
         return ["pass" if self.evaluate(conversation, text) else "fail" for conversation, text in pairs]
 
-    def reward(self, conversation: dict, completion: str) -> float:
-        """The reward for reinforcement learning: 1.0 for a right completion, else 0.0."""
-        return float(self.evaluate(conversation, completion))
+    def rewards(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
+        """For reinforcement learning: 1.0 for a right completion, else 0.0."""
+        return [float(verdict == "pass") for verdict in self.verdicts(conversations, completions)]
 
 
 def dialogue(user: str, assistant: str | list[dict]) -> list[dict]:

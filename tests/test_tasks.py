@@ -94,7 +94,7 @@ def test_gsm8k_scores_and_rewards(tmp_path):
     task = build_task("sums", local("gsm8k", test=write(tmp_path / "a.jsonl", GSM)), "test")
     assert task.kind == "generative"
     assert task.evaluate(task[0], "blah\n#### 12.0") and not task.evaluate(task[0], "12")
-    assert (task.reward(task[0], "#### 12"), task.reward(task[0], "#### 13")) == (1.0, 0.0)
+    assert task.rewards([task[0]] * 2, ["#### 12", "#### 13"]) == [1.0, 0.0]
 
 
 def test_spelling_bee_item_is_spelled_counted_and_checked():
@@ -169,7 +169,7 @@ def test_every_type_has_embedded_rows_whose_own_answers_are_right(kind, split):
             assert task[i]["messages"][-1]["content"] in task[i]["letters"]
         if task.kind != "chat":
             own = content_text(task[i]["messages"][-1]["content"])
-            assert task.evaluate(task[i], own) and task.reward(task[i], own) == 1.0
+            assert task.evaluate(task[i], own) and task.rewards([task[i]], [own]) == [1.0]
             assert not task.evaluate(task[i], "I do not know.")
 
 
