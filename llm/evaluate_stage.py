@@ -1,5 +1,6 @@
 """What `evaluate.py` runs: score a finished stage on its own held-out data and keep the scores in its eval.json."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ from llm.data.documents import document_source, texts
 from llm.data.loader import ConversationSteps, TextSteps, validation_batches
 from llm.engine import Engine
 from llm.errors import UserError
-from llm.evaluation import bits_per_byte, draw_samples, evaluate_task, questions, text_prompts
+from llm.evaluation import bits_per_byte, chat_core, draw_samples, evaluate_task, questions, text_prompts
 from llm.format import duration, percent, value
 from llm.model_folder import load_model_folder
 from llm.precision import resolve_compute_dtype
 from llm.report import build_report, print_table
 from llm.run import find_stage, read_json, read_manifest, write_json
+from llm.sampling import SamplingParams
 from tasks import build_task, held_out_mixture
 
 SECTIONS = ("bpb", "chat", "core", "samples")
@@ -30,10 +32,12 @@ QUESTIONS_PER_TASK = 2
 def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     """Score the stage that `cfg` (conf/evaluate.yaml) names, print a table, update eval.json and the run's report.
 
-    Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr"}}, "core",
-    "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "samples"}.
+    Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr", ...}}, "chatcore",
+    "core", "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "samples"}.
     """
     wanted = [section for section in SECTIONS if cfg.eval[section]]
+    if wrong := [k for k in cfg.eval.ks or [] if not 1 <= k <= cfg.eval.num_samples]:
+        raise UserError(f"eval.ks={list(cfg.eval.ks)}: pass@{wrong[0]} needs eval.num_samples={wrong[0]} or more")
     if not wanted:
         raise UserError(f"eval=[] measures nothing: choose from {', '.join(SECTIONS)}, as in eval=[bpb,chat]")
     if cfg.eval.core and cfg.eval.bundle is None:
@@ -49,7 +53,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     for section in wanted:
         scores |= measure[section]()
     merged = merge_scores(stage_dir / "eval.json", scores)
-    print_scores(stage_dir, scores)
+    print_scores(stage_dir, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
     print(f"scores: {stage_dir / 'eval.json'}   report: {build_report(stage_dir.parent, redraw=False)}")
     return merged
 
@@ -59,8 +63,15 @@ def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     merged = read_json(path) or {}
     by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in ("chat", "core_tasks")}
     merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
+    if (overall := chat_core(by_task["chat"])) is not None:
+        merged["chatcore"] = overall
     write_json(path, merged)
     return merged
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def print_scores(stage_dir: Path, scores: dict[str, Any]) -> None:
@@ -69,6 +80,12 @@ def print_scores(stage_dir: Path, scores: dict[str, Any]) -> None:
     rows = [[key, value(scores[key]), "", ""] for key in ("bpb", "bpb_text") if key in scores]
     for task, result in scores.get("chat", {}).items():
         rows.append([task, percent(result["accuracy"]), percent(result["stderr"]), value(result["n"])])
+        passes = [key for key in result if key.startswith("pass@") and key != "pass@1"]
+        rows += [[f"  {key}", percent(result[key]), "", ""] for key in passes]
+        for subject, own in result.get("subjects", {}).items():
+            rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
+    if "chatcore" in scores:
+        rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
     if rows:
         print()
         print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=f"{stage_dir.parent.name}/{stage_dir.name}")
@@ -144,16 +161,31 @@ class Subject:
         return bpb
 
     def chat(self) -> dict[str, dict]:
-        """{"chat": {task: accuracy, n, stderr}} for the tasks of `data.eval`; nothing before a model has seen chats."""
+        """{"chat": {task: its scores}} for the tasks of `data.eval`; nothing before a model has seen a chat.
+
+        Every answer goes to records/<task>.jsonl in the stage's folder.
+        """
         if not self.is_chat:
             print(f"chat: left out, stage={self.name} has not seen a conversation yet", flush=True)
             return {}
         options, scores = self.options, {}
+        sampling = None
+        if options.num_samples > 1:
+            sampling = SamplingParams(options.temperature, max_new_tokens=options.max_new_tokens, seed=self.seed)
         for name in self.data.eval:
             start = time.perf_counter()
-            task = self._task(name)
-            result = evaluate_task(self.engine, task, options.max_per_task, options.max_new_tokens, options.batch_size)
-            scores[name] = {key: result[key] for key in ("accuracy", "n", "stderr")}
+            result = evaluate_task(
+                self.engine,
+                self._task(name),
+                options.max_per_task,
+                options.max_new_tokens,
+                options.batch_size,
+                sampling,
+                options.num_samples,
+                options.ks,
+            )
+            write_records(self.folder / "records" / f"{name}.jsonl", result.pop("records"))
+            scores[name] = result
             note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""
             took = duration(time.perf_counter() - start)
             shown = percent(result["accuracy"], result["stderr"])
