@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "txt"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "txt.zst"])
 def test_shards_in_name_order_and_the_last_validates(tmp_path, suffix):
     for name, first in [("b", 100), ("a", 0), ("c", 200)]:
         write(tmp_path / "sub" / f"{name}.{suffix}", words(20, first))
@@ -36,7 +36,23 @@ def test_a_single_file_lends_its_last_rows_to_validation(tmp_path, suffix, count
     source = LocalDocuments(write(tmp_path / f"all.{suffix}", words(count)))
     assert read(source) == words(count)[:-held_out]
     assert read(source, "val") == words(count)[-held_out:]
-    assert f"its last {held_out} of {count} documents, as it is a single file" in source.check()
+    assert f"the last {held_out} of {count} documents of" in source.check()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "txt"])
+def test_val_size_documents_of_the_last_file_validate(tmp_path, suffix):
+    path = write(tmp_path / f"b.{suffix}", words(20))
+    alone = LocalDocuments(path, val_size=7)
+    assert (read(alone), read(alone, "val")) == (words(13), words(7, 13))
+    write(tmp_path / f"a.{suffix}", words(5, 100))
+    two = LocalDocuments(tmp_path, val_size=7)
+    assert (read(two), read(two, "val")) == (words(5, 100) + words(13), words(7, 13))
+    assert f"the last 7 of 20 documents of b.{suffix}" in two.check()
+    assert read(LocalDocuments(tmp_path, val_size=20)) == words(5, 100)
+    with pytest.raises(UserError, match="data.val_size=21: .* holds 20 documents"):
+        LocalDocuments(tmp_path, val_size=21).check()
+    with pytest.raises(UserError, match="holds 20 documents, and data.val_size=20 are to validate"):
+        LocalDocuments(path, val_size=20).check()
 
 
 def test_empty_documents_are_skipped(tmp_path):
@@ -149,6 +165,12 @@ BAD_FILES = {  # name of the training file -> how it is made, what the error say
         "cut.jsonl.gz: damaged after line",
         False,
     ),
+    "cut.jsonl.zst": (
+        lambda p: p.write_bytes(write(p, words(500)).read_bytes()[:-200]),
+        "cut.jsonl.zst: damaged after line",
+        False,
+    ),
+    "nozst.jsonl.zst": (lambda p: p.write_text("plain"), "nozst.jsonl.zst: damaged after line 0", True),
     "nogz.jsonl.gz": (lambda p: p.write_text("plain"), "nogz.jsonl.gz: damaged after line 0", True),
     "utf.txt": (lambda p: p.write_bytes(b"one\ntwo\n\n" + "drei\n".encode("utf-16")), "utf.txt: line 4", True),
     "blank.txt": (lambda p: p.write_text("\n \n"), r"\(train split: blank.txt\): there is no document", True),
@@ -171,7 +193,7 @@ def test_paths_without_data_are_refused(tmp_path):
         LocalDocuments(None)
     with pytest.raises(UserError, match="data.path=.*/nowhere: no such file or folder"):
         LocalDocuments(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no .parquet, .jsonl"):
+    with pytest.raises(UserError, match="holds no parquet, jsonl or txt"):
         LocalDocuments(tmp_path)
     write(tmp_path / "a.parquet", ["a", "b"])
     write(tmp_path / "README.txt", ["not data"])
