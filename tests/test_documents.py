@@ -1,13 +1,17 @@
 """Document sources: shards and splits, cursors, ranks, text files, bad input."""
 
+import json
 from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import read, words, write
+from omegaconf import OmegaConf
 
-from llm.data.documents import EmbeddedDocuments, LocalDocuments, texts
+from llm.config import SourceSpec
+from llm.data.documents import EmbeddedDocuments, LocalDocuments, build_source, texts
+from llm.data.mixture import MixedDocuments
 from llm.errors import UserError
 
 
@@ -116,6 +120,75 @@ def test_embedded_documents_are_a_source_like_any_other():
     assert "30 generated documents" in source.check()
     with pytest.raises(UserError, match="data.size=0"):
         EmbeddedDocuments(size=0)
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """60 long and 200 short training documents; the short ones are to give a quarter of the characters."""
+    write(tmp_path / "long" / "a.jsonl", [f"L{i:03d}" + "." * (i % 90) for i in range(60)])
+    write(tmp_path / "long" / "b.jsonl", ["Lval"] * 5)
+    write(tmp_path / "short" / "a.parquet", [f"S{i:03d}" + "." * (i % 9) for i in range(200)])
+    write(tmp_path / "short" / "b.parquet", ["Sval"] * 5)
+    weights = {"long": 3.0, "short": 1.0}
+    return MixedDocuments({name: (LocalDocuments(tmp_path / name), weight) for name, weight in weights.items()})
+
+
+def test_a_mixture_follows_its_weights_from_the_start(mixture):
+    assert "75.0% long: 2 jsonl files" in mixture.check() and "25.0% short: 2 parquet files" in mixture.check()
+    stream = mixture.iterate("train")
+    for count in (20, 200, 1000):
+        documents = [next(stream) for _ in range(count)]
+        chars = documents[-1][1]["chars"]
+        assert chars["long"] / 3 == pytest.approx(chars["short"], abs=100)
+    assert documents[-1][1]["sources"]["long"]["epoch"] > documents[-1][1]["sources"]["short"]["epoch"]
+
+
+def test_one_pass_over_a_mixture_delivers_every_document(mixture):
+    assert len(set(read(mixture))) == len(read(mixture)) == 260
+    assert Counter(read(mixture, "val")) == {"Lval": 5, "Sval": 5}
+
+
+def test_a_mixture_resumes_exactly_on_any_number_of_ranks(mixture):
+    stream = mixture.iterate("train")
+    straight = [next(stream) for _ in range(700)]
+    for i in (0, 33, 399):
+        cursor = json.loads(json.dumps(straight[i][1]))
+        continued = mixture.iterate("train", cursor)
+        assert [next(continued) for _ in range(50)] == straight[i + 1 : i + 51]
+    texts_in_order = [text for text, _ in straight]
+    parts = [mixture.iterate("train", rank=rank, world=3) for rank in range(3)]
+    taken = [[next(part) for _ in range(40 + rank)] for rank, part in enumerate(parts)]
+    assert [text for text, _ in taken[1]] == texts_in_order[1::3][:41]
+    positions = [{"cursor": part[-1][1], "packer": {}} for part in taken]
+    behind = min(positions, key=lambda position: position["cursor"]["index"])["cursor"]
+    cursor = behind | {"taken": [[position["cursor"]["index"] for position in positions]]}  # as positions_for does
+    rest = [next(mixture.iterate("train", cursor, rank, 2))[0] for rank in range(2)]
+    seen = {i for rank, part in enumerate(taken) for i in range(rank, 3 * len(part), 3)}
+    unseen = [i for i in range(700) if i not in seen]
+    assert rest == [texts_in_order[next(i for i in unseen if i % 2 == rank)] for rank in range(2)]
+
+
+def test_mixtures_by_configuration(tmp_path):
+    def built(**sources):
+        spec = {name: OmegaConf.structured(SourceSpec(**values)) for name, values in sources.items()}
+        return build_source(OmegaConf.create({"name": "mixture", "workers": 1, "sources": spec}), tmp_path)
+
+    write(tmp_path / "a.txt", ["one", "two"])
+    path = str(tmp_path / "a.txt")
+    assert read(built(a={"path": path, "weight": 2}, b={"path": path}, off={"weight": 0})) == ["one", "one"]
+    with pytest.raises(UserError, match="data.sources: no source has a weight above 0"):
+        built(a={"path": path, "weight": 0})
+    for values in ({}, {"path": path, "repo": "a/b"}):
+        with pytest.raises(UserError, match="data.sources.a: set either path"):
+            built(a=values)
+    with pytest.raises(UserError, match="data.sources.a.path=nowhere: no such file"):
+        built(a={"path": "nowhere"})
+    write(tmp_path / "c.parquet", words(4))
+    with pytest.raises(UserError, match="data.sources.c.column=body does not exist"):
+        built(c={"path": str(tmp_path / "c.parquet"), "column": "body"}).check()
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -232,13 +232,46 @@ class EmbeddedDocuments:
         return documents({"train": "train", "val": "test"}[split], self._sizes[split], self.seed, start)
 
 
-def document_source(data) -> DocumentSource:
-    """The text of the config group `data`, checked as far as that is cheap."""
-    if data.name == "embedded":
-        source = EmbeddedDocuments(data.size, data.seed, data.val_size)
-    elif data.path is None:
-        raise UserError("data.path is not set: data=local needs data.path=<folder, file or pattern of your text>")
-    else:
-        source = LocalDocuments(data.path, data.column)
+def document_source(data, cache: str) -> DocumentSource:
+    """The text of the config group `data`, checked as far as that is cheap; `cache` is paths.data."""
+    source = build_source(data, cache)
     print(f"text: {source.check()}", flush=True)
     return source
+
+
+def build_source(data, cache: str) -> DocumentSource:
+    """The same, nothing checked or fetched but the list of a hub data set's files."""
+    if data.name == "embedded":
+        return EmbeddedDocuments(data.size, data.seed, data.val_size)
+    if data.name != "mixture":
+        return _files_source(data, cache, data.workers, "data", {"local": "path", "hub": "repo"}[data.name])
+    from llm.data.mixture import MixedDocuments
+
+    sources = {name: source for name, source in (data.sources or {}).items() if source.weight > 0}
+    if not sources:
+        raise UserError("data.sources: no source has a weight above 0; data=mixture needs at least one (docs/data.md)")
+    built = {}
+    for name, source in sources.items():
+        key = f"data.sources.{name}"
+        if (source.path is None) == (source.repo is None):
+            raise UserError(f"{key}: set either path (files) or repo (a data set on the hub)")
+        kind = "path" if source.repo is None else "repo"
+        built[name] = _files_source(source, cache, data.workers, key, kind), source.weight
+    return MixedDocuments(built)
+
+
+def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
+    """Files of this machine (kind "path") or of the hub ("repo"), as `spec`, the place `key` of the config, says."""
+    if spec[kind] is None:
+        needs = {
+            "path": "data=local needs data.path=<folder, file or pattern of your text>",
+            "repo": "data=hub needs data.repo=<owner>/<name> of a data set on the hub",
+        }
+        raise UserError(f"{key}.{kind} is not set: {needs[kind]}")
+    if kind == "path":
+        return LocalDocuments(spec.path, spec.column, spec.val_size, key)
+    from llm.data.download import HubFolder
+    from llm.data.hub import HubDocuments
+
+    folder = HubFolder(spec.repo, spec.revision or "main", cache, workers, key)
+    return HubDocuments(folder, spec.files, spec.shards, spec.column, spec.val_size, key)

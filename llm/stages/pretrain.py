@@ -68,7 +68,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size)
     config, batch_tokens, total, scales = planned
     layout = steps_layout(cfg, config, batch_tokens)
-    source = document_source(cfg.data)
+    source = document_source(cfg.data, cfg.paths.data)
     net = GPT(config).init_weights(cfg.seed)
 
     def loader(split: str, position=None, **more) -> TextSteps:
