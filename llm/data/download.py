@@ -25,6 +25,7 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.files import sync, sync_folder
+from llm.format import in_bytes
 from llm.run import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -115,18 +116,15 @@ class HubFolder:
             return
         self._check_space(missing)
         futures = self.request(missing)
-        begin = done = sum(map(self._done, missing))
-        with progress(f"{self.repo}: ", sum(file.size for file in missing), begin) as show:
-            while not all(future.done() for future in futures):
-                time.sleep(0.1)
+        begin, total = sum(map(self._done, missing)), sum(file.size for file in missing)
+        with progress(f"{self.repo}: ", total, begin) as show:
+            while (count := sum(future.done() and not future.exception() for future in futures)) < len(futures):
                 for future in futures:
                     if future.done():
-                        future.result()
-                done = sum(map(self._done, missing))
-                show(done, sum(future.done() for future in futures), len(missing))
-            show(done, len(missing), len(missing))
-        for future in futures:
-            future.result()
+                        future.result()  # or its error
+                show(sum(map(self._done, missing)), count, len(futures))
+                time.sleep(0.1)
+            show(sum(map(self._done, missing)), count, count)
 
     def fetch(self, file: HubFile) -> Path:
         """The file's path, after fetching it if it is not there; another process may do it meanwhile."""
@@ -217,7 +215,7 @@ class HubFolder:
         free = shutil.disk_usage(self.root).free
         if wanted > free:
             raise UserError(
-                f"{self}: {wanted / 1e9:,.1f} GB are to be fetched, but {self.root} has {free / 1e9:,.1f} GB left: "
+                f"{self}: {in_bytes(wanted)} are to be fetched, but {self.root} has {in_bytes(free)} left: "
                 f"choose another paths.data or fewer {self.key}.shards"
             )
 
@@ -324,8 +322,6 @@ def progress(title: str, total: int, begin: int) -> Iterator[Callable[[int, int,
         if files == of or time.monotonic() - last > NEWS_SECONDS:
             last = time.monotonic()
             speed = (done - begin) / 1e6 / max(last - start, 1e-3)
-            print(
-                f"{title}{files}/{of} files, {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed:,.1f} MB/s", flush=True
-            )
+            print(f"{title}{files}/{of} files, {in_bytes(done)} of {in_bytes(total)}, {speed:,.1f} MB/s", flush=True)
 
     yield line

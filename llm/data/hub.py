@@ -9,6 +9,7 @@ from llm.data.documents import FileDocuments
 from llm.data.download import HubFile, HubFolder
 from llm.data.formats import KNOWN, check_file, check_one_kind, kind_of
 from llm.errors import UserError
+from llm.format import in_bytes
 
 AHEAD = 8  # shards that are fetched before they are needed
 SPLITS = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./\d])")
@@ -57,7 +58,7 @@ class HubDocuments(FileDocuments):
         here, count = sum(map(self.folder.is_here, self.remote)), len(self.remote)
         size = sum(file.size for file in self.remote)
         return (
-            f"{count} shards of {self.where}, {size / 1e9:,.1f} GB, {here} of them in {self.folder.root}; "
+            f"{count} shards of {self.where}, {in_bytes(size)}, {here} of them in {self.folder.root}; "
             f"validation: {self._held_out()}"
         )
 

@@ -4,6 +4,7 @@ from llm.data.documents import build_source
 from llm.data.hub import HubDocuments
 from llm.data.mixture import MixedDocuments
 from llm.errors import UserError
+from llm.format import in_bytes
 
 
 def run(cfg) -> None:
@@ -17,10 +18,10 @@ def run(cfg) -> None:
         )
     for part in from_hub:
         missing = [file for file in part.remote if not part.folder.is_here(file)]
-        size = sum(file.size for file in missing) / 1e9
+        size = in_bytes(sum(file.size for file in missing))
         print(
             f"{part.where}: {len(part.remote) - len(missing)} of {len(part.remote)} shards are in {part.folder.root}, "
-            f"{size:,.1f} GB are to be fetched",
+            f"{size} are to be fetched",
             flush=True,
         )
         if not cfg.dry_run:
