@@ -302,7 +302,7 @@ class DataConfig:
     files: str | None = key("pattern of its shards, such as 'data/train-*.parquet'; null = all")
     shards: int | None = key("train on its first so many shards; null = all but the last", low=1, main=True)
     workers: int = key("files fetched from the hub at the same time", low=1)
-    sources: dict[str, SourceSpec] | None = key("sources by name (data=mixture)")
+    sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)

@@ -9,7 +9,6 @@ import pytest
 from data_files import read, words, write
 from omegaconf import OmegaConf
 
-from llm.config import SourceSpec
 from llm.data.documents import EmbeddedDocuments, LocalDocuments, build_source, texts
 from llm.data.mixture import MixedDocuments
 from llm.errors import UserError
@@ -173,14 +172,21 @@ def test_a_mixture_resumes_exactly_on_any_number_of_ranks(mixture):
 
 def test_mixtures_by_configuration(tmp_path):
     def built(**sources):
-        spec = {name: OmegaConf.structured(SourceSpec(**values)) for name, values in sources.items()}
-        return build_source(OmegaConf.create({"name": "mixture", "workers": 1, "sources": spec}), tmp_path)
+        return build_source(OmegaConf.create({"name": "mixture", "workers": 1, "sources": sources}), tmp_path)
 
     write(tmp_path / "a.txt", ["one", "two"])
     path = str(tmp_path / "a.txt")
     assert read(built(a={"path": path, "weight": 2}, b={"path": path}, off={"weight": 0})) == ["one", "one"]
     with pytest.raises(UserError, match="data.sources: no source has a weight above 0"):
         built(a={"path": path, "weight": 0})
+    for values, message in [
+        ({"weihgt": 2}, "Key 'weihgt' not in 'SourceSpec'. Keys of a source: weight, path"),
+        ({"weight": "x"}, "Value 'x' of type 'str' could not be converted to Float"),
+        ({"weight": -1}, "data.sources.a.weight=-1.0: must be at least 0"),
+        (path, "Keys of a source: weight, path"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            built(a=values)
     for values in ({}, {"path": path, "repo": "a/b"}):
         with pytest.raises(UserError, match="data.sources.a: set either path"):
             built(a=values)

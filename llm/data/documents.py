@@ -8,11 +8,12 @@ has changed what was `taken` before. It knows nothing of threads or batch sizes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from llm.config import SourceSpec, check_values
 from llm.data.formats import Column, check_file, count_rows, find_files, kind_of, read_rows
 from llm.errors import UserError
 
@@ -247,7 +248,10 @@ def build_source(data, cache: str) -> DocumentSource:
         return _files_source(data, cache, data.workers, "data", {"local": "path", "hub": "repo"}[data.name])
     from llm.data.mixture import MixedDocuments
 
-    sources = {name: source for name, source in (data.sources or {}).items() if source.weight > 0}
+    if not isinstance(data.sources or {}, Mapping):
+        raise UserError(f"data.sources={data.sources}: write {{<name>: {{path: ...}}, <name>: {{repo: ...}}}}")
+    specs = {name: _source_spec(values, f"data.sources.{name}") for name, values in (data.sources or {}).items()}
+    sources = {name: spec for name, spec in specs.items() if spec.weight > 0}
     if not sources:
         raise UserError("data.sources: no source has a weight above 0; data=mixture needs at least one (docs/data.md)")
     built = {}
@@ -258,6 +262,20 @@ def build_source(data, cache: str) -> DocumentSource:
         kind = "path" if source.repo is None else "repo"
         built[name] = _files_source(source, cache, data.workers, key, kind), source.weight
     return MixedDocuments(built)
+
+
+def _source_spec(values, key: str):
+    """One of `data.sources` with its defaults; UserError for keys and values that its schema does not know."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        spec = OmegaConf.merge(OmegaConf.structured(SourceSpec), values)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        known = ", ".join(SourceSpec.__dataclass_fields__)
+        raise UserError(f"{key}={values}: {str(error).splitlines()[0]}. Keys of a source: {known}") from error
+    check_values(spec, f"{key}.")
+    return spec
 
 
 def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
