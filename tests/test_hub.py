@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from conftest import run_cli
 from data_files import read, words, write
 from hub_server import REPO, Hub
 
@@ -208,3 +209,33 @@ def test_a_full_disk_is_seen_before(hub, folder, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match="are to be fetched, but .*choose another paths.data or fewer data.shards"):
         documents(folder).check()
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_stage_download_fetches_ahead_and_makes_no_run(hub, tmp_path):
+    args = ["stage=download", "data=hub", f"data.repo={REPO}", "data.shards=2", f"paths.data={tmp_path}/cache"]
+    args.append(f"paths.runs={tmp_path}/runs")
+    dry = run_cli("train.py", *args, "dry_run=true", HF_ENDPOINT=hub.url)
+    assert dry.returncode == 0 and "0 of 3 shards are in" in dry.stdout and not hub.downloads()
+    done = run_cli("train.py", *args, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0 and "3/3 files" in done.stdout and "validation: shard_00004" in done.stdout
+    again = run_cli("train.py", *args, HF_ENDPOINT="http://127.0.0.1:9")  # nobody answers there
+    assert again.returncode == 0 and "3 of 3 shards are in" in again.stdout
+    assert len(hub.downloads()) == 3 and not (tmp_path / "runs").exists()
+    local = run_cli("train.py", "stage=download")
+    assert local.returncode == 2 and "data=embedded names nothing on the hub" in local.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_while_shards_come(hub, tmp_path):
+    hub.files = shards(tmp_path, 5, n=3000)
+    hub.speed = max(map(len, hub.files.values()))
+    args = ["experiment=tiny", "data=hub", f"data.repo={REPO}", "data.val_size=null", f"paths.data={tmp_path}/cache"]
+    args += [f"paths.runs={tmp_path}/runs", "trainer=cpu", "trainer.devices=2", "batch.device=2", "max_steps=4"]
+    for stage in ("tokenizer", "pretrain"):
+        done = run_cli("train.py", f"stage={stage}", *args, HF_ENDPOINT=hub.url)
+        assert done.returncode == 0, done.stderr
+    names = [path for path, _ in hub.downloads()]
+    assert len(names) == len(set(names)) >= 2  # each file once

@@ -68,7 +68,8 @@ def build(cfg, parent: Path) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size)
     config, batch_tokens, total, scales = planned
     layout = steps_layout(cfg, config, batch_tokens)
-    source = document_source(cfg.data, cfg.paths.data)
+    no_text = cfg.dry_run and cfg.data.name in ("hub", "mixture")  # numbers only: nothing is fetched
+    source = None if no_text else document_source(cfg.data, cfg.paths.data)
     net = GPT(config).init_weights(cfg.seed)
 
     def loader(split: str, position=None, **more) -> TextSteps:
@@ -84,7 +85,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         tokenizer,
         total,
         val_batches=val_batches,
-        prompts=text_prompts(texts(source, "val")),
+        prompts=[] if no_text else text_prompts(texts(source, "val")),
         **scales,
     )
     module = StepModule(net, cfg.optim, cfg.stage, context)
