@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from conftest import run_cli
+from conftest import compose, run_cli
 from data_files import read, words, write
 from hub_server import REPO, Hub
 
@@ -12,6 +12,7 @@ from llm.data import download
 from llm.data.download import HubFolder
 from llm.data.hub import HubDocuments
 from llm.errors import UserError
+from llm.trainer import run_stage
 
 
 def shards(tmp_path, count=5, suffix="parquet", n=40):
@@ -214,18 +215,18 @@ def test_a_full_disk_is_seen_before(hub, folder, monkeypatch):
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_stage_download_fetches_ahead_and_makes_no_run(hub, tmp_path):
+def test_stage_download_fetches_ahead_and_makes_no_run(hub, tmp_path, capsys):
     args = ["stage=download", "data=hub", f"data.repo={REPO}", "data.shards=2", f"paths.data={tmp_path}/cache"]
     args.append(f"paths.runs={tmp_path}/runs")
-    dry = run_cli("train.py", *args, "dry_run=true", HF_ENDPOINT=hub.url)
-    assert dry.returncode == 0 and "0 of 3 shards are in" in dry.stdout and not hub.downloads()
+    run_stage(compose("train", *args, "dry_run=true"))
+    assert "0 of 3 shards are in" in capsys.readouterr().out and not hub.downloads()
     done = run_cli("train.py", *args, HF_ENDPOINT=hub.url)
     assert done.returncode == 0 and "3/3 files" in done.stdout and "validation: shard_00004" in done.stdout
-    again = run_cli("train.py", *args, HF_ENDPOINT="http://127.0.0.1:9")  # nobody answers there
-    assert again.returncode == 0 and "3 of 3 shards are in" in again.stdout
+    run_stage(compose("train", *args))
+    assert "3 of 3 shards are in" in capsys.readouterr().out
     assert len(hub.downloads()) == 3 and not (tmp_path / "runs").exists()
-    local = run_cli("train.py", "stage=download")
-    assert local.returncode == 2 and "data=embedded names nothing on the hub" in local.stderr
+    with pytest.raises(UserError, match="data=embedded names nothing on the hub"):
+        run_stage(compose("train", "stage=download"))
 
 
 @pytest.mark.slow
