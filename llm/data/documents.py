@@ -28,9 +28,6 @@ class DocumentSource(Protocol):
     def check(self) -> str:
         """Raise UserError for what can be found wrong cheaply; return one line that says what is read and held out."""
 
-    def shards(self, split: str) -> Sequence:
-        """The pieces of `split` ("train" or "val") in reading order."""
-
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[str, Cursor]]:
@@ -102,6 +99,19 @@ def share(
         number = position["index"] - 1
         if number % world == rank and number not in taken:
             yield text, position | taken.cursor(number + 1)
+
+
+def walk(
+    shards: Sequence,
+    rows: Callable[[Any, int], Iterator[str | None]],
+    cursor: Cursor | None,
+    rank: int,
+    world: int,
+    loop: bool,
+    where: str,
+) -> Iterator[tuple[str, Cursor]]:
+    """One rank's documents in the order that all sources of shards have."""
+    return share(in_order(shards, rows, cursor, loop, where), cursor, rank, world)
 
 
 @dataclass(frozen=True)
@@ -219,8 +229,7 @@ class EmbeddedDocuments:
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[str, Cursor]]:
-        documents = in_order(self.shards(split), self._rows, cursor, loop, "data=embedded")
-        return share(documents, cursor, rank, world)
+        return walk(self.shards(split), self._rows, cursor, rank, world, loop, "data=embedded")
 
     def check(self) -> str:
         return (

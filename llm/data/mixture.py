@@ -18,9 +18,6 @@ class MixedDocuments:
         total = sum(weight for _, weight in sources.values())
         self.weights = {name: weight / total for name, (_, weight) in sources.items()}
 
-    def shards(self, split: str) -> list:
-        return [shard for source in self.sources.values() for shard in source.shards(split)]
-
     def check(self) -> str:
         lines = [f"{self.weights[name]:.1%} {name}: {source.check()}" for name, source in self.sources.items()]
         return "a mixture of\n  " + "\n  ".join(lines)
