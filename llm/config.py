@@ -17,6 +17,7 @@ from llm.errors import UserError
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+DOWNLOAD = "download"  # an option of the group `stage` that fetches text and belongs to no run
 
 
 def key(
@@ -116,6 +117,7 @@ class WatchConfig:
 @dataclass
 class PathsConfig:
     runs: str = key("folder of all runs; each stage is <runs>/<run>/<stage>", main=True)
+    data: str = key("folder of what is fetched from the hub, shared by all runs", main=True)
 
 
 @dataclass
@@ -184,7 +186,7 @@ class AdamWConfig(OptimConfig):
 
 @dataclass
 class StageConfig:
-    name: str = key("phase", choices=STAGES, fixed=True)
+    name: str = key("phase", choices=(*STAGES, DOWNLOAD), fixed=True)
 
 
 @dataclass
@@ -285,9 +287,29 @@ class MixtureConfig:
 
 
 @dataclass
+class SourceSpec:
+    """One source of `data.sources`: files of this machine (path) or of the hub (repo)."""
+
+    weight: float = field(default=1.0, metadata={"help": "share of the characters, relative to the others", "low": 0})
+    path: str | None = field(default=None, metadata={"help": "as data.path"})
+    repo: str | None = field(default=None, metadata={"help": "as data.repo"})
+    revision: str | None = field(default=None, metadata={"help": "as data.revision"})
+    files: str | None = field(default=None, metadata={"help": "as data.files"})
+    shards: int | None = field(default=None, metadata={"help": "as data.shards", "low": 1})
+    column: str = field(default="text", metadata={"help": "as data.column"})
+    val_size: int | None = field(default=None, metadata={"help": "as data.val_size", "low": 1})
+
+
+@dataclass
 class DataConfig:
-    name: str = key("where text comes from", choices=("embedded", "local"), fixed=True)
-    path: str | None = key("folder, file or pattern of text: parquet, jsonl(.gz) or txt (data=local)", main=True)
+    name: str = key("where text comes from", choices=("embedded", "local", "hub", "mixture"), fixed=True)
+    path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
+    repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
+    revision: str | None = key("its branch, tag or commit; null = main")
+    files: str | None = key("pattern of its shards, such as 'data/train-*.parquet'; null = all")
+    shards: int | None = key("train on its first so many shards; null = all but the last", low=1, main=True)
+    workers: int = key("files fetched from the hub at the same time", low=1)
+    sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
     packing: str = key(
         "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
@@ -297,7 +319,7 @@ class DataConfig:
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)
     size: int | None = key("documents to generate for training (data=embedded)", low=1)
-    val_size: int | None = key("documents to generate for validation (data=embedded)", low=1)
+    val_size: int | None = key("documents for validation: generated, or the last ones of the last file", low=1)
     tasks: dict[str, TaskSpec] = key("all tasks by name")
     mixture: MixtureConfig = key("conversations that midtrain and sft train on")
     rl: str | None = key("task that grpo trains on")
@@ -388,6 +410,7 @@ ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
 # Schemas whose class depends on the chosen option; the YAML files of these groups name theirs in their defaults list.
 VARIANTS: dict[str, dict[str, type]] = {
     "stage": {
+        DOWNLOAD: StageConfig,
         "tokenizer": TokenizerStage,
         "pretrain": PretrainStage,
         "midtrain": ChatStage,

@@ -112,6 +112,7 @@ class Subject:
         self.net = net.to("cuda" if use_gpu else "cpu")
         self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
         self.engine = Engine(self.net, self.tokenizer)
+        self.cache = cfg.paths.data
         self._source = self._held_out = None
 
     @property
@@ -122,7 +123,7 @@ class Subject:
     def source(self) -> Any:
         """The run's text, found and checked once."""
         if self._source is None:
-            self._source = document_source(self.data)
+            self._source = document_source(self.data, self.cache)
         return self._source
 
     @property
@@ -142,7 +143,7 @@ class Subject:
             self.held_out, self.tokenizer, *self._shape(), train_on=train_on, seed=self.seed, loop=False
         )
         scores = {"bpb": self._bits_per_byte("bpb", steps)}
-        if self.data.name == "embedded" or self.data.path is not None:
+        if self.data.name != "local" or self.data.path is not None:
             scores["bpb_text"] = self._bits_per_byte("bpb_text", self._text_steps())
         return scores
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm.data.documents import Cursor, DocumentSource, LocalDocuments
+from llm.data.documents import Cursor, DocumentSource, FileDocuments
 from llm.errors import UserError
 
 ENCODE_DOCUMENTS = 32  # documents that a thread tokenises in one go
@@ -60,8 +60,8 @@ class CachedDocuments:
     """The documents of a source of local files as token ids, kept in `folder`."""
 
     def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
-        if not isinstance(source, LocalDocuments):
-            raise UserError("data.token_cache is for files of text (data.path=...); set data.token_cache=null")
+        if not isinstance(source, FileDocuments):
+            raise UserError("data.token_cache is for files of text (data=local, data=hub); set data.token_cache=null")
         self.tokenizer, self.folder, self.column = tokenizer, Path(folder), str(source.column)
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         self._texts, self._source = source._rows, copy.copy(source)

@@ -69,9 +69,9 @@ def build(cfg, parent: Path) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size)
     config, batch_tokens, total, scales = planned
     layout = steps_layout(cfg, config, batch_tokens)
-    source = document_source(cfg.data)
-    train_source = source
-    if cfg.data.token_cache:
+    no_text = cfg.dry_run and cfg.data.name in ("hub", "mixture")  # numbers only: nothing is fetched
+    source = train_source = None if no_text else document_source(cfg.data, cfg.paths.data)
+    if cfg.data.token_cache and source is not None:
         folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
         train_source = CachedDocuments(source, tokenizer, folder)
     net = GPT(config).init_weights(cfg.seed)
@@ -91,7 +91,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         tokenizer,
         total,
         val_batches=val_batches,
-        prompts=text_prompts(texts(source, "val")),
+        prompts=[] if no_text else text_prompts(texts(source, "val")),
         **scales,
     )
     module = StepModule(net, cfg.optim, cfg.stage, context)
