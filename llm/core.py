@@ -317,7 +317,13 @@ def measure_core(net: Any, tokenizer: Any, tasks: Sequence[CoreTask], options: A
     mean = core_score(results)
     shares = ("accuracy", "stderr", "centered")
     cells = [
-        [row["task"], *(percent(row[key]) for key in shares), *(value(row[key]) for key in COLUMNS[4:])] for row in rows
+        [
+            row["task"],
+            *(percent(row[k]) for k in shares),
+            *(value(row[k]) for k in COLUMNS[4:7]),
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
     ]
     print_table(["task", "accuracy", "± 1 s.e.", *COLUMNS[3:]], cells, title="CORE")
     name = "CORE" if options.core_tasks is None else f"mean of {len(tasks)} tasks"
