@@ -53,6 +53,7 @@ def data_config(folder):
         "name": "local",
         "path": str(folder / "text"),
         "column": "text",
+        "workers": 4,
         "tasks_path": str(folder),
         "seed": 42,
         "size": 1,
@@ -86,7 +87,13 @@ def settings(runs, sections, **more):
     chosen = {name: name in sections for name in ("bpb", "chat", "core", "samples")}
     options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
     options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8}
-    config = {"run": "demo", "stage": "sft", "data": None, "paths": {"runs": str(runs)}, "eval": options | chosen}
+    config = {
+        "run": "demo",
+        "stage": "sft",
+        "data": None,
+        "paths": {"runs": str(runs), "data": str(runs)},
+        "eval": options | chosen,
+    }
     return OmegaConf.create(OmegaConf.merge(config, more))
 
 

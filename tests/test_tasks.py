@@ -281,7 +281,7 @@ BROKEN = [
     ("chat", b"", "no rows"),
     ("chat", b"{nonsense\n", "row 1.*not valid JSON"),
     ("chat", b'{"messages": []}\n', "row 1"),
-    ("chat", b'{"text": "x"}\n', "row 1.*'messages' is missing"),
+    ("chat", b'{"text": "x"}\n', "row 1.*no conversation"),
     ("chat", b'"text"\n', "row 1.*JSON object"),
     ("chat", '[{"role": "user", "content": "caf\u00e9"}]'.encode("latin-1"), "row 1.*UTF-8"),
     ("chat", json.dumps({"messages": dialogue("a", "b")[::-1]}).encode(), "row 1.*user"),
