@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 RUN ?= runs/demo
+STAGE ?= sft
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +12,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench chaos table report inspect clean
+.PHONY: help setup demo test test-full browser check bench chaos table report inspect show-data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +78,9 @@ report: $(STAMP) ## rebuild the report of a run (RUN=runs/demo)
 
 inspect: $(STAMP) ## what a run holds, every checksum verified (RUN=runs/demo)
 	$(PY) -m llm.checkpoint $(RUN)
+
+show-data: $(STAMP) ## what a stage trains on, coloured, also in batch.html (STAGE=sft ARGS="experiment=demo")
+	$(PY) -m llm.show_data --html batch.html stage=$(STAGE) $(or $(ARGS),experiment=demo)
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules

@@ -14,6 +14,7 @@ FORMATS = {
     "tok_per_s": "{:,.0f} tok/s",
     "ms_per_step": "{:,.0f} ms/step",
     "mfu": "mfu {:.1%}",
+    "data_wait": "data {:.1%}",
 }
 
 

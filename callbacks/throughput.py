@@ -31,7 +31,9 @@ def measured_matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1024
 
 
 class Throughput(L.Callback):
-    """Adds tok_per_s, ms_per_step, mfu, tokens, flops and seconds to every logged row.
+    """Adds tok_per_s, ms_per_step, mfu, data_wait, tokens, flops and seconds to every logged row.
+
+    data_wait is the share of the time in which this process had to wait for its next step of data.
 
     The time of periodic callbacks (evaluation, checkpoints) is left out, waiting for data is not. flops and mfu count
     the training passes; what reinforcement learning spends on sampling is in the seconds only. A first step that waits
@@ -43,14 +45,16 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
+        self.seconds_before = self.train_seconds
         self.compiles = module.net.training_trunk is not None
         if module.row_is_missing and self._due(module):
-            self._write(module, None, None, None)
+            self._write(module, None, None, None, None)
         self._open_window(module)
 
     def _open_window(self, module) -> None:
         self.start, self.paused = time.perf_counter(), module.paused_seconds
         self.first_step, self.first_token = module.global_step, module.tokens_seen
+        self.waited = _wait_seconds(module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         compiles, self.compiles = self.compiles, False
@@ -63,10 +67,11 @@ class Throughput(L.Callback):
         self.train_seconds += seconds
         if compiles:
             print(f"first step: {seconds:.1f} s with compilation", flush=True)
-            rates = (None, None, None)
+            rates = (None, None, None, None)
         else:
             mfu = rate * module.flops_per_token / (self.peak * trainer.world_size)
-            rates = (rate, 1000 * seconds / (module.global_step - self.first_step), mfu)
+            share = (_wait_seconds(module) - self.waited) / seconds
+            rates = (rate, 1000 * seconds / (module.global_step - self.first_step), mfu, share)
         if self._due(module):
             self._write(module, *rates)
         self._open_window(module)
@@ -75,12 +80,28 @@ class Throughput(L.Callback):
         step = module.global_step
         return step > 0 and (step % self.log_every == 0 or step == module.context.total_steps)
 
-    def _write(self, module, tok_per_s: float | None, ms_per_step: float | None, mfu: float | None) -> None:
-        module.row.update(tok_per_s=tok_per_s, ms_per_step=ms_per_step, mfu=mfu, tokens=module.tokens_seen)
+    def _write(
+        self, module, tok_per_s: float | None, ms_per_step: float | None, mfu: float | None, data_wait: float | None
+    ) -> None:
+        module.row.update(tok_per_s=tok_per_s, ms_per_step=ms_per_step, mfu=mfu, data_wait=data_wait)
+        module.row.update(tokens=module.tokens_seen)
         module.row.update(flops=float(module.tokens_seen * module.flops_per_token), seconds=self.train_seconds)
+
+    def on_train_end(self, trainer, module) -> None:
+        if not trainer.is_global_zero:
+            return
+        waited, lost = _wait_seconds(module), module.waste
+        share = waited / max(self.train_seconds - self.seconds_before, 1e-9)
+        packing = "" if lost is None else f"; {lost:.1%} of what packing read was lost to crops or padding"
+        print(f"waited {waited:.2f} s for data, {share:.2%} of the time{packing}", flush=True)
 
     def state_dict(self) -> dict:
         return {"train_seconds": self.train_seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self.train_seconds = state["train_seconds"]
+
+
+def _wait_seconds(module) -> float:
+    """Seconds that this process has waited for data since training began or went on."""
+    return getattr(module.trainer.datamodule.loader, "wait_seconds", 0.0)

@@ -270,6 +270,14 @@ class KVCache:
             self.k[layer][rows, positions], self.v[layer][rows, positions] = k.to(self.k.dtype), v.to(self.v.dtype)
         return self.k[layer, :, :end], self.v[layer, :, :end]
 
+    def attend(self, layer: int, q, k, v, positions, scale: float, window: int | None, mask, backend) -> torch.Tensor:
+        """Store the keys and values of new tokens, and let the queries see them and all before them: (B, T, H, D)."""
+        first = self.used == 0
+        keys, values = self.update(layer, k, v, positions)
+        if first:
+            return causal_attention(q, k, v, scale, window, mask, backend)
+        return cached_attention(q, keys, values, positions, scale, window)
+
     def advance(self, n_new: int, lengths: torch.Tensor | None = None) -> None:
         """Count `n_new` written positions of which the first `lengths[b]` are true tokens (all, if not given)."""
         if self.fed is not None:
@@ -294,3 +302,47 @@ class KVCache:
         self.lengths = self.lengths.repeat_interleave(n)
         if self.last_embed is not None:
             self.last_embed = self.last_embed.repeat_interleave(n, dim=0)
+
+
+class Branches:
+    """`n` continuations of every row of a KVCache, computed in one pass over ids (B * n, T) and not stored.
+
+    Continuation b * n + i sees the tokens of row b and its own. The cache is read where it lies, not copied n times:
+    the continuations of a row are queries of one attention whose mask keeps them apart. Stands in for a cache in the
+    forward pass of the network, once.
+    """
+
+    def __init__(self, cache: KVCache, n: int, seq_len: int):
+        self.cache, self.n, self.seq_len, self.used = cache, n, seq_len, cache.used
+        self.last_embed = None if cache.last_embed is None else cache.last_embed.repeat_interleave(n, dim=0)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def positions(self, n_new: int) -> torch.Tensor:
+        """Positions (B * n, n_new). What pads short continuations may lie beyond the context and is put at its end."""
+        first = self.cache.lengths.repeat_interleave(self.n).unsqueeze(1)
+        return (first + torch.arange(n_new, device=first.device)).clamp(max=self.seq_len - 1)
+
+    def attend(self, layer: int, q, k, v, positions, scale: float, window: int | None, mask, backend) -> torch.Tensor:
+        n_new, rows = q.size(1), len(self.cache.lengths)
+        q, k, v = (t.reshape(rows, self.n * n_new, *t.shape[2:]).transpose(1, 2) for t in (q, k, v))  # (B, H, n T, D)
+        keys, values = (
+            torch.cat((old[layer, :, : self.used].transpose(1, 2), new), dim=2)
+            for old, new in ((self.cache.k, k), (self.cache.v, v))
+        )
+        y = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=self._mask(n_new, window), scale=scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        return y.transpose(1, 2).reshape(rows * self.n, n_new, *y.shape[1::2])
+
+    def _mask(self, n_new: int, window: int | None) -> torch.Tensor:
+        """(B, 1, n T, used + n T): true where a query sees a key, first those of the cache, then the new ones."""
+        if window not in self._masks:
+            lengths = self.cache.lengths.view(-1, 1, 1, 1)
+            at = torch.arange(self.used, device=lengths.device)
+            new = torch.arange(self.n * n_new, device=lengths.device)
+            branch, offset = new // n_new, (new % n_new).unsqueeze(1)
+            reach = self.seq_len if window is None else window
+            old = (at < lengths) & (lengths + offset - at <= reach)  # (B, 1, n T, used)
+            own = (branch.unsqueeze(1) == branch) & (offset >= offset.T) & (offset - offset.T <= reach)
+            self._masks[window] = torch.cat((old, own.expand(len(old), 1, -1, -1)), dim=-1)
+        return self._masks[window]

@@ -72,33 +72,39 @@ def named_encoder(name: str) -> Callable[[str], Sequence[int]]:
     if path.is_dir():
         return Tokenizer.load(path).encode
     if path.suffix == ".json":
-        return _hf_encoder(path)
+        tokenizer = read_hf_tokenizer("--against", path)
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return tiktoken_encoding("--against", name).encode_ordinary
+
+
+def tiktoken_encoding(key: str, name: str):
+    """The tiktoken.Encoding of that name; `key` is what a UserError says the name was given for."""
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():
         raise UserError(
-            f"--against {name}: neither a tokenizer folder, a tokenizer.json nor a tiktoken encoding "
+            f"{key} {name}: neither a tokenizer folder, a tokenizer.json nor a tiktoken encoding "
             f"({', '.join(tiktoken.list_encoding_names())})"
         )
     try:
-        return tiktoken.get_encoding(name).encode_ordinary
+        return tiktoken.get_encoding(name)
     except OSError as error:  # requests' exceptions are OSErrors
         raise UserError(
-            f"--against {name}: tiktoken could not fetch it ({type(error).__name__}); "
+            f"{key} {name}: tiktoken could not fetch it ({type(error).__name__}); "
             "go online once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
         ) from error
 
 
-def _hf_encoder(path: Path) -> Callable[[str], Sequence[int]]:
+def read_hf_tokenizer(key: str, path: Path):
+    """The `tokenizers.Tokenizer` of a tokenizer.json; `key` is what a UserError says the file was given for."""
     try:
         import tokenizers
     except ImportError as error:
-        raise UserError(f"--against {path}: needs the package tokenizers (pip install '.[hf]')") from error
+        raise UserError(f"{key} {path}: needs the package tokenizers (pip install '.[hf]')") from error
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"--against {path}: not a readable tokenizer.json ({error})") from error
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        raise UserError(f"{key} {path}: not a readable tokenizer.json ({error})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from llm.errors import UserError
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+DOWNLOAD = "download"  # an option of the group `stage` that fetches text and belongs to no run
 
 
 def key(
@@ -116,6 +117,7 @@ class WatchConfig:
 @dataclass
 class PathsConfig:
     runs: str = key("folder of all runs; each stage is <runs>/<run>/<stage>", main=True)
+    data: str = key("folder of what is fetched from the hub, shared by all runs", main=True)
 
 
 @dataclass
@@ -184,12 +186,16 @@ class AdamWConfig(OptimConfig):
 
 @dataclass
 class StageConfig:
-    name: str = key("phase", choices=STAGES, fixed=True)
+    name: str = key("phase", choices=(*STAGES, DOWNLOAD), fixed=True)
 
 
 @dataclass
 class TokenizerStage(StageConfig):
     vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
+    pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
+    digits: int = key("digits of a number that may become one token", low=1, high=3)
+    marks: bool = key("combining marks belong to words, as Hindi, Thai or Arabic need")
+    pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
     max_chars: int = key("characters of text to train on, at most", low=1)
     doc_cap: int = key("characters taken of one document, at most", low=1)
     compare: list[str] = key("others to compare with: tiktoken names such as gpt2, tokenizer folders or files")
@@ -212,6 +218,9 @@ class PretrainStage(ModelStage):
     ratio_of: str = key("parameters that count: all, or the matrices of blocks and head", choices=("all", "matrices"))
     target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
     buffer: int = key("documents that best-fit packing chooses from", low=1)
+    core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
+    core_max_per_task: int | None = key("examples of one task in such an evaluation; null = all", low=1)
+    core_bundle: str | None = key("folder or zip of a CORE evaluation bundle; null = no CORE evaluations")
 
 
 @dataclass
@@ -278,14 +287,39 @@ class MixtureConfig:
 
 
 @dataclass
+class SourceSpec:
+    """One source of `data.sources`: files of this machine (path) or of the hub (repo)."""
+
+    weight: float = field(default=1.0, metadata={"help": "share of the characters, relative to the others", "low": 0})
+    path: str | None = field(default=None, metadata={"help": "as data.path"})
+    repo: str | None = field(default=None, metadata={"help": "as data.repo"})
+    revision: str | None = field(default=None, metadata={"help": "as data.revision"})
+    files: str | None = field(default=None, metadata={"help": "as data.files"})
+    shards: int | None = field(default=None, metadata={"help": "as data.shards", "low": 1})
+    column: str = field(default="text", metadata={"help": "as data.column"})
+    val_size: int | None = field(default=None, metadata={"help": "as data.val_size", "low": 1})
+
+
+@dataclass
 class DataConfig:
-    name: str = key("where text comes from", choices=("embedded", "local"), fixed=True)
-    path: str | None = key("folder, file or pattern of text: parquet, jsonl(.gz) or txt (data=local)", main=True)
+    name: str = key("where text comes from", choices=("embedded", "local", "hub", "mixture"), fixed=True)
+    path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
+    repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
+    revision: str | None = key("its branch, tag or commit; null = main")
+    files: str | None = key("pattern of its shards, such as 'data/train-*.parquet'; null = all")
+    shards: int | None = key("train on its first so many shards; null = all but the last", low=1, main=True)
+    workers: int = key("files fetched from the hub at the same time", low=1)
+    sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
+    packing: str = key(
+        "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
+        choices=("best_fit", "crop", "stream"),
+    )
+    token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)
     size: int | None = key("documents to generate for training (data=embedded)", low=1)
-    val_size: int | None = key("documents to generate for validation (data=embedded)", low=1)
+    val_size: int | None = key("documents for validation: generated, or the last ones of the last file", low=1)
     tasks: dict[str, TaskSpec] = key("all tasks by name")
     mixture: MixtureConfig = key("conversations that midtrain and sft train on")
     rl: str | None = key("task that grpo trains on")
@@ -331,10 +365,15 @@ class EvalConfig:
     bpb: bool = key("measure bits per byte on the validation text (eval=[bpb])")
     chat: bool = key("measure the accuracy of data.eval's tasks (eval=[chat])")
     samples: bool = key("print continuations and answers (eval=[samples])")
+    core: bool = key("measure the CORE metric with eval.bundle (eval=[core])")
     tokens: int = key("validation tokens for bits per byte", low=1)
     max_per_task: int | None = key("items of one task; null = all", low=1, main=True)
     max_new_tokens: int = key("length limit of a generated answer", low=1)
+    num_samples: int = key("answers per item of generative tasks: 1 = a greedy one, more = drawn, for pass@k", low=1)
+    ks: list[int] | None = key("which pass@k; null = 1 and num_samples")
+    temperature: float = key("sampling temperature of drawn answers", above=0)
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
+    core_tasks: list[str] | None = key("tasks of the bundle to measure; null = all, whose mean is CORE")
     batch_size: int = key("sequences evaluated together", low=1)
 
 
@@ -371,6 +410,7 @@ ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
 # Schemas whose class depends on the chosen option; the YAML files of these groups name theirs in their defaults list.
 VARIANTS: dict[str, dict[str, type]] = {
     "stage": {
+        DOWNLOAD: StageConfig,
         "tokenizer": TokenizerStage,
         "pretrain": PretrainStage,
         "midtrain": ChatStage,

@@ -38,6 +38,11 @@ def amount(number: float | None) -> str:
     return f"{number:,.0f}"
 
 
+def in_bytes(number: float) -> str:
+    """`12.5 MB`, `24.1 GB`: powers of 1000."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
 def duration(seconds: float | None) -> str:
     """`4.2 s`, `3 min 12 s`, `2 h 05 min`."""
     if seconds is None:

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.attention import (
+    Branches,
     KVCache,
     apply_rotary,
     attention_masks,
-    cached_attention,
     causal_attention,
     choose_backend,
     plain_backend,
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | None, positions):
+    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | Branches | None, positions):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
         if value_embed is not None:
@@ -197,12 +197,7 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
         else:
-            first = cache.used == 0
-            keys, values = cache.update(self.layer, k, v, positions)
-            if first:
-                y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
-            else:
-                y = cached_attention(q, keys, values, positions, self.scale, self.window)
+            y = cache.attend(self.layer, q, k, v, positions, self.scale, self.window, mask, backend)
         return self.c_proj(y.reshape(B, T, -1))
 
 

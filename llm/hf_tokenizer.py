@@ -6,6 +6,7 @@ were merged when it was learnt. Written by hand so that saving needs neither `to
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,12 @@ def hf_tokenizer(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": for_oniguruma(pattern)},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 byte_level,
             ],
         },
@@ -83,6 +89,12 @@ def hf_tokenizer(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence
             "merges": [[printable(left), printable(right)] for left, right in pairs],
         },
     }
+
+
+def for_oniguruma(pattern: str) -> str:
+    """The same pieces by Hugging Face's regex engine, which reads `x{1,3}+` as repeated and `$` as a line's end."""
+    atomic = re.sub(r"(\\p\{\w+\}|\[[^]]*\]|\w)(\{\d+,?\d*\})\+", r"(?>\1\2)", pattern)
+    return re.sub(r"(?<!\\)\$", r"\\z", atomic)
 
 
 def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

@@ -305,17 +305,23 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
 
 
 def _try_value(config_name: str, cfg: Any, name: str, value: Any, choice: Sequence[str]) -> None:
-    """Set `name` in `cfg`; a mapping is merged key by key, as Hydra does."""
+    """Set `name` in `cfg`; a mapping is merged key by key, as Hydra does, or replaces a null."""
     spec = _spec(config_name, name)
     if spec is not None and spec.metadata.get("fixed"):
         raise UserError(f"{name}={_show(value)}: the name comes with the option; choose {name.split('.')[0]}=<option>")
     if not _exists(cfg, name):
         raise UserError(_missing(config_name, cfg, name, choice))
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or (_is_null(cfg, name) and spec is not None and spec.type is Any):
         _update(config_name, cfg, name, value)
         return
     for key, inner in value.items():
         _try_value(config_name, cfg, f"{name}.{key}", inner, choice)
+
+
+def _is_null(cfg: Any, name: str) -> bool:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(cfg, name) is None
 
 
 def _update(config_name: str, cfg: Any, name: str, value: Any, *, add: bool = False) -> None:

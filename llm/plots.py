@@ -25,7 +25,7 @@ _STYLE = {
 def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = True) -> list[tuple[str, Path]]:
     """Write every figure that the metrics allow into `folder`; returns (caption, file) in reading order.
 
-    stages: {stage: rows of metrics.csv}. Figures: loss, bits per byte, task accuracy, reward. redraw=False keeps
+    stages: {stage: rows of metrics.csv}. Figures: loss, bits per byte, task accuracy, CORE, reward. redraw=False keeps
     figures that exist.
     """
     learning = {stage: rows for stage, rows in stages.items() if stage != "grpo"}
@@ -35,6 +35,7 @@ def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = 
         ("Training loss", "loss.png", learning, ["loss"], "loss (nats per token)", {"smooth": True}),
         ("Bits per byte on held-out data", "bpb.png", learning, ["bpb"], "bits per byte", {"marks": True}),
         ("Accuracy on held-out tasks", "chat.png", stages, tasks, "accuracy (%)", {"marks": True, "percent": True}),
+        ("CORE: mean centred accuracy", "core.png", learning, ["core"], "CORE", {"marks": True}),
         ("Mean reward of sampled completions", "reward.png", stages, ["reward"], "mean reward", {"smooth": True}),
         ("Pass rate on held-out problems", "pass.png", stages, passes, "solved (%)", {"marks": True, "percent": True}),
     ]

@@ -31,7 +31,7 @@ from llm.run import (
 
 SAMPLES_PER_STAGE = 8
 # Columns of metrics.csv that say how the training ran, not how good the model is.
-PROGRESS_KEYS = frozenset({"lr", "tok_per_s", "ms_per_step", "mfu", "tokens", "flops", "seconds", "train_seconds"})
+PROGRESS_KEYS = frozenset("lr tok_per_s ms_per_step mfu data_wait tokens flops seconds train_seconds".split())
 
 
 def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:

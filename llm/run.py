@@ -30,12 +30,15 @@ ABSENT = "(absent)"
 NEUTRAL_KEYS = (
     *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
     *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
-    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "data.eval"),
+    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.core_*", "data.eval"),
+    *("data.token_cache", "data.workers"),
 )
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
-_TEXT = ("data.path", "data.column", "data.seed", "data.size", "data.val_size")
+_TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
+_TEXT += ("data.seed", "data.size", "data.val_size", "data.packing")
+_MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
 _NEUTRAL_BY_STAGE = {  # groups that a stage does not read
-    "tokenizer": (*_TASKS, "model", "arch", "optim", "batch", "precision", "compile", "attention", "max_steps", "seed"),
+    "tokenizer": (*_TASKS, *_MODEL, "data.packing", "max_steps", "seed"),
     "pretrain": _TASKS,
     "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
     "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),
@@ -360,7 +363,8 @@ def diff_configs(
     differences = []
     for key in sorted(before.keys() | after.keys()):
         pair = (before.get(key, ABSENT), after.get(key, ABSENT))
-        if pair[0] != pair[1] and not any(_covers(pattern, key) for pattern in patterns):
+        unset = all(value in (None, ABSENT) for value in pair)  # null means the same as before the key existed
+        if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
             differences.append((key, *pair))
     return differences
 

@@ -34,7 +34,7 @@ def separate_run(cfg: Any, lines: Sequence[str]) -> None:
     base = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     own = RunDir(cfg.paths.runs, "-".join([base.name, *parts]))
     cfg.run = own.name
-    if cfg.init_from is None and cfg.stage.name != STAGES[0]:
+    if cfg.init_from is None and cfg.stage.name in STAGES[1:]:
         before = STAGES[STAGES.index(cfg.stage.name) - 1]
         if before not in own.finished() and before in base.finished():
             cfg.init_from = f"{base.name}/{before}"

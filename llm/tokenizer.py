@@ -34,21 +34,31 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 
-# Text is cut into these pieces before any merge; a token never crosses a cut. As GPT-4's pattern, with two changes:
-# numbers in groups of one or two digits (three would spend a small vocabulary on numbers), and the contractions spelled
-# out instead of case-insensitive, so that every regex engine agrees on them.
-SPLIT_PATTERN = "|".join(
-    (
-        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's 'd 'm 't 'll 've 're
-        r"[^\r\n\p{L}\p{N}]?+\p{L}+",  # a word with at most one leading space or sign
-        r"\p{N}{1,2}",
-        r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs, with the line ends after them
-        r"\s*[\r\n]",
-        r"\s+(?!\S)",  # spaces before a word, but the last, which belongs to the word
-        r"\s+",
-    )
-)
 
+def split_pattern(digits: int = 2, marks: bool = False) -> str:
+    """Text is cut into these pieces before any merge; a token never crosses a cut.
+
+    As GPT-4's pattern, with two changes: numbers in groups of at most `digits` digits (three would spend a small
+    vocabulary on numbers), and the contractions spelled out instead of case-insensitive, so that every regex engine
+    agrees on them. marks: combining marks belong to words, as the vowel signs of Hindi, Thai or Arabic need.
+    """
+    letter, letters = (r"\p{L}\p{M}", r"[\p{L}\p{M}]+") if marks else (r"\p{L}", r"\p{L}+")
+    return "|".join(
+        (
+            r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",  # 's 'd 'm 't 'll 've 're
+            rf"[^\r\n{letter}\p{{N}}]?+{letters}",  # a word with at most one leading space or sign
+            rf"\p{{N}}{{1,{digits}}}" if digits > 1 else r"\p{N}",
+            rf" ?[^\s{letter}\p{{N}}]++[\r\n]*",  # signs, with the line ends after them
+            r"\s*[\r\n]",
+            r"\s+(?!\S)",  # spaces before a word, but the last, which belongs to the word
+            r"\s+",
+        )
+    )
+
+
+SPLIT_PATTERN = split_pattern()
+
+PROBE = "It's 1,234 °C — naïve 中文 हिन्दी ไทย عربي\r\n\tx_y  z\u0301!\n"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 RANKS_FILE = "tokenizer.tiktoken"
 META_FILE = "fathom_tokenizer.json"
@@ -122,6 +132,12 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
+    def encode_document(self, text: str) -> np.ndarray:
+        """BOS and the ids of the text, int32. Threads can do this side by side: tiktoken releases Python's lock."""
+        text = _without_surrogates(text)
+        pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        return np.concatenate([np.array([self.bos_id], np.uint32), *pieces]).view(np.int32)
+
     def encode_batch(self, texts: Sequence[str], num_threads: int = 4) -> list[list[int]]:
         """`encode` of each text, on threads: tiktoken releases Python's lock."""
         with ThreadPoolExecutor(num_threads) as executor:
@@ -173,7 +189,23 @@ class Tokenizer:
             raise UserError(f"{folder}: not a usable tokenizer ({error}); train one with stage=tokenizer") from error
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, doc_cap: int) -> Tokenizer:
+def checked_pattern(pattern: str) -> str:
+    """The pattern if the regex engine takes it and it loses no text. Raises UserError otherwise."""
+    try:
+        encoding = tiktoken.Encoding(
+            "probe", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}
+        )
+        whole = encoding.decode(encoding.encode_ordinary(PROBE)) == PROBE
+    except Exception as error:  # the engine's own error type is not exported
+        raise UserError(f"stage.pattern={pattern}: not a regular expression that tiktoken takes ({error})") from error
+    if not whole:
+        raise UserError(f"stage.pattern={pattern}: leaves out parts of a text; end it with |\\s+|. for what is left")
+    return pattern
+
+
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, max_chars: int, doc_cap: int, pattern: str = SPLIT_PATTERN
+) -> Tokenizer:
     """Train on the first `doc_cap` characters of each document until `max_chars` characters have been read.
 
     The cap keeps a few huge documents from ruling the merges.
@@ -188,7 +220,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, d
             if left <= 0:
                 return
 
-    return Tokenizer.train(cropped(), vocab_size)
+    return Tokenizer.train(cropped(), vocab_size, pattern)
 
 
 def compression_table(

@@ -8,6 +8,7 @@ a run.json that says so.
 """
 
 import logging
+import os
 import shutil
 import signal
 import time
@@ -21,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from llm import __version__
+from llm.config import DOWNLOAD
 from llm.environment import environment, git_commit
 from llm.errors import BadLoss, UserError
 from llm.launch import SIGUSR1, check_layout, is_launched, launch, launched_rank, processes, processes_here
@@ -44,6 +46,8 @@ SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "C
 
 def run_stage(cfg: DictConfig) -> None:
     """Train the stage that `cfg` describes, resume it, or report that it is done."""
+    if cfg.stage.name == DOWNLOAD:
+        return fetch_text(cfg)
     if not is_launched():
         return work_on_stage(cfg)
     import torch
@@ -61,6 +65,14 @@ def run_stage(cfg: DictConfig) -> None:
     distributed.barrier()  # the next stage finds what this one wrote; who ends early makes the others fail
     if status:
         raise SystemExit(status)
+
+
+def fetch_text(cfg: DictConfig) -> None:
+    """stage=download: fetch the text that `data` takes from the hub; no run is touched."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node
+        from llm.stages.download import run
+
+        run(cfg)
 
 
 def work_on_stage(cfg: DictConfig) -> None:
@@ -187,15 +199,16 @@ def begin_stage(cfg, stage_dir: Path, manifest: dict) -> None:
 
 def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
     from llm.data.documents import document_source
-    from llm.stages.tokenizer import named_encoders, run
+    from llm.stages.tokenizer import named_encoders, prepared, run
 
-    show_config(cfg, {"vocab_size": cfg.stage.vocab_size})
+    ready = prepared(cfg.stage)
+    show_config(cfg, {"vocab_size": cfg.stage.vocab_size if isinstance(ready, str) else ready.vocab_size})
     if cfg.dry_run:
         return None
-    source = document_source(cfg.data)
+    source = document_source(cfg.data, cfg.paths.data)
     encoders = named_encoders(cfg.stage.compare)
     begin_stage(cfg, stage_dir, manifest)
-    return run(cfg, stage_dir, source, encoders)
+    return run(cfg, stage_dir, source, ready, encoders)
 
 
 def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:

@@ -36,9 +36,14 @@ class Task:
         """Whether `completion` (the generated text) answers the conversation rightly. Chat tasks have no such thing."""
         raise TypeError(f"task {self.name} ({type(self).__name__}) is for training only: it cannot score a completion")
 
-    def reward(self, conversation: dict, completion: str) -> float:
-        """The reward for reinforcement learning: 1.0 for a right completion, else 0.0."""
-        return float(self.evaluate(conversation, completion))
+    def verdicts(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[str]:
+        """How each completion ended: "pass" for a right one, else "fail" or what the task says more exactly."""
+        pairs = zip(conversations, completions, strict=True)
+        return ["pass" if self.evaluate(conversation, text) else "fail" for conversation, text in pairs]
+
+    def rewards(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
+        """For reinforcement learning: 1.0 for a right completion, else 0.0."""
+        return [float(verdict == "pass") for verdict in self.verdicts(conversations, completions)]
 
 
 def dialogue(user: str, assistant: str | list[dict]) -> list[dict]:

@@ -1,15 +1,50 @@
-"""Conversations to train on: chat rows in the SmolTalk format, and the identity rows that can also be scored."""
+"""Conversations to train on: chat rows in the formats that are about, and the identity rows that can also be scored."""
 
 from llm.chat import validate_conversation
 from llm.errors import UserError
 from tasks.base import Task
 from tasks.files import need
 
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # ShareGPT's and others'
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "response"))  # a single exchange
+FORMATS = "messages, conversations, or one of " + ", ".join(" and ".join(pair) for pair in PAIRS)
+
+
+def as_conversation(row: dict) -> dict:
+    """A row with its "messages", whatever format it has.
+
+    messages [{"role", "content"}]; conversations of ShareGPT [{"from", "value"}]; one exchange under the names of
+    `PAIRS`, with "input" (Alpaca) behind the instruction, and "system" or "system_prompt" in front.
+    """
+    if "messages" in row:
+        return row
+    if isinstance(row.get("conversations"), list):
+        return {"messages": [_message(m) for m in row["conversations"]]}
+    for asked, answered in PAIRS:
+        if asked in row and answered in row:
+            parts = [row[asked], *([row["input"]] if row.get("input") else [])]
+            text = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else row[asked]
+            system = row.get("system") or row.get("system_prompt")
+            first = [{"role": "system", "content": system}] if system else []
+            exchange = [{"role": "user", "content": text}, {"role": "assistant", "content": row[answered]}]
+            return {"messages": first + exchange}
+    return row
+
+
+def _message(message) -> object:
+    if not isinstance(message, dict) or "role" in message:
+        return message
+    role = message.get("from")
+    return {"role": ROLES.get(role, role), "content": message.get("value")}
+
 
 def check_chat(row: dict, where: str) -> None:
     """Raise `UserError` where the messages are missing or the roles do not alternate."""
-    need(row, where, messages=list)
-    validate_conversation(row, where)
+    conversation = as_conversation(row)
+    if "messages" not in conversation:
+        raise UserError(f"{where}: no conversation (found: {', '.join(map(str, row)) or 'nothing'}); needed: {FORMATS}")
+    need(conversation, where, messages=list)
+    validate_conversation(conversation, where)
 
 
 def check_identity(row: dict, where: str) -> None:
@@ -28,12 +63,12 @@ def check_scored_identity(row: dict, where: str) -> None:
 
 
 class Chat(Task):
-    """Rows `{"messages": [...]}` (or a bare list of messages per line), for training only."""
+    """Rows as `as_conversation` takes them (or a bare list of messages per line), for training only."""
 
     kind = "chat"
 
     def conversation(self, row: dict, index: int) -> dict:
-        return {"messages": row["messages"]}
+        return {"messages": as_conversation(row)["messages"]}
 
 
 class Identity(Task):
@@ -42,7 +77,7 @@ class Identity(Task):
     kind = "generative"
 
     def conversation(self, row: dict, index: int) -> dict:
-        return {"messages": row["messages"], "keywords": row.get("keywords", [])}
+        return {"messages": as_conversation(row)["messages"], "keywords": row.get("keywords", [])}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         text = completion.casefold()

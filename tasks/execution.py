@@ -1,112 +1,165 @@
-"""Running model-written Python in a separate, limited process.
+"""Running model-written Python against tests: in a sandbox, many programs side by side.
 
-The program gets a time limit, a memory limit, no inherited environment, no standard input, an empty working folder that
-is deleted afterwards, and a limit on what it may write. This keeps honest mistakes (endless loops, huge lists, stray
-files) from hurting the caller; it does not stop hostile code from reading files or opening connections.
+`tasks/sandbox/` is what runs there, one process tree per program; docs/evaluation.md says what holds and what does not.
 """
 
+import json
 import os
-import secrets
-import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
-MEMORY_MB = 512
-OUTPUT_BYTES = 1_000_000  # size limit of every file the program writes, its output included
-SHOWN_CHARS = 4_000  # of stdout and stderr that a result keeps
+from llm.errors import UserError
+from tasks.sandbox.messages import framed
 
-# Runs inside the child: limits first, then the program in a fresh namespace, then the proof that it came to its end.
-# argv: program file, proof, memory bytes, file bytes, CPU seconds.
-RUNNER = """
-import sys
-path, proof = sys.argv[1:3]
-memory, size, cpu = map(int, sys.argv[3:6])
-try:
-    import resource
-except ImportError:
-    resource = None
-if resource:
-    for name, limit in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", size), ("RLIMIT_CPU", cpu), ("RLIMIT_CORE", 0)):
-        try:
-            resource.setrlimit(getattr(resource, name), (limit, limit))
-        except (AttributeError, ValueError, OSError):
-            pass
-with open(path, encoding="utf-8") as file:
-    code = file.read()
-sys.argv = [path]
-exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
-with open(path + ".done", "w") as file:
-    file.write(proof)
-"""
+RUNNER = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox"))]
+VERDICTS = ("pass", "fail", "error", "timeout", "killed")
+PROTECTIONS = {
+    "namespaces": "namespaces (own files, processes and network)",
+    "landlock": "Landlock (files)",
+    "own_user": "a user of its own",
+    "filter": "system call filter",
+}
+SHOWN_BYTES = 4_000  # of stdout and stderr that a result keeps
+STARTING = 30.0  # seconds that making and ending a sandbox may take on a busy machine
+
+
+@dataclass(frozen=True)
+class Program:
+    """Code that defines `entry_point`, and tests that define `check(candidate)`, which asserts what it answers.
+
+    The tests run in another process, after `setup` (trusted code whose names they use). Arguments and answers are
+    plain data: numbers, text, bytes, None, and lists, tuples, sets and dicts of them.
+    """
+
+    code: str
+    entry_point: str
+    tests: str
+    setup: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """seconds: wall clock of the tests together, and CPU time per process. memory_mb: address space per process.
+
+    processes: besides the program's first. file_mb: the largest file, output included; disk_mb: all files together.
+    """
+
+    seconds: float = 5.0
+    memory_mb: int = 512
+    processes: int = 4
+    open_files: int = 64
+    file_mb: int = 1
+    disk_mb: int = 16
 
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended: `ok` means it ran to its last line. `error` is empty, or one line that says why not."""
+    """verdict: "pass" (the tests came to their end), "fail" (a test is not satisfied), "error" (the program raised, or
+    ended early), "timeout" or "killed" (by a signal, such as a crash or the CPU limit). detail: one line that says why.
 
-    ok: bool
-    timed_out: bool
-    error: str
+    held: which protections were in force, by name.
+    """
+
+    verdict: str
+    detail: str
     stdout: str
     stderr: str
+    held: dict[str, bool]
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "pass"
 
 
-def run_program(code: str, timeout: float = 5.0, memory_mb: int = MEMORY_MB) -> ProgramResult:
-    """Run `code` in a separate process for at most `timeout` seconds and `memory_mb` MiB of address space.
+def run_program(program: Program, limits: Limits | None = None, namespaces: bool = True) -> ProgramResult:
+    """The verdict on one program. Never raises for what the program does.
 
-    An exception, `sys.exit` and any other way of ending before the last line count as failure. Never raises for what
-    the program does; `OSError` where no process can be started at all.
+    namespaces: False is for testing the protections that are left where the kernel allows no namespaces.
     """
-    with tempfile.TemporaryDirectory(prefix="fathom-program-", ignore_cleanup_errors=True) as folder:
-        work = Path(folder) / "work"
-        work.mkdir()
-        program, out, err = (Path(folder) / name for name in ("program.py", "stdout", "stderr"))
-        program.write_text(code, encoding="utf-8", errors="replace")
-        proof = secrets.token_hex(16)
-        limits = [str(memory_mb * 2**20), str(OUTPUT_BYTES), str(int(timeout) + 1)]
-        command = [sys.executable, "-I", "-B", "-c", RUNNER, str(program), proof, *limits]
-        with open(out, "wb") as stdout, open(err, "wb") as stderr:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                cwd=work,
-                env={},
-                start_new_session=True,
-            )
-            timed_out = _wait(process, timeout)
-        done = program.with_name("program.py.done")
-        ok = not timed_out and process.returncode == 0 and done.exists() and done.read_text() == proof
-        shown = [path.read_text(encoding="utf-8", errors="replace")[-SHOWN_CHARS:] for path in (out, err)]
-    return ProgramResult(ok, timed_out, "" if ok else _reason(timed_out, timeout, process.returncode, shown[1]), *shown)
+    limits = limits or Limits()
+    with (
+        tempfile.TemporaryDirectory(prefix="fathom-program-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
+        job = {"code": program.code, "entry_point": program.entry_point, "limits": asdict(limits)}
+        job |= {"stdout": out.fileno(), "stderr": err.fileno(), "namespaces": namespaces}
+        question = framed(job) + framed({"setup": program.setup, "tests": program.tests})
+        answer = _ask_runner(
+            [*RUNNER, folder, str(os.getpid())], question, (out.fileno(), err.fileno()), limits.seconds + STARTING
+        )
+        shown = [_tail(file) for file in (out, err)]
+    if answer["verdict"] == "timeout":
+        answer["detail"] = f"stopped after {limits.seconds:g} s"
+    return ProgramResult(answer["verdict"], answer["detail"], *shown, answer.get("held", {}))
 
 
-def _wait(process: subprocess.Popen, timeout: float) -> bool:
-    """Wait for the end or the time limit; then end whatever the program started. True if the limit was reached."""
+def _ask_runner(command: list[str], question: bytes, output: tuple[int, int], seconds: float) -> dict:
+    """The runner's answer; what the runner died of as "killed"."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, pass_fds=output) as runner:
+        try:
+            answer, errors = runner.communicate(question, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            runner.kill()
+            return {"verdict": "timeout", "detail": ""}
+        except BaseException:
+            runner.kill()
+            raise
     try:
-        process.wait(timeout)
-        return False
-    except subprocess.TimeoutExpired:
-        return True
-    finally:
-        if os.name == "posix":
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        else:
-            process.kill()
-        process.wait()
+        return json.loads(answer)
+    except ValueError:
+        last = (errors.decode(errors="replace").strip().splitlines() or [f"status {runner.returncode}"])[-1]
+        return {"verdict": "killed", "detail": f"the sandbox was ended: {last}"}
 
 
-def _reason(timed_out: bool, timeout: float, returncode: int, stderr: str) -> str:
-    if timed_out:
-        return f"stopped after {timeout:g} s"
-    lines = stderr.strip().splitlines()
-    if returncode > 0 and lines:
-        return lines[-1]
-    return f"ended early with status {returncode}"
+def _tail(file: IO[bytes]) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
+    return file.read(SHOWN_BYTES).decode(errors="replace")
+
+
+def run_programs(
+    programs: Sequence[Program], limits: Limits | None = None, workers: int | None = None
+) -> list[ProgramResult]:
+    """The verdicts on many programs, `workers` at a time (default: one per CPU core, up to 32).
+
+    Says once per process what confines them. Raises `UserError` if the sandbox does not work here.
+    """
+    announce_sandbox()
+    with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda program: run_program(program, limits), programs))
+
+
+@lru_cache
+def announce_sandbox() -> None:
+    print(f"sandbox for programs: {sandbox_report()}", flush=True)
+
+
+def sandbox_report() -> str:
+    """One line: what confines programs on this machine, and what does not. Raises `UserError` if none can be run."""
+    probe = Program("import json\ndef f(x):\n    return x", "f", "def check(f):\n    assert f((1, 2)) == (1, 2)\n")
+    result = run_program(probe)
+    if not result.ok:
+        raise UserError(f"the sandbox for programs does not work here: {result.detail} {result.stderr}".strip())
+    return describe(result.held)
+
+
+def describe(held: Mapping[str, bool]) -> str:
+    """The protections in force, and what is in reach of programs because others are not."""
+    names = [text for name, text in PROTECTIONS.items() if held[name]]
+    gaps = []
+    if not held["namespaces"]:
+        if not held["landlock"]:
+            gaps.append("files that all may use" if held["own_user"] else "this user's files and environment")
+        if not held["filter"]:
+            gaps.append("the network")
+        gaps.append("the space on the disk")
+    open_to = f"; NOT out of reach: {', '.join(gaps)}" if gaps else ""
+    return f"{', '.join([*names, 'limits'])}{open_to}"

@@ -1,13 +1,13 @@
 """Writing a Python function from its signature and docstring, scored by running the row's tests."""
 
 import re
+from collections.abc import Sequence
 
 from tasks.base import Task, dialogue
-from tasks.execution import run_program
+from tasks.execution import Program, run_programs
 from tasks.files import need
 
 FENCE = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-TIMEOUT = 5.0  # seconds for one program
 
 
 def extract_code(completion: str) -> str:
@@ -16,16 +16,17 @@ def extract_code(completion: str) -> str:
     return match.group(1) if match else completion
 
 
-def assemble(row: dict, completion: str) -> str:
-    """The program that decides: the prompt's imports, the written function, the row's tests and their call.
+def program(row: dict, completion: str) -> Program:
+    """What decides: the prompt's imports with the written function, and the row's tests.
 
-    A completion that only continues the prompt (no `def` of the wanted name) is put after the prompt.
+    A completion that only continues the prompt (no `def` of the wanted name) is put after the prompt. Tests may use
+    what the prompt defines before the wanted function.
     """
     code = extract_code(completion)
     if not re.search(rf"\bdef\s+{re.escape(row['entry_point'])}\b", code):
         code = row["prompt"] + code
     imports = [line for line in row["prompt"].splitlines() if line.startswith(("import ", "from "))]
-    return "\n".join([*imports, "", code, "", row["test"], "", f"check({row['entry_point']})", ""])
+    return Program("\n".join([*imports, "", code]), row["entry_point"], row["test"], setup=row["prompt"])
 
 
 def check_row(row: dict, where: str) -> None:
@@ -44,4 +45,8 @@ class HumanEval(Task):
         return {"messages": dialogue(row["prompt"], answer), **facts}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return run_program(assemble(conversation, completion), timeout=TIMEOUT).ok
+        return self.verdicts([conversation], [completion]) == ["pass"]
+
+    def verdicts(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[str]:
+        programs = [program(c, text) for c, text in zip(conversations, completions, strict=True)]
+        return [result.verdict for result in run_programs(programs)]

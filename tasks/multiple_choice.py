@@ -53,7 +53,8 @@ class MultipleChoice(Task):
 
     def conversation(self, row: dict, index: int) -> dict:
         options, letters, right = parse_choices(row)
-        return {"messages": dialogue(render_question(row["question"], options, letters), right), "letters": letters}
+        messages = dialogue(render_question(row["question"], options, letters), right)
+        return {"messages": messages, "letters": letters, "subject": row.get("subject")}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return completion.strip() == conversation["messages"][-1]["content"]

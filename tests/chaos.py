@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 REPO = Path(__file__).resolve().parent.parent
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 STEPS = {"pretrain": 60, "midtrain": 60, "sft": 60, "grpo": 24}
-CLOCK = {"tok_per_s", "ms_per_step", "mfu", "seconds"}
+CLOCK = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
 DAMAGES = ("flip", "truncate", "manifest", None, None)  # before a restart
 
 

@@ -16,12 +16,13 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(".parquet"):
         pq.write_table(pa.table({"text": rows}), path, row_group_size=16)
-    elif path.name.endswith(".jsonl"):
-        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    elif path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress("".join(json.dumps({"text": row}) + "\n" for row in rows).encode()))
+        return path
+    if ".jsonl" in path.name:
+        content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
     else:
-        path.write_text("\n<|endoftext|>\n".join(rows))
+        content = "\n<|endoftext|>\n".join(rows).encode()
+    pack = {".gz": gzip.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(pack.get(path.suffix, bytes)(content))
     return path
 
 

@@ -40,6 +40,20 @@ def test_every_experiment_composes_for_every_stage(experiment, stage):
     assert OmegaConf.get_type(cfg.stage) is VARIANTS["stage"][stage]
 
 
+def test_what_the_speedruns_read():
+    for experiment, repo, shards in [
+        ("speedrun", "karpathy/climbmix-400b-shuffle", 170),
+        ("speedrun_2025", "karpathy/fineweb-edu-100b-shuffle", 240),
+    ]:
+        data = compose("train", "stage=download", f"experiment={experiment}").data
+        assert (data.name, data.repo, data.shards) == ("hub", repo, shards)
+
+
+def test_sources_of_a_mixture_from_the_command_line():
+    cfg = compose("train", "data=mixture", "data.sources={web: {repo: a/b, weight: 3}, own: {path: texts}}")
+    assert cfg.data.sources == {"web": {"repo": "a/b", "weight": 3}, "own": {"path": "texts"}}
+
+
 SIMPLE_GROUPS = sorted(config_groups("train").keys() - {"stage", "model", "experiment"})
 
 

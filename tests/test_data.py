@@ -7,13 +7,16 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_files import words, write
 
 from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
 from llm.data.documents import LocalDocuments
-from llm.data.loader import ConversationSteps, TextSteps, validation_batches
+from llm.data.loader import ConversationSteps, TextSteps, positions_for, validation_batches
+from llm.data.packing import PACKINGS
+from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +28,7 @@ MARKS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|
 class Bytes:
     """A tokenizer of single bytes with the special tokens that conversations need."""
 
-    bos_id = BOS
+    bos_id, vocab_size, fingerprint = BOS, 256 + len(MARKS), "bytes"
 
     def special_id(self, name):
         return 256 + MARKS.index(name)
@@ -33,8 +36,8 @@ class Bytes:
     def encode(self, text):
         return list(text.encode())
 
-    def encode_batch(self, texts, num_threads):
-        return [self.encode(text) for text in texts]
+    def encode_document(self, text):
+        return np.array([BOS, *self.encode(text)], np.int32)
 
 
 @pytest.fixture
@@ -56,9 +59,14 @@ def same(a, b):
 
 def take(loader, n):
     """n steps through the background thread."""
-    steps = [step for step, _ in zip(loader, range(n), strict=False)]
+    steps = [placed(step) for step, _ in zip(loader, range(n), strict=False)]
     loader.close()
     return steps
+
+
+def placed(step):
+    """The step with its position, not the function that makes it."""
+    return step | {"state": step["state"]()}
 
 
 def documents_in(step):
@@ -96,26 +104,28 @@ def test_step_format(folder):
 
 
 def test_steps_do_not_depend_on_threads_prefetch_or_micro_batches(folder, monkeypatch):
-    straight = [step for step, _ in zip(text_steps(folder).steps(), range(8), strict=False)]
+    straight = [placed(step) for step, _ in zip(text_steps(folder).steps(), range(8), strict=False)]
     for prefetch in (1, 5):
         assert same(take(text_steps(folder, prefetch=prefetch), 8), straight)
-    monkeypatch.setattr("llm.data.loader.ENCODE_DOCUMENTS", 7)
-    monkeypatch.setattr("llm.data.loader.ENCODE_THREADS", 1)
+    monkeypatch.setattr("llm.data.tokens.ENCODE_DOCUMENTS", 7)
+    monkeypatch.setattr("llm.data.tokens.ENCODE_THREADS", 1)
     assert same(take(text_steps(folder), 8), straight)
     other = take(text_steps(folder, rows_per_micro=2, micro_per_step=3), 8)
     rows = [torch.cat([micro["inputs"] for step in steps for micro in step["micro"]]) for steps in (straight, other)]
     assert torch.equal(*rows)
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
-def test_text_resumes_bit_for_bit(folder, tmp_path_factory, rank, world):
-    straight = take(text_steps(folder, rank=rank, world=world), 40)
+def test_text_resumes_bit_for_bit(folder, tmp_path_factory, rank, world, packing):
+    straight = take(text_steps(folder, rank=rank, world=world, packing=packing), 40)
     assert straight[-1]["state"]["cursor"]["epoch"] >= 2
     for done in (1, 9, 23):
         path = tmp_path_factory.mktemp("state") / "state.pt"
         torch.save(straight[done - 1]["state"], path)
         state = torch.load(path, weights_only=True)
-        assert same(take(text_steps(folder, state, rank=rank, world=world), 40 - done), straight[done:])
+        resumed = text_steps(folder, state, rank=rank, world=world, packing=packing)
+        assert same(take(resumed, 40 - done), straight[done:])
 
 
 def test_iterating_again_starts_over(folder):
@@ -124,7 +134,7 @@ def test_iterating_again_starts_over(folder):
 
 
 def test_state_of_another_layout_is_refused(folder):
-    state = next(text_steps(folder).steps())["state"]
+    state = next(text_steps(folder).steps())["state"]()
     for options, message in [({"seq_len": 16}, "has seq_len=32, this run seq_len=16"), ({"world": 2}, "world=1, this")]:
         with pytest.raises(UserError, match=message):
             text_steps(folder, state, **options)
@@ -158,10 +168,69 @@ def test_a_finite_split_delivers_every_document(folder):
     assert max(found.values()) == 1 and len(found) >= 28  # at most two were cropped to less than their number
     n_trained = sum(step["n_trained"] for step in steps)
     rows = sum(bool((row >= 0).any()) for step in steps for micro in step["micro"] for row in micro["targets"])
-    packer = steps[-1]["state"]["packer"]
+    packer = steps[-1]["state"]()["packer"]
     assert n_trained == packer["placed"] - rows  # each row's first token is no target
     assert packer["placed"] + packer["cropped"] == sum(len(text) + 1 for text in words(30, 200))
     assert len(packer["lengths"]) == 0
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+def test_what_loses_nothing_trains_every_token_on_any_number_of_ranks(folder, packing):
+    """One rank begins, three go on, two finish: together they write every token of the split exactly once."""
+    written, positions = Counter(), [None]
+    for world, steps in ((1, 3), (3, 2), (2, 10_000)):
+        positions = positions_for(positions, world)
+        for rank, position in enumerate(positions):
+            loader = text_steps(folder, position, split="val", rank=rank, world=world, packing=packing)
+            for step, _ in zip(loader.steps(), range(steps), strict=False):
+                positions[rank] = step["state"]()
+                for micro in step["micro"]:
+                    rows = zip(micro["inputs"].tolist(), micro["targets"].tolist(), strict=True)
+                    written.update(t for x, y in rows for t in (x[0], *y) if 0 <= t < BOS)
+    assert written == Counter(byte for text in words(30, 200) for byte in text.encode())
+
+
+# ---- the cache of tokens --------------------------------------------------------------------------------------------
+
+
+def test_steps_from_the_cache_are_the_same_to_the_bit(folder, tmp_path, capsys):
+    write(folder / "shard_0.parquet", ["", *words(20), None, "  ", *words(20, 20), ""])
+
+    def steps(source, state=None, **more):
+        return take(TextSteps(source, Bytes(), 32, 3, 2, state=state, buffer=20, packing="best_fit", **more), 40)
+
+    def cached():
+        return CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "cache")
+
+    straight = steps(LocalDocuments(folder))
+    assert same(steps(cached()), straight) and straight[-1]["state"]["cursor"]["epoch"] > 0
+    assert capsys.readouterr().out.count("token cache: shard_") == 2
+    assert same(steps(cached()), straight) and same(steps(cached(), straight[8]["state"])[:31], straight[9:])
+    ranks = [steps(LocalDocuments(folder), rank=1, world=2), steps(cached(), rank=1, world=2)]
+    assert same(*ranks) and not capsys.readouterr().out
+    write(folder / "shard_1.parquet", words(25, 300))
+    changed = steps(LocalDocuments(folder))
+    assert not same(changed, straight) and same(steps(cached()), changed)
+    assert "shard_1.parquet has changed since it was tokenised" in capsys.readouterr().out
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert same(steps(cached()), changed) and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written.*free disk space, name another folder in data.token_cache"):
+        next(CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "file").iterate("train"))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        next(CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "cache").iterate("train"))
+    assert not list((tmp_path / "cache").iterdir())
+    with pytest.raises(UserError, match="data.token_cache is for files of text"):
+        CachedDocuments(None, Bytes(), tmp_path)
 
 
 # ---- the background thread ------------------------------------------------------------------------------------------
@@ -298,7 +367,7 @@ def test_long_conversations_are_cut_and_counted():
     mixture = [long(5, 5), long(5, 500), long(500, 5)]
     loader = ConversationSteps(mixture, Bytes(), 63, 2, loop=False)
     (step,) = loader.steps()
-    counts = step["state"]["cursor"]
+    counts = step["state"]()["cursor"]
     assert (counts["truncated"], counts["dropped"]) == (2, 1)
     assert sorted(len(text) for text in documents_in(step)) == [10, 64 - 4]  # the cut one fills its row
     assert step["n_trained"] == 5 + 1 + 64 - 1 - 7 - 1

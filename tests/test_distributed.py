@@ -16,7 +16,7 @@ from conftest import REPO, run_cli
 
 from llm.data.documents import walk
 from llm.data.loader import positions_for
-from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
+from llm.data.packing import BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
 from llm.launch import child_env, free_port
 from llm.model_folder import load_model_folder
 from llm.optim_sharded import BUCKET_BYTES, even_shares
@@ -117,15 +117,15 @@ def test_every_document_is_read_once_whatever_the_ranks(worlds):
     assert sorted(seen) == sorted(documents())
 
 
-@pytest.mark.parametrize("packer", [BestFitCrop, BestFitPad])
+@pytest.mark.parametrize("packer", [BestFit, BestFitCrop, BestFitPad, Stream])
 def test_what_waits_is_dealt_out_whole(packer):
     rng, states, lengths = np.random.default_rng(0), [], []
     for _ in range(3):
         p = packer(32, buffer=20)
         sizes = rng.integers(1, 32, 20)
-        lengths += sizes.tolist()
         feed = (Document(np.full(n, n, np.int32), np.ones(n, bool)) for n in sizes)
         p._refill(feed)
+        lengths += sizes[: len(p)].tolist()
         p.placed = 5
         states.append(p.state_dict())
     dealt = deal(states, 2)
@@ -134,6 +134,7 @@ def test_what_waits_is_dealt_out_whole(packer):
     for state in dealt:
         p = packer(32, buffer=1)
         p.load_state_dict(state)
+        assert len(p) == len(state["lengths"])
         assert all((d.ids == len(d.ids)).all() and len(d.ids) == len(d.mask) for d in p._waiting.values())
 
 
@@ -156,7 +157,7 @@ def tokenizer(tmp_path_factory):
 def columns(root, run: str) -> list[tuple]:
     """The rows of metrics.csv without what the clock says."""
     lines = [line.split(",") for line in (root / run / "pretrain" / "metrics.csv").read_text().splitlines()]
-    timed = {lines[0].index(name) for name in ("tok_per_s", "ms_per_step", "mfu", "seconds")}
+    timed = {lines[0].index(name) for name in ("tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds")}
     return [tuple(cell for i, cell in enumerate(line) if i not in timed) for line in lines]
 
 

@@ -1,13 +1,16 @@
 """Document sources: shards and splits, cursors, ranks, text files, bad input."""
 
+import json
 from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import read, words, write
+from omegaconf import OmegaConf
 
-from llm.data.documents import EmbeddedDocuments, LocalDocuments, texts
+from llm.data.documents import EmbeddedDocuments, LocalDocuments, build_source, texts
+from llm.data.mixture import MixedDocuments
 from llm.errors import UserError
 
 
@@ -19,7 +22,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "txt"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "txt.zst"])
 def test_shards_in_name_order_and_the_last_validates(tmp_path, suffix):
     for name, first in [("b", 100), ("a", 0), ("c", 200)]:
         write(tmp_path / "sub" / f"{name}.{suffix}", words(20, first))
@@ -36,7 +39,23 @@ def test_a_single_file_lends_its_last_rows_to_validation(tmp_path, suffix, count
     source = LocalDocuments(write(tmp_path / f"all.{suffix}", words(count)))
     assert read(source) == words(count)[:-held_out]
     assert read(source, "val") == words(count)[-held_out:]
-    assert f"its last {held_out} of {count} documents, as it is a single file" in source.check()
+    assert f"the last {held_out} of {count} documents of" in source.check()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "txt"])
+def test_val_size_documents_of_the_last_file_validate(tmp_path, suffix):
+    path = write(tmp_path / f"b.{suffix}", words(20))
+    alone = LocalDocuments(path, val_size=7)
+    assert (read(alone), read(alone, "val")) == (words(13), words(7, 13))
+    write(tmp_path / f"a.{suffix}", words(5, 100))
+    two = LocalDocuments(tmp_path, val_size=7)
+    assert (read(two), read(two, "val")) == (words(5, 100) + words(13), words(7, 13))
+    assert f"the last 7 of 20 documents of b.{suffix}" in two.check()
+    assert read(LocalDocuments(tmp_path, val_size=20)) == words(5, 100)
+    with pytest.raises(UserError, match="data.val_size=21: .* holds 20 documents"):
+        LocalDocuments(tmp_path, val_size=21).check()
+    with pytest.raises(UserError, match="holds 20 documents, and data.val_size=20 are to validate"):
+        LocalDocuments(path, val_size=20).check()
 
 
 def test_empty_documents_are_skipped(tmp_path):
@@ -102,6 +121,82 @@ def test_embedded_documents_are_a_source_like_any_other():
         EmbeddedDocuments(size=0)
 
 
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """60 long and 200 short training documents; the short ones are to give a quarter of the characters."""
+    write(tmp_path / "long" / "a.jsonl", [f"L{i:03d}" + "." * (i % 90) for i in range(60)])
+    write(tmp_path / "long" / "b.jsonl", ["Lval"] * 5)
+    write(tmp_path / "short" / "a.parquet", [f"S{i:03d}" + "." * (i % 9) for i in range(200)])
+    write(tmp_path / "short" / "b.parquet", ["Sval"] * 5)
+    weights = {"long": 3.0, "short": 1.0}
+    return MixedDocuments({name: (LocalDocuments(tmp_path / name), weight) for name, weight in weights.items()})
+
+
+def test_a_mixture_follows_its_weights_from_the_start(mixture):
+    assert "75.0% long: 2 jsonl files" in mixture.check() and "25.0% short: 2 parquet files" in mixture.check()
+    stream = mixture.iterate("train")
+    for count in (20, 200, 1000):
+        documents = [next(stream) for _ in range(count)]
+        chars = documents[-1][1]["chars"]
+        assert chars["long"] / 3 == pytest.approx(chars["short"], abs=100)
+    assert documents[-1][1]["sources"]["long"]["epoch"] > documents[-1][1]["sources"]["short"]["epoch"]
+
+
+def test_one_pass_over_a_mixture_delivers_every_document(mixture):
+    assert len(set(read(mixture))) == len(read(mixture)) == 260
+    assert Counter(read(mixture, "val")) == {"Lval": 5, "Sval": 5}
+
+
+def test_a_mixture_resumes_exactly_on_any_number_of_ranks(mixture):
+    stream = mixture.iterate("train")
+    straight = [next(stream) for _ in range(700)]
+    for i in (0, 33, 399):
+        cursor = json.loads(json.dumps(straight[i][1]))
+        continued = mixture.iterate("train", cursor)
+        assert [next(continued) for _ in range(50)] == straight[i + 1 : i + 51]
+    texts_in_order = [text for text, _ in straight]
+    parts = [mixture.iterate("train", rank=rank, world=3) for rank in range(3)]
+    taken = [[next(part) for _ in range(40 + rank)] for rank, part in enumerate(parts)]
+    assert [text for text, _ in taken[1]] == texts_in_order[1::3][:41]
+    positions = [{"cursor": part[-1][1], "packer": {}} for part in taken]
+    behind = min(positions, key=lambda position: position["cursor"]["index"])["cursor"]
+    cursor = behind | {"taken": [[position["cursor"]["index"] for position in positions]]}  # as positions_for does
+    rest = [next(mixture.iterate("train", cursor, rank, 2))[0] for rank in range(2)]
+    seen = {i for rank, part in enumerate(taken) for i in range(rank, 3 * len(part), 3)}
+    unseen = [i for i in range(700) if i not in seen]
+    assert rest == [texts_in_order[next(i for i in unseen if i % 2 == rank)] for rank in range(2)]
+
+
+def test_mixtures_by_configuration(tmp_path):
+    def built(**sources):
+        return build_source(OmegaConf.create({"name": "mixture", "workers": 1, "sources": sources}), tmp_path)
+
+    write(tmp_path / "a.txt", ["one", "two"])
+    path = str(tmp_path / "a.txt")
+    assert read(built(a={"path": path, "weight": 2}, b={"path": path}, off={"weight": 0})) == ["one", "one"]
+    with pytest.raises(UserError, match="data.sources: no source has a weight above 0"):
+        built(a={"path": path, "weight": 0})
+    for values, message in [
+        ({"weihgt": 2}, "Key 'weihgt' not in 'SourceSpec'. Keys of a source: weight, path"),
+        ({"weight": "x"}, "Value 'x' of type 'str' could not be converted to Float"),
+        ({"weight": -1}, "data.sources.a.weight=-1.0: must be at least 0"),
+        (path, "Keys of a source: weight, path"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            built(a=values)
+    for values in ({}, {"path": path, "repo": "a/b"}):
+        with pytest.raises(UserError, match="data.sources.a: set either path"):
+            built(a=values)
+    with pytest.raises(UserError, match="data.sources.a.path=nowhere: no such file"):
+        built(a={"path": "nowhere"})
+    write(tmp_path / "c.parquet", words(4))
+    with pytest.raises(UserError, match="data.sources.c.column=body does not exist"):
+        built(c={"path": str(tmp_path / "c.parquet"), "column": "body"}).check()
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +244,12 @@ BAD_FILES = {  # name of the training file -> how it is made, what the error say
         "cut.jsonl.gz: damaged after line",
         False,
     ),
+    "cut.jsonl.zst": (
+        lambda p: p.write_bytes(write(p, words(500)).read_bytes()[:-200]),
+        "cut.jsonl.zst: damaged after line",
+        False,
+    ),
+    "nozst.jsonl.zst": (lambda p: p.write_text("plain"), "nozst.jsonl.zst: damaged after line 0", True),
     "nogz.jsonl.gz": (lambda p: p.write_text("plain"), "nogz.jsonl.gz: damaged after line 0", True),
     "utf.txt": (lambda p: p.write_bytes(b"one\ntwo\n\n" + "drei\n".encode("utf-16")), "utf.txt: line 4", True),
     "blank.txt": (lambda p: p.write_text("\n \n"), r"\(train split: blank.txt\): there is no document", True),
@@ -171,7 +272,7 @@ def test_paths_without_data_are_refused(tmp_path):
         LocalDocuments(None)
     with pytest.raises(UserError, match="data.path=.*/nowhere: no such file or folder"):
         LocalDocuments(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no .parquet, .jsonl"):
+    with pytest.raises(UserError, match="holds no parquet, jsonl or txt"):
         LocalDocuments(tmp_path)
     write(tmp_path / "a.parquet", ["a", "b"])
     write(tmp_path / "README.txt", ["not data"])
@@ -187,7 +288,7 @@ def test_a_validation_split_that_would_be_empty(tmp_path, rows):
         pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), path) if suffix == "parquet" else write(
             path, rows
         )
-        with pytest.raises(UserError, match="is empty|validation split would be empty"):
+        with pytest.raises(UserError, match="is empty|a split would be empty"):
             LocalDocuments(path).check()
     write(tmp_path / "set" / "a.parquet", words(5))
     write(tmp_path / "set" / "b.parquet", ["", " "])

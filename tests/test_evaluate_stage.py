@@ -31,7 +31,10 @@ def data_config(folder):
         jsonl(folder / "text" / f"{shard}.jsonl", [{"text": f"Page {shard}.{i}. {TEXT}"} for i in range(12)])
     labels = ["A", "B", "C", "D"]
     choices = {"text": ["red", "blue", "green", "white"], "label": labels}
-    choice = [{"question": f"Fox {i}?", "choices": choices, "answerKey": labels[i % 4]} for i in range(9)]
+    choice = [
+        {"question": f"Fox {i}?", "choices": choices, "answerKey": labels[i % 4], "subject": f"fox{i // 2 % 2}"}
+        for i in range(9)
+    ]
     sums = [
         {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(8)
     ]
@@ -50,6 +53,7 @@ def data_config(folder):
         "name": "local",
         "path": str(folder / "text"),
         "column": "text",
+        "workers": 4,
         "tasks_path": str(folder),
         "seed": 42,
         "size": 1,
@@ -80,9 +84,16 @@ def runs(tmp_path_factory):
 
 def settings(runs, sections, **more):
     """The composed configuration of conf/evaluate.yaml, as run_app hands it over."""
-    chosen = {name: name in sections for name in ("bpb", "chat", "samples")}
+    chosen = {name: name in sections for name in ("bpb", "chat", "core", "samples")}
     options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
-    config = {"run": "demo", "stage": "sft", "data": None, "paths": {"runs": str(runs)}, "eval": options | chosen}
+    options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8}
+    config = {
+        "run": "demo",
+        "stage": "sft",
+        "data": None,
+        "paths": {"runs": str(runs), "data": str(runs)},
+        "eval": options | chosen,
+    }
     return OmegaConf.create(OmegaConf.merge(config, more))
 
 
@@ -91,10 +102,18 @@ def test_scores_of_a_chat_stage(runs, capsys):
     assert scores == read_json(runs / "demo" / "sft" / "eval.json")
     assert scores["bpb"] > 1 and scores["bpb_text"] > 1 and scores["bpb"] != scores["bpb_text"]
     assert list(scores["chat"]) == ["choice", "sums"]
-    assert scores["chat"]["choice"].keys() == {"accuracy", "n", "stderr"} and scores["chat"]["choice"]["n"] == 4
+    choice, sums = scores["chat"]["choice"], scores["chat"]["sums"]
+    assert choice["n"] == 4 and choice["baseline"] == 0.25 and sums["baseline"] == choice["too_long"] == 0
+    assert [s["n"] for s in choice["subjects"].values()] == [2, 2] and sum(choice["verdicts"].values()) == 4
+    assert scores["chatcore"] == pytest.approx(((choice["accuracy"] - 0.25) / 0.75 + sums["accuracy"]) / 2)
+    lines = (runs / "demo" / "sft" / "records" / "choice.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["index"] for record in records] == [0, 2, 4, 6] and records[0]["subject"] == "fox0"
+    assert all(record["output"] in "ABCD" and record["verdict"] in ("pass", "fail") for record in records)
+    assert records[1]["prompt"].startswith("Fox 2?")
     assert len(scores["samples"]) == 6 and all(s.keys() == {"prompt", "completion"} for s in scores["samples"])
     output = capsys.readouterr().out
-    assert "choice" in output and "bpb_text" in output and "eval.json" in output
+    assert "ChatCORE" in output and "fox1" in output and "bpb_text" in output and "eval.json" in output
     assert "choice" in (runs / "demo" / "report.md").read_text()
 
 
@@ -118,6 +137,15 @@ def test_best_stage_is_the_default_and_the_command_line_may_give_other_data(runs
     assert list(scores["chat"]) == ["sums"] and (runs / "demo" / "grpo" / "eval.json").is_file()
 
 
+def test_several_samples_give_pass_at_k(runs, capsys):
+    more = {"eval": {"num_samples": 3, "ks": [1, 3], "max_per_task": 2}}
+    scores = run_evaluation(settings(runs, ["chat"], stage="grpo", **more))["chat"]
+    assert {"pass@1", "pass@3"} <= scores["sums"].keys() and "pass@1" not in scores["choice"]
+    assert scores["sums"]["pass@1"] == pytest.approx(scores["sums"]["accuracy"])
+    assert len((runs / "demo" / "grpo" / "records" / "sums.jsonl").read_text().splitlines()) == 6
+    assert "pass@3" in capsys.readouterr().out
+
+
 def test_sections_measured_earlier_stay(tmp_path):
     path = tmp_path / "eval.json"
     write_json(path, {"bpb": 1.5, "chat": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}}, "core": 0.1})
@@ -134,9 +162,12 @@ def test_user_errors(runs):
     for more, pattern in (
         ({"stage": "midtrain"}, "stage=midtrain of run=demo is missing"),
         ({"run": "other"}, "run=other"),
-        ({"eval": {"bundle": "bundle.zip"}}, "eval.bundle"),
+        ({"eval": {"bundle": "bundle.zip"}}, "only eval=.core. reads it"),
+        ({"eval": {"core": True}}, "needs eval.bundle"),
+        ({"eval": {"core": True, "bundle": "bundle.zip"}}, "bundle.zip: no such file"),
         ({"eval": {"chat": False}}, r"eval=\[\]"),
         ({"eval": {"max_per_task": 0}}, "eval.max_per_task=0"),
+        ({"eval": {"ks": [1, 4]}}, "eval.ks=.*num_samples=4"),
     ):
         with pytest.raises(UserError, match=pattern):
             run_evaluation(settings(runs, ["chat"], **more))

@@ -1,6 +1,7 @@
 """Bits per byte, task accuracy, pass@k, samples, and evaluate.py's eval.json, with small real models."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from llm.errors import UserError
 from llm.evaluation import (
     batches_by_length,
     bits_per_byte,
+    chat_core,
     draw_samples,
     evaluate_pass_at_k,
     evaluate_task,
@@ -64,6 +66,10 @@ class Choices:
         return {"messages": messages, "letters": letters}
 
 
+def passed(result):
+    return [record["verdict"] == "pass" for record in result["records"]]
+
+
 class Written(Choices):
     """Generative: right if the completion holds the letter e; keeps what it was given."""
 
@@ -72,6 +78,11 @@ class Written(Choices):
     def __init__(self, n, long=0):
         super().__init__(n, long)
         self.seen = {}
+
+    def verdicts(self, conversations, completions):
+        return [
+            "pass" if self.evaluate(c, text) else "fail" for c, text in zip(conversations, completions, strict=True)
+        ]
 
     def evaluate(self, conversation, completion):
         self.seen.setdefault(conversation["messages"][0]["content"], []).append(completion)
@@ -129,7 +140,7 @@ def test_categorical_batches_judge_like_one_plain_forward_per_item(engine, token
     assert 0 < sum(expected) < len(expected)
     for batch_size in (1, 4, 32):
         result = evaluate_task(engine, task, batch_size=batch_size)
-        assert result["verdicts"] == expected and result["too_long"] == 0
+        assert passed(result) == expected and result["too_long"] == 0
     p = sum(expected) / 23
     assert (result["accuracy"], result["n"]) == (p, 23)
     assert result["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 23))
@@ -150,15 +161,15 @@ def test_generative_completions_are_greedy_and_independent_of_batching(engine, t
     result = evaluate_task(engine, task, max_new_tokens=6, batch_size=4)
     texts = [greedy(render_prompt(tokenizer, task[i]), 6) for i in range(9)]
     assert [task.seen[task[i]["messages"][0]["content"]][0] for i in range(9)] == texts
-    assert result["verdicts"] == ["e" in text for text in texts]
-    assert evaluate_task(engine, Written(9), max_new_tokens=6, batch_size=1)["verdicts"] == result["verdicts"]
+    assert passed(result) == ["e" in text for text in texts]
+    assert evaluate_task(engine, Written(9), max_new_tokens=6, batch_size=1)["records"] == result["records"]
 
 
 @pytest.mark.parametrize("kind", [Choices, Written])
 def test_prompts_beyond_the_context_count_as_wrong(engine, kind):
     result = evaluate_task(engine, kind(6, long=2), max_new_tokens=4)
-    assert result["too_long"] == 2 and result["n"] == 6 and result["verdicts"][:2] == [False, False]
-    assert len(evaluate_task(engine, kind(3, long=3), max_new_tokens=4)["verdicts"]) == 3
+    assert result["too_long"] == 2 and result["n"] == 6 and passed(result)[:2] == [False, False]
+    assert evaluate_task(engine, kind(3, long=3), max_new_tokens=4)["verdicts"] == {"too_long": 3}
 
 
 def test_limit_spreads_over_the_task():
@@ -198,6 +209,24 @@ def test_evaluation_keeps_training_mode_and_weights(engine):
 def test_score_of_a_proportion():
     assert score([True, True, False, False]) == {"accuracy": 0.5, "n": 4, "stderr": 0.25}
     assert score([True] * 3)["stderr"] == 0.0
+
+
+def test_chat_core_is_the_mean_over_guessing():
+    results = {"quiz": {"accuracy": 0.625, "baseline": 0.25}, "code": {"accuracy": 0.1, "baseline": 0.0}}
+    assert chat_core(results) == pytest.approx((0.5 + 0.1) / 2)
+    assert chat_core({}) is None and chat_core({"old": {"accuracy": 0.5}}) is None
+
+
+def test_several_samples_are_recorded_one_by_one(engine):
+    sampling, task = SamplingParams(temperature=1.0, max_new_tokens=5, seed=3), Written(5, long=1)
+    result = evaluate_task(engine, task, batch_size=8, sampling=sampling, num_samples=4, ks=(1, 2, 4))
+    assert [record["index"] for record in result["records"]] == [i for i in range(5) for _ in range(4)]
+    assert result["pass@1"] == pytest.approx(result["accuracy"]) and result["too_long"] == 1
+    assert result["pass@1"] <= result["pass@2"] <= result["pass@4"] <= 0.8
+    same = evaluate_pass_at_k(engine, Written(5, long=1), 4, sampling, ks=(2,), batch_size=2)
+    assert same == {"pass@2": result["pass@2"]}
+    shares = [sum(passed(result)[i : i + 4]) / 4 for i in range(0, 20, 4)]
+    assert result["stderr"] == pytest.approx(statistics.pstdev(shares) / math.sqrt(5))
 
 
 # ----- pass@k

@@ -67,7 +67,7 @@ def test_every_stage_leaves_its_files(tiny_runs, stage):
     assert list(table[0])[0] == "step" and int(table[-1]["step"]) == record["steps"] > 0
     assert record["tokens"] > 0 and record["flops"] > 0 and record["derived"]["params_total"] > 0
     wanted = {"reward", "pass@1"} if stage == "grpo" else {"loss", "bpb"}
-    assert wanted | {"lr", "tok_per_s", "ms_per_step", "mfu"} <= set(table[0])
+    assert wanted | {"lr", "tok_per_s", "ms_per_step", "mfu", "data_wait"} <= set(table[0])
     assert wanted <= set(record["metrics"])
 
 
@@ -212,7 +212,7 @@ def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, stage, signum, s
     again = train(*args, f"run={run}", root=tiny_runs)
     assert again.returncode == 0 and "resuming at step" in again.stdout
     assert same_weights(tiny_runs / straight / stage, tiny_runs / run / stage)
-    timing = {"tok_per_s", "ms_per_step", "mfu", "seconds"}
+    timing = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
     tables = [metrics(tiny_runs, stage, name) for name in (straight, run)]
     a, b = ([{k: v for k, v in row.items() if k not in timing} for row in table] for table in tables)
     assert a == b

@@ -201,7 +201,7 @@ def test_diff_names_result_changing_keys_only():
     assert diff_configs(old, new) == [("seed", 42, 43), ("stage.ratio", ABSENT, 20)]
     assert diff_configs(old, new, ignore=("stage", "seed", "paths", "batch")) == [("resume", True, False)]
     assert describe_differences(diff_configs(old, new)) == "seed: 42 -> 43; stage.ratio: (absent) -> 20"
-    assert diff_configs(old, old) == []
+    assert diff_configs(old, old) == diff_configs({"a": 1}, {"a": 1, "b": {"c": None}}) == []
 
 
 def test_keys_that_a_stage_does_not_read_are_neutral_for_it():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
@@ -212,7 +213,7 @@ def test_a_row_that_a_kill_cost_is_written_again(tmp_path, killed_at, row_writte
     assert [list(row) for row in tables[0]] == [list(row) for row in tables[1]]
 
 
-TIMES, RUNS = {"tok_per_s", "ms_per_step", "mfu", "seconds"}, ("straight", "killed")
+TIMES, RUNS = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}, ("straight", "killed")
 
 
 # ---- watchdogs ------------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def test_data_left_out_is_that_of_the_steps():
 
     steps = loader().steps()
     all_steps = [next(steps) for _ in range(6)]
-    skipped = loader(state=all_steps[1]["state"])
+    skipped = loader(state=all_steps[1]["state"]())
     skipped.skip(3)
     step = next(skipped.steps())
     for ours, theirs in zip(step["micro"], all_steps[5]["micro"], strict=True):
@@ -291,8 +292,8 @@ class Words:
     bos_id = 0
 
     @staticmethod
-    def encode_batch(texts, num_threads=1):
-        return [[1 + hash(word) % 50 for word in text.split()] for text in texts]
+    def encode_document(text):
+        return np.array([0, *(1 + hash(word) % 50 for word in text.split())], np.int32)
 
 
 def test_data_that_does_not_come_is_named(monkeypatch, caplog):

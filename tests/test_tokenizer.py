@@ -5,13 +5,16 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TEXT
 
 from llm.compression import SAMPLE_TEXTS, main, named_encoder
 from llm.errors import UserError
 from llm.hf_tokenizer import byte_alphabet, merge_pair
+from llm.pretrained_tokenizer import load_pretrained
 from llm.tokenizer import (
     MAX_WHITESPACE_RUN,
     META_FILE,
@@ -20,8 +23,10 @@ from llm.tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
     _fingerprint,
+    checked_pattern,
     compression_table,
     format_compression_table,
+    split_pattern,
     train_tokenizer,
 )
 
@@ -100,6 +105,9 @@ def test_round_trip_and_no_special_parsed_from_text(tok):
 def test_batch_equals_single(tok):
     assert tok.encode_batch(MULTILINGUAL, num_threads=2) == [tok.encode(text) for text in MULTILINGUAL]
     assert tok.encode_batch([]) == []
+    for text in [*MULTILINGUAL, "", "a <|bos|> \ud800 b", " " * 250_000 + "x"]:
+        ids = tok.encode_document(text)
+        assert ids.dtype == np.int32 and ids.tolist() == [tok.bos_id, *tok.encode(text)]
 
 
 def test_numbers_are_split_in_groups_of_at_most_two_digits():
@@ -297,3 +305,76 @@ def test_saving_needs_neither_transformers_nor_torch(folder):
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# ---- patterns and vocabularies of others ----------------------------------------------------------------------------
+
+SCRIPTS = "Numbers 7 42 365 1024. हिन्दी में लिखा गया। ภาษาไทย العَرَبِيَّة 中文 naïve e\u0301t\u0301\n\n  x_1 = 3.14159  \n"
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_numbers_are_cut_into_groups_of_digits(digits):
+    tokenizer = Tokenizer.train(["number 123456 " * 99 + "number 123 " * 99], 271, split_pattern(digits))
+    assert max(len(t) for t in tokenizer.tokens if t.strip().isdigit()) == digits
+    assert tokenizer.decode(tokenizer.encode(SCRIPTS)) == SCRIPTS
+
+
+def test_marks_keep_words_of_other_scripts_whole():
+    word = " हिन्दी"
+    whole, cut = Tokenizer.train([word * 200], 279, split_pattern(marks=True)), Tokenizer.train([word * 200], 270)
+    assert len(whole.encode(word)) == 1 and not any("हि".encode() in token for token in cut.tokens)
+    assert whole.decode(whole.encode(SCRIPTS)) == SCRIPTS
+
+
+@pytest.mark.parametrize("pattern", [split_pattern(3), split_pattern(marks=True), r"\p{N}{1,3}+|\p{L}++|\s++$|\s|."])
+def test_hugging_face_cuts_by_any_pattern_as_we_do(pattern, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = Tokenizer.train([TEXT * 20 + SCRIPTS * 20], 300, checked_pattern(pattern))
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (SCRIPTS, TEXT, "1234567 12345\n 99  \n\n\n  ", "a\n  \nb  "):
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+
+
+@pytest.mark.parametrize(("pattern", "problem"), [("(", "not a regular expression"), (r"\p{L}+", "leaves out parts")])
+def test_a_pattern_that_cannot_be_used_is_named(pattern, problem):
+    with pytest.raises(UserError, match=problem):
+        checked_pattern(pattern)
+
+
+def test_a_vocabulary_of_others_gives_their_tokens_and_gets_our_special_ones(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
+    theirs.train_from_iterator([TEXT * 30 + SCRIPTS * 30], vocab_size=320, special_tokens=["<|endoftext|>"])
+    theirs.save(str(tmp_path / "theirs.json"))
+    ours = load_pretrained(str(tmp_path / "theirs.json"))
+    assert ours.vocab_size == theirs.get_vocab_size() - 1 + 9
+    for text in (TEXT, SCRIPTS):
+        assert [ours.decode([i]) for i in ours.encode(text)] == [theirs.decode([i]) for i in theirs.encode(text).ids]
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode(SCRIPTS) == ours.encode(SCRIPTS)
+
+
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.BertWordPieceTokenizer()
+    words.train_from_iterator([TEXT], vocab_size=300)
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match="only byte-level BPE can be used"):
+        load_pretrained(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match="stage.pretrained no_such.*nor a tiktoken encoding"):
+        load_pretrained("no_such_encoding")
+
+
+def test_the_stage_takes_a_vocabulary_of_others(tmp_path, tiny_tokenizer, tiny_config, capsys):
+    from llm.trainer import run_stage
+
+    tiny_tokenizer.save(tmp_path / "other")
+    cfg = tiny_config("tokenizer", f"stage.pretrained={tmp_path / 'other' / 'tokenizer.json'}")
+    run_stage(cfg)
+    assert f"tokenizer.json's {tiny_tokenizer.vocab_size} tokens" in capsys.readouterr().out
+    saved = Tokenizer.load(Path(cfg.paths.runs) / "tiny" / "tokenizer" / "model")
+    assert saved.encode(TEXT) == tiny_tokenizer.encode(TEXT)
+    with pytest.raises(UserError, match=r"stage.pattern=\(: not a regular expression"):
+        run_stage(tiny_config("tokenizer", "stage.pattern='('", "run=odd"))
+    assert not (Path(cfg.paths.runs) / "odd").exists()

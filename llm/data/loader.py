@@ -5,16 +5,16 @@ and those into steps:
 
     {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
      "n_trained": targets >= 0 in the step, "n_tokens": all positions, "waste": share cropped (text) or padded so far,
-     "state": the position after this step}
+     "state": a function that returns the position after this step}
 
-All counts are of this rank. `state` holds the cursor of the source and the packing buffer as tensors and primitives (up
-to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it continues with
-exactly the steps that would have followed. It rides with the batch because the thread is ahead of training; leave it on
-the CPU. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
+All counts are of this rank. The position holds the cursor of the source and the packing buffer as tensors and
+primitives (up to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it
+continues with exactly the steps that would have followed. It rides with the batch because the thread is ahead of
+training, as a function because few positions are ever stored. Steps are a function of source, tokenizer, sizes and rank
+alone, never of prefetch depth or thread timing.
 """
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -27,24 +27,32 @@ import torch
 
 from llm.data.conversations import ConversationFeed
 from llm.data.documents import DocumentSource
-from llm.data.packing import BestFitCrop, BestFitPad, Document, deal
+from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
+from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # between lines about data that does not come
 UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
-ENCODE_DOCUMENTS = 128  # documents tokenised together
-ENCODE_THREADS = min(4, os.cpu_count() or 1)
+VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
 
 
 class TextFeed:
     """Tokenised documents of one rank, each beginning with BOS; `cursor` is the position after the last handed out."""
 
     def __init__(
-        self, source: DocumentSource, split: str, tokenizer, cursor: dict | None, rank: int, world: int, loop: bool
+        self,
+        source: DocumentSource | CachedDocuments,
+        split: str,
+        tokenizer,
+        cursor: dict | None,
+        rank: int,
+        world: int,
+        loop: bool,
     ) -> None:
         self.cursor = cursor
-        self._documents = self._encode(source.iterate(split, cursor, rank, world, loop), tokenizer)
+        documents = source.iterate(split, cursor, rank, world, loop)
+        self._documents = documents if isinstance(source, CachedDocuments) else encoded(documents, tokenizer)
 
     def __iter__(self) -> Iterator[Document]:
         return self
@@ -52,16 +60,6 @@ class TextFeed:
     def __next__(self) -> Document:
         ids, self.cursor = next(self._documents)
         return Document(ids)
-
-    @staticmethod
-    def _encode(documents: Iterator[tuple[str, dict]], tokenizer) -> Iterator[tuple[np.ndarray, dict]]:
-        bos = tokenizer.bos_id
-        while batch := list(islice(documents, ENCODE_DOCUMENTS)):
-            encoded = tokenizer.encode_batch([text for text, _ in batch], num_threads=ENCODE_THREADS)
-            for ids, (_, cursor) in zip(encoded, batch, strict=True):
-                array = np.empty(len(ids) + 1, np.int32)
-                array[0], array[1:] = bos, ids
-                yield array, cursor
 
 
 class StepLoader:
@@ -108,7 +106,7 @@ class StepLoader:
     def skip(self, steps: int) -> None:
         """Begin behind the next `steps` steps."""
         for step in islice(self.steps(), steps):
-            self.state = step["state"]
+            self.state = step["state"]()
 
     def close(self) -> None:
         """Stop the background thread, if one is running."""
@@ -129,10 +127,15 @@ class StepLoader:
             used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
             if not any(used):
                 return
-            state = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
-            state["cursor"] = feed.cursor
-            state["packer"] = _tensors(packer.state_dict())
-            yield self._step(ids, mask) | {"waste": packer.waste, "state": state}
+            yield self._step(ids, mask) | {
+                "waste": packer.waste,
+                "state": self._position(feed.cursor, packer.snapshot()),
+            }
+
+    def _position(self, cursor: dict | None, snapshot: Callable[[], dict]) -> Callable[[], dict]:
+        """What makes the position: only the steps that a checkpoint follows need it, and it is megabytes."""
+        layout = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
+        return lambda: layout | {"cursor": cursor, "packer": _tensors(snapshot())}
 
     def _step(self, ids: np.ndarray, mask: np.ndarray) -> dict:
         """Split packed rows (rows, T + 1) into micro-batches of inputs and shifted targets."""
@@ -157,7 +160,7 @@ class StepLoader:
                     "the configuration that the run started with, or start another with run=<new name>."
                 )
 
-    def _packer(self) -> BestFitCrop | BestFitPad:
+    def _packer(self) -> BestFit | BestFitCrop | BestFitPad | Stream:
         raise NotImplementedError
 
     def _feed(self, cursor: dict | None) -> Iterator[Document]:
@@ -169,13 +172,13 @@ class StepLoader:
 
 
 class TextSteps(StepLoader):
-    """Pretraining steps: BOS-aligned rows, best-fit packed, all tokens trained. The train split loops, others end."""
+    """Pretraining steps: rows packed by one of `PACKINGS`, all tokens trained. The train split loops, others end."""
 
     kind = "text"
 
     def __init__(
         self,
-        source: DocumentSource,
+        source: DocumentSource | CachedDocuments,
         tokenizer,
         seq_len: int,
         rows_per_micro: int,
@@ -185,14 +188,16 @@ class TextSteps(StepLoader):
         state: dict | None = None,
         *,
         split: str = "train",
+        packing: str = VAL_PACKING,
         buffer: int = 1000,
         **options,
     ) -> None:
         super().__init__(seq_len, rows_per_micro, micro_per_step, rank=rank, world=world, state=state, **options)
-        self.source, self.tokenizer, self.split, self.buffer = source, tokenizer, split, buffer
+        self.source, self.tokenizer, self.split = source, tokenizer, split
+        self.packing, self.buffer = packing, buffer
 
-    def _packer(self) -> BestFitCrop:
-        return BestFitCrop(self.seq_len + 1, self.buffer)
+    def _packer(self) -> BestFit | BestFitCrop | Stream:
+        return PACKINGS[self.packing](self.seq_len + 1, self.buffer)
 
     def _feed(self, cursor: dict | None) -> TextFeed:
         loop = self.split == "train"

@@ -1,19 +1,22 @@
-"""Best-fit packing of documents into rows of fixed length: which documents share a row, and what is lost.
+"""Packing of documents into rows of fixed length: which documents share a row, and what is lost.
 
-Both packers keep a buffer of waiting documents, refilled before every placement, and put the LARGEST one that fits into
-the space left in the row. They differ where none fits:
+All but Stream keep a buffer of waiting documents, refilled before every placement:
 
-- BestFitCrop (pretraining) crops the SHORTEST waiting document to the space and drops its rest: rows are full, every
-  row and document begins with a document's first token (BOS), and a share of the tokens is never trained on (`waste`).
+- BestFit (pretraining) looks for one document, or two, that end exactly at the row's end; else it takes the largest
+  that fits, and where none fits the shortest fills the row and its rest waits as a piece of its own. A document longer
+  than a row is such pieces from the start. Rows are full and nothing is lost; every piece begins with BOS, and a BOS
+  that is a target always stands behind the true end of a document.
+- BestFitCrop (as nanochat since January 2026) takes the LARGEST document that fits; where none fits it crops the
+  SHORTEST to the space and drops its rest: a share of the tokens is never trained on (`waste`).
+- Stream (as nanochat in 2025) cuts one flat stream of documents into rows, which then begin anywhere.
 - BestFitPad (conversations) never crops: the space left is padding that is not trained on (`waste`).
 
 Documents of equal length leave in order of arrival, so the result is a function of the order of documents alone.
 Waiting lengths are kept sorted: a placement is a binary search plus one copy, a few microseconds.
-Source: nanochat's loader since January 2026 (largest that fits, else crop the shortest; buffers of 1,000 and 100).
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +46,10 @@ class _Packer:
         self._waiting: dict[int, Document] = {}  # key -> document of at most row_len tokens, in order of arrival
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._waiting)
 
     def _refill(self, documents: Iterator[Document]) -> None:
-        while len(self._keys) < self.buffer:
+        while len(self._waiting) < self.buffer:
             document = next(documents, None)
             if document is None:
                 return
@@ -55,13 +58,16 @@ class _Packer:
     def _add(self, document: Document, length: int) -> None:
         if not length:
             return
-        key = length * _ARRIVALS + _ARRIVALS - 1 - self._arrivals
-        self._arrivals += 1
+        key = self._key(length)
         if length > self.row_len:  # copied, so that the rest of a long document can be freed
             ids, mask = document
             document = Document(ids[: self.row_len].copy(), None if mask is None else mask[: self.row_len].copy())
         insort(self._keys, key)
         self._waiting[key] = document
+
+    def _key(self, length: int) -> int:
+        self._arrivals += 1
+        return length * _ARRIVALS + _ARRIVALS - self._arrivals
 
     def _pop_largest(self, space: int) -> Document | None:
         """The largest waiting document of at most `space` tokens, the oldest among equals."""
@@ -76,17 +82,15 @@ class _Packer:
 
     def state_dict(self) -> dict:
         """The waiting documents in order of arrival as flat arrays, and the counters. Fresh copies, a few MB."""
-        documents = list(self._waiting.values())
-        empty = [np.zeros(0, np.int32)]
-        state = {
-            "placed": self.placed,
-            "row_len": self.row_len,
-            "lengths": np.array([key // _ARRIVALS for key in self._waiting], np.int64),
-            "tokens": np.concatenate([document.ids for document in documents] or empty),
-        }
-        if documents and documents[0].mask is not None:
-            state["mask"] = np.concatenate([document.mask for document in documents])
-        return state
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], dict]:
+        """A function that makes the `state_dict` of now; the copies are made when it is called."""
+        counters, waiting = self._counters(), list(self._waiting.items())
+        return lambda: counters | {"row_len": self.row_len} | _flat(waiting)
+
+    def _counters(self) -> dict[str, int]:
+        return {"placed": self.placed}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()` of a packer with the same row length: the same documents give the same rows."""
@@ -99,6 +103,17 @@ class _Packer:
             start = stop
         if start != len(tokens):
             raise ValueError(f"packing state holds {len(tokens)} tokens where rows of {self.row_len} need {start}")
+
+
+def _flat(waiting: list[tuple[int, Document]]) -> dict[str, np.ndarray]:
+    documents = [document for _, document in waiting]
+    flat = {
+        "lengths": np.array([key // _ARRIVALS for key, _ in waiting], np.int64),
+        "tokens": np.concatenate([document.ids for document in documents] or [np.zeros(0, np.int32)]),
+    }
+    if documents and documents[0].mask is not None:
+        flat["mask"] = np.concatenate([document.mask for document in documents])
+    return flat
 
 
 def deal(states: list[dict], n: int) -> list[dict]:
@@ -132,6 +147,103 @@ def _sums(states: list[dict]) -> dict[str, int]:
     return {key: sum(int(state[key]) for state in states) for key in counters if key in states[0]}
 
 
+class BestFit(_Packer):
+    """Full rows in which every piece begins with BOS, no token lost; only a finite stream's last row ends early."""
+
+    waste = 0.0
+
+    def __init__(self, row_len: int, buffer: int = 1000) -> None:
+        super().__init__(row_len, buffer)
+        self._counts = np.zeros(row_len + 1, np.int32)  # waiting pieces by length
+
+    def _add(self, document: Document, length: int) -> None:
+        if length <= self.row_len:
+            super()._add(document, length)
+            self._counts[length] += 1
+            return
+        for start in range(1, length, self.row_len - 1):
+            piece = _behind_first(document, start, start + self.row_len - 1)
+            self._add(piece, len(piece.ids))
+
+    def _next(self, space: int) -> Document:
+        """The piece to place: the largest that leaves no gap, alone or with one other, else the largest that fits, else
+        the shortest.
+        """
+        length = space
+        if not self._counts[space]:
+            ends = self._counts[1:space]
+            pairs = ((ends > 0) & (ends[::-1] > 0)).nonzero()[0]
+            if len(pairs) and (2 * (pairs[-1] + 1) > space or ends[pairs[-1]] > 1):
+                length = int(pairs[-1]) + 1
+        document = self._pop_largest(length) or self._pop_shortest()[0]
+        self._counts[len(document.ids)] -= 1
+        return document
+
+    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
+        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
+        at = 0
+        while at < self.row_len:
+            self._refill(documents)
+            if not self._waiting:
+                break
+            document = self._next(self.row_len - at)
+            end = min(at + len(document.ids), self.row_len)
+            used = end - at
+            ids[at:end] = document.ids[:used]
+            mask[at:end] = True if document.mask is None else document.mask[:used]
+            if used < len(document.ids):
+                rest = _behind_first(document, used, len(document.ids))
+                self._add(rest, len(rest.ids))
+            at = end
+        self.placed += at
+        return at
+
+    def load_state_dict(self, state: dict) -> None:
+        self._counts[:] = 0
+        super().load_state_dict(state)
+
+
+def _behind_first(document: Document, start: int, stop: int) -> Document:
+    """The first token (BOS) and those from `start` to `stop`."""
+    ids, mask = (None if x is None else np.concatenate((x[:1], x[start:stop])) for x in document)
+    return Document(ids, mask)
+
+
+class Stream(_Packer):
+    """All documents one after the other, cut where a row ends; the rest begins the next row, without a BOS."""
+
+    waste = 0.0
+
+    def __init__(self, row_len: int, buffer: int = 1) -> None:
+        super().__init__(row_len, 1)
+
+    def _add(self, document: Document, length: int) -> None:
+        ids, mask = document
+        for start in range(0, length, self.row_len):
+            part = slice(start, start + self.row_len)
+            piece = Document(ids[part].copy(), None if mask is None else mask[part].copy())
+            self._waiting[self._key(len(piece.ids))] = piece
+
+    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
+        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
+        at = 0
+        while at < self.row_len:
+            self._refill(documents)
+            if not self._waiting:
+                break
+            document = self._waiting.pop(next(iter(self._waiting)))
+            end = min(at + len(document.ids), self.row_len)
+            used = end - at
+            ids[at:end] = document.ids[:used]
+            mask[at:end] = True if document.mask is None else document.mask[:used]
+            if used < len(document.ids):
+                rest = Document(document.ids[used:], None if document.mask is None else document.mask[used:])
+                self._waiting = {self._key(len(rest.ids)): rest} | self._waiting
+            at = end
+        self.placed += at
+        return at
+
+
 class BestFitCrop(_Packer):
     """Full, BOS-aligned rows; only the last row of a finite stream may end early."""
 
@@ -163,8 +275,8 @@ class BestFitCrop(_Packer):
         self.placed += at
         return at
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"cropped": self.cropped}
+    def _counters(self) -> dict[str, int]:
+        return super()._counters() | {"cropped": self.cropped}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
@@ -201,9 +313,16 @@ class BestFitPad(_Packer):
         self.padded += self.row_len - at if at else 0
         return at
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"padded": self.padded}
+    def _counters(self) -> dict[str, int]:
+        return super()._counters() | {"padded": self.padded}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.padded = int(state["padded"])
+
+
+PACKINGS: dict[str, type[BestFit] | type[BestFitCrop] | type[Stream]] = {
+    "best_fit": BestFit,
+    "crop": BestFitCrop,
+    "stream": Stream,
+}

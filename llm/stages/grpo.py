@@ -102,12 +102,9 @@ class RolloutSteps:
         groups = engine.generate(prompts, params, stage.samples_per_prompt)
         conversations = [self.task[i] for i in indices]
         decode = self.engine.tokenizer.decode
-        rewards = torch.tensor(
-            [
-                [self.task.reward(c, decode(s.ids)) for s in group]
-                for c, group in zip(conversations, groups, strict=True)
-            ]
-        )
+        asked = [c for c, group in zip(conversations, groups, strict=True) for _ in group]
+        answers = [decode(sample.ids) for group in groups for sample in group]
+        rewards = torch.tensor(self.task.rewards(asked, answers)).view(len(groups), -1)
         stop = self.engine.tokenizer.special_id("<|assistant_end|>")
         sequences = [sequence(prompt, s, stop) for prompt, group in zip(prompts, groups, strict=True) for s in group]
         micro, n_trained, n_tokens = micro_batches_of(

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from llm.data.documents import document_source, texts
-from llm.data.loader import UNDIVIDED, TextSteps, validation_batches
+from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
+from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
 from llm.evaluation import text_prompts
 from llm.gpt import GPT, GPTConfig
@@ -68,12 +69,18 @@ def build(cfg, parent: Path) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size)
     config, batch_tokens, total, scales = planned
     layout = steps_layout(cfg, config, batch_tokens)
-    source = document_source(cfg.data)
+    no_text = cfg.dry_run and cfg.data.name in ("hub", "mixture")  # numbers only: nothing is fetched
+    source = train_source = None if no_text else document_source(cfg.data, cfg.paths.data)
+    if cfg.data.token_cache and source is not None:
+        folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
+        train_source = CachedDocuments(source, tokenizer, folder)
     net = GPT(config).init_weights(cfg.seed)
 
     def loader(split: str, position=None, **more) -> TextSteps:
         sizes = layout | more
-        return TextSteps(source, tokenizer, split=split, buffer=cfg.stage.buffer, state=position, **sizes)
+        reads, packing = (train_source, cfg.data.packing) if split == "train" else (source, VAL_PACKING)
+        options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
+        return TextSteps(reads, tokenizer, state=position, **options, **sizes)
 
     val_batches = None
     if evaluates(cfg):
@@ -84,7 +91,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         tokenizer,
         total,
         val_batches=val_batches,
-        prompts=text_prompts(texts(source, "val")),
+        prompts=[] if no_text else text_prompts(texts(source, "val")),
         **scales,
     )
     module = StepModule(net, cfg.optim, cfg.stage, context)

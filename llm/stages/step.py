@@ -1,6 +1,7 @@
 """`StepModule`: one Lightning batch is one optimizer step.
 
-A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`.
+A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`,
+whose state is the loader's position or a function that returns it.
 The gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole
 step, so neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of
 zeros. With several processes the step is that of all their batches together.
@@ -59,6 +60,7 @@ class StepModule(L.LightningModule):
         self.window_nats = 0.0
         self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
         self.scaler = None  # set where the network computes in fp16
+        self.waste: float | None = None  # share of the tokens that packing lost so far
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
@@ -90,6 +92,7 @@ class StepModule(L.LightningModule):
         self.tokens_seen += int(n_tokens)
         for name, value in zip(own, metrics, strict=True):
             self.window_metrics.setdefault(name, []).append(value / distributed.world_size())
+        self.waste = batch.get("waste")
         self.trainer.datamodule.position = batch["state"]
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
@@ -222,7 +225,8 @@ class StepData(L.LightningDataModule):
 
     def state_dict(self) -> dict:
         """The positions of all processes, by rank; called on all of them."""
-        return {"positions": distributed.gathered(self.position)}
+        position = self.position() if callable(self.position) else self.position
+        return {"positions": distributed.gathered(position)}
 
     def load_state_dict(self, state: dict) -> None:
         self.position = positions_for(state["positions"], distributed.world_size())[distributed.rank()]

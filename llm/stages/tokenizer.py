@@ -6,8 +6,16 @@ from pathlib import Path
 from llm.compression import SAMPLE_TEXTS, named_encoder
 from llm.data.documents import DocumentSource, texts
 from llm.files import replaced_folder
+from llm.pretrained_tokenizer import load_pretrained
 from llm.run import write_atomic
-from llm.tokenizer import compression_table, format_compression_table, train_tokenizer
+from llm.tokenizer import (
+    Tokenizer,
+    checked_pattern,
+    compression_table,
+    format_compression_table,
+    split_pattern,
+    train_tokenizer,
+)
 
 TABLE_CHARS = 200_000  # of the training and of the validation text
 
@@ -17,13 +25,24 @@ def named_encoders(names) -> dict:
     return {Path(name).name: named_encoder(name) for name in names}
 
 
-def run(cfg, stage_dir: Path, source: DocumentSource, others: dict) -> dict:
-    """Train, save to `stage_dir`/model, and return the values of run.json: derived numbers and metrics."""
-    stage = cfg.stage
-    start = time.perf_counter()
-    tokenizer = train_tokenizer(texts(source, "train"), stage.vocab_size, stage.max_chars, stage.doc_cap)
-    seconds = time.perf_counter() - start
-    print(f"trained {tokenizer.vocab_size:,} tokens in {seconds:.1f} s", flush=True)
+def prepared(stage) -> Tokenizer | str:
+    """What can be wrong before any text is read: a tokenizer that is not trained here, or the pattern to train with."""
+    if stage.pretrained is not None:
+        return load_pretrained(stage.pretrained)
+    return split_pattern(stage.digits, stage.marks) if stage.pattern is None else checked_pattern(stage.pattern)
+
+
+def run(cfg, stage_dir: Path, source: DocumentSource, ready: Tokenizer | str, others: dict) -> dict:
+    """Train, save to `stage_dir`/model, and return the values of run.json: derived numbers and metrics.
+
+    ready: the result of `prepared`.
+    """
+    stage, tokenizer, start = cfg.stage, ready, time.perf_counter()
+    if isinstance(ready, str):
+        limits = (stage.vocab_size, stage.max_chars, stage.doc_cap)
+        tokenizer = train_tokenizer(texts(source, "train"), *limits, ready)
+    seconds, done = time.perf_counter() - start, "trained" if isinstance(ready, str) else f"took {stage.pretrained}'s"
+    print(f"{done} {tokenizer.vocab_size:,} tokens in {seconds:.1f} s", flush=True)
     samples = SAMPLE_TEXTS | {split: head(texts(source, split), TABLE_CHARS) for split in ("train", "val")}
     table = compression_table(tokenizer, samples, others)
     text = format_compression_table(table)

@@ -1,0 +1,20 @@
+"""The CORE metric of a bundle's tasks during pretraining; all processes measure."""
+
+from callbacks.cadence import Periodic
+from llm.core import core_score, evaluate_core_task
+from llm.core_bundle import load_bundle
+from llm.strategy import whole_net
+
+
+class CoreEval(Periodic):
+    """Logs `core`, and `core/<task>`, the centred accuracies that it is the mean of. Never acts without a bundle."""
+
+    def __init__(self, every: int, bundle: str | None = None, max_per_task: int | None = None):
+        super().__init__(0 if bundle is None else every)
+        self.tasks = load_bundle(bundle, max_per_task=max_per_task) if self.every else []
+
+    def act(self, trainer, module, step) -> None:
+        net, tokenizer = whole_net(module.net), module.context.tokenizer
+        results = {task.name: evaluate_core_task(net, tokenizer, task) for task in self.tasks}
+        module.row["core"] = core_score(results)["core"]
+        module.row |= {f"core/{name}": result["centered"] for name, result in results.items()}

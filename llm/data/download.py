@@ -1,0 +1,327 @@
+"""Files of a data set on the Hugging Face hub in a folder of this machine: fetched when needed or ahead of that.
+
+    <paths.data>/<owner>--<name>/<revision>/   files.json   <the files, by their names>   .parts/ what is under way
+
+A file has its name only once it is complete and its checksum is right. What a broken connection or a killed process
+leaves is continued. A lock per file lets all processes of a machine share the folder.
+"""
+
+import errno
+import fnmatch
+import hashlib
+import logging
+import queue
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+from llm.files import sync, sync_folder
+from llm.format import in_bytes
+from llm.run import read_json, write_json
+
+log = logging.getLogger(__name__)
+TRIES = 6
+FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long, give or take a half
+LAST_WAIT = 60.0
+NEWS_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository; `sha256` only for what the hub stores as a large file, `blob` is git's own checksum."""
+
+    name: str
+    size: int
+    sha256: str | None
+    blob: str
+
+
+class HubFolder:
+    """The files of one revision of a data set; `workers` of them are fetched at a time.
+
+    The commit that a branch points to is looked up once and kept in files.json, so that a run that continues reads what
+    it began with; later starts need no network for what is there.
+    """
+
+    def __init__(self, repo: str, revision: str, cache: str | Path, workers: int, key: str = "data") -> None:
+        self.repo, self.revision, self.key = repo, revision, key
+        self.root = Path(cache).expanduser() / repo.replace("/", "--") / revision.replace("/", "--")
+        self.workers = workers
+        self._files: list[HubFile] | None = None
+        self._commit = ""
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._futures: dict[str, Future] = {}
+        self._threads: list[threading.Thread] = []
+        self._mutex = threading.Lock()
+
+    def __str__(self) -> str:
+        return f"{self.key}.repo={self.repo}" + (f" at {self.revision}" if self.revision != "main" else "")
+
+    def files(self) -> list[HubFile]:
+        """All files of the revision in name order, as the hub lists them or files.json remembers."""
+        if self._files is None:
+            path = self.root / "files.json"
+            if not path.exists():
+                with self._lock("files.json"):
+                    if not path.exists():
+                        write_json(path, patiently(self._listing, self))
+            listing = read_json(path)
+            self._commit, self._files = listing["commit"], [HubFile(**file) for file in listing["files"]]
+        return self._files
+
+    def matching(self, pattern: str) -> list[HubFile]:
+        return [file for file in self.files() if fnmatch.fnmatchcase(file.name, pattern)]
+
+    def path(self, file: HubFile) -> Path:
+        return self.root / file.name
+
+    def is_here(self, file: HubFile) -> bool:
+        try:
+            return self.path(file).stat().st_size == file.size
+        except FileNotFoundError:
+            return False
+
+    def request(self, files: Sequence[HubFile]) -> list[Future]:
+        """Have daemon threads fetch `files` in this order; a future per file, with its path or the error."""
+        futures = []
+        with self._mutex:
+            for file in files:
+                future = self._futures.get(file.name)
+                if future is None:
+                    future = Future()
+                    if self.is_here(file):
+                        future.set_result(self.path(file))
+                    else:
+                        self._futures[file.name] = future
+                        self._queue.put((file, future))
+                futures.append(future)
+            while len(self._threads) < min(self.workers, len(self._futures)):
+                self._threads.append(threading.Thread(target=self._work, name="fathom-fetch", daemon=True))
+                self._threads[-1].start()
+        return futures
+
+    def fetch_all(self, files: Sequence[HubFile]) -> None:
+        """Fetch `files` and show how far that is; raises the first UserError."""
+        missing = [file for file in files if not self.is_here(file)]
+        if not missing:
+            return
+        self._check_space(missing)
+        futures = self.request(missing)
+        begin, total = sum(map(self._done, missing)), sum(file.size for file in missing)
+        with progress(f"{self.repo}: ", total, begin) as show:
+            while (count := sum(future.done() and not future.exception() for future in futures)) < len(futures):
+                for future in futures:
+                    if future.done():
+                        future.result()  # or its error
+                show(sum(map(self._done, missing)), count, len(futures))
+                time.sleep(0.1)
+            show(sum(map(self._done, missing)), count, count)
+
+    def fetch(self, file: HubFile) -> Path:
+        """The file's path, after fetching it if it is not there; another process may do it meanwhile."""
+        path = self.path(file)
+        with self._lock(file.name) as part:
+            if not self.is_here(file):
+                patiently(lambda: self._download(file, part), self)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(path)
+                sync_folder(path.parent)
+        return path
+
+    def _work(self) -> None:
+        while True:
+            file, future = self._queue.get()
+            try:
+                result, error = self.fetch(file), None
+            except Exception as problem:
+                result, error = None, problem
+            with self._mutex:
+                del self._futures[file.name]
+            future.set_exception(error) if error is not None else future.set_result(result)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[Path]:
+        """Keep other processes and threads from fetching `name`; yields where its parts may be kept."""
+        from filelock import FileLock
+
+        part = self.root / ".parts" / name.replace("/", "--")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(part.with_name(part.name + ".lock"))
+            lock.acquire()
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be written ({error}); choose another paths.data") from error
+        try:
+            yield part.with_name(part.name + ".part")
+        finally:
+            lock.release()
+
+    def _listing(self) -> dict[str, Any]:
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        api = HfApi()
+        commit = api.dataset_info(self.repo, revision=self.revision).sha
+        tree = api.list_repo_tree(self.repo, recursive=True, revision=commit, repo_type="dataset")
+        files = [
+            HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        ]
+        return {"commit": commit, "files": [asdict(file) for file in sorted(files, key=lambda file: file.name)]}
+
+    def _download(self, file: HubFile, part: Path) -> None:
+        """Continue `part` until it is the whole file. One that is whole but wrong is removed."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+
+        disable_progress_bars("huggingface_hub.http_get")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # `patiently` tells what matters
+        url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._commit)
+        if part.exists() and part.stat().st_size > file.size:
+            part.unlink()
+        with open(part, "ab") as out:
+            http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), expected_size=file.size)
+        if checksum(part, file) != (file.sha256 or file.blob):
+            part.unlink()
+            raise OSError(f"{file.name} came with a wrong checksum")
+        if file.name.endswith(".parquet"):
+            check_footer(part, f"{self}: {file.name}")
+        sync(part)
+
+    def _done(self, file: HubFile) -> int:
+        """Bytes of a file that are here."""
+        part = self.root / ".parts" / f"{file.name.replace('/', '--')}.part"
+        for path in (self.path(file), part, self.path(file)):  # it may be renamed between two looks
+            try:
+                return path.stat().st_size
+            except FileNotFoundError:
+                continue
+        return 0
+
+    def _check_space(self, missing: Sequence[HubFile]) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        wanted = sum(file.size - self._done(file) for file in missing)
+        free = shutil.disk_usage(self.root).free
+        if wanted > free:
+            raise UserError(
+                f"{self}: {in_bytes(wanted)} are to be fetched, but {self.root} has {in_bytes(free)} left: "
+                f"choose another paths.data or fewer {self.key}.shards"
+            )
+
+
+def patiently(action: Callable[[], Any], folder: HubFolder) -> Any:
+    """The result of `action`, tried again after what may pass: broken connections, busy or failing servers."""
+    for tries in range(1, TRIES + 1):
+        try:
+            return action()
+        except Exception as error:
+            if problem := lasting_problem(error, folder):
+                raise UserError(problem) from error
+            text = f"{type(error).__name__}: {first_line(error)}"
+            if tries == TRIES:
+                raise UserError(
+                    f"{folder}: the hub cannot be reached or fails, tried {TRIES} times ({text}). Check the network or "
+                    "HF_ENDPOINT; what has been fetched stays, and the same command goes on from there."
+                ) from error
+            wait = min(LAST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
+            wait = max(wait, retry_after(error))
+            log.warning("%s: %s; trying again in %.0f s", folder.repo, text, wait)
+            time.sleep(wait)
+
+
+def lasting_problem(error: Exception, folder: HubFolder) -> str | None:
+    """What the user has to do about an error that waiting does not cure; None for all others."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+
+    status = status_of(error)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            f"{folder}: HF_HUB_OFFLINE is set and not all of it is in {folder.root}. Fetch it where there is a "
+            "network: python train.py stage=download with the same data settings"
+        )
+    if isinstance(error, HFValidationError):
+        return f"{folder}: write {folder.key}.repo=<owner>/<name> as in the data set's address on the hub"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{folder.key}.revision={folder.revision}: {folder.repo} has no such branch, tag or commit"
+    if isinstance(error, GatedRepoError) or status in (401, 403):
+        return (
+            f"{folder}: the hub refuses it ({status}): there is no such data set, or it is private or gated. Correct "
+            f"{folder.key}.repo, or accept its terms on its page and set HF_TOKEN"
+        )
+    if status == 404:
+        return f"{folder}: the hub has no such data set or file (404). Correct {folder.key}.repo"
+    if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
+        return f"{folder}: the hub answers {status} ({first_line(error)})"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{folder.root}: cannot be written ({error}); free disk space or choose another paths.data"
+    return None
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that an exception carries, if any."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def retry_after(error: Exception) -> float:
+    """Seconds that the server asks to wait."""
+    text = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return min(float(text), 10 * LAST_WAIT) if text.isdigit() else 0.0
+
+
+def checksum(path: Path, file: HubFile) -> str:
+    """SHA-256 of a file, or git's checksum for one that the hub stores in git."""
+    with open(path, "rb") as content:
+        if file.sha256:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        return hashlib.file_digest(content, lambda: hashlib.sha1(b"blob %d\0" % file.size)).hexdigest()
+
+
+def check_footer(path: Path, what: str) -> None:
+    """Raise UserError for what is no complete parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{what} is no readable parquet file on the hub itself ({error}); leave it out") from error
+
+
+@contextmanager
+def progress(title: str, total: int, begin: int) -> Iterator[Callable[[int, int, int], None]]:
+    """Yields show(bytes done, files done, files): a bar in a terminal, else a line now and then."""
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = ("{task.description}", BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task(title, total=total, completed=begin)
+            yield lambda done, files, of: bar.update(task, completed=done, description=f"{title}{files}/{of} files")
+        return
+    start = last = time.monotonic()
+
+    def line(done: int, files: int, of: int) -> None:
+        nonlocal last
+        if files == of or time.monotonic() - last > NEWS_SECONDS:
+            last = time.monotonic()
+            speed = (done - begin) / 1e6 / max(last - start, 1e-3)
+            print(f"{title}{files}/{of} files, {in_bytes(done)} of {in_bytes(total)}, {speed:,.1f} MB/s", flush=True)
+
+    yield line

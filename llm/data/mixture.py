@@ -1,0 +1,43 @@
+"""Several sources of text in one stream, each with a share of the characters."""
+
+from collections.abc import Iterator, Mapping
+
+from llm.data.documents import Cursor, FileDocuments, share
+
+
+class MixedDocuments:
+    """Documents of several sources, in an order that their lengths and weights alone decide.
+
+    The next document comes from the source that has given the fewest characters for its weight, the first named where
+    several have. So all ranks see one global order, and the cursor holds the position and the characters of each
+    source. While training every source starts over when it ends; in a single pass the others go on without it.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[FileDocuments, float]]) -> None:
+        self.sources = {name: source for name, (source, _) in sources.items()}
+        total = sum(weight for _, weight in sources.values())
+        self.weights = {name: weight / total for name, (_, weight) in sources.items()}
+
+    def check(self) -> str:
+        lines = [f"{self.weights[name]:.1%} {name}: {source.check()}" for name, source in self.sources.items()]
+        return "a mixture of\n  " + "\n  ".join(lines)
+
+    def iterate(
+        self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
+    ) -> Iterator[tuple[str, Cursor]]:
+        return share(self._in_order(split, cursor, loop), cursor, rank, world)
+
+    def _in_order(self, split: str, cursor: Cursor | None, loop: bool) -> Iterator[tuple[str, Cursor]]:
+        state = cursor or {"index": 0, "chars": dict.fromkeys(self.sources, 0), "sources": {}}
+        index, chars, positions = state["index"], dict(state["chars"]), dict(state["sources"])
+        streams = {name: source.in_order(split, positions.get(name), loop) for name, source in self.sources.items()}
+        while streams:
+            name = min(streams, key=lambda name: chars[name] / self.weights[name])
+            document = next(streams[name], None)
+            if document is None:
+                del streams[name]
+                continue
+            text, positions[name] = document
+            chars[name] += len(text)
+            index += 1
+            yield text, {"index": index, "chars": dict(chars), "sources": dict(positions)}

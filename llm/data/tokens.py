@@ -1,0 +1,155 @@
+"""Documents as token ids: tokenised by threads as they come, or read from a cache on disk.
+
+The cache is one file per shard, written whole when the shard is first reached and renamed into place: token ids (2 or 4
+bytes each), the length of every row of the shard (0: nothing in it), and a last record of what they were made of. It is
+read through the page cache, and its documents have the cursors of the text they come from. Processes that find a file
+missing at the same time each write it; whoever is last wins with the same content.
+"""
+
+import copy
+import hashlib
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llm.data.documents import Cursor, DocumentSource, FileDocuments
+from llm.errors import UserError
+
+ENCODE_DOCUMENTS = 32  # documents that a thread tokenises in one go
+ENCODE_THREADS = min(4, os.cpu_count() or 1)
+ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed
+RECORD = struct.Struct("<8s5q")  # mark, bytes per token, tokens, rows, size and time (ns) of the shard's file
+MARK = b"fathomT1"
+LEFTOVER_SECONDS = 3600  # a temporary file this old was left by a process that died
+
+
+def encoded(documents: Iterator[tuple[str, Cursor]], tokenizer) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Token ids (int32, BOS first) of each text, in their order; threads tokenise ahead of what is taken."""
+
+    def encode(portion: list[tuple[str, Cursor]]) -> list[tuple[np.ndarray, Cursor]]:
+        return [(tokenizer.encode_document(text), cursor) for text, cursor in portion]
+
+    portions = iter(lambda: list(islice(documents, ENCODE_DOCUMENTS)), [])
+    with ThreadPoolExecutor(ENCODE_THREADS) as executor:
+        waiting = deque(executor.submit(encode, portion) for portion in islice(portions, ENCODE_AHEAD))
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(executor.submit(encode, portion) for portion in islice(portions, 1))
+            yield from done
+
+
+class _Ids(NamedTuple):
+    """A document in the place of its text."""
+
+    ids: np.ndarray
+
+    def isspace(self) -> bool:
+        return False
+
+
+class CachedDocuments:
+    """The documents of a source of local files as token ids, kept in `folder`."""
+
+    def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
+        if not isinstance(source, FileDocuments):
+            raise UserError("data.token_cache is for files of text (data=local, data=hub); set data.token_cache=null")
+        self.tokenizer, self.folder, self.column = tokenizer, Path(folder), str(source.column)
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+        self._texts, self._source = source._rows, copy.copy(source)
+        self._source._rows = self._rows
+
+    def iterate(
+        self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
+    ) -> Iterator[tuple[np.ndarray, Cursor]]:
+        """As the source's, with token ids (int32, BOS first) instead of text."""
+        for row, behind in self._source.iterate(split, cursor, rank, world, loop):
+            yield row.ids, behind
+
+    def _rows(self, shard, start: int) -> Iterator[_Ids | None]:
+        next(self._texts(shard, 0), None)  # the file is there and can be read, as without a cache
+        tokens, lengths = self._open(shard)
+        end = int(lengths[:start].sum())
+        for length in lengths[start:].tolist():
+            begin, end = end, end + length
+            yield _Ids(tokens[begin:end].astype(np.int32)) if length else None
+
+    def _open(self, shard) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and lengths of the rows of a shard; written before if they are missing, damaged or out of date."""
+        path, made_of = self._path(shard), _identity(shard)
+        record = _record(path)
+        if record is None or record[3:] != made_of:
+            if record is not None:
+                print(f"token cache: {shard.path} has changed since it was tokenised", flush=True)
+            self._write(shard, path, made_of)
+            record = _record(path)
+        size, n_tokens, n_rows, *_ = record
+        lengths = np.fromfile(path, np.int32, n_rows, offset=size * n_tokens)
+        if not n_tokens:
+            return np.zeros(0, self.dtype), lengths
+        return np.asarray(np.memmap(path, self.dtype, "r", shape=(n_tokens,))), lengths
+
+    def _path(self, shard) -> Path:
+        parts = (self.tokenizer.fingerprint, shard.path.resolve(), shard.start, shard.stop, self.column)
+        digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
+        return self.folder / f"{shard.path.name}-{digest[:16]}.tokens"
+
+    def _write(self, shard, path: Path, made_of: tuple[int, int]) -> None:
+        begin, new = time.perf_counter(), path.with_name(f".{path.name}.{os.getpid()}")
+        lengths, n_tokens = [], 0
+        rows = ((text, row) for row, text in enumerate(self._texts(shard, 0)) if text and not text.isspace())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
+            with open(new, "wb") as file:
+                for ids, row in encoded(rows, self.tokenizer):
+                    file.write(ids.astype(self.dtype).tobytes())
+                    lengths += [0] * (row - len(lengths)) + [len(ids)]
+                    n_tokens += len(ids)
+                file.write(np.array(lengths, np.int32).tobytes())
+                file.write(RECORD.pack(MARK, self.dtype.itemsize, n_tokens, len(lengths), *made_of))
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error}); free disk space, name another folder in data.token_cache, or "
+                "set data.token_cache=null to train without it"
+            ) from error
+        finally:
+            with suppress(OSError):
+                new.unlink()
+        seconds = time.perf_counter() - begin
+        print(f"token cache: {shard.path.name}, {n_tokens:,} tokens in {seconds:.1f} s: {path}", flush=True)
+
+
+def _identity(shard) -> tuple[int, int]:
+    stat = shard.path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _record(path: Path) -> tuple[int, ...] | None:
+    """Bytes per token, tokens, rows, size and time of the source; None if there is no whole file."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - RECORD.size))
+            mark, *record = RECORD.unpack(file.read())
+    except (OSError, struct.error):
+        return None
+    whole = record[0] * record[1] + 4 * record[2] + RECORD.size
+    return tuple(record) if mark == MARK and size == whole else None
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+            leftover.unlink(missing_ok=True)
