@@ -108,8 +108,8 @@ class Chaos:
         return killed, damaged
 
     def kill_until_finished(self, stage, run, n, count, seconds, rng, killed: Tally) -> tuple[int, float]:
-        """Start and kill one training until it comes to its end, within about the `seconds` that one takes; how often its
-        files were damaged, and how long one takes now.
+        """Start and kill one training until it comes to its end, each time within about `seconds`; how often its files
+        were damaged, and how long a training takes now.
         """
         folder, damaged, pending = self.root / run / stage / "checkpoints", 0, 0
         while True:
