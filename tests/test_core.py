@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_cli
+from conftest import REPO, run_cli
 
 from callbacks.core import CoreEval
 from llm import core
@@ -24,7 +24,7 @@ from llm.model_folder import save_model_folder
 from llm.run import RunDir, read_json, read_metrics, write_manifest
 from llm.tokenizer import Tokenizer
 
-REAL_BUNDLE = Path("/work/shared/data/eval_bundle")
+REAL_BUNDLE = REPO.parent / "shared" / "data" / "eval_bundle"
 WORDS = "the red fox of ember hill lives near a river and likes green apples more than old stones".split()
 KINDS = {"choices": ("multiple_choice", 3), "letters": ("multiple_choice", 2), "who": ("schema", 0)}
 KINDS |= {"continue": ("language_modeling", 2), "story": ("language_modeling", 0), "long": ("multiple_choice", 9)}

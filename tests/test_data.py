@@ -170,7 +170,7 @@ def test_a_finite_split_delivers_every_document(folder):
     rows = sum(bool((row >= 0).any()) for step in steps for micro in step["micro"] for row in micro["targets"])
     packer = steps[-1]["state"]()["packer"]
     assert n_trained == packer["placed"] - rows  # each row's first token is no target
-    assert packer["placed"] + packer["cropped"] == sum(len(text) + 1 for text in words(30, 200))
+    assert packer["placed"] + packer["lost"] == sum(len(text) + 1 for text in words(30, 200))
     assert len(packer["lengths"]) == 0
 
 

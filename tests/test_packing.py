@@ -117,8 +117,8 @@ def test_crop_rows_are_full_and_every_token_is_accounted_for():
     assert all(len(row) == 128 for row in rows[:-1]) and 0 < len(rows[-1]) <= 128
     assert all(row[0] % 1000 == 0 for row in rows)  # every row begins with a document's first token
     assert packer.placed == sum(map(len, rows))
-    assert packer.placed + packer.cropped == sum(lengths)
-    assert packer.waste == packer.cropped / sum(lengths)
+    assert packer.placed + packer.lost == sum(lengths)
+    assert packer.waste == packer.lost / sum(lengths)
 
 
 def test_pad_places_every_document_whole_exactly_once():
@@ -128,7 +128,7 @@ def test_pad_places_every_document_whole_exactly_once():
     assert sorted(token for row in rows for token in row) == sorted(
         token for document in make_documents(lengths) for token in document.ids.tolist()
     )
-    assert packer.placed == sum(lengths) and packer.placed + packer.padded == 64 * len(rows)
+    assert packer.placed == sum(lengths) and packer.placed + packer.lost == 64 * len(rows)
     assert 0 < packer.waste < 0.1  # best-fit leaves little
 
 

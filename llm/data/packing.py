@@ -34,19 +34,49 @@ class Document(NamedTuple):
 
 
 class _Packer:
-    """The buffer that both packers share: waiting documents, sorted by (length, age)."""
+    """What all packings share: waiting documents, sorted by (length, age), and the loop that fills a row with them."""
 
-    def __init__(self, row_len: int, buffer: int) -> None:
+    def __init__(self, row_len: int, buffer: int = 1000) -> None:
         if row_len < 2 or buffer < 1:
             raise ValueError(f"row_len={row_len}, buffer={buffer}: need at least 2 and 1")
         self.row_len, self.buffer = row_len, buffer
         self.placed = 0  # tokens placed in rows so far
+        self.lost = 0  # tokens cropped, or positions of rows left unused
         self._arrivals = 0
         self._keys: list[int] = []
         self._waiting: dict[int, Document] = {}  # key -> document of at most row_len tokens, in order of arrival
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def waste(self) -> float:
+        """What was lost as a share of that and of what was placed."""
+        return self.lost / max(1, self.lost + self.placed)
+
+    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
+        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
+        at = 0
+        while at < self.row_len:
+            self._refill(documents)
+            document = self._next(self.row_len - at) if self._waiting else None
+            if document is None:
+                break
+            used = min(len(document.ids), self.row_len - at)
+            ids[at : at + used] = document.ids[:used]
+            mask[at : at + used] = True if document.mask is None else document.mask[:used]
+            if used < len(document.ids):
+                self._put_back(document, used)
+            at += used
+        self.placed += at
+        return at
+
+    def _next(self, space: int) -> Document | None:
+        """Take out the waiting document that comes next in a row with `space` left; None ends the row."""
+        raise NotImplementedError
+
+    def _put_back(self, document: Document, used: int) -> None:
+        """Keep what did not fit behind the first `used` tokens. A packing that crops drops it."""
 
     def _refill(self, documents: Iterator[Document]) -> None:
         while len(self._waiting) < self.buffer:
@@ -86,15 +116,14 @@ class _Packer:
 
     def snapshot(self) -> Callable[[], dict]:
         """A function that makes the `state_dict` of now; the copies are made when it is called."""
-        counters, waiting = self._counters(), list(self._waiting.items())
-        return lambda: counters | {"row_len": self.row_len} | _flat(waiting)
-
-    def _counters(self) -> dict[str, int]:
-        return {"placed": self.placed}
+        numbers = {"placed": self.placed, "lost": self.lost, "row_len": self.row_len}
+        waiting = list(self._waiting.items())
+        return lambda: numbers | _flat(waiting)
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()` of a packer with the same row length: the same documents give the same rows."""
-        self.placed, self._arrivals, self._keys, self._waiting = int(state["placed"]), 0, [], {}
+        self.placed, self.lost = int(state["placed"]), int(state["lost"])
+        self._arrivals, self._keys, self._waiting = 0, [], {}
         tokens, mask, start = np.asarray(state["tokens"]), state.get("mask"), 0
         for length in np.asarray(state["lengths"]).tolist():
             stop = start + min(length, self.row_len)
@@ -133,7 +162,8 @@ def deal(states: list[dict], n: int) -> list[dict]:
             turn += 1
     dealt = []
     for number, hand in enumerate(hands):
-        state = {key: value * (number == 0) for key, value in _sums(states).items()} | {"row_len": states[0]["row_len"]}
+        state = {key: sum(int(one[key]) for one in states) * (number == 0) for key in ("placed", "lost")}
+        state["row_len"] = states[0]["row_len"]
         state["lengths"] = np.array(hand["lengths"], np.int64)
         state["tokens"] = np.concatenate([*hand["tokens"], np.zeros(0, np.int32)])
         if hand["mask"]:
@@ -142,15 +172,8 @@ def deal(states: list[dict], n: int) -> list[dict]:
     return dealt
 
 
-def _sums(states: list[dict]) -> dict[str, int]:
-    counters = ("placed", "cropped", "padded")
-    return {key: sum(int(state[key]) for state in states) for key in counters if key in states[0]}
-
-
 class BestFit(_Packer):
     """Full rows in which every piece begins with BOS, no token lost; only a finite stream's last row ends early."""
-
-    waste = 0.0
 
     def __init__(self, row_len: int, buffer: int = 1000) -> None:
         super().__init__(row_len, buffer)
@@ -179,24 +202,9 @@ class BestFit(_Packer):
         self._counts[len(document.ids)] -= 1
         return document
 
-    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
-        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
-        at = 0
-        while at < self.row_len:
-            self._refill(documents)
-            if not self._waiting:
-                break
-            document = self._next(self.row_len - at)
-            end = min(at + len(document.ids), self.row_len)
-            used = end - at
-            ids[at:end] = document.ids[:used]
-            mask[at:end] = True if document.mask is None else document.mask[:used]
-            if used < len(document.ids):
-                rest = _behind_first(document, used, len(document.ids))
-                self._add(rest, len(rest.ids))
-            at = end
-        self.placed += at
-        return at
+    def _put_back(self, document: Document, used: int) -> None:
+        rest = _behind_first(document, used, len(document.ids))
+        self._add(rest, len(rest.ids))
 
     def load_state_dict(self, state: dict) -> None:
         self._counts[:] = 0
@@ -212,8 +220,6 @@ def _behind_first(document: Document, start: int, stop: int) -> Document:
 class Stream(_Packer):
     """All documents one after the other, cut where a row ends; the rest begins the next row, without a BOS."""
 
-    waste = 0.0
-
     def __init__(self, row_len: int, buffer: int = 1) -> None:
         super().__init__(row_len, 1)
 
@@ -224,63 +230,23 @@ class Stream(_Packer):
             piece = Document(ids[part].copy(), None if mask is None else mask[part].copy())
             self._waiting[self._key(len(piece.ids))] = piece
 
-    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
-        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
-        at = 0
-        while at < self.row_len:
-            self._refill(documents)
-            if not self._waiting:
-                break
-            document = self._waiting.pop(next(iter(self._waiting)))
-            end = min(at + len(document.ids), self.row_len)
-            used = end - at
-            ids[at:end] = document.ids[:used]
-            mask[at:end] = True if document.mask is None else document.mask[:used]
-            if used < len(document.ids):
-                rest = Document(document.ids[used:], None if document.mask is None else document.mask[used:])
-                self._waiting = {self._key(len(rest.ids)): rest} | self._waiting
-            at = end
-        self.placed += at
-        return at
+    def _next(self, space: int) -> Document:
+        return self._waiting.pop(next(iter(self._waiting)))
+
+    def _put_back(self, document: Document, used: int) -> None:
+        rest = Document(*(None if x is None else x[used:] for x in document))
+        self._waiting = {self._key(len(rest.ids)): rest} | self._waiting
 
 
 class BestFitCrop(_Packer):
     """Full, BOS-aligned rows; only the last row of a finite stream may end early."""
 
-    def __init__(self, row_len: int, buffer: int = 1000) -> None:
-        super().__init__(row_len, buffer)
-        self.cropped = 0  # tokens dropped so far
-
-    @property
-    def waste(self) -> float:
-        """Share of the tokens that left the buffer without ever being placed in a row."""
-        return self.cropped / max(1, self.cropped + self.placed)
-
-    def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
-        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
-        at = 0
-        while at < self.row_len:
-            self._refill(documents)
-            if not self._keys:
-                break
-            space = self.row_len - at
-            document = self._pop_largest(space)
-            if document is None:
-                document, length = self._pop_shortest()
-                self.cropped += length - space
-            end = at + min(len(document.ids), space)
-            ids[at:end] = document.ids[: end - at]
-            mask[at:end] = True if document.mask is None else document.mask[: end - at]
-            at = end
-        self.placed += at
-        return at
-
-    def _counters(self) -> dict[str, int]:
-        return super()._counters() | {"cropped": self.cropped}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.cropped = int(state["cropped"])
+    def _next(self, space: int) -> Document:
+        document = self._pop_largest(space)
+        if document is None:
+            document, length = self._pop_shortest()
+            self.lost += length - space
+        return document
 
 
 class BestFitPad(_Packer):
@@ -288,37 +254,16 @@ class BestFitPad(_Packer):
 
     def __init__(self, row_len: int, buffer: int = 100) -> None:
         super().__init__(row_len, buffer)
-        self.padded = 0  # positions left unused so far
-
-    @property
-    def waste(self) -> float:
-        """Share of the row positions that are padding."""
-        return self.padded / max(1, self.padded + self.placed)
 
     def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
-        """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
-        at = 0
-        while at < self.row_len:
-            self._refill(documents)
-            document = self._pop_largest(self.row_len - at)
-            if document is None:
-                break
-            end = at + len(document.ids)
-            ids[at:end] = document.ids
-            mask[at:end] = True if document.mask is None else document.mask
-            at = end
-        if at == 0 and self._keys:
+        used = super().fill(ids, mask, documents)
+        if used == 0 and self._keys:
             raise ValueError(f"a document of {self._keys[0] // _ARRIVALS} tokens exceeds the row of {self.row_len}")
-        self.placed += at
-        self.padded += self.row_len - at if at else 0
-        return at
+        self.lost += self.row_len - used if used else 0
+        return used
 
-    def _counters(self) -> dict[str, int]:
-        return super()._counters() | {"padded": self.padded}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.padded = int(state["padded"])
+    def _next(self, space: int) -> Document | None:
+        return self._pop_largest(space)
 
 
 PACKINGS: dict[str, type[BestFit] | type[BestFitCrop] | type[Stream]] = {
