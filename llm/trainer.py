@@ -280,10 +280,10 @@ def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
     from llm import distributed
     from llm.checkpoint import newest_checkpoint
 
+    noted = distributed.from_main(read_json(stage_dir / ROLLBACKS)) or {"count": 0, "left_out": {}}
+    if noted["count"] >= limit:
+        raise UserError(f"{error}. It was rolled back {noted['count']} times before (watch.rollbacks={limit})")
     if distributed.is_main():
-        noted = read_json(stage_dir / ROLLBACKS) or {"count": 0, "left_out": {}}
-        if noted["count"] >= limit:
-            raise UserError(f"{error}. It was rolled back {noted['count']} times before (watch.rollbacks={limit})")
         step, _ = newest_checkpoint(stage_dir / "checkpoints") or (0, None)
         steps = noted["left_out"].get(str(step), 0) + error.step - step
         noted["left_out"][str(step)] = steps

@@ -6,7 +6,6 @@ import shutil
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import core_reference
 import numpy as np
