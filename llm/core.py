@@ -21,6 +21,7 @@ import torch
 from llm import distributed
 from llm.attention import Branches, KVCache
 from llm.core_bundle import CoreTask, prompts
+from llm.engine import in_compute_dtype
 from llm.evaluation import score
 from llm.format import duration, percent, value
 from llm.report import print_table
@@ -70,10 +71,10 @@ def evaluate_core_task(net: Any, tokenizer: Any, task: CoreTask, batch_size: int
     its beginning. records: one dict per example with what was decided from what.
     """
     was_training = net.training
-    net.eval()
+    twin = in_compute_dtype(net.eval())
     records = []
     for start in range(0, len(task.examples), CHUNK):
-        records += _evaluate(net, tokenizer, task, range(start, min(start + CHUNK, len(task.examples))), batch_size)
+        records += _evaluate(twin, tokenizer, task, range(start, min(start + CHUNK, len(task.examples))), batch_size)
     net.train(was_training)
     result = score([record["correct"] for record in records])
     return result | {

@@ -137,7 +137,7 @@ class TokenStream:
     def _prefill(self) -> torch.Tensor:
         """Logits (rows, V) behind all prompts, each computed once and repeated for its samples."""
         net = self._net.eval()
-        self._twin = _in_compute_dtype(net)
+        self._twin = in_compute_dtype(net)
         device, slots = net.device, self._slots
         lengths = [len(prompt) for prompt in self._prompts]
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
@@ -247,8 +247,8 @@ class _Calculator:
                 row.forced.extend((self.output_start, *self.tokenizer.encode(result), self.output_end))
 
 
-def _in_compute_dtype(net):
-    """The net itself, or a twin with weights in its compute dtype, so that no decode step casts all weights again.
+def in_compute_dtype(net):
+    """The net itself, or a twin with weights in its compute dtype, so that no pass casts all weights again.
 
     Rounding is the same either way: the net casts each weight before it multiplies.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm.attention import KVCache
-from llm.engine import Engine, _in_compute_dtype
+from llm.engine import Engine, in_compute_dtype
 from llm.errors import UserError
 from llm.gpt import GPT, GPTConfig
 from llm.sampling import SamplingParams, sample, uniform_draws
@@ -210,7 +210,7 @@ def test_bf16_twin_computes_the_same_and_follows_the_weights():
     net.compute_dtype = torch.bfloat16
     ids = torch.tensor([[BOS, *b"some text"]])
     with torch.no_grad():
-        assert torch.equal(_in_compute_dtype(net)(ids), net(ids))
+        assert torch.equal(in_compute_dtype(net)(ids), net(ids))
     engine, prompts = Engine(net, TOKENIZER), [[BOS, *b"one"]]
     before = engine.generate(prompts, GREEDY)
     assert len(before[0][0].ids) == 12
