@@ -16,7 +16,7 @@ from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
 from llm.data.documents import LocalDocuments
 from llm.data.loader import ConversationSteps, TextSteps, positions_for, validation_batches
 from llm.data.packing import PACKINGS
-from llm.data.tokens import CachedDocuments
+from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,12 +107,25 @@ def test_steps_do_not_depend_on_threads_prefetch_or_micro_batches(folder, monkey
     straight = [placed(step) for step, _ in zip(text_steps(folder).steps(), range(8), strict=False)]
     for prefetch in (1, 5):
         assert same(take(text_steps(folder, prefetch=prefetch), 8), straight)
-    monkeypatch.setattr("llm.data.tokens.ENCODE_DOCUMENTS", 7)
+    monkeypatch.setattr("llm.data.tokens.PORTION_DOCUMENTS", 7)
     monkeypatch.setattr("llm.data.tokens.ENCODE_THREADS", 1)
     assert same(take(text_steps(folder), 8), straight)
     other = take(text_steps(folder, rows_per_micro=2, micro_per_step=3), 8)
     rows = [torch.cat([micro["inputs"] for step in steps for micro in step["micro"]]) for steps in (straight, other)]
     assert torch.equal(*rows)
+
+
+def test_long_documents_are_not_tokenised_far_ahead(monkeypatch):
+    monkeypatch.setattr("llm.data.tokens.PORTION_CHARS", 100)
+    taken = []
+
+    def documents():
+        for i in range(200):
+            taken.append(i)
+            yield "ab " * (1_000 if 50 <= i < 150 else 3), {"index": i}
+
+    ahead = [len(taken) - 1 - cursor["index"] for _, cursor in encoded(documents(), Bytes())]
+    assert len(ahead) == 200 and max(ahead[60:150]) <= 1 and max(ahead[:30]) > 10
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

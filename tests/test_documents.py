@@ -267,6 +267,18 @@ def test_bad_files_are_named_with_their_row(tmp_path, name):
         read(LocalDocuments(tmp_path))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
+def test_long_rows_are_read_one_by_one_up_to_a_limit(tmp_path, monkeypatch, suffix):
+    rows = ["a short one", "b" * 3_000, "c" * 900, "another short one"]
+    write(tmp_path / f"a.{suffix}", rows)
+    write(tmp_path / f"z.{suffix}", words(3))
+    monkeypatch.setattr("llm.data.formats.READ_BYTES", 1_000)  # less than one row
+    assert read(LocalDocuments(tmp_path)) == rows
+    monkeypatch.setattr("llm.data.formats.DOCUMENT_BYTES", 2_000)
+    with pytest.raises(UserError, match=rf"a.{suffix}: (row 1 \(from 0\)|line 2) is longer than .*Cut it"):
+        read(LocalDocuments(tmp_path))
+
+
 def test_paths_without_data_are_refused(tmp_path):
     with pytest.raises(UserError, match="data.path=None is not set"):
         LocalDocuments(None)

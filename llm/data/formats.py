@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from llm.errors import UserError
+from llm.format import in_bytes
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -22,7 +23,9 @@ SUFFIXES = {
     **dict.fromkeys((".txt", ".txt.gz", ".txt.zst"), "txt"),
 }
 KNOWN = "parquet, jsonl or txt (.gz, .zst)"
-READ_ROWS = 1024  # parquet rows decoded at a time: bounds the memory, whatever the row group size
+READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long: bounds the memory
+READ_BYTES = 1 << 26
+DOCUMENT_BYTES = 1 << 28  # a longer row is an error: its text, ids and copies would take gigabytes
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
 TXT_CHARS_MAX = 8_000  # ... or at the first line end after this many
 TXT_LINE_BYTES = 1 << 16  # longer lines are cut
@@ -126,7 +129,8 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[str | None
         while group < len(counts) and row + counts[group] <= start:  # whole row groups before `start` are never decoded
             row, group = row + counts[group], group + 1
         groups = list(range(group, len(counts)))
-        batches = file.iter_batches(READ_ROWS, row_groups=groups, columns=[column.name], use_threads=False)
+        at_once = max(1, min(READ_ROWS, READ_BYTES // _mean_bytes(file.metadata, groups, column.name)))
+        batches = file.iter_batches(at_once, row_groups=groups, columns=[column.name], use_threads=False)
         while groups:
             try:
                 batch = next(batches, None)
@@ -142,8 +146,25 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[str | None
                 raise UserError(
                     f"{path}: row {row:,} (from 0) is not UTF-8 text. Convert it or drop the row."
                 ) from None
-            yield from rows[max(0, start - row) :]
+            for number, text in enumerate(rows[max(0, start - row) :], start=max(start, row)):
+                if text is not None and len(text) > DOCUMENT_BYTES:
+                    raise _too_long(path, f"row {number:,} (from 0)")
+                yield text
             row += len(rows)
+
+
+def _mean_bytes(metadata, groups: list[int], name: str) -> int:
+    """Bytes of a text column per row, in the row group where they are most."""
+    means = [1]
+    for group in map(metadata.row_group, groups):
+        parts = (group.column(i) for i in range(group.num_columns))
+        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == name)
+        means.append(size // max(1, group.num_rows))
+    return max(means)
+
+
+def _too_long(path: Path, where: str) -> UserError:
+    return UserError(f"{path}: {where} is longer than {in_bytes(DOCUMENT_BYTES)}. Cut it into documents.")
 
 
 def _is_utf8(value) -> bool:
@@ -154,12 +175,14 @@ def _is_utf8(value) -> bool:
     return True
 
 
-def _lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a UTF-8 file; pieces of at most `limit` bytes where one is given."""
+def _lines(path: Path, piece: int | None = None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a UTF-8 file; longer lines in pieces of `piece` bytes, without it an error."""
     decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
         with _opened(path) as file:
-            while raw := file.readline(limit):
+            while raw := file.readline(piece or DOCUMENT_BYTES):
+                if piece is None and len(raw) == DOCUMENT_BYTES:
+                    raise _too_long(path, f"line {number:,}")
                 line = decoder.decode(raw)
                 yield number, line
                 number += raw.endswith(b"\n")

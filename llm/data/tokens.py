@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +23,10 @@ import numpy as np
 from llm.data.documents import Cursor, DocumentSource, FileDocuments
 from llm.errors import UserError
 
-ENCODE_DOCUMENTS = 32  # documents that a thread tokenises in one go
+PORTION_DOCUMENTS = 32  # that a thread tokenises in one go, fewer where they are long
+PORTION_CHARS = 1 << 18
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
-ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed
+ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed, and no more characters than theirs
 RECORD = struct.Struct("<8s5q")  # mark, bytes per token, tokens, rows, size and time (ns) of the shard's file
 MARK = b"fathomT1"
 LEFTOVER_SECONDS = 3600  # a temporary file this old was left by a process that died
@@ -38,13 +38,30 @@ def encoded(documents: Iterator[tuple[str, Cursor]], tokenizer) -> Iterator[tupl
     def encode(portion: list[tuple[str, Cursor]]) -> list[tuple[np.ndarray, Cursor]]:
         return [(tokenizer.encode_document(text), cursor) for text, cursor in portion]
 
-    portions = iter(lambda: list(islice(documents, ENCODE_DOCUMENTS)), [])
     with ThreadPoolExecutor(ENCODE_THREADS) as executor:
-        waiting = deque(executor.submit(encode, portion) for portion in islice(portions, ENCODE_AHEAD))
-        while waiting:
-            done = waiting.popleft().result()
-            waiting.extend(executor.submit(encode, portion) for portion in islice(portions, 1))
-            yield from done
+        waiting, chars_ahead = deque(), 0
+        for portion, chars in _portions(documents):
+            waiting.append((executor.submit(encode, portion), chars))
+            chars_ahead += chars
+            while len(waiting) > ENCODE_AHEAD or chars_ahead > ENCODE_AHEAD * PORTION_CHARS:
+                done, chars = waiting.popleft()
+                chars_ahead -= chars
+                yield from done.result()
+        for done, _ in waiting:
+            yield from done.result()
+
+
+def _portions(documents: Iterator[tuple[str, Cursor]]) -> Iterator[tuple[list[tuple[str, Cursor]], int]]:
+    """Documents in groups that one thread works on, and the characters of each group."""
+    portion, chars = [], 0
+    for document in documents:
+        portion.append(document)
+        chars += len(document[0])
+        if len(portion) == PORTION_DOCUMENTS or chars >= PORTION_CHARS:
+            yield portion, chars
+            portion, chars = [], 0
+    if portion:
+        yield portion, chars
 
 
 class _Ids(NamedTuple):
