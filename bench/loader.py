@@ -67,7 +67,7 @@ def main() -> None:
         def steps(reads) -> Callable[[], int]:
             sizes = {"seq_len": args.seq_len, "rows_per_micro": args.rows, "buffer": args.buffer}
             running = TextSteps(reads, tokenizer, packing=args.packing, **sizes).steps()
-            next(running)  # with a cache, this writes that of the first shard
+            next(running)
             return lambda: sum(step["n_tokens"] for step in islice(running, args.steps))
 
         def pack() -> int:
@@ -75,12 +75,15 @@ def main() -> None:
             ids, mask = np.empty(args.seq_len + 1, np.int32), np.empty(args.seq_len + 1, bool)
             return sum(packer.fill(ids, mask, coming) for _ in range(args.rows * args.steps))
 
+        cache = CachedDocuments(source, tokenizer, Path(folder) / "cache")
+        written = sum(1 for _ in cache.iterate("train", loop=False))  # the whole cache, before anything is measured
+        print(f"{written:,} documents", flush=True)
         parts = {
             "tokenizer": lambda: sum(len(tokenizer._encoding.encode_ordinary(text)) for text in some),
             "tokenise": lambda: sum(len(ids) for ids, _ in encoded(((text, {}) for text in some), tokenizer)),
             "pack": pack,
             "whole": steps(source),
-            "cached": steps(CachedDocuments(source, tokenizer, Path(folder) / "cache")),
+            "cached": steps(cache),
         }
         measured = rates(parts, args.repeats)
     result = {"text": args.path or "generated", "packing": args.packing, "seq_len": args.seq_len, "rows": args.rows}

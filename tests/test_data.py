@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -225,9 +226,31 @@ def test_steps_from_the_cache_are_the_same_to_the_bit(folder, tmp_path, capsys):
     changed = steps(LocalDocuments(folder))
     assert not same(changed, straight) and same(steps(cached()), changed)
     assert "shard_1.parquet has changed since it was tokenised" in capsys.readouterr().out
-    for path in (tmp_path / "cache").iterdir():
+    for path in (tmp_path / "cache").glob("*.tokens"):
         path.write_bytes(path.read_bytes()[:-1])
-    assert same(steps(cached()), changed) and len(list((tmp_path / "cache").iterdir())) == 2
+    assert same(steps(cached()), changed) and len(list((tmp_path / "cache").glob("*.tokens"))) == 2
+
+
+def test_the_next_shard_is_tokenised_while_one_is_read_and_once_for_all(folder, tmp_path, capsys):
+    def read_all(documents):
+        return [ids.tolist() for ids, _ in documents]
+
+    def cached():
+        return CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "cache").iterate("train", loop=False)
+
+    first = cached()
+    next(first)
+    for thread in threading.enumerate():
+        if thread.name == "fathom-cache":
+            thread.join()
+    assert len(list((tmp_path / "cache").glob("*.tokens"))) == 2
+    for path in (tmp_path / "cache").glob("*.tokens"):
+        path.unlink()
+    capsys.readouterr()
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(read_all, [cached() for _ in range(4)]))
+    assert several == [[[BOS, *text.encode()] for text in words(40) + words(25, 100)]] * 4
+    assert capsys.readouterr().out.count("token cache: shard_") == 2
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(folder, tmp_path, monkeypatch):
@@ -241,7 +264,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(folder, tmp_path
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         next(CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "cache").iterate("train"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert all(path.name.endswith(".lock") for path in (tmp_path / "cache").iterdir())
     with pytest.raises(UserError, match="data.token_cache is for files of text"):
         CachedDocuments(None, Bytes(), tmp_path)
 

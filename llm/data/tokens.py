@@ -1,15 +1,16 @@
 """Documents as token ids: tokenised by threads as they come, or read from a cache on disk.
 
-The cache is one file per shard, written whole when the shard is first reached and renamed into place: token ids (2 or 4
-bytes each), the length of every row of the shard (0: nothing in it), and a last record of what they were made of. It is
-read through the page cache, and its documents have the cursors of the text they come from. Processes that find a file
-missing at the same time each write it; whoever is last wins with the same content.
+The cache is one file per shard, written whole and renamed into place: token ids (2 or 4 bytes each), the length of
+every row of the shard (0: nothing in it), and a last record of what they were made of. It is read through the page
+cache, and its documents have the cursors of the text they come from. While a shard is read, a thread writes the next
+one, so that training waits for the first one only. Of several processes one writes and the others wait for it.
 """
 
 import copy
 import hashlib
 import os
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from llm.data.documents import Cursor, DocumentSource, FileDocuments
 from llm.errors import UserError
@@ -29,7 +31,6 @@ ENCODE_THREADS = min(4, os.cpu_count() or 1)
 ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed, and no more characters than theirs
 RECORD = struct.Struct("<8s5q")  # mark, bytes per token, tokens, rows, size and time (ns) of the shard's file
 MARK = b"fathomT1"
-LEFTOVER_SECONDS = 3600  # a temporary file this old was left by a process that died
 
 
 def encoded(documents: Iterator[tuple[str, Cursor]], tokenizer) -> Iterator[tuple[np.ndarray, Cursor]]:
@@ -92,23 +93,46 @@ class CachedDocuments:
             yield row.ids, behind
 
     def _rows(self, shard, start: int) -> Iterator[_Ids | None]:
-        next(self._texts(shard, 0), None)  # the file is there and can be read, as without a cache
-        tokens, lengths = self._open(shard)
+        self._make(shard)
+        if following := self._behind(shard):
+            threading.Thread(target=self._make_ahead, args=(following,), name="fathom-cache", daemon=True).start()
+        tokens, lengths = self._read(shard)
         end = int(lengths[:start].sum())
         for length in lengths[start:].tolist():
             begin, end = end, end + length
             yield _Ids(tokens[begin:end].astype(np.int32)) if length else None
 
-    def _open(self, shard) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and lengths of the rows of a shard; written before if they are missing, damaged or out of date."""
+    def _behind(self, shard):
+        """The shard that is read after this one, if there is another."""
+        shards = next(shards for shards in map(self._source.shards, ("train", "val")) if shard in shards)
+        following = shards[(shards.index(shard) + 1) % len(shards)]
+        return None if following == shard else following
+
+    def _make_ahead(self, shard) -> None:
+        with suppress(Exception):  # what is wrong with a shard is told when it is reached
+            self._make(shard)
+
+    def _make(self, shard) -> None:
+        """Write the file of a shard if it is missing, damaged or out of date."""
+        next(self._texts(shard, 0), None)  # the text is there and can be read, as without a cache
         path, made_of = self._path(shard), _identity(shard)
-        record = _record(path)
-        if record is None or record[3:] != made_of:
-            if record is not None:
-                print(f"token cache: {shard.path} has changed since it was tokenised", flush=True)
-            self._write(shard, path, made_of)
-            record = _record(path)
-        size, n_tokens, n_rows, *_ = record
+        if _is_current(path, made_of):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                if not _is_current(path, made_of):
+                    self._write(shard, path, made_of)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error}); free disk space, name another folder in data.token_cache, or "
+                "set data.token_cache=null to train without it"
+            ) from error
+
+    def _read(self, shard) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and lengths of the rows of a shard."""
+        path = self._path(shard)
+        size, n_tokens, n_rows, *_ = _record(path)
         lengths = np.fromfile(path, np.int32, n_rows, offset=size * n_tokens)
         if not n_tokens:
             return np.zeros(0, self.dtype), lengths
@@ -120,12 +144,12 @@ class CachedDocuments:
         return self.folder / f"{shard.path.name}-{digest[:16]}.tokens"
 
     def _write(self, shard, path: Path, made_of: tuple[int, int]) -> None:
-        begin, new = time.perf_counter(), path.with_name(f".{path.name}.{os.getpid()}")
+        begin, new = time.perf_counter(), path.with_name(f".{path.name}.new")
+        if _record(path) is not None:
+            print(f"token cache: {shard.path} has changed since it was tokenised", flush=True)
         lengths, n_tokens = [], 0
         rows = ((text, row) for row, text in enumerate(self._texts(shard, 0)) if text and not text.isspace())
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(path)
             with open(new, "wb") as file:
                 for ids, row in encoded(rows, self.tokenizer):
                     file.write(ids.astype(self.dtype).tobytes())
@@ -136,11 +160,6 @@ class CachedDocuments:
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error}); free disk space, name another folder in data.token_cache, or "
-                "set data.token_cache=null to train without it"
-            ) from error
         finally:
             with suppress(OSError):
                 new.unlink()
@@ -151,6 +170,11 @@ class CachedDocuments:
 def _identity(shard) -> tuple[int, int]:
     stat = shard.path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _is_current(path: Path, made_of: tuple[int, int]) -> bool:
+    record = _record(path)
+    return record is not None and record[3:] == made_of
 
 
 def _record(path: Path) -> tuple[int, ...] | None:
@@ -164,9 +188,3 @@ def _record(path: Path) -> tuple[int, ...] | None:
         return None
     whole = record[0] * record[1] + 4 * record[2] + RECORD.size
     return tuple(record) if mark == MARK and size == whole else None
-
-
-def _remove_leftovers(path: Path) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
-            leftover.unlink(missing_ok=True)
