@@ -106,7 +106,7 @@ def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | N
     """The candidate most like `word` in spelling, then in the number within; None if none is at least `floor` like it.
 
     A word without a dot is also compared with the last part of a dotted candidate, and found as a part of it:
-    `depth` finds `model.depth`, `lr` finds `optim.matrix_lr`.
+    `depth` finds `model.depth`, `lr` finds `optim.matrix_lr`, `optim.lr_frac` finds `stage.lr_frac`.
     """
 
     def likeness(name: str) -> tuple[float, float]:
@@ -116,6 +116,8 @@ def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | N
         last = name.rpartition(".")[2]
         if last != name and "." not in word:
             ratio = max(ratio, difflib.SequenceMatcher(None, word, last).ratio() - 0.01)
+        if last == word.rpartition(".")[2]:  # in another place, as trainer.strategy for strategy
+            ratio = max(ratio, 0.95)
         if set(word.split("_")) <= set(last.split("_")):
             ratio = max(ratio, 0.76 if last.endswith(word) else 0.75)
         if all(numbers) and re.sub(r"\d+", "", word) == re.sub(r"\d+", "", name):
@@ -364,7 +366,9 @@ def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> st
     above = name.rpartition(".")[0]
     parent = OmegaConf.select(cfg, above) if above else None
     siblings = [f"{above}.{key}" for key in parent] if isinstance(parent, DictConfig) else []
-    message = _unknown(config_name, name, siblings or _dotted(cfg, ""))
+    last = name.rpartition(".")[2]
+    elsewhere = [key for key in (*cfg, *_dotted(cfg, "")) if key.rpartition(".")[2] == last]
+    message = _unknown(config_name, name, siblings + elsewhere if siblings else _dotted(cfg, ""))
     if isinstance(parent, DictConfig) and not _is_typed(parent):
         message += f"; to add a new one write +{name}=..."
     return message
