@@ -271,7 +271,7 @@ class TaskSpec:
         ),
     )
     source: str = key(
-        "embedded = generated, template = generated about your own model (identity), local = files, hub = data set",
+        "embedded = generated, template = identity of your own model, local = files, hub = data set on the hub",
         choices=("embedded", "template", "local", "hub"),
     )
     train: Any = field(

@@ -17,6 +17,7 @@ import numpy as np
 
 from llm.data.download import HubRepo, first_line, hub_folder, patiently
 from llm.errors import UserError
+from llm.files import sync
 from llm.run import read_json, write_json
 
 CHECKED = 1000  # rows that are checked before anything runs; the others are when they are read
@@ -78,7 +79,7 @@ class HubTask(HubRepo):
         return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
     def _fetch(self, part: Path) -> None:
-        """Have the library read all splits of the subset; the folder that they are saved in is renamed at the end."""
+        """Have the library read all splits of the subset, and keep them as Arrow files."""
         from huggingface_hub import HfApi
 
         commit = patiently(lambda: HfApi().dataset_info(self.repo, revision=self.revision).sha, self)
@@ -92,6 +93,8 @@ class HubTask(HubRepo):
             try:
                 splits.save_to_disk(done)
                 for name in rows:
+                    for file in (done / name).iterdir():
+                        sync(file)
                     shutil.rmtree(self.root / name, ignore_errors=True)
                     (done / name).replace(self.root / name)
             except OSError as error:

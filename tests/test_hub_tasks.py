@@ -351,6 +351,14 @@ def test_finetuning_from_the_base_model_on_rows_of_the_hub(hub, tmp_path, capsys
     assert len(hub.requests) == count and (tmp_path / "runs/tiny/sft/model/model.safetensors").is_file()
 
 
+def test_download_checks_every_row(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks_hub, "CHECKED", 10)
+    bad = {"messages": [{"role": "narrator", "content": "Once."}], "source": "made"}
+    hub.sets[TALK] = {"train.parquet": parquet([*chats(20), bad]), "test.parquet": parquet(chats(3))}
+    with pytest.raises(UserError, match="data.tasks.smalltalk: people/talk train row 21: .*narrator"):
+        run_stage(compose("train", "stage=download", *settings(tmp_path, hub)))
+
+
 @pytest.mark.slow
 def test_two_processes_finetune_on_rows_of_the_hub(hub, tmp_path):
     args = [*settings(tmp_path, hub), "trainer.devices=2", "batch.device=2"]

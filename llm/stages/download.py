@@ -6,6 +6,8 @@ from llm.data.mixture import MixedDocuments
 from llm.errors import UserError
 from llm.format import in_bytes
 from llm.stages.build import task_cache
+from tasks.base import Task
+from tasks.hub import HubRows
 from tasks.registry import build_task, fetched_tasks, remotes
 
 
@@ -33,8 +35,18 @@ def run(cfg) -> None:
             for remote in remotes(name, spec, cache):
                 print(f"{remote} " + (f"is in {remote.root}" if remote.is_here() else "is to be fetched"), flush=True)
             continue
-        rows = [f"{len(build_task(name, spec, split, cache)):,} {split}" for split in splits]
+        parts = {split: build_task(name, spec, split, cache) for split in splits}
+        for task in parts.values():
+            check_rows(task)
+        rows = [f"{len(task):,} {split}" for split, task in parts.items()]
         print(f"data.tasks.{name}: {', '.join(rows)}", flush=True)
+
+
+def check_rows(task: Task) -> None:
+    """Look at every row of a data set of the hub: here is the time for it, a stage looks at the first ones only."""
+    if isinstance(task.rows, HubRows):
+        for index in task.indices:
+            task.rows[index]
 
 
 def texts_of_hub(cfg) -> list[HubDocuments]:
