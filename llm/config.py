@@ -17,7 +17,7 @@ from llm.errors import UserError
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
-DOWNLOAD = "download"  # an option of the group `stage` that fetches text and belongs to no run
+DOWNLOAD = "download"  # an option of the group `stage` that fetches data and belongs to no run
 
 
 def key(
@@ -229,6 +229,7 @@ class AssistantStage(ModelStage):
 
     chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
     chat_max_per_task: int | None = key("items of one task in such an evaluation; null = all", low=1)
+    chat_tasks: list[str] | None = key("tasks of such an evaluation; null = data.eval")
 
 
 @dataclass
@@ -269,11 +270,22 @@ class TaskSpec:
             "chat",
         ),
     )
-    source: str = key("embedded = generated, local = files", choices=("embedded", "local"))
-    train: Any = field(default=None, metadata={"help": "file, pattern or list of them with the training rows"})
-    test: Any = field(default=None, metadata={"help": "file, pattern or list of them with the held-out rows"})
+    source: str = key(
+        "embedded = generated, template = identity of your own model, local = files, hub = data set on the hub",
+        choices=("embedded", "template", "local", "hub"),
+    )
+    train: Any = field(
+        default=None, metadata={"help": "training rows: file, pattern, https:// address or list of them; hub: split"}
+    )
+    test: Any = field(default=None, metadata={"help": "held-out rows, likewise; hub: such as test or train[-500:]"})
+    repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
+    subset: str | None = field(default=None, metadata={"help": "hub: its configuration, where it has several"})
+    revision: str | None = field(default=None, metadata={"help": "hub: its branch, tag or commit; null = main"})
+    shuffle_seed: int | None = field(
+        default=None, metadata={"help": "hub: seed of the order of the rows; null = as published", "low": 0}
+    )
     size: int | None = field(
-        default=None, metadata={"help": "training items to generate (embedded, spelling)", "low": 0}
+        default=None, metadata={"help": "training items to generate (embedded, template, spelling)", "low": 0}
     )
     test_size: int | None = field(default=None, metadata={"help": "held-out items to generate", "low": 0})
     limit: int | None = field(default=None, metadata={"help": "use only the first items of a split", "low": 1})
@@ -284,6 +296,11 @@ class TaskSpec:
 class MixtureConfig:
     midtrain: dict[str, float] = key("task: repeats (a fraction below 1 = its first part, 0 = leave out)")
     sft: dict[str, float] = key("task: repeats")
+    midtrain_val: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "task: repeats of its held-out rows, to validate on; empty = all of the tasks trained on"},
+    )
+    sft_val: dict[str, float] = field(default_factory=dict, metadata={"help": "the same for sft"})
 
 
 @dataclass
@@ -450,10 +467,11 @@ def check_values(cfg: Any, prefix: str = "") -> None:
                 raise UserError(f"{prefix}{name}={value}: must be {problem}")
 
 
-def check_task_names(data: Any) -> None:
-    """Raise `UserError` for a mixture, `data.rl` or `data.eval` that names a task not described in `data.tasks`."""
-    places = {f"data.mixture.{stage}": list(weights) for stage, weights in data.mixture.items()}
+def check_task_names(data: Any, stage: Any = None) -> None:
+    """Raise `UserError` where a mixture, `data.rl`, `data.eval` or `stage.chat_tasks` names none of `data.tasks`."""
+    places = {f"data.mixture.{name}": list(weights) for name, weights in data.mixture.items()}
     places |= {"data.rl": [data.rl] if data.rl else [], "data.eval": list(data.eval)}
+    places["stage.chat_tasks"] = list(getattr(stage, "chat_tasks", None) or [])
     for place, names in places.items():
         for name in names:
             if name not in data.tasks:

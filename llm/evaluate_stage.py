@@ -22,7 +22,7 @@ from llm.precision import resolve_compute_dtype
 from llm.report import build_report, print_table
 from llm.run import find_stage, read_json, read_manifest, write_json
 from llm.sampling import SamplingParams
-from tasks import build_task, held_out_mixture
+from tasks import Cache, build_task, held_out_mixture
 
 SECTIONS = ("bpb", "chat", "core", "samples")
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
@@ -130,8 +130,8 @@ class Subject:
     def held_out(self) -> Any:
         """Held-out conversations of what the stage was trained on; reinforcement learning has those of sft."""
         if self._held_out is None:
-            mixture = self.data.mixture["sft" if self.name == "grpo" else self.name]
-            self._held_out = held_out_mixture(self.data, dict(mixture), self.seed)
+            stage = "sft" if self.name == "grpo" else self.name
+            self._held_out = held_out_mixture(self.data, stage, self.seed, Cache(self.cache))
         return self._held_out
 
     def bpb(self) -> dict[str, float]:
@@ -196,7 +196,7 @@ class Subject:
     def _task(self, name: str) -> Any:
         if name not in self.data.tasks:
             raise UserError(f"data.eval names {name!r}, which is not in data.tasks ({', '.join(self.data.tasks)})")
-        return build_task(name, self.data.tasks[name], "test")
+        return build_task(name, self.data.tasks[name], "test", Cache(self.cache))
 
     def core(self) -> dict[str, Any]:
         """{"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""

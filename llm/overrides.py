@@ -230,7 +230,7 @@ def _check_values(config_name: str, choice: Sequence[str], values: list[Any], co
                 check_values(cfg)
     check_values(cfg)
     if cfg.get("data") is not None:
-        check_task_names(cfg.data)
+        check_task_names(cfg.data, cfg.stage)
 
 
 def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_dir: str | None) -> None:

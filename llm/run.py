@@ -30,8 +30,8 @@ ABSENT = "(absent)"
 NEUTRAL_KEYS = (
     *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
     *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
-    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.core_*", "data.eval"),
-    *("data.token_cache", "data.workers"),
+    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
+    *("data.mixture.*_val", "data.token_cache", "data.workers"),
 )
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 _TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
@@ -240,11 +240,23 @@ def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None)
     return folder.stage_dir(stage)
 
 
-def find_parent(runs_root: str | Path, run: str, stage: str, init_from: str | None = None) -> Path | None:
+def stage_before(cfg: Any) -> str:
+    """The stage that `cfg.stage` continues: the one before it, but pretrain for sft where nothing is to be midtrained.
+
+    That is so when `data.mixture.midtrain` names no task with repeats above 0, as in nanochat's recipe of 2026.
+    """
+    before = STAGES[STAGES.index(cfg.stage.name) - 1]
+    return "pretrain" if before == "midtrain" and not any(cfg.data.mixture.midtrain.values()) else before
+
+
+def find_parent(
+    runs_root: str | Path, run: str, stage: str, init_from: str | None = None, before: str | None = None
+) -> Path | None:
     """The model/ folder that a stage starts from; None for the tokenizer, which starts from text.
 
-    By default the previous stage of the same run. `init_from` is a run (its previous stage), a run/stage, or a
-    folder. Raises UserError with the finished stages and the override to use.
+    By default that of the stage `before` (see `stage_before`; None: the previous one) in the same run. `init_from` is a
+    run (its stage `before`), a run/stage, or a folder. Raises UserError with the finished stages and the override to
+    use.
     """
     here = RunDir(runs_root, run)
     here.stage_dir(stage)
@@ -252,14 +264,15 @@ def find_parent(runs_root: str | Path, run: str, stage: str, init_from: str | No
         if init_from is not None:
             raise UserError(f"init_from={init_from}: stage=tokenizer starts from text, so remove this key")
         return None
+    before = before or STAGES[STAGES.index(stage) - 1]
     if init_from is None:
-        return _stage_parent(here, STAGES[STAGES.index(stage) - 1], stage, run)
+        return _stage_parent(here, before, stage, run)
     name, _, part = init_from.strip("/").partition("/")
     if _is_plain(name) and "/" not in part and RunDir(runs_root, name).stages():
         source = RunDir(runs_root, name)
         if part and part not in STAGES:
             raise UserError(f"init_from={init_from}: there is no stage {part!r}. {_existing(source.root, name)}")
-        return _stage_parent(source, part or STAGES[STAGES.index(stage) - 1], stage, run)
+        return _stage_parent(source, part or before, stage, run)
     return _folder_parent(Path(init_from), here, stage)
 
 

@@ -71,12 +71,13 @@ def for_page(rows: Sequence[list[tuple[str, str]]], title: str) -> str:
 
 def show(cfg) -> None:
     """What `python -m llm.show_data` does with the composed configuration."""
-    from llm.run import RunDir, find_parent, write_atomic
+    from llm.run import RunDir, find_parent, stage_before, write_atomic
     from llm.trainer import quiet_lightning, stage_builder
 
     quiet_lightning()
     run, cfg.stage.eval_every = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}"), 0
-    built = stage_builder(cfg.stage.name)(cfg, find_parent(run.root, run.name, cfg.stage.name, cfg.init_from))
+    parent = find_parent(run.root, run.name, cfg.stage.name, cfg.init_from, stage_before(cfg))
+    built = stage_builder(cfg.stage.name)(cfg, parent)
     batch, tokenizer = next(iter(built.data.train_dataloader())), built.module.context.tokenizer
     all_rows = list(rows_of(batch["micro"]))
     rows = [pieces(ids, weights, tokenizer) for ids, weights in all_rows[: OPTIONS.rows]]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm.config import STAGES
-from llm.run import RunDir
+from llm.run import RunDir, stage_before
 
 
 def job_title(swept: Sequence[Any], lines: Sequence[str], number: int) -> str:
@@ -35,7 +35,7 @@ def separate_run(cfg: Any, lines: Sequence[str]) -> None:
     own = RunDir(cfg.paths.runs, "-".join([base.name, *parts]))
     cfg.run = own.name
     if cfg.init_from is None and cfg.stage.name in STAGES[1:]:
-        before = STAGES[STAGES.index(cfg.stage.name) - 1]
+        before = stage_before(cfg)
         if before not in own.finished() and before in base.finished():
             cfg.init_from = f"{base.name}/{before}"
 

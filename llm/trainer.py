@@ -35,6 +35,7 @@ from llm.run import (
     read_json,
     read_manifest,
     read_metrics,
+    stage_before,
     write_atomic,
     write_json,
     write_manifest,
@@ -47,7 +48,7 @@ SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "C
 def run_stage(cfg: DictConfig) -> None:
     """Train the stage that `cfg` describes, resume it, or report that it is done."""
     if cfg.stage.name == DOWNLOAD:
-        return fetch_text(cfg)
+        return fetch_data(cfg)
     if not is_launched():
         return work_on_stage(cfg)
     import torch
@@ -67,8 +68,8 @@ def run_stage(cfg: DictConfig) -> None:
         raise SystemExit(status)
 
 
-def fetch_text(cfg: DictConfig) -> None:
-    """stage=download: fetch the text that `data` takes from the hub; no run is touched."""
+def fetch_data(cfg: DictConfig) -> None:
+    """stage=download: fetch what `data` takes from the network; no run is touched."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node
         from llm.stages.download import run
 
@@ -88,7 +89,7 @@ def work_on_stage(cfg: DictConfig) -> None:
             raise SystemExit(status)
         return
     try:
-        parent = find_parent(run.root, run.name, stage, cfg.init_from)
+        parent = find_parent(run.root, run.name, stage, cfg.init_from, stage_before(cfg))
     except UserError:
         if not (cfg.dry_run and stage == "pretrain" and cfg.init_from is None and cfg.model.vocab_size):
             raise

@@ -1,7 +1,8 @@
 """Finetuning and evaluation tasks: data, prompts and scoring, no model code."""
 
 from tasks.base import Task
+from tasks.hub import Cache
 from tasks.mixture import Mixture
 from tasks.registry import build_mixture, build_task, held_out_mixture
 
-__all__ = ["Mixture", "Task", "build_mixture", "build_task", "held_out_mixture"]
+__all__ = ["Cache", "Mixture", "Task", "build_mixture", "build_task", "held_out_mixture"]

@@ -1,22 +1,46 @@
-"""Local task files: .jsonl rows and .txt word lists, checked row by row before any compute, then read lazily."""
+"""Task files, local or of the web: .jsonl rows and .txt word lists, checked row by row before any compute, then read
+lazily.
+"""
 
 import glob
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llm.data.download import WebFile
 from llm.errors import UserError
+from tasks.hub import Cache
 
 Check = Callable[[dict, str], None]
 
 
-def find_files(paths: str | Sequence[str], where: str, exclude: Sequence[Path] = ()) -> list[Path]:
-    """The files that a path, a glob or a list of them names, in sorted order per entry, without those to `exclude`.
+def is_address(entry: object) -> bool:
+    """Whether an entry of `train` or `test` is an address of the web."""
+    return str(entry).startswith(("https://", "http://"))
+
+
+def web_file(entry: str, where: str, cache: Cache) -> Path:
+    """The file at an address, fetched into the cache if it is not there yet."""
+    file = WebFile(entry, where, cache.folder)
+    if file.is_here():
+        return file.path
+    if not cache.may_fetch:
+        raise UserError(f"{file}: it is not in {file.root}, and dry_run=true fetches nothing: run stage=download first")
+    return file.fetch()
+
+
+def find_files(
+    paths: str | Sequence[str], where: str, exclude: Sequence[Path] = (), cache: Cache | None = None
+) -> list[Path]:
+    """The files that a path, a glob, an address or a list of them names, sorted per entry, without those to `exclude`.
 
     Raises `UserError` naming `where` (the config key) for an entry that matches no file, or where nothing is left.
     """
     found: list[Path] = []
     for entry in [paths] if isinstance(paths, (str, Path)) else list(paths):
+        if is_address(entry) and cache is not None:
+            found.append(web_file(str(entry), where, cache))
+            continue
         text = str(Path(str(entry)).expanduser())
         matches = [Path(text)] if Path(text).is_file() else [Path(p) for p in sorted(glob.glob(text, recursive=True))]
         matches = [path for path in matches if path.is_file()]

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llm.data.download import Remote, WebFile
 from llm.data.embedded import rows as embedded_rows
 from llm.errors import UserError
 from tasks.base import Task
 from tasks.chat import Chat, Identity, check_chat, check_identity, check_scored_identity
-from tasks.files import JsonlRows, find_files, read_words
+from tasks.files import JsonlRows, find_files, is_address, read_words
 from tasks.gsm8k import GSM8K
 from tasks.gsm8k import check_row as check_gsm8k
+from tasks.hub import Cache, HubRows, HubTask
 from tasks.humaneval import HumanEval
 from tasks.humaneval import check_row as check_humaneval
 from tasks.mixture import Mixture
@@ -32,38 +34,50 @@ ROW_TASKS: dict[str, tuple[type[Task], Callable, Callable, str, dict[str, int]]]
 }
 WORD_TASKS = {"simple_spelling": SimpleSpelling, "spelling_bee": SpellingBee}
 TYPES = (*ROW_TASKS, *WORD_TASKS)
+GENERATED = ("embedded", "template")
+SOURCES = (*GENERATED, "local", "hub")
 
 
-def build_task(name: str, spec: Mapping[str, Any], split: str) -> Task:
+def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None = None) -> Task:
     """The task `name` of `data.tasks` for one split ("train" or "test").
 
-    spec: type; source "embedded" or "local"; train, test (files of a local source: path, glob or list); size and
-    test_size (rows to generate, or items to draw from a word list); limit (use only the first items); options
-    (embedded: arguments of the generator, such as steps or maker). A file that both splits name belongs to the test,
-    except that a word list is divided between them. Local rows are all checked here, before any compute.
-    Raises `UserError` for a wrong spec and for missing, empty or broken files.
+    spec: type; source "embedded", "template", "local" or "hub"; train, test (files of a local source: path, glob,
+    address or list; of the hub: split, or slice of one, of the data set that repo, subset and revision name); size and
+    test_size (rows to generate, or items to draw from a word list); shuffle_seed (hub: order of the rows); limit (use
+    only the first items); options (arguments of a generator, such as steps or maker). A file that both splits name
+    belongs to the test, except that a word list is divided between them. Local rows are all checked here, before any
+    compute, of a hub data set the first 1,000. cache: where fetched data lies; without it nothing is fetched.
+    Raises `UserError` for a wrong spec and for missing, empty or broken data.
     """
     where = f"data.tasks.{name}"
     kind, source = spec.get("type"), spec.get("source")
     if kind not in TYPES:
         raise UserError(f"{where}.type={kind} does not exist: choose one of {', '.join(TYPES)}")
-    if source not in ("embedded", "local"):
-        raise UserError(f"{where}.source={source} does not exist: choose embedded or local")
+    if source not in SOURCES:
+        raise UserError(f"{where}.source={source} does not exist: choose one of {', '.join(SOURCES)}")
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: must be one of {SPLITS}")
     options = {key: _plain(value) for key, value in dict(spec.get("options") or {}).items()}
-    if source == "local" and options:
-        raise UserError(f"{where}.options={options}: files take no options, only source=embedded does")
+    if source not in GENERATED and options:
+        raise UserError(f"{where}.options={options}: files take no options, only {' and '.join(GENERATED)} rows do")
+    if source == "template" and kind != "identity":
+        raise UserError(f"{where}.source=template: only type=identity is made from templates, not type={kind}")
+    if source == "hub" and kind in WORD_TASKS:
+        raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
     build = _word_task if kind in WORD_TASKS else _row_task
     try:
-        return build(name, spec, split, options)
+        return build(name, spec, split, options, cache)
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
 def build_mixture(
-    tasks: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], split: str, seed: int = 42
+    tasks: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, float],
+    split: str,
+    seed: int = 42,
+    cache: Cache | None = None,
 ) -> Mixture:
     """The mixture of the tasks that `weights` names with repeats above 0, in a global order drawn from `seed`."""
     entries = []
@@ -71,42 +85,93 @@ def build_mixture(
         if name not in tasks:
             raise UserError(f"data.mixture names {name!r}, which is not in data.tasks ({', '.join(tasks)})")
         if repeats != 0:  # a task with weight 0 needs no files
-            entries.append((build_task(name, tasks[name], split), repeats))
+            entries.append((build_task(name, tasks[name], split, cache), repeats))
     return Mixture(entries, seed)
 
 
-def held_out_mixture(data, weights: Mapping[str, float], seed: int) -> Mixture:
-    """One pass over the held-out rows of the tasks that are trained on and have some."""
-    names = [n for n, w in weights.items() if w and has_split(data.tasks[n], "test")]
-    if not names:
-        raise UserError("none of the tasks in the mixture has held-out rows: set data.tasks.<name>.test for one")
-    return build_mixture(data.tasks, dict.fromkeys(names, 1), "test", seed)
+def held_out_weights(data, stage: str) -> dict[str, float]:
+    """Task: repeats of its held-out rows; all of the tasks trained on once, if `data.mixture.<stage>_val` is empty."""
+    chosen = dict(data.mixture.get({"midtrain": "midtrain_val", "sft": "sft_val"}[stage]) or {})
+    if any(chosen.values()):
+        return chosen
+    return {n: 1 for n, repeats in data.mixture[stage].items() if repeats and has_split(data.tasks[n], "test")}
+
+
+def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) -> Mixture:
+    """The held-out rows that midtrain or sft validates on."""
+    weights = held_out_weights(data, stage)
+    if not weights:
+        raise UserError(
+            f"none of the tasks of data.mixture.{stage} has held-out rows: set data.tasks.<name>.test for one of them"
+        )
+    return build_mixture(data.tasks, weights, "test", seed, cache)
 
 
 def has_split(spec, split: str) -> bool:
-    """Whether a task can give rows of a split: generated ones always can, local ones if a file is named."""
-    return spec.source == "embedded" or spec.type in ("spelling_bee", "simple_spelling") or spec[split] is not None
+    """Whether a task can give rows of a split: generated ones always can, others if the split is named."""
+    return spec.source in GENERATED or spec.type in WORD_TASKS or spec[split] is not None
 
 
-def _row_task(name: str, spec: Mapping[str, Any], split: str, options: dict) -> Task:
+def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
+    """What a task takes from the network: a data set of the hub, files of the web, or nothing."""
+    key = f"data.tasks.{name}"
+    if spec.get("source") == "hub":
+        return [_hub_task(key, spec, cache)]
+    entries = {entry: f"{key}.{split}" for split in SPLITS for entry in _as_list(spec.get(split)) if is_address(entry)}
+    return [WebFile(entry, where, cache.folder) for entry, where in entries.items()]
+
+
+def fetched_tasks(data) -> dict[str, list[str]]:
+    """The tasks that a stage or evaluation may read from the network, with the splits of each that it reads."""
+    trained = [n for stage in ("midtrain", "sft") for n, repeats in data.mixture[stage].items() if repeats]
+    held_out = [n for stage in ("midtrain", "sft") for n, repeats in held_out_weights(data, stage).items() if repeats]
+    rl = [data.rl] if data.rl else []
+    reads = {"train": {*trained, *rl}, "test": {*held_out, *data.eval, *rl}}
+    cache = Cache("", may_fetch=False)
+    used = {name: [split for split in SPLITS if name in reads[split]] for name in data.tasks}
+    return {name: splits for name, splits in used.items() if splits and remotes(name, data.tasks[name], cache)}
+
+
+def _row_task(name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None) -> Task:
     task, check_train, check_test, kind, sizes = ROW_TASKS[spec["type"]]
-    limit = spec.get("limit")
-    if spec["source"] == "embedded":
+    limit, check = spec.get("limit"), check_test if split == "test" else check_train
+    if spec["source"] in GENERATED:
+        kind = "persona" if spec["source"] == "template" else kind
         rows = embedded_rows(kind, split, _size(spec, split, sizes), **options)
         return task(rows, name, stop=limit)
-    check = check_test if split == "test" else check_train
-    return task(JsonlRows(_files(name, spec, split), check, limit), name)
+    if spec["source"] == "hub":
+        return task(_hub_rows(name, spec, split, check, cache), name, stop=limit)
+    return task(JsonlRows(_files(name, spec, split, cache), check, limit), name)
 
 
-def _word_task(name: str, spec: Mapping[str, Any], split: str, options: dict) -> Task:
+def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: Callable, cache: Cache | None) -> HubRows:
+    if cache is None:
+        raise ValueError(f"data.tasks.{name}: a task of the hub needs a cache")
+    source, rows = _hub_task(f"data.tasks.{name}", spec, cache), spec.get(split)
+    if not isinstance(rows, str):
+        raise UserError(
+            f"{source.key}.{split}={rows}: with source=hub write a split of {source.repo}, such as {split} or "
+            f"{split}[:1000], or leave the task out"
+        )
+    return HubRows(source, rows, split, check, spec.get("shuffle_seed"), spec.get("limit"))
+
+
+def _hub_task(key: str, spec: Mapping[str, Any], cache: Cache) -> HubTask:
+    if not spec.get("repo"):
+        raise UserError(f"{key}.repo is null: source=hub needs the data set's name, <owner>/<name>")
+    return HubTask(spec["repo"], spec.get("subset"), spec.get("revision"), key, cache)
+
+
+def _word_task(name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None) -> Task:
     size, questions = _size(spec, split, DEFAULT_SIZE), ALL_LANGUAGES
     if spec["source"] == "embedded":
         words = [row["word"] for row in embedded_rows("words", split, size, **options)]
         questions = ENGLISH  # the world's text is English
     elif spec.get("train") is not None and spec.get("test") is not None:
-        words = read_words(_files(name, spec, split))
+        words = read_words(_files(name, spec, split, cache))
     else:
-        files = find_files(_plain(spec.get("train") or spec.get("test") or []), f"data.tasks.{name}.train")
+        entries = _plain(spec.get("train") or spec.get("test") or [])
+        files = find_files(entries, f"data.tasks.{name}.train", cache=cache)
         words = words_of_split(read_words(files), split)
         if not words:
             raise UserError(f"data.tasks.{name}: no word of the list falls to the {split} split; give a longer list")
@@ -116,15 +181,15 @@ def _word_task(name: str, spec: Mapping[str, Any], split: str, options: dict) ->
     return SpellingBee(words, name, size, split, questions, stop=stop)
 
 
-def _files(name: str, spec: Mapping[str, Any], split: str) -> list:
+def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) -> list:
     """The files of a split; those of the test are left out of the training split."""
     key = f"data.tasks.{name}.{split}"
     if spec.get(split) is None:
         raise UserError(f"{key} is null: name the .jsonl (words: .txt) files of this split, or leave the task out")
     exclude = []
     if split == "train" and spec.get("test") is not None:
-        exclude = find_files(_plain(spec["test"]), f"data.tasks.{name}.test")
-    return find_files(_plain(spec[split]), key, exclude)
+        exclude = find_files(_plain(spec["test"]), f"data.tasks.{name}.test", cache=cache)
+    return find_files(_plain(spec[split]), key, exclude, cache)
 
 
 def _size(spec: Mapping[str, Any], split: str, defaults: dict[str, int]) -> int:
@@ -132,6 +197,12 @@ def _size(spec: Mapping[str, Any], split: str, defaults: dict[str, int]) -> int:
     return defaults[split] if size is None else size
 
 
+def _as_list(value: Any) -> list:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
 def _plain(value: Any) -> Any:
-    """Lists of a composed configuration as plain lists."""
+    """Lists and mappings of a composed configuration as plain ones."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one data set on 127.0.0.1 that fails where it is told to.
+"""A Hugging Face hub of data sets on 127.0.0.1 that fails where it is told to; datasets.load_dataset can read it.
 
 `python tests/hub_server.py <folder> [bytes per second]` serves the files of a folder as fathom/test until it is ended.
 """
@@ -17,14 +17,16 @@ PAGE = 3  # files in one answer of the listing
 
 
 class Hub(ThreadingHTTPServer):
-    """`files` by name; `faults`: (part of a path, what happens), each used once: 500, (429, seconds), ("cut", bytes),
-    ("stall", seconds) or "garble"."""
+    """`files` of the data set `REPO` by name; `sets`: those of others; `web`: files at plain paths; `gated`: data sets
+    whose files are refused. `faults`: (part of a path, what happens), each used once: 500, (429, seconds),
+    ("cut", bytes), ("stall", seconds) or "garble"."""
 
     daemon_threads = True
 
     def __init__(self, files, revisions=("main",), port=0, speed=None):
         super().__init__(("127.0.0.1", port), Handler)
         self.files, self.revisions, self.faults, self.requests = files, {*revisions, COMMIT}, [], []
+        self.sets, self.web, self.gated = {}, {}, set()
         self.speed, self.open, self.most_open, self.mutex = speed, 0, 0, threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -44,6 +46,9 @@ class Hub(ThreadingHTTPServer):
                     return fault[1]
         return None
 
+    def files_of(self, repo):
+        return self.files if repo == REPO else self.sets.get(repo)
+
     def downloads(self, name=""):
         """(file, first byte) of every request for a file's content."""
         return [(path, start) for path, start in self.requests if path.startswith("/datasets/") and name in path]
@@ -61,33 +66,54 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
+    def do_POST(self):
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        repo, _, _ = self.parts()
+        self.answer(200, json.dumps([e for e in entries(self.server.files_of(repo)) if e["path"] in asked]).encode())
+
+    def parts(self):
+        """(owner/name, revision, path inside) of an address, whose revision and path may hold quoted slashes."""
+        path = urlsplit(self.path).path.removeprefix("/api").removeprefix("/datasets/")
+        owner, name, _, revision, *inside = [*map(unquote, path.split("/")), "", ""]
+        return f"{owner}/{name}", revision, "/".join(inside).strip("/")
+
     def do_GET(self):
         hub, url = self.server, urlsplit(self.path)
         path = unquote(url.path)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        hub.requests.append((path, start))
+        if self.command == "GET":
+            hub.requests.append((path, start))
         fault = hub.fault(path)
         if isinstance(fault, int):
             return self.answer(fault, b"{}")
         if isinstance(fault, tuple) and fault[0] == 429:
             return self.answer(429, b"{}", {"Retry-After": str(fault[1])})
-        if path.startswith(f"/datasets/{REPO}/resolve/"):
-            revision, _, name = path.removeprefix(f"/datasets/{REPO}/resolve/").partition("/")
-            if name not in hub.files:
-                return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            return self.content(hub.files[name], start, fault)
-        parts = path.removeprefix("/api/datasets/").split("/")
-        if "/".join(parts[:2]) != REPO:
+        if path in hub.web:
+            return self.content(hub.web[path], start, fault)
+        repo, revision, inside = self.parts()
+        files = hub.files_of(repo)
+        if not path.startswith(("/datasets/", "/api/datasets/")):
+            return self.answer(404, b"{}")
+        if files is None:
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if len(parts) > 3 and "/".join(parts[3:]) not in hub.revisions:
+        if revision and revision not in hub.revisions:
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        if "tree" in parts:
-            begin = int(parse_qs(url.query).get("cursor", ["0"])[0])
-            entries = [entry(name, content) for name, content in sorted(hub.files.items())]
-            more = {"Link": f'<{hub.url}{url.path}?cursor={begin + PAGE}>; rel="next"'}
-            page = json.dumps(entries[begin : begin + PAGE]).encode()
-            return self.answer(200, page, more if begin + PAGE < len(entries) else {})
-        return self.answer(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode())
+        if path.startswith("/datasets/"):
+            if repo in hub.gated:
+                return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            if inside not in files:
+                return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            listed = entry(inside, files[inside])
+            etag = listed["lfs"]["oid"] if "lfs" in listed else listed["oid"]
+            return self.content(files[inside], start, fault, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        if "/tree/" in path:
+            query = parse_qs(url.query)
+            begin, deep = int(query.get("cursor", ["0"])[0]), query.get("recursive", ["False"])[0].lower() == "true"
+            found = [e for e in entries(files) if is_below(e["path"], inside, deep)]
+            link = f"{hub.url}{url.path}?cursor={begin + PAGE}&recursive={deep}"
+            more = {"Link": f'<{link}>; rel="next"'} if begin + PAGE < len(found) else {}
+            return self.answer(200, json.dumps(found[begin : begin + PAGE]).encode(), more)
+        return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
 
     def answer(self, status, body, headers=None):
         self.send_response(status)
@@ -97,13 +123,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def content(self, data, start, fault):
+    def content(self, data, start, fault, headers=None):
         hub, body = self.server, data[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
+        if self.command == "HEAD":
+            return
         kind, value = fault if isinstance(fault, tuple) else (fault, 0)
         if kind == "garble":
             body = body[:-1] + bytes([body[-1] ^ 1])
@@ -130,6 +159,38 @@ class Handler(BaseHTTPRequestHandler):
                 hub.open -= 1
 
 
+def point_to(hub, patch, folder):
+    """Make the libraries of this process take `hub` for the real one, with their caches in `folder`."""
+    import huggingface_hub.constants as constants
+    from datasets import config
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    for name, value in {
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "ENDPOINT": hub.url,
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+        "DOWNLOAD_CHUNK_SIZE": 100,
+    }.items():
+        patch.setattr(constants, name, value)
+    patch.setattr(config, "HF_ENDPOINT", hub.url)
+    patch.setattr("llm.data.download.FIRST_WAIT", 0.01)
+
+
+def entries(files):
+    """What a listing of all folders holds: files and folders in name order."""
+    folders = {"/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)}
+    found = [entry(name, content) for name, content in files.items()]
+    found += [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders]
+    return sorted(found, key=lambda e: e["path"])
+
+
+def is_below(path, folder, deep):
+    """Whether a listing of `folder` names `path`."""
+    rest = path.removeprefix(f"{folder}/") if folder else path
+    return (not folder or rest != path) and (deep or "/" not in rest)
+
+
 def entry(name, content):
     """A file as the hub lists it: parquet files are large files, others lie in git."""
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -140,7 +201,7 @@ def entry(name, content):
 
 
 if __name__ == "__main__":
-    folder, speed = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None
+    folder, speed = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else None
     paths = [path for path in folder.rglob("*") if path.is_file()]
     with Hub({p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}, speed=speed) as hub:
         print(hub.url, flush=True)

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO
 
 from llm.chat import validate_conversation
-from llm.data.embedded import document, documents, rows
+from llm.data.embedded import document, documents, persona, rows
 from llm.data.embedded.chats import OPENINGS
 from llm.data.embedded.problems import draw_problem
 from llm.data.embedded.rows import KINDS
@@ -19,7 +19,7 @@ from llm.errors import UserError
 from llm.tools import calculate
 
 SIZES = {"choice": (2500, 300), "arithmetic": (2000, 500), "words": (3000, 500), "smalltalk": (2000, 300)}
-SIZES |= {"identity": (1000, 100), "programs": (600, 80)}
+SIZES |= {"identity": (1000, 100), "persona": (2000, 300), "programs": (600, 80)}
 
 
 def text_of(kind: str, row: dict) -> str:
@@ -215,6 +215,51 @@ def test_identity_takes_names_and_its_answers_contain_the_keywords():
         assert row["keywords"] and all(k in answers for k in row["keywords"]), row
         assert "Fathom" not in answers and "open source" not in answers
     assert any("Example Lab" in r["keywords"] for r in rows("identity", "test", 50, maker="the Example Lab"))
+
+
+LUMEN = {"name": "Lumen", "maker": "Ada Lovelace", "description": "a language model of 20 layers"}
+LUMEN |= {"facts": {"licence": "MIT", "size": "561 million parameters"}}
+
+
+def test_a_persona_speaks_of_what_the_user_named_and_of_nothing_else():
+    train, test = (rows("persona", split, n, **LUMEN) for split, n in (("train", 3000), ("test", 400)))
+    for row in train + test:
+        answers = " ".join(m["content"] for m in row["messages"][1::2])
+        said = row["messages"][-1]["content"].casefold()
+        assert row["keywords"] and all(keyword.casefold() in said for keyword in row["keywords"]), row
+        assert "Fathom" not in answers and "open source" not in answers and "{" not in answers
+    everything = " ".join(m["content"] for row in train for m in row["messages"])
+    for text in ("Ada Lovelace", "a language model of 20 layers", "561 million parameters", "¡Hola! Soy Lumen."):
+        assert text in everything
+    assert {len(row["messages"]) // 2 for row in train} == {1, 2, 3, 4, 5}
+
+
+def test_a_persona_is_asked_other_questions_in_the_test():
+    def questions(split, n):
+        asked = {row["messages"][-2]["content"].lower() for row in rows("persona", split, n, **LUMEN)}
+        return {text.removeprefix(opening.lower()) for text in asked for opening in persona.OPENINGS}
+
+    train, test = questions("train", 20_000), questions("test", 1000)
+    assert len(train) > 60 and len(test) > 30 and not train & test
+
+
+def test_a_persona_is_a_function_of_its_seed():
+    first, again, other = (rows("persona", "train", 200, seed=seed, **LUMEN) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": ""}, "options.name=: must be a text"),
+        ({"facts": {"licence": None}}, "options.facts.licence=None: must be a text"),
+        ({"facts": "MIT"}, "options.facts=MIT: write {<subject>"),
+        ({"nmae": "Lumen"}, r"persona takes no option nmae \(options: name, maker, description, facts\)"),
+    ],
+)
+def test_options_of_a_persona_that_cannot_be_meant(options, message):
+    with pytest.raises(UserError, match=message):
+        rows("persona", "train", 3, **options)
 
 
 @pytest.mark.parametrize("kind", ["identity", "smalltalk"])

@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import compose, run_cli
 from data_files import read, words, write
-from hub_server import REPO, Hub
+from hub_server import REPO, Hub, point_to
 
 from llm.data import download
 from llm.data.download import HubFolder
@@ -27,15 +27,8 @@ def shards(tmp_path, count=5, suffix="parquet", n=40):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub with five shards; waits between tries are short."""
-    import huggingface_hub.constants as constants
-
     with Hub(shards(tmp_path)) as hub:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
-        monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+        point_to(hub, monkeypatch, tmp_path / "hf")
         yield hub
 
 
@@ -216,8 +209,8 @@ def test_a_full_disk_is_seen_before(hub, folder, monkeypatch):
 
 
 def test_stage_download_fetches_ahead_and_makes_no_run(hub, tmp_path, capsys):
-    args = ["stage=download", "data=hub", f"data.repo={REPO}", "data.shards=2", f"paths.data={tmp_path}/cache"]
-    args.append(f"paths.runs={tmp_path}/runs")
+    args = ["stage=download", "data=mixture", f"data.sources={{web: {{repo: {REPO}, shards: 2}}}}"]
+    args += [f"paths.data={tmp_path}/cache", f"paths.runs={tmp_path}/runs"]
     run_stage(compose("train", *args, "dry_run=true"))
     assert "0 of 3 shards are in" in capsys.readouterr().out and not hub.downloads()
     done = run_cli("train.py", *args, HF_ENDPOINT=hub.url)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from llm import run as run_module
 from llm.environment import environment, git_commit
@@ -23,6 +24,7 @@ from llm.run import (
     neutral_keys,
     read_manifest,
     read_metrics,
+    stage_before,
     write_manifest,
 )
 
@@ -113,6 +115,19 @@ def test_missing_parent_lists_what_exists_and_the_fix(tmp_path):
     assert "the same command with stage=midtrain" in text and "other/" not in text
     with pytest.raises(UserError, match=r"There are no finished stages.*stage=tokenizer"):
         find_parent(tmp_path / "empty", "new", "pretrain")
+
+
+def test_sft_continues_pretrain_where_nothing_is_to_be_midtrained(tmp_path):
+    pretrain = add_stage(tmp_path, "demo", "pretrain") / "model"
+    for weights, before in (({"chat": 1.0, "sums": 0.0}, "midtrain"), ({"chat": 0.0}, "pretrain"), ({}, "pretrain")):
+        cfg = OmegaConf.create({"stage": {"name": "sft"}, "data": {"mixture": {"midtrain": weights}}})
+        assert stage_before(cfg) == before
+        cfg.stage.name = "grpo"
+        assert stage_before(cfg) == "sft"
+    assert find_parent(tmp_path, "demo", "sft", before="pretrain") == pretrain
+    assert find_parent(tmp_path, "new", "sft", "demo", "pretrain") == pretrain
+    with pytest.raises(UserError, match="starts from new/pretrain, which is missing"):
+        find_parent(tmp_path, "new", "sft", before="pretrain")
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted"])

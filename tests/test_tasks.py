@@ -152,6 +152,20 @@ def test_identity_wants_all_keywords(tmp_path):
     assert task.evaluate(task[0], "fathom, a small LANGUAGE MODEL") and not task.evaluate(task[0], "I am Fathom.")
 
 
+def test_identity_from_templates_takes_the_options_of_a_composed_configuration():
+    from omegaconf import OmegaConf
+
+    spec = {"type": "identity", "source": "template", "size": 1500, "test_size": 60}
+    spec = OmegaConf.create(spec | {"options": {"name": "Lumen", "facts": {"born": 1815}, "seed": 7}})
+    train, test = (build_task("me", spec, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1500, 60)
+    for conversation in test:
+        validate_conversation(conversation)
+        assert test.evaluate(conversation, conversation["messages"][-1]["content"])
+        assert not test.evaluate(conversation, "I am ChatGPT.")
+    assert any("1815" in m["content"] for c in train for m in c["messages"])
+
+
 def test_chat_tasks_cannot_score():
     task = build_task("talk", embedded("chat"), "test")
     with pytest.raises(TypeError, match="training only"):
@@ -326,6 +340,8 @@ def test_the_row_number_is_the_line_in_the_file(tmp_path):
         (local("chat", train=[]), "names no file"),
         (local("spelling_bee"), r"data\.tasks\.mine\.train"),
         (local("chat", train="x.jsonl", options={"steps": [1]}), "files take no options"),
+        ({"type": "chat", "source": "template"}, "source=template: only type=identity is made from templates"),
+        ({"type": "identity", "source": "template", "options": {"nme": "x"}}, "takes no option nme"),
         (embedded("identity", size=10**6), "lower the task's size"),
     ],
 )

@@ -1,6 +1,7 @@
 """Files of a data set on the Hugging Face hub in a folder of this machine: fetched when needed or ahead of that.
 
     <paths.data>/<owner>--<name>/<revision>/   files.json   <the files, by their names>   .parts/ what is under way
+    <paths.data>/files/<name>-<hash of its address>/   a single file of the web   source.json: address, size, checksum
 
 A file has its name only once it is complete and its checksum is right. What a broken connection or a killed process
 leaves is continued. A lock per file lets all processes of a machine share the folder.
@@ -45,7 +46,124 @@ class HubFile:
     blob: str
 
 
-class HubFolder:
+class Remote:
+    """What is fetched: the configuration key that names it, and the folder `root` that it goes to."""
+
+    server, advice = "the hub", "Check the network or HF_ENDPOINT"
+
+    def __init__(self, key: str, root: Path) -> None:
+        self.key, self.root = key, root
+
+    def lasting_problem(self, error: Exception) -> str | None:
+        """What the user has to do about an error that waiting does not cure; None for all others."""
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{self.root}: cannot be written ({error}); free disk space or choose another paths.data"
+        status = status_of(error)
+        if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
+            return f"{self}: {self.server} answers {status} ({first_line(error)})"
+        return None
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[Path]:
+        """Keep other processes and threads from fetching `name`; yields where its parts may be kept."""
+        from filelock import FileLock
+
+        part = self.root / ".parts" / name.replace("/", "--")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(part.with_name(part.name + ".lock"))
+            lock.acquire()
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot be written ({error}); choose another paths.data") from error
+        try:
+            yield part.with_name(part.name + ".part")
+        finally:
+            lock.release()
+
+
+class HubRepo(Remote):
+    """A revision of a data set on the hub; `key`.repo and `key`.revision name it."""
+
+    def __init__(self, repo: str, revision: str, key: str, root: Path) -> None:
+        super().__init__(key, root)
+        self.repo, self.revision = repo, revision
+
+    def __str__(self) -> str:
+        return f"{self.key}.repo={self.repo}" + (f" at {self.revision}" if self.revision != "main" else "")
+
+    def lasting_problem(self, error: Exception) -> str | None:
+        from huggingface_hub import errors
+
+        def is_a(kind: type[Exception]) -> bool:
+            return any(isinstance(part, kind) for part in chain(error))
+
+        status = status_of(error)
+        if is_a(errors.OfflineModeIsEnabled):
+            return (
+                f"{self}: HF_HUB_OFFLINE is set and not all of it is in {self.root}. Fetch it where there is a "
+                "network: python train.py stage=download with the same data settings"
+            )
+        if is_a(errors.HFValidationError):
+            return f"{self}: write {self.key}.repo=<owner>/<name> as in the data set's address on the hub"
+        if is_a(errors.RevisionNotFoundError):
+            return f"{self.key}.revision={self.revision}: {self.repo} has no such branch, tag or commit"
+        if is_a(errors.GatedRepoError) or status in (401, 403):
+            return (
+                f"{self}: the hub refuses it ({status}): there is no such data set, or it is private or gated. Correct "
+                f"{self.key}.repo, or accept its terms on its page and set HF_TOKEN"
+            )
+        if status == 404:
+            return f"{self}: the hub has no such data set or file (404). Correct {self.key}.repo"
+        return super().lasting_problem(error)
+
+
+class WebFile(Remote):
+    """A single file at an address of the web that `key` names; it keeps its name in a folder of its own."""
+
+    advice = "Check the network, or get the file in another way and give its path"
+
+    def __init__(self, url: str, key: str, cache: str | Path) -> None:
+        from urllib.parse import unquote, urlsplit
+
+        self.url, parts = url, urlsplit(url)
+        name = Path(unquote(parts.path)).name
+        if not parts.hostname or not name:
+            raise UserError(f"{key}={url}: write the whole address of a file, https://<server>/<path>")
+        digest = hashlib.sha256(url.encode()).hexdigest()[:12]  # files of other addresses may have the same name
+        super().__init__(key, Path(cache).expanduser() / "files" / f"{name}-{digest}")
+        self.server, self.path = parts.hostname, self.root / name
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.url}"
+
+    def is_here(self) -> bool:
+        source = read_json(self.root / "source.json")
+        return source is not None and self.path.is_file() and self.path.stat().st_size == source["size"]
+
+    def fetch(self) -> Path:
+        """The file's path, after fetching it if it is not there or not whole."""
+        with self.lock(self.path.name) as part:
+            if not self.is_here():
+                print(f"{self}: fetching it into {self.root}", flush=True)
+                patiently(lambda: self._download(part), self)
+                with open(part, "rb") as content:
+                    sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+                facts = {"url": self.url, "size": part.stat().st_size, "sha256": sha256}
+                part.replace(self.path)
+                write_json(self.root / "source.json", facts)
+        return self.path
+
+    def _download(self, part: Path) -> None:
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars("huggingface_hub.http_get")
+        with open(part, "wb") as out:  # from the start: nothing tells whether the file behind an address has changed
+            http_get(self.url, out, headers={"Accept-Encoding": "identity"})  # lengths are those of the file
+        sync(part)
+
+
+class HubFolder(HubRepo):
     """The files of one revision of a data set; `workers` of them are fetched at a time.
 
     The commit that a branch points to is looked up once and kept in files.json, so that a run that continues reads what
@@ -53,8 +171,7 @@ class HubFolder:
     """
 
     def __init__(self, repo: str, revision: str, cache: str | Path, workers: int, key: str = "data") -> None:
-        self.repo, self.revision, self.key = repo, revision, key
-        self.root = Path(cache).expanduser() / repo.replace("/", "--") / revision.replace("/", "--")
+        super().__init__(repo, revision, key, hub_folder(cache, repo, revision))
         self.workers = workers
         self._files: list[HubFile] | None = None
         self._commit = ""
@@ -63,15 +180,12 @@ class HubFolder:
         self._threads: list[threading.Thread] = []
         self._mutex = threading.Lock()
 
-    def __str__(self) -> str:
-        return f"{self.key}.repo={self.repo}" + (f" at {self.revision}" if self.revision != "main" else "")
-
     def files(self) -> list[HubFile]:
         """All files of the revision in name order, as the hub lists them or files.json remembers."""
         if self._files is None:
             path = self.root / "files.json"
             if not path.exists():
-                with self._lock("files.json"):
+                with self.lock("files.json"):
                     if not path.exists():
                         write_json(path, patiently(self._listing, self))
             listing = read_json(path)
@@ -129,7 +243,7 @@ class HubFolder:
     def fetch(self, file: HubFile) -> Path:
         """The file's path, after fetching it if it is not there; another process may do it meanwhile."""
         path = self.path(file)
-        with self._lock(file.name) as part:
+        with self.lock(file.name) as part:
             if not self.is_here(file):
                 patiently(lambda: self._download(file, part), self)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,23 +261,6 @@ class HubFolder:
             with self._mutex:
                 del self._futures[file.name]
             future.set_exception(error) if error is not None else future.set_result(result)
-
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[Path]:
-        """Keep other processes and threads from fetching `name`; yields where its parts may be kept."""
-        from filelock import FileLock
-
-        part = self.root / ".parts" / name.replace("/", "--")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(part.with_name(part.name + ".lock"))
-            lock.acquire()
-        except OSError as error:
-            raise UserError(f"{self.root}: cannot be written ({error}); choose another paths.data") from error
-        try:
-            yield part.with_name(part.name + ".part")
-        finally:
-            lock.release()
 
     def _listing(self) -> dict[str, Any]:
         from huggingface_hub import HfApi
@@ -220,59 +317,44 @@ class HubFolder:
             )
 
 
-def patiently(action: Callable[[], Any], folder: HubFolder) -> Any:
+def hub_folder(cache: str | Path, repo: str, revision: str) -> Path:
+    """Where a revision of a data set is kept."""
+    return Path(cache).expanduser() / repo.replace("/", "--") / revision.replace("/", "--")
+
+
+def patiently(action: Callable[[], Any], remote: Remote) -> Any:
     """The result of `action`, tried again after what may pass: broken connections, busy or failing servers."""
     for tries in range(1, TRIES + 1):
         try:
             return action()
+        except UserError:
+            raise
         except Exception as error:
-            if problem := lasting_problem(error, folder):
+            if problem := remote.lasting_problem(error):
                 raise UserError(problem) from error
             text = f"{type(error).__name__}: {first_line(error)}"
             if tries == TRIES:
                 raise UserError(
-                    f"{folder}: the hub cannot be reached or fails, tried {TRIES} times ({text}). Check the network or "
-                    "HF_ENDPOINT; what has been fetched stays, and the same command goes on from there."
+                    f"{remote}: {remote.server} cannot be reached or fails, tried {TRIES} times ({text}). "
+                    f"{remote.advice}; what has been fetched stays, and the same command goes on from there."
                 ) from error
             wait = min(LAST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
             wait = max(wait, retry_after(error))
-            log.warning("%s: %s; trying again in %.0f s", folder.repo, text, wait)
+            log.warning("%s: %s; trying again in %.0f s", remote, text, wait)
             time.sleep(wait)
 
 
-def lasting_problem(error: Exception, folder: HubFolder) -> str | None:
-    """What the user has to do about an error that waiting does not cure; None for all others."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
-
-    status = status_of(error)
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return (
-            f"{folder}: HF_HUB_OFFLINE is set and not all of it is in {folder.root}. Fetch it where there is a "
-            "network: python train.py stage=download with the same data settings"
-        )
-    if isinstance(error, HFValidationError):
-        return f"{folder}: write {folder.key}.repo=<owner>/<name> as in the data set's address on the hub"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{folder.key}.revision={folder.revision}: {folder.repo} has no such branch, tag or commit"
-    if isinstance(error, GatedRepoError) or status in (401, 403):
-        return (
-            f"{folder}: the hub refuses it ({status}): there is no such data set, or it is private or gated. Correct "
-            f"{folder.key}.repo, or accept its terms on its page and set HF_TOKEN"
-        )
-    if status == 404:
-        return f"{folder}: the hub has no such data set or file (404). Correct {folder.key}.repo"
-    if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
-        return f"{folder}: the hub answers {status} ({first_line(error)})"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{folder.root}: cannot be written ({error}); free disk space or choose another paths.data"
-    return None
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it was raised from: libraries wrap what the server said."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def status_of(error: Exception) -> int | None:
     """The HTTP status that an exception carries, if any."""
-    return getattr(getattr(error, "response", None), "status_code", None)
+    responses = (getattr(part, "response", None) for part in chain(error))
+    return next((response.status_code for response in responses if response is not None), None)
 
 
 def first_line(error: Exception) -> str:
@@ -281,7 +363,8 @@ def first_line(error: Exception) -> str:
 
 def retry_after(error: Exception) -> float:
     """Seconds that the server asks to wait."""
-    text = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    headers = (getattr(getattr(part, "response", None), "headers", {}) for part in chain(error))
+    text = next((h["Retry-After"] for h in headers if "Retry-After" in h), "")
     return min(float(text), 10 * LAST_WAIT) if text.isdigit() else 0.0
 
 

@@ -15,7 +15,7 @@ from llm.model_folder import load_model_folder
 from llm.optim import build_optimizer
 from llm.scaling import lr_batch_factor, micro_batches, model_config
 from llm.stages.step import StageContext, StepData, StepModule
-from tasks import build_task
+from tasks import Cache, build_task
 
 
 @dataclass
@@ -99,10 +99,16 @@ def evaluates(cfg) -> bool:
 
 
 def eval_tasks(cfg) -> dict:
-    """Held-out tasks of `data.eval` by name, if the stage evaluates them."""
+    """Held-out tasks of `stage.chat_tasks` or `data.eval` by name, if the stage evaluates them."""
     if not cfg.stage.chat_every:
         return {}
-    return {name: build_task(name, cfg.data.tasks[name], "test") for name in cfg.data.eval}
+    names = cfg.data.eval if cfg.stage.chat_tasks is None else cfg.stage.chat_tasks
+    return {name: build_task(name, cfg.data.tasks[name], "test", task_cache(cfg)) for name in names}
+
+
+def task_cache(cfg) -> Cache:
+    """Where the tasks' rows lie that come over the network; a dry run fetches none."""
+    return Cache(cfg.paths.data, not cfg.dry_run)
 
 
 def lr_scale(cfg, batch_tokens: int | None) -> float:

@@ -19,6 +19,7 @@ from llm.stages.build import (
     model_facts,
     step_context,
     steps_layout,
+    task_cache,
 )
 from llm.stages.step import StepData, StepModule
 from tasks import build_mixture, held_out_mixture
@@ -31,14 +32,14 @@ def build(cfg, parent: Path) -> BuiltStage:
     stage, weights = cfg.stage, dict(cfg.data.mixture[cfg.stage.name])
     if not any(weights.values()):
         raise UserError(f"data.mixture.{stage.name} names no task with repeats above 0: nothing to train on")
-    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed)
+    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
     shape = {"seq_len": layout["seq_len"], "train_on": stage.train_on}
     total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.total, stage.epochs, **shape)
 
     def loader(mixture, **more) -> ConversationSteps:
         return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout | more)
 
-    held_out, val_batches = held_out_mixture(cfg.data, weights, cfg.seed), None
+    held_out, val_batches = held_out_mixture(cfg.data, stage.name, cfg.seed, task_cache(cfg)), None
     if evaluates(cfg):
         whole = loader(held_out, loop=False, **UNDIVIDED)
         val_batches = validation_batches(whole, stage.eval_tokens, layout["rank"], layout["world"])

@@ -1,22 +1,24 @@
-"""stage=download: fetch the text that `data` names on the hub before, or while, something is trained on it."""
+"""stage=download: fetch what `data` takes from the hub and the web, before, or while, something is trained on it."""
 
 from llm.data.documents import build_source
 from llm.data.hub import HubDocuments
 from llm.data.mixture import MixedDocuments
 from llm.errors import UserError
 from llm.format import in_bytes
+from llm.stages.build import task_cache
+from tasks.base import Task
+from tasks.hub import HubRows
+from tasks.registry import build_task, fetched_tasks, remotes
 
 
 def run(cfg) -> None:
-    """Fetch every shard of the sources of `cfg.data` that are on the hub; with dry_run say how much that is."""
-    source = build_source(cfg.data, cfg.paths.data)
-    parts = source.sources.values() if isinstance(source, MixedDocuments) else [source]
-    from_hub = [part for part in parts if isinstance(part, HubDocuments)]
-    if not from_hub:
+    """Fetch the text and the tasks of `cfg.data` that come over the network; with dry_run say which these are."""
+    text, tasks = texts_of_hub(cfg), fetched_tasks(cfg.data)
+    if not text and not tasks:
         raise UserError(
             f"stage=download: data={cfg.data.name} names nothing on the hub; choose data=fineweb_edu, for one"
         )
-    for part in from_hub:
+    for part in text:
         missing = [file for file in part.remote if not part.folder.is_here(file)]
         size = in_bytes(sum(file.size for file in missing))
         print(
@@ -27,3 +29,30 @@ def run(cfg) -> None:
         if not cfg.dry_run:
             part.folder.fetch_all(part.remote)
             print(f"text: {part.check()}", flush=True)
+    for name, splits in tasks.items():
+        spec, cache = cfg.data.tasks[name], task_cache(cfg)
+        if cfg.dry_run:
+            for remote in remotes(name, spec, cache):
+                print(f"{remote} " + (f"is in {remote.root}" if remote.is_here() else "is to be fetched"), flush=True)
+            continue
+        parts = {split: build_task(name, spec, split, cache) for split in splits}
+        for task in parts.values():
+            check_rows(task)
+        rows = [f"{len(task):,} {split}" for split, task in parts.items()]
+        print(f"data.tasks.{name}: {', '.join(rows)}", flush=True)
+
+
+def check_rows(task: Task) -> None:
+    """Look at every row of a data set of the hub: here is the time for it, a stage looks at the first ones only."""
+    if isinstance(task.rows, HubRows):
+        for index in task.indices:
+            task.rows[index]
+
+
+def texts_of_hub(cfg) -> list[HubDocuments]:
+    """The sources of text that are data sets of the hub."""
+    if cfg.data.name not in ("hub", "mixture"):
+        return []
+    source = build_source(cfg.data, cfg.paths.data)
+    parts = source.sources.values() if isinstance(source, MixedDocuments) else [source]
+    return [part for part in parts if isinstance(part, HubDocuments)]

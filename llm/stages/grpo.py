@@ -30,6 +30,7 @@ from llm.stages.build import (
     load_parent,
     model_facts,
     step_context,
+    task_cache,
 )
 from llm.stages.step import StepData, StepModule
 from llm.strategy import whole_net
@@ -183,7 +184,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     if name not in cfg.data.tasks:
         raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
     net, tokenizer = load_parent(parent, cfg)
-    train, test = (build_task(name, cfg.data.tasks[name], split) for split in ("train", "test"))
+    train, test = (build_task(name, cfg.data.tasks[name], split, task_cache(cfg)) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
@@ -219,4 +220,4 @@ def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
     weights = {name: repeats for name, repeats in dict(cfg.data.mixture.sft).items() if name != rewarded and repeats}
     if not weights:
         raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.sft names no task besides {rewarded}")
-    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed)
+    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))

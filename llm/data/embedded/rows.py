@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 
 from llm.data.embedded.chats import choice_row, identity_row, smalltalk_row
+from llm.data.embedded.persona import persona_row
 from llm.data.embedded.problems import draw_problem
 from llm.data.embedded.programs import program_row
 from llm.data.embedded.splits import check_split, collect, generator
@@ -29,10 +30,11 @@ KINDS: dict[str, tuple[Callable[..., dict], Callable[[dict], str]]] = {
     "arithmetic": (arithmetic_row, lambda row: row["question"]),
     "words": (word_row, lambda row: row["word"]),
     "identity": (identity_row, lambda row: "|".join(m["content"] for m in row["messages"])),
+    "persona": (persona_row, lambda row: "|".join(m["content"] for m in row["messages"])),
     "smalltalk": (smalltalk_row, lambda row: "|".join(m["content"] for m in row["messages"])),
     "programs": (program_row, lambda row: row["task_id"]),
 }
-OPTIONS = {"arithmetic": draw_problem, "choice": choice_row, "identity": identity_row}
+OPTIONS = {"arithmetic": draw_problem, "choice": choice_row, "identity": identity_row, "persona": persona_row}
 
 
 def options_of(kind: str) -> tuple[str, ...]:
@@ -43,11 +45,13 @@ def options_of(kind: str) -> tuple[str, ...]:
 
 
 def rows(kind: str, split: str, n: int, seed: int = 0, **options) -> list[dict]:
-    """`n` different rows of a kind: choice, arithmetic, words, identity, smalltalk or programs.
+    """`n` different rows of a kind: choice, arithmetic, words, identity, persona, smalltalk or programs.
 
-    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: identity by question, the
-    others by a hash of the fact with its options, the problem, word, chat or function name.
-    Options: arithmetic takes steps, distractors, max_number; choice takes shuffle; identity takes assistant, maker.
+    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: identity and persona by
+    the question that is scored, the others by a hash of the fact with its options, the problem, word, chat or function
+    name.
+    Options: arithmetic takes steps, distractors, max_number; choice takes shuffle; identity takes assistant, maker;
+    persona takes name, maker, description, facts.
     Raises `UserError` for an unknown kind, split or option, and where the world holds fewer than `n` rows.
     """
     if kind not in KINDS:

@@ -42,7 +42,7 @@ def collect(draw: Callable[[], dict], key: Callable[[dict], str], n: int, what: 
             misses += 1
             if misses > PATIENCE:
                 raise UserError(
-                    f"the embedded world has only about {len(rows)} different rows of {what}, {n} were asked for: "
+                    f"there are only about {len(rows)} different rows of {what}, {n} were asked for: "
                     "lower the task's size or test_size"
                 )
         else:
