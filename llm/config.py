@@ -315,6 +315,7 @@ class SourceSpec:
     shards: int | None = field(default=None, metadata={"help": "as data.shards", "low": 1})
     column: str = field(default="text", metadata={"help": "as data.column"})
     val_size: int | None = field(default=None, metadata={"help": "as data.val_size", "low": 1})
+    streaming: bool = field(default=False, metadata={"help": "as data.streaming"})
 
 
 @dataclass
@@ -326,6 +327,7 @@ class DataConfig:
     files: str | None = key("pattern of its shards, such as 'data/train-*.parquet'; null = all")
     shards: int | None = key("train on its first so many shards; null = all but the last", low=1, main=True)
     workers: int = key("files fetched from the hub at the same time", low=1)
+    streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
     packing: str = key(

@@ -80,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, url = self.server, urlsplit(self.path)
         path = unquote(url.path)
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        start, stop = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        start, self.stop = int(start), int(stop) + 1 if stop else None
         if self.command == "GET":
             hub.requests.append((path, start))
         fault = hub.fault(path)
@@ -124,12 +125,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def content(self, data, start, fault, headers=None):
-        hub, body = self.server, data[start:]
-        self.send_response(206 if start else 200)
+        hub, body, is_part = self.server, data[start : self.stop], bool(start or self.stop)
+        self.send_response(206 if is_part else 200)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if is_part:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -172,7 +172,9 @@ def test_a_mixture_resumes_exactly_on_any_number_of_ranks(mixture):
 
 def test_mixtures_by_configuration(tmp_path):
     def built(**sources):
-        return build_source(OmegaConf.create({"name": "mixture", "workers": 1, "sources": sources}), tmp_path)
+        return build_source(
+            OmegaConf.create({"name": "mixture", "streaming": False, "workers": 1, "sources": sources}), tmp_path
+        )
 
     write(tmp_path / "a.txt", ["one", "two"])
     path = str(tmp_path / "a.txt")

@@ -133,6 +133,8 @@ class FileDocuments:
     becomes one document. `key` is the place in the configuration that error messages name.
     """
 
+    is_stored = True  # the files stay on this machine
+
     def __init__(
         self, files: Sequence[Path], where: str, column: str = "text", val_size: int | None = None, key: str = "data"
     ) -> None:
@@ -162,13 +164,17 @@ class FileDocuments:
         """Open every file, look for the column and a first validation document; see DocumentSource.check."""
         for path in self.files:
             check_file(path, self.column)
-        for split in ("train", "val"):
-            next(self.in_order(split, loop=False))
+        self._find_documents()
         kinds, count = sorted({kind_of(path.name) for path in self.files}), len(self.files)
         return f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; validation: {self._held_out()}"
 
+    def _find_documents(self) -> None:
+        """UserError if a split has none."""
+        for split in ("train", "val"):
+            next(self.in_order(split, loop=False))
+
     def present(self, path: Path) -> Path:
-        """The file, which is there when this returns."""
+        """The file, which can be read when this returns."""
         return path
 
     def _held_out(self) -> str:
@@ -251,6 +257,8 @@ def document_source(data, cache: str) -> DocumentSource:
 
 def build_source(data, cache: str) -> DocumentSource:
     """The same, nothing checked or fetched but the list of a hub data set's files."""
+    if data.streaming and data.name != "hub":
+        raise UserError(f"data.streaming=true is for data sets of the hub, not for data={data.name}; leave it out")
     if data.name == "embedded":
         return EmbeddedDocuments(data.size, data.seed, data.val_size)
     if data.name != "mixture":
@@ -295,10 +303,14 @@ def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDo
             "repo": "data=hub needs data.repo=<owner>/<name> of a data set on the hub",
         }
         raise UserError(f"{key}.{kind} is not set: {needs[kind]}")
+    if kind == "path" and spec.streaming:
+        raise UserError(f"{key}.streaming=true is for data sets of the hub, not for {key}.path; leave it out")
     if kind == "path":
         return LocalDocuments(spec.path, spec.column, spec.val_size, key)
     from llm.data.download import HubFolder
     from llm.data.hub import HubDocuments
+    from llm.data.streaming import StreamedDocuments
 
+    documents = StreamedDocuments if spec.streaming else HubDocuments
     folder = HubFolder(spec.repo, spec.revision or "main", cache, workers, key)
-    return HubDocuments(folder, spec.files, spec.shards, spec.column, spec.val_size, key)
+    return documents(folder, spec.files, spec.shards, spec.column, spec.val_size, key)

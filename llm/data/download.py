@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 TRIES = 6
 FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long, give or take a half
 LAST_WAIT = 60.0
+READ_SECONDS = 30.0  # without an answer, until a read over the network is tried again
 NEWS_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
@@ -250,6 +251,19 @@ class HubFolder(HubRepo):
                 part.replace(path)
                 sync_folder(path.parent)
         return path
+
+    def read(self, file: HubFile, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop` of a file, over the network; OSError if others come."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._commit)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
+        response = get_session().get(url, headers=headers, follow_redirects=True, timeout=READ_SECONDS)
+        hf_raise_for_status(response)
+        if len(response.content) != stop - start:
+            raise OSError(f"{file.name}: {len(response.content)} bytes came instead of {stop - start}")
+        return response.content
 
     def _work(self) -> None:
         while True:

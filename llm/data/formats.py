@@ -104,7 +104,7 @@ def _open_parquet(path: Path, column: Column):
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path if isinstance(path, Path) else path.open())
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet ({_short(error)}). Fetch the file again.") from error
@@ -197,12 +197,12 @@ def _opened(path: Path) -> BinaryIO:
     """The file, decompressed while it is read."""
     name = path.name.lower()
     if name.endswith(".gz"):
-        return gzip.open(path, "rb")
+        return gzip.open(path.open("rb"), "rb")
     if name.endswith(".zst"):
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
+        return io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"))
+    return path.open("rb")
 
 
 def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:

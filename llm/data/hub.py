@@ -46,14 +46,13 @@ class HubDocuments(FileDocuments):
         super().__init__(list(self._number), str(folder), column, val_size, key)
 
     def check(self) -> str:
-        """Fetch the first and the validation shard and look for the column and a document in both."""
+        """Fetch the first and the validation shard, and look for the column and a document in both."""
         ends = list(dict.fromkeys([self.remote[0], self.remote[-1]]))
         self.folder.fetch_all(ends)
         for file in ends:
             check_file(self.folder.path(file), self.column)
         ahead, self._ahead = self._ahead, 0
-        for split in ("train", "val"):
-            next(self.in_order(split, loop=False))
+        self._find_documents()
         self._ahead = ahead
         here, count = sum(map(self.folder.is_here, self.remote)), len(self.remote)
         size = sum(file.size for file in self.remote)

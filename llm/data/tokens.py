@@ -78,8 +78,11 @@ class CachedDocuments:
     """The documents of a source of local files as token ids, kept in `folder`."""
 
     def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
-        if not isinstance(source, FileDocuments):
-            raise UserError("data.token_cache is for files of text (data=local, data=hub); set data.token_cache=null")
+        if not isinstance(source, FileDocuments) or not source.is_stored:
+            raise UserError(
+                "data.token_cache is for files of text (data=local, or data=hub without data.streaming); set "
+                "data.token_cache=null"
+            )
         self.tokenizer, self.folder, self.column = tokenizer, Path(folder), str(source.column)
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         self._texts, self._source = source._rows, copy.copy(source)

@@ -19,6 +19,9 @@ def run(cfg) -> None:
             f"stage=download: data={cfg.data.name} names nothing on the hub; choose data=fineweb_edu, for one"
         )
     for part in text:
+        if not part.is_stored:
+            print(f"{part.where}: read over the network while training, nothing to fetch", flush=True)
+            continue
         missing = [file for file in part.remote if not part.folder.is_here(file)]
         size = in_bytes(sum(file.size for file in missing))
         print(

@@ -1,0 +1,101 @@
+"""Text of a data set on the Hugging Face hub, read over the network while it is trained on: nothing is stored.
+
+Files are read in blocks, a few of them ahead. Documents, their order and their positions are those of the files when
+they are fetched, so a run may change from one to the other; a position inside a parquet file is found without reading
+what comes before its row group.
+"""
+
+import io
+import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+from llm.data.download import HubFile, HubFolder, patiently
+from llm.data.formats import check_file
+from llm.data.hub import HubDocuments
+from llm.format import in_bytes
+
+BLOCK_BYTES = 1 << 22
+BLOCKS_AHEAD = 4
+
+
+class StreamedDocuments(HubDocuments):
+    """As HubDocuments, over the network."""
+
+    is_stored = False
+
+    def check(self) -> str:
+        """Look for the column and a document in the first and in the validation shard."""
+        for path in dict.fromkeys((self.files[0], self.files[-1])):
+            check_file(self.present(path), self.column)
+        self._find_documents()
+        size = sum(file.size for file in self.remote)
+        return (
+            f"{len(self.remote)} shards of {self.where}, {in_bytes(size)}, read over the network; "
+            f"validation: {self._held_out()}"
+        )
+
+    def present(self, path) -> "RemoteFile":
+        return RemoteFile(self.folder, self.remote[self._number[path]])
+
+
+class RemoteFile:
+    """What the readers of llm.data.formats ask of a path, for a file on the hub."""
+
+    def __init__(self, folder: HubFolder, file: HubFile) -> None:
+        self.folder, self.file, self.name = folder, file, file.name
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.name}"
+
+    def stat(self) -> SimpleNamespace:
+        return SimpleNamespace(st_size=self.file.size)
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        return io.BufferedReader(Blocks(self.folder, self.file), BLOCK_BYTES)
+
+
+class Blocks(io.RawIOBase):
+    """The bytes of a file on the hub. Threads fetch the blocks that follow the one that is read."""
+
+    def __init__(self, folder: HubFolder, file: HubFile) -> None:
+        self.folder, self.file, self.at = folder, file, 0
+        self._blocks: dict[int, Future] = {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.file.size}[whence]
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        if self.at >= self.file.size:
+            return 0
+        number, inside = divmod(self.at, BLOCK_BYTES)
+        last = (self.file.size - 1) // BLOCK_BYTES
+        wanted = range(number, min(number + BLOCKS_AHEAD, last) + 1)
+        self._blocks = {i: self._blocks.get(i) or self._request(i) for i in wanted}
+        data = self._blocks[number].result()[inside : inside + len(buffer)]
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def _request(self, number: int) -> Future:
+        future: Future = Future()
+        threading.Thread(target=self._fetch, args=(number, future), name="fathom-stream", daemon=True).start()
+        return future
+
+    def _fetch(self, number: int, future: Future) -> None:
+        start = number * BLOCK_BYTES
+        stop = min(start + BLOCK_BYTES, self.file.size)
+        try:
+            future.set_result(patiently(lambda: self.folder.read(self.file, start, stop), self.folder))
+        except BaseException as error:
+            future.set_exception(error)
