@@ -88,7 +88,10 @@ class Tokenizer:
         )
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos_id = self._special_ids["<|bos|>"]
+        self.stop_ids = frozenset({self.bos_id, self._special_ids["<|assistant_end|>"]})  # end a completion
         self.fingerprint = _fingerprint(self.tokens, pattern)
+
+    has_tools = True  # there are special tokens for calculator calls
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> "Tokenizer":
