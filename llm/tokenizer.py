@@ -135,6 +135,12 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, BOS first. Behind a written <|bos|>, as in a rendered chat, special tokens are themselves."""
+        if text.startswith("<|bos|>"):
+            return self._encoding.encode(text, allowed_special="all")
+        return [self.bos_id, *self.encode(text)]
+
     def encode_document(self, text: str) -> np.ndarray:
         """BOS and the ids of the text, int32. Threads can do this side by side: tiktoken releases Python's lock."""
         text = _without_surrogates(text)
