@@ -27,7 +27,8 @@ def key(
 
     In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `nonempty` = not an empty text;
     `fixed` = set by choosing the group's option, not by hand; `raw` = text taken from the command line as it is;
-    `option_name` = the name of the chosen option is all that counts.
+    `option_name` = the name of the chosen option is all that counts; `no_group` = a value, though `conf/` has a group
+    of this name for another entry point.
     """
     return field(metadata={"help": text, "choices": choices, "low": low, "high": high, **more})
 
@@ -392,7 +393,7 @@ class EvaluateConfig:
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
     run: str | None = key("run to evaluate", main=True, nonempty=True)
-    model: str | None = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, nonempty=True)
+    model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
 
 @dataclass

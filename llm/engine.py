@@ -28,9 +28,10 @@ class TokenEvent(NamedTuple):
 
 @dataclass
 class Completion:
-    """What followed a prompt, without the stop token but with a stop text. mask: 1 = sampled, 0 = forced by the calculator.
+    """What followed a prompt, without the stop token. mask: 1 = sampled, 0 = forced by the calculator.
 
-    finish_reason: "stop" (the model ended its turn, or wrote a stop text) or "length" (max_new_tokens or the context is used up).
+    finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`, which is kept) or
+    "length" (max_new_tokens or the context is used up).
     """
 
     ids: list[int] = field(default_factory=list)

@@ -280,8 +280,8 @@ class HFSubject(Subject):
         asked = [section for section in ("bpb", "chat", "samples") if cfg.eval[section]]
         if asked and cfg.data is None:
             raise UserError(
-                f"eval=[{','.join(asked)}]: model={self.title} comes without data: give data=local data.path=<text>, or "
-                "measure something else, such as eval=[core] or eval=lm_eval"
+                f"eval=[{','.join(asked)}]: model={self.title} comes without data: give data=local data.path=<text>, "
+                "or measure something else, such as eval=[core] or eval=lm_eval"
             )
         self.data, self.folder = cfg.data, Path(cfg.paths.runs) / "hf" / folder_name(name)
         before = (read_json(self.folder / "eval.json") or {}).get("model", self.title)

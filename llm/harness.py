@@ -172,8 +172,8 @@ class Harness:
         except Exception as error:  # whatever a task's data, code or template meets
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"eval.tasks=[{','.join(names)}]: cannot be loaded ({reason}). Their data come from the hub; for files of "
-                "your own write task files (dataset_path: json) into eval.include_path"
+                f"eval.tasks=[{','.join(names)}]: cannot be loaded ({reason}). Their data come from the hub; for "
+                "files of your own write task files (dataset_path: json) into eval.include_path"
             ) from error
         for name, task in loaded["tasks"].items():
             self._check(name, task)
@@ -183,8 +183,8 @@ class Harness:
     def _check(self, name: str, task: Any) -> None:
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
-                f"eval.tasks: {name} runs programs of the model without a sandbox; the task type humaneval of eval=[chat] "
-                "has one"
+                f"eval.tasks: {name} runs programs of the model without a sandbox; the task type humaneval of "
+                "eval=[chat] has one"
             )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"eval.tasks: {name} needs images or sound; only text is known here")

@@ -47,11 +47,12 @@ class HFNet(nn.Module):
 
     def __init__(self, model: nn.Module, seq_len: int):
         super().__init__()
-        self.model = model.eval()
+        self.model = model
         self.head = model.get_output_embeddings()
         self.compute_dtype = model.dtype
         self.config = HFShape(seq_len, self.head.weight.size(0))
         self._accepts = inspect.signature(model.forward).parameters
+        self.eval()  # without dropout, also after whoever puts back the mode it found
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +131,7 @@ class HFNet(nn.Module):
             mask = (positions >= 0).long()
             positions = positions.clamp(min=0)
             ids = ids.gather(1, positions)
+        positions = positions.clamp(max=self.config.seq_len - 1)  # of what pads short continuations
         cache.mask = torch.cat((cache.mask, mask), dim=1)
         more = {"position_ids": positions} if "position_ids" in self._accepts else {}
         hidden, output = self._trunk(
@@ -344,8 +346,8 @@ def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple
     net = HFNet(model.to(device), seq_len or min(own or LONGEST, LONGEST))
     if not _is_causal(net):
         raise UserError(
-            f"model=hf:{name}: a token changes what is predicted before it, so this {type(model).__name__} is no causal "
-            "language model; name one such as hf:openai-community/gpt2"
+            f"model=hf:{name}: a token changes what is predicted before it, so this {type(model).__name__} is no "
+            "causal language model; name one such as hf:openai-community/gpt2"
         )
     stops = getattr(model.generation_config, "eos_token_id", None)
     return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
@@ -370,14 +372,14 @@ def _folder(name: str) -> Path:
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         status = getattr(error.response, "status_code", "?")
         raise UserError(
-            f"model=hf:{name}: the hub refuses it ({status}): there is no such model, or it is private or gated. Correct "
-            "the name, or accept its terms on its page and set HF_TOKEN"
+            f"model=hf:{name}: the hub refuses it ({status}): there is no such model, or it is private or gated. "
+            "Correct the name, or accept its terms on its page and set HF_TOKEN"
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
         reason = _first_line(error.__cause__ or error)
         raise UserError(
-            f"model=hf:{name}: the hub cannot be reached or fails ({reason}), and the model has not been fetched before. "
-            "Check the network or HF_ENDPOINT, or give a folder: model=hf:/path/to/folder"
+            f"model=hf:{name}: the hub cannot be reached or fails ({reason}), and the model has not been fetched "
+            "before. Check the network or HF_ENDPOINT, or give a folder: model=hf:/path/to/folder"
         ) from error
     if not (found / "config.json").is_file():
         raise UserError(f"model=hf:{name}: the repository has no config.json, so it holds no model of transformers")

@@ -136,7 +136,7 @@ class Tokenizer:
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, BOS first. Behind a written <|bos|>, as in a rendered chat, special tokens are themselves."""
+        """Ids of a prompt, BOS first. Behind a written <|bos|>, as in a chat, special tokens are themselves."""
         if text.startswith("<|bos|>"):
             return self._encoding.encode(text, allowed_special="all")
         return [self.bos_id, *self.encode(text)]

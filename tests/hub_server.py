@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one data set on 127.0.0.1 that fails where it is told to.
+"""A Hugging Face hub of one data set, or one model, on 127.0.0.1 that fails where it is told to.
 
 `python tests/hub_server.py <folder> [bytes per second]` serves the files of a folder as fathom/test until it is ended.
 """
@@ -71,12 +71,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(fault, b"{}")
         if isinstance(fault, tuple) and fault[0] == 429:
             return self.answer(429, b"{}", {"Retry-After": str(fault[1])})
-        if path.startswith(f"/datasets/{REPO}/resolve/"):
-            revision, _, name = path.removeprefix(f"/datasets/{REPO}/resolve/").partition("/")
+        if path.startswith((f"/datasets/{REPO}/resolve/", f"/{REPO}/resolve/")):
+            revision, _, name = path.removeprefix("/datasets").removeprefix(f"/{REPO}/resolve/").partition("/")
             if name not in hub.files:
                 return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return self.content(hub.files[name], start, fault)
-        parts = path.removeprefix("/api/datasets/").split("/")
+        parts = path.removeprefix("/api/datasets/").removeprefix("/api/models/").split("/")
         if "/".join(parts[:2]) != REPO:
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if len(parts) > 3 and "/".join(parts[3:]) not in hub.revisions:
@@ -87,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             more = {"Link": f'<{hub.url}{url.path}?cursor={begin + PAGE}>; rel="next"'}
             page = json.dumps(entries[begin : begin + PAGE]).encode()
             return self.answer(200, page, more if begin + PAGE < len(entries) else {})
-        return self.answer(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode())
+        names = [{"rfilename": name} for name in hub.files] if path.startswith("/api/models/") else []
+        return self.answer(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": names}).encode())
 
     def answer(self, status, body, headers=None):
         self.send_response(status)
@@ -101,9 +102,13 @@ class Handler(BaseHTTPRequestHandler):
         hub, body = self.server, data[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
+        if self.command == "HEAD":
+            return
         kind, value = fault if isinstance(fault, tuple) else (fault, 0)
         if kind == "garble":
             body = body[:-1] + bytes([body[-1] ^ 1])
