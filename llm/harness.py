@@ -10,6 +10,8 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from llm.sampling import SamplingParams
 
 TASK_SEED, NUMPY_SEED = 0, 1234  # lm-eval's own: some tasks shuffle their choices as they are loaded
 MAX_NEW_TOKENS = 256  # of an answer whose task does not say, as in lm-eval
-UNKNOWN_TASK = "eval.tasks: lm-eval has no task, group or tag"
+task_manager = lru_cache(TaskManager)  # reading thousands of task files takes seconds
 
 
 class HarnessModel(TemplateLM):
@@ -112,7 +114,7 @@ class HarnessModel(TemplateLM):
             self.cut += sum(len(prompt) > room for prompt in prompts.values())
             prompts = {i: prompt[-room:] for i, prompt in prompts.items()}
             for rows in batches_by_length(members, prompts, self.batch_size):
-                own = SamplingParams(**{**vars(params), "seed": batch})
+                own = replace(params, seed=batch)
                 for i, (done,) in zip(rows, self.engine.generate([prompts[i] for i in rows], own), strict=True):
                     texts[i] = answer_text(self.tokens, done.ids, params.stop)
                 batch += 1
@@ -161,12 +163,13 @@ class Harness:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every default that a task leaves as it is
         random.seed(TASK_SEED)
         np.random.seed(NUMPY_SEED)
-        self.manager = TaskManager(include_path=folder)
+        self.manager = task_manager(include_path=folder)
         names = list(options.tasks)
         for name in names:
             if name not in self.manager.all_tasks:
                 near = ", ".join(difflib.get_close_matches(name, self.manager.all_tasks, n=5, cutoff=0.5))
-                raise UserError(f"{UNKNOWN_TASK} {name!r}" + (f"; near it: {near}" if near else ""))
+                hint = f"; near it: {near}" if near else ""
+                raise UserError(f"eval.tasks: lm-eval has no task, group or tag {name!r}{hint}")
         try:
             loaded = self.manager.load(names)
         except Exception as error:  # whatever a task's data, code or template meets

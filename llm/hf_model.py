@@ -340,6 +340,8 @@ def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple
         raise UserError(
             f"model=hf:{name}: its files lack {missing[0]} ({len(missing)} in all), which a causal language model needs"
         )
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model=hf:{name}: this {type(model).__name__} has no head over a vocabulary to score with")
     own = _context(config, tokenizer)
     if seq_len is not None and own is not None and seq_len > own:
         raise UserError(f"eval.seq_len={seq_len}: hf:{name} has a context of {own} tokens")
