@@ -141,6 +141,8 @@ def render_prompt(tok: "Tokenizer", conversation: Mapping[str, Any] | Sequence[M
     messages = list(conversation["messages"] if isinstance(conversation, Mapping) else conversation)
     if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
         messages.pop()
+    if hasattr(tok, "chat_prompt"):  # models of others have chat formats of their own
+        return tok.chat_prompt(messages)
     ids, _ = render_conversation(tok, {"messages": messages})
     return [*ids, tok.special_id("<|assistant_start|>")]
 

@@ -18,7 +18,7 @@ from llm.cli_help import help_text
 from llm.environment import tune_process
 from llm.errors import UserError
 from llm.launch import adopt_slurm, begin, end, is_launched, launched_rank
-from llm.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides
+from llm.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides, without_groups
 from llm.sweep import job_title, separate_run
 
 __all__ = ["check_overrides", "run_app"]
@@ -72,6 +72,7 @@ def _run(config_name: str, target: str, argv: list[str]) -> int:
         argv = quote_raw(config_name, argv)
         if "--shell-completion" not in argv and "-sc" not in argv:
             check_overrides(config_name, argv)
+            argv = without_groups(config_name, argv)
         if launcher(argv) != "basic":
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on the exception of a job
             print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
@@ -176,10 +177,11 @@ def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
 
 
 def _option_names(cfg: Any) -> None:
-    """Put the option's name where only that counts: `stage=sft` of evaluate.py means the stage, not its settings."""
+    """Put the name where only that counts: `stage=sft` of evaluate.py means the stage, not its settings."""
     from omegaconf import DictConfig, OmegaConf
 
     schema = OmegaConf.get_type(cfg)
     for name, spec in schema.__dataclass_fields__.items():
-        if spec.metadata.get("option_name") and isinstance(cfg[name], DictConfig):
+        only_name = spec.metadata.get("option_name") or spec.metadata.get("no_group")
+        if only_name and isinstance(cfg[name], DictConfig):
             cfg[name] = cfg[name].name

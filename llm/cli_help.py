@@ -12,12 +12,16 @@ EXAMPLES = {
         "python train.py -m experiment=demo stage=tokenizer,pretrain,midtrain,sft,grpo",
         "python train.py -m experiment=demo stage=pretrain model=d2,d4",
     ],
-    "evaluate": ["python evaluate.py run=demo stage=sft eval=[bpb,chat,samples] eval.max_per_task=100"],
+    "evaluate": [
+        "python evaluate.py run=demo stage=sft eval=[bpb,chat,samples] eval.max_per_task=100",
+        "python evaluate.py run=demo stage=pretrain eval=lm_eval eval.tasks=[arc_easy,hellaswag]",
+        "python evaluate.py model=hf:openai-community/gpt2 eval=[core] eval.bundle=eval_bundle.zip",
+    ],
     "serve": ["python serve.py run=demo", "python serve.py run=demo ui=cli", 'python serve.py run=demo prompt="Hi!"'],
 }
 PURPOSE = {
     "train": "Train one phase, or several as a sweep (-m).",
-    "evaluate": "Measure a finished stage; prints a table and writes eval.json beside its run.json.",
+    "evaluate": "Measure a finished stage, or a model of Hugging Face; prints a table and writes eval.json.",
     "serve": "Chat with a finished stage.",
 }
 

@@ -27,7 +27,8 @@ def key(
 
     In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `nonempty` = not an empty text;
     `fixed` = set by choosing the group's option, not by hand; `raw` = text taken from the command line as it is;
-    `option_name` = the name of the chosen option is all that counts.
+    `option_name` = the name of the chosen option is all that counts; `no_group` = a value, though `conf/` has a group
+    of this name for another entry point.
     """
     return field(metadata={"help": text, "choices": choices, "low": low, "high": high, **more})
 
@@ -385,14 +386,20 @@ class EvalConfig:
     chat: bool = key("measure the accuracy of data.eval's tasks (eval=[chat])")
     samples: bool = key("print continuations and answers (eval=[samples])")
     core: bool = key("measure the CORE metric with eval.bundle (eval=[core])")
+    lm_eval: bool = key("measure eval.tasks by lm-eval, the field's harness (eval=lm_eval)")
     tokens: int = key("validation tokens for bits per byte", low=1)
     max_per_task: int | None = key("items of one task; null = all", low=1, main=True)
+    seq_len: int | None = key("model=hf: tokens of context to use; null = the model's own, at most 2048", low=8)
     max_new_tokens: int = key("length limit of a generated answer", low=1)
     num_samples: int = key("answers per item of generative tasks: 1 = a greedy one, more = drawn, for pass@k", low=1)
     ks: list[int] | None = key("which pass@k; null = 1 and num_samples")
     temperature: float = key("sampling temperature of drawn answers", above=0)
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
     core_tasks: list[str] | None = key("tasks of the bundle to measure; null = all, whose mean is CORE")
+    tasks: list[str] | None = key("eval=lm_eval: its tasks, groups or tags, as in [arc_easy,hellaswag]", main=True)
+    num_fewshot: int | None = key("eval=lm_eval: solved examples in a prompt; null = as each task says", low=0)
+    include_path: str | None = key("eval=lm_eval: folder of task files (YAML) of your own")
+    chat_template: bool = key("eval=lm_eval: prompts in the model's chat format")
     batch_size: int = key("sequences evaluated together", low=1)
 
 
@@ -405,6 +412,7 @@ class EvaluateConfig:
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
     run: str | None = key("run to evaluate", main=True, nonempty=True)
+    model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
 
 @dataclass

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from llm import distributed
-from llm.attention import Branches, KVCache
 from llm.core_bundle import CoreTask, prompts
 from llm.engine import in_compute_dtype
 from llm.evaluation import score
@@ -96,13 +95,7 @@ def core_score(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def _evaluate(net: Any, tokenizer: Any, task: CoreTask, indices: Sequence[int], batch_size: int) -> list[dict]:
     """Records of some examples, in their order."""
     rows = encode(task, tokenizer, indices, net.config.seq_len)
-    found: dict[tuple[int, int], Scored] = {}
-    enough = ENOUGH.get(net.device.type, ENOUGH_ELSEWHERE)
-    for groups in own(batches(group(rows), batch_size, enough)):
-        members = [row for one in groups for row in one.rows]
-        scored = score_shared(net, groups) if len(groups[0].rows) > 1 else score_plain(net, members)
-        found |= {(row.example, row.choice): one for row, one in zip(members, scored, strict=True)}
-    found = merged(found)
+    found = score_rows(net, rows, batch_size)
     by_example: dict[int, list[Row]] = {i: [] for i in indices}
     for row in rows:
         by_example[row.example].append(row)
@@ -118,6 +111,18 @@ def _evaluate(net: Any, tokenizer: Any, task: CoreTask, indices: Sequence[int], 
         record(task, i, [found[i, row.choice] for row in own_rows], max(row.cut for row in own_rows), tokenizer)
         for i, own_rows in by_example.items()
     ]
+
+
+def score_rows(net: Any, rows: Sequence[Row], batch_size: int) -> dict[tuple[int, int], Scored]:
+    """{(example, choice): what the network says} of all rows, shared out among the processes."""
+    found: dict[tuple[int, int], Scored] = {}
+    enough = ENOUGH.get(net.device.type, ENOUGH_ELSEWHERE)
+    for groups in own(batches(group(rows), batch_size, enough)):
+        members = [row for one in groups for row in one.rows]
+        shares = len(groups[0].rows) > 1 and net.can_branch
+        scored = score_shared(net, groups) if shares else score_plain(net, members)
+        found |= {(row.example, row.choice): one for row, one in zip(members, scored, strict=True)}
+    return merged(found)
 
 
 def own(things: Sequence) -> Sequence:
@@ -208,28 +213,20 @@ def batches(groups: Sequence[Group], batch_size: int, enough: int = ENOUGH_ELSEW
 
 @torch.no_grad()
 def score_plain(net: Any, rows: Sequence[Row]) -> list[Scored]:
-    """One pass over whole rows."""
-    hidden = net.hidden(padded([row.ids for row in rows]).to(net.device))
+    """One pass over whole rows, without their last tokens, behind which nothing is predicted."""
+    hidden = net.hidden(padded([row.ids[:-1] for row in rows]).to(net.device))
     return read(net, [hidden[i, row.start - 1 : len(row.ids) - 1] for i, row in enumerate(rows)], rows)
 
 
 @torch.no_grad()
 def score_shared(net: Any, groups: Sequence[Group]) -> list[Scored]:
     """A pass over what the rows of each group share, and one over all that follows; groups of as many rows each."""
-    n = len(groups[0].rows)
-    lengths = torch.tensor([one.shared for one in groups], device=net.device)
-    prefixes = padded([one.rows[0].ids[: one.shared] for one in groups]).to(net.device)
-    cache = KVCache(net.config, *prefixes.shape, device=net.device, dtype=net.compute_dtype)
-    hidden = net.hidden(prefixes, cache)
-    cache.advance(prefixes.size(1), lengths)
-    hidden = (
-        hidden[torch.arange(len(groups), device=net.device), lengths - 1].repeat_interleave(n, dim=0).unsqueeze(1)
-    )  # (B n, 1, C)
     rows = [row for one in groups for row in one.rows]
     shared = [one.shared for one in groups for _ in one.rows]
+    lengths = torch.tensor([one.shared for one in groups], device=net.device)
+    prefixes = padded([one.rows[0].ids[: one.shared] for one in groups]).to(net.device)  # (B, S)
     rest = padded([row.ids[k:-1] for row, k in zip(rows, shared, strict=True)]).to(net.device)  # (B n, T)
-    if rest.size(1):
-        hidden = torch.cat((hidden, net.hidden(rest, Branches(cache, n, net.config.seq_len))), dim=1)
+    hidden = net.branches(prefixes, lengths, len(groups[0].rows), rest)  # (B n, 1 + T, C)
     of_answers = (h[row.start - k : len(row.ids) - k] for h, row, k in zip(hidden, rows, shared, strict=True))
     return read(net, list(of_answers), rows)
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from llm.attention import KVCache
 from llm.sampling import SamplingParams, sample, uniform_draws
 from llm.tools import calculate
 
@@ -31,7 +30,8 @@ class TokenEvent(NamedTuple):
 class Completion:
     """What followed a prompt, without the stop token. mask: 1 = sampled, 0 = forced by the calculator.
 
-    finish_reason: "stop" (the model ended its turn) or "length" (max_new_tokens or the context is used up).
+    finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`, which is kept) or
+    "length" (max_new_tokens or the context is used up).
     """
 
     ids: list[int] = field(default_factory=list)
@@ -87,8 +87,9 @@ class TokenStream:
         self.finish_reasons: list[str | None] = [None] * (len(prompts) * num_samples)
         self._training, self._net = net.training, net
         self._twin = None
-        self._tools = _Calculator(tokenizer) if params.use_tools else None
-        self._stops = {tokenizer.bos_id, tokenizer.special_id("<|assistant_end|>")}
+        self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
+        self._stops = tokenizer.stop_ids
+        self._stop_texts = _StopTexts(tokenizer, params.stop) if params.stop else None
         self._prompts: list[Sequence[int]] = []  # with room for at least one token
         self._slots: list[_Row | None] = []  # by place in the batch; None = finished, waiting to leave
         for i, prompt in enumerate(prompts):
@@ -101,7 +102,7 @@ class TokenStream:
                 self.finish_reasons[rows.start : rows.stop] = ["length"] * num_samples
         self._num_samples = num_samples
         self._step = 0
-        self._cache: KVCache | None = None
+        self._cache = None
 
     def __iter__(self) -> Iterator[list[TokenEvent]]:
         return self
@@ -144,7 +145,7 @@ class TokenStream:
         for i, prompt in enumerate(self._prompts):
             ids[i, : len(prompt)] = torch.as_tensor(prompt)
         max_len = max(row.length + row.room for row in slots)
-        self._cache = KVCache(net.config, len(lengths), max_len, device=device, dtype=net.compute_dtype)
+        self._cache = net.new_cache(len(lengths), max_len)
         true = torch.tensor(lengths, device=device)
         logits = self._twin(ids.to(device), cache=self._cache, lengths=true, last_only=True)[:, 0]
         if self._num_samples > 1:
@@ -186,7 +187,9 @@ class TokenStream:
             events.append(TokenEvent(row.index, token, forced))
             row.length += 1
             row.room -= 1
-            if row.room == 0:
+            if self._stop_texts and self._stop_texts.ended(row, token):
+                self._finish(slot, "stop")
+            elif row.room == 0:
                 self._finish(slot, "length")
         self._next_ids = (torch.tensor(ids, device=sampled.device) if replaced else sampled).unsqueeze(1)
         return events
@@ -212,12 +215,26 @@ class TokenStream:
 class _Row:
     """A sequence in the making: its place among the results, tokens so far, tokens it may still gain, tool state."""
 
-    __slots__ = ("index", "length", "room", "forced", "expression")
+    __slots__ = ("index", "length", "room", "forced", "expression", "tail")
 
     def __init__(self, index: int, length: int, room: int):
         self.index, self.length, self.room = index, length, room
         self.forced: deque[int] = deque()
         self.expression: list[int] | None = None  # tokens since <|python_start|>
+        self.tail = b""  # end of its text, where a stop text may have begun
+
+
+class _StopTexts:
+    """Notices the texts that end a completion; they are looked for in bytes, as they may begin within a token."""
+
+    def __init__(self, tokenizer, texts: Sequence[str]):
+        self.tokenizer, self.texts = tokenizer, [text.encode() for text in texts if text]
+        self.keep = max(map(len, self.texts), default=1) - 1
+
+    def ended(self, row: _Row, token: int) -> bool:
+        text = row.tail + self.tokenizer.decode_bytes([token])
+        row.tail = text[max(0, len(text) - self.keep) :]
+        return any(stop in text for stop in self.texts)
 
 
 class _Calculator:

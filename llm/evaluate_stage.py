@@ -1,8 +1,10 @@
-"""What `evaluate.py` runs: score a finished stage on its own held-out data and keep the scores in its eval.json."""
+"""What `evaluate.py` runs: score a finished stage, or a model of Hugging Face, and keep the scores in an eval.json."""
 
 import json
+import re
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from llm.engine import Engine
 from llm.errors import UserError
 from llm.evaluation import bits_per_byte, chat_core, draw_samples, evaluate_task, questions, text_prompts
 from llm.format import duration, percent, value
+from llm.hf_model import load_hf
 from llm.model_folder import load_model_folder
 from llm.precision import resolve_compute_dtype
 from llm.report import build_report, print_table
@@ -24,16 +27,18 @@ from llm.run import find_stage, read_json, read_manifest, write_json
 from llm.sampling import SamplingParams
 from tasks import Cache, build_task, held_out_mixture
 
-SECTIONS = ("bpb", "chat", "core", "samples")
+SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
+HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 
 
 def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
-    """Score the stage that `cfg` (conf/evaluate.yaml) names, print a table, update eval.json and the run's report.
+    """Score the stage or model that `cfg` (conf/evaluate.yaml) names, print a table, update eval.json and the report.
 
     Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr", ...}}, "chatcore",
-    "core", "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "samples"}.
+    "core", "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "lm_eval": {task: {metric: value}},
+    "samples"}, and of a model of Hugging Face {"model", "seq_len"}.
     """
     wanted = [section for section in SECTIONS if cfg.eval[section]]
     if wrong := [k for k in cfg.eval.ks or [] if not 1 <= k <= cfg.eval.num_samples]:
@@ -44,24 +49,41 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         raise UserError("eval=[core] needs eval.bundle=<folder or zip of a CORE bundle>; see docs/evaluation.md")
     if cfg.eval.bundle is not None and not cfg.eval.core:
         raise UserError(f"eval.bundle={cfg.eval.bundle}: only eval=[core] reads it")
-    stage_dir = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
-    subject = Subject(stage_dir, cfg)
-    print(f"{stage_dir.parent.name}/{stage_dir.name} on {subject.net.device}", flush=True)
+    if cfg.eval.lm_eval and not cfg.eval.tasks:
+        raise UserError("eval=lm_eval needs the names of tasks, as in eval.tasks=[arc_easy,hellaswag]")
+    for key in ("tasks", "num_fewshot", "include_path", "chat_template"):
+        if not cfg.eval.lm_eval and cfg.eval[key] not in (None, False):
+            raise UserError(f"eval.{key}={cfg.eval[key]}: only eval=lm_eval reads it")
+    subject = StageSubject(cfg) if cfg.model is None else HFSubject(cfg)
+    print(f"{subject.title} on {subject.net.device}", flush=True)
     measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
-    measure["core"] = subject.core
+    measure |= {"core": subject.core, "lm_eval": subject.lm_eval}
     scores: dict[str, Any] = {}
     for section in wanted:
         scores |= measure[section]()
-    merged = merge_scores(stage_dir / "eval.json", scores)
-    print_scores(stage_dir, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
-    print(f"scores: {stage_dir / 'eval.json'}   report: {build_report(stage_dir.parent, redraw=False)}")
+    merged = merge_scores(subject.folder / "eval.json", subject.facts | scores)
+    print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
+    report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
+    print(f"scores: {subject.folder / 'eval.json'}{report}")
     return merged
+
+
+def load_harness(options: Any) -> Any:
+    """lm-eval with the tasks of `eval.tasks`: an extra that only this needs."""
+    try:
+        from llm.harness import Harness
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise UserError("eval=lm_eval needs a package of its own: pip install -e '.[lm_eval]'") from error
+    return Harness(options)
 
 
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
     merged = read_json(path) or {}
-    by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in ("chat", "core_tasks")}
+    kinds = ("chat", "core_tasks", "lm_eval")
+    by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in kinds}
     merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
     if (overall := chat_core(by_task["chat"])) is not None:
         merged["chatcore"] = overall
@@ -70,11 +92,11 @@ def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def print_scores(stage_dir: Path, scores: dict[str, Any]) -> None:
+def print_scores(title: str, scores: dict[str, Any]) -> None:
     for sample in scores.get("samples", []):
         print(f"\n> {sample['prompt']}\n{sample['completion']}")
     rows = [[key, value(scores[key]), "", ""] for key in ("bpb", "bpb_text") if key in scores]
@@ -88,64 +110,43 @@ def print_scores(stage_dir: Path, scores: dict[str, Any]) -> None:
         rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
     if rows:
         print()
-        print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=f"{stage_dir.parent.name}/{stage_dir.name}")
+        print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=title)
 
 
 class Subject:
-    """A finished stage under evaluation: its network, its tokenizer and the data it has to be judged on.
+    """A model under evaluation: its network, its tokenizer, and the data and tasks it has to be judged on.
 
-    The data config is the one saved in run.json unless the command line gives another (`data=`).
+    folder: where its results go; facts: what eval.json says about it beside scores. Subclasses set `net`, `tokenizer`,
+    `data`, `seed`, `is_chat`, `folder` and `title`; what can be wrong about tasks is checked before a model is loaded.
     """
 
-    def __init__(self, stage_dir: Path, cfg: DictConfig):
-        manifest = read_manifest(stage_dir) or {}
-        if not manifest.get("config"):
-            raise UserError(f"{stage_dir / 'run.json'} has no config: the stage was not written by train.py")
-        saved = OmegaConf.create(manifest["config"])
-        self.name, self.seed, self.options = stage_dir.name, saved.seed, cfg.eval
-        self.data = saved.data if cfg.data is None else cfg.data
-        self.settings, self.folder = saved.stage, stage_dir
+    net: Any
+    tokenizer: Any
+    data: Any
+    seed: int
+    is_chat: bool  # answers questions, and does not only continue texts
+    folder: Path
+    title: str
+
+    def __init__(self, cfg: DictConfig):
+        self.options, self.cache = cfg.eval, cfg.paths.data
         names, most = cfg.eval.core_tasks, cfg.eval.max_per_task
         self.core_tasks = load_bundle(cfg.eval.bundle, names, most) if cfg.eval.core else []
-        net, self.tokenizer = load_model_folder(stage_dir / "model")
-        use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
-        self.net = net.to("cuda" if use_gpu else "cpu")
-        self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
-        self.engine = Engine(self.net, self.tokenizer)
-        self.cache = cfg.paths.data
-        self._source = self._held_out = None
+        self.harness = load_harness(cfg.eval) if cfg.eval.lm_eval else None
+        self.facts: dict[str, Any] = {}
 
-    @property
-    def is_chat(self) -> bool:
-        return self.name != "pretrain"
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.net, self.tokenizer)
 
-    @property
+    @cached_property
     def source(self) -> Any:
-        """The run's text, found and checked once."""
-        if self._source is None:
-            self._source = document_source(self.data, self.cache)
-        return self._source
-
-    @property
-    def held_out(self) -> Any:
-        """Held-out conversations of what the stage was trained on; reinforcement learning has those of sft."""
-        if self._held_out is None:
-            stage = "sft" if self.name == "grpo" else self.name
-            self._held_out = held_out_mixture(self.data, stage, self.seed, Cache(self.cache))
-        return self._held_out
+        """The text, found and checked once."""
+        return document_source(self.data, self.cache)
 
     def bpb(self) -> dict[str, float]:
-        """{"bpb": on the stage's own validation data, "bpb_text": of a chat stage also on the validation text}."""
-        if not self.is_chat:
-            return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
-        train_on = self.settings.get("train_on", "assistant")
-        steps = ConversationSteps(
-            self.held_out, self.tokenizer, *self._shape(), train_on=train_on, seed=self.seed, loop=False
-        )
-        scores = {"bpb": self._bits_per_byte("bpb", steps)}
-        if self.data.name != "local" or self.data.path is not None:
-            scores["bpb_text"] = self._bits_per_byte("bpb_text", self._text_steps())
-        return scores
+        """{"bpb": on the validation text}."""
+        return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
 
     def _shape(self) -> tuple[int, int]:
         return self.net.config.seq_len, self.options.batch_size
@@ -162,13 +163,7 @@ class Subject:
         return bpb
 
     def chat(self) -> dict[str, dict]:
-        """{"chat": {task: its scores}} for the tasks of `data.eval`; nothing before a model has seen a chat.
-
-        Every answer goes to records/<task>.jsonl in the stage's folder.
-        """
-        if not self.is_chat:
-            print(f"chat: left out, stage={self.name} has not seen a conversation yet", flush=True)
-            return {}
+        """{"chat": {task: its scores}} for the tasks of `data.eval`; every answer goes to records/<task>.jsonl."""
         options, scores = self.options, {}
         sampling = None
         if options.num_samples > 1:
@@ -202,10 +197,103 @@ class Subject:
         """{"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
         return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.folder)
 
+    def lm_eval(self) -> dict[str, Any]:
+        """{"lm_eval": {task: {metric: value}}}; every item goes to lm_eval/<task>.jsonl beside eval.json."""
+        if self.options.chat_template and not self.is_chat:
+            raise UserError(f"eval.chat_template=true: {self.title} has no chat format; leave it out")
+        return self.harness.measure(self.engine, self.folder)
+
     def samples(self) -> dict[str, list]:
         """{"samples": [{"prompt", "completion"}]}: held-out texts continued, or questions of every task answered."""
         if not self.is_chat:
             return {"samples": draw_samples(self.engine, text_prompts(texts(self.source, "val")), TEXT_SAMPLE_TOKENS)}
-        prompts = [prompt for name in self.data.eval for prompt in questions(self._task(name), QUESTIONS_PER_TASK)]
-        prompts += questions(self.held_out, QUESTIONS_PER_TASK)
-        return {"samples": draw_samples(self.engine, prompts, self.options.max_new_tokens)}
+        return {"samples": draw_samples(self.engine, self._questions(), self.options.max_new_tokens)}
+
+    def _questions(self) -> list[dict]:
+        return [prompt for name in self.data.eval for prompt in questions(self._task(name), QUESTIONS_PER_TASK)]
+
+
+class StageSubject(Subject):
+    """A finished stage of a run. Its data config is the one saved in run.json unless `data=` gives another."""
+
+    def __init__(self, cfg: DictConfig):
+        self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
+        self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
+        manifest = read_manifest(self.folder) or {}
+        if not manifest.get("config"):
+            raise UserError(f"{self.folder / 'run.json'} has no config: the stage was not written by train.py")
+        if cfg.eval.seq_len is not None:
+            raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
+        super().__init__(cfg)
+        saved = OmegaConf.create(manifest["config"])
+        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, self.name != "pretrain"
+        self.data = saved.data if cfg.data is None else cfg.data
+        net, self.tokenizer = load_model_folder(self.folder / "model")
+        use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
+        self.net = net.to("cuda" if use_gpu else "cpu")
+        self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
+
+    @cached_property
+    def held_out(self) -> Any:
+        """Held-out conversations of what the stage was trained on; reinforcement learning has those of sft."""
+        return held_out_mixture(self.data, "sft" if self.name == "grpo" else self.name, self.seed, Cache(self.cache))
+
+    def bpb(self) -> dict[str, float]:
+        """{"bpb": on the stage's own validation data, "bpb_text": of a chat stage also on the validation text}."""
+        if not self.is_chat:
+            return super().bpb()
+        train_on = self.settings.get("train_on", "assistant")
+        steps = ConversationSteps(
+            self.held_out, self.tokenizer, *self._shape(), train_on=train_on, seed=self.seed, loop=False
+        )
+        scores = {"bpb": self._bits_per_byte("bpb", steps)}
+        if self.data.name != "local" or self.data.path is not None:
+            scores["bpb_text"] = self._bits_per_byte("bpb_text", self._text_steps())
+        return scores
+
+    def chat(self) -> dict[str, dict]:
+        """As `Subject.chat`; nothing before a model has seen a chat."""
+        if self.is_chat:
+            return super().chat()
+        print(f"chat: left out, stage={self.name} has not seen a conversation yet", flush=True)
+        return {}
+
+    def _questions(self) -> list[dict]:
+        return super()._questions() + questions(self.held_out, QUESTIONS_PER_TASK)
+
+
+class HFSubject(Subject):
+    """A causal language model of Hugging Face; its results lie in <paths.runs>/hf/<name>/."""
+
+    seed = 42  # of drawn answers, the default of train.py
+
+    def __init__(self, cfg: DictConfig):
+        self.title, name = str(cfg.model), str(cfg.model).removeprefix(HF)
+        if self.title == name or not name:
+            raise UserError(
+                f"model={self.title}: write model=hf:<owner>/<name> or model=hf:<folder>; a run is chosen by run="
+            )
+        for key in ("run", "stage"):
+            if cfg[key] is not None:
+                raise UserError(f"{key}={cfg[key]} and model={self.title}: give either a run or a model")
+        asked = [section for section in ("bpb", "chat", "samples") if cfg.eval[section]]
+        if asked and cfg.data is None:
+            raise UserError(
+                f"eval=[{','.join(asked)}]: model={self.title} comes without data: give data=local data.path=<text>, "
+                "or measure something else, such as eval=[core] or eval=lm_eval"
+            )
+        self.data, self.folder = cfg.data, Path(cfg.paths.runs) / "hf" / folder_name(name)
+        before = (read_json(self.folder / "eval.json") or {}).get("model", self.title)
+        if before != self.title:
+            raise UserError(f"{self.folder} holds scores of model={before}; move it away or set another paths.runs")
+        super().__init__(cfg)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device)
+        self.is_chat = self.tokenizer.has_chat_format
+        self.facts = {"model": self.title, "seq_len": self.net.config.seq_len}
+
+
+def folder_name(name: str) -> str:
+    """owner--name of a model on the hub; of a folder its last three parts, as every run has a folder `model`."""
+    parts = Path(name).expanduser().resolve().parts[-3:] if Path(name).expanduser().is_dir() else name.split("/")
+    return re.sub(r"[^\w.-]", "_", "--".join(part for part in parts if part != "/"))

@@ -227,6 +227,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids in, logits or loss out. `compute_dtype` is the dtype of all activations up to the logits."""
 
+    can_branch = True  # what sequences share can be computed once: see `branches`
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -411,6 +413,24 @@ class GPT(nn.Module):
         if is_training and self.training_trunk is not None:
             return self.training_trunk(x, values, starts, masks, backend)
         return self.trunk(x, values, starts, masks, backend, cache)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens."""
+        return KVCache(self.config, batch, max_len, device=self.device, dtype=self.compute_dtype)
+
+    def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
+        """Outputs (B n, 1 + T, C) at the last token of each prefix, and for `n` continuations of each behind it.
+
+        prefixes: (B, S), of which the first `lengths` (B,) tokens count; rest: (B n, T). Prefixes are computed once.
+        """
+        cache = self.new_cache(*prefixes.shape)
+        hidden = self.hidden(prefixes, cache)
+        cache.advance(prefixes.size(1), lengths)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].unsqueeze(1)
+        hidden = last.repeat_interleave(n, dim=0)
+        if rest.size(1):
+            hidden = torch.cat((hidden, self.hidden(rest, Branches(cache, n, self.config.seq_len))), dim=1)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""

@@ -74,12 +74,30 @@ def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
         name, equals, text = arg.partition("=")
         if not equals or name not in raw or text == "null":
             return arg
-        # OmegaConf reads ${...}, Hydra the quotes; both undo a backslash before them and the backslashes before that.
-        text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
-        text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-        return f"{name}='{text}'"
+        return f"{name}={_quoted(text)}"
 
     return [quote(arg) for arg in argv]
+
+
+def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
+    """`argv` with the values of `no_group` keys as {name: value}: Hydra takes any other for an option of the group."""
+    names = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("no_group")}
+
+    def wrap(arg: str) -> str:
+        name, equals, _ = arg.partition("=")
+        if not equals or name not in names:
+            return arg
+        return f"{name}=" + ",".join(f"{{name: {_quoted(_show(value))}}}" for value in _values(parse([arg])[0]))
+
+    return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
+
+
+def _quoted(text: str) -> str:
+    """In quotes, so that it is read as it is: OmegaConf reads ${...}, Hydra the quotes; both undo a backslash before
+    them and the backslashes before that.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def config_groups(config_name: str) -> dict[str, Any]:

@@ -137,6 +137,10 @@ def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]
             merged[key] = (number, None)
     for task, result in (scores.get("chat") or {}).items():
         merged[task] = (result["accuracy"], result.get("stderr"))
+    for task, result in (scores.get("lm_eval") or {}).items():
+        for metric, number in result.items():
+            if metric not in ("n", "shots") and not metric.endswith("_stderr"):
+                merged[f"lm_eval/{task}/{metric}"] = (number, result.get(f"{metric}_stderr"))
     return merged
 
 

@@ -13,7 +13,8 @@ from llm.errors import UserError
 class SamplingParams:
     """How completions are drawn. temperature 0 = greedy; top_k 0 and top_p 1 = no truncation.
 
-    max_new_tokens counts sampled and forced (calculator) tokens. Raises UserError for values outside their range.
+    max_new_tokens counts sampled and forced (calculator) tokens; stop: texts behind which a completion ends. Raises
+    UserError for values outside their range.
     """
 
     temperature: float = 1.0
@@ -22,6 +23,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     seed: int = 0
     use_tools: bool = True
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -88,7 +88,10 @@ class Tokenizer:
         )
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos_id = self._special_ids["<|bos|>"]
+        self.stop_ids = frozenset({self.bos_id, self._special_ids["<|assistant_end|>"]})  # end a completion
         self.fingerprint = _fingerprint(self.tokens, pattern)
+
+    has_tools = True  # there are special tokens for calculator calls
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> "Tokenizer":
@@ -131,6 +134,12 @@ class Tokenizer:
         if len(text) <= MAX_WHITESPACE_RUN:
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, BOS first. Behind a written <|bos|>, as in a chat, special tokens are themselves."""
+        if text.startswith("<|bos|>"):
+            return self._encoding.encode(text, allowed_special="all")
+        return [self.bos_id, *self.encode(text)]
 
     def encode_document(self, text: str) -> np.ndarray:
         """BOS and the ids of the text, int32. Threads can do this side by side: tiktoken releases Python's lock."""

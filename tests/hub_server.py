@@ -1,4 +1,4 @@
-"""A Hugging Face hub of data sets on 127.0.0.1 that fails where it is told to; datasets.load_dataset can read it.
+"""A Hugging Face hub of data sets, and of one model, on 127.0.0.1 that fails where it is told to; datasets can read it.
 
 `python tests/hub_server.py <folder> [bytes per second]` serves the files of a folder as fathom/test until it is ended.
 """
@@ -73,8 +73,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def parts(self):
         """(owner/name, revision, path inside) of an address, whose revision and path may hold quoted slashes."""
-        path = urlsplit(self.path).path.removeprefix("/api").removeprefix("/datasets/")
-        owner, name, _, revision, *inside = [*map(unquote, path.split("/")), "", ""]
+        path = urlsplit(self.path).path.removeprefix("/api").removeprefix("/datasets").removeprefix("/models")
+        owner, name, _, revision, *inside = [*map(unquote, path.removeprefix("/").split("/")), "", ""]
         return f"{owner}/{name}", revision, "/".join(inside).strip("/")
 
     def do_GET(self):
@@ -93,13 +93,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(hub.web[path], start, fault)
         repo, revision, inside = self.parts()
         files = hub.files_of(repo)
-        if not path.startswith(("/datasets/", "/api/datasets/")):
+        if not path.startswith(("/datasets/", "/api/datasets/", "/api/models/", f"/{REPO}/")):
             return self.answer(404, b"{}")
         if files is None:
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if revision and revision not in hub.revisions:
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        if path.startswith("/datasets/"):
+        if not path.startswith("/api/"):
             if repo in hub.gated:
                 return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
             if inside not in files:
@@ -114,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             link = f"{hub.url}{url.path}?cursor={begin + PAGE}&recursive={deep}"
             more = {"Link": f'<{link}>; rel="next"'} if begin + PAGE < len(found) else {}
             return self.answer(200, json.dumps(found[begin : begin + PAGE]).encode(), more)
-        return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
+        names = [{"rfilename": name} for name in files] if path.startswith("/api/models/") else []
+        return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": names}).encode())
 
     def answer(self, status, body, headers=None):
         self.send_response(status)

@@ -49,6 +49,9 @@ class ScriptNet(torch.nn.Module):
         self.scripts, self.fed = scripts, []
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
+    def new_cache(self, batch, max_len):
+        return KVCache(self.config, batch, max_len)
+
     def forward(self, ids, cache: KVCache, lengths=None, last_only=False):
         assert last_only and not torch.is_grad_enabled() and not self.training
         if cache.used == 0:

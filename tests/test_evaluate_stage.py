@@ -84,12 +84,14 @@ def runs(tmp_path_factory):
 
 def settings(runs, sections, **more):
     """The composed configuration of conf/evaluate.yaml, as run_app hands it over."""
-    chosen = {name: name in sections for name in ("bpb", "chat", "core", "samples")}
+    chosen = {name: name in sections for name in ("bpb", "chat", "core", "lm_eval", "samples")}
     options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
-    options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8}
+    options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8, "seq_len": None}
+    options |= {"tasks": None, "num_fewshot": None, "include_path": None, "chat_template": False}
     config = {
         "run": "demo",
         "stage": "sft",
+        "model": None,
         "data": None,
         "paths": {"runs": str(runs), "data": str(runs)},
         "eval": options | chosen,
@@ -168,6 +170,7 @@ def test_user_errors(runs):
         ({"eval": {"chat": False}}, r"eval=\[\]"),
         ({"eval": {"max_per_task": 0}}, "eval.max_per_task=0"),
         ({"eval": {"ks": [1, 4]}}, "eval.ks=.*num_samples=4"),
+        ({"eval": {"seq_len": 64}}, "eval.seq_len=64: only model=hf"),
     ):
         with pytest.raises(UserError, match=pattern):
             run_evaluation(settings(runs, ["chat"], **more))
