@@ -257,7 +257,7 @@ def document_source(data, cache: str) -> DocumentSource:
 
 def build_source(data, cache: str) -> DocumentSource:
     """The same, nothing checked or fetched but the list of a hub data set's files."""
-    if data.streaming and data.name != "hub":
+    if data.get("streaming") and data.name != "hub":
         raise UserError(f"data.streaming=true is for data sets of the hub, not for data={data.name}; leave it out")
     if data.name == "embedded":
         return EmbeddedDocuments(data.size, data.seed, data.val_size)
@@ -303,7 +303,7 @@ def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDo
             "repo": "data=hub needs data.repo=<owner>/<name> of a data set on the hub",
         }
         raise UserError(f"{key}.{kind} is not set: {needs[kind]}")
-    if kind == "path" and spec.streaming:
+    if kind == "path" and spec.get("streaming"):
         raise UserError(f"{key}.streaming=true is for data sets of the hub, not for {key}.path; leave it out")
     if kind == "path":
         return LocalDocuments(spec.path, spec.column, spec.val_size, key)
@@ -311,6 +311,6 @@ def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDo
     from llm.data.hub import HubDocuments
     from llm.data.streaming import StreamedDocuments
 
-    documents = StreamedDocuments if spec.streaming else HubDocuments
+    documents = StreamedDocuments if spec.get("streaming") else HubDocuments
     folder = HubFolder(spec.repo, spec.revision or "main", cache, workers, key)
     return documents(folder, spec.files, spec.shards, spec.column, spec.val_size, key)
