@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
     def parts(self):
         """(owner/name, revision, path inside) of an address, whose revision and path may hold quoted slashes."""
         path = urlsplit(self.path).path.removeprefix("/api").removeprefix("/datasets").removeprefix("/models")
-        owner, name, _, revision, *inside = [*map(unquote, path.removeprefix("/").split("/")), "", ""]
+        owner, name, _, revision, *inside = [*map(unquote, path.removeprefix("/").split("/")), "", "", ""]
         return f"{owner}/{name}", revision, "/".join(inside).strip("/")
 
     def do_GET(self):
