@@ -58,10 +58,11 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     print(f"{subject.title} on {subject.net.device}", flush=True)
     measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
     measure |= {"core": subject.core, "lm_eval": subject.lm_eval}
-    scores: dict[str, Any] = {}
-    for section in wanted:
-        scores |= measure[section]()
-    merged = merge_scores(subject.folder / "eval.json", subject.facts | scores)
+    scores, merged = dict(subject.facts), {}
+    for section in wanted:  # each is kept at once: the next one may take hours
+        found = measure[section]()
+        scores |= found
+        merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
     print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
     report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
     print(f"scores: {subject.folder / 'eval.json'}{report}")

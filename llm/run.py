@@ -31,7 +31,7 @@ NEUTRAL_KEYS = (
     *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
     *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
-    *("data.mixture.*_val", "data.token_cache", "data.workers"),
+    *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
 )
 _TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 _TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")

@@ -64,19 +64,34 @@ class HubTask(HubRepo):
 
         which: the task's key that holds `split`, "train" or "test".
         """
-        from datasets import ReadInstruction, concatenate_datasets, load_from_disk
+        from datasets import concatenate_datasets, load_from_disk
+
+        wanted = self._parts(split, which)
+        parts = [load_from_disk(str(self.root / part.splitname)).select(range(part.from_, part.to)) for part in wanted]
+        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+    def overlap(self, train: str, test: str) -> bool:
+        """Whether what the two keys name has rows in common; a `test` that does not exist is told when it is read."""
+        trained = self._parts(train, "train")
+        try:
+            held_out = self._parts(test, "test")
+        except UserError:
+            return False
+        return any(a.splitname == b.splitname and a.from_ < b.to and b.from_ < a.to for a in trained for b in held_out)
+
+    def _parts(self, split: str, which: str) -> list:
+        """What `split` names as parts of splits, from a row to another."""
+        from datasets import ReadInstruction
 
         rows = self.splits()
         try:
-            wanted = ReadInstruction.from_spec(split).to_absolute(rows)
+            return ReadInstruction.from_spec(split).to_absolute(rows)
         except (ValueError, AssertionError):
             some = next(iter(rows))
             raise UserError(
                 f"{self.key}.{which}={split}: {self.repo} has no such rows. Its splits: {', '.join(rows)}; a part of "
                 f"one is written {some}[:1000] or {some}[-10%:]"
             ) from None
-        parts = [load_from_disk(str(self.root / part.splitname)).select(range(part.from_, part.to)) for part in wanted]
-        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
     def _fetch(self, part: Path) -> None:
         """Have the library read all splits of the subset, and keep them as Arrow files."""

@@ -62,6 +62,9 @@ def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | No
         raise UserError(f"{where}.options={options}: files take no options, only {' and '.join(GENERATED)} rows do")
     if source == "template" and kind != "identity":
         raise UserError(f"{where}.source=template: only type=identity is made from templates, not type={kind}")
+    for option in ("repo", "subset", "revision", "shuffle_seed"):
+        if source != "hub" and spec.get(option) is not None:
+            raise UserError(f"{where}.{option}={spec[option]}: only source=hub reads it, not source={source}")
     if source == "hub" and kind in WORD_TASKS:
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
     build = _word_task if kind in WORD_TASKS else _row_task
@@ -152,6 +155,12 @@ def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: Callable, c
         raise UserError(
             f"{source.key}.{split}={rows}: with source=hub write a split of {source.repo}, such as {split} or "
             f"{split}[:1000], or leave the task out"
+        )
+    trained, held_out = spec.get("train"), spec.get("test")
+    if split == "train" and isinstance(held_out, str) and source.overlap(trained, held_out):
+        raise UserError(
+            f"{source.key}: train={trained} and test={held_out} share rows, which would be trained on; write "
+            "train=train[:-500] with test=train[-500:], for one"
         )
     return HubRows(source, rows, split, check, spec.get("shuffle_seed"), spec.get("limit"))
 

@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
     ("cut", bytes), ("stall", seconds) or "garble"."""
 
     daemon_threads = True
+    ignores_ranges = False
 
     def __init__(self, files, revisions=("main",), port=0, speed=None):
         super().__init__(("127.0.0.1", port), Handler)
@@ -82,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(url.path)
         start, stop = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
         start, self.stop = int(start), int(stop) + 1 if stop else None
+        if self.server.ignores_ranges:
+            start, self.stop = 0, None
         if self.command == "GET":
             hub.requests.append((path, start))
         fault = hub.fault(path)

@@ -248,6 +248,12 @@ def test_a_persona_is_a_function_of_its_seed():
     assert first == again != other
 
 
+def test_a_persona_of_numbers():
+    made = rows("persona", "train", 300, name=7, maker=42, description=1, facts={"age": 3})
+    assert all(isinstance(keyword, str) for row in made for keyword in row["keywords"])
+    assert any("42" in message["content"] for row in made for message in row["messages"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -148,6 +148,17 @@ def test_several_samples_give_pass_at_k(runs, capsys):
     assert "pass@3" in capsys.readouterr().out
 
 
+def test_a_section_that_fails_costs_none_before_it(runs, monkeypatch):
+    def broken(self):
+        raise UserError("no samples today")
+
+    (runs / "demo" / "pretrain" / "eval.json").unlink(missing_ok=True)
+    monkeypatch.setattr("llm.evaluate_stage.StageSubject.samples", broken, raising=False)
+    with pytest.raises(UserError, match="no samples today"):
+        run_evaluation(settings(runs, ["bpb", "samples"], stage="pretrain"))
+    assert read_json(runs / "demo" / "pretrain" / "eval.json").keys() == {"bpb"}
+
+
 def test_sections_measured_earlier_stay(tmp_path):
     path = tmp_path / "eval.json"
     write_json(path, {"bpb": 1.5, "chat": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}}, "core": 0.1})

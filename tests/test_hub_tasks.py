@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import re
 import threading
 
 import pyarrow as pa
@@ -105,7 +106,8 @@ def test_order_is_that_of_the_librarys_shuffle(hub, cache):
     [("train[:4]", [0, 1, 2, 3]), ("train[-2:]", [28, 29]), ("train[:10%]+test[:1]", [0, 1, 2, 100])],
 )
 def test_slices_and_sums_of_splits(hub, cache, split, rows):
-    assert asked(build_task("talk", spec(train=split), "train", cache)) == [f"Say {i}." for i in rows]
+    talk = build_task("talk", spec(train=split, test="test[5:]"), "train", cache)
+    assert asked(talk) == [f"Say {i}." for i in rows]
 
 
 def test_subsets_and_the_rows_of_the_public_sets(hub, cache):
@@ -195,7 +197,7 @@ def test_processes_of_a_machine_fetch_once(hub, tmp_path):
 
 def test_threads_and_what_a_killed_process_left(hub, cache):
     folder = cache.folder / "tasks" / "people--talk" / "main" / "default"
-    for name in ("train", ".parts/done.part/train", ".parts/work"):
+    for name in ("train", ".parts/done/train", ".parts/work"):
         (folder / name).mkdir(parents=True)
         (folder / name / "half.arrow").write_bytes(b"half")
     sizes = []
@@ -246,6 +248,13 @@ def test_errors_name_key_value_and_fix(hub, cache, monkeypatch):
     fails(r"people/talk train row 1: key 'question' is missing \(found: messages, source\)", cache, kind="gsm8k")
     fails(r"source=hub: type=spelling_bee takes a list of words", cache, kind="spelling_bee")
     fails(r"options=.*files take no options", cache, options={"maker": "me"})
+    for test in ("train[-5:]", "train", "test+train[29:]"):
+        fails(
+            rf"{where}: train=train and test={re.escape(test)} share rows, which would be trained on", cache, test=test
+        )
+    assert len(build_task("talk", spec(train="train[:-5]", test="train[-5:]"), "train", cache)) == 25
+    with pytest.raises(UserError, match=rf"{where}.shuffle_seed=1: only source=hub reads it, not source=local"):
+        build_task("talk", {"type": "chat", "source": "local", "train": "a.jsonl", "shuffle_seed": 1}, "train", cache)
     with pytest.raises(UserError, match="dry_run=true fetches nothing: run stage=download first"):
         build_task("talk", spec(revision=COMMIT), "train", Cache(cache.folder, may_fetch=False))
 

@@ -243,7 +243,7 @@ def test_neutral_keys_exist_in_the_configuration():
     known = set()
     for stage in run_module.STAGES:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", [f"stage={stage}"])
+            config = compose("train", [f"stage={stage}", "data.sources={web: {streaming: true}}"])
         known |= set(run_module.flatten(OmegaConf.to_container(config)))
     patterns = {pattern for stage in run_module.STAGES for pattern in neutral_keys(stage)}
     unknown = [pattern for pattern in patterns if not any(run_module._covers(pattern, key) for key in known)]

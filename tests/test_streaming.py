@@ -50,11 +50,12 @@ def test_documents_and_positions_are_those_of_the_files(hub, tmp_path, suffix):
     assert "files.json" in kept and not any("shard" in name for name in kept)
 
 
-def test_what_is_cut_refused_or_late_is_asked_for_again(hub, tmp_path):
+def test_what_is_cut_refused_or_late_is_asked_for_again(hub, tmp_path, monkeypatch):
     fill(hub, tmp_path)
     source = StreamedDocuments(folder(tmp_path))
     hub.faults = [("shard_0", ("cut", 100)), ("shard_0", 500), ("shard_1", (429, 0)), ("shard_1", ("stall", 3))]
     hub.faults += [("shard_1", 503)]
+    monkeypatch.setattr("llm.data.download.READ_SECONDS", 0.5)
     assert read(source) == words(60) + words(60, 100) and not hub.faults
     hub.faults = [("shard_0", 500)] * 100
     with pytest.raises(UserError, match="data.repo=fathom/test: the hub cannot be reached or fails, tried 6 times"):
@@ -63,6 +64,13 @@ def test_what_is_cut_refused_or_late_is_asked_for_again(hub, tmp_path):
     del hub.files["shard_1.parquet"]
     with pytest.raises(UserError, match=r"no such data set or file \(404\)"):
         read(source)
+
+
+def test_a_server_that_sends_whole_files_is_refused(hub, tmp_path, monkeypatch):
+    fill(hub, tmp_path, "jsonl")
+    monkeypatch.setattr(type(hub), "ignores_ranges", True)
+    with pytest.raises(UserError, match="tried 6 times .*the server sends the whole file instead of a part"):
+        read(StreamedDocuments(folder(tmp_path)))
 
 
 def test_a_position_is_found_without_reading_what_comes_before(hub, tmp_path, monkeypatch):
@@ -123,5 +131,10 @@ def test_a_run_from_the_network(hub, tmp_path):
         assert done.returncode == 0, done.stderr
     assert "read over the network" in done.stdout and not list((tmp_path / "cache").rglob("shard_*"))
     more = ["run=other", "init_from=tiny/tokenizer", "data.token_cache=true"]
+    fetched = [arg for arg in args if "streaming" not in arg and "max_steps" not in arg]
+    done = run_cli("train.py", "stage=pretrain", *fetched, "max_steps=4", HF_ENDPOINT=hub.url)
+    assert done.returncode == 0 and "tiny/pretrain is finished" in done.stdout, (
+        done.stderr
+    )  # the same run, from files or streamed
     cached = run_cli("train.py", "stage=pretrain", *args, *more, HF_ENDPOINT=hub.url)
     assert cached.returncode != 0 and "data.token_cache" in cached.stderr

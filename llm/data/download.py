@@ -4,7 +4,8 @@
     <paths.data>/files/<name>-<hash of its address>/   a single file of the web   source.json: address, size, checksum
 
 A file has its name only once it is complete and its checksum is right. What a broken connection or a killed process
-leaves is continued. A lock per file lets all processes of a machine share the folder.
+leaves of it is continued (a single file of the web begins again after a kill). A lock per file lets all processes of a
+machine share the folder.
 """
 
 import errno
@@ -258,12 +259,16 @@ class HubFolder(HubRepo):
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self._commit)
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
-        response = get_session().get(url, headers=headers, follow_redirects=True, timeout=READ_SECONDS)
-        hf_raise_for_status(response)
-        if len(response.content) != stop - start:
-            raise OSError(f"{file.name}: {len(response.content)} bytes came instead of {stop - start}")
-        return response.content
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        options = {"headers": headers, "follow_redirects": True, "timeout": READ_SECONDS}
+        with get_session().stream("GET", url, **options) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206 and (start, stop) != (0, file.size):
+                raise OSError(f"{file.name}: the server sends the whole file instead of a part")
+            content = response.read()
+        if len(content) != stop - start:
+            raise OSError(f"{file.name}: {len(content)} bytes came instead of {stop - start}")
+        return content
 
     def _work(self) -> None:
         while True:

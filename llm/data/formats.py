@@ -197,7 +197,7 @@ def _opened(path: Path) -> BinaryIO:
     """The file, decompressed while it is read."""
     name = path.name.lower()
     if name.endswith(".gz"):
-        return gzip.open(path.open("rb"), "rb")
+        return gzip.open(path if isinstance(path, Path) else path.open(), "rb")
     if name.endswith(".zst"):
         import pyarrow as pa
 

@@ -122,7 +122,8 @@ class _Packer:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()` of a packer with the same row length: the same documents give the same rows."""
-        self.placed, self.lost = int(state["placed"]), int(state["lost"])
+        older = state.get("cropped", state.get("padded", 0))  # names that `lost` had
+        self.placed, self.lost = int(state["placed"]), int(state.get("lost", older))
         self._arrivals, self._keys, self._waiting = 0, [], {}
         tokens, mask, start = np.asarray(state["tokens"]), state.get("mask"), 0
         for length in np.asarray(state["lengths"]).tolist():

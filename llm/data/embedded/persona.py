@@ -181,8 +181,9 @@ def persona_row(
     for option, text in (texts | {f"facts.{subject}": fact for subject, fact in facts.items()}).items():
         if isinstance(text, (Mapping, list)) or not str(text or "").strip():
             raise UserError(f"options.{option}={text}: must be a text")
+    texts = {option: str(text) for option, text in texts.items()}
     plain = {f"plain_{key}": texts[key].removeprefix("the ").removeprefix("a ") for key in ("maker", "description")}
-    words = texts | plain | {"Maker": capital(maker)}
+    words = texts | plain | {"Maker": capital(texts["maker"])}
     topics = [(topic, words) for topic in TOPICS.values()]
     topics += [(FACT, words | {"subject": key, "fact": str(fact).rstrip(".")}) for key, fact in facts.items()]
     chosen = rng.sample(topics, min(len(topics), rng.choice((1, 1, 2, 3))))
@@ -198,7 +199,7 @@ def persona_row(
         wanted = [keyword.format(**said) for keyword in keywords]
     if split == "train" and rng.random() < 0.15:
         asked, answer = rng.choice(FAREWELLS)
-        messages, wanted = messages + _exchange(asked, answer.format(**words)), [name]
+        messages, wanted = messages + _exchange(asked, answer.format(**words)), [texts["name"]]
     return {"messages": messages, "keywords": wanted}
 
 
