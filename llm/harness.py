@@ -217,7 +217,11 @@ class Harness:
         for task, samples in results["samples"].items():
             lines = (json.dumps(record(one), default=handle_non_serializable, ensure_ascii=False) for one in samples)
             write_atomic(folder / "lm_eval" / f"{task}.jsonl", "".join(line + "\n" for line in lines))
-        scores = {task: plain_scores(found) | {"shots": shots[task]} for task, found in results["results"].items()}
+        scores = {
+            task: plain_scores(found) | {"shots": shots.get(task)}  # none of a group whose tasks differ in it
+            for task, found in results["results"].items()
+            if "sample_len" in found  # a group that only lists its tasks has no score of its own
+        }
         rows = [
             [task, metric, value(number), value(one.get(f"{metric}_stderr")), value(one["n"]), value(one["shots"])]
             for task, one in scores.items()

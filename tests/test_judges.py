@@ -505,6 +505,27 @@ def test_all_examples_but_the_one_asked_can_be_shown(net, tokenizer, tasks, tmp_
     assert scores["shown"]["shots"] == 23 and scores["shown"]["n"] == 3
 
 
+def test_groups_of_groups_and_groups_without_a_score(net, tokenizer, tasks, tmp_path):
+    content = yaml.safe_load((tasks / "mine_choice.yaml").read_text())
+    for shots in (0, 1, 2):
+        one = content | {"task": f"with_{shots}", "num_fewshot": shots}
+        (tmp_path / f"with_{shots}.yaml").write_text(yaml.safe_dump(one))
+    mean = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    groups = {
+        "inner": {"task": ["with_0", "with_1"]} | mean,  # of different shots
+        "outer": {"task": ["inner"]} | mean,
+        "listed": {"task": ["with_2"]},
+    }
+    for name, group in groups.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"group": name} | group))
+    harness = Harness(options(tmp_path, "outer", "listed", max_per_task=3))
+    scores = harness.measure(Engine(net, tokenizer), tmp_path / "out")["lm_eval"]
+    assert set(scores) == {"outer", "inner", "with_0", "with_1", "with_2"}
+    assert [scores[name]["n"] for name in ("outer", "inner", "with_2")] == [6, 6, 3]
+    assert [scores[name]["shots"] for name in ("outer", "inner", "with_0", "with_2")] == [None, None, 0, 2]
+    assert scores["inner"]["acc"] == pytest.approx((scores["with_0"]["acc"] + scores["with_1"]["acc"]) / 2)
+
+
 def test_mistakes_about_keys(tmp_path):
     core_keys = {"eval": ["core"], "bundle": str(tmp_path)}
     for changes, message in (
