@@ -414,6 +414,8 @@ def _why_not(error: Exception) -> str:
         return "no causal language model; name one such as hf:openai-community/gpt2"
     if "`fathom`" in text:
         return "transformers cannot load this architecture of Fathom, only arch=classic; evaluate it with run="
+    if "ignore_mismatched_sizes" in text:
+        return "the weights in its files have other shapes than its config.json says"
     return f"transformers cannot load it ({_first_line(error)})"
 
 

@@ -665,7 +665,7 @@ def test_weights_that_cannot_be_read(gpt2, tmp_path):
     for name, weights, changes, message in (
         ("truncated", whole[: len(whole) // 2], {}, "transformers cannot load it"),
         ("empty", b"", {}, "transformers cannot load it"),
-        ("shapes", whole, {"vocab_size": config["vocab_size"] + 8}, "transformers cannot load it .*mismatch"),
+        ("shapes", whole, {"vocab_size": config["vocab_size"] + 8}, "have other shapes than its config.json says"),
     ):
         shutil.copytree(gpt2, tmp_path / name)
         (tmp_path / name / "model.safetensors").write_bytes(weights)
