@@ -284,14 +284,20 @@ class HFSubject(Subject):
                 "or measure something else, such as eval=[core] or eval=lm_eval"
             )
         self.data, self.folder = cfg.data, Path(cfg.paths.runs) / "hf" / folder_name(name)
-        before = (read_json(self.folder / "eval.json") or {}).get("model", self.title)
-        if before != self.title:
-            raise UserError(f"{self.folder} holds scores of model={before}; move it away or set another paths.runs")
+        before = read_json(self.folder / "eval.json") or {}
+        if (other := before.get("model", self.title)) != self.title:
+            raise UserError(f"{self.folder} holds scores of model={other}; move it away or set another paths.runs")
         super().__init__(cfg)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device)
+        seq_len = self.net.config.seq_len
+        if (other := before.get("seq_len", seq_len)) != seq_len:
+            raise UserError(
+                f"{self.folder} holds scores with a context of {other} tokens, now it would be {seq_len}: set "
+                f"eval.seq_len={other}, move the folder away or set another paths.runs"
+            )
         self.is_chat = self.tokenizer.has_chat_format
-        self.facts = {"model": self.title, "seq_len": self.net.config.seq_len}
+        self.facts = {"model": self.title, "seq_len": seq_len}
 
 
 def folder_name(name: str) -> str:

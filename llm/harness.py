@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 
 from llm.chat import render_conversation, render_prompt
-from llm.core import Row, score_rows
+from llm.core import CHUNK, Row, score_rows
 from llm.engine import Engine, in_compute_dtype
 from llm.errors import UserError
 from llm.evaluation import batches_by_length
@@ -74,6 +74,9 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list:
         """[(log-likelihood in nats, whether it is what greedy decoding gives)] of each (_, context, continuation)."""
+        return [one for start in range(0, len(requests), CHUNK) for one in self._score(requests[start : start + CHUNK])]
+
+    def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[float, bool]]:
         rows = []
         for i, (_, context, continuation) in enumerate(requests):
             ids = np.array([*context, *continuation])
@@ -110,7 +113,7 @@ class HarnessModel(TemplateLM):
         for members in alike.values():
             params = sampling_params(requests[members[0]].args[1], requests[members[0]].task_name)
             room = max(self.max_length - params.max_new_tokens, self.max_length // 2)
-            prompts = {i: self.tok_encode(requests[i].args[0]) for i in members}
+            prompts = {i: self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members}
             self.cut += sum(len(prompt) > room for prompt in prompts.values())
             prompts = {i: prompt[-room:] for i, prompt in prompts.items()}
             for rows in batches_by_length(members, prompts, self.batch_size):
@@ -191,6 +194,8 @@ class Harness:
             )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"eval.tasks: {name} needs images or sound; only text is known here")
+        if task.OUTPUT_TYPE == "generate_until" and task.config.generation_kwargs:
+            sampling_params(task.config.generation_kwargs, name)
         asked = self.options.num_fewshot
         if not asked or task.config.num_fewshot == 0:  # lm-eval leaves a task's own 0 as it is
             return
@@ -217,7 +222,11 @@ class Harness:
         for task, samples in results["samples"].items():
             lines = (json.dumps(record(one), default=handle_non_serializable, ensure_ascii=False) for one in samples)
             write_atomic(folder / "lm_eval" / f"{task}.jsonl", "".join(line + "\n" for line in lines))
-        scores = {task: plain_scores(found) | {"shots": shots[task]} for task, found in results["results"].items()}
+        scores = {
+            task: plain_scores(found) | {"shots": shots.get(task)}  # none of a group whose tasks differ in it
+            for task, found in results["results"].items()
+            if "sample_len" in found  # a group that only lists its tasks has no score of its own
+        }
         rows = [
             [task, metric, value(number), value(one.get(f"{metric}_stderr")), value(one["n"]), value(one["shots"])]
             for task, one in scores.items()

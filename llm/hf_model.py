@@ -53,6 +53,7 @@ class HFNet(nn.Module):
         self.config = HFShape(seq_len, self.head.weight.size(0))
         self._accepts = inspect.signature(model.forward).parameters
         self.eval()  # without dropout, also after whoever puts back the mode it found
+        self.can_branch = self._has_row_cache()  # what sequences share can be computed once: see `branches`
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +91,7 @@ class HFNet(nn.Module):
             nats = [F.cross_entropy(self.logits(part), goal, ignore_index=-1, reduction="none") for part, goal in parts]
             return torch.cat(nats).view_as(targets)
         if cache is not None:
-            return self.logits(self._continue(ids, cache, lengths)[:, -1:])
+            return self._continue(ids, cache, lengths)[1]
         hidden = self.hidden(ids)
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else lengths - 1
@@ -99,27 +100,39 @@ class HFNet(nn.Module):
 
     def new_cache(self, batch: int, max_len: int) -> "HFCache":
         """An empty cache; the model's own code decides what it holds, and its size follows the tokens."""
-        if "past_key_values" not in self._accepts:
-            raise UserError(f"model=hf: {type(self.model).__name__} has no key-value cache, so it cannot generate here")
+        if not self.can_branch:
+            raise UserError(
+                f"model=hf: {type(self.model).__name__} has no key-value cache in all its layers, so it cannot "
+                "generate here; measure what only scores, such as eval=[core]"
+            )
         return HFCache(batch, self.device)
 
     def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
         """As `llm.gpt.GPT.branches`: outputs (B n, 1 + T, C) at each prefix's last token and for `rest` behind it."""
         cache = self.new_cache(*prefixes.shape)
-        hidden = self._continue(prefixes, cache, lengths)[:, -1:].repeat_interleave(n, dim=0)
+        hidden = self._continue(prefixes, cache, lengths)[0][:, -1:].repeat_interleave(n, dim=0)
         cache.repeat(n)
-        return torch.cat((hidden, self._continue(rest, cache)), dim=1) if rest.size(1) else hidden
+        return torch.cat((hidden, self._continue(rest, cache)[0]), dim=1) if rest.size(1) else hidden
 
-    @property
-    def can_branch(self) -> bool:
-        """Whether what sequences share can be computed once."""
-        return "past_key_values" in self._accepts
+    @torch.no_grad()
+    def _has_row_cache(self) -> bool:
+        """Whether rows of the model's cache can be copied and left out; the states of linear attention cannot."""
+        if "past_key_values" not in self._accepts:
+            return False
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        layers = getattr(self.model(input_ids=one, use_cache=True).past_key_values, "layers", [])
+        needed = ("batch_repeat_interleave", "batch_select_indices")
+        return bool(layers) and all(
+            all(hasattr(layer, name) for name in needed) and not hasattr(layer, "conv_states") for layer in layers
+        )
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return rows.split(max(1, LOGITS // self.config.vocab_size))
 
-    def _continue(self, ids: torch.Tensor, cache: "HFCache", lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Outputs (B, T, C) for tokens behind those of the cache.
+    def _continue(
+        self, ids: torch.Tensor, cache: "HFCache", lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs (B, T, C) for tokens behind those of the cache, and the fp32 logits (B, 1, V) of the last.
 
         The first ids are padded on the right and are moved to the right end, where `transformers` expects them: so
         the tokens of a row lie side by side in the cache, and windows reach as far as they should.
@@ -139,15 +152,15 @@ class HFNet(nn.Module):
         )
         cache.states = output.past_key_values
         cache.lengths = cache.lengths + (ids.size(1) if lengths is None else lengths)
-        return hidden
+        return hidden, output.logits.float()
 
     def _trunk(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
-        """(what enters the head, the model's output) of a pass whose logits are made for one position only."""
+        """(what enters the head, the model's output) of a pass whose logits are made for the last position only."""
         seen: list[torch.Tensor] = []
 
         def take(hidden: torch.Tensor) -> torch.Tensor:
             seen.append(hidden)
-            return hidden[:, :1]
+            return hidden[:, -1:]
 
         with self._before_head(take):
             output = self.model(**inputs)
@@ -210,10 +223,12 @@ class HFTokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt with what the tokenizer itself adds, and its BOS token if it has one beside the EOS token.
 
-        As lm-eval does for models of transformers, special tokens in the text are themselves.
+        As lm-eval does for models of transformers, special tokens in the text are themselves, and nothing is added to a
+        text that begins with the BOS token, as chats do.
         """
+        adds = not (self.hf.bos_token and text.startswith(self.hf.bos_token))
         with self._lock:
-            ids = self.hf(text, split_special_tokens=False, verbose=False)["input_ids"]
+            ids = self.hf(text, add_special_tokens=adds, split_special_tokens=False, verbose=False)["input_ids"]
         own = self.bos_id != self.hf.eos_token_id and ids[:1] != [self.bos_id]
         return [self.bos_id, *ids] if own else ids
 
@@ -326,6 +341,8 @@ def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple
         import transformers
     except ImportError as error:
         raise UserError(f"model=hf:{name} needs transformers: pip install -e '.[hf]'") from error
+    from safetensors import SafetensorError
+
     transformers.utils.logging.disable_progress_bar()
     folder = _folder(name)
     try:
@@ -334,7 +351,7 @@ def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
         )
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model=hf:{name}: {_why_not(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -397,6 +414,8 @@ def _why_not(error: Exception) -> str:
         return "no causal language model; name one such as hf:openai-community/gpt2"
     if "`fathom`" in text:
         return "transformers cannot load this architecture of Fathom, only arch=classic; evaluate it with run="
+    if "ignore_mismatched_sizes" in text:
+        return "the weights in its files have other shapes than its config.json says"
     return f"transformers cannot load it ({_first_line(error)})"
 
 

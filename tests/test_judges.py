@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -341,8 +342,6 @@ def test_bytes_of_tokens_add_up_to_the_text(gpt2):
 
 
 def test_a_tokenizer_that_changes_the_text_has_no_bits_per_byte(gpt2, tmp_path):
-    import shutil
-
     shutil.copytree(gpt2, tmp_path / "lower")
     path = tmp_path / "lower" / "tokenizer.json"
     content = json.loads(path.read_text()) | {"normalizer": {"type": "NFKD"}}
@@ -350,6 +349,60 @@ def test_a_tokenizer_that_changes_the_text_has_no_bits_per_byte(gpt2, tmp_path):
     _, tokens = load_hf(str(tmp_path / "lower"), None, "cpu")
     with pytest.raises(UserError, match="bits per byte cannot be measured"):
         tokens.token_bytes()
+
+
+def test_a_chat_has_one_first_token(gpt2):
+    """Its template writes BOS, and so does the post-processor of the tokenizer before any other text."""
+    from tokenizers import processors
+
+    _, tokens = load_hf(str(gpt2), None, "cpu")
+    tokens.hf.add_special_tokens({"bos_token": "<s>"})
+    first = tokens.bos_id = tokens.hf.bos_token_id
+    adds = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    tokens.hf.backend_tokenizer.post_processor = adds
+    tokens.hf.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert tokens.encode_prompt("Apples") == [first, *tokens.encode("Apples")]
+    text = tokens.chat_text([{"role": "user", "content": "Apples"}])
+    assert text == "<s>Apples" and tokens.encode_prompt(text) == [first, *tokens.encode("Apples")]
+
+
+@pytest.fixture(scope="module")
+def lfm2(gpt2, tmp_path_factory):
+    """A small hybrid: a convolution with a state of its own, then attention."""
+    path = tmp_path_factory.mktemp("lfm2")
+    tokens = transformers.AutoTokenizer.from_pretrained(gpt2)
+    tokens.save_pretrained(path)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    ends = {"bos_token_id": tokens.eos_token_id, "eos_token_id": tokens.eos_token_id}
+    config = transformers.Lfm2Config(
+        vocab_size=len(tokens), max_position_embeddings=128, initializer_range=0.3, **shape, **ends
+    )
+    torch.manual_seed(0)
+    transformers.Lfm2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_a_hybrid_is_scored_but_does_not_generate(lfm2, gpt2, bundle, tasks, tmp_path):
+    net, tokens = load_hf(str(lfm2), None, "cpu")
+    assert not net.can_branch and load_hf(str(gpt2), None, "cpu")[0].can_branch
+    ours = by_core(net, tokens, bundle)
+    assert len({one["prediction"] for one in ours.values()}) > 1
+    theirs = by_hf_of_lm_eval(lfm2, tasks, "mine_choice", add_bos_token=True)
+    check_agreement(ours, *likelihoods(theirs["samples"]["mine_choice"], "filtered_resps"))
+    by_harness(net, tokens, tasks, tmp_path, "mine_choice", max_per_task=2)
+    with pytest.raises(UserError, match="Lfm2ForCausalLM has no key-value cache in all its layers"):
+        Engine(net, tokens).generate([tokens.encode_prompt("Apples")], SamplingParams(0.0, max_new_tokens=4))
+
+
+def test_a_step_of_generation_is_one_pass(gpt2):
+    net, tokens = load_hf(str(gpt2), None, "cpu")
+    passes = []
+    net.model.transformer.h[0].register_forward_hook(lambda *_: passes.append(1))
+    tokens.stop_ids = frozenset()
+    params = SamplingParams(0.0, max_new_tokens=8)
+    ((done,),) = Engine(net, tokens).generate([tokens.encode_prompt("Apples")], params)
+    assert len(done.ids) == len(passes) == 8
 
 
 def test_a_model_of_transformers_from_the_command_line(gpt2, bundle, tasks, tmp_path):
@@ -377,6 +430,7 @@ def test_a_model_of_transformers_from_the_command_line(gpt2, bundle, tasks, tmp_
         "eval.tasks=[mine_choice]",
         "eval.num_fewshot=2",
         "eval.max_per_task=5",
+        "eval.seq_len=96",
         f"paths.runs={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
@@ -417,6 +471,28 @@ def test_long_prompts_lose_their_beginning_and_are_counted(net, tokenizer):
         [(None, context, continuation), (None, context[-126:], continuation)]
     )
     assert model.cut == 1 and long == pytest.approx(short, abs=1e-5)  # 126 + 3 tokens: the last one is not fed
+
+
+def test_many_requests_are_scored_in_parts_and_answered_in_order(net, tokenizer, monkeypatch):
+    model = HarnessModel(Engine(net, tokenizer), 4)
+    requests = [(None, [5, 6, i], [7] * (1 + i % 3)) for i in range(20)]
+    whole = model._loglikelihood_tokens(requests)
+    sizes, score_rows = [], core.score_rows
+    monkeypatch.setattr("llm.harness.CHUNK", 6)
+    monkeypatch.setattr("llm.harness.score_rows", lambda *a: sizes.append(len(a[1])) or score_rows(*a))
+    parts = model._loglikelihood_tokens(requests)
+    assert sizes == [6, 6, 6, 2] and model._loglikelihood_tokens([]) == []
+    assert [nats for nats, _ in parts] == pytest.approx([nats for nats, _ in whole], abs=1e-4)
+
+
+def test_an_empty_prompt_begins_a_text(gpt2):
+    """The tokenizer of a GPT-2 puts nothing before a prompt."""
+    net, tokens = load_hf(str(gpt2), None, "cpu")
+    model = HarnessModel(Engine(net, tokens), 2)
+    gen = {"until": [], "max_gen_toks": 6}
+    empty, text = model.generate_until([SimpleNamespace(args=(p, gen), task_name="t") for p in ("", "Apples")])
+    expected = Engine(net, tokens).generate([[tokens.bos_id]], SamplingParams(0.0, max_new_tokens=6))
+    assert empty == tokens.decode(expected[0][0].ids) and text
 
 
 def test_whole_texts_are_the_sum_over_their_windows(net, tokenizer):
@@ -496,6 +572,14 @@ def test_mistakes_about_tasks(tasks, tmp_path):
         Harness(options(tmp_path / "t", "broken"))
 
 
+def test_unknown_options_of_generation_are_found_before_any_work(tasks, tmp_path):
+    content = yaml.safe_load((tasks / "mine_answer.yaml").read_text()) | {"task": "beams"}
+    content["generation_kwargs"]["num_beams"] = 4
+    (tmp_path / "beams.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="beams asks for num_beams=4"):
+        Harness(options(tmp_path, "beams"))
+
+
 def test_all_examples_but_the_one_asked_can_be_shown(net, tokenizer, tasks, tmp_path):
     content = yaml.safe_load((tasks / "mine_choice.yaml").read_text()) | {"task": "shown", "fewshot_split": "test"}
     (tmp_path / "shown.yaml").write_text(yaml.safe_dump(content))
@@ -503,6 +587,27 @@ def test_all_examples_but_the_one_asked_can_be_shown(net, tokenizer, tasks, tmp_
         Harness(options(tmp_path, "shown", num_fewshot=24))
     scores, _ = by_harness(net, tokenizer, tmp_path, tmp_path / "out", "shown", num_fewshot=23, max_per_task=3)
     assert scores["shown"]["shots"] == 23 and scores["shown"]["n"] == 3
+
+
+def test_groups_of_groups_and_groups_without_a_score(net, tokenizer, tasks, tmp_path):
+    content = yaml.safe_load((tasks / "mine_choice.yaml").read_text())
+    for shots in (0, 1, 2):
+        one = content | {"task": f"with_{shots}", "num_fewshot": shots}
+        (tmp_path / f"with_{shots}.yaml").write_text(yaml.safe_dump(one))
+    mean = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    groups = {
+        "inner": {"task": ["with_0", "with_1"]} | mean,  # of different shots
+        "outer": {"task": ["inner"]} | mean,
+        "listed": {"task": ["with_2"]},
+    }
+    for name, group in groups.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"group": name} | group))
+    harness = Harness(options(tmp_path, "outer", "listed", max_per_task=3))
+    scores = harness.measure(Engine(net, tokenizer), tmp_path / "out")["lm_eval"]
+    assert set(scores) == {"outer", "inner", "with_0", "with_1", "with_2"}
+    assert [scores[name]["n"] for name in ("outer", "inner", "with_2")] == [6, 6, 3]
+    assert [scores[name]["shots"] for name in ("outer", "inner", "with_0", "with_2")] == [None, None, 0, 2]
+    assert scores["inner"]["acc"] == pytest.approx((scores["with_0"]["acc"] + scores["with_1"]["acc"]) / 2)
 
 
 def test_mistakes_about_keys(tmp_path):
@@ -552,6 +657,31 @@ def test_models_that_cannot_be_judged(gpt2, tokenizer, tmp_path):
     with pytest.raises(UserError, match="eval.seq_len=129: .* has a context of 128 tokens"):
         load_hf(str(gpt2), 129, "cpu")
     assert load_hf(str(gpt2), 64, "cpu")[0].config.seq_len == 64
+
+
+def test_weights_that_cannot_be_read(gpt2, tmp_path):
+    whole = (gpt2 / "model.safetensors").read_bytes()
+    config = json.loads((gpt2 / "config.json").read_text())
+    for name, weights, changes, message in (
+        ("truncated", whole[: len(whole) // 2], {}, "transformers cannot load it"),
+        ("empty", b"", {}, "transformers cannot load it"),
+        ("shapes", whole, {"vocab_size": config["vocab_size"] + 8}, "have other shapes than its config.json says"),
+    ):
+        shutil.copytree(gpt2, tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            load_hf(str(tmp_path / name), None, "cpu")
+
+
+def test_scores_with_another_context_are_not_mixed(gpt2, bundle, tmp_path):
+    cfg = compose("evaluate", "eval=[core]", f"paths.runs={tmp_path}", "eval.seq_len=96")
+    cfg.model, cfg.eval.bundle, cfg.eval.max_per_task = f"hf:{gpt2}", str(bundle), 2
+    run_evaluation(cfg)
+    run_evaluation(cfg)
+    cfg.eval.seq_len = None
+    with pytest.raises(UserError, match="context of 96 tokens, now it would be 128: set eval.seq_len=96"):
+        run_evaluation(cfg)
 
 
 def test_scores_of_another_model_are_not_overwritten(gpt2, tmp_path):
