@@ -307,13 +307,16 @@ def test_conversations_from_an_address(hub, cache):
     assert asked(build_task("talk", local, "train", cache)) == [f"Say {i}." for i in (0, 1, 2, 10, 11)]
 
 
-def test_errors_of_addresses(hub, cache):
+def test_errors_of_addresses(hub, cache, monkeypatch):
     def words(url, **more):
         spec = {"type": "spelling_bee", "source": "local", "train": url}
         return build_task("bee", spec, "train", Cache(cache.folder, **more))
 
     where = r"data\.tasks\.bee\.train=http"
     with pytest.raises(UserError, match=where + r".*/gone\.txt: 127\.0\.0\.1 answers 404"):
+        words(f"{hub.url}/gone.txt")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=where + ".*HF_HUB_OFFLINE is set"):
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         words(f"{hub.url}/gone.txt")
     with pytest.raises(UserError, match=where + ".*write the whole address of a file"):
         words("https://")

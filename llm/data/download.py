@@ -58,6 +58,13 @@ class Remote:
 
     def lasting_problem(self, error: Exception) -> str | None:
         """What the user has to do about an error that waiting does not cure; None for all others."""
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        if any(isinstance(part, OfflineModeIsEnabled) for part in chain(error)):
+            return (
+                f"{self}: HF_HUB_OFFLINE is set and not all of it is in {self.root}. Fetch it where there is a "
+                "network: python train.py stage=download with the same data settings"
+            )
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{self.root}: cannot be written ({error}); free disk space or choose another paths.data"
         status = status_of(error)
@@ -100,11 +107,6 @@ class HubRepo(Remote):
             return any(isinstance(part, kind) for part in chain(error))
 
         status = status_of(error)
-        if is_a(errors.OfflineModeIsEnabled):
-            return (
-                f"{self}: HF_HUB_OFFLINE is set and not all of it is in {self.root}. Fetch it where there is a "
-                "network: python train.py stage=download with the same data settings"
-            )
         if is_a(errors.HFValidationError):
             return f"{self}: write {self.key}.repo=<owner>/<name> as in the data set's address on the hub"
         if is_a(errors.RevisionNotFoundError):
