@@ -63,9 +63,10 @@ browser:
 	  { command -v npm >/dev/null && npm install --no-audit --no-fund --prefix tests/browser; } || \
 	  echo "no playwright-core and no npm to install it: the browser test is skipped" >&2
 
-check: $(STAMP) ## style: ruff check and ruff format
+check: $(STAMP) ## style (ruff check, ruff format) and the floors of the packages (import-linter)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
 	@for script in bench/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
@@ -80,7 +81,7 @@ inspect: $(STAMP) ## what a run holds, every checksum verified (RUN=runs/demo)
 	$(PY) -m llm.checkpoint $(RUN)
 
 show-data: $(STAMP) ## what a stage trains on, coloured, also in batch.html (STAGE=sft ARGS="experiment=demo")
-	$(PY) -m llm.show_data --html batch.html stage=$(STAGE) $(or $(ARGS),experiment=demo)
+	$(PY) -m llm.stages --html batch.html stage=$(STAGE) $(or $(ARGS),experiment=demo)
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llm.environment import tune_process  # noqa: E402
+from llm.utils.environment import tune_process  # noqa: E402
 
 tune_process()  # as the entry points do
 
 import torch  # noqa: E402
 
-from llm.precision import resolve_compute_dtype  # noqa: E402
+from llm.model.linear import resolve_compute_dtype  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -10,7 +10,7 @@ import _bench  # isort: skip  (puts the project on the path)
 import torch
 import torch.nn.functional as F
 
-from llm.attention import attention_masks, causal_attention, choose_backend
+from llm.model.attention import attention_masks, causal_attention, choose_backend
 
 LENGTHS = (1024, 2048, 4096)
 

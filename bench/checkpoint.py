@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from optimizer import copy_rate
 
-from llm.checkpoint import CheckpointWriter, list_checkpoints
-from llm.gpt import GPT
-from llm.optim import build_optimizer
-from llm.overrides import compose
-from llm.scaling import model_config
+from llm.checkpoint.resume import CheckpointWriter, list_checkpoints
+from llm.cli.overrides import compose
+from llm.model.gpt import GPT
+from llm.optim.build import build_optimizer
+from llm.scaling.rules import model_config
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ Exposed is what nothing hides: muon exchanges after the backward pass, ddp durin
 import _bench  # noqa: F401  isort: skip  (puts the project on the path)
 import json
 
-from llm.format import markdown_table
-from llm.gpt import GPTConfig, flops_per_token, num_params
-from llm.hardware import GPUS
-from llm.overrides import compose
-from llm.scaling import REFERENCE_DEPTH, auto_batch, model_config, training_tokens
+from llm.cli.overrides import compose
+from llm.model.config import GPTConfig, flops_per_token, num_params
+from llm.scaling.gpu_estimate import GPUS
+from llm.scaling.rules import REFERENCE_DEPTH, auto_batch, model_config, training_tokens
+from llm.utils.format import markdown_table
 
 RATE = 0.45 * GPUS["h100"].flops
 MEMORY_RATE, NVLINK, ADAPTERS, REACHED = 3.35e12, 450e9, 8 * 50e9, 0.8

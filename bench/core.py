@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from callbacks.throughput import measured_matmul_rate
-from llm.core import encode, evaluate_core_task, group
-from llm.core_bundle import CoreTask, load_bundle, prompts
-from llm.gpt import GPT, num_params
-from llm.model_folder import load_model_folder
-from llm.overrides import compose
-from llm.scaling import model_config
-from llm.tokenizer import Tokenizer
+from llm.checkpoint.model_folder import load_model_folder
+from llm.cli.overrides import compose
+from llm.eval.core import encode, evaluate_core_task, group
+from llm.eval.core_bundle import CoreTask, load_bundle, prompts
+from llm.model.config import num_params
+from llm.model.gpt import GPT
+from llm.scaling.rules import model_config
+from llm.tokenizer.bpe import Tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import core_reference  # noqa: E402

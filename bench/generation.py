@@ -10,12 +10,12 @@ through the engine as evaluation uses it. Both ways take turns in one process. P
 import _bench  # isort: skip  (puts the project on the path)
 import torch
 
-from llm.engine import Engine
-from llm.evaluation import batches_by_length
-from llm.gpt import GPT
-from llm.overrides import compose
-from llm.sampling import SamplingParams
-from llm.scaling import model_config
+from llm.cli.overrides import compose
+from llm.eval.task_scores import batches_by_length
+from llm.inference.engine import Engine
+from llm.inference.sampling import SamplingParams
+from llm.model.gpt import GPT
+from llm.scaling.rules import model_config
 
 
 class Numbers:

@@ -20,7 +20,7 @@ from llm.data.documents import LocalDocuments, texts
 from llm.data.loader import TextSteps
 from llm.data.packing import PACKINGS, Document
 from llm.data.tokens import CachedDocuments, encoded
-from llm.tokenizer import train_tokenizer
+from llm.tokenizer.bpe import train_tokenizer
 
 DOCUMENTS = 4000  # for the parts
 

@@ -10,7 +10,7 @@ import _bench  # isort: skip  (puts the project on the path)
 import torch
 import torch.nn.functional as F
 
-from llm.loss_head import linear_cross_entropy, softcapped
+from llm.model.cross_entropy import linear_cross_entropy, softcapped
 
 SOFTCAP = 15.0
 

@@ -14,10 +14,10 @@ import copy
 import torch
 
 from callbacks.throughput import measured_matmul_rate
-from llm.gpt import GPT
-from llm.optim import build_optimizer
-from llm.overrides import compose
-from llm.scaling import model_config
+from llm.cli.overrides import compose
+from llm.model.gpt import GPT
+from llm.optim.build import build_optimizer
+from llm.scaling.rules import model_config
 
 
 def copy_rate(n: int = 1 << 26) -> float:

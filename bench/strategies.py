@@ -18,15 +18,17 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from llm import distributed
-from llm.checkpoint import CheckpointWriter
-from llm.gpt import GPT
-from llm.launch import child_env, end, free_port
-from llm.overrides import compose
-from llm.scaling import model_config
-from llm.stages.step import StageContext, StepData, StepModule
-from llm.strategy import layout_of_processes, make_strategy
-from llm.trainer import quiet_lightning
+from llm.checkpoint.resume import CheckpointWriter
+from llm.cli.overrides import compose
+from llm.model.gpt import GPT
+from llm.parallel import collectives
+from llm.parallel.env import end
+from llm.parallel.launch import child_env, free_port
+from llm.parallel.process_group import join
+from llm.parallel.strategy import layout_of_processes, make_strategy
+from llm.scaling.rules import model_config
+from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.stages.trainer import quiet_lightning
 
 STRATEGIES = ("muon", "ddp", "fsdp")
 
@@ -47,7 +49,7 @@ class Clock(L.Callback):
         writer = trainer.strategy.checkpoint_io
         for writer.asynchronous in (True, True, False):  # the first one also asks the system for memory
             writer.finish()
-            distributed.barrier()
+            collectives.barrier()
             start = time.perf_counter()
             trainer.save_checkpoint(self.path)
             self.saves[writer.asynchronous] = time.perf_counter() - start
@@ -55,7 +57,7 @@ class Clock(L.Callback):
 
 class Steps:
     def __init__(self, vocab: int, rows: int, seq: int):
-        ids = torch.randint(vocab, (rows, seq + 1), generator=torch.Generator().manual_seed(distributed.rank()))
+        ids = torch.randint(vocab, (rows, seq + 1), generator=torch.Generator().manual_seed(collectives.rank()))
         micro = [{"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}]
         self.batch = {"micro": micro, "n_trained": rows * seq, "n_tokens": rows * seq, "state": {}}
 
@@ -95,7 +97,7 @@ def train(name: str, args, folder: Path) -> Clock:
 def work(args, folder: Path) -> None:
     """One of the processes."""
     quiet_lightning()
-    distributed.join(on_gpu=_bench.DEVICE.type == "cuda")
+    join(on_gpu=_bench.DEVICE.type == "cuda")
     steps, saves, syncs = ({name: [] for name in STRATEGIES} for _ in range(3))
     for _ in range(args.rounds):
         for name in STRATEGIES:
@@ -103,10 +105,10 @@ def work(args, folder: Path) -> None:
             steps[name] += clock.seconds[1:]
             saves[name].append(clock.saves[True])
             syncs[name].append(clock.saves[False])
-    if distributed.is_main():
+    if collectives.is_main():
         medians = [{name: _bench.median(values) for name, values in by.items()} for by in (steps, saves, syncs)]
         (folder / "result.json").write_text(json.dumps(medians))
-    distributed.barrier()
+    collectives.barrier()
     end(0)
 
 

@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from callbacks.metrics import MetricsLog
 from callbacks.runtime import GarbageControl
 from callbacks.throughput import Throughput, measured_matmul_rate
-from llm.compiling import compile_training
+from llm.cli.overrides import compose
 from llm.data.loader import TextSteps
-from llm.gpt import GPT, flops_per_token, num_params
-from llm.optim import build_optimizer
-from llm.overrides import compose
-from llm.scaling import model_config
-from llm.stages.step import StageContext, StepData, StepModule
-from llm.trainer import quiet_lightning
+from llm.model.compile import compile_training
+from llm.model.config import flops_per_token, num_params
+from llm.model.gpt import GPT
+from llm.optim.build import build_optimizer
+from llm.scaling.rules import model_config
+from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.stages.trainer import quiet_lightning
 
 WARMUP = 3  # steps not counted
 

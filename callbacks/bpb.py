@@ -3,8 +3,8 @@
 import torch
 
 from callbacks.cadence import Periodic
-from llm.evaluation import bits_per_byte
-from llm.strategy import whole_net
+from llm.eval.bits_per_byte import bits_per_byte
+from llm.parallel.strategy import whole_net
 
 
 class BitsPerByte(Periodic):

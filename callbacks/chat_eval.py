@@ -1,10 +1,10 @@
 """Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on; all processes measure."""
 
 from callbacks.cadence import Periodic
-from llm.engine import Engine
-from llm.evaluation import evaluate_pass_at_k, evaluate_task
-from llm.sampling import SamplingParams
-from llm.strategy import whole_net
+from llm.eval.task_scores import evaluate_pass_at_k, evaluate_task
+from llm.inference.engine import Engine
+from llm.inference.sampling import SamplingParams
+from llm.parallel.strategy import whole_net
 
 
 class ChatEval(Periodic):

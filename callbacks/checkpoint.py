@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from callbacks.cadence import Periodic
-from llm.checkpoint import checkpoint_path
+from llm.checkpoint.resume import checkpoint_path
 
 
 class StepCheckpoint(Periodic):

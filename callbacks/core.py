@@ -1,9 +1,9 @@
 """The CORE metric of a bundle's tasks during pretraining; all processes measure."""
 
 from callbacks.cadence import Periodic
-from llm.core import core_score, evaluate_core_task
-from llm.core_bundle import load_bundle
-from llm.strategy import whole_net
+from llm.eval.core import core_score, evaluate_core_task
+from llm.eval.core_bundle import load_bundle
+from llm.parallel.strategy import whole_net
 
 
 class CoreEval(Periodic):

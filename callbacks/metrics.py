@@ -6,8 +6,8 @@ from pathlib import Path
 
 import lightning as L
 
-from llm import distributed
-from llm.run import write_atomic
+from llm.parallel import collectives
+from llm.utils.files import write_atomic
 
 
 class MetricsLog(L.Callback):
@@ -24,7 +24,7 @@ class MetricsLog(L.Callback):
 
     def on_fit_start(self, trainer, module) -> None:
         steps = {int(row["step"]) for row in self._read()} if trainer.is_global_zero else None
-        module.logged_steps = distributed.from_main(steps)
+        module.logged_steps = collectives.from_main(steps)
 
     def on_train_start(self, trainer, module) -> None:
         step = module.global_step

@@ -5,8 +5,8 @@ import signal
 
 import lightning as L
 
-from llm import distributed
-from llm.launch import STOP_SIGNALS
+from llm.parallel import collectives
+from llm.parallel.env import STOP_SIGNALS
 
 
 class CleanStop(L.Callback):
@@ -33,9 +33,9 @@ class CleanStop(L.Callback):
         print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        alone = distributed.world_size() == 1
+        alone = collectives.world_size() == 1
         if (module.wants_stop if alone else module.stop_votes) and not trainer.should_stop:
-            self.signum = max(signum or 0 for signum in distributed.gathered(self.signum))
+            self.signum = max(signum or 0 for signum in collectives.gathered(self.signum))
             self.checkpoint.act(trainer, module, module.global_step)
             trainer.should_stop = True
 

@@ -1,9 +1,9 @@
 """What the model says to fixed prompts."""
 
 from callbacks.cadence import Periodic
-from llm.engine import Engine
-from llm.evaluation import draw_samples
-from llm.strategy import whole_net
+from llm.eval.samples import draw_samples
+from llm.inference.engine import Engine
+from llm.parallel.strategy import whole_net
 
 
 class Samples(Periodic):

@@ -5,7 +5,7 @@ import time
 import lightning as L
 import torch
 
-from llm.hardware import peak_of
+from llm.scaling.gpu_estimate import peak_of
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,9 +8,9 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from llm import distributed
 from llm.errors import BadLoss, UserError
-from llm.strategy import FSDPStrategy
+from llm.parallel import collectives
+from llm.parallel.strategy import FSDPStrategy
 
 
 class LossGuard(L.Callback):
@@ -49,17 +49,17 @@ class ProcessWatch(L.Callback):
         self._begin_window(module)
 
     def _begin_window(self, module) -> None:
-        self.start = time.perf_counter() - distributed.waited_seconds() - module.paused_seconds
+        self.start = time.perf_counter() - collectives.waited_seconds() - module.paused_seconds
         self.first_step = module.global_step
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step = module.global_step
-        if distributed.world_size() == 1 or not (step % self.every == 0 or self.checkpoint.due(module, step)):
+        if collectives.world_size() == 1 or not (step % self.every == 0 or self.checkpoint.due(module, step)):
             return
         if not isinstance(trainer.strategy, FSDPStrategy):  # which has no weights twice
             check_same_weights(dict(module.net.named_parameters()), step)
         if step % self.every == 0:
-            busy = time.perf_counter() - distributed.waited_seconds() - module.paused_seconds - self.start
+            busy = time.perf_counter() - collectives.waited_seconds() - module.paused_seconds - self.start
             report = slow_processes(1000 * busy / (step - self.first_step), self.slow)
             if report:
                 print(f"step {step}: {report}", flush=True)
@@ -69,7 +69,7 @@ class ProcessWatch(L.Callback):
 def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
     """Raise UserError if the fp32 bits of a parameter add up to another number in another process."""
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
-    by_process = distributed.gathered(sums)
+    by_process = collectives.gathered(sums)
     for number, its in enumerate(by_process):
         differing = [name for name, a, b in zip(params, by_process[0], its, strict=True) if a != b]
         if differing:
@@ -82,7 +82,7 @@ def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
 
 def slow_processes(milliseconds: float, slow: float) -> str | None:
     """What to say of processes that take more than `slow` times the median for their own part of a step."""
-    times = distributed.gathered((milliseconds, socket.gethostname()))
+    times = collectives.gathered((milliseconds, socket.gethostname()))
     median = statistics.median_low([own for own, _ in times])
     late = [f"process {k} on {host} {own:.0f} ms" for k, (own, host) in enumerate(times) if own > slow * median]
     return f"slow processes: {', '.join(late)}; the others {median:.0f} ms a step" if late else None

@@ -1,7 +1,7 @@
 """Conversations to train on: chat rows in the formats that are about, and the identity rows that can also be scored."""
 
-from llm.chat import validate_conversation
 from llm.errors import UserError
+from llm.tokenizer.chat_format import validate_conversation
 from tasks.base import Task
 from tasks.files import need
 

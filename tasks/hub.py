@@ -17,8 +17,7 @@ import numpy as np
 
 from llm.data.download import HubRepo, first_line, hub_folder, patiently
 from llm.errors import UserError
-from llm.files import sync
-from llm.run import read_json, write_json
+from llm.utils.files import read_json, sync, write_json
 
 CHECKED = 1000  # rows that are checked before anything runs; the others are when they are read
 FACTS = "fathom.json"

@@ -30,8 +30,8 @@ def run_cli(script: str, *args: str, cwd: Path | str = REPO, timeout: float = 30
 
 def compose(config_name: str = "train", *overrides: str):
     """The composed configuration of an entry point, checked like the command line."""
-    from llm.overrides import check_overrides
-    from llm.overrides import compose as compose_checked
+    from llm.cli.overrides import check_overrides
+    from llm.cli.overrides import compose as compose_checked
 
     check_overrides(config_name, overrides)
     return compose_checked(config_name, overrides)
@@ -40,7 +40,7 @@ def compose(config_name: str = "train", *overrides: str):
 @pytest.fixture(scope="module")
 def composed_once():
     """Composing takes 0.2 s: the checks that begin with the same configuration share it."""
-    from llm import overrides
+    from llm.cli import overrides
 
     cached = functools.cache(overrides.compose)
 
@@ -65,7 +65,7 @@ def tiny_config(tmp_path) -> Callable:
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """300 tokens: all bytes, a few merges, the nine special tokens."""
-    from llm.tokenizer import Tokenizer
+    from llm.tokenizer.bpe import Tokenizer
 
     return Tokenizer.train([TEXT * 20], vocab_size=300)
 
@@ -73,7 +73,8 @@ def tiny_tokenizer():
 @pytest.fixture
 def tiny_net(tiny_tokenizer):
     """A network of two layers of width 32 with a context of 64 tokens, initial weights of seed 0."""
-    from llm.gpt import GPT, GPTConfig
+    from llm.model.config import GPTConfig
+    from llm.model.gpt import GPT
 
     config = GPTConfig(2, 2, 1, 16, 32, 64, tiny_tokenizer.vocab_size)
     return GPT(config).init_weights(0).eval()

@@ -1,7 +1,7 @@
-"""CORE one example at a time, as plainly as it can be written: what llm/core.py must agree with, and is timed against.
+"""CORE one example at a time, as plainly as can be: what llm/eval/core.py must agree with, and is timed against.
 
 Every sequence is rendered, tokenised and fed whole, padded to the longest choice; all logits are made. Follows the
-published definition (DataComp-LM, arXiv 2406.11794; nanochat's seeds and prompts), independently of llm/core.py.
+published definition (DataComp-LM, arXiv 2406.11794; nanochat's seeds and prompts), independently of llm/eval/core.py.
 """
 
 import random

@@ -14,14 +14,15 @@ from conftest import compose
 
 from callbacks.checkpoint import StepCheckpoint
 from callbacks.watch import check_same_weights
-from llm import distributed
-from llm.checkpoint import CheckpointWriter
+from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
-from llm.gpt import GPT
-from llm.launch import end
-from llm.scaling import model_config
-from llm.stages.step import StageContext, StepData, StepModule
-from llm.strategy import layout_of_processes, make_strategy, whole_net
+from llm.model.gpt import GPT
+from llm.parallel import collectives
+from llm.parallel.env import end
+from llm.parallel.process_group import join
+from llm.parallel.strategy import layout_of_processes, make_strategy, whole_net
+from llm.scaling.rules import model_config
+from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
 KINDS = ("pretrain", "sft", "grpo")
@@ -49,7 +50,7 @@ class Steps:
 
     def __iter__(self):
         while True:
-            numbers = range(distributed.rank(), MICRO - (self.kind == "grpo"), distributed.world_size())
+            numbers = range(collectives.rank(), MICRO - (self.kind == "grpo"), collectives.world_size())
             micro = [micro_batch(self.kind, self.step, number) for number in numbers]
             trained = sum(int((m["targets"] >= 0).sum()) for m in micro)
             self.step += 1
@@ -109,31 +110,31 @@ def notices_other_weights(module: StepModule) -> bool:
     """Whether a bit that flips in the last process is named by all of them."""
     params = {name: p.detach().float() for name, p in module.net.named_parameters()}
     check_same_weights(params, STEPS)
-    if distributed.rank() == distributed.world_size() - 1:
+    if collectives.rank() == collectives.world_size() - 1:
         params["lm_head.weight"].view(torch.int32)[3, 5] ^= 1
     try:
         check_same_weights(params, STEPS)
     except UserError as error:
-        return f"process {distributed.world_size() - 1} holds other weights" in str(error) and "lm_head" in str(error)
+        return f"process {collectives.world_size() - 1} holds other weights" in str(error) and "lm_head" in str(error)
     return False
 
 
 def main() -> None:
     strategy, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], None)[0]
-    distributed.join(on_gpu=False)
+    join(on_gpu=False)
     sent = Sent()
     for kind in KINDS if checkpoint is None else KINDS[:1]:
         sent.numbers = 0
         module, trainer = train(kind, strategy, folder, checkpoint)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
         weights = whole_net(module.net).state_dict()
-        result = {"weights": weights, "held": distributed.gathered(held), "tokens": module.tokens_seen}
+        result = {"weights": weights, "held": collectives.gathered(held), "tokens": module.tokens_seen}
         result["sent"] = sent.numbers / STEPS
-        if distributed.world_size() > 1 and strategy != "fsdp":
-            result["noticed"] = all(distributed.gathered(notices_other_weights(module)))
-        if distributed.is_main():
+        if collectives.world_size() > 1 and strategy != "fsdp":
+            result["noticed"] = all(collectives.gathered(notices_other_weights(module)))
+        if collectives.is_main():
             torch.save(result, folder / f"{kind}.pt")
-    distributed.barrier()
+    collectives.barrier()
     end(0)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from llm.chat import render_conversation
-from llm.gpt import GPT, GPTConfig
-from llm.model_folder import save_model_folder
-from llm.tokenizer import Tokenizer
+from llm.checkpoint.model_folder import save_model_folder
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.chat_format import render_conversation
 
 REPO = Path(__file__).resolve().parent.parent
 MAX_TRAINED = 150  # tokens; the song is cut here, so the model never learns to end it

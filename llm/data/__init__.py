@@ -1,0 +1,1 @@
+"""Text and conversations as step batches: sources, packing, loaders."""

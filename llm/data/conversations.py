@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llm.chat import render_conversation
 from llm.data.documents import Taken
 from llm.data.packing import BestFitPad, Document
 from llm.errors import UserError
+from llm.tokenizer.chat_format import render_conversation
 
 TRAIN_ON = ("assistant", "all")
 

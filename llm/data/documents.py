@@ -8,12 +8,11 @@ has changed what was `taken` before. It knows nothing of threads or batch sizes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm.config import SourceSpec, check_values
 from llm.data.formats import Column, check_file, count_rows, find_files, kind_of, read_rows
 from llm.errors import UserError
 
@@ -246,71 +245,3 @@ class EmbeddedDocuments:
         from llm.data.embedded import documents
 
         return documents({"train": "train", "val": "test"}[split], self._sizes[split], self.seed, start)
-
-
-def document_source(data, cache: str) -> DocumentSource:
-    """The text of the config group `data`, checked as far as that is cheap; `cache` is paths.data."""
-    source = build_source(data, cache)
-    print(f"text: {source.check()}", flush=True)
-    return source
-
-
-def build_source(data, cache: str) -> DocumentSource:
-    """The same, nothing checked or fetched but the list of a hub data set's files."""
-    if data.get("streaming") and data.name != "hub":
-        raise UserError(f"data.streaming=true is for data sets of the hub, not for data={data.name}; leave it out")
-    if data.name == "embedded":
-        return EmbeddedDocuments(data.size, data.seed, data.val_size)
-    if data.name != "mixture":
-        return _files_source(data, cache, data.workers, "data", {"local": "path", "hub": "repo"}[data.name])
-    from llm.data.mixture import MixedDocuments
-
-    if not isinstance(data.sources or {}, Mapping):
-        raise UserError(f"data.sources={data.sources}: write {{<name>: {{path: ...}}, <name>: {{repo: ...}}}}")
-    specs = {name: _source_spec(values, f"data.sources.{name}") for name, values in (data.sources or {}).items()}
-    sources = {name: spec for name, spec in specs.items() if spec.weight > 0}
-    if not sources:
-        raise UserError("data.sources: no source has a weight above 0; data=mixture needs at least one (docs/data.md)")
-    built = {}
-    for name, source in sources.items():
-        key = f"data.sources.{name}"
-        if (source.path is None) == (source.repo is None):
-            raise UserError(f"{key}: set either path (files) or repo (a data set on the hub)")
-        kind = "path" if source.repo is None else "repo"
-        built[name] = _files_source(source, cache, data.workers, key, kind), source.weight
-    return MixedDocuments(built)
-
-
-def _source_spec(values, key: str):
-    """One of `data.sources` with its defaults; UserError for keys and values that its schema does not know."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        spec = OmegaConf.merge(OmegaConf.structured(SourceSpec), values)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        known = ", ".join(SourceSpec.__dataclass_fields__)
-        raise UserError(f"{key}={values}: {str(error).splitlines()[0]}. Keys of a source: {known}") from error
-    check_values(spec, f"{key}.")
-    return spec
-
-
-def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
-    """Files of this machine (kind "path") or of the hub ("repo"), as `spec`, the place `key` of the config, says."""
-    if spec[kind] is None:
-        needs = {
-            "path": "data=local needs data.path=<folder, file or pattern of your text>",
-            "repo": "data=hub needs data.repo=<owner>/<name> of a data set on the hub",
-        }
-        raise UserError(f"{key}.{kind} is not set: {needs[kind]}")
-    if kind == "path" and spec.get("streaming"):
-        raise UserError(f"{key}.streaming=true is for data sets of the hub, not for {key}.path; leave it out")
-    if kind == "path":
-        return LocalDocuments(spec.path, spec.column, spec.val_size, key)
-    from llm.data.download import HubFolder
-    from llm.data.hub import HubDocuments
-    from llm.data.streaming import StreamedDocuments
-
-    documents = StreamedDocuments if spec.get("streaming") else HubDocuments
-    folder = HubFolder(spec.repo, spec.revision or "main", cache, workers, key)
-    return documents(folder, spec.files, spec.shards, spec.column, spec.val_size, key)

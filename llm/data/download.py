@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.files import sync, sync_folder
-from llm.format import in_bytes
-from llm.run import read_json, write_json
+from llm.utils.files import read_json, sync, sync_folder, write_json
+from llm.utils.format import in_bytes
 
 log = logging.getLogger(__name__)
 TRIES = 6

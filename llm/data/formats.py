@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from llm.errors import UserError
-from llm.format import in_bytes
+from llm.utils.format import in_bytes
 
 SUFFIXES = {
     ".parquet": "parquet",

@@ -210,7 +210,8 @@ class TextSteps(StepLoader):
 class ConversationSteps(StepLoader):
     """Midtraining and finetuning steps: whole conversations, best-fit packed with padding.
 
-    train_on="assistant" trains what the assistant writes (llm.chat's mask), "all" every token. loop=False: one pass.
+    train_on="assistant" trains what the assistant writes (the mask of llm.tokenizer.chat_format), "all" every token.
+    loop=False: one pass.
     """
 
     kind = "conversations"

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 from llm.data.download import HubFile, HubFolder, patiently
 from llm.data.formats import check_file
-from llm.data.hub import HubDocuments
-from llm.format import in_bytes
+from llm.data.hub_documents import HubDocuments
+from llm.utils.format import in_bytes
 
 BLOCK_BYTES = 1 << 22
 BLOCKS_AHEAD = 4

@@ -1,0 +1,1 @@
+"""Chat with a trained model: in the browser, in the terminal, one answer."""

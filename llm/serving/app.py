@@ -3,8 +3,8 @@
 import socket
 
 from llm.errors import UserError
-from llm.run import find_stage
-from llm.sampling import SamplingParams
+from llm.inference.sampling import SamplingParams
+from llm.run.stage_folder import find_stage
 from llm.serving import terminal
 from llm.serving.chat import load_chat_model
 

@@ -17,7 +17,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from llm.sampling import SamplingParams
+from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Message, Reply, stream_reply
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation

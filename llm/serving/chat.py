@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm.chat import PART_MARKS, render_prompt
-from llm.engine import Engine
-from llm.sampling import SamplingParams
+from llm.inference.engine import Engine
+from llm.inference.sampling import SamplingParams
+from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
 
@@ -31,7 +31,7 @@ class ChatModel:
 
 @dataclass
 class Reply:
-    """An answer so far. content: parts as in `llm.chat`; notes: what the user should know about it."""
+    """An answer so far. content: parts as in `llm.tokenizer.chat_format`; notes: what the user should know about it."""
 
     content: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -42,9 +42,9 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
     """The model of a finished stage on the best device there is, with weights in the dtype it computes in."""
     import torch
 
-    from llm.gpt import num_params
-    from llm.model_folder import load_model_folder
-    from llm.precision import resolve_compute_dtype
+    from llm.checkpoint.model_folder import load_model_folder
+    from llm.model.config import num_params
+    from llm.model.linear import resolve_compute_dtype
 
     stage_dir = Path(stage_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llm.errors import UserError
-from llm.sampling import SamplingParams
+from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Reply, stream_reply
 
 HELP = """\

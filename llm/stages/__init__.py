@@ -1,0 +1,1 @@
+"""The phases of training: what each builds, and how one is run."""

@@ -1,11 +1,11 @@
 """stage=download: fetch what `data` takes from the hub and the web, before, or while, something is trained on it."""
 
-from llm.data.documents import build_source
-from llm.data.hub import HubDocuments
-from llm.data.mixture import MixedDocuments
+from llm.data.hub_documents import HubDocuments
+from llm.data.sources import build_source
+from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
-from llm.format import in_bytes
-from llm.stages.build import task_cache
+from llm.stages.common import task_cache
+from llm.utils.format import in_bytes
 from tasks.base import Task
 from tasks.hub import HubRows
 from tasks.registry import build_task, fetched_tasks, remotes

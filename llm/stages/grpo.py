@@ -14,15 +14,14 @@ import numpy as np
 import torch
 
 from callbacks.chat_eval import PassAtK
-from llm import distributed
-from llm.chat import render_conversation, render_prompt
-from llm.engine import Completion, Engine
 from llm.errors import UserError
-from llm.evaluation import questions
-from llm.launch import processes
-from llm.micro_batch import resolve_rows
-from llm.sampling import SamplingParams
-from llm.stages.build import (
+from llm.eval.samples import questions
+from llm.inference.engine import Completion, Engine
+from llm.inference.sampling import SamplingParams
+from llm.parallel import collectives
+from llm.parallel.launch import processes
+from llm.parallel.strategy import whole_net
+from llm.stages.common import (
     BuiltStage,
     eval_tasks,
     finetuning_scales,
@@ -32,8 +31,9 @@ from llm.stages.build import (
     step_context,
     task_cache,
 )
-from llm.stages.step import StepData, StepModule
-from llm.strategy import whole_net
+from llm.stages.micro_batch import resolve_rows
+from llm.stages.step_module import StepData, StepModule
+from llm.tokenizer.chat_format import render_conversation, render_prompt
 from tasks import Mixture, build_mixture, build_task
 
 
@@ -88,7 +88,7 @@ class RolloutSteps:
     @staticmethod
     def share(items: Sequence) -> Sequence:
         """What of a step's items falls to this rank."""
-        return items[distributed.rank() :: distributed.world_size()]
+        return items[collectives.rank() :: collectives.world_size()]
 
     def rollout(self, step: int) -> dict:
         stage, indices = self.stage, self.questions_of(step)
@@ -96,7 +96,7 @@ class RolloutSteps:
             temperature=stage.temperature,
             top_k=stage.top_k,
             max_new_tokens=stage.max_new_tokens,
-            seed=(self.seed + 1_009 * distributed.rank()) * 1_000_003 + step,
+            seed=(self.seed + 1_009 * collectives.rank()) * 1_000_003 + step,
         )
         prompts = [self.prompts[i] for i in indices]
         engine = Engine(whole_net(self.engine.net), self.engine.tokenizer)

@@ -5,16 +5,17 @@ from typing import NamedTuple
 
 import torch
 
-from llm.data.documents import document_source, texts
+from llm.data.documents import texts
 from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
+from llm.data.sources import document_source
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
-from llm.evaluation import text_prompts
-from llm.gpt import GPT, GPTConfig
-from llm.hardware import named_gpu
-from llm.launch import processes
-from llm.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
-from llm.scaling import (
+from llm.eval.samples import text_prompts
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
+from llm.parallel.launch import processes
+from llm.scaling.gpu_estimate import named_gpu
+from llm.scaling.rules import (
     REFERENCE_DEPTH,
     auto_batch,
     decay_factor,
@@ -23,7 +24,7 @@ from llm.scaling import (
     pretrain_steps,
     training_tokens,
 )
-from llm.stages.build import (
+from llm.stages.common import (
     BuiltStage,
     check_vocab_size,
     evaluates,
@@ -34,8 +35,9 @@ from llm.stages.build import (
     step_context,
     steps_layout,
 )
-from llm.stages.step import StepData, StepModule
-from llm.tokenizer import Tokenizer
+from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
+from llm.stages.step_module import StepData, StepModule
+from llm.tokenizer.bpe import Tokenizer
 
 
 class Plan(NamedTuple):
@@ -48,7 +50,7 @@ class Plan(NamedTuple):
 
 
 def plan(cfg, vocab_size: int) -> Plan:
-    """Shape, batch, horizon, rates and decay by the rules of `llm.scaling`."""
+    """Shape, batch, horizon, rates and decay by the rules of `llm.scaling.rules`."""
     stage, config = cfg.stage, model_config(cfg.model, cfg.arch, vocab_size)
     if cfg.max_steps is not None and stage.target_flops is not None:
         raise UserError(

@@ -3,19 +3,11 @@
 import time
 from pathlib import Path
 
-from llm.compression import SAMPLE_TEXTS, named_encoder
 from llm.data.documents import DocumentSource, texts
-from llm.files import replaced_folder
-from llm.pretrained_tokenizer import load_pretrained
-from llm.run import write_atomic
-from llm.tokenizer import (
-    Tokenizer,
-    checked_pattern,
-    compression_table,
-    format_compression_table,
-    split_pattern,
-    train_tokenizer,
-)
+from llm.tokenizer.bpe import Tokenizer, checked_pattern, split_pattern, train_tokenizer
+from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, named_encoder
+from llm.tokenizer.pretrained import load_pretrained
+from llm.utils.files import replaced_folder, write_atomic
 
 TABLE_CHARS = 200_000  # of the training and of the validation text
 

@@ -1,0 +1,194 @@
+"""The hand-over artifact of a stage, `model/`: weights, config, tokenizer, chat template, generation config.
+
+For `arch=classic` the folder is a Hugging Face NanoChat checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` of
+transformers 5 load unchanged. Everything is written here from plain data: saving and loading need safetensors only, and
+no file is ever unpickled. Tensors hold the true vocabulary; Fathom's padding is cut off and put back on load.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llm.errors import UserError
+from llm.model.config import GPTConfig
+from llm.model.fused_ops import NORM_EPS
+from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
+from llm.utils.files import replaced_folder
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+FORMAT_VERSION = 1
+
+# Fathom's name of a part -> its name in Hugging Face's NanoChat.
+HF_PARTS = (
+    ("transformer.wte.", "model.embed_tokens."),
+    ("transformer.h.", "model.layers."),
+    (".attn.c_q.", ".self_attn.q_proj."),
+    (".attn.c_k.", ".self_attn.k_proj."),
+    (".attn.c_v.", ".self_attn.v_proj."),
+    (".attn.c_proj.", ".self_attn.o_proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+)
+VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
+
+
+def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer) -> None:
+    """Write the folder, fp32 weights. A folder of that name is replaced only once the new one is complete.
+
+    Raises UserError where the disk refuses (full, read-only); the old folder is then untouched.
+    """
+    folder, config = Path(folder), net.config
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    with replaced_folder(folder) as new:
+        tokenizer.save(new, max_length=config.seq_len)
+        _write_json(new / CONFIG_FILE, hf_config(config, tokenizer))
+        _write_json(new / GENERATION_FILE, generation_config(tokenizer))
+        tensors = {}
+        for name, value in net.state_dict().items():
+            rows = config.vocab_size if name.startswith(VOCAB_PARAMS) else len(value)
+            tensors[file_name(name, config)] = value[:rows].detach().to("cpu", torch.float32).contiguous()
+        try:
+            save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it readable by its owner only
+
+
+def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """Model (fp32 weights) and tokenizer of a saved folder.
+
+    Raises UserError where a file is missing, damaged, or of another model or tokenizer.
+    """
+    folder = Path(folder)
+    config, fingerprint = _read_config(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != fingerprint or tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer is not the one this model was trained with "
+            f"(fingerprint {tokenizer.fingerprint[:12]}, expected {fingerprint[:12]}); "
+            "put the original tokenizer files back, or train the stage again"
+        )
+    net = GPT(config)
+    _load_weights(net, folder / WEIGHTS_FILE)
+    return net.to(device), tokenizer
+
+
+def read_config(folder: str | os.PathLike) -> GPTConfig:
+    """The model's shape, without reading its weights."""
+    return _read_config(Path(folder))[0]
+
+
+def file_name(name: str, config: GPTConfig) -> str:
+    """Name of a parameter in the file: `classic` takes those of Hugging Face's NanoChat."""
+    if config.arch != "classic":
+        return name
+    for ours, theirs in HF_PARTS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
+    """config.json: NanoChatConfig fields, with every default that does not fit set, and our own under `fathom`.
+
+    Only `classic` is a NanoChat model; others say that they are Fathom's, so that transformers refuses them.
+    """
+    is_classic = config.arch == "classic"
+    return {
+        "architectures": ["NanoChatForCausalLM" if is_classic else "FathomForCausalLM"],
+        "model_type": "nanochat" if is_classic else "fathom",
+        "dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.seq_len,
+        "hidden_act": "gelu_new" if config.arch == "gpt2" else "relu2",
+        "rms_norm_eps": NORM_EPS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "final_logit_softcapping": config.softcap,
+        "attention_bias": config.arch == "gpt2",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.special_id("<|assistant_end|>"),
+        "pad_token_id": tokenizer.special_id("<|assistant_end|>"),
+        "fathom": {
+            "format_version": FORMAT_VERSION,
+            "model": config.to_dict(),
+            "tokenizer": tokenizer.fingerprint,
+        },
+    }
+
+
+def generation_config(tokenizer: Tokenizer) -> dict:
+    """generation_config.json: an answer ends where the assistant's turn or the document does."""
+    end = tokenizer.special_id("<|assistant_end|>")
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": [end, tokenizer.bos_id], "pad_token_id": end}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(folder: Path) -> tuple[GPTConfig, str]:
+    """Model config and the fingerprint of the tokenizer that belongs to it."""
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); a model folder is what a finished stage leaves in "
+            "<run>/<stage>/model. Train that stage, or point run= or init_from= at one that is finished"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy it again, or train the stage again") from error
+    ours = content.get("fathom") if isinstance(content, dict) else None
+    if not isinstance(ours, dict):
+        raise UserError(f"{path}: no `fathom` section, so Fathom did not write this model; use a Fathom model folder")
+    if ours.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {ours.get('format_version')!r}, but this version of Fathom reads "
+            f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
+        )
+    try:
+        return GPTConfig.from_dict(ours["model"]), str(ours["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged `fathom` section ({error}); copy it again or train again") from error
+
+
+def _load_weights(net: GPT, path: Path) -> None:
+    """Copy the file's tensors into the model, one at a time; padding rows become zero."""
+    fix = "copy the file again, or train the stage again"
+    state = net.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected, found = {file_name(name, net.config): name for name in state}, set(file.keys())
+            if missing := sorted(set(expected) - found):
+                raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); {fix}")
+            if unknown := sorted(found - set(expected)):
+                raise UserError(f"{path}: tensor {unknown[0]} is not of this model ({len(unknown)} in all); {fix}")
+            for theirs, name in expected.items():
+                target = state[name]
+                rows = net.config.vocab_size if name.startswith(VOCAB_PARAMS) else len(target)
+                shape = tuple(file.get_slice(theirs).get_shape())
+                if shape != (rows, *target.shape[1:]):
+                    raise UserError(
+                        f"{path}: tensor {theirs} has shape {shape}, but {CONFIG_FILE} says "
+                        f"{(rows, *target.shape[1:])}; the two files are of different models: {fix}"
+                    )
+                target[:rows].copy_(file.get_tensor(theirs))
+                target[rows:].zero_()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {fix}") from error

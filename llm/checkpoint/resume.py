@@ -1,0 +1,266 @@
+"""Resume checkpoints: `checkpoints/step_<n>.ckpt`, everything needed to go on, written whole or not at all.
+
+    python -m llm.checkpoint <run folder>      what a run holds, checksums verified; status 1 if something is damaged
+
+They hold only tensors and primitives, so they load with `weights_only=True`; the model for the next stage is another
+artifact (`llm.checkpoint.model_folder`). `checkpoints/manifest.json` holds size and SHA-256 of each file. A step waits
+for a copy of the state in host memory; a thread does checksum, disk and renaming.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import sys
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from llm.errors import UserError
+from llm.run.stage_folder import read_manifest, read_metrics
+from llm.utils.files import read_json, sync_folder, write_json
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"step_(\d+)\.ckpt")
+MANIFEST = "manifest.json"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.ckpt"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete checkpoints in a folder, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := NAME.fullmatch(path.name))]
+    return sorted(found)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Lightning's CheckpointIO that never leaves half a checkpoint and keeps the newest `keep`.
+
+    asynchronous: writes in a thread while training goes on; at most one write is under way. What fails there is raised
+    by the next call of `check`, `save_checkpoint` or `finish`.
+    """
+
+    def __init__(self, keep: int = 2, asynchronous: bool = True):
+        self.keep, self.asynchronous = keep, asynchronous
+        self.thread, self.writing = ThreadPoolExecutor(1, "fathom-checkpoint"), None
+        self.host_copy = HostCopy()
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        self.finish()
+        if not self.asynchronous:
+            return write_checkpoint(checkpoint, Path(path), self.keep)
+        copy = self.host_copy.of(checkpoint)
+        self.writing: Future | None = self.thread.submit(write_checkpoint, copy, Path(path), self.keep)
+        return None
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        return load_checkpoint(Path(path))
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread; does not wait."""
+        if self.writing is not None and self.writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the file is on the disk."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    teardown = finish  # called by Lightning at the end of a fit, also one that failed
+
+
+class HostCopy:
+    """Copies of checkpoints in host memory. The buffers are used again for the next one, so pages are touched once."""
+
+    def __init__(self):
+        self.buffers: dict[tuple, torch.Tensor] = {}
+
+    def of(self, checkpoint: Any) -> Any:
+        """A copy of nested dicts, lists and tuples with tensors of our own; views of the same numbers stay one."""
+        old, self.buffers, seen = self.buffers, {}, {}
+
+        def copied(thing: Any, place: tuple) -> Any:
+            if isinstance(thing, dict):
+                return {key: copied(value, (*place, key)) for key, value in thing.items()}
+            if isinstance(thing, list | tuple):
+                return type(thing)(copied(value, (*place, i)) for i, value in enumerate(thing))
+            if not isinstance(thing, torch.Tensor):
+                return thing
+            same = (thing.data_ptr(), thing.shape, thing.stride(), thing.dtype)
+            if thing.numel() == 0 or same not in seen:
+                buffer = old.get(place)
+                if buffer is None or buffer.shape != thing.shape or buffer.dtype != thing.dtype:
+                    buffer = torch.empty(thing.shape, dtype=thing.dtype, pin_memory=thing.is_cuda)
+                seen[same] = self.buffers[place] = buffer.copy_(thing.detach(), non_blocking=True)
+            return seen[same]
+
+        copy = copied(checkpoint, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copy
+
+
+class Hashed:
+    """A binary file that knows the checksum of what was written to it."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
+    """Stream to a temporary file, force it to disk, rename it, note its checksum, remove old ones, in this order.
+
+    A crash between any two of them leaves a checkpoint that can be used. Raises UserError where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, hashed := Hashed(file))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = list_checkpoints(path.parent)
+        state = f"the checkpoint of step {kept[-1][0]} is intact" if kept else "no earlier checkpoint exists"
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; {state}. Free some space and run again to resume") from error
+    old = list_checkpoints(path.parent)[:-keep]
+    listed = {name: entry for name, entry in checksums(path.parent).items() if (path.parent / name).is_file()}
+    for _, removed in old:
+        listed.pop(removed.name, None)
+    saved = datetime.now(UTC).isoformat(timespec="seconds")
+    listed[path.name] = {"bytes": hashed.bytes, "sha256": hashed.sha256.hexdigest(), "saved": saved}
+    write_json(path.parent / MANIFEST, listed)
+    for leftover in [*(removed for _, removed in old), *path.parent.glob(".*.tmp")]:
+        leftover.unlink(missing_ok=True)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint mapped into memory: what is copied out of it is read from the disk then, and once."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def checksums(folder: Path) -> dict[str, dict]:
+    """The manifest of a folder of checkpoints, {} where it is missing or damaged itself."""
+    try:
+        return read_json(folder / MANIFEST) or {}
+    except UserError as error:
+        log.warning("%s", error)
+        return {}
+
+
+def damage(path: Path, listed: dict[str, dict]) -> str | None:
+    """What is wrong with a checkpoint, None if it is what was written: by the manifest, else by its own CRCs."""
+    entry = listed.get(path.name)
+    try:
+        if entry is None:
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    return f"not in the manifest, and the CRC of {name} is wrong"
+        else:
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{size} bytes instead of {entry['bytes']}"
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return "its checksum is wrong"
+        load_checkpoint(path)
+    except Exception as error:  # noqa: BLE001  any damage means the same: this one cannot be used
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return None
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """The newest sound checkpoint of a folder; damaged newer ones are skipped with a warning."""
+    listed = checksums(folder)
+    for step, path in reversed(list_checkpoints(folder)):
+        problem = damage(path, listed)
+        if problem is None:
+            return step, path
+        log.warning("%s is damaged (%s): using the checkpoint before it", path, problem)
+    return None
+
+
+# ---- looking at a run -----------------------------------------------------------------------------------------------
+
+
+def inspect(run: Path) -> bool:
+    """Print what the stages of a run hold and whether it is sound; returns whether all of it is."""
+    from llm.config.schema import STAGES
+
+    stages = [run / stage for stage in STAGES if (run / stage / "run.json").is_file()]
+    if not stages:
+        raise UserError(f"{run} holds no stage (no <stage>/run.json); give a run folder, such as runs/demo")
+    sound = True
+    for stage in stages:
+        manifest, rows = read_manifest(stage) or {}, read_metrics(stage)
+        parts = [str(manifest.get("status")), *([f"metrics to step {rows[-1]['step']:.0f}"] if rows else [])]
+        print(f"{run.name}/{stage.name}: {', '.join(parts)}")
+        listed = checksums(stage / "checkpoints")
+        for _, path in list_checkpoints(stage / "checkpoints"):
+            problem, saved = damage(path, listed), listed.get(path.name, {}).get("saved", "not in the manifest")
+            holds = contents(path) if problem is None else "DAMAGED: " + problem
+            print(f"  checkpoints/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {saved}  {holds}")
+            sound = sound and problem is None
+        for path in sorted((stage / "model").glob("*.safetensors")):
+            problem = damaged_weights(path)
+            print(f"  model/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
+            sound = sound and problem is None
+    return sound
+
+
+def contents(path: Path) -> str:
+    """`sound; 12.3 M weights, optimizer of 2 groups, data positions of 2 processes`."""
+    checkpoint = load_checkpoint(path)
+    weights = sum(t.numel() for t in checkpoint["state_dict"].values())
+    groups = len(checkpoint["optimizer_states"][0]["param_groups"])
+    processes = len(checkpoint["StepData"]["positions"])
+    return f"sound; {weights / 1e6:.1f} M weights, {groups} optimizer groups, data positions of {processes}"
+
+
+def damaged_weights(path: Path) -> str | None:
+    """What is wrong with a safetensors file, None if every tensor is there and finite."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        return f"DAMAGED: {error}"
+    return f"not finite: {', '.join(names[:5])}" if names else None
+
+
+def main() -> None:
+    try:
+        if len(sys.argv) != 2:
+            raise UserError("give one run folder: python -m llm.checkpoint runs/demo")
+        sys.exit(0 if inspect(Path(sys.argv[1])) else 1)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

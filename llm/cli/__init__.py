@@ -1,0 +1,1 @@
+"""Command line: help, checks, composition of the configuration, sweeps."""

@@ -1,0 +1,195 @@
+"""What the three entry points share: help, the check of the command line, Hydra, and tidy ends.
+
+An entry point is two lines: `run_app("train", "llm.stages.run_stage.run_stage")`. The function is imported only when a
+job starts, so that `--help` and a mistake in the command line do not wait for torch.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from llm.cli.help import help_text
+from llm.cli.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides, without_groups
+from llm.cli.sweep import job_title, separate_run
+from llm.errors import UserError
+from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
+from llm.utils.environment import tune_process
+
+__all__ = ["check_overrides", "run_app"]
+
+INTERRUPTED = 130  # what shells report after Ctrl-C
+USER_ERROR = 2
+FAILED = 1
+PATIENCE_SECONDS = 5  # of the other ranks, before they repeat what rank 0 had to say
+MULTIRUN = ("-m", "--multirun")
+Target = str | Callable[[Any], None]
+
+
+class _JobFailed(BaseException):
+    """Carries a job's exception past Hydra, which would catch it and start the next job of the sweep."""
+
+    def __init__(self, job: str, cause: Exception) -> None:
+        super().__init__(job)
+        self.job, self.cause = job, cause
+
+
+def run_app(config_name: str, target: Target) -> NoReturn:
+    """Run an entry point with the arguments in `sys.argv` and exit.
+
+    `target` is a function that takes the composed configuration, or its dotted name. Exit status: 0, 2 after a
+    `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
+    job ends a sweep, and the sweep says which one it was.
+    """
+    tune_process()
+    try:
+        status = _run(config_name, target, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    except SystemExit as stop:
+        status = stop.code
+    if is_launched():
+        end(status or 0)
+    sys.exit(status)
+
+
+def _run(config_name: str, target: Target, argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_name, every_key="all" in argv))
+        return 0
+    try:
+        adopt_slurm()
+        if is_launched():
+            begin()
+        # Hydra's argparse takes -m before the overrides only.
+        argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
+        argv = quote_raw(config_name, argv)
+        if "--shell-completion" not in argv and "-sc" not in argv:
+            check_overrides(config_name, argv)
+            argv = without_groups(config_name, argv)
+        if launcher(argv) != "basic":
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on the exception of a job
+            print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
+        sys.argv[1:] = argv
+        _hydra(config_name, _job(target, swept_overrides(argv)))
+    except UserError as error:
+        return _complain(str(error))
+    except _JobFailed as failure:
+        return _report(failure)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _complain(mistake: str) -> int:
+    """Print the error line. Rank 0 speaks first: if it has the same to say, its launcher ends the others meanwhile."""
+    if launched_rank() > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE_SECONDS)
+    print(f"error: {mistake}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _report(failure: _JobFailed) -> int:
+    """Say what went wrong in a job and, in a sweep, which job it was."""
+    sys.stdout.flush()
+    where = f"{failure.job}; later jobs were not started" if failure.job else ""
+    if isinstance(failure.cause, BrokenPipeError):
+        raise failure.cause
+    if isinstance(failure.cause, UserError):
+        return _complain(f"{failure.cause}" + (f" [{where}]" if where else ""))
+    traceback.print_exception(failure.cause)
+    if where:
+        print(f"error: {where}", file=sys.stderr)
+    return FAILED
+
+
+def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
+    """Compose the configuration and call `job` with it, once or for every job of a sweep.
+
+    Hydra's sweeper insists on writing its own configuration to a file; a temporary folder takes it. Processes started
+    by a job find the folder in the environment and use the same one.
+    """
+    import hydra
+
+    from llm.config.schema import register
+
+    register()
+    main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
+    if "FATHOM_SWEEP_DIR" in os.environ:
+        main()
+        return
+    with tempfile.TemporaryDirectory(prefix="fathom_sweep_") as folder:
+        os.environ["FATHOM_SWEEP_DIR"] = folder
+        main()
+
+
+def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
+    """The function that Hydra calls: imports and calls `target`, and names the job if it fails within a sweep."""
+
+    def job(cfg: Any) -> None:
+        title = ""
+        if swept:
+            number, lines = _place_in_sweep(swept)
+            title = job_title(swept, lines, number)
+            print(f"\n== {title}", flush=True)
+        try:
+            _option_names(cfg)
+            if swept and "init_from" in cfg:
+                separate_run(cfg, lines)
+            _function(target)(cfg)
+        except (Exception, SystemExit) as error:
+            if "SUBMITIT_FOLDER" in os.environ:
+                raise _in_one_line(title, error) from None
+            if isinstance(error, SystemExit):
+                raise
+            raise _JobFailed(title, error) from error
+
+    return job
+
+
+def _function(target: Target) -> Callable[[Any], None]:
+    """Import the function behind a dotted name; return a function as it is."""
+    if callable(target):
+        return target
+    module, _, name = target.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _in_one_line(title: str, error: BaseException) -> UserError:
+    """What the command that waits for a submitted job is told; the job's own log gets the rest."""
+    import submitit
+
+    if isinstance(error, SystemExit):
+        return UserError(f"{title} was stopped (status {error.code}); the same command resumes")
+    _report(_JobFailed("", error))
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return UserError(f"{text} [{title}; log: {submitit.JobEnvironment().paths.stderr}]")
+
+
+def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
+    """The number of the present job and the values that the sweep gives it, as `key=value`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    keys = {override.get_key_element() for override in swept}
+    lines = [line for line in HydraConfig.get().overrides.task if line.partition("=")[0] in keys]
+    return HydraConfig.get().job.num, lines
+
+
+def _option_names(cfg: Any) -> None:
+    """Put the name where only that counts: `stage=sft` of evaluate.py means the stage, not its settings."""
+    from omegaconf import DictConfig, OmegaConf
+
+    schema = OmegaConf.get_type(cfg)
+    for name, spec in schema.__dataclass_fields__.items():
+        only_name = spec.metadata.get("option_name") or spec.metadata.get("no_group")
+        if only_name and isinstance(cfg[name], DictConfig):
+            cfg[name] = cfg[name].name

@@ -1,0 +1,72 @@
+"""What `--help` prints: the groups with their options, the main keys, and how to see the rest."""
+
+from dataclasses import Field
+from typing import Any
+
+from llm.cli.overrides import CONF, config_groups, group_options
+from llm.config.schema import known_keys
+
+EXAMPLES = {
+    "train": [
+        "python train.py experiment=demo stage=tokenizer",
+        "python train.py -m experiment=demo stage=tokenizer,pretrain,midtrain,sft,grpo",
+        "python train.py -m experiment=demo stage=pretrain model=d2,d4",
+    ],
+    "evaluate": [
+        "python evaluate.py run=demo stage=sft eval=[bpb,chat,samples] eval.max_per_task=100",
+        "python evaluate.py run=demo stage=pretrain eval=lm_eval eval.tasks=[arc_easy,hellaswag]",
+        "python evaluate.py model=hf:openai-community/gpt2 eval=[core] eval.bundle=eval_bundle.zip",
+    ],
+    "serve": ["python serve.py run=demo", "python serve.py run=demo ui=cli", 'python serve.py run=demo prompt="Hi!"'],
+}
+PURPOSE = {
+    "train": "Train one phase, or several as a sweep (-m).",
+    "evaluate": "Measure a finished stage, or a model of Hugging Face; prints a table and writes eval.json.",
+    "serve": "Chat with a finished stage.",
+}
+
+
+def help_text(config_name: str, *, every_key: bool = False) -> str:
+    """The help page of an entry point; `every_key` lists the keys of all groups, not only the main ones."""
+    lines = [PURPOSE[config_name], "", "Usage: settings are key=value; a group takes the name of an option.", ""]
+    lines += [f"    {line}" for line in EXAMPLES[config_name]]
+    lines += ["", f"Groups (files in {CONF.name}/<group>/; * = default):", ""]
+    fields = known_keys(config_name)
+    for group, default in config_groups(config_name).items():
+        chosen = default if isinstance(default, list) else [default]
+        options = [f"{name}*" if name in chosen else name for name in group_options(group)]
+        lines.append(f"    {group:<11} {_shorten(options)}")
+    lines += ["", "Keys:" if every_key else "Main keys:", ""]
+    shown = {name: f for name, f in fields.items() if _is_leaf(f) and (every_key or f.metadata.get("main"))}
+    shown = {name: f for name, f in shown.items() if not f.metadata.get("fixed")}
+    width = max(map(len, shown))
+    lines += [f"    {name:<{width}}  {_describe(f)}" for name, f in sorted(shown.items(), key=_top_level_first)]
+    more = {"--help all": "every key", "<settings> --cfg job": "the composed configuration, without running it"}
+    if config_name == "train":
+        more["<settings> dry_run=true"] = "the derived numbers too"
+    lines += ["", "More:", ""]
+    lines += [f"    python {config_name}.py {command:<24}{text}" for command, text in more.items()]
+    return "\n".join(lines)
+
+
+def _is_leaf(spec: Field) -> bool:
+    """Whether the field holds a value and not a section of further keys."""
+    kinds = (spec.type, *getattr(spec.type, "__args__", ()))
+    return not any(hasattr(kind, "__dataclass_fields__") for kind in kinds) and not spec.metadata.get("option_name")
+
+
+def _describe(spec: Field) -> str:
+    choices = spec.metadata.get("choices")
+    return spec.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+
+
+def _top_level_first(item: tuple[str, Any]) -> tuple[bool, str]:
+    return "." in item[0], item[0].split(".")[0]
+
+
+def _shorten(options: list[str]) -> str:
+    """d2 d4 ... d34 instead of seventeen names."""
+    default = [name for name in options if name.endswith("*")]
+    if len(options) <= 12:
+        return " ".join(options)
+    return f"{options[0]} {options[1]} ... {options[-1]}" + (f" ({default[0]})" if default else "")

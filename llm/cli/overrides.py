@@ -1,0 +1,441 @@
+"""The check of the command line: a misspelt key, option or value is one helpful line, before any work starts.
+
+Hydra would notice most of these mistakes too, but only say that a key is not in a struct. Here the configuration is
+composed with the chosen options once, and each override is tried on it.
+"""
+
+import difflib
+import importlib.util
+import itertools
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from llm.config.schema import VARIANTS, check_task_names, check_values, known_keys
+from llm.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def check_overrides(config_name: str, argv: Sequence[str]) -> None:
+    """Raise `UserError` for the first override in `argv` that cannot be meant, for every job of a sweep.
+
+    Groups and their options are compared with the files in `conf/`, keys and values with the composed configuration,
+    so what a data or callbacks file adds is known as well.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    _check_dashes(argv)
+    args = get_args_parser().parse_args(list(argv))
+    folders = [CONF] + ([Path(args.config_dir)] if args.config_dir else [])
+    overrides = parse(args.overrides)
+    _check_launcher(launcher(argv), overrides)
+    overrides = [o for o in overrides if not re.match(r"hydra[./]", o.key_or_group)]
+    if not args.multirun:
+        for override in overrides:
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line}: several values make a sweep, which needs -m (or --multirun)")
+    groups = config_groups(config_name)
+    chosen, values = [], []
+    for override in overrides:
+        is_group = override.key_or_group in groups and not isinstance(_values(override)[0], dict)
+        (chosen if is_group else values).append(override)
+    for override in chosen:
+        _check_group(override, groups, folders)
+    for override in values:
+        _check_first_part(config_name, override, groups)
+    for choice in itertools.product(*(_lines(o) for o in chosen)):
+        _check_values(config_name, choice, values, args.config_dir)
+    if args.multirun:
+        _check_sweep(config_name, chosen, values, args.config_dir)
+
+
+def swept_overrides(argv: Sequence[str]) -> list[Any]:
+    """The overrides in `argv` that have several values; empty without -m."""
+    from hydra._internal.utils import get_args_parser
+
+    args = get_args_parser().parse_args(list(argv))
+    return [o for o in parse(args.overrides) if o.is_sweep_override()] if args.multirun else []
+
+
+def launcher(argv: Sequence[str]) -> str:
+    """The option of `hydra/launcher` in `argv`: what starts the jobs of a sweep."""
+    return next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith("hydra/launcher=")), "basic")
+
+
+def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
+    """`argv` with the values of free-text keys (`prompt=...`) quoted, as Hydra's grammar would read them otherwise."""
+    raw = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("raw")}
+
+    def quote(arg: str) -> str:
+        name, equals, text = arg.partition("=")
+        if not equals or name not in raw or text == "null":
+            return arg
+        return f"{name}={_quoted(text)}"
+
+    return [quote(arg) for arg in argv]
+
+
+def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
+    """`argv` with the values of `no_group` keys as {name: value}: Hydra takes any other for an option of the group."""
+    names = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("no_group")}
+
+    def wrap(arg: str) -> str:
+        name, equals, _ = arg.partition("=")
+        if not equals or name not in names:
+            return arg
+        return f"{name}=" + ",".join(f"{{name: {_quoted(_show(value))}}}" for value in _values(parse([arg])[0]))
+
+    return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
+
+
+def _quoted(text: str) -> str:
+    """In quotes, so that it is read as it is: OmegaConf reads ${...}, Hydra the quotes; both undo a backslash before
+    them and the backslashes before that.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def config_groups(config_name: str) -> dict[str, Any]:
+    """The groups of an entry point with their default options, in the order of its defaults list."""
+    from omegaconf import OmegaConf
+
+    groups = {}
+    for entry in OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"))["defaults"]:
+        if isinstance(entry, dict):
+            ((name, option),) = entry.items()
+            name = name.removeprefix("optional ")
+            if "@" not in name and name != "hydra":
+                groups[name] = option
+    return groups
+
+
+def group_options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:
+    """Options of a group: the YAML files of its folder that do not begin with an underscore, d2 before d10."""
+    names = {f.stem for folder in folders for f in (folder / group).glob("*.yaml") if not f.name.startswith("_")}
+    return sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+
+
+def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | None:
+    """The candidate most like `word` in spelling, then in the number within; None if none is at least `floor` like it.
+
+    A word without a dot is also compared with the last part of a dotted candidate, and found as a part of it:
+    `depth` finds `model.depth`, `lr` finds `optim.matrix_lr`, `optim.lr_frac` finds `stage.lr_frac`.
+    """
+
+    def likeness(name: str) -> tuple[float, float]:
+        numbers = [re.findall(r"\d+", text) for text in (word, name)]
+        distance = abs(int(numbers[0][0]) - int(numbers[1][0])) if all(numbers) else 0
+        ratio = difflib.SequenceMatcher(None, word, name).ratio()
+        last = name.rpartition(".")[2]
+        if last != name and "." not in word:
+            ratio = max(ratio, difflib.SequenceMatcher(None, word, last).ratio() - 0.01)
+        if last == word.rpartition(".")[2]:  # in another place, as trainer.strategy for strategy
+            ratio = max(ratio, 0.95)
+        if set(word.split("_")) <= set(last.split("_")):
+            ratio = max(ratio, 0.76 if last.endswith(word) else 0.75)
+        if all(numbers) and re.sub(r"\d+", "", word) == re.sub(r"\d+", "", name):
+            ratio = max(ratio, 0.9)
+        return ratio, -distance
+
+    best = max(candidates, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= floor else None
+
+
+def parse(lines: Sequence[str]) -> list[Any]:
+    """Hydra's overrides of the command line, or `UserError` naming the one that cannot be read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    overrides = []
+    for line in lines:
+        try:
+            overrides.append(parser.parse_override(line))
+        except HydraException:
+            if "=" not in line:
+                raise UserError(f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100") from None
+            name, _, value = line.partition("=")
+            hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
+            raise UserError(f"{line!r} cannot be read: {hint}") from None
+    return overrides
+
+
+def _check_dashes(argv: Sequence[str]) -> None:
+    """Settings are written without dashes; say so before argparse answers with a page of usage."""
+    from hydra._internal.utils import get_args_parser
+
+    options = {text for action in get_args_parser()._actions for text in action.option_strings}
+    for arg in argv:
+        name = arg.partition("=")[0]
+        if name.startswith("--") and name not in options:
+            bare = name.lstrip("-").replace("-", "_")
+            raise UserError(f"{arg}: no such option; settings have no dashes: {bare}=<value> (list: --help)")
+
+
+def _check_launcher(name: str, overrides: list[Any]) -> None:
+    """Launchers other than Hydra's own are extra packages, and start all jobs at the same time."""
+    if name == "basic":
+        return
+    if re.match("slurm|submitit", name) and importlib.util.find_spec("submitit") is None:
+        raise UserError(f"hydra/launcher={name}: needs a package of its own: pip install -e '.[slurm]'")
+    if name.endswith("slurm") and shutil.which("sbatch") is None:
+        raise UserError(f"hydra/launcher={name}: there is no sbatch here; run this where jobs are submitted")
+    if any(o.key_or_group == "stage" and o.is_sweep_override() for o in overrides):
+        raise UserError(f"hydra/launcher={name} starts all jobs at once, but stages follow each other: give one stage")
+
+
+def _values(override: Any) -> list[Any]:
+    """The values of an override: one, or those of a sweep."""
+    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+
+
+def _lines(override: Any) -> list[str]:
+    """The override once for every value of its sweep."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    return [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()]
+
+
+def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> None:
+    """A group takes the names of its files, one or a list of them."""
+    group = override.key_or_group
+    options = group_options(group, folders)
+    shown = f"{options[0]}, {options[1]} ... {options[-1]}" if len(options) > 12 else ", ".join(options)
+    if override.is_delete():
+        raise UserError(f"{override.input_line}: choose one of {shown} instead")
+    if override.is_add() or override.is_force_add():
+        raise UserError(f"{override.input_line}: {group!r} is there already; leave out the '+'")
+    for value in _values(override):
+        if value is None:
+            raise UserError(f"{group}=null: {'leave it out' if groups[group] is None else f'choose one of {shown}'}")
+        for name in value if isinstance(value, list) else [value]:
+            if any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+                continue
+            hint = f"did you mean {group}={nearest(str(name), options, floor=0)}?"
+            if not isinstance(name, str) and not any(re.search(r"\d", option) for option in options):
+                hint = f"its values are written {group}.<key>=<value>"
+            raise UserError(f"{group}={name} does not exist; {hint} (options: {shown})")
+
+
+def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -> None:
+    """The top-level name of a key must exist: known without composing what the command line asks for."""
+    name = override.key_or_group
+    if override.package is not None:
+        raise UserError(f"{override.input_line}: '@' moves a group to another place, which no setting here needs")
+    if name.split(".")[0] not in known_keys(config_name):
+        raise UserError(_unknown(config_name, name, [*groups, *_dotted(compose(config_name), "")]))
+
+
+def _unknown(config_name: str, name: str, candidates: Iterable[str]) -> str:
+    """The line for a key that does not exist, with the one most like it if any is."""
+    best = nearest(name, candidates)
+    hint = f"; did you mean {best!r}?" if best else ""
+    return f"unknown key {name!r}{hint} (list: python {config_name}.py --help all)"
+
+
+def _check_values(config_name: str, choice: Sequence[str], values: list[Any], config_dir: str | None) -> None:
+    """Try every value on the configuration composed with the options `choice`."""
+    cfg = compose(config_name, choice, config_dir)
+    for override in values:
+        for value in _values(override):
+            _try_override(config_name, cfg, override, value, choice)
+            if override.is_sweep_override():
+                check_values(cfg)
+    check_values(cfg)
+    if cfg.get("data") is not None:
+        check_task_names(cfg.data, cfg.stage)
+
+
+def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_dir: str | None) -> None:
+    """Keys of a swept group that its default lacks: Hydra composes a sweep with the defaults first and fails there."""
+    swept = [o.key_or_group for o in chosen if o.is_sweep_override()]
+    fixed = [line for o in chosen if not o.is_sweep_override() for line in _lines(o)]
+    inside = [o for o in values if o.key_or_group.partition(".")[0] in swept and not o.is_sweep_override()]
+    cfg = compose(config_name, fixed, config_dir) if inside else None
+    for override in inside:
+        try:
+            _try_override(config_name, cfg, override, _values(override)[0], fixed)
+        except UserError:
+            group = override.key_or_group.partition(".")[0]
+            raise UserError(
+                f"{override.input_line}: not every option of {group} has this key, so a sweep over {group} cannot take "
+                f"it; give it to the command of its own {group}, or put it into conf/experiment/<name>/<{group}>.yaml"
+            ) from None
+
+
+def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:
+    """The configuration of an entry point; a mistake in a YAML file becomes a `UserError` naming file and key."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from llm.config.schema import register
+
+    register()
+    lines = list(overrides) + ([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else [])
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(config_name, lines)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(config_name, error)) from None
+
+
+def explain(config_name: str, error: BaseException) -> str:
+    """One line out of Hydra's and OmegaConf's messages of several."""
+    cause = error if error.__cause__ is None else error.__cause__
+    text = f"{error}\n{cause}" if cause is not error else str(error)
+    where = re.search(r"In '([^']+)'", text)
+    place = f"conf/{where[1]}.yaml: " if where else ""
+    full_key = re.search(r"full_key: (\S+)", text)
+    if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
+        return place + _unknown(config_name, full_key[1], known_keys(config_name))
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("In '")]
+    return place + (f"{full_key[1]}: " if full_key else "") + (lines[0] if lines else type(error).__name__)
+
+
+def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice: Sequence[str]) -> None:
+    """Apply one override to `cfg` as Hydra will, or raise `UserError`."""
+    from omegaconf import OmegaConf
+
+    name, line = override.key_or_group, override.input_line
+    adds = override.is_add() or override.is_force_add()
+    if not adds and not override.is_delete():
+        _try_value(config_name, cfg, name, value, choice)
+        return
+    above = name.rpartition(".")[0]
+    parent = OmegaConf.select(cfg, above) if above else cfg
+    if override.is_add() and _exists(cfg, name):
+        raise UserError(f"{line}: {name!r} is there already; leave out the '+'")
+    if override.is_delete() and not _exists(cfg, name):
+        raise UserError(_missing(config_name, cfg, name, choice))
+    if _is_typed(parent):
+        verb = "added" if adds else "left out"
+        raise UserError(f"{line}: {name!r} cannot be {verb}, {above or 'the top level'} has a fixed set of keys")
+    if adds and name.startswith("data.tasks.") and name.split(".")[2] not in cfg.data.tasks:
+        raise UserError(f"{line}: describe a new task in a file of conf/data/ or conf/experiment/")
+    if adds:
+        _update(config_name, cfg, name, value, add=True)
+
+
+def _try_value(config_name: str, cfg: Any, name: str, value: Any, choice: Sequence[str]) -> None:
+    """Set `name` in `cfg`; a mapping is merged key by key, as Hydra does, or replaces a null."""
+    spec = _spec(config_name, name)
+    if spec is not None and spec.metadata.get("fixed"):
+        raise UserError(f"{name}={_show(value)}: the name comes with the option; choose {name.split('.')[0]}=<option>")
+    if not _exists(cfg, name):
+        raise UserError(_missing(config_name, cfg, name, choice))
+    if not isinstance(value, dict) or (_is_null(cfg, name) and spec is not None and spec.type is Any):
+        _update(config_name, cfg, name, value)
+        return
+    for key, inner in value.items():
+        _try_value(config_name, cfg, f"{name}.{key}", inner, choice)
+
+
+def _is_null(cfg: Any, name: str) -> bool:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(cfg, name) is None
+
+
+def _update(config_name: str, cfg: Any, name: str, value: Any, *, add: bool = False) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.update(cfg, name, value, merge=True, force_add=add)
+    except OmegaConfBaseException as error:
+        spec = _spec(config_name, name)
+        wanted = f"expected {_in_words(spec.type)}" if spec is not None else str(error).splitlines()[0]
+        hint = f" (write {int(value)})" if isinstance(value, float) and value.is_integer() else ""
+        raise UserError(f"{name}={_show(value)}: {wanted}{hint}") from None
+
+
+def _spec(config_name: str, name: str) -> Field | None:
+    """The schema field of a key; what lies below a name of the user's own (`data.tasks.mine.limit`) included."""
+    known = known_keys(config_name)
+    parts = name.split(".")
+    for pattern, spec in known.items():
+        pieces = pattern.split(".")
+        if len(pieces) == len(parts) and all(a == b or a == "<name>" for a, b in zip(pieces, parts, strict=True)):
+            return spec
+    return None
+
+
+def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> str:
+    """The line for a key that this composition lacks: misspelt, or at home in another option."""
+    from omegaconf import DictConfig, OmegaConf
+
+    group, _, rest = name.partition(".")
+    owners = [option for option, schema in VARIANTS.get(group, {}).items() if rest in schema.__dataclass_fields__]
+    if owners and config_name == "train":
+        here = cfg[group].name
+        advice = "give it in a command of its own or in conf/experiment/<experiment>/<stage>.yaml"
+        tail = f"; {advice}" if group == "stage" and any(line.startswith("stage=") for line in choice) else ""
+        return f"{name}: only {group}={' or '.join(owners)} has this key, not {group}={here}{tail}"
+    if OmegaConf.select(cfg, group) is None and group in cfg and rest:
+        return f"{name}: choose {group}=<option> first ({', '.join(group_options(group))})"
+    above = name.rpartition(".")[0]
+    parent = OmegaConf.select(cfg, above) if above else None
+    siblings = [f"{above}.{key}" for key in parent] if isinstance(parent, DictConfig) else []
+    last = name.rpartition(".")[2]
+    elsewhere = [key for key in (*cfg, *_dotted(cfg, "")) if key.rpartition(".")[2] == last]
+    message = _unknown(config_name, name, siblings + elsewhere if siblings else _dotted(cfg, ""))
+    if isinstance(parent, DictConfig) and not _is_typed(parent):
+        message += f"; to add a new one write +{name}=..."
+    return message
+
+
+def _dotted(cfg: Any, prefix: str) -> Iterable[str]:
+    """All dotted keys of a composed configuration."""
+    from omegaconf import DictConfig
+
+    for name in cfg:
+        yield f"{prefix}{name}"
+        node = cfg._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from _dotted(node, f"{prefix}{name}.")
+
+
+def _exists(cfg: Any, name: str) -> bool:
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    parent, _, last = name.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if isinstance(node, DictConfig):
+        return last in list(node)
+    return isinstance(node, ListConfig) and last.isdigit() and int(last) < len(node)
+
+
+def _is_typed(node: Any) -> bool:
+    """Whether a dataclass fixes the keys of this node (the others are free: tasks, mixtures, callbacks, loggers)."""
+    from omegaconf import OmegaConf
+
+    return hasattr(OmegaConf.get_type(node), "__dataclass_fields__") if node is not None else False
+
+
+def _in_words(kind: Any) -> str:
+    """A type as users say it: `int | None` is "a whole number or null"."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    parts = getattr(kind, "__args__", ())
+    origin = getattr(kind, "__origin__", kind)
+    if origin is list:
+        return "a list" + (f" of {_in_words(parts[0]).removeprefix('a ')}s" if parts else "")
+    if origin is dict or hasattr(kind, "__dataclass_fields__"):
+        return "a mapping"
+    return " or ".join(_in_words(part) for part in parts) or kind.__name__
+
+
+def _show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -1,0 +1,1 @@
+"""Schemas of the configuration and the table of stages. Nothing heavy is imported here."""

@@ -1,0 +1,1 @@
+"""Scores of models: bits per byte, tasks, CORE, lm-eval, samples."""

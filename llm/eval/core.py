@@ -1,0 +1,339 @@
+"""The CORE metric: accuracy of a base model on 22 tasks, each centred so that guessing is 0 and perfection is 1.
+
+Choices are compared by the mean loss of their tokens, continuations must be greedy in every token (Li et al. 2024,
+arXiv 2406.11794). What sequences share is computed once: the prompt of an example's choices, the story of several
+questions. Only the answers' logits are made. Rounding differs from that of a pass over one example, so wherever a
+decision hangs on less than `MARGIN`, it is taken again by that plain pass: verdicts do not depend on batches.
+"""
+
+import csv
+import json
+import math
+import time
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from llm.eval.core_bundle import CoreTask, prompts
+from llm.eval.task_scores import score
+from llm.inference.engine import in_compute_dtype
+from llm.parallel import collectives
+from llm.utils.files import write_atomic
+from llm.utils.format import duration, percent, print_table, value
+
+# Nats or logits by which a decision must be clear: twice the largest differences seen between batched and plain passes.
+MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+CHUNK = 1024  # examples tokenised at a time
+ENOUGH = {"cpu": 1024}  # tokens of a batch from which on rows that would need padding start a new one
+ENOUGH_ELSEWHERE = 1 << 14
+LOGITS = 1 << 24  # numbers in the logits that exist at a time
+MOST_BRANCHES = 8  # sequences that share one computed prefix
+
+
+class Row(NamedTuple):
+    """A sequence to score: tokens `ids` (T,) int64, of which those from `start` on are the answer."""
+
+    example: int
+    choice: int
+    ids: np.ndarray
+    start: int
+    cut: int  # tokens lost on the left because the context is shorter
+
+
+class Group(NamedTuple):
+    """Rows whose first `shared` tokens are the same."""
+
+    shared: int
+    rows: list[Row]
+
+
+class Scored(NamedTuple):
+    """Of one row. loss: mean nats of the answer's tokens; lead: by how much the answer's logit is above all others, of
+    the token where it is least; predicted: the most likely token at each place of the answer; greedy: they are it.
+    """
+
+    loss: float
+    lead: float
+    predicted: list[int]
+    greedy: bool
+
+
+def evaluate_core_task(net: Any, tokenizer: Any, task: CoreTask, batch_size: int = 32) -> dict[str, Any]:
+    """{"accuracy", "centered", "n", "stderr", "shots", "cut", "records"} of one task; all processes call it together.
+
+    batch_size: sequences evaluated together. cut: examples whose prompt was longer than the model's context and lost
+    its beginning. records: one dict per example with what was decided from what.
+    """
+    was_training = net.training
+    twin = in_compute_dtype(net.eval())
+    records = []
+    for start in range(0, len(task.examples), CHUNK):
+        records += _evaluate(twin, tokenizer, task, range(start, min(start + CHUNK, len(task.examples))), batch_size)
+    net.train(was_training)
+    result = score([record["correct"] for record in records])
+    return result | {
+        "centered": (result["accuracy"] - task.baseline) / (1 - task.baseline),
+        "centered_stderr": result["stderr"] / (1 - task.baseline),
+        "shots": task.shots_used,
+        "cut": sum(record["cut"] > 0 for record in records),
+        "records": records,
+    }
+
+
+def core_score(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """{"core", "core_stderr"}: mean of the tasks' centred accuracies. The tasks' errors are taken as independent."""
+    n = len(results)
+    variance = sum(result["centered_stderr"] ** 2 for result in results.values())
+    return {"core": sum(r["centered"] for r in results.values()) / n, "core_stderr": math.sqrt(variance) / n}
+
+
+def _evaluate(net: Any, tokenizer: Any, task: CoreTask, indices: Sequence[int], batch_size: int) -> list[dict]:
+    """Records of some examples, in their order."""
+    rows = encode(task, tokenizer, indices, net.config.seq_len)
+    found = score_rows(net, rows, batch_size)
+    by_example: dict[int, list[Row]] = {i: [] for i in indices}
+    for row in rows:
+        by_example[row.example].append(row)
+    margin = MARGIN.get(net.compute_dtype, 0.0)
+    close = [
+        i for i, own_rows in by_example.items() if is_close(task, [found[i, row.choice] for row in own_rows], margin)
+    ]
+    again: dict[tuple[int, int], Scored] = {}
+    for i in own(close):
+        again |= {(i, choice): one for choice, one in enumerate(score_plain(net, by_example[i]))}
+    found |= merged(again)
+    return [
+        record(task, i, [found[i, row.choice] for row in own_rows], max(row.cut for row in own_rows), tokenizer)
+        for i, own_rows in by_example.items()
+    ]
+
+
+def score_rows(net: Any, rows: Sequence[Row], batch_size: int) -> dict[tuple[int, int], Scored]:
+    """{(example, choice): what the network says} of all rows, shared out among the processes."""
+    found: dict[tuple[int, int], Scored] = {}
+    enough = ENOUGH.get(net.device.type, ENOUGH_ELSEWHERE)
+    for groups in own(batches(group(rows), batch_size, enough)):
+        members = [row for one in groups for row in one.rows]
+        shares = len(groups[0].rows) > 1 and net.can_branch
+        scored = score_shared(net, groups) if shares else score_plain(net, members)
+        found |= {(row.example, row.choice): one for row, one in zip(members, scored, strict=True)}
+    return merged(found)
+
+
+def own(things: Sequence) -> Sequence:
+    """This process's share."""
+    return things[collectives.rank() :: collectives.world_size()]
+
+
+def merged(found: dict) -> dict:
+    """What all processes have found."""
+    return {key: value for part in collectives.gathered(found) for key, value in part.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From examples to batches
+
+
+def encode(task: CoreTask, tokenizer: Any, indices: Sequence[int], seq_len: int) -> list[Row]:
+    """Rows of the examples, cut on the left to the model's context."""
+    texts = [prompts(task, i) for i in indices]
+    encoded = iter(tokenizer.encode_batch([text for one in texts for text in one]))
+    rows = []
+    for i, one in zip(indices, texts, strict=True):
+        ids = [np.array([tokenizer.bos_id, *next(encoded)]) for _ in one]
+        for choice, (sequence, start) in enumerate(answers(task.kind, ids)):
+            cut = max(0, len(sequence) - seq_len)
+            rows.append(Row(i, choice, sequence[cut:], max(1, start - cut), cut))
+    return rows
+
+
+def answers(kind: str, ids: list[np.ndarray]) -> list[tuple[np.ndarray, int]]:
+    """The sequences to score and where their answers start: never at a sequence's first token or behind its last.
+
+    multiple_choice: where the choices first differ; schema: so that what follows is the same for all;
+    language_modeling: behind the prompt alone, ids[0].
+    """
+    shortest = min(map(len, ids))
+    if kind == "multiple_choice":
+        start = min(min(common(ids[0], other) for other in ids[1:]), shortest - 1)
+        return [(one, start) for one in ids]
+    if kind == "schema":
+        length = min(common(ids[0][::-1], other[::-1]) for other in ids[1:])
+        return [(one, len(one) - max(1, min(length, shortest - 1))) for one in ids]
+    return [(ids[1], min(common(*ids), len(ids[1]) - 1))]
+
+
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
+def group(rows: Sequence[Row]) -> list[Group]:
+    """Rows that are alike together: neighbours in lexicographic order that share at least half of their tokens."""
+    groups: list[Group] = []
+    for row in sorted(rows, key=lambda row: row.ids.astype(">u4").tobytes()):
+        if groups and len(groups[-1].rows) < MOST_BRANCHES:
+            last = groups[-1]
+            shared = min(last.shared, row.start, common(last.rows[-1].ids, row.ids))
+            if 2 * shared >= max(len(row.ids), *(len(other.ids) for other in last.rows)):
+                groups[-1] = Group(shared, [*last.rows, row])
+                continue
+        groups.append(Group(row.start, [row]))
+    return groups
+
+
+def batches(groups: Sequence[Group], batch_size: int, enough: int = ENOUGH_ELSEWHERE) -> list[list[Group]]:
+    """Groups of as many rows each and similar length, at most `batch_size` rows in all unless one group has more.
+
+    enough: tokens from which on a batch takes no group that would be padded by more than a tenth.
+    """
+    formed: list[list[Group]] = []
+    by_size = sorted(groups, key=lambda one: (len(one.rows), one.shared, len(one.rows[0].ids)), reverse=True)
+    for one in by_size:
+        last = formed[-1] if formed else [one]
+        n, longest, length = len(last[0].rows), len(last[0].rows[0].ids), len(one.rows[0].ids)
+        fits = len(one.rows) == n and (len(last) + 1) * n <= batch_size
+        if formed and fits and (len(last) * longest < enough or 10 * length >= 9 * longest):
+            last.append(one)
+        else:
+            formed.append([one])
+    return formed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes through the network
+
+
+@torch.no_grad()
+def score_plain(net: Any, rows: Sequence[Row]) -> list[Scored]:
+    """One pass over whole rows, without their last tokens, behind which nothing is predicted."""
+    hidden = net.hidden(padded([row.ids[:-1] for row in rows]).to(net.device))
+    return read(net, [hidden[i, row.start - 1 : len(row.ids) - 1] for i, row in enumerate(rows)], rows)
+
+
+@torch.no_grad()
+def score_shared(net: Any, groups: Sequence[Group]) -> list[Scored]:
+    """A pass over what the rows of each group share, and one over all that follows; groups of as many rows each."""
+    rows = [row for one in groups for row in one.rows]
+    shared = [one.shared for one in groups for _ in one.rows]
+    lengths = torch.tensor([one.shared for one in groups], device=net.device)
+    prefixes = padded([one.rows[0].ids[: one.shared] for one in groups]).to(net.device)  # (B, S)
+    rest = padded([row.ids[k:-1] for row, k in zip(rows, shared, strict=True)]).to(net.device)  # (B n, T)
+    hidden = net.branches(prefixes, lengths, len(groups[0].rows), rest)  # (B n, 1 + T, C)
+    of_answers = (h[row.start - k : len(row.ids) - k] for h, row, k in zip(hidden, rows, shared, strict=True))
+    return read(net, list(of_answers), rows)
+
+
+def padded(sequences: Sequence[np.ndarray]) -> torch.Tensor:
+    """(B, T) with zeros behind the shorter ones: no token sees what comes after it."""
+    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(ids)
+
+
+def read(net: Any, hidden: Sequence[torch.Tensor], rows: Sequence[Row]) -> list[Scored]:
+    """What the network says to each row's answer, from the outputs (t, C) that predict its tokens."""
+    targets = torch.from_numpy(np.concatenate([row.ids[row.start :] for row in rows])).to(net.device)
+    size = max(1, LOGITS // net.config.vocab_size)
+    nats, leads, best = [], [], []
+    for part, goal in zip(torch.cat(list(hidden)).split(size), targets.split(size), strict=True):
+        logits, goal = net.logits(part), goal.unsqueeze(1)  # (N, V)
+        at_goal = logits.gather(1, goal)
+        nats.append((logits.logsumexp(1, keepdim=True) - at_goal).squeeze(1))
+        best.append(logits.argmax(1))
+        leads.append((at_goal - logits.scatter(1, goal, -math.inf).amax(1, keepdim=True)).squeeze(1))
+    sizes = [len(one) for one in hidden]
+    parts = zip(*(torch.cat(values).cpu().split(sizes) for values in (nats, leads, best, [targets])), strict=True)
+    return [
+        Scored(nats.mean().item(), leads.min().item(), best.tolist(), torch.equal(best, goal))
+        for nats, leads, best, goal in parts
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+def is_close(task: CoreTask, scored: Sequence[Scored], margin: float) -> bool:
+    """Whether rounding could decide."""
+    if task.kind == "language_modeling":
+        return abs(scored[0].lead) <= margin
+    first, second = sorted(one.loss for one in scored)[:2]
+    return second - first <= margin
+
+
+def record(task: CoreTask, index: int, scored: Sequence[Scored], cut: int, tokenizer: Any) -> dict[str, Any]:
+    """What was decided about an example, for a line of jsonl. index: in the order of evaluation, which its few-shot
+    examples depend on; line: in the file; cut: tokens that the context could not hold; losses: nats per token.
+    """
+    item = task.examples[index]
+    head = {"index": index, "line": item["line"], "cut": cut}
+    if task.kind == "language_modeling":
+        text = tokenizer.decode(scored[0].predicted)
+        return head | {"prediction": text, "gold": item["continuation"], "correct": scored[0].greedy}
+    losses = [one.loss for one in scored]
+    best = losses.index(min(losses))
+    return head | {"losses": losses, "prediction": best, "gold": item["gold"], "correct": best == item["gold"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What evaluate.py prints and writes
+
+COLUMNS = ("task", "accuracy", "stderr", "centered", "n", "shots", "cut", "seconds")
+
+
+def measure_core(net: Any, tokenizer: Any, tasks: Sequence[CoreTask], options: Any, folder: Path) -> dict[str, Any]:
+    """Measure, print a table, write core.csv and core/<task>.jsonl; returns what goes into eval.json.
+
+    "core" is left out where only some tasks of the bundle were asked for (`eval.core_tasks`).
+    """
+    results, rows = {}, []
+    (folder / "core").mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        start = time.perf_counter()
+        result = evaluate_core_task(net, tokenizer, task, options.batch_size)
+        results[task.name] = result
+        rows.append({"task": task.name, **result, "seconds": round(time.perf_counter() - start, 2)})
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in result["records"])
+        write_atomic(folder / "core" / f"{task.name}.jsonl", "".join(lines))
+        shown = percent(result["accuracy"], result["stderr"])
+        took = duration(rows[-1]["seconds"])
+        print(f"{task.name}: {shown} ({result['n']} examples, {took}{notes(task, result)})", flush=True)
+    table = StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / "core.csv", table.getvalue())
+    mean = core_score(results)
+    shares = ("accuracy", "stderr", "centered")
+    cells = [
+        [
+            row["task"],
+            *(percent(row[k]) for k in shares),
+            *(value(row[k]) for k in COLUMNS[4:7]),
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    print_table(["task", "accuracy", "± 1 s.e.", *COLUMNS[3:]], cells, title="CORE")
+    name = "CORE" if options.core_tasks is None else f"mean of {len(tasks)} tasks"
+    print(
+        f"{name}: {mean['core']:.4f} ± {mean['core_stderr']:.4f}   details: {folder / 'core.csv'}, {folder / 'core'}/"
+    )
+    kept = ("accuracy", "centered", "n", "stderr")
+    scores = {"core_tasks": {task: {key: result[key] for key in kept} for task, result in results.items()}}
+    return scores if options.core_tasks is not None else {"core": mean["core"]} | scores
+
+
+def notes(task: CoreTask, result: dict[str, Any]) -> str:
+    """What is out of the ordinary about a result."""
+    parts = [f", {result['shots']} shots of {task.n_shots}"] if result["shots"] < task.n_shots else []
+    parts += [f", {result['cut']} prompts cut to model.seq_len"] if result["cut"] else []
+    return "".join(parts)

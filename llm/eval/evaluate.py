@@ -1,0 +1,310 @@
+"""What `evaluate.py` runs: score a finished stage, or a model of Hugging Face, and keep the scores in an eval.json."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from llm.checkpoint.model_folder import load_model_folder
+from llm.data.documents import texts
+from llm.data.loader import ConversationSteps, TextSteps, validation_batches
+from llm.data.sources import document_source
+from llm.errors import UserError
+from llm.eval.bits_per_byte import bits_per_byte
+from llm.eval.core import measure_core
+from llm.eval.core_bundle import load_bundle
+from llm.eval.hf_model import load_hf
+from llm.eval.samples import draw_samples, questions, text_prompts
+from llm.eval.task_scores import chat_core, evaluate_task
+from llm.inference.engine import Engine
+from llm.inference.sampling import SamplingParams
+from llm.model.linear import resolve_compute_dtype
+from llm.report.report import build_report
+from llm.run.stage_folder import find_stage, read_manifest
+from llm.utils.files import read_json, write_json
+from llm.utils.format import duration, percent, print_table, value
+from tasks import Cache, build_task, held_out_mixture
+
+SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
+HF = "hf:"  # what model= begins with
+TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
+QUESTIONS_PER_TASK = 2
+
+
+def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
+    """Score the stage or model that `cfg` (conf/evaluate.yaml) names, print a table, update eval.json and the report.
+
+    Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr", ...}}, "chatcore",
+    "core", "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "lm_eval": {task: {metric: value}},
+    "samples"}, and of a model of Hugging Face {"model", "seq_len"}.
+    """
+    wanted = [section for section in SECTIONS if cfg.eval[section]]
+    if wrong := [k for k in cfg.eval.ks or [] if not 1 <= k <= cfg.eval.num_samples]:
+        raise UserError(f"eval.ks={list(cfg.eval.ks)}: pass@{wrong[0]} needs eval.num_samples={wrong[0]} or more")
+    if not wanted:
+        raise UserError(f"eval=[] measures nothing: choose from {', '.join(SECTIONS)}, as in eval=[bpb,chat]")
+    if cfg.eval.core and cfg.eval.bundle is None:
+        raise UserError("eval=[core] needs eval.bundle=<folder or zip of a CORE bundle>; see docs/evaluation.md")
+    if cfg.eval.bundle is not None and not cfg.eval.core:
+        raise UserError(f"eval.bundle={cfg.eval.bundle}: only eval=[core] reads it")
+    if cfg.eval.lm_eval and not cfg.eval.tasks:
+        raise UserError("eval=lm_eval needs the names of tasks, as in eval.tasks=[arc_easy,hellaswag]")
+    for key in ("tasks", "num_fewshot", "include_path", "chat_template"):
+        if not cfg.eval.lm_eval and cfg.eval[key] not in (None, False):
+            raise UserError(f"eval.{key}={cfg.eval[key]}: only eval=lm_eval reads it")
+    subject = StageSubject(cfg) if cfg.model is None else HFSubject(cfg)
+    print(f"{subject.title} on {subject.net.device}", flush=True)
+    measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
+    measure |= {"core": subject.core, "lm_eval": subject.lm_eval}
+    scores, merged = dict(subject.facts), {}
+    for section in wanted:  # each is kept at once: the next one may take hours
+        found = measure[section]()
+        scores |= found
+        merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
+    print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
+    report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
+    print(f"scores: {subject.folder / 'eval.json'}{report}")
+    return merged
+
+
+def load_harness(options: Any) -> Any:
+    """lm-eval with the tasks of `eval.tasks`: an extra that only this needs."""
+    try:
+        from llm.eval.lm_eval_harness import Harness
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise UserError("eval=lm_eval needs a package of its own: pip install -e '.[lm_eval]'") from error
+    return Harness(options)
+
+
+def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
+    merged = read_json(path) or {}
+    kinds = ("chat", "core_tasks", "lm_eval")
+    by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in kinds}
+    merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
+    if (overall := chat_core(by_task["chat"])) is not None:
+        merged["chatcore"] = overall
+    write_json(path, merged)
+    return merged
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def print_scores(title: str, scores: dict[str, Any]) -> None:
+    for sample in scores.get("samples", []):
+        print(f"\n> {sample['prompt']}\n{sample['completion']}")
+    rows = [[key, value(scores[key]), "", ""] for key in ("bpb", "bpb_text") if key in scores]
+    for task, result in scores.get("chat", {}).items():
+        rows.append([task, percent(result["accuracy"]), percent(result["stderr"]), value(result["n"])])
+        passes = [key for key in result if key.startswith("pass@") and key != "pass@1"]
+        rows += [[f"  {key}", percent(result[key]), "", ""] for key in passes]
+        for subject, own in result.get("subjects", {}).items():
+            rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
+    if "chatcore" in scores:
+        rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
+    if rows:
+        print()
+        print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=title)
+
+
+class Subject:
+    """A model under evaluation: its network, its tokenizer, and the data and tasks it has to be judged on.
+
+    folder: where its results go; facts: what eval.json says about it beside scores. Subclasses set `net`, `tokenizer`,
+    `data`, `seed`, `is_chat`, `folder` and `title`; what can be wrong about tasks is checked before a model is loaded.
+    """
+
+    net: Any
+    tokenizer: Any
+    data: Any
+    seed: int
+    is_chat: bool  # answers questions, and does not only continue texts
+    folder: Path
+    title: str
+
+    def __init__(self, cfg: DictConfig):
+        self.options, self.cache = cfg.eval, cfg.paths.data
+        names, most = cfg.eval.core_tasks, cfg.eval.max_per_task
+        self.core_tasks = load_bundle(cfg.eval.bundle, names, most) if cfg.eval.core else []
+        self.harness = load_harness(cfg.eval) if cfg.eval.lm_eval else None
+        self.facts: dict[str, Any] = {}
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.net, self.tokenizer)
+
+    @cached_property
+    def source(self) -> Any:
+        """The text, found and checked once."""
+        return document_source(self.data, self.cache)
+
+    def bpb(self) -> dict[str, float]:
+        """{"bpb": on the validation text}."""
+        return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
+
+    def _shape(self) -> tuple[int, int]:
+        return self.net.config.seq_len, self.options.batch_size
+
+    def _text_steps(self) -> TextSteps:
+        return TextSteps(self.source, self.tokenizer, *self._shape(), split="val")
+
+    def _bits_per_byte(self, name: str, steps: Any) -> float:
+        start = time.perf_counter()
+        batches = validation_batches(steps, self.options.tokens)
+        bpb = bits_per_byte(self.net, batches, self.tokenizer.token_bytes())
+        tokens = sum(batch["inputs"].numel() for batch in batches)
+        print(f"{name}: {bpb:.4f} ({tokens:,} tokens, {duration(time.perf_counter() - start)})", flush=True)
+        return bpb
+
+    def chat(self) -> dict[str, dict]:
+        """{"chat": {task: its scores}} for the tasks of `data.eval`; every answer goes to records/<task>.jsonl."""
+        options, scores = self.options, {}
+        sampling = None
+        if options.num_samples > 1:
+            sampling = SamplingParams(options.temperature, max_new_tokens=options.max_new_tokens, seed=self.seed)
+        for name in self.data.eval:
+            start = time.perf_counter()
+            result = evaluate_task(
+                self.engine,
+                self._task(name),
+                options.max_per_task,
+                options.max_new_tokens,
+                options.batch_size,
+                sampling,
+                options.num_samples,
+                options.ks,
+            )
+            write_records(self.folder / "records" / f"{name}.jsonl", result.pop("records"))
+            scores[name] = result
+            note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""
+            took = duration(time.perf_counter() - start)
+            shown = percent(result["accuracy"], result["stderr"])
+            print(f"{name}: {shown} ({result['n']} items, {took}{note})", flush=True)
+        return {"chat": scores}
+
+    def _task(self, name: str) -> Any:
+        if name not in self.data.tasks:
+            raise UserError(f"data.eval names {name!r}, which is not in data.tasks ({', '.join(self.data.tasks)})")
+        return build_task(name, self.data.tasks[name], "test", Cache(self.cache))
+
+    def core(self) -> dict[str, Any]:
+        """{"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
+        return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.folder)
+
+    def lm_eval(self) -> dict[str, Any]:
+        """{"lm_eval": {task: {metric: value}}}; every item goes to lm_eval/<task>.jsonl beside eval.json."""
+        if self.options.chat_template and not self.is_chat:
+            raise UserError(f"eval.chat_template=true: {self.title} has no chat format; leave it out")
+        return self.harness.measure(self.engine, self.folder)
+
+    def samples(self) -> dict[str, list]:
+        """{"samples": [{"prompt", "completion"}]}: held-out texts continued, or questions of every task answered."""
+        if not self.is_chat:
+            return {"samples": draw_samples(self.engine, text_prompts(texts(self.source, "val")), TEXT_SAMPLE_TOKENS)}
+        return {"samples": draw_samples(self.engine, self._questions(), self.options.max_new_tokens)}
+
+    def _questions(self) -> list[dict]:
+        return [prompt for name in self.data.eval for prompt in questions(self._task(name), QUESTIONS_PER_TASK)]
+
+
+class StageSubject(Subject):
+    """A finished stage of a run. Its data config is the one saved in run.json unless `data=` gives another."""
+
+    def __init__(self, cfg: DictConfig):
+        self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
+        self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
+        manifest = read_manifest(self.folder) or {}
+        if not manifest.get("config"):
+            raise UserError(f"{self.folder / 'run.json'} has no config: the stage was not written by train.py")
+        if cfg.eval.seq_len is not None:
+            raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
+        super().__init__(cfg)
+        saved = OmegaConf.create(manifest["config"])
+        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, self.name != "pretrain"
+        self.data = saved.data if cfg.data is None else cfg.data
+        net, self.tokenizer = load_model_folder(self.folder / "model")
+        use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
+        self.net = net.to("cuda" if use_gpu else "cpu")
+        self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
+
+    @cached_property
+    def held_out(self) -> Any:
+        """Held-out conversations of what the stage was trained on; reinforcement learning has those of sft."""
+        return held_out_mixture(self.data, "sft" if self.name == "grpo" else self.name, self.seed, Cache(self.cache))
+
+    def bpb(self) -> dict[str, float]:
+        """{"bpb": on the stage's own validation data, "bpb_text": of a chat stage also on the validation text}."""
+        if not self.is_chat:
+            return super().bpb()
+        train_on = self.settings.get("train_on", "assistant")
+        steps = ConversationSteps(
+            self.held_out, self.tokenizer, *self._shape(), train_on=train_on, seed=self.seed, loop=False
+        )
+        scores = {"bpb": self._bits_per_byte("bpb", steps)}
+        if self.data.name != "local" or self.data.path is not None:
+            scores["bpb_text"] = self._bits_per_byte("bpb_text", self._text_steps())
+        return scores
+
+    def chat(self) -> dict[str, dict]:
+        """As `Subject.chat`; nothing before a model has seen a chat."""
+        if self.is_chat:
+            return super().chat()
+        print(f"chat: left out, stage={self.name} has not seen a conversation yet", flush=True)
+        return {}
+
+    def _questions(self) -> list[dict]:
+        return super()._questions() + questions(self.held_out, QUESTIONS_PER_TASK)
+
+
+class HFSubject(Subject):
+    """A causal language model of Hugging Face; its results lie in <paths.runs>/hf/<name>/."""
+
+    seed = 42  # of drawn answers, the default of train.py
+
+    def __init__(self, cfg: DictConfig):
+        self.title, name = str(cfg.model), str(cfg.model).removeprefix(HF)
+        if self.title == name or not name:
+            raise UserError(
+                f"model={self.title}: write model=hf:<owner>/<name> or model=hf:<folder>; a run is chosen by run="
+            )
+        for key in ("run", "stage"):
+            if cfg[key] is not None:
+                raise UserError(f"{key}={cfg[key]} and model={self.title}: give either a run or a model")
+        asked = [section for section in ("bpb", "chat", "samples") if cfg.eval[section]]
+        if asked and cfg.data is None:
+            raise UserError(
+                f"eval=[{','.join(asked)}]: model={self.title} comes without data: give data=local data.path=<text>, "
+                "or measure something else, such as eval=[core] or eval=lm_eval"
+            )
+        self.data, self.folder = cfg.data, Path(cfg.paths.runs) / "hf" / folder_name(name)
+        before = read_json(self.folder / "eval.json") or {}
+        if (other := before.get("model", self.title)) != self.title:
+            raise UserError(f"{self.folder} holds scores of model={other}; move it away or set another paths.runs")
+        super().__init__(cfg)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device)
+        seq_len = self.net.config.seq_len
+        if (other := before.get("seq_len", seq_len)) != seq_len:
+            raise UserError(
+                f"{self.folder} holds scores with a context of {other} tokens, now it would be {seq_len}: set "
+                f"eval.seq_len={other}, move the folder away or set another paths.runs"
+            )
+        self.is_chat = self.tokenizer.has_chat_format
+        self.facts = {"model": self.title, "seq_len": seq_len}
+
+
+def folder_name(name: str) -> str:
+    """owner--name of a model on the hub; of a folder its last three parts, as every run has a folder `model`."""
+    parts = Path(name).expanduser().resolve().parts[-3:] if Path(name).expanduser().is_dir() else name.split("/")
+    return re.sub(r"[^\w.-]", "_", "--".join(part for part in parts if part != "/"))

@@ -1,0 +1,441 @@
+"""Causal language models of transformers, behind the interface by which Fathom's own are evaluated.
+
+`HFNet` stands where a `GPT` stands (scores, engine), `HFTokenizer` where a `Tokenizer` does, so `model=hf:<name>` is
+judged by the code that judges a run. Weights are read from safetensors files only, and code that a repository brings is
+not run.
+"""
+
+import inspect
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm.errors import UserError
+from llm.tokenizer.chat_format import content_text
+from llm.tokenizer.compression import SAMPLE_TEXTS
+from llm.tokenizer.pretrained import BYTE_OF
+
+CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a repository on the hub
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
+LOGITS = 1 << 24  # numbers in the logits that exist at a time
+
+
+class HFShape(NamedTuple):
+    """What evaluation asks of a model's config."""
+
+    seq_len: int
+    vocab_size: int
+
+
+class HFNet(nn.Module):
+    """A causal LM of transformers with the methods of `llm.model.gpt.GPT` that scoring and generation use.
+
+    Logits are made only where they are asked for: a hook before the head takes its input away, or puts another in its
+    place, so whatever a model does to its logits (scaling, soft caps) is done by its own code.
+    """
+
+    def __init__(self, model: nn.Module, seq_len: int):
+        super().__init__()
+        self.model = model
+        self.head = model.get_output_embeddings()
+        self.compute_dtype = model.dtype
+        self.config = HFShape(seq_len, self.head.weight.size(0))
+        self._accepts = inspect.signature(model.forward).parameters
+        self.eval()  # without dropout, also after whoever puts back the mode it found
+        self.can_branch = self._has_row_cache()  # what sequences share can be computed once: see `branches`
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """What enters the head, (B, T, C), for ids (B, T) without padding on the left."""
+        return self._trunk(input_ids=ids, use_cache=False)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits (..., V) of outputs (..., C). The model's forward pass meets them in a pass over one token."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with self._before_head(lambda _: hidden.reshape(1, -1, hidden.size(-1))):
+            logits = self.model(input_ids=one, use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], -1).float()
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "none",
+        cache: "HFCache | None" = None,
+        lengths: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V), or with `targets` (B, T), -1 = ignored, the cross-entropy (B, T) in nats.
+
+        cache: continue every row behind its cached tokens. lengths (B,): true tokens per row of right-padded ids.
+        last_only: logits (B, 1, V) at each row's last true token; the only form with a cache.
+        """
+        if targets is not None:
+            if reduction != "none":
+                raise ValueError(f"reduction={reduction}: models of others are not trained here, only 'none' is known")
+            parts = zip(self._parts(self.hidden(ids).flatten(0, 1)), self._parts(targets.flatten()), strict=True)
+            nats = [F.cross_entropy(self.logits(part), goal, ignore_index=-1, reduction="none") for part, goal in parts]
+            return torch.cat(nats).view_as(targets)
+        if cache is not None:
+            return self._continue(ids, cache, lengths)[1]
+        hidden = self.hidden(ids)
+        if last_only:
+            last = hidden.size(1) - 1 if lengths is None else lengths - 1
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
+        return self.logits(hidden)
+
+    def new_cache(self, batch: int, max_len: int) -> "HFCache":
+        """An empty cache; the model's own code decides what it holds, and its size follows the tokens."""
+        if not self.can_branch:
+            raise UserError(
+                f"model=hf: {type(self.model).__name__} has no key-value cache in all its layers, so it cannot "
+                "generate here; measure what only scores, such as eval=[core]"
+            )
+        return HFCache(batch, self.device)
+
+    def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
+        """Return outputs (B n, 1 + T, C) at a prefix's last token and for `rest` behind it, as `GPT.branches` does."""
+        cache = self.new_cache(*prefixes.shape)
+        hidden = self._continue(prefixes, cache, lengths)[0][:, -1:].repeat_interleave(n, dim=0)
+        cache.repeat(n)
+        return torch.cat((hidden, self._continue(rest, cache)[0]), dim=1) if rest.size(1) else hidden
+
+    @torch.no_grad()
+    def _has_row_cache(self) -> bool:
+        """Whether rows of the model's cache can be copied and left out; the states of linear attention cannot."""
+        if "past_key_values" not in self._accepts:
+            return False
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        layers = getattr(self.model(input_ids=one, use_cache=True).past_key_values, "layers", [])
+        needed = ("batch_repeat_interleave", "batch_select_indices")
+        return bool(layers) and all(
+            all(hasattr(layer, name) for name in needed) and not hasattr(layer, "conv_states") for layer in layers
+        )
+
+    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return rows.split(max(1, LOGITS // self.config.vocab_size))
+
+    def _continue(
+        self, ids: torch.Tensor, cache: "HFCache", lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs (B, T, C) for tokens behind those of the cache, and the fp32 logits (B, 1, V) of the last.
+
+        The first ids are padded on the right and are moved to the right end, where `transformers` expects them: so
+        the tokens of a row lie side by side in the cache, and windows reach as far as they should.
+        """
+        positions = cache.lengths.unsqueeze(1) + torch.arange(ids.size(1), device=ids.device)
+        mask = torch.ones_like(ids)
+        if lengths is not None:
+            positions = positions - (ids.size(1) - lengths).unsqueeze(1)
+            mask = (positions >= 0).long()
+            positions = positions.clamp(min=0)
+            ids = ids.gather(1, positions)
+        positions = positions.clamp(max=self.config.seq_len - 1)  # of what pads short continuations
+        cache.mask = torch.cat((cache.mask, mask), dim=1)
+        more = {"position_ids": positions} if "position_ids" in self._accepts else {}
+        hidden, output = self._trunk(
+            input_ids=ids, attention_mask=cache.mask, past_key_values=cache.states, use_cache=True, **more
+        )
+        cache.states = output.past_key_values
+        cache.lengths = cache.lengths + (ids.size(1) if lengths is None else lengths)
+        return hidden, output.logits.float()
+
+    def _trunk(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
+        """(what enters the head, the model's output) of a pass whose logits are made for the last position only."""
+        seen: list[torch.Tensor] = []
+
+        def take(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden)
+            return hidden[:, -1:]
+
+        with self._before_head(take):
+            output = self.model(**inputs)
+        return seen[0], output
+
+    @contextmanager
+    def _before_head(self, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: (replace(inputs[0]), *inputs[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+class HFCache:
+    """Keys and values of B rows as the model keeps them, and which of their positions (B, S) hold tokens."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.states: Any = None
+        self.mask = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # true tokens per row
+        self.used = 0  # for `llm.inference.engine`; this cache grows by itself
+
+    def repeat(self, n: int) -> None:
+        """Every row n times, copies side by side."""
+        self.states.batch_repeat_interleave(n)
+        self.mask, self.lengths = self.mask.repeat_interleave(n, dim=0), self.lengths.repeat_interleave(n)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep these rows."""
+        self.states.batch_select_indices(rows)
+        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
+
+
+class HFTokenizer:
+    """A tokenizer of transformers with the methods of `llm.tokenizer.bpe.Tokenizer` that evaluation uses.
+
+    Every sequence begins with `bos_id`: the BOS token or, where there is none, the end of text (as GPT-2 separates its
+    documents). Special tokens written in a text are ordinary text. stops: ids that end a completion.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()):
+        self.hf, self.vocab_size = tokenizer, vocab_size
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if first is None:
+            raise UserError("model=hf: its tokenizer has neither a BOS nor an EOS token to begin a text with")
+        self.bos_id = first
+        ends = {*stops, tokenizer.eos_token_id, first}
+        self.stop_ids = frozenset(i for i in ends if i is not None)
+        self._lock = threading.Lock()  # a call with other options changes the tokenizer's state
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, nothing added around it."""
+        with self._lock:
+            return self.hf(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt with what the tokenizer itself adds, and its BOS token if it has one beside the EOS token.
+
+        As lm-eval does for models of transformers, special tokens in the text are themselves, and nothing is added to a
+        text that begins with the BOS token, as chats do.
+        """
+        adds = not (self.hf.bos_token and text.startswith(self.hf.bos_token))
+        with self._lock:
+            ids = self.hf(text, add_special_tokens=adds, split_special_tokens=False, verbose=False)["input_ids"]
+        own = self.bos_id != self.hf.eos_token_id and ids[:1] != [self.bos_id]
+        return [self.bos_id, *ids] if own else ids
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The first token and the ids of the text, int32."""
+        return np.array([self.bos_id, *self.encode(text)], dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, with special tokens by name."""
+        return self.hf.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Raw bytes of the ids, special tokens by name."""
+        return b"".join(self._bytes[i] for i in ids)
+
+    def special_id(self, name: str) -> int:
+        """Id of one of Fathom's special tokens, which models that it has trained have."""
+        found = self.hf.get_vocab().get(f"<|{name.strip('<|>')}|>")
+        if found is None:
+            raise ValueError(f"the tokenizer has no special token {name!r}")
+        return found
+
+    @cached_property
+    def has_tools(self) -> bool:
+        """Whether there are tokens that mark calculator calls."""
+        return all(f"<|{name}|>" in self.hf.get_vocab() for name in CALCULATOR_MARKS)
+
+    @property
+    def has_chat_format(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], is_open: bool = False) -> str:
+        """Messages by the model's own template, up to where the assistant answers or (is_open) goes on."""
+        return self.hf.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
+        )
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of messages up to where the assistant answers: by the model's own template, else in plain words."""
+        texts = [{"role": m["role"], "content": content_text(m["content"])} for m in messages]
+        if self.has_chat_format:
+            return self.hf.apply_chat_template(texts, add_generation_prompt=True, return_dict=False)
+        turns = [f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in texts]
+        return [self.bos_id, *self.encode("".join(turns) + "Assistant:\n")]
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that every token stands for, int32 (vocab_size,); 0 for special tokens.
+
+        Raises UserError where they do not add up to the bytes of a text, as with tokenizers that change case or
+        characters: their bits per byte would be those of another text. A space that some put before a text counts.
+        """
+        sizes = np.array([len(one) for one in self._bytes], dtype=np.int32)
+        sizes[[i for i in self._special if i < len(sizes)]] = 0
+        for kind, text in SAMPLE_TEXTS.items():
+            found, expected = int(sizes[self.encode(text)].sum()), len(text.encode())
+            if found not in (expected, expected + 1):
+                raise UserError(
+                    f"eval=[bpb]: the tokens of {kind} text stand for {found} bytes, the text has {expected}: this "
+                    "model's tokenizer changes the text, so bits per byte cannot be measured; leave bpb out"
+                )
+        return sizes
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self.hf.added_tokens_decoder.items()
+        return frozenset({*self.hf.all_special_ids, *(i for i, token in added if token.special)})
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """Bytes of every id. Added tokens are stored as they are, others in the alphabet of their kind."""
+        added = {i: str(token) for i, token in self.hf.added_tokens_decoder.items()}
+        n = len(self.hf)
+        tokens = self.hf.convert_ids_to_tokens(range(n))
+        byte_level = all(_is_byte_level(token) for i, token in enumerate(tokens) if i not in added)
+        of_kind = _byte_level if byte_level else _pieces
+        known = [
+            added[i].encode() if i in added else of_kind(token) if token is not None else b""
+            for i, token in enumerate(tokens)
+        ]
+        return known + [b""] * max(0, self.vocab_size - n)  # rows that only pad the head
+
+
+def _is_byte_level(token: str | None) -> bool:
+    return token is None or all(character in BYTE_OF for character in token)
+
+
+def _byte_level(token: str) -> bytes:
+    """Of GPT-2 and its kin: a printable character per byte."""
+    return bytes(BYTE_OF[character] for character in token)
+
+
+def _pieces(token: str) -> bytes:
+    """Of SentencePiece: text with ▁ for a space, and <0x0A> for a byte."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple[HFNet, HFTokenizer]:
+    """Model and tokenizer of a folder or a repository on the hub, the weights in the number format of their files.
+
+    seq_len: tokens of context to use at most; None = the model's own, up to `LONGEST`. Raises UserError where it
+    cannot be had or is no causal language model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"model=hf:{name} needs transformers: pip install -e '.[hf]'") from error
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()
+    folder = _folder(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model=hf:{name}: {_why_not(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model=hf:{name}: its files lack {missing[0]} ({len(missing)} in all), which a causal language model needs"
+        )
+    if model.get_output_embeddings() is None:
+        raise UserError(f"model=hf:{name}: this {type(model).__name__} has no head over a vocabulary to score with")
+    own = _context(config, tokenizer)
+    if seq_len is not None and own is not None and seq_len > own:
+        raise UserError(f"eval.seq_len={seq_len}: hf:{name} has a context of {own} tokens")
+    net = HFNet(model.to(device), seq_len or min(own or LONGEST, LONGEST))
+    if not _is_causal(net):
+        raise UserError(
+            f"model=hf:{name}: a token changes what is predicted before it, so this {type(model).__name__} is no "
+            "causal language model; name one such as hf:openai-community/gpt2"
+        )
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
+
+
+def _folder(name: str) -> Path:
+    """The folder itself, or where the hub's files lie once they are fetched."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model=hf:{name}: the folder has no config.json; give the one that holds the weights")
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"model=hf:{name}: no such folder; on the hub a model is called <owner>/<name>")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*/*"]))
+    except errors.HFValidationError as error:
+        raise UserError(f"model=hf:{name}: write hf:<owner>/<name> as in the model's address on the hub") from error
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+        status = getattr(error.response, "status_code", "?")
+        raise UserError(
+            f"model=hf:{name}: the hub refuses it ({status}): there is no such model, or it is private or gated. "
+            "Correct the name, or accept its terms on its page and set HF_TOKEN"
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(
+            f"model=hf:{name}: the hub cannot be reached or fails ({reason}), and the model has not been fetched "
+            "before. Check the network or HF_ENDPOINT, or give a folder: model=hf:/path/to/folder"
+        ) from error
+    if not (found / "config.json").is_file():
+        raise UserError(f"model=hf:{name}: the repository has no config.json, so it holds no model of transformers")
+    return found
+
+
+def _why_not(error: Exception) -> str:
+    """What the user can do about what transformers says."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it brings code of its own, which is not run here; take a model that transformers knows"
+    if "Unrecognized configuration class" in text:
+        return "no causal language model; name one such as hf:openai-community/gpt2"
+    if "`fathom`" in text:
+        return "transformers cannot load this architecture of Fathom, only arch=classic; evaluate it with run="
+    if "ignore_mismatched_sizes" in text:
+        return "the weights in its files have other shapes than its config.json says"
+    return f"transformers cannot load it ({_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def _context(config: Any, tokenizer: Any) -> int | None:
+    """Tokens of the model's context; None where nothing limits it."""
+    text = config.get_text_config()
+    known = [getattr(text, key, None) for key in CONTEXT_KEYS]
+    limit = next((value for value in known if isinstance(value, int) and value > 0), tokenizer.model_max_length)
+    return None if limit is None or limit > 1 << 30 or math.isinf(limit) else int(limit)
+
+
+@torch.no_grad()
+def _is_causal(net: HFNet) -> bool:
+    """Whether another last token leaves the outputs before it as they are."""
+    ids = torch.arange(1, 9, device=net.device).unsqueeze(0) % net.config.vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
+    before, after = (net.hidden(one)[:, :-1].float() for one in (ids, other))
+    return torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(before.abs().max()))

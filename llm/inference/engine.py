@@ -1,0 +1,278 @@
+"""Batched generation: one prefill, then one token per row and step, with calculator calls inside the text.
+
+Prompts of different lengths share a batch, and finished rows leave it. `Engine.stream` shows every step as it happens
+(chat), `Engine.generate` collects completions (evaluation, reinforcement learning). Costs per step: one forward pass,
+one vectorised draw, one copy of B ids to the host.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from llm.inference.calculator import calculate
+from llm.inference.sampling import SamplingParams, sample, uniform_draws
+
+COMPACT_BELOW = 0.75  # finished rows are carried along until the live share is this small: leaving copies the cache
+
+
+class TokenEvent(NamedTuple):
+    """A token that a row gained; `forced` = written by the calculator, not sampled."""
+
+    row: int
+    id: int
+    forced: bool
+
+
+@dataclass
+class Completion:
+    """What followed a prompt, without the stop token. mask: 1 = sampled, 0 = forced by the calculator.
+
+    finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`, which is kept) or
+    "length" (max_new_tokens or the context is used up).
+    """
+
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+
+
+class Engine:
+    """Generation with a model and its tokenizer. Each call reads the weights anew: training may go on in between."""
+
+    def __init__(self, net, tokenizer):
+        self.net, self.tokenizer = net, tokenizer
+
+    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1) -> "TokenStream":
+        """Iterator over decode steps, each a list of TokenEvent; closing it frees the cache.
+
+        Row `i * num_samples + j` is sample j of prompt i.
+        """
+        return TokenStream(self.net, self.tokenizer, prompts, params, num_samples)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1
+    ) -> list[list[Completion]]:
+        """Completions as [prompt][sample], all decoded in one batch.
+
+        A prompt that leaves no room in the context gets an empty completion with finish_reason "length".
+        """
+        done = [Completion() for _ in range(len(prompts) * num_samples)]
+        with self.stream(prompts, params, num_samples) as stream:
+            for events in stream:
+                for row, token, forced in events:
+                    completion = done[row]
+                    completion.ids.append(token)
+                    completion.mask.append(0 if forced else 1)
+            for completion, reason in zip(done, stream.finish_reasons, strict=True):
+                completion.finish_reason = reason
+        return [done[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
+
+
+class TokenStream:
+    """One batch being decoded; `finish_reasons[row]` is None until the row has ended.
+
+    A class and not a generator function, because a `with torch.inference_mode()` around a yield would leak into the
+    consumer's code.
+    """
+
+    def __init__(self, net, tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1):
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1")
+        if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+            raise ValueError(f"prompt {empty[0]} is empty: a prompt needs at least its <|bos|> token")
+        self.params, self.seq_len = params, net.config.seq_len
+        self.finish_reasons: list[str | None] = [None] * (len(prompts) * num_samples)
+        self._training, self._net = net.training, net
+        self._twin = None
+        self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
+        self._stops = tokenizer.stop_ids
+        self._stop_texts = _StopTexts(tokenizer, params.stop) if params.stop else None
+        self._prompts: list[Sequence[int]] = []  # with room for at least one token
+        self._slots: list[_Row | None] = []  # by place in the batch; None = finished, waiting to leave
+        for i, prompt in enumerate(prompts):
+            room = min(params.max_new_tokens, self.seq_len - len(prompt))
+            rows = range(i * num_samples, (i + 1) * num_samples)
+            if room > 0:
+                self._prompts.append(prompt)
+                self._slots += [_Row(row, len(prompt), room) for row in rows]
+            else:
+                self.finish_reasons[rows.start : rows.stop] = ["length"] * num_samples
+        self._num_samples = num_samples
+        self._step = 0
+        self._cache = None
+
+    def __iter__(self) -> Iterator[list[TokenEvent]]:
+        return self
+
+    def __enter__(self) -> "TokenStream":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End now and free the cache; may be called at any time and again."""
+        self._slots = []
+        self._cache = self._twin = self._draws = None
+        if self._net is not None:
+            self._net.train(self._training)
+            self._net = None
+
+    @torch.inference_mode()
+    def __next__(self) -> list[TokenEvent]:
+        while any(self._slots):
+            logits = self._prefill() if self._cache is None else self._decode()
+            draws = None if self._draws is None else self._draws[self._step]
+            sampled = sample(logits, self.params, draws)
+            events = self._accept(sampled)
+            self._step += 1
+            self._compact()
+            if events:
+                return events
+        self.close()
+        raise StopIteration
+
+    def _prefill(self) -> torch.Tensor:
+        """Logits (rows, V) behind all prompts, each computed once and repeated for its samples."""
+        net = self._net.eval()
+        self._twin = in_compute_dtype(net)
+        device, slots = net.device, self._slots
+        lengths = [len(prompt) for prompt in self._prompts]
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        for i, prompt in enumerate(self._prompts):
+            ids[i, : len(prompt)] = torch.as_tensor(prompt)
+        max_len = max(row.length + row.room for row in slots)
+        self._cache = net.new_cache(len(lengths), max_len)
+        true = torch.tensor(lengths, device=device)
+        logits = self._twin(ids.to(device), cache=self._cache, lengths=true, last_only=True)[:, 0]
+        if self._num_samples > 1:
+            self._cache.repeat(self._num_samples)
+            logits = logits.repeat_interleave(self._num_samples, dim=0)
+        self._draws = self._make_draws(device)
+        return logits
+
+    def _make_draws(self, device: torch.device) -> torch.Tensor | None:
+        """Random numbers (steps, rows) of the whole call, on the device at once; None if decoding is greedy."""
+        if self.params.temperature == 0:
+            return None
+        n_steps = max(row.room for row in self._slots)
+        draws = uniform_draws(self.params.seed, n_steps, len(self.finish_reasons))
+        rows = [row.index for row in self._slots]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        return torch.from_numpy(draws[:, rows]).to(device, dtype)
+
+    def _decode(self) -> torch.Tensor:
+        """Logits (rows, V) after feeding every row its newest token."""
+        self._cache.used = max(row.length - 1 for row in self._slots if row)
+        return self._twin(self._next_ids, cache=self._cache, last_only=True)[:, 0]
+
+    def _accept(self, sampled: torch.Tensor) -> list[TokenEvent]:
+        """Give each live row its forced or sampled token and end the rows that are done."""
+        events, ids, replaced = [], sampled.tolist(), False
+        for slot, row in enumerate(self._slots):
+            if row is None:
+                continue
+            token, forced = ids[slot], False
+            if row.forced:
+                token, forced = row.forced.popleft(), True
+                ids[slot], replaced = token, True
+            elif token in self._stops:
+                self._finish(slot, "stop")
+                continue
+            elif self._tools:
+                self._tools.observe(row, token)
+            events.append(TokenEvent(row.index, token, forced))
+            row.length += 1
+            row.room -= 1
+            if self._stop_texts and self._stop_texts.ended(row, token):
+                self._finish(slot, "stop")
+            elif row.room == 0:
+                self._finish(slot, "length")
+        self._next_ids = (torch.tensor(ids, device=sampled.device) if replaced else sampled).unsqueeze(1)
+        return events
+
+    def _finish(self, slot: int, reason: str) -> None:
+        self.finish_reasons[self._slots[slot].index] = reason
+        self._slots[slot] = None
+        self._cache.lengths[slot] = 0  # until it leaves, the slot writes at the start of its own cache row
+
+    def _compact(self) -> None:
+        """Let finished rows leave the batch once they are a quarter of it."""
+        keep = [slot for slot, row in enumerate(self._slots) if row]
+        if not keep or len(keep) > COMPACT_BELOW * len(self._slots):
+            return
+        self._slots = [self._slots[slot] for slot in keep]
+        rows = torch.tensor(keep, device=self._next_ids.device)
+        self._cache.keep(rows)
+        self._next_ids = self._next_ids[rows]
+        if self._draws is not None:
+            self._draws = self._draws[:, rows]
+
+
+class _Row:
+    """A sequence in the making: its place among the results, tokens so far, tokens it may still gain, tool state."""
+
+    __slots__ = ("index", "length", "room", "forced", "expression", "tail")
+
+    def __init__(self, index: int, length: int, room: int):
+        self.index, self.length, self.room = index, length, room
+        self.forced: deque[int] = deque()
+        self.expression: list[int] | None = None  # tokens since <|python_start|>
+        self.tail = b""  # end of its text, where a stop text may have begun
+
+
+class _StopTexts:
+    """Notices the texts that end a completion; they are looked for in bytes, as they may begin within a token."""
+
+    def __init__(self, tokenizer, texts: Sequence[str]):
+        self.tokenizer, self.texts = tokenizer, [text.encode() for text in texts if text]
+        self.keep = max(map(len, self.texts), default=1) - 1
+
+    def ended(self, row: _Row, token: int) -> bool:
+        text = row.tail + self.tokenizer.decode_bytes([token])
+        row.tail = text[max(0, len(text) - self.keep) :]
+        return any(stop in text for stop in self.texts)
+
+
+class _Calculator:
+    """Watches sampled tokens; when a row closes its python markers, queues the result to be written into that row.
+
+    An expression that cannot be calculated queues nothing: the model goes on by itself.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        names = ("python_start", "python_end", "output_start", "output_end")
+        self.start, self.end, self.output_start, self.output_end = (
+            tokenizer.special_id(f"<|{name}|>") for name in names
+        )
+
+    def observe(self, row: _Row, token: int) -> None:
+        if token == self.start:
+            row.expression = []
+        elif row.expression is None:
+            return
+        elif token != self.end:
+            row.expression.append(token)
+        else:
+            result = calculate(self.tokenizer.decode(row.expression))
+            row.expression = None
+            if result is not None:
+                row.forced.extend((self.output_start, *self.tokenizer.encode(result), self.output_end))
+
+
+def in_compute_dtype(net):
+    """The net itself, or a twin with weights in its compute dtype, so that no pass casts all weights again.
+
+    Rounding is the same either way: the net casts each weight before it multiplies.
+    """
+    if next(net.parameters()).dtype == net.compute_dtype:
+        return net
+    with torch.device("meta"):
+        twin = type(net)(net.config)
+    twin.load_state_dict({name: weight.to(net.compute_dtype) for name, weight in net.state_dict().items()}, assign=True)
+    twin.compute_dtype = net.compute_dtype
+    return twin.to(net.device).eval()

@@ -1,0 +1,214 @@
+"""Causal attention and the key/value cache: everything that looks across positions."""
+
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache, lru_cache
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._triton import has_triton
+
+from llm.errors import UserError
+from llm.model import attention_cpu
+
+FLASH3_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}  # on the Hugging Face hub
+flash_attn_func = None  # FlashAttention 3, once `has_flash3` has found it
+
+
+def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles, each (seq_len, head_dim / 2) fp32 (RoFormer, arXiv 2104.09864)."""
+    inv_freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device="cpu"), inv_freq)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of each head by minus the position's angle.
+
+    x: (B, T, H, D); cos, sin: (T, D/2) or (B, T, D/2), broadcast over heads.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What serves any shape and length: evaluation, sampling, reinforcement learning."""
+    return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"
+
+
+def has_flash3() -> bool:
+    """Whether FlashAttention 3 is there: the wheel flash_attn_3, or what the package `kernels` has or fetches."""
+    global flash_attn_func
+    if flash_attn_func is None:
+        with suppress(ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
+            from flash_attn_interface import flash_attn_func
+    if flash_attn_func is None:
+        with suppress(Exception):  # the hub cannot be reached, or has nothing for this torch: others serve
+            flash_attn_func = import_module("kernels").get_kernel(**FLASH3_KERNEL).flash_attn_func
+    return flash_attn_func is not None
+
+
+def choose_backend(
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    windows: bool,
+    documents: bool,
+    fixed_shapes: bool = True,
+) -> str:
+    """Backend of `causal_attention` for training steps: cpu | flash3 | flex | sdpa; auto = the fastest that can.
+
+    windows, documents: whether some layer has a window, and whether documents are kept apart; fixed_shapes: whether all
+    steps are alike, as compiled kernels need. Raises UserError where the one `asked` for cannot do it.
+    """
+    fast_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    hopper = fast_gpu and torch.cuda.get_device_capability(device)[0] == 9
+    compiles = device.type == "cuda" and has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))
+    can = {
+        "cpu": (plain_backend(device, dtype) == "cpu", "a CPU and fp32, bf16 or fp16"),
+        "flash3": (
+            hopper and head_dim % 8 == 0 and head_dim <= 256 and not documents and has_flash3(),
+            "a Hopper GPU, bf16 or fp16, the package flash_attn_3 or kernels, heads up to 256, and no document masks",
+        ),
+        "flex": (  # torch has no backward pass of it for CPUs
+            compiles and dtype != torch.float64 and head_dim >= 16 and fixed_shapes,
+            "a CUDA GPU, Triton and a C compiler, heads of at least 16, and steps of one shape",
+        ),
+        "sdpa": (True, ""),
+    }
+    if asked == "auto":
+        useful = [name for name, (possible, _) in can.items() if possible]
+        return next(name for name in useful if name != "flex" or windows or documents)
+    possible, needs = can[asked]
+    if not possible:
+        raise UserError(f"attention={asked} needs {needs}; this is {device} with {dtype}: set attention=auto")
+    return asked
+
+
+def attention_masks(
+    windows: Iterable[int | None], length: int, starts: torch.Tensor | None, backend: str, device: torch.device
+) -> dict:
+    """What `causal_attention` needs beside the window, for each of the windows; made once per pass for all layers.
+
+    starts: (B, length) true where a document begins, None = all of a row is visible. The masks are None, the numbers of
+    the documents (B, length) for "cpu", a BlockMask for "flex", or (B, 1, length, length) where nothing better runs.
+    """
+    windows = set(windows)
+    if starts is None:
+        hides = {window for window in windows if backend == "flex" and window is not None and window < length - 1}
+        return dict.fromkeys(windows) | {window: _window_mask(window, length, device) for window in hides}
+    documents = starts.cumsum(1)
+    if backend == "cpu":
+        return dict.fromkeys(windows, documents)
+    make = _document_block_mask if backend == "flex" else _document_mask
+    return {window: make(window, documents) for window in windows}
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    mask: torch.Tensor | BlockMask | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v, where a position sees itself and the `window` positions before it (None: all).
+
+    q: (B, T, H, D); k, v: (B, T, Hkv, D); mask: from `attention_masks`; backend: from `choose_backend`, by default
+    `plain_backend`. Returns (B, T, H, D).
+    """
+    if window is not None and window >= q.size(1) - 1:
+        window = None
+    backend = backend or plain_backend(q.device, q.dtype)
+    if backend == "flash3":
+        reach = (-1 if window is None else window, 0)
+        y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
+        return y[0] if isinstance(y, tuple) else y  # older wheels also return the log-sums
+    if backend == "cpu" and attention_cpu.is_faster(q, window, mask):
+        return attention_cpu.attention(*_even(q, k, v), scale, window, mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    is_grouped = q.size(1) != k.size(1)
+    if backend == "flex" and mask is not None:
+        kernel = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        y = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    elif mask is not None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=is_grouped)
+    elif window is not None:
+        y = banded_attention(*_even(q, k, v, dim=1), scale, window)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped)
+    return y.transpose(1, 2)
+
+
+def _even(q, k, v, dim: int = 2):
+    """As many key and value heads, dimension `dim`, as query heads."""
+    if k.size(dim) == q.size(dim):
+        return q, k, v
+    return q, *(t.repeat_interleave(q.size(dim) // t.size(dim), dim=dim) for t in (k, v))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and documents for (B, H, T, D).
+
+
+def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
+    """A window by any SDPA kernel: queries in blocks, each against the keys in reach. No (T, T) mask exists."""
+    outputs, T = [], q.size(2)
+    size = max(64, window // 2)
+    bounds = [(0, min(T, window + 1))]  # up to here the window reaches back to the start: plain causal
+    bounds += [(at, min(at + size, T)) for at in range(window + 1, T, size)]
+    outside = torch.ones(size, size + window, dtype=torch.bool, device=q.device)
+    outside = outside.triu(window + 1) | outside.tril(-1)
+    mask = torch.zeros(outside.shape, device=q.device, dtype=q.dtype).masked_fill_(outside, -torch.inf)
+    for start, end in bounds:
+        key, n = max(0, start - window), end - start
+        part = (q[:, :, start:end], k[:, :, key:end], v[:, :, key:end])
+        shape = {"is_causal": True} if start == 0 else {"attn_mask": mask[:n, : n + window]}
+        outputs.append(F.scaled_dot_product_attention(*part, **shape, scale=scale))
+    return torch.cat(outputs, dim=2)
+
+
+def _document_mask(window: int | None, documents: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(documents.size(1), device=documents.device)
+    return (_sees(window)(0, 0, at.unsqueeze(1), at) & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
+
+
+# FlexAttention (PyTorch 2.5) leaves out the blocks that its BlockMask hides and holds no (T, T) mask.
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _compiled_block_mask():
+    return torch.compile(create_block_mask)  # uncompiled it holds all pairs of positions for a moment
+
+
+@lru_cache(maxsize=8)
+def _window_mask(window: int, length: int, device: torch.device) -> BlockMask:
+    return create_block_mask(_sees(window), None, None, length, length, device=device)
+
+
+def _document_block_mask(window: int | None, documents: torch.Tensor) -> BlockMask:
+    sees, (rows, length) = _sees(window), documents.shape
+
+    def same(b, h, at, key):
+        return sees(b, h, at, key) & (documents[b, at] == documents[b, key])
+
+    make = _compiled_block_mask() if documents.device.type == "cuda" else create_block_mask
+    return make(same, rows, None, length, length, device=documents.device)
+
+
+def _sees(window: int | None):
+    def sees(b, h, at, key):
+        return at >= key if window is None else (at >= key) & (at - key <= window)
+
+    return sees

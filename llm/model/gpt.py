@@ -1,0 +1,350 @@
+"""The Transformer, in three forms that one config describes.
+
+`classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm
+after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
+grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
+residual and x0 scalars, sliding windows, smear, backout, a q/k scale. `gpt2` is the baseline of 2019: learned
+positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This
+file knows nothing of training loops, configuration or files.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from llm.model.attention import (
+    apply_rotary,
+    attention_masks,
+    causal_attention,
+    choose_backend,
+    plain_backend,
+    rotary_tables,
+)
+from llm.model.config import SMEAR_CHANNELS, GPTConfig
+from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
+from llm.model.fused_ops import relu_squared
+from llm.model.fused_ops import rms_norm as norm
+from llm.model.kv_cache import Branches, KVCache
+from llm.model.linear import Linear
+
+
+class LayerNorm(nn.LayerNorm):
+    """Weights are cast to the dtype of the input."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Without weights."""
+
+    def forward(self, x):
+        return norm(x)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return LayerNorm(config.n_embd) if config.arch == "gpt2" else RMSNorm()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
+        self.is_gpt2 = config.arch == "gpt2"
+        self.scale = config.qk_scale**2 / config.head_dim**0.5
+        self.gate_channels, self.gate_range = config.gate_channels, config.gate_range
+        kv_dim = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_dim, bias=self.is_gpt2)
+        self.c_k = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
+        self.c_v = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
+        self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=self.is_gpt2)
+        if config.has_value_embed(layer):
+            self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
+
+    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | Branches | None, positions):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
+        if value_embed is not None:
+            gate = self.gate_range * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+        if not self.is_gpt2:
+            q, k = norm(apply_rotary(q, *rotary)), norm(apply_rotary(k, *rotary))
+        if cache is None:
+            y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
+        else:
+            y = cache.attend(self.layer, q, k, v, positions, self.scale, self.window, mask, backend)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.is_gpt2 = config.arch == "gpt2"
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=self.is_gpt2)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=self.is_gpt2)
+
+    def forward(self, x):
+        h = self.c_fc(x)
+        return self.c_proj(F.gelu(h, approximate="tanh") if self.is_gpt2 else relu_squared(h))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.norm_1, self.attn = make_norm(config), Attention(config, layer)
+        self.norm_2, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x, value_embed, rotary, mask, backend, cache, positions):
+        x = x + self.attn(self.norm_1(x), value_embed, rotary, mask, backend, cache, positions)
+        return x + self.mlp(self.norm_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, logits or loss out. `compute_dtype` is the dtype of all activations up to the logits."""
+
+    can_branch = True  # what sequences share can be computed once: see `branches`
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.activation_checkpointing = False
+        self.training_trunk, self.loss_kernel = None, chunk_loss  # llm.model.compile puts compiled ones here
+        self.training_attention: str | None = None  # set by set_attention; None = plain_backend
+        self.windows = [config.window(layer) for layer in range(config.n_layer)]
+        kv_dim = config.n_kv_head * config.head_dim
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": _table(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            }
+        )
+        if config.arch == "gpt2":
+            self.transformer["wpe"] = _table(config.seq_len, config.n_embd)
+        self.final_norm = make_norm(config)
+        self.lm_head = None if config.tied else Linear(config.n_embd, config.padded_vocab_size)
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(layer): _table(config.padded_vocab_size, kv_dim)
+                for layer in range(config.n_layer)
+                if config.has_value_embed(layer)
+            }
+        )
+        if config.residual_scalars:
+            self.resid_scalars = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_scalars = nn.Parameter(torch.empty(config.n_layer))
+        if config.smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+            self.smear_scalar = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_scalar = nn.Parameter(torch.empty(1))
+        if config.arch != "gpt2":
+            cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rope_base)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(padded vocabulary, n_embd): the head's own matrix or the embedding."""
+        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 42) -> "GPT":
+        """Fill all weights, reproducibly on any device.
+
+        classic: embedding N(0, 1); block inputs N(0, s), s = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in).
+        modern: block inputs and value embeddings U(-b, b), b = sqrt(3 / n_embd), the MLP's times `fc_scale`; gates
+        U(0, gate_init), smear off. Both: projections back into the residual stream start at zero, so with a zero head
+        (classic) the first loss is exactly ln(vocabulary).
+        gpt2: N(0, 0.02), projections N(0, 0.02 / sqrt(2 n_layer)), positions N(0, 0.01), biases 0.
+        """
+        c, generator = self.config, torch.Generator().manual_seed(seed)
+
+        def normal_(weight: torch.Tensor, std: float) -> None:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+        def uniform_(weight: torch.Tensor, low: float, high: float) -> None:
+            weight.copy_(torch.rand(weight.shape, generator=generator) * (high - low) + low)
+
+        if c.arch == "gpt2":
+            for name, p in self.named_parameters():
+                if p.ndim == 1:
+                    p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                elif name.endswith("c_proj.weight"):
+                    normal_(p, 0.02 / (2 * c.n_layer) ** 0.5)
+                else:
+                    normal_(p, 0.01 if "wpe" in name else 0.02)
+            return self
+        normal_(self.transformer.wte.weight, c.embedding_std)
+        bound = (3 / c.n_embd) ** 0.5
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                fan_out, fan_in = linear.weight.shape
+                if c.arch == "modern":
+                    uniform_(linear.weight, -bound, bound)
+                else:
+                    normal_(linear.weight, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5)
+            block.mlp.c_fc.weight.mul_(c.fc_scale)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if hasattr(block.attn, "ve_gate"):
+                uniform_(block.attn.ve_gate.weight, 0.0, c.gate_init)
+        for table in self.value_embeds.values():
+            uniform_(table.weight, -bound, bound)
+        if c.residual_scalars:
+            self.resid_scalars.copy_(torch.linspace(*c.resid_init, c.n_layer))
+            self.x0_scalars.copy_(torch.linspace(*c.x0_init, c.n_layer))
+        if c.smear:
+            uniform_(self.smear_gate.weight, 0.0, c.gate_init)
+            self.smear_scalar.zero_()
+        if c.backout:
+            self.backout_scalar.fill_(c.backout_init)
+        if self.lm_head is not None:
+            normal_(self.lm_head.weight, c.head_std)
+        return self
+
+    def set_attention(self, asked: str, device: torch.device, fixed_shapes: bool) -> str:
+        """Choose the attention backend of training steps on `device` by `choose_backend`; returns its name."""
+        windows, documents = any(self.windows), self.config.bos_id is not None
+        shape = (self.compute_dtype, self.config.head_dim, windows, documents, fixed_shapes)
+        self.training_attention = choose_backend(asked, device, *shape)
+        return self.training_attention
+
+    def embed(self, x: torch.Tensor, cache: KVCache | None, at, starts: torch.Tensor | None) -> torch.Tensor:
+        """What enters the first block, from the rows of the embedding (B, T, n_embd).
+
+        at: positions of the tokens; starts: (B, T) true where a document begins, if they are kept apart.
+        """
+        if self.config.arch == "gpt2":
+            return (x + self.transformer.wpe.weight[at]).to(self.compute_dtype)
+        x = norm(x.to(self.compute_dtype))
+        if self.config.smear:
+            first = torch.zeros_like(x[:, :1]) if cache is None or cache.used == 0 else cache.last_embed
+            before = torch.cat((first, x[:, :-1]), dim=1)
+            if starts is not None:
+                before = before.masked_fill(starts.unsqueeze(-1), 0)
+            if cache is not None:
+                cache.fed = x
+            gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
+            x = x + self.smear_scalar.to(x.dtype) * gate * before
+        return x
+
+    def trunk(
+        self,
+        x: torch.Tensor,
+        values: list,
+        starts: torch.Tensor | None,
+        masks: dict,
+        backend: str,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """From rows of the embedding (B, T, n_embd) to the normed output of the last block, in the compute dtype.
+
+        values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
+        document begins, None if all of a row is visible; masks: by window, from `attention_masks`.
+        """
+        T, c = x.size(1), self.config
+        positions = None if cache is None else cache.positions(T)
+        at = slice(0, T) if cache is None else positions
+        rotary = None
+        if c.arch != "gpt2":
+            rotary = (self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype))
+        x = x0 = self.embed(x, cache, at, starts)
+        for layer, block in enumerate(self.transformer.h):
+            if c.residual_scalars:
+                x = self.resid_scalars[layer].to(x.dtype) * x + self.x0_scalars[layer].to(x.dtype) * x0
+            value_embed = None if values[layer] is None else values[layer].to(x.dtype)
+            inputs = (x, value_embed, rotary, masks[self.windows[layer]], backend, cache, positions)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
+            if layer == c.n_layer // 2:
+                middle = x
+        if c.backout:
+            x = x - self.backout_scalar.to(x.dtype) * middle
+        return self.final_norm(x)
+
+    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, is_training: bool = False) -> torch.Tensor:
+        """Normed output of the last block for ids (B, T). Does not advance the cache.
+
+        is_training: by the attention and the compiled trunk that were chosen for training steps.
+        """
+        if ids.size(1) > self.config.seq_len:
+            raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
+        tables = (
+            self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
+        )
+        values = [None if table is None else F.embedding(ids, table.weight) for table in tables]
+        x = F.embedding(ids, self.transformer.wte.weight)
+        apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
+        starts = ids == self.config.bos_id if apart else None
+        backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
+        masks = attention_masks(self.windows, ids.size(1), starts, backend, x.device)
+        if is_training and self.training_trunk is not None:
+            return self.training_trunk(x, values, starts, masks, backend)
+        return self.trunk(x, values, starts, masks, backend, cache)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `max_len` tokens."""
+        return KVCache(self.config, batch, max_len, device=self.device, dtype=self.compute_dtype)
+
+    def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
+        """Outputs (B n, 1 + T, C) at the last token of each prefix, and for `n` continuations of each behind it.
+
+        prefixes: (B, S), of which the first `lengths` (B,) tokens count; rest: (B n, T). Prefixes are computed once.
+        """
+        cache = self.new_cache(*prefixes.shape)
+        hidden = self.hidden(prefixes, cache)
+        cache.advance(prefixes.size(1), lengths)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].unsqueeze(1)
+        hidden = last.repeat_interleave(n, dim=0)
+        if rest.size(1):
+            hidden = torch.cat((hidden, self.hidden(rest, Branches(cache, n, self.config.seq_len))), dim=1)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""
+        return softcapped(
+            F.linear(hidden, self.head_weight.to(hidden.dtype))[..., : self.config.vocab_size], self.config.softcap
+        )
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = "mean",
+        token_weights: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Logits (B, T, V), or with `targets` the cross-entropy in nats.
+
+        ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T));
+        token_weights (B, T) multiply the tokens' losses.
+        cache: continue every row behind its cached tokens; `lengths` (B,) true tokens per row of right-padded ids.
+        last_only: logits (B, 1, V) at each row's last true token only.
+        """
+        is_training = targets is not None and cache is None and torch.is_grad_enabled()
+        hidden = self.hidden(ids, cache, is_training)
+        if cache is not None:
+            cache.advance(ids.size(1), lengths)
+        if last_only:
+            last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
+        if targets is None:
+            return self.logits(hidden)
+        true_head = self.head_weight[: self.config.vocab_size]
+        kernel = self.loss_kernel if is_training else chunk_loss
+        return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction, kernel)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose weights are left to the one init function."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))

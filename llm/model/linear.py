@@ -1,0 +1,61 @@
+"""Explicit precision: fp32 master weights, one compute dtype, casts in our own `Linear`; no autocast."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm.errors import UserError
+from llm.model.fp8 import MULTIPLE, fp8_linear, takes_fp8
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Linear(nn.Linear):
+    """Linear layer that multiplies in the dtype of its input, whatever dtype its weight is stored in.
+
+    Initialisation is left to the model's one init function, so building a layer draws no random numbers.
+    """
+
+    fp8 = False  # set by llm.model.linear.enable_fp8
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fp8 and torch.is_grad_enabled() and takes_fp8(x):
+            return fp8_linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products run natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return False
+
+
+def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtype:
+    """The dtype for `precision.compute` = auto | fp32 | bf16 | fp16; auto takes bf16 where the device has it."""
+    device = torch.device(device)
+    if choice == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    if choice not in DTYPES:
+        raise UserError(f"precision.compute={choice}: choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[choice]
+
+
+def enable_fp8(net) -> int:
+    """Let the blocks' large matrices multiply in fp8 while training; returns how many of them."""
+    from llm.model.linear import Linear
+
+    layers = [m for m in net.transformer.h.modules() if isinstance(m, Linear) and m.bias is None]
+    layers = [m for m in layers if not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)]
+    for layer in layers:
+        layer.fp8 = True
+    return len(layers)

@@ -1,0 +1,1 @@
+"""Several processes and devices: launching, exchange, sharded optimizers, strategies."""

@@ -1,0 +1,74 @@
+"""The processes of one training: which one this is, and the few numbers they exchange beside gradients and weights.
+
+Every function also works in a single process without torch.distributed, where there is nobody to talk to. What is
+exchanged here lives on the host and travels by gloo, so no GPU waits for it.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+_waited = 0.0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def local(t: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it, or its rows of a DTensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """The sums of numbers over all processes, in fp64: the same bits everywhere."""
+    if world_size() == 1:
+        return list(values)
+    global _waited
+    start = time.perf_counter()
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    _waited += time.perf_counter() - start
+    return sums.tolist()
+
+
+def waited_seconds() -> float:
+    """Time that this process has spent in `total`, above all waiting for the others."""
+    return _waited
+
+
+def gathered(thing: Any) -> list:
+    """What every process has, by rank. Things are pickled: for small ones and checkpoints."""
+    if world_size() == 1:
+        return [thing]
+    things: list = [None] * world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def from_main(thing: Any) -> Any:
+    """What rank 0 has."""
+    if world_size() == 1:
+        return thing
+    box = [thing]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        total([0.0])

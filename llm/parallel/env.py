@@ -1,0 +1,69 @@
+"""Facts about the processes of a training that the environment tells, before any of them meet."""
+
+import os
+import re
+import signal
+import sys
+from typing import NoReturn
+
+from llm.errors import UserError
+from llm.utils.environment import die_with_parent
+
+SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # SLURM sends it before the time is over; Windows has none
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, SIGUSR1)
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, srun or `launch`) started this process."""
+    return all(name in os.environ for name in LAUNCHED)
+
+
+def launched_rank() -> int:
+    """Rank of this process, known before it joins the others; 0 without a launcher."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def adopt_slurm() -> None:
+    """In a task of an srun step of several: set the variables that torchrun would set. Elsewhere nothing happens.
+
+    The variables of the step are absent in a batch script and in the shell of salloc, where those of the job are set.
+    """
+    slurm = os.environ
+    if is_launched() or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    per_node = set(re.findall(r"(?:^|,)(\d+)", slurm["SLURM_STEP_TASKS_PER_NODE"]))  # 8(x2),4
+    if len(per_node) > 1:
+        raise UserError(
+            f"SLURM started {slurm['SLURM_STEP_TASKS_PER_NODE']} tasks per node: every node must have as many "
+            "(--ntasks-per-node)"
+        )
+    own = {"RANK": slurm["SLURM_PROCID"], "LOCAL_RANK": slurm["SLURM_LOCALID"], "GROUP_RANK": slurm["SLURM_NODEID"]}
+    own |= {"WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"], "LOCAL_WORLD_SIZE": per_node.pop()}
+    first_host = re.sub(r"\[(\d+)[^]]*\]", r"\1", slurm["SLURM_STEP_NODELIST"]).split(",")[0]  # gpu[07-09,12],login
+    port = 20000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 10000
+    os.environ.update({"MASTER_ADDR": first_host, "MASTER_PORT": str(port)} | slurm | own)
+
+
+def check_layout(cfg) -> None:
+    """torchrun and srun know how many nodes there are; a `trainer.num_nodes` that says otherwise is an error."""
+    world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world % here or cfg.trainer.num_nodes not in (1, world // here):
+        raise UserError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: the launcher started {world} processes, {here} on this node; "
+            "leave the key out, or start as many processes on every node"
+        )
+
+
+def begin() -> None:
+    """What each of several processes does first: none outlives its launcher, and only rank 0 prints."""
+    die_with_parent()
+    if launched_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def end(status: int) -> NoReturn:
+    """End a process that was one of several: taking down torch's threads in an orderly way aborts now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

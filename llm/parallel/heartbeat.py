@@ -1,0 +1,83 @@
+"""Ends a process when another one has gone without a word, as a node does that loses power or its network.
+
+The system tells when a process dies, not when its machine does: the others then wait for the time-out of a collective,
+half an hour. So every process calls rank 0 every few seconds, is told who has not called for long, and ends if somebody
+has not, or if rank 0 does not answer. Its launcher then ends the rest of the node.
+"""
+
+import json
+import logging
+import os
+import socket
+import socketserver
+import sys
+import threading
+import time
+
+from llm.parallel import collectives
+
+log = logging.getLogger(__name__)
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 45.0
+
+
+class Register(socketserver.ThreadingTCPServer):
+    """On rank 0: when every process has called last. A call is a rank, the answer the ranks that are silent."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, world: int):
+        super().__init__((host, 0), Call)
+        self.heard = dict.fromkeys(range(1, world), time.monotonic())
+        threading.Thread(target=self.serve_forever, name="fathom-register", daemon=True).start()
+
+    def silent(self) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, at in self.heard.items() if now - at > SILENT_SECONDS]
+
+
+class Call(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.server.heard[int(self.rfile.readline())] = time.monotonic()
+        self.wfile.write(json.dumps(self.server.silent()).encode())
+
+
+def start() -> None:
+    """Watch in a thread from now on. All processes call it together."""
+    world, here = collectives.world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    register = Register("127.0.0.1" if here == world else "", world) if collectives.is_main() else None
+    port = collectives.from_main(None if register is None else register.server_address[1])
+    address = ("127.0.0.1" if here == world else os.environ["MASTER_ADDR"], port)
+    problem = None
+    try:
+        silent_processes(register, address)
+    except OSError as error:
+        problem = str(error)
+    collectives.barrier()
+    if problem is not None:
+        log.warning("rank 0 cannot be called at %s (%s): a node that vanishes will not be noticed", address, problem)
+        return
+    threading.Thread(target=watch, args=(register, address), name="fathom-heartbeat", daemon=True).start()
+
+
+def silent_processes(register: Register | None, address: tuple[str, int]) -> list[int]:
+    """Ranks that have not called for long, from rank 0's own register or by calling it."""
+    if register is not None:
+        return register.silent()
+    with socket.create_connection(address, timeout=BEAT_SECONDS) as call:
+        call.sendall(f"{collectives.rank()}\n".encode())
+        return json.loads(call.makefile().read())
+
+
+def watch(register: Register | None, address: tuple[str, int]) -> None:
+    answered = time.monotonic()
+    while True:
+        time.sleep(BEAT_SECONDS)
+        try:
+            silent, answered = silent_processes(register, address), time.monotonic()
+        except (OSError, ValueError):
+            silent = [0] if time.monotonic() - answered > SILENT_SECONDS else []
+        if silent:
+            who = f"process {', '.join(map(str, silent[:5]))}" + (" and others" if len(silent) > 5 else "")
+            print(f"error: nothing heard of {who} for {SILENT_SECONDS:.0f} s", file=sys.stderr, flush=True)
+            os._exit(1)

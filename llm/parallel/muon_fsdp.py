@@ -1,0 +1,89 @@
+"""MuonAdamW where weights and gradients lie in shares too (strategy=fsdp; ZeRO-3, arXiv 1910.02054).
+
+FSDP2 cuts every parameter by rows (DTensors) and sums gradients into the same shares during the backward pass. AdamW
+updates the rows at hand. Muon needs whole matrices: each has one owner, as in `llm.parallel.muon_zero2`, who is sent
+the rows of its gradient, keeps its momentum, orthogonalises, and sends the rows of the step back: two all-to-all
+exchanges. No process holds more weights than its share here. State is cut, gathered and saved as there.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from llm.optim.muon_adamw import stacks
+from llm.parallel.muon_zero2 import Matrices, ShardedMuonAdamW, Table, end_to_end, grad_of
+
+
+class FullyShardedMuonAdamW(ShardedMuonAdamW):
+    """Takes the parameters of a network that `llm.parallel.strategy.FSDPStrategy` has cut."""
+
+    def _cut(self, number: int) -> Iterable[Matrices | Table]:
+        group = self.param_groups[number]
+        if group["kind"] == "muon":
+            return super()._cut(number)
+        return [Table(number, p, rows_of(p, self.world)[0] * (p.numel() // p.size(0))) for p in group["params"]]
+
+    def _update(self) -> None:
+        if all(p.grad is None for p in self._params()):
+            return  # a step that overflowed, on all processes alike
+        matrices = [part for part in self.parts if isinstance(part, Matrices)]
+        gradients = [self._send_gradients(part) for part in matrices]
+        for group in self.param_groups:
+            here = [p for p in group["params"] if p in self.tables and p.to_local().numel()]
+            self._adamw(group, [(p, p.to_local().view(-1), grad_of(p).to_local().view(-1)) for p in here])
+        steps = [self._send_steps(part, *sent) for part, sent in zip(matrices, gradients, strict=True)]
+        for part, sent in zip(matrices, steps, strict=True):
+            self._take_steps(part, *sent)
+
+    def _send_gradients(self, part: Matrices) -> tuple[dist.Work, list[list[torch.Tensor]]]:
+        """Start to send each owner this process's rows; arriving: [k][i], process k's rows of this one's matrix i."""
+        sent = [[grad_of(p).to_local() for p in owned] for owned in part.owned]
+        own = [(rows_of(p, self.world), p.size(1)) for p in part.owned[self.rank]]
+        return exchange(sent, [[(rows[k], cols) for rows, cols in own] for k in range(self.world)], self._like(part))
+
+    def _send_steps(
+        self, part: Matrices, work: dist.Work, gradients: list[list[torch.Tensor]]
+    ) -> tuple[dist.Work, list[list[torch.Tensor]]]:
+        """Start to send each process its rows of the steps of this one's matrices; arriving: [k][i], from owner k."""
+        work.wait()
+        own, steps = part.owned[self.rank], {}
+        grads = {p: torch.cat([rows[i] for rows in gradients]) for i, p in enumerate(own)}
+        for stack in stacks(own):
+            step = self._muon_step(self.param_groups[part.group], stack, [grads[p] for p in stack])
+            steps |= zip(stack, step.unbind(0), strict=True)
+        rows = [steps[p].split(rows_of(p, self.world)) for p in own]
+        shapes = [[p.to_local().shape for p in owned] for owned in part.owned]
+        return exchange([[r[k] for r in rows] for k in range(self.world)], shapes, self._like(part))
+
+    def _take_steps(self, part: Matrices, work: dist.Work, arrived: list[list[torch.Tensor]]) -> None:
+        work.wait()
+        steps: dict[torch.Tensor, torch.Tensor] = {}
+        for owned, rows in zip(part.owned, arrived, strict=True):
+            steps |= zip(owned, rows, strict=True)
+        for stack in stacks(steps):
+            weights = [p.to_local() for p in stack]
+            self._descend(self.param_groups[part.group], weights, torch.stack([steps[p] for p in stack]))
+
+    def _like(self, part: Matrices) -> torch.Tensor:
+        """A tensor of the dtype and device of what travels."""
+        return self.param_groups[part.group]["params"][0].to_local()
+
+
+def rows_of(p: torch.Tensor, world: int) -> list[int]:
+    """How many rows of a parameter every process holds: equal parts, of which the last may be short or empty."""
+    part = -(-p.size(0) // world)
+    return [max(0, min(part, p.size(0) - k * part)) for k in range(world)]
+
+
+def exchange(
+    sent: list[list[torch.Tensor]], shapes: list[list[Sequence[int]]], like: torch.Tensor
+) -> tuple[dist.Work, list[list[torch.Tensor]]]:
+    """Start to send the tensors sent[k] to process k: (what to wait for, where those of shapes[k] arrive from it)."""
+    counts = [sum(t.numel() for t in tensors) for tensors in sent]
+    end_to_end((t for tensors in sent for t in tensors), flat := like.new_empty(sum(counts)))
+    sizes = [[torch.Size(shape).numel() for shape in of_one] for of_one in shapes]
+    received = like.new_empty(sum(map(sum, sizes)))
+    work = dist.all_to_all_single(received, flat, [sum(of_one) for of_one in sizes], counts, async_op=True)
+    parts = iter(received.split([size for of_one in sizes for size in of_one]))
+    return work, [[next(parts).view(shape) for shape in of_one] for of_one in shapes]

@@ -1,0 +1,255 @@
+"""MuonAdamW over several processes: each holds the optimizer state of its share only (ZeRO-2, arXiv 1910.02054).
+
+Weights and gradients are whole everywhere. In a step gradients are summed into shares (reduce-scatter), each process
+updates its share, and the new weights go to all (all-gather): the bytes of one all-reduce. Matrices are never cut: Muon
+needs them whole, so each has one owner, and the owners' loads are even. Tables are cut into equal parts of a flat
+view, AdamW being elementwise. What is small is summed and updated everywhere. All sums start at once, so one part
+travels while another is computed. `state_dict` is MuonAdamW's, whole, so that any number of processes can go on.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from llm.optim.muon_adamw import MuonAdamW
+from llm.parallel import collectives
+
+CUT = ("exp_avg", "exp_avg_sq")  # what AdamW keeps per number of a parameter
+SMALL = 1 << 14  # parameters of at most so many numbers are updated by every process
+BUCKET_BYTES = 1 << 28  # of matrices that travel together, about
+
+# The old names warn from torch 2.13 on, the new ones are missing before it.
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+Arrival = Callable[[], torch.Tensor]  # waits for what was started, returns what arrived
+
+
+@dataclass
+class Matrices:
+    """Matrices that travel together. Process k owns `owned[k]`, which lie end to end in part k of a flat buffer."""
+
+    group: int
+    owned: list[list[torch.Tensor]]
+
+    @property
+    def chunk(self) -> int:
+        """Numbers per process: those of the largest share."""
+        return max(sum(p.numel() for p in share) for share in self.owned)
+
+    def of_others(self, rank: int) -> list[torch.Tensor]:
+        return [p for owner, params in enumerate(self.owned) if owner != rank for p in params]
+
+
+@dataclass
+class Table:
+    """One large parameter of AdamW, cut into equal parts of its flat view; the last ones may be short or empty."""
+
+    group: int
+    param: torch.Tensor
+    chunk: int
+
+    def share(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        return flat[rank * self.chunk : (rank + 1) * self.chunk]
+
+
+@dataclass
+class Small:
+    """Parameters that every process updates."""
+
+    group: int
+    params: list[torch.Tensor]
+
+
+class ShardedMuonAdamW(MuonAdamW):
+    """Gradients are summed over the processes, not averaged: losses are divided by the tokens of all before."""
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups)
+        self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        self.parts = [part for number in range(len(self.param_groups)) for part in self._cut(number)]
+        self.tables = {part.param: part for part in self.parts if isinstance(part, Table)}
+        self.whole_state: dict[int, dict] | None = None
+
+    def _cut(self, number: int) -> Iterable[Matrices | Table | Small]:
+        """The parts of a parameter group. They know its number: loading a state replaces the group."""
+        group = self.param_groups[number]
+        if group["kind"] == "muon":
+            return [Matrices(number, owned) for owned in even_shares(group["params"], self.world)]
+        large, small = ([p for p in group["params"] if (p.numel() > SMALL) == is_large] for is_large in (True, False))
+        tables = [Table(number, p, -(-p.numel() // self.world)) for p in large]
+        return [*tables, Small(number, small)] if small else tables
+
+    def _update(self) -> None:
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            return  # a step that overflowed, on all processes alike
+        sums, arriving = [self._sum(part) for part in self.parts], []
+        for part, summed in zip(self.parts, sums, strict=True):
+            if isinstance(part, Small):
+                shares = zip(part.params, part.params, split(summed(), part.params), strict=True)
+                self._adamw(self.param_groups[part.group], list(shares))
+            else:
+                arriving.append((part, self._update_share(part, summed())))
+        for part, whole in arriving:
+            self._take(part, whole())
+
+    def _sum(self, part: Matrices | Table | Small) -> Arrival:
+        """Start to sum the gradients of a part: this process's share arrives, or all of a small part."""
+        if isinstance(part, Small):
+            flat = torch.cat([grad_of(p).flatten() for p in part.params])
+            return arrival(dist.all_reduce(flat, async_op=True), flat)
+        if isinstance(part, Table):
+            flat = padded(grad_of(part.param).flatten(), self.world * part.chunk)
+        else:
+            flat = self.param_groups[part.group]["params"][0].new_empty(self.world * part.chunk)
+            for owned, place in zip(part.owned, flat.split(part.chunk), strict=True):
+                end_to_end(map(grad_of, owned), place)
+        return summed_share(flat, self.world)
+
+    def _update_share(self, part: Matrices | Table, summed: torch.Tensor) -> Arrival:
+        """Update what this process owns and start to send it: the whole part arrives."""
+        group = self.param_groups[part.group]
+        if isinstance(part, Table):
+            flat = part.param.detach().flatten()
+            share = part.share(flat, self.rank)
+            if len(share):
+                self._adamw(group, [(part.param, share, summed[: len(share)])])
+            sent = padded(share, part.chunk)
+        else:
+            own = part.owned[self.rank]
+            for p, grad in zip(own, split(summed, own), strict=True):
+                p.grad = grad
+            self._muon(group, own)
+            end_to_end(own, sent := torch.empty_like(summed))
+        return all_shares(sent, self.world)
+
+    def _take(self, part: Matrices | Table, whole: torch.Tensor) -> None:
+        """Write the weights that arrived."""
+        if isinstance(part, Table):
+            part.param.copy_(whole[: part.param.numel()].view_as(part.param))
+            return
+        for owner, params in enumerate(part.owned):
+            if owner != self.rank:
+                torch._foreach_copy_(params, split(whole[owner * part.chunk :], params))
+
+    def consolidate_state_dict(self) -> None:
+        """Bring the whole state to rank 0's host memory. All processes call it before `state_dict`."""
+        everywhere = {p for part in self.parts if isinstance(part, Small) for p in part.params}
+        mine = {
+            i: {name: value.cpu() for name, value in self.state[p].items()}
+            for i, p in enumerate(self._params())
+            if self.state.get(p) and not (self.rank > 0 and p in everywhere)
+        }
+        shapes = collectives.gathered({i: {n: t.to("meta") for n, t in state.items()} for i, state in mine.items()})
+        if self.rank > 0:
+            for t in (t for state in mine.values() for t in state.values()):
+                dist.send(t.contiguous(), 0)
+            return
+        self.whole_state, filled, params = {}, Counter(), list(self._params())
+        for process, states in enumerate(shapes):
+            for i, name, shape in ((i, name, t) for i, state in states.items() for name, t in state.items()):
+                whole = self.whole_state.setdefault(i, {})
+                if params[i] in self.tables and name in CUT:
+                    flat = whole.setdefault(name, torch.empty(params[i].shape, dtype=shape.dtype)).view(-1)
+                    place = flat[filled[i, name] :][: shape.numel()]
+                    filled[i, name] += shape.numel()
+                else:
+                    place = whole[name] = torch.empty(shape.shape, dtype=shape.dtype)
+                if process == 0:
+                    place.copy_(mine[i][name])
+                else:
+                    dist.recv(place, process)
+
+    def state_dict(self) -> dict:
+        """As MuonAdamW's, of all processes, after `consolidate_state_dict` and on rank 0."""
+        if self.whole_state is None:
+            raise RuntimeError("call consolidate_state_dict on all processes first, then state_dict on rank 0")
+        whole, self.whole_state = self.whole_state, None
+        return super().state_dict() | {"state": whole}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Keep this process's share of a whole state, MuonAdamW's or one that another number of processes saved."""
+        others = {p for part in self.parts if isinstance(part, Matrices) for p in part.of_others(self.rank)}
+        state = {}
+        for i, p in enumerate(self._params()):
+            if i in state_dict["state"] and p not in others:
+                state[i] = dict(state_dict["state"][i])
+                if table := self.tables.get(p):
+                    state[i] |= {name: table.share(state[i][name].flatten(), self.rank) for name in CUT}
+        super().load_state_dict(state_dict | {"state": state})
+
+    def _params(self) -> Iterable[torch.Tensor]:
+        """All parameters, in the order in which states are numbered."""
+        return (p for group in self.param_groups for p in group["params"])
+
+
+def even_shares(params: Sequence[torch.Tensor], world: int) -> list[list[list[torch.Tensor]]]:
+    """Buckets of matrices, each dealt out to the processes: the largest first, always to the one with the least."""
+    largest_first, loads, buckets = sorted(params, key=lambda p: -p.numel()), [0] * world, []
+    while largest_first:
+        count = world * max(1, BUCKET_BYTES // (4 * world * largest_first[0].numel()))
+        bucket, largest_first = largest_first[:count], largest_first[count:]
+        owned: list[list[torch.Tensor]] = [[] for _ in range(world)]
+        for p in bucket:
+            owner = min(range(world), key=lambda k: (sum(q.numel() for q in owned[k]), loads[k]))
+            owned[owner].append(p)
+            loads[owner] += p.numel()
+        buckets.append(owned)
+    return buckets
+
+
+def grad_of(p: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def end_to_end(tensors: Iterable[torch.Tensor], out: torch.Tensor) -> None:
+    """Write tensors one behind the other into the flat `out`, zeros behind the last."""
+    at = 0
+    for t in tensors:
+        out[at : at + t.numel()] = t.flatten()
+        at += t.numel()
+    out[at:] = 0
+
+
+def padded(flat: torch.Tensor, length: int) -> torch.Tensor:
+    return flat if len(flat) == length else torch.nn.functional.pad(flat, (0, length - len(flat)))
+
+
+def split(flat: torch.Tensor, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The beginning of `flat` in the shapes of `params`."""
+    sizes = [p.numel() for p in params]
+    return [part.view(p.shape) for part, p in zip(flat[: sum(sizes)].split(sizes), params, strict=True)]
+
+
+# ---- communication --------------------------------------------------------------------------------------------------
+
+
+def arrival(work: dist.Work, arriving: torch.Tensor) -> Arrival:
+    def wait() -> torch.Tensor:
+        work.wait()
+        return arriving
+
+    return wait
+
+
+def summed_share(flat: torch.Tensor, world: int) -> Arrival:
+    """Start a reduce-scatter of the equal parts of `flat`: the sum of everybody's part `rank` arrives.
+
+    gloo's own sums everything everywhere; sending each part to its owner moves half of that.
+    """
+    if flat.is_cpu:
+        parts = torch.empty_like(flat)
+        all_parts = arrival(dist.all_to_all_single(parts, flat, async_op=True), parts)
+        return lambda: all_parts().view(world, -1).sum(0)
+    share = flat.new_empty(len(flat) // world)
+    return arrival(reduce_scatter(share, flat, async_op=True), share)
+
+
+def all_shares(share: torch.Tensor, world: int) -> Arrival:
+    """Start an all-gather: everybody's share arrives, end to end. gloo's own copies more than it sends."""
+    whole = share.new_empty(world * len(share))
+    if share.is_cpu:
+        return arrival(dist.all_to_all_single(whole, share.repeat(world), async_op=True), whole)
+    return arrival(all_gather(whole, share, async_op=True), whole)

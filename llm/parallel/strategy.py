@@ -1,0 +1,125 @@
+"""How several processes train one network, as strategies of Lightning's trainer.
+
+muon    every process holds all weights and the optimizer state of its share (llm.parallel.muon_zero2); the default
+ddp     Lightning's: gradients are summed during the last backward pass, every process does the whole update
+fsdp    FSDP2: weights, gradients and optimizer state in shares (llm.parallel.muon_fsdp); blocks are gathered to compute
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from llm.errors import UserError
+from llm.model.gpt import GPT
+from llm.parallel.collectives import world_size
+from llm.parallel.env import is_launched
+from llm.parallel.muon_fsdp import FullyShardedMuonAdamW
+from llm.parallel.muon_zero2 import ShardedMuonAdamW
+
+
+@StrategyRegistry.register("muon", description="gradients, optimizer state and updates in shares (ZeRO-2)")
+class MuonStrategy(DDPStrategy):
+    """Weights are sent once, at the start. Gradients stay where they are until the optimizer sums them in its step."""
+
+    strategy_name = "muon"
+    optimizer_kind = ShardedMuonAdamW
+
+    def configure_ddp(self) -> None:
+        """No wrapper, so no all-reduce during the backward pass."""
+        _sync_module_states(self.model)
+
+
+class SummingDDPStrategy(DDPStrategy):
+    """Gradients are summed and not averaged: the losses are divided by the tokens of all processes already."""
+
+    def __init__(self, **kwargs):
+        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True, **kwargs)
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self.model.register_comm_hook(None, _summed)
+
+
+def _summed(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+# Lightning's own "fsdp" is FSDP1, which neither runs on a CPU nor keeps matrices apart.
+@StrategyRegistry.register("fsdp2", description="weights, gradients, optimizer state in shares (ZeRO-3)")
+class FSDPStrategy(ModelParallelStrategy):
+    """Every block, and all else together, is gathered for its forward and backward pass; gradients are summed.
+
+    Checkpoints are those of the other strategies: whole tensors in one file, which rank 0 writes.
+    """
+
+    optimizer_kind = FullyShardedMuonAdamW
+    restore_checkpoint_after_setup = Strategy.restore_checkpoint_after_setup
+    lightning_restore_optimizer = Strategy.lightning_restore_optimizer
+    optimizer_state = Strategy.optimizer_state
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+
+    def __init__(self):
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # "auto" is the number of machines
+        super().setup_environment()
+
+    def shard(self, net: GPT) -> None:
+        """Cut the weights, which are the same on all processes."""
+        mesh = init_device_mesh(self.root_device.type, (self.world_size,))  # of the processes as they have met
+        for part in (*net.transformer.h, net):
+            fully_shard(part, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)  # the losses are divided by the tokens of all processes already
+            part.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply
+
+    def load_model_state_dict(self, checkpoint: dict, strict: bool = True) -> None:
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+
+
+@torch.no_grad()
+def whole_net(net: GPT) -> GPT:
+    """The network, or where it is cut a copy with all weights as they are now: for use without the other processes.
+
+    All processes call it together.
+    """
+    if not isinstance(net, FSDPModule):
+        return net
+    whole = GPT(net.config)
+    whole.load_state_dict({name: p.full_tensor() for name, p in net.state_dict().items()}, assign=True)
+    whole.compute_dtype = net.compute_dtype
+    return whole.to(net.device)
+
+
+def layout_of_processes() -> dict[str, int]:
+    """`devices` of this machine and `num_nodes`, as `lightning.Trainer` takes them."""
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+    return {"devices": here, "num_nodes": world_size() // here}
+
+
+def cluster_environment() -> ClusterEnvironment:
+    """Where Lightning reads this process's rank. It is told, as it would take any SLURM job for one of its own."""
+    return TorchElasticEnvironment() if is_launched() else LightningEnvironment()
+
+
+def make_strategy(name: str) -> str | Strategy:
+    """The strategy `strategy.name` for the processes there are, as `lightning.Trainer` takes it."""
+    if world_size() == 1:
+        return "auto"
+    if name == "single":
+        raise UserError(f"strategy=single: there are {world_size()} processes; choose strategy=auto, muon, ddp or fsdp")
+    return {"ddp": SummingDDPStrategy, "fsdp": FSDPStrategy}.get(name, MuonStrategy)()

@@ -1,0 +1,329 @@
+"""The report of a run, `runs/<run>/report.md`, and the table over all runs. Both read result files, never logs.
+
+python -m llm.report runs/demo               rebuild one report
+python -m llm.report --table [--runs runs]   one table over all runs
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llm import __version__
+from llm.errors import UserError
+from llm.run.config_diff import flatten
+from llm.run.stage_folder import MODEL_STAGES, STAGES, RunDir, list_runs, read_manifest, read_metrics
+from llm.utils.environment import environment
+from llm.utils.files import read_json, write_atomic
+from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
+
+SAMPLES_PER_STAGE = 8
+# Columns of metrics.csv that say how the training ran, not how good the model is.
+PROGRESS_KEYS = frozenset("lr tok_per_s ms_per_step mfu data_wait tokens flops seconds train_seconds".split())
+
+
+def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
+    """(Re)write report.md and its figures from whatever stages exist so far; returns its path.
+
+    A stage file that cannot be read is named in the report instead of hiding the other stages. redraw=False keeps
+    figures that exist: enough where no stage has trained since.
+    """
+    folder = Path(run_dir)
+    stages, problems = read_stages(folder)
+    if not stages and not problems:
+        raise UserError(f"{folder} has no stage with a run.json: nothing to report; run a stage with train.py first")
+    curves = _draw(folder, stages, redraw)
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
+    parts += [f"> **Problem:** {problem}" for problem in problems]
+    parts += ["## Stages", _stage_table(stages), _total_time(stages)]
+    parts += ["## Metrics by stage", _metrics_table({name: stages[name] for name in MODEL_STAGES if name in stages})]
+    parts += _compression(stages.get("tokenizer", {}))
+    parts += ["## Curves", *curves] if curves else []
+    parts += ["## Samples", *_samples(stages)] if any(s["eval"].get("samples") for s in stages.values()) else []
+    parts += ["## Numbers of each stage", _numbers(stages)]
+    parts += ["## Configuration", *_configuration(stages)]
+    parts += ["## Environment", *_environment(stages)]
+    write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
+    return folder / "report.md"
+
+
+def read_stages(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """({stage: its run.json, plus "eval": its eval.json, "rows": its metrics.csv}, unreadable files) in order."""
+    stages, problems = {}, []
+    for stage in STAGES:
+        folder = run_dir / stage
+        try:
+            manifest = read_manifest(folder)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if manifest is None:
+            continue
+        try:
+            scores = read_json(folder / "eval.json") or {}
+        except UserError as error:
+            problems.append(str(error))
+            scores = {}
+        stages[stage] = {**manifest, "eval": scores, "rows": read_metrics(folder)}
+    return stages, problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+def _stage_table(stages: dict[str, dict]) -> str:
+    header = ["stage", "status", "steps", "tokens", "FLOPs", "time", "tok/s", "started from"]
+    rows = []
+    for stage, facts in stages.items():
+        tokens, seconds = facts.get("tokens"), facts.get("seconds")
+        speed = (facts.get("metrics") or {}).get("tok_per_s")
+        rows.append(
+            [
+                stage,
+                str(facts.get("status", "")),
+                value(facts.get("steps")),
+                amount(tokens),
+                amount(facts.get("flops")),
+                duration(seconds),
+                amount(speed),
+                _parent_name(facts.get("parent")),
+            ]
+        )
+    return markdown_table(header, rows, numeric=range(2, 7))
+
+
+def _parent_name(parent: str | None) -> str:
+    """`demo/pretrain` for .../demo/pretrain/model, other paths as they are."""
+    if not parent:
+        return "-"
+    parts = Path(parent).parts
+    return f"`{'/'.join(parts[-3:-1])}`" if len(parts) >= 3 and parts[-1] == "model" else f"`{parent}`"
+
+
+def _total_time(stages: dict[str, dict]) -> str:
+    seconds = sum(facts.get("seconds") or 0 for facts in stages.values())
+    flops = sum(facts.get("flops") or 0 for facts in stages.values())
+    compute = f", total compute {amount(flops)} FLOPs" if flops else ""
+    return f"Total wall-clock: **{duration(seconds)}**{compute}."
+
+
+def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """{metric: (value, standard error or None)}: eval.json where it has the metric, else the end of training.
+
+    Tasks are named as in eval.json (`choice`), all else as in run.json (`bpb`, `loss`, `pass@1`); speed and progress
+    are left out.
+    """
+    merged: dict[str, tuple[float, float | None]] = {}
+    for key, number in (facts.get("metrics") or {}).items():
+        if isinstance(number, int | float) and key not in PROGRESS_KEYS:
+            merged[key.removeprefix("chat/")] = (number, None)
+    scores = facts.get("eval") or {}
+    for key, number in scores.items():
+        if isinstance(number, int | float):
+            merged[key] = (number, None)
+    for task, result in (scores.get("chat") or {}).items():
+        merged[task] = (result["accuracy"], result.get("stderr"))
+    for task, result in (scores.get("lm_eval") or {}).items():
+        for metric, number in result.items():
+            if metric not in ("n", "shots") and not metric.endswith("_stderr"):
+                merged[f"lm_eval/{task}/{metric}"] = (number, result.get(f"{metric}_stderr"))
+    return merged
+
+
+def _is_share(metric: str, tasks: Iterable[str]) -> bool:
+    return metric in tasks or metric.startswith("pass@")
+
+
+def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
+    """All task names in the stages' results, in order of first appearance."""
+    names: dict[str, None] = {}
+    for facts in stages:
+        in_metrics = (key.removeprefix("chat/") for key in facts.get("metrics") or {} if key.startswith("chat/"))
+        names.update(dict.fromkeys([*in_metrics, *((facts.get("eval") or {}).get("chat") or {})]))
+    return list(names)
+
+
+def _metrics_table(stages: dict[str, dict]) -> str:
+    """Metrics down, stages across; shares in percent with one standard error."""
+    columns = {stage: final_metrics(facts) for stage, facts in stages.items()}
+    columns = {stage: metrics for stage, metrics in columns.items() if metrics}
+    if not columns:
+        return "Nothing has been measured yet."
+    tasks = task_names(stages.values())
+    known = ["loss", "bpb", "bpb_text", "reward"]
+    found = list(dict.fromkeys(key for metrics in columns.values() for key in metrics))
+    passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: int(key[5:]))
+    other = [key for key in found if key not in {*known, *tasks, *passes}]
+    order = [key for key in (*known, *other, *tasks, *passes) if key in found]
+    rows = []
+    for metric in order:
+        show = percent if _is_share(metric, tasks) else value
+        rows.append([metric, *(show(*metrics.get(metric, (None, None))) for metrics in columns.values())])
+    return markdown_table(["metric", *columns], rows, numeric=range(1, len(columns) + 1))
+
+
+def _compression(tokenizer: dict[str, Any]) -> list[str]:
+    """How many bytes a token stands for, by kind of text."""
+    prefix = "bytes_per_token_"
+    metrics = tokenizer.get("metrics") or {}
+    rows = [[key.removeprefix(prefix), value(metrics[key], digits=2)] for key in metrics if key.startswith(prefix)]
+    if not rows:
+        return []
+    return ["## Tokenizer", markdown_table(["text", "bytes per token"], rows, numeric=[1])]
+
+
+def _draw(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
+    from llm.report.plots import draw_curves
+
+    rows = {stage: facts["rows"] for stage, facts in stages.items()}
+    figures = draw_curves(folder / "report", folder.name, rows, redraw)
+    return [f"![{caption}]({path.relative_to(folder).as_posix()})" for caption, path in figures]
+
+
+def _samples(stages: dict[str, dict]) -> list[str]:
+    parts = []
+    for stage, facts in stages.items():
+        samples = facts["eval"].get("samples") or []
+        parts += [f"### {stage}"] if samples else []
+        for sample in samples[:SAMPLES_PER_STAGE]:
+            prompt = "\n".join(f"> {line}" for line in sample["prompt"].strip().splitlines())
+            parts.append(fenced(f"{prompt}\n{sample['completion'].strip()}", "text"))
+    return parts
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A code block that the text cannot close: its fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _numbers(stages: dict[str, dict]) -> str:
+    """What was derived from the configuration, and when and from which source it ran: keys down, stages across."""
+    columns = {}
+    for stage, facts in stages.items():
+        origin = {
+            "started (UTC)": (facts.get("started") or "")[:19].replace("T", " "),
+            "finished (UTC)": (facts.get("finished") or "")[:19].replace("T", " "),
+            "commit": re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", facts.get("commit") or ""),
+        }
+        columns[stage] = {**(facts.get("derived") or {}), **{key: text for key, text in origin.items() if text}}
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    rows = [[key, *(value(column.get(key)) for column in columns.values())] for key in keys]
+    return markdown_table(["number", *columns], rows, numeric=range(1, len(columns) + 1))
+
+
+def _configuration(stages: dict[str, dict]) -> list[str]:
+    """Settings that all stages share once, then what each stage has of its own."""
+    configs = {stage: flatten(facts["config"]) for stage, facts in stages.items() if facts.get("config")}
+    if not configs:
+        return ["No configuration was saved."]
+    first = next(iter(configs.values()))
+    shared = {k: v for k, v in first.items() if all(k in c and c[k] == v for c in configs.values())}
+    parts = [_details("Shared by all stages", shared)]
+    for stage, config in configs.items():
+        own = {key: setting for key, setting in config.items() if key not in shared}
+        parts += [_details(f"Only in {stage}", own)] if own else []
+    return parts
+
+
+def _details(title: str, config: dict[str, Any]) -> str:
+    lines = "\n".join(f"{key}: {'null' if item is None else item}" for key, item in sorted(config.items()))
+    return f"<details><summary>{title}</summary>\n\n{fenced(lines, 'yaml')}\n\n</details>"
+
+
+def _environment(stages: dict[str, dict]) -> list[str]:
+    """The machine of each stage as saved in run.json (one table if they agree), else the one that writes this."""
+    machines: list[tuple[list[str], dict]] = []
+    for stage, facts in stages.items():
+        if not facts.get("environment"):
+            continue
+        same = next((names for names, machine in machines if machine == facts["environment"]), None)
+        if same is None:
+            machines.append(([stage], facts["environment"]))
+        else:
+            same.append(stage)
+    if not machines:
+        return ["Of the machine that wrote this report:", _machine_table(environment())]
+    if len(machines) == 1:
+        return [_machine_table(machines[0][1])]
+    return [part for names, machine in machines for part in (f"### {', '.join(names)}", _machine_table(machine))]
+
+
+def _machine_table(machine: dict[str, Any]) -> str:
+    gpus = [f"{gpu['name']} ({gpu['memory_gb']} GiB)" for gpu in machine.get("gpus") or []]
+    shown = {**machine, "gpus": ", ".join(gpus) or "none"}
+    rows = [[key.replace("_gb", " (GiB)").replace("_", " "), str(item)] for key, item in shown.items() if item]
+    return markdown_table(["", ""], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One table over all runs
+
+
+def runs_table(runs_root: str | Path, only: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a row per run and stage; columns nobody has a value for are left out.
+
+    `only` keeps these stages (default: all that train a model). Unreadable stages are reported on stderr.
+    """
+    records, everything = [], []
+    for run in list_runs(runs_root):
+        stages, problems = read_stages(run.path)
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
+        for stage, facts in stages.items():
+            if stage in only or (not only and stage != "tokenizer"):
+                records.append((run.name, stage, facts))
+                everything.append(facts)
+    tasks = task_names(everything)
+    rows = [_record(run, stage, facts, tasks) for run, stage, facts in records]
+    header = list(dict.fromkeys(column for row in rows for column in row))
+    used = [column for column in header if any(row[column] != "-" for row in rows)]
+    return used, [[row[column] for column in used] for row in rows]
+
+
+def _record(run: str, stage: str, facts: dict[str, Any], tasks: Sequence[str]) -> dict[str, str]:
+    metrics, derived = final_metrics(facts), facts.get("derived") or {}
+    depth = ((facts.get("config") or {}).get("model") or {}).get("depth")
+    status = facts.get("status", "finished")
+    row = {
+        "run": run,
+        "stage": stage if status == "finished" else f"{stage} ({status})",
+        "depth": value(derived.get("depth", depth)),
+        "params": amount(derived.get("params_total")),
+        "tokens": amount(facts.get("tokens")),
+        "FLOPs": amount(facts.get("flops")),
+        "seconds": value(facts.get("seconds"), digits=1),
+        "loss": value(metrics.get("loss", (None,))[0]),
+        "bpb": value(metrics.get("bpb", (None,))[0]),
+    }
+    return row | {task: percent(metrics.get(task, (None,))[0]) for task in tasks}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llm.report", description="Reports from the files of runs.")
+    parser.add_argument("run_dir", nargs="*", help="run folders whose report.md to rebuild")
+    parser.add_argument("--table", action="store_true", help="print one table over all runs")
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--stage", action="append", default=[], choices=STAGES, help="only this stage; may be repeated")
+    options = parser.parse_args(argv)
+    if not options.table and not options.run_dir:
+        parser.error("give run folders, or --table")
+    try:
+        for folder in options.run_dir:
+            print(build_report(RunDir(Path(folder).parent, Path(folder).name).path))
+        if options.table:
+            header, rows = runs_table(options.runs, options.stage)
+            if not rows:
+                raise UserError(f"--runs {options.runs}: no run there has a matching stage yet")
+            print_table(header, rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

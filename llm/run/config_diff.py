@@ -1,0 +1,74 @@
+"""Compare the configuration of a run with the one it is started with now."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from llm.utils.files import plain
+
+ABSENT = "(absent)"
+# Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
+NEUTRAL_KEYS = (
+    *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
+    *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
+    *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
+    *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
+)
+_TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
+_TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
+_TEXT += ("data.seed", "data.size", "data.val_size", "data.packing")
+_MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
+_NEUTRAL_BY_STAGE = {  # groups that a stage does not read
+    "tokenizer": (*_TASKS, *_MODEL, "data.packing", "max_steps", "seed"),
+    "pretrain": _TASKS,
+    "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
+    "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),
+    "grpo": (*_TEXT, "data.mixture", "batch.total", "compile"),
+}
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {dotted key: leaf}; an empty mapping stays as a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def neutral_keys(stage: str) -> tuple[str, ...]:
+    """Patterns of the config keys that cannot change what `stage` produces."""
+    return NEUTRAL_KEYS + _NEUTRAL_BY_STAGE.get(stage, ())
+
+
+def diff_configs(
+    old: dict[str, Any], new: dict[str, Any], ignore: Iterable[str] = NEUTRAL_KEYS
+) -> list[tuple[str, Any, Any]]:
+    """Differing keys as (dotted key, old value, new value), sorted; a key on one side only shows as `ABSENT`.
+
+    `ignore` holds dotted keys or shell patterns; a match covers everything below it. Pass `neutral_keys(stage)`.
+    """
+    before, after, patterns = flatten(plain(old)), flatten(plain(new)), tuple(ignore)
+    differences = []
+    for key in sorted(before.keys() | after.keys()):
+        pair = (before.get(key, ABSENT), after.get(key, ABSENT))
+        unset = all(value in (None, ABSENT) for value in pair)  # null means the same as before the key existed
+        if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
+            differences.append((key, *pair))
+    return differences
+
+
+def _covers(pattern: str, key: str) -> bool:
+    return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
+
+
+def describe_differences(differences: list[tuple[str, Any, Any]]) -> str:
+    """`seed: 42 -> 43; model.depth: 4 -> 6`: the form used in error messages."""
+    return "; ".join(f"{key}: {_show(old)} -> {_show(new)}" for key, old, new in differences)
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,106 @@
+"""From depth to everything: the arithmetic behind the configuration, as pure functions.
+
+Shape: width 64 x depth, heads of 128 channels. Horizon, batch, rates and decay follow nanochat's rules: tuned at depth
+12, they are carried to other depths by the tokens D that each trains on (batch ~ D^0.383, Power Lines, arXiv
+2505.13738; weight decay by a constant time scale, arXiv 2405.13698).
+"""
+
+import math
+
+from llm.errors import UserError
+from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
+from llm.tokenizer.bpe import SPECIAL_TOKENS
+
+REFERENCE_DEPTH = 12  # where the hyperparameters were tuned,
+REFERENCE_BATCH = 2**19  # with steps of this many tokens
+SMALLEST_BATCH = 2**18
+BATCH_EXPONENT = 0.383
+
+
+def model_config(model, arch, vocab_size: int) -> GPTConfig:
+    """Model shape for the config groups `model` and `arch` (any mappings with their keys) and a vocabulary."""
+    for key in ("depth", "aspect_ratio", "head_dim", "seq_len"):
+        if model[key] < 1:
+            raise UserError(f"model.{key}={model[key]}: must be at least 1")
+    n_head = -(-model["depth"] * model["aspect_ratio"] // model["head_dim"])
+    features = {name: arch[name] for name in arch if name != "name"}
+    for name in {"resid_init", "x0_init"} & set(features):
+        if len(features[name]) != 2:
+            raise UserError(f"arch.{name}={list(features[name])}: give two numbers, for the first and the last layer")
+        features[name] = tuple(features[name])
+    bos_id = vocab_size - len(SPECIAL_TOKENS) if features.pop("document_masks", False) else None
+    if arch["name"] == "gpt2":
+        features |= {"softcap": None, "vocab_multiple": 1}  # as published
+    try:
+        return GPTConfig(
+            n_layer=model["depth"],
+            n_head=n_head,
+            n_kv_head=n_head if model["n_kv_head"] is None else model["n_kv_head"],
+            head_dim=model["head_dim"],
+            n_embd=n_head * model["head_dim"],
+            seq_len=model["seq_len"],
+            vocab_size=vocab_size,
+            arch=arch["name"],
+            bos_id=bos_id,
+            **features,
+        )
+    except ValueError as error:
+        raise UserError(f"model.depth={model['depth']}: {error}") from error
+
+
+def training_tokens(config: GPTConfig, ratio: float, ratio_of: str) -> int:
+    """Compute-optimal horizon in tokens. ratio_of: all = every parameter, matrices = blocks and head."""
+    return int(ratio * (num_params(config)["total"] if ratio_of == "all" else scaling_params(config)))
+
+
+def auto_batch(tokens: int, reference_tokens: int) -> int:
+    """Tokens of a step: a power of two, 2^19 for a depth-12 model, growing as tokens^0.383."""
+    return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT))
+
+
+def lr_batch_factor(batch_tokens: int) -> float:
+    """Factor on all learning rates: the square root of the batch, down to the smallest that the rule was made with.
+
+    Followed further down it wastes steps: at 8,192 tokens rates of 1/8 train far worse than full ones (lab notebook).
+    """
+    return (max(batch_tokens, SMALLEST_BATCH) / REFERENCE_BATCH) ** 0.5
+
+
+def decay_factor(batch_tokens: int, tokens: int, reference_tokens: int) -> float:
+    """Factor on Muon's weight decay, so that weights forget over the same share of every run."""
+    return (batch_tokens / REFERENCE_BATCH) ** 0.5 * reference_tokens / tokens
+
+
+def pretrain_steps(
+    config: GPTConfig, batch_tokens: int, ratio: float, ratio_of: str, target_flops: float | None
+) -> int:
+    """Horizon in optimizer steps: a FLOP budget if given, else `ratio` training tokens per parameter."""
+    if target_flops is not None:
+        steps = round(target_flops / (flops_per_token(config) * batch_tokens))
+        cause = f"stage.target_flops={target_flops:g}"
+    else:
+        steps = training_tokens(config, ratio, ratio_of) // batch_tokens
+        cause = f"stage.ratio={ratio:g}"
+    if steps < 1:
+        raise UserError(f"{cause} gives no step of batch.total={batch_tokens} tokens: raise it, or set max_steps")
+    return steps
+
+
+def micro_batches(total_tokens: int, rows: int, seq_len: int, world: int = 1) -> int:
+    """Micro-batches per rank and step: total tokens / (rows x seq_len x world), which must be whole."""
+    if rows < 1 or total_tokens < 1:
+        raise UserError(f"batch.device={rows}, batch.total={total_tokens}: both must be at least 1")
+    per_pass = rows * seq_len * world
+    if total_tokens % per_pass:
+        below = total_tokens // per_pass * per_pass
+        nearest = f"{below} or {below + per_pass}" if below else f"{per_pass}"
+        raise UserError(
+            f"batch.total={total_tokens}: not a multiple of batch.device x model.seq_len x devices = "
+            f"{rows} x {seq_len} x {world} = {per_pass}; set batch.total={nearest}, or another batch.device"
+        )
+    return total_tokens // per_pass
+
+
+def adam_lr_scale(n_embd: int) -> float:
+    """Factor on AdamW's rates of tables and head, which are tuned at width 768."""
+    return (n_embd / 768) ** -0.5

@@ -1,0 +1,177 @@
+"""What the stages share when they are put together: the parent's model, the data sources, the step context."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llm.checkpoint.model_folder import load_model_folder
+from llm.errors import UserError
+from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
+from llm.model.gpt import GPT
+from llm.optim.build import build_optimizer
+from llm.parallel import collectives
+from llm.parallel.launch import processes
+from llm.scaling.gpu_estimate import estimate
+from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
+from llm.stages.micro_batch import resolve_rows
+from llm.stages.step_module import StageContext, StepData, StepModule
+from tasks import Cache, build_task
+
+
+@dataclass
+class BuiltStage:
+    """A stage ready to train: Lightning module and data module, what was derived, and callbacks of its own."""
+
+    module: StepModule
+    data: StepData
+    derived: dict
+    callbacks: list = field(default_factory=list)
+
+
+def load_parent(parent: Path, cfg) -> tuple[GPT, object]:
+    """Network and tokenizer of the parent's model/ folder; an architecture other than the config's is an error."""
+    net, tokenizer = load_model_folder(parent)
+    check_vocab_size(cfg, tokenizer.vocab_size)
+    wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    check_same_model(wanted, net.config, parent)
+    return net, tokenizer
+
+
+def check_vocab_size(cfg, found: int) -> None:
+    """Raise UserError where the tokenizer is not of the size that `model.vocab_size` asks for."""
+    if cfg.model.vocab_size not in (None, found):
+        raise UserError(
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer has {found} tokens; set model.vocab_size=null, or "
+            "train a tokenizer of that size (stage=tokenizer stage.vocab_size=...)"
+        )
+
+
+CONFIG_KEYS = {
+    "n_layer": "model.depth",
+    "n_head": "model.depth (heads)",
+    "n_kv_head": "model.n_kv_head",
+    "head_dim": "model.head_dim",
+    "n_embd": "model.aspect_ratio (width)",
+    "seq_len": "model.seq_len",
+    "vocab_size": "vocabulary",
+    "bos_id": "arch.document_masks",
+}
+
+
+def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
+    """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
+    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None} for c in (wanted, found))
+    differing = [
+        f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
+        for k in a
+        if a[k] != b[k]
+    ]
+    if differing:
+        raise UserError(
+            f"the model in {where} is not the one configured ({'; '.join(differing)}): "
+            f"choose model=d{found.n_layer} and the arch option and settings it was trained with (config.yaml beside "
+            "its model folder), or another init_from"
+        )
+
+
+def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> dict:
+    """A step of `tokens` over all processes, as arguments of each one's loader; resolves `batch.device=auto`."""
+    if tokens is None:
+        raise UserError(
+            f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
+        )
+    seq_len, world = cfg.model.seq_len, processes(cfg)
+    cfg.batch.device = rows = resolve_rows(cfg, config, tokens // seq_len // world)
+    return {
+        "seq_len": seq_len,
+        "rows_per_micro": rows,
+        "micro_per_step": micro_batches(tokens, rows, seq_len, world),
+        "rank": collectives.rank(),
+        "world": collectives.world_size(),
+        "patience": cfg.watch.data_seconds,
+        "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
+    }
+
+
+def evaluates(cfg) -> bool:
+    """Whether the stage will measure bits per byte: only then are validation batches made."""
+    return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks and not cfg.dry_run
+
+
+def eval_tasks(cfg) -> dict:
+    """Held-out tasks of `stage.chat_tasks` or `data.eval` by name, if the stage evaluates them."""
+    if not cfg.stage.chat_every:
+        return {}
+    names = cfg.data.eval if cfg.stage.chat_tasks is None else cfg.stage.chat_tasks
+    return {name: build_task(name, cfg.data.tasks[name], "test", task_cache(cfg)) for name in names}
+
+
+def task_cache(cfg) -> Cache:
+    """Where the tasks' rows lie that come over the network; a dry run fetches none."""
+    return Cache(cfg.paths.data, not cfg.dry_run)
+
+
+def lr_scale(cfg, batch_tokens: int | None) -> float:
+    """Factor on the optimizer's rates: the stage's share, and the square root of the batch if `optim.scale_lr`.
+
+    batch_tokens: None where a step has no fixed number of them (grpo).
+    """
+    scaled = cfg.optim.scale_lr and batch_tokens is not None
+    return cfg.stage.lr_frac * (lr_batch_factor(batch_tokens) if scaled else 1.0)
+
+
+def finetuning_scales(cfg, batch_tokens: int | None) -> dict[str, float]:
+    """Scales of rates and decay for stages that start from a trained network: by rule, their weights do not decay."""
+    return {"lr_scale": lr_scale(cfg, batch_tokens), "decay_scale": 0.0 if cfg.optim.scale_decay else 1.0}
+
+
+def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
+    return StageContext(
+        name=cfg.stage.name,
+        tokenizer=tokenizer,
+        token_bytes=torch.from_numpy(tokenizer.token_bytes()),
+        total_steps=total_steps,
+        seq_len=cfg.model.seq_len,
+        loss_jump=cfg.watch.loss_jump,
+        **more,
+    )
+
+
+def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
+    """The derived numbers that every model stage prints and saves. FLOPs of the whole stage, training passes only."""
+    n = num_params(net_config)
+    per_token = flops_per_token(net_config)
+    tokens = total_steps * tokens_per_step
+    return {
+        "depth": net_config.n_layer,
+        "n_embd": net_config.n_embd,
+        "n_head": net_config.n_head,
+        "n_kv_head": net_config.n_kv_head,
+        "vocab_size": net_config.vocab_size,
+        "seq_len": net_config.seq_len,
+        **{f"params_{kind}": count for kind, count in n.items()},
+        "params_scaling": scaling_params(net_config),
+        "windows": " ".join(str(net_config.window(layer) or "full") for layer in range(net_config.n_layer)),
+        "flops_per_token": per_token,
+        "micro_batches": micro_per_step,
+        "tokens_per_step": tokens_per_step,
+        "steps": total_steps,
+        "planned_tokens": tokens,
+        "tokens_per_param": tokens / n["total"],
+        "planned_flops": float(tokens * per_token),
+    }
+
+
+def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
+    """Memory, time and cost on the GPU of `estimate`, for dry_run."""
+    e = cfg.estimate
+    again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.device}
+    return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)
+
+
+def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float) -> dict:
+    """Base learning rate of every parameter group, as `lr/<kind>/<parameters>`, and Muon's decay, for printing."""
+    groups = build_optimizer(net, cfg.optim, lr_scale, decay_scale).param_groups
+    rates = {f"lr_{i}_{g['kind']}_{sum(p.numel() for p in g['params'])}_params": g["lr"] for i, g in enumerate(groups)}
+    return rates | {"weight_decay": cfg.optim.weight_decay * decay_scale}

@@ -1,0 +1,99 @@
+"""`batch.device=auto`: the largest micro-batch that fits the device and divides the step."""
+
+import gc
+import os
+
+import torch
+
+from llm.errors import UserError
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
+from llm.parallel import collectives
+from llm.scaling.gpu_estimate import memory_bytes
+
+CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
+SHARE = 0.9  # of the device's memory that a micro-batch may fill: evaluation and fragments need the rest
+CPU_SHARE = 0.5  # the estimate is a GPU's: attention on a CPU keeps about a quarter more
+
+
+def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
+    """Rows of one micro-batch for `batch.device`, where each device has `total_rows` a step; says what auto chose."""
+    rows = cfg.batch.device
+    if rows != "auto":
+        return checked_rows(rows)
+    device, choices = training_device(cfg), divisors(total_rows)
+    if device.type == "cuda":
+        rows = largest_trial(choices, lambda n: one_pass(cfg, config, n, device))
+        what = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB used in a trial"
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        again = cfg.trainer.activation_checkpointing
+        rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
+        what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+    print(f"batch.device=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
+    return min(collectives.gathered(rows))
+
+
+def checked_rows(rows) -> int:
+    """`batch.device` as a number; UserError for anything else."""
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise UserError(f"batch.device={rows}: give a whole number of at least 1, or auto")
+    return rows
+
+
+def divisors(total_rows: int) -> list[int]:
+    """Sizes of a micro-batch that divide a step of `total_rows`, the largest first."""
+    if total_rows < 1:
+        raise UserError("batch.device=auto: batch.total holds no whole row of model.seq_len tokens; raise it")
+    return [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
+
+
+def training_device(cfg) -> torch.device:
+    """Where `cfg.trainer` will train."""
+    if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def largest_by_arithmetic(
+    choices, config: GPTConfig, budget: float, activation_checkpointing: bool, max_tokens: float = float("inf")
+) -> int:
+    """The first of the falling `choices` whose estimated memory is within `budget` bytes; the smallest if none is."""
+    for rows in choices:
+        if rows * config.seq_len <= max_tokens and memory_bytes(config, rows, activation_checkpointing) <= budget:
+            return rows
+    return choices[-1]
+
+
+def largest_trial(choices, attempt) -> int:
+    """The first of the falling `choices` that `attempt(rows)` survives without running out of memory."""
+    for rows in choices:
+        try:
+            attempt(rows)
+            return rows
+        except torch.OutOfMemoryError:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    raise UserError(
+        "batch.device=auto: not even one row fits the device; use a smaller model or model.seq_len, or "
+        "trainer.activation_checkpointing=true"
+    )
+
+
+def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
+    """Forward and backward of one micro-batch beside all that an optimizer keeps, in `SHARE` of the memory."""
+    from llm.model.linear import resolve_compute_dtype
+
+    torch.cuda.set_per_process_memory_fraction(SHARE, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        net = GPT(config).init_weights(0).to(device)
+        net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+        net.activation_checkpointing = cfg.trainer.activation_checkpointing
+        state = [torch.zeros_like(p) for p in net.parameters() for _ in range(2)]
+        ids = torch.zeros(rows, config.seq_len, dtype=torch.long, device=device)
+        net(ids, ids, reduction="sum").backward()
+        del net, state
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

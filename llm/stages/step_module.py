@@ -1,0 +1,238 @@
+"""`StepModule`: one Lightning batch is one optimizer step.
+
+A batch is a dict `{"micro": [{"inputs", "targets", ["weights"]}, ...], "n_trained", "n_tokens", "state", ["metrics"]}`,
+whose state is the loader's position or a function that returns it.
+The gradient is that of the summed loss over all micro-batches divided by the number of trained tokens of the whole
+step, so neither the split into micro-batches nor uneven masks change it, and a step without trained tokens is a step of
+zeros. With several processes the step is that of all their batches together.
+"""
+
+import math
+import statistics
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import lightning as L
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from llm.data.loader import positions_for
+from llm.errors import BadLoss
+from llm.model.config import flops_per_token
+from llm.model.gpt import GPT
+from llm.optim.build import build_optimizer
+from llm.optim.muon_adamw import MuonAdamW
+from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
+from llm.parallel import collectives
+from llm.parallel.strategy import FSDPStrategy
+from llm.stages.loss_scaler import LossScaler
+
+
+@dataclass
+class StageContext:
+    """What callbacks need to know about the stage besides the network."""
+
+    name: str
+    tokenizer: object
+    token_bytes: torch.Tensor  # (V,) bytes per token, specials 0
+    total_steps: int
+    seq_len: int
+    lr_scale: float = 1.0  # on the optimizer's rates, from lr_frac and the batch
+    decay_scale: float = 1.0  # on its weight decay
+    loss_jump: float = math.inf  # nats above the median of the last steps that no sound training has
+    val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
+    eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
+    prompts: list = field(default_factory=list)  # text to continue, or chat questions
+    is_chat: bool = False
+
+
+class StepModule(L.LightningModule):
+    """Trains a GPT on step batches with a learning rate and momentum that are pure functions of `global_step`."""
+
+    def __init__(self, net: GPT, optim, stage, context: StageContext):
+        super().__init__()
+        self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
+        self.automatic_optimization = False
+        self.flops_per_token = flops_per_token(net.config, context.seq_len)
+        self.tokens_seen = 0
+        self.recent: deque[float] = deque(maxlen=50)  # mean losses of the last steps
+        self.window_trained = 0
+        self.window_nats = 0.0
+        self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
+        self.scaler = None  # set where the network computes in fp16
+        self.waste: float | None = None  # share of the tokens that packing lost so far
+        self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
+        self.row: dict[str, float] = {}  # values of the current step waiting to be logged
+        self.latest: dict[str, float] = {}  # last value of everything logged so far
+        self.logged_steps: set[int] = set()  # those with a row in metrics.csv when the training began
+        self.wants_stop = self.wants_checkpoint = False  # whether this process was asked to stop, is late to save
+        self.stop_votes = self.checkpoint_votes = 0  # how many are, as all of them know after a step
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            self.trainer.strategy.shard(self.net)
+
+    def micro_loss(self, micro: dict) -> torch.Tensor:
+        """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
+        return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.apply_schedules(optimizer.param_groups)
+        own = batch.get("metrics", {})
+        n_trained, n_tokens, *metrics = collectives.total([batch["n_trained"], batch["n_tokens"], *own.values()])
+        losses = self.passes(batch["micro"], (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
+        nats = self.checked_sum(losses, batch, int(n_trained))
+        if self.scaler is not None:
+            self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.window_nats += nats
+        self.window_trained += int(n_trained)
+        self.tokens_seen += int(n_tokens)
+        for name, value in zip(own, metrics, strict=True):
+            self.window_metrics.setdefault(name, []).append(value / collectives.world_size())
+        self.waste = batch.get("waste")
+        self.trainer.datamodule.position = batch["state"]
+
+    def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
+        """Forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
+        ddp, losses = self.trainer.model, []
+        if isinstance(self.net, FSDPModule):
+            micro_batches = evened(micro_batches)
+        for i, micro in enumerate(micro_batches):
+            loss = self.micro_loss(micro)
+            if isinstance(ddp, DistributedDataParallel):
+                with nullcontext() if i + 1 == len(micro_batches) else ddp.no_sync():
+                    self.manual_backward(loss * factor)
+            else:
+                (loss * factor).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def checked_sum(self, losses: list[torch.Tensor], batch: dict, n_trained: int) -> float:
+        """Sum of the losses of all processes. Raises `BadLoss`, before the weights are touched, if it is one.
+
+        The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
+        a GPU, and no step can spoil the weights.
+        """
+        votes = (float(self.wants_stop), float(self.wants_checkpoint))
+        nats, self.stop_votes, self.checkpoint_votes = collectives.total([torch.stack(losses).sum().item(), *votes])
+        if not math.isfinite(nats):
+            worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
+            where, documents = "on another process", None
+            if worst is not None:
+                where, documents = f"micro-batch {worst}", batch["micro"][worst]["inputs"].cpu()
+            problem = f"the training loss became {nats} in step {self.global_step + 1}, {where}"
+            raise BadLoss(self.global_step + 1, problem, False, documents)
+        self.watch_jump(nats / max(n_trained, 1))
+        return nats
+
+    def watch_jump(self, loss: float) -> None:
+        """Raise `BadLoss` if a step's mean loss is `context.loss_jump` nats above the median of the last 50."""
+        if len(self.recent) == self.recent.maxlen:
+            usual = statistics.median(self.recent)
+            if loss > usual + self.context.loss_jump:
+                step, limit = self.global_step + 1, f"by more than watch.loss_jump={self.context.loss_jump}"
+                raise BadLoss(
+                    step, f"the training loss jumped from {usual:.3f} to {loss:.3f} in step {step}, {limit}", True
+                )
+        self.recent.append(loss)
+
+    @property
+    def row_is_missing(self) -> bool:
+        """Whether this step is still to be evaluated and logged: the first one, or the one of a killed run."""
+        return self.global_step == 0 or self.global_step not in self.logged_steps
+
+    def lr_frac(self, step: int) -> float:
+        """Learning rate at `step` as a share of the stage's base learning rates."""
+        stage = self.stage_config
+        shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac)
+        return lr_multiplier(step, self.context.total_steps, *shape)
+
+    def apply_schedules(self, groups: list[dict]) -> None:
+        step, total, optim = self.global_step, self.context.total_steps, self.optim_config
+        multiplier, decay = self.lr_frac(step), decay_multiplier(optim.decay_schedule, step, total)
+        warmdown = warmdown_progress(step, total, self.stage_config.warmdown_ratio)
+        for group in groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if group["decays"]:
+                group["weight_decay"] = group["initial_decay"] * decay
+            if group["kind"] == "muon":
+                end = optim.momentum
+                final = end if optim.momentum_final is None else optim.momentum_final
+                group["momentum"] = muon_momentum(
+                    step, optim.momentum_warmup, optim.momentum_start, end, final, warmdown
+                )
+
+    def flush_window(self) -> dict[str, float]:
+        """Mean training loss per token, and mean of the batches' numbers, since the last flush."""
+        values = {name: sum(seen) / len(seen) for name, seen in self.window_metrics.items()}
+        if self.window_trained:
+            values["loss"] = self.window_nats / self.window_trained
+        self.window_nats, self.window_trained, self.window_metrics = 0.0, 0, {}
+        return values
+
+    def configure_optimizers(self):
+        if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
+            self.scaler = LossScaler()
+        kind = getattr(self.trainer.strategy, "optimizer_kind", MuonAdamW)
+        return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        micro = [{k: v.to(device, non_blocking=True) for k, v in m.items()} for m in batch["micro"]]
+        return batch | {"micro": micro}  # the loader's state stays on the host
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        window = {"nats": self.window_nats, "trained": self.window_trained, "metrics": self.window_metrics}
+        checkpoint["fathom"] = {"tokens": self.tokens_seen, "window": window, "recent": list(self.recent)}
+        if self.scaler is not None:
+            checkpoint["fathom"]["scaler"] = self.scaler.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.tokens_seen, window = checkpoint["fathom"]["tokens"], checkpoint["fathom"]["window"]
+        self.window_nats, self.window_trained, self.window_metrics = (window[k] for k in ("nats", "trained", "metrics"))
+        self.recent.extend(checkpoint["fathom"]["recent"])
+        if "scaler" in checkpoint["fathom"]:
+            self.scaler = LossScaler()
+            self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
+
+
+def evened(micro_batches: list[dict]) -> list[dict]:
+    """As many on all processes, for passes in which they talk: what is added is a row of which nothing is trained."""
+    inputs = micro_batches[0]["inputs"][:1]
+    idle = {"inputs": inputs, "targets": torch.full_like(inputs, -1)}
+    return micro_batches + [idle] * (max(collectives.gathered(len(micro_batches))) - len(micro_batches))
+
+
+class StepData(L.LightningDataModule):
+    """Serves an iterable of step batches and keeps the loader's position behind the last *trained* batch.
+
+    `make_loader(position)` builds the iterable, from the start if position is None. The position rides with each batch
+    and is stored here only after its step, so prefetching never runs ahead of a checkpoint.
+    """
+
+    def __init__(self, make_loader):
+        super().__init__()
+        self.make_loader, self.position, self.loader = make_loader, None, None
+        self.left_out = 0  # steps of data at the position that are not trained on
+
+    def train_dataloader(self):
+        self.loader = self.make_loader(self.position)
+        if self.left_out:
+            self.loader.skip(self.left_out)
+        return self.loader
+
+    def state_dict(self) -> dict:
+        """The positions of all processes, by rank; called on all of them."""
+        position = self.position() if callable(self.position) else self.position
+        return {"positions": collectives.gathered(position)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = positions_for(state["positions"], collectives.world_size())[collectives.rank()]
+
+    def teardown(self, stage: str) -> None:
+        if hasattr(self.loader, "close"):
+            self.loader.close()

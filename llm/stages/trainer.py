@@ -1,0 +1,149 @@
+"""Build Lightning's Trainer for a stage, and fit."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from llm.errors import BadLoss, UserError
+from llm.utils.files import read_json, write_json
+
+ROLLBACKS = "rollbacks.json"
+
+
+def fit(trainer, built, stage_dir: Path) -> None:
+    """Train from the newest checkpoint on, or from the start, without the data that a roll-back left out."""
+    from llm.checkpoint.resume import newest_checkpoint
+    from llm.parallel import collectives
+
+    newest = newest_checkpoint(stage_dir / "checkpoints") if collectives.is_main() else None
+    step, path = collectives.from_main(newest or (0, None))
+    if path is not None:
+        print(f"resuming at step {step} of {built.module.context.total_steps}", flush=True)
+    left_out = (read_json(stage_dir / ROLLBACKS) or {}).get("left_out", {})
+    built.data.left_out = left_out.get(str(step), 0)
+    trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
+
+
+def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
+    """Note that the data between the newest checkpoint and a bad step is to be left out. Raises `error` at the limit.
+
+    The note stays, `rollbacks.json`: whoever resumes from that checkpoint later leaves out the same data.
+    """
+    from llm.checkpoint.resume import newest_checkpoint
+    from llm.parallel import collectives
+
+    noted = collectives.from_main(read_json(stage_dir / ROLLBACKS)) or {"count": 0, "left_out": {}}
+    if noted["count"] >= limit:
+        raise UserError(f"{error}. It was rolled back {noted['count']} times before (watch.rollbacks={limit})")
+    if collectives.is_main():
+        step, _ = newest_checkpoint(stage_dir / "checkpoints") or (0, None)
+        steps = noted["left_out"].get(str(step), 0) + error.step - step
+        noted["left_out"][str(step)] = steps
+        write_json(stage_dir / ROLLBACKS, noted | {"count": noted["count"] + 1})
+        print(f"{error.problem}: back to step {step}, leaving out {steps} steps of data", flush=True)
+    collectives.barrier()
+
+
+def check_devices(cfg) -> None:
+    """Devices that are absent are refused before anything is built."""
+    import torch
+
+    if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError("trainer.accelerator=gpu: no GPU that torch can use; choose trainer=auto or trainer=cpu")
+
+
+def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
+    """(Lightning trainer, callback that knows whether a signal ended it)."""
+    import lightning as L
+
+    from callbacks.checkpoint import StepCheckpoint
+    from callbacks.metrics import MetricsLog
+    from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.watch import LossGuard, ProcessWatch
+    from llm.checkpoint.resume import CheckpointWriter
+    from llm.model.compile import FIXED_SHAPES, compile_training, decide
+    from llm.model.linear import resolve_compute_dtype
+    from llm.parallel.strategy import FSDPStrategy, cluster_environment, layout_of_processes, make_strategy
+
+    checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
+    stop = CleanStop(checkpoint)
+    chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
+    display = [chosen.pop("progress")] if "progress" in chosen else []
+    log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
+    speed = [chosen.pop("throughput")] if "throughput" in chosen else []
+    guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
+    processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
+    # Compare the processes and save, then evaluate, then measure, then write the row, then show it.
+    callbacks = [processes, checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display]
+    trainer = L.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        **layout_of_processes(),
+        strategy=make_strategy(cfg.strategy.name),
+        precision="32-true",
+        max_steps=built.module.context.total_steps,
+        max_epochs=-1,
+        logger=[instantiate_part(f"logger.{n}", part, save_dir=str(stage_dir)) for n, part in cfg.logger.items()],
+        callbacks=callbacks,
+        plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment()],
+        default_root_dir=str(stage_dir),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        check_val_every_n_epoch=None,
+    )
+    device = trainer.strategy.root_device
+    built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
+    if cfg.precision.fp8:
+        if is_fsdp:
+            raise UserError(
+                "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
+            )
+        print(use_fp8(built.module.net, device), flush=True)
+    built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
+    attention = built.module.net.set_attention(cfg.attention, device, cfg.stage.name in FIXED_SHAPES)
+    steps = built.module.context.total_steps
+    compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
+    if compiled:
+        compile_training(built.module.net, by_block=is_fsdp)
+    dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
+    how = "compiled" if compiled else "eager"
+    print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
+    return trainer, stop
+
+
+def use_fp8(net, device) -> str:
+    """Turn fp8 on where the device has it; what was done, in words for the log."""
+    import torch
+
+    from llm.model.fp8 import can_fp8
+    from llm.model.linear import enable_fp8
+
+    if net.compute_dtype != torch.bfloat16:
+        raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
+    if not can_fp8(device):
+        return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
+    return f"fp8: {enable_fp8(net)} matrices"
+
+
+def instantiate_part(key: str, part, **more):
+    """Hydra's instantiate with an error that names the config key."""
+    try:
+        return instantiate(part, **more)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{key}: cannot be built from {OmegaConf.to_container(part)} ({cause})") from error
+
+
+def quiet_lightning() -> None:
+    """Lightning's own start-up lines and tips say nothing that the stage does not say itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

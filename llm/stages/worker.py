@@ -1,0 +1,37 @@
+"""Runs a stage in one of several processes: what `llm.parallel.launch` starts.
+
+python -m llm.stages.worker <config.json> <folder for errors>      use train.py instead
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from llm.errors import UserError
+from llm.parallel.env import begin, end, launched_rank
+from llm.utils.environment import tune_process
+
+
+def main() -> None:
+    """One of the processes."""
+    config, folder = sys.argv[1:]
+    begin()
+    tune_process()
+    from omegaconf import OmegaConf
+
+    from llm.stages.run_stage import run_stage
+
+    cfg = OmegaConf.create(json.loads(Path(config).read_text(encoding="utf-8")))
+    OmegaConf.set_struct(cfg, True)
+    try:
+        run_stage(cfg)
+    except UserError as error:
+        (Path(folder) / f"error_{launched_rank():04d}").write_text(str(error), encoding="utf-8")
+        end(2)
+    except SystemExit as stop:
+        end(stop.code or 0)
+    end(0)
+
+
+if __name__ == "__main__":
+    main()

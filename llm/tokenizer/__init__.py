@@ -1,0 +1,6 @@
+"""Text and conversations as token ids."""
+
+from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+from llm.tokenizer.chat_format import render_conversation, render_prompt
+
+__all__ = ["SPECIAL_TOKENS", "Tokenizer", "render_conversation", "render_prompt"]

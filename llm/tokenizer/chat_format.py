@@ -1,0 +1,157 @@
+"""The chat format: conversations to token ids with a loss mask, and the same format as a Hugging Face chat template.
+
+A conversation is ``{"messages": [{"role", "content"}, ...]}``: an optional system message, then user and assistant in
+turn. Content is a string or a list of parts ``{"type": "text" | "python" | "python_output", "text": str}``, the last
+two types in assistant messages only.
+
+    <|bos|> <|user_start|> question <|user_end|> <|assistant_start|> answer <|assistant_end|> <|user_start|> ...
+    inside an answer: <|python_start|> expression <|python_end|> <|output_start|> result <|output_end|>
+
+Text is always encoded with ``Tokenizer.encode``, which knows no special tokens, so a user cannot type a turn boundary.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llm.errors import UserError
+
+if TYPE_CHECKING:
+    from llm.tokenizer.bpe import Tokenizer
+
+PART_MARKS = {
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+PART_TYPES = ("text", *PART_MARKS)
+
+
+GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
+
+
+def validate_conversation(conversation: Any, where: str = "", complete: bool = True) -> None:
+    """Raise UserError unless the conversation has the form above; `where` (file and row) leads the message.
+
+    `complete` asks for a last assistant turn, which everything that is trained on needs; a prompt has none.
+    """
+    prefix = f"{where}: " if where else ""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{prefix}expected {{"messages": [at least one message]}}, got {_short(conversation)}')
+    first = 0
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if i == 0 and role == "system":
+            first = 1
+        else:
+            expected = "user" if (i - first) % 2 == 0 else "assistant"
+            if role != expected:
+                raise UserError(
+                    f"{prefix}message {i + 1} has role {_short(role)}, expected {expected!r}: "
+                    "roles alternate user, assistant, ... after an optional leading system message"
+                )
+        _validate_content(message.get("content"), role, f"{prefix}message {i + 1} ({role})")
+    if len(messages) == first:
+        raise UserError(f"{prefix}the conversation has a system message only; add a user message")
+    if complete and messages[-1]["role"] != "assistant":
+        raise UserError(f"{prefix}the conversation ends with a user message; add the assistant's answer or drop it")
+
+
+def content_text(content: str | Sequence[Mapping[str, str]]) -> str:
+    """The content as one string; calculator calls and results stand inside their special-token marks."""
+    if isinstance(content, str):
+        return content
+    pieces = []
+    for part in content:
+        start, end = PART_MARKS.get(part["type"], ("", ""))
+        pieces.append(f"{start}{part['text']}{end}")
+    return "".join(pieces)
+
+
+def render_conversation(
+    tok: "Tokenizer", conversation: Mapping[str, Any], max_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask, both cut to `max_tokens`.
+
+    The mask is 1 on what the assistant has to produce itself: its text, its calculator calls with both marks, and the
+    end of its turn. It is 0 on bos, user turns, the start of the assistant's turn and calculator output.
+    """
+    validate_conversation(conversation, complete=False)
+    ids, mask = [tok.bos_id], [0]
+
+    def add(new_ids: list[int], trained: int) -> None:
+        ids.extend(new_ids)
+        mask.extend([trained] * len(new_ids))
+
+    for role, content in _turns(conversation["messages"]):
+        if role == "user":
+            text = tok.encode(content_text(content))
+            add([tok.special_id("<|user_start|>"), *text, tok.special_id("<|user_end|>")], 0)
+            continue
+        add([tok.special_id("<|assistant_start|>")], 0)
+        for kind, text in _merged_parts(content):
+            part_ids = tok.encode(text)
+            if kind in PART_MARKS:
+                start, end = PART_MARKS[kind]
+                part_ids = [tok.special_id(start), *part_ids, tok.special_id(end)]
+            add(part_ids, 0 if kind == "python_output" else 1)
+        add([tok.special_id("<|assistant_end|>")], 1)
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_prompt(tok: "Tokenizer", conversation: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[int]:
+    """Ids of the conversation (or its messages) up to where the assistant has to answer the last user message."""
+    messages = list(conversation["messages"] if isinstance(conversation, Mapping) else conversation)
+    if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+        messages.pop()
+    if hasattr(tok, "chat_prompt"):  # models of others have chat formats of their own
+        return tok.chat_prompt(messages)
+    ids, _ = render_conversation(tok, {"messages": messages})
+    return [*ids, tok.special_id("<|assistant_start|>")]
+
+
+def visualize(tok: "Tokenizer", ids: Sequence[int], mask: Sequence[int]) -> str:
+    """The tokens separated by `|`, green where they are trained and red where they are not (ANSI colours)."""
+    if len(ids) != len(mask):
+        raise ValueError(f"{len(ids)} ids but {len(mask)} mask values")
+    return "|".join(
+        f"{GREEN if trained else RED}{tok.decode([token])}{RESET}" for token, trained in zip(ids, mask, strict=True)
+    )
+
+
+def _validate_content(content: Any, role: str, where: str) -> None:
+    """A string, or a list of parts; calculator parts belong to the assistant only."""
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise UserError(f"{where}: content must be a string or a list of parts, got {_short(content)}")
+    allowed = PART_TYPES if role == "assistant" else ("text",)
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") not in allowed or not isinstance(part.get("text"), str):
+            raise UserError(f'{where}: a part is {{"type": {" | ".join(allowed)}, "text": string}}, got {_short(part)}')
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """(role, content) of user and assistant turns; a system message and a blank line lead the first user text."""
+    if messages[0]["role"] != "system":
+        return [(m["role"], m["content"]) for m in messages]
+    merged = f"{content_text(messages[0]['content'])}\n\n{content_text(messages[1]['content'])}"
+    return [("user", merged), *((m["role"], m["content"]) for m in messages[2:])]
+
+
+def _merged_parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """(type, text) of each part, neighbouring texts joined so that the ids do not depend on how a text was cut."""
+    if isinstance(content, str):
+        return [("text", content)]
+    merged: list[tuple[str, str]] = []
+    for part in content:
+        kind, text = part["type"], part["text"]
+        if kind == "text" and merged and merged[-1][0] == "text":
+            text = merged.pop()[1] + text
+        merged.append((kind, text))
+    return merged
+
+
+def _short(value: Any) -> str:
+    """repr, cut for an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

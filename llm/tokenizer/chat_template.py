@@ -1,0 +1,40 @@
+"""The chat format as a Jinja template, for Hugging Face tokenizers."""
+
+# Same ids as render_conversation (and, with add_generation_prompt, as render_prompt) once the tokenizer parses the
+# special tokens in the result. It cannot tell a special token typed by a user from a real one; Tokenizer.encode can.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] == 'python' -%}
+                {{- '<|python_start|>' + part['text'] + '<|python_end|>' -}}
+            {%- elif part['type'] == 'python_output' -%}
+                {{- '<|output_start|>' + part['text'] + '<|output_end|>' -}}
+            {%- else -%}
+                {{- part['text'] -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(system='', turn=0) -%}
+{{- '<|bos|>' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' and loop.first -%}
+        {%- set ns.system = render(message['content']) + '\\n\\n' -%}
+    {%- elif message['role'] == 'user' and ns.turn % 2 == 0 -%}
+        {{- '<|user_start|>' + ns.system + render(message['content']) + '<|user_end|>' -}}
+        {%- set ns.system = '' -%}
+        {%- set ns.turn = ns.turn + 1 -%}
+    {%- elif message['role'] == 'assistant' and ns.turn % 2 == 1 -%}
+        {{- '<|assistant_start|>' + render(message['content']) + '<|assistant_end|>' -}}
+        {%- set ns.turn = ns.turn + 1 -%}
+    {%- else -%}
+        {{- raise_exception('Roles must be user, assistant, user, ... after an optional leading system message.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant_start|>' -}}
+{%- endif -%}
+"""

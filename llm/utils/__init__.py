@@ -1,0 +1,1 @@
+"""Files, numbers for people, facts about the machine."""

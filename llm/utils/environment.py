@@ -1,0 +1,98 @@
+"""Facts about the machine and the source tree that a run was made with."""
+
+import ctypes
+import os
+import platform
+import re
+import signal
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def tune_process() -> None:
+    """Settings of the process that torch's speed on a CPU depends on; before torch is imported.
+
+    Threads that spin for long while they wait take the cores from each other on a busy machine; threads that sleep at
+    once cost a third of the speed on an idle one. Memory that glibc hands back to the system after every step must be
+    cleared page by page when it is asked for again: a quarter of a step. Numbers: docs/lab_notebook.md.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+
+
+def die_with_parent() -> None:
+    """Be ended by the system when the process that started this one ends, however it does (Linux only)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with `-dirty` if tracked files were changed; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    return _output(["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"])
+
+
+def environment() -> dict[str, Any]:
+    """Platform, CPU, memory, GPUs and versions. Imports torch to ask for GPUs, so call it when a stage runs."""
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        gpus.append({"name": device.name, "memory_gb": round(device.total_memory / 2**30, 1)})
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": _memory_gb(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": _version("lightning"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    """First line a command prints, None if it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    if match:
+        return match.group(1)
+    mac = _output(["sysctl", "-n", "machdep.cpu.brand_string"]) if platform.system() == "Darwin" else None
+    return mac or platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    """Physical memory in GiB; None where the system does not tell (Windows)."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None

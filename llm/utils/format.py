@@ -1,0 +1,77 @@
+"""Numbers and tables for people: the forms used in reports and on the console."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def value(number: Any, stderr: float | None = None, digits: int = 4) -> str:
+    """Whole numbers with commas, fractions with `digits` decimals (tiny or huge ones as 1.2e-05), `-` for None."""
+    if number is None:
+        return "-"
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return str(number)
+    if isinstance(number, int) or (number.is_integer() and abs(number) < 1e15):
+        return f"{int(number):,}" if abs(number) < 1e15 else f"{number:.3e}"
+    if abs(number) >= 1e6 or abs(number) < 1e-3:
+        return f"{number:.3e}"
+    return f"{number:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
+def percent(share: float | None, stderr: float | None = None) -> str:
+    """0.8125 -> `81.2 %`, with one standard error if given."""
+    if share is None:
+        return "-"
+    return f"{100 * share:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}") + " %"
+
+
+def amount(number: float | None) -> str:
+    """Counts of any size in at most four digits and a unit: 1.05M, 560.99M; beyond 10^15 as 3.8e18."""
+    if number is None:
+        return "-"
+    if number >= 1e15:
+        return f"{number:.2e}".replace("e+", "e")
+    for size, unit in _UNITS:
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:,.0f}"
+
+
+def in_bytes(number: float) -> str:
+    """`12.5 MB`, `24.1 GB`: powers of 1000."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+def duration(seconds: float | None) -> str:
+    """`4.2 s`, `3 min 12 s`, `2 h 05 min`."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
+    """A Markdown table; columns in `numeric` are right-aligned, bars and newlines in cells escaped."""
+    numeric = set(numeric)
+    ruler = ["---:" if number in numeric else "---" for number in range(len(header))]
+    lines = [header, ruler, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print with rich: full width when the output is not a terminal, so that a file or a pipe loses nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(80, console.measure(table, options=console.options.update(width=1000)).maximum))
+    console.print(table)

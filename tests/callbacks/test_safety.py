@@ -1,0 +1,331 @@
+"""A run that cannot be lost: checkpoints on damaged and full disks, rows of metrics, bad losses, data that stalls."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from test_stages import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
+
+from callbacks.cadence import Periodic
+from llm.checkpoint.resume import CheckpointWriter, HostCopy, inspect, list_checkpoints, newest_checkpoint
+from llm.data.loader import StepLoader, TextSteps
+from llm.errors import BadLoss, UserError
+from llm.parallel import collectives
+from llm.stages.step_module import StageContext, StepModule
+from llm.stages.trainer import roll_back
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Three checkpoints of one number each, steps 1 to 3."""
+    writer = CheckpointWriter(keep=3)
+    for step in (1, 2, 3):
+        writer.save_checkpoint({"w": torch.full((1000,), float(step))}, tmp_path / f"step_{step:06d}.ckpt")
+    writer.finish()
+    return tmp_path
+
+
+def flip(path: Path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.2, 0.5, 0.77, 1.0])
+def test_a_flipped_bit_anywhere_makes_it_use_the_checkpoint_before(saved, at, caplog):
+    flip(saved / "step_000003.ckpt", at)
+    flip(saved / "step_000002.ckpt", at)
+    assert newest_checkpoint(saved) == (1, saved / "step_000001.ckpt")
+    assert caplog.text.count("is damaged (its checksum is wrong)") == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step_000003.ckpt": {"bytes": 1}}'])
+def test_a_damaged_manifest_costs_a_warning_and_at_most_a_checkpoint(saved, text, caplog):
+    (saved / "manifest.json").write_text(text)
+    step, _ = newest_checkpoint(saved)
+    assert step == (2 if "bytes" in text else 3) and caplog.text
+    CheckpointWriter(3, False).save_checkpoint({"w": torch.zeros(3)}, saved / "step_000004.ckpt")
+    assert newest_checkpoint(saved)[0] == 4 and "step_000004.ckpt" in json.loads((saved / "manifest.json").read_text())
+
+
+def test_without_a_manifest_the_files_own_sums_are_checked(saved, caplog):
+    (saved / "manifest.json").unlink()
+    flip(saved / "step_000003.ckpt", 0.5)
+    assert newest_checkpoint(saved)[0] == 2 and "not in the manifest, and the CRC of" in caplog.text
+
+
+def test_a_checkpoint_that_was_not_listed_yet_is_used(saved):
+    """Killed between the renaming and the manifest."""
+    listed = json.loads((saved / "manifest.json").read_text())
+    del listed["step_000003.ckpt"]
+    (saved / "manifest.json").write_text(json.dumps(listed))
+    assert newest_checkpoint(saved)[0] == 3
+
+
+def test_the_newest_are_kept_and_listed(tmp_path):
+    writer = CheckpointWriter(keep=2)
+    (tmp_path / ".step_000000.ckpt.tmp").write_text("left by a crash")
+    for step in range(1, 6):
+        writer.save_checkpoint({"w": torch.zeros(5)}, tmp_path / f"step_{step:06d}.ckpt")
+    writer.finish()
+    names = {"step_000004.ckpt", "step_000005.ckpt"}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"manifest.json"}
+    assert set(json.loads((tmp_path / "manifest.json").read_text())) == names
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
+    """The weights go on while it is written; buffers are used again; tied tensors stay one."""
+    writer, w = CheckpointWriter(keep=9), torch.zeros(300_000)
+    for step in range(4):
+        w.fill_(step)
+        state = {"w": w, "view": [w[:5], (w[:5], 3)], "tied": w, "size": torch.zeros(step), "name": "x"}
+        writer.save_checkpoint(state, tmp_path / f"step_{step:06d}.ckpt")
+        w.fill_(-1)
+    writer.finish()
+    for step, path in list_checkpoints(tmp_path):
+        loaded = torch.load(path, weights_only=True)
+        assert loaded["w"].eq(step).all() and loaded["view"][1][0].eq(step).all() and loaded["view"][1][1] == 3
+        assert loaded["tied"].data_ptr() == loaded["w"].data_ptr() and len(loaded["size"]) == step
+    copy = HostCopy()
+    first = copy.of({"a": w})["a"]
+    assert copy.of({"a": w})["a"].data_ptr() == first.data_ptr() != w.data_ptr()
+
+
+def test_a_write_that_fails_in_the_thread_is_said_at_the_next_step(tmp_path):
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = CheckpointWriter()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        writer.save_checkpoint({"w": torch.zeros(100_000)}, tmp_path / "step_000003.ckpt")
+        with pytest.raises(UserError, match="cannot write .*no earlier checkpoint exists"):
+            for _ in range(1000):
+                writer.check()
+                time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    writer.finish()  # said once
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_inspect_tells_sound_from_damaged(tmp_path, capsys):
+    run = tmp_path / "runs" / "a"
+    fit(run / "pretrain")
+    with pytest.raises(UserError, match="holds no stage"):
+        inspect(run)
+    (run / "pretrain" / "run.json").write_text('{"status": "running"}')
+    assert inspect(run)
+    out = capsys.readouterr().out
+    assert "a/pretrain: running, metrics to step 6" in out and out.count("sound; 0.0 M weights") == 2
+    flip(list_checkpoints(run / "pretrain" / "checkpoints")[-1][1], 0.3)
+    done = subprocess.run([sys.executable, "-m", "llm.checkpoint", str(run)], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.count("DAMAGED: its checksum is wrong") == 1
+    done = subprocess.run([sys.executable, "-m", "llm.checkpoint"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "give one run folder" in done.stderr
+
+
+MEMORY = """
+import threading, time, torch
+from pathlib import Path
+from llm.checkpoint import load_checkpoint
+from llm.optim import MuonAdamW
+def anonymous():
+    return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+net = torch.nn.Linear(4096, 4096, bias=False)
+adamw = {"kind": "adamw", "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}
+optimizer = MuonAdamW([adamw | {"params": list(net.parameters())}])
+before, peak, done = anonymous(), 0.0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+loaded = load_checkpoint(Path(FILE))
+net.load_state_dict(loaded["net"])
+optimizer.load_state_dict(loaded["optimizer"])
+del loaded
+done = True
+thread.join()
+assert all(not t.is_shared() for state in optimizer.state.values() for t in state.values())
+print(peak - before)
+"""
+
+
+def test_loading_takes_no_memory_beside_the_state(tmp_path):
+    """64 MB of weights that are there already and 128 MB of state: the file is mapped, not read."""
+    net = torch.nn.Linear(4096, 4096, bias=False)
+    group = {"kind": "adamw", "params": list(net.parameters()), "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}
+    optimizer = torch.optim.AdamW(net.parameters())
+    net.weight.grad = torch.zeros_like(net.weight)
+    optimizer.step()
+    state = {"state": optimizer.state_dict()["state"], "param_groups": [group | {"params": [0]}]}
+    torch.save({"net": net.state_dict(), "optimizer": state}, tmp_path / "file")
+    code = MEMORY.replace("FILE", repr(str(tmp_path / "file")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 120 < float(done.stdout) < 128 + 16
+
+
+# ---- when ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_also_written_by_the_clock(tmp_path):
+    fit(tmp_path / "never", save_every=1000)
+    assert [step for step, _ in list_checkpoints(tmp_path / "never" / "checkpoints")] == [STEPS]
+    fit(tmp_path / "often", save_every=1000, minutes=1e-9)
+    assert [step for step, _ in list_checkpoints(tmp_path / "often" / "checkpoints")] == [STEPS - 1, STEPS]
+
+
+class Bits(Periodic):
+    """An evaluation that can be told from others."""
+
+    def __init__(self, every: int, at_start: bool):
+        super().__init__(every, at_start)
+
+    def act(self, trainer, module, step):
+        module.row["bpb"] = sum(p.detach().sum().item() for p in module.net.parameters())
+
+
+@pytest.mark.parametrize("killed_at", range(1, STEPS))
+@pytest.mark.parametrize("row_written", [True, False])
+def test_a_row_that_a_kill_cost_is_written_again(tmp_path, killed_at, row_written):
+    """Killed right before or after the row of the checkpoint's step; rows come every 4 steps, evaluations every 3."""
+    kwargs = {"log_every": 4, "save_every": 1}
+    fit(tmp_path / "straight", extra=[Bits(3, True)], **kwargs)
+    fit(tmp_path / "killed", extra=[Bits(3, True), StopAt(killed_at)], **kwargs)
+    path = tmp_path / "killed" / "metrics.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    if not row_written and lines[-1].startswith(f"{killed_at},"):
+        path.write_text("".join(lines[:-1]) + lines[-1][:5])
+    _, newest = newest_checkpoint(tmp_path / "killed" / "checkpoints")
+    fit(tmp_path / "killed", extra=[Bits(3, True)], ckpt=newest, **kwargs)
+    tables = [[{k: v for k, v in row.items() if k not in TIMES} for row in rows(tmp_path / n)] for n in RUNS]
+    assert tables[0] == tables[1] and [row["step"] for row in tables[0]] == ["0", "3", "4", "6"]
+    assert [list(row) for row in tables[0]] == [list(row) for row in tables[1]]
+
+
+TIMES, RUNS = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}, ("straight", "killed")
+
+
+# ---- watchdogs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_jumps_is_bad_only_after_a_while():
+    module = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8, loss_jump=2.0))
+    for loss in [10.0, 1.0] * 25:
+        module.watch_jump(loss)
+    module.watch_jump(7.4)
+    module.recent.extend([1.0] * 50)
+    module.watch_jump(2.9)
+    with pytest.raises(BadLoss, match=r"jumped from 1.000 to 3.100 in step 1, by more than watch.loss_jump=2.0"):
+        module.watch_jump(3.1)
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    again = StepModule(net(), OPTIM, STAGE, module.context)
+    again.on_load_checkpoint(checkpoint)
+    assert again.recent == module.recent and again.recent.maxlen == 50
+
+
+def test_training_goes_back_and_leaves_bad_data_out(tmp_path, monkeypatch, tiny_config, capsys):
+    """Step 5 of 6 is bad, the checkpoint before is of step 4: what remains is trained on the data after step 5."""
+    from llm.stages import run_stage as llm_trainer
+    from llm.stages import step_module as step_file
+
+    llm_trainer.run_stage(tiny_config("tokenizer"))
+    real = step_file.StepModule.checked_sum
+    seen = []
+
+    def checked_sum(self, losses, batch, n_trained):
+        ids = batch["micro"][0]["inputs"]
+        bad = int(ids.sum()) == seen[4] if len(seen) > 4 else False
+        if len(seen) < 6:
+            seen.append(int(ids.sum()))
+            bad = len(seen) == 5
+        return real(self, [loss * float("nan") for loss in losses] if bad else losses, batch, n_trained)
+
+    monkeypatch.setattr(step_file.StepModule, "checked_sum", checked_sum)
+    common = ("max_steps=6", "stage.sample_every=0", "init_from=tiny/tokenizer")
+    with pytest.raises(UserError, match="became nan in step 5, micro-batch 0.*roll_back.*step 4 was saved"):
+        llm_trainer.run_stage(tiny_config("pretrain", *common, "run=stops"))
+    seen.clear()
+    cfg = tiny_config("pretrain", *common, "run=back", "watch.bad_loss=roll_back")
+    llm_trainer.run_stage(cfg)
+    out = capsys.readouterr().out
+    assert "in step 5, micro-batch 0: back to step 4, leaving out 1 steps of data" in out
+    folder = Path(cfg.paths.runs) / "back" / "pretrain"
+    assert json.loads((folder / "rollbacks.json").read_text()) == {"count": 1, "left_out": {"4": 1}}
+    with pytest.raises(UserError, match=r"rolled back 1 times before \(watch.rollbacks=1\)"):
+        roll_back(folder, BadLoss(6, "the loss", False), 1)
+
+
+def test_data_left_out_is_that_of_the_steps():
+    class Source:
+        def iterate(self, split, cursor, rank, world, loop):
+            start = 0 if cursor is None else cursor["index"]
+            for i in range(start, 10**6):
+                yield f"document {i} " * (1 + i % 5), {"index": i + 1}
+
+    def loader(**more):
+        return TextSteps(Source(), Words(), 16, 2, 2, buffer=8, **more)
+
+    steps = loader().steps()
+    all_steps = [next(steps) for _ in range(6)]
+    skipped = loader(state=all_steps[1]["state"]())
+    skipped.skip(3)
+    step = next(skipped.steps())
+    for ours, theirs in zip(step["micro"], all_steps[5]["micro"], strict=True):
+        assert torch.equal(ours["inputs"], theirs["inputs"])
+
+
+class Words:
+    """A tokenizer of words."""
+
+    bos_id = 0
+
+    @staticmethod
+    def encode_document(text):
+        return np.array([0, *(1 + hash(word) % 50 for word in text.split())], np.int32)
+
+
+def test_data_that_does_not_come_is_named(monkeypatch, caplog):
+    class Slow(StepLoader):
+        def steps(self):
+            time.sleep(1.5)
+            yield {"state": {}}
+
+    monkeypatch.setattr("llm.data.loader.NEWS_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"no training data for 0 s \(watch.data_seconds\)"):
+        next(iter(Slow(8, 1, 1, patience=0.35)))
+    assert "process 0 waits for training data since 0 s" in caplog.text
+    assert next(iter(Slow(8, 1, 1, patience=30.0))) == {"state": {}}
+
+
+def test_a_slow_process_is_named(monkeypatch):
+    from callbacks.watch import check_same_weights, slow_processes
+
+    monkeypatch.setattr(collectives, "gathered", lambda mine: [mine, (100.0, "a"), (180.0, "b"), (90.0, "a")])
+    assert slow_processes(110.0, 1.5) == "slow processes: process 2 on b 180 ms; the others 100 ms a step"
+    assert slow_processes(110.0, 2.0) is None
+    params = {"a": torch.zeros(4), "b": torch.zeros(4)}
+    monkeypatch.setattr(collectives, "gathered", lambda mine: [mine, mine, [mine[0], mine[1] + 1]])
+    with pytest.raises(UserError, match="after step 7 process 2 holds other weights than process 0.*first b"):
+        check_same_weights(params, 7)
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_when_trainings_are_killed(tmp_path):
+    """`make chaos` in small: every stage killed once in one process and once in two, and the other faults."""
+    command = [sys.executable, str(REPO / "tests" / "chaos.py"), "--kills", "8", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "| **all** |" in done.stdout

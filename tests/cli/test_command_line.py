@@ -1,0 +1,347 @@
+"""The command line: mistakes are one line that helps, sweeps stop where they fail, nothing heavy is imported."""
+
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO, run_cli
+
+from llm.cli import overrides
+from llm.cli.help import help_text
+from llm.cli.overrides import check_overrides, config_groups, nearest, quote_raw
+from llm.cli.sweep import separate_run
+from llm.config.schema import VARIANTS, check_values, known_keys
+from llm.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("composed_once")
+
+DEPTHS = [f"d{depth}" for depth in range(2, 35, 2)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+MISTAKES = [
+    (["stage=pretrain", "modle=d4"], ["'modle'", "'model'", "--help"]),
+    (["model=d5x"], ["model=d5x does not exist", "model=d4", "d34"]),
+    (["model=d5"], ["model=d5 does not exist", "model=d4"]),
+    (["model=20"], ["model=20 does not exist", "model=d20"]),
+    (["stage=sfft"], ["stage=sft", "tokenizer"]),
+    (["-m", "stage=tokenizer,pretrian"], ["stage=pretrian does not exist", "stage=pretrain"]),
+    (["-m", "model=d2,d4", "stage=pretrain", "max_step=3"], ["'max_step'", "'max_steps'"]),
+    (["depth=3"], ["'model.depth'"]),
+    (["lr=3"], ["'optim."]),
+    (["model.dpeth=3"], ["'model.depth'"]),
+    (["modle.depth=3"], ["'model.depth'"]),
+    (["quux=3"], ["unknown key 'quux' (list"]),
+    (["+quux=3"], ["unknown key 'quux'"]),
+    (["trainer.strategy=muon"], ["unknown key 'trainer.strategy'; did you mean 'strategy'?"]),
+    (["optim.seq_len=9"], ["unknown key 'optim.seq_len'; did you mean 'model.seq_len'?"]),
+    (["+model.width=3"], ["cannot be added", "model"]),
+    (["+seed=3"], ["leave out the '+'"]),
+    (["+model=d4"], ["leave out the '+'"]),
+    (["~callbacks.sample"], ["'callbacks.samples'"]),
+    (["~model.depth"], ["cannot be left out"]),
+    (["~logger"], ["csv, tensorboard, wandb"]),
+    (["model@other=d4"], ["@"]),
+    (["batch=4096"], ["batch.<key>=<value>"]),
+    (["experiment=null"], ["leave it out"]),
+    (["optim=null"], ["choose one of adamw, muon_2025"]),
+    (["batch.total=many"], ["batch.total=many: expected a whole number"]),
+    (["batch.total=4e3"], ["expected a whole number or null (write 4000)"]),
+    (["-m", "batch.total=4096,many"], ["batch.total=many: expected a whole number"]),
+    (["-m", "batch.total=4096,0,8192"], ["batch.total=0: must be at least 1"]),
+    (["resume=maybe"], ["expected true or false"]),
+    (["seed=null"], ["seed=null: expected a whole number"]),
+    (["max_steps=0"], ["max_steps=0: must be at least 1"]),
+    (["max_steps=x"], ["expected a whole number or null"]),
+    (["optim.betas=3"], ["expected a list of numbers"]),
+    (["optim.momentum=1.5"], ["at most 1"]),
+    (["optim.matrix_lr=0"], ["more than 0"]),
+    (["precision.compute=fp8"], ["auto, fp32, bf16"]),
+    (["run="], ["run=: must be a name"]),
+    (["optim=adamw", "optim.matrix_lr=0.1"], ["only optim=muon_adamw has this key, not optim=adamw"]),
+    (["-m", "stage=tokenizer,pretrain", "stage.vocab_size=512"], ["only stage=tokenizer", "conf/experiment"]),
+    (["stage=tokenizer", "stage.vocab_size=100"], ["at least 265"]),
+    (["stage.name=sft"], ["stage=<option>"]),
+    (["stage=tokenizer,pretrain"], ["-m"]),
+    (["--model=d4"], ["no dashes"]),
+    (["--max-steps", "3"], ["max_steps=<value>"]),
+    (["model", "d4"], ["key=value"]),
+    (["data.path=a{b"], ["quotes"]),
+    (["data.mixture.sft.chioce=2"], ["data.mixture.sft.choice", "+data.mixture.sft.chioce"]),
+    (["data.mixture.sft={chioce: 2}"], ["data.mixture.sft.choice"]),
+    (["+data.mixture.sft.poems=2"], ["no task 'poems'"]),
+    (["data.rl=poems"], ["data.rl: there is no task 'poems'"]),
+    (["data.tasks.choice.limit=x"], ["expected a whole number"]),
+    (["data.tasks.choice.type=quiz"], ["multiple_choice, gsm8k"]),
+    (["+data.tasks.poems.type=chat"], ["conf/data/"]),
+]
+
+
+@pytest.mark.parametrize("argv,expected", MISTAKES, ids=[" ".join(argv) for argv, _ in MISTAKES])
+def test_a_mistake_is_one_line_that_helps(argv, expected):
+    with pytest.raises(UserError) as caught:
+        check_overrides("train", argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "config_name,argv,expected",
+    [
+        ("evaluate", ["eval=[bpb,chatt]"], "eval=chat?"),
+        ("evaluate", ["data.path=x"], "choose data=<option> first (climbmix, embedded, fineweb_edu, hub"),
+        ("evaluate", ["optim=adamw"], "unknown key 'optim'"),
+        ("evaluate", ["eval.max_per_taks=4"], "'eval.max_per_task'"),
+        ("serve", ["ui=web"], "one of gradio, cli"),
+        ("serve", ["port=99999"], "at most 65535"),
+        ("serve", ["temprature=1"], "'temperature'"),
+    ],
+)
+def test_mistakes_with_the_other_entry_points(config_name, argv, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        check_overrides(config_name, argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["+callbacks.mine._target_=my.Callback", "+callbacks.mine.every=3"],
+        ["~callbacks.samples"],
+        ["callbacks.bpb.every=5"],
+        ["optim.betas=[0.5,0.6]", "optim.betas.0=1"],
+        ["optim={weight_decay: 0.2}"],
+        ["hydra.verbose=true"],
+        ["-m", "stage=tokenizer,pretrain", "model=d2,d4"],
+        ["--cfg", "job", "data.tasks.choice.limit=3"],
+        ["+data.tasks.choice.options.distractors=0.5"],
+        ["model.n_kv_head=1", "stage.target_flops=1e18", "trainer.devices=1", "optim.weight_decay=1"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_right_passes(argv):
+    check_overrides("train", argv)
+
+
+@pytest.mark.parametrize(
+    "text,file",
+    [("max_step: 3", "experiment/bad.yaml"), ("batch: {total: many}", "experiment/bad.yaml")],
+)
+def test_a_mistake_in_a_file_names_the_file_and_the_key(tmp_path, text, file):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / file).write_text(f"# @package _global_\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        overrides.compose("train", ["experiment=bad"], str(tmp_path))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert file in message and text.split(":")[0] in message
+    assert "max_steps" in message or "Integer" in message
+
+
+def test_bounds_are_those_of_the_schema():
+    cfg = overrides.compose("train", ["model.seq_len=4"])
+    with pytest.raises(UserError, match="model.seq_len=4: must be at least 8"):
+        check_values(cfg)
+
+
+def test_nearest():
+    assert nearest("modle", ["model", "mode_x"]) == "model"
+    assert nearest("d5x", DEPTHS, floor=0) in ("d4", "d6")
+    assert nearest("d21", ["d2", "d20", "d22"]) in ("d20", "d22")
+    assert nearest("lr", ["logger", "optim.matrix_lr"]) == "optim.matrix_lr"
+    assert nearest("zzz", ["model", "stage"]) is None
+    assert nearest("x", []) is None
+
+
+PROMPTS = [
+    "What's 3*(4+5)?",
+    "a, b and c",
+    "it's \\'quoted\\'",
+    "ends in \\",
+    "x=1 {y} [z] $w ~",
+    "\"both\" 'kinds'",
+    "5",
+    "${seed}",
+    "\\${seed} and '${x}'",
+    "two\nlines",
+    "\\\\",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_taken_as_it_is(prompt):
+    (line,) = quote_raw("serve", [f"prompt={prompt}"])
+    check_overrides("serve", [line])
+    assert overrides.compose("serve", [line]).prompt == prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+def finish(root: Path, run: str, stage: str) -> None:
+    """A stage that counts as finished: its run.json says so and model/ exists."""
+    (root / run / stage / "model").mkdir(parents=True)
+    (root / run / stage / "run.json").write_text('{"status": "finished"}')
+
+
+@pytest.mark.parametrize(
+    "given,lines,run,init_from",
+    [
+        (["experiment=demo"], ["stage=pretrain"], "demo", None),
+        (["experiment=demo", "model=d2"], ["model=d2"], "demo-d2", "demo/tokenizer"),
+        (["experiment=demo"], ["optim.matrix_lr=0.1", "model=d4"], "demo-matrix_lr=0.1-d4", "demo/tokenizer"),
+        (["experiment=demo", "init_from=x"], ["seed=1"], "demo-seed=1", "x"),
+        (["experiment=demo", "stage=sft"], ["seed=1"], "demo-seed=1", None),
+        (["experiment=demo", "run=b"], ["run=b", "seed=1"], "b", None),
+        (["model=d4"], ["model=d4"], None, None),
+        (["model=d4"], ["model=d4", "seed=7"], "d4-seed=7", None),
+    ],
+)
+def test_a_sweep_over_settings_has_one_run_each(tmp_path, given, lines, run, init_from):
+    finish(tmp_path, "demo", "tokenizer")
+    cfg = overrides.compose("train", [f"paths.runs={tmp_path}", *given])
+    separate_run(cfg, lines)
+    assert (cfg.run, cfg.init_from) == (run, init_from)
+
+
+def test_a_sweep_prefers_the_parent_in_its_own_run(tmp_path):
+    finish(tmp_path, "demo", "tokenizer")
+    finish(tmp_path, "demo-d2", "tokenizer")
+    cfg = overrides.compose("train", [f"paths.runs={tmp_path}", "experiment=demo", "model=d2"])
+    separate_run(cfg, ["model=d2"])
+    assert (cfg.run, cfg.init_from) == ("demo-d2", None)
+
+
+TARGET = """
+from llm.errors import UserError
+
+def go(cfg):
+    print("ran", cfg.stage.name, cfg.max_steps, flush=True)
+    if cfg.stage.name == "midtrain":
+        raise {raised}
+"""
+
+
+@pytest.fixture
+def entry(tmp_path):
+    """Writes an entry point whose stage midtrain raises an exception; returns a function that runs it in tmp_path."""
+
+    def run(raised: str, *args: str):
+        (tmp_path / "code").mkdir()
+        (tmp_path / "work").mkdir()
+        (tmp_path / "code/target.py").write_text(TARGET.format(raised=raised))
+        (tmp_path / "code/app.py").write_text("from llm.cli.app import run_app\nrun_app('train', 'target.go')\n")
+        return run_cli(str(tmp_path / "code/app.py"), *args, cwd=tmp_path / "work", PYTHONPATH=str(REPO))
+
+    return run
+
+
+SWEEP = ["-m", "experiment=demo", "stage=pretrain,midtrain,sft", "max_steps=9"]
+
+
+@pytest.mark.parametrize(
+    "raised,code,last",
+    [
+        (
+            "UserError('data.path=x: no such folder')",
+            2,
+            "error: data.path=x: no such folder [job 2 of 3: stage=",
+        ),
+        ("RuntimeError('broken')", 1, "error: job 2 of 3: stage=midtrain; later jobs were not started"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_a_sweep_ends_at_the_first_job_that_fails(entry, tmp_path, raised, code, last):
+    result = entry(raised, *SWEEP)
+    assert result.returncode == code, result.stderr
+    assert re.findall(r"ran .*", result.stdout) == ["ran pretrain 9", "ran midtrain 9"]
+    assert result.stderr.splitlines()[-1].startswith(last)
+    assert ("Traceback" in result.stderr) == (code == 1)
+    assert ("raise RuntimeError" in result.stderr) == (code == 1)
+    assert not list((tmp_path / "work").iterdir()), "Hydra left files"
+
+
+def test_a_single_job_fails_without_job_names(entry, tmp_path):
+    result = entry("UserError('x')", "stage=midtrain")
+    assert (result.returncode, result.stderr) == (2, "error: x\n")
+    assert not list((tmp_path / "work").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The entry points as processes
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "serve"])
+def test_help_lists_groups_and_main_keys_and_is_quick(script):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run_cli(f"{script}.py", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert result.returncode == 0 and not result.stderr
+    for group in config_groups(script):
+        assert re.search(rf"^ +{group} ", result.stdout, re.MULTILINE), group
+    for name, spec in known_keys(script).items():
+        if spec.metadata.get("main"):
+            assert f"{name} " in result.stdout
+
+
+def test_full_help_lists_every_key():
+    text = help_text("train", every_key=True)
+    for stage in VARIANTS["stage"]:
+        for name in overrides.compose("train", [f"stage={stage}"]).stage:
+            assert name == "name" or f"stage.{name} " in text, name
+
+
+@pytest.mark.parametrize("argument,expected", [("modle=d4", "'model'"), ("model=d5x", "model=d4")])
+def test_a_mistake_fails_in_under_three_seconds(argument, expected):
+    start = time.perf_counter()
+    result = run_cli("train.py", "stage=pretrain", argument)
+    assert time.perf_counter() - start < 3
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and expected in result.stderr
+    assert not result.stdout
+
+
+def test_the_sweep_flag_may_come_last():
+    result = run_cli("train.py", "stage=tokenizer,pretrian", "-m")
+    assert result.returncode == 2
+    assert "did you mean stage=pretrain?" in result.stderr
+
+
+def test_a_sweep_over_stages_explains_a_key_that_the_first_one_lacks():
+    result = run_cli("train.py", "-m", "stage=midtrain,sft", "stage.chat_every=0")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: stage.chat_every=0: not every option of stage has this key")
+
+
+def test_the_check_imports_nothing_heavy():
+    code = (
+        "import sys; from llm.cli.app import check_overrides;"
+        "check_overrides('train', ['experiment=demo', 'stage=sft']);"
+        "print([m for m in ('torch', 'lightning', 'numpy', 'gradio', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_works_from_any_folder_and_shows_the_config(tmp_path):
+    result = run_cli("train.py", "experiment=demo", "stage=sft", "seed=7", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    shown = yaml.safe_load(result.stdout)
+    assert (shown["seed"], shown["model"]["depth"], shown["callbacks"]["bpb"]["every"]) == (7, 4, 50)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} train.py --help all | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
+    assert not result.stderr and result.stdout.count("\n") == 1

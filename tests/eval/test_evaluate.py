@@ -1,0 +1,201 @@
+"""evaluate.py on a run folder with a small untrained model and task files on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from llm.checkpoint.model_folder import save_model_folder
+from llm.errors import UserError
+from llm.eval.evaluate import merge_scores, run_evaluation
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
+from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.tokenizer.bpe import Tokenizer
+from llm.utils.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "The red fox of the north lives in a house near the river and likes apples. " * 3
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def data_config(folder):
+    """data=local with text and three kinds of task."""
+    for shard in range(2):
+        jsonl(folder / "text" / f"{shard}.jsonl", [{"text": f"Page {shard}.{i}. {TEXT}"} for i in range(12)])
+    labels = ["A", "B", "C", "D"]
+    choices = {"text": ["red", "blue", "green", "white"], "label": labels}
+    choice = [
+        {"question": f"Fox {i}?", "choices": choices, "answerKey": labels[i % 4], "subject": f"fox{i // 2 % 2}"}
+        for i in range(9)
+    ]
+    sums = [
+        {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(8)
+    ]
+    chats = [[{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": "Hi."}] for i in range(5)]
+    files = {
+        "choice": ("multiple_choice", choice),
+        "sums": ("gsm8k", sums),
+        "talk": ("chat", [{"messages": messages} for messages in chats]),
+    }
+    tasks = {}
+    for name, (kind, rows) in files.items():
+        file = jsonl(folder / f"{name}.jsonl", rows)
+        spec = {"type": kind, "source": "local", "train": file, "test": file, "size": None, "test_size": None}
+        tasks[name] = spec | {"limit": None, "options": {}}
+    return {
+        "name": "local",
+        "path": str(folder / "text"),
+        "column": "text",
+        "workers": 4,
+        "tasks_path": str(folder),
+        "seed": 42,
+        "size": 1,
+        "val_size": 1,
+        "tasks": tasks,
+        "mixture": {"midtrain": {"talk": 1, "sums": 1}, "sft": {"talk": 1, "choice": 1}},
+        "rl": "sums",
+        "eval": ["choice", "sums"],
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs folder with finished pretrain, sft and grpo stages of one untrained model."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = Tokenizer.train([TEXT + "A B C D which question answer letter only 0 1 2 3 4 5 6 7 8 9"], 290)
+    net = GPT(GPTConfig(1, 1, 1, 16, 16, seq_len=256, vocab_size=tokenizer.vocab_size)).init_weights(0)
+    data = data_config(folder / "data")
+    for stage in ("pretrain", "sft", "grpo"):
+        stage_dir = RunDir(folder / "runs", "demo").stage_dir(stage)
+        settings = {"name": stage} | ({"train_on": "assistant"} if stage == "sft" else {})
+        config = {"stage": settings, "data": data, "seed": 42, "precision": {"compute": "fp32"}}
+        config |= {"trainer": {"accelerator": "cpu"}, "model": {"depth": 1}}
+        write_manifest(stage_dir, {"stage": stage, "status": "finished", "config": config, "seconds": 1.0})
+        save_model_folder(stage_dir / "model", net, tokenizer)
+    return folder / "runs"
+
+
+def settings(runs, sections, **more):
+    """The composed configuration of conf/evaluate.yaml, as run_app hands it over."""
+    chosen = {name: name in sections for name in ("bpb", "chat", "core", "lm_eval", "samples")}
+    options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
+    options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8, "seq_len": None}
+    options |= {"tasks": None, "num_fewshot": None, "include_path": None, "chat_template": False}
+    config = {
+        "run": "demo",
+        "stage": "sft",
+        "model": None,
+        "data": None,
+        "paths": {"runs": str(runs), "data": str(runs)},
+        "eval": options | chosen,
+    }
+    return OmegaConf.create(OmegaConf.merge(config, more))
+
+
+def test_scores_of_a_chat_stage(runs, capsys):
+    scores = run_evaluation(settings(runs, ["bpb", "chat", "samples"]))
+    assert scores == read_json(runs / "demo" / "sft" / "eval.json")
+    assert scores["bpb"] > 1 and scores["bpb_text"] > 1 and scores["bpb"] != scores["bpb_text"]
+    assert list(scores["chat"]) == ["choice", "sums"]
+    choice, sums = scores["chat"]["choice"], scores["chat"]["sums"]
+    assert choice["n"] == 4 and choice["baseline"] == 0.25 and sums["baseline"] == choice["too_long"] == 0
+    assert [s["n"] for s in choice["subjects"].values()] == [2, 2] and sum(choice["verdicts"].values()) == 4
+    assert scores["chatcore"] == pytest.approx(((choice["accuracy"] - 0.25) / 0.75 + sums["accuracy"]) / 2)
+    lines = (runs / "demo" / "sft" / "records" / "choice.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["index"] for record in records] == [0, 2, 4, 6] and records[0]["subject"] == "fox0"
+    assert all(record["output"] in "ABCD" and record["verdict"] in ("pass", "fail") for record in records)
+    assert records[1]["prompt"].startswith("Fox 2?")
+    assert len(scores["samples"]) == 6 and all(s.keys() == {"prompt", "completion"} for s in scores["samples"])
+    output = capsys.readouterr().out
+    assert "ChatCORE" in output and "fox1" in output and "bpb_text" in output and "eval.json" in output
+    assert "choice" in (runs / "demo" / "report.md").read_text()
+
+
+def test_pretraining_is_scored_on_text_only(runs, capsys):
+    scores = run_evaluation(settings(runs, ["bpb", "chat", "samples"], stage="pretrain"))
+    assert scores.keys() == {"bpb", "samples"} and "chat: left out" in capsys.readouterr().out
+    assert all(sample["prompt"].startswith("Page 1.") for sample in scores["samples"])  # the last shard is held out
+    # An untrained model is uniform over the vocabulary, whatever the text: log2(290) bits per token.
+    assert 1 < scores["bpb"] < 8.2
+
+
+def test_reinforcement_learning_is_scored_on_the_conversations_of_sft(runs):
+    run_evaluation(settings(runs, ["bpb"]))
+    scores = run_evaluation(settings(runs, ["bpb"], stage="grpo"))
+    assert scores["bpb"] == read_json(runs / "demo" / "sft" / "eval.json")["bpb"]
+
+
+def test_best_stage_is_the_default_and_the_command_line_may_give_other_data(runs):
+    saved = read_manifest(runs / "demo" / "sft")["config"]["data"]
+    scores = run_evaluation(settings(runs, ["chat"], stage=None, data=saved | {"eval": ["sums"]}))
+    assert list(scores["chat"]) == ["sums"] and (runs / "demo" / "grpo" / "eval.json").is_file()
+
+
+def test_several_samples_give_pass_at_k(runs, capsys):
+    more = {"eval": {"num_samples": 3, "ks": [1, 3], "max_per_task": 2}}
+    scores = run_evaluation(settings(runs, ["chat"], stage="grpo", **more))["chat"]
+    assert {"pass@1", "pass@3"} <= scores["sums"].keys() and "pass@1" not in scores["choice"]
+    assert scores["sums"]["pass@1"] == pytest.approx(scores["sums"]["accuracy"])
+    assert len((runs / "demo" / "grpo" / "records" / "sums.jsonl").read_text().splitlines()) == 6
+    assert "pass@3" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_costs_none_before_it(runs, monkeypatch):
+    def broken(self):
+        raise UserError("no samples today")
+
+    (runs / "demo" / "pretrain" / "eval.json").unlink(missing_ok=True)
+    monkeypatch.setattr("llm.eval.evaluate.StageSubject.samples", broken, raising=False)
+    with pytest.raises(UserError, match="no samples today"):
+        run_evaluation(settings(runs, ["bpb", "samples"], stage="pretrain"))
+    assert read_json(runs / "demo" / "pretrain" / "eval.json").keys() == {"bpb"}
+
+
+def test_sections_measured_earlier_stay(tmp_path):
+    path = tmp_path / "eval.json"
+    write_json(path, {"bpb": 1.5, "chat": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}}, "core": 0.1})
+    merge_scores(path, {"chat": {"b": {"accuracy": 0.75}}, "samples": []})
+    assert read_json(path) == {
+        "bpb": 1.5,
+        "chat": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.75}},
+        "core": 0.1,
+        "samples": [],
+    }
+
+
+def test_user_errors(runs):
+    for more, pattern in (
+        ({"stage": "midtrain"}, "stage=midtrain of run=demo is missing"),
+        ({"run": "other"}, "run=other"),
+        ({"eval": {"bundle": "bundle.zip"}}, "only eval=.core. reads it"),
+        ({"eval": {"core": True}}, "needs eval.bundle"),
+        ({"eval": {"core": True, "bundle": "bundle.zip"}}, "bundle.zip: no such file"),
+        ({"eval": {"chat": False}}, r"eval=\[\]"),
+        ({"eval": {"max_per_task": 0}}, "eval.max_per_task=0"),
+        ({"eval": {"ks": [1, 4]}}, "eval.ks=.*num_samples=4"),
+        ({"eval": {"seq_len": 64}}, "eval.seq_len=64: only model=hf"),
+    ):
+        with pytest.raises(UserError, match=pattern):
+            run_evaluation(settings(runs, ["chat"], **more))
+    saved = read_manifest(runs / "demo" / "sft")["config"]["data"]
+    for names, pattern in ((["nothing"], "data.eval names 'nothing'"), (["talk"], "talk is only for training")):
+        with pytest.raises(UserError, match=pattern):
+            run_evaluation(settings(runs, ["chat"], data=saved | {"eval": names}))
+
+
+def test_command_line(runs):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "run=demo", "stage=sft", f"paths.runs={runs}"]
+    options = ["eval=[chat]", "eval.max_per_task=3", "eval.max_new_tokens=4"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "choice" in done.stdout and read_json(runs / "demo" / "sft" / "eval.json")["chat"]["choice"]["n"] == 3

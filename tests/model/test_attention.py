@@ -1,0 +1,258 @@
+"""Windowed attention: every form against the plain masked one, outputs and gradients."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.errors import UserError
+from llm.model import attention, attention_cpu
+from llm.model.attention import attention_masks, banded_attention, causal_attention, choose_backend
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
+from llm.model.kv_cache import cached_attention
+
+SCALE = 0.3
+
+
+def masked(q, k, v, window=None, documents=None):
+    """Plain attention (B, T, H, D) with a mask of window and documents."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    distance = torch.arange(q.size(2)).unsqueeze(1) - torch.arange(q.size(2))
+    mask = (distance >= 0) & (distance <= (q.size(2) if window is None else window))
+    if documents is not None:
+        mask = (mask & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True).transpose(1, 2)
+
+
+def inputs(length, dtype=torch.float64, kv_heads=4):
+    g = torch.Generator().manual_seed(length)
+    shapes = [(2, length, heads, 16) for heads in (4, kv_heads, kv_heads, 4)]
+    q, k, v, grad = (torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
+    return [t.requires_grad_() for t in (q, k, v)], grad
+
+
+def starts_of(length, rows=2):
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(length)) < 0.03
+
+
+def banded(q, k, v, scale, window):
+    return banded_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale, window).transpose(1, 2)
+
+
+# lengths that are and are not multiples of the window, windows of odd size, a window just shorter than the text
+CASES = [(40, 8), (40, 7), (300, 64), (130, 128), (129, 127), (513, 128), (9, 1)]
+
+
+@pytest.mark.parametrize("form", [banded, causal_attention])
+@pytest.mark.parametrize(("length", "window"), CASES)
+def test_windows_equal_a_mask(form, length, window):
+    dtype = torch.float64 if form is banded else torch.float32
+    tensors, grad = inputs(length, dtype)
+    exact, exact_grad = inputs(length)
+    want = masked(*exact, window)
+    got = form(*tensors, SCALE, window)
+    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 5e-6, "rtol": 1e-5}
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    ours, theirs = torch.autograd.grad(got, tensors, grad), torch.autograd.grad(want, exact, exact_grad)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, **tolerance)
+
+
+@pytest.mark.parametrize("kept", [512, 0])  # probabilities kept for the backward pass, or made again in it
+@pytest.mark.parametrize("heads_bytes", [1 << 23, 1 << 17])  # all heads at once, or in groups
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("length", "window"), [*CASES, (1, None), (128, None), (300, None)])
+def test_blocks_on_the_cpu_equal_a_mask(length, window, apart, heads_bytes, kept, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "KEPT_KEYS", kept)
+    monkeypatch.setattr(attention_cpu, "HEADS_BYTES", heads_bytes)
+    documents = starts_of(length).cumsum(1) if apart else None
+    tensors, grad = inputs(length, torch.float32)
+    exact, exact_grad = inputs(length)
+    got = causal_attention(*tensors, SCALE, window, documents, backend="cpu")
+    want = masked(*exact, window, documents)
+    torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5)
+    ours, theirs = torch.autograd.grad(got, tensors, grad), torch.autograd.grad(want, exact, exact_grad)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_exact_as_torch(dtype, window):
+    """Large scores, where a softmax of rounded products would lose three times as much."""
+    tensors, grad = inputs(300, dtype)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    theirs = [t.detach().clone().requires_grad_() for t in tensors]
+
+    def errors(call, of):
+        got = call(*of)
+        values = [got, *torch.autograd.grad(got, of, grad)]
+        assert all(value.dtype == dtype for value in values)
+        return [(a.double() - b).norm() / b.norm() for a, b in zip(values, want, strict=True)]
+
+    y = masked(*exact, window)
+    want = [y, *torch.autograd.grad(y, exact, grad.double())]
+    torchs = errors(lambda q, k, v: masked(q, k, v, window), theirs)
+    ours = errors(lambda q, k, v: causal_attention(q, k, v, SCALE, window), tensors)
+    for error, reference in zip(ours, torchs, strict=True):
+        assert error < 1.5 * reference < 0.02
+
+
+def test_the_operator_is_well_formed():
+    """What torch.compile relies on: shapes without running, gradients, no hidden writes."""
+    q, k, v = inputs(140, torch.float32)[0]
+    for window in (None, 16):
+        torch.library.opcheck(attention_cpu._attention, (q, k, v, SCALE, window, None, True))
+
+
+def test_grouped_heads_and_windows_that_reach_everything():
+    tensors, _ = inputs(50, torch.float32, kv_heads=2)
+    exact = [t.detach().double() for t in tensors]
+    torch.testing.assert_close(causal_attention(*tensors, SCALE, 8).double(), masked(*exact, 8), atol=5e-6, rtol=1e-5)
+    full = causal_attention(*tensors, SCALE)
+    for window in (49, 50, 1000):
+        assert torch.equal(causal_attention(*tensors, SCALE, window), full)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("window", [None, 20, 199])
+@pytest.mark.parametrize("backend", ["cpu", "flex", "sdpa"])
+def test_backends_equal_a_mask(backend, window, apart, kv_heads):
+    """Forward only: torch has no backward pass of FlexAttention for CPUs."""
+    starts = starts_of(200) if apart else None
+    tensors, _ = inputs(200, torch.float32, kv_heads)
+    q, k, v = (t.detach() for t in tensors)
+    mask = attention_masks([window, None], 200, starts, backend, CPU)[window]
+    got = causal_attention(q, k, v, SCALE, window, mask, backend)
+    want = masked(q, k, v, window, None if starts is None else starts.cumsum(1))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_what_flash_attention_3_is_asked_for(monkeypatch):
+    """Its arguments, by a plain function of the same signature: no such GPU is needed."""
+
+    def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
+        assert causal and window_size[1] == 0
+        return masked(q, k, v, window_size[0] if window_size[0] >= 0 else None) * (softmax_scale / SCALE)
+
+    monkeypatch.setattr("llm.model.attention.flash_attn_func", flash_attn_func)
+    (q, k, v), _ = inputs(60, torch.float32)
+    for window in (None, 8, 59):
+        got = causal_attention(q, k, v, SCALE, window, backend="flash3")
+        torch.testing.assert_close(got, masked(q, k, v, window), atol=1e-5, rtol=1e-5)
+
+
+CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
+
+
+def choose(asked="auto", device=GPU, dtype=BF16, head_dim=128, windows=True, documents=False, **more):
+    return choose_backend(asked, device, dtype, head_dim, windows, documents, **more)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if there were one, with everything installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("llm.model.attention.flash_attn_func", lambda *args: None)
+    monkeypatch.setattr("llm.model.attention.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+
+
+def test_the_backend_is_the_best_that_runs(hopper, monkeypatch):
+    assert choose(device=CPU) == choose(device=CPU, windows=False) == "cpu"
+    assert choose(device=CPU, dtype=torch.float64) == choose("sdpa", device=CPU) == "sdpa"
+    assert choose(device=torch.device("mps"), dtype=torch.float32) == "sdpa"
+    assert choose() == choose(windows=False) == choose(fixed_shapes=False) == "flash3"
+    assert choose(documents=True) == choose(dtype=torch.float32) == choose(head_dim=260) == "flex"
+    assert choose(documents=True, fixed_shapes=False) == choose(dtype=torch.float32, windows=False) == "sdpa"
+    assert choose(head_dim=12) == "sdpa" and choose("sdpa") == "sdpa" and choose("flex", windows=False) == "flex"
+    monkeypatch.setattr("llm.model.attention.has_triton", lambda: False)
+    assert choose(documents=True) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose() == "sdpa"
+
+
+def test_flash_attention_3_from_the_hub(hopper, monkeypatch):
+    def get_kernel(repo_id, *, version):
+        assert (repo_id, version) == ("kernels-community/flash-attn3", 1)
+        return SimpleNamespace(flash_attn_func=asked.append)
+
+    asked = []
+    monkeypatch.setattr("llm.model.attention.flash_attn_func", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    assert choose() == "flex"
+    with pytest.raises(UserError, match="attention=flash3 needs .* the package flash_attn_3 or kernels"):
+        choose("flash3")
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *_, **__: 1 / 0))  # nothing fits
+    assert choose() == "flex"
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    assert choose(documents=True) == "flex"
+    assert choose() == choose("flash3") == "flash3"
+    assert attention.flash_attn_func == asked.append
+
+
+def test_backends_that_cannot_run(hopper):
+    with pytest.raises(UserError, match="attention=cpu needs a CPU and .* this is cuda:0 .*: set attention=auto"):
+        choose("cpu")
+    with pytest.raises(UserError, match="attention=flash3 needs a Hopper GPU"):
+        choose("flash3", device=CPU)
+    with pytest.raises(UserError, match="attention=flash3 needs .* no document masks"):
+        choose("flash3", documents=True)
+    with pytest.raises(UserError, match="attention=flex needs a CUDA GPU"):
+        choose("flex", device=CPU)
+    with pytest.raises(UserError, match="attention=flex needs .* steps of one shape"):
+        choose("flex", fixed_shapes=False)
+
+
+@pytest.mark.parametrize("bos_id", [None, 69])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flex_attention_is_one_graph_with_the_network(checkpointing, bos_id):
+    """Compiled as for training, with another compiler behind: nothing of the network may fall out of the graph."""
+    torch._dynamo.reset()
+    features = {"arch": "modern", "window_pattern": "SL", "window_divisor": 2, "bos_id": bos_id}
+    config = GPTConfig(3, 4, 4, 16, 64, 256, 70, **features)
+    net = GPT(config).init_weights(0)
+    net.activation_checkpointing = checkpointing
+    ids = torch.randint(0, 70, (2, 256), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        net(ids)  # evaluation between the steps must leave nothing that training cannot use
+    expected = net.hidden(ids)
+    net.training_attention = "flex"
+    net.training_trunk = torch.compile(net.trunk, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        got = net.hidden(ids, is_training=True)
+        again = net.hidden(ids.roll(1, 0), is_training=True)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, expected.roll(1, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_keeps_less_memory_than_a_mask():
+    """Saved for the backward pass: nothing that grows with T x T."""
+
+    def saved(call, length):
+        tensors, _ = inputs(length, torch.float32)
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes) or t, lambda t: t):
+            call(*tensors)
+        return sum(held)
+
+    def windowed(q, k, v):
+        return causal_attention(q, k, v, SCALE, 512)
+
+    assert saved(windowed, 4096) == pytest.approx(2 * saved(windowed, 2048), rel=0.03)
+    assert saved(windowed, 4096) < 0.2 * saved(lambda q, k, v: masked(q, k, v, 512), 4096)
+
+
+def test_cached_attention_sees_the_window_only():
+    tensors, _ = inputs(30, torch.float32)
+    q, k, v = (t.detach() for t in tensors)
+    whole = masked(q, k, v, 8)
+    at = torch.tensor([[29], [17]])
+    query = q[torch.arange(2).unsqueeze(1), at]
+    got = cached_attention(query, k, v, at, SCALE, 8)
+    torch.testing.assert_close(got[:, 0], torch.stack([whole[0, 29], whole[1, 17]]), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,113 @@
+"""torch.compile: when it is used, that it changes no result, and what a failure says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+
+from llm.errors import UserError
+from llm.model.compile import compile_training, decide
+from llm.model.config import GPTConfig
+from llm.model.cross_entropy import CHUNK_ELEMENTS
+from llm.model.gpt import GPT
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+MODERN = {"value_embeds": True, "residual_scalars": True, "smear": True, "backout": True, "window_pattern": "SL"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "stage", "device", "steps", "want"),
+    [
+        (False, "pretrain", GPU, 10_000, False),
+        (True, "pretrain", CPU, 1, True),
+        ("auto", "pretrain", CPU, 499, False),
+        ("auto", "sft", CPU, 500, True),
+        ("auto", "pretrain", GPU, 1, True),
+        ("auto", "grpo", GPU, 10_000, False),
+    ],
+)
+def test_what_is_compiled(choice, stage, device, steps, want, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    compiled, why = decide(choice, stage, device, steps)
+    assert compiled is want and why
+
+
+def test_orders_that_cannot_be_followed(monkeypatch):
+    with pytest.raises(UserError, match="compile=0: choose one of"):
+        decide(0, "pretrain", GPU, 10)
+    with pytest.raises(UserError, match="compile=true: the shapes of stage=grpo"):
+        decide(True, "grpo", GPU, 10)
+    with pytest.raises(UserError, match="compile=maybe: choose one of auto, true, false"):
+        decide("maybe", "pretrain", GPU, 10)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert decide("auto", "pretrain", CPU, 10_000) == (False, "there is no C++ compiler")
+    assert decide("auto", "pretrain", GPU, 10_000) == (False, "there is no C compiler")
+    with pytest.raises(UserError, match="compile=true: there is no C.. compiler"):
+        decide(True, "pretrain", CPU, 10)
+
+
+def network(bos_id=None) -> GPT:
+    net = GPT(GPTConfig(3, 2, 2, 16, 32, 256, 100, arch="modern", bos_id=bos_id, **MODERN)).init_weights(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bos_id", "by_block"), [(None, False), (99, False), (None, True)])  # 99: documents apart
+def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, monkeypatch):
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", (1 << 24, 25_600))  # tiles of 256 tokens
+    torch._dynamo.reset()
+    eager, compiled = network(bos_id), network(bos_id)
+    compile_training(compiled, by_block)
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    torch._dynamo.utils.counters.clear()
+    for step in range(3):
+        ids = torch.randint(0, 100, (2, 257), generator=torch.Generator().manual_seed(step))
+        targets = ids[:, 1:].clone()
+        targets[0, : 3 * step] = -1  # their number changes: the tile that is left over must not be compiled
+        for net in (eager, compiled):
+            net.zero_grad()
+            (net(ids[:, :-1], targets, reduction="sum") / 512).backward()
+        for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4, msg=name)
+        if step == 0:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    with torch.no_grad():
+        torch.testing.assert_close(eager(ids[:, :9]), compiled(ids[:, :9]))  # eager, whatever the shape
+
+
+@pytest.mark.slow
+def test_a_failing_compiler_names_the_part(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/g++",))
+    net, ids = network(), torch.zeros(2, 16, dtype=torch.long)
+    compile_training(net)
+    with pytest.raises(UserError, match="compile: the network could not be compiled .*; set compile=false"):
+        net(ids, ids, reduction="sum")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "keys"),
+    [
+        ("train_step", ["--depth", "2", "--seq-len", "64", "--vocab", "300", "--steps", "2", "--compile", "false"],
+         ["data_ms", "forward_backward_ms", "optimizer_ms", "framework_ms", "share_of_matmul_rate", "step_peak_mb"]),
+        ("optimizer", ["--depth", "2", "--vocab", "300", "--repeats", "1"], ["2026_ms", "torch_ms", "muon_floor_ms"]),
+        ("attention", ["--rows", "1", "--heads", "1", "--head-dim", "16", "--window", "256", "--repeats", "1"],
+         ["1024_full_ms", "2048_masked_peak_mb", "4096_banded_to_full"]),
+        ("loss_head", ["--tokens", "64", "--width", "16", "--vocab", "100", "--repeats", "1"], ["chunked_ms"]),
+    ],
+)  # fmt: skip
+def test_benchmarks_end_with_a_line_of_json(script, options, keys):
+    command = [sys.executable, str(REPO / f"bench/{script}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert set(keys) <= set(values) and all(values[key] >= 0 for key in keys if key != "framework_ms")

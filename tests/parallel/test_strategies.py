@@ -1,0 +1,227 @@
+"""Several processes on one machine (gloo): the same weights as one process, one reader of every document, one end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from chaos import children_of
+from conftest import REPO, run_cli
+
+from llm.checkpoint.model_folder import load_model_folder
+from llm.data.documents import walk
+from llm.data.loader import positions_for
+from llm.data.packing import BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
+from llm.parallel.launch import child_env, free_port
+from llm.parallel.muon_zero2 import BUCKET_BYTES, even_shares
+
+KINDS = ("pretrain", "sft", "grpo")
+
+
+def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
+    """Results of distributed_job.py with `n` processes, by kind of step."""
+    script, port = REPO / "tests" / "distributed_job.py", free_port()
+    command = [sys.executable, str(script), strategy, str(folder), *map(str, checkpoint)]
+    environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [os.environ | {"PYTHONPATH": str(REPO)}]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for env in environments]
+    assert [process.wait(timeout=300) for process in processes] == [0] * n
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else KINDS)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(strategy, n): folder and results of 20 steps, run once."""
+
+    @cache
+    def run(strategy: str, n: int):
+        folder = tmp_path_factory.mktemp(strategy)
+        return folder, job(n, strategy, folder)
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_train_the_weights_of_one(trained, n, strategy):
+    """20 steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
+    (_, alone), (_, results) = trained("auto", 1), trained(strategy, n)
+    for kind in KINDS:
+        for name, weight in alone[kind]["weights"].items():
+            torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0)
+        assert results[kind]["tokens"] == alone[kind]["tokens"]
+        shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
+        assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
+        assert strategy == "fsdp" or results[kind]["noticed"]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
+    """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""
+    results = trained("muon", n)[1]
+    for kind in KINDS:
+        assert 2 <= results[kind]["sent"] / sum(w.numel() for w in results[kind]["weights"].values()) < 2.1
+
+
+@pytest.mark.parametrize(("saved", "strategy", "n"), [("fsdp", "auto", 1), ("muon", "fsdp", 2)])
+def test_a_checkpoint_of_one_strategy_goes_on_under_another(trained, saved, strategy, n, tmp_path):
+    checkpoint = trained(saved, 2)[0] / "pretrain" / "step_000010.ckpt"
+    weights = job(n, strategy, tmp_path, checkpoint)["pretrain"]["weights"]
+    for name, weight in trained("auto", 1)[1]["pretrain"]["weights"].items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_matrices_are_dealt_out_evenly(world):
+    params = [torch.empty(256, 256, device="meta")] * 16 + [torch.empty(1024, 256, device="meta")] * 8
+    buckets = even_shares(params, world)
+    loads = [sum(p.numel() for owned in buckets for p in owned[k]) for k in range(world)]
+    total = sum(p.numel() for p in params)
+    assert sum(loads) == total and max(loads) <= 1.1 * total / world
+    travelling = sum(world * max(sum(p.numel() for p in share) for share in owned) for owned in buckets)
+    assert travelling <= 1.1 * total  # what is summed and sent, padding included
+    large = [torch.empty(4096, 4096, device="meta")] * 11
+    assert all(sum(p.numel() for share in owned for p in share) * 4 <= BUCKET_BYTES for owned in even_shares(large, 2))
+
+
+# ---- the number of processes changes --------------------------------------------------------------------------------
+
+
+def documents(n: int = 400):
+    return [f"document {i}" for i in range(n)]
+
+
+def read(cursor, rank: int, world: int, count: int):
+    found = islice(walk([0], lambda shard, row: iter(documents()[row:]), cursor, rank, world, False, "here"), count)
+    return list(found)
+
+
+@pytest.mark.parametrize("worlds", [(2, 3, 1), (3, 1, 2), (1, 4, 3)])
+def test_every_document_is_read_once_whatever_the_ranks(worlds):
+    positions, seen = [None] * worlds[0], []
+    for stage, world in enumerate(worlds):
+        positions = positions_for(positions, world) if stage else positions
+        moved = []
+        for rank, position in enumerate(positions):
+            count = 1000 if stage == len(worlds) - 1 else 20 + 13 * rank
+            got = read(None if position is None else position["cursor"], rank, world, count)
+            seen += [text for text, _ in got]
+            cursor = got[-1][1] if got else position["cursor"]
+            moved.append({"cursor": cursor, "packer": BestFitCrop(8).state_dict(), "rank": rank, "world": world})
+        positions = moved
+    assert sorted(seen) == sorted(documents())
+
+
+@pytest.mark.parametrize("packer", [BestFit, BestFitCrop, BestFitPad, Stream])
+def test_what_waits_is_dealt_out_whole(packer):
+    rng, states, lengths = np.random.default_rng(0), [], []
+    for _ in range(3):
+        p = packer(32, buffer=20)
+        sizes = rng.integers(1, 32, 20)
+        feed = (Document(np.full(n, n, np.int32), np.ones(n, bool)) for n in sizes)
+        p._refill(feed)
+        lengths += sizes[: len(p)].tolist()
+        p.placed = 5
+        states.append(p.state_dict())
+    dealt = deal(states, 2)
+    assert sorted(n for state in dealt for n in state["lengths"]) == sorted(lengths)
+    assert [state["placed"] for state in dealt] == [15, 0]
+    for state in dealt:
+        p = packer(32, buffer=1)
+        p.load_state_dict(state)
+        assert len(p) == len(state["lengths"])
+        assert all((d.ids == len(d.ids)).all() and len(d.ids) == len(d.mask) for d in p._waiting.values())
+
+
+# ---- from the command line ------------------------------------------------------------------------------------------
+
+TINY = ("experiment=tiny", "batch.total=1024", "trainer=cpu", "trainer.devices=2", "precision.compute=fp32")
+
+
+def tiny(root, *args: str):
+    return run_cli("train.py", *TINY, f"paths.runs={root}", *args)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    assert tiny(root, "stage=tokenizer").returncode == 0
+    return root
+
+
+def columns(root, run: str) -> list[tuple]:
+    """The rows of metrics.csv without what the clock says."""
+    lines = [line.split(",") for line in (root / run / "pretrain" / "metrics.csv").read_text().splitlines()]
+    timed = {lines[0].index(name) for name in ("tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds")}
+    return [tuple(cell for i, cell in enumerate(line) if i not in timed) for line in lines]
+
+
+LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=30", "stage.eval_every=10", "stage.sample_every=0")
+
+
+def stopped(root, run: str, signum: signal.Signals, *args: str) -> int:
+    """Start a training, send a signal to its launcher once there is a checkpoint; its exit status."""
+    command = [sys.executable, str(REPO / "train.py"), *TINY, f"paths.runs={root}", *LONG, f"run={run}", *args]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((root / run).glob("pretrain/checkpoints/*.ckpt")):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.send_signal(signum)
+    return launcher.wait(timeout=120)
+
+
+def test_two_processes_resume_bit_for_bit(tokenizer):
+    straight = tiny(tokenizer, *LONG, "run=straight")
+    assert straight.returncode == 0 and straight.stdout.count("straight/pretrain finished") == 1, straight.stderr
+    assert stopped(tokenizer, "killed", signal.SIGKILL) == -signal.SIGKILL
+    time.sleep(3)  # the system tells its processes to stop, which save and end
+    resumed = tiny(tokenizer, *LONG, "run=killed")
+    assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
+    assert columns(tokenizer, "killed") == columns(tokenizer, "straight")
+    a, b = (
+        (tokenizer / run / "pretrain" / "model" / "model.safetensors").read_bytes() for run in ("straight", "killed")
+    )
+    assert a == b
+
+
+def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
+    assert stopped(tokenizer, "moved", signal.SIGTERM, "strategy=fsdp") == 128 + signal.SIGTERM
+    resumed = tiny(tokenizer, *LONG, "run=moved", "trainer.devices=1")
+    assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
+    assert columns(tokenizer, "moved")[-1][0] == "30"
+    # what generates, evaluates and saves under fsdp needs whole weights
+    done = tiny(tokenizer, "strategy=fsdp", "stage=grpo", "init_from=moved/pretrain", "run=moved", "max_steps=1")
+    assert done.returncode == 0 and "pass@1" in done.stdout, done.stderr
+    before, after = (load_model_folder(tokenizer / "moved" / s / "model")[0].head_weight for s in ("pretrain", "grpo"))
+    assert before.shape == after.shape and (before - after).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_a_dead_process_ends_the_training(tokenizer, when):
+    """One that dies before the processes have met leaves the first one waiting for it."""
+    run = f"dead-{when}"
+    line = [*TINY, f"paths.runs={tokenizer}", *LONG, f"run={run}", "max_steps=3000"]
+    command = [sys.executable, str(REPO / "train.py"), *line]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(children := children_of(launcher.pid)) < 2 or (
+        when == "training" and not list((tokenizer / run).glob("pretrain/checkpoints/*.ckpt"))
+    ):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    os.kill(children[-1], signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - start < 60 and launcher.returncode == 128 + signal.SIGKILL
+    assert "was ended by SIGKILL" in errors
+
+
+def test_a_mistake_is_said_once(tokenizer):
+    done = tiny(tokenizer, "stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.total=512")
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "x devices = 4 x 128 x 2" in done.stderr
+    done = tiny(tokenizer, "stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "strategy=single")
+    assert done.returncode == 2 and "strategy=single: there are 2 processes" in done.stderr

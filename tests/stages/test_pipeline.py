@@ -1,0 +1,235 @@
+"""The whole pipeline as real processes: every stage of experiment=tiny, its files, and what goes wrong how."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, compose, run_cli
+
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory):
+    """runs/ with all stages of the run `tiny`, made by one sweep as the README shows it."""
+    root = tmp_path_factory.mktemp("pipeline") / "runs"
+    done = train("-m", f"stage={','.join(STAGES)}", root=root)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root
+
+
+def train(*args, root, **env):
+    return run_cli("train.py", "experiment=tiny", f"paths.runs={root}", *args, **env)
+
+
+def manifest(root, stage, run="tiny"):
+    return json.loads((root / run / stage / "run.json").read_text())
+
+
+def metrics(root, stage, run="tiny"):
+    with open(root / run / stage / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_its_files(tiny_runs, stage):
+    record, folder = manifest(tiny_runs, stage), tiny_runs / "tiny" / stage
+    for key in (
+        "stage",
+        "status",
+        "parent",
+        "config",
+        "derived",
+        "commit",
+        "seconds",
+        "metrics",
+        "started",
+        "finished",
+    ):
+        assert key in record
+    assert record["stage"] == stage and record["status"] == "finished" and record["seconds"] > 0
+    assert (folder / "config.yaml").read_text().startswith("stage:")
+    names = {p.name for p in (folder / "model").iterdir()}
+    assert {"tokenizer.tiktoken", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    if stage == "tokenizer":
+        assert record["parent"] is None and "| val " in (folder / "compression.md").read_text()
+        return
+    assert {"model.safetensors", "config.json", "generation_config.json"} <= names
+    assert record["parent"].endswith(f"{STAGES[STAGES.index(stage) - 1]}/model")
+    table = metrics(tiny_runs, stage)
+    assert list(table[0])[0] == "step" and int(table[-1]["step"]) == record["steps"] > 0
+    assert record["tokens"] > 0 and record["flops"] > 0 and record["derived"]["params_total"] > 0
+    wanted = {"reward", "pass@1"} if stage == "grpo" else {"loss", "bpb"}
+    assert wanted | {"lr", "tok_per_s", "ms_per_step", "mfu", "data_wait"} <= set(table[0])
+    assert wanted <= set(record["metrics"])
+
+
+def test_report_shows_all_stages(tiny_runs):
+    report = (tiny_runs / "tiny" / "report.md").read_text()
+    assert all(stage in report for stage in STAGES)
+    images = re.findall(r"\((report/[^)]+\.png)\)", report)
+    assert images and all((tiny_runs / "tiny" / image).stat().st_size > 5000 for image in images)
+
+
+def test_running_again_is_a_quick_no_op(tiny_runs):
+    before = {p: p.stat().st_mtime_ns for p in tiny_runs.rglob("*") if p.is_file()}
+    start = time.perf_counter()
+    done = train("-m", f"stage={','.join(STAGES)}", root=tiny_runs)
+    assert done.returncode == 0 and done.stdout.count("is finished") == 5
+    assert time.perf_counter() - start < 20
+    assert before == {p: p.stat().st_mtime_ns for p in tiny_runs.rglob("*") if p.is_file()}
+
+
+def test_another_config_is_an_error_that_names_the_keys(tiny_runs):
+    done = train("stage=sft", "seed=7", "optim.matrix_lr=0.5", root=tiny_runs)
+    assert done.returncode == 2 and "seed: 42 -> 7" in done.stderr and "optim.matrix_lr: 0.02 -> 0.5" in done.stderr
+    assert "run=<new name>" in done.stderr and "overwrite=true" in done.stderr
+    assert manifest(tiny_runs, "sft")["status"] == "finished"
+
+
+def test_a_missing_parent_lists_what_exists(tiny_runs):
+    done = train("stage=sft", "run=other", root=tiny_runs)
+    assert done.returncode == 2 and "tiny/midtrain" in done.stderr and "init_from" in done.stderr
+    assert not (tiny_runs / "other").exists()
+
+
+def test_a_parent_of_another_architecture_is_refused(tiny_runs):
+    done = train("stage=sft", "run=other", "init_from=tiny/midtrain", "model=d4", root=tiny_runs)
+    assert done.returncode == 2 and "model.depth: configured 4, found 2" in done.stderr
+
+
+def test_a_new_tokenizer_makes_the_model_out_of_date(tmp_path):
+    assert train("-m", "stage=tokenizer,pretrain", root=tmp_path).returncode == 0
+    assert train("stage=tokenizer", "stage.vocab_size=300", "overwrite=true", root=tmp_path).returncode == 0
+    done = train("stage=pretrain", root=tmp_path)
+    assert done.returncode == 2 and "earlier version" in done.stderr and "overwrite=true" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["stage=pretrain", "batch.total=500"], "batch.total=500"),
+        (["stage=pretrain", "trainer.devices=0"], "trainer.devices=0"),
+        (["stage=tokenizer", "stage.vocab_size=100"], "stage.vocab_size"),
+        (["stage=tokenizer", "stage.vocab_size=100000"], "vocab_size"),
+        (["stage=pretrain", "data=local"], "data.path"),
+        (["stage=pretrain", "data=local", "data.path=no/such/folder"], "data.path=no/such/folder"),
+        (["stage=sft", "data.mixture.sft.choice=0.0", "data.tasks.identity.size=100000"], "data.tasks.identity"),
+        (["stage=grpo", "stage.task=smalltalk"], "stage.task=smalltalk"),
+        (["stage=grpo", "stage.task=nothing"], "stage.task=nothing"),
+        (["stage=sft", "data.tasks.choice.source=local", "data.tasks.choice.train=gone.jsonl"], "gone.jsonl"),
+    ],
+)
+def test_mistakes_end_before_work_starts(tiny_runs, args, says):
+    from llm.errors import UserError
+    from llm.stages.run_stage import run_stage
+
+    stage = args[0].removeprefix("stage=")
+    parent = [] if stage == "tokenizer" else [f"init_from=tiny/{STAGES[STAGES.index(stage) - 1]}"]
+    run = "mistake-" + "".join(c if c.isalnum() else "-" for c in says)
+    with pytest.raises(UserError) as caught:
+        run_stage(compose("train", "experiment=tiny", f"paths.runs={tiny_runs}", f"run={run}", *args, *parent))
+    assert says in str(caught.value)
+    left = {p.name for p in (tiny_runs / run).rglob("*")}
+    trains_first = "stage.vocab_size=100000" in args  # too large for the text: known only once the text was read
+    assert left == ({"tokenizer", "run.json", "config.yaml"} if trains_first else set())
+
+
+def test_a_mistake_is_one_line_and_status_2(tiny_runs):
+    done = train("stage=pretrain", "init_from=tiny/tokenizer", "run=mistake", "batch.total=500", root=tiny_runs)
+    assert done.returncode == 2 and done.stderr.startswith("error: batch.total=500") and done.stderr.count("\n") == 1
+
+
+def test_overwrite_destroys_nothing_before_the_checks_are_done(tiny_runs):
+    from llm.errors import UserError
+    from llm.stages.run_stage import run_stage
+
+    before = sorted(p for p in (tiny_runs / "tiny").rglob("*"))
+    for args in (["stage=tokenizer", "data=local", "data.path=typo"], ["stage=sft", "trainer=gpu"]):
+        if "trainer=gpu" in args and torch.cuda.is_available():
+            continue
+        with pytest.raises(UserError, match="typo|no GPU"):
+            run_stage(compose("train", "experiment=tiny", f"paths.runs={tiny_runs}", "overwrite=true", *args))
+    assert before == sorted(p for p in (tiny_runs / "tiny").rglob("*"))
+
+
+def test_dry_run_prints_and_writes_nothing(tiny_runs):
+    done = train("stage=pretrain", "init_from=tiny/tokenizer", "run=dry", "dry_run=true", root=tiny_runs)
+    assert done.returncode == 0 and "params_total" in done.stdout and "flops_per_token" in done.stdout
+    assert not (tiny_runs / "dry").exists()
+
+
+def start_and_wait_for(line: str, *args, root):
+    """A training process that has printed `line`."""
+    command = [sys.executable, str(REPO / "train.py"), "experiment=tiny", f"paths.runs={root}", *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for out in process.stdout:
+        if line in out:
+            return process
+    raise AssertionError(f"{line!r} never came; exit status {process.wait()}")
+
+
+def same_weights(a, b) -> bool:
+    from safetensors.torch import load_file
+
+    x, y = (load_file(folder / "model" / "model.safetensors") for folder in (a, b))
+    return x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
+
+
+FAST_STOPS = {("pretrain", signal.SIGINT), ("sft", signal.SIGKILL)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "signum", "status"),
+    [
+        pytest.param(stage, signum, status, marks=() if (stage, signum) in FAST_STOPS else pytest.mark.slow)
+        for stage in STAGES[1:]
+        for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9))
+    ],
+)
+def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, stage, signum, status):
+    """Straight run = run that is stopped by a signal and started again with the same command, bit for bit."""
+    steps = 8 if stage == "grpo" else 40
+    args = [f"stage={stage}", f"init_from=tiny/{STAGES[STAGES.index(stage) - 1]}", f"max_steps={steps}", "save_every=2"]
+    straight = f"straight-{stage}"
+    if not (tiny_runs / straight).exists():
+        assert train(*args, f"run={straight}", root=tiny_runs).returncode == 0
+    run = f"stopped-{stage}-{int(signum)}"
+    process = start_and_wait_for("step 5/", *args, f"run={run}", root=tiny_runs)
+    process.send_signal(signum)
+    out = process.stdout.read()
+    assert process.wait(timeout=60) == status, out
+    if signum != signal.SIGKILL:
+        assert "the same command resumes" in out and manifest(tiny_runs, stage, run)["status"] == "interrupted"
+    again = train(*args, f"run={run}", root=tiny_runs)
+    assert again.returncode == 0 and "resuming at step" in again.stdout
+    assert same_weights(tiny_runs / straight / stage, tiny_runs / run / stage)
+    timing = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
+    tables = [metrics(tiny_runs, stage, name) for name in (straight, run)]
+    a, b = ([{k: v for k, v in row.items() if k not in timing} for row in table] for table in tables)
+    assert a == b
+
+
+def test_evaluation_writes_the_agreed_json(tiny_runs):
+    args = ["run=tiny", "stage=sft", "eval=[bpb,chat,samples]", f"paths.runs={tiny_runs}"]
+    done = run_cli("evaluate.py", *args, "eval.max_per_task=6", "eval.tokens=1024", "eval.max_new_tokens=16")
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((tiny_runs / "tiny" / "sft" / "eval.json").read_text())
+    assert scores["bpb"] > 0 and set(scores["chat"]) == {"choice", "arithmetic", "spelling", "identity"}
+    for result in scores["chat"].values():
+        assert set(result) >= {"accuracy", "n", "stderr"} and result["n"] == 6
+    assert scores["samples"] and {"prompt", "completion"} <= set(scores["samples"][0])
+    assert "arithmetic" in done.stdout
+
+
+def test_a_question_is_answered_once_from_the_command_line(tiny_runs):
+    done = run_cli("serve.py", "run=tiny", "prompt=Who are you?", "max_new_tokens=8", f"paths.runs={tiny_runs}")
+    assert done.returncode == 0, done.stderr[-2000:]

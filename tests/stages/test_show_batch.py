@@ -1,0 +1,44 @@
+"""What a stage trains on, as people see it."""
+
+import torch
+from conftest import REPO, run_cli
+
+from llm.data.loader import ConversationSteps
+from llm.stages.show_batch import for_page, for_terminal, pieces, rows_of
+from llm.tokenizer.chat_format import render_conversation
+
+TALK = {"messages": [{"role": "user", "content": "How many apples?"}, {"role": "assistant", "content": "12 <apples>"}]}
+
+
+def test_what_is_trained_is_what_the_mask_says(tiny_tokenizer):
+    step = next(ConversationSteps([TALK] * 3, tiny_tokenizer, 60, 2, 1).steps())
+    (ids, weights), *_ = rows_of(step["micro"])
+    shown = pieces(ids, weights, tiny_tokenizer)
+    assert "".join(text for kind, text in shown if kind == "trained").startswith("12 <apples>")
+    assert "How many apples?" in "".join(text for kind, text in shown if kind == "context")
+    assert ("special trained", "<|assistant_end|>") in shown and "tokens of filling]" in shown[-1][1]
+    mask = render_conversation(tiny_tokenizer, TALK)[1]
+    assert [float(m) for m in mask] == [float(w != 0) for w in weights[: len(mask)]]
+    assert "\033[32m12 <apples>" in for_terminal([shown]) and "12 &lt;apples&gt;" in for_page([shown], "a & b")
+    assert "<h1>a &amp; b</h1>" in for_page([shown], "a & b")
+
+
+def test_answers_that_are_made_less_likely_are_red(tiny_tokenizer):
+    ids = torch.tensor([tiny_tokenizer.encode("one two three")])
+    targets = ids[:, 1:].clone()
+    targets[0, 0] = -1
+    micro = {"inputs": ids[:, :-1], "targets": targets, "weights": torch.full(targets.shape, -0.5)}
+    (row,) = rows_of([micro])
+    kinds = [kind for kind, _ in pieces(*row, tiny_tokenizer)]
+    assert kinds == ["context", "punished"]
+
+
+def test_the_command_shows_the_batch_of_a_stage(tmp_path):
+    assert run_cli("train.py", "experiment=tiny", "stage=tokenizer", f"paths.runs={tmp_path}").returncode == 0
+    page = tmp_path / "batch.html"
+    args = ["--rows", "1", "--html", str(page), "experiment=tiny", "stage=pretrain", f"paths.runs={tmp_path}"]
+    done = run_cli("llm/stages/__main__.py", *args, PYTHONPATH=str(REPO))
+    assert done.returncode == 0, done.stderr
+    assert "tiny/pretrain, first step: 4 rows, 512 tokens, 512 trained; 1 shown" in done.stdout
+    assert page.read_text().count("<pre>") == 1
+    assert not (tmp_path / "tiny" / "pretrain").exists()

@@ -1,0 +1,422 @@
+"""Training steps: what a gradient is the gradient of, how rollouts become batches, how a stage resumes and stops."""
+
+import csv
+import os
+import re
+import signal
+import time
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conftest import compose
+
+from callbacks.cadence import Periodic
+from callbacks.checkpoint import StepCheckpoint
+from callbacks.metrics import MetricsLog
+from callbacks.progress import Progress
+from callbacks.runtime import CleanStop, GarbageControl
+from callbacks.throughput import Throughput
+from callbacks.watch import LossGuard
+from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
+from llm.errors import UserError
+from llm.inference.engine import Completion
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
+from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
+from llm.stages.loss_scaler import LossScaler
+from llm.stages.step_module import StageContext, StepData, StepModule
+
+OPTIM = compose("train", "optim=muon_2025", "optim.momentum_warmup=4").optim
+STAGE = SimpleNamespace(lr_frac=1.0, warmup_steps=0, warmdown_ratio=0.5, final_lr_frac=0.0)
+CONFIG = GPTConfig(2, 1, 1, 16, 16, 8, 70)
+STEPS = 6
+
+
+def net(seed=0) -> GPT:
+    model, g = GPT(CONFIG).init_weights(seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)
+    return model
+
+
+def step_batch(step: int, rows=4, split=2) -> dict:
+    """A batch that depends on its number alone; some targets ignored."""
+    g = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 70, (rows, 9), generator=g)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=g) < 0.3] = -1
+    micro = [{"inputs": x, "targets": y} for x, y in zip(inputs.split(split), targets.split(split), strict=True)]
+    return {
+        "micro": micro,
+        "n_trained": int((targets >= 0).sum()),
+        "n_tokens": inputs.numel(),
+        "state": {"next": step + 1},
+    }
+
+
+class Numbers:
+    """Loader whose position is the number of the next batch."""
+
+    def __init__(self, position, make=step_batch):
+        self.next, self.make = 0 if position is None else position["next"], make
+
+    def __len__(self):
+        return 10**9
+
+    def __iter__(self):
+        while True:
+            yield self.make(self.next)
+            self.next += 1
+
+
+def fit(
+    folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1, minutes=None
+):
+    context = StageContext("pretrain", None, torch.ones(70), total, 8)
+    module = module or StepModule(net(), OPTIM, STAGE, context)
+    checkpoint = StepCheckpoint(save_every, folder / "checkpoints", minutes)
+    stop = CleanStop(checkpoint)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=total,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[
+            checkpoint,
+            stop,
+            GarbageControl(),
+            *extra,
+            Throughput(log_every, 1e9),
+            MetricsLog(folder / "metrics.csv", log_every),
+        ],
+        plugins=[CheckpointWriter()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    data = StepData(lambda position: Numbers(position, make))
+    trainer.fit(module, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
+    return module, stop
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys):
+    class SlowStart(StepModule):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 0:
+                time.sleep(0.5)  # as long as torch.compile might take for so small a network
+            super().training_step(batch, batch_idx)
+
+    context = StageContext("pretrain", None, torch.ones(70), STEPS, 8)
+    module = SlowStart(net(), OPTIM, STAGE, context)
+    module.net.training_trunk = module.net.trunk
+    fit(tmp_path / "1", module=module)
+    first, second = rows(tmp_path / "1")[:2]
+    assert float(first["seconds"]) > 0.5 and first["ms_per_step"] == first["tok_per_s"] == "" != second["tok_per_s"]
+    capsys.readouterr()
+    module = SlowStart(net(), OPTIM, STAGE, context)
+    module.net.training_trunk = module.net.trunk
+    fit(tmp_path / "3", module=module, log_every=3)
+    first = rows(tmp_path / "3")[0]
+    assert first["step"] == "3" and float(first["ms_per_step"]) < 250 and float(first["seconds"]) > 0.5
+    assert re.search(r"first step: 0\.[5-9] s with compilation", capsys.readouterr().out)
+
+
+def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path):
+    a, _ = fit(tmp_path / "a", lambda step: step_batch(step, split=4))
+    b, _ = fit(tmp_path / "b", lambda step: step_batch(step, split=1))
+    for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4)
+
+
+def test_the_step_gradient_is_that_of_the_mean_over_trained_tokens():
+    context = StageContext("sft", None, torch.ones(70), STEPS, 8)
+    module, batch = StepModule(net(), OPTIM, STAGE, context), step_batch(0)
+    for micro in batch["micro"]:
+        (module.micro_loss(micro) / batch["n_trained"]).backward()
+    got = [p.grad.clone() for p in module.net.parameters()]
+    module.net.zero_grad()
+    inputs, targets = (torch.cat([m[k] for m in batch["micro"]]) for k in ("inputs", "targets"))
+    module.net(inputs, targets, reduction="mean").backward()
+    for g, p in zip(got, module.net.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_step_without_trained_tokens_is_zero_and_not_nan(tmp_path):
+    def empty(step):
+        batch = step_batch(step)
+        for micro in batch["micro"]:
+            micro["targets"] = torch.full_like(micro["targets"], -1)
+        return batch | {"n_trained": 0}
+
+    module, _ = fit(tmp_path, empty, total=2)
+    for p, q in zip(module.net.parameters(), net().parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_resuming_equals_a_straight_run(tmp_path):
+    straight, _ = fit(tmp_path / "straight")
+    fit(tmp_path / "broken", total=STEPS, extra=[StopAt(3)])
+    step, path = newest_checkpoint(tmp_path / "broken" / "checkpoints")
+    assert step == 3
+    resumed, _ = fit(tmp_path / "broken", ckpt=path)
+    for p, q in zip(straight.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert resumed.tokens_seen == straight.tokens_seen
+    for name in ("step", "loss", "lr", "tokens"):
+        assert [r[name] for r in rows(tmp_path / "straight")] == [r[name] for r in rows(tmp_path / "broken")]
+
+
+class StopAt(L.Callback):
+    """Sends the process a signal during a step, as Ctrl-C or a scheduler would."""
+
+    def __init__(self, step, signum=signal.SIGTERM):
+        self.step, self.signum = step, signum
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_after_the_step(tmp_path, signum):
+    before = signal.getsignal(signum)
+    _, stop = fit(tmp_path, extra=[StopAt(5, signum)], save_every=100)
+    assert stop.signum == signum and [s for s, _ in list_checkpoints(tmp_path / "checkpoints")] == [5]
+    assert len(rows(tmp_path)) == 5 and signal.getsignal(signum) == before
+
+
+def test_only_the_newest_two_checkpoints_stay_and_a_damaged_one_is_skipped(tmp_path, caplog):
+    fit(tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert [step for step, _ in list_checkpoints(folder)] == [4, 6]
+    newest = list_checkpoints(folder)[-1][1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert newest_checkpoint(folder)[0] == 4 and "is damaged (1000 bytes instead of" in caplog.text
+
+
+def test_a_failing_write_keeps_the_checkpoint_before(tmp_path):
+    """The file size limit of the process makes real writes fail half-way, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    module, _ = fit(tmp_path, total=2)
+    folder, io = tmp_path / "checkpoints", CheckpointWriter()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="step 2 is intact"):
+            io.save_checkpoint({"w": torch.zeros(100_000)}, folder / "step_000003.ckpt")
+            io.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "step_000002.ckpt"]
+    assert newest_checkpoint(folder)[0] == 2
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else():
+    batch, grads, saved = step_batch(0), [], []
+    for on in (False, True):
+        model = net()
+        model.activation_checkpointing, held = on, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.nbytes) or t, lambda t: t):
+            loss = model(batch["micro"][0]["inputs"], batch["micro"][0]["targets"], reduction="sum")
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        saved.append(sum(held))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and saved[1] < 0.5 * saved[0]
+
+
+def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(tmp_path):
+    exact, _ = fit(tmp_path / "fp32")
+    half = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
+    half.net.compute_dtype = torch.float16
+    fit(tmp_path / "fp16", module=half)
+    moved = sum((p - q).norm() ** 2 for p, q in zip(exact.net.parameters(), net().parameters(), strict=True))
+    apart = sum((p - q).norm() ** 2 for p, q in zip(exact.net.parameters(), half.net.parameters(), strict=True))
+    assert apart < 0.02 * moved and half.scaler.good_steps == STEPS
+
+    broken = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
+    broken.net.compute_dtype = torch.float16
+    fit(tmp_path / "broken", module=broken, extra=[StopAt(3)])
+    resumed = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))
+    resumed.net.compute_dtype = torch.float16
+    fit(tmp_path / "broken", module=resumed, ckpt=newest_checkpoint(tmp_path / "broken" / "checkpoints")[1])
+    assert resumed.scaler.state_dict() == half.scaler.state_dict()
+    for p, q in zip(half.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    scaler = LossScaler(scale=8.0, interval=2)
+    for value, good in ((4.0, True), (float("inf"), False), (8.0, True), (8.0, True)):
+        params[0].grad, params[1].grad = torch.full((3,), 8.0), torch.full((3,), value)
+        before = scaler.scale
+        assert scaler.unscale(params) is good
+        if good:
+            assert params[1].grad.eq(value / before).all()
+        else:
+            assert params[0].grad is None and params[1].grad is None and scaler.scale == before / 2
+    assert scaler.state_dict() == {"scale": 8.0, "good_steps": 0}
+
+
+class Letters:
+    @staticmethod
+    def decode(ids):
+        return " ".join(map(str, ids))
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
+    """In step 3 the second micro-batch overflows: the checkpoint holds the weights after step 2, bit for bit."""
+
+    class Overflowing(StepModule):
+        def micro_loss(self, micro):
+            loss = super().micro_loss(micro)
+            return loss * float("inf") if "bad" in micro else loss
+
+    def make(step):
+        batch = step_batch(step)
+        if step == 2:
+            batch["micro"][1]["bad"] = torch.ones(())
+        return batch
+
+    def module(cls=StepModule):
+        return cls(net(), OPTIM, STAGE, StageContext("sft", Letters, torch.ones(70), STEPS, 8))
+
+    folder = tmp_path / "broken"
+    guard = LossGuard(StepCheckpoint(2, folder / "checkpoints"), folder)
+    with pytest.raises(UserError, match="became inf in step 3, micro-batch 1.*step 2 was saved"):
+        fit(folder, make, module=module(Overflowing), extra=[guard], save_every=100)
+    text = (folder / "bad_loss_step_3.txt").read_text()
+    assert text.splitlines()[0] == Letters.decode(step_batch(2)["micro"][1]["inputs"][0].tolist())
+    step, path = newest_checkpoint(folder / "checkpoints")
+    assert step == 2
+    fit(tmp_path / "straight", extra=[StopAt(2)], module=module())
+    _, other = newest_checkpoint(tmp_path / "straight" / "checkpoints")
+    ours, theirs = (torch.load(p, weights_only=True)["state_dict"] for p in (path, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    resumed, _ = fit(folder, ckpt=path, module=module())  # without the accident it goes on
+    whole, _ = fit(tmp_path / "whole", module=module())
+    for p, q in zip(resumed.net.parameters(), whole.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_metrics_gain_columns_without_losing_rows(tmp_path):
+    class Late(Periodic):
+        def act(self, trainer, module, step):
+            module.row["bpb"] = step / 10
+
+    fit(tmp_path, extra=[Late(4)])
+    table = rows(tmp_path)
+    assert [r["step"] for r in table] == ["1", "2", "3", "4", "5", "6"]
+    assert [r["bpb"] for r in table] == ["", "", "", "0.4", "", "0.6"]  # every fourth step, and the last
+    assert all(float(r["tok_per_s"]) > 0 and float(r["ms_per_step"]) > 0 for r in table)
+    assert [float(r["lr"]) for r in table] == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3])
+
+
+def test_progress_lines_show_what_was_logged(tmp_path, capsys):
+    fit(tmp_path, extra=[Progress(1)])
+    out = capsys.readouterr().out
+    assert "pretrain step 6/6" in out and "loss" in out and "ETA" in out
+
+
+# Rollouts
+
+
+def test_sequence_trains_sampled_tokens_and_the_end_of_turn():
+    sample = Completion([7, 8, 9], [1, 0, 1], "stop")
+    assert sequence([1, 2], sample, stop=5) == ([1, 2, 7, 8, 9, 5], [0, 0, 1, 0, 1, 1])
+    sample.finish_reason = "length"
+    assert sequence([1, 2], sample, stop=5) == ([1, 2, 7, 8, 9], [0, 0, 1, 0, 1])
+
+
+def test_advantages_are_centred_per_question():
+    got = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(got, torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0]]))
+
+
+def test_micro_batches_give_the_gradient_of_the_policy_loss():
+    """Against the definition: sum over sampled tokens of -advantage * log p, over the number of sampled tokens."""
+    g = torch.Generator().manual_seed(0)
+    sequences, advantages = [], torch.tensor([0.5, -0.5, 0.25, -0.25, 0.0])
+    for n in (3, 7, 5, 8, 4):
+        ids = torch.randint(0, 70, (n,), generator=g).tolist()
+        sequences.append((ids, [0, 0] + [1] * (n - 2)))
+    micro, n_trained, n_tokens = micro_batches_of(sequences, advantages, rows=2)
+    assert n_trained == sum(len(ids) - 2 for ids, _ in sequences) and n_tokens == sum(len(i) - 1 for i, _ in sequences)
+    module = StepModule(net(), OPTIM, STAGE, StageContext("grpo", None, torch.ones(70), STEPS, 8))
+    for m in micro:
+        (module.micro_loss(m) / n_trained).backward()
+    got = [p.grad.clone() for p in module.net.parameters()]
+    module.net.zero_grad()
+    loss = torch.zeros(())
+    for (ids, mask), advantage in zip(sequences, advantages, strict=True):
+        logprobs = torch.log_softmax(module.net(torch.tensor([ids[:-1]]))[0], -1)
+        for t in range(1, len(ids)):
+            if mask[t]:
+                loss = loss - advantage * logprobs[t - 1, ids[t]]
+    (loss / n_trained).backward()
+    for a, p in zip(got, module.net.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_answers_without_advantage_are_counted_but_not_passed_through():
+    sequences = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 5, 6], [0, 0, 1]), ([1, 7], [0, 1])]
+    micro, n_trained, n_tokens = micro_batches_of(sequences, torch.tensor([0.0, 0.5, -0.5]), rows=8)
+    assert (len(micro), n_trained, n_tokens) == (1, 4, 6) and micro[0]["inputs"].shape == (2, 2)
+    micro, n_trained, _ = micro_batches_of(sequences, torch.zeros(3), rows=8)
+    assert n_trained == 4 and len(micro) == 1 and not micro[0]["weights"].any()
+
+
+class Questions:
+    """A task of numbered questions whose answers are judged by their length."""
+
+    name, kind = "questions", "generative"
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]}
+
+
+def test_questions_are_visited_once_per_epoch_and_position_restores(monkeypatch):
+    monkeypatch.setattr("llm.stages.grpo.render_prompt", lambda tokenizer, c: [int(c["messages"][0]["content"])])
+    stage = SimpleNamespace(prompts_per_step=2)
+    engine = SimpleNamespace(net=SimpleNamespace(config=CONFIG), tokenizer=None)
+    loader = RolloutSteps(engine, Questions(), stage, 2, seed=1, position=None)
+    order = np.array([loader.questions_of(step) for step in range(5)]).flatten()
+    assert sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4] and list(order[:5]) != list(order[5:])
+    assert RolloutSteps(engine, Questions(), stage, 2, seed=1, position={"step": 3}).step == 3
+    with pytest.raises(UserError, match="stage.prompts_per_step=9"):
+        RolloutSteps(engine, Questions(), SimpleNamespace(prompts_per_step=9), 2, 1, None)
+
+
+def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
+    """One step's gradient = that of the rewarded answers + weight x that of the rehearsed rows' mean loss."""
+    rows = [([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])]
+    monkeypatch.setattr("llm.stages.grpo.render_prompt", lambda tokenizer, c: [1])
+    monkeypatch.setattr("llm.stages.grpo.render_conversation", lambda tokenizer, row, limit: rows[row])
+    stage = SimpleNamespace(prompts_per_step=2, rehearsal=2, rehearsal_weight=0.5)
+    engine = SimpleNamespace(net=net(), tokenizer=None)
+    steps = RolloutSteps(engine, Questions(), stage, 1, seed=1, position=None, rehearsal=[0, 1, 2])
+    assert [len(steps.rehearse(step, 10)[0]) for step in range(3)] == [2, 2, 2]
+    micro, n_tokens = steps.rehearse(1, n_trained=10)  # rows 2 and 0: two passes of one row
+    assert n_tokens == 1 + 3
+    module = StepModule(engine.net, OPTIM, STAGE, StageContext("grpo", None, torch.ones(70), STEPS, 8))
+    got = sum(module.micro_loss(m) for m in micro) / 10
+    wanted = torch.zeros(())
+    for ids, mask in (rows[2], rows[0]):
+        targets = torch.tensor([[i if trained else -1 for i, trained in zip(ids[1:], mask[1:], strict=True)]])
+        wanted = wanted + engine.net(torch.tensor([ids[:-1]]), targets, reduction="sum")
+    torch.testing.assert_close(got, 0.5 * wanted / 3)

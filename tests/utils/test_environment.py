@@ -1,0 +1,42 @@
+"""Settings of the process that speed depends on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+SCRIPT = """
+import json, os, resource
+from llm.utils.environment import tune_process
+tune_process()
+bytearray(8 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    bytearray(b"x" * (8 << 20))
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps({"faults": faults, "spin": os.environ.get("GOMP_SPINCOUNT")}))
+"""
+
+
+def tuned(**env: str) -> dict:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GOMP_", "OMP_"))}
+    command = [sys.executable, "-c", SCRIPT]
+    return json.loads(subprocess.run(command, cwd=REPO, env=clean | env, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc"
+)
+def test_freed_memory_stays_with_the_process():
+    pages = 50 * (8 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert tuned()["faults"] < 0.2 * pages
+    assert tuned(MALLOC_ARENA_MAX="1")["faults"] > 0.8 * pages  # the user's own settings of malloc are left alone
+
+
+def test_threads_spin_for_a_while_unless_the_user_says_otherwise():
+    assert tuned()["spin"] == "4000"
+    assert tuned(GOMP_SPINCOUNT="7")["spin"] == "7"
+    assert tuned(OMP_WAIT_POLICY="ACTIVE")["spin"] is None
