@@ -39,7 +39,7 @@ def step_of(model: str, world: int, strategy: str) -> dict:
         model_config(dict(cfg.model) | {"depth": depth}, cfg.arch, cfg.model.vocab_size)
         for depth in (cfg.model.depth, REFERENCE_DEPTH)
     )
-    horizons = [training_tokens(c, cfg.stage.ratio, cfg.stage.ratio_of) for c in (config, reference)]
+    horizons = [training_tokens(c, cfg.stage.tokens_per_param, cfg.stage.count_params) for c in (config, reference)]
     tokens, params, matrices = auto_batch(*horizons), *(num_params(config)[kind] for kind in ("total", "blocks"))
     rows = min(ROWS[model], tokens // config.seq_len // world)
     micro = tokens // (config.seq_len * world * rows)

@@ -4,7 +4,7 @@ import torch
 
 from callbacks.cadence import Periodic
 from llm.eval.bits_per_byte import bits_per_byte
-from llm.parallel.strategy import whole_net
+from llm.parallel.strategy import full_model
 
 
 class BitsPerByte(Periodic):
@@ -18,4 +18,4 @@ class BitsPerByte(Periodic):
         if context.val_batches is None:
             return
         with torch.no_grad():
-            module.row["bpb"] = bits_per_byte(whole_net(module.net), context.val_batches, context.token_bytes)
+            module.row["bpb"] = bits_per_byte(full_model(module.net), context.val_batches, context.token_bytes)

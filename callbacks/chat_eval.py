@@ -4,7 +4,7 @@ from callbacks.cadence import Periodic
 from llm.eval.task_scores import evaluate_pass_at_k, evaluate_task
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
-from llm.parallel.strategy import whole_net
+from llm.parallel.strategy import full_model
 
 
 class ChatEval(Periodic):
@@ -15,7 +15,7 @@ class ChatEval(Periodic):
         self.max_per_task, self.max_new_tokens = max_per_task, max_new_tokens
 
     def act(self, trainer, module, step) -> None:
-        engine = Engine(whole_net(module.net), module.context.tokenizer)
+        engine = Engine(full_model(module.net), module.context.tokenizer)
         for name, task in module.context.eval_tasks.items():
             result = evaluate_task(engine, task, self.max_per_task, self.max_new_tokens)
             module.row[f"chat/{name}"] = result["accuracy"]
@@ -31,7 +31,7 @@ class PassAtK(Periodic):
         self.batch_size = batch_size  # questions decoded at a time
 
     def act(self, trainer, module, step) -> None:
-        engine = Engine(whole_net(module.net), module.context.tokenizer)
+        engine = Engine(full_model(module.net), module.context.tokenizer)
         scores = evaluate_pass_at_k(
             engine, self.task, self.num_samples, self.params, max_items=self.max_items, batch_size=self.batch_size
         )

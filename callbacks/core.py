@@ -3,7 +3,7 @@
 from callbacks.cadence import Periodic
 from llm.eval.core import core_score, evaluate_core_task
 from llm.eval.core_bundle import load_bundle
-from llm.parallel.strategy import whole_net
+from llm.parallel.strategy import full_model
 
 
 class CoreEval(Periodic):
@@ -14,7 +14,7 @@ class CoreEval(Periodic):
         self.tasks = load_bundle(bundle, max_per_task=max_per_task) if self.every else []
 
     def act(self, trainer, module, step) -> None:
-        net, tokenizer = whole_net(module.net), module.context.tokenizer
+        net, tokenizer = full_model(module.net), module.context.tokenizer
         results = {task.name: evaluate_core_task(net, tokenizer, task) for task in self.tasks}
         module.row["core"] = core_score(results)["core"]
         module.row |= {f"core/{name}": result["centered"] for name, result in results.items()}

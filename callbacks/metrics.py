@@ -24,7 +24,7 @@ class MetricsLog(L.Callback):
 
     def on_fit_start(self, trainer, module) -> None:
         steps = {int(row["step"]) for row in self._read()} if trainer.is_global_zero else None
-        module.logged_steps = collectives.from_main(steps)
+        module.logged_steps = collectives.broadcast_object(steps)
 
     def on_train_start(self, trainer, module) -> None:
         step = module.global_step

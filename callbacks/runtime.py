@@ -35,7 +35,7 @@ class CleanStop(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         alone = collectives.world_size() == 1
         if (module.wants_stop if alone else module.stop_votes) and not trainer.should_stop:
-            self.signum = max(signum or 0 for signum in collectives.gathered(self.signum))
+            self.signum = max(signum or 0 for signum in collectives.all_gather_object(self.signum))
             self.checkpoint.act(trainer, module, module.global_step)
             trainer.should_stop = True
 

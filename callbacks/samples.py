@@ -3,7 +3,7 @@
 from callbacks.cadence import Periodic
 from llm.eval.samples import draw_samples
 from llm.inference.engine import Engine
-from llm.parallel.strategy import whole_net
+from llm.parallel.strategy import full_model
 
 
 class Samples(Periodic):
@@ -14,7 +14,7 @@ class Samples(Periodic):
         self.max_new_tokens = max_new_tokens
 
     def act(self, trainer, module, step) -> None:
-        net = whole_net(module.net)
+        net = full_model(module.net)
         if not trainer.is_global_zero:
             return
         engine = Engine(net, module.context.tokenizer)

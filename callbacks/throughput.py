@@ -46,7 +46,7 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer, module) -> None:
         self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
         self.seconds_before = self.train_seconds
-        self.compiles = module.net.training_trunk is not None
+        self.compiles = module.net.training_forward_blocks is not None
         if module.row_is_missing and self._due(module):
             self._write(module, None, None, None, None)
         self._open_window(module)
@@ -90,7 +90,7 @@ class Throughput(L.Callback):
     def on_train_end(self, trainer, module) -> None:
         if not trainer.is_global_zero:
             return
-        waited, lost = _wait_seconds(module), module.waste
+        waited, lost = _wait_seconds(module), module.lost_fraction
         share = waited / max(self.train_seconds - self.seconds_before, 1e-9)
         packing = "" if lost is None else f"; {lost:.1%} of what packing read was lost to crops or padding"
         print(f"waited {waited:.2f} s for data, {share:.2%} of the time{packing}", flush=True)

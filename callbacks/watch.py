@@ -69,7 +69,7 @@ class ProcessWatch(L.Callback):
 def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
     """Raise UserError if the fp32 bits of a parameter add up to another number in another process."""
     sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
-    by_process = collectives.gathered(sums)
+    by_process = collectives.all_gather_object(sums)
     for number, its in enumerate(by_process):
         differing = [name for name, a, b in zip(params, by_process[0], its, strict=True) if a != b]
         if differing:
@@ -82,7 +82,7 @@ def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
 
 def slow_processes(milliseconds: float, slow: float) -> str | None:
     """What to say of processes that take more than `slow` times the median for their own part of a step."""
-    times = collectives.gathered((milliseconds, socket.gethostname()))
+    times = collectives.all_gather_object((milliseconds, socket.gethostname()))
     median = statistics.median_low([own for own, _ in times])
     late = [f"process {k} on {host} {own:.0f} ms" for k, (own, host) in enumerate(times) if own > slow * median]
     return f"slow processes: {', '.join(late)}; the others {median:.0f} ms a step" if late else None

@@ -59,7 +59,7 @@ class Chaos:
         before = STAGES[STAGES.index(stage) - 1] if stage != "tokenizer" else None
         parent = [f"init_from=tiny/{before}"] if before and run != "tiny" else []
         steps = [f"max_steps={STEPS[stage]}"] if run != "tiny" else []
-        own = ["batch.total=1024"] if stage in ("pretrain", "midtrain", "sft") else []
+        own = ["batch.tokens_per_step=1024"] if stage in ("pretrain", "midtrain", "sft") else []
         rare = ["stage.eval_every=5", "log_every=3"] if run != "tiny" and stage != "tokenizer" else []
         common = ["experiment=tiny", f"stage={stage}", f"run={run}", "trainer=cpu", f"trainer.devices={n}"]
         line = [*common, *parent, *steps, *own, *rare, f"paths.runs={self.root}", *more]

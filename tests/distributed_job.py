@@ -20,7 +20,7 @@ from llm.model.gpt import GPT
 from llm.parallel import collectives
 from llm.parallel.env import end
 from llm.parallel.process_group import join
-from llm.parallel.strategy import layout_of_processes, make_strategy, whole_net
+from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
 from llm.stages.step_module import StageContext, StepData, StepModule
 
@@ -127,11 +127,11 @@ def main() -> None:
         sent.numbers = 0
         module, trainer = train(kind, strategy, folder, checkpoint)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
-        weights = whole_net(module.net).state_dict()
-        result = {"weights": weights, "held": collectives.gathered(held), "tokens": module.tokens_seen}
+        weights = full_model(module.net).state_dict()
+        result = {"weights": weights, "held": collectives.all_gather_object(held), "tokens": module.tokens_seen}
         result["sent"] = sent.numbers / STEPS
         if collectives.world_size() > 1 and strategy != "fsdp":
-            result["noticed"] = all(collectives.gathered(notices_other_weights(module)))
+            result["noticed"] = all(collectives.all_gather_object(notices_other_weights(module)))
         if collectives.is_main():
             torch.save(result, folder / f"{kind}.pt")
     collectives.barrier()

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from llm.cli.help import help_text
 from llm.cli.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides, without_groups
 from llm.cli.sweep import job_title, separate_run
+from llm.config.plugins import load_plugins, plugins_in
 from llm.errors import UserError
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
 from llm.utils.environment import tune_process
@@ -70,6 +71,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
             begin()
         # Hydra's argparse takes -m before the overrides only.
         argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
+        load_plugins(plugins_in(argv))
         argv = quote_raw(config_name, argv)
         if "--shell-completion" not in argv and "-sc" not in argv:
             check_overrides(config_name, argv)

@@ -82,12 +82,12 @@ class GPT2Arch(ArchConfig):
 
 @dataclass
 class BatchConfig:
-    total: int | None = key(
+    tokens_per_step: int | None = key(
         "tokens of one optimizer step, over all ranks and micro-batches; null = by llm/scaling/rules.py",
         low=1,
         main=True,
     )
-    device: Any = key("rows of one micro-batch on one device; auto = as many as fit", main=True)
+    micro_batch_size: Any = key("rows of one micro-batch on one device; auto = as many as fit", main=True)
 
 
 @dataclass
@@ -145,8 +145,12 @@ class OptimConfig:
     eps: float = key("AdamW's term against division by zero", above=0)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
     decay_schedule: str = key("weight decay over the steps", choices=("constant", "linear", "cosine"))
-    scale_lr: bool = key("multiply all rates by sqrt(batch.total / 524288), and by 0.71 for steps below 262144")
-    scale_decay: bool = key("multiply weight_decay by sqrt(batch.total / 524288) x (a d12 run's tokens) / (this one's)")
+    scale_lr: bool = key(
+        "multiply all rates by sqrt(batch.tokens_per_step / 524288), and by 0.71 for steps below 262144"
+    )
+    scale_decay: bool = key(
+        "multiply weight_decay by sqrt(batch.tokens_per_step / 524288) x (a d12 run's tokens) / (this one's)"
+    )
 
 
 @dataclass
@@ -174,7 +178,7 @@ class MuonAdamWConfig(OptimConfig):
     )
     orthogonalizer: str = key("how the update is made orthogonal", choices=("polar_express", "newton_schulz"))
     ns_steps: int = key("its iterations", low=1)
-    equalize: bool = key("scale the rows of the momentum to one length first")
+    row_normalize: bool = key("scale the rows of the momentum to one length first")
     normuon_beta2: float | None = key(
         "divide rows by their running root mean square (NorMuon); null = no", low=0, high=1
     )
@@ -217,8 +221,12 @@ class ModelStage(StageConfig):
 @dataclass
 class PretrainStage(ModelStage):
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
-    ratio: float = key("horizon: training tokens per parameter (max_steps and target_flops come first)", above=0)
-    ratio_of: str = key("parameters that count: all, or the matrices of blocks and head", choices=("all", "matrices"))
+    tokens_per_param: float = key(
+        "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
+    )
+    count_params: str = key(
+        "parameters that count: all, or the matrices of blocks and head", choices=("all", "matrices")
+    )
     target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
     buffer: int = key("documents that best-fit packing chooses from", low=1)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
@@ -368,6 +376,7 @@ class TrainConfig:
     logger: dict[str, Any] = key("where metrics go beside metrics.csv")
     estimate: EstimateConfig = key("what dry_run tells about a GPU")
     paths: PathsConfig = key("folders")
+    plugins: list[str] = key("modules of your own that are imported first (docs/extend.md)")
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True, nonempty=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, main=True)
@@ -413,6 +422,7 @@ class EvaluateConfig:
     eval: EvalConfig = key("what to measure")
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
+    plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     run: str | None = key("run to evaluate", main=True, nonempty=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
@@ -423,6 +433,7 @@ class ServeConfig:
 
     stage: Any = key("stage to chat with; null = the best finished one", option_name=True)
     paths: PathsConfig = key("folders")
+    plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     run: str | None = key("run to chat with", main=True, nonempty=True)
     ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
     prompt: str | None = key("answer this once and exit", main=True, raw=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llm.data.documents import Taken
+from llm.data.documents import Consumed
 from llm.data.packing import BestFitPad, Document
 from llm.errors import UserError
 from llm.tokenizer.chat_format import render_conversation
@@ -67,7 +67,7 @@ class ConversationFeed:
         return document
 
     def _render(self) -> Iterator[tuple[Document, dict]]:
-        size, at, taken = len(self._mixture), dict(self.cursor), Taken(self.cursor)
+        size, at, consumed = len(self._mixture), dict(self.cursor), Consumed(self.cursor)
         epoch, order, lost = -1, None, 0
         while True:
             index = at["index"]
@@ -78,13 +78,13 @@ class ConversationFeed:
                     return
                 order = epoch_order(size, self._seed, epoch)
             at["index"] = index + 1
-            if index % self._world != self._rank or index in taken:
+            if index % self._world != self._rank or index in consumed:
                 continue
             document, cut = self._document(int(order[index % size]))
             at["truncated"] += cut
             if document.mask[1:].any():
                 lost = 0
-                yield document, {key: at[key] for key in at if key != "taken"} | taken.cursor(at["index"])
+                yield document, {key: at[key] for key in at if key != "consumed"} | consumed.cursor(at["index"])
                 continue
             at["dropped"] += 1
             lost += 1

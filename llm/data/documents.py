@@ -4,7 +4,7 @@ A source walks its shards in name order, row by row, and gives document number `
 ranks read disjoint documents, every rank sees the same global order and the union does not depend on the number of
 ranks. The cursor names the next row to read, in four integers: epoch, shard, row (inside the shard) and index (number
 of documents before it, over all ranks and epochs, empty ones not counted), and for a while after the number of ranks
-has changed what was `taken` before. It knows nothing of threads or batch sizes.
+has changed what was `consumed` before. It knows nothing of threads or batch sizes.
 """
 
 import math
@@ -38,15 +38,15 @@ def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
     return (text for text, _ in source.iterate(split, loop=False))
 
 
-class Taken:
+class Consumed:
     """The documents behind a cursor that were read before, by ranks that were ahead when their number changed.
 
-    A cursor names them in `taken`: for every change a list by old rank, in which number i was read where
+    A cursor names them in `consumed`: for every change a list by old rank, in which number i was read where
     i < list[i % len(list)]. Cursors beyond all of them no longer do.
     """
 
     def __init__(self, cursor: dict):
-        self.rules = cursor.get("taken", [])
+        self.rules = cursor.get("consumed", [])
         self.end = max((max(rule) for rule in self.rules), default=0)
 
     def __contains__(self, number: int) -> bool:
@@ -54,7 +54,7 @@ class Taken:
 
     def cursor(self, index: int) -> dict:
         """What the cursor behind `index` documents has to carry on."""
-        return {"taken": self.rules} if index < self.end else {}
+        return {"consumed": self.rules} if index < self.end else {}
 
 
 def in_order(
@@ -93,11 +93,11 @@ def share(
     documents: Iterator[tuple[str, Cursor]], cursor: Cursor | None, rank: int, world: int
 ) -> Iterator[tuple[str, Cursor]]:
     """What one rank gets of the documents of all, which continue `cursor`."""
-    taken = Taken(cursor or {})
+    consumed = Consumed(cursor or {})
     for text, position in documents:
         number = position["index"] - 1
-        if number % world == rank and number not in taken:
-            yield text, position | taken.cursor(number + 1)
+        if number % world == rank and number not in consumed:
+            yield text, position | consumed.cursor(number + 1)
 
 
 def walk(

@@ -4,7 +4,8 @@ A loader turns a feed of tokenised documents (TextSteps) or rendered conversatio
 and those into steps:
 
     {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
-     "n_trained": targets >= 0 in the step, "n_tokens": all positions, "waste": share cropped (text) or padded so far,
+     "n_trained": targets >= 0 in the step, "n_tokens": all positions, "lost_fraction": share cropped (text) or
+     padded so far,
      "state": a function that returns the position after this step}
 
 All counts are of this rank. The position holds the cursor of the source and the packing buffer as tensors and
@@ -77,7 +78,7 @@ class StepLoader:
         world: int = 1,
         state: dict | None = None,
         prefetch: int = 2,
-        patience: float = 900.0,
+        timeout_s: float = 900.0,
         pin_memory: bool = False,
     ) -> None:
         if min(seq_len, rows_per_micro, micro_per_step, prefetch) < 1 or not 0 <= rank < world:
@@ -86,7 +87,7 @@ class StepLoader:
             )
         self.seq_len, self.rows_per_micro, self.micro_per_step = seq_len, rows_per_micro, micro_per_step
         self.rank, self.world, self.prefetch, self.pin_memory = rank, world, prefetch, pin_memory
-        self.patience = patience  # seconds without a step that mean there will be none
+        self.timeout_s = timeout_s  # seconds without a step that mean there will be none
         self.wait_seconds = 0.0  # time the consumer spent waiting for a step, since the loader was built
         self.state = state
         if state is not None:
@@ -128,7 +129,7 @@ class StepLoader:
             if not any(used):
                 return
             yield self._step(ids, mask) | {
-                "waste": packer.waste,
+                "lost_fraction": packer.lost_fraction,
                 "state": self._position(feed.cursor, packer.snapshot()),
             }
 
@@ -280,7 +281,7 @@ def positions_for(positions: list[dict | None], world: int) -> list[dict | None]
     """The positions (by rank) that another number of ranks continues from, so that nothing is lost or repeated.
 
     Documents and conversations are numbered over all ranks: number i went to rank i % len(positions). Reading goes on
-    at the rank that is furthest behind, and what the others have read already is named in `taken` and left out. What
+    at the rank that is furthest behind, and what the others have read already is named in `consumed` and left out. What
     waits in the packing buffers is dealt out anew.
     """
     if len(positions) == world:
@@ -289,7 +290,7 @@ def positions_for(positions: list[dict | None], world: int) -> list[dict | None]
         return [positions[0]] * world  # not begun, or the same for all ranks
     cursors, packers = ([position[key] for position in positions] for key in ("cursor", "packer"))
     behind = min(cursors, key=lambda cursor: cursor["index"])
-    cursor = behind | {"taken": [*behind.get("taken", []), [cursor["index"] for cursor in cursors]]}
+    cursor = behind | {"consumed": [*behind.get("consumed", []), [cursor["index"] for cursor in cursors]]}
     dealt = deal([{name: _to_numpy(value) for name, value in packer.items()} for packer in packers], world)
     return [
         positions[0] | {"rank": rank, "world": world, "cursor": cursor, "packer": _tensors(dealt[rank])}
@@ -331,8 +332,8 @@ class _Background:
 
     def _patiently(self) -> tuple[dict | None, BaseException | None]:
         waited = 0.0
-        while waited < self._loader.patience:
-            wait = min(NEWS_SECONDS, self._loader.patience - waited)
+        while waited < self._loader.timeout_s:
+            wait = min(NEWS_SECONDS, self._loader.timeout_s - waited)
             try:
                 return self._ready.get(timeout=wait)
             except queue.Empty:

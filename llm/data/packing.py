@@ -7,9 +7,9 @@ All but Stream keep a buffer of waiting documents, refilled before every placeme
   than a row is such pieces from the start. Rows are full and nothing is lost; every piece begins with BOS, and a BOS
   that is a target always stands behind the true end of a document.
 - BestFitCrop (as nanochat since January 2026) takes the LARGEST document that fits; where none fits it crops the
-  SHORTEST to the space and drops its rest: a share of the tokens is never trained on (`waste`).
+  SHORTEST to the space and drops its rest: a share of the tokens is never trained on (`lost_fraction`).
 - Stream (as nanochat in 2025) cuts one flat stream of documents into rows, which then begin anywhere.
-- BestFitPad (conversations) never crops: the space left is padding that is not trained on (`waste`).
+- BestFitPad (conversations) never crops: the space left is padding that is not trained on (`lost_fraction`).
 
 Documents of equal length leave in order of arrival, so the result is a function of the order of documents alone.
 Waiting lengths are kept sorted: a placement is a binary search plus one copy, a few microseconds.
@@ -50,7 +50,7 @@ class _Packer:
         return len(self._waiting)
 
     @property
-    def waste(self) -> float:
+    def lost_fraction(self) -> float:
         """What was lost as a share of that and of what was placed."""
         return self.lost / max(1, self.lost + self.placed)
 

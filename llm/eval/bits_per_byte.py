@@ -46,5 +46,5 @@ def bits_per_byte(
 
     Every process brings its share of the batches. Arguments as `nats_and_bytes`.
     """
-    nats, n_bytes = collectives.total(nats_and_bytes(net, batches, token_bytes, device))
+    nats, n_bytes = collectives.all_reduce_sum(nats_and_bytes(net, batches, token_bytes, device))
     return nats / (math.log(2) * n_bytes) if n_bytes else math.inf

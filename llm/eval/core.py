@@ -52,12 +52,12 @@ class Group(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Of one row. loss: mean nats of the answer's tokens; lead: by how much the answer's logit is above all others, of
-    the token where it is least; predicted: the most likely token at each place of the answer; greedy: they are it.
+    """Scores of one row. loss: mean nats of the answer's tokens; min_margin: smallest logit margin over these tokens;
+    predicted: the most likely token at each place of the answer; greedy: the argmax equals every answer token.
     """
 
     loss: float
-    lead: float
+    min_margin: float
     predicted: list[int]
     greedy: bool
 
@@ -131,7 +131,7 @@ def own(things: Sequence) -> Sequence:
 
 def merged(found: dict) -> dict:
     """What all processes have found."""
-    return {key: value for part in collectives.gathered(found) for key, value in part.items()}
+    return {key: value for part in collectives.all_gather_object(found) for key, value in part.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def read(net: Any, hidden: Sequence[torch.Tensor], rows: Sequence[Row]) -> list[
 def is_close(task: CoreTask, scored: Sequence[Scored], margin: float) -> bool:
     """Whether rounding could decide."""
     if task.kind == "language_modeling":
-        return abs(scored[0].lead) <= margin
+        return abs(scored[0].min_margin) <= margin
     first, second = sorted(one.loss for one in scored)[:2]
     return second - first <= margin
 

@@ -137,7 +137,7 @@ def _fitting_prompts(engine: Any, conversations: Sequence[dict]) -> tuple[list[l
 
 def _shared_out(n: int, own: dict[int, list[tuple[str, str]]], num_samples: int) -> list[list[tuple[str, str]]]:
     """The answers of all processes by item; items that nobody answered were too long."""
-    everywhere = {i: answers for part in collectives.gathered(own) for i, answers in part.items()}
+    everywhere = {i: answers for part in collectives.all_gather_object(own) for i, answers in part.items()}
     return [everywhere.get(i, [("", TOO_LONG)] * num_samples) for i in range(n)]
 
 

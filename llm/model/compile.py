@@ -52,9 +52,9 @@ def compile_training(net, by_block: bool = False) -> None:
     if by_block:
         for block in net.transformer.h:
             block.forward = _named("a block", torch.compile(block.forward, dynamic=False))
-        net.training_trunk = net.trunk
+        net.training_forward_blocks = net.forward_blocks
     else:
-        net.training_trunk = _named("the network", torch.compile(net.trunk, dynamic=False))
+        net.training_forward_blocks = _named("the network", torch.compile(net.forward_blocks, dynamic=False))
     net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False))
 
 

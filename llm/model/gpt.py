@@ -25,7 +25,7 @@ from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import relu_squared
 from llm.model.fused_ops import rms_norm as norm
-from llm.model.kv_cache import Branches, KVCache
+from llm.model.kv_cache import KVCache, SharedPrefixCache
 from llm.model.linear import Linear
 
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | Branches | None, positions):
+    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | SharedPrefixCache | None, positions):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
         if value_embed is not None:
@@ -110,7 +110,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
-        self.training_trunk, self.loss_kernel = None, chunk_loss  # llm.model.compile puts compiled ones here
+        self.training_forward_blocks, self.loss_kernel = None, chunk_loss  # llm.model.compile puts compiled ones here
         self.training_attention: str | None = None  # set by set_attention; None = plain_backend
         self.windows = [config.window(layer) for layer in range(config.n_layer)]
         kv_dim = config.n_kv_head * config.head_dim
@@ -234,7 +234,7 @@ class GPT(nn.Module):
             x = x + self.smear_scalar.to(x.dtype) * gate * before
         return x
 
-    def trunk(
+    def forward_blocks(
         self,
         x: torch.Tensor,
         values: list,
@@ -273,7 +273,7 @@ class GPT(nn.Module):
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, is_training: bool = False) -> torch.Tensor:
         """Normed output of the last block for ids (B, T). Does not advance the cache.
 
-        is_training: by the attention and the compiled trunk that were chosen for training steps.
+        is_training: by the attention and the compiled blocks that were chosen for training steps.
         """
         if ids.size(1) > self.config.seq_len:
             raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
@@ -286,9 +286,9 @@ class GPT(nn.Module):
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
         masks = attention_masks(self.windows, ids.size(1), starts, backend, x.device)
-        if is_training and self.training_trunk is not None:
-            return self.training_trunk(x, values, starts, masks, backend)
-        return self.trunk(x, values, starts, masks, backend, cache)
+        if is_training and self.training_forward_blocks is not None:
+            return self.training_forward_blocks(x, values, starts, masks, backend)
+        return self.forward_blocks(x, values, starts, masks, backend, cache)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache for `batch` rows of at most `max_len` tokens."""
@@ -305,7 +305,7 @@ class GPT(nn.Module):
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].unsqueeze(1)
         hidden = last.repeat_interleave(n, dim=0)
         if rest.size(1):
-            hidden = torch.cat((hidden, self.hidden(rest, Branches(cache, n, self.config.seq_len))), dim=1)
+            hidden = torch.cat((hidden, self.hidden(rest, SharedPrefixCache(cache, n, self.config.seq_len))), dim=1)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

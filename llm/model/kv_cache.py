@@ -96,7 +96,7 @@ class KVCache:
             self.last_embed = self.last_embed.repeat_interleave(n, dim=0)
 
 
-class Branches:
+class SharedPrefixCache:
     """`n` continuations of every row of a KVCache, computed in one pass over ids (B * n, T) and not stored.
 
     Continuation b * n + i sees the tokens of row b and its own. The cache is read where it lies, not copied n times:

@@ -72,8 +72,8 @@ def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: f
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups carry `kind`: "muon" (2-D matrices) or "adamw".
 
-    muon:  lr, momentum (Nesterov), ns_steps, orthogonalizer, in_bf16 (its products), equalize, normuon_beta2 (None =
-           off), renormalize, weight_decay (decoupled), cautious (decay only what the update shrinks too)
+    muon:  lr, momentum (Nesterov), ns_steps, orthogonalizer, in_bf16 (its products), row_normalize, normuon_beta2
+           (None = off), renormalize, weight_decay (decoupled), cautious (decay only what the update shrinks too)
     adamw: lr, betas, eps, weight_decay (decoupled), as `torch.optim.AdamW` defines it
     State is fp32 and kept per parameter, so a checkpoint does not depend on how matrices are grouped.
     """
@@ -83,7 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
         "ns_steps": 5,
         "orthogonalizer": "newton_schulz",
         "in_bf16": False,
-        "equalize": False,
+        "row_normalize": False,
         "normuon_beta2": None,
         "renormalize": False,
         "cautious": False,
@@ -172,7 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
         dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
-        if group["equalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
+        if group["row_normalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
             lengths = update.norm(dim=-1, keepdim=True).clamp_min_(1e-10) * (rows**0.5 * NORM_MARGIN[method])
             update = torch.div(update, lengths, out=torch.empty_like(update, dtype=dtype))
             update = polar_iterations(update, group["ns_steps"], method)

@@ -28,12 +28,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def local(t: torch.Tensor) -> torch.Tensor:
+def to_local(t: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: all of it, or its rows of a DTensor."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def total(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sums of numbers over all processes, in fp64: the same bits everywhere."""
     if world_size() == 1:
         return list(values)
@@ -46,11 +46,11 @@ def total(values: Sequence[float]) -> list[float]:
 
 
 def waited_seconds() -> float:
-    """Time that this process has spent in `total`, above all waiting for the others."""
+    """Time that this process has spent in `all_reduce_sum`, above all waiting for the others."""
     return _waited
 
 
-def gathered(thing: Any) -> list:
+def all_gather_object(thing: Any) -> list:
     """What every process has, by rank. Things are pickled: for small ones and checkpoints."""
     if world_size() == 1:
         return [thing]
@@ -59,7 +59,7 @@ def gathered(thing: Any) -> list:
     return things
 
 
-def from_main(thing: Any) -> Any:
+def broadcast_object(thing: Any) -> Any:
     """What rank 0 has."""
     if world_size() == 1:
         return thing
@@ -71,4 +71,4 @@ def from_main(thing: Any) -> Any:
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
-        total([0.0])
+        all_reduce_sum([0.0])

@@ -46,7 +46,7 @@ def start() -> None:
     """Watch in a thread from now on. All processes call it together."""
     world, here = collectives.world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     register = Register("127.0.0.1" if here == world else "", world) if collectives.is_main() else None
-    port = collectives.from_main(None if register is None else register.server_address[1])
+    port = collectives.broadcast_object(None if register is None else register.server_address[1])
     address = ("127.0.0.1" if here == world else os.environ["MASTER_ADDR"], port)
     problem = None
     try:

@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 from llm.optim.muon_adamw import stacks
-from llm.parallel.muon_zero2 import Matrices, ShardedMuonAdamW, Table, end_to_end, grad_of
+from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedMuonAdamW, end_to_end, grad_of
 
 
 class FullyShardedMuonAdamW(ShardedMuonAdamW):
     """Takes the parameters of a network that `llm.parallel.strategy.FSDPStrategy` has cut."""
 
-    def _cut(self, number: int) -> Iterable[Matrices | Table]:
+    def _cut(self, number: int) -> Iterable[Matrices | FlatShard]:
         group = self.param_groups[number]
         if group["kind"] == "muon":
             return super()._cut(number)
-        return [Table(number, p, rows_of(p, self.world)[0] * (p.numel() // p.size(0))) for p in group["params"]]
+        return [FlatShard(number, p, rows_of(p, self.world)[0] * (p.numel() // p.size(0))) for p in group["params"]]
 
     def _update(self) -> None:
         if all(p.grad is None for p in self._params()):
@@ -30,7 +30,7 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
         matrices = [part for part in self.parts if isinstance(part, Matrices)]
         gradients = [self._send_gradients(part) for part in matrices]
         for group in self.param_groups:
-            here = [p for p in group["params"] if p in self.tables and p.to_local().numel()]
+            here = [p for p in group["params"] if p in self.flat_shards and p.to_local().numel()]
             self._adamw(group, [(p, p.to_local().view(-1), grad_of(p).to_local().view(-1)) for p in here])
         steps = [self._send_steps(part, *sent) for part, sent in zip(matrices, gradients, strict=True)]
         for part, sent in zip(matrices, steps, strict=True):

@@ -44,7 +44,7 @@ class Matrices:
 
 
 @dataclass
-class Table:
+class FlatShard:
     """One large parameter of AdamW, cut into equal parts of its flat view; the last ones may be short or empty."""
 
     group: int
@@ -70,16 +70,16 @@ class ShardedMuonAdamW(MuonAdamW):
         super().__init__(groups)
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.parts = [part for number in range(len(self.param_groups)) for part in self._cut(number)]
-        self.tables = {part.param: part for part in self.parts if isinstance(part, Table)}
+        self.flat_shards = {part.param: part for part in self.parts if isinstance(part, FlatShard)}
         self.whole_state: dict[int, dict] | None = None
 
-    def _cut(self, number: int) -> Iterable[Matrices | Table | Small]:
+    def _cut(self, number: int) -> Iterable[Matrices | FlatShard | Small]:
         """The parts of a parameter group. They know its number: loading a state replaces the group."""
         group = self.param_groups[number]
         if group["kind"] == "muon":
             return [Matrices(number, owned) for owned in even_shares(group["params"], self.world)]
         large, small = ([p for p in group["params"] if (p.numel() > SMALL) == is_large] for is_large in (True, False))
-        tables = [Table(number, p, -(-p.numel() // self.world)) for p in large]
+        tables = [FlatShard(number, p, -(-p.numel() // self.world)) for p in large]
         return [*tables, Small(number, small)] if small else tables
 
     def _update(self) -> None:
@@ -95,12 +95,12 @@ class ShardedMuonAdamW(MuonAdamW):
         for part, whole in arriving:
             self._take(part, whole())
 
-    def _sum(self, part: Matrices | Table | Small) -> Arrival:
+    def _sum(self, part: Matrices | FlatShard | Small) -> Arrival:
         """Start to sum the gradients of a part: this process's share arrives, or all of a small part."""
         if isinstance(part, Small):
             flat = torch.cat([grad_of(p).flatten() for p in part.params])
             return arrival(dist.all_reduce(flat, async_op=True), flat)
-        if isinstance(part, Table):
+        if isinstance(part, FlatShard):
             flat = padded(grad_of(part.param).flatten(), self.world * part.chunk)
         else:
             flat = self.param_groups[part.group]["params"][0].new_empty(self.world * part.chunk)
@@ -108,10 +108,10 @@ class ShardedMuonAdamW(MuonAdamW):
                 end_to_end(map(grad_of, owned), place)
         return summed_share(flat, self.world)
 
-    def _update_share(self, part: Matrices | Table, summed: torch.Tensor) -> Arrival:
+    def _update_share(self, part: Matrices | FlatShard, summed: torch.Tensor) -> Arrival:
         """Update what this process owns and start to send it: the whole part arrives."""
         group = self.param_groups[part.group]
-        if isinstance(part, Table):
+        if isinstance(part, FlatShard):
             flat = part.param.detach().flatten()
             share = part.share(flat, self.rank)
             if len(share):
@@ -125,9 +125,9 @@ class ShardedMuonAdamW(MuonAdamW):
             end_to_end(own, sent := torch.empty_like(summed))
         return all_shares(sent, self.world)
 
-    def _take(self, part: Matrices | Table, whole: torch.Tensor) -> None:
+    def _take(self, part: Matrices | FlatShard, whole: torch.Tensor) -> None:
         """Write the weights that arrived."""
-        if isinstance(part, Table):
+        if isinstance(part, FlatShard):
             part.param.copy_(whole[: part.param.numel()].view_as(part.param))
             return
         for owner, params in enumerate(part.owned):
@@ -142,7 +142,9 @@ class ShardedMuonAdamW(MuonAdamW):
             for i, p in enumerate(self._params())
             if self.state.get(p) and not (self.rank > 0 and p in everywhere)
         }
-        shapes = collectives.gathered({i: {n: t.to("meta") for n, t in state.items()} for i, state in mine.items()})
+        shapes = collectives.all_gather_object(
+            {i: {n: t.to("meta") for n, t in state.items()} for i, state in mine.items()}
+        )
         if self.rank > 0:
             for t in (t for state in mine.values() for t in state.values()):
                 dist.send(t.contiguous(), 0)
@@ -151,7 +153,7 @@ class ShardedMuonAdamW(MuonAdamW):
         for process, states in enumerate(shapes):
             for i, name, shape in ((i, name, t) for i, state in states.items() for name, t in state.items()):
                 whole = self.whole_state.setdefault(i, {})
-                if params[i] in self.tables and name in CUT:
+                if params[i] in self.flat_shards and name in CUT:
                     flat = whole.setdefault(name, torch.empty(params[i].shape, dtype=shape.dtype)).view(-1)
                     place = flat[filled[i, name] :][: shape.numel()]
                     filled[i, name] += shape.numel()
@@ -176,7 +178,7 @@ class ShardedMuonAdamW(MuonAdamW):
         for i, p in enumerate(self._params()):
             if i in state_dict["state"] and p not in others:
                 state[i] = dict(state_dict["state"][i])
-                if table := self.tables.get(p):
+                if table := self.flat_shards.get(p):
                     state[i] |= {name: table.share(state[i][name].flatten(), self.rank) for name in CUT}
         super().load_state_dict(state_dict | {"state": state})
 

@@ -92,7 +92,7 @@ class FSDPStrategy(ModelParallelStrategy):
 
 
 @torch.no_grad()
-def whole_net(net: GPT) -> GPT:
+def full_model(net: GPT) -> GPT:
     """The network, or where it is cut a copy with all weights as they are now: for use without the other processes.
 
     All processes call it together.

@@ -9,8 +9,8 @@ from llm.utils.files import plain
 ABSENT = "(absent)"
 # Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
 NEUTRAL_KEYS = (
-    *("run", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
-    *("logger", "callbacks", "trainer", "strategy", "batch.device", "estimate"),
+    *("run", "plugins", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
+    *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
 )
@@ -23,7 +23,7 @@ _NEUTRAL_BY_STAGE = {  # groups that a stage does not read
     "pretrain": _TASKS,
     "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
     "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),
-    "grpo": (*_TEXT, "data.mixture", "batch.total", "compile"),
+    "grpo": (*_TEXT, "data.mixture", "batch.tokens_per_step", "compile"),
 }
 
 

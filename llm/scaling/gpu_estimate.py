@@ -60,7 +60,7 @@ def estimate(
         "estimate_memory_gib": memory,
         "estimate_fits": "yes"
         if memory < 0.95 * card.memory_gib
-        else f"no: {card.memory_gib:g} GiB; lower batch.device",
+        else f"no: {card.memory_gib:g} GiB; lower batch.micro_batch_size",
         "estimate_hours": hours,
         "estimate_dollars": hours * devices * card.dollars_per_hour,
     }

@@ -48,9 +48,9 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         raise UserError(f"model.depth={model['depth']}: {error}") from error
 
 
-def training_tokens(config: GPTConfig, ratio: float, ratio_of: str) -> int:
-    """Compute-optimal horizon in tokens. ratio_of: all = every parameter, matrices = blocks and head."""
-    return int(ratio * (num_params(config)["total"] if ratio_of == "all" else scaling_params(config)))
+def training_tokens(config: GPTConfig, tokens_per_param: float, count_params: str) -> int:
+    """Compute-optimal horizon in tokens. count_params: all = every parameter, matrices = blocks and head."""
+    return int(tokens_per_param * (num_params(config)["total"] if count_params == "all" else scaling_params(config)))
 
 
 def auto_batch(tokens: int, reference_tokens: int) -> int:
@@ -72,31 +72,34 @@ def decay_factor(batch_tokens: int, tokens: int, reference_tokens: int) -> float
 
 
 def pretrain_steps(
-    config: GPTConfig, batch_tokens: int, ratio: float, ratio_of: str, target_flops: float | None
+    config: GPTConfig, batch_tokens: int, tokens_per_param: float, count_params: str, target_flops: float | None
 ) -> int:
-    """Horizon in optimizer steps: a FLOP budget if given, else `ratio` training tokens per parameter."""
+    """Horizon in optimizer steps: a FLOP budget if given, else `tokens_per_param` training tokens per parameter."""
     if target_flops is not None:
         steps = round(target_flops / (flops_per_token(config) * batch_tokens))
         cause = f"stage.target_flops={target_flops:g}"
     else:
-        steps = training_tokens(config, ratio, ratio_of) // batch_tokens
-        cause = f"stage.ratio={ratio:g}"
+        steps = training_tokens(config, tokens_per_param, count_params) // batch_tokens
+        cause = f"stage.tokens_per_param={tokens_per_param:g}"
     if steps < 1:
-        raise UserError(f"{cause} gives no step of batch.total={batch_tokens} tokens: raise it, or set max_steps")
+        raise UserError(
+            f"{cause} gives no step of batch.tokens_per_step={batch_tokens} tokens: raise it, or set max_steps"
+        )
     return steps
 
 
 def micro_batches(total_tokens: int, rows: int, seq_len: int, world: int = 1) -> int:
     """Micro-batches per rank and step: total tokens / (rows x seq_len x world), which must be whole."""
     if rows < 1 or total_tokens < 1:
-        raise UserError(f"batch.device={rows}, batch.total={total_tokens}: both must be at least 1")
+        raise UserError(f"batch.micro_batch_size={rows}, batch.tokens_per_step={total_tokens}: both must be at least 1")
     per_pass = rows * seq_len * world
     if total_tokens % per_pass:
         below = total_tokens // per_pass * per_pass
         nearest = f"{below} or {below + per_pass}" if below else f"{per_pass}"
         raise UserError(
-            f"batch.total={total_tokens}: not a multiple of batch.device x model.seq_len x devices = "
-            f"{rows} x {seq_len} x {world} = {per_pass}; set batch.total={nearest}, or another batch.device"
+            f"batch.tokens_per_step={total_tokens}: not a multiple of batch.micro_batch_size x model.seq_len x devices "
+            f"= {rows} x {seq_len} x {world} = {per_pass}; set batch.tokens_per_step={nearest}, or another "
+            "batch.micro_batch_size"
         )
     return total_tokens // per_pass
 

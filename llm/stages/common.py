@@ -76,20 +76,20 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
 
 
 def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> dict:
-    """A step of `tokens` over all processes, as arguments of each one's loader; resolves `batch.device=auto`."""
+    """Return the loader's arguments for a step of `tokens` over all ranks; resolves batch.micro_batch_size=auto."""
     if tokens is None:
         raise UserError(
-            f"batch.total=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
+            f"batch.tokens_per_step=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
         )
     seq_len, world = cfg.model.seq_len, processes(cfg)
-    cfg.batch.device = rows = resolve_rows(cfg, config, tokens // seq_len // world)
+    cfg.batch.micro_batch_size = rows = resolve_rows(cfg, config, tokens // seq_len // world)
     return {
         "seq_len": seq_len,
         "rows_per_micro": rows,
         "micro_per_step": micro_batches(tokens, rows, seq_len, world),
         "rank": collectives.rank(),
         "world": collectives.world_size(),
-        "patience": cfg.watch.data_seconds,
+        "timeout_s": cfg.watch.data_seconds,
         "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
     }
 
@@ -166,7 +166,7 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
 def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
     """Memory, time and cost on the GPU of `estimate`, for dry_run."""
     e = cfg.estimate
-    again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.device}
+    again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.micro_batch_size}
     return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)
 
 

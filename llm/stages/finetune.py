@@ -28,13 +28,16 @@ from tasks import build_mixture, held_out_mixture
 def build(cfg, parent: Path) -> BuiltStage:
     """The parent's network on the mixture `data.mixture.<stage>`."""
     net, tokenizer = load_parent(parent, cfg)
-    layout, scales = steps_layout(cfg, net.config, cfg.batch.total), finetuning_scales(cfg, cfg.batch.total)
+    layout, scales = (
+        steps_layout(cfg, net.config, cfg.batch.tokens_per_step),
+        finetuning_scales(cfg, cfg.batch.tokens_per_step),
+    )
     stage, weights = cfg.stage, dict(cfg.data.mixture[cfg.stage.name])
     if not any(weights.values()):
         raise UserError(f"data.mixture.{stage.name} names no task with repeats above 0: nothing to train on")
     train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
     shape = {"seq_len": layout["seq_len"], "train_on": stage.train_on}
-    total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.total, stage.epochs, **shape)
+    total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.tokens_per_step, stage.epochs, **shape)
 
     def loader(mixture, **more) -> ConversationSteps:
         return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout | more)
@@ -53,7 +56,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         is_chat=True,
         **scales,
     )
-    derived = model_facts(net.config, cfg, total, cfg.batch.total, layout["micro_per_step"])
+    derived = model_facts(net.config, cfg, total, cfg.batch.tokens_per_step, layout["micro_per_step"])
     derived |= {"conversations": len(train)} | learning_rates(net, cfg, **scales)
     module = StepModule(net, cfg.optim, stage, context)
     return BuiltStage(module, StepData(lambda position: loader(train, state=position)), derived)

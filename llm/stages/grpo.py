@@ -20,7 +20,7 @@ from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.launch import processes
-from llm.parallel.strategy import whole_net
+from llm.parallel.strategy import full_model
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -99,7 +99,7 @@ class RolloutSteps:
             seed=(self.seed + 1_009 * collectives.rank()) * 1_000_003 + step,
         )
         prompts = [self.prompts[i] for i in indices]
-        engine = Engine(whole_net(self.engine.net), self.engine.tokenizer)
+        engine = Engine(full_model(self.engine.net), self.engine.tokenizer)
         groups = engine.generate(prompts, params, stage.samples_per_prompt)
         conversations = [self.task[i] for i in indices]
         decode = self.engine.tokenizer.decode
@@ -193,13 +193,15 @@ def build(cfg, parent: Path) -> BuiltStage:
     for key in ("prompts_per_step", *(["rehearsal"] if stage.rehearsal else [])):
         if stage[key] < world:
             raise UserError(f"stage.{key}={stage[key]}: fewer than the {world} devices; raise it or train on fewer")
-    cfg.batch.device = resolve_rows(cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt // world)
+    cfg.batch.micro_batch_size = resolve_rows(
+        cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt // world
+    )
     scales = finetuning_scales(cfg, None)
     context = step_context(
         cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True, **scales
     )
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
-    micro = -(-stage.prompts_per_step * stage.samples_per_prompt // (cfg.batch.device * world))
+    micro = -(-stage.prompts_per_step * stage.samples_per_prompt // (cfg.batch.micro_batch_size * world))
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg, **scales)
     derived |= {"questions": len(train), "samples_per_step": stage.prompts_per_step * stage.samples_per_prompt}
     params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
@@ -209,7 +211,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
 
     def loader(position: dict | None) -> RolloutSteps:
-        return RolloutSteps(engine, train, stage, cfg.batch.device, cfg.seed, position, rehearsal)
+        return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal)
 
     data = StepData(loader)
     return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k])

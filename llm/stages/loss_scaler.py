@@ -16,10 +16,10 @@ class LossScaler:
 
     def unscale(self, params) -> bool:
         """Divide the gradients by the scale, or drop them all and return False where one overflowed."""
-        grads = [grad for p in params if p.grad is not None and (grad := collectives.local(p.grad)).numel()]
+        grads = [grad for p in params if p.grad is not None and (grad := collectives.to_local(p.grad)).numel()]
         norms = torch._foreach_norm(grads, ord=float("inf"))
         overflowed = bool(grads) and not torch.isfinite(torch.stack(norms)).all()
-        if collectives.total([float(overflowed)])[0]:
+        if collectives.all_reduce_sum([float(overflowed)])[0]:
             for p in params:
                 p.grad = None
             self.scale, self.good_steps = max(self.scale / 2, 1.0), 0

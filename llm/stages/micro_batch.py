@@ -1,4 +1,4 @@
-"""`batch.device=auto`: the largest micro-batch that fits the device and divides the step."""
+"""`batch.micro_batch_size=auto`: the largest micro-batch that fits the device and divides the step."""
 
 import gc
 import os
@@ -17,8 +17,8 @@ CPU_SHARE = 0.5  # the estimate is a GPU's: attention on a CPU keeps about a qua
 
 
 def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
-    """Rows of one micro-batch for `batch.device`, where each device has `total_rows` a step; says what auto chose."""
-    rows = cfg.batch.device
+    """Return the rows of a micro-batch where a device has `total_rows` a step; prints what auto chose."""
+    rows = cfg.batch.micro_batch_size
     if rows != "auto":
         return checked_rows(rows)
     device, choices = training_device(cfg), divisors(total_rows)
@@ -30,21 +30,23 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
         again = cfg.trainer.activation_checkpointing
         rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
         what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
-    print(f"batch.device=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
-    return min(collectives.gathered(rows))
+    print(f"batch.micro_batch_size=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
+    return min(collectives.all_gather_object(rows))
 
 
 def checked_rows(rows) -> int:
-    """`batch.device` as a number; UserError for anything else."""
+    """`batch.micro_batch_size` as a number; UserError for anything else."""
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise UserError(f"batch.device={rows}: give a whole number of at least 1, or auto")
+        raise UserError(f"batch.micro_batch_size={rows}: give a whole number of at least 1, or auto")
     return rows
 
 
 def divisors(total_rows: int) -> list[int]:
     """Sizes of a micro-batch that divide a step of `total_rows`, the largest first."""
     if total_rows < 1:
-        raise UserError("batch.device=auto: batch.total holds no whole row of model.seq_len tokens; raise it")
+        raise UserError(
+            "batch.micro_batch_size=auto: batch.tokens_per_step holds no whole row of model.seq_len tokens; raise it"
+        )
     return [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
 
 
@@ -76,7 +78,7 @@ def largest_trial(choices, attempt) -> int:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     raise UserError(
-        "batch.device=auto: not even one row fits the device; use a smaller model or model.seq_len, or "
+        "batch.micro_batch_size=auto: not even one row fits the device; use a smaller model or model.seq_len, or "
         "trainer.activation_checkpointing=true"
     )
 

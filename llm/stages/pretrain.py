@@ -57,9 +57,13 @@ def plan(cfg, vocab_size: int) -> Plan:
             f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one"
         )
     reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, cfg.arch, vocab_size)
-    tokens, reference_tokens = (training_tokens(c, stage.ratio, stage.ratio_of) for c in (config, reference))
-    batch = cfg.batch.total or auto_batch(tokens, reference_tokens)
-    steps = cfg.max_steps or pretrain_steps(config, batch, stage.ratio, stage.ratio_of, stage.target_flops)
+    tokens, reference_tokens = (
+        training_tokens(c, stage.tokens_per_param, stage.count_params) for c in (config, reference)
+    )
+    batch = cfg.batch.tokens_per_step or auto_batch(tokens, reference_tokens)
+    steps = cfg.max_steps or pretrain_steps(
+        config, batch, stage.tokens_per_param, stage.count_params, stage.target_flops
+    )
     decay_scale = decay_factor(batch, tokens, reference_tokens) if cfg.optim.scale_decay else 1.0
     return Plan(config, batch, steps, {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale})
 
@@ -103,7 +107,7 @@ def build(cfg, parent: Path) -> BuiltStage:
 def derived(cfg, planned: Plan, net: GPT) -> dict:
     """The numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
     config, batch_tokens, total, scales = planned
-    micro = micro_batches(batch_tokens, cfg.batch.device, cfg.model.seq_len, processes(cfg))
+    micro = micro_batches(batch_tokens, cfg.batch.micro_batch_size, cfg.model.seq_len, processes(cfg))
     values = model_facts(config, cfg, total, batch_tokens, micro) | learning_rates(net, cfg, **scales)
     return values | (gpu_estimate(config, cfg, values["planned_flops"]) if cfg.dry_run else {})
 
@@ -111,11 +115,11 @@ def derived(cfg, planned: Plan, net: GPT) -> dict:
 def derived_without_tokenizer(cfg) -> dict:
     """The same from `model.vocab_size` alone: no tokenizer, no data, no weights."""
     planned = plan(cfg, cfg.model.vocab_size)
-    if cfg.batch.device == "auto":
+    if cfg.batch.micro_batch_size == "auto":
         choices = divisors(planned.batch_tokens // cfg.model.seq_len)
         budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
-        cfg.batch.device = largest_by_arithmetic(choices, planned.config, budget, again)
-    checked_rows(cfg.batch.device)
+        cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
+    checked_rows(cfg.batch.micro_batch_size)
     with torch.device("meta"):
         net = GPT(planned.config)
     return derived(cfg, planned, net)

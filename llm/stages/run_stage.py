@@ -204,7 +204,7 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
     """Build, train and hand over; returns the values of run.json, with another status if the user stopped it."""
     from llm.checkpoint.model_folder import save_model_folder
     from llm.parallel import collectives
-    from llm.parallel.strategy import whole_net
+    from llm.parallel.strategy import full_model
 
     quiet_lightning()
     check_devices(cfg)
@@ -241,7 +241,7 @@ def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict 
             f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True
         )
         return results | {"status": "interrupted", "signal": int(stop.signum)}
-    net = whole_net(module.net)
+    net = full_model(module.net)
     if collectives.is_main():
         save_model_folder(stage_dir / "model", net, module.context.tokenizer)
     return results

@@ -62,7 +62,7 @@ class StepModule(L.LightningModule):
         self.window_nats = 0.0
         self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
         self.scaler = None  # set where the network computes in fp16
-        self.waste: float | None = None  # share of the tokens that packing lost so far
+        self.lost_fraction: float | None = None  # share of the tokens that packing lost so far
         self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
         self.row: dict[str, float] = {}  # values of the current step waiting to be logged
         self.latest: dict[str, float] = {}  # last value of everything logged so far
@@ -82,7 +82,9 @@ class StepModule(L.LightningModule):
         optimizer = self.optimizers()
         self.apply_schedules(optimizer.param_groups)
         own = batch.get("metrics", {})
-        n_trained, n_tokens, *metrics = collectives.total([batch["n_trained"], batch["n_tokens"], *own.values()])
+        n_trained, n_tokens, *metrics = collectives.all_reduce_sum(
+            [batch["n_trained"], batch["n_tokens"], *own.values()]
+        )
         losses = self.passes(batch["micro"], (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
         nats = self.checked_sum(losses, batch, int(n_trained))
         if self.scaler is not None:
@@ -94,14 +96,14 @@ class StepModule(L.LightningModule):
         self.tokens_seen += int(n_tokens)
         for name, value in zip(own, metrics, strict=True):
             self.window_metrics.setdefault(name, []).append(value / collectives.world_size())
-        self.waste = batch.get("waste")
+        self.lost_fraction = batch.get("lost_fraction")
         self.trainer.datamodule.position = batch["state"]
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
         """Forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
         ddp, losses = self.trainer.model, []
         if isinstance(self.net, FSDPModule):
-            micro_batches = evened(micro_batches)
+            micro_batches = pad_micro_batches(micro_batches)
         for i, micro in enumerate(micro_batches):
             loss = self.micro_loss(micro)
             if isinstance(ddp, DistributedDataParallel):
@@ -119,7 +121,9 @@ class StepModule(L.LightningModule):
         a GPU, and no step can spoil the weights.
         """
         votes = (float(self.wants_stop), float(self.wants_checkpoint))
-        nats, self.stop_votes, self.checkpoint_votes = collectives.total([torch.stack(losses).sum().item(), *votes])
+        nats, self.stop_votes, self.checkpoint_votes = collectives.all_reduce_sum(
+            [torch.stack(losses).sum().item(), *votes]
+        )
         if not math.isfinite(nats):
             worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
             where, documents = "on another process", None
@@ -200,11 +204,11 @@ class StepModule(L.LightningModule):
             self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
 
 
-def evened(micro_batches: list[dict]) -> list[dict]:
+def pad_micro_batches(micro_batches: list[dict]) -> list[dict]:
     """As many on all processes, for passes in which they talk: what is added is a row of which nothing is trained."""
     inputs = micro_batches[0]["inputs"][:1]
     idle = {"inputs": inputs, "targets": torch.full_like(inputs, -1)}
-    return micro_batches + [idle] * (max(collectives.gathered(len(micro_batches))) - len(micro_batches))
+    return micro_batches + [idle] * (max(collectives.all_gather_object(len(micro_batches))) - len(micro_batches))
 
 
 class StepData(L.LightningDataModule):
@@ -228,7 +232,7 @@ class StepData(L.LightningDataModule):
     def state_dict(self) -> dict:
         """The positions of all processes, by rank; called on all of them."""
         position = self.position() if callable(self.position) else self.position
-        return {"positions": collectives.gathered(position)}
+        return {"positions": collectives.all_gather_object(position)}
 
     def load_state_dict(self, state: dict) -> None:
         self.position = positions_for(state["positions"], collectives.world_size())[collectives.rank()]

@@ -20,7 +20,7 @@ def fit(trainer, built, stage_dir: Path) -> None:
     from llm.parallel import collectives
 
     newest = newest_checkpoint(stage_dir / "checkpoints") if collectives.is_main() else None
-    step, path = collectives.from_main(newest or (0, None))
+    step, path = collectives.broadcast_object(newest or (0, None))
     if path is not None:
         print(f"resuming at step {step} of {built.module.context.total_steps}", flush=True)
     left_out = (read_json(stage_dir / ROLLBACKS) or {}).get("left_out", {})
@@ -36,7 +36,7 @@ def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
     from llm.checkpoint.resume import newest_checkpoint
     from llm.parallel import collectives
 
-    noted = collectives.from_main(read_json(stage_dir / ROLLBACKS)) or {"count": 0, "left_out": {}}
+    noted = collectives.broadcast_object(read_json(stage_dir / ROLLBACKS)) or {"count": 0, "left_out": {}}
     if noted["count"] >= limit:
         raise UserError(f"{error}. It was rolled back {noted['count']} times before (watch.rollbacks={limit})")
     if collectives.is_main():

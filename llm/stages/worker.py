@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from llm.config.plugins import load_plugins
 from llm.errors import UserError
 from llm.parallel.env import begin, end, launched_rank
 from llm.utils.environment import tune_process
@@ -24,6 +25,7 @@ def main() -> None:
     cfg = OmegaConf.create(json.loads(Path(config).read_text(encoding="utf-8")))
     OmegaConf.set_struct(cfg, True)
     try:
+        load_plugins(cfg.plugins)
         run_stage(cfg)
     except UserError as error:
         (Path(folder) / f"error_{launched_rank():04d}").write_text(str(error), encoding="utf-8")

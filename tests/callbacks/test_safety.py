@@ -305,9 +305,9 @@ def test_data_that_does_not_come_is_named(monkeypatch, caplog):
 
     monkeypatch.setattr("llm.data.loader.NEWS_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"no training data for 0 s \(watch.data_seconds\)"):
-        next(iter(Slow(8, 1, 1, patience=0.35)))
+        next(iter(Slow(8, 1, 1, timeout_s=0.35)))
     assert "process 0 waits for training data since 0 s" in caplog.text
-    assert next(iter(Slow(8, 1, 1, patience=30.0))) == {"state": {}}
+    assert next(iter(Slow(8, 1, 1, timeout_s=30.0))) == {"state": {}}
 
 
 def test_a_slow_process_is_named(monkeypatch):

@@ -52,10 +52,10 @@ MISTAKES = [
     (["batch=4096"], ["batch.<key>=<value>"]),
     (["experiment=null"], ["leave it out"]),
     (["optim=null"], ["choose one of adamw, muon_2025"]),
-    (["batch.total=many"], ["batch.total=many: expected a whole number"]),
-    (["batch.total=4e3"], ["expected a whole number or null (write 4000)"]),
-    (["-m", "batch.total=4096,many"], ["batch.total=many: expected a whole number"]),
-    (["-m", "batch.total=4096,0,8192"], ["batch.total=0: must be at least 1"]),
+    (["batch.tokens_per_step=many"], ["batch.tokens_per_step=many: expected a whole number"]),
+    (["batch.tokens_per_step=4e3"], ["expected a whole number or null (write 4000)"]),
+    (["-m", "batch.tokens_per_step=4096,many"], ["batch.tokens_per_step=many: expected a whole number"]),
+    (["-m", "batch.tokens_per_step=4096,0,8192"], ["batch.tokens_per_step=0: must be at least 1"]),
     (["resume=maybe"], ["expected true or false"]),
     (["seed=null"], ["seed=null: expected a whole number"]),
     (["max_steps=0"], ["max_steps=0: must be at least 1"]),
@@ -133,7 +133,7 @@ def test_what_is_right_passes(argv):
 
 @pytest.mark.parametrize(
     "text,file",
-    [("max_step: 3", "experiment/bad.yaml"), ("batch: {total: many}", "experiment/bad.yaml")],
+    [("max_step: 3", "experiment/bad.yaml"), ("batch: {tokens_per_step: many}", "experiment/bad.yaml")],
 )
 def test_a_mistake_in_a_file_names_the_file_and_the_key(tmp_path, text, file):
     (tmp_path / "experiment").mkdir()

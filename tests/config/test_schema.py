@@ -78,13 +78,13 @@ def test_the_other_entry_points_compose(config_name):
 
 def test_defaults_are_the_published_ones():
     cfg = compose("train")
-    assert (cfg.batch.total, cfg.batch.device, cfg.model.seq_len, cfg.seed) == (None, 32, 2048, 42)
+    assert (cfg.batch.tokens_per_step, cfg.batch.micro_batch_size, cfg.model.seq_len, cfg.seed) == (None, 32, 2048, 42)
     assert (cfg.model.aspect_ratio, cfg.model.head_dim, cfg.model.n_kv_head) == (64, 128, None)
     assert (cfg.arch.name, cfg.arch.window_pattern, cfg.arch.window_divisor) == ("modern", "SSSL", 4)
     assert (cfg.arch.rope_base, cfg.arch.softcap, cfg.arch.qk_scale) == (100_000, 15, 1.2)
     assert (cfg.optim.momentum_start, cfg.optim.momentum, cfg.optim.momentum_final) == (0.85, 0.97, 0.9)
     stage = cfg.stage
-    assert (stage.ratio, stage.ratio_of, stage.warmup_steps) == (12, "matrices", 40)
+    assert (stage.tokens_per_param, stage.count_params, stage.warmup_steps) == (12, "matrices", 40)
     assert (stage.warmdown_ratio, stage.final_lr_frac) == (0.65, 0.05)
     assert (stage.eval_every, stage.eval_tokens, stage.sample_every) == (250, 20 * 524_288, 2000)
 
@@ -94,8 +94,8 @@ def test_defaults_are_the_published_ones():
     assert (cfg.optim.momentum_start, cfg.optim.momentum, cfg.optim.momentum_warmup) == (0.85, 0.95, 300)
     assert (cfg.optim.orthogonalizer, cfg.optim.ns_steps) == ("newton_schulz", 5)
     stage = cfg.stage
-    assert (stage.ratio, stage.ratio_of, stage.warmup_steps) == (20, "all", 0)
-    assert (stage.warmdown_ratio, stage.final_lr_frac, cfg.batch.total) == (0.2, 0.0, 524_288)
+    assert (stage.tokens_per_param, stage.count_params, stage.warmup_steps) == (20, "all", 0)
+    assert (stage.warmdown_ratio, stage.final_lr_frac, cfg.batch.tokens_per_step) == (0.2, 0.0, 524_288)
 
     tokenizer = compose("train", "stage=tokenizer").stage
     assert (tokenizer.vocab_size, tokenizer.max_chars, tokenizer.doc_cap) == (32_768, 2_000_000_000, 10_000)
@@ -104,9 +104,9 @@ def test_defaults_are_the_published_ones():
     sft = compose("train", "stage=sft")
     assert (sft.stage.lr_frac, sft.stage.warmdown_ratio, sft.stage.train_on) == (0.02, 1.0, "assistant")
     assert (sft.stage.eval_every, sft.stage.chat_every, sft.stage.chat_max_per_task) == (100, 200, 1024)
-    assert (sft.batch.total, sft.batch.device) == (32 * 2048, 4)
+    assert (sft.batch.tokens_per_step, sft.batch.micro_batch_size) == (32 * 2048, 4)
     grpo = compose("train", "stage=grpo")
-    assert (grpo.stage.prompts_per_step, grpo.stage.samples_per_prompt, grpo.batch.device) == (16, 16, 8)
+    assert (grpo.stage.prompts_per_step, grpo.stage.samples_per_prompt, grpo.batch.micro_batch_size) == (16, 16, 8)
     assert (grpo.stage.temperature, grpo.stage.top_k, grpo.stage.max_new_tokens) == (1.0, 50, 256)
     assert (grpo.stage.lr_frac, grpo.stage.eval_every, grpo.stage.eval_examples) == (0.05, 60, 400)
     assert grpo.stage.eval_samples == 8

@@ -164,7 +164,7 @@ def test_a_mixture_resumes_exactly_on_any_number_of_ranks(mixture):
     assert [text for text, _ in taken[1]] == texts_in_order[1::3][:41]
     positions = [{"cursor": part[-1][1], "packer": {}} for part in taken]
     behind = min(positions, key=lambda position: position["cursor"]["index"])["cursor"]
-    cursor = behind | {"taken": [[position["cursor"]["index"] for position in positions]]}  # as positions_for does
+    cursor = behind | {"consumed": [[position["cursor"]["index"] for position in positions]]}  # as positions_for does
     rest = [next(mixture.iterate("train", cursor, rank, 2))[0] for rank in range(2)]
     seen = {i for rank, part in enumerate(taken) for i in range(rank, 3 * len(part), 3)}
     unseen = [i for i in range(700) if i not in seen]

@@ -227,7 +227,13 @@ def test_two_processes_train_while_shards_come(hub, tmp_path):
     hub.files = shards(tmp_path, 5, n=3000)
     hub.speed = max(map(len, hub.files.values()))
     args = ["experiment=tiny", "data=hub", f"data.repo={REPO}", "data.val_size=null", f"paths.data={tmp_path}/cache"]
-    args += [f"paths.runs={tmp_path}/runs", "trainer=cpu", "trainer.devices=2", "batch.device=2", "max_steps=4"]
+    args += [
+        f"paths.runs={tmp_path}/runs",
+        "trainer=cpu",
+        "trainer.devices=2",
+        "batch.micro_batch_size=2",
+        "max_steps=4",
+    ]
     for stage in ("tokenizer", "pretrain"):
         done = run_cli("train.py", f"stage={stage}", *args, HF_ENDPOINT=hub.url)
         assert done.returncode == 0, done.stderr

@@ -90,7 +90,7 @@ def test_best_fit_is_the_plain_rule_and_loses_nothing(seed):
     assert all(len(row) == row_len for row in rows[:-1]) and all(row[0] % 1000 == 0 for row in rows)
     trained = {token for row in rows for token in row}
     assert trained == {token for document in make_documents(lengths) for token in document.ids.tolist()}
-    assert packer.placed == sum(map(len, rows)) and packer.waste == 0
+    assert packer.placed == sum(map(len, rows)) and packer.lost_fraction == 0
 
 
 def test_stream_is_all_documents_one_after_the_other():
@@ -118,7 +118,7 @@ def test_crop_rows_are_full_and_every_token_is_accounted_for():
     assert all(row[0] % 1000 == 0 for row in rows)  # every row begins with a document's first token
     assert packer.placed == sum(map(len, rows))
     assert packer.placed + packer.lost == sum(lengths)
-    assert packer.waste == packer.lost / sum(lengths)
+    assert packer.lost_fraction == packer.lost / sum(lengths)
 
 
 def test_pad_places_every_document_whole_exactly_once():
@@ -129,7 +129,7 @@ def test_pad_places_every_document_whole_exactly_once():
         token for document in make_documents(lengths) for token in document.ids.tolist()
     )
     assert packer.placed == sum(lengths) and packer.placed + packer.lost == 64 * len(rows)
-    assert 0 < packer.waste < 0.1  # best-fit leaves little
+    assert 0 < packer.lost_fraction < 0.1  # best-fit leaves little
 
 
 def test_masks_travel_with_their_tokens():
@@ -158,7 +158,7 @@ def test_state_continues_with_the_same_rows(packer_class):
     resumed.load_state_dict(straight.state_dict())
     assert len(resumed) == len(straight) >= (1 if packer_class is Stream else 39)
     assert pack(straight, iter(rest)) == pack(resumed, iter(rest))
-    assert straight.waste == resumed.waste and straight.placed == resumed.placed
+    assert straight.lost_fraction == resumed.lost_fraction and straight.placed == resumed.placed
 
 
 def test_state_is_a_copy_of_at_most_a_row_per_document():

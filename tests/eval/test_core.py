@@ -422,7 +422,7 @@ def test_training_measures_core_on_all_processes(bundle, tmp_path):
     base = ("train.py", "experiment=tiny", f"paths.runs={tmp_path}", "trainer=cpu")
     assert run_cli(*base, "stage=tokenizer").returncode == 0
     keys = (f"stage.core_bundle={bundle}", "stage.core_every=1", "stage.core_max_per_task=8")
-    done = run_cli(*base, "stage=pretrain", "trainer.devices=2", "batch.device=2", "max_steps=2", *keys)
+    done = run_cli(*base, "stage=pretrain", "trainer.devices=2", "batch.micro_batch_size=2", "max_steps=2", *keys)
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_metrics(tmp_path / "tiny" / "pretrain") if "core" in row]
     assert [row["step"] for row in rows] == [1, 2]

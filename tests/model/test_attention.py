@@ -223,7 +223,7 @@ def test_flex_attention_is_one_graph_with_the_network(checkpointing, bos_id):
         net(ids)  # evaluation between the steps must leave nothing that training cannot use
     expected = net.hidden(ids)
     net.training_attention = "flex"
-    net.training_trunk = torch.compile(net.trunk, backend="eager", fullgraph=True, dynamic=False)
+    net.training_forward_blocks = torch.compile(net.forward_blocks, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         got = net.hidden(ids, is_training=True)
         again = net.hidden(ids.roll(1, 0), is_training=True)

@@ -87,7 +87,7 @@ def test_polar_express_equals_a_float64_loop_and_is_closer_to_orthogonal():
 def test_muon_of_2026_equals_a_float64_loop(shape):
     """Row equilibration, Polar Express, NorMuon, renormalisation and cautious decay, one matrix at a time."""
     hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.3, "ns_steps": 5, "orthogonalizer": "polar_express"}
-    switches = {"equalize": True, "normuon_beta2": 0.9, "renormalize": True, "cautious": True}
+    switches = {"row_normalize": True, "normuon_beta2": 0.9, "renormalize": True, "cautious": True}
     params = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(s))) for s in range(3)]
     weights = [p.detach().double() for p in params]
     buffers, moments = [torch.zeros_like(w) for w in weights], [0.0, 0.0, 0.0]

@@ -20,7 +20,7 @@ from llm.errors import UserError
 from llm.parallel.env import LAUNCHED, adopt_slurm, check_layout
 from llm.parallel.launch import child_env, free_port, meeting_place
 
-TINY = ("experiment=tiny", "batch.total=1024", "trainer=cpu", "precision.compute=fp32", "compile=false")
+TINY = ("experiment=tiny", "batch.tokens_per_step=1024", "trainer=cpu", "precision.compute=fp32", "compile=false")
 TRAIN = (sys.executable, str(REPO / "train.py"))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PIPELINE = ("-m", "stage=tokenizer,pretrain")
@@ -72,7 +72,7 @@ def root(tmp_path_factory):
 
 
 LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=3000", "stage.eval_every=0", "stage.sample_every=0")
-ODD = ("stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.total=512")
+ODD = ("stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.tokens_per_step=512")
 
 
 def test_torchrun_takes_a_pipeline(tmp_path):
@@ -115,7 +115,7 @@ def test_a_sweep_of_two_processes_each(root):
 
 @pytest.mark.slow
 def test_a_dead_process_ends_every_node(root):
-    nodes = two_nodes(root, *LONG, "run=dead", "trainer.devices=2", "batch.total=2048")
+    nodes = two_nodes(root, *LONG, "run=dead", "trainer.devices=2", "batch.tokens_per_step=2048")
     await_checkpoint(nodes[0], root / "dead" / "pretrain")
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(nodes[1].pid)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
@@ -164,7 +164,7 @@ def test_torchrun_stops_and_saves(root):
 def test_a_mistake_under_torchrun_is_said_once(root):
     command = (*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", *TINY, *ODD, f"paths.runs={root}")
     ((status, (_, err)),) = finish(start(*command))
-    assert status == 1 and err.count("error: batch.total=512") == 1 and "exitcode  : 2" in err
+    assert status == 1 and err.count("error: batch.tokens_per_step=512") == 1 and "exitcode  : 2" in err
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,12 @@ def test_a_sweep_of_submitted_jobs(root, tmp_path):
     command = ("train.py", *TINY, *JOBS, f"hydra.launcher.submitit_folder={tmp_path}/%j", f"paths.runs={root}")
     done = run_cli(*command, "run=jobs", "model=d2,d4", "trainer.devices=2")
     assert done.returncode == 0 and all((root / f"jobs-{d}/pretrain/model").is_dir() for d in ("d2", "d4")), done.stderr
-    done = run_cli(*command, "run=jobs", "seed=1,2", "batch.total=513")
-    assert done.returncode == 2 and done.stderr.count("error: batch.total=513") == 1 and "job 1 of 2" in done.stderr
+    done = run_cli(*command, "run=jobs", "seed=1,2", "batch.tokens_per_step=513")
+    assert (
+        done.returncode == 2
+        and done.stderr.count("error: batch.tokens_per_step=513") == 1
+        and "job 1 of 2" in done.stderr
+    )
 
 
 def test_launchers_of_sweeps_are_checked(monkeypatch):

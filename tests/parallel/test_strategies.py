@@ -140,7 +140,7 @@ def test_what_waits_is_dealt_out_whole(packer):
 
 # ---- from the command line ------------------------------------------------------------------------------------------
 
-TINY = ("experiment=tiny", "batch.total=1024", "trainer=cpu", "trainer.devices=2", "precision.compute=fp32")
+TINY = ("experiment=tiny", "batch.tokens_per_step=1024", "trainer=cpu", "trainer.devices=2", "precision.compute=fp32")
 
 
 def tiny(root, *args: str):
@@ -221,7 +221,7 @@ def test_a_dead_process_ends_the_training(tokenizer, when):
 
 
 def test_a_mistake_is_said_once(tokenizer):
-    done = tiny(tokenizer, "stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.total=512")
+    done = tiny(tokenizer, "stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.tokens_per_step=512")
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and "x devices = 4 x 128 x 2" in done.stderr
     done = tiny(tokenizer, "stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "strategy=single")
     assert done.returncode == 2 and "strategy=single: there are 2 processes" in done.stderr

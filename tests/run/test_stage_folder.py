@@ -207,12 +207,24 @@ def test_runs_are_listed_in_natural_order(tmp_path):
 
 
 def test_diff_names_result_changing_keys_only():
-    old = {"seed": 42, "resume": True, "paths": {"runs": "runs"}, "batch": {"total": 8, "device": 4}, "betas": (1, 2)}
-    new = {"seed": 43, "resume": False, "paths": {"runs": "r"}, "batch": {"total": 8, "device": 2}, "betas": [1, 2]}
-    new["stage"] = {"chat_every": 5, "ratio": 20}
-    assert diff_configs(old, new) == [("seed", 42, 43), ("stage.ratio", ABSENT, 20)]
+    old = {
+        "seed": 42,
+        "resume": True,
+        "paths": {"runs": "runs"},
+        "batch": {"tokens_per_step": 8, "micro_batch_size": 4},
+        "betas": (1, 2),
+    }
+    new = {
+        "seed": 43,
+        "resume": False,
+        "paths": {"runs": "r"},
+        "batch": {"tokens_per_step": 8, "micro_batch_size": 2},
+        "betas": [1, 2],
+    }
+    new["stage"] = {"chat_every": 5, "tokens_per_param": 20}
+    assert diff_configs(old, new) == [("seed", 42, 43), ("stage.tokens_per_param", ABSENT, 20)]
     assert diff_configs(old, new, ignore=("stage", "seed", "paths", "batch")) == [("resume", True, False)]
-    assert describe_differences(diff_configs(old, new)) == "seed: 42 -> 43; stage.ratio: (absent) -> 20"
+    assert describe_differences(diff_configs(old, new)) == "seed: 42 -> 43; stage.tokens_per_param: (absent) -> 20"
     assert diff_configs(old, old) == diff_configs({"a": 1}, {"a": 1, "b": {"c": None}}) == []
 
 

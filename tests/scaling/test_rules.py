@@ -88,25 +88,25 @@ PUBLISHED = [
     ("arch", "depth", "params", "counted", "flops", "batch", "steps", "decay", "factor"), PUBLISHED
 )
 def test_rules_of_2026_equal_the_published_rows(arch, depth, params, counted, flops, batch, steps, decay, factor):
-    ratio, base = (10.5, 0.2) if arch == "modern_2026_02" else (12.0, 0.28)
+    tokens_per_param, base = (10.5, 0.2) if arch == "modern_2026_02" else (12.0, 0.28)
     config, reference = (shape(d, arch, 32_768) for d in (depth, 12))
     assert (num_params(config)["total"], scaling_params(config)) == (params, counted)
     assert f"{flops_per_token(config):.6e}" == f"{flops:.6e}"
-    tokens, reference_tokens = (training_tokens(c, ratio, "matrices") for c in (config, reference))
+    tokens, reference_tokens = (training_tokens(c, tokens_per_param, "matrices") for c in (config, reference))
     assert auto_batch(tokens, reference_tokens) == batch
-    assert pretrain_steps(config, batch, ratio, "matrices", None) == steps
+    assert pretrain_steps(config, batch, tokens_per_param, "matrices", None) == steps
     assert lr_batch_factor(batch) == pytest.approx(factor, abs=1e-4)
     if decay is not None:
         assert base * decay_factor(batch, tokens, reference_tokens) == pytest.approx(decay, rel=5e-3)
 
 
 @pytest.mark.parametrize(
-    ("depth", "ratio", "batch", "steps", "flops"),
+    ("depth", "tokens_per_param", "batch", "steps", "flops"),
     [(24, 12, 524_288, 16_704, 4.330784131228946e19), (26, 8.5, 524_288, 14_889, None), (26, 8.25, 2**20, 7_226, None)],
 )
-def test_published_runs(depth, ratio, batch, steps, flops):
+def test_published_runs(depth, tokens_per_param, batch, steps, flops):
     config = shape(depth, "modern_2026_02", 32_768)
-    assert pretrain_steps(config, batch, ratio, "matrices", None) == steps
+    assert pretrain_steps(config, batch, tokens_per_param, "matrices", None) == steps
     if flops is not None:
         assert float(steps * batch * flops_per_token(config)) == flops
 
@@ -132,14 +132,14 @@ def test_speedrun_derives_the_published_numbers():
     values = derived_without_tokenizer(compose("train", "experiment=speedrun", "dry_run=true"))
     assert (values["params_total"], values["tokens_per_step"], values["steps"]) == (1_384_122_122, 2**20, 5_568)
     assert f"{values['flops_per_token']:.6e}" == "4.775226e+09"
-    at_ratio_12 = derived_without_tokenizer(compose("train", "experiment=speedrun", "stage.ratio=12"))
+    at_ratio_12 = derived_without_tokenizer(compose("train", "experiment=speedrun", "stage.tokens_per_param=12"))
     assert at_ratio_12["steps"] == 8_352
 
 
 def test_horizons():
     config = shape(20)
     assert pretrain_steps(config, 524_288, 20.0, "all", 1e18) == round(1e18 / (3_491_758_080 * 524_288))
-    with pytest.raises(UserError, match="stage.ratio"):
+    with pytest.raises(UserError, match="stage.tokens_per_param"):
         pretrain_steps(shape(4), 10**12, 20.0, "all", None)
     assert plan(compose("train", "max_steps=7"), 32_768).steps == 7
     with pytest.raises(UserError, match=r"max_steps=7 and stage.target_flops=1e\+18"):
@@ -152,7 +152,10 @@ def test_scales_of_a_plan():
     assert scales["lr_scale"] == pytest.approx(0.5 * 2**0.5)
     assert cfg.optim.weight_decay * scales["decay_scale"] == pytest.approx(0.1002, rel=1e-3)
     assert plan(compose("train", "optim=muon_2025"), 32_768).scales == {"lr_scale": 1.0, "decay_scale": 1.0}
-    small = [plan(compose("train", f"batch.total={n}", "stage.ratio=1"), 32_768).scales for n in (2**18, 8192)]
+    small = [
+        plan(compose("train", f"batch.tokens_per_step={n}", "stage.tokens_per_param=1"), 32_768).scales
+        for n in (2**18, 8192)
+    ]
     assert [s["lr_scale"] for s in small] == pytest.approx([0.5**0.5] * 2)  # the rates stay, the decay goes on
     assert small[1]["decay_scale"] == pytest.approx(small[0]["decay_scale"] / 2**2.5)
 
@@ -163,9 +166,9 @@ def test_adam_scale_at_d20():
 
 def test_micro_batches():
     assert micro_batches(524_288, 32, 2048) == 8 and micro_batches(524_288, 32, 2048, world=8) == 1
-    with pytest.raises(UserError, match=r"batch.total=5000.*set batch.total=4096 or 8192"):
+    with pytest.raises(UserError, match=r"batch.tokens_per_step=5000.*set batch.tokens_per_step=4096 or 8192"):
         micro_batches(5000, 16, 256)
-    with pytest.raises(UserError, match=r"batch.total=100.*set batch.total=4096"):
+    with pytest.raises(UserError, match=r"batch.tokens_per_step=100.*set batch.tokens_per_step=4096"):
         micro_batches(100, 16, 256)
 
 
@@ -187,17 +190,17 @@ def test_peaks_are_found_by_the_drivers_names():
 
 
 def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
-    cfg = compose("train", "batch.device=auto", "model.seq_len=512", "trainer=cpu")
+    cfg = compose("train", "batch.micro_batch_size=auto", "model.seq_len=512", "trainer=cpu")
     config = shape(4, seq_len=512)
     assert resolve_rows(cfg, config, 48) == 16  # 24 and 48 rows are more than 8,192 tokens
-    assert "batch.device=auto: 16 rows of 512 tokens" in capsys.readouterr().out
+    assert "batch.micro_batch_size=auto: 16 rows of 512 tokens" in capsys.readouterr().out
     monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3) if name == "SC_AVPHYS_PAGES" else 1)
     assert resolve_rows(cfg, config, 48) == 3
     with pytest.raises(UserError, match="holds no whole row"):
         resolve_rows(cfg, config, 0)
     for wrong in ("many", "0", "1.5", "true"):
-        with pytest.raises(UserError, match=f"batch.device={wrong}".replace("true", "True")):
-            resolve_rows(compose("train", f"batch.device={wrong}"), config, 48)
+        with pytest.raises(UserError, match=f"batch.micro_batch_size={wrong}".replace("true", "True")):
+            resolve_rows(compose("train", f"batch.micro_batch_size={wrong}"), config, 48)
 
 
 def test_trials_go_down_until_one_fits():
@@ -215,11 +218,13 @@ def test_trials_go_down_until_one_fits():
 
 def test_auto_rows_of_a_dry_run_fit_the_named_gpu():
     small, large = (
-        derived_without_tokenizer(compose("train", "experiment=speedrun", "batch.device=auto", f"estimate.gpu={gpu}"))
+        derived_without_tokenizer(
+            compose("train", "experiment=speedrun", "batch.micro_batch_size=auto", f"estimate.gpu={gpu}")
+        )
         for gpu in ("rtx4090", "b200")
     )
-    with pytest.raises(UserError, match="batch.device=big"):
-        derived_without_tokenizer(compose("train", "experiment=speedrun", "batch.device=big"))
+    with pytest.raises(UserError, match="batch.micro_batch_size=big"):
+        derived_without_tokenizer(compose("train", "experiment=speedrun", "batch.micro_batch_size=big"))
     again = compose("train", "experiment=speedrun", "trainer.activation_checkpointing=true", "dry_run=true")
     plain = compose("train", "experiment=speedrun", "dry_run=true")
     memory = [derived_without_tokenizer(c)["estimate_memory_gib"] for c in (again, plain)]

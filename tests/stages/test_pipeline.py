@@ -115,7 +115,7 @@ def test_a_new_tokenizer_makes_the_model_out_of_date(tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["stage=pretrain", "batch.total=500"], "batch.total=500"),
+        (["stage=pretrain", "batch.tokens_per_step=500"], "batch.tokens_per_step=500"),
         (["stage=pretrain", "trainer.devices=0"], "trainer.devices=0"),
         (["stage=tokenizer", "stage.vocab_size=100"], "stage.vocab_size"),
         (["stage=tokenizer", "stage.vocab_size=100000"], "vocab_size"),
@@ -143,8 +143,14 @@ def test_mistakes_end_before_work_starts(tiny_runs, args, says):
 
 
 def test_a_mistake_is_one_line_and_status_2(tiny_runs):
-    done = train("stage=pretrain", "init_from=tiny/tokenizer", "run=mistake", "batch.total=500", root=tiny_runs)
-    assert done.returncode == 2 and done.stderr.startswith("error: batch.total=500") and done.stderr.count("\n") == 1
+    done = train(
+        "stage=pretrain", "init_from=tiny/tokenizer", "run=mistake", "batch.tokens_per_step=500", root=tiny_runs
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: batch.tokens_per_step=500")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_overwrite_destroys_nothing_before_the_checks_are_done(tiny_runs):

@@ -120,13 +120,13 @@ def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, cap
 
     context = StageContext("pretrain", None, torch.ones(70), STEPS, 8)
     module = SlowStart(net(), OPTIM, STAGE, context)
-    module.net.training_trunk = module.net.trunk
+    module.net.training_forward_blocks = module.net.forward_blocks
     fit(tmp_path / "1", module=module)
     first, second = rows(tmp_path / "1")[:2]
     assert float(first["seconds"]) > 0.5 and first["ms_per_step"] == first["tok_per_s"] == "" != second["tok_per_s"]
     capsys.readouterr()
     module = SlowStart(net(), OPTIM, STAGE, context)
-    module.net.training_trunk = module.net.trunk
+    module.net.training_forward_blocks = module.net.forward_blocks
     fit(tmp_path / "3", module=module, log_every=3)
     first = rows(tmp_path / "3")[0]
     assert first["step"] == "3" and float(first["ms_per_step"]) < 250 and float(first["seconds"]) > 0.5

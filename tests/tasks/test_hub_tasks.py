@@ -373,7 +373,7 @@ def test_download_checks_every_row(hub, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_finetune_on_rows_of_the_hub(hub, tmp_path):
-    args = [*settings(tmp_path, hub), "trainer.devices=2", "batch.device=2"]
+    args = [*settings(tmp_path, hub), "trainer.devices=2", "batch.micro_batch_size=2"]
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     for stage in ("tokenizer", "pretrain", "sft"):
         done = run_cli("train.py", f"stage={stage}", *args, **env)

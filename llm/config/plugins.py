@@ -1,0 +1,48 @@
+"""Import what users add to Fathom: their modules register schemas, stages, tasks, optimizers or rewards.
+
+A plugin is a Python module. It is named by `plugins=[my_package]` on the command line, or installed under the
+entry-point group `fathom.plugins`. Plugins are imported before the configuration is composed, so that what they
+register can be chosen like what Fathom brings. Imports nothing heavy.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from llm.errors import UserError
+
+ENTRY_POINTS = "fathom.plugins"
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Import the installed plugins and those in `names`, each once. The current folder counts as on the path.
+
+    Raises UserError where a module does not exist or fails while it is imported.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        _import(point.value, f"entry point {ENTRY_POINTS}: {point.name}")
+    for name in names:
+        _import(name, f"plugins=[{name}]")
+
+
+def plugins_in(argv: Sequence[str]) -> list[str]:
+    """The modules that `plugins=...` names on a command line: `plugins=my_package` or `plugins=[one,two]`."""
+    value = next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith(("plugins=", "+plugins="))), "")
+    names = [name.strip() for name in value.strip("[]").split(",")]
+    return [name for name in names if name and name != "null"]
+
+
+def _import(name: str, where: str) -> None:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        hint = "put its folder on PYTHONPATH, or install it" if error.name == name.partition(".")[0] else "install that"
+        raise UserError(f"{where}: no module {error.name!r}; {hint}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: importing it failed ({type(error).__name__}: {error})") from error
