@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError
 from llm.run.stage_folder import read_manifest, read_metrics
 from llm.utils.files import read_json, sync_folder, write_json
@@ -163,8 +164,11 @@ def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint mapped into memory: what is copied out of it is read from the disk then, and once."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """Return a checkpoint under the present names of keys, its tensors mapped into memory.
+
+    A tensor is read from the disk when it is copied. Raises what torch.load raises for a damaged file.
+    """
+    return renamed_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
 def checksums(folder: Path) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from llm.config.renamed import renamed_key
 from llm.config.schema import VARIANTS, check_task_names, check_values, known_keys
 from llm.errors import UserError
 
@@ -38,6 +39,8 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
         for override in overrides:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line}: several values make a sweep, which needs -m (or --multirun)")
+    for override in overrides:
+        _check_renamed(override)
     groups = config_groups(config_name)
     chosen, values = [], []
     for override in overrides:
@@ -201,6 +204,21 @@ def _lines(override: Any) -> list[str]:
     return [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()]
 
 
+def _check_renamed(override: Any) -> None:
+    """Raise UserError where an override, or a key in its mapping, has an old name."""
+    for value in _values(override):
+        for name in [override.key_or_group, *(_dotted_keys(value, override.key_or_group))]:
+            if problem := renamed_key(name):
+                raise UserError(f"{override.input_line}: {problem}")
+
+
+def _dotted_keys(value: Any, prefix: str) -> Iterable[str]:
+    """The keys of a mapping given on the command line, as in batch={micro_batch_size: 4}; none of another value."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield f"{prefix}.{key}"
+        yield from _dotted_keys(inner, f"{prefix}.{key}")
+
+
 def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> None:
     """A group takes the names of its files, one or a list of them."""
     group = override.key_or_group
@@ -294,6 +312,8 @@ def explain(config_name: str, error: BaseException) -> str:
     where = re.search(r"In '([^']+)'", text)
     place = f"conf/{where[1]}.yaml: " if where else ""
     full_key = re.search(r"full_key: (\S+)", text)
+    if full_key and (problem := renamed_key(full_key[1])):
+        return place + problem
     if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
         return place + _unknown(config_name, full_key[1], known_keys(config_name))
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("In '")]

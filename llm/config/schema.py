@@ -8,11 +8,13 @@ Nothing heavy is imported here: `train.py --help` and the check of the command l
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from typing import Any
 
+from llm.config.renamed import renamed_key
 from llm.errors import UserError
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
@@ -481,13 +483,25 @@ def check_values(cfg: Any, prefix: str = "") -> None:
     schema = OmegaConf.get_type(cfg)
     bounds = {f.name: f for f in fields(schema)} if is_dataclass(schema) else {}
     for name in cfg:
-        value = cfg[name]
+        value = _resolved(cfg, name, prefix)
         if isinstance(value, DictConfig):
             check_values(value, f"{prefix}{name}.")
         elif name in bounds:
             problem = _violation(bounds[str(name)], value)
             if problem:
                 raise UserError(f"{prefix}{name}={value}: must be {problem}")
+
+
+def _resolved(cfg: Any, name: Any, prefix: str) -> Any:
+    """Return a value of the configuration; UserError where it refers to a key that does not exist."""
+    from omegaconf.errors import InterpolationResolutionError
+
+    try:
+        return cfg[name]
+    except InterpolationResolutionError as error:
+        text = str(error).splitlines()[0]
+        missing = re.search(r"key '([^']+)' not found", text)
+        raise UserError(f"{prefix}{name}: {(renamed_key(missing[1]) if missing else None) or text}") from None
 
 
 def check_task_names(data: Any, stage: Any = None) -> None:

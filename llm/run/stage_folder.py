@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm.config.renamed import renamed_manifest
 from llm.config.schema import STAGES
 from llm.errors import UserError
 from llm.utils.files import read_json, write_json
@@ -70,9 +71,13 @@ class RunDir:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any] | None:
-    """run.json of a stage folder (or the file itself) as a dict; None if the stage was never started."""
+    """Return run.json of a stage folder (or the file itself), its config under the present names of keys.
+
+    None if the stage was never started. Raises UserError where the file cannot be read.
+    """
     path = Path(path)
-    return read_json(path if path.name == MANIFEST else path / MANIFEST)
+    manifest = read_json(path if path.name == MANIFEST else path / MANIFEST)
+    return None if manifest is None else renamed_manifest(manifest)
 
 
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:

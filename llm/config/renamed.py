@@ -1,0 +1,71 @@
+"""Keys that have new names: the one table by which old runs and checkpoints are read.
+
+On the command line and in YAML files an old key is an error that names the new one. What was saved under old names
+(run.json, checkpoints) is translated when it is read, and never rewritten on the disk.
+"""
+
+from typing import Any
+
+CONFIG_KEYS = {
+    "batch.device": "batch.micro_batch_size",
+    "batch.total": "batch.tokens_per_step",
+    "stage.ratio": "stage.tokens_per_param",
+    "stage.ratio_of": "stage.count_params",
+    "optim.equalize": "optim.row_normalize",
+}
+OPTIMIZER_GROUP_KEYS = {"equalize": "row_normalize"}
+CURSOR_KEYS = {"taken": "consumed"}  # of the position of a data loader
+
+
+def renamed_key(name: str) -> str | None:
+    """Return the error text for a dotted configuration key that has a new name; None for any other key."""
+    return f"{name} is now called {CONFIG_KEYS[name]}" if name in CONFIG_KEYS else None
+
+
+def renamed_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a run.json with its configuration under the present names."""
+    if not isinstance(manifest.get("config"), dict):
+        return manifest
+    return manifest | {"config": renamed_config(manifest["config"])}
+
+
+def renamed_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved, resolved configuration (nested dicts) under the present names; the argument is left as it is."""
+    names: dict[str, dict[str, str]] = {}
+    for old, new in CONFIG_KEYS.items():
+        group, key = old.split(".")
+        names.setdefault(group, {})[key] = new.removeprefix(f"{group}.")
+    return {
+        group: _renamed(section, names[group]) if group in names and isinstance(section, dict) else section
+        for group, section in config.items()
+    }
+
+
+def renamed_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a resume checkpoint whose optimizer groups and data positions have the present names.
+
+    Tensors are passed on, not copied.
+    """
+    changed = dict(checkpoint)
+    if "optimizer_states" in checkpoint:
+        changed["optimizer_states"] = [
+            state | {"param_groups": [_renamed(group, OPTIMIZER_GROUP_KEYS) for group in state["param_groups"]]}
+            for state in checkpoint["optimizer_states"]
+        ]
+    if "StepData" in checkpoint:
+        changed["StepData"] = _renamed_cursors(checkpoint["StepData"])
+    return changed
+
+
+def _renamed(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in section.items()}
+
+
+def _renamed_cursors(thing: Any) -> Any:
+    """Rename cursor keys at any depth. A source of text may have the name of an old key: its value is a dict."""
+    if isinstance(thing, dict):
+        return {
+            CURSOR_KEYS.get(key, key) if isinstance(value, list) else key: _renamed_cursors(value)
+            for key, value in thing.items()
+        }
+    return [_renamed_cursors(item) for item in thing] if isinstance(thing, list) else thing
