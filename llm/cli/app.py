@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from llm.cli.help import help_text
-from llm.cli.overrides import CONF, check_overrides, launcher, quote_raw, swept_overrides, without_groups
+from llm.cli.options import CONF, config_folders
+from llm.cli.overrides import check_overrides, launcher, quote_raw, swept_overrides, without_groups
 from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.errors import UserError
@@ -124,7 +125,7 @@ def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
 
     from llm.config.schema import register
 
-    register()
+    register(config_folders(sys.argv[1:]))
     main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
     if "FATHOM_SWEEP_DIR" in os.environ:
         main()

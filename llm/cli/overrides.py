@@ -4,7 +4,6 @@ Hydra would notice most of these mistakes too, but only say that a key is not in
 composed with the chosen options once, and each override is tried on it.
 """
 
-import difflib
 import importlib.util
 import itertools
 import re
@@ -14,11 +13,13 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
+from llm.cli.explain import explain
+from llm.cli.options import CONF, config_folders, config_groups, group_options, listed, no_option, unknown_key
 from llm.config.renamed import renamed_key
 from llm.config.schema import VARIANTS, check_task_names, check_values, known_keys
 from llm.errors import UserError
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+__all__ = ["CONF", "check_overrides", "compose", "config_groups", "group_options"]
 
 
 def check_overrides(config_name: str, argv: Sequence[str]) -> None:
@@ -31,7 +32,7 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
 
     _check_dashes(argv)
     args = get_args_parser().parse_args(list(argv))
-    folders = [CONF] + ([Path(args.config_dir)] if args.config_dir else [])
+    folders = config_folders(argv)
     overrides = parse(args.overrides)
     _check_launcher(launcher(argv), overrides)
     overrides = [o for o in overrides if not re.match(r"hydra[./]", o.key_or_group)]
@@ -101,52 +102,6 @@ def _quoted(text: str) -> str:
     """
     text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
-
-
-def config_groups(config_name: str) -> dict[str, Any]:
-    """The groups of an entry point with their default options, in the order of its defaults list."""
-    from omegaconf import OmegaConf
-
-    groups = {}
-    for entry in OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"))["defaults"]:
-        if isinstance(entry, dict):
-            ((name, option),) = entry.items()
-            name = name.removeprefix("optional ")
-            if "@" not in name and name != "hydra":
-                groups[name] = option
-    return groups
-
-
-def group_options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:
-    """Options of a group: the YAML files of its folder that do not begin with an underscore, d2 before d10."""
-    names = {f.stem for folder in folders for f in (folder / group).glob("*.yaml") if not f.name.startswith("_")}
-    return sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
-
-
-def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | None:
-    """The candidate most like `word` in spelling, then in the number within; None if none is at least `floor` like it.
-
-    A word without a dot is also compared with the last part of a dotted candidate, and found as a part of it:
-    `depth` finds `model.depth`, `lr` finds `optim.matrix_lr`, `optim.lr_frac` finds `stage.lr_frac`.
-    """
-
-    def likeness(name: str) -> tuple[float, float]:
-        numbers = [re.findall(r"\d+", text) for text in (word, name)]
-        distance = abs(int(numbers[0][0]) - int(numbers[1][0])) if all(numbers) else 0
-        ratio = difflib.SequenceMatcher(None, word, name).ratio()
-        last = name.rpartition(".")[2]
-        if last != name and "." not in word:
-            ratio = max(ratio, difflib.SequenceMatcher(None, word, last).ratio() - 0.01)
-        if last == word.rpartition(".")[2]:  # in another place, as trainer.strategy for strategy
-            ratio = max(ratio, 0.95)
-        if set(word.split("_")) <= set(last.split("_")):
-            ratio = max(ratio, 0.76 if last.endswith(word) else 0.75)
-        if all(numbers) and re.sub(r"\d+", "", word) == re.sub(r"\d+", "", name):
-            ratio = max(ratio, 0.9)
-        return ratio, -distance
-
-    best = max(candidates, key=likeness, default=None)
-    return best if best is not None and likeness(best)[0] >= floor else None
 
 
 def parse(lines: Sequence[str]) -> list[Any]:
@@ -223,7 +178,7 @@ def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> 
     """A group takes the names of its files, one or a list of them."""
     group = override.key_or_group
     options = group_options(group, folders)
-    shown = f"{options[0]}, {options[1]} ... {options[-1]}" if len(options) > 12 else ", ".join(options)
+    shown = listed(options)
     if override.is_delete():
         raise UserError(f"{override.input_line}: choose one of {shown} instead")
     if override.is_add() or override.is_force_add():
@@ -232,12 +187,9 @@ def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> 
         if value is None:
             raise UserError(f"{group}=null: {'leave it out' if groups[group] is None else f'choose one of {shown}'}")
         for name in value if isinstance(value, list) else [value]:
-            if any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+            if name in options or any((folder / group / f"{name}.yaml").is_file() for folder in folders):
                 continue
-            hint = f"did you mean {group}={nearest(str(name), options, floor=0)}?"
-            if not isinstance(name, str) and not any(re.search(r"\d", option) for option in options):
-                hint = f"its values are written {group}.<key>=<value>"
-            raise UserError(f"{group}={name} does not exist; {hint} (options: {shown})")
+            raise UserError(no_option(group, name, options))
 
 
 def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -> None:
@@ -246,14 +198,7 @@ def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -
     if override.package is not None:
         raise UserError(f"{override.input_line}: '@' moves a group to another place, which no setting here needs")
     if name.split(".")[0] not in known_keys(config_name):
-        raise UserError(_unknown(config_name, name, [*groups, *_dotted(compose(config_name), "")]))
-
-
-def _unknown(config_name: str, name: str, candidates: Iterable[str]) -> str:
-    """The line for a key that does not exist, with the one most like it if any is."""
-    best = nearest(name, candidates)
-    hint = f"; did you mean {best!r}?" if best else ""
-    return f"unknown key {name!r}{hint} (list: python {config_name}.py --help all)"
+        raise UserError(unknown_key(config_name, name, [*groups, *_dotted(compose(config_name), "")]))
 
 
 def _check_values(config_name: str, choice: Sequence[str], values: list[Any], config_dir: str | None) -> None:
@@ -292,32 +237,19 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from llm.config.schema import register
 
-    register()
-    lines = list(overrides) + ([f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else [])
+    folders = [CONF, *([Path(config_dir).resolve()] if config_dir else [])]
+    register(folders)
+    lines = [*overrides, *(f"hydra.searchpath=[file://{folder}]" for folder in folders[1:])]
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(config_name, lines)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(config_name, error)) from None
-
-
-def explain(config_name: str, error: BaseException) -> str:
-    """One line out of Hydra's and OmegaConf's messages of several."""
-    cause = error if error.__cause__ is None else error.__cause__
-    text = f"{error}\n{cause}" if cause is not error else str(error)
-    where = re.search(r"In '([^']+)'", text)
-    place = f"conf/{where[1]}.yaml: " if where else ""
-    full_key = re.search(r"full_key: (\S+)", text)
-    if full_key and (problem := renamed_key(full_key[1])):
-        return place + problem
-    if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
-        return place + _unknown(config_name, full_key[1], known_keys(config_name))
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("In '")]
-    return place + (f"{full_key[1]}: " if full_key else "") + (lines[0] if lines else type(error).__name__)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(explain(config_name, error, folders)) from None
 
 
 def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice: Sequence[str]) -> None:
@@ -406,7 +338,7 @@ def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> st
     siblings = [f"{above}.{key}" for key in parent] if isinstance(parent, DictConfig) else []
     last = name.rpartition(".")[2]
     elsewhere = [key for key in (*cfg, *_dotted(cfg, "")) if key.rpartition(".")[2] == last]
-    message = _unknown(config_name, name, siblings + elsewhere if siblings else _dotted(cfg, ""))
+    message = unknown_key(config_name, name, siblings + elsewhere if siblings else _dotted(cfg, ""))
     if isinstance(parent, DictConfig) and not _is_typed(parent):
         message += f"; to add a new one write +{name}=..."
     return message

@@ -9,11 +9,13 @@ Nothing heavy is imported here: `train.py --help` and the check of the command l
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from llm.config.generated import register_generated
 from llm.config.renamed import renamed_key
 from llm.errors import UserError
 
@@ -464,8 +466,11 @@ VARIANTS: dict[str, dict[str, type]] = {
 }
 
 
-def register() -> None:
-    """Give Hydra the schemas: `schema/train`, `schema/stage/sft`, ... for the defaults lists in `conf/`."""
+def register(folders: Iterable[Path] = ()) -> None:
+    """Give Hydra the schemas (`schema/train`, `schema/stage/sft`, ...) and the options that no file holds.
+
+    `folders`: conf/ and the folder of --config-dir, whose files take the place of generated options.
+    """
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -474,6 +479,7 @@ def register() -> None:
     for group, variants in VARIANTS.items():
         for name, schema in variants.items():
             store.store(group=f"schema/{group}", name=name, node=schema, package=group, provider="fathom")
+    register_generated(store, folders)
 
 
 def check_values(cfg: Any, prefix: str = "") -> None:

@@ -1,15 +1,46 @@
-"""Shape of the Transformer: `GPTConfig`, parameter counts and FLOPs, without building the network."""
+"""Shape of the Transformer: `GPTConfig`, its parameter counts and FLOPs. Builds no network."""
 
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 
 ARCHS = ("classic", "modern", "gpt2")
 WINDOW_MULTIPLE = 128  # short windows are rounded up to it: the block size of fast kernels
-SMEAR_CHANNELS = 24  # of the embedding, that decide how much of the previous token a token takes in
+SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
+
+# What an option is where nobody states it: in a config.json that was written before the option existed, and in a shape
+# built by hand. The values of the architectures stand in conf/arch/, which states every option it offers.
+# These rows are frozen: changing one changes what old models compute. A new option gets a row that means "off".
+UNSTATED = MappingProxyType(
+    {
+        "arch": "classic",
+        "rope_base": 10_000.0,
+        "softcap": 15.0,
+        "qk_scale": 1.0,
+        "window_pattern": "L",
+        "window_divisor": 4,
+        "value_embeds": False,
+        "gate_channels": 12,
+        "gate_range": 3.0,
+        "residual_scalars": False,
+        "smear": False,
+        "backout": False,
+        "tied": False,
+        "bos_id": None,
+        "vocab_multiple": 64,
+        "resid_init": (1.0, 1.0),
+        "x0_init": (0.0, 0.0),
+        "backout_init": 0.2,
+        "gate_init": 0.0,
+        "embedding_std": 1.0,
+        "head_std": 0.0,
+        "fc_scale": 1.0,
+    }
+)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the model: everything needed to rebuild it without weights. The defaults are those of `classic`."""
+    """Shape of the model: everything needed to rebuild it without weights. Raises ValueError for one that cannot be."""
 
     n_layer: int
     n_head: int
@@ -18,28 +49,28 @@ class GPTConfig:
     n_embd: int
     seq_len: int
     vocab_size: int  # true vocabulary; tensors are padded to `padded_vocab_size`
-    arch: str = "classic"
-    rope_base: float = 10_000.0
-    softcap: float | None = 15.0  # null: logits as they are
-    qk_scale: float = 1.0  # factor on the normed queries and on the keys
-    window_pattern: str = "L"  # one letter per layer, repeated: L = full attention, S = short window; the last is L
-    window_divisor: int = 4  # a short window is seq_len / this, rounded up to a multiple of WINDOW_MULTIPLE
-    value_embeds: bool = False  # a second embedding of the tokens, gated, added to the values of every other layer
-    gate_channels: int = 12  # of the layer's input, that set the gate
-    gate_range: float = 3.0  # the gate lies between 0 and this
-    residual_scalars: bool = False  # x <- r * x + a * x0 before every block
-    smear: bool = False  # tokens take in some of the token before
-    backout: bool = False  # what the middle of the network has found is taken out again before the head
-    tied: bool = False  # the head is the embedding
-    bos_id: int | None = None  # every document begins with it, and sees no other; null = all of a row is visible
-    vocab_multiple: int = 64  # embedding and head are padded to a multiple of this: even shards, fast kernels
-    resid_init: tuple[float, float] = (1.0, 1.0)  # r of the first and the last layer, linear between
-    x0_init: tuple[float, float] = (0.0, 0.0)  # a likewise
-    backout_init: float = 0.2
-    gate_init: float = 0.0  # gates ~ U(0, this)
-    embedding_std: float = 1.0
-    head_std: float = 0.0
-    fc_scale: float = 1.0  # factor on the initial weights of the MLP's first layer
+    arch: str = UNSTATED["arch"]
+    rope_base: float = UNSTATED["rope_base"]  # base of the rotary embedding's wavelengths
+    softcap: float | None = UNSTATED["softcap"]  # logits are softcap x tanh(logits / softcap); None = as they are
+    qk_scale: float = UNSTATED["qk_scale"]  # factor on the normed queries and on the keys
+    window_pattern: str = UNSTATED["window_pattern"]  # a letter per layer, repeated: L = full, S = short; the last is L
+    window_divisor: int = UNSTATED["window_divisor"]  # short: seq_len / this, rounded up to WINDOW_MULTIPLE
+    value_embeds: bool = UNSTATED["value_embeds"]  # gated embeddings, added to the values of every other layer
+    gate_channels: int = UNSTATED["gate_channels"]  # channels of a layer's input that set the gate of value_embeds
+    gate_range: float = UNSTATED["gate_range"]  # the gate of value_embeds lies between 0 and this
+    residual_scalars: bool = UNSTATED["residual_scalars"]  # x <- r * x + a * x0 before every block
+    smear: bool = UNSTATED["smear"]  # tokens take in some of the embedding of the token before
+    backout: bool = UNSTATED["backout"]  # subtract some of the middle block's output before the head
+    tied: bool = UNSTATED["tied"]  # the head is the embedding
+    bos_id: int | None = UNSTATED["bos_id"]  # a token sees its own document, from this id on; None = the whole row
+    vocab_multiple: int = UNSTATED["vocab_multiple"]  # tables are padded to it: even shards, fast kernels
+    resid_init: tuple[float, float] = UNSTATED["resid_init"]  # r of the first and the last layer, linear between
+    x0_init: tuple[float, float] = UNSTATED["x0_init"]  # a of the first and the last layer, linear between
+    backout_init: float = UNSTATED["backout_init"]  # initial backout coefficient
+    gate_init: float = UNSTATED["gate_init"]  # initial gate weights are drawn from U(0, this)
+    embedding_std: float = UNSTATED["embedding_std"]  # standard deviation of the initial embedding
+    head_std: float = UNSTATED["head_std"]  # standard deviation of the initial head
+    fc_scale: float = UNSTATED["fc_scale"]  # factor on the initial weights of the MLP's first layer
 
     def __post_init__(self):
         if self.arch not in ARCHS:
@@ -60,10 +91,11 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of embedding and head: `vocab_size` rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def window(self, layer: int) -> int | None:
-        """Number of earlier positions that a layer sees beside its own; None = all. The last layer sees all."""
+        """Return how many earlier positions a layer sees beside its own; None = all, as the last layer does."""
         letter = self.window_pattern[layer % len(self.window_pattern)]
         if letter == "L" or layer == self.n_layer - 1:
             return None
@@ -71,23 +103,28 @@ class GPTConfig:
         return short if short < self.seq_len else None
 
     def has_value_embed(self, layer: int) -> bool:
-        """Every other layer, the last one among them."""
+        """Return whether a layer adds value embeddings: every other layer does, the last one among them."""
         return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
 
     def to_dict(self) -> dict:
+        """Return all options by name, for config.json."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPTConfig":
-        """Inverse of `to_dict`; unknown keys are an error, so that a newer model is never silently misread."""
+        """Read what `to_dict` returned, in this or an older version: options it lacks are those of UNSTATED.
+
+        Raises ValueError for an unknown option: a newer model is never silently misread.
+        """
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown model config keys {sorted(unknown)}: written by a newer version?")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        stated = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**(UNSTATED | stated))
 
 
 def num_params(config: GPTConfig) -> dict[str, int]:
-    """Parameter counts by kind and in total, without building the model; kinds that the model lacks are left out."""
+    """Count the parameters by kind and in total, without building the model. Kinds that it lacks are left out."""
     c = config
     table = c.padded_vocab_size * c.n_embd
     q_and_out = 2 * c.n_embd * c.n_head * c.head_dim
@@ -110,12 +147,12 @@ def num_params(config: GPTConfig) -> dict[str, int]:
 
 
 def scaling_params(config: GPTConfig) -> int:
-    """The parameters that scaling rules count: matrices of the blocks and of the head (Kaplan et al. 2020)."""
+    """Count the parameters of scaling rules: matrices of the blocks and of the head (Kaplan et al. 2020)."""
     return num_params(config)["blocks"] + config.padded_vocab_size * config.n_embd
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
-    """Training FLOPs per token: 6 per weight that multiplies (embeddings are look-ups) plus attention.
+    """Return the training FLOPs per token: 6 per weight that multiplies (embeddings are look-ups) plus attention.
 
     Attention: 2 products forward, 4 backward, 2 FLOPs each, over the T keys of a full layer or the window of a short
     one: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for causality).

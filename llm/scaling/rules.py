@@ -15,6 +15,7 @@ REFERENCE_DEPTH = 12  # where the hyperparameters were tuned,
 REFERENCE_BATCH = 2**19  # with steps of this many tokens
 SMALLEST_BATCH = 2**18
 BATCH_EXPONENT = 0.383
+GPT2_AS_PUBLISHED = {"softcap": None, "vocab_multiple": 1}  # parts of arch=gpt2 that are no options
 
 
 def model_config(model, arch, vocab_size: int) -> GPTConfig:
@@ -30,7 +31,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         features[name] = tuple(features[name])
     bos_id = vocab_size - len(SPECIAL_TOKENS) if features.pop("document_masks", False) else None
     if arch["name"] == "gpt2":
-        features |= {"softcap": None, "vocab_multiple": 1}  # as published
+        features |= GPT2_AS_PUBLISHED
     try:
         return GPTConfig(
             n_layer=model["depth"],

@@ -1,5 +1,6 @@
 """Model folder: round trip, damage, safe replacement, and equality with transformers' NanoChat."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from llm.checkpoint.model_folder import (
     save_model_folder,
 )
 from llm.errors import UserError
-from llm.model.config import GPTConfig
+from llm.model.config import UNSTATED, GPTConfig
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import RANKS_FILE, Tokenizer
 from llm.tokenizer.chat_format import render_conversation, render_prompt
@@ -100,6 +101,43 @@ def test_config_files_state_what_transformers_would_default_wrongly(folder, tok)
     generation = json.loads((folder / GENERATION_FILE).read_text())
     assert generation["eos_token_id"] == [end, tok.bos_id] and config["eos_token_id"] == end
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 96
+
+
+OLD_MODEL = """{"n_layer": 3, "n_head": 2, "n_kv_head": 2, "head_dim": 16, "n_embd": 32, "seq_len": 96,
+"vocab_size": 333, "arch": "classic", "rope_base": 10000.0, "softcap": 15.0}"""  # before other options existed
+FROZEN = {
+    "arch": "classic", "rope_base": 10_000.0, "softcap": 15.0, "qk_scale": 1.0, "window_pattern": "L",
+    "window_divisor": 4, "value_embeds": False, "gate_channels": 12, "gate_range": 3.0, "residual_scalars": False,
+    "smear": False, "backout": False, "tied": False, "bos_id": None, "vocab_multiple": 64, "resid_init": (1.0, 1.0),
+    "x0_init": (0.0, 0.0), "backout_init": 0.2, "gate_init": 0.0, "embedding_std": 1.0, "head_std": 0.0,
+    "fc_scale": 1.0,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_an_old_config_without_newer_options_computes_what_it_did(folder, net, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    _edit(copy / CONFIG_FILE, lambda content: content["fathom"].update(model=json.loads(OLD_MODEL)))
+    loaded, _ = load_model_folder(copy)
+    ids = torch.arange(50)[None]
+    assert torch.equal(loaded(ids), net(ids))
+    assert loaded.config.to_dict() == json.loads(OLD_MODEL) | FROZEN
+
+
+def test_options_that_a_config_lacks_come_from_the_frozen_table_not_from_defaults():
+    assert {name: UNSTATED[name] for name in FROZEN} == FROZEN, "old models would compute something else: add rows only"
+    optional = {f.name for f in dataclasses.fields(GPTConfig) if f.default is not dataclasses.MISSING}
+    assert set(UNSTATED) == optional, "a new option needs a row that means off"
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(GPTConfig):
+        softcap: float | None = 30.0
+        qk_scale: float = 1.2
+
+    old = json.loads(OLD_MODEL)
+    del old["softcap"]
+    assert (Later.from_dict(old).softcap, Later.from_dict(old).qk_scale) == (15.0, 1.0)
 
 
 def test_tokenizer_of_another_size_is_refused_before_writing(net, tmp_path):

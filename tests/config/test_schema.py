@@ -18,7 +18,6 @@ from llm.config.schema import STAGES, VARIANTS, known_keys
 pytestmark = pytest.mark.usefixtures("composed_once")
 
 EXPERIMENTS = group_options("experiment")
-DEPTHS = [f"d{depth}" for depth in range(2, 35, 2)]
 
 
 def complete(cfg) -> dict:
@@ -60,13 +59,6 @@ SIMPLE_GROUPS = sorted(config_groups("train").keys() - {"stage", "model", "exper
 @pytest.mark.parametrize("group,option", [(g, o) for g in SIMPLE_GROUPS for o in group_options(g)])
 def test_every_option_composes(group, option):
     complete(overrides.compose("train", [f"{group}={option}"]))
-
-
-def test_depths():
-    assert group_options("model") == DEPTHS
-    for name in DEPTHS:
-        assert yaml.safe_load((CONF / f"model/{name}.yaml").read_text())["depth"] == int(name[1:])
-    assert complete(compose("train", "model=d34"))["model"]["depth"] == 34
 
 
 @pytest.mark.parametrize("config_name", ["evaluate", "serve"])

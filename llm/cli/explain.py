@@ -1,0 +1,44 @@
+"""One line, with file and key, out of the messages of Hydra, OmegaConf and the YAML reader."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm.cli.options import CONF, group_options, no_option, unknown_key
+from llm.config.renamed import renamed_key
+from llm.config.schema import known_keys
+
+
+def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,)) -> str:
+    """Return one line, with the file at fault, for a message of Hydra, OmegaConf or the YAML reader."""
+    if (mark := getattr(error, "problem_mark", None)) is not None:
+        return f"{_shown(Path(mark.name))}: line {mark.line + 1} is not valid YAML ({error.problem})"
+    cause = error if error.__cause__ is None else error.__cause__
+    text = f"{error}\n{cause}" if cause is not error else str(error)
+    where = re.search(r"[Ii]n '([^']+)'", text)
+    place = f"{_source(where[1], folders)}: " if where else ""
+    option = re.search(r"Could not find '(.+)/([^/']+)'", text)
+    if option:
+        chosen = rf"override +/?{option[1]} *: *{option[2]}\b"
+        files = [f for folder in folders for f in folder.rglob("*.yaml") if re.search(chosen, f.read_text("utf-8"))]
+        problem = no_option(option[1], option[2], group_options(option[1], folders))
+        return f"{_shown(files[0])}: {problem}" if files else problem
+    full_key = re.search(r"full_key: (\S+)", text)
+    if full_key and (problem := renamed_key(full_key[1])):
+        return place + problem
+    if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
+        return place + unknown_key(config_name, full_key[1], known_keys(config_name))
+    lines = [re.sub(r"^In '[^']+': ", "", line.strip()) for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.endswith("while composing config:")]
+    return place + (f"{full_key[1]}: " if full_key else "") + (lines[0] if lines else type(error).__name__)
+
+
+def _source(name: str, folders: Sequence[Path]) -> str:
+    """Return the file of a config that Hydra calls `name`, as in experiment/demo; a later folder goes before."""
+    found = [folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()]
+    return _shown(found[-1]) if found else f"{CONF.name}/{name}.yaml"
+
+
+def _shown(file: Path) -> str:
+    """Return a path for a message: files of conf/ begin with conf/, other paths are complete."""
+    return str(file.relative_to(CONF.parent)) if file.is_relative_to(CONF) else str(file)

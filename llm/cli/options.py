@@ -1,0 +1,86 @@
+"""Groups, options and keys that exist, and what to say about a name that does not."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm.config.generated import GENERATED
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def config_folders(argv: Sequence[str]) -> list[Path]:
+    """Return the folders of configuration files: conf/, then that of --config-dir in `argv` where it is given."""
+    from hydra._internal.utils import get_args_parser
+
+    folder = get_args_parser().parse_args(list(argv)).config_dir
+    return [CONF, *([Path(folder).resolve()] if folder else [])]
+
+
+def config_groups(config_name: str) -> dict[str, Any]:
+    """Return the groups of an entry point with their default options, in the order of its defaults list."""
+    from omegaconf import OmegaConf
+
+    groups = {}
+    for entry in OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"))["defaults"]:
+        if isinstance(entry, dict):
+            ((name, option),) = entry.items()
+            name = name.removeprefix("optional ")
+            if "@" not in name and name != "hydra":
+                groups[name] = option
+    return groups
+
+
+def group_options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:
+    """List the options of a group, d2 before d10: generated ones, and YAML files that begin with no underscore."""
+    files = {f.stem for folder in folders for f in (folder / group).glob("*.yaml") if not f.name.startswith("_")}
+    names = files | GENERATED.get(group, {}).keys()
+    return sorted(names, key=lambda n: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", n)])
+
+
+def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | None:
+    """Return the candidate most like `word` in spelling, then in the number within; None if none reaches `floor`.
+
+    A word without a dot is also compared with the last part of a dotted candidate, and found as a part of it:
+    `depth` finds `model.depth`, `lr` finds `optim.matrix_lr`, `optim.lr_frac` finds `stage.lr_frac`.
+    """
+
+    def likeness(name: str) -> tuple[float, float]:
+        numbers = [re.findall(r"\d+", text) for text in (word, name)]
+        distance = abs(int(numbers[0][0]) - int(numbers[1][0])) if all(numbers) else 0
+        ratio = difflib.SequenceMatcher(None, word, name).ratio()
+        last = name.rpartition(".")[2]
+        if last != name and "." not in word:
+            ratio = max(ratio, difflib.SequenceMatcher(None, word, last).ratio() - 0.01)
+        if last == word.rpartition(".")[2]:  # in another place, as trainer.strategy for strategy
+            ratio = max(ratio, 0.95)
+        if set(word.split("_")) <= set(last.split("_")):
+            ratio = max(ratio, 0.76 if last.endswith(word) else 0.75)
+        if all(numbers) and re.sub(r"\d+", "", word) == re.sub(r"\d+", "", name):
+            ratio = max(ratio, 0.9)
+        return ratio, -distance
+
+    best = max(candidates, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= floor else None
+
+
+def no_option(group: str, name: Any, options: list[str]) -> str:
+    """Return the error line for an option that a group does not have, with the option most like it."""
+    hint = f"did you mean {group}={nearest(str(name), options, floor=0)}?"
+    if not isinstance(name, str) and not any(re.search(r"\d", option) for option in options):
+        hint = f"its values are written {group}.<key>=<value>"
+    return f"{group}={name} does not exist; {hint} (options: {listed(options)})"
+
+
+def listed(options: list[str]) -> str:
+    """Return the names for a message, only the first two and the last where they are many."""
+    return f"{options[0]}, {options[1]} ... {options[-1]}" if len(options) > 12 else ", ".join(options)
+
+
+def unknown_key(config_name: str, name: str, candidates: Iterable[str]) -> str:
+    """Return the error line for a key that does not exist, with the key most like it if any is."""
+    best = nearest(name, candidates)
+    hint = f"; did you mean {best!r}?" if best else ""
+    return f"unknown key {name!r}{hint} (list: python {config_name}.py --help all)"
