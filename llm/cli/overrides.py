@@ -293,6 +293,8 @@ def explain(config_name: str, error: BaseException) -> str:
     text = f"{error}\n{cause}" if cause is not error else str(error)
     where = re.search(r"In '([^']+)'", text)
     place = f"conf/{where[1]}.yaml: " if where else ""
+    if schema := re.search(r"Could not load 'schema/(\w+)/(\w+)'", text):
+        return f"{schema[1]}={schema[2]}: no plugin registers its schema; name the module that does: plugins=[<module>]"
     full_key = re.search(r"full_key: (\S+)", text)
     if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
         return place + _unknown(config_name, full_key[1], known_keys(config_name))

@@ -474,12 +474,13 @@ def _root_schema(config_name: str, mixtures: tuple[str, ...]) -> type:
     root = ROOTS[config_name]
     if "data" not in root.__dataclass_fields__:
         return root
-    keys = []
-    for stage in mixtures:
-        trained = f"{stage} trains on: task: repeats (a fraction below 1 = its first part, 0 = leave out)"
-        held_out = f"{stage} validates on: task: repeats of its held-out rows; empty = all of the tasks trained on"
-        for name, text in ((stage, trained), (f"{stage}_val", held_out)):
-            keys.append((name, dict[str, float], field(default_factory=dict, metadata={"help": text})))
+    trained = "{} trains on: task: repeats (a fraction below 1 = its first part, 0 = leave out)"
+    held_out = "{} validates on: task: repeats of its held-out rows; empty = all of the tasks trained on"
+    texts = {stage: trained.format(stage) for stage in mixtures}
+    texts |= {f"{stage}_val": held_out.format(stage) for stage in mixtures}
+    keys = [
+        (name, dict[str, float], field(default_factory=dict, metadata={"help": text})) for name, text in texts.items()
+    ]
     mixture = make_dataclass("MixtureConfig", keys, bases=(MixtureConfig,))
     return _with_type(root, "data", _with_type(DataConfig, "mixture", mixture))
 
@@ -520,7 +521,14 @@ def check_values(cfg: Any, prefix: str = "") -> None:
 
 
 def check_task_names(data: Any, stage: Any = None) -> None:
-    """Raise `UserError` where a mixture, `data.rl`, `data.eval` or `stage.chat_tasks` names none of `data.tasks`."""
+    """Raise `UserError` where a mixture, `data.rl`, `data.eval` or `stage.chat_tasks` names none of `data.tasks`.
+
+    So too where `data.mixture` has a key that no chat stage of the table reads.
+    """
+    stages = chat_mixtures()
+    for name in data.mixture:
+        if name.removesuffix("_val") not in stages:
+            raise UserError(f"data.mixture.{name}: there is no chat stage of this name ({', '.join(stages)})")
     places = {f"data.mixture.{name}": list(weights) for name, weights in data.mixture.items()}
     places |= {"data.rl": [data.rl] if data.rl else [], "data.eval": list(data.eval)}
     places["stage.chat_tasks"] = list(getattr(stage, "chat_tasks", None) or [])

@@ -8,6 +8,7 @@ Everything here is paths and small files: no torch at import, so that command li
 import csv
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,21 +156,28 @@ def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None)
     missing = load_run_plugins(folder)
     if stage is None:
         stage = _only_best(folder)
+        for problem in missing:
+            print(f"note: {run}/{stage} is used, but not all stages of this run are known ({problem})", file=sys.stderr)
     load_plugins(saved_plugins(folder.path / stage))
-    if not _holds_stage(folder.path / stage) and stage not in stage_names():
+    _check_usable(folder, stage, missing)
+    return folder.path / stage
+
+
+def _check_usable(run: RunDir, stage: str, missing: list[str]) -> None:
+    """Raise UserError where the stage is unknown, has no model that generates text, or is not finished."""
+    row, existing = row_or_stranger(stage), _existing(run.root, run.name)
+    if not row.kind and not _holds_stage(run.path / stage):
         stages = ", ".join(name for name in stage_names() if stage_row(name).servable)
-        raise UserError(f"stage={stage} does not exist; choose one of {stages}. {_existing(root, run)}")
-    row = row_or_stranger(stage)
+        raise UserError(f"stage={stage} does not exist; choose one of {stages}. {existing}")
     if not row.kind:
         raise UserError(
-            f"stage={stage} of run={run} is not in the table of stages: name the plugin that registers it, "
+            f"stage={stage} of run={run.name} is not in the table of stages: name the plugin that registers it, "
             f"plugins=[<module>]{''.join(f' ({problem})' for problem in missing)}"
         )
     if not row.servable:
-        raise UserError(f"stage={stage} holds no model that generates text; choose another. {_existing(root, run)}")
-    if stage not in folder.finished():
-        raise UserError(f"stage={stage} of run={run} is {_state(folder, stage)}. {_existing(root, run)}")
-    return folder.path / stage
+        raise UserError(f"stage={stage} holds no model that generates text; choose another. {existing}")
+    if stage not in run.finished():
+        raise UserError(f"stage={stage} of run={run.name} is {_state(run, stage)}. {existing}")
 
 
 def _may_hold_model(run: RunDir) -> bool:
@@ -280,7 +288,7 @@ def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
 def _suits(row: Stage, parent: str) -> bool:
     """Whether a stage of this name leaves what `row` takes, at an earlier place of the pipeline."""
     other = row_or_stranger(parent)
-    return other.rank < row.rank and (other.makes_model or row.takes == "tokenizer")
+    return other.rank < row.rank and (other.makes_model or row.takes != "weights")
 
 
 def _folder_parent(folder: Path, here: RunDir, key: str, row: Stage) -> Path:
