@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
 from llm.data.embedded import rows as embedded_rows
 from llm.errors import UserError
@@ -94,14 +95,15 @@ def build_mixture(
 
 def held_out_weights(data, stage: str) -> dict[str, float]:
     """Task: repeats of its held-out rows; all of the tasks trained on once, if `data.mixture.<stage>_val` is empty."""
-    chosen = dict(data.mixture.get({"midtrain": "midtrain_val", "sft": "sft_val"}[stage]) or {})
+    chosen = dict(data.mixture.get(f"{stage}_val") or {})
     if any(chosen.values()):
         return chosen
-    return {n: 1 for n, repeats in data.mixture[stage].items() if repeats and has_split(data.tasks[n], "test")}
+    trained = data.mixture.get(stage) or {}
+    return {n: 1 for n, repeats in trained.items() if repeats and has_split(data.tasks[n], "test")}
 
 
 def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) -> Mixture:
-    """The held-out rows that midtrain or sft validates on."""
+    """The held-out rows that the chat stage `stage`, a key of `data.mixture`, validates on."""
     weights = held_out_weights(data, stage)
     if not weights:
         raise UserError(
@@ -126,8 +128,9 @@ def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
 
 def fetched_tasks(data) -> dict[str, list[str]]:
     """The tasks that a stage or evaluation may read from the network, with the splits of each that it reads."""
-    trained = [n for stage in ("midtrain", "sft") for n, repeats in data.mixture[stage].items() if repeats]
-    held_out = [n for stage in ("midtrain", "sft") for n, repeats in held_out_weights(data, stage).items() if repeats]
+    stages = chat_mixtures()
+    trained = [n for stage in stages for n, repeats in (data.mixture.get(stage) or {}).items() if repeats]
+    held_out = [n for stage in stages for n, repeats in held_out_weights(data, stage).items() if repeats]
     rl = [data.rl] if data.rl else []
     reads = {"train": {*trained, *rl}, "test": {*held_out, *data.eval, *rl}}
     cache = Cache("", may_fetch=False)

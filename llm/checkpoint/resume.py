@@ -24,7 +24,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError
-from llm.run.stage_folder import read_manifest, read_metrics
+from llm.run.stage_folder import read_manifest, read_metrics, stages_in
 from llm.utils.files import read_json, sync_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -216,9 +216,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 def inspect(run: Path) -> bool:
     """Print what the stages of a run hold and whether it is sound; returns whether all of it is."""
-    from llm.config.schema import STAGES
-
-    stages = [run / stage for stage in STAGES if (run / stage / "run.json").is_file()]
+    stages = [run / stage for stage in stages_in(run)]
     if not stages:
         raise UserError(f"{run} holds no stage (no <stage>/run.json); give a run folder, such as runs/demo")
     sound = True

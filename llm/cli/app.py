@@ -11,7 +11,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any, NoReturn
 
 from llm.cli.help import help_text
@@ -19,6 +18,7 @@ from llm.cli.options import CONF, config_folders
 from llm.cli.overrides import check_overrides, launcher, quote_raw, swept_overrides, without_groups
 from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
+from llm.config.stages import load_object
 from llm.errors import UserError
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
 from llm.utils.environment import tune_process
@@ -63,10 +63,12 @@ def run_app(config_name: str, target: Target) -> NoReturn:
 
 
 def _run(config_name: str, target: Target, argv: list[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        print(help_text(config_name, every_key="all" in argv))
-        return 0
     try:
+        if "--help" in argv or "-h" in argv:
+            if "all" in argv:  # also the keys of what plugins add
+                load_plugins(plugins_in(argv))
+            print(help_text(config_name, every_key="all" in argv))
+            return 0
         adopt_slurm()
         if is_launched():
             begin()
@@ -145,7 +147,7 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
             title = job_title(swept, lines, number)
             print(f"\n== {title}", flush=True)
         try:
-            _option_names(cfg)
+            _unwrap_names(cfg)
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
             _function(target)(cfg)
@@ -161,10 +163,7 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
 
 def _function(target: Target) -> Callable[[Any], None]:
     """Import the function behind a dotted name; return a function as it is."""
-    if callable(target):
-        return target
-    module, _, name = target.rpartition(".")
-    return getattr(import_module(module), name)
+    return target if callable(target) else load_object(target, "entry point")
 
 
 def _in_one_line(title: str, error: BaseException) -> UserError:
@@ -187,12 +186,11 @@ def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
     return HydraConfig.get().job.num, lines
 
 
-def _option_names(cfg: Any) -> None:
-    """Put the name where only that counts: `stage=sft` of evaluate.py means the stage, not its settings."""
+def _unwrap_names(cfg: Any) -> None:
+    """Put back the plain values of keys that share their name with a group: `stage=sft` of evaluate.py is a name."""
     from omegaconf import DictConfig, OmegaConf
 
     schema = OmegaConf.get_type(cfg)
     for name, spec in schema.__dataclass_fields__.items():
-        only_name = spec.metadata.get("option_name") or spec.metadata.get("no_group")
-        if only_name and isinstance(cfg[name], DictConfig):
+        if spec.metadata.get("no_group") and isinstance(cfg[name], DictConfig):
             cfg[name] = cfg[name].name

@@ -17,6 +17,8 @@ def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,
     text = f"{error}\n{cause}" if cause is not error else str(error)
     where = re.search(r"[Ii]n '([^']+)'", text)
     place = f"{_source(where[1], folders)}: " if where else ""
+    if schema := re.search(r"Could not load 'schema/(\w+)/(\w+)'", text):
+        return f"{schema[1]}={schema[2]}: no plugin registers its schema; name the module that does: plugins=[<module>]"
     option = re.search(r"Could not find '(.+)/([^/']+)'", text)
     if option:
         chosen = rf"override +/?{option[1]} *: *{option[2]}\b"

@@ -52,7 +52,7 @@ def help_text(config_name: str, *, every_key: bool = False) -> str:
 def _is_leaf(spec: Field) -> bool:
     """Whether the field holds a value and not a section of further keys."""
     kinds = (spec.type, *getattr(spec.type, "__args__", ()))
-    return not any(hasattr(kind, "__dataclass_fields__") for kind in kinds) and not spec.metadata.get("option_name")
+    return not any(hasattr(kind, "__dataclass_fields__") for kind in kinds)
 
 
 def _describe(spec: Field) -> str:

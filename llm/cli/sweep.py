@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from llm.config.schema import STAGES
 from llm.run.stage_folder import RunDir, stage_before
 
 
@@ -34,10 +33,9 @@ def separate_run(cfg: Any, lines: Sequence[str]) -> None:
     base = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     own = RunDir(cfg.paths.runs, "-".join([base.name, *parts]))
     cfg.run = own.name
-    if cfg.init_from is None and cfg.stage.name in STAGES[1:]:
-        before = stage_before(cfg)
-        if before not in own.finished() and before in base.finished():
-            cfg.init_from = f"{base.name}/{before}"
+    before = stage_before(cfg)
+    if cfg.init_from is None and before and before not in own.finished() and before in base.finished():
+        cfg.init_from = f"{base.name}/{before}"
 
 
 def _short(name: str, value: str) -> str:

@@ -9,19 +9,18 @@ Nothing heavy is imported here: `train.py --help` and the check of the command l
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llm.config.generated import register_generated
 from llm.config.renamed import renamed_key
+from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
 from llm.errors import UserError
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
-STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
-DOWNLOAD = "download"  # an option of the group `stage` that fetches data and belongs to no run
 
 
 def key(
@@ -31,8 +30,7 @@ def key(
 
     In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `nonempty` = not an empty text;
     `fixed` = set by choosing the group's option, not by hand; `raw` = text taken from the command line as it is;
-    `option_name` = the name of the chosen option is all that counts; `no_group` = a value, though `conf/` has a group
-    of this name for another entry point.
+    `no_group` = a value, though `conf/` has a group of this name for another entry point.
     """
     return field(metadata={"help": text, "choices": choices, "low": low, "high": high, **more})
 
@@ -197,7 +195,7 @@ class AdamWConfig(OptimConfig):
 
 @dataclass
 class StageConfig:
-    name: str = key("phase", choices=(*STAGES, DOWNLOAD), fixed=True)
+    name: str = key("phase: a row of the table in llm/config/stages.py", fixed=True)
 
 
 @dataclass
@@ -309,13 +307,7 @@ class TaskSpec:
 
 @dataclass
 class MixtureConfig:
-    midtrain: dict[str, float] = key("task: repeats (a fraction below 1 = its first part, 0 = leave out)")
-    sft: dict[str, float] = key("task: repeats")
-    midtrain_val: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"help": "task: repeats of its held-out rows, to validate on; empty = all of the tasks trained on"},
-    )
-    sft_val: dict[str, float] = field(default_factory=dict, metadata={"help": "the same for sft"})
+    """Tasks of the chat stages. Its keys, <stage> and <stage>_val, come from the table of stages: see `root_schema`."""
 
 
 @dataclass
@@ -355,7 +347,7 @@ class DataConfig:
     size: int | None = key("documents to generate for training (data=embedded)", low=1)
     val_size: int | None = key("documents for validation: generated, or the last ones of the last file", low=1)
     tasks: dict[str, TaskSpec] = key("all tasks by name")
-    mixture: MixtureConfig = key("conversations that midtrain and sft train on")
+    mixture: MixtureConfig = key("conversations that the chat stages train on")
     rl: str | None = key("task that grpo trains on")
     eval: list[str] = key("tasks of chat evaluations")
 
@@ -422,7 +414,7 @@ class EvalConfig:
 class EvaluateConfig:
     """Everything that `evaluate.py` reads."""
 
-    stage: Any = key("stage to evaluate; null = the best finished one", option_name=True)
+    stage: Any = key("stage to evaluate; null = the last finished one of the pipeline", main=True, no_group=True)
     eval: EvalConfig = key("what to measure")
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
@@ -435,7 +427,7 @@ class EvaluateConfig:
 class ServeConfig:
     """Everything that `serve.py` reads."""
 
-    stage: Any = key("stage to chat with; null = the best finished one", option_name=True)
+    stage: Any = key("stage to chat with; null = the last finished one of the pipeline", main=True, no_group=True)
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     run: str | None = key("run to chat with", main=True, nonempty=True)
@@ -451,19 +443,57 @@ class ServeConfig:
 
 ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
 
+
+class _StageSchemas(Mapping):
+    """The schemas of the stages by name, those that plugins register included."""
+
+    def __getitem__(self, name: str) -> type:
+        if name not in stage_names(in_run=False):
+            raise KeyError(name)
+        schema = stage_row(name).schema
+        return load_object(schema, f"schema of stage={name}") if isinstance(schema, str) else schema
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.name for row in all_stages())
+
+    def __len__(self) -> int:
+        return len(all_stages())
+
+
 # Schemas whose class depends on the chosen option; the YAML files of these groups name theirs in their defaults list.
-VARIANTS: dict[str, dict[str, type]] = {
-    "stage": {
-        DOWNLOAD: StageConfig,
-        "tokenizer": TokenizerStage,
-        "pretrain": PretrainStage,
-        "midtrain": ChatStage,
-        "sft": ChatStage,
-        "grpo": GRPOStage,
-    },
+VARIANTS: dict[str, Mapping[str, type]] = {
+    "stage": _StageSchemas(),
     "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch},
     "optim": {"muon_adamw": MuonAdamWConfig, "adamw": AdamWConfig},
 }
+
+
+def root_schema(config_name: str) -> type:
+    """The schema of an entry point, in which `data.mixture` has the keys of every chat stage of the table."""
+    return _root_schema(config_name, tuple(chat_mixtures()))
+
+
+@lru_cache
+def _root_schema(config_name: str, mixtures: tuple[str, ...]) -> type:
+    root = ROOTS[config_name]
+    if "data" not in root.__dataclass_fields__:
+        return root
+    trained = "{} trains on: task: repeats (a fraction below 1 = its first part, 0 = leave out)"
+    held_out = "{} validates on: task: repeats of its held-out rows; empty = all of the tasks trained on"
+    texts = {stage: trained.format(stage) for stage in mixtures}
+    texts |= {f"{stage}_val": held_out.format(stage) for stage in mixtures}
+    keys = [
+        (name, dict[str, float], field(default_factory=dict, metadata={"help": text})) for name, text in texts.items()
+    ]
+    mixture = make_dataclass("MixtureConfig", keys, bases=(MixtureConfig,))
+    return _with_type(root, "data", _with_type(DataConfig, "mixture", mixture))
+
+
+def _with_type(schema: type, name: str, kind: type) -> type:
+    """The dataclass `schema` with another type for the field `name`; one that may be null still may."""
+    old = schema.__dataclass_fields__[name]
+    new = kind | None if type(None) in get_args(old.type) else kind
+    return make_dataclass(schema.__name__, [(name, new, field(metadata=old.metadata))], bases=(schema,))
 
 
 def register(folders: Iterable[Path] = ()) -> None:
@@ -474,8 +504,8 @@ def register(folders: Iterable[Path] = ()) -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for name, root in ROOTS.items():
-        store.store(group="schema", name=name, node=root, package="_global_", provider="fathom")
+    for name in ROOTS:
+        store.store(group="schema", name=name, node=root_schema(name), package="_global_", provider="fathom")
     for group, variants in VARIANTS.items():
         for name, schema in variants.items():
             store.store(group=f"schema/{group}", name=name, node=schema, package=group, provider="fathom")
@@ -511,7 +541,14 @@ def _resolved(cfg: Any, name: Any, prefix: str) -> Any:
 
 
 def check_task_names(data: Any, stage: Any = None) -> None:
-    """Raise `UserError` where a mixture, `data.rl`, `data.eval` or `stage.chat_tasks` names none of `data.tasks`."""
+    """Raise `UserError` where a mixture, `data.rl`, `data.eval` or `stage.chat_tasks` names none of `data.tasks`.
+
+    So too where `data.mixture` has a key that no chat stage of the table reads.
+    """
+    stages = chat_mixtures()
+    for name in data.mixture:
+        if name.removesuffix("_val") not in stages:
+            raise UserError(f"data.mixture.{name}: there is no chat stage of this name ({', '.join(stages)})")
     places = {f"data.mixture.{name}": list(weights) for name, weights in data.mixture.items()}
     places |= {"data.rl": [data.rl] if data.rl else [], "data.eval": list(data.eval)}
     places["stage.chat_tasks"] = list(getattr(stage, "chat_tasks", None) or [])
@@ -541,10 +578,14 @@ def _violation(spec: Field, value: Any) -> str | None:
     return None
 
 
-@lru_cache
 def known_keys(config_name: str) -> dict[str, Field]:
     """All dotted keys of an entry point with their schema fields, over all variants of its groups."""
-    return dict(_walk(ROOTS[config_name], ""))
+    return _known_keys(config_name, all_stages())
+
+
+@lru_cache
+def _known_keys(config_name: str, _table: tuple[Stage, ...]) -> dict[str, Field]:
+    return dict(_walk(root_schema(config_name), ""))
 
 
 def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Field]]:

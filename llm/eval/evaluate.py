@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
+from llm.config.stages import stage_row
 from llm.data.documents import texts
 from llm.data.loader import ConversationSteps, TextSteps, validation_batches
 from llm.data.sources import document_source
@@ -231,7 +232,7 @@ class StageSubject(Subject):
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
         saved = OmegaConf.create(manifest["config"])
-        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, self.name != "pretrain"
+        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
         self.data = saved.data if cfg.data is None else cfg.data
         net, self.tokenizer = load_model_folder(self.folder / "model")
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
@@ -240,8 +241,8 @@ class StageSubject(Subject):
 
     @cached_property
     def held_out(self) -> Any:
-        """Held-out conversations of what the stage was trained on; reinforcement learning has those of sft."""
-        return held_out_mixture(self.data, "sft" if self.name == "grpo" else self.name, self.seed, Cache(self.cache))
+        """Held-out conversations of the mixture that the stage's row names: of what it was trained on."""
+        return held_out_mixture(self.data, stage_row(self.name).mixture_key, self.seed, Cache(self.cache))
 
     def bpb(self) -> dict[str, float]:
         """{"bpb": on the stage's own validation data, "bpb_text": of a chat stage also on the validation text}."""

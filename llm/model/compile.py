@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
+from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.model.cross_entropy import fused_chunk_loss
 
 LONG_RUN = 500  # steps from which compiling pays on a CPU
-FIXED_SHAPES = ("pretrain", "midtrain", "sft")
 
 
 def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> tuple[bool, str]:
@@ -24,7 +24,7 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
         raise UserError(f"compile={choice}: choose one of auto, true, false")
     if choice is False:
         return False, "compile=false"
-    if stage not in FIXED_SHAPES:
+    if not stage_row(stage).fixed_shapes:
         if choice is True:
             raise UserError(f"compile=true: the shapes of stage={stage} change from step to step; set compile=auto")
         return False, f"the shapes of stage={stage} change"

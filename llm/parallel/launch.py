@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.parallel.env import STOP_SIGNALS, is_launched
 
@@ -29,7 +30,7 @@ def processes_here(cfg) -> int:
     import torch
 
     devices, on_cpu = cfg.trainer.devices, cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    if cfg.stage.name == "tokenizer":  # made by the first one of all
+    if not stage_row(cfg.stage.name).parallel:  # made by the first one of all
         return 1
     if devices == "auto":
         return 1 if on_cpu else torch.cuda.device_count()

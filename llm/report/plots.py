@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm.config.stages import row_or_stranger
+
 Rows = list[dict[str, float]]
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
@@ -28,20 +30,20 @@ def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = 
     stages: {stage: rows of metrics.csv}. Figures: loss, bits per byte, task accuracy, CORE, reward. redraw=False keeps
     figures that exist.
     """
-    learning = {stage: rows for stage, rows in stages.items() if stage != "grpo"}
+    stages = {stage: without_columns(rows, row_or_stranger(stage).no_curves) for stage, rows in stages.items()}
     tasks = sorted({key for rows in stages.values() for row in rows for key in row if key.startswith("chat/")})
     passes = sorted({key for rows in stages.values() for row in rows for key in row if key.startswith("pass@")})
     figures = [
-        ("Training loss", "loss.png", learning, ["loss"], "loss (nats per token)", {"smooth": True}),
-        ("Bits per byte on held-out data", "bpb.png", learning, ["bpb"], "bits per byte", {"marks": True}),
-        ("Accuracy on held-out tasks", "chat.png", stages, tasks, "accuracy (%)", {"marks": True, "percent": True}),
-        ("CORE: mean centred accuracy", "core.png", learning, ["core"], "CORE", {"marks": True}),
-        ("Mean reward of sampled completions", "reward.png", stages, ["reward"], "mean reward", {"smooth": True}),
-        ("Pass rate on held-out problems", "pass.png", stages, passes, "solved (%)", {"marks": True, "percent": True}),
+        ("Training loss", "loss.png", ["loss"], "loss (nats per token)", {"smooth": True}),
+        ("Bits per byte on held-out data", "bpb.png", ["bpb"], "bits per byte", {"marks": True}),
+        ("Accuracy on held-out tasks", "chat.png", tasks, "accuracy (%)", {"marks": True, "percent": True}),
+        ("CORE: mean centred accuracy", "core.png", ["core"], "CORE", {"marks": True}),
+        ("Mean reward of sampled completions", "reward.png", ["reward"], "mean reward", {"smooth": True}),
+        ("Pass rate on held-out problems", "pass.png", passes, "solved (%)", {"marks": True, "percent": True}),
     ]
     drawn = []
-    for caption, name, panels, keys, label, options in figures:
-        shown = {stage: rows for stage, rows in panels.items() if any(key in row for row in rows for key in keys)}
+    for caption, name, keys, label, options in figures:
+        shown = {stage: rows for stage, rows in stages.items() if any(key in row for row in rows for key in keys)}
         path = folder / name
         if not shown:
             path.unlink(missing_ok=True)
@@ -51,6 +53,11 @@ def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = 
             _figure(path, f"{caption}: {run}", shown, keys, label, **options)
         drawn.append((caption, path))
     return drawn
+
+
+def without_columns(rows: Rows, names: Sequence[str]) -> Rows:
+    """The rows without the columns `names`."""
+    return [{key: number for key, number in row.items() if key not in names} for row in rows]
 
 
 def _figure(

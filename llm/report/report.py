@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llm import __version__
+from llm.config.stages import row_or_stranger, stage_names
 from llm.errors import UserError
 from llm.run.config_diff import flatten
-from llm.run.stage_folder import MODEL_STAGES, STAGES, RunDir, list_runs, read_manifest, read_metrics
+from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
 from llm.utils.environment import environment
 from llm.utils.files import read_json, write_atomic
 from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
@@ -41,8 +42,9 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
     parts += [f"> **Problem:** {problem}" for problem in problems]
     parts += ["## Stages", _stage_table(stages), _total_time(stages)]
-    parts += ["## Metrics by stage", _metrics_table({name: stages[name] for name in MODEL_STAGES if name in stages})]
-    parts += _compression(stages.get("tokenizer", {}))
+    models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
+    parts += ["## Metrics by stage", _metrics_table(models)]
+    parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
     parts += ["## Curves", *curves] if curves else []
     parts += ["## Samples", *_samples(stages)] if any(s["eval"].get("samples") for s in stages.values()) else []
     parts += ["## Numbers of each stage", _numbers(stages)]
@@ -55,15 +57,16 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
 def read_stages(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """({stage: its run.json, plus "eval": its eval.json, "rows": its metrics.csv}, unreadable files) in order."""
     stages, problems = {}, []
-    for stage in STAGES:
+    for stage in stages_in(run_dir):
         folder = run_dir / stage
         try:
-            manifest = read_manifest(folder)
+            manifest = read_manifest(folder) or {}
         except UserError as error:
             problems.append(str(error))
             continue
-        if manifest is None:
-            continue
+        if not row_or_stranger(stage).kind:
+            plugins = ", ".join(saved_plugins(folder)) or "not named in its run.json"
+            problems.append(f"{folder}: no stage of this name is known here, so it comes last; its plugins: {plugins}")
         try:
             scores = read_json(folder / "eval.json") or {}
         except UserError as error:
@@ -278,7 +281,7 @@ def runs_table(runs_root: str | Path, only: Sequence[str] = ()) -> tuple[list[st
         for problem in problems:
             print(f"warning: {problem}", file=sys.stderr)
         for stage, facts in stages.items():
-            if stage in only or (not only and stage != "tokenizer"):
+            if stage in only or (not only and row_or_stranger(stage).makes_model):
                 records.append((run.name, stage, facts))
                 everything.append(facts)
     tasks = task_names(everything)
@@ -311,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", nargs="*", help="run folders whose report.md to rebuild")
     parser.add_argument("--table", action="store_true", help="print one table over all runs")
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    parser.add_argument("--stage", action="append", default=[], choices=STAGES, help="only this stage; may be repeated")
+    parser.add_argument("--stage", action="append", default=[], help="only this stage; may be repeated")
     options = parser.parse_args(argv)
     if not options.table and not options.run_dir:
         parser.error("give run folders, or --table")
@@ -321,7 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.table:
             header, rows = runs_table(options.runs, options.stage)
             if not rows:
-                raise UserError(f"--runs {options.runs}: no run there has a matching stage yet")
+                known = ", ".join(stage_names())
+                raise UserError(f"--runs {options.runs}: no run there has a matching stage yet (stages: {known})")
             print_table(header, rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

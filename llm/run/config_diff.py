@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from llm.config.stages import row_or_stranger, unread_keys
 from llm.utils.files import plain
 
 ABSENT = "(absent)"
@@ -14,17 +15,6 @@ NEUTRAL_KEYS = (
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
 )
-_TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
-_TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
-_TEXT += ("data.seed", "data.size", "data.val_size", "data.packing")
-_MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
-_NEUTRAL_BY_STAGE = {  # groups that a stage does not read
-    "tokenizer": (*_TASKS, *_MODEL, "data.packing", "max_steps", "seed"),
-    "pretrain": _TASKS,
-    "midtrain": (*_TEXT, "data.rl", "data.mixture.sft"),
-    "sft": (*_TEXT, "data.rl", "data.mixture.midtrain"),
-    "grpo": (*_TEXT, "data.mixture", "batch.tokens_per_step", "compile"),
-}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,7 +31,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def neutral_keys(stage: str) -> tuple[str, ...]:
     """Patterns of the config keys that cannot change what `stage` produces."""
-    return NEUTRAL_KEYS + _NEUTRAL_BY_STAGE.get(stage, ())
+    return NEUTRAL_KEYS + unread_keys(row_or_stranger(stage))
 
 
 def diff_configs(
@@ -55,7 +45,7 @@ def diff_configs(
     differences = []
     for key in sorted(before.keys() | after.keys()):
         pair = (before.get(key, ABSENT), after.get(key, ABSENT))
-        unset = all(value in (None, ABSENT) for value in pair)  # null means the same as before the key existed
+        unset = all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
         if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
             differences.append((key, *pair))
     return differences

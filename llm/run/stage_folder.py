@@ -8,16 +8,17 @@ Everything here is paths and small files: no torch at import, so that command li
 import csv
 import math
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm.config.plugins import load_plugins
 from llm.config.renamed import renamed_manifest
-from llm.config.schema import STAGES
+from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
 from llm.errors import UserError
 from llm.utils.files import read_json, write_json
 
-MODEL_STAGES = STAGES[1:]  # each stage starts from the one before; only the tokenizer makes no model
 MANIFEST = "run.json"
 
 
@@ -40,10 +41,9 @@ class RunDir:
         return str(self.path)
 
     def stage_dir(self, stage: str) -> Path:
-        """Folder of one stage; an unknown stage name is an error."""
-        if stage not in STAGES:
-            raise UserError(f"stage={stage} does not exist; choose one of {', '.join(STAGES)}")
-        return self.path / stage
+        """Folder of one stage. Raises UserError for a name that is neither in the table nor a stage of this run."""
+        folder = self.path / stage
+        return folder if _holds_stage(folder) else self.path / stage_row(stage).name
 
     def model_dir(self, stage: str) -> Path:
         """The stage's hand-over folder, complete once the stage is finished."""
@@ -58,12 +58,22 @@ class RunDir:
         return "missing" if manifest is None else str(manifest.get("status", "finished"))
 
     def stages(self) -> list[str]:
-        """Stages with a run.json, in pipeline order."""
-        return [stage for stage in STAGES if (self.path / stage / MANIFEST).is_file()]
+        """Stages with a run.json in pipeline order; those whose plugin is not loaded come last."""
+        return stages_in(self.path)
 
     def finished(self) -> list[str]:
         """Stages that can be a parent: finished and with their model/ folder in place."""
         return [s for s in self.stages() if self.status(s) == "finished" and self.model_dir(s).is_dir()]
+
+
+def stages_in(run: Path) -> list[str]:
+    """Stages of a run folder in pipeline order, see `RunDir.stages`."""
+    found = [entry.name for entry in run.iterdir() if _holds_stage(entry)] if run.is_dir() else []
+    return sorted(found, key=lambda name: (row_or_stranger(name).rank, name))
+
+
+def _holds_stage(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,44 +139,94 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def best_stage(runs_root: str | Path, run: str) -> str | None:
-    """The finished model stage furthest along the pipeline (grpo > sft > midtrain > pretrain), or None."""
-    finished = [stage for stage in RunDir(runs_root, run).finished() if stage in MODEL_STAGES]
-    return finished[-1] if finished else None
+def best_stages(run: RunDir) -> list[str]:
+    """The finished stages with a model to use that are furthest along the pipeline: several if they share a rank."""
+    usable = [row for stage in run.finished() if (row := row_or_stranger(stage)).servable]
+    return [row.name for row in usable if row.rank == usable[-1].rank]
 
 
 def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None) -> Path:
-    """Folder of the finished model stage that evaluation and serving should use.
+    """Folder of the finished model stage that evaluation and serving should use; imports the plugins it was made with.
 
-    `stage=None` takes the best one, `run=None` the only run there is. Raises UserError with the list of what exists.
+    `stage=None` takes the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the
+    list of what exists, where two stages are equally far, and where a plugin of the stage cannot be imported.
     """
     root = Path(runs_root)
     if run is None:
-        runs = [candidate.name for candidate in list_runs(root) if best_stage(root, candidate.name)]
+        runs = [candidate.name for candidate in list_runs(root) if _may_hold_model(candidate)]
         if len(runs) != 1:
             raise UserError(f"run= is missing: say which run to use. {_existing(root)}")
         run = runs[0]
     folder = RunDir(root, run)
+    missing = load_run_plugins(folder)
     if stage is None:
-        stage = best_stage(root, run)
-        if stage is None:
-            raise UserError(f"run={run} has no finished model stage in {folder.path}. {_existing(root, run)}")
-    elif stage not in MODEL_STAGES:
+        stage = _only_best(folder)
+        for problem in missing:
+            print(f"note: {run}/{stage} is used, but not all stages of this run are known ({problem})", file=sys.stderr)
+    load_plugins(saved_plugins(folder.path / stage))
+    _check_usable(folder, stage, missing)
+    return folder.path / stage
+
+
+def _check_usable(run: RunDir, stage: str, missing: list[str]) -> None:
+    """Raise UserError where the stage is unknown, has no model that generates text, or is not finished."""
+    row, existing = row_or_stranger(stage), _existing(run.root, run.name)
+    if not row.kind and not _holds_stage(run.path / stage):
+        stages = ", ".join(name for name in stage_names() if stage_row(name).servable)
+        raise UserError(f"stage={stage} does not exist; choose one of {stages}. {existing}")
+    if not row.kind:
         raise UserError(
-            f"stage={stage} holds no model; choose one of {', '.join(MODEL_STAGES)}. {_existing(root, run)}"
+            f"stage={stage} of run={run.name} is not in the table of stages: name the plugin that registers it, "
+            f"plugins=[<module>]{''.join(f' ({problem})' for problem in missing)}"
         )
-    elif stage not in folder.finished():
-        raise UserError(f"stage={stage} of run={run} is {_state(folder, stage)}. {_existing(root, run)}")
-    return folder.stage_dir(stage)
+    if not row.servable:
+        raise UserError(f"stage={stage} holds no model that generates text; choose another. {existing}")
+    if stage not in run.finished():
+        raise UserError(f"stage={stage} of run={run.name} is {_state(run, stage)}. {existing}")
 
 
-def stage_before(cfg: Any) -> str:
-    """The stage that `cfg.stage` continues: the one before it, but pretrain for sft where nothing is to be midtrained.
+def _may_hold_model(run: RunDir) -> bool:
+    return any(row.servable or not row.kind for row in map(row_or_stranger, run.finished()))
 
-    That is so when `data.mixture.midtrain` names no task with repeats above 0, as in nanochat's recipe of 2026.
+
+def _only_best(run: RunDir) -> str:
+    best = best_stages(run)
+    if len(best) == 1:
+        return best[0]
+    if best:
+        choices = " or ".join(f"stage={name}" for name in best)
+        raise UserError(f"run={run.name} has {len(best)} stages at the end of its pipeline: choose {choices}")
+    raise UserError(f"run={run.name} has no finished model stage in {run.path}. {_existing(run.root, run.name)}")
+
+
+def saved_plugins(stage_dir: str | Path) -> list[str]:
+    """The plugins in the saved configuration of a stage."""
+    return list(((read_manifest(stage_dir) or {}).get("config") or {}).get("plugins") or [])
+
+
+def load_run_plugins(run: RunDir) -> list[str]:
+    """Import the plugins that the stages of a run were made with; returns why some could not be imported."""
+    problems = []
+    for name in dict.fromkeys(plugin for stage in run.stages() for plugin in saved_plugins(run.path / stage)):
+        try:
+            load_plugins([name])
+        except UserError as error:  # it may belong to a stage that nobody asks for
+            problems.append(str(error))
+    return problems
+
+
+def stage_before(cfg: Any) -> str | None:
+    """The stage that `cfg.stage` continues by default; None where it starts from nothing.
+
+    That is the first of the row's parents, without the chat stages that have nothing to train on: sft follows pretrain
+    where `data.mixture.midtrain` names no task with repeats above 0, as in nanochat's recipe of 2026.
     """
-    before = STAGES[STAGES.index(cfg.stage.name) - 1]
-    return "pretrain" if before == "midtrain" and not any(cfg.data.mixture.midtrain.values()) else before
+    parents = stage_row(cfg.stage.name).parents
+    return next((name for name in parents[:-1] if _has_work(stage_row(name), cfg)), parents[-1] if parents else None)
+
+
+def _has_work(row: Stage, cfg: Any) -> bool:
+    return row.kind != "chat" or any((cfg.data.mixture.get(row.mixture_key) or {}).values())
 
 
 def find_parent(
@@ -174,72 +234,88 @@ def find_parent(
 ) -> Path | None:
     """The model/ folder that a stage starts from; None for the tokenizer, which starts from text.
 
-    By default that of the stage `before` (see `stage_before`; None: the previous one) in the same run. `init_from` is a
-    run (its stage `before`), a run/stage, or a folder. Raises UserError with the finished stages and the override to
-    use.
+    By default that of the stage `before` (see `stage_before`; None: the row's first parent) in the same run.
+    `init_from` is a run (its stage `before`), a run/stage, or a folder. Raises UserError with the finished stages and
+    the override to use.
     """
-    here = RunDir(runs_root, run)
-    here.stage_dir(stage)
-    if stage == "tokenizer":
+    here, row = RunDir(runs_root, run), stage_row(stage)
+    if not row.parents:
         if init_from is not None:
-            raise UserError(f"init_from={init_from}: stage=tokenizer starts from text, so remove this key")
+            raise UserError(f"init_from={init_from}: stage={stage} starts from text, so remove this key")
         return None
-    before = before or STAGES[STAGES.index(stage) - 1]
+    before = before or row.parents[0]
     if init_from is None:
-        return _stage_parent(here, before, stage, run)
-    name, _, part = init_from.strip("/").partition("/")
-    if _is_plain(name) and "/" not in part and RunDir(runs_root, name).stages():
-        source = RunDir(runs_root, name)
-        if part and part not in STAGES:
-            raise UserError(f"init_from={init_from}: there is no stage {part!r}. {_existing(source.root, name)}")
-        return _stage_parent(source, part or before, stage, run)
-    return _folder_parent(Path(init_from), here, stage)
+        return _stage_parent(here, before, row, run)
+    return _named_model(here, "init_from", init_from, before, row)
+
+
+def find_further(runs_root: str | Path, run: str, stage: str, key: str, value: str) -> Path:
+    """The model/ folder that a key of `Stage.other_parents` names, such as stage.teacher=<run>/<stage>.
+
+    `value` is a run (the end of its pipeline), a run/stage, or a folder. Raises UserError where it holds no model.
+    """
+    here, name = RunDir(runs_root, run), value.strip("/")
+    before = _only_best(RunDir(runs_root, name)) if _is_plain(name) and RunDir(runs_root, name).stages() else ""
+    return _named_model(here, key, value, before, replace(stage_row(stage), takes="weights"))
+
+
+def _named_model(here: RunDir, key: str, value: str, before: str, row: Stage) -> Path:
+    """model/ of what `key`=`value` names: a run (its stage `before`), a run/stage, or a folder."""
+    name, _, part = value.strip("/").partition("/")
+    if _is_plain(name) and "/" not in part and RunDir(here.root, name).stages():
+        source = RunDir(here.root, name)
+        if part and part not in (*stage_names(), *source.stages()):
+            raise UserError(f"{key}={value}: there is no stage {part!r}. {_existing(source.root, name)}")
+        return _stage_parent(source, part or before, row, here.name)
+    return _folder_parent(Path(value), here, key, row)
 
 
 def _is_plain(name: str) -> bool:
     return re.fullmatch(r"[^/\\.\s]([^/\\]*[^/\\\s])?", name) is not None
 
 
-def _stage_parent(source: RunDir, parent: str, stage: str, run: str) -> Path:
-    """model/ of `parent` in the run `source`, checked to be finished and to hold what `stage` needs."""
+def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
+    """model/ of `parent` in the run `source`, checked to be finished and to hold what the stage `row` needs."""
     if parent not in source.finished():
-        runs = sorted(list_runs(source.root), key=lambda candidate: candidate.name != source.name)
-        usable = [
-            f"{candidate.name}/{s}"
-            for candidate in runs
-            for s in reversed(candidate.finished())
-            if STAGES.index(s) < STAGES.index(stage) and (stage == "pretrain" or s in MODEL_STAGES)
-        ]
+        runs = sorted(list_runs(source.root), key=lambda other: other.name != source.name)
+        finished = [(other.name, stage) for other in runs for stage in reversed(other.finished())]
+        usable = [f"{name}/{stage}" for name, stage in finished if _suits(row, stage)]
         fix = f"run it first (the same command with stage={parent})"
         if usable:
             fix += f", or start from another stage: init_from={usable[0]}"
         raise UserError(
-            f"stage={stage} of run={run} starts from {source.name}/{parent}, which is {_state(source, parent)}. "
+            f"stage={row.name} of run={run} starts from {source.name}/{parent}, which is {_state(source, parent)}. "
             f"{_existing(source.root, source.name)} {fix[0].upper()}{fix[1:]}"
         )
-    return _checked_folder(source.model_dir(parent), f"{source.name}/{parent}", source, stage)
+    return _checked_folder(source.model_dir(parent), f"{source.name}/{parent}", source, row)
 
 
-def _folder_parent(folder: Path, here: RunDir, stage: str) -> Path:
-    """`init_from` as a folder: a model/ folder itself or the stage folder around it."""
+def _suits(row: Stage, parent: str) -> bool:
+    """Whether a stage of this name leaves what `row` takes, at an earlier place of the pipeline."""
+    other = row_or_stranger(parent)
+    return other.rank < row.rank and (other.makes_model or row.takes != "weights")
+
+
+def _folder_parent(folder: Path, here: RunDir, key: str, row: Stage) -> Path:
+    """`key`=`folder`: a model/ folder itself or the stage folder around it."""
     for candidate in (folder / "model", folder):
         if (candidate / "tokenizer.tiktoken").is_file() or (candidate / "model.safetensors").is_file():
             manifest = read_manifest(candidate.parent) if candidate.name == "model" else None
             if manifest is not None and manifest.get("status") != "finished":
-                raise UserError(f"init_from={folder}: that stage is {manifest.get('status')}; finish it first")
-            return _checked_folder(candidate, str(folder), here, stage)
+                raise UserError(f"{key}={folder}: that stage is {manifest.get('status')}; finish it first")
+            return _checked_folder(candidate, str(folder), here, row)
     what = "holds no model.safetensors or tokenizer.tiktoken" if folder.is_dir() else "is neither a run nor a folder"
     raise UserError(
-        f"init_from={folder} {what}; give <run>, <run>/<stage> or a model folder. {_existing(here.root, here.name)}"
+        f"{key}={folder} {what}; give <run>, <run>/<stage> or a model folder. {_existing(here.root, here.name)}"
     )
 
 
-def _checked_folder(model: Path, label: str, source: RunDir, stage: str) -> Path:
-    needed = ["tokenizer.tiktoken"] + ([] if stage == "pretrain" else ["model.safetensors"])
+def _checked_folder(model: Path, label: str, source: RunDir, row: Stage) -> Path:
+    needed = ["tokenizer.tiktoken"] + (["model.safetensors"] if row.takes == "weights" else [])
     missing = [name for name in needed if not (model / name).is_file()]
     if missing:
         raise UserError(
-            f"stage={stage} cannot start from {label}: {model} has no {' and no '.join(missing)}. "
+            f"stage={row.name} cannot start from {label}: {model} has no {' and no '.join(missing)}. "
             f"{_existing(source.root, source.name)} Choose one that trained a model with init_from=<run>/<stage>"
         )
     return model
@@ -262,7 +338,3 @@ def _existing(root: str | Path, run: str | None = None, limit: int = 12) -> str:
         return f"There are no finished stages in {root}."
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
     return f"Finished stages in {root}: {', '.join(found[:limit])}{more}."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing configurations

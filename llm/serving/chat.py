@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm.config.stages import stage_row
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
@@ -57,7 +58,7 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
         f"context of {config.seq_len:,} tokens"
     )
     notes = ()
-    if stage_dir.name == "pretrain":
+    if not stage_row(stage_dir.name).is_chat:
         notes = ("This is a base model: it continues text and has not learnt to answer. Finish stage=sft to chat.",)
     return ChatModel(Engine(net, tokenizer), f"{stage_dir.parent.name}/{stage_dir.name}", summary, notes)
 

@@ -5,6 +5,7 @@ The two differ in their configuration alone: the mixture, `stage.train_on`, lear
 
 from pathlib import Path
 
+from llm.config.stages import stage_row
 from llm.data.conversations import estimate_steps
 from llm.data.loader import UNDIVIDED, ConversationSteps, validation_batches
 from llm.errors import UserError
@@ -32,9 +33,10 @@ def build(cfg, parent: Path) -> BuiltStage:
         steps_layout(cfg, net.config, cfg.batch.tokens_per_step),
         finetuning_scales(cfg, cfg.batch.tokens_per_step),
     )
-    stage, weights = cfg.stage, dict(cfg.data.mixture[cfg.stage.name])
+    stage, mixture = cfg.stage, stage_row(cfg.stage.name).mixture_key
+    weights = dict(cfg.data.mixture[mixture])
     if not any(weights.values()):
-        raise UserError(f"data.mixture.{stage.name} names no task with repeats above 0: nothing to train on")
+        raise UserError(f"data.mixture.{mixture} names no task with repeats above 0: nothing to train on")
     train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
     shape = {"seq_len": layout["seq_len"], "train_on": stage.train_on}
     total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.tokens_per_step, stage.epochs, **shape)
@@ -42,7 +44,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     def loader(mixture, **more) -> ConversationSteps:
         return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout | more)
 
-    held_out, val_batches = held_out_mixture(cfg.data, stage.name, cfg.seed, task_cache(cfg)), None
+    held_out, val_batches = held_out_mixture(cfg.data, mixture, cfg.seed, task_cache(cfg)), None
     if evaluates(cfg):
         whole = loader(held_out, loop=False, **UNDIVIDED)
         val_batches = validation_batches(whole, stage.eval_tokens, layout["rank"], layout["world"])

@@ -1,11 +1,15 @@
-"""Pretraining: next-token prediction on documents, packed into rows that begin with BOS."""
+"""Pretraining: next-token prediction on documents, packed into rows that begin with BOS.
+
+`build` also serves stages that continue the network of their parent on text: those whose row says takes="weights".
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from llm.data.documents import texts
+from llm.config.stages import stage_row
+from llm.data.documents import DocumentSource, texts
 from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
 from llm.data.sources import document_source
 from llm.data.tokens import CachedDocuments
@@ -30,6 +34,7 @@ from llm.stages.common import (
     evaluates,
     gpu_estimate,
     learning_rates,
+    load_parent,
     lr_scale,
     model_facts,
     step_context,
@@ -49,59 +54,73 @@ class Plan(NamedTuple):
     scales: dict[str, float]  # lr_scale and decay_scale
 
 
-def plan(cfg, vocab_size: int) -> Plan:
-    """Shape, batch, horizon, rates and decay by the rules of `llm.scaling.rules`."""
+def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
+    """Shape, batch, horizon, rates and decay by the rules of `llm.scaling.rules`.
+
+    tokens: the horizon in training tokens, where a stage has a key of its own for it; max_steps comes first.
+    """
     stage, config = cfg.stage, model_config(cfg.model, cfg.arch, vocab_size)
     if cfg.max_steps is not None and stage.target_flops is not None:
         raise UserError(
             f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one"
         )
     reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, cfg.arch, vocab_size)
-    tokens, reference_tokens = (
+    by_rule, reference_tokens = (
         training_tokens(c, stage.tokens_per_param, stage.count_params) for c in (config, reference)
     )
-    batch = cfg.batch.tokens_per_step or auto_batch(tokens, reference_tokens)
-    steps = cfg.max_steps or pretrain_steps(
-        config, batch, stage.tokens_per_param, stage.count_params, stage.target_flops
-    )
-    decay_scale = decay_factor(batch, tokens, reference_tokens) if cfg.optim.scale_decay else 1.0
-    return Plan(config, batch, steps, {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale})
+    batch = cfg.batch.tokens_per_step or auto_batch(by_rule, reference_tokens)
+    if tokens is None:
+        horizon = pretrain_steps(config, batch, stage.tokens_per_param, stage.count_params, stage.target_flops)
+    else:
+        horizon = max(1, tokens // batch)
+    decay_scale = decay_factor(batch, by_rule, reference_tokens) if cfg.optim.scale_decay else 1.0
+    return Plan(config, batch, cfg.max_steps or horizon, {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale})
 
 
-def build(cfg, parent: Path) -> BuiltStage:
-    """A fresh network on the tokenizer of `parent`."""
-    tokenizer = Tokenizer.load(parent)
+def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
+    """The stage on the text of `data`: a fresh network on the parent's tokenizer, or the parent's network.
+
+    Which of them the stage's row says (takes="tokenizer" or "weights"). tokens: see `plan`.
+    """
+    continues = stage_row(cfg.stage.name).takes == "weights"
+    net, tokenizer = load_parent(parent, cfg) if continues else (None, Tokenizer.load(parent))
     check_vocab_size(cfg, tokenizer.vocab_size)
-    planned = plan(cfg, tokenizer.vocab_size)
-    config, batch_tokens, total, scales = planned
-    layout = steps_layout(cfg, config, batch_tokens)
-    no_text = cfg.dry_run and cfg.data.name in ("hub", "mixture")  # numbers only: nothing is fetched
-    source = train_source = None if no_text else document_source(cfg.data, cfg.paths.data)
-    if cfg.data.token_cache and source is not None:
-        folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
-        train_source = CachedDocuments(source, tokenizer, folder)
-    net = GPT(config).init_weights(cfg.seed)
+    planned = plan(cfg, tokenizer.vocab_size, tokens)
+    layout = steps_layout(cfg, planned.config, planned.batch_tokens)
+    text = find_text(cfg, tokenizer)
+    net = net or GPT(planned.config).init_weights(cfg.seed)
 
     def loader(split: str, position=None, **more) -> TextSteps:
-        sizes = layout | more
-        reads, packing = (train_source, cfg.data.packing) if split == "train" else (source, VAL_PACKING)
+        reads, packing = (text.train, cfg.data.packing) if split == "train" else (text.val, VAL_PACKING)
         options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
-        return TextSteps(reads, tokenizer, state=position, **options, **sizes)
+        return TextSteps(reads, tokenizer, state=position, **options, **(layout | more))
 
     val_batches = None
     if evaluates(cfg):
         whole = loader("val", **UNDIVIDED)
         val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout["rank"], layout["world"])
-    context = step_context(
-        cfg,
-        tokenizer,
-        total,
-        val_batches=val_batches,
-        prompts=[] if no_text else text_prompts(texts(source, "val")),
-        **scales,
-    )
+    prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
+    context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
     return BuiltStage(module, StepData(lambda position: loader("train", position)), derived(cfg, planned, net))
+
+
+class Text(NamedTuple):
+    """Where documents are read from; both None in a dry run that must not fetch."""
+
+    train: DocumentSource | CachedDocuments | None
+    val: DocumentSource | None
+
+
+def find_text(cfg, tokenizer: Tokenizer) -> Text:
+    """The sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
+    if cfg.dry_run and cfg.data.name in ("hub", "mixture"):  # numbers only: nothing is fetched
+        return Text(None, None)
+    source = document_source(cfg.data, cfg.paths.data)
+    if not cfg.data.token_cache:
+        return Text(source, source)
+    folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
+    return Text(CachedDocuments(source, tokenizer, folder), source)
 
 
 def derived(cfg, planned: Plan, net: GPT) -> dict:
@@ -113,7 +132,7 @@ def derived(cfg, planned: Plan, net: GPT) -> dict:
 
 
 def derived_without_tokenizer(cfg) -> dict:
-    """The same from `model.vocab_size` alone: no tokenizer, no data, no weights."""
+    """The numbers that follow from `model.vocab_size` alone: no tokenizer, no data, no weights."""
     planned = plan(cfg, cfg.model.vocab_size)
     if cfg.batch.micro_batch_size == "auto":
         choices = divisors(planned.batch_tokens // cfg.model.seq_len)

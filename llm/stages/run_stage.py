@@ -8,37 +8,31 @@ a run.json that says so.
 """
 
 import os
-import shutil
-import signal
 import time
 import warnings
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from llm import __version__
-from llm.config.schema import DOWNLOAD
-from llm.errors import BadLoss, UserError
-from llm.parallel.env import SIGUSR1, check_layout, is_launched, launched_rank
+from llm.config.stages import Stage, load_object, stage_row
+from llm.errors import UserError
+from llm.parallel.env import check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
-from llm.run.stage_folder import RunDir, find_parent, read_manifest, read_metrics, stage_before, write_manifest
-from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
-from llm.utils.environment import environment, git_commit
-from llm.utils.files import write_atomic
-
-SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+from llm.run.stage_folder import RunDir, find_further, find_parent, stage_before
+from llm.stages.job import Job, identity, show_config
 
 
 def run_stage(cfg: DictConfig) -> None:
     """Train the stage that `cfg` describes, resume it, or report that it is done."""
-    if cfg.stage.name == DOWNLOAD:
-        return fetch_data(cfg)
+    row = stage_row(cfg.stage.name)
+    if not row.in_run:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node
+            runner(row)(cfg)
+        return None
     if not is_launched():
-        return work_on_stage(cfg)
+        return work_on_stage(cfg, row)
     import torch
 
     from llm.parallel import collectives
@@ -47,77 +41,71 @@ def run_stage(cfg: DictConfig) -> None:
     join(on_gpu=cfg.trainer.accelerator != "cpu" and torch.cuda.is_available())
     status = 0
     try:
-        if cfg.stage.name != "tokenizer" or collectives.is_main():
-            work_on_stage(cfg)
+        if row.parallel or collectives.is_main():
+            work_on_stage(cfg, row)
     except SystemExit as stop:  # by a signal, as all of them
         status = stop.code
     collectives.barrier()  # the next stage finds what this one wrote; who ends early makes the others fail
     if status:
         raise SystemExit(status)
+    return None
 
 
-def fetch_data(cfg: DictConfig) -> None:
-    """stage=download: fetch what `data` takes from the network; no run is touched."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node
-        from llm.stages.download import run
-
-        run(cfg)
+def runner(row: Stage):
+    return load_object(row.run, f"runner of stage={row.name}")
 
 
-def work_on_stage(cfg: DictConfig) -> None:
-    """The same for one of the processes; the one that starts others only waits for them."""
+def work_on_stage(cfg: DictConfig, row: Stage) -> None:
+    """Run the stage in this process, or launch one process per device and wait for them."""
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
-    stage, stage_dir = cfg.stage.name, run.stage_dir(cfg.stage.name)
     config = OmegaConf.to_container(cfg, resolve=True)
-    if not cfg.dry_run and is_finished(run, stage, config, cfg):
-        print(f"{run.name}/{stage} is finished: {stage_dir}")
+    if not cfg.dry_run and is_finished(run, row.name, config, cfg):
+        print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
     if not (cfg.dry_run or is_launched()) and processes(cfg) > 1:
         if status := launch(config, processes_here(cfg)):
             raise SystemExit(status)
         return
-    try:
-        parent = find_parent(run.root, run.name, stage, cfg.init_from, stage_before(cfg))
-    except UserError:
-        if not (cfg.dry_run and stage == "pretrain" and cfg.init_from is None and cfg.model.vocab_size):
-            raise
-        from llm.stages.pretrain import derived_without_tokenizer
-
-        show_config(cfg, derived_without_tokenizer(cfg))
+    parents = find_parents(cfg, row, run)
+    if parents is None:
+        show_config(cfg, load_object(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
-    manifest = {
-        "stage": stage,
-        "status": "running",
-        "parent": None if parent is None else str(parent),
-        "parent_id": identity(parent),
-        "config": config,
-        "commit": git_commit(),
-        "environment": environment(),
-        "version": __version__,
-        "started": now(),
-    }
-    check_same_parent(run, stage, manifest, cfg)
-    print(f"\n== {run.name}/{stage}" + (f", from {parent}" if parent else ""), flush=True)
+    job = Job(cfg, row, run, config, *parents)
+    check_same_parents(job)
+    print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
     begin = time.perf_counter()
-    if stage == "tokenizer":
-        results = run_tokenizer(cfg, stage_dir, manifest)
+    results = runner(row)(job)
+    if results is not None:  # None: a dry run
+        conclude(job, results, time.perf_counter() - begin)
+
+
+def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None, dict[str, Path]] | None:
+    """The model/ folder that the stage starts from, and those that its other keys name by key.
+
+    None where the parent is missing and a dry run can do without one.
+    """
+    further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
+    models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
+    try:
+        return find_parent(run.root, run.name, row.name, cfg.init_from, stage_before(cfg)), models
+    except UserError:
+        if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
+            return None
+        raise
+
+
+def conclude(job: Job, results: dict, seconds: float) -> None:
+    """Write run.json and the report in the first process; raises SystemExit where a signal stopped the stage."""
+    if launched_rank() > 0:
+        signum = results.get("signal")
     else:
-        results = run_model_stage(cfg, stage_dir, parent, manifest)
-    if results is None:  # dry run
-        return
-    if launched_rank() > 0:  # the rest is for one process
-        if "signal" in results:
-            raise SystemExit(128 + results["signal"])
-        return
-    earlier = (read_manifest(stage_dir) or {}).get("seconds", 0.0)
-    manifest |= {"seconds": earlier + time.perf_counter() - begin} | results
-    if manifest["status"] != "running":
-        write_manifest(stage_dir, manifest)
-        raise SystemExit(128 + manifest["signal"])
-    write_manifest(stage_dir, manifest | {"status": "finished", "finished": now()})
-    report(run)
-    print(f"{run.name}/{stage} finished in {manifest['seconds']:.0f} s: {stage_dir}", flush=True)
+        signum = job.finish(results, seconds)
+    if signum is not None:
+        raise SystemExit(128 + signum)
+    if launched_rank() == 0:
+        report(job.run)
+        print(f"{job.title} finished in {job.manifest['seconds']:.0f} s: {job.stage_dir}", flush=True)
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
@@ -144,136 +132,31 @@ def holds_work(stage_dir: Path) -> bool:
     return (stage_dir / "model").is_dir() or any(stage_dir.glob("checkpoints/*.ckpt"))
 
 
+def known_parents(manifest: dict) -> dict[str, tuple[str, str | None]]:
+    """The model/ folders in a run.json with their identity, by the key that named them."""
+    found = {} if manifest.get("parent") is None else {"init_from": (manifest["parent"], manifest.get("parent_id"))}
+    return found | {key: tuple(pair) for key, pair in (manifest.get("further") or {}).items()}
+
+
 def check_parent_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
-    """A finished stage whose parent was trained again is out of date."""
-    parent = None if manifest["parent"] is None else Path(manifest["parent"])
-    if parent is not None and parent.is_dir() and identity(parent) != manifest.get("parent_id"):
-        raise UserError(
-            f"{run.stage_dir(stage)} was trained from an earlier version of {parent}: overwrite=true trains it again "
-            "from the present one"
-        )
+    """Raise UserError where a finished stage is out of date because a parent was trained again."""
+    for path, known in known_parents(manifest).values():
+        if Path(path).is_dir() and identity(Path(path)) != known:
+            raise UserError(
+                f"{run.stage_dir(stage)} was trained from an earlier version of {path}: overwrite=true trains it again "
+                "from the present one"
+            )
 
 
-def check_same_parent(run: RunDir, stage: str, manifest: dict, cfg) -> None:
-    """An unfinished stage may only be resumed from the parent it began with."""
-    old = run.manifest(stage)
-    if old is None or cfg.overwrite or cfg.dry_run or not holds_work(run.stage_dir(stage)):
+def check_same_parents(job: Job) -> None:
+    """Raise UserError where an unfinished stage would be resumed from other parents than it began with."""
+    old = job.run.manifest(job.row.name)
+    if old is None or job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
         return
-    if old.get("parent_id") != manifest["parent_id"]:
-        raise UserError(
-            f"{run.stage_dir(stage)} was begun from another version of {old['parent']}: overwrite=true starts it again"
-        )
-
-
-def identity(parent: Path | None) -> str | None:
-    """What tells two trainings of a parent apart: when it was finished. None for a folder without run.json."""
-    manifest = None if parent is None else read_manifest(parent.parent)
-    return None if manifest is None else manifest.get("finished")
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def begin_stage(cfg, stage_dir: Path, manifest: dict) -> None:
-    """Last act before work starts: what was there is removed if the user said so, and run.json says `running`."""
-    if cfg.overwrite and stage_dir.exists():
-        shutil.rmtree(stage_dir)
-    old = read_manifest(stage_dir) or {}
-    kept = {key: old[key] for key in ("started", "seconds") if key in old}
-    write_manifest(stage_dir, manifest | kept)
-    manifest |= {key: kept[key] for key in kept if key == "started"}
-    write_atomic(stage_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-
-
-def run_tokenizer(cfg, stage_dir: Path, manifest: dict) -> dict | None:
-    from llm.data.sources import document_source
-    from llm.stages.tokenizer import named_encoders, prepared, run
-
-    ready = prepared(cfg.stage)
-    show_config(cfg, {"vocab_size": cfg.stage.vocab_size if isinstance(ready, str) else ready.vocab_size})
-    if cfg.dry_run:
-        return None
-    source = document_source(cfg.data, cfg.paths.data)
-    encoders = named_encoders(cfg.stage.compare)
-    begin_stage(cfg, stage_dir, manifest)
-    return run(cfg, stage_dir, source, ready, encoders)
-
-
-def run_model_stage(cfg, stage_dir: Path, parent: Path, manifest: dict) -> dict | None:
-    """Build, train and hand over; returns the values of run.json, with another status if the user stopped it."""
-    from llm.checkpoint.model_folder import save_model_folder
-    from llm.parallel import collectives
-    from llm.parallel.strategy import full_model
-
-    quiet_lightning()
-    check_devices(cfg)
-    build = stage_builder(cfg.stage.name)
-    built = build(cfg, parent)
-    show_config(cfg, built.derived)
-    if cfg.dry_run:
-        return None
-    trainer, stop = build_trainer(cfg, stage_dir, built)
-    collectives.barrier()  # nobody writes before all have read
-    if collectives.is_main():
-        begin_stage(cfg, stage_dir, manifest)
-    while True:
-        try:
-            fit(trainer, built, stage_dir)
-            break
-        except BadLoss as error:
-            if cfg.watch.bad_loss == "stop":
-                raise
-            roll_back(stage_dir, error, cfg.watch.rollbacks)
-        built = build(cfg, parent)
-        trainer, stop = build_trainer(cfg, stage_dir, built)
-    module = built.module
-    results = {
-        "derived": built.derived,
-        "tokens": module.tokens_seen,
-        "flops": float(module.tokens_seen * module.flops_per_token),
-        "steps": trainer.global_step,
-        "metrics": last_values(stage_dir),
-    }
-    if stop.signum is not None and trainer.global_step < module.context.total_steps:
-        name = SIGNAL_NAMES[stop.signum]
-        print(
-            f"stopped by {name} at step {trainer.global_step}, checkpoint saved; the same command resumes", flush=True
-        )
-        return results | {"status": "interrupted", "signal": int(stop.signum)}
-    net = full_model(module.net)
-    if collectives.is_main():
-        save_model_folder(stage_dir / "model", net, module.context.tokenizer)
-    return results
-
-
-def stage_builder(name: str) -> Callable:
-    if name == "pretrain":
-        from llm.stages.pretrain import build
-    elif name == "grpo":
-        from llm.stages.grpo import build
-    else:
-        from llm.stages.finetune import build
-    return build
-
-
-def last_values(stage_dir: Path) -> dict[str, float]:
-    """The last logged value of every column of metrics.csv."""
-    values: dict[str, float] = {}
-    for row in read_metrics(stage_dir):
-        values.update(row)
-    values.pop("step", None)
-    return values
-
-
-def show_config(cfg, derived: dict) -> None:
-    """Print the resolved config and the derived numbers; the same are saved in config.yaml and run.json."""
-    print(OmegaConf.to_yaml(cfg, resolve=True))
-    print("derived:")
-    for key, value in derived.items():
-        text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"
-        print(f"  {key}: {text}")
-    print(flush=True)
+    before, now = known_parents(old), known_parents(job.manifest)
+    for key, (path, known) in before.items():
+        if now.get(key, (None, None))[1] != known:
+            raise UserError(f"{job.stage_dir} was begun from another version of {path}: overwrite=true starts it again")
 
 
 def report(run: RunDir) -> None:

@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 
 from llm.data.documents import DocumentSource, texts
+from llm.data.sources import document_source
+from llm.stages.job import Job, show_config
 from llm.tokenizer.bpe import Tokenizer, checked_pattern, split_pattern, train_tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, named_encoder
 from llm.tokenizer.pretrained import load_pretrained
@@ -24,34 +26,44 @@ def prepared(stage) -> Tokenizer | str:
     return split_pattern(stage.digits, stage.marks) if stage.pattern is None else checked_pattern(stage.pattern)
 
 
-def run(cfg, stage_dir: Path, source: DocumentSource, ready: Tokenizer | str, others: dict) -> dict:
-    """Train, save to `stage_dir`/model, and return the values of run.json: derived numbers and metrics.
-
-    ready: the result of `prepared`.
-    """
-    stage, tokenizer, start = cfg.stage, ready, time.perf_counter()
+def run(job: Job) -> dict | None:
+    """Train or take over the tokenizer and save it to model/; returns the values of run.json, None after a dry run."""
+    cfg, stage = job.cfg, job.cfg.stage
+    ready = prepared(stage)
+    show_config(cfg, {"vocab_size": stage.vocab_size if isinstance(ready, str) else ready.vocab_size})
+    if cfg.dry_run:
+        return None
+    source = document_source(cfg.data, cfg.paths.data)
+    others = named_encoders(stage.compare)
+    job.begin()
+    start = time.perf_counter()
+    tokenizer = ready
     if isinstance(ready, str):
         limits = (stage.vocab_size, stage.max_chars, stage.doc_cap)
         tokenizer = train_tokenizer(texts(source, "train"), *limits, ready)
     seconds, done = time.perf_counter() - start, "trained" if isinstance(ready, str) else f"took {stage.pretrained}'s"
     print(f"{done} {tokenizer.vocab_size:,} tokens in {seconds:.1f} s", flush=True)
+    compression = write_compression(tokenizer, source, others, job.stage_dir)
+    with replaced_folder(job.stage_dir / "model") as folder:
+        tokenizer.save(folder)
+    sizes = tokenizer.token_bytes()
+    sizes = sizes[sizes > 0]
+    derived = {
+        "vocab_size": tokenizer.vocab_size,
+        "token_bytes_mean": sizes.mean(),
+        "token_bytes_max": sizes.max(),
+    }
+    return {"derived": derived, "metrics": compression | {"train_seconds": seconds}}
+
+
+def write_compression(tokenizer: Tokenizer, source: DocumentSource, others: dict, stage_dir: Path) -> dict[str, float]:
+    """Print the table of compression and write it to compression.md; returns bytes per token by kind of text."""
     samples = SAMPLE_TEXTS | {split: head(texts(source, split), TABLE_CHARS) for split in ("train", "val")}
     table = compression_table(tokenizer, samples, others)
     text = format_compression_table(table)
     print(text, flush=True)
     write_atomic(stage_dir / "compression.md", text + "\n")
-    with replaced_folder(stage_dir / "model") as folder:
-        tokenizer.save(folder)
-    sizes = tokenizer.token_bytes()
-    sizes = sizes[sizes > 0]
-    return {
-        "derived": {
-            "vocab_size": tokenizer.vocab_size,
-            "token_bytes_mean": sizes.mean(),
-            "token_bytes_max": sizes.max(),
-        },
-        "metrics": {f"bytes_per_token_{row['text']}": row["ratio"] for row in table} | {"train_seconds": seconds},
-    }
+    return {f"bytes_per_token_{row['text']}": row["ratio"] for row in table}
 
 
 def head(documents, n_chars: int) -> str:

@@ -65,7 +65,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     from callbacks.runtime import CleanStop, GarbageControl
     from callbacks.watch import LossGuard, ProcessWatch
     from llm.checkpoint.resume import CheckpointWriter
-    from llm.model.compile import FIXED_SHAPES, compile_training, decide
+    from llm.config.stages import stage_row
+    from llm.model.compile import compile_training, decide
     from llm.model.linear import resolve_compute_dtype
     from llm.parallel.strategy import FSDPStrategy, cluster_environment, layout_of_processes, make_strategy
 
@@ -108,7 +109,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             )
         print(use_fp8(built.module.net, device), flush=True)
     built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
-    attention = built.module.net.set_attention(cfg.attention, device, cfg.stage.name in FIXED_SHAPES)
+    attention = built.module.net.set_attention(cfg.attention, device, stage_row(cfg.stage.name).fixed_shapes)
     steps = built.module.context.total_steps
     compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
     if compiled:

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from llm.cli import overrides
 from llm.cli.overrides import CONF, check_overrides, group_options
-from llm.config.schema import STAGES, VARIANTS
+from llm.config.schema import VARIANTS
+from llm.config.stages import stage_names
 from llm.errors import UserError
 from llm.model.config import UNSTATED
 
@@ -77,7 +78,7 @@ def test_every_option_of_an_architecture_is_one_of_the_model():
 # experiment=debug
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stage_names())
 def test_debug_is_tiny_plain_and_looks_often(stage):
     cfg = compose("train", "experiment=debug", f"stage={stage}")
     assert (cfg.precision.compute, cfg.compile, cfg.trainer.devices, cfg.strategy.name) == ("fp32", False, 1, "single")

@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 
 from llm.cli import overrides
 from llm.cli.overrides import CONF, config_groups, group_options
-from llm.config.schema import STAGES, VARIANTS, known_keys
+from llm.config.schema import VARIANTS, known_keys
+from llm.config.stages import stage_names
 
 pytestmark = pytest.mark.usefixtures("composed_once")
 
+STAGES = stage_names()
 EXPERIMENTS = group_options("experiment")
 
 
@@ -137,6 +139,8 @@ def test_no_key_is_dead(config_name):
     source = "\n".join(f.read_text() for f in files if f.name != "schema.py")
     yaml_text = "\n".join(f.read_text() for f in CONF.rglob("*.yaml"))
     for name, spec in known_keys(config_name).items():
+        if name.startswith("data.mixture."):  # named and read by the table of stages
+            continue
         last = name.rpartition(".")[2]
         read = re.search(rf"\.{last}\b|[\"']{last}[\"']", source)
         assert read or f"{{oc.select:{name}," in yaml_text or f"{{{name}}}" in yaml_text, name

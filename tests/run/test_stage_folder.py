@@ -9,12 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from llm.cli.overrides import CONF
+from llm.config.stages import stage_names
 from llm.errors import UserError
-from llm.run import stage_folder as run_module
 from llm.run.config_diff import ABSENT, _covers, describe_differences, diff_configs, flatten, neutral_keys
 from llm.run.stage_folder import (
     RunDir,
-    best_stage,
+    best_stages,
     find_parent,
     find_stage,
     list_runs,
@@ -170,11 +170,11 @@ def test_init_from_errors_name_the_value(tmp_path):
 
 def test_best_stage_follows_the_pipeline_and_skips_unfinished(tmp_path):
     add_stage(tmp_path, "demo", "tokenizer")
-    assert best_stage(tmp_path, "demo") is None
+    assert best_stages(RunDir(tmp_path, "demo")) == []
     for stage in ("sft", "pretrain", "midtrain"):
         add_stage(tmp_path, "demo", stage)
     add_stage(tmp_path, "demo", "grpo", status="running")
-    assert best_stage(tmp_path, "demo") == "sft"
+    assert best_stages(RunDir(tmp_path, "demo")) == ["sft"]
     assert find_stage(tmp_path, "demo") == tmp_path / "demo" / "sft"
     assert find_stage(tmp_path, "demo", "pretrain") == tmp_path / "demo" / "pretrain"
     assert find_stage(tmp_path, None) == tmp_path / "demo" / "sft"
@@ -231,7 +231,7 @@ def test_diff_names_result_changing_keys_only():
 def test_keys_that_a_stage_does_not_read_are_neutral_for_it():
     old = {"optim": {"matrix_lr": 0.02}, "data": {"path": "a", "mixture": {"sft": {"x": 1}, "midtrain": {"x": 1}}}}
     new = {"optim": {"matrix_lr": 0.03}, "data": {"path": "b", "mixture": {"sft": {"x": 2}, "midtrain": {"x": 1}}}}
-    keys = {stage: [row[0] for row in diff_configs(old, new, neutral_keys(stage))] for stage in run_module.STAGES}
+    keys = {stage: [row[0] for row in diff_configs(old, new, neutral_keys(stage))] for stage in stage_names()}
     assert keys == {
         "tokenizer": ["data.path"],
         "pretrain": ["data.path", "optim.matrix_lr"],
@@ -250,11 +250,11 @@ def test_neutral_keys_exist_in_the_configuration():
 
     register()
     known = set()
-    for stage in run_module.STAGES:
+    for stage in stage_names():
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", [f"stage={stage}", "data.sources={web: {streaming: true}}"])
         known |= set(flatten(OmegaConf.to_container(config)))
-    patterns = {pattern for stage in run_module.STAGES for pattern in neutral_keys(stage)}
+    patterns = {pattern for stage in stage_names() for pattern in neutral_keys(stage)}
     unknown = [pattern for pattern in patterns if not any(_covers(pattern, key) for key in known)]
     assert unknown == []
 

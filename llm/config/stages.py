@@ -1,0 +1,199 @@
+"""The table of stages: one row per phase of training, with everything that other modules must know about it.
+
+A new stage is one row here, one file `conf/stage/<name>.yaml`, and one builder file. From outside the repository a
+plugin adds its row by `register_stage` (docs/extend.md). Nothing outside a stage's row and builder asks for its name.
+Nothing heavy is imported here: builders, runners and schemas are dotted names that are imported when they are needed.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from llm.errors import UserError
+
+TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
+TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
+TEXT += ("data.seed", "data.size", "data.val_size", "data.packing")
+MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
+# Kind of stage -> patterns of config keys that such a stage does not read. "" stands for a plugin that is not loaded.
+KINDS: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "tokenizer": (*TASKS, *MODEL, "data.packing", "max_steps", "seed"),
+    "text": TASKS,
+    "chat": (*TEXT, "data.rl"),
+    "rl": (*TEXT, "data.mixture", "batch.tokens_per_step", "compile"),
+    "": (),
+}
+CHAT_KINDS = ("chat", "rl")
+TAKES = ("nothing", "tokenizer", "weights")
+UNKNOWN_RANK = 1_000_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row: what a stage is called, where it starts from, who builds or runs it, and what it means to others."""
+
+    name: str
+    rank: int  # place in the pipeline; serve.py and evaluate.py choose the highest finished one
+    kind: str  # what it works on: one of KINDS
+    schema: str | type  # dataclass of its settings, a subclass of StageConfig, or the dotted name of one
+    build: str = ""  # model stages: dotted name of `build(cfg, parent) -> BuiltStage`; "" = it makes no model
+    parents: tuple[str, ...] = ()  # stages that it can follow, preferred first; () = it starts from nothing
+    takes: str = "weights"  # what it needs of its parent's model/ folder: one of TAKES
+    run: str = "llm.stages.train_model.run"  # dotted name of `run(job) -> results`; outside a run `run(cfg)`
+    derive: str = ""  # dotted name of `derive(cfg)`: the derived numbers of a dry run before a parent exists
+    in_run: bool = True  # whether it writes a folder of a run
+    parallel: bool = True  # whether several processes share its work; False: the first one does it
+    fixed_shapes: bool = True  # whether all its steps have one shape, as torch.compile needs
+    servable: bool = True  # whether its model generates text: serve.py and evaluate.py take it
+    mixture: str = ""  # key of data.mixture whose held-out rows it is validated on; "" = a chat stage's own name
+    ignores: tuple[str, ...] = ()  # patterns of config keys that it does not read, beside those of its kind
+    other_parents: tuple[str, ...] = ()  # keys such as stage.teacher that name further models (see find_further)
+    no_curves: tuple[str, ...] = ()  # columns of metrics.csv that mean something else for this stage
+
+    @property
+    def makes_model(self) -> bool:
+        return bool(self.build) or not self.kind
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its model answers questions and does not only continue texts."""
+        return self.kind in CHAT_KINDS
+
+    @property
+    def mixture_key(self) -> str:
+        return self.mixture or self.name
+
+
+_SCHEMA, _STAGES = "llm.config.schema", "llm.stages"
+_BUILTIN = (
+    Stage(
+        name="download",
+        rank=-10,
+        kind="data",
+        schema=f"{_SCHEMA}.StageConfig",
+        takes="nothing",
+        run=f"{_STAGES}.download.run",
+        in_run=False,
+    ),
+    Stage(
+        name="tokenizer",
+        rank=0,
+        kind="tokenizer",
+        schema=f"{_SCHEMA}.TokenizerStage",
+        takes="nothing",
+        run=f"{_STAGES}.tokenizer.run",
+        parallel=False,
+        servable=False,
+    ),
+    Stage(
+        name="pretrain",
+        rank=10,
+        kind="text",
+        schema=f"{_SCHEMA}.PretrainStage",
+        build=f"{_STAGES}.pretrain.build",
+        parents=("tokenizer",),
+        takes="tokenizer",
+        derive=f"{_STAGES}.pretrain.derived_without_tokenizer",
+    ),
+    Stage(
+        name="midtrain",
+        rank=20,
+        kind="chat",
+        schema=f"{_SCHEMA}.ChatStage",
+        build=f"{_STAGES}.finetune.build",
+        parents=("pretrain",),
+    ),
+    Stage(
+        name="sft",
+        rank=30,
+        kind="chat",
+        schema=f"{_SCHEMA}.ChatStage",
+        build=f"{_STAGES}.finetune.build",
+        parents=("midtrain", "pretrain"),
+    ),
+    Stage(
+        name="grpo",
+        rank=40,
+        kind="rl",
+        schema=f"{_SCHEMA}.GRPOStage",
+        build=f"{_STAGES}.grpo.build",
+        parents=("sft",),
+        fixed_shapes=False,
+        mixture="sft",  # rehearsed on, and validated on
+        no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
+    ),
+)
+_TABLE: dict[str, Stage] = {}
+
+
+def register_stage(row: Stage) -> None:
+    """Add a row to the table. Raises UserError where it contradicts itself or the rows that are there."""
+    where = f"register_stage({row.name!r})"
+    if not row.name.isidentifier() or row.name.endswith("_val"):
+        raise UserError(f"{where}: the name must be a plain word that does not end in _val")
+    if _TABLE.get(row.name, row) != row:
+        raise UserError(f"{where}: a stage of this name exists already; choose another name")
+    if unknown := [name for name in row.parents if name not in _TABLE]:
+        raise UserError(f"{where}: parents name {unknown[0]!r}, which is no stage ({', '.join(_TABLE)})")
+    for key, value, words in (("kind", row.kind, [*filter(None, KINDS)]), ("takes", row.takes, TAKES)):
+        if value not in words:
+            raise UserError(f"{where}: {key}={value!r}, must be one of {', '.join(words)}")
+    if (row.takes == "nothing") == bool(row.parents):
+        raise UserError(f"{where}: takes={row.takes!r} and parents={row.parents!r} contradict each other")
+    if row.parents and row.rank <= min(_TABLE[name].rank for name in row.parents):
+        raise UserError(f"{where}: rank={row.rank} must be above that of a parent ({', '.join(row.parents)})")
+    _TABLE[row.name] = row
+
+
+def all_stages() -> tuple[Stage, ...]:
+    """The rows in pipeline order: by rank, then as registered."""
+    return tuple(sorted(_TABLE.values(), key=lambda row: row.rank))
+
+
+def stage_names(*, in_run: bool = True) -> list[str]:
+    """Names in pipeline order: of the stages that belong to a run, or with in_run=False of all."""
+    return [row.name for row in all_stages() if row.in_run or not in_run]
+
+
+def chat_mixtures() -> list[str]:
+    """The keys <stage> of `data.mixture` that are trained on: one per chat stage, in pipeline order."""
+    return list(dict.fromkeys(row.mixture_key for row in all_stages() if row.kind == "chat"))
+
+
+def stage_row(name: str) -> Stage:
+    """The row of a stage. Raises UserError for a name that is not in the table."""
+    if name not in _TABLE:
+        raise UserError(
+            f"stage={name} does not exist; choose one of {', '.join(stage_names(in_run=False))}, or name the plugin "
+            "that registers it: plugins=[<module>]"
+        )
+    return _TABLE[name]
+
+
+def row_or_stranger(name: str) -> Stage:
+    """The row of a stage; for one whose plugin is not loaded a row of kind "" that makes no claim about it."""
+    stranger = Stage(name, UNKNOWN_RANK, "", "", servable=False)
+    return _TABLE.get(name, stranger)
+
+
+def unread_keys(row: Stage) -> tuple[str, ...]:
+    """Patterns of config keys that cannot change what the stage makes, because it does not read them."""
+    others = [f"data.mixture.{name}" for name in chat_mixtures() if name != row.mixture_key]
+    return (*KINDS[row.kind], *row.ignores, *(others if row.kind == "chat" else ()))
+
+
+def load_object(name: str, where: str) -> Any:
+    """Import what a dotted name means. Raises UserError, beginning with `where`, if there is no such thing."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"{where}: {name} cannot be imported ({error})") from error
+    if found is None:
+        raise UserError(f"{where}: {module} has no {attribute!r}")
+    return found
+
+
+for _row in _BUILTIN:
+    register_stage(_row)

@@ -1,0 +1,90 @@
+"""`Job`: one stage of one run while it is worked on, with its run.json and what is printed about it."""
+
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from llm import __version__
+from llm.config.stages import Stage
+from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.utils.environment import environment, git_commit
+from llm.utils.files import write_atomic
+
+
+@dataclass
+class Job:
+    """What the runner of a stage gets: configuration, row of the table, run, and the model/ folders it starts from."""
+
+    cfg: DictConfig
+    row: Stage
+    run: RunDir
+    config: dict  # the resolved configuration as run.json keeps it
+    parent: Path | None
+    further: dict[str, Path] = field(default_factory=dict)  # by key of `Stage.other_parents`
+    manifest: dict = field(init=False)
+
+    def __post_init__(self):
+        self.manifest = {
+            "stage": self.row.name,
+            "status": "running",
+            "parent": None if self.parent is None else str(self.parent),
+            "parent_id": identity(self.parent),
+            "config": self.config,
+            "commit": git_commit(),
+            "environment": environment(),
+            "version": __version__,
+            "started": now(),
+        }
+        if self.further:
+            self.manifest["further"] = {key: [str(path), identity(path)] for key, path in self.further.items()}
+
+    @property
+    def stage_dir(self) -> Path:
+        return self.run.path / self.row.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.run.name}/{self.row.name}"
+
+    def begin(self) -> None:
+        """Last act before work starts: with overwrite=true remove what was there, and let run.json say `running`."""
+        if self.cfg.overwrite and self.stage_dir.exists():
+            shutil.rmtree(self.stage_dir)
+        old = read_manifest(self.stage_dir) or {}
+        kept = {key: old[key] for key in ("started", "seconds") if key in old}
+        write_manifest(self.stage_dir, self.manifest | kept)
+        self.manifest |= {key: kept[key] for key in kept if key == "started"}
+        write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+
+    def finish(self, results: dict, seconds: float) -> int | None:
+        """Write run.json after `seconds` of work; returns the signal that stopped the stage, None if it is finished."""
+        earlier = (read_manifest(self.stage_dir) or {}).get("seconds", 0.0)
+        self.manifest |= {"seconds": earlier + seconds} | results
+        if self.manifest["status"] != "running":
+            write_manifest(self.stage_dir, self.manifest)
+            return self.manifest["signal"]
+        write_manifest(self.stage_dir, self.manifest | {"status": "finished", "finished": now()})
+        return None
+
+
+def identity(model: Path | None) -> str | None:
+    """When the stage that left a model/ folder was finished, to tell two trainings apart; None without a run.json."""
+    manifest = None if model is None else read_manifest(model.parent)
+    return None if manifest is None else manifest.get("finished")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def show_config(cfg, derived: dict) -> None:
+    """Print the resolved configuration and the derived numbers, which config.yaml and run.json keep too."""
+    print(OmegaConf.to_yaml(cfg, resolve=True))
+    print("derived:")
+    for key, value in derived.items():
+        text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"
+        print(f"  {key}: {text}")
+    print(flush=True)

@@ -1,0 +1,80 @@
+"""Runs a stage that makes a model: build it, train it, and hand the network over in model/."""
+
+import signal
+from pathlib import Path
+
+from llm.checkpoint.model_folder import save_model_folder
+from llm.config.stages import Stage, load_object
+from llm.errors import BadLoss
+from llm.parallel import collectives
+from llm.parallel.env import SIGUSR1
+from llm.parallel.strategy import full_model
+from llm.run.stage_folder import read_metrics
+from llm.stages.job import Job, show_config
+from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+
+SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
+
+def run(job: Job) -> dict | None:
+    """Build, train and hand over; returns the values of run.json, with another status if a signal stopped the stage.
+
+    None after a dry run.
+    """
+    cfg = job.cfg
+    quiet_lightning()
+    check_devices(cfg)
+    build = builder(job.row)
+    built = build(cfg, job.parent)
+    show_config(cfg, built.derived)
+    if cfg.dry_run:
+        return None
+    trainer, stop = build_trainer(cfg, job.stage_dir, built)
+    collectives.barrier()  # nobody writes before all have read
+    if collectives.is_main():
+        job.begin()
+    while True:
+        try:
+            fit(trainer, built, job.stage_dir)
+            break
+        except BadLoss as error:
+            if cfg.watch.bad_loss == "stop":
+                raise
+            roll_back(job.stage_dir, error, cfg.watch.rollbacks)
+        built = build(cfg, job.parent)
+        trainer, stop = build_trainer(cfg, job.stage_dir, built)
+    return hand_over(job, built, trainer, stop.signum)
+
+
+def builder(row: Stage):
+    """The function `build(cfg, parent) -> BuiltStage` of a stage's row."""
+    return load_object(row.build, f"builder of stage={row.name}")
+
+
+def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
+    """The values of run.json after training; model/ is written unless the signal `signum` ended it early."""
+    module = built.module
+    results = {
+        "derived": built.derived,
+        "tokens": module.tokens_seen,
+        "flops": float(module.tokens_seen * module.flops_per_token),
+        "steps": trainer.global_step,
+        "metrics": last_values(job.stage_dir),
+    }
+    if signum is not None and trainer.global_step < module.context.total_steps:
+        name, step = SIGNAL_NAMES[signum], trainer.global_step
+        print(f"stopped by {name} at step {step}, checkpoint saved; the same command resumes", flush=True)
+        return results | {"status": "interrupted", "signal": int(signum)}
+    net = full_model(module.net)
+    if collectives.is_main():
+        save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
+    return results
+
+
+def last_values(stage_dir: Path) -> dict[str, float]:
+    """The last logged value of every column of metrics.csv."""
+    values: dict[str, float] = {}
+    for row in read_metrics(stage_dir):
+        values.update(row)
+    values.pop("step", None)
+    return values
