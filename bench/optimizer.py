@@ -55,8 +55,8 @@ def main() -> None:
     steps["torch"] = lambda: (muon.step(), adamw.step())
     *adamw_groups, muon_group = optimizers["2026"].param_groups
     shares = [(group, [(p, p, p.grad) for p in group["params"]]) for group in adamw_groups]
-    steps |= {"2026_muon": lambda: optimizers["2026"]._muon(muon_group, muon_group["params"])}
-    steps |= {"2026_adamw": lambda: [optimizers["2026"]._adamw(*share) for share in shares]}
+    steps |= {"2026_muon": lambda: optimizers["2026"]._update_matrices(muon_group, muon_group["params"])}
+    steps |= {"2026_adamw": lambda: [optimizers["2026"]._update_pieces(*share) for share in shares]}
     with torch.no_grad():
         seconds = _bench.alternating(steps, args.repeats)
     n_adamw = sum(p.numel() for p in rest)

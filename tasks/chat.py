@@ -1,5 +1,7 @@
 """Conversations to train on: chat rows in the formats that are about, and the identity rows that can also be scored."""
 
+from typing import ClassVar
+
 from llm.errors import UserError
 from llm.tokenizer.chat_format import validate_conversation
 from tasks.base import Task
@@ -11,7 +13,7 @@ FORMATS = "messages, conversations, or one of " + ", ".join(" and ".join(pair) f
 
 
 def as_conversation(row: dict) -> dict:
-    """A row with its "messages", whatever format it has.
+    """Return a row with its "messages", whatever format it has.
 
     messages [{"role", "content"}]; conversations of ShareGPT [{"from", "value"}]; one exchange under the names of
     `PAIRS`, with "input" (Alpaca) behind the instruction, and "system" or "system_prompt" in front.
@@ -47,25 +49,16 @@ def check_chat(row: dict, where: str) -> None:
     validate_conversation(conversation, where)
 
 
-def check_identity(row: dict, where: str) -> None:
-    """As `check_chat`; keywords, where present, must be a list of texts."""
-    check_chat(row, where)
-    keywords = row.get("keywords", [])
-    if not isinstance(keywords, list) or not all(isinstance(k, str) and k for k in keywords):
-        raise UserError(f"{where}: 'keywords' must be a list of texts")
-
-
-def check_scored_identity(row: dict, where: str) -> None:
-    """As `check_identity` for evaluation rows: without keywords nothing could be scored."""
-    check_identity(row, where)
-    if not row.get("keywords"):
-        raise UserError(f"{where}: an evaluation row needs 'keywords': the texts that a right answer contains")
-
-
 class Chat(Task):
     """Rows as `as_conversation` takes them (or a bare list of messages per line), for training only."""
 
     kind = "chat"
+    generated: ClassVar[dict[str, str]] = {"embedded": "smalltalk"}
+
+    @classmethod
+    def check_row(cls, row: dict, where: str) -> None:
+        """Raise UserError where the messages are missing or the roles do not alternate."""
+        check_chat(row, where)
 
     def conversation(self, row: dict, index: int) -> dict:
         return {"messages": as_conversation(row)["messages"]}
@@ -75,6 +68,23 @@ class Identity(Task):
     """Chat rows about the assistant itself; an answer is in character when it contains all of the row's `keywords`."""
 
     kind = "generative"
+    generated: ClassVar[dict[str, str]] = {"embedded": "identity", "template": "persona"}
+    sizes: ClassVar[dict[str, int]] = {"train": 600, "test": 80}  # there are fewer different sentences about oneself
+
+    @classmethod
+    def check_row(cls, row: dict, where: str) -> None:
+        """Raise UserError where the messages are wrong, or `keywords` is there and not a list of texts."""
+        check_chat(row, where)
+        keywords = row.get("keywords", [])
+        if not isinstance(keywords, list) or not all(isinstance(k, str) and k for k in keywords):
+            raise UserError(f"{where}: 'keywords' must be a list of texts")
+
+    @classmethod
+    def check_test_row(cls, row: dict, where: str) -> None:
+        """Raise UserError for a row that `check_row` refuses, or without keywords: nothing could be scored."""
+        cls.check_row(row, where)
+        if not row.get("keywords"):
+            raise UserError(f"{where}: an evaluation row needs 'keywords': the texts that a right answer contains")
 
     def conversation(self, row: dict, index: int) -> dict:
         return {"messages": as_conversation(row)["messages"], "keywords": row.get("keywords", [])}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 from tasks.base import Task, dialogue
 from tasks.execution import Program, run_programs
@@ -11,13 +12,13 @@ FENCE = re.compile(r"```(?:python|py)?[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced code block of a completion, or all of it where there is none."""
+    """Return the first fenced code block of a completion, or all of it where there is none."""
     match = FENCE.search(completion)
     return match.group(1) if match else completion
 
 
 def program(row: dict, completion: str) -> Program:
-    """What decides: the prompt's imports with the written function, and the row's tests.
+    """Return the program that decides: the prompt's imports, the written function, and the row's tests.
 
     A completion that only continues the prompt (no `def` of the wanted name) is put after the prompt. Tests may use
     what the prompt defines before the wanted function.
@@ -29,15 +30,17 @@ def program(row: dict, completion: str) -> Program:
     return Program("\n".join([*imports, "", code]), row["entry_point"], row["test"], setup=row["prompt"])
 
 
-def check_row(row: dict, where: str) -> None:
-    """Raise `UserError` for a row that is not in the HumanEval format."""
-    need(row, where, prompt=str, entry_point=str, canonical_solution=str, test=str)
-
-
 class HumanEval(Task):
     """Rows `{task_id, prompt, entry_point, canonical_solution, test}`; right means that all tests pass in time."""
 
     kind = "generative"
+    generated: ClassVar[dict[str, str]] = {"embedded": "programs"}
+    sizes: ClassVar[dict[str, int]] = {"train": 600, "test": 80}  # there are fewer different tiny programs
+
+    @classmethod
+    def check_row(cls, row: dict, where: str) -> None:
+        """Raise UserError for a row that is not in the HumanEval format."""
+        need(row, where, prompt=str, entry_point=str, canonical_solution=str, test=str)
 
     def conversation(self, row: dict, index: int) -> dict:
         answer = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"

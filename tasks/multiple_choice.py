@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from string import ascii_uppercase
+from typing import ClassVar
 
 from llm.errors import UserError
 from tasks.base import Task, dialogue
@@ -11,7 +12,7 @@ INSTRUCTION = "Answer with the letter only."
 
 
 def render_question(question: str, options: Sequence[str], letters: Sequence[str]) -> str:
-    """The prompt: the question, one `- option=LETTER` line per option, the instruction.
+    """Return the prompt: the question, one `- option=LETTER` line per option, the instruction.
 
     The letter follows the option without a space, so it is the same token as the answer; after the option, so that
     the model reads the meaning before the name.
@@ -21,35 +22,37 @@ def render_question(question: str, options: Sequence[str], letters: Sequence[str
 
 
 def parse_choices(row: dict) -> tuple[list[str], tuple[str, ...], str]:
-    """Options, their letters and the right letter of an ARC row (labels are kept) or an MMLU row (A, B, ...)."""
+    """Return options, their letters and the right letter of a row of ARC (labels are kept) or MMLU (A, B, ...)."""
     if "answerKey" in row:
         return row["choices"]["text"], tuple(row["choices"]["label"]), row["answerKey"]
     letters = tuple(ascii_uppercase[: len(row["choices"])])
     return row["choices"], letters, letters[row["answer"]]
 
 
-def check_row(row: dict, where: str) -> None:
-    """Raise `UserError` for a row that is neither in the ARC nor in the MMLU format."""
-    need(row, where, question=str, choices=(dict, list))
-    if isinstance(row["choices"], dict):
-        need(row, where, answerKey=str)
-        need(row["choices"], f"{where} choices", text=list, label=list)
-        texts, labels, right = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
-        if right not in labels:
-            raise UserError(f"{where}: answerKey {right!r} is not among the labels {labels}")
-    else:
-        need(row, where, answer=int)
-        texts, labels = row["choices"], list(ascii_uppercase[: len(row["choices"])])
-        if not 0 <= row["answer"] < len(texts):
-            raise UserError(f"{where}: answer {row['answer']} is not the number of a choice (0 to {len(texts) - 1})")
-    if len(texts) < 2 or len(texts) != len(labels) or not all(isinstance(t, str) for t in [*texts, *labels]):
-        raise UserError(f"{where}: needs at least two choices, all text, one label each")
-
-
 class MultipleChoice(Task):
     """Rows `{question, choices: {text, label}, answerKey}` (ARC) or `{question, choices: [...], answer}` (MMLU)."""
 
     kind = "categorical"
+    generated: ClassVar[dict[str, str]] = {"embedded": "choice"}
+
+    @classmethod
+    def check_row(cls, row: dict, where: str) -> None:
+        """Raise UserError for a row that is neither in the ARC nor in the MMLU format."""
+        need(row, where, question=str, choices=(dict, list))
+        if isinstance(row["choices"], dict):
+            need(row, where, answerKey=str)
+            need(row["choices"], f"{where} choices", text=list, label=list)
+            texts, labels, right = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
+            if right not in labels:
+                raise UserError(f"{where}: answerKey {right!r} is not among the labels {labels}")
+        else:
+            need(row, where, answer=int)
+            texts, labels = row["choices"], list(ascii_uppercase[: len(row["choices"])])
+            if not 0 <= row["answer"] < len(texts):
+                last = len(texts) - 1
+                raise UserError(f"{where}: answer {row['answer']} is not the number of a choice (0 to {last})")
+        if len(texts) < 2 or len(texts) != len(labels) or not all(isinstance(t, str) for t in [*texts, *labels]):
+            raise UserError(f"{where}: needs at least two choices, all text, one label each")
 
     def conversation(self, row: dict, index: int) -> dict:
         options, letters, right = parse_choices(row)

@@ -3,57 +3,34 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llm.config.registries import TASK_TYPES
 from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
-from llm.data.embedded import rows as embedded_rows
 from llm.errors import UserError
 from tasks.base import Task
-from tasks.chat import Chat, Identity, check_chat, check_identity, check_scored_identity
 from tasks.files import JsonlRows, find_files, is_address, read_words
-from tasks.gsm8k import GSM8K
-from tasks.gsm8k import check_row as check_gsm8k
 from tasks.hub import Cache, HubRows, HubTask
-from tasks.humaneval import HumanEval
-from tasks.humaneval import check_row as check_humaneval
 from tasks.mixture import Mixture
-from tasks.multiple_choice import MultipleChoice
-from tasks.multiple_choice import check_row as check_choice
-from tasks.spelling import ALL_LANGUAGES, ENGLISH, SimpleSpelling, SpellingBee, words_of_split
+from tasks.spelling import words_of_split
 
 SPLITS = ("train", "test")
-# Rows where the config says null; there are fewer different sentences about oneself, and fewer tiny programs.
-DEFAULT_SIZE = {"train": 8_000, "test": 500}
-SMALL_SIZE = {"train": 600, "test": 80}
-
-# type -> (class, check of a train row, check of a test row, kind of embedded rows, default sizes)
-ROW_TASKS: dict[str, tuple[type[Task], Callable, Callable, str, dict[str, int]]] = {
-    "multiple_choice": (MultipleChoice, check_choice, check_choice, "choice", DEFAULT_SIZE),
-    "gsm8k": (GSM8K, check_gsm8k, check_gsm8k, "arithmetic", DEFAULT_SIZE),
-    "humaneval": (HumanEval, check_humaneval, check_humaneval, "programs", SMALL_SIZE),
-    "identity": (Identity, check_identity, check_scored_identity, "identity", SMALL_SIZE),
-    "chat": (Chat, check_chat, check_chat, "smalltalk", DEFAULT_SIZE),
-}
-WORD_TASKS = {"simple_spelling": SimpleSpelling, "spelling_bee": SpellingBee}
-TYPES = (*ROW_TASKS, *WORD_TASKS)
 GENERATED = ("embedded", "template")
 SOURCES = (*GENERATED, "local", "hub")
 
 
 def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None = None) -> Task:
-    """The task `name` of `data.tasks` for one split ("train" or "test").
+    """Build the task `name` of `data.tasks` for one split ("train" or "test").
 
-    spec: type; source "embedded", "template", "local" or "hub"; train, test (files of a local source: path, glob,
-    address or list; of the hub: split, or slice of one, of the data set that repo, subset and revision name); size and
-    test_size (rows to generate, or items to draw from a word list); shuffle_seed (hub: order of the rows); limit (use
-    only the first items); options (arguments of a generator, such as steps or maker). A file that both splits name
-    belongs to the test, except that a word list is divided between them. Local rows are all checked here, before any
-    compute, of a hub data set the first 1,000. cache: where fetched data lies; without it nothing is fetched.
-    Raises `UserError` for a wrong spec and for missing, empty or broken data.
+    spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub"; train,
+    test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the data set that
+    repo, subset and revision name); size and test_size (rows to generate, or items to draw from a word list);
+    shuffle_seed (hub: order of the rows); limit (use only the first items); options (arguments of a generator, such as
+    steps or maker). A file that both splits name belongs to the test, except that a word list is divided between them.
+    Local rows are all checked here, before any compute, of a hub data set the first 1,000. cache: where fetched data
+    lies; without it nothing is fetched. Raises `UserError` for a wrong spec and for missing, empty or broken data.
     """
     where = f"data.tasks.{name}"
-    kind, source = spec.get("type"), spec.get("source")
-    if kind not in TYPES:
-        raise UserError(f"{where}.type={kind} does not exist: choose one of {', '.join(TYPES)}")
+    kind, source, task = spec.get("type"), spec.get("source"), task_class(spec, where)
     if source not in SOURCES:
         raise UserError(f"{where}.source={source} does not exist: choose one of {', '.join(SOURCES)}")
     if split not in SPLITS:
@@ -61,16 +38,16 @@ def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | No
     options = {key: _plain(value) for key, value in dict(spec.get("options") or {}).items()}
     if source not in GENERATED and options:
         raise UserError(f"{where}.options={options}: files take no options, only {' and '.join(GENERATED)} rows do")
-    if source == "template" and kind != "identity":
+    if source == "template" and "template" not in task.generated:
         raise UserError(f"{where}.source=template: only type=identity is made from templates, not type={kind}")
     for option in ("repo", "subset", "revision", "shuffle_seed"):
         if source != "hub" and spec.get(option) is not None:
             raise UserError(f"{where}.{option}={spec[option]}: only source=hub reads it, not source={source}")
-    if source == "hub" and kind in WORD_TASKS:
+    if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
-    build = _word_task if kind in WORD_TASKS else _row_task
+    build = _word_task if task.reads == "words" else _row_task
     try:
-        return build(name, spec, split, options, cache)
+        return build(task, name, spec, split, options, cache)
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
@@ -83,7 +60,7 @@ def build_mixture(
     seed: int = 42,
     cache: Cache | None = None,
 ) -> Mixture:
-    """The mixture of the tasks that `weights` names with repeats above 0, in a global order drawn from `seed`."""
+    """Build the mixture of the tasks that `weights` names with repeats above 0, in a global order drawn from `seed`."""
     entries = []
     for name, repeats in weights.items():
         if name not in tasks:
@@ -94,7 +71,7 @@ def build_mixture(
 
 
 def held_out_weights(data, stage: str) -> dict[str, float]:
-    """Task: repeats of its held-out rows; all of the tasks trained on once, if `data.mixture.<stage>_val` is empty."""
+    """Return {task: repeats of its held-out rows}: `data.mixture.<stage>_val`, or if empty all trained tasks once."""
     chosen = dict(data.mixture.get(f"{stage}_val") or {})
     if any(chosen.values()):
         return chosen
@@ -103,7 +80,7 @@ def held_out_weights(data, stage: str) -> dict[str, float]:
 
 
 def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) -> Mixture:
-    """The held-out rows that the chat stage `stage`, a key of `data.mixture`, validates on."""
+    """Build the mixture of held-out rows that the chat stage `stage`, a key of `data.mixture`, validates on."""
     weights = held_out_weights(data, stage)
     if not weights:
         raise UserError(
@@ -113,12 +90,12 @@ def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) ->
 
 
 def has_split(spec, split: str) -> bool:
-    """Whether a task can give rows of a split: generated ones always can, others if the split is named."""
-    return spec.source in GENERATED or spec.type in WORD_TASKS or spec[split] is not None
+    """Return whether a task can give rows of a split: generated ones always can, others if the split is named."""
+    return spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words"
 
 
 def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
-    """What a task takes from the network: a data set of the hub, files of the web, or nothing."""
+    """Return what a task takes from the network: a data set of the hub, files of the web, or nothing."""
     key = f"data.tasks.{name}"
     if spec.get("source") == "hub":
         return [_hub_task(key, spec, cache)]
@@ -127,7 +104,7 @@ def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
 
 
 def fetched_tasks(data) -> dict[str, list[str]]:
-    """The tasks that a stage or evaluation may read from the network, with the splits of each that it reads."""
+    """Return the tasks that a stage or evaluation may read from the network, with the splits of each that it reads."""
     stages = chat_mixtures()
     trained = [n for stage in stages for n, repeats in (data.mixture.get(stage) or {}).items() if repeats]
     held_out = [n for stage in stages for n, repeats in held_out_weights(data, stage).items() if repeats]
@@ -138,13 +115,20 @@ def fetched_tasks(data) -> dict[str, list[str]]:
     return {name: splits for name, splits in used.items() if splits and remotes(name, data.tasks[name], cache)}
 
 
-def _row_task(name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None) -> Task:
-    task, check_train, check_test, kind, sizes = ROW_TASKS[spec["type"]]
-    limit, check = spec.get("limit"), check_test if split == "test" else check_train
+def task_class(spec: Mapping[str, Any], where: str = "task") -> type[Task]:
+    """Return the class of a task's `type`. Raises UserError where there is none, or it is not a subclass of Task."""
+    task = TASK_TYPES.get(spec.get("type"), f"{where}.type")
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"{where}.type={spec.get('type')} is no task: it must be a subclass of tasks.base.Task")
+    return task
+
+
+def _row_task(
+    task: type[Task], name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None
+) -> Task:
+    limit, check = spec.get("limit"), task.check_test_row if split == "test" else task.check_row
     if spec["source"] in GENERATED:
-        kind = "persona" if spec["source"] == "template" else kind
-        rows = embedded_rows(kind, split, _size(spec, split, sizes), **options)
-        return task(rows, name, stop=limit)
+        return task(task.generate(spec["source"], split, _size(task, spec, split), **options), name, stop=limit)
     if spec["source"] == "hub":
         return task(_hub_rows(name, spec, split, check, cache), name, stop=limit)
     return task(JsonlRows(_files(name, spec, split, cache), check, limit), name)
@@ -174,11 +158,12 @@ def _hub_task(key: str, spec: Mapping[str, Any], cache: Cache) -> HubTask:
     return HubTask(spec["repo"], spec.get("subset"), spec.get("revision"), key, cache)
 
 
-def _word_task(name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None) -> Task:
-    size, questions = _size(spec, split, DEFAULT_SIZE), ALL_LANGUAGES
-    if spec["source"] == "embedded":
-        words = [row["word"] for row in embedded_rows("words", split, size, **options)]
-        questions = ENGLISH  # the world's text is English
+def _word_task(
+    task: type[Task], name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None
+) -> Task:
+    size = _size(task, spec, split)
+    if spec["source"] in GENERATED:
+        words = [row["word"] for row in task.generate(spec["source"], split, size, **options)]
     elif spec.get("train") is not None and spec.get("test") is not None:
         words = read_words(_files(name, spec, split, cache))
     else:
@@ -187,14 +172,11 @@ def _word_task(name: str, spec: Mapping[str, Any], split: str, options: dict, ca
         words = words_of_split(read_words(files), split)
         if not words:
             raise UserError(f"data.tasks.{name}: no word of the list falls to the {split} split; give a longer list")
-    stop = spec.get("limit")
-    if spec["type"] == "simple_spelling":
-        return SimpleSpelling(words, name, size, stop=stop)
-    return SpellingBee(words, name, size, split, questions, stop=stop)
+    return task.from_words(words, name, size, split, spec["source"], spec.get("limit"))
 
 
 def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) -> list:
-    """The files of a split; those of the test are left out of the training split."""
+    """Return the files of a split; those of the test are left out of the training split."""
     key = f"data.tasks.{name}.{split}"
     if spec.get(split) is None:
         raise UserError(f"{key} is null: name the .jsonl (words: .txt) files of this split, or leave the task out")
@@ -204,9 +186,9 @@ def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) 
     return find_files(_plain(spec[split]), key, exclude, cache)
 
 
-def _size(spec: Mapping[str, Any], split: str, defaults: dict[str, int]) -> int:
+def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:
     size = spec.get("size" if split == "train" else "test_size")
-    return defaults[split] if size is None else size
+    return task.sizes[split] if size is None else size
 
 
 def _as_list(value: Any) -> list:
@@ -214,7 +196,7 @@ def _as_list(value: Any) -> list:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and mappings of a composed configuration as plain ones."""
+    """Return lists and mappings of a composed configuration as plain ones."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

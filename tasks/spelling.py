@@ -8,6 +8,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from string import ascii_lowercase
+from typing import ClassVar
 
 from tasks.base import Task, dialogue
 from tasks.gsm8k import extract_answer, final_text, same_number
@@ -88,17 +89,17 @@ ALL_LANGUAGES = ENGLISH + SPANISH + FRENCH + GERMAN + CHINESE + JAPANESE + KOREA
 
 
 def words_of_split(words: Sequence[str], split: str) -> list[str]:
-    """The words of one list that belong to a split, decided by a hash of each word."""
+    """Return the words of one list that belong to a split, decided by a hash of each word."""
     return [w for w in words if (zlib.crc32(w.encode()) % TEST_SHARE == 0) == (split == "test")]
 
 
 def spelled(word: str) -> str:
-    """`word:w,o,r,d`: the word followed by its letters, without spaces, so each letter keeps its own token."""
+    """Return `word:w,o,r,d`: the word and its letters, without spaces, so that each letter keeps its own token."""
     return f"{word}:{','.join(word)}"
 
 
 def count_by_hand(word: str, letter: str) -> str:
-    """The spelled word, then one numbered line per letter that marks each hit with the running count."""
+    """Return the spelled word, then one numbered line per letter that marks each hit with the running count."""
     lines, count = [spelled(word)], 0
     for number, char in enumerate(word, start=1):
         count += char == letter
@@ -110,11 +111,18 @@ class SimpleSpelling(Task):
     """ "Spell the word: X" answered by "X:x,...". Items go through the list in one shuffled order, round and round."""
 
     kind = "generative"
+    reads = "words"
+    generated: ClassVar[dict[str, str]] = {"embedded": "words"}
 
     def __init__(self, words: Sequence[str], name: str, size: int, **slices):
         super().__init__(range(size), name, **slices)
         self.words = list(words)
         random.Random(42).shuffle(self.words)
+
+    @classmethod
+    def from_words(cls, words: Sequence[str], name: str, size: int, split: str, source: str, stop: int | None) -> Task:
+        """Build the task; split and source change nothing but the words."""
+        return cls(words, name, size, stop=stop)
 
     def conversation(self, row: int, index: int) -> dict:
         word = self.words[row % len(self.words)]
@@ -132,6 +140,8 @@ class SpellingBee(Task):
     """
 
     kind = "generative"
+    reads = "words"
+    generated: ClassVar[dict[str, str]] = {"embedded": "words"}
 
     def __init__(
         self,
@@ -145,6 +155,11 @@ class SpellingBee(Task):
         offset = TEST_OFFSET if split == "test" else 0
         self.words, self.questions = list(words), questions
         super().__init__(range(offset, offset + size), name, **slices)
+
+    @classmethod
+    def from_words(cls, words: Sequence[str], name: str, size: int, split: str, source: str, stop: int | None) -> Task:
+        """Build the task; questions about embedded words are in English, as the embedded world's text is."""
+        return cls(words, name, size, split, ENGLISH if source == "embedded" else ALL_LANGUAGES, stop=stop)
 
     def conversation(self, row: int, index: int) -> dict:
         rng = random.Random(row)

@@ -21,6 +21,8 @@ def load_plugins(names: Iterable[str]) -> None:
 
     Raises UserError where a module does not exist or fails while it is imported.
     """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     for point in entry_points(group=ENTRY_POINTS):
         _import(point.value, f"entry point {ENTRY_POINTS}: {point.name}")
     for name in names:
@@ -28,15 +30,13 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def plugins_in(argv: Sequence[str]) -> list[str]:
-    """The modules that `plugins=...` names on a command line: `plugins=my_package` or `plugins=[one,two]`."""
+    """Return the modules that `plugins=...` names on a command line: `plugins=my_package` or `plugins=[one,two]`."""
     value = next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith(("plugins=", "+plugins="))), "")
     names = [name.strip() for name in value.strip("[]").split(",")]
     return [name for name in names if name and name != "null"]
 
 
 def _import(name: str, where: str) -> None:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     try:
         import_module(name)
     except ModuleNotFoundError as error:

@@ -9,22 +9,24 @@ Nothing heavy is imported here: `train.py --help` and the check of the command l
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 from llm.config.generated import register_generated
+from llm.config.registries import ARCHITECTURES, OPTIMIZERS, TASK_TYPES, TEXT_SOURCES
 from llm.config.renamed import renamed_key
 from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
 from llm.errors import UserError
+from llm.utils.registry import Registry
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 
 
 def key(
-    text: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None, **more
+    text: str, *, choices: Collection[str] | Registry = (), low: float | None = None, high: float | None = None, **more
 ) -> Any:
     """A field that YAML must set: `text` is its line in `--help`, the rest are the bounds that `check_values` tests.
 
@@ -47,7 +49,7 @@ class ModelConfig:
 
 @dataclass
 class ArchConfig:
-    name: str = key("set of block features", fixed=True)
+    name: str = key("set of block features", choices=ARCHITECTURES, fixed=True)
     document_masks: bool = key("tokens see their own document or conversation only, not the others of a packed row")
 
 
@@ -142,7 +144,7 @@ class StrategyConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = key("optimizer", fixed=True)
+    name: str = key("optimizer", choices=OPTIMIZERS, fixed=True)
     betas: list[float] = key("AdamW's two averaging factors, where a kind of parameters has none of its own")
     eps: float = key("AdamW's term against division by zero", above=0)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
@@ -271,18 +273,7 @@ class GRPOStage(AssistantStage):
 class TaskSpec:
     """One task of `data.tasks`. Without defaults only `type` and `source` must be given."""
 
-    type: str = key(
-        "kind of task",
-        choices=(
-            "multiple_choice",
-            "gsm8k",
-            "humaneval",
-            "spelling_bee",
-            "simple_spelling",
-            "identity",
-            "chat",
-        ),
-    )
+    type: str = key("kind of task, or package.module.Class of your own (docs/extend.md)", choices=TASK_TYPES)
     source: str = key(
         "embedded = generated, template = identity of your own model, local = files, hub = data set on the hub",
         choices=("embedded", "template", "local", "hub"),
@@ -327,7 +318,7 @@ class SourceSpec:
 
 @dataclass
 class DataConfig:
-    name: str = key("where text comes from", choices=("embedded", "local", "hub", "mixture"), fixed=True)
+    name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
     path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
     repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
     revision: str | None = key("its branch, tag or commit; null = main")
@@ -465,6 +456,7 @@ VARIANTS: dict[str, Mapping[str, type]] = {
     "stage": _StageSchemas(),
     "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch},
     "optim": {"muon_adamw": MuonAdamWConfig, "adamw": AdamWConfig},
+    "data": {},  # the sources of text share DataConfig; those of plugins may have keys of their own
 }
 
 
@@ -494,6 +486,18 @@ def _with_type(schema: type, name: str, kind: type) -> type:
     old = schema.__dataclass_fields__[name]
     new = kind | None if type(None) in get_args(old.type) else kind
     return make_dataclass(schema.__name__, [(name, new, field(metadata=old.metadata))], bases=(schema,))
+
+
+def register_schema(group: str, name: str, schema: type) -> None:
+    """Add a plugin's schema to a group: `/schema/<group>/<name>@_here_` of the defaults list in its YAML file.
+
+    Raises UserError where it is not a subclass of the group's own schema.
+    """
+    base = ROOTS["train"].__dataclass_fields__[group].type
+    if not (is_dataclass(schema) and issubclass(schema, base)):
+        raise UserError(f"schema of {group}={name}: {schema.__name__} must be a dataclass and extend {base.__name__}")
+    VARIANTS[group][name] = schema
+    _known_keys.cache_clear()
 
 
 def register(folders: Iterable[Path] = ()) -> None:

@@ -1,33 +1,38 @@
-"""Build the optimizer that a configuration names, with a parameter group per kind."""
+"""Build the optimizer that a configuration names, with a parameter group per kind of parameter."""
 
 import torch
 from torch import nn
 
-from llm.optim.muon_adamw import MuonAdamW
+from llm.config.registries import OPTIMIZERS
+from llm.optim.muon_adamw import MUON_NEEDS
+from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import adam_lr_scale
 
 
 def build_optimizer(
-    net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0, optimizer: type[MuonAdamW] = MuonAdamW
-) -> MuonAdamW:
-    """Optimizer for a GPT by the config group `optim`; the scales multiply all learning rates and Muon's decay.
+    net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0, optimizer: type = GroupOptimizer
+) -> GroupOptimizer:
+    """Build the optimizer of a GPT that the config group `optim` names, as an `optimizer` (GroupOptimizer or a kind).
 
-    muon_adamw: matrices of the blocks by Muon; head, embeddings, scalars and gpt2's vectors by AdamW, each kind with
-    its own rate, betas and decay; rates of tables and head follow the width rule of `llm.scaling.rules`.
-    adamw: one learning rate for all, weight decay on the matrices of the blocks only.
+    lr_scale multiplies the learning rates of all groups, decay_scale the weight decay of those with `decays`. Raises
+    UserError for a name that does not exist, ValueError where a parameter is not in exactly one group.
     """
-    kinds = _params_by_kind(net)
-    decay = optim.weight_decay * decay_scale
-    if optim.name == "adamw":
-        adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr * lr_scale}
-        rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
-        return optimizer(
-            [
-                adam | {"params": kinds["matrices"], "weight_decay": decay, "decays": True},
-                adam | {"params": rest, "weight_decay": 0.0},
-            ]
-        )
-    width = adam_lr_scale(net.config.n_embd)
+    groups = OPTIMIZERS.get(optim.name, "optim.name")(net, optim)
+    check_groups(net, groups)
+    for group in groups:
+        group["lr"] = group["lr"] * lr_scale
+        if group.get("decays"):
+            group["weight_decay"] = group["weight_decay"] * decay_scale
+    return optimizer(groups)
+
+
+def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
+    """Return the groups of optim=muon_adamw: Muon for the matrices of the blocks, AdamW for everything else.
+
+    Head, embeddings, scalars and gpt2's vectors each have a rate, betas and decay of their own; the rates of tables and
+    head follow the width rule of `llm.scaling.rules`.
+    """
+    kinds, width = params_by_kind(net), adam_lr_scale(net.config.n_embd)
     rules = {  # kind: rate, betas, decay
         "head": (optim.unembedding_lr * width, optim.unembedding_betas, optim.unembedding_decay),
         "embedding": (optim.embedding_lr * width, optim.embedding_betas, optim.embedding_decay),
@@ -40,16 +45,31 @@ def build_optimizer(
     groups = []
     for kind, (lr, betas, own_decay) in rules.items():
         if kinds[kind]:
-            group = {"kind": "adamw", "params": kinds[kind], "lr": lr * lr_scale, "betas": tuple(betas)}
+            group = {"kind": "adamw", "params": kinds[kind], "lr": lr, "betas": tuple(betas)}
             groups.append(group | {"eps": optim.eps, "weight_decay": own_decay})
-    muon = {name: optim[name] for name in MuonAdamW.MUON_DEFAULTS if name in optim}
-    muon["in_bf16"] = net.compute_dtype == torch.bfloat16
-    muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr * lr_scale}
-    return optimizer([*groups, muon | {"weight_decay": decay, "decays": True}])
+    muon = {name: optim[name] for name in MUON_NEEDS if name != "in_bf16"}
+    muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr}
+    muon |= {"in_bf16": net.compute_dtype == torch.bfloat16}
+    return [*groups, muon | {"weight_decay": optim.weight_decay, "decays": True}]
 
 
-def _params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Every parameter once, under the name of the rule that trains it."""
+def adamw_groups(net: nn.Module, optim) -> list[dict]:
+    """Return the groups of optim=adamw: one learning rate for all, weight decay on the matrices of the blocks only."""
+    kinds = params_by_kind(net)
+    adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr}
+    rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
+    return [
+        adam | {"params": kinds["matrices"], "weight_decay": optim.weight_decay, "decays": True},
+        adam | {"params": rest, "weight_decay": 0.0},
+    ]
+
+
+def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort the parameters of a network by kind, each under one name; a kind may be empty.
+
+    matrices: 2-D weights of the blocks; vectors: other parameters of the blocks and norms; head, embedding (tokens and
+    positions), value_embeds: tables; residual, x0, smear: scalars and gates of arch=modern.
+    """
     kinds: dict[str, list[nn.Parameter]] = {
         kind: [] for kind in ("head", "embedding", "value_embeds", "residual", "x0", "smear", "vectors", "matrices")
     }
@@ -67,3 +87,13 @@ def _params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
         place = next((kind for start, kind in places.items() if name.startswith(start)), None)
         kinds[place or ("matrices" if p.ndim == 2 else "vectors")].append(p)
     return kinds
+
+
+def check_groups(net: nn.Module, groups: list[dict]) -> None:
+    """Raise ValueError where a parameter of the network is in no group, or in more than one."""
+    counts: dict[int, int] = {}
+    for p in (p for group in groups for p in group["params"]):
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    wrong = [f"{name} is in {counts.get(id(p), 0)}" for name, p in net.named_parameters() if counts.get(id(p)) != 1]
+    if wrong:
+        raise ValueError(f"every parameter must be in one group of the optimizer: {', '.join(wrong[:5])}")

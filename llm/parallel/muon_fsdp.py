@@ -1,9 +1,10 @@
-"""MuonAdamW where weights and gradients lie in shares too (strategy=fsdp; ZeRO-3, arXiv 1910.02054).
+"""The optimizer where weights and gradients lie in shares too (strategy=fsdp; ZeRO-3, arXiv 1910.02054).
 
-FSDP2 cuts every parameter by rows (DTensors) and sums gradients into the same shares during the backward pass. AdamW
-updates the rows at hand. Muon needs whole matrices: each has one owner, as in `llm.parallel.muon_zero2`, who is sent
-the rows of its gradient, keeps its momentum, orthogonalises, and sends the rows of the step back: two all-to-all
-exchanges. No process holds more weights than its share here. State is cut, gathered and saved as there.
+FSDP2 cuts every parameter by rows (DTensors) and sums gradients into shares cut alike during the backward pass. An
+elementwise rule, such as AdamW, updates the rows at hand. A matrix rule, such as Muon, needs whole matrices: each has
+one owner, dealt out by `llm.parallel.muon_zero2`, who is sent the rows of its gradient, keeps its state, computes its
+step and sends the rows of the step back: two all-to-all exchanges. No process holds more weights than its share. State
+is cut, gathered and saved by `ShardedOptimizer`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,16 +12,17 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
-from llm.optim.muon_adamw import stacks
-from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedMuonAdamW, end_to_end, grad_of
+from llm.optim.optimizer import rule_of, stacks
+from llm.optim.update_rules import MatrixRule
+from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedOptimizer, end_to_end, grad_of
 
 
-class FullyShardedMuonAdamW(ShardedMuonAdamW):
-    """Takes the parameters of a network that `llm.parallel.strategy.FSDPStrategy` has cut."""
+class FullyShardedOptimizer(ShardedOptimizer):
+    """Updates the parameters of a network that `llm.parallel.strategy.FSDPStrategy` has cut."""
 
     def _cut(self, number: int) -> Iterable[Matrices | FlatShard]:
         group = self.param_groups[number]
-        if group["kind"] == "muon":
+        if isinstance(rule_of(group), MatrixRule):
             return super()._cut(number)
         return [FlatShard(number, p, rows_of(p, self.world)[0] * (p.numel() // p.size(0))) for p in group["params"]]
 
@@ -31,13 +33,16 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
         gradients = [self._send_gradients(part) for part in matrices]
         for group in self.param_groups:
             here = [p for p in group["params"] if p in self.flat_shards and p.to_local().numel()]
-            self._adamw(group, [(p, p.to_local().view(-1), grad_of(p).to_local().view(-1)) for p in here])
+            self._update_pieces(group, [(p, p.to_local().view(-1), grad_of(p).to_local().view(-1)) for p in here])
         steps = [self._send_steps(part, *sent) for part, sent in zip(matrices, gradients, strict=True)]
         for part, sent in zip(matrices, steps, strict=True):
             self._take_steps(part, *sent)
 
     def _send_gradients(self, part: Matrices) -> tuple[dist.Work, list[list[torch.Tensor]]]:
-        """Start to send each owner this process's rows; arriving: [k][i], process k's rows of this one's matrix i."""
+        """Start to send each owner this process's rows of gradients; arriving: [k][i], process k's rows of matrix i.
+
+        Matrices are numbered among those that this process owns.
+        """
         sent = [[grad_of(p).to_local() for p in owned] for owned in part.owned]
         own = [(rows_of(p, self.world), p.size(1)) for p in part.owned[self.rank]]
         return exchange(sent, [[(rows[k], cols) for rows, cols in own] for k in range(self.world)], self._like(part))
@@ -50,7 +55,7 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
         own, steps = part.owned[self.rank], {}
         grads = {p: torch.cat([rows[i] for rows in gradients]) for i, p in enumerate(own)}
         for stack in stacks(own):
-            step = self._muon_step(self.param_groups[part.group], stack, [grads[p] for p in stack])
+            step = self._matrix_step(self.param_groups[part.group], stack, [grads[p] for p in stack])
             steps |= zip(stack, step.unbind(0), strict=True)
         rows = [steps[p].split(rows_of(p, self.world)) for p in own]
         shapes = [[p.to_local().shape for p in owned] for owned in part.owned]
@@ -58,20 +63,21 @@ class FullyShardedMuonAdamW(ShardedMuonAdamW):
 
     def _take_steps(self, part: Matrices, work: dist.Work, arrived: list[list[torch.Tensor]]) -> None:
         work.wait()
-        steps: dict[torch.Tensor, torch.Tensor] = {}
+        """Write this process's rows of all matrices once the rows of their steps have arrived."""
+        steps, group = {}, self.param_groups[part.group]
         for owned, rows in zip(part.owned, arrived, strict=True):
             steps |= zip(owned, rows, strict=True)
         for stack in stacks(steps):
             weights = [p.to_local() for p in stack]
-            self._descend(self.param_groups[part.group], weights, torch.stack([steps[p] for p in stack]))
+            rule_of(group).apply(group, weights, torch.stack([steps[p] for p in stack]))
 
     def _like(self, part: Matrices) -> torch.Tensor:
-        """A tensor of the dtype and device of what travels."""
+        """Return a tensor with the dtype and device of what travels."""
         return self.param_groups[part.group]["params"][0].to_local()
 
 
 def rows_of(p: torch.Tensor, world: int) -> list[int]:
-    """How many rows of a parameter every process holds: equal parts, of which the last may be short or empty."""
+    """Return how many rows of a parameter each process holds: equal parts, of which the last may be short or empty."""
     part = -(-p.size(0) // world)
     return [max(0, min(part, p.size(0) - k * part)) for k in range(world)]
 
@@ -79,7 +85,10 @@ def rows_of(p: torch.Tensor, world: int) -> list[int]:
 def exchange(
     sent: list[list[torch.Tensor]], shapes: list[list[Sequence[int]]], like: torch.Tensor
 ) -> tuple[dist.Work, list[list[torch.Tensor]]]:
-    """Start to send the tensors sent[k] to process k: (what to wait for, where those of shapes[k] arrive from it)."""
+    """Start to send the tensors sent[k] to process k.
+
+    Returns (work to wait for, tensors in which those of shapes[k] arrive from process k). like: dtype and device.
+    """
     counts = [sum(t.numel() for t in tensors) for tensors in sent]
     end_to_end((t for tensors in sent for t in tensors), flat := like.new_empty(sum(counts)))
     sizes = [[torch.Size(shape).numel() for shape in of_one] for of_one in shapes]

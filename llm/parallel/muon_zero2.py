@@ -1,10 +1,11 @@
-"""MuonAdamW over several processes: each holds the optimizer state of its share only (ZeRO-2, arXiv 1910.02054).
+"""The optimizer over several processes: each holds the state of its share only (ZeRO-2, arXiv 1910.02054).
 
 Weights and gradients are whole everywhere. In a step gradients are summed into shares (reduce-scatter), each process
-updates its share, and the new weights go to all (all-gather): the bytes of one all-reduce. Matrices are never cut: Muon
-needs them whole, so each has one owner, and the owners' loads are even. Tables are cut into equal parts of a flat
-view, AdamW being elementwise. What is small is summed and updated everywhere. All sums start at once, so one part
-travels while another is computed. `state_dict` is MuonAdamW's, whole, so that any number of processes can go on.
+updates its share, and the new weights go to all (all-gather): the bytes of one all-reduce. How a parameter is divided
+follows from its update rule. A matrix rule, such as Muon, needs matrices whole: each has one owner, and the owners'
+loads are even. Parameters of an elementwise rule, such as AdamW, are cut into equal parts of a flat view; small ones
+are summed and updated everywhere. All sums start at once, so one part travels while another is computed. `state_dict`
+is that of `GroupOptimizer`, whole, so that any number of processes can go on.
 """
 
 from collections import Counter
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from llm.optim.muon_adamw import MuonAdamW
+from llm.optim.optimizer import GroupOptimizer, rule_of
+from llm.optim.update_rules import MatrixRule
 from llm.parallel import collectives
 
-CUT = ("exp_avg", "exp_avg_sq")  # what AdamW keeps per number of a parameter
 SMALL = 1 << 14  # parameters of at most so many numbers are updated by every process
 BUCKET_BYTES = 1 << 28  # of matrices that travel together, about
 
@@ -36,22 +37,24 @@ class Matrices:
 
     @property
     def chunk(self) -> int:
-        """Numbers per process: those of the largest share."""
+        """Return how many numbers travel per process: those of the largest share."""
         return max(sum(p.numel() for p in share) for share in self.owned)
 
     def of_others(self, rank: int) -> list[torch.Tensor]:
+        """Return the matrices that other processes own."""
         return [p for owner, params in enumerate(self.owned) if owner != rank for p in params]
 
 
 @dataclass
 class FlatShard:
-    """One large parameter of AdamW, cut into equal parts of its flat view; the last ones may be short or empty."""
+    """One large parameter, cut into equal parts of its flat view; the last ones may be short or empty."""
 
     group: int
     param: torch.Tensor
     chunk: int
 
     def share(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return the part of a flat view that falls to process `rank`."""
         return flat[rank * self.chunk : (rank + 1) * self.chunk]
 
 
@@ -63,8 +66,11 @@ class Small:
     params: list[torch.Tensor]
 
 
-class ShardedMuonAdamW(MuonAdamW):
-    """Gradients are summed over the processes, not averaged: losses are divided by the tokens of all before."""
+class ShardedOptimizer(GroupOptimizer):
+    """Divides updates and state among the processes.
+
+    Gradients are summed over them and not averaged: the losses were divided by the tokens of all processes before.
+    """
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups)
@@ -74,9 +80,9 @@ class ShardedMuonAdamW(MuonAdamW):
         self.whole_state: dict[int, dict] | None = None
 
     def _cut(self, number: int) -> Iterable[Matrices | FlatShard | Small]:
-        """The parts of a parameter group. They know its number: loading a state replaces the group."""
+        """Divide a parameter group into parts. They know its number: loading a state replaces the group."""
         group = self.param_groups[number]
-        if group["kind"] == "muon":
+        if isinstance(rule_of(group), MatrixRule):
             return [Matrices(number, owned) for owned in even_shares(group["params"], self.world)]
         large, small = ([p for p in group["params"] if (p.numel() > SMALL) == is_large] for is_large in (True, False))
         tables = [FlatShard(number, p, -(-p.numel() // self.world)) for p in large]
@@ -89,7 +95,7 @@ class ShardedMuonAdamW(MuonAdamW):
         for part, summed in zip(self.parts, sums, strict=True):
             if isinstance(part, Small):
                 shares = zip(part.params, part.params, split(summed(), part.params), strict=True)
-                self._adamw(self.param_groups[part.group], list(shares))
+                self._update_pieces(self.param_groups[part.group], list(shares))
             else:
                 arriving.append((part, self._update_share(part, summed())))
         for part, whole in arriving:
@@ -115,13 +121,13 @@ class ShardedMuonAdamW(MuonAdamW):
             flat = part.param.detach().flatten()
             share = part.share(flat, self.rank)
             if len(share):
-                self._adamw(group, [(part.param, share, summed[: len(share)])])
+                self._update_pieces(group, [(part.param, share, summed[: len(share)])])
             sent = padded(share, part.chunk)
         else:
             own = part.owned[self.rank]
             for p, grad in zip(own, split(summed, own), strict=True):
                 p.grad = grad
-            self._muon(group, own)
+            self._update_matrices(group, own)
             end_to_end(own, sent := torch.empty_like(summed))
         return all_shares(sent, self.world)
 
@@ -149,11 +155,12 @@ class ShardedMuonAdamW(MuonAdamW):
             for t in (t for state in mine.values() for t in state.values()):
                 dist.send(t.contiguous(), 0)
             return
-        self.whole_state, filled, params = {}, Counter(), list(self._params())
+        self.whole_state, filled, cut = {}, Counter(), self._cut_state()
+        params = list(self._params())
         for process, states in enumerate(shapes):
             for i, name, shape in ((i, name, t) for i, state in states.items() for name, t in state.items()):
                 whole = self.whole_state.setdefault(i, {})
-                if params[i] in self.flat_shards and name in CUT:
+                if name in cut.get(i, ()):
                     flat = whole.setdefault(name, torch.empty(params[i].shape, dtype=shape.dtype)).view(-1)
                     place = flat[filled[i, name] :][: shape.numel()]
                     filled[i, name] += shape.numel()
@@ -165,30 +172,38 @@ class ShardedMuonAdamW(MuonAdamW):
                     dist.recv(place, process)
 
     def state_dict(self) -> dict:
-        """As MuonAdamW's, of all processes, after `consolidate_state_dict` and on rank 0."""
+        """Return the state of all processes, on rank 0 and after `consolidate_state_dict`, as GroupOptimizer has it."""
         if self.whole_state is None:
             raise RuntimeError("call consolidate_state_dict on all processes first, then state_dict on rank 0")
         whole, self.whole_state = self.whole_state, None
         return super().state_dict() | {"state": whole}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Keep this process's share of a whole state, MuonAdamW's or one that another number of processes saved."""
+        """Keep this process's share of a whole state, which any number of processes may have saved."""
         others = {p for part in self.parts if isinstance(part, Matrices) for p in part.of_others(self.rank)}
-        state = {}
+        state, cut = {}, self._cut_state()
         for i, p in enumerate(self._params()):
             if i in state_dict["state"] and p not in others:
                 state[i] = dict(state_dict["state"][i])
-                if table := self.flat_shards.get(p):
-                    state[i] |= {name: table.share(state[i][name].flatten(), self.rank) for name in CUT}
+                for name in cut.get(i, ()):
+                    state[i][name] = self.flat_shards[p].share(state[i][name].flatten(), self.rank)
         super().load_state_dict(state_dict | {"state": state})
 
+    def _cut_state(self) -> dict[int, tuple[str, ...]]:
+        """Return, by number of the parameter, the names of the state tensors that are cut into flat shards."""
+        rules = {p: rule_of(self.param_groups[shard.group]) for p, shard in self.flat_shards.items()}
+        return {i: rules[p].state for i, p in enumerate(self._params()) if p in rules}
+
     def _params(self) -> Iterable[torch.Tensor]:
-        """All parameters, in the order in which states are numbered."""
+        """Return all parameters, in the order in which states are numbered."""
         return (p for group in self.param_groups for p in group["params"])
 
 
 def even_shares(params: Sequence[torch.Tensor], world: int) -> list[list[list[torch.Tensor]]]:
-    """Buckets of matrices, each dealt out to the processes: the largest first, always to the one with the least."""
+    """Return buckets of matrices, each dealt out to the processes: [bucket][process] -> its matrices.
+
+    The largest matrix comes first, and each goes to the process with the fewest numbers so far.
+    """
     largest_first, loads, buckets = sorted(params, key=lambda p: -p.numel()), [0] * world, []
     while largest_first:
         count = world * max(1, BUCKET_BYTES // (4 * world * largest_first[0].numel()))
@@ -203,6 +218,7 @@ def even_shares(params: Sequence[torch.Tensor], world: int) -> list[list[list[to
 
 
 def grad_of(p: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a parameter, zeros where it has none."""
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
@@ -216,11 +232,12 @@ def end_to_end(tensors: Iterable[torch.Tensor], out: torch.Tensor) -> None:
 
 
 def padded(flat: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a flat tensor with zeros behind it up to `length` numbers."""
     return flat if len(flat) == length else torch.nn.functional.pad(flat, (0, length - len(flat)))
 
 
 def split(flat: torch.Tensor, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The beginning of `flat` in the shapes of `params`."""
+    """Return views of the beginning of `flat` in the shapes of `params`."""
     sizes = [p.numel() for p in params]
     return [part.view(p.shape) for part, p in zip(flat[: sum(sizes)].split(sizes), params, strict=True)]
 
@@ -229,6 +246,8 @@ def split(flat: torch.Tensor, params: Sequence[torch.Tensor]) -> list[torch.Tens
 
 
 def arrival(work: dist.Work, arriving: torch.Tensor) -> Arrival:
+    """Return a function that waits for `work` and returns what arrived."""
+
     def wait() -> torch.Tensor:
         work.wait()
         return arriving

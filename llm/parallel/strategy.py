@@ -24,8 +24,8 @@ from llm.errors import UserError
 from llm.model.gpt import GPT
 from llm.parallel.collectives import world_size
 from llm.parallel.env import is_launched
-from llm.parallel.muon_fsdp import FullyShardedMuonAdamW
-from llm.parallel.muon_zero2 import ShardedMuonAdamW
+from llm.parallel.muon_fsdp import FullyShardedOptimizer
+from llm.parallel.muon_zero2 import ShardedOptimizer
 
 
 @StrategyRegistry.register("muon", description="gradients, optimizer state and updates in shares (ZeRO-2)")
@@ -33,7 +33,7 @@ class MuonStrategy(DDPStrategy):
     """Weights are sent once, at the start. Gradients stay where they are until the optimizer sums them in its step."""
 
     strategy_name = "muon"
-    optimizer_kind = ShardedMuonAdamW
+    optimizer_kind = ShardedOptimizer
 
     def configure_ddp(self) -> None:
         """No wrapper, so no all-reduce during the backward pass."""
@@ -63,7 +63,7 @@ class FSDPStrategy(ModelParallelStrategy):
     Checkpoints are those of the other strategies: whole tensors in one file, which rank 0 writes.
     """
 
-    optimizer_kind = FullyShardedMuonAdamW
+    optimizer_kind = FullyShardedOptimizer
     restore_checkpoint_after_setup = Strategy.restore_checkpoint_after_setup
     lightning_restore_optimizer = Strategy.lightning_restore_optimizer
     optimizer_state = Strategy.optimizer_state

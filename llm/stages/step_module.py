@@ -23,7 +23,7 @@ from llm.errors import BadLoss
 from llm.model.config import flops_per_token
 from llm.model.gpt import GPT
 from llm.optim.build import build_optimizer
-from llm.optim.muon_adamw import MuonAdamW
+from llm.optim.optimizer import GroupOptimizer
 from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy
@@ -164,7 +164,7 @@ class StepModule(L.LightningModule):
             group["lr"] = group["initial_lr"] * multiplier
             if group["decays"]:
                 group["weight_decay"] = group["initial_decay"] * decay
-            if group["kind"] == "muon":
+            if "momentum" in group and "momentum_warmup" in optim:
                 end = optim.momentum
                 final = end if optim.momentum_final is None else optim.momentum_final
                 group["momentum"] = muon_momentum(
@@ -182,7 +182,7 @@ class StepModule(L.LightningModule):
     def configure_optimizers(self):
         if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
-        kind = getattr(self.trainer.strategy, "optimizer_kind", MuonAdamW)
+        kind = getattr(self.trainer.strategy, "optimizer_kind", GroupOptimizer)
         return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:

@@ -136,12 +136,12 @@ MEMORY = """
 import threading, time, torch
 from pathlib import Path
 from llm.checkpoint import load_checkpoint
-from llm.optim import MuonAdamW
+from llm.optim import GroupOptimizer
 def anonymous():
     return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 net = torch.nn.Linear(4096, 4096, bias=False)
 adamw = {"kind": "adamw", "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8}
-optimizer = MuonAdamW([adamw | {"params": list(net.parameters())}])
+optimizer = GroupOptimizer([adamw | {"params": list(net.parameters())}])
 before, peak, done = anonymous(), 0.0, False
 def watch():
     global peak

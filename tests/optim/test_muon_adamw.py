@@ -1,21 +1,18 @@
-"""MuonAdamW against torch's optimizers and float64."""
+"""Muon and AdamW against torch's optimizers and float64."""
 
 import pytest
 import torch
 from conftest import compose
 
 from llm.model.gpt import GPT
-from llm.optim import muon_adamw
+from llm.optim import GroupOptimizer, optimizer
 from llm.optim.build import build_optimizer
-from llm.optim.muon_adamw import (
-    COEFFICIENTS,
-    POLAR_EXPRESS,
-    MuonAdamW,
-    orthogonalize,
-    row_factors,
-    row_mean_square,
-)
+from llm.optim.muon_adamw import COEFFICIENTS, POLAR_EXPRESS, orthogonalize, row_factors, row_mean_square
 from llm.scaling.rules import model_config
+
+# A group of plain Muon as Keller Jordan published it: every switch off.
+PLAIN_MUON = {"kind": "muon", "momentum": 0.95, "ns_steps": 5, "orthogonalizer": "newton_schulz", "in_bf16": False}
+PLAIN_MUON |= {"row_normalize": False, "normuon_beta2": None, "renormalize": False, "cautious": False}
 
 
 def grads_for(params, seed):
@@ -30,7 +27,7 @@ def test_adamw_equals_torch(weight_decay):
     ours = [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     hyper = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": weight_decay}
-    a, b = MuonAdamW([{"kind": "adamw", "params": ours, **hyper}]), torch.optim.AdamW(theirs, **hyper)
+    a, b = GroupOptimizer([{"kind": "adamw", "params": ours, **hyper}]), torch.optim.AdamW(theirs, **hyper)
     for step in range(20):
         grads_for(ours, step)
         grads_for(theirs, step)
@@ -45,7 +42,7 @@ def test_muon_equals_torch(shape):
     """torch's Muon orthogonalises in bf16 and each matrix alone; ours in fp32 and stacked."""
     ours = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(s))) for s in range(3)]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = MuonAdamW([{"kind": "muon", "params": ours, "lr": 0.02, "momentum": 0.95, "ns_steps": 5, "weight_decay": 0.1}])
+    a = GroupOptimizer([PLAIN_MUON | {"params": ours, "lr": 0.02, "weight_decay": 0.1}])
     b = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, ns_steps=5, weight_decay=0.1, adjust_lr_fn="original")
     for step in range(10):
         grads_for(ours, step)
@@ -91,7 +88,7 @@ def test_muon_of_2026_equals_a_float64_loop(shape):
     params = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(s))) for s in range(3)]
     weights = [p.detach().double() for p in params]
     buffers, moments = [torch.zeros_like(w) for w in weights], [0.0, 0.0, 0.0]
-    opt = MuonAdamW([{"kind": "muon", "params": params, **hyper, **switches}])
+    opt = GroupOptimizer([PLAIN_MUON | {"params": params, **hyper, **switches}])
     rows, cols = shape
     for step in range(6):
         grads_for(params, step)
@@ -133,7 +130,7 @@ def test_normuon_keeps_the_norm_and_evens_out_rows():
 def test_the_size_of_a_stack_changes_nothing(monkeypatch):
     results = []
     for size in (1, 1 << 30):
-        monkeypatch.setitem(muon_adamw.STACK_BYTES, "cpu", size)
+        monkeypatch.setitem(optimizer.STACK_BYTES, "cpu", size)
         net = arch_net("modern")
         opt = build_optimizer(net, compose("train", "optim=muon_adamw").optim)
         for step in range(3):
@@ -148,19 +145,19 @@ def test_the_size_of_a_stack_changes_nothing(monkeypatch):
 def test_cautious_decay_spares_weights_that_the_update_grows(in_bf16):
     p = torch.nn.Parameter(torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
     before, p.grad = p.detach().clone(), torch.tensor([[1.0, 1.0], [0.5, -0.7]])
-    still = MuonAdamW([{"kind": "muon", "params": [p], "lr": 0.1, "weight_decay": 0.0, "in_bf16": in_bf16}])
+    still = GroupOptimizer([PLAIN_MUON | {"params": [p], "lr": 0.1, "in_bf16": in_bf16}])
     still.step()
     update = before - p.detach()
     q = torch.nn.Parameter(before.clone())
     q.grad = p.grad
-    muon = {"kind": "muon", "params": [q], "lr": 0.1, "weight_decay": 0.5, "cautious": True, "in_bf16": in_bf16}
-    MuonAdamW([muon]).step()
+    muon = {"params": [q], "lr": 0.1, "weight_decay": 0.5, "cautious": True, "in_bf16": in_bf16}
+    GroupOptimizer([PLAIN_MUON | muon]).step()
     torch.testing.assert_close(p.detach() - q.detach(), 0.05 * before * ((update * before) >= 0))
 
 
 def test_muon_refuses_vectors():
     with pytest.raises(ValueError, match="2-D"):
-        MuonAdamW([{"kind": "muon", "params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}])
+        GroupOptimizer([PLAIN_MUON | {"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}])
 
 
 def arch_net(arch: str) -> GPT:

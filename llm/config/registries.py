@@ -1,0 +1,91 @@
+"""Tables of everything that a configuration chooses by name. Plugins add to them by `llm.config.extend`.
+
+Entries of Fathom's own are dotted names, imported when they are first used: nothing heavy is imported here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llm.utils.registry import Registry, imported
+
+# type of data.tasks.<name> -> subclass of tasks.base.Task
+TASK_TYPES = Registry(
+    "task type",
+    {
+        "multiple_choice": "tasks.multiple_choice.MultipleChoice",
+        "gsm8k": "tasks.gsm8k.GSM8K",
+        "humaneval": "tasks.humaneval.HumanEval",
+        "identity": "tasks.chat.Identity",
+        "chat": "tasks.chat.Chat",
+        "simple_spelling": "tasks.spelling.SimpleSpelling",
+        "spelling_bee": "tasks.spelling.SpellingBee",
+    },
+)
+
+# optim.name -> function (network, config group optim) -> parameter groups
+OPTIMIZERS = Registry(
+    "optimizer", {"muon_adamw": "llm.optim.build.muon_adamw_groups", "adamw": "llm.optim.build.adamw_groups"}
+)
+
+# kind of a parameter group -> llm.optim.update_rules.ElementwiseRule or MatrixRule
+UPDATE_RULES = Registry("update rule", {"muon": "llm.optim.muon_adamw.MUON", "adamw": "llm.optim.muon_adamw.ADAMW"})
+
+# stage.reward -> function (conversation, completion) -> number; empty: without one the task itself rewards
+REWARDS = Registry("reward", {})
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Source of documents: `build`, a function (config group data, cache folder) -> DocumentSource, or its dotted name.
+
+    is_remote: the text lies on the network, so a dry run does not look at it.
+    """
+
+    build: str | Callable
+    is_remote: bool = False
+
+    def __call__(self, data: Any, cache: str) -> Any:
+        return resolved(self.build)(data, cache)
+
+
+# data.name -> TextSource
+TEXT_SOURCES = Registry(
+    "source of text",
+    {
+        "embedded": TextSource("llm.data.sources.embedded_source"),
+        "local": TextSource("llm.data.sources.local_source"),
+        "hub": TextSource("llm.data.sources.hub_source", is_remote=True),
+        "mixture": TextSource("llm.data.sources.mixture_source", is_remote=True),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Classes behind an `arch.name`: of the network (llm.model.gpt.GPT) and of its shape (llm.model.config.GPTConfig).
+
+    Either is a class or its dotted name.
+    """
+
+    network: str | type
+    config: str | type = "llm.model.config.GPTConfig"
+
+    @property
+    def network_class(self) -> type:
+        return resolved(self.network)
+
+    @property
+    def config_class(self) -> type:
+        return resolved(self.config)
+
+
+# arch.name -> Architecture
+ARCHITECTURES = Registry(
+    "architecture", {name: Architecture("llm.model.gpt.GPT") for name in ("classic", "modern", "gpt2")}
+)
+
+
+def resolved(thing: Any) -> Any:
+    """Return the thing behind a dotted name; anything else as it is."""
+    return imported(thing, thing) if isinstance(thing, str) else thing
