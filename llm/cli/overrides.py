@@ -15,8 +15,9 @@ from typing import Any
 
 from llm.cli.explain import explain
 from llm.cli.options import CONF, config_folders, config_groups, group_options, listed, no_option, unknown_key
+from llm.config.check import check_task_names, check_values
 from llm.config.renamed import renamed_key
-from llm.config.schema import VARIANTS, check_task_names, check_values, known_keys
+from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 
 __all__ = ["CONF", "check_overrides", "compose", "config_groups", "group_options"]

@@ -7,81 +7,29 @@ cannot say (allowed words, ranges) is in the field metadata and checked by `chec
 Nothing heavy is imported here: `train.py --help` and the check of the command line load this file.
 """
 
-import math
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 from llm.config.generated import register_generated
-from llm.config.registries import ARCHITECTURES, OPTIMIZERS, TASK_TYPES, TEXT_SOURCES
-from llm.config.renamed import renamed_key
+from llm.config.key import key
+from llm.config.model_schema import (
+    AdamWConfig,
+    ArchConfig,
+    ClassicArch,
+    GPT2Arch,
+    ModelConfig,
+    ModernArch,
+    MuonAdamWConfig,
+    OptimConfig,
+)
+from llm.config.registries import TASK_TYPES, TEXT_SOURCES
 from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
 from llm.errors import UserError
-from llm.utils.registry import Registry
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
-
-
-def key(
-    text: str, *, choices: Collection[str] | Registry = (), low: float | None = None, high: float | None = None, **more
-) -> Any:
-    """A field that YAML must set: `text` is its line in `--help`, the rest are the bounds that `check_values` tests.
-
-    In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `nonempty` = not an empty text;
-    `fixed` = set by choosing the group's option, not by hand; `raw` = text taken from the command line as it is;
-    `no_group` = a value, though `conf/` has a group of this name for another entry point.
-    """
-    return field(metadata={"help": text, "choices": choices, "low": low, "high": high, **more})
-
-
-@dataclass
-class ModelConfig:
-    depth: int = key("number of Transformer layers; sets width and heads", low=1, main=True)
-    aspect_ratio: int = key("width = aspect_ratio x depth, rounded up to a multiple of head_dim", low=1)
-    head_dim: int = key("size of one attention head", low=2)
-    n_kv_head: int | None = key("key/value heads: null = one per query head, fewer = GQA, 1 = MQA", low=1)
-    seq_len: int = key("context length in tokens", low=8, main=True)
-    vocab_size: int | None = key("what the tokenizer must have; lets dry_run do without one; null = anything", low=265)
-
-
-@dataclass
-class ArchConfig:
-    name: str = key("set of block features", choices=ARCHITECTURES, fixed=True)
-    document_masks: bool = key("tokens see their own document or conversation only, not the others of a packed row")
-
-
-@dataclass
-class ClassicArch(ArchConfig):
-    rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
-    softcap: float = key("logits are softcap x tanh(logits / softcap)", above=0)
-
-
-@dataclass
-class ModernArch(ClassicArch):
-    qk_scale: float = key("factor on the normed queries and on the keys", above=0)
-    window_pattern: str = key("a letter per layer, repeated: L = full attention, S = short window; the last layer is L")
-    window_divisor: int = key("a short window is seq_len / this, rounded up to a multiple of 128", low=1)
-    value_embeds: bool = key("add gated embeddings of the tokens to the values of every other layer")
-    gate_channels: int = key("channels of the layer's input that set those gates", low=1)
-    gate_range: float = key("the gates lie between 0 and this", above=0)
-    gate_init: float = key("their initial weights, and those of the smear gate, are drawn from U(0, this)", low=0)
-    residual_scalars: bool = key("x <- r x + a x0 before every block, with trained r and a")
-    resid_init: list[float] = key("r of the first and the last layer, linear between")
-    x0_init: list[float] = key("a of the first and the last layer, linear between")
-    smear: bool = key("tokens take in some of the embedding of the token before")
-    backout: bool = key("subtract some of the middle block's output before the head")
-    backout_init: float = key("how much of it at the start")
-    embedding_std: float = key("standard deviation of the initial embedding", above=0)
-    head_std: float = key("standard deviation of the initial head", low=0)
-    fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0)
-
-
-@dataclass
-class GPT2Arch(ArchConfig):
-    tied: bool = key("the head is the embedding")
 
 
 @dataclass
@@ -140,59 +88,6 @@ class StrategyConfig:
     name: str = key(
         "auto picks by the number of devices", choices=("auto", "single", "muon", "ddp", "fsdp"), fixed=True
     )
-
-
-@dataclass
-class OptimConfig:
-    name: str = key("optimizer", choices=OPTIMIZERS, fixed=True)
-    betas: list[float] = key("AdamW's two averaging factors, where a kind of parameters has none of its own")
-    eps: float = key("AdamW's term against division by zero", above=0)
-    weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
-    decay_schedule: str = key("weight decay over the steps", choices=("constant", "linear", "cosine"))
-    scale_lr: bool = key(
-        "multiply all rates by sqrt(batch.tokens_per_step / 524288), and by 0.71 for steps below 262144"
-    )
-    scale_decay: bool = key(
-        "multiply weight_decay by sqrt(batch.tokens_per_step / 524288) x (a d12 run's tokens) / (this one's)"
-    )
-
-
-@dataclass
-class MuonAdamWConfig(OptimConfig):
-    matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
-    embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
-    embedding_betas: list[float] = key("its averaging factors")
-    embedding_decay: float = key("its weight decay", low=0)
-    unembedding_lr: float = key("learning rate of the output head at width 768 (AdamW)", above=0)
-    unembedding_betas: list[float] = key("its averaging factors")
-    unembedding_decay: float = key("its weight decay", low=0)
-    value_lr: float = key("learning rate of the value embeddings at width 768 (AdamW)", above=0)
-    value_betas: list[float] = key("their averaging factors")
-    value_decay: float = key("their weight decay", low=0)
-    resid_lr: float = key("learning rate of the residual scalars, and of biases and norms (AdamW)", above=0)
-    resid_decay: float = key("weight decay of the residual scalars", low=0)
-    x0_lr: float = key("learning rate of the x0 scalars (AdamW)", above=0)
-    x0_betas: list[float] = key("their averaging factors")
-    smear_lr: float = key("learning rate of smear and backout (AdamW)", above=0)
-    momentum: float = key("Muon's momentum after its warm-up", low=0, high=1)
-    momentum_start: float = key("Muon's momentum at step 0", low=0, high=1)
-    momentum_warmup: int = key("steps over which the momentum rises", low=0)
-    momentum_final: float | None = key(
-        "momentum at the end, approached while the rate falls; null = no fall", low=0, high=1
-    )
-    orthogonalizer: str = key("how the update is made orthogonal", choices=("polar_express", "newton_schulz"))
-    ns_steps: int = key("its iterations", low=1)
-    row_normalize: bool = key("scale the rows of the momentum to one length first")
-    normuon_beta2: float | None = key(
-        "divide rows by their running root mean square (NorMuon); null = no", low=0, high=1
-    )
-    renormalize: bool = key("give the update the norm of an exactly orthogonal matrix")
-    cautious: bool = key("decay a weight only where the update shrinks it too")
-
-
-@dataclass
-class AdamWConfig(OptimConfig):
-    lr: float = key("learning rate of all parameters", above=0)
 
 
 @dataclass
@@ -461,15 +356,19 @@ VARIANTS: dict[str, Mapping[str, type]] = {
 
 
 def root_schema(config_name: str) -> type:
-    """The schema of an entry point, in which `data.mixture` has the keys of every chat stage of the table."""
+    """Return the schema of an entry point, in which `data.mixture` has the keys of every chat stage of the table."""
     return _root_schema(config_name, tuple(chat_mixtures()))
 
 
 @lru_cache
 def _root_schema(config_name: str, mixtures: tuple[str, ...]) -> type:
     root = ROOTS[config_name]
-    if "data" not in root.__dataclass_fields__:
-        return root
+    return _with_type(root, "data", _data_schema(mixtures)) if "data" in root.__dataclass_fields__ else root
+
+
+@lru_cache
+def _data_schema(mixtures: tuple[str, ...]) -> type:
+    """Return DataConfig whose `mixture` has the keys <stage> and <stage>_val for each of `mixtures`."""
     trained = "{} trains on: task: repeats (a fraction below 1 = its first part, 0 = leave out)"
     held_out = "{} validates on: task: repeats of its held-out rows; empty = all of the tasks trained on"
     texts = {stage: trained.format(stage) for stage in mixtures}
@@ -478,11 +377,11 @@ def _root_schema(config_name: str, mixtures: tuple[str, ...]) -> type:
         (name, dict[str, float], field(default_factory=dict, metadata={"help": text})) for name, text in texts.items()
     ]
     mixture = make_dataclass("MixtureConfig", keys, bases=(MixtureConfig,))
-    return _with_type(root, "data", _with_type(DataConfig, "mixture", mixture))
+    return _with_type(DataConfig, "mixture", mixture)
 
 
 def _with_type(schema: type, name: str, kind: type) -> type:
-    """The dataclass `schema` with another type for the field `name`; one that may be null still may."""
+    """Return the dataclass `schema` with another type for the field `name`; one that may be null still may."""
     old = schema.__dataclass_fields__[name]
     new = kind | None if type(None) in get_args(old.type) else kind
     return make_dataclass(schema.__name__, [(name, new, field(metadata=old.metadata))], bases=(schema,))
@@ -510,80 +409,17 @@ def register(folders: Iterable[Path] = ()) -> None:
     store = ConfigStore.instance()
     for name in ROOTS:
         store.store(group="schema", name=name, node=root_schema(name), package="_global_", provider="fathom")
+    data = _data_schema(tuple(chat_mixtures()))
     for group, variants in VARIANTS.items():
         for name, schema in variants.items():
+            if group == "data":  # with the keys of data.mixture, which DataConfig itself lacks
+                schema = make_dataclass(schema.__name__, [], bases=(data, schema))
             store.store(group=f"schema/{group}", name=name, node=schema, package=group, provider="fathom")
     register_generated(store, folders)
 
 
-def check_values(cfg: Any, prefix: str = "") -> None:
-    """Raise `UserError` for the first value outside the words or bounds that its schema states."""
-    from omegaconf import DictConfig, OmegaConf
-
-    schema = OmegaConf.get_type(cfg)
-    bounds = {f.name: f for f in fields(schema)} if is_dataclass(schema) else {}
-    for name in cfg:
-        value = _resolved(cfg, name, prefix)
-        if isinstance(value, DictConfig):
-            check_values(value, f"{prefix}{name}.")
-        elif name in bounds:
-            problem = _violation(bounds[str(name)], value)
-            if problem:
-                raise UserError(f"{prefix}{name}={value}: must be {problem}")
-
-
-def _resolved(cfg: Any, name: Any, prefix: str) -> Any:
-    """Return a value of the configuration; UserError where it refers to a key that does not exist."""
-    from omegaconf.errors import InterpolationResolutionError
-
-    try:
-        return cfg[name]
-    except InterpolationResolutionError as error:
-        text = str(error).splitlines()[0]
-        missing = re.search(r"key '([^']+)' not found", text)
-        raise UserError(f"{prefix}{name}: {(renamed_key(missing[1]) if missing else None) or text}") from None
-
-
-def check_task_names(data: Any, stage: Any = None) -> None:
-    """Raise `UserError` where a mixture, `data.rl`, `data.eval` or `stage.chat_tasks` names none of `data.tasks`.
-
-    So too where `data.mixture` has a key that no chat stage of the table reads.
-    """
-    stages = chat_mixtures()
-    for name in data.mixture:
-        if name.removesuffix("_val") not in stages:
-            raise UserError(f"data.mixture.{name}: there is no chat stage of this name ({', '.join(stages)})")
-    places = {f"data.mixture.{name}": list(weights) for name, weights in data.mixture.items()}
-    places |= {"data.rl": [data.rl] if data.rl else [], "data.eval": list(data.eval)}
-    places["stage.chat_tasks"] = list(getattr(stage, "chat_tasks", None) or [])
-    for place, names in places.items():
-        for name in names:
-            if name not in data.tasks:
-                raise UserError(f"{place}: there is no task {name!r} in data.tasks ({', '.join(data.tasks)})")
-
-
-def _violation(spec: Field, value: Any) -> str | None:
-    """What `value` should have been, or None if it is fine."""
-    choices, low, high, above = (spec.metadata.get(k) for k in ("choices", "low", "high", "above"))
-    if value is None:
-        return None
-    if choices and value not in choices:
-        return f"one of {', '.join(choices)}"
-    if isinstance(value, float) and math.isnan(value):
-        return "a number"
-    if low is not None and value < low:
-        return f"at least {low}"
-    if above is not None and value <= above:
-        return f"more than {above}"
-    if high is not None and value > high:
-        return f"at most {high}"
-    if spec.metadata.get("nonempty") and value == "":
-        return "a name"
-    return None
-
-
 def known_keys(config_name: str) -> dict[str, Field]:
-    """All dotted keys of an entry point with their schema fields, over all variants of its groups."""
+    """Return all dotted keys of an entry point with their schema fields, over all variants of its groups."""
     return _known_keys(config_name, all_stages())
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from llm.config.schema import SourceSpec, check_values
+from llm.config.check import check_values
+from llm.config.schema import SourceSpec
 from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments
 from llm.errors import UserError
 

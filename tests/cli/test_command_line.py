@@ -16,7 +16,8 @@ from llm.cli.help import help_text
 from llm.cli.options import nearest
 from llm.cli.overrides import check_overrides, config_groups, quote_raw
 from llm.cli.sweep import separate_run
-from llm.config.schema import VARIANTS, check_values, known_keys
+from llm.config.check import check_values
+from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("composed_once")
