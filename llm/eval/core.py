@@ -31,7 +31,7 @@ CHUNK = 1024  # examples tokenised at a time
 ENOUGH = {"cpu": 1024}  # tokens of a batch from which on rows that would need padding start a new one
 ENOUGH_ELSEWHERE = 1 << 14
 LOGITS = 1 << 24  # numbers in the logits that exist at a time
-MOST_BRANCHES = 8  # sequences that share one computed prefix
+MOST_SHARING = 8  # sequences that share one computed prefix
 
 
 class Row(NamedTuple):
@@ -118,7 +118,7 @@ def score_rows(net: Any, rows: Sequence[Row], batch_size: int) -> dict[tuple[int
     enough = ENOUGH.get(net.device.type, ENOUGH_ELSEWHERE)
     for groups in own(batches(group(rows), batch_size, enough)):
         members = [row for one in groups for row in one.rows]
-        shares = len(groups[0].rows) > 1 and net.can_branch
+        shares = len(groups[0].rows) > 1 and net.can_share_prefix
         scored = score_shared(net, groups) if shares else score_plain(net, members)
         found |= {(row.example, row.choice): one for row, one in zip(members, scored, strict=True)}
     return merged(found)
@@ -178,7 +178,7 @@ def group(rows: Sequence[Row]) -> list[Group]:
     """Rows that are alike together: neighbours in lexicographic order that share at least half of their tokens."""
     groups: list[Group] = []
     for row in sorted(rows, key=lambda row: row.ids.astype(">u4").tobytes()):
-        if groups and len(groups[-1].rows) < MOST_BRANCHES:
+        if groups and len(groups[-1].rows) < MOST_SHARING:
             last = groups[-1]
             shared = min(last.shared, row.start, common(last.rows[-1].ids, row.ids))
             if 2 * shared >= max(len(row.ids), *(len(other.ids) for other in last.rows)):
@@ -225,7 +225,7 @@ def score_shared(net: Any, groups: Sequence[Group]) -> list[Scored]:
     lengths = torch.tensor([one.shared for one in groups], device=net.device)
     prefixes = padded([one.rows[0].ids[: one.shared] for one in groups]).to(net.device)  # (B, S)
     rest = padded([row.ids[k:-1] for row, k in zip(rows, shared, strict=True)]).to(net.device)  # (B n, T)
-    hidden = net.branches(prefixes, lengths, len(groups[0].rows), rest)  # (B n, 1 + T, C)
+    hidden = net.continue_prefixes(prefixes, lengths, len(groups[0].rows), rest)  # (B n, 1 + T, C)
     of_answers = (h[row.start - k : len(row.ids) - k] for h, row, k in zip(hidden, rows, shared, strict=True))
     return read(net, list(of_answers), rows)
 

@@ -53,7 +53,9 @@ class HFNet(nn.Module):
         self.config = HFShape(seq_len, self.head.weight.size(0))
         self._accepts = inspect.signature(model.forward).parameters
         self.eval()  # without dropout, also after whoever puts back the mode it found
-        self.can_branch = self._has_row_cache()  # what sequences share can be computed once: see `branches`
+        self.can_share_prefix = (
+            self._has_row_cache()
+        )  # what sequences share can be computed once: see `continue_prefixes`
 
     @property
     def device(self) -> torch.device:
@@ -100,15 +102,17 @@ class HFNet(nn.Module):
 
     def new_cache(self, batch: int, max_len: int) -> "HFCache":
         """An empty cache; the model's own code decides what it holds, and its size follows the tokens."""
-        if not self.can_branch:
+        if not self.can_share_prefix:
             raise UserError(
                 f"model=hf: {type(self.model).__name__} has no key-value cache in all its layers, so it cannot "
                 "generate here; measure what only scores, such as eval=[core]"
             )
         return HFCache(batch, self.device)
 
-    def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
-        """Return outputs (B n, 1 + T, C) at a prefix's last token and for `rest` behind it, as `GPT.branches` does."""
+    def continue_prefixes(
+        self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor
+    ) -> torch.Tensor:
+        """Return outputs (B n, 1 + T, C) at a prefix's last token and for `rest` behind it, as GPT does."""
         cache = self.new_cache(*prefixes.shape)
         hidden = self._continue(prefixes, cache, lengths)[0][:, -1:].repeat_interleave(n, dim=0)
         cache.repeat(n)
