@@ -1,4 +1,4 @@
-"""The chat format as a Jinja template, for Hugging Face tokenizers."""
+"""Chat format as a Jinja template, for Hugging Face tokenizers."""
 
 # Same ids as render_conversation (and, with add_generation_prompt, as render_prompt) once the tokenizer parses the
 # special tokens in the result. It cannot tell a special token typed by a user from a real one; Tokenizer.encode can.
