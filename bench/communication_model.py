@@ -22,7 +22,7 @@ RATE = 0.45 * GPUS["h100"].flops
 MEMORY_RATE, NVLINK, ADAPTERS, REACHED = 3.35e12, 450e9, 8 * 50e9, 0.8
 NODE = 8
 UPDATE_BYTES = 28  # per parameter: reads 4 and writes 3 fp32 values
-ROWS = {"d24": 16, "d32": 8}  # of a micro-batch, at most
+ROWS = {"d24": 16, "d32": 8}  # largest number of rows in a micro-batch
 
 
 def muon_flops(config: GPTConfig) -> float:

@@ -22,7 +22,7 @@ from llm.data.packing import PACKINGS, Document
 from llm.data.tokens import CachedDocuments, encoded
 from llm.tokenizer.bpe import train_tokenizer
 
-DOCUMENTS = 4000  # for the parts
+DOCUMENTS = 4000  # on which the parts of the loader are measured
 
 
 def generated(folder: Path, chars: int) -> Path:

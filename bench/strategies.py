@@ -34,7 +34,7 @@ STRATEGIES = ("muon", "ddp", "fsdp")
 
 
 class Clock(L.Callback):
-    """Callback that measures the seconds of every step, and of a wait for a checkpoint written beside it or by it."""
+    """Callback that records the seconds of every step, and of saving as {asynchronous or not: seconds}."""
 
     def __init__(self, path: Path):
         self.path, self.seconds, self.at, self.saves = path, [], None, {}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from llm.data.formats import Column, check_file, count_rows, find_files, kind_of, read_rows
 from llm.errors import UserError
 
-VAL_SHARE = 0.05  # of the rows of a data set that consists of one single file
+VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
 

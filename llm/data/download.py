@@ -245,7 +245,7 @@ class HubFolder(HubRepo):
             while (count := sum(future.done() and not future.exception() for future in futures)) < len(futures):
                 for future in futures:
                     if future.done():
-                        future.result()  # or its error
+                        future.result()  # raises its error
                 show(sum(map(self._done, missing)), count, len(futures))
                 time.sleep(0.1)
             show(sum(map(self._done, missing)), count, count)

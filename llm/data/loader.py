@@ -33,9 +33,9 @@ from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
 log = logging.getLogger(__name__)
-NEWS_SECONDS = 30.0  # between lines about data that does not come
-UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
-VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
+NEWS_SECONDS = 30.0  # seconds between lines in the log while no data come
+UNDIVIDED = {"rank": 0, "world": 1}  # for a loader whose rows all ranks share
+VAL_PACKING = "crop"  # scores are measured on equal rows whatever the packing of training
 
 
 class TextFeed:

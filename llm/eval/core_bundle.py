@@ -20,7 +20,7 @@ from yaml import YAMLError
 from llm.errors import UserError
 
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
-SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # of a task's examples; of an example's shots, plus its index
+SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # seeds of a task's examples, and of an example's shots (plus its index)
 FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),

@@ -24,7 +24,7 @@ from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
 
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a repository on the hub
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
 LOGITS = 1 << 24  # numbers in the logits held at a time

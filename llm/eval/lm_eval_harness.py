@@ -32,7 +32,7 @@ from llm.utils.files import write_atomic
 from llm.utils.format import print_table, value
 
 TASK_SEED, NUMPY_SEED = 0, 1234  # lm-eval's own seeds: some tasks shuffle their choices as they are loaded
-MAX_NEW_TOKENS = 256  # of an answer whose task does not say, as in lm-eval
+MAX_NEW_TOKENS = 256  # if a task sets no limit, as in lm-eval
 task_manager = lru_cache(TaskManager)  # reading thousands of task files takes seconds
 
 

@@ -94,7 +94,7 @@ class TokenStream:
         self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
         self._stops = tokenizer.stop_ids
         self._stop_texts = _StopTexts(tokenizer, params.stop) if params.stop else None
-        self._prompts: list[Sequence[int]] = []  # with room for at least one token
+        self._prompts: list[Sequence[int]] = []  # those with room for at least one token
         self._slots: list[_Row | None] = []  # by place in the batch; None = finished, waiting to leave
         for i, prompt in enumerate(prompts):
             room = min(params.max_new_tokens, self.seq_len - len(prompt))

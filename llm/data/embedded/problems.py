@@ -28,7 +28,7 @@ THINGS = (
     "shells",
 )
 CONTAINERS = ("bag", "basket", "box", "jar")
-STEP_SHARES = (0.3, 0.4, 0.3)  # of problems with one, two and three steps
+STEP_SHARES = (0.3, 0.4, 0.3)  # shares of problems with one, two and three steps
 DISTRACTORS = 0.35  # chance of each of two distracting sentences
 MAX_NUMBER = 60  # largest number stated in a problem
 LARGEST = 999  # largest intermediate result

@@ -8,7 +8,7 @@ from llm.errors import UserError
 
 SPLITS = ("train", "test")
 TEST_SHARE = 8  # one item in eight belongs to the test split
-PATIENCE = 4_000  # draws in a row without a new item after which a kind counts as exhausted
+MAX_MISSES = 4_000  # draws in a row without a new item after which a kind counts as exhausted
 
 
 def check_split(split: str) -> str:
@@ -43,7 +43,7 @@ def collect(draw: Callable[[], dict], key: Callable[[dict], str], n: int, what: 
         name = key(row)
         if name in rows:
             misses += 1
-            if misses > PATIENCE:
+            if misses > MAX_MISSES:
                 raise UserError(
                     f"there are only about {len(rows)} different rows of {what}, {n} were asked for: "
                     "lower the task's size or test_size"
