@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, medians of alternating runs, peak memory, a table and a last line of JSON."""
+"""Helpers of the benchmarks: device, medians of alternating runs, peak memory, a table and a last line of JSON."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llm.utils.environment import tune_process  # noqa: E402
 
-tune_process()  # as the entry points do
+tune_process()  # the entry points do it too
 
 import torch  # noqa: E402
 
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def arguments(doc: str, numbers: dict[str, int], **words: str) -> argparse.Namespace:
-    """Command line of whole numbers and words with their defaults, and --dtype, which becomes a torch.dtype."""
+    """Parse whole numbers and words with their defaults, and --dtype, which becomes a torch.dtype."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -33,11 +33,13 @@ def arguments(doc: str, numbers: dict[str, int], **words: str) -> argparse.Names
 
 
 def sync() -> None:
+    """Wait until the device has finished its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_of(step: Callable[[], object]) -> float:
+    """Return the seconds that a step takes on the device."""
     sync()
     start = time.perf_counter()
     step()
@@ -46,7 +48,7 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def alternating(steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each step; they take turns, so that a busy moment of the machine meets all of them."""
+    """Return the median seconds of each step; they take turns, so that busy moments of the machine meet them all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + warmup):
         for name, step in steps.items():
@@ -57,11 +59,12 @@ def alternating(steps: dict[str, Callable[[], object]], repeats: int, warmup: in
 
 
 def median(values: list[float]) -> float:
+    """Return the middle value, the upper one of two."""
     return sorted(values)[len(values) // 2]
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Most memory in use during `step` beyond what was in use before it: measured on a GPU, counted on a CPU."""
+    """Return the most memory in use during `step` beyond that before it: measured on a GPU, counted on a CPU."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -78,7 +81,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def show(result: dict) -> None:
-    """A line per value, then all of them as one line of JSON."""
+    """Print a line per value, then all of them as one line of JSON."""
     result = {name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for name, v in result.items()}
     result = {"device": str(DEVICE), "threads": torch.get_num_threads()} | result
     width = max(map(len, result))

@@ -1,9 +1,9 @@
-"""Causal attention with and without sliding windows: time and peak memory of forward and backward.
+"""Causal attention with and without sliding windows: time and peak memory of forward and backward pass.
 
     python bench/attention.py [--rows 4] [--heads 4] [--head-dim 128] [--window 512] [--dtype bf16] [--repeats 5]
 
-Forward and backward. sdpa = torch's causal attention; full = ours by its best backend; masked = torch's with the window
-as a (T, T) mask; banded = ours with the window. Prints a table and a last line of JSON.
+sdpa = torch's causal attention; full = ours by its best backend; masked = torch's with the window as a (T, T) mask;
+banded = ours with the window. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -16,6 +16,7 @@ LENGTHS = (1024, 2048, 4096)
 
 
 def main() -> None:
+    """Measure every form at every length and print the results."""
     defaults = {"rows": 4, "heads": 4, "head-dim": 128, "window": 512, "repeats": 5}
     args = _bench.arguments(__doc__, defaults)
     asked = ("auto", _bench.DEVICE, args.dtype, args.head_dim)

@@ -1,16 +1,17 @@
-"""What a checkpoint costs: seconds that a step waits for it, and seconds by which it makes training longer.
+"""Cost of a checkpoint: seconds that a step waits for it, and seconds by which it makes training longer.
 
     python bench/checkpoint.py [--depth 6] [--vocab 8192] [--rows 4] [--seq 512] [--saves 5] [--every 250]
 
-The whole state of a network and its optimizer, written beside the training and by the step itself, against training
-without checkpoints, in turns in one process. Slowed down by: all seconds more for the steps during which one is
-written. Share: of the wall-clock, with a checkpoint every `--every` steps. Ceiling: the state's bytes at the measured
-rate of a copy. Prints a table and a last line of JSON.
+The whole state of a network and its optimizer is written beside the training (async) and by the step itself (sync),
+against training without checkpoints, in turns in one process. Slowed down by: seconds more for the steps during which a
+checkpoint is written. Share: of the wall-clock, with a checkpoint every `--every` steps. Floor: the time to copy the
+state's bytes at the measured rate. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,36 @@ from llm.optim.build import build_optimizer
 from llm.scaling.rules import model_config
 
 
+def turns(
+    writers: dict[str, CheckpointWriter | None],
+    count: int,
+    folder: Path,
+    state: Callable[[], dict],
+    train: Callable[[], object],
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Save and train with each writer in turn, `count` times; return the seconds of saving and of both, by writer."""
+    waits: dict[str, list[float]] = {name: [] for name in writers}
+    totals: dict[str, list[float]] = {name: [] for name in writers}
+    for turn in range(count + 1):
+        for name, writer in writers.items():
+            _bench.sync()
+            start = time.perf_counter()
+            if writer is not None:
+                writer.save_checkpoint(state(), folder / f"step_{turn:06d}.ckpt")
+            waited = time.perf_counter() - start
+            train()
+            _bench.sync()
+            total = time.perf_counter() - start
+            if writer is not None:
+                writer.finish()
+            if turn > 0:
+                waits[name].append(waited)
+                totals[name].append(total)
+    return waits, totals
+
+
 def main() -> None:
+    """Measure the writers in turn and print the results."""
     args = _bench.arguments(__doc__, {"depth": 6, "vocab": 8192, "rows": 4, "seq": 512, "saves": 5, "every": 250})
     cfg = compose("train", [f"model=d{args.depth}", f"model.seq_len={args.seq}"])
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
@@ -43,29 +73,12 @@ def main() -> None:
     step_seconds = _bench.median([_bench.seconds_of(step) for _ in range(8)][2:])
     with tempfile.TemporaryDirectory() as folder:
         writers = {"none": None, "async": CheckpointWriter(2, True), "sync": CheckpointWriter(2, False)}
-        waits: dict[str, list[float]] = {name: [] for name in writers}
-        totals: dict[str, list[float]] = {name: [] for name in writers}
         path = Path(folder) / "step_000001.ckpt"
         writers["sync"].save_checkpoint(state(), path)
         start = time.perf_counter()
         writers["sync"].save_checkpoint(state(), path)
         steps = max(3, int(2 * (time.perf_counter() - start) / step_seconds) + 1)  # a checkpoint is written meanwhile
-        for turn in range(args.saves + 1):
-            for name, writer in writers.items():
-                _bench.sync()
-                start = time.perf_counter()
-                if writer is not None:
-                    writer.save_checkpoint(state(), Path(folder) / f"step_{turn:06d}.ckpt")
-                waited = time.perf_counter() - start
-                for _ in range(steps):
-                    step()
-                _bench.sync()
-                total = time.perf_counter() - start
-                if writer is not None:
-                    writer.finish()
-                if turn > 0:
-                    waits[name].append(waited)
-                    totals[name].append(total)
+        waits, totals = turns(writers, args.saves, Path(folder), state, lambda: [step() for _ in range(steps)])
         size = list_checkpoints(Path(folder))[-1][1].stat().st_size
     wait, total = ({name: _bench.median(v) for name, v in values.items()} for values in (waits, totals))
     result = vars(args) | {"megabytes": size / 1e6, "step_ms": 1000 * step_seconds}

@@ -1,4 +1,4 @@
-"""How long a user waits for the command line: help, a misspelt key, composing, and importing what training needs.
+"""Seconds that a user waits for the command line: help, a misspelt key, composing, and importing torch and Lightning.
 
 Each command is a fresh process, run `REPEATS` times; the table shows the best, the last line is JSON.
 """
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:
-    """(wall-clock, CPU) seconds of one process."""
+    """Return (wall-clock, CPU) seconds of one process."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -30,6 +30,7 @@ def measure(arguments: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measure every command and print the best times."""
     results = {name: min(measure(arguments) for _ in range(REPEATS)) for name, arguments in COMMANDS.items()}
     print(f"{'command':<28}{'wall s':>8}{'CPU s':>8}")
     for name, (wall, cpu) in results.items():

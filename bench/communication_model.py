@@ -1,12 +1,12 @@
-"""What several H100s exchange in a step of pretraining against what they compute, on paper: nothing is measured.
+"""Communication of several H100s in a step of pretraining against their computation, on paper: nothing is measured.
 
     python bench/communication_model.py
 
 Compute: the step's FLOPs at 45 % of 989 TFLOP/s. A ring moves its bytes at 80 % of the slowest link: 450 GB/s of NVLink
 within a node; between nodes 8 adapters of 50 GB/s, through which 8 rings pass side by side. Latency, stragglers and the
-host are left out. Update: the orthogonalisation's products at the same 45 %, and 28 bytes per parameter at 3.35 TB/s.
-Exposed is what nothing hides: muon exchanges after the backward pass, ddp during the last micro-batch's backward pass
-(two thirds of its time), fsdp during all of the computing. Prints a table and a last line of JSON.
+host are left out. Update: the orthogonalisation's products, also at 45 %, and 28 bytes per parameter at 3.35 TB/s.
+Exposed: transfer that no computation hides. muon exchanges after the backward pass, ddp during the last micro-batch's
+backward pass (two thirds of its time), fsdp during all of the computing. Prints a table and a last line of JSON.
 """
 
 import _bench  # noqa: F401  isort: skip  (puts the project on the path)
@@ -22,18 +22,18 @@ RATE = 0.45 * GPUS["h100"].flops
 MEMORY_RATE, NVLINK, ADAPTERS, REACHED = 3.35e12, 450e9, 8 * 50e9, 0.8
 NODE = 8
 UPDATE_BYTES = 28  # per parameter: reads 4 and writes 3 fp32 values
-ROWS = {"d24": 16, "d32": 8}  # of a micro-batch, at most
+ROWS = {"d24": 16, "d32": 8}  # largest number of rows in a micro-batch
 
 
 def muon_flops(config: GPTConfig) -> float:
-    """Of one orthogonalisation of all matrices, 5 iterations: x x^T, its square, and its product with x."""
+    """Return the FLOPs of orthogonalising all matrices: 5 times x x^T, its square, and its product with x."""
     kv = config.n_kv_head * config.head_dim
     shapes = [(config.n_embd, config.n_embd)] * 2 + [(kv, config.n_embd)] * 2 + [(config.n_embd, 4 * config.n_embd)] * 2
     return config.n_layer * sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in shapes)
 
 
 def step_of(model: str, world: int, strategy: str) -> dict:
-    """Seconds and bytes of one step of experiment=speedrun at another size."""
+    """Return seconds and bytes of one step of experiment=speedrun with `model` on `world` GPUs."""
     cfg = compose("train", ["experiment=speedrun", f"model={model}"])
     config, reference = (
         model_config(dict(cfg.model) | {"depth": depth}, cfg.arch, cfg.model.vocab_size)
@@ -45,9 +45,7 @@ def step_of(model: str, world: int, strategy: str) -> dict:
     micro = tokens // (config.seq_len * world * rows)
     compute = tokens * flops_per_token(config) / world / RATE
     numbers = 2 * params  # gradients summed, weights gathered
-    if (
-        strategy == "fsdp"
-    ):  # weights gathered twice, gradients summed; of matrices the gradient to its owner, a step back
+    if strategy == "fsdp":  # weights gathered twice, gradients summed; matrix gradients go to owners, updates back
         numbers = 3 * micro * params + 2 * matrices
     sent = 4 * numbers * (world - 1) / world
     transfer = sent / (REACHED * (NVLINK if world <= NODE else ADAPTERS))
@@ -72,6 +70,7 @@ def step_of(model: str, world: int, strategy: str) -> dict:
 
 
 def main() -> None:
+    """Print the table of all models, numbers of GPUs and strategies."""
     steps = [step_of(m, w, s) for m in ROWS for w in (8, 64, 256) for s in ("muon", "ddp", "fsdp")]
     header = ("model", "GPUs", "strategy", "micro-batches", "sent, GB", "compute, ms", "transfer, ms", "exposed, ms")
     rows = [

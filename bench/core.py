@@ -1,9 +1,9 @@
-"""Examples per second of the CORE evaluation, beside one example at a time and what the matrix products allow.
+"""Examples per second of the CORE evaluation, against one example at a time and against the matrix products alone.
 
     python bench/core.py --bundle PATH [--per-task 100] [--depth 4] [--seq-len 2048] [--model FOLDER] [--vocab 8192]
                          [--batch-size 32] [--dtype auto]
 
-Both forms judge the same examples, task by task in turn, and their verdicts are compared. One at a time is
+Both forms judge equal examples, task by task in turn, and their verdicts are compared. One at a time is
 tests/core_reference.py: every choice in full, all logits. The ceiling is the matrix products outside attention, of each
 token once, at the measured matmul rate. Without --model the weights are random (but not zero), and the tokenizer is
 trained on the bundle. On a busy machine look at the CPU seconds. Prints a line per task, a table and a line of JSON.
@@ -31,6 +31,7 @@ import core_reference  # noqa: E402
 
 
 def model(args, tasks: list[CoreTask]) -> tuple[GPT, Tokenizer]:
+    """Return network and tokenizer: those of --model, or random weights and a tokenizer trained on the bundle."""
     if args.model:
         net, tokenizer = load_model_folder(args.model)
     else:
@@ -47,7 +48,7 @@ def model(args, tasks: list[CoreTask]) -> tuple[GPT, Tokenizer]:
 
 
 def products(net: GPT, tokenizer: Tokenizer, task: CoreTask) -> int:
-    """FLOPs of the matrices of blocks and head, for every token that has to be computed."""
+    """Return the FLOPs of the matrices of blocks and head, for every token that has to be computed."""
     groups = group(encode(task, tokenizer, range(len(task.examples)), net.config.seq_len))
     n_tokens = sum(one.shared + sum(len(row.ids) - one.shared - 1 for row in one.rows) for one in groups)
     n_answers = sum(len(row.ids) - row.start for one in groups for row in one.rows)
@@ -55,7 +56,7 @@ def products(net: GPT, tokenizer: Tokenizer, task: CoreTask) -> int:
 
 
 def timed(run) -> tuple[object, float, float]:
-    """(result, seconds, CPU seconds)."""
+    """Run a function; return (its result, seconds, CPU seconds)."""
     _bench.sync()
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
@@ -64,6 +65,7 @@ def timed(run) -> tuple[object, float, float]:
 
 
 def main() -> None:
+    """Judge all tasks in both forms and print the results."""
     numbers = {"per-task": 100, "depth": 4, "seq-len": 2048, "vocab": 8192, "batch-size": 32}
     args = _bench.arguments(__doc__, numbers, bundle="", model="")
     if not args.bundle:
@@ -104,6 +106,7 @@ def main() -> None:
 
 
 def one_by_one(net: GPT, tokenizer: Tokenizer, entry: dict, task: CoreTask, index: int) -> bool:
+    """Return the reference's verdict on one example."""
     return core_reference.judge(net, tokenizer, entry, task.examples, index)[0]
 
 

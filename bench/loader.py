@@ -1,4 +1,4 @@
-"""Pretraining loader: what reading, tokenising, packing and the whole cost, and the same from a cache of tokens.
+"""Cost of the pretraining loader: reading, tokenising, packing and the whole, from text and from a cache of tokens.
 
 Rates are tokens per second of CPU time, which a busy machine changes little, and of the clock; the parts take turns.
 Text is `--path` (files as data.path) or generated words; the tokenizer is trained on its first characters.
@@ -22,11 +22,11 @@ from llm.data.packing import PACKINGS, Document
 from llm.data.tokens import CachedDocuments, encoded
 from llm.tokenizer.bpe import train_tokenizer
 
-DOCUMENTS = 4000  # for the parts
+DOCUMENTS = 4000  # on which the parts of the loader are measured
 
 
 def generated(folder: Path, chars: int) -> Path:
-    """Two parquet shards of words with a long tail of frequencies; the second, a tiny one, validates."""
+    """Write two parquet shards of words with a long tail of frequencies; the second, a tiny one, validates."""
     rng, folder = np.random.default_rng(0), folder / "text"
     folder.mkdir()
     letters = np.array(list("etaoinshrdlucmfwygpb"))
@@ -42,7 +42,7 @@ def generated(folder: Path, chars: int) -> Path:
 
 
 def rates(parts: dict[str, Callable[[], int]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median million tokens per second of CPU time and of the clock."""
+    """Return the median million tokens per second of CPU time and of the clock, by part."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in parts}
     for turn in range(repeats + 1):
         for name, part in parts.items():
@@ -56,6 +56,7 @@ def rates(parts: dict[str, Callable[[], int]], repeats: int) -> dict[str, tuple[
 
 
 def main() -> None:
+    """Measure every part and print the rates."""
     numbers = {"seq-len": 2048, "rows": 16, "vocab": 8192, "buffer": 1000, "steps": 30, "repeats": 5}
     args = _bench.arguments(__doc__, numbers | {"chars": 20_000_000}, path="", packing="best_fit")
     with tempfile.TemporaryDirectory() as folder:

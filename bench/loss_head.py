@@ -2,8 +2,8 @@
 
     python bench/loss_head.py [--tokens 4096] [--width 128] [--vocab 768] [--dtype fp32] [--repeats 20]
 
-Forward and backward of head, soft cap and cross-entropy; the two forms take turns in one process. Memory is the most in
-use beyond the inputs. Prints a table and a last line of JSON.
+Covers the forward and backward pass of head, soft cap and cross-entropy; the two forms take turns in one process.
+Memory is the most in use beyond the inputs. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -16,15 +16,18 @@ SOFTCAP = 15.0
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss by way of all logits."""
     logits = softcapped(F.linear(hidden, weight.to(hidden.dtype)), SOFTCAP)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 
 def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss by the loss head of the model."""
     return linear_cross_entropy(hidden, weight, targets, SOFTCAP)
 
 
 def main() -> None:
+    """Measure both forms and print the results."""
     args = _bench.arguments(__doc__, {"tokens": 4096, "width": 128, "vocab": 768, "repeats": 20})
     torch.manual_seed(0)
     hidden = torch.randn(args.tokens, args.width, device=_bench.DEVICE, dtype=args.dtype, requires_grad=True)

@@ -3,8 +3,8 @@
     python bench/optimizer.py [--depth 4] [--vocab 8192] [--dtype bf16] [--repeats 10]
 
 2026 and 2025 are ours with those settings; torch = torch.optim.Muon (matrix after matrix, its products in bf16) and
-fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Ceilings: the
-orthogonalisation's products at the measured matrix product rate, and the bytes that AdamW must move at the measured
+fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Floors: the time of the
+orthogonalisation's products at the measured matrix product rate, and of the bytes that AdamW must move at the measured
 rate of a copy. Prints a table and a last line of JSON.
 """
 
@@ -21,13 +21,13 @@ from llm.scaling.rules import model_config
 
 
 def copy_rate(n: int = 1 << 26) -> float:
-    """Bytes per second that a copy reads and writes."""
+    """Return the bytes per second that a copy reads and writes."""
     a, b = (torch.zeros(n, dtype=torch.uint8, device=_bench.DEVICE) for _ in range(2))
     return 2 * n / min(_bench.seconds_of(lambda: a.copy_(b)) for _ in range(10))
 
 
 def muon_flops(params: list[torch.Tensor], steps: int) -> float:
-    """Of the orthogonalisation: per iteration x x^T, its square, and its product with x."""
+    """Return the FLOPs of orthogonalising matrices: per iteration x x^T, its square, and its product with x."""
     total = 0.0
     for p in params:
         small, large = sorted(p.shape)
@@ -36,6 +36,7 @@ def muon_flops(params: list[torch.Tensor], steps: int) -> float:
 
 
 def main() -> None:
+    """Measure all optimizers and print the results."""
     args = _bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})
     cfg = compose("train", [f"model=d{args.depth}"])
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)

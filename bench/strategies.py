@@ -1,9 +1,9 @@
-"""Milliseconds of a step on several processes of this machine by strategy, and what a checkpoint makes it wait.
+"""Milliseconds of a step on several processes of this machine by strategy, and how long a checkpoint makes it wait.
 
     python bench/strategies.py [--processes 2] [--depth 6] [--vocab 8192] [--rows 2] [--seq 256] [--steps 8]
 
-Every strategy trains the same network for some steps, in turns and by the same processes, on a fair share of the cores
-each. The first two steps of a round are left out. Prints a table and a last line of JSON.
+Every strategy trains one network for some steps, in turns and by one set of processes, each with a fair share of the
+cores. The first two steps of a round are left out. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -34,7 +34,7 @@ STRATEGIES = ("muon", "ddp", "fsdp")
 
 
 class Clock(L.Callback):
-    """Seconds of every step, and those that it waits for a checkpoint, by whether that is written beside it."""
+    """Callback that records the seconds of every step, and of saving as {asynchronous or not: seconds}."""
 
     def __init__(self, path: Path):
         self.path, self.seconds, self.at, self.saves = path, [], None, {}
@@ -56,6 +56,8 @@ class Clock(L.Callback):
 
 
 class Steps:
+    """Endless loader of one batch of random tokens."""
+
     def __init__(self, vocab: int, rows: int, seq: int):
         ids = torch.randint(vocab, (rows, seq + 1), generator=torch.Generator().manual_seed(collectives.rank()))
         micro = [{"inputs": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}]
@@ -70,6 +72,7 @@ class Steps:
 
 
 def train(name: str, args, folder: Path) -> Clock:
+    """Train a network by one strategy for `args.steps` steps; return the clock."""
     cfg = compose("train", [f"model=d{args.depth}", f"model.seq_len={args.seq}"])
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0)
     net.compute_dtype = args.dtype
@@ -95,7 +98,7 @@ def train(name: str, args, folder: Path) -> Clock:
 
 
 def work(args, folder: Path) -> None:
-    """One of the processes."""
+    """Run all strategies in turn, as one of the processes; the main one writes the medians to result.json."""
     quiet_lightning()
     join(on_gpu=_bench.DEVICE.type == "cuda")
     steps, saves, syncs = ({name: [] for name in STRATEGIES} for _ in range(3))
@@ -113,6 +116,7 @@ def work(args, folder: Path) -> None:
 
 
 def main() -> None:
+    """Start the processes, wait for them and print the results."""
     numbers = {"processes": 2, "depth": 6, "vocab": 8192, "rows": 2, "seq": 256, "steps": 8, "rounds": 3}
     args = _bench.arguments(__doc__, numbers)
     if "RANK" in os.environ:

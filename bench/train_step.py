@@ -4,18 +4,19 @@
                                [--micro 4] [--vocab 8192] [--steps 20] [--dtype auto] [--compile true]
                                [--attention auto] [--plain-logits false]
 
-Everything runs in one process: steps in a plain loop, the same through Lightning with the callbacks of a stage, and the
-matrix product rate that the share of the peak refers to. In both loops every part of every step is timed; data and
-framework are what Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
-tokenizer that returns what is stored. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is
-also given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32.
-Prints a table and a last line of JSON.
+Everything runs in one process: steps in a plain loop, steps through Lightning with the callbacks of a stage, and the
+matrix product rate of which the share is given. In both loops every part of every step is timed; data and framework are
+the time that Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
+tokenizer that returns stored ids. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is also
+given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32. Prints a
+table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -48,16 +49,18 @@ class Stored:
         self.documents = [rng.integers(1, vocab, rng.integers(50, 1500), np.int32) for _ in range(2000)]
 
     def iterate(self, split, cursor=None, rank=0, world=1, loop=True):
+        """Yield the stored documents for ever."""
         while True:
             for i, ids in enumerate(self.documents):
                 yield ids, {"at": i}
 
     def encode_document(self, ids):
+        """Return the ids unchanged."""
         return ids
 
 
 def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
-    """Median seconds of the parts of a step in the shortest possible loop."""
+    """Return the median seconds of the parts of a step in the shortest possible loop."""
     optimizer = build_optimizer(net, cfg.optim)
     parts = {"data": [], "passes": [], "update": []}
     for _ in range(steps + WARMUP):
@@ -70,12 +73,14 @@ def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
 
 
 def passes(net: GPT, batch: dict) -> None:
+    """Run forward and backward pass of all micro-batches of a step."""
     for micro in batch["micro"]:
         ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
         (net(ids, targets, reduction="sum") / batch["n_trained"]).backward()
 
 
 def passes_with_plain_logits(net: GPT, batch: dict) -> None:
+    """Run forward and backward pass of all micro-batches of a step by way of all logits."""
     for micro in batch["micro"]:
         ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
         logits = net.logits(net.hidden(ids, is_training=True))
@@ -83,7 +88,7 @@ def passes_with_plain_logits(net: GPT, batch: dict) -> None:
 
 
 def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
-    """Median seconds of a whole step as a stage does it, and of `training_step` within it."""
+    """Return the median seconds of a whole step as a stage does it, and of `training_step` within it."""
     marks, inside = [], []
 
     class Timed(StepModule):
@@ -111,11 +116,8 @@ def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
     return _bench.median(whole), _bench.median(inside[WARMUP + 1 :])
 
 
-def main() -> None:
-    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
-    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
-    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)
-    quiet_lightning()
+def build(args) -> tuple[Any, GPT]:
+    """Return configuration and network, compiled if asked for; `args.attention` becomes the backend's name."""
     words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
     words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
     cfg = compose("train", words)
@@ -125,18 +127,32 @@ def main() -> None:
     args.attention = net.set_attention(args.attention, _bench.DEVICE, fixed_shapes=True)
     if args.compile == "true":
         compile_training(net)
-    stored = Stored(args.vocab)
+    return cfg, net
+
+
+def peak_memory(net: GPT, batch: dict, plain_logits: bool) -> dict[str, float]:
+    """Return the peak MB of the passes of a step and, if asked for, of those by way of all logits."""
+    memory = {"step_peak_mb": _bench.peak_bytes(lambda: passes(net, batch)) / 1e6}
+    net.zero_grad(set_to_none=True)
+    if plain_logits:
+        peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
+        memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
+        net.zero_grad(set_to_none=True)
+    return memory
+
+
+def main() -> None:
+    """Measure the step in both loops and print the results."""
+    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
+    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
+    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)
+    quiet_lightning()
+    cfg, net = build(args)
+    config, stored = net.config, Stored(args.vocab)
+    sizes = {"seq_len": args.seq_len, "rows_per_micro": args.rows, "micro_per_step": args.micro}
 
     def loader() -> TextSteps:
-        return TextSteps(
-            stored,
-            stored,
-            split="train",
-            seq_len=args.seq_len,
-            rows_per_micro=args.rows,
-            micro_per_step=args.micro,
-            buffer=1000,
-        )
+        return TextSteps(stored, stored, split="train", buffer=1000, **sizes)
 
     peak = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=1.0)
     feed = loader()
@@ -146,12 +162,7 @@ def main() -> None:
     parts = plain_loop(net, cfg, iter(feed), args.steps)
     batch = next(iter(feed))
     feed.close()
-    memory = {"step_peak_mb": _bench.peak_bytes(lambda: passes(net, batch)) / 1e6}
-    net.zero_grad(set_to_none=True)
-    if args.plain_logits == "true":
-        peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
-        memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
-        net.zero_grad(set_to_none=True)
+    memory = peak_memory(net, batch, args.plain_logits == "true")
     whole, inside = lightning_loop(net, cfg, loader(), args.steps)
     total, tokens = sum(parts.values()), args.rows * args.seq_len * args.micro
     rate = tokens * flops_per_token(config) / total

@@ -1,1 +1,1 @@
-"""Text and conversations as step batches: sources, packing, loaders."""
+"""Training data: sources of text, packing into rows, loaders of step batches."""

@@ -1,4 +1,4 @@
-"""Conversations of a mixture as token ids and masks, in an order that resumes exactly, and the steps an epoch takes."""
+"""Conversations of a task mixture as token ids and masks, in an order that resumes exactly; the steps of an epoch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ TRAIN_ON = ("assistant", "all")
 
 
 def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assistant") -> tuple[Document, bool]:
-    """(ids and mask of at most `row_len` tokens, whether the conversation was longer and lost its end)."""
+    """Return (ids and mask of at most `row_len` tokens, True if the conversation was longer and lost its end)."""
     ids, mask = render_conversation(tokenizer, conversation)
     document = Document(np.array(ids[:row_len], np.int32), np.array(mask[:row_len], bool))
     if train_on == "all":
@@ -26,9 +26,10 @@ class ConversationFeed:
     """Rendered conversations of one rank, epoch after epoch, for packing into rows of `row_len` tokens.
 
     Epoch 0 follows the mixture's own shuffle; each later epoch permutes it anew, seeded by seed + epoch. Conversation
-    number i over all epochs belongs to rank i % world. One that is longer than a row is cut at its end; one that then
-    holds no trained target is dropped. Both are counted. `cursor` (index, truncated, dropped, size of the mixture) is
-    the position after the last conversation handed out.
+    number i over all epochs belongs to rank i % world. A conversation longer than a row is cut at its end, and dropped
+    if no trained target is left; both are counted. `cursor` (index, truncated, dropped, size of the mixture) is the
+    position after the last conversation handed out. Raises UserError for an unknown `train_on`, an empty mixture, one
+    of another size than the cursor's, and one without a trained token.
     """
 
     def __init__(
@@ -67,14 +68,15 @@ class ConversationFeed:
         return document
 
     def _render(self) -> Iterator[tuple[Document, dict]]:
+        """Yield the documents of this rank from `cursor` on, each with the cursor behind it."""
         size, at, consumed = len(self._mixture), dict(self.cursor), Consumed(self.cursor)
-        epoch, order, lost = -1, None, 0
+        epoch, order, dropped_in_a_row = -1, None, 0
         while True:
             index = at["index"]
             if index // size != epoch:
                 epoch = index // size
                 if epoch and not self._loop:
-                    self.cursor = at  # counts those that were dropped last
+                    self.cursor = at  # includes the conversations dropped last
                     return
                 order = epoch_order(size, self._seed, epoch)
             at["index"] = index + 1
@@ -83,12 +85,12 @@ class ConversationFeed:
             document, cut = self._document(int(order[index % size]))
             at["truncated"] += cut
             if document.mask[1:].any():
-                lost = 0
+                dropped_in_a_row = 0
                 yield document, {key: at[key] for key in at if key != "consumed"} | consumed.cursor(at["index"])
                 continue
             at["dropped"] += 1
-            lost += 1
-            if lost >= size:
+            dropped_in_a_row += 1
+            if dropped_in_a_row >= size:
                 raise UserError(
                     f"none of the {size:,} conversations has a trained token in its first {self._row_len - 1} tokens. "
                     "Raise model.seq_len or check the rows: the assistant's turns must not be empty."
@@ -102,7 +104,7 @@ class ConversationFeed:
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of a mixture's rows in an epoch: as it is at first, then a permutation seeded by seed + epoch."""
+    """Return the order (size,) of a mixture's rows in an epoch: unchanged in epoch 0, then permuted by seed + epoch."""
     return np.arange(size) if epoch == 0 else np.random.default_rng(seed + epoch).permutation(size)
 
 
@@ -116,10 +118,10 @@ def estimate_steps(
     seq_len: int,
     train_on: str = "assistant",
 ) -> int:
-    """Steps of `tokens_per_step` positions (all ranks) that `epochs` passes over the mixture take, padding included.
+    """Return the steps of `tokens_per_step` positions (all ranks) in `epochs` passes over the mixture, with padding.
 
     Every len/sample-th conversation (all, if there are no more than `sample`) is rendered and packed; the rows that a
-    conversation takes give the horizon. Deterministic, so that a resumed run finds the same one.
+    conversation takes give the horizon. The result is deterministic, so that a resumed run finds the horizon it had.
     """
     size = len(mixture)
     count = min(size, sample)
@@ -132,7 +134,7 @@ def estimate_steps(
 
 
 class _Every(Sequence):
-    """`count` rows of a sequence at equal distances."""
+    """View of `count` rows of a sequence at equal distances."""
 
     def __init__(self, rows: Sequence, count: int) -> None:
         self._rows, self._count = rows, count

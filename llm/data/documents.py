@@ -1,10 +1,10 @@
-"""Where pretraining text comes from: sources of documents with a cursor that resumes exactly.
+"""Sources of pretraining text, with a cursor that resumes exactly.
 
-A source walks its shards in name order, row by row, and gives document number `index` to rank `index % world`, so that
-ranks read disjoint documents, every rank sees the same global order and the union does not depend on the number of
-ranks. The cursor names the next row to read, in four integers: epoch, shard, row (inside the shard) and index (number
-of documents before it, over all ranks and epochs, empty ones not counted), and for a while after the number of ranks
-has changed what was `consumed` before. It knows nothing of threads or batch sizes.
+A source walks its shards in name order, row by row, and gives document number `index` to rank `index % world`. So ranks
+read disjoint documents, every rank sees one global order, and the union does not depend on the number of ranks. The
+cursor names the next row to read in four integers: epoch, shard, row (inside the shard) and index (number of documents
+before it, over all ranks and epochs, empty ones not counted). For a while after the number of ranks has changed it also
+says what was `consumed` before. It knows nothing of threads or batch sizes.
 """
 
 import math
@@ -16,33 +16,36 @@ from typing import Any, Protocol
 from llm.data.formats import Column, check_file, count_rows, find_files, kind_of, read_rows
 from llm.errors import UserError
 
-VAL_SHARE = 0.05  # of the rows of a data set that consists of one single file
+VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
 
 
 class DocumentSource(Protocol):
-    """Anything that pretraining and the tokenizer can read text from."""
+    """Protocol of a source that pretraining and the tokenizer can read text from."""
 
     def check(self) -> str:
-        """Raise UserError for what can be found wrong cheaply; return one line that says what is read and held out."""
+        """Raise UserError for mistakes that can be found cheaply; return one line on what is read and held out."""
 
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[str, Cursor]]:
-        """Yield this rank's documents from `cursor` on, each with the cursor that continues after it."""
+        """Yield this rank's documents from `cursor` on, each with the cursor that continues after it.
+
+        loop: start over at the end of the split, as training does.
+        """
 
 
 def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
-    """One pass over the documents of a split, without cursors (tokenizer training, statistics)."""
+    """Yield the documents of a split once, without cursors (tokenizer training, statistics)."""
     return (text for text, _ in source.iterate(split, loop=False))
 
 
 class Consumed:
-    """The documents behind a cursor that were read before, by ranks that were ahead when their number changed.
+    """Documents behind a cursor that were read before, by ranks that were ahead when the number of ranks changed.
 
-    A cursor names them in `consumed`: for every change a list by old rank, in which number i was read where
-    i < list[i % len(list)]. Cursors beyond all of them no longer do.
+    A cursor lists them in `consumed`, one list of limits per change. Document i was read before a change if i <
+    limits[i % len(limits)]. Cursors beyond all limits no longer carry the lists.
     """
 
     def __init__(self, cursor: dict):
@@ -53,17 +56,17 @@ class Consumed:
         return number < self.end and any(number < rule[number % len(rule)] for rule in self.rules)
 
     def cursor(self, index: int) -> dict:
-        """What the cursor behind `index` documents has to carry on."""
+        """Return the resharding rules to store in the cursor at `index`; empty once they are no longer needed."""
         return {"consumed": self.rules} if index < self.end else {}
 
 
 def in_order(
     shards: Sequence, rows: Callable[[Any, int], Iterator[str | None]], cursor: Cursor | None, loop: bool, where: str
 ) -> Iterator[tuple[str, Cursor]]:
-    """Every document from `cursor` on, shard by shard, row by row, epoch after epoch, skipping empty ones.
+    """Yield every document from `cursor` on: shard by shard, row by row, epoch after epoch, skipping empty ones.
 
-    `rows(shard, start)` yields the rows of a shard from row `start` on. An epoch without a document is a UserError and
-    never an endless loop.
+    `rows(shard, start)` yields the rows of a shard from row `start` on. Raises UserError for a cursor beyond the
+    shards, and for an epoch without a document, which would loop forever. `where` leads the message.
     """
     position = cursor or {"epoch": 0, "shard": 0, "row": 0, "index": 0}
     epoch, first, row, index = (position[key] for key in ("epoch", "shard", "row", "index"))
@@ -92,7 +95,7 @@ def in_order(
 def share(
     documents: Iterator[tuple[str, Cursor]], cursor: Cursor | None, rank: int, world: int
 ) -> Iterator[tuple[str, Cursor]]:
-    """What one rank gets of the documents of all, which continue `cursor`."""
+    """Yield this rank's documents of the global stream, from `cursor` on."""
     consumed = Consumed(cursor or {})
     for text, position in documents:
         number = position["index"] - 1
@@ -109,7 +112,7 @@ def walk(
     loop: bool,
     where: str,
 ) -> Iterator[tuple[str, Cursor]]:
-    """One rank's documents in the order that all sources of shards have."""
+    """Yield this rank's documents of `shards`, in the order that all sources of shards have."""
     return share(in_order(shards, rows, cursor, loop, where), cursor, rank, world)
 
 
@@ -125,14 +128,14 @@ class Shard:
 class FileDocuments:
     """Documents in parquet, jsonl or txt files, read in name order. The last file is the validation split.
 
-    With `val_size` only its last so many documents are, and the rest of it is trained on. A single file lends its last
-    5 % (at least one) if `val_size` does not say how many. Rows of parquet and jsonl files carry the text in `column`;
-    null and blank rows are skipped. A .txt file is cut into documents at lines that read <|endoftext|>, at the first
-    blank line after 2,000 characters and at the first line end after 8,000: neither a whole book nor every short line
-    becomes one document. `key` is the place in the configuration that error messages name.
+    With `val_size`, only the last `val_size` documents of that file validate, and the rest of it is trained on. A
+    single file without `val_size` lends its last 5 % (at least one document). Rows of parquet and jsonl files carry the
+    text in `column`; null and blank rows are skipped. A .txt file is cut into documents at lines that read
+    <|endoftext|>, at the first blank line after 2,000 characters and at the first line end after 8,000: neither a whole
+    book nor every short line becomes one document. `key` is the place in the configuration that error messages name.
     """
 
-    is_stored = True  # the files stay on this machine
+    is_stored = True  # the files are on this machine
 
     def __init__(
         self, files: Sequence[Path], where: str, column: str = "text", val_size: int | None = None, key: str = "data"
@@ -142,6 +145,10 @@ class FileDocuments:
         self._split: dict[str, list[Shard]] | None = None
 
     def shards(self, split: str) -> list[Shard]:
+        """Return the shards of "train" or "val".
+
+        Raises ValueError for another split, UserError if the files cannot give both splits a document.
+        """
         if self._split is None:
             self._split = self._make_split()
         if split not in self._split:
@@ -149,7 +156,7 @@ class FileDocuments:
         return self._split[split]
 
     def in_order(self, split: str, cursor: Cursor | None = None, loop: bool = True) -> Iterator[tuple[str, Cursor]]:
-        """The documents of all ranks."""
+        """Yield the documents of all ranks, each with the cursor behind it."""
         shards = self.shards(split)
         where = f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
         return in_order(shards, self._rows, cursor, loop, where)
@@ -157,10 +164,14 @@ class FileDocuments:
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[str, Cursor]]:
+        """Yield this rank's documents from `cursor` on, each with the cursor behind it."""
         return share(self.in_order(split, cursor, loop), cursor, rank, world)
 
     def check(self) -> str:
-        """Open every file, look for the column and a first validation document; see DocumentSource.check."""
+        """Open every file, look for the column and a first validation document; return one line on what is read.
+
+        Raises UserError for the first mistake.
+        """
         for path in self.files:
             check_file(path, self.column)
         self._find_documents()
@@ -168,15 +179,16 @@ class FileDocuments:
         return f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; validation: {self._held_out()}"
 
     def _find_documents(self) -> None:
-        """UserError if a split has none."""
+        """Raise UserError if a split has no document."""
         for split in ("train", "val"):
             next(self.in_order(split, loop=False))
 
     def present(self, path: Path) -> Path:
-        """The file, which can be read when this returns."""
+        """Return a path that can be read; subclasses may first have to fetch the file."""
         return path
 
     def _held_out(self) -> str:
+        """Return the validation split in words."""
         val = self.shards("val")[0]
         if val.stop is None:
             return val.path.name
@@ -184,6 +196,7 @@ class FileDocuments:
         return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}{alone}"
 
     def _make_split(self) -> dict[str, list[Shard]]:
+        """Return {split: shards}. Raises UserError if the files cannot give both splits a document."""
         last = self.files[-1]
         if len(self.files) > 1 and self.val_size is None:
             return {"train": [Shard(path) for path in self.files[:-1]], "val": [Shard(last)]}
@@ -201,7 +214,7 @@ class FileDocuments:
         return {"train": [*(Shard(path) for path in self.files[:-1]), *rest], "val": [Shard(last, count - val, count)]}
 
     def _rows(self, shard: Shard, start: int) -> Iterator[str | None]:
-        """Rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
+        """Yield rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
         first = shard.start + start
         for number, text in enumerate(read_rows(self.present(shard.path), self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
@@ -210,7 +223,7 @@ class FileDocuments:
 
 
 class LocalDocuments(FileDocuments):
-    """Text of the user's own: a file, a folder (with its subfolders) or a glob."""
+    """Documents of the user's own: a file, a folder (with its subfolders) or a glob."""
 
     def __init__(self, path: str | Path, column: str = "text", val_size: int | None = None, key: str = "data") -> None:
         files = find_files(path, f"{key}.path")
@@ -218,7 +231,7 @@ class LocalDocuments(FileDocuments):
 
 
 class EmbeddedDocuments:
-    """The generated world of llm.data.embedded: `size` training documents and `val_size` validation documents."""
+    """Documents of the generated world of llm.data.embedded: `size` to train on and `val_size` to validate."""
 
     def __init__(self, size: int, seed: int = 42, val_size: int | None = None) -> None:
         val_size = max(1, size // 20) if val_size is None else val_size
@@ -227,6 +240,7 @@ class EmbeddedDocuments:
         self.seed, self._sizes = seed, {"train": size, "val": val_size}
 
     def shards(self, split: str) -> list[str]:
+        """Return the one shard of a split, its name. Raises ValueError for an unknown split."""
         if split not in self._sizes:
             raise ValueError(f"split={split!r}: must be one of {list(self._sizes)}")
         return [split]
@@ -234,9 +248,11 @@ class EmbeddedDocuments:
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[str, Cursor]]:
+        """Yield this rank's documents from `cursor` on, each with the cursor behind it."""
         return walk(self.shards(split), self._rows, cursor, rank, world, loop, "data=embedded")
 
     def check(self) -> str:
+        """Return one line on what is read and held out."""
         return (
             f"{self._sizes['train']:,} generated documents, seed {self.seed}; validation: {self._sizes['val']:,} others"
         )

@@ -1,10 +1,10 @@
-"""Files of a data set on the Hugging Face hub in a folder of this machine: fetched when needed or ahead of that.
+"""Files of a data set on the Hugging Face hub in a folder of this machine, fetched when needed or ahead of that.
 
     <paths.data>/<owner>--<name>/<revision>/   files.json   <the files, by their names>   .parts/ what is under way
     <paths.data>/files/<name>-<hash of its address>/   a single file of the web   source.json: address, size, checksum
 
-A file has its name only once it is complete and its checksum is right. What a broken connection or a killed process
-leaves of it is continued (a single file of the web begins again after a kill). A lock per file lets all processes of a
+A file has its name only once it is complete and its checksum is right. A part left by a broken connection or a killed
+process is continued (a single file of the web begins again after a kill). A lock per file lets all processes of a
 machine share the folder.
 """
 
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 TRIES = 6
 FIRST_WAIT = 1.0  # seconds before the second try; each further wait is twice as long, give or take a half
 LAST_WAIT = 60.0
-READ_SECONDS = 30.0  # without an answer, until a read over the network is tried again
-NEWS_SECONDS = 10.0  # between lines of progress where there is no terminal
+READ_SECONDS = 30.0  # a network read without an answer for this long is tried again
+NEWS_SECONDS = 10.0  # between lines of progress without a terminal
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository; `sha256` only for what the hub stores as a large file, `blob` is git's own checksum."""
+    """One file of a repository; `sha256` only if the hub stores it as a large file, `blob` is git's own checksum."""
 
     name: str
     size: int
@@ -48,7 +48,7 @@ class HubFile:
 
 
 class Remote:
-    """What is fetched: the configuration key that names it, and the folder `root` that it goes to."""
+    """Base of everything that is fetched: the configuration key that names it, and the folder `root` it goes to."""
 
     server, advice = "the hub", "Check the network or HF_ENDPOINT"
 
@@ -56,7 +56,7 @@ class Remote:
         self.key, self.root = key, root
 
     def lasting_problem(self, error: Exception) -> str | None:
-        """What the user has to do about an error that waiting does not cure; None for all others."""
+        """Return what the user has to do about an error that waiting does not cure; None for all others."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         if any(isinstance(part, OfflineModeIsEnabled) for part in chain(error)):
@@ -73,7 +73,10 @@ class Remote:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[Path]:
-        """Keep other processes and threads from fetching `name`; yields where its parts may be kept."""
+        """Keep other processes and threads from fetching `name`; yield the path for its parts.
+
+        Raises UserError if the folder cannot be written.
+        """
         from filelock import FileLock
 
         part = self.root / ".parts" / name.replace("/", "--")
@@ -90,7 +93,7 @@ class Remote:
 
 
 class HubRepo(Remote):
-    """A revision of a data set on the hub; `key`.repo and `key`.revision name it."""
+    """Revision of a data set on the hub, named by `key`.repo and `key`.revision."""
 
     def __init__(self, repo: str, revision: str, key: str, root: Path) -> None:
         super().__init__(key, root)
@@ -121,7 +124,7 @@ class HubRepo(Remote):
 
 
 class WebFile(Remote):
-    """A single file at an address of the web that `key` names; it keeps its name in a folder of its own."""
+    """Single file at an address of the web that `key` names; it keeps its name in a folder of its own."""
 
     advice = "Check the network, or get the file in another way and give its path"
 
@@ -140,11 +143,12 @@ class WebFile(Remote):
         return f"{self.key}={self.url}"
 
     def is_here(self) -> bool:
+        """Return True if the whole file has been fetched."""
         source = read_json(self.root / "source.json")
         return source is not None and self.path.is_file() and self.path.stat().st_size == source["size"]
 
     def fetch(self) -> Path:
-        """The file's path, after fetching it if it is not there or not whole."""
+        """Return the file's path; fetch the file first if it is missing or incomplete."""
         with self.lock(self.path.name) as part:
             if not self.is_here():
                 print(f"{self}: fetching it into {self.root}", flush=True)
@@ -162,15 +166,15 @@ class WebFile(Remote):
 
         disable_progress_bars("huggingface_hub.http_get")
         with open(part, "wb") as out:  # from the start: nothing tells whether the file behind an address has changed
-            http_get(self.url, out, headers={"Accept-Encoding": "identity"})  # lengths are those of the file
+            http_get(self.url, out, headers={"Accept-Encoding": "identity"})  # so that lengths are those of the file
         sync(part)
 
 
 class HubFolder(HubRepo):
-    """The files of one revision of a data set; `workers` of them are fetched at a time.
+    """Files of one revision of a data set; `workers` of them are fetched at a time.
 
-    The commit that a branch points to is looked up once and kept in files.json, so that a run that continues reads what
-    it began with; later starts need no network for what is there.
+    The commit that a branch points to is looked up once and kept in files.json, so that a continued run reads what it
+    began with; later starts need no network for files that are there.
     """
 
     def __init__(self, repo: str, revision: str, cache: str | Path, workers: int, key: str = "data") -> None:
@@ -184,7 +188,7 @@ class HubFolder(HubRepo):
         self._mutex = threading.Lock()
 
     def files(self) -> list[HubFile]:
-        """All files of the revision in name order, as the hub lists them or files.json remembers."""
+        """Return all files of the revision in name order, as the hub lists them or files.json remembers."""
         if self._files is None:
             path = self.root / "files.json"
             if not path.exists():
@@ -196,19 +200,22 @@ class HubFolder(HubRepo):
         return self._files
 
     def matching(self, pattern: str) -> list[HubFile]:
+        """Return the files whose names match a pattern with `*` and `?`."""
         return [file for file in self.files() if fnmatch.fnmatchcase(file.name, pattern)]
 
     def path(self, file: HubFile) -> Path:
+        """Return the path of a file on this machine, fetched or not."""
         return self.root / file.name
 
     def is_here(self, file: HubFile) -> bool:
+        """Return True if a file has been fetched."""
         try:
             return self.path(file).stat().st_size == file.size
         except FileNotFoundError:
             return False
 
     def request(self, files: Sequence[HubFile]) -> list[Future]:
-        """Have daemon threads fetch `files` in this order; a future per file, with its path or the error."""
+        """Have daemon threads fetch `files` in this order; return a future per file, with its path or the error."""
         futures = []
         with self._mutex:
             for file in files:
@@ -227,7 +234,7 @@ class HubFolder(HubRepo):
         return futures
 
     def fetch_all(self, files: Sequence[HubFile]) -> None:
-        """Fetch `files` and show how far that is; raises the first UserError."""
+        """Fetch `files` and show the progress; raise the first UserError."""
         missing = [file for file in files if not self.is_here(file)]
         if not missing:
             return
@@ -238,13 +245,13 @@ class HubFolder(HubRepo):
             while (count := sum(future.done() and not future.exception() for future in futures)) < len(futures):
                 for future in futures:
                     if future.done():
-                        future.result()  # or its error
+                        future.result()  # raises its error
                 show(sum(map(self._done, missing)), count, len(futures))
                 time.sleep(0.1)
             show(sum(map(self._done, missing)), count, count)
 
     def fetch(self, file: HubFile) -> Path:
-        """The file's path, after fetching it if it is not there; another process may do it meanwhile."""
+        """Return the file's path; fetch the file first if it is missing, unless another process does."""
         path = self.path(file)
         with self.lock(file.name) as part:
             if not self.is_here(file):
@@ -255,7 +262,7 @@ class HubFolder(HubRepo):
         return path
 
     def read(self, file: HubFile, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop` of a file, over the network; OSError if others come."""
+        """Return the bytes from `start` to `stop` of a file, over the network. Raises OSError if others come."""
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -272,6 +279,7 @@ class HubFolder(HubRepo):
         return content
 
     def _work(self) -> None:
+        """Fetch queued files for ever, as one of the daemon threads."""
         while True:
             file, future = self._queue.get()
             try:
@@ -283,6 +291,7 @@ class HubFolder(HubRepo):
             future.set_exception(error) if error is not None else future.set_result(result)
 
     def _listing(self) -> dict[str, Any]:
+        """Return {"commit", "files"} of the revision, as the hub lists them."""
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
@@ -297,7 +306,7 @@ class HubFolder(HubRepo):
         return {"commit": commit, "files": [asdict(file) for file in sorted(files, key=lambda file: file.name)]}
 
     def _download(self, file: HubFile, part: Path) -> None:
-        """Continue `part` until it is the whole file. One that is whole but wrong is removed."""
+        """Continue `part` until it is the whole file. Delete it and raise OSError if its checksum is wrong."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers, disable_progress_bars
@@ -317,7 +326,7 @@ class HubFolder(HubRepo):
         sync(part)
 
     def _done(self, file: HubFile) -> int:
-        """Bytes of a file that are here."""
+        """Return the bytes of a file that are on this machine, complete or not."""
         part = self.root / ".parts" / f"{file.name.replace('/', '--')}.part"
         for path in (self.path(file), part, self.path(file)):  # it may be renamed between two looks
             try:
@@ -327,6 +336,7 @@ class HubFolder(HubRepo):
         return 0
 
     def _check_space(self, missing: Sequence[HubFile]) -> None:
+        """Raise UserError if the disk has no room for the missing files."""
         self.root.mkdir(parents=True, exist_ok=True)
         wanted = sum(file.size - self._done(file) for file in missing)
         free = shutil.disk_usage(self.root).free
@@ -338,12 +348,15 @@ class HubFolder(HubRepo):
 
 
 def hub_folder(cache: str | Path, repo: str, revision: str) -> Path:
-    """Where a revision of a data set is kept."""
+    """Return the folder in which a revision of a data set is kept."""
     return Path(cache).expanduser() / repo.replace("/", "--") / revision.replace("/", "--")
 
 
 def patiently(action: Callable[[], Any], remote: Remote) -> Any:
-    """The result of `action`, tried again after what may pass: broken connections, busy or failing servers."""
+    """Return the result of `action`, tried again after broken connections and busy or failing servers.
+
+    Raises UserError for errors that waiting does not cure, and after TRIES tries.
+    """
     for tries in range(1, TRIES + 1):
         try:
             return action()
@@ -365,31 +378,32 @@ def patiently(action: Callable[[], Any], remote: Remote) -> Any:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it was raised from: libraries wrap what the server said."""
+    """Yield an exception and those that it was raised from: libraries wrap the server's answer."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an exception carries, if any."""
+    """Return the HTTP status that an exception carries, if any."""
     responses = (getattr(part, "response", None) for part in chain(error))
     return next((response.status_code for response in responses if response is not None), None)
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200]
 
 
 def retry_after(error: Exception) -> float:
-    """Seconds that the server asks to wait."""
+    """Return the seconds that the server asks to wait, 0 if it does not say."""
     headers = (getattr(getattr(part, "response", None), "headers", {}) for part in chain(error))
     text = next((h["Retry-After"] for h in headers if "Retry-After" in h), "")
     return min(float(text), 10 * LAST_WAIT) if text.isdigit() else 0.0
 
 
 def checksum(path: Path, file: HubFile) -> str:
-    """SHA-256 of a file, or git's checksum for one that the hub stores in git."""
+    """Return the SHA-256 of a file, or git's checksum for one that the hub stores in git."""
     with open(path, "rb") as content:
         if file.sha256:
             return hashlib.file_digest(content, "sha256").hexdigest()
@@ -397,7 +411,7 @@ def checksum(path: Path, file: HubFile) -> str:
 
 
 def check_footer(path: Path, what: str) -> None:
-    """Raise UserError for what is no complete parquet file."""
+    """Raise UserError for a file that is no complete parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -409,7 +423,7 @@ def check_footer(path: Path, what: str) -> None:
 
 @contextmanager
 def progress(title: str, total: int, begin: int) -> Iterator[Callable[[int, int, int], None]]:
-    """Yields show(bytes done, files done, files): a bar in a terminal, else a line now and then."""
+    """Yield show(bytes done, files done, files): a bar in a terminal, else a line now and then."""
     if sys.stdout.isatty():
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

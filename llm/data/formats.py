@@ -1,4 +1,4 @@
-"""Files that hold documents: parquet, jsonl and txt, the latter two also compressed, row by row from any row on.
+"""Files of documents: parquet, jsonl and txt, the latter two also compressed, read row by row from any row on.
 
 Every mistake in a file is a UserError that names the file, the row and, where one is to blame, the configuration key.
 """
@@ -43,12 +43,15 @@ class Column(NamedTuple):
 
 
 def kind_of(name: str) -> str | None:
-    """ "parquet", "jsonl", "txt" or, for any other file, None."""
+    """Return the kind of a file by its name: "parquet", "jsonl" or "txt"; None for any other file."""
     return next((kind for suffix, kind in SUFFIXES.items() if name.lower().endswith(suffix)), None)
 
 
 def find_files(path: str | Path, key: str) -> list[Path]:
-    """Data files of a file name, folder or glob in name order; a folder must hold one kind: no README is trained on."""
+    """Return the data files of a file name, folder or glob in name order.
+
+    Raises UserError if there are none, or if a folder holds several kinds: a README must not be trained on.
+    """
     if not path or not str(path):
         raise UserError(f"{key}={path} is not set: name a file, a folder or a pattern of {KNOWN} files")
     root = Path(path).expanduser()
@@ -69,7 +72,7 @@ def find_files(path: str | Path, key: str) -> list[Path]:
 
 
 def check_one_kind(names: list[str], what: str, fix: str) -> None:
-    """Raise UserError for files of several kinds; `fix` has a %s where the suffix to be chosen goes."""
+    """Raise UserError for files of several kinds; `fix` has a %s for the suffix to choose."""
     kinds = {kind: sum(kind_of(name) == kind for name in names) for kind in sorted({kind_of(name) for name in names})}
     if len(kinds) > 1:
         counts = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -77,7 +80,7 @@ def check_one_kind(names: list[str], what: str, fix: str) -> None:
 
 
 def check_file(path: Path, column: Column) -> None:
-    """Raise UserError for what is wrong with a file at a glance: empty, no parquet, no such column."""
+    """Raise UserError for obvious mistakes in a file: empty, no parquet, no such column."""
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty. Delete it or fetch it again.")
     if kind_of(path.name) == "parquet":
@@ -85,12 +88,12 @@ def check_file(path: Path, column: Column) -> None:
 
 
 def read_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
-    """The rows of a file from row `start` on; None where there is no text."""
+    """Yield the rows of a file from row `start` on; None where there is no text."""
     return {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "txt": _txt_rows}[kind_of(path.name)](path, column, start)
 
 
 def count_rows(path: Path, column: Column) -> int:
-    """Rows of a file without parsing them."""
+    """Count the rows of a file without parsing them."""
     kind = kind_of(path.name)
     if kind == "parquet":
         with _open_parquet(path, column) as file:
@@ -99,7 +102,7 @@ def count_rows(path: Path, column: Column) -> int:
 
 
 def _open_parquet(path: Path, column: Column):
-    """The opened file; UserError if it is no parquet file or has no text in `column`."""
+    """Return the opened file. Raises UserError if it is no parquet file or has no text in `column`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -121,6 +124,7 @@ def _open_parquet(path: Path, column: Column):
 
 
 def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
+    """Yield the text of the rows from `start` on; row groups before it are never decoded."""
     import pyarrow as pa
 
     with _open_parquet(path, column) as file:
@@ -154,7 +158,7 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[str | None
 
 
 def _mean_bytes(metadata, groups: list[int], name: str) -> int:
-    """Bytes of a text column per row, in the row group where they are most."""
+    """Return the bytes of a text column per row, in the row group with the most."""
     means = [1]
     for group in map(metadata.row_group, groups):
         parts = (group.column(i) for i in range(group.num_columns))
@@ -176,7 +180,10 @@ def _is_utf8(value) -> bool:
 
 
 def _lines(path: Path, piece: int | None = None) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a UTF-8 file; longer lines in pieces of `piece` bytes, without it an error."""
+    """Yield (line number from 1, line) of a UTF-8 file; with `piece`, longer lines come in pieces of so many bytes.
+
+    Without `piece`, a line longer than DOCUMENT_BYTES raises UserError.
+    """
     decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
     try:
         with _opened(path) as file:
@@ -194,7 +201,7 @@ def _lines(path: Path, piece: int | None = None) -> Iterator[tuple[int, str]]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """The file, decompressed while it is read."""
+    """Open a file for reading bytes, decompressed on the fly."""
     name = path.name.lower()
     if name.endswith(".gz"):
         return gzip.open(path if isinstance(path, Path) else path.open(), "rb")
@@ -206,6 +213,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
+    """Yield the text of the rows from `start` on, None for blank lines."""
     for number, line in _lines(path):
         if number <= start:
             continue
@@ -228,12 +236,12 @@ def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
 
 
 def _txt_rows(path: Path, column: Column, start: int) -> Iterator[str]:
-    """Documents of a text file, cut as FileDocuments describes; `column` has no meaning here."""
+    """Yield documents of a text file from number `start` on; `column` has no meaning here."""
     return islice(_txt_documents(path), start, None)
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
-    """A pass over the file that holds one document at a time."""
+    """Yield the documents of a text file, cut at separators, blank lines and line ends; one is held at a time."""
     lines, size = [], 0
     for _, line in _lines(path, TXT_LINE_BYTES):
         separator, blank = line.strip() == TXT_SEPARATOR, not line.strip()

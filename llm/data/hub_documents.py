@@ -1,4 +1,4 @@
-"""Text of a data set on the Hugging Face hub: its shards are fetched while the ones before are read."""
+"""Text of a data set on the Hugging Face hub: shards are fetched ahead of the one that is read."""
 
 import os
 import re
@@ -18,7 +18,8 @@ SPLITS = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./\d])")
 class HubDocuments(FileDocuments):
     """Shards of a data set in name order; the last one validates, the first `shards` of the others are trained on.
 
-    files: a pattern of shard names; None takes every parquet, jsonl or txt file.
+    files: a pattern of shard names; None takes every parquet, jsonl or txt file. Raises UserError if none is left to
+    validate, or if there are fewer than `shards`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class HubDocuments(FileDocuments):
         super().__init__(list(self._number), str(folder), column, val_size, key)
 
     def check(self) -> str:
-        """Fetch the first and the validation shard, and look for the column and a document in both."""
+        """Fetch the first and the validation shard and look for column and documents; return one line on the source."""
         ends = list(dict.fromkeys([self.remote[0], self.remote[-1]]))
         self.folder.fetch_all(ends)
         for file in ends:
@@ -62,13 +63,16 @@ class HubDocuments(FileDocuments):
         )
 
     def present(self, path: Path) -> Path:
-        """Wait for the shard, while those that follow are fetched too."""
+        """Wait for the shard and return its path, while the shards behind it are fetched too."""
         number = self._number[path]
         return self.folder.request(self.remote[number : number + 1 + self._ahead])[0].result()
 
 
 def find_shards(folder: HubFolder, pattern: str | None, key: str) -> list[HubFile]:
-    """The shards that `pattern` names, of one kind. Without a pattern, files of several splits are an error."""
+    """Return the shards that `pattern` names. Raises UserError if there are none, or files of several kinds or splits.
+
+    Only a `pattern` may name files of several splits.
+    """
     found = [file for file in folder.matching(pattern or "*") if kind_of(file.name)]
     if not found:
         asked = f"no file that matches {key}.files={pattern} and is {KNOWN}" if pattern else f"no {KNOWN} file"

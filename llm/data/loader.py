@@ -33,13 +33,13 @@ from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
 log = logging.getLogger(__name__)
-NEWS_SECONDS = 30.0  # between lines about data that does not come
-UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
-VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
+NEWS_SECONDS = 30.0  # seconds between lines in the log while no data come
+UNDIVIDED = {"rank": 0, "world": 1}  # for a loader whose rows all ranks share
+VAL_PACKING = "crop"  # scores are measured on equal rows whatever the packing of training
 
 
 class TextFeed:
-    """Tokenised documents of one rank, each beginning with BOS; `cursor` is the position after the last handed out."""
+    """Tokenised documents of one rank, each beginning with BOS; `cursor` is the position behind the last one."""
 
     def __init__(
         self,
@@ -64,7 +64,10 @@ class TextFeed:
 
 
 class StepLoader:
-    """What the two loaders share: rows to steps, state, background thread. Iterating again starts over at `state`."""
+    """Base of the loaders: rows to steps, the resume state, the background thread.
+
+    Iterating again starts over at `state`. Raises UserError for a state of another loader, sequence length or rank.
+    """
 
     kind = ""
 
@@ -87,7 +90,7 @@ class StepLoader:
             )
         self.seq_len, self.rows_per_micro, self.micro_per_step = seq_len, rows_per_micro, micro_per_step
         self.rank, self.world, self.prefetch, self.pin_memory = rank, world, prefetch, pin_memory
-        self.timeout_s = timeout_s  # seconds without a step that mean there will be none
+        self.timeout_s = timeout_s  # after so many seconds without a step there will be none
         self.wait_seconds = 0.0  # time the consumer spent waiting for a step, since the loader was built
         self.state = state
         if state is not None:
@@ -95,7 +98,7 @@ class StepLoader:
         self._running: Callable[[], _Background | None] = lambda: None
 
     def __len__(self) -> int:
-        """Endless for Lightning: a sized loader is not fetched ahead, and the stage stops at max_steps."""
+        """Return a huge number: Lightning fetches ahead from a loader without a length. Stages stop at max_steps."""
         return 10**9
 
     def __iter__(self) -> "_Background":
@@ -105,7 +108,7 @@ class StepLoader:
         return running
 
     def skip(self, steps: int) -> None:
-        """Begin behind the next `steps` steps."""
+        """Move the start behind the next `steps` steps."""
         for step in islice(self.steps(), steps):
             self.state = step["state"]()
 
@@ -115,7 +118,7 @@ class StepLoader:
             running.close()
 
     def steps(self) -> Iterator[dict]:
-        """The steps, prepared in the calling thread."""
+        """Yield the steps, prepared in the calling thread."""
         packer, cursor = self._packer(), None
         if self.state is not None:
             cursor = self.state["cursor"]
@@ -134,7 +137,10 @@ class StepLoader:
             }
 
     def _position(self, cursor: dict | None, snapshot: Callable[[], dict]) -> Callable[[], dict]:
-        """What makes the position: only the steps that a checkpoint follows need it, and it is megabytes."""
+        """Return a function that builds the resume state.
+
+        It is built lazily, because copying the buffer costs megabytes and only checkpoints need it.
+        """
         layout = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
         return lambda: layout | {"cursor": cursor, "packer": _tensors(snapshot())}
 
@@ -153,6 +159,7 @@ class StepLoader:
         }
 
     def _check_state(self, state: dict) -> None:
+        """Raise UserError unless a resume state fits this loader."""
         mine = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
         for key, value in mine.items():
             if state.get(key) != value:
@@ -162,13 +169,15 @@ class StepLoader:
                 )
 
     def _packer(self) -> BestFit | BestFitCrop | BestFitPad | Stream:
+        """Return a new packer for rows of seq_len + 1 tokens."""
         raise NotImplementedError
 
     def _feed(self, cursor: dict | None) -> Iterator[Document]:
-        """Documents from `cursor` on; the feed's `.cursor` follows what was handed out."""
+        """Return an iterator over documents from `cursor` on; its `.cursor` follows what was handed out."""
         raise NotImplementedError
 
     def _pad_id(self) -> int:
+        """Return the token id that fills unused positions."""
         raise NotImplementedError
 
 
@@ -211,7 +220,7 @@ class TextSteps(StepLoader):
 class ConversationSteps(StepLoader):
     """Midtraining and finetuning steps: whole conversations, best-fit packed with padding.
 
-    train_on="assistant" trains what the assistant writes (the mask of llm.tokenizer.chat_format), "all" every token.
+    train_on="assistant" trains the assistant's words (the mask of llm.tokenizer.chat_format), "all" every token.
     loop=False: one pass.
     """
 
@@ -259,10 +268,11 @@ class ConversationSteps(StepLoader):
 
 
 def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:
-    """The fixed micro-batches {"inputs", "targets"} of a finite loader that cover about `eval_tokens` positions.
+    """Return the fixed micro-batches {"inputs", "targets"} of a finite loader that cover about `eval_tokens` positions.
 
-    Build the loader with split="val" or loop=False and `UNDIVIDED`: all ranks pack the same rows and each keeps every
-    world-th micro-batch, so that a score summed over ranks does not depend on their number.
+    Build the loader with split="val" or loop=False and `UNDIVIDED`: all ranks pack equal rows and each keeps every
+    world-th micro-batch, so that a score summed over ranks does not depend on their number. Raises UserError if no
+    token is trained.
     """
     batches, tokens = [], 0
     for step in loader.steps():
@@ -278,16 +288,16 @@ def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, worl
 
 
 def positions_for(positions: list[dict | None], world: int) -> list[dict | None]:
-    """The positions (by rank) that another number of ranks continues from, so that nothing is lost or repeated.
+    """Return the positions (by rank) from which another number of ranks continues; nothing is lost or repeated.
 
     Documents and conversations are numbered over all ranks: number i went to rank i % len(positions). Reading goes on
-    at the rank that is furthest behind, and what the others have read already is named in `consumed` and left out. What
-    waits in the packing buffers is dealt out anew.
+    at the rank that is furthest behind; `consumed` names what the others have read already, and it is left out. The
+    documents that wait in the packing buffers are dealt out anew.
     """
     if len(positions) == world:
         return positions
     if any(position is None or "packer" not in position for position in positions):
-        return [positions[0]] * world  # not begun, or the same for all ranks
+        return [positions[0]] * world  # not begun, or one position for all ranks
     cursors, packers = ([position[key] for position in positions] for key in ("cursor", "packer"))
     behind = min(cursors, key=lambda cursor: cursor["index"])
     cursor = behind | {"consumed": [*behind.get("consumed", []), [cursor["index"] for cursor in cursors]]}
@@ -309,9 +319,8 @@ class _Background:
         thread = threading.Thread(
             target=_prepare, args=(loader.steps, self._ready, self._free, stop), name="fathom-data", daemon=True
         )
-        self._finalizer = weakref.finalize(
-            self, _stop, thread, self._free, stop
-        )  # on close, garbage collection or exit
+        # `_stop` runs on close, garbage collection or exit.
+        self._finalizer = weakref.finalize(self, _stop, thread, self._free, stop)
         thread.start()
 
     def __iter__(self) -> "_Background":
@@ -331,6 +340,7 @@ class _Background:
         return step
 
     def _patiently(self) -> tuple[dict | None, BaseException | None]:
+        """Wait for the next (step, error), with a line in the log now and then. Raises UserError after timeout_s."""
         waited = 0.0
         while waited < self._loader.timeout_s:
             wait = min(NEWS_SECONDS, self._loader.timeout_s - waited)
@@ -351,7 +361,7 @@ class _Background:
 
 
 def _prepare(steps: Callable, ready: queue.SimpleQueue, free: threading.Semaphore, stop: threading.Event) -> None:
-    """The thread: put (step, None) for each step, then (None, error or None at the end)."""
+    """Run in the thread: put (step, None) for each step, then (None, error or None) at the end."""
     try:
         source = steps()
         while True:
@@ -367,6 +377,7 @@ def _prepare(steps: Callable, ready: queue.SimpleQueue, free: threading.Semaphor
 
 
 def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event) -> None:
+    """Tell the thread to stop and wait for it, at most 10 seconds."""
     stop.set()
     free.release()
     if thread is not threading.current_thread():

@@ -1,10 +1,10 @@
-"""Packing of documents into rows of fixed length: which documents share a row, and what is lost.
+"""Packing of documents into rows of fixed length: which documents share a row, and how much is lost.
 
-All but Stream keep a buffer of waiting documents, refilled before every placement:
+All packings but Stream keep a buffer of waiting documents, refilled before every placement:
 
 - BestFit (pretraining) looks for one document, or two, that end exactly at the row's end; else it takes the largest
   that fits, and where none fits the shortest fills the row and its rest waits as a piece of its own. A document longer
-  than a row is such pieces from the start. Rows are full and nothing is lost; every piece begins with BOS, and a BOS
+  than a row is cut into such pieces at once. Rows are full and nothing is lost; every piece begins with BOS, and a BOS
   that is a target always stands behind the true end of a document.
 - BestFitCrop (as nanochat since January 2026) takes the LARGEST document that fits; where none fits it crops the
   SHORTEST to the space and drops its rest: a share of the tokens is never trained on (`lost_fraction`).
@@ -21,9 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_ARRIVALS = (
-    1 << 48
-)  # keys are length * _ARRIVALS + (_ARRIVALS - 1 - arrival): by length, among equals the oldest is largest
+# A key is length * _ARRIVALS + (_ARRIVALS - 1 - arrival): sorted by length, and among equals the oldest is largest.
+_ARRIVALS = 1 << 48
 
 
 class Document(NamedTuple):
@@ -34,7 +33,7 @@ class Document(NamedTuple):
 
 
 class _Packer:
-    """What all packings share: waiting documents, sorted by (length, age), and the loop that fills a row with them."""
+    """Base of all packings: waiting documents, sorted by (length, age), and the loop that fills a row with them."""
 
     def __init__(self, row_len: int, buffer: int = 1000) -> None:
         if row_len < 2 or buffer < 1:
@@ -51,7 +50,7 @@ class _Packer:
 
     @property
     def lost_fraction(self) -> float:
-        """What was lost as a share of that and of what was placed."""
+        """Share lost / (lost + placed) of the tokens or positions so far."""
         return self.lost / max(1, self.lost + self.placed)
 
     def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
@@ -76,9 +75,10 @@ class _Packer:
         raise NotImplementedError
 
     def _put_back(self, document: Document, used: int) -> None:
-        """Keep what did not fit behind the first `used` tokens. A packing that crops drops it."""
+        """Keep the rest of a document behind its first `used` tokens. A packing that crops drops it."""
 
     def _refill(self, documents: Iterator[Document]) -> None:
+        """Take documents until `buffer` of them wait, or none is left."""
         while len(self._waiting) < self.buffer:
             document = next(documents, None)
             if document is None:
@@ -86,6 +86,7 @@ class _Packer:
             self._add(document, len(document.ids))
 
     def _add(self, document: Document, length: int) -> None:
+        """Let a document wait under its full `length`, with at most row_len of its tokens."""
         if not length:
             return
         key = self._key(length)
@@ -96,33 +97,37 @@ class _Packer:
         self._waiting[key] = document
 
     def _key(self, length: int) -> int:
+        """Return the sort key of the next arrival: by length, the oldest largest among equals."""
         self._arrivals += 1
         return length * _ARRIVALS + _ARRIVALS - self._arrivals
 
     def _pop_largest(self, space: int) -> Document | None:
-        """The largest waiting document of at most `space` tokens, the oldest among equals."""
+        """Take out the largest waiting document of at most `space` tokens, the oldest among equals; else None."""
         i = bisect_left(self._keys, (space + 1) * _ARRIVALS) - 1
         return self._waiting.pop(self._keys.pop(i)) if i >= 0 else None
 
     def _pop_shortest(self) -> tuple[Document, int]:
-        """The shortest waiting document, the oldest among equals, and its length before capping."""
+        """Take out the shortest waiting document, the oldest among equals; return it and its length before capping."""
         length = self._keys[0] // _ARRIVALS
         i = bisect_left(self._keys, (length + 1) * _ARRIVALS) - 1
         return self._waiting.pop(self._keys.pop(i)), length
 
     def state_dict(self) -> dict:
-        """The waiting documents in order of arrival as flat arrays, and the counters. Fresh copies, a few MB."""
+        """Return the waiting documents in order of arrival as flat arrays, and the counters: fresh copies, a few MB."""
         return self.snapshot()()
 
     def snapshot(self) -> Callable[[], dict]:
-        """A function that makes the `state_dict` of now; the copies are made when it is called."""
+        """Return a function that makes the `state_dict` of this moment; it copies only when it is called."""
         numbers = {"placed": self.placed, "lost": self.lost, "row_len": self.row_len}
         waiting = list(self._waiting.items())
         return lambda: numbers | _flat(waiting)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()` of a packer with the same row length: the same documents give the same rows."""
-        older = state.get("cropped", state.get("padded", 0))  # names that `lost` had
+        """Continue from `state_dict()` of a packer with equal row length: equal documents then give equal rows.
+
+        Raises ValueError for a state of another row length.
+        """
+        older = state.get("cropped", state.get("padded", 0))  # former names of `lost`
         self.placed, self.lost = int(state["placed"]), int(state.get("lost", older))
         self._arrivals, self._keys, self._waiting = 0, [], {}
         tokens, mask, start = np.asarray(state["tokens"]), state.get("mask"), 0
@@ -136,6 +141,7 @@ class _Packer:
 
 
 def _flat(waiting: list[tuple[int, Document]]) -> dict[str, np.ndarray]:
+    """Return (key, document) pairs as flat arrays: lengths, tokens and, if the documents have them, masks."""
     documents = [document for _, document in waiting]
     flat = {
         "lengths": np.array([key // _ARRIVALS for key, _ in waiting], np.int64),
@@ -147,8 +153,9 @@ def _flat(waiting: list[tuple[int, Document]]) -> dict[str, np.ndarray]:
 
 
 def deal(states: list[dict], n: int) -> list[dict]:
-    """States of `n` packers that together hold the documents of all `states`, dealt out one by one; the first has the
-    counters of all.
+    """Deal the waiting documents of all packer `states` out to `n` packers, one by one; return their states.
+
+    The first of them gets the counters of all.
     """
     hands: list[dict] = [{"lengths": [], "tokens": [], "mask": []} for _ in range(n)]
     turn = 0
@@ -174,7 +181,10 @@ def deal(states: list[dict], n: int) -> list[dict]:
 
 
 class BestFit(_Packer):
-    """Full rows in which every piece begins with BOS, no token lost; only a finite stream's last row ends early."""
+    """Packing into full rows in which every piece begins with BOS, and no token is lost.
+
+    Only the last row of a finite stream ends early.
+    """
 
     def __init__(self, row_len: int, buffer: int = 1000) -> None:
         super().__init__(row_len, buffer)
@@ -190,8 +200,9 @@ class BestFit(_Packer):
             self._add(piece, len(piece.ids))
 
     def _next(self, space: int) -> Document:
-        """The piece to place: the largest that leaves no gap, alone or with one other, else the largest that fits, else
-        the shortest.
+        """Take out the piece to place: the largest that leaves no gap, alone or with one other.
+
+        If there is none, the largest that fits is taken, and if none fits the shortest.
         """
         length = space
         if not self._counts[space]:
@@ -213,13 +224,13 @@ class BestFit(_Packer):
 
 
 def _behind_first(document: Document, start: int, stop: int) -> Document:
-    """The first token (BOS) and those from `start` to `stop`."""
+    """Return the first token (BOS) of a document and those from `start` to `stop`."""
     ids, mask = (None if x is None else np.concatenate((x[:1], x[start:stop])) for x in document)
     return Document(ids, mask)
 
 
 class Stream(_Packer):
-    """All documents one after the other, cut where a row ends; the rest begins the next row, without a BOS."""
+    """Packing of all documents end to end, cut where a row ends; the rest begins the next row, without a BOS."""
 
     def __init__(self, row_len: int, buffer: int = 1) -> None:
         super().__init__(row_len, 1)
@@ -240,7 +251,7 @@ class Stream(_Packer):
 
 
 class BestFitCrop(_Packer):
-    """Full, BOS-aligned rows; only the last row of a finite stream may end early."""
+    """Packing into full, BOS-aligned rows that crops; only the last row of a finite stream may end early."""
 
     def _next(self, space: int) -> Document:
         document = self._pop_largest(space)
@@ -251,12 +262,16 @@ class BestFitCrop(_Packer):
 
 
 class BestFitPad(_Packer):
-    """Whole documents only; the rest of the row stays as the caller prepared it (padding, mask False)."""
+    """Packing of whole documents only; the rest of a row stays as the caller prepared it (padding, mask False)."""
 
     def __init__(self, row_len: int, buffer: int = 100) -> None:
         super().__init__(row_len, buffer)
 
     def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
+        """Write one row of whole documents; return the tokens written, 0 when no document is left.
+
+        Raises ValueError for a document longer than a row.
+        """
         used = super().fill(ids, mask, documents)
         if used == 0 and self._keys:
             raise ValueError(f"a document of {self._keys[0] // _ARRIVALS} tokens exceeds the row of {self.row_len}")

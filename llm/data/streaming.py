@@ -1,8 +1,8 @@
 """Text of a data set on the Hugging Face hub, read over the network while it is trained on: nothing is stored.
 
-Files are read in blocks, a few of them ahead. Documents, their order and their positions are those of the files when
-they are fetched, so a run may change from one to the other; a position inside a parquet file is found without reading
-what comes before its row group.
+Files are read in blocks, a few of them ahead. Documents, their order and their positions equal those of fetched files,
+so a run may change from one to the other. A position inside a parquet file is found without reading what comes before
+its row group.
 """
 
 import io
@@ -20,12 +20,12 @@ BLOCKS_AHEAD = 4
 
 
 class StreamedDocuments(HubDocuments):
-    """As HubDocuments, over the network."""
+    """Shards of a data set on the hub, read over the network; the last one validates."""
 
     is_stored = False
 
     def check(self) -> str:
-        """Look for the column and a document in the first and in the validation shard."""
+        """Look for column and documents in the first and the validation shard; return one line on what is read."""
         for path in dict.fromkeys((self.files[0], self.files[-1])):
             check_file(self.present(path), self.column)
         self._find_documents()
@@ -36,11 +36,12 @@ class StreamedDocuments(HubDocuments):
         )
 
     def present(self, path) -> "RemoteFile":
+        """Return the shard as a file that is read over the network."""
         return RemoteFile(self.folder, self.remote[self._number[path]])
 
 
 class RemoteFile:
-    """What the readers of llm.data.formats ask of a path, for a file on the hub."""
+    """File on the hub with the methods of a path that the readers of llm.data.formats call."""
 
     def __init__(self, folder: HubFolder, file: HubFile) -> None:
         self.folder, self.file, self.name = folder, file, file.name
@@ -49,14 +50,16 @@ class RemoteFile:
         return f"{self.folder}: {self.name}"
 
     def stat(self) -> SimpleNamespace:
+        """Return the size in bytes as `st_size`."""
         return SimpleNamespace(st_size=self.file.size)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
+        """Return a reader of the file's bytes."""
         return io.BufferedReader(Blocks(self.folder, self.file), BLOCK_BYTES)
 
 
 class Blocks(io.RawIOBase):
-    """The bytes of a file on the hub. Threads fetch the blocks that follow the one that is read."""
+    """Bytes of a file on the hub. Threads fetch the blocks behind the one that is read."""
 
     def __init__(self, folder: HubFolder, file: HubFile) -> None:
         self.folder, self.file, self.at = folder, file, 0

@@ -1,4 +1,4 @@
-"""Several sources of text in one stream, each with a share of the characters."""
+"""Weighted mixture of text sources in one stream, each with a share of the characters."""
 
 from collections.abc import Iterator, Mapping
 
@@ -8,9 +8,9 @@ from llm.data.documents import Cursor, FileDocuments, share
 class MixedDocuments:
     """Documents of several sources, in an order that their lengths and weights alone decide.
 
-    The next document comes from the source that has given the fewest characters for its weight, the first named where
-    several have. So all ranks see one global order, and the cursor holds the position and the characters of each
-    source. While training every source starts over when it ends; in a single pass the others go on without it.
+    The next document comes from the source that has given the fewest characters for its weight; the first named one
+    wins a tie. So all ranks see one global order, and the cursor holds the position and the characters of each source.
+    In training every source starts over when it ends; in a single pass the others go on without it.
     """
 
     def __init__(self, sources: Mapping[str, tuple[FileDocuments, float]]) -> None:
@@ -19,12 +19,14 @@ class MixedDocuments:
         self.weights = {name: weight / total for name, (_, weight) in sources.items()}
 
     def check(self) -> str:
+        """Check every source; return one line per source with its share. Raises UserError for the first mistake."""
         lines = [f"{self.weights[name]:.1%} {name}: {source.check()}" for name, source in self.sources.items()]
         return "a mixture of\n  " + "\n  ".join(lines)
 
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[str, Cursor]]:
+        """Yield this rank's documents from `cursor` on, each with the cursor behind it."""
         return share(self._in_order(split, cursor, loop), cursor, rank, world)
 
     def _in_order(self, split: str, cursor: Cursor | None, loop: bool) -> Iterator[tuple[str, Cursor]]:

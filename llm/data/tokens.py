@@ -1,9 +1,9 @@
-"""Documents as token ids: tokenised by threads as they come, or read from a cache on disk.
+"""Documents as token ids: tokenised by threads on the fly, or read from a cache on disk.
 
 The cache is one file per shard, written whole and renamed into place: token ids (2 or 4 bytes each), the length of
 every row of the shard (0: nothing in it), and a last record of what they were made of. It is read through the page
 cache, and its documents have the cursors of the text they come from. While a shard is read, a thread writes the next
-one, so that training waits for the first one only. Of several processes one writes and the others wait for it.
+one, so that training waits for the first one only. Among several processes one writes, and the others wait for it.
 """
 
 import copy
@@ -25,16 +25,16 @@ from filelock import FileLock
 from llm.data.documents import Cursor, DocumentSource, FileDocuments
 from llm.errors import UserError
 
-PORTION_DOCUMENTS = 32  # that a thread tokenises in one go, fewer where they are long
+PORTION_DOCUMENTS = 32  # documents that a thread tokenises in one go, fewer if they are long
 PORTION_CHARS = 1 << 18
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
-ENCODE_AHEAD = 4 * ENCODE_THREADS  # such portions in work or waiting to be packed, and no more characters than theirs
+ENCODE_AHEAD = 4 * ENCODE_THREADS  # portions in work or waiting to be packed; their characters have a limit too
 RECORD = struct.Struct("<8s5q")  # mark, bytes per token, tokens, rows, size and time (ns) of the shard's file
 MARK = b"fathomT1"
 
 
 def encoded(documents: Iterator[tuple[str, Cursor]], tokenizer) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Token ids (int32, BOS first) of each text, in their order; threads tokenise ahead of what is taken."""
+    """Yield the token ids (int32, BOS first) of each text with its cursor, in order; threads tokenise ahead."""
 
     def encode(portion: list[tuple[str, Cursor]]) -> list[tuple[np.ndarray, Cursor]]:
         return [(tokenizer.encode_document(text), cursor) for text, cursor in portion]
@@ -53,7 +53,7 @@ def encoded(documents: Iterator[tuple[str, Cursor]], tokenizer) -> Iterator[tupl
 
 
 def _portions(documents: Iterator[tuple[str, Cursor]]) -> Iterator[tuple[list[tuple[str, Cursor]], int]]:
-    """Documents in groups that one thread works on, and the characters of each group."""
+    """Yield groups of documents that one thread works on, each with its number of characters."""
     portion, chars = [], 0
     for document in documents:
         portion.append(document)
@@ -66,7 +66,7 @@ def _portions(documents: Iterator[tuple[str, Cursor]]) -> Iterator[tuple[list[tu
 
 
 class _Ids(NamedTuple):
-    """A document in the place of its text."""
+    """Token ids in the place of a document's text."""
 
     ids: np.ndarray
 
@@ -75,7 +75,10 @@ class _Ids(NamedTuple):
 
 
 class CachedDocuments:
-    """The documents of a source of local files as token ids, kept in `folder`."""
+    """Documents of a source of local files as token ids, cached in `folder`.
+
+    Raises UserError for any other kind of source.
+    """
 
     def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
         if not isinstance(source, FileDocuments) or not source.is_stored:
@@ -91,11 +94,15 @@ class CachedDocuments:
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
     ) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """As the source's, with token ids (int32, BOS first) instead of text."""
+        """Yield this rank's documents from `cursor` on as token ids, each with the cursor behind it.
+
+        The ids are int32 and begin with BOS.
+        """
         for row, behind in self._source.iterate(split, cursor, rank, world, loop):
             yield row.ids, behind
 
     def _rows(self, shard, start: int) -> Iterator[_Ids | None]:
+        """Yield the ids of the rows of a shard from row `start` on, None for empty rows; write its cache if needed."""
         self._make(shard)
         if following := self._behind(shard):
             threading.Thread(target=self._make_ahead, args=(following,), name="fathom-cache", daemon=True).start()
@@ -106,18 +113,18 @@ class CachedDocuments:
             yield _Ids(tokens[begin:end].astype(np.int32)) if length else None
 
     def _behind(self, shard):
-        """The shard that is read after this one, if there is another."""
+        """Return the shard that is read after this one, None if there is no other."""
         shards = next(shards for shards in map(self._source.shards, ("train", "val")) if shard in shards)
         following = shards[(shards.index(shard) + 1) % len(shards)]
         return None if following == shard else following
 
     def _make_ahead(self, shard) -> None:
-        with suppress(Exception):  # what is wrong with a shard is told when it is reached
+        with suppress(Exception):  # a faulty shard is reported when training reaches it
             self._make(shard)
 
     def _make(self, shard) -> None:
-        """Write the file of a shard if it is missing, damaged or out of date."""
-        next(self._texts(shard, 0), None)  # the text is there and can be read, as without a cache
+        """Write the cache of a shard if it is missing, damaged or out of date. Raises UserError if the disk refuses."""
+        next(self._texts(shard, 0), None)  # raises UserError if the text cannot be read, as without a cache
         path, made_of = self._path(shard), _identity(shard)
         if _is_current(path, made_of):
             return
@@ -133,7 +140,7 @@ class CachedDocuments:
             ) from error
 
     def _read(self, shard) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and lengths of the rows of a shard."""
+        """Return the tokens (n,) of a shard, mapped from disk, and the lengths (rows,) of its rows."""
         path = self._path(shard)
         size, n_tokens, n_rows, *_ = _record(path)
         lengths = np.fromfile(path, np.int32, n_rows, offset=size * n_tokens)
@@ -142,6 +149,7 @@ class CachedDocuments:
         return np.asarray(np.memmap(path, self.dtype, "r", shape=(n_tokens,))), lengths
 
     def _path(self, shard) -> Path:
+        """Return the path of a shard's cache; its name depends on tokenizer, file, rows and column."""
         parts = (self.tokenizer.fingerprint, shard.path.resolve(), shard.start, shard.stop, self.column)
         digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
         return self.folder / f"{shard.path.name}-{digest[:16]}.tokens"
@@ -171,6 +179,7 @@ class CachedDocuments:
 
 
 def _identity(shard) -> tuple[int, int]:
+    """Return size and time of change (ns) of a shard's file, by which a later change of it is noticed."""
     stat = shard.path.stat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -181,7 +190,7 @@ def _is_current(path: Path, made_of: tuple[int, int]) -> bool:
 
 
 def _record(path: Path) -> tuple[int, ...] | None:
-    """Bytes per token, tokens, rows, size and time of the source; None if there is no whole file."""
+    """Return bytes per token, tokens, rows, size and time of the source; None unless the file is complete."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -189,5 +198,5 @@ def _record(path: Path) -> tuple[int, ...] | None:
             mark, *record = RECORD.unpack(file.read())
     except (OSError, struct.error):
         return None
-    whole = record[0] * record[1] + 4 * record[2] + RECORD.size
-    return tuple(record) if mark == MARK and size == whole else None
+    complete_size = record[0] * record[1] + 4 * record[2] + RECORD.size
+    return tuple(record) if mark == MARK and size == complete_size else None

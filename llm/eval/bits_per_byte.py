@@ -16,11 +16,11 @@ def nats_and_bytes(
     token_bytes: np.ndarray | torch.Tensor,
     device: torch.device | str | None = None,
 ) -> tuple[float, int]:
-    """Summed loss in nats and summed bytes of the targets: what ranks add up before dividing.
+    """Return the summed loss in nats and the summed bytes of the targets; ranks add both up before dividing.
 
-    net: `(ids (B, T), targets=(B, T), reduction="none") -> (B, T)` nats, a GPT or its compiled forward (then give
-    `device`). batches: {"inputs", "targets"}, -1 = ignored. token_bytes: (vocab,) bytes per token, specials 0: targets
-    without bytes count on neither side.
+    net: `(ids (B, T), targets=(B, T), reduction="none") -> (B, T)` nats, a GPT or its compiled forward
+    (then give `device`). batches: {"inputs", "targets"}, -1 = ignored. token_bytes: (vocab,) bytes per token, specials
+    0: targets without bytes count on neither side.
     """
     device = device or getattr(net, "device", "cpu")
     sizes = torch.as_tensor(token_bytes, device=device)
@@ -42,9 +42,10 @@ def bits_per_byte(
     token_bytes: np.ndarray | torch.Tensor,
     device: torch.device | str | None = None,
 ) -> float:
-    """Summed nats / (ln 2 x summed bytes), comparable across vocabularies; inf if the targets have no bytes.
+    """Return summed nats / (ln 2 x summed bytes), comparable across vocabularies; inf if the targets have no bytes.
 
-    Every process brings its share of the batches. Arguments as `nats_and_bytes`.
+    All processes call it, each with its share of the batches. net, batches, token_bytes and device are those of
+    `nats_and_bytes`.
     """
     nats, n_bytes = collectives.all_reduce_sum(nats_and_bytes(net, batches, token_bytes, device))
     return nats / (math.log(2) * n_bytes) if n_bytes else math.inf

@@ -1,8 +1,8 @@
-"""The bundle of tasks behind the CORE metric: read, checked, and written out as prompts.
+"""Bundle of tasks behind the CORE metric: read, checked, and written out as prompts.
 
-CORE is a metric of DataComp-LM (Li et al. 2024, arXiv 2406.11794). A bundle is a folder or zip with `core.yaml` (the
-tasks), `eval_meta_data.csv` (accuracy of random guessing) and `eval_data/` (a jsonl file per task). The order of the
-examples, the choice of few-shot examples and the text of the prompts are those of nanochat, so that scores compare.
+CORE is a metric of DataComp-LM (Li et al. 2024, arXiv 2406.11794). A bundle is a folder or zip with `core.yaml`
+(the tasks), `eval_meta_data.csv` (accuracy of random guessing) and `eval_data/` (a jsonl file per task). The order of
+the examples, the choice of few-shot examples and the text of the prompts are those of nanochat, so that scores compare.
 """
 
 import csv
@@ -20,7 +20,7 @@ from yaml import YAMLError
 from llm.errors import UserError
 
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
-SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # of a task's examples; of an example's shots, plus its index
+SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # seeds of a task's examples, and of an example's shots (plus its index)
 FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),
@@ -32,8 +32,8 @@ FIELDS = {
 class CoreTask:
     """One task with its examples in the order of evaluation. baseline: accuracy of random guessing, 0 to 1.
 
-    multiple_choice: which of the `choices` continues the query; schema: which of the `context_options` the
-    continuation follows; language_modeling: is every token of the continuation the most likely one.
+    multiple_choice: find which of the `choices` continues the query; schema: find which of the `context_options` the
+    continuation follows; language_modeling: check that every token of the continuation is the most likely one.
     """
 
     name: str
@@ -45,16 +45,16 @@ class CoreTask:
 
     @property
     def shots_used(self) -> int:
-        """Few-shot examples per prompt: fewer than wanted where the task, or its cut, has no more to offer."""
+        """Few-shot examples per prompt: fewer than wanted if the task, or its cut, has no more to offer."""
         return min(self.n_shots, len(self.examples) - 1)
 
 
 def load_bundle(
     path: str | Path, names: Sequence[str] | None = None, max_per_task: int | None = None
 ) -> list[CoreTask]:
-    """Tasks of a bundle in its order, all or those in `names`, each shuffled and cut to `max_per_task` examples.
+    """Return the tasks of a bundle in its order, all or those in `names`, shuffled and cut to `max_per_task` examples.
 
-    Few-shot examples come from what the cut leaves, as in nanochat. Raises UserError that names file and line.
+    Few-shot examples come from those that the cut leaves, as in nanochat. Raises UserError that names file and line.
     """
     root = _root(path)
     entries = _entries(root / TASKS_FILE)
@@ -78,13 +78,13 @@ def load_bundle(
 
 
 def shots(task: CoreTask, index: int) -> list[dict[str, Any]]:
-    """The few-shot examples of an example: drawn without itself, the same ones in every evaluation."""
+    """Return the few-shot examples of an example: drawn without itself, equal in every evaluation."""
     drawn = random.Random(SHOTS_SEED + index).sample(range(len(task.examples) - 1), task.shots_used)
     return [task.examples[i + (i >= index)] for i in drawn]
 
 
 def prompts(task: CoreTask, index: int) -> list[str]:
-    """The texts to score: one per choice, or the prompt alone and with its continuation (language_modeling)."""
+    """Return the texts to score: one per choice, or the prompt alone and with its continuation (language_modeling)."""
     item, delimiter = task.examples[index], task.delimiter
     before = "".join(_solved(task, shot) + "\n\n" for shot in shots(task, index))
     if task.kind == "multiple_choice":
@@ -96,6 +96,7 @@ def prompts(task: CoreTask, index: int) -> list[str]:
 
 
 def _solved(task: CoreTask, shot: dict[str, Any]) -> str:
+    """Return an example with its right answer, as a few-shot example shows it."""
     if task.kind == "multiple_choice":
         return shot["query"] + task.delimiter + shot["choices"][shot["gold"]]
     if task.kind == "schema":
@@ -108,7 +109,7 @@ def _solved(task: CoreTask, shot: dict[str, Any]) -> str:
 
 
 def _root(path: str | Path) -> Any:
-    """Where core.yaml lies: in the folder or zip itself or in its only subfolder, as in the published zip."""
+    """Return the place of core.yaml: the folder or zip itself or its only subfolder, as in the published zip."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; a CORE bundle is a folder or zip with {TASKS_FILE}")
@@ -124,6 +125,7 @@ def _root(path: str | Path) -> Any:
 
 
 def _read(file: Any) -> str:
+    """Return the text of a file of the bundle. Raises UserError."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
@@ -133,7 +135,7 @@ def _read(file: Any) -> str:
 
 
 def _entries(file: Any) -> dict[str, dict[str, Any]]:
-    """{label: entry} of core.yaml, checked."""
+    """Return {label: entry} of core.yaml. Raises UserError for a malformed file."""
     try:
         content = OmegaConf.to_container(OmegaConf.create(_read(file)))
     except YAMLError as error:
@@ -157,7 +159,7 @@ def _entries(file: Any) -> dict[str, dict[str, Any]]:
 
 
 def _baselines(file: Any) -> dict[str, float]:
-    """{task: accuracy of random guessing}, which the file gives in percent."""
+    """Return {task: accuracy of random guessing} as shares; the file gives them in percent."""
     reader = csv.DictReader(_read(file).splitlines())
     for column in ("Eval Task", "Random baseline"):
         if column not in (reader.fieldnames or []):
@@ -175,6 +177,7 @@ def _baselines(file: Any) -> dict[str, float]:
 
 
 def _examples(file: Any, kind: str) -> list[dict[str, Any]]:
+    """Return the examples of a jsonl file with their line numbers. Raises UserError for a malformed line."""
     rows = []
     for number, line in enumerate(_read(file).split("\n"), 1):
         if line.strip():
@@ -185,7 +188,7 @@ def _examples(file: Any, kind: str) -> list[dict[str, Any]]:
 
 
 def _example(line: str, kind: str, where: str) -> dict[str, Any]:
-    """One row with the fields of its kind as text, a list of texts, and a number."""
+    """Return one row with the fields of its kind as text, a list of texts, and a number. Raises UserError."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -210,6 +213,7 @@ def _example(line: str, kind: str, where: str) -> dict[str, Any]:
 
 
 def _text(value: Any, name: str, where: str) -> str:
+    """Return a string or number as text. Raises UserError for any other value."""
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     raise UserError(f"{where}: {name!r} must be text, not {value!r}")

@@ -1,8 +1,7 @@
 """Causal language models of transformers, behind the interface by which Fathom's own are evaluated.
 
-`HFNet` stands where a `GPT` stands (scores, engine), `HFTokenizer` where a `Tokenizer` does, so `model=hf:<name>` is
-judged by the code that judges a run. Weights are read from safetensors files only, and code that a repository brings is
-not run.
+`HFNet` stands for a `GPT` (scores, engine), `HFTokenizer` for a `Tokenizer`, so `model=hf:<name>` is judged by the code
+that judges a run. Weights are read from safetensors files only, and code in a repository is not run.
 """
 
 import inspect
@@ -25,24 +24,24 @@ from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
 
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # of a repository on the hub
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
-LOGITS = 1 << 24  # numbers in the logits that exist at a time
+LOGITS = 1 << 24  # numbers in the logits held at a time
 
 
 class HFShape(NamedTuple):
-    """What evaluation asks of a model's config."""
+    """Properties of a model's config that evaluation reads."""
 
     seq_len: int
     vocab_size: int
 
 
 class HFNet(nn.Module):
-    """A causal LM of transformers with the methods of `llm.model.gpt.GPT` that scoring and generation use.
+    """Causal LM of transformers with the methods of `llm.model.gpt.GPT` that scoring and generation use.
 
-    Logits are made only where they are asked for: a hook before the head takes its input away, or puts another in its
-    place, so whatever a model does to its logits (scaling, soft caps) is done by its own code.
+    Logits are made only on request: a hook before the head takes its input away, or replaces it. So scaling, soft caps
+    and the like are done by the model's own code.
     """
 
     def __init__(self, model: nn.Module, seq_len: int):
@@ -52,19 +51,23 @@ class HFNet(nn.Module):
         self.compute_dtype = model.dtype
         self.config = HFShape(seq_len, self.head.weight.size(0))
         self._accepts = inspect.signature(model.forward).parameters
-        self.eval()  # without dropout, also after whoever puts back the mode it found
-        self.can_branch = self._has_row_cache()  # what sequences share can be computed once: see `branches`
+        self.eval()  # without dropout, also if a caller restores the mode it found
+        self.can_share_prefix = self._has_row_cache()  # `continue_prefixes` works
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.head.weight.device
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """What enters the head, (B, T, C), for ids (B, T) without padding on the left."""
-        return self._trunk(input_ids=ids, use_cache=False)[0]
+        """Return the input (B, T, C) of the head for ids (B, T) without padding on the left."""
+        return self._run_to_head(input_ids=ids, use_cache=False)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits (..., V) of outputs (..., C). The model's forward pass meets them in a pass over one token."""
+        """Return fp32 logits (..., V) of outputs (..., C).
+
+        Runs a dummy forward pass over one token and substitutes `hidden` before the head.
+        """
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with self._before_head(lambda _: hidden.reshape(1, -1, hidden.size(-1))):
             logits = self.model(input_ids=one, use_cache=False).logits
@@ -79,7 +82,7 @@ class HFNet(nn.Module):
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
-        """Logits (B, T, V), or with `targets` (B, T), -1 = ignored, the cross-entropy (B, T) in nats.
+        """Return logits (B, T, V), or with `targets` (B, T), -1 = ignored, the cross-entropy (B, T) in nats.
 
         cache: continue every row behind its cached tokens. lengths (B,): true tokens per row of right-padded ids.
         last_only: logits (B, 1, V) at each row's last true token; the only form with a cache.
@@ -99,16 +102,25 @@ class HFNet(nn.Module):
         return self.logits(hidden)
 
     def new_cache(self, batch: int, max_len: int) -> "HFCache":
-        """An empty cache; the model's own code decides what it holds, and its size follows the tokens."""
-        if not self.can_branch:
+        """Return an empty cache; the model's own code decides what it holds, and it grows with the tokens.
+
+        Raises UserError for a model without a key-value cache.
+        """
+        if not self.can_share_prefix:
             raise UserError(
                 f"model=hf: {type(self.model).__name__} has no key-value cache in all its layers, so it cannot "
                 "generate here; measure what only scores, such as eval=[core]"
             )
         return HFCache(batch, self.device)
 
-    def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
-        """Return outputs (B n, 1 + T, C) at a prefix's last token and for `rest` behind it, as `GPT.branches` does."""
+    def continue_prefixes(
+        self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute each prefix once and `n` continuations behind it; return their outputs (B n, 1 + T, C).
+
+        prefixes: (B, S), of which the first `lengths` (B,) tokens count; rest: (B n, T), the continuations. The outputs
+        are those at the last token of the prefix and at every token of the continuation.
+        """
         cache = self.new_cache(*prefixes.shape)
         hidden = self._continue(prefixes, cache, lengths)[0][:, -1:].repeat_interleave(n, dim=0)
         cache.repeat(n)
@@ -116,7 +128,7 @@ class HFNet(nn.Module):
 
     @torch.no_grad()
     def _has_row_cache(self) -> bool:
-        """Whether rows of the model's cache can be copied and left out; the states of linear attention cannot."""
+        """Return True if rows of the model's cache can be copied and left out, unlike states of linear attention."""
         if "past_key_values" not in self._accepts:
             return False
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -127,15 +139,16 @@ class HFNet(nn.Module):
         )
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Split rows so that the logits of a part stay within LOGITS numbers."""
         return rows.split(max(1, LOGITS // self.config.vocab_size))
 
     def _continue(
         self, ids: torch.Tensor, cache: "HFCache", lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs (B, T, C) for tokens behind those of the cache, and the fp32 logits (B, 1, V) of the last.
+        """Return outputs (B, T, C) for tokens behind those of the cache, and the fp32 logits (B, 1, V) of the last.
 
-        The first ids are padded on the right and are moved to the right end, where `transformers` expects them: so
-        the tokens of a row lie side by side in the cache, and windows reach as far as they should.
+        The first ids are padded on the right and are moved to the right end, where `transformers` expects them: so the
+        tokens of a row lie side by side in the cache, and windows reach as far as they should.
         """
         positions = cache.lengths.unsqueeze(1) + torch.arange(ids.size(1), device=ids.device)
         mask = torch.ones_like(ids)
@@ -144,18 +157,18 @@ class HFNet(nn.Module):
             mask = (positions >= 0).long()
             positions = positions.clamp(min=0)
             ids = ids.gather(1, positions)
-        positions = positions.clamp(max=self.config.seq_len - 1)  # of what pads short continuations
+        positions = positions.clamp(max=self.config.seq_len - 1)  # padding behind short continuations may lie beyond
         cache.mask = torch.cat((cache.mask, mask), dim=1)
         more = {"position_ids": positions} if "position_ids" in self._accepts else {}
-        hidden, output = self._trunk(
+        hidden, output = self._run_to_head(
             input_ids=ids, attention_mask=cache.mask, past_key_values=cache.states, use_cache=True, **more
         )
         cache.states = output.past_key_values
         cache.lengths = cache.lengths + (ids.size(1) if lengths is None else lengths)
         return hidden, output.logits.float()
 
-    def _trunk(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
-        """(what enters the head, the model's output) of a pass whose logits are made for the last position only."""
+    def _run_to_head(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
+        """Run the model with logits of the last position only; return the head's input (B, T, C) and the output."""
         seen: list[torch.Tensor] = []
 
         def take(hidden: torch.Tensor) -> torch.Tensor:
@@ -168,6 +181,7 @@ class HFNet(nn.Module):
 
     @contextmanager
     def _before_head(self, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Replace the input of the head while the block runs."""
         hook = self.head.register_forward_pre_hook(lambda _, inputs: (replace(inputs[0]), *inputs[1:]))
         try:
             yield
@@ -176,7 +190,7 @@ class HFNet(nn.Module):
 
 
 class HFCache:
-    """Keys and values of B rows as the model keeps them, and which of their positions (B, S) hold tokens."""
+    """Keys and values of B rows in the model's own form, and a mask (B, S) of the positions that hold tokens."""
 
     def __init__(self, batch: int, device: torch.device):
         self.states: Any = None
@@ -185,21 +199,22 @@ class HFCache:
         self.used = 0  # for `llm.inference.engine`; this cache grows by itself
 
     def repeat(self, n: int) -> None:
-        """Every row n times, copies side by side."""
+        """Repeat every row n times, copies side by side."""
         self.states.batch_repeat_interleave(n)
         self.mask, self.lengths = self.mask.repeat_interleave(n, dim=0), self.lengths.repeat_interleave(n)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep these rows."""
+        """Keep these rows and drop all others."""
         self.states.batch_select_indices(rows)
         self.mask, self.lengths = self.mask[rows], self.lengths[rows]
 
 
 class HFTokenizer:
-    """A tokenizer of transformers with the methods of `llm.tokenizer.bpe.Tokenizer` that evaluation uses.
+    """Tokenizer of transformers with the methods of `llm.tokenizer.bpe.Tokenizer` that evaluation uses.
 
     Every sequence begins with `bos_id`: the BOS token or, where there is none, the end of text (as GPT-2 separates its
-    documents). Special tokens written in a text are ordinary text. stops: ids that end a completion.
+    documents). Special tokens written in a text are ordinary text. stops: ids that end a completion. Raises UserError
+    for a tokenizer with neither token.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()):
@@ -213,17 +228,18 @@ class HFTokenizer:
         self._lock = threading.Lock()  # a call with other options changes the tokenizer's state
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, with nothing added around it."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, nothing added around it."""
+        """Return the ids of each text, with nothing added around it."""
         with self._lock:
             return self.hf(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt with what the tokenizer itself adds, and its BOS token if it has one beside the EOS token.
+        """Return the ids of a prompt with the tokenizer's own additions, and its BOS token if that differs from EOS.
 
-        As lm-eval does for models of transformers, special tokens in the text are themselves, and nothing is added to a
+        As in lm-eval's models of transformers, special tokens in the text get their own ids, and nothing is added to a
         text that begins with the BOS token, as chats do.
         """
         adds = not (self.hf.bos_token and text.startswith(self.hf.bos_token))
@@ -233,19 +249,19 @@ class HFTokenizer:
         return [self.bos_id, *ids] if own else ids
 
     def encode_document(self, text: str) -> np.ndarray:
-        """The first token and the ids of the text, int32."""
+        """Return the first token and the ids of the text, int32."""
         return np.array([self.bos_id, *self.encode(text)], dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, with special tokens by name."""
+        """Return the text of the ids, with special tokens by name."""
         return self.hf.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Raw bytes of the ids, special tokens by name."""
+        """Return the raw bytes of the ids, special tokens by name."""
         return b"".join(self._bytes[i] for i in ids)
 
     def special_id(self, name: str) -> int:
-        """Id of one of Fathom's special tokens, which models that it has trained have."""
+        """Return the id of one of Fathom's special tokens, which only models trained by it have. Raises ValueError."""
         found = self.hf.get_vocab().get(f"<|{name.strip('<|>')}|>")
         if found is None:
             raise ValueError(f"the tokenizer has no special token {name!r}")
@@ -253,21 +269,22 @@ class HFTokenizer:
 
     @cached_property
     def has_tools(self) -> bool:
-        """Whether there are tokens that mark calculator calls."""
+        """True if there are tokens that mark calculator calls."""
         return all(f"<|{name}|>" in self.hf.get_vocab() for name in CALCULATOR_MARKS)
 
     @property
     def has_chat_format(self) -> bool:
+        """True if the tokenizer has a chat template."""
         return bool(self.hf.chat_template)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], is_open: bool = False) -> str:
-        """Messages by the model's own template, up to where the assistant answers or (is_open) goes on."""
+        """Return messages as text by the model's template, up to where the assistant answers or (is_open) goes on."""
         return self.hf.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ids of messages up to where the assistant answers: by the model's own template, else in plain words."""
+        """Return the ids of messages up to the assistant's answer: by the model's template, else in plain words."""
         texts = [{"role": m["role"], "content": content_text(m["content"])} for m in messages]
         if self.has_chat_format:
             return self.hf.apply_chat_template(texts, add_generation_prompt=True, return_dict=False)
@@ -275,9 +292,9 @@ class HFTokenizer:
         return [self.bos_id, *self.encode("".join(turns) + "Assistant:\n")]
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that every token stands for, int32 (vocab_size,); 0 for special tokens.
+        """Return the number of UTF-8 bytes of every token, int32 (vocab_size,); 0 for special tokens.
 
-        Raises UserError where they do not add up to the bytes of a text, as with tokenizers that change case or
+        Raises UserError if they do not add up to the bytes of a text, as with tokenizers that change case or
         characters: their bits per byte would be those of another text. A space that some put before a text counts.
         """
         sizes = np.array([len(one) for one in self._bytes], dtype=np.int32)
@@ -293,6 +310,7 @@ class HFTokenizer:
 
     @cached_property
     def _special(self) -> frozenset[int]:
+        """Ids of special tokens."""
         added = self.hf.added_tokens_decoder.items()
         return frozenset({*self.hf.all_special_ids, *(i for i, token in added if token.special)})
 
@@ -303,25 +321,26 @@ class HFTokenizer:
         n = len(self.hf)
         tokens = self.hf.convert_ids_to_tokens(range(n))
         byte_level = all(_is_byte_level(token) for i, token in enumerate(tokens) if i not in added)
-        of_kind = _byte_level if byte_level else _pieces
+        to_bytes = _byte_level if byte_level else _pieces
         known = [
-            added[i].encode() if i in added else of_kind(token) if token is not None else b""
+            added[i].encode() if i in added else to_bytes(token) if token is not None else b""
             for i, token in enumerate(tokens)
         ]
         return known + [b""] * max(0, self.vocab_size - n)  # rows that only pad the head
 
 
 def _is_byte_level(token: str | None) -> bool:
+    """Return True if a token is written in GPT-2's alphabet of bytes."""
     return token is None or all(character in BYTE_OF for character in token)
 
 
 def _byte_level(token: str) -> bytes:
-    """Of GPT-2 and its kin: a printable character per byte."""
+    """Return the bytes of a token of GPT-2 and its kin: a printable character per byte."""
     return bytes(BYTE_OF[character] for character in token)
 
 
 def _pieces(token: str) -> bytes:
-    """Of SentencePiece: text with ▁ for a space, and <0x0A> for a byte."""
+    """Return the bytes of a SentencePiece token: text with ▁ for a space, and <0x0A> for a byte."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()
@@ -332,19 +351,35 @@ def _pieces(token: str) -> bytes:
 
 
 def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple[HFNet, HFTokenizer]:
-    """Model and tokenizer of a folder or a repository on the hub, the weights in the number format of their files.
+    """Load model and tokenizer from a folder or the hub, with the weights in the number format of their files.
 
-    seq_len: tokens of context to use at most; None = the model's own, up to `LONGEST`. Raises UserError where it
+    seq_len: tokens of context to use at most; None = the model's own, up to `LONGEST`. Raises UserError if the model
     cannot be had or is no causal language model.
     """
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"model=hf:{name} needs transformers: pip install -e '.[hf]'") from error
+    transformers.utils.logging.disable_progress_bar()
+    config, tokenizer, model = _read(name, _folder(name))
+    own = _context(config, tokenizer)
+    if seq_len is not None and own is not None and seq_len > own:
+        raise UserError(f"eval.seq_len={seq_len}: hf:{name} has a context of {own} tokens")
+    net = HFNet(model.to(device), seq_len or min(own or LONGEST, LONGEST))
+    if not _is_causal(net):
+        raise UserError(
+            f"model=hf:{name}: a token changes what is predicted before it, so this {type(model).__name__} is no "
+            "causal language model; name one such as hf:openai-community/gpt2"
+        )
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
+
+
+def _read(name: str, folder: Path) -> tuple[Any, Any, nn.Module]:
+    """Return config, tokenizer and model of a folder. Raises UserError unless its files hold a whole language model."""
+    import transformers
     from safetensors import SafetensorError
 
-    transformers.utils.logging.disable_progress_bar()
-    folder = _folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -359,21 +394,11 @@ def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple
         )
     if model.get_output_embeddings() is None:
         raise UserError(f"model=hf:{name}: this {type(model).__name__} has no head over a vocabulary to score with")
-    own = _context(config, tokenizer)
-    if seq_len is not None and own is not None and seq_len > own:
-        raise UserError(f"eval.seq_len={seq_len}: hf:{name} has a context of {own} tokens")
-    net = HFNet(model.to(device), seq_len or min(own or LONGEST, LONGEST))
-    if not _is_causal(net):
-        raise UserError(
-            f"model=hf:{name}: a token changes what is predicted before it, so this {type(model).__name__} is no "
-            "causal language model; name one such as hf:openai-community/gpt2"
-        )
-    stops = getattr(model.generation_config, "eos_token_id", None)
-    return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
+    return config, tokenizer, model
 
 
 def _folder(name: str) -> Path:
-    """The folder itself, or where the hub's files lie once they are fetched."""
+    """Return the folder itself, or the one into which the hub's files have been fetched. Raises UserError."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -406,7 +431,7 @@ def _folder(name: str) -> Path:
 
 
 def _why_not(error: Exception) -> str:
-    """What the user can do about what transformers says."""
+    """Return advice on an error of transformers."""
     text = str(error)
     if "trust_remote_code" in text:
         return "it brings code of its own, which is not run here; take a model that transformers knows"
@@ -420,11 +445,12 @@ def _why_not(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the text of an error on one line of at most 240 characters."""
     return " ".join(str(error).split())[:240] or type(error).__name__
 
 
 def _context(config: Any, tokenizer: Any) -> int | None:
-    """Tokens of the model's context; None where nothing limits it."""
+    """Return the tokens of the model's context; None if nothing limits it."""
     text = config.get_text_config()
     known = [getattr(text, key, None) for key in CONTEXT_KEYS]
     limit = next((value for value in known if isinstance(value, int) and value > 0), tokenizer.model_max_length)
@@ -433,7 +459,7 @@ def _context(config: Any, tokenizer: Any) -> int | None:
 
 @torch.no_grad()
 def _is_causal(net: HFNet) -> bool:
-    """Whether another last token leaves the outputs before it as they are."""
+    """Return True if another last token leaves the outputs before it unchanged."""
     ids = torch.arange(1, 9, device=net.device).unsqueeze(0) % net.config.vocab_size
     other = ids.clone()
     other[0, -1] = 0

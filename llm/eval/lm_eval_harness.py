@@ -1,4 +1,4 @@
-"""lm-eval, the field's evaluation harness, judging a network in memory: `eval=lm_eval eval.tasks=[...]`.
+"""Tasks of lm-eval, the field's evaluation harness, judging a network in memory: `eval=lm_eval eval.tasks=[...]`.
 
 lm-eval makes the prompts, asks a model for log-likelihoods and completions, and keeps the score. `HarnessModel` answers
 with the code that CORE and chat evaluation use: batches with shared prefixes, and the engine.
@@ -31,15 +31,15 @@ from llm.tokenizer.chat_format import render_conversation, render_prompt
 from llm.utils.files import write_atomic
 from llm.utils.format import print_table, value
 
-TASK_SEED, NUMPY_SEED = 0, 1234  # lm-eval's own: some tasks shuffle their choices as they are loaded
-MAX_NEW_TOKENS = 256  # of an answer whose task does not say, as in lm-eval
+TASK_SEED, NUMPY_SEED = 0, 1234  # lm-eval's own seeds: some tasks shuffle their choices as they are loaded
+MAX_NEW_TOKENS = 256  # if a task sets no limit, as in lm-eval
 task_manager = lru_cache(TaskManager)  # reading thousands of task files takes seconds
 
 
 class HarnessModel(TemplateLM):
-    """What lm-eval asks, answered by an engine's network. A prompt that is too long loses its beginning (`cut`).
+    """Model for lm-eval: an engine's network answers its requests.
 
-    batch_size: sequences evaluated together.
+    A prompt that is too long loses its beginning and is counted in `cut`. batch_size: sequences evaluated together.
     """
 
     def __init__(self, engine: Engine, batch_size: int):
@@ -49,22 +49,25 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Id of the token that begins a text."""
         return self.tokens.bos_id
 
     @property
     def max_length(self) -> int:
+        """Tokens of the model's context."""
         return self.net.config.seq_len
 
     @property
     def tokenizer_name(self) -> str:
+        """Name by which lm-eval caches tokenised requests."""
         return type(self.tokens).__name__
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids as the model has them before a text: with a BOS token, unless add_special_tokens is False."""
+        """Return the ids of a text behind a BOS token, or of the text alone if add_special_tokens is False."""
         return self.tokens.encode(string) if add_special_tokens is False else self.tokens.encode_prompt(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as text with its special tokens written out; without a generation prompt the last turn is open."""
+        """Return a chat as text with special tokens written out; without a generation prompt its last turn is open."""
         if hasattr(self.tokens, "chat_text"):
             return self.tokens.chat_text(chat_history, is_open=not add_generation_prompt)
         if add_generation_prompt:
@@ -72,10 +75,11 @@ class HarnessModel(TemplateLM):
         return self.tokens.decode(render_conversation(self.tokens, {"messages": chat_history})[0][:-1])
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list:
-        """[(log-likelihood in nats, whether it is what greedy decoding gives)] of each (_, context, continuation)."""
+        """Return [(log-likelihood in nats, True if it is the greedy completion)] of each (_, context, continuation)."""
         return [one for start in range(0, len(requests), CHUNK) for one in self._score(requests[start : start + CHUNK])]
 
     def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return (log-likelihood in nats, greedy) of each request, in one call of `score_rows`."""
         rows = []
         for i, (_, context, continuation) in enumerate(requests):
             ids = np.array([*context, *continuation])
@@ -87,7 +91,7 @@ class HarnessModel(TemplateLM):
         return [(-one.loss * (len(row.ids) - row.start), one.greedy) for row, one in zip(rows, scored, strict=True)]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, a window after the other where it is longer than the context."""
+        """Return the log-likelihood in nats of each whole text, by windows if it is longer than the context."""
         windows, owner = [], []
         for i, request in enumerate(requests):
             ids = self.tokens.encode(request.args[0])
@@ -99,11 +103,11 @@ class HarnessModel(TemplateLM):
         before = self.cut
         for i, (nats, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
             sums[i] += nats
-        self.cut = before  # windows are no prompts that lose something
+        self.cut = before  # the windows of a text are no cut prompts
         return sums
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """What follows each prompt, up to the first of its stop texts. Prompts with the same options share batches."""
+        """Return the completion of each prompt, up to its first stop text. Prompts with equal options share batches."""
         alike: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True, default=str)].append(i)
@@ -124,7 +128,7 @@ class HarnessModel(TemplateLM):
 
 
 def sampling_params(options: dict[str, Any], task: str | None) -> SamplingParams:
-    """A task's generation_kwargs; UserError for those that the engine does not know."""
+    """Return a task's generation_kwargs as SamplingParams. Raises UserError for options that the engine lacks."""
     kwargs = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
     stop, length = tuple(text for text in kwargs.pop("until") if text), kwargs.pop("max_gen_toks")
     temperature = float(kwargs.pop("temperature", 1.0)) if kwargs.pop("do_sample") else 0.0
@@ -136,7 +140,7 @@ def sampling_params(options: dict[str, Any], task: str | None) -> SamplingParams
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-    """What a reader sees of a completion: no calculator calls, and nothing from the first stop text on."""
+    """Return the visible text of a completion: no calculator calls, and nothing from the first stop text on."""
     shown, ids, marks = [], list(ids), {}
     if tokenizer.has_tools:
         start_end = (("python_start", "python_end"), ("output_start", "output_end"))
@@ -152,9 +156,9 @@ def answer_text(tokenizer: Any, ids: Sequence[int], stop: Sequence[str] = ()) ->
 
 
 class Harness:
-    """lm-eval's tasks that `options` (conf/evaluate.yaml, eval) names, loaded and checked before any model is.
+    """Tasks of lm-eval that `options` (conf/evaluate.yaml, eval) names, loaded and checked before any model is.
 
-    Raises UserError for names, numbers of examples and data that cannot be.
+    Raises UserError for unknown names, numbers of examples that a task lacks, and data that cannot be loaded.
     """
 
     def __init__(self, options: Any):
@@ -166,26 +170,30 @@ class Harness:
         random.seed(TASK_SEED)
         np.random.seed(NUMPY_SEED)
         self.manager = task_manager(include_path=folder)
-        names = list(options.tasks)
+        loaded = self._load(list(options.tasks))
+        for name, task in loaded["tasks"].items():
+            self._check(name, task)
+        members = {child for children in loaded["group_map"].values() for child in children}
+        self.tasks = [one for name, one in {**loaded["groups"], **loaded["tasks"]}.items() if name not in members]
+
+    def _load(self, names: list[str]) -> dict[str, Any]:
+        """Return lm-eval's tasks and groups of these names. Raises UserError for unknown ones, and for faulty data."""
         for name in names:
             if name not in self.manager.all_tasks:
                 near = ", ".join(difflib.get_close_matches(name, self.manager.all_tasks, n=5, cutoff=0.5))
                 hint = f"; near it: {near}" if near else ""
                 raise UserError(f"eval.tasks: lm-eval has no task, group or tag {name!r}{hint}")
         try:
-            loaded = self.manager.load(names)
-        except Exception as error:  # whatever a task's data, code or template meets
+            return self.manager.load(names)
+        except Exception as error:  # a task's data, code or template can raise anything
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
                 f"eval.tasks=[{','.join(names)}]: cannot be loaded ({reason}). Their data come from the hub; for "
                 "files of your own write task files (dataset_path: json) into eval.include_path"
             ) from error
-        for name, task in loaded["tasks"].items():
-            self._check(name, task)
-        members = {child for children in loaded["group_map"].values() for child in children}
-        self.tasks = [one for name, one in {**loaded["groups"], **loaded["tasks"]}.items() if name not in members]
 
     def _check(self, name: str, task: Any) -> None:
+        """Raise UserError for a task that cannot be evaluated here."""
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
                 f"eval.tasks: {name} runs programs of the model without a sandbox; the task type humaneval of "
@@ -204,7 +212,10 @@ class Harness:
             raise UserError(f"eval.num_fewshot={asked}: {name} has only {most} examples to show; set at most that many")
 
     def measure(self, engine: Engine, folder: Path) -> dict[str, Any]:
-        """{"lm_eval": {task: {metric: value}}}; prints a table, writes lm_eval/<task>.jsonl with a line per item."""
+        """Measure all tasks, print a table, write lm_eval/<task>.jsonl with a line per item.
+
+        Returns {"lm_eval": {task: {metric: value}}}.
+        """
         options = self.options
         model = HarnessModel(engine, options.batch_size)
         results = lm_eval.simple_evaluate(
@@ -222,27 +233,32 @@ class Harness:
             lines = (json.dumps(record(one), default=handle_non_serializable, ensure_ascii=False) for one in samples)
             write_atomic(folder / "lm_eval" / f"{task}.jsonl", "".join(line + "\n" for line in lines))
         scores = {
-            task: plain_scores(found) | {"shots": shots.get(task)}  # none of a group whose tasks differ in it
+            task: plain_scores(found) | {"shots": shots.get(task)}  # None for a group whose tasks differ
             for task, found in results["results"].items()
             if "sample_len" in found  # a group that only lists its tasks has no score of its own
         }
-        rows = [
-            [task, metric, value(number), value(one.get(f"{metric}_stderr")), value(one["n"]), value(one["shots"])]
-            for task, one in scores.items()
-            for metric, number in one.items()
-            if metric not in ("n", "shots") and not metric.endswith("_stderr")
-        ]
-        print_table(["task", "metric", "score", "± 1 s.e.", "items", "shots"], rows, title="lm-eval")
+        _print_scores(scores)
         if model.cut:
             print(f"lm_eval: {model.cut} prompts cut to {model.max_length} tokens", flush=True)
         print(f"details: {folder / 'lm_eval'}/", flush=True)
         return {"lm_eval": scores}
 
 
-def plain_scores(found: dict[str, Any]) -> dict[str, Any]:
-    """{metric: number, <metric>_stderr: number, "n": items} of what lm-eval says about a task or group.
+def _print_scores(scores: dict[str, dict[str, Any]]) -> None:
+    rows = [
+        [task, metric, value(number), value(one.get(f"{metric}_stderr")), value(one["n"]), value(one["shots"])]
+        for task, one in scores.items()
+        for metric, number in one.items()
+        if metric not in ("n", "shots") and not metric.endswith("_stderr")
+    ]
+    print_table(["task", "metric", "score", "± 1 s.e.", "items", "shots"], rows, title="lm-eval")
 
-    It writes "acc,none" for a metric and the filter that answers went through; a filter that does nothing is left out.
+
+def plain_scores(found: dict[str, Any]) -> dict[str, Any]:
+    """Return {metric: number, <metric>_stderr: number, "n": items} from lm-eval's result of a task or group.
+
+    lm-eval writes "acc,none" for a metric and the filter that answers went through; a filter that does nothing is left
+    out.
     """
     scores: dict[str, Any] = {}
     for key, number in found.items():
@@ -254,7 +270,7 @@ def plain_scores(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(sample: dict[str, Any]) -> dict[str, Any]:
-    """An item for a line of jsonl: what was asked for (`arguments`) and answered (`responses`), and each metric."""
+    """Return an item for a line of jsonl: its prompt (`arguments`), the answer (`responses`), and each metric."""
     kept = {"index": sample["doc_id"], "target": sample["target"], "arguments": sample["arguments"]}
     kept |= {"responses": sample["filtered_resps"], "filter": sample["filter"]}
     return kept | {metric: sample[metric] for metric in sample["metrics"]}

@@ -1,8 +1,8 @@
-"""Scores of a model: bits per byte, accuracy on tasks, pass@k and samples.
+"""Scores of a model on tasks: accuracy and pass@k.
 
 Functions take a network, an engine and tasks, never a configuration, so that callbacks during training and
-`evaluate.py` measure with the same code. Batches are formed across items of similar length and shared out among the
-processes, which all call the same function and get the same result; verdicts do not depend on either.
+`evaluate.py` measure with one code. Batches are formed across items of similar length and shared out among the
+processes, which all call the function together and get one result; verdicts depend on neither.
 """
 
 import math
@@ -14,19 +14,12 @@ from typing import Any
 import torch
 
 from llm.errors import UserError
-from llm.eval.samples import _last_question
+from llm.eval.samples import last_question
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.tokenizer.chat_format import render_prompt
 
 TOO_LONG = "too_long"  # verdict on a prompt that leaves no room for an answer
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bits per byte
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
 
 
 def evaluate_task(
@@ -39,13 +32,14 @@ def evaluate_task(
     num_samples: int = 1,
     ks: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Scores of a task: {"accuracy", "n", "stderr", "baseline", "too_long", "verdicts", "records"} and perhaps more.
+    """Return the scores of a task: {"accuracy", "n", "stderr", "baseline", "too_long", "verdicts", "records"}.
 
     Categorical tasks compare the letters' logits at the answer position. Generative ones judge a greedy completion, or
     `num_samples` drawn by `sampling`: then accuracy is the mean share of right ones, and "pass@k" is added for each k
-    (default 1 and `num_samples`). "subjects" is added where items name theirs. `max_items` takes that many items
-    evenly spread over the task; `batch_size` counts sequences. A prompt that leaves no room for an answer in the
-    model's context counts as wrong. verdicts: how many answers ended how; records: one dict per answer, in task order.
+    (default 1 and `num_samples`). "subjects" is added where items name theirs. `max_items` takes that many items evenly
+    spread over the task; `batch_size` counts sequences. A prompt that leaves no room for an answer in the model's
+    context counts as wrong. verdicts: how many answers ended how; records: one dict per answer, in task order. Raises
+    UserError for a task that cannot be evaluated.
     """
     if task.kind not in ("categorical", "generative"):
         raise UserError(f"task {task.name} is only for training (kind {task.kind}): remove it from data.eval")
@@ -69,11 +63,7 @@ def evaluate_task(
     if num_samples > 1:
         right = [round(share * num_samples) for share in shares]
         scores |= {f"pass@{k}": mean_pass_at_k(num_samples, right, k) for k in sorted(ks or {1, num_samples})}
-    by_subject = defaultdict(list)
-    for conversation, share in zip(conversations, shares, strict=True):
-        by_subject[conversation.get("subject")].append(share)
-    if by_subject.keys() != {None}:
-        scores["subjects"] = {str(subject): score(by_subject[subject]) for subject in sorted(by_subject, key=str)}
+    scores |= _subject_scores(conversations, shares)
     scores["records"] = [
         record
         for index, conversation, item in zip(indices, conversations, answers, strict=True)
@@ -82,14 +72,28 @@ def evaluate_task(
     return scores
 
 
+def _subject_scores(conversations: Sequence[dict], shares: Sequence[float]) -> dict[str, Any]:
+    """Return {"subjects": {subject: score}}; empty if no item names its subject."""
+    by_subject = defaultdict(list)
+    for conversation, share in zip(conversations, shares, strict=True):
+        by_subject[conversation.get("subject")].append(share)
+    if by_subject.keys() == {None}:
+        return {}
+    return {"subjects": {str(subject): score(by_subject[subject]) for subject in sorted(by_subject, key=str)}}
+
+
 def _records(index: int, conversation: dict, answers: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Yield one record per answer of an item, for a line of jsonl."""
     subject = {"subject": conversation["subject"]} if conversation.get("subject") else {}
     for output, verdict in answers:
-        yield {"index": index, "prompt": _last_question(conversation), "output": output, "verdict": verdict} | subject
+        yield {"index": index, "prompt": last_question(conversation), "output": output, "verdict": verdict} | subject
 
 
 def score(shares: Sequence[float]) -> dict[str, float | int]:
-    """{"accuracy", "n", "stderr"}: mean and its standard error; of right and wrong ones sqrt(p (1 - p) / n)."""
+    """Return {"accuracy", "n", "stderr"} of shares of right answers: their mean and its standard error.
+
+    The standard error of right and wrong answers is sqrt(p (1 - p) / n).
+    """
     n = len(shares)
     accuracy = sum(shares) / n
     variance = sum((share - accuracy) ** 2 for share in shares) / n
@@ -97,19 +101,25 @@ def score(shares: Sequence[float]) -> dict[str, float | int]:
 
 
 def chat_core(results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Mean over tasks of (accuracy - baseline) / (1 - baseline): 0 = guessing, 1 = all right; None without tasks."""
+    """Return the mean over tasks of (accuracy - baseline) / (1 - baseline): 0 = guessing, 1 = all right.
+
+    Returns None if no task has a baseline.
+    """
     known = [result for result in results.values() if result.get("baseline") is not None]
     centred = [(result["accuracy"] - result["baseline"]) / (1 - result["baseline"]) for result in known]
     return sum(centred) / len(centred) if centred else None
 
 
 def _baseline(conversations: Sequence[dict]) -> float:
-    """Chance of guessing: one in the usual number of choices."""
+    """Return the chance of guessing: one in the usual number of choices."""
     return 1 / Counter(len(conversation["letters"]) for conversation in conversations).most_common(1)[0][0]
 
 
 def spread(n: int, max_items: int | None) -> list[int]:
-    """Indices of at most `max_items` of n items at even distances: files are often sorted by subject or difficulty."""
+    """Return the indices of at most `max_items` of n items at even distances.
+
+    Files are often sorted by subject or difficulty. Raises UserError for a maximum below 1.
+    """
     if max_items is not None and max_items < 1:
         raise UserError(f"eval.max_per_task={max_items} must be at least 1 (or null for all items)")
     count = n if max_items is None else min(n, max_items)
@@ -117,26 +127,26 @@ def spread(n: int, max_items: int | None) -> list[int]:
 
 
 def batches_by_length(rows: Sequence[int], prompts: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Groups of rows with prompts of similar length, the longest first: memory runs out early if at all."""
+    """Yield groups of rows with prompts of similar length, the longest first: memory runs out early if at all."""
     order = sorted(rows, key=lambda i: (-len(prompts[i]), i))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 def own_batches(rows: Sequence[int], prompts: Sequence[list[int]], batch_size: int) -> list[tuple[int, list[int]]]:
-    """This process's share of those batches, with their numbers among all."""
+    """Return this process's share of the batches, as (number of the batch among all, rows)."""
     numbered = list(enumerate(batches_by_length(rows, prompts, batch_size)))
     return numbered[collectives.rank() :: collectives.world_size()]
 
 
 def _fitting_prompts(engine: Any, conversations: Sequence[dict]) -> tuple[list[list[int]], list[int]]:
-    """All prompts, and the numbers of those with room for an answer in the model's context."""
+    """Return all prompts, and the numbers of those with room for an answer in the model's context."""
     prompts = [render_prompt(engine.tokenizer, conversation) for conversation in conversations]
     return prompts, [i for i, prompt in enumerate(prompts) if len(prompt) < engine.net.config.seq_len]
 
 
 def _shared_out(n: int, own: dict[int, list[tuple[str, str]]], num_samples: int) -> list[list[tuple[str, str]]]:
-    """The answers of all processes by item; items that nobody answered were too long."""
+    """Return the answers of all processes by item; items that nobody answered were too long."""
     everywhere = {i: answers for part in collectives.all_gather_object(own) for i, answers in part.items()}
     return [everywhere.get(i, [("", TOO_LONG)] * num_samples) for i in range(n)]
 
@@ -144,7 +154,7 @@ def _shared_out(n: int, own: dict[int, list[tuple[str, str]]], num_samples: int)
 def _judged_completions(
     engine: Any, task: Any, conversations: list[dict], params: SamplingParams, num_samples: int, prompts_per_batch: int
 ) -> list[list[tuple[str, str]]]:
-    """[(completion, verdict), ...] of each item. Each batch draws with its own seed, derived from `params.seed`."""
+    """Return [(completion, verdict), ...] of each item. Each batch draws with its own seed, from `params.seed` on."""
     prompts, fits = _fitting_prompts(engine, conversations)
     own = {}
     for number, rows in own_batches(fits, prompts, prompts_per_batch):
@@ -158,7 +168,7 @@ def _judged_completions(
 
 @torch.no_grad()
 def _chosen_letters(engine: Any, conversations: list[dict], batch_size: int) -> list[list[tuple[str, str]]]:
-    """[(letter, verdict)] of each item: the letter with the largest logit, one forward pass for all rows of a batch."""
+    """Return [(letter, verdict)] of each item: the letter with the largest logit, by one forward pass per batch."""
     net, own = engine.net, {}
     prompts, fits = _fitting_prompts(engine, conversations)
     for _, rows in own_batches(fits, prompts, batch_size):
@@ -175,6 +185,7 @@ def _chosen_letters(engine: Any, conversations: list[dict], batch_size: int) -> 
 
 
 def _letter_ids(tokenizer: Any, letters: Sequence[str]) -> list[int]:
+    """Return the token id of each letter. Raises UserError for letters of several tokens."""
     ids = [tokenizer.encode(letter) for letter in letters]
     if any(len(one) != 1 for one in ids):
         raise UserError(f"answer letters {list(letters)} must be one token each; the tokenizer gives {ids}")
@@ -186,7 +197,7 @@ def _letter_ids(tokenizer: Any, letters: Sequence[str]) -> list[int]:
 
 
 def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """Chance that at least one of k samples, drawn from n of which `n_correct` are right, is right.
+    """Return the chance that at least one of k samples, drawn from n of which `n_correct` are right, is right.
 
     The unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374).
     """
@@ -196,6 +207,7 @@ def pass_at_k(n: int, n_correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(n: int, correct: Sequence[int], k: int) -> float:
+    """Return the mean pass@k over items, given the number of right ones among n samples of each."""
     return sum(pass_at_k(n, c, k) for c in correct) / len(correct)
 
 
@@ -208,16 +220,13 @@ def evaluate_pass_at_k(
     max_items: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """{"pass@k": mean over items} for each k (default 1 and `num_samples`), from `num_samples` completions per item.
+    """Return {"pass@k": mean over items} from `num_samples` completions per item.
 
-    `batch_size` counts prompts. Each batch draws with its own seed, derived from `params.seed`.
+    ks: default 1 and `num_samples`. `batch_size` counts prompts. Each batch draws with its own seed, derived from
+    `params.seed`.
     """
     conversations = [task[i] for i in spread(len(task), max_items)]
     answers = _judged_completions(engine, task, conversations, params, num_samples, batch_size)
     correct = [sum(verdict == "pass" for _, verdict in item) for item in answers]
     ks = sorted({1, num_samples} if ks is None else set(ks))
     return {f"pass@{k}": mean_pass_at_k(num_samples, correct, k) for k in ks}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples

@@ -1,4 +1,4 @@
-"""Generation with a key/value cache."""
+"""Text generation with a key/value cache."""
 
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams

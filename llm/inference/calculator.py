@@ -1,8 +1,8 @@
-"""The calculator that a model calls between its python markers.
+"""Calculator for the expressions that a model writes between its python markers.
 
-The text comes from a model, so it is untrusted: a lexical gate, a length limit and a walk over the parsed expression
-that knows six operators and one string method. Nothing is evaluated by Python itself, and no signal or timer is needed,
-because an expression within the limits cannot take long (there is no power operator).
+The text comes from a model, so it is untrusted. It passes a lexical gate and a length limit, then a walk over the
+parsed expression that knows six operators and one string method. Python itself evaluates nothing. No signal or timer is
+needed, because an expression within the limits cannot take long (there is no power operator).
 """
 
 import ast
@@ -29,10 +29,11 @@ _OPERATORS = {
 
 
 def calculate(expression: str) -> str | None:
-    """Value of an arithmetic expression or of `"text".count("x")`, written as the training data writes results.
+    """Return the value of an arithmetic expression or of `"text".count("x")`, written as training data writes results.
 
-    Knows numbers (also 1,000), + - * / // %, parentheses, signs and `.count()` of one string literal in another.
-    Whole results have no decimal point. None for everything else, including division by zero and over-long input.
+    Knows numbers (also 1,000), + - * / // %, parentheses, signs and `.count()` of one string literal in another. Whole
+    results have no decimal point. Returns None for everything else, including division by zero and input that is too
+    long.
     """
     if len(expression) > MAX_EXPRESSION:
         return None
@@ -48,7 +49,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _value(node: ast.expr) -> int | float:
-    """Value of a node of the small language; ValueError for anything outside of it."""
+    """Return the value of a node of the calculator's language; raise ValueError for any other node."""
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return number
@@ -66,7 +67,10 @@ def _value(node: ast.expr) -> int | float:
 
 
 def _format(value: int | float) -> str | None:
-    """Shortest usual form: 3 for 3.0, 0.3 for 0.1 + 0.2 (ten significant digits hide binary rounding)."""
+    """Return the shortest usual form: 3 for 3.0, 0.3 for 0.1 + 0.2; None if it is longer than MAX_RESULT.
+
+    Ten significant digits hide binary rounding.
+    """
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -1,8 +1,8 @@
 """Batched generation: one prefill, then one token per row and step, with calculator calls inside the text.
 
-Prompts of different lengths share a batch, and finished rows leave it. `Engine.stream` shows every step as it happens
-(chat), `Engine.generate` collects completions (evaluation, reinforcement learning). Costs per step: one forward pass,
-one vectorised draw, one copy of B ids to the host.
+Prompts of different lengths share a batch, and finished rows leave it. `Engine.stream` yields every step as it happens
+(chat), `Engine.generate` collects completions (evaluation, reinforcement learning). A step costs one forward pass, one
+vectorised draw and one copy of B ids to the host.
 """
 
 from collections import deque
@@ -15,11 +15,11 @@ import torch
 from llm.inference.calculator import calculate
 from llm.inference.sampling import SamplingParams, sample, uniform_draws
 
-COMPACT_BELOW = 0.75  # finished rows are carried along until the live share is this small: leaving copies the cache
+COMPACT_BELOW = 0.75  # finished rows stay until the live share is this small, because leaving copies the cache
 
 
 class TokenEvent(NamedTuple):
-    """A token that a row gained; `forced` = written by the calculator, not sampled."""
+    """One token that a row gained; `forced` = written by the calculator, not sampled."""
 
     row: int
     id: int
@@ -28,7 +28,7 @@ class TokenEvent(NamedTuple):
 
 @dataclass
 class Completion:
-    """What followed a prompt, without the stop token. mask: 1 = sampled, 0 = forced by the calculator.
+    """Completion of a prompt, without the stop token. mask: 1 = sampled, 0 = forced by the calculator.
 
     finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`, which is kept) or
     "length" (max_new_tokens or the context is used up).
@@ -40,24 +40,28 @@ class Completion:
 
 
 class Engine:
-    """Generation with a model and its tokenizer. Each call reads the weights anew: training may go on in between."""
+    """Generator of text from a model and its tokenizer.
+
+    Each call reads the weights anew, so training may go on in between.
+    """
 
     def __init__(self, net, tokenizer):
         self.net, self.tokenizer = net, tokenizer
 
     def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1) -> "TokenStream":
-        """Iterator over decode steps, each a list of TokenEvent; closing it frees the cache.
+        """Return an iterator over decode steps, each a list of TokenEvent; closing it frees the cache.
 
-        Row `i * num_samples + j` is sample j of prompt i.
+        Row `i * num_samples + j` is sample j of prompt i. Raises ValueError for an empty prompt.
         """
         return TokenStream(self.net, self.tokenizer, prompts, params, num_samples)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1
     ) -> list[list[Completion]]:
-        """Completions as [prompt][sample], all decoded in one batch.
+        """Return the completions as [prompt][sample], all decoded in one batch.
 
-        A prompt that leaves no room in the context gets an empty completion with finish_reason "length".
+        A prompt that leaves no room in the context gets an empty completion with finish_reason "length". Raises
+        ValueError for an empty prompt.
         """
         done = [Completion() for _ in range(len(prompts) * num_samples)]
         with self.stream(prompts, params, num_samples) as stream:
@@ -72,10 +76,10 @@ class Engine:
 
 
 class TokenStream:
-    """One batch being decoded; `finish_reasons[row]` is None until the row has ended.
+    """Decoding of one batch, step by step; `finish_reasons[row]` is None until the row has ended.
 
-    A class and not a generator function, because a `with torch.inference_mode()` around a yield would leak into the
-    consumer's code.
+    It is a class and not a generator function, because a `with torch.inference_mode()` around a yield would leak into
+    the consumer's code.
     """
 
     def __init__(self, net, tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1):
@@ -86,11 +90,11 @@ class TokenStream:
         self.params, self.seq_len = params, net.config.seq_len
         self.finish_reasons: list[str | None] = [None] * (len(prompts) * num_samples)
         self._training, self._net = net.training, net
-        self._twin = None
+        self._compute_net = None
         self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
         self._stops = tokenizer.stop_ids
         self._stop_texts = _StopTexts(tokenizer, params.stop) if params.stop else None
-        self._prompts: list[Sequence[int]] = []  # with room for at least one token
+        self._prompts: list[Sequence[int]] = []  # those with room for at least one token
         self._slots: list[_Row | None] = []  # by place in the batch; None = finished, waiting to leave
         for i, prompt in enumerate(prompts):
             room = min(params.max_new_tokens, self.seq_len - len(prompt))
@@ -114,9 +118,9 @@ class TokenStream:
         self.close()
 
     def close(self) -> None:
-        """End now and free the cache; may be called at any time and again."""
+        """End now and free the cache; may be called at any time, and more than once."""
         self._slots = []
-        self._cache = self._twin = self._draws = None
+        self._cache = self._compute_net = self._draws = None
         if self._net is not None:
             self._net.train(self._training)
             self._net = None
@@ -136,9 +140,9 @@ class TokenStream:
         raise StopIteration
 
     def _prefill(self) -> torch.Tensor:
-        """Logits (rows, V) behind all prompts, each computed once and repeated for its samples."""
+        """Return the logits (rows, V) behind all prompts, each computed once and repeated for its samples."""
         net = self._net.eval()
-        self._twin = in_compute_dtype(net)
+        self._compute_net = in_compute_dtype(net)
         device, slots = net.device, self._slots
         lengths = [len(prompt) for prompt in self._prompts]
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
@@ -146,8 +150,8 @@ class TokenStream:
             ids[i, : len(prompt)] = torch.as_tensor(prompt)
         max_len = max(row.length + row.room for row in slots)
         self._cache = net.new_cache(len(lengths), max_len)
-        true = torch.tensor(lengths, device=device)
-        logits = self._twin(ids.to(device), cache=self._cache, lengths=true, last_only=True)[:, 0]
+        true_lengths = torch.tensor(lengths, device=device)
+        logits = self._compute_net(ids.to(device), cache=self._cache, lengths=true_lengths, last_only=True)[:, 0]
         if self._num_samples > 1:
             self._cache.repeat(self._num_samples)
             logits = logits.repeat_interleave(self._num_samples, dim=0)
@@ -155,7 +159,7 @@ class TokenStream:
         return logits
 
     def _make_draws(self, device: torch.device) -> torch.Tensor | None:
-        """Random numbers (steps, rows) of the whole call, on the device at once; None if decoding is greedy."""
+        """Return the random numbers (steps, rows) of the whole call, on the device; None if decoding is greedy."""
         if self.params.temperature == 0:
             return None
         n_steps = max(row.room for row in self._slots)
@@ -165,12 +169,12 @@ class TokenStream:
         return torch.from_numpy(draws[:, rows]).to(device, dtype)
 
     def _decode(self) -> torch.Tensor:
-        """Logits (rows, V) after feeding every row its newest token."""
+        """Feed every row its newest token and return the logits (rows, V) behind it."""
         self._cache.used = max(row.length - 1 for row in self._slots if row)
-        return self._twin(self._next_ids, cache=self._cache, last_only=True)[:, 0]
+        return self._compute_net(self._next_ids, cache=self._cache, last_only=True)[:, 0]
 
     def _accept(self, sampled: torch.Tensor) -> list[TokenEvent]:
-        """Give each live row its forced or sampled token and end the rows that are done."""
+        """Give each live row its forced or sampled token, and end the rows that are done."""
         events, ids, replaced = [], sampled.tolist(), False
         for slot, row in enumerate(self._slots):
             if row is None:
@@ -195,6 +199,7 @@ class TokenStream:
         return events
 
     def _finish(self, slot: int, reason: str) -> None:
+        """End the row in `slot` with a finish_reason; the slot stays in the batch until `_compact`."""
         self.finish_reasons[self._slots[slot].index] = reason
         self._slots[slot] = None
         self._cache.lengths[slot] = 0  # until it leaves, the slot writes at the start of its own cache row
@@ -213,7 +218,7 @@ class TokenStream:
 
 
 class _Row:
-    """A sequence in the making: its place among the results, tokens so far, tokens it may still gain, tool state."""
+    """Sequence in the making: its place among the results, tokens so far, tokens it may still gain, tool state."""
 
     __slots__ = ("index", "length", "room", "forced", "expression", "tail")
 
@@ -225,22 +230,23 @@ class _Row:
 
 
 class _StopTexts:
-    """Notices the texts that end a completion; they are looked for in bytes, as they may begin within a token."""
+    """Detector of the texts that end a completion. It looks at bytes, because a text may begin within a token."""
 
     def __init__(self, tokenizer, texts: Sequence[str]):
         self.tokenizer, self.texts = tokenizer, [text.encode() for text in texts if text]
         self.keep = max(map(len, self.texts), default=1) - 1
 
     def ended(self, row: _Row, token: int) -> bool:
+        """Add a token to a row's text and return True if a stop text is complete."""
         text = row.tail + self.tokenizer.decode_bytes([token])
         row.tail = text[max(0, len(text) - self.keep) :]
         return any(stop in text for stop in self.texts)
 
 
 class _Calculator:
-    """Watches sampled tokens; when a row closes its python markers, queues the result to be written into that row.
+    """Calculator calls: when a row closes its python markers, queue the result to be written into that row.
 
-    An expression that cannot be calculated queues nothing: the model goes on by itself.
+    An expression that cannot be calculated queues nothing, and the model goes on by itself.
     """
 
     def __init__(self, tokenizer):
@@ -251,6 +257,7 @@ class _Calculator:
         )
 
     def observe(self, row: _Row, token: int) -> None:
+        """Follow one sampled token of a row."""
         if token == self.start:
             row.expression = []
         elif row.expression is None:
@@ -265,14 +272,14 @@ class _Calculator:
 
 
 def in_compute_dtype(net):
-    """The net itself, or a twin with weights in its compute dtype, so that no pass casts all weights again.
+    """Return the net, or a copy with weights in its compute dtype, so that no pass casts all weights again.
 
-    Rounding is the same either way: the net casts each weight before it multiplies.
+    The results are equal, because the net casts each weight before it multiplies.
     """
     if next(net.parameters()).dtype == net.compute_dtype:
         return net
     with torch.device("meta"):
-        twin = type(net)(net.config)
-    twin.load_state_dict({name: weight.to(net.compute_dtype) for name, weight in net.state_dict().items()}, assign=True)
-    twin.compute_dtype = net.compute_dtype
-    return twin.to(net.device).eval()
+        copy = type(net)(net.config)
+    copy.load_state_dict({name: weight.to(net.compute_dtype) for name, weight in net.state_dict().items()}, assign=True)
+    copy.compute_dtype = net.compute_dtype
+    return copy.to(net.device).eval()

@@ -1,4 +1,4 @@
-"""Choosing the next token: what a caller may ask for, and one vectorised draw for all rows of a batch."""
+"""Choice of the next token: the settings of a caller, and one vectorised draw for all rows of a batch."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from llm.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn. temperature 0 = greedy; top_k 0 and top_p 1 = no truncation.
+    """Settings of sampling. temperature 0 = greedy; top_k 0 and top_p 1 = no truncation.
 
     max_new_tokens counts sampled and forced (calculator) tokens; stop: texts behind which a completion ends. Raises
     UserError for values outside their range.
@@ -37,10 +37,10 @@ class SamplingParams:
 
 
 def uniform_draws(seed: int, n_steps: int, n_rows: int) -> np.ndarray:
-    """(n_steps, n_rows) numbers in [0, 1), each a hash of (seed, row, step) and of nothing else.
+    """Return (n_steps, n_rows) float64 numbers in [0, 1), each a hash of (seed, row, step) and of nothing else.
 
-    So a row draws the same numbers whatever else is in its batch. The hash is the finaliser of SplitMix64 (Steele et
-    al., 2014), once per part of the key.
+    A row therefore draws equal numbers whatever else is in its batch. The hash is the finaliser of SplitMix64
+    (Steele et al., 2014), once per part of the key.
     """
     key = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
     key = _mix(key ^ _mix(np.arange(n_rows, dtype=np.uint64)))  # (n_rows,)
@@ -49,6 +49,7 @@ def uniform_draws(seed: int, n_steps: int, n_rows: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble uint64 numbers by the finaliser of SplitMix64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -56,9 +57,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, draws: torch.Tensor | None) -> torch.Tensor:
-    """One token id per row of `logits` (B, V) by inversion of its cumulative distribution at `draws` (B,) in [0, 1).
+    """Return one token id (B,) per row of `logits` (B, V), by inversion of its distribution at `draws` (B,) in [0, 1).
 
-    Order as usual: temperature, then top_k, then top_p (the fewest tokens that hold this share of what top_k left).
+    The order is the usual one: temperature, then top_k, then top_p (the fewest tokens that hold this share of what
+    top_k left).
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The Transformer and what its layers compute."""
+"""The Transformer and the operations of its layers."""
 
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT

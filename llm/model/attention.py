@@ -1,4 +1,4 @@
-"""Causal attention and the key/value cache: everything that looks across positions."""
+"""Causal attention: rotary positions, the choice of a kernel, windows and document masks."""
 
 import shutil
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ flash_attn_func = None  # FlashAttention 3, once `has_flash3` has found it
 
 
 def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary angles, each (seq_len, head_dim / 2) fp32 (RoFormer, arXiv 2104.09864)."""
+    """Return cos and sin of the rotary angles, each (seq_len, head_dim / 2) fp32 (RoFormer, arXiv 2104.09864)."""
     inv_freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device="cpu"), inv_freq)
     return angles.cos(), angles.sin()
@@ -36,7 +36,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What serves any shape and length: evaluation, sampling, reinforcement learning."""
+    """Return the backend for any shape and length, as evaluation, sampling and reinforcement learning need it."""
     return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"
 
 
@@ -93,10 +93,11 @@ def choose_backend(
 def attention_masks(
     windows: Iterable[int | None], length: int, starts: torch.Tensor | None, backend: str, device: torch.device
 ) -> dict:
-    """What `causal_attention` needs beside the window, for each of the windows; made once per pass for all layers.
+    """Return {window: mask} for `causal_attention`; built once per pass and shared by all layers.
 
-    starts: (B, length) true where a document begins, None = all of a row is visible. The masks are None, the numbers of
-    the documents (B, length) for "cpu", a BlockMask for "flex", or (B, 1, length, length) where nothing better runs.
+    windows: earlier positions a layer sees, None = all; starts: (B, length), true where a document begins, None = rows
+    are not divided. A mask is None where the window alone suffices. Otherwise it holds the document numbers (B, length)
+    for "cpu", a BlockMask for "flex", or booleans (B, 1, length, length) for "sdpa".
     """
     windows = set(windows)
     if starts is None:
@@ -118,7 +119,7 @@ def causal_attention(
     mask: torch.Tensor | BlockMask | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v, where a position sees itself and the `window` positions before it (None: all).
+    """Return softmax(scale * q k^T) v; a position sees itself and the `window` positions before it (None: all).
 
     q: (B, T, H, D); k, v: (B, T, Hkv, D); mask: from `attention_masks`; backend: from `choose_backend`, by default
     `plain_backend`. Returns (B, T, H, D).
@@ -131,7 +132,7 @@ def causal_attention(
         y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
         return y[0] if isinstance(y, tuple) else y  # older wheels also return the log-sums
     if backend == "cpu" and attention_cpu.is_faster(q, window, mask):
-        return attention_cpu.attention(*_even(q, k, v), scale, window, mask)
+        return attention_cpu.attention(*_repeat_kv_heads(q, k, v), scale, window, mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     is_grouped = q.size(1) != k.size(1)
     if backend == "flex" and mask is not None:
@@ -140,14 +141,14 @@ def causal_attention(
     elif mask is not None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=is_grouped)
     elif window is not None:
-        y = banded_attention(*_even(q, k, v, dim=1), scale, window)
+        y = banded_attention(*_repeat_kv_heads(q, k, v, dim=1), scale, window)
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped)
     return y.transpose(1, 2)
 
 
-def _even(q, k, v, dim: int = 2):
-    """As many key and value heads, dimension `dim`, as query heads."""
+def _repeat_kv_heads(q, k, v, dim: int = 2):
+    """Repeat key and value heads (dimension `dim`) until there are as many as query heads."""
     if k.size(dim) == q.size(dim):
         return q, k, v
     return q, *(t.repeat_interleave(q.size(dim) // t.size(dim), dim=dim) for t in (k, v))
@@ -158,7 +159,10 @@ def _even(q, k, v, dim: int = 2):
 
 
 def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
-    """A window by any SDPA kernel: queries in blocks, each against the keys in reach. No (T, T) mask exists."""
+    """Compute windowed attention with any SDPA kernel: blocks of queries, each against the keys within reach.
+
+    q, k, v: (B, H, T, D), also the result. No (T, T) mask is built.
+    """
     outputs, T = [], q.size(2)
     size = max(64, window // 2)
     bounds = [(0, min(T, window + 1))]  # up to here the window reaches back to the start: plain causal
@@ -175,6 +179,7 @@ def banded_attention(q, k, v, scale: float, window: int) -> torch.Tensor:
 
 
 def _document_mask(window: int | None, documents: torch.Tensor) -> torch.Tensor:
+    """Return booleans (B, 1, T, T), true where a query sees a key of its own document; documents: (B, T) numbers."""
     at = torch.arange(documents.size(1), device=documents.device)
     return (_sees(window)(0, 0, at.unsqueeze(1), at) & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
 
@@ -200,14 +205,16 @@ def _window_mask(window: int, length: int, device: torch.device) -> BlockMask:
 def _document_block_mask(window: int | None, documents: torch.Tensor) -> BlockMask:
     sees, (rows, length) = _sees(window), documents.shape
 
-    def same(b, h, at, key):
+    def same_document(b, h, at, key):
         return sees(b, h, at, key) & (documents[b, at] == documents[b, key])
 
     make = _compiled_block_mask() if documents.device.type == "cuda" else create_block_mask
-    return make(same, rows, None, length, length, device=documents.device)
+    return make(same_document, rows, None, length, length, device=documents.device)
 
 
 def _sees(window: int | None):
+    """Return the mask function (batch, head, query, key) -> bool of FlexAttention for a window."""
+
     def sees(b, h, at, key):
         return at >= key if window is None else (at >= key) & (at - key <= window)
 

@@ -11,22 +11,25 @@ import math
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 128  # queries
-HEADS_BYTES = 1 << 24  # of fp32 scores and sums that exist at a time: as many heads together as the cache holds
-KEPT_KEYS = 512  # up to so many keys per query the backward pass finds the probabilities, beyond it makes them again
+BLOCK = 128  # queries per block
+HEADS_BYTES = 1 << 24  # bytes of fp32 scores and sums held at a time: as many heads as fit the processor's cache
+KEPT_KEYS = 512  # with more keys per query the backward pass recomputes the probabilities instead of storing them
 
 
 def is_faster(q: torch.Tensor, window: int | None, documents) -> bool:
-    """Than torch's SDPA: always but for long plain fp32, whose probabilities the backward pass would make again."""
+    """Return True if this kernel beats torch's SDPA: always, except plain causal fp32 with more than KEPT_KEYS keys.
+
+    q: (B, T, H, D). The backward pass would have to recompute the probabilities of longer plain fp32 rows.
+    """
     special = window is not None or documents is not None
     return special or q.dtype != torch.float32 or _reach(q.size(1), window) <= KEPT_KEYS
 
 
 def attention(q, k, v, scale: float, window: int | None = None, documents=None) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the positions at or before a query's own, at most `window` before (None: all).
+    """Return softmax(scale * q k^T) v; a position sees itself and the `window` positions before it (None: all).
 
-    q, k, v: (B, T, H, D) fp32, bf16 or fp16, the same number of heads; documents: (B, T) int, positions see only those
-    of the same number. Returns (B, T, H, D).
+    q, k, v: (B, T, H, D) in fp32, bf16 or fp16, with equal numbers of heads; documents: (B, T) int, a position sees
+    positions of its own document number only. Returns (B, T, H, D).
     """
     keep = torch.is_grad_enabled() and _reach(q.size(1), window) <= KEPT_KEYS
     return _attention(q, k, v, scale, window, documents, keep)[0]
@@ -45,19 +48,21 @@ def _attention(
     documents: torch.Tensor | None,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, T, H, D), and the probabilities of all blocks end to end, if they are to be kept."""
+    """Return the output (B, T, H, D) and, if `keep`, the probabilities of all blocks in one flat tensor."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    hidden = _upper(q.device)
+    causal = _causal_mask(q.device)
     kept, at = q.new_empty(_kept_numel(*q.shape[:3], window, keep)), 0
     for group in _groups(*q.shape, window):
         queries, keys, values = (_stack(t, group) for t in (q, k, v))
-        y, of_rows = torch.empty_like(queries), None if documents is None else documents[group[0]]
+        y, row_documents = torch.empty_like(queries), None if documents is None else documents[group[0]]
         for start, end, key in _blocks(q.size(1), window):
             shape = (len(keys), end - start, end - key)
             p = kept[at : at + math.prod(shape)].view(shape) if keep else q.new_empty(shape)
             at += math.prod(shape)
-            seen = keys[:, key:end].contiguous()
-            _probabilities(p, queries[:, start:end], seen, scale, start - key, window, hidden, of_rows, key)
+            keys_in_reach = keys[:, key:end].contiguous()
+            _probabilities(
+                p, queries[:, start:end], keys_in_reach, scale, (start, end, key), window, causal, row_documents
+            )
             torch.bmm(p, values[:, key:end], out=y[:, start:end])
         _unstack(y, out, group)
     return out, kept
@@ -80,11 +85,12 @@ def _attention_backward(
     window: int | None,
     documents: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k and v (B, T, H, D); probabilities that were not kept are recomputed."""
     dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    hidden, at = _upper(q.device), 0
+    causal, at = _causal_mask(q.device), 0
     for group in _groups(*q.shape, window):
         all_queries, all_keys, values, grads = (_stack(t, group) for t in (q, k, v, grad))
-        dq_stack, of_rows = torch.empty_like(all_queries), None if documents is None else documents[group[0]]
+        dq_stack, row_documents = torch.empty_like(all_queries), None if documents is None else documents[group[0]]
         dk_sum = torch.zeros(all_keys.shape, dtype=torch.float32)
         dv_sum = torch.zeros_like(dk_sum)
         for start, end, key in _blocks(q.size(1), window):
@@ -97,7 +103,7 @@ def _attention_backward(
                 at += math.prod(shape)
             else:
                 p = q.new_empty(shape)
-                _probabilities(p, queries, keys, scale, start - key, window, hidden, of_rows, key)
+                _probabilities(p, queries, keys, scale, (start, end, key), window, causal, row_documents)
             dv_sum[:, key:end] += torch.bmm(p.mT, g)
             dp = torch.bmm(g, values[:, key:end].mT)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -127,45 +133,48 @@ _attention.register_autograd(_backward, setup_context=_setup)
 
 
 def _product(a, b, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """scale * a b of stacks, scaled before it is rounded."""
+    """Return scale * (a @ b) of stacks of matrices, scaled before the result is rounded."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
 
 
-def _probabilities(out, q, k, scale, lead: int, window, hidden, documents, key: int) -> None:
-    """Fill `out` (G, n, m) with the softmax over keys; `lead`: how many keys stand before the first query."""
+def _probabilities(out, q, k, scale, block: tuple[int, int, int], window, causal, documents) -> None:
+    """Fill `out` (G, n, m) with the softmax over keys of a block of queries q (G, n, D) and keys k (G, m, D).
+
+    block: from `_blocks`; causal: from `_causal_mask`; documents: (rows of the group, T) numbers, or None.
+    """
+    start, end, key = block
+    before, n = start - key, end - start  # keys before the first query, queries
     product = _product(q, k.mT, scale)
     scores = product.float()
     if q.dtype != torch.float32:
         scores += torch.baddbmm(product, q, k.mT, beta=-1, alpha=scale)
-    n = q.size(1)
-    scores[:, :, lead:] += hidden[:n, :n]  # what comes after the query
-    if window is not None and (within := window - lead) < n:  # the first queries see all keys, these no longer
-        scores[:, within:, : n - within] += hidden.T[: n - within, : n - within]
+    scores[:, :, before:] += causal[:n, :n]
+    if window is not None and (within := window - before) < n:  # the first queries see all keys, later ones do not
+        scores[:, within:, : n - within] += causal.T[: n - within, : n - within]
     if documents is not None:
-        of_keys = documents[:, key : key + k.size(1)]
-        apart = of_keys[:, lead : lead + n].unsqueeze(2) != of_keys.unsqueeze(1)
+        apart = documents[:, start:end].unsqueeze(2) != documents[:, key:end].unsqueeze(1)
         scores.view(len(apart), -1, *apart.shape[1:]).masked_fill_(apart.unsqueeze(1), -math.inf)
     out.copy_(torch.softmax(scores, dim=-1, out=scores))
 
 
-def _upper(device) -> torch.Tensor:
-    """(BLOCK, BLOCK): -inf above the diagonal, 0 elsewhere."""
+def _causal_mask(device) -> torch.Tensor:
+    """Return a (BLOCK, BLOCK) matrix with -inf above the diagonal and 0 elsewhere."""
     return torch.full((BLOCK, BLOCK), -math.inf, device=device).triu_(1)
 
 
 def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, behind the last query, first key) per block."""
+    """Return (first query, end of the queries, first key) of each block of queries."""
     starts = range(0, length, BLOCK)
     return [(s, min(s + BLOCK, length), 0 if window is None else max(0, s - window)) for s in starts]
 
 
 def _reach(length: int, window: int | None) -> int:
-    """Most keys of one block."""
+    """Return the largest number of keys that one block of queries sees."""
     return length if window is None else min(length, window + BLOCK)
 
 
 def _groups(rows: int, length: int, heads: int, head_dim: int, window: int | None) -> list[tuple[slice, slice]]:
-    """Rows and heads that are worked on together: all heads of some rows, or some heads of one row."""
+    """Return (rows, heads) slices to process together: all heads of some rows, or some heads of one row."""
     size = max(1, HEADS_BYTES // (4 * (BLOCK * _reach(length, window) + 2 * length * head_dim)))
     some_rows, parts = max(1, size // heads), -(-heads // size)
     some_heads = -(-heads // parts)
@@ -177,16 +186,17 @@ def _groups(rows: int, length: int, heads: int, head_dim: int, window: int | Non
 
 
 def _stack(t: torch.Tensor, group: tuple[slice, slice]) -> torch.Tensor:
-    """The group of (B, T, H, D) as a stack of its own, (G, T, D)."""
+    """Copy a group of (B, T, H, D) into a contiguous stack (G, T, D)."""
     rows, heads = group
     return t[rows, :, heads].transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _unstack(stack: torch.Tensor, out: torch.Tensor, group: tuple[slice, slice]) -> None:
-    """Write a stack (G, T, D) to where its group lies in `out` (B, T, H, D)."""
+    """Write a stack (G, T, D) to the place of its group in `out` (B, T, H, D)."""
     part = out[group[0], :, group[1]].transpose(1, 2)
     part.copy_(stack.view(part.shape))
 
 
 def _kept_numel(rows: int, length: int, heads: int, window: int | None, keep: bool) -> int:
+    """Return how many probabilities the forward pass keeps for the backward pass; 0 unless `keep`."""
     return keep * rows * heads * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))

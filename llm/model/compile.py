@@ -1,9 +1,10 @@
-"""torch.compile for the fixed shapes of training: the network from its embeddings to the last norm, and the loss head.
+"""Compile training with torch.compile: the network from its embeddings to the last norm, and the loss head.
 
-What loses stays eager: the embeddings themselves, whose compiled gradient adds atomically, one number after another.
-So do evaluation and generation, whose shapes vary, and reinforcement learning. Names of weights
-do not change. `compile=auto` compiles where it pays: on a GPU; on a CPU with a C++ compiler for long runs, because the
-first step waits for the compiler (20 to 60 seconds, less when its cache on disk is warm).
+Only training steps of fixed shapes are compiled. The embeddings stay eager, because their compiled gradient adds with
+atomics, one number after another, and is slower. Evaluation and generation stay eager because their shapes vary, and so
+does reinforcement learning. Names of weights do not change. `compile=auto` compiles where it pays: on a GPU, and on a
+CPU with a C++ compiler for long runs, because the first step waits for the compiler (20 to 60 seconds, less when its
+cache on disk is warm).
 """
 
 import shutil
@@ -19,7 +20,10 @@ LONG_RUN = 500  # steps from which compiling pays on a CPU
 
 
 def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether to compile for `compile` = auto | True | False, and why, in words for the log."""
+    """Return (compile or not, the reason for the log) for `compile` = auto | True | False.
+
+    Raises UserError for another value, and for True where shapes vary or the compiler is missing.
+    """
     if choice != "auto" and not isinstance(choice, bool):
         raise UserError(f"compile={choice}: choose one of auto, true, false")
     if choice is False:
@@ -44,10 +48,10 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
 
 
 def compile_training(net, by_block: bool = False) -> None:
-    """From now on `net` runs compiled where it is given targets and gradients are on.
+    """Make `net` run compiled whenever it gets targets and gradients are on.
 
-    by_block: every block by itself, for FSDP2, which gathers and frees weights between them; then the blocks are
-    compiled wherever they run. Raises UserError, naming the part, where the compiler fails at the first step.
+    by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks; the blocks then
+    run compiled everywhere. The first step raises UserError, naming the part, if the compiler fails.
     """
     if by_block:
         for block in net.transformer.h:
@@ -59,6 +63,8 @@ def compile_training(net, by_block: bool = False) -> None:
 
 
 def _named(part: str, compiled: Callable) -> Callable:
+    """Return `compiled` with compiler errors turned into a UserError that names `part`."""
+
     def run(*args):
         try:
             return compiled(*args)

@@ -1,27 +1,29 @@
-"""Linear head, soft cap and cross-entropy in one, a chunk of tokens at a time: full logits never exist.
+"""Fused linear head, soft cap and cross-entropy, a chunk of tokens at a time: full logits never exist.
 
-A summed loss computes its gradients on the way and keeps nothing else (the idea of Liger Kernel, arXiv 2410.10989); the
-losses of single tokens keep one number per token and multiply once more in the backward pass. Both are exact.
+A summed loss computes its gradients in the forward pass and keeps nothing else (the idea of Liger Kernel, arXiv
+2410.10989). Losses of single tokens keep one number per token and repeat the product in the backward pass. Both are
+exact.
 """
 
 import torch
 import torch.nn.functional as F
 
-# Logits that exist at a time in the compute dtype (per chunk: few, large matrix products), and of these in fp32 (per
-# tile: on a CPU as many as stay in the cache).
+# Logits held at a time: those of a chunk in the compute dtype (a few large matrix products), and of a chunk those of a
+# tile in fp32 (on a CPU as many as stay in its cache).
 CHUNK_ELEMENTS = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 28, 1 << 27)}
 OTHER_CHUNK_ELEMENTS = (1 << 25, 1 << 25)
-MIN_TOKENS = 256  # of a chunk or tile
+MIN_TOKENS = 256  # in a chunk or tile
 
 
 def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(logits / cap) in fp32: never outside (-cap, cap) (Gemma 2, arXiv 2408.00118). None: just fp32."""
+    """Return cap * tanh(logits / cap) in fp32, within (-cap, cap) (Gemma 2, arXiv 2408.00118); cap None: only cast."""
     return logits.float() if cap is None else cap * torch.tanh(logits.float() / cap)
 
 
 def chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None):
-    """Losses (n,) of a chunk of raw logits (n, V) against goals (n, 1). With `scale` (n, 1), the gradient of
-    sum(losses * scale) by the logits takes their place. The form for eager PyTorch.
+    """Return the losses (n,) of raw logits (n, V) against goals (n, 1), in nats, by eager PyTorch.
+
+    With `scale` (n, 1), `logits` is overwritten with the gradient of sum(losses * scale) with respect to it.
     """
     z = logits.float()
     if cap is None:
@@ -42,7 +44,10 @@ def chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | N
 
 
 def fused_chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None):
-    """The same for torch.compile, which makes two passes over the chunk of it. tanh(x) = 1 - 2 / (e^2x + 1)."""
+    """Compute `chunk_loss` in a form that torch.compile turns into two passes over the chunk.
+
+    It writes tanh(x) as 1 - 2 / (e^2x + 1).
+    """
     if scale is None or cap is None:
         return chunk_loss(logits, goal, scale, cap)
     t = 1 - 2 / ((logits.float() * (2 / cap)).exp() + 1)
@@ -63,12 +68,12 @@ def linear_cross_entropy(
     reduction: str = "sum",
     kernel=chunk_loss,
 ) -> torch.Tensor:
-    """Cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`; softcap None = no cap.
+    """Return the cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`.
 
     hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
-    trained, loss 0; token_weights: (...) factors of the tokens' losses. reduction: sum | mean (over trained tokens) |
-    none. kernel: `chunk_loss`, or `fused_chunk_loss` compiled. Returns an fp32 scalar, or losses of the shape of
-    `targets`.
+    trained, loss 0; softcap: None = no cap; token_weights: (...) factors of the tokens' losses; reduction: sum | mean
+    (over trained tokens) | none; kernel: `chunk_loss`, or `fused_chunk_loss` compiled. Returns an fp32 scalar, or
+    losses with the shape of `targets`.
     """
     flat, goals = hidden.flatten(0, -2), targets.flatten()
     factors = None if token_weights is None else token_weights.flatten()
@@ -90,11 +95,14 @@ def linear_cross_entropy(
 
 
 def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel=chunk_loss):
-    """Losses (N,) without factors; with_grad: also the gradients of sum(losses * factors), d hidden and d weight."""
+    """Return the losses (N,) without factors and, if `with_grad`, the gradients of sum(losses * factors).
+
+    hidden: (N, C); weight: (V, C); goals, factors: (N,). The gradients are those of hidden and weight, else None.
+    """
     elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
     chunk = max(MIN_TOKENS, elements // len(weight))
     tile = max(MIN_TOKENS, tile_elements // len(weight))
-    if hidden.device.type != "cpu":  # there no token was left out, so the number of them is as fixed as the tile
+    if hidden.device.type != "cpu":  # no token was left out there, so the tile has one fixed size
         tile = min(tile, len(goals))
     trained = (goals >= 0).float()
     scales = trained if factors is None else trained * factors

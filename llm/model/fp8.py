@@ -7,32 +7,33 @@ layer, forward and backward, run in fp8 with bf16 results; master weights stay f
 
 import torch
 
-MULTIPLE = 16  # of both sides of a matrix and of the number of tokens: what the kernels can take
+MULTIPLE = 16  # the kernels take matrices whose sides, and numbers of tokens, are multiples of it
 
 
 def can_fp8(device: torch.device) -> bool:
+    """Return True for a CUDA device with fp8 matrix products (compute capability 9.0 and up)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def takes_fp8(x: torch.Tensor) -> bool:
-    """Whether the number of tokens in x (..., K) suits the kernels, which sum over it for the weight's gradient."""
+    """Return True if the kernels take the number of tokens in x (..., K), over which the weight gradient sums."""
     return x.numel() // x.size(-1) % MULTIPLE == 0
 
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., K) times the transpose of weight (N, K), in the dtype of x."""
+    """Return x (..., K) times the transpose of weight (N, K), in the dtype of x."""
     return _Product.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
 
 
 def _quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / scale in `dtype` and the scale, an fp32 scalar on the device."""
+    """Return x / scale in `dtype`, and the scale, an fp32 scalar on the device."""
     largest = torch.finfo(dtype).max
     scale = (x.detach().abs().amax().float() / largest).clamp_min(1e-12)
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
 def _multiply(a, scale_a, b, scale_b, dtype: torch.dtype, fast: bool) -> torch.Tensor:
-    """a (M, K) by the transpose of b (N, K), both contiguous."""
+    """Return a (M, K) times the transpose of b (N, K); both are contiguous."""
     return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 

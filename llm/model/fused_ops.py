@@ -1,7 +1,7 @@
-"""Elementwise parts of the model as single autograd nodes.
+"""Elementwise parts of the model, each a single autograd node.
 
-Written as plain expressions, their backward passes go over memory many times. These forms save one tensor each and pass
-over it as seldom as eager PyTorch allows.
+As plain expressions they would pass over memory many times in the backward pass. These forms save one tensor each and
+pass over it as seldom as eager PyTorch allows.
 """
 
 import torch
@@ -11,12 +11,12 @@ NORM_EPS = torch.finfo(torch.float32).eps
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, without weights; the mean is taken in fp32 or wider."""
+    """Return x / sqrt(mean(x^2) + eps) over the last dimension, without weights; the mean is taken in fp32 or wider."""
     return _RMSNorm.apply(x)
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """relu(x)^2 (Primer, arXiv 2109.08668)."""
+    """Return relu(x)^2 (Primer, arXiv 2109.08668)."""
     return _ReLUSquared.apply(x)
 
 

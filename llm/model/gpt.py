@@ -25,29 +25,32 @@ from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import relu_squared
 from llm.model.fused_ops import rms_norm as norm
-from llm.model.kv_cache import KVCache, SharedPrefixCache
+from llm.model.kv_cache import AttentionOptions, KVCache, SharedPrefixCache
 from llm.model.linear import Linear
 
 
 class LayerNorm(nn.LayerNorm):
-    """Weights are cast to the dtype of the input."""
+    """LayerNorm with its weights cast to the dtype of the input."""
 
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class RMSNorm(nn.Module):
-    """Without weights."""
+    """RMSNorm without weights."""
 
     def forward(self, x):
         return norm(x)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
+    """Return the norm of an architecture: LayerNorm for gpt2, RMSNorm for all others."""
     return LayerNorm(config.n_embd) if config.arch == "gpt2" else RMSNorm()
 
 
 class Attention(nn.Module):
+    """Causal self-attention of one layer, with its projections and the gate of its value embedding."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
@@ -73,11 +76,14 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
         else:
-            y = cache.attend(self.layer, q, k, v, positions, self.scale, self.window, mask, backend)
+            options = AttentionOptions(self.scale, self.window, mask, backend)
+            y = cache.attend(self.layer, q, k, v, positions, options)
         return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
+    """Feed-forward part of a block, four times as wide inside: squared ReLU, or GELU for gpt2."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.is_gpt2 = config.arch == "gpt2"
@@ -90,6 +96,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One Transformer block: attention and MLP, each behind a norm and added to the residual stream (B, T, n_embd)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.norm_1, self.attn = make_norm(config), Attention(config, layer)
@@ -101,9 +109,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids in, logits or loss out. `compute_dtype` is the dtype of all activations up to the logits."""
+    """Transformer language model: token ids in, logits or loss out.
 
-    can_branch = True  # what sequences share can be computed once: see `branches`
+    `compute_dtype` is the dtype of all activations up to the logits.
+    """
+
+    can_share_prefix = True  # `continue_prefixes` works
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -146,16 +157,17 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.transformer.wte.weight.device
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(padded vocabulary, n_embd): the head's own matrix or the embedding."""
+        """Weight (padded vocabulary, n_embd) of the head: its own matrix, or the embedding if they are tied."""
         return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int = 42) -> "GPT":
-        """Fill all weights, reproducibly on any device.
+        """Fill all weights from `seed`, with equal results on any device; returns the network.
 
         classic: embedding N(0, 1); block inputs N(0, s), s = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in).
         modern: block inputs and value embeddings U(-b, b), b = sqrt(3 / n_embd), the MLP's times `fc_scale`; gates
@@ -164,61 +176,63 @@ class GPT(nn.Module):
         gpt2: N(0, 0.02), projections N(0, 0.02 / sqrt(2 n_layer)), positions N(0, 0.01), biases 0.
         """
         c, generator = self.config, torch.Generator().manual_seed(seed)
-
-        def normal_(weight: torch.Tensor, std: float) -> None:
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-
-        def uniform_(weight: torch.Tensor, low: float, high: float) -> None:
-            weight.copy_(torch.rand(weight.shape, generator=generator) * (high - low) + low)
-
         if c.arch == "gpt2":
-            for name, p in self.named_parameters():
-                if p.ndim == 1:
-                    p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-                elif name.endswith("c_proj.weight"):
-                    normal_(p, 0.02 / (2 * c.n_layer) ** 0.5)
-                else:
-                    normal_(p, 0.01 if "wpe" in name else 0.02)
+            self._init_gpt2(generator)
             return self
-        normal_(self.transformer.wte.weight, c.embedding_std)
         bound = (3 / c.n_embd) ** 0.5
+        _normal_(self.transformer.wte.weight, c.embedding_std, generator)
         for block in self.transformer.h:
-            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
-                fan_out, fan_in = linear.weight.shape
-                if c.arch == "modern":
-                    uniform_(linear.weight, -bound, bound)
-                else:
-                    normal_(linear.weight, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5)
-            block.mlp.c_fc.weight.mul_(c.fc_scale)
-            block.attn.c_proj.weight.zero_()
-            block.mlp.c_proj.weight.zero_()
-            if hasattr(block.attn, "ve_gate"):
-                uniform_(block.attn.ve_gate.weight, 0.0, c.gate_init)
+            self._init_block(block, bound, generator)
         for table in self.value_embeds.values():
-            uniform_(table.weight, -bound, bound)
+            _uniform_(table.weight, -bound, bound, generator)
         if c.residual_scalars:
             self.resid_scalars.copy_(torch.linspace(*c.resid_init, c.n_layer))
             self.x0_scalars.copy_(torch.linspace(*c.x0_init, c.n_layer))
         if c.smear:
-            uniform_(self.smear_gate.weight, 0.0, c.gate_init)
+            _uniform_(self.smear_gate.weight, 0.0, c.gate_init, generator)
             self.smear_scalar.zero_()
         if c.backout:
             self.backout_scalar.fill_(c.backout_init)
         if self.lm_head is not None:
-            normal_(self.lm_head.weight, c.head_std)
+            _normal_(self.lm_head.weight, c.head_std, generator)
         return self
 
+    def _init_gpt2(self, generator: torch.Generator) -> None:
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            elif name.endswith("c_proj.weight"):
+                _normal_(p, 0.02 / (2 * self.config.n_layer) ** 0.5, generator)
+            else:
+                _normal_(p, 0.01 if "wpe" in name else 0.02, generator)
+
+    def _init_block(self, block: Block, bound: float, generator: torch.Generator) -> None:
+        for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+            fan_out, fan_in = linear.weight.shape
+            if self.config.arch == "modern":
+                _uniform_(linear.weight, -bound, bound, generator)
+            else:
+                _normal_(linear.weight, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5, generator)
+        block.mlp.c_fc.weight.mul_(self.config.fc_scale)
+        block.attn.c_proj.weight.zero_()
+        block.mlp.c_proj.weight.zero_()
+        if hasattr(block.attn, "ve_gate"):
+            _uniform_(block.attn.ve_gate.weight, 0.0, self.config.gate_init, generator)
+
     def set_attention(self, asked: str, device: torch.device, fixed_shapes: bool) -> str:
-        """Choose the attention backend of training steps on `device` by `choose_backend`; returns its name."""
+        """Choose the attention backend of training steps on `device` and return its name.
+
+        Raises UserError if the backend `asked` for cannot run there.
+        """
         windows, documents = any(self.windows), self.config.bos_id is not None
         shape = (self.compute_dtype, self.config.head_dim, windows, documents, fixed_shapes)
         self.training_attention = choose_backend(asked, device, *shape)
         return self.training_attention
 
     def embed(self, x: torch.Tensor, cache: KVCache | None, at, starts: torch.Tensor | None) -> torch.Tensor:
-        """What enters the first block, from the rows of the embedding (B, T, n_embd).
+        """Return the input of the first block (B, T, n_embd) for rows of the embedding of that shape.
 
-        at: positions of the tokens; starts: (B, T) true where a document begins, if they are kept apart.
+        at: positions of the tokens; starts: (B, T) true where a document begins, if documents are kept apart.
         """
         if self.config.arch == "gpt2":
             return (x + self.transformer.wpe.weight[at]).to(self.compute_dtype)
@@ -243,10 +257,11 @@ class GPT(nn.Module):
         backend: str,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """From rows of the embedding (B, T, n_embd) to the normed output of the last block, in the compute dtype.
+        """Run all blocks on rows of the embedding (B, T, n_embd); return the normed output of the last one.
 
         values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
-        document begins, None if all of a row is visible; masks: by window, from `attention_masks`.
+        document begins, None if rows are not divided; masks: by window, from `attention_masks`. The output
+        (B, T, n_embd) has the compute dtype.
         """
         T, c = x.size(1), self.config
         positions = None if cache is None else cache.positions(T)
@@ -271,9 +286,10 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, is_training: bool = False) -> torch.Tensor:
-        """Normed output of the last block for ids (B, T). Does not advance the cache.
+        """Return the normed output (B, T, n_embd) of the last block for ids (B, T). Does not advance the cache.
 
-        is_training: by the attention and the compiled blocks that were chosen for training steps.
+        is_training: use the attention backend and the compiled blocks that were chosen for training steps. Raises
+        ValueError for more tokens than the context holds.
         """
         if ids.size(1) > self.config.seq_len:
             raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
@@ -291,13 +307,16 @@ class GPT(nn.Module):
         return self.forward_blocks(x, values, starts, masks, backend, cache)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `max_len` tokens."""
+        """Return an empty cache for `batch` rows of at most `max_len` tokens."""
         return KVCache(self.config, batch, max_len, device=self.device, dtype=self.compute_dtype)
 
-    def branches(self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor) -> torch.Tensor:
-        """Outputs (B n, 1 + T, C) at the last token of each prefix, and for `n` continuations of each behind it.
+    def continue_prefixes(
+        self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute each prefix once and `n` continuations behind it; return their outputs (B n, 1 + T, n_embd).
 
-        prefixes: (B, S), of which the first `lengths` (B,) tokens count; rest: (B n, T). Prefixes are computed once.
+        prefixes: (B, S), of which the first `lengths` (B,) tokens count; rest: (B n, T), the continuations. The outputs
+        are those at the last token of the prefix and at every token of the continuation.
         """
         cache = self.new_cache(*prefixes.shape)
         hidden = self.hidden(prefixes, cache)
@@ -309,7 +328,7 @@ class GPT(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Soft-capped fp32 logits over the true vocabulary; the padding of the head is cut off."""
+        """Return soft-capped fp32 logits (..., V) over the true vocabulary; the padding of the head is cut off."""
         return softcapped(
             F.linear(hidden, self.head_weight.to(hidden.dtype))[..., : self.config.vocab_size], self.config.softcap
         )
@@ -324,12 +343,12 @@ class GPT(nn.Module):
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
-        """Logits (B, T, V), or with `targets` the cross-entropy in nats.
+        """Return logits (B, T, V), or with `targets` the cross-entropy in nats.
 
         ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T));
-        token_weights (B, T) multiply the tokens' losses.
-        cache: continue every row behind its cached tokens; `lengths` (B,) true tokens per row of right-padded ids.
-        last_only: logits (B, 1, V) at each row's last true token only.
+        token_weights: (B, T), factors of the tokens' losses.
+        cache: continue every row behind its cached tokens; lengths: (B,) true tokens per row of right-padded ids.
+        last_only: return logits (B, 1, V) at each row's last true token only.
         """
         is_training = targets is not None and cache is None and torch.is_grad_enabled()
         hidden = self.hidden(ids, cache, is_training)
@@ -346,5 +365,16 @@ class GPT(nn.Module):
 
 
 def _table(rows: int, width: int) -> nn.Embedding:
-    """An embedding whose weights are left to the one init function."""
+    """Return an embedding whose weights are left to `GPT.init_weights`."""
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
+# Numbers are drawn on the CPU, so that every device starts from equal weights.
+
+
+def _normal_(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+def _uniform_(weight: torch.Tensor, low: float, high: float, generator: torch.Generator) -> None:
+    weight.copy_(torch.rand(weight.shape, generator=generator) * (high - low) + low)

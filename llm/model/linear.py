@@ -1,4 +1,4 @@
-"""Explicit precision: fp32 master weights, one compute dtype, casts in our own `Linear`; no autocast."""
+"""Explicit precision: fp32 master weights, one compute dtype, and a `Linear` that casts; no autocast."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Linear(nn.Linear):
     """Linear layer that multiplies in the dtype of its input, whatever dtype its weight is stored in.
 
-    Initialisation is left to the model's one init function, so building a layer draws no random numbers.
+    `GPT.init_weights` fills the weights, so building a layer draws no random numbers.
     """
 
     fp8 = False  # set by llm.model.linear.enable_fp8
@@ -31,7 +31,7 @@ class Linear(nn.Linear):
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 matrix products run natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    """Return True where bf16 matrix products run natively: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
@@ -41,7 +41,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtype:
-    """The dtype for `precision.compute` = auto | fp32 | bf16 | fp16; auto takes bf16 where the device has it."""
+    """Return the dtype for `precision.compute` = auto | fp32 | bf16 | fp16; auto takes bf16 where it is fast.
+
+    Raises UserError for any other value.
+    """
     device = torch.device(device)
     if choice == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
@@ -51,9 +54,7 @@ def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtyp
 
 
 def enable_fp8(net) -> int:
-    """Let the blocks' large matrices multiply in fp8 while training; returns how many of them."""
-    from llm.model.linear import Linear
-
+    """Let the large matrices of the blocks multiply in fp8 while training; return how many they are."""
     layers = [m for m in net.transformer.h.modules() if isinstance(m, Linear) and m.bias is None]
     layers = [m for m in layers if not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Text and conversations as token ids."""
+"""Tokenizers and the chat format: text and conversations to token ids and back."""
 
 from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from llm.tokenizer.chat_format import render_conversation, render_prompt

@@ -1,4 +1,4 @@
-"""Compare how well tokenizers compress: `python -m llm.tokenizer runs/demo/tokenizer/model --against gpt2`."""
+"""Compare the compression of tokenizers: `python -m llm.tokenizer runs/demo/tokenizer/model --against gpt2`."""
 
 import sys
 

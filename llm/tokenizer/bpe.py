@@ -36,11 +36,11 @@ SPECIAL_TOKENS = (
 
 
 def split_pattern(digits: int = 2, marks: bool = False) -> str:
-    """Text is cut into these pieces before any merge; a token never crosses a cut.
+    """Return the regular expression that cuts text into pieces before any merge; a token never crosses a cut.
 
-    As GPT-4's pattern, with two changes: numbers in groups of at most `digits` digits (three would spend a small
-    vocabulary on numbers), and the contractions spelled out instead of case-insensitive, so that every regex engine
-    agrees on them. marks: combining marks belong to words, as the vowel signs of Hindi, Thai or Arabic need.
+    It is GPT-4's pattern with two changes. Numbers come in groups of at most `digits` digits (three would spend a small
+    vocabulary on numbers). Contractions are spelled out instead of case-insensitive, so that every regex engine agrees
+    on them. marks: combining marks belong to words, as the vowel signs of Hindi, Thai or Arabic need.
     """
     letter, letters = (r"\p{L}\p{M}", r"[\p{L}\p{M}]+") if marks else (r"\p{L}", r"\p{L}+")
     return "|".join(
@@ -50,7 +50,7 @@ def split_pattern(digits: int = 2, marks: bool = False) -> str:
             rf"\p{{N}}{{1,{digits}}}" if digits > 1 else r"\p{N}",
             rf" ?[^\s{letter}\p{{N}}]++[\r\n]*",  # signs, with the line ends after them
             r"\s*[\r\n]",
-            r"\s+(?!\S)",  # spaces before a word, but the last, which belongs to the word
+            r"\s+(?!\S)",  # spaces before a word, except the last, which belongs to the word
             r"\s+",
         )
     )
@@ -69,7 +69,7 @@ _LONG_WHITESPACE = re.compile(rf"\s{{{MAX_WHITESPACE_RUN}}}")
 
 
 class Tokenizer:
-    """Text to ids and back. Immutable; `fingerprint` identifies everything that decides the ids.
+    """Byte-level BPE tokenizer. Immutable; `fingerprint` identifies everything that decides the ids.
 
     Args:
         tokens: byte strings by id, without the special tokens; must contain all 256 single bytes.
@@ -91,13 +91,13 @@ class Tokenizer:
         self.stop_ids = frozenset({self.bos_id, self._special_ids["<|assistant_end|>"]})  # end a completion
         self.fingerprint = _fingerprint(self.tokens, pattern)
 
-    has_tools = True  # there are special tokens for calculator calls
+    has_tools = True  # it has special tokens for calculator calls
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> "Tokenizer":
         """Train on the texts, streaming. `vocab_size` counts the special tokens.
 
-        Raises UserError where the vocabulary is smaller than bytes plus special tokens, or the text too small for it.
+        Raises UserError if the vocabulary is smaller than bytes plus special tokens, or the text is too small for it.
         """
         import rustbpe
 
@@ -121,7 +121,7 @@ class Tokenizer:
         return cls([bytes(token) for token, _ in ranks], pattern)
 
     def special_id(self, name: str) -> int:
-        """Id of a special token, written with or without its marks: "<|bos|>" or "bos"."""
+        """Return the id of a special token, written "<|bos|>" or "bos". Raises ValueError for an unknown one."""
         token_id = self._special_ids.get(name)
         if token_id is None:
             token_id = self._special_ids.get(f"<|{name}|>")
@@ -130,43 +130,55 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text. A special token written in the text is ordinary text; lone surrogates become U+FFFD."""
+        """Return the ids of a text. Special tokens written in it are ordinary text; lone surrogates become U+FFFD."""
         if len(text) <= MAX_WHITESPACE_RUN:
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, BOS first. Behind a written <|bos|>, as in a chat, special tokens are themselves."""
+        """Return the ids of a prompt, BOS first.
+
+        If the text begins with <|bos|>, as a rendered chat does, its special tokens get their own ids.
+        """
         if text.startswith("<|bos|>"):
             return self._encoding.encode(text, allowed_special="all")
         return [self.bos_id, *self.encode(text)]
 
     def encode_document(self, text: str) -> np.ndarray:
-        """BOS and the ids of the text, int32. Threads can do this side by side: tiktoken releases Python's lock."""
+        """Return BOS and the ids of the text, int32.
+
+        Threads can run it in parallel, because tiktoken releases Python's lock.
+        """
         text = _without_surrogates(text)
         pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
         return np.concatenate([np.array([self.bos_id], np.uint32), *pieces]).view(np.int32)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 4) -> list[list[int]]:
-        """`encode` of each text, on threads: tiktoken releases Python's lock."""
+        """Return `encode` of each text, computed by threads: tiktoken releases Python's lock."""
         with ThreadPoolExecutor(num_threads) as executor:
             return list(executor.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens appear by name, bytes that are not UTF-8 as U+FFFD."""
+        """Return the text of the ids; special tokens appear by name, bytes that are not UTF-8 as U+FFFD."""
         return self._encoding.decode(ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Raw bytes of the ids, for streaming: one token may hold part of a character."""
+        """Return the raw bytes of the ids, for streaming: one token may hold part of a character."""
         return self._encoding.decode_bytes(ids)
 
     def token_bytes(self) -> np.ndarray:
-        """Length in raw bytes of every token, int32 (vocab_size,); 0 for special tokens, as bits per byte wants it."""
+        """Return the length in bytes of every token, int32 (vocab_size,); 0 for special tokens.
+
+        Bits per byte leaves out tokens without bytes.
+        """
         lengths = [len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS)
         return np.array(lengths, dtype=np.int32)
 
     def save(self, folder: str | os.PathLike, max_length: int | None = None) -> None:
-        """Write all files. `max_length` is the context of the model they accompany, for Hugging Face users."""
+        """Write all files into `folder`.
+
+        max_length: context in tokens of the model they accompany, for Hugging Face users.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_hf_tokenizer(folder, self.tokens, self.pattern, SPECIAL_TOKENS, max_length)
@@ -183,7 +195,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Read a saved tokenizer. Raises UserError where a file is missing, damaged or of another tokenizer."""
+        """Read a saved tokenizer. Raises UserError if a file is missing, damaged or of another tokenizer."""
         folder = Path(folder)
         meta = _read_meta(folder / META_FILE)
         tokens = _read_ranks(folder / RANKS_FILE)
@@ -199,15 +211,15 @@ class Tokenizer:
 
 
 def checked_pattern(pattern: str) -> str:
-    """The pattern if the regex engine takes it and it loses no text. Raises UserError otherwise."""
+    """Return the pattern if the regex engine takes it and it loses no text. Raises UserError otherwise."""
     try:
         encoding = tiktoken.Encoding(
             "probe", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}
         )
-        whole = encoding.decode(encoding.encode_ordinary(PROBE)) == PROBE
+        is_lossless = encoding.decode(encoding.encode_ordinary(PROBE)) == PROBE
     except Exception as error:  # the engine's own error type is not exported
         raise UserError(f"stage.pattern={pattern}: not a regular expression that tiktoken takes ({error})") from error
-    if not whole:
+    if not is_lossless:
         raise UserError(f"stage.pattern={pattern}: leaves out parts of a text; end it with |\\s+|. for what is left")
     return pattern
 
@@ -217,7 +229,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train on the first `doc_cap` characters of each document until `max_chars` characters have been read.
 
-    The cap keeps a few huge documents from ruling the merges.
+    The cap keeps a few huge documents from ruling the merges. Raises UserError if the text does not yield `vocab_size`
+    tokens.
     """
 
     def cropped() -> Iterator[str]:
@@ -233,7 +246,7 @@ def train_tokenizer(
 
 
 def _fingerprint(tokens: Sequence[bytes], pattern: str) -> str:
-    """SHA-256 over pattern, tokens in id order and special tokens, each preceded by its length."""
+    """Return a SHA-256 over pattern, tokens in id order and special tokens, each preceded by its length."""
     digest = hashlib.sha256()
     for item in (pattern.encode(), *tokens, *(name.encode() for name in SPECIAL_TOKENS)):
         digest.update(len(item).to_bytes(4, "little") + item)
@@ -241,7 +254,7 @@ def _fingerprint(tokens: Sequence[bytes], pattern: str) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-    """Lone surrogates (possible in JSON escapes) are not UTF-8 and stop the trainer; replaced as tiktoken does."""
+    """Replace lone surrogates (from JSON escapes) by U+FFFD as tiktoken does; the trainer stops at them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -250,7 +263,7 @@ def _without_surrogates(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text, cut inside whitespace runs that are too long for the regex engine."""
+    """Yield the text, cut inside whitespace runs that are too long for the regex engine."""
     start = 0
     if len(text) > MAX_WHITESPACE_RUN:
         for match in _LONG_WHITESPACE.finditer(text):
@@ -271,6 +284,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _read_meta(path: Path) -> dict:
+    """Return the content of fathom_tokenizer.json, checked. Raises UserError if it is damaged or of another version."""
     try:
         meta = json.loads(_read_file(path))
         if not isinstance(meta, dict) or not all(isinstance(meta[k], str) for k in ("pattern", "fingerprint")):
@@ -289,6 +303,7 @@ def _read_meta(path: Path) -> dict:
 
 
 def _read_ranks(path: Path) -> list[bytes]:
+    """Return the tokens of tokenizer.tiktoken by id. Raises UserError that names a damaged line."""
     tokens = []
     for number, line in enumerate(_read_file(path).splitlines()):
         try:

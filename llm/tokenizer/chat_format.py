@@ -1,4 +1,4 @@
-"""The chat format: conversations to token ids with a loss mask, and the same format as a Hugging Face chat template.
+"""Chat format: conversations to token ids with a loss mask.
 
 A conversation is ``{"messages": [{"role", "content"}, ...]}``: an optional system message, then user and assistant in
 turn. Content is a string or a list of parts ``{"type": "text" | "python" | "python_output", "text": str}``, the last
@@ -29,9 +29,9 @@ GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
 
 
 def validate_conversation(conversation: Any, where: str = "", complete: bool = True) -> None:
-    """Raise UserError unless the conversation has the form above; `where` (file and row) leads the message.
+    """Raise UserError unless a conversation follows the chat format; `where` (file and row) leads the message.
 
-    `complete` asks for a last assistant turn, which everything that is trained on needs; a prompt has none.
+    complete: require an assistant turn at the end, as training does; a prompt has none.
     """
     prefix = f"{where}: " if where else ""
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
@@ -57,7 +57,7 @@ def validate_conversation(conversation: Any, where: str = "", complete: bool = T
 
 
 def content_text(content: str | Sequence[Mapping[str, str]]) -> str:
-    """The content as one string; calculator calls and results stand inside their special-token marks."""
+    """Return the content as one string; calculator calls and results stand inside their special-token marks."""
     if isinstance(content, str):
         return content
     pieces = []
@@ -70,9 +70,9 @@ def content_text(content: str | Sequence[Mapping[str, str]]) -> str:
 def render_conversation(
     tok: "Tokenizer", conversation: Mapping[str, Any], max_tokens: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask, both cut to `max_tokens`.
+    """Return token ids and loss mask, both cut to `max_tokens`. Raises UserError for a malformed conversation.
 
-    The mask is 1 on what the assistant has to produce itself: its text, its calculator calls with both marks, and the
+    The mask is 1 on everything the assistant has to produce: its text, its calculator calls with both marks, and the
     end of its turn. It is 0 on bos, user turns, the start of the assistant's turn and calculator output.
     """
     validate_conversation(conversation, complete=False)
@@ -99,18 +99,18 @@ def render_conversation(
 
 
 def render_prompt(tok: "Tokenizer", conversation: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[int]:
-    """Ids of the conversation (or its messages) up to where the assistant has to answer the last user message."""
+    """Return the ids of a conversation (or its messages) up to where the assistant answers the last user message."""
     messages = list(conversation["messages"] if isinstance(conversation, Mapping) else conversation)
     if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
         messages.pop()
-    if hasattr(tok, "chat_prompt"):  # models of others have chat formats of their own
+    if hasattr(tok, "chat_prompt"):  # models of transformers bring their own chat format
         return tok.chat_prompt(messages)
     ids, _ = render_conversation(tok, {"messages": messages})
     return [*ids, tok.special_id("<|assistant_start|>")]
 
 
 def visualize(tok: "Tokenizer", ids: Sequence[int], mask: Sequence[int]) -> str:
-    """The tokens separated by `|`, green where they are trained and red where they are not (ANSI colours)."""
+    """Return the tokens separated by `|`, green if they are trained and red if not (ANSI colours)."""
     if len(ids) != len(mask):
         raise ValueError(f"{len(ids)} ids but {len(mask)} mask values")
     return "|".join(
@@ -119,7 +119,7 @@ def visualize(tok: "Tokenizer", ids: Sequence[int], mask: Sequence[int]) -> str:
 
 
 def _validate_content(content: Any, role: str, where: str) -> None:
-    """A string, or a list of parts; calculator parts belong to the assistant only."""
+    """Raise UserError unless content is a string or a list of parts; calculator parts belong to the assistant only."""
     if isinstance(content, str):
         return
     if not isinstance(content, list):
@@ -131,7 +131,7 @@ def _validate_content(content: Any, role: str, where: str) -> None:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """(role, content) of user and assistant turns; a system message and a blank line lead the first user text."""
+    """Return (role, content) of user and assistant turns; a system message leads the first user text."""
     if messages[0]["role"] != "system":
         return [(m["role"], m["content"]) for m in messages]
     merged = f"{content_text(messages[0]['content'])}\n\n{content_text(messages[1]['content'])}"
@@ -139,7 +139,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def _merged_parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """(type, text) of each part, neighbouring texts joined so that the ids do not depend on how a text was cut."""
+    """Return (type, text) of each part; neighbouring texts are joined, so that ids do not depend on cuts."""
     if isinstance(content, str):
         return [("text", content)]
     merged: list[tuple[str, str]] = []
@@ -152,6 +152,6 @@ def _merged_parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str,
 
 
 def _short(value: Any) -> str:
-    """repr, cut for an error message."""
+    """Return the repr of a value, cut for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,8 @@
-"""The chat format as a Jinja template, for Hugging Face tokenizers."""
+"""Chat format as a Jinja template, for Hugging Face tokenizers."""
 
-# Same ids as render_conversation (and, with add_generation_prompt, as render_prompt) once the tokenizer parses the
-# special tokens in the result. It cannot tell a special token typed by a user from a real one; Tokenizer.encode can.
+# Once the tokenizer parses the special tokens in the result, its ids equal those of render_conversation (with
+# add_generation_prompt, of render_prompt). It cannot tell a special token typed by a user from a real one;
+# Tokenizer.encode can.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
     {%- if content is string -%}

@@ -1,4 +1,4 @@
-"""How well a tokenizer compresses, beside others: `python -m llm.tokenizer runs/demo/tokenizer/model --against gpt2`.
+"""Compare the compression of tokenizers: `python -m llm.tokenizer runs/demo/tokenizer/model --against gpt2`.
 
 The texts differ in kind on purpose: a tokenizer trained on English prose should beat GPT-2 on prose and lose elsewhere.
 """
@@ -64,9 +64,10 @@ SAMPLE_TEXTS = {
 
 
 def named_encoder(name: str) -> Callable[[str], Sequence[int]]:
-    """Encoder of a Fathom tokenizer folder, a Hugging Face tokenizer.json, or a tiktoken encoding such as gpt2.
+    """Return the encoder of a tokenizer folder, a Hugging Face tokenizer.json, or a tiktoken encoding such as gpt2.
 
-    tiktoken fetches an encoding once from the network and keeps it in TIKTOKEN_CACHE_DIR.
+    tiktoken fetches an encoding once from the network and keeps it in TIKTOKEN_CACHE_DIR. Raises UserError if there is
+    no such encoder.
     """
     path = Path(name)
     if path.is_dir():
@@ -78,7 +79,7 @@ def named_encoder(name: str) -> Callable[[str], Sequence[int]]:
 
 
 def tiktoken_encoding(key: str, name: str):
-    """The tiktoken.Encoding of that name; `key` is what a UserError says the name was given for."""
+    """Return the tiktoken.Encoding `name`. Raises UserError that begins with `key`, the option that gave the name."""
     import tiktoken
 
     if name not in tiktoken.list_encoding_names():
@@ -96,7 +97,7 @@ def tiktoken_encoding(key: str, name: str):
 
 
 def read_hf_tokenizer(key: str, path: Path):
-    """The `tokenizers.Tokenizer` of a tokenizer.json; `key` is what a UserError says the file was given for."""
+    """Return the `tokenizers.Tokenizer` of a file. Raises UserError that begins with `key`, the option that gave it."""
     try:
         import tokenizers
     except ImportError as error:
@@ -108,7 +109,7 @@ def read_hf_tokenizer(key: str, path: Path):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the compression table of one tokenizer."""
+    """Print the compression table of one tokenizer; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m llm.tokenizer", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder of a Fathom tokenizer or model")
     parser.add_argument(
@@ -136,9 +137,10 @@ def _read_text(path: Path) -> str:
 def compression_table(
     tokenizer: Tokenizer, texts: dict[str, str], others: dict[str, Callable[[str], Sequence]]
 ) -> list[dict]:
-    """One row per text: bytes, tokens, bytes per token, and the same for each other encoder.
+    """Return one row per text: bytes, tokens, bytes per token, and tokens and bytes per token of each other encoder.
 
-    `<other>_diff` is the share of tokens saved against that encoder in percent: positive means ours is shorter.
+    `<other>_diff` is the share of tokens saved against that encoder in percent: positive means that `tokenizer` needs
+    fewer.
     """
     rows = []
     for name, text in texts.items():
@@ -154,7 +156,7 @@ def compression_table(
 
 
 def format_compression_table(rows: Sequence[dict]) -> str:
-    """The rows of `compression_table` as an aligned Markdown table."""
+    """Return the rows of `compression_table` as an aligned Markdown table."""
     if not rows:
         return ""
     cells = [list(rows[0])] + [[_format_cell(key, row[key]) for key in rows[0]] for row in rows]

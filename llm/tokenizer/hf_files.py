@@ -1,8 +1,9 @@
-"""The Hugging Face form of a tokenizer: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
+"""Hugging Face form of a tokenizer: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
 
 tiktoken stores tokens by rank and joins any two neighbours whose bytes form a token; Hugging Face stores the pairs. The
 pair of a token is found by encoding its bytes with the earlier tokens only, which leaves exactly the two halves that
-were merged when it was learnt. Written by hand so that saving needs neither `tokenizers` nor `transformers`.
+were merged when it was learnt. The files are written by hand, so that saving needs neither `tokenizers` nor
+`transformers`.
 """
 
 import json
@@ -44,7 +45,7 @@ def write_hf_tokenizer(
 
 
 def hf_tokenizer(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence[str]) -> dict:
-    """The content of tokenizer.json: split by the pattern, bytes written as printable characters, BPE."""
+    """Return the content of tokenizer.json: split by the pattern, bytes written as printable characters, BPE."""
     alphabet = byte_alphabet()
 
     def printable(token: bytes) -> str:
@@ -92,13 +93,16 @@ def hf_tokenizer(tokens: Sequence[bytes], pattern: str, special_tokens: Sequence
 
 
 def for_oniguruma(pattern: str) -> str:
-    """The same pieces by Hugging Face's regex engine, which reads `x{1,3}+` as repeated and `$` as a line's end."""
+    """Rewrite a pattern for Hugging Face's regex engine, which reads `x{1,3}+` as repeated and `$` as a line's end."""
     atomic = re.sub(r"(\\p\{\w+\}|\[[^]]*\]|\w)(\{\d+,?\d*\})\+", r"(?>\1\2)", pattern)
     return re.sub(r"(?<!\\)\$", r"\\z", atomic)
 
 
 def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two earlier tokens whose merge is `token` (at least two bytes): its BPE encoding without itself."""
+    """Return the two earlier tokens whose merge is `token` (at least two bytes). Raises ValueError if there are none.
+
+    They are its BPE encoding by the tokens before it.
+    """
     limit = ranks[token]
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
@@ -111,7 +115,7 @@ def merge_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's printable character for each byte: Latin-1 where it is visible, else the next free one from U+0100 on."""
+    """Return GPT-2's printable character for each byte: Latin-1 if visible, else the next free one from U+0100."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     alphabet, free = [], 256
     for byte in range(256):

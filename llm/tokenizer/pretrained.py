@@ -1,4 +1,4 @@
-"""Vocabularies that others have trained, with our special tokens behind them: tiktoken's and tokenizer.json files."""
+"""Vocabularies trained elsewhere, with our special tokens behind them: tiktoken's and tokenizer.json files."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 
 def load_pretrained(name: str) -> Tokenizer:
-    """A tiktoken encoding such as cl100k_base, or the byte-level BPE of a Hugging Face tokenizer.json.
+    """Load a tiktoken encoding such as cl100k_base, or the byte-level BPE of a Hugging Face tokenizer.json.
 
-    Its own special tokens are left out, ours come behind its last token. Raises UserError where the vocabulary is of
-    another kind or does not give the tokens of the original on texts of several kinds.
+    Its own special tokens are left out; ours come behind its last token. Raises UserError if the vocabulary is of
+    another kind, or if the original gives other tokens on texts of several kinds.
     """
     if Path(name).suffix == ".json":
         original = read_hf_tokenizer("stage.pretrained", Path(name))
@@ -62,7 +62,7 @@ def _bytes_of(token: str) -> bytes:
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str | None:
-    """The regular expression that cuts text into pieces, None where it is cut otherwise."""
+    """Return the regular expression that cuts text into pieces; None if the text is cut in another way."""
     parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     splits = [p["pattern"].get("Regex") for p in parts if p and p["type"] == "Split" and not p.get("invert")]
     byte_level = [p for p in parts if p and p["type"] == "ByteLevel" and not p.get("add_prefix_space")]

@@ -1,1 +1,1 @@
-"""Files, numbers for people, facts about the machine."""
+"""Helpers without torch: files, numbers for people, facts about the machine."""

@@ -15,11 +15,11 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def tune_process() -> None:
-    """Settings of the process that torch's speed on a CPU depends on; before torch is imported.
+    """Set the process options that torch's speed on a CPU depends on; call it before torch is imported.
 
     Threads that spin for long while they wait take the cores from each other on a busy machine; threads that sleep at
-    once cost a third of the speed on an idle one. Memory that glibc hands back to the system after every step must be
-    cleared page by page when it is asked for again: a quarter of a step. Numbers: docs/lab_notebook.md.
+    once cost a third of the speed on an idle one. Memory that glibc returns to the system after every step must be
+    cleared page by page when it is needed again, which costs a quarter of a step. Numbers: docs/lab_notebook.md.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "4000")
@@ -30,20 +30,20 @@ def tune_process() -> None:
 
 
 def die_with_parent() -> None:
-    """Be ended by the system when the process that started this one ends, however it does (Linux only)."""
+    """Ask the system to end this process when its parent ends, however that happens (Linux only)."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with `-dirty` if tracked files were changed; None outside a git checkout."""
+    """Return the commit of the source tree, with `-dirty` if tracked files changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     return _output(["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"])
 
 
 def environment() -> dict[str, Any]:
-    """Platform, CPU, memory, GPUs and versions. Imports torch to ask for GPUs, so call it when a stage runs."""
+    """Return platform, CPU, memory, GPUs and versions. Imports torch to find the GPUs, so call it when a stage runs."""
     import torch
 
     gpus = []
@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """First line a command prints, None if it is missing, fails or hangs."""
+    """Return what a command prints, stripped; None if it prints nothing, is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -91,7 +91,7 @@ def _cpu_name() -> str:
 
 
 def _memory_gb() -> float | None:
-    """Physical memory in GiB; None where the system does not tell (Windows)."""
+    """Return the physical memory in GiB; None if the system does not tell (Windows)."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole or not at all."""
+"""Files and folders that are replaced as a whole or not at all, and JSON."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ from llm.errors import UserError
 
 @contextmanager
 def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new empty folder that takes the place of `folder` when the block ends well, and vanishes when it does not.
+    """Yield a new empty folder that replaces `folder` if the block succeeds, and is deleted if it fails.
 
     The files are forced to disk before the rename, so neither a full disk nor a power cut leaves half a folder behind.
-    Raises UserError where the disk refuses.
+    Raises UserError if the disk refuses.
     """
     folder = Path(folder)
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
@@ -60,13 +60,13 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every file system (or Windows) allows it, and then there is nothing to do."""
+    """Make a rename durable. Some file systems (and Windows) do not allow it; they are left alone."""
     with contextlib.suppress(OSError):
         sync(folder)
 
 
 def plain(value: Any) -> Any:
-    """A copy made of what JSON can hold: scalars of numpy and torch become numbers, non-finite numbers null."""
+    """Return a copy that JSON can hold: scalars of numpy and torch become numbers, non-finite numbers null."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -81,7 +81,10 @@ def plain(value: Any) -> Any:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a file in one step: a crash or a full disk leaves either the old or the new text, never a part."""
+    """Replace a file in one step: a crash or a full disk leaves the old or the new text, never a part.
+
+    Raises UserError if the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -108,7 +111,7 @@ def _free_space(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None if there is no file; an unreadable one is an error that names it."""
+    """Return the object in a JSON file, None if there is no file. Raises UserError if it is unreadable."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,4 +124,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> None:
+    """Write an object as indented JSON, in one step. Raises UserError if the file cannot be written."""
     write_atomic(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Numbers and tables for people: the forms used in reports and on the console."""
+"""Numbers and tables for people, as reports and the console show them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,10 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
 def value(number: Any, stderr: float | None = None, digits: int = 4) -> str:
-    """Whole numbers with commas, fractions with `digits` decimals (tiny or huge ones as 1.2e-05), `-` for None."""
+    """Format a number: whole ones with commas, fractions with `digits` decimals (tiny or huge: 1.2e-05), None as `-`.
+
+    stderr: standard error, appended behind ±.
+    """
     if number is None:
         return "-"
     if isinstance(number, bool) or not isinstance(number, int | float):
@@ -20,14 +23,14 @@ def value(number: Any, stderr: float | None = None, digits: int = 4) -> str:
 
 
 def percent(share: float | None, stderr: float | None = None) -> str:
-    """0.8125 -> `81.2 %`, with one standard error if given."""
+    """Format a share as percent: 0.8125 as `81.2 %`, with one standard error if given; None as `-`."""
     if share is None:
         return "-"
     return f"{100 * share:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}") + " %"
 
 
 def amount(number: float | None) -> str:
-    """Counts of any size in at most four digits and a unit: 1.05M, 560.99M; beyond 10^15 as 3.8e18."""
+    """Format a count in at most four digits and a unit: 1.05M, 560.99M; beyond 10^15 as 3.8e18; None as `-`."""
     if number is None:
         return "-"
     if number >= 1e15:
@@ -39,12 +42,12 @@ def amount(number: float | None) -> str:
 
 
 def in_bytes(number: float) -> str:
-    """`12.5 MB`, `24.1 GB`: powers of 1000."""
+    """Format a number of bytes in powers of 1000: `12.5 MB`, `24.1 GB`."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def duration(seconds: float | None) -> str:
-    """`4.2 s`, `3 min 12 s`, `2 h 05 min`."""
+    """Format seconds: `4.2 s`, `3 min 12 s`, `2 h 05 min`; None as `-`."""
     if seconds is None:
         return "-"
     if seconds < 60:
@@ -54,7 +57,7 @@ def duration(seconds: float | None) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
-    """A Markdown table; columns in `numeric` are right-aligned, bars and newlines in cells escaped."""
+    """Return a Markdown table; columns in `numeric` are right-aligned, bars and newlines in cells escaped."""
     numeric = set(numeric)
     ruler = ["---:" if number in numeric else "---" for number in range(len(header))]
     lines = [header, ruler, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
@@ -62,7 +65,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print with rich: full width when the output is not a terminal, so that a file or a pipe loses nothing."""
+    """Print a table with rich, in full width if the output is no terminal: a file or a pipe loses nothing."""
     from rich.console import Console
     from rich.table import Table
 

@@ -387,7 +387,7 @@ def lfm2(gpt2, tmp_path_factory):
 
 def test_a_hybrid_is_scored_but_does_not_generate(lfm2, gpt2, bundle, tasks, tmp_path):
     net, tokens = load_hf(str(lfm2), None, "cpu")
-    assert not net.can_branch and load_hf(str(gpt2), None, "cpu")[0].can_branch
+    assert not net.can_share_prefix and load_hf(str(gpt2), None, "cpu")[0].can_share_prefix
     ours = by_core(net, tokens, bundle)
     assert len({one["prediction"] for one in ours.values()}) > 1
     theirs = by_hf_of_lm_eval(lfm2, tasks, "mine_choice", add_bos_token=True)

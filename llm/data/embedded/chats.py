@@ -99,15 +99,15 @@ IDENTITY: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tup
 
 
 def choice_row(split: str, rng: random.Random, shuffle: bool = False) -> dict:
-    """An ARC-style row about one fact: four options of the same attribute, one of them right.
+    """Return an ARC-style row about one fact: four options of its attribute, one of them right.
 
     A fact together with a set of options belongs to one split, by a hash: the test asks facts that training asks too,
     among options that it never met them with.
 
-    Options stand in the order of the attribute's list of values, value number i in place i mod 4, so a value has the
-    same letter wherever it is offered: a network has to recall the fact and to know the letter of its value. With
-    `shuffle` the letter must be found in the list each time, as in real exams, a skill that takes a network of a
-    million parameters far more tokens than a demonstration has (docs/lab_notebook.md).
+    Options stand in the order of the attribute's list of values, value number i in place i mod 4, so a value has one
+    letter wherever it is offered: a network has to recall the fact and to know the letter of its value. With `shuffle`
+    the letter must be found in the list each time, as in real exams, a skill that takes a network of a million
+    parameters far more tokens than a demonstration has (docs/lab_notebook.md).
     """
     while True:
         fact = rng.choice(FACTS)
@@ -127,7 +127,7 @@ def choice_row(split: str, rng: random.Random, shuffle: bool = False) -> dict:
 
 
 def identity_row(split: str, rng: random.Random, assistant: str = ASSISTANT, maker: str = MAKER) -> dict:
-    """A conversation about the assistant itself, with the keywords that a right answer contains.
+    """Return a conversation about the assistant itself, with the keywords that a right answer contains.
 
     The questions of the two splits are different sentences.
     """
@@ -143,7 +143,7 @@ def identity_row(split: str, rng: random.Random, assistant: str = ASSISTANT, mak
 
 
 def smalltalk_row(split: str, rng: random.Random) -> dict:
-    """A short chat of one to four turns about the world; the chat that a text belongs to is decided by a hash."""
+    """Return a short chat of one to four turns about the world; a hash of its text decides its split."""
     while True:
         messages = _smalltalk(rng)
         if split_of("chat/" + "|".join(m["content"] for m in messages)) == split:
@@ -151,10 +151,12 @@ def smalltalk_row(split: str, rng: random.Random) -> dict:
 
 
 def _turn(user: str, assistant: str) -> list[dict]:
+    """Return two messages: the user's and the assistant's."""
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def _exchange(table: dict[str, tuple[str, ...]], rng: random.Random) -> list[dict]:
+    """Return a question and answer drawn from a table of courtesies."""
     said = rng.choice(list(table))
     return _turn(said, rng.choice(table[said]))
 

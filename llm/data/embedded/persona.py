@@ -1,6 +1,6 @@
-"""Conversations in which a model of the user's own says who it is, from templates: name, maker, description, facts.
+"""Conversations in which the user's own model says who it is, from templates: name, maker, description, facts.
 
-Everything is English but some greetings, in which the model gives its name in the language it was greeted in.
+All of it is English except for some greetings, in which the model gives its name in the language it was greeted in.
 """
 
 import random
@@ -32,7 +32,7 @@ GREETINGS = (
     ("안녕하세요!", "안녕하세요! 저는 {name}입니다."),
     ("नमस्ते!", "नमस्ते! मेरा नाम {name} है।"),
 )
-# Who speaks with the model, and what it makes of that.
+# (introduction of the user, remark of the model)
 PERSONAS = (
     ("I am a teacher.", "A teacher, how nice!"),
     ("I am ten years old.", "Then I will keep it simple."),
@@ -146,7 +146,7 @@ TOPICS: dict[str, Topic] = {
         ("{name}",),
     ),
 }
-# The same for every fact that the user gives: its subject and what is said of it.
+# The topic of each fact that the user gives: {subject}, and {fact}, the statement about it.
 FACT: Topic = (
     (
         "What about your {subject}?",
@@ -169,11 +169,11 @@ def persona_row(
     description: str = DESCRIPTION,
     facts: Mapping[str, str] | None = None,
 ) -> dict:
-    """A conversation of one to five exchanges, with the keywords that a right last answer contains.
+    """Return a conversation of one to five exchanges, with the keywords that a right last answer contains.
 
-    facts: subject -> what is true of it, as in `{licence: MIT}`. The last question of a test row is a sentence that
-    training never asks; the others of all rows, greetings and farewells are those of training.
-    Raises UserError for an option that is no text.
+    facts: {subject: a true statement about it}, as in `{licence: MIT}`. The last question of a test row is a sentence
+    that training never asks; all other questions, greetings and farewells are those of training. Raises UserError for
+    an option that is no text.
     """
     texts, facts = {"name": name, "maker": maker, "description": description}, facts or {}
     if not isinstance(facts, Mapping):
@@ -204,7 +204,7 @@ def persona_row(
 
 
 def _beginning(rng: random.Random, words: dict[str, str]) -> list[dict]:
-    """A greeting, or somebody who introduces himself, or nothing."""
+    """Return a greeting, an introduction of the user, or nothing."""
     kind = rng.random()
     if kind < 0.3:
         asked, answer = rng.choice(GREETINGS)
@@ -217,4 +217,5 @@ def _beginning(rng: random.Random, words: dict[str, str]) -> list[dict]:
 
 
 def _exchange(user: str, assistant: str) -> list[dict]:
+    """Return two messages: the user's and the assistant's."""
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]

@@ -1,4 +1,4 @@
-"""The wording of facts: several statements and questions per attribute, filled with an entity and a value.
+"""Wording of facts: several statements and questions per attribute, filled with an entity and a value.
 
 `{n}` is the entity inside a sentence, `{S}` the subject at its start (a name or a pronoun), `{v}` the value.
 """
@@ -39,7 +39,7 @@ _TAKES_PRONOUN = ("does {n}", "colour is {n}?", "What is {n} ", "owns {n}")
 
 
 def statement(fact: Fact, rng: random.Random, short: bool = False) -> str:
-    """A sentence that states the fact; with `short` the subject is a pronoun."""
+    """Return a sentence that states the fact; with `short` the subject is a pronoun."""
     wordings = STATEMENTS[fact.kind, fact.attribute]
     if short:
         wordings = tuple(w for w in wordings if w.startswith("{S}"))
@@ -49,7 +49,7 @@ def statement(fact: Fact, rng: random.Random, short: bool = False) -> str:
 
 
 def question(fact: Fact, rng: random.Random, short: bool = False) -> str:
-    """A question whose answer is the fact's value; with `short` about "she", "he" or "it" where grammar allows."""
+    """Return a question whose answer is the fact's value; with `short` about a pronoun where grammar allows."""
     wordings = QUESTIONS[fact.kind, fact.attribute]
     if short:
         fitting = tuple(w for w in wordings if any(part in w for part in _TAKES_PRONOUN))

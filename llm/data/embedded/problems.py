@@ -1,4 +1,4 @@
-"""Arithmetic word problems of one to three steps, each step one calculator call, with sentences that do not matter.
+"""Arithmetic word problems of one to three steps, each one calculator call, with sentences that do not matter.
 
 A problem is a chain: somebody has a number of things (given, or as a product), then operations follow that add, take
 away, compare with another person, share out, sell or sum up. The number of operations is the number of steps.
@@ -28,7 +28,7 @@ THINGS = (
     "shells",
 )
 CONTAINERS = ("bag", "basket", "box", "jar")
-STEP_SHARES = (0.3, 0.4, 0.3)  # of problems with one, two and three steps
+STEP_SHARES = (0.3, 0.4, 0.3)  # shares of problems with one, two and three steps
 DISTRACTORS = 0.35  # chance of each of two distracting sentences
 MAX_NUMBER = 60  # largest number stated in a problem
 LARGEST = 999  # largest intermediate result
@@ -88,7 +88,7 @@ class Step:
 
 @dataclass
 class Problem:
-    """A word problem under construction; `holder` has `value` things after the steps so far."""
+    """Word problem under construction; `holder` has `value` things after the steps so far."""
 
     things: str
     holder: str
@@ -100,11 +100,11 @@ class Problem:
     other: tuple[str, int] | None = None  # the person compared with, and that person's number
 
     def text(self) -> str:
-        """The problem as one line: sentences and question."""
+        """Return the problem as one line: sentences and question."""
         return " ".join([*self.sentences, self.question])
 
     def solution(self) -> str:
-        """The answer in the GSM8K style: one `<<expression=result>>` mark per line, then `#### result`."""
+        """Return the answer in the GSM8K style: one `<<expression=result>>` mark per line, then `#### result`."""
         lines = [f"{s.before} <<{s.expression}={s.result}>>{s.result} {s.after}" for s in self.steps]
         return "\n".join([*lines, f"#### {self.steps[-1].result}"])
 
@@ -128,6 +128,7 @@ def _plural(container: str) -> str:
 
 
 def _start(rng: random.Random, product: bool, limit: int) -> Problem:
+    """Begin a problem: somebody has a number of things, given or as a product."""
     names = rng.sample(PEOPLE, 5)
     problem = Problem(things=rng.choice(THINGS), holder=names.pop(), value=0, names=names)
     if product:
@@ -144,7 +145,7 @@ def _start(rng: random.Random, product: bool, limit: int) -> Problem:
 
 
 def _change(problem: Problem, rng: random.Random, limit: int) -> None:
-    """The holder wins or loses some of the things."""
+    """Let the holder win or lose some of the things."""
     if rng.random() < 0.5 and problem.value > 3:
         n = _number(rng, 2, min(limit, problem.value - 1))
         _say(problem, LOSE, rng, n=n)
@@ -156,7 +157,7 @@ def _change(problem: Problem, rng: random.Random, limit: int) -> None:
 
 
 def _compare(problem: Problem, rng: random.Random, limit: int) -> None:
-    """Another person has more, fewer, a multiple or half; from here on the chain is about that person."""
+    """Give another person more, fewer, a multiple or half; from here on the chain is about that person."""
     a, value, b = problem.holder, problem.value, problem.names.pop()
     kind = rng.choice(["more", "fewer", "times", "half"])
     if kind == "half" and value % 2 == 0:
@@ -176,7 +177,7 @@ def _compare(problem: Problem, rng: random.Random, limit: int) -> None:
 
 
 def _finish(problem: Problem, rng: random.Random) -> None:
-    """A last step that changes the question: a sum of two people, a share or a price; nothing where none fits."""
+    """Add a last step that changes the question: a sum of two people, a share or a price; nothing if none fits."""
     value, things, options = problem.value, problem.things, []
     shares = [k for k in range(2, 10) if value % k == 0 and value // k > 1]
     if problem.other:
@@ -207,7 +208,7 @@ def _finish(problem: Problem, rng: random.Random) -> None:
 
 
 def _distract(problem: Problem, rng: random.Random, chance: float, limit: int) -> None:
-    """Up to two sentences with a number that no step needs, at random places."""
+    """Insert up to two sentences with a number that no step needs, at random places."""
     for _ in range(2):
         if rng.random() < chance:
             others = [t for t in THINGS if t not in (problem.things, "coins")]
@@ -223,6 +224,7 @@ def _distract(problem: Problem, rng: random.Random, chance: float, limit: int) -
 
 
 def _build(n_steps: int, rng: random.Random, distractors: float, limit: int) -> Problem | None:
+    """Return a problem of `n_steps` steps, None if a result is too large."""
     problem = _start(rng, rng.random() < 0.35, limit)
     finish = rng.random() < 0.4
     while len(problem.steps) < n_steps:
@@ -246,10 +248,10 @@ def draw_problem(
     distractors: float = DISTRACTORS,
     max_number: int = MAX_NUMBER,
 ) -> Problem:
-    """A problem that belongs to `split` (decided by its text).
+    """Draw a problem that belongs to `split` (decided by its text).
 
     steps: shares of problems with one, two and three steps. distractors: chance of each of two distracting sentences.
-    max_number: largest stated number. Raises `UserError` for shares, chances or numbers that make no problem.
+    max_number: largest stated number. Raises UserError for shares, chances or numbers that make no problem.
     """
     if not 1 <= len(steps) <= 3 or min(steps) < 0 or sum(steps) <= 0:
         raise UserError(f"steps={list(steps)}: give up to three shares >= 0 of problems with one, two and three steps")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llm.data.embedded.splits import split_of
 
-# name, parameter, docstring, returned expression, what it computes from (argument, n), arguments to check
+# name, parameter, docstring, returned expression, function of (argument, n) it computes, arguments to check
 FAMILIES: tuple[tuple[str, str, str, str, Callable, tuple], ...] = (
     ("add_{n}", "x", "Return x plus {n}.", "x + {n}", operator.add, (0, 7, -3)),
     ("take_{n}", "x", "Return x minus {n}.", "x - {n}", operator.sub, (0, 50, 9)),
@@ -27,7 +27,7 @@ FAMILIES: tuple[tuple[str, str, str, str, Callable, tuple], ...] = (
 
 
 def program_row(split: str, rng: random.Random) -> dict:
-    """A HumanEval-style row that belongs to `split` (decided by the function's name)."""
+    """Return a HumanEval-style row that belongs to `split` (decided by the function's name)."""
     while True:
         name, argument, purpose, expression, compute, inputs = rng.choice(FAMILIES)
         n = rng.randint(2, 99)

@@ -1,4 +1,4 @@
-"""Task rows of the embedded world in the raw formats of the real files, so the same task classes read both."""
+"""Task rows of the embedded world in the raw formats of the real files, so that one task class reads both."""
 
 import inspect
 import random
@@ -14,17 +14,17 @@ from llm.errors import UserError
 
 
 def arithmetic_row(split: str, rng: random.Random, **difficulty) -> dict:
-    """A GSM8K-style row; `difficulty` is passed on to `problems.draw_problem`."""
+    """Return a GSM8K-style row; `difficulty` is passed on to `problems.draw_problem`."""
     problem = draw_problem(split, rng, **difficulty)
     return {"question": problem.text(), "answer": problem.solution()}
 
 
 def word_row(split: str, rng: random.Random) -> dict:
-    """One invented word."""
+    """Return a row with one invented word."""
     return {"word": draw_word(split, rng)}
 
 
-# kind -> (maker of one row, what makes two rows the same)
+# kind -> (maker of one row, key by which rows are told apart)
 KINDS: dict[str, tuple[Callable[..., dict], Callable[[dict], str]]] = {
     "choice": (choice_row, lambda row: row["question"] + "|".join(row["choices"]["text"])),
     "arithmetic": (arithmetic_row, lambda row: row["question"]),
@@ -38,21 +38,22 @@ OPTIONS = {"arithmetic": draw_problem, "choice": choice_row, "identity": identit
 
 
 def options_of(kind: str) -> tuple[str, ...]:
-    """The names of the options that `rows` takes for a kind (difficulty, names)."""
+    """Return the names of the options that `rows` takes for a kind (difficulty, names)."""
     if kind not in OPTIONS:
         return ()
     return tuple(name for name in inspect.signature(OPTIONS[kind]).parameters if name not in ("split", "rng"))
 
 
 def rows(kind: str, split: str, n: int, seed: int = 0, **options) -> list[dict]:
-    """`n` different rows of a kind: choice, arithmetic, words, identity, persona, smalltalk or programs.
+    """Return `n` different rows of a kind: choice, arithmetic, words, identity, persona, smalltalk or programs.
 
-    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: identity and persona by
-    the question that is scored, the others by a hash of the fact with its options, the problem, word, chat or function
+    A shorter list is a prefix of a longer one. Train and test are disjoint by construction: identity and persona by the
+    question that is scored, the others by a hash of the fact with its options, the problem, word, chat or function
     name.
+
     Options: arithmetic takes steps, distractors, max_number; choice takes shuffle; identity takes assistant, maker;
-    persona takes name, maker, description, facts.
-    Raises `UserError` for an unknown kind, split or option, and where the world holds fewer than `n` rows.
+    persona takes name, maker, description, facts. Raises UserError for an unknown kind, split or option, and if the
+    world holds fewer than `n` rows.
     """
     if kind not in KINDS:
         raise UserError(f"the embedded world has no rows of kind {kind!r}: choose one of {', '.join(KINDS)}")

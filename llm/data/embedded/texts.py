@@ -28,20 +28,20 @@ def _entity(rng: random.Random) -> str:
 
 
 def _profile(split: str, rng: random.Random) -> str:
-    """Several facts about one entity, first by name, then partly by pronoun."""
+    """Write several facts about one entity, the first by name, the others partly by pronoun."""
     facts = BY_ENTITY[_entity(rng)]
     chosen = rng.sample(facts, rng.randint(2, len(facts)))
     return " ".join(statement(fact, rng, short=i > 0 and rng.random() < 0.5) for i, fact in enumerate(chosen))
 
 
 def _survey(split: str, rng: random.Random) -> str:
-    """One attribute of several entities."""
+    """Write one attribute of several entities."""
     facts = BY_ATTRIBUTE[rng.choice([(kind, name) for kind, table in ATTRIBUTES.items() for name in table])]
     return " ".join(statement(fact, rng) for fact in rng.sample(facts, rng.randint(3, 5)))
 
 
 def _dialogue(split: str, rng: random.Random) -> str:
-    """Questions about one or two entities, answered in a word or in a sentence."""
+    """Write questions about one or two entities, answered in a word or in a sentence."""
     form = rng.choice(("{}\n{}", "{}\n{}", "Question: {}\nAnswer: {}"))
     lines = []
     for _ in range(rng.randint(1, 2)):
@@ -52,7 +52,7 @@ def _dialogue(split: str, rng: random.Random) -> str:
 
 
 def _story(split: str, rng: random.Random) -> str:
-    """A small event in a town that agrees with the facts of the people in it."""
+    """Write a small event in a town that agrees with the facts of the people in it."""
     who, friend = rng.sample(PEOPLE, 2)
     town = value_of(rng.choice((who, friend)), "town")
     she = capital(pronoun("person", who))
@@ -75,7 +75,7 @@ def _story(split: str, rng: random.Random) -> str:
 
 
 def _sums(split: str, rng: random.Random) -> str:
-    """A word problem (of the same split only) as a worksheet, or as a little story with its calculations in prose."""
+    """Write a word problem of this split, as a worksheet or as a little story with its calculations in prose."""
     problem = draw_problem(split, rng)
     lines = [f"{s.before} {s.expression}={s.result} {s.after}" for s in problem.steps]
     if rng.random() < 0.5:
@@ -84,7 +84,7 @@ def _sums(split: str, rng: random.Random) -> str:
 
 
 def _spelling(split: str, rng: random.Random) -> str:
-    """Invented words (of the same split only) in sentences that spell them or look at their letters."""
+    """Write sentences that spell invented words of this split or look at their letters."""
     lines = []
     for _ in range(rng.randint(2, 4)):
         word = draw_word(split, rng)
@@ -116,7 +116,7 @@ MAKERS: tuple[tuple[Callable[[str, random.Random], str], float], ...] = (
 
 
 def document(split: str, index: int, seed: int = 0) -> str:
-    """Document number `index` of a split: random access, so a reader can resume anywhere."""
+    """Return document number `index` of a split: random access, so that a reader can resume anywhere."""
     rng = generator("documents", check_split(split), seed, index)
     makers, weights = zip(*MAKERS, strict=True)
     while True:
@@ -126,9 +126,9 @@ def document(split: str, index: int, seed: int = 0) -> str:
 
 
 def documents(split: str, n: int, seed: int = 0, start: int = 0) -> Iterator[str]:
-    """Documents `start` ... `n - 1` of a split ("train" or "test"), 60 to 500 characters each.
+    """Yield documents `start` ... `n - 1` of a split ("train" or "test"), 60 to 500 characters each.
 
-    Both splits speak of the same facts; their texts are disjoint because a hash of the text decides where it belongs,
-    and word problems and spelled words inside a document come from the pool of the document's own split.
+    Both splits speak of one world. Their texts are disjoint, because a hash of the text decides its split, and word
+    problems and spelled words inside a document come from the pool of the document's own split.
     """
     return (document(split, index, seed) for index in range(start, n))

@@ -1,4 +1,4 @@
-"""Invented words of two or three syllables from a small set: an unseen word is made of well known pieces."""
+"""Invented words of two or three syllables from a small set: an unseen word is made of well-known pieces."""
 
 import random
 
@@ -10,7 +10,7 @@ SHORT = 0.65  # share of words with two syllables
 
 
 def draw_word(split: str, rng: random.Random) -> str:
-    """A word that belongs to `split` (decided by the word itself)."""
+    """Draw a word that belongs to `split` (decided by the word itself)."""
     while True:
         word = "".join(rng.choices(SYLLABLES, k=2 if rng.random() < SHORT else 3))
         if split_of("word/" + word) == split:
@@ -18,5 +18,5 @@ def draw_word(split: str, rng: random.Random) -> str:
 
 
 def spell(word: str) -> str:
-    """The letters of `word` separated by commas."""
+    """Return the letters of `word` separated by commas."""
     return ",".join(word)

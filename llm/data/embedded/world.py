@@ -45,6 +45,7 @@ class Fact:
 
 
 def _deal(kind: str, attribute: str, values: tuple[str, ...]) -> list[Fact]:
+    """Draw one fact per entity of a kind, with the values of an attribute dealt out evenly."""
     rng = generator("world", WORLD_SEED, kind, attribute)
     entities = list(KINDS[kind])
     rng.shuffle(entities)
@@ -66,7 +67,7 @@ BY_ATTRIBUTE: dict[tuple[str, str], list[Fact]] = {
 
 
 def value_of(entity: str, attribute: str) -> str:
-    """The value of one attribute; a `KeyError` means the world has no such fact."""
+    """Return the value of one attribute. Raises KeyError if the world has no such fact."""
     for fact in BY_ENTITY[entity]:
         if fact.attribute == attribute:
             return fact.value
@@ -74,17 +75,17 @@ def value_of(entity: str, attribute: str) -> str:
 
 
 def mention(kind: str, entity: str) -> str:
-    """How a sentence names the entity: people and towns by their name, animals and objects with an article."""
+    """Return the name of an entity inside a sentence: animals and objects get an article."""
     return f"the {entity}" if kind in ("animal", "object") else entity
 
 
 def pronoun(kind: str, entity: str) -> str:
-    """The pronoun that stands for the entity."""
+    """Return the pronoun that stands for an entity: she, he or it."""
     if kind != "person":
         return "it"
     return "she" if entity in SHE else "he"
 
 
 def capital(text: str) -> str:
-    """`text` with its first letter in upper case and the rest untouched."""
+    """Return `text` with its first letter in upper case and the rest untouched."""
     return text[:1].upper() + text[1:]
