@@ -95,6 +95,19 @@ def test_every_named_file_exists(page):
 
 
 @present
+def test_every_dotted_name_of_the_library_exists(page):
+    wrong = []
+    for name in re.findall(r"(?<![\w/.])llm(?:\.\w+)+", "\n".join(code_of(page.read_text()))):
+        path = ROOT / name.replace(".", "/")
+        if path.is_dir() or path.with_suffix(".py").is_file():
+            continue
+        files = [path.parent.with_suffix(".py"), path.parent / "__init__.py"]
+        if not any(file.is_file() and re.search(rf"\b{path.name}\b", file.read_text()) for file in files):
+            wrong.append(name)
+    assert not wrong, f"{page.name} names {wrong}"
+
+
+@present
 def test_every_make_target_exists(page):
     named = {found[1] for code in code_of(page.read_text()) if (found := re.match(r"make ([a-z][a-z-]*)", code))}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
