@@ -125,7 +125,7 @@ def wrong_override(command: str, override: str, own_options: bool) -> str | None
     groups, keys = names(command)
     if key in groups and re.fullmatch(r"[\w,\[\]]+", value) and not own_options:
         unknown = [option for option in re.findall(r"\w+", value) if option not in group_options(key)]
-        return f"{override}: no option {unknown} of {key}" if unknown and key not in keys else None
+        return f"{override}: no option {unknown} of {key}" if unknown else None
     known = key in keys or key in groups or ANYTHING.match(key) or any(name.startswith(f"{key}.") for name in keys)
     return None if known else f"{override}: no key {key} of {command}.py"
 
