@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from callbacks.throughput import measured_matmul_rate
 from llm.core import encode, evaluate_core_task, group
 from llm.core_bundle import CoreTask, load_bundle, prompts
 from llm.gpt import GPT, num_params
@@ -62,15 +61,11 @@ def timed(run) -> tuple[object, float, float]:
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def main() -> None:
-    numbers = {"per-task": 100, "depth": 4, "seq-len": 2048, "vocab": 8192, "batch-size": 32}
-    args = _bench.arguments(__doc__, numbers, bundle="", model="")
-    if not args.bundle:
-        print("left out: needs --bundle PATH, a folder or zip with the CORE tasks")
-        return
+def measure(args) -> dict:
+    """Examples per second by both forms and how many verdicts differ, for `args` of the command line."""
     tasks = load_bundle(args.bundle, max_per_task=args.per_task)
     net, tokenizer = model(args, tasks)
-    rate = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=2.0)
+    rate = _bench.matmul_rate(args.dtype, seconds=2.0)
     evaluate_core_task(net, tokenizer, tasks[0], args.batch_size)  # warm up
     ours, theirs, differing, flops = [0.0, 0.0], [0.0, 0.0], 0, 0
     for task in tasks:
@@ -85,21 +80,27 @@ def main() -> None:
             f"{task.name:32} {count:5} {count / b[0]:8.2f} /s  {count / a[0]:8.2f} /s  x {b[1] / a[1]:.2f}", flush=True
         )
     n = sum(len(task.examples) for task in tasks)
-    _bench.show(
-        {key: getattr(args, key) for key in ("per_task", "depth", "seq_len", "batch_size", "dtype")}
-        | {
-            "examples": n,
-            "verdicts_that_differ": differing,
-            "one_by_one_per_s": n / theirs[0],
-            "examples_per_s": n / ours[0],
-            "times_faster": theirs[0] / ours[0],
-            "times_faster_in_cpu_seconds": theirs[1] / ours[1],
-            "examples_per_cpu_s": n / ours[1],
-            "matmul_flops_per_s": rate,
-            "ceiling_examples_per_s": n * rate / flops,
-            "share_of_ceiling": flops / rate / ours[0],
-        }
-    )
+    return {key: getattr(args, key) for key in ("per_task", "depth", "seq_len", "batch_size", "dtype")} | {
+        "examples": n,
+        "verdicts_that_differ": differing,
+        "one_by_one_per_s": n / theirs[0],
+        "examples_per_s": n / ours[0],
+        "times_faster": theirs[0] / ours[0],
+        "times_faster_in_cpu_seconds": theirs[1] / ours[1],
+        "examples_per_cpu_s": n / ours[1],
+        "matmul_flops_per_s": rate,
+        "ceiling_examples_per_s": n * rate / flops,
+        "share_of_ceiling": flops / rate / ours[0],
+    }
+
+
+def main() -> None:
+    numbers = {"per-task": 100, "depth": 4, "seq-len": 2048, "vocab": 8192, "batch-size": 32}
+    args = _bench.arguments(__doc__, numbers, bundle="", model="")
+    if args.bundle:
+        _bench.show(measure(args))
+    else:
+        print("left out: needs --bundle PATH, a folder or zip with the CORE tasks")
 
 
 def one_by_one(net: GPT, tokenizer: Tokenizer, entry: dict, task: CoreTask, index: int) -> bool:

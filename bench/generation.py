@@ -19,12 +19,9 @@ from llm.scaling import model_config
 
 
 class Numbers:
-    """A tokenizer without words: the engine only asks for the ids of its special tokens."""
+    """A tokenizer without words, tools and ends of turns."""
 
-    bos_id = -1
-
-    def special_id(self, name: str) -> int:
-        return -2
+    bos_id, has_tools, stop_ids = -1, False, frozenset()
 
 
 def main() -> None:

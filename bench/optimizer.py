@@ -13,17 +13,10 @@ import copy
 
 import torch
 
-from callbacks.throughput import measured_matmul_rate
 from llm.gpt import GPT
 from llm.optim import build_optimizer
 from llm.overrides import compose
 from llm.scaling import model_config
-
-
-def copy_rate(n: int = 1 << 26) -> float:
-    """Bytes per second that a copy reads and writes."""
-    a, b = (torch.zeros(n, dtype=torch.uint8, device=_bench.DEVICE) for _ in range(2))
-    return 2 * n / min(_bench.seconds_of(lambda: a.copy_(b)) for _ in range(10))
 
 
 def muon_flops(params: list[torch.Tensor], steps: int) -> float:
@@ -35,8 +28,8 @@ def muon_flops(params: list[torch.Tensor], steps: int) -> float:
     return total
 
 
-def main() -> None:
-    args = _bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})
+def measure(args) -> dict:
+    """Milliseconds of a step by every optimizer, for `args` of the command line."""
     cfg = compose("train", [f"model=d{args.depth}"])
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
@@ -62,11 +55,14 @@ def main() -> None:
     n_adamw = sum(p.numel() for p in rest)
     result = vars(args) | {f"{name}_ms": 1000 * value for name, value in seconds.items()}
     result["to_torch"] = seconds["2026"] / seconds["torch"]
-    result["muon_floor_ms"] = (
-        1000 * muon_flops(matrices["torch"], 5) / measured_matmul_rate(_bench.DEVICE, args.dtype, 2048)
-    )
-    result["adamw_floor_ms"] = 1000 * 28 * n_adamw / copy_rate()  # reads 4 and writes 3 fp32 values per parameter
-    _bench.show(result)
+    result["muon_floor_ms"] = 1000 * muon_flops(matrices["torch"], 5) / _bench.matmul_rate(args.dtype)
+    # AdamW reads 4 and writes 3 fp32 values per parameter.
+    result["adamw_floor_ms"] = 1000 * 28 * n_adamw / _bench.copy_rate()
+    return result
+
+
+def main() -> None:
+    _bench.show(measure(_bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})))
 
 
 if __name__ == "__main__":

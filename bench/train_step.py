@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from callbacks.metrics import MetricsLog
 from callbacks.runtime import GarbageControl
-from callbacks.throughput import Throughput, measured_matmul_rate
+from callbacks.throughput import Throughput
 from llm.compiling import compile_training
 from llm.data.loader import TextSteps
 from llm.gpt import GPT, flops_per_token, num_params
@@ -81,6 +81,26 @@ def passes_with_plain_logits(net: GPT, batch: dict) -> None:
         (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / batch["n_trained"]).backward()
 
 
+def run_lightning(net: GPT, cfg, loader, steps: int, module: type[StepModule], *callbacks: L.Callback) -> None:
+    """Train `steps` steps through Lightning as a stage does, with more callbacks in front of the stage's."""
+    context = StageContext("bench", None, torch.ones(1), steps, net.config.seq_len)
+    with tempfile.TemporaryDirectory() as folder:
+        log = MetricsLog(Path(folder) / "metrics.csv", 10)
+        trainer = L.Trainer(
+            accelerator="auto",
+            devices=1,
+            max_steps=steps,
+            max_epochs=-1,
+            logger=False,
+            callbacks=[*callbacks, GarbageControl(), Throughput(10, peak_flops=1.0), log],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module(net, cfg.optim, cfg.stage, context), datamodule=StepData(lambda position: loader))
+
+
 def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
     """Median seconds of a whole step as a stage does it, and of `training_step` within it."""
     marks, inside = [], []
@@ -90,55 +110,45 @@ def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
             inside.append(_bench.seconds_of(lambda: super(Timed, self).training_step(batch, batch_idx)))
             marks.append(time.perf_counter())
 
-    context = StageContext("bench", None, torch.ones(1), steps + WARMUP + 1, net.config.seq_len)
-    with tempfile.TemporaryDirectory() as folder:
-        log = MetricsLog(Path(folder) / "metrics.csv", 10)
-        trainer = L.Trainer(
-            accelerator="auto",
-            devices=1,
-            max_steps=steps + WARMUP + 1,
-            max_epochs=-1,
-            logger=False,
-            callbacks=[GarbageControl(), Throughput(10, peak_flops=1.0), log],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(Timed(net, cfg.optim, cfg.stage, context), datamodule=StepData(lambda position: loader))
+    run_lightning(net, cfg, loader, steps + WARMUP + 1, Timed)
     whole = [b - a for a, b in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
     return _bench.median(whole), _bench.median(inside[WARMUP + 1 :])
 
 
-def main() -> None:
-    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
-    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
-    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)
-    quiet_lightning()
+def build(args) -> tuple[GPT, object]:
+    """The network of the command line on the device, not compiled, and the configuration that it comes from."""
     words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
     words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
     cfg = compose("train", words)
-    config = model_config(cfg.model, cfg.arch, args.vocab)
-    net = GPT(config).init_weights(0).to(_bench.DEVICE)
+    net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
     args.attention = net.set_attention(args.attention, _bench.DEVICE, fixed_shapes=True)
+    return net, cfg
+
+
+def loader_of(args) -> TextSteps:
+    """Steps of random documents through the real loader."""
+    stored = Stored(args.vocab)
+    return TextSteps(
+        stored,
+        stored,
+        split="train",
+        seq_len=args.seq_len,
+        rows_per_micro=args.rows,
+        micro_per_step=args.micro,
+        buffer=1000,
+    )
+
+
+def measure(args) -> dict:
+    """Times and memory of a training step, for `args` of the command line."""
+    quiet_lightning()
+    net, cfg = build(args)
+    config = net.config
     if args.compile == "true":
         compile_training(net)
-    stored = Stored(args.vocab)
-
-    def loader() -> TextSteps:
-        return TextSteps(
-            stored,
-            stored,
-            split="train",
-            seq_len=args.seq_len,
-            rows_per_micro=args.rows,
-            micro_per_step=args.micro,
-            buffer=1000,
-        )
-
-    peak = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=1.0)
-    feed = loader()
+    peak = _bench.matmul_rate(args.dtype)
+    feed = loader_of(args)
     batch = next(iter(feed))
     first = _bench.seconds_of(lambda: passes(net, batch))
     net.zero_grad(set_to_none=True)
@@ -151,10 +161,10 @@ def main() -> None:
         peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
         memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
         net.zero_grad(set_to_none=True)
-    whole, inside = lightning_loop(net, cfg, loader(), args.steps)
+    whole, inside = lightning_loop(net, cfg, loader_of(args), args.steps)
     total, tokens = sum(parts.values()), args.rows * args.seq_len * args.micro
     rate = tokens * flops_per_token(config) / total
-    _bench.show(
+    return (
         vars(args)
         | {
             "params": num_params(config)["total"],
@@ -174,6 +184,12 @@ def main() -> None:
         }
         | memory
     )
+
+
+def main() -> None:
+    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
+    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
+    _bench.show(measure(_bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)))
 
 
 if __name__ == "__main__":
