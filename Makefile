@@ -12,7 +12,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench chaos table report inspect show-data clean
+.PHONY: help setup demo test test-full browser check bench gpu-check chaos table report inspect show-data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,7 +68,11 @@ check: $(STAMP) ## style: ruff check and ruff format
 	$(PY) -m ruff format --check .
 
 bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
-	@for script in bench/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out bench/gpu_check.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+
+# Exits with 1 if something is not equal to its reference or a part crashed.
+gpu-check: $(STAMP) ## on a GPU, in 9 minutes: what is equal, how fast, against which ceiling (ARGS="--only decode")
+	$(PY) bench/gpu_check.py $(ARGS)
 
 table: $(STAMP) ## all stages of all runs in one table
 	$(PY) -m llm.report --table

@@ -5,43 +5,53 @@ import time
 from collections import Counter, defaultdict
 
 import torch
-from torch.profiler import DeviceType, ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")  # aten::item waits by the first
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
 
 
+END = "gpu_check: end of what is traced"
+
+
 class traced:
-    """A context whose `summary()` counts what happened within it. Leaving it waits for the device once, uncounted."""
+    """A context whose `summary()` counts what happened within it, without the wait for the device that ends it."""
 
     def __enter__(self) -> "traced":
         _bench.sync()
-        self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (_bench.DEVICE.type == "cuda")
+        self.profile = profile(activities=activities)
         self.profile.__enter__()
         self.start = time.perf_counter()
         return self
 
     def __exit__(self, *exc) -> None:
-        _bench.sync()
+        with record_function(END):
+            _bench.sync()
         self.seconds = time.perf_counter() - self.start
         self.profile.__exit__(*exc)
 
     def summary(self, top: int = 8) -> dict:
         """Numbers by name; on a CPU the number of waits of `aten::item` only."""
         counts, waited, spans, kernels = Counter(), 0.0, [], defaultdict(float)
-        for event in self.profile.profiler.kineto_results.events():
-            name, us = event.name(), event.duration_ns() / 1000
+        events = self.profile.profiler.kineto_results.events()
+        end = min(event.start_ns() for event in events if event.name() == END)
+        for event in events:
+            name, ms = event.name(), event.duration_ns() / 1e6
+            if event.is_user_annotation() or name == END:  # spans of many kernels
+                continue
             if event.device_type() == DeviceType.CUDA:
                 spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
-                kernels[name] += us / 1000
-                continue
-            counts[name] += 1
-            waited += us / 1000 if name in WAITS else 0.0
+                kernels[name] += ms
+            elif event.start_ns() < end:
+                counts[name] += 1
+                waited += ms if name in WAITS else 0.0
         result = {"items_read": counts["aten::_local_scalar_dense"]}
         if not spans:
             return result
         copies = sum(n for name, n in counts.items() if name == "cudaMemcpyAsync")
-        result |= {"host_waits": sum(counts[name] for name in WAITS) - 1, "host_waits_ms": waited, "copies": copies}
+        result |= {"host_waits": sum(counts[name] for name in WAITS), "host_waits_ms": waited, "copies": copies}
         result |= {"launches": sum(counts[name] for name in LAUNCHES), "traced_ms": 1000 * self.seconds}
         result |= {"busy": covered(spans) / 1e9 / self.seconds}
         longest = sorted(kernels.items(), key=lambda item: -item[1])[:top]

@@ -2,6 +2,7 @@
 
 import _bench  # isort: skip  (puts the project on the path)
 import copy
+import math
 import time
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from llm.compiling import compile_training
 from llm.fp8 import can_fp8, enable_fp8, fp8_linear
 from llm.gpt import GPT, flops_per_token
 from llm.hardware import memory_bytes, peak_of
-from llm.micro_batch import resolve_rows
+from llm.micro_batch import largest_by_arithmetic, resolve_rows
 from llm.optim import build_optimizer
 from llm.overrides import compose
 from llm.precision import resolve_compute_dtype
@@ -29,6 +30,10 @@ def arguments(small: bool, depth: int, micro: int = 2, steps: int = 5) -> Simple
     sizes = {"depth": depth, "seq_len": 2048, "rows": 32, "vocab": 32768, "micro": micro, "steps": steps}
     if small:
         sizes |= {"depth": 2, "seq_len": 64, "rows": 2, "vocab": 300, "steps": 2}
+    elif _bench.DEVICE.type == "cuda":
+        cfg = compose("train", [f"model=d{depth}", "model.seq_len=2048"])
+        config, free = model_config(cfg.model, cfg.arch, sizes["vocab"]), torch.cuda.mem_get_info()[0]
+        sizes["rows"] = largest_by_arithmetic([32, 16, 8, 4, 2, 1], config, 0.85 * free, False)
     choices = {"arch": "modern", "optim": "muon_adamw", "window": "SSSL", "attention": "auto", "plain_logits": "false"}
     dtype = torch.float32 if small else torch.bfloat16
     return SimpleNamespace(**sizes, **choices, dtype=dtype, compile="false" if small else "true")
@@ -46,13 +51,15 @@ def one_batch(args) -> dict:
 
 
 def compilation(found, small: bool) -> None:
-    """Compare compiled gradients with eager ones and the device's with the CPU's; time cold and warm compilation."""
-    errors = gradient_errors(compiles=not small)
-    for name, error in errors.items():
-        found.check(name, error, 1e-3)
+    """Time compilation as a whole and block by block, with windows and without, and what comes of it; then compare
+    compiled gradients with eager ones and the device's with the CPU's.
+
+    What a warm cache saves is seen in the part step_d12, which compiles again what is compiled here.
+    """
     args = arguments(small, 12, micro=1)
     batch = one_batch(args)
-    for name, by_block in (("cold", False), ("warm", False), ("by_block", True)):
+    for name, window, by_block in (("whole", "SSSL", False), ("by_block", "SSSL", True), ("full_by_block", "L", True)):
+        args.window, args.attention = window, "auto"
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         net, _ = train_step.build(args)
@@ -65,7 +72,10 @@ def compilation(found, small: bool) -> None:
         breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
         found.note(**{f"{name}_first_step_s": first, f"{name}_passes_ms": 1000 * seconds})
         found.note(**{f"{name}_graphs": graphs, f"{name}_graph_breaks": breaks, f"{name}_recompiled": again})
-    found.note(attention=args.attention)
+        found.note(**{f"{name}_attention": args.attention})
+        del net
+    for name, error in gradient_errors(compiles=not small).items():
+        found.check(name, error, 1e-3)
 
 
 def gradient_errors(compiles: bool) -> dict[str, float]:
@@ -171,7 +181,8 @@ def fp8(found, small: bool) -> None:
         found.note(**{f"{name}_loss_after_10": losses[name]})
         del net
     found.note(fp8_to_bf16=found.values["fp8_passes_ms"] / found.values["bf16_passes_ms"])
-    found.check("loss_after_10_steps", abs(losses["fp8"] / losses["bf16"] - 1), 0.03)
+    learnt = math.log(args.vocab) - losses["bf16"]
+    found.check("loss_after_10_steps", abs(losses["fp8"] - losses["bf16"]) / learnt, 0.1)
     return None
 
 
@@ -219,7 +230,7 @@ def micro_batch(found, small: bool) -> None:
     args.dtype = resolve_compute_dtype("auto", _bench.DEVICE)
     net, cfg = train_step.build(args)
     if not small:
-        compile_training(net)
+        compile_training(net, by_block=True)  # in seconds
     optimizer, batch = build_optimizer(net, cfg.optim), one_batch(args)
     for _ in range(2):
         train_step.passes(net, batch)
