@@ -189,4 +189,4 @@ def _unstack(stack: torch.Tensor, out: torch.Tensor, group: tuple[slice, slice])
 
 
 def _kept_numel(rows: int, length: int, heads: int, window: int | None, keep: bool) -> int:
-    return keep * rows * heads * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))
+    return rows * heads * sum((end - start) * (end - key) for start, end, key in _blocks(length, window)) if keep else 0
