@@ -16,9 +16,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measured_matmul_rate(device, dtype)
 
 
-def measured_matmul_rate(
-    device: torch.device, dtype: torch.dtype, n: int | None = None, seconds: float = 0.3
-) -> float:
+def measured_matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None, seconds: float = 0.3) -> float:
     """FLOP/s of n x n x n products, best of the repetitions that fit in `seconds`.
 
     By default n is 1024 on a CPU and 8192 on a GPU, which smaller products do not fill.
