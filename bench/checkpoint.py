@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from optimizer import copy_rate
 
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints
 from llm.cli.overrides import compose
@@ -87,7 +86,7 @@ def main() -> None:
         result |= {f"{name}_step_waits_ms": 1000 * wait[name], f"{name}_slowed_down_by_ms": 1000 * more}
         result[f"{name}_share"] = more / (more + args.every * total["none"] / steps)
     result["async_to_sync_wait"] = wait["async"] / wait["sync"]
-    result["floor_ms"] = 1000 * 2 * size / copy_rate()
+    result["floor_ms"] = 1000 * 2 * size / _bench.copy_rate()
     _bench.show(result)
 
 

@@ -1,9 +1,9 @@
-"""Examples per second of the CORE evaluation, against one example at a time and against the matrix products alone.
+"""Examples per second of the CORE evaluation, beside one example at a time and what the matrix products allow.
 
     python bench/core.py --bundle PATH [--per-task 100] [--depth 4] [--seq-len 2048] [--model FOLDER] [--vocab 8192]
                          [--batch-size 32] [--dtype auto]
 
-Both forms judge equal examples, task by task in turn, and their verdicts are compared. One at a time is
+Both forms judge the same examples, task by task in turn, and their verdicts are compared. One at a time is
 tests/core_reference.py: every choice in full, all logits. The ceiling is the matrix products outside attention, of each
 token once, at the measured matmul rate. Without --model the weights are random (but not zero), and the tokenizer is
 trained on the bundle. On a busy machine look at the CPU seconds. Prints a line per task, a table and a line of JSON.
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from callbacks.throughput import measured_matmul_rate
 from llm.checkpoint.model_folder import load_model_folder
 from llm.cli.overrides import compose
 from llm.eval.core import encode, evaluate_core_task, group
@@ -31,7 +30,6 @@ import core_reference  # noqa: E402
 
 
 def model(args, tasks: list[CoreTask]) -> tuple[GPT, Tokenizer]:
-    """Return network and tokenizer: those of --model, or random weights and a tokenizer trained on the bundle."""
     if args.model:
         net, tokenizer = load_model_folder(args.model)
     else:
@@ -48,7 +46,7 @@ def model(args, tasks: list[CoreTask]) -> tuple[GPT, Tokenizer]:
 
 
 def products(net: GPT, tokenizer: Tokenizer, task: CoreTask) -> int:
-    """Return the FLOPs of the matrices of blocks and head, for every token that has to be computed."""
+    """FLOPs of the matrices of blocks and head, for every token that has to be computed."""
     groups = group(encode(task, tokenizer, range(len(task.examples)), net.config.seq_len))
     n_tokens = sum(one.shared + sum(len(row.ids) - one.shared - 1 for row in one.rows) for one in groups)
     n_answers = sum(len(row.ids) - row.start for one in groups for row in one.rows)
@@ -56,7 +54,7 @@ def products(net: GPT, tokenizer: Tokenizer, task: CoreTask) -> int:
 
 
 def timed(run) -> tuple[object, float, float]:
-    """Run a function; return (its result, seconds, CPU seconds)."""
+    """(result, seconds, CPU seconds)."""
     _bench.sync()
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
@@ -64,16 +62,11 @@ def timed(run) -> tuple[object, float, float]:
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def main() -> None:
-    """Judge all tasks in both forms and print the results."""
-    numbers = {"per-task": 100, "depth": 4, "seq-len": 2048, "vocab": 8192, "batch-size": 32}
-    args = _bench.arguments(__doc__, numbers, bundle="", model="")
-    if not args.bundle:
-        print("left out: needs --bundle PATH, a folder or zip with the CORE tasks")
-        return
+def measure(args) -> dict:
+    """Examples per second by both forms and how many verdicts differ, for `args` of the command line."""
     tasks = load_bundle(args.bundle, max_per_task=args.per_task)
     net, tokenizer = model(args, tasks)
-    rate = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=2.0)
+    rate = _bench.matmul_rate(args.dtype, seconds=2.0)
     evaluate_core_task(net, tokenizer, tasks[0], args.batch_size)  # warm up
     ours, theirs, differing, flops = [0.0, 0.0], [0.0, 0.0], 0, 0
     for task in tasks:
@@ -88,25 +81,30 @@ def main() -> None:
             f"{task.name:32} {count:5} {count / b[0]:8.2f} /s  {count / a[0]:8.2f} /s  x {b[1] / a[1]:.2f}", flush=True
         )
     n = sum(len(task.examples) for task in tasks)
-    _bench.show(
-        {key: getattr(args, key) for key in ("per_task", "depth", "seq_len", "batch_size", "dtype")}
-        | {
-            "examples": n,
-            "verdicts_that_differ": differing,
-            "one_by_one_per_s": n / theirs[0],
-            "examples_per_s": n / ours[0],
-            "times_faster": theirs[0] / ours[0],
-            "times_faster_in_cpu_seconds": theirs[1] / ours[1],
-            "examples_per_cpu_s": n / ours[1],
-            "matmul_flops_per_s": rate,
-            "ceiling_examples_per_s": n * rate / flops,
-            "share_of_ceiling": flops / rate / ours[0],
-        }
-    )
+    return {key: getattr(args, key) for key in ("per_task", "depth", "seq_len", "batch_size", "dtype")} | {
+        "examples": n,
+        "verdicts_that_differ": differing,
+        "one_by_one_per_s": n / theirs[0],
+        "examples_per_s": n / ours[0],
+        "times_faster": theirs[0] / ours[0],
+        "times_faster_in_cpu_seconds": theirs[1] / ours[1],
+        "examples_per_cpu_s": n / ours[1],
+        "matmul_flops_per_s": rate,
+        "ceiling_examples_per_s": n * rate / flops,
+        "share_of_ceiling": flops / rate / ours[0],
+    }
+
+
+def main() -> None:
+    numbers = {"per-task": 100, "depth": 4, "seq-len": 2048, "vocab": 8192, "batch-size": 32}
+    args = _bench.arguments(__doc__, numbers, bundle="", model="")
+    if args.bundle:
+        _bench.show(measure(args))
+    else:
+        print("left out: needs --bundle PATH, a folder or zip with the CORE tasks")
 
 
 def one_by_one(net: GPT, tokenizer: Tokenizer, entry: dict, task: CoreTask, index: int) -> bool:
-    """Return the reference's verdict on one example."""
     return core_reference.judge(net, tokenizer, entry, task.examples, index)[0]
 
 

@@ -3,8 +3,8 @@
     python bench/generation.py [--depth 4] [--vocab 8192] [--prompts 64] [--batch 64] [--tokens 32] [--dtype auto]
                                [--repeats 1]
 
-A model with random weights that never ends its turn answers prompts of 32 to 160 tokens greedily, one sample each, by
-the engine as evaluation uses it. Both ways take turns in one process. Prints a table and a last line of JSON.
+Greedy answers to prompts of 32 to 160 tokens by a model with random weights that never ends its turn, one sample each,
+through the engine as evaluation uses it. Both ways take turns in one process. Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -19,17 +19,12 @@ from llm.scaling.rules import model_config
 
 
 class Numbers:
-    """Tokenizer without words: the engine only asks for the ids of its special tokens."""
+    """A tokenizer without words, tools and ends of turns."""
 
-    bos_id = -1
-
-    def special_id(self, name: str) -> int:
-        """Return an id that no model predicts."""
-        return -2
+    bos_id, has_tools, stop_ids = -1, False, frozenset()
 
 
 def main() -> None:
-    """Answer all prompts both ways and print the rates."""
     numbers = {"depth": 4, "vocab": 8192, "prompts": 64, "batch": 64, "tokens": 32, "repeats": 1}
     args = _bench.arguments(__doc__, numbers)
     cfg = compose("train", [f"model=d{args.depth}", "model.seq_len=512"])

@@ -3,8 +3,8 @@
     python bench/optimizer.py [--depth 4] [--vocab 8192] [--dtype bf16] [--repeats 10]
 
 2026 and 2025 are ours with those settings; torch = torch.optim.Muon (matrix after matrix, its products in bf16) and
-fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Floors: the time of the
-orthogonalisation's products at the measured matrix product rate, and of the bytes that AdamW must move at the measured
+fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Ceilings: the
+orthogonalisation's products at the measured matrix product rate, and the bytes that AdamW must move at the measured
 rate of a copy. Prints a table and a last line of JSON.
 """
 
@@ -13,21 +13,14 @@ import copy
 
 import torch
 
-from callbacks.throughput import measured_matmul_rate
 from llm.cli.overrides import compose
 from llm.model.gpt import GPT
 from llm.optim.build import build_optimizer
 from llm.scaling.rules import model_config
 
 
-def copy_rate(n: int = 1 << 26) -> float:
-    """Return the bytes per second that a copy reads and writes."""
-    a, b = (torch.zeros(n, dtype=torch.uint8, device=_bench.DEVICE) for _ in range(2))
-    return 2 * n / min(_bench.seconds_of(lambda: a.copy_(b)) for _ in range(10))
-
-
 def muon_flops(params: list[torch.Tensor], steps: int) -> float:
-    """Return the FLOPs of orthogonalising matrices: per iteration x x^T, its square, and its product with x."""
+    """Of the orthogonalisation: per iteration x x^T, its square, and its product with x."""
     total = 0.0
     for p in params:
         small, large = sorted(p.shape)
@@ -35,9 +28,8 @@ def muon_flops(params: list[torch.Tensor], steps: int) -> float:
     return total
 
 
-def main() -> None:
-    """Measure all optimizers and print the results."""
-    args = _bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})
+def measure(args) -> dict:
+    """Milliseconds of a step by every optimizer, for `args` of the command line."""
     cfg = compose("train", [f"model=d{args.depth}"])
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
@@ -56,18 +48,21 @@ def main() -> None:
     steps["torch"] = lambda: (muon.step(), adamw.step())
     *adamw_groups, muon_group = optimizers["2026"].param_groups
     shares = [(group, [(p, p, p.grad) for p in group["params"]]) for group in adamw_groups]
-    steps |= {"2026_muon": lambda: optimizers["2026"]._update_matrices(muon_group, muon_group["params"])}
-    steps |= {"2026_adamw": lambda: [optimizers["2026"]._update_pieces(*share) for share in shares]}
+    steps |= {"2026_muon": lambda: optimizers["2026"]._muon(muon_group, muon_group["params"])}
+    steps |= {"2026_adamw": lambda: [optimizers["2026"]._adamw(*share) for share in shares]}
     with torch.no_grad():
         seconds = _bench.alternating(steps, args.repeats)
     n_adamw = sum(p.numel() for p in rest)
     result = vars(args) | {f"{name}_ms": 1000 * value for name, value in seconds.items()}
     result["to_torch"] = seconds["2026"] / seconds["torch"]
-    result["muon_floor_ms"] = (
-        1000 * muon_flops(matrices["torch"], 5) / measured_matmul_rate(_bench.DEVICE, args.dtype, 2048)
-    )
-    result["adamw_floor_ms"] = 1000 * 28 * n_adamw / copy_rate()  # reads 4 and writes 3 fp32 values per parameter
-    _bench.show(result)
+    result["muon_floor_ms"] = 1000 * muon_flops(matrices["torch"], 5) / _bench.matmul_rate(args.dtype)
+    # AdamW reads 4 and writes 3 fp32 values per parameter.
+    result["adamw_floor_ms"] = 1000 * 28 * n_adamw / _bench.copy_rate()
+    return result
+
+
+def main() -> None:
+    _bench.show(measure(_bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})))
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@
                                [--micro 4] [--vocab 8192] [--steps 20] [--dtype auto] [--compile true]
                                [--attention auto] [--plain-logits false]
 
-Everything runs in one process: steps in a plain loop, steps through Lightning with the callbacks of a stage, and the
-matrix product rate of which the share is given. In both loops every part of every step is timed; data and framework are
-the time that Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
-tokenizer that returns stored ids. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is also
-given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32. Prints a
-table and a last line of JSON.
+Everything runs in one process: steps in a plain loop, the same through Lightning with the callbacks of a stage, and the
+matrix product rate that the share of the peak refers to. In both loops every part of every step is timed; data and
+framework are what Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
+tokenizer that returns what is stored. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is
+also given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32.
+Prints a table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 
 from callbacks.metrics import MetricsLog
 from callbacks.runtime import GarbageControl
-from callbacks.throughput import Throughput, measured_matmul_rate
+from callbacks.throughput import Throughput
 from llm.cli.overrides import compose
 from llm.data.loader import StepLayout, TextSteps
 from llm.model.compile import compile_training
@@ -49,18 +48,16 @@ class Stored:
         self.documents = [rng.integers(1, vocab, rng.integers(50, 1500), np.int32) for _ in range(2000)]
 
     def iterate(self, split, cursor=None, rank=0, world=1, loop=True):
-        """Yield the stored documents for ever."""
         while True:
             for i, ids in enumerate(self.documents):
                 yield ids, {"at": i}
 
     def encode_document(self, ids):
-        """Return the ids unchanged."""
         return ids
 
 
 def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
-    """Return the median seconds of the parts of a step in the shortest possible loop."""
+    """Median seconds of the parts of a step in the shortest possible loop."""
     optimizer = build_optimizer(net, cfg.optim)
     parts = {"data": [], "passes": [], "update": []}
     for _ in range(steps + WARMUP):
@@ -73,22 +70,40 @@ def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
 
 
 def passes(net: GPT, batch: dict) -> None:
-    """Run forward and backward pass of all micro-batches of a step."""
     for micro in batch["micro"]:
         ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
         (net(ids, targets, reduction="sum") / batch["n_trained"]).backward()
 
 
 def passes_with_plain_logits(net: GPT, batch: dict) -> None:
-    """Run forward and backward pass of all micro-batches of a step by way of all logits."""
     for micro in batch["micro"]:
         ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
         logits = net.logits(net.hidden(ids, is_training=True))
         (F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / batch["n_trained"]).backward()
 
 
+def run_lightning(net: GPT, cfg, loader, steps: int, module: type[StepModule], *callbacks: L.Callback) -> None:
+    """Train `steps` steps through Lightning as a stage does, with more callbacks in front of the stage's."""
+    context = StageContext("bench", None, torch.ones(1), steps, net.config.seq_len)
+    with tempfile.TemporaryDirectory() as folder:
+        log = MetricsLog(Path(folder) / "metrics.csv", 10)
+        trainer = L.Trainer(
+            accelerator="auto",
+            devices=1,
+            max_steps=steps,
+            max_epochs=-1,
+            logger=False,
+            callbacks=[*callbacks, GarbageControl(), Throughput(10, peak_flops=1.0), log],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module(net, cfg.optim, cfg.stage, context), datamodule=StepData(lambda position: loader))
+
+
 def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
-    """Return the median seconds of a whole step as a stage does it, and of `training_step` within it."""
+    """Median seconds of a whole step as a stage does it, and of `training_step` within it."""
     marks, inside = [], []
 
     class Timed(StepModule):
@@ -96,76 +111,53 @@ def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
             inside.append(_bench.seconds_of(lambda: super(Timed, self).training_step(batch, batch_idx)))
             marks.append(time.perf_counter())
 
-    context = StageContext("bench", None, torch.ones(1), steps + WARMUP + 1, net.config.seq_len)
-    with tempfile.TemporaryDirectory() as folder:
-        log = MetricsLog(Path(folder) / "metrics.csv", 10)
-        trainer = L.Trainer(
-            accelerator="auto",
-            devices=1,
-            max_steps=steps + WARMUP + 1,
-            max_epochs=-1,
-            logger=False,
-            callbacks=[GarbageControl(), Throughput(10, peak_flops=1.0), log],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(Timed(net, cfg.optim, cfg.stage, context), datamodule=StepData(lambda position: loader))
+    run_lightning(net, cfg, loader, steps + WARMUP + 1, Timed)
     whole = [b - a for a, b in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
     return _bench.median(whole), _bench.median(inside[WARMUP + 1 :])
 
 
-def build(args) -> tuple[Any, GPT]:
-    """Return configuration and network, compiled if asked for; `args.attention` becomes the backend's name."""
+def build(args) -> tuple[GPT, object]:
+    """The network of the command line on the device, not compiled, and the configuration that it comes from."""
     words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
     words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
     cfg = compose("train", words)
-    config = model_config(cfg.model, cfg.arch, args.vocab)
-    net = GPT(config).init_weights(0).to(_bench.DEVICE)
+    net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
     args.attention = net.set_attention(args.attention, _bench.DEVICE, fixed_shapes=True)
+    return net, cfg
+
+
+def loader_of(args) -> TextSteps:
+    """Steps of random documents through the real loader."""
+    stored = Stored(args.vocab)
+    return TextSteps(stored, stored, StepLayout(args.seq_len, args.rows, args.micro), split="train", buffer=1000)
+
+
+def measure(args) -> dict:
+    """Times and memory of a training step, for `args` of the command line."""
+    quiet_lightning()
+    net, cfg = build(args)
+    config = net.config
     if args.compile == "true":
         compile_training(net)
-    return cfg, net
-
-
-def peak_memory(net: GPT, batch: dict, plain_logits: bool) -> dict[str, float]:
-    """Return the peak MB of the passes of a step and, if asked for, of those by way of all logits."""
-    memory = {"step_peak_mb": _bench.peak_bytes(lambda: passes(net, batch)) / 1e6}
-    net.zero_grad(set_to_none=True)
-    if plain_logits:
-        peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
-        memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
-        net.zero_grad(set_to_none=True)
-    return memory
-
-
-def main() -> None:
-    """Measure the step in both loops and print the results."""
-    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
-    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
-    args = _bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)
-    quiet_lightning()
-    cfg, net = build(args)
-    config, stored = net.config, Stored(args.vocab)
-
-    def loader() -> TextSteps:
-        return TextSteps(stored, stored, StepLayout(args.seq_len, args.rows, args.micro), split="train", buffer=1000)
-
-    peak = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=1.0)
-    feed = loader()
+    peak = _bench.matmul_rate(args.dtype)
+    feed = loader_of(args)
     batch = next(iter(feed))
     first = _bench.seconds_of(lambda: passes(net, batch))
     net.zero_grad(set_to_none=True)
     parts = plain_loop(net, cfg, iter(feed), args.steps)
     batch = next(iter(feed))
     feed.close()
-    memory = peak_memory(net, batch, args.plain_logits == "true")
-    whole, inside = lightning_loop(net, cfg, loader(), args.steps)
+    memory = {"step_peak_mb": _bench.peak_bytes(lambda: passes(net, batch)) / 1e6}
+    net.zero_grad(set_to_none=True)
+    if args.plain_logits == "true":
+        peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
+        memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
+        net.zero_grad(set_to_none=True)
+    whole, inside = lightning_loop(net, cfg, loader_of(args), args.steps)
     total, tokens = sum(parts.values()), args.rows * args.seq_len * args.micro
     rate = tokens * flops_per_token(config) / total
-    _bench.show(
+    return (
         vars(args)
         | {
             "params": num_params(config)["total"],
@@ -185,6 +177,12 @@ def main() -> None:
         }
         | memory
     )
+
+
+def main() -> None:
+    numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
+    choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
+    _bench.show(measure(_bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)))
 
 
 if __name__ == "__main__":

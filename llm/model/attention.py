@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache, lru_cache
 from importlib import import_module
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +46,45 @@ def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
 def has_flash3() -> bool:
     """Whether FlashAttention 3 is there: the wheel flash_attn_3, or what the package `kernels` has or fetches."""
     global flash_attn_func
-    if flash_attn_func is None:
+    if flash_attn_func is None and not _is_forward_only():
         with suppress(ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
             from flash_attn_interface import flash_attn_func
     if flash_attn_func is None:
         with suppress(Exception):  # the hub cannot be reached, or has nothing for this torch: others serve
-            flash_attn_func = import_module("kernels").get_kernel(**FLASH3_KERNEL).flash_attn_func
+            kernels = import_module("kernels")
+            if hub_answers():
+                flash_attn_func = kernels.get_kernel(**FLASH3_KERNEL).flash_attn_func
     return flash_attn_func is not None
+
+
+def _is_forward_only() -> bool:
+    """Whether the wheel of FlashAttention 3 was built without a backward pass, as those for serving are."""
+    with suppress(Exception):
+        flags = import_module("flash_attn_config").CONFIG["build_flags"]
+        return bool(flags.get("FLASHATTENTION_DISABLE_BACKWARD"))
+    return False
+
+
+@cache
+def hub_answers(seconds: float = 3.0) -> bool:
+    """Whether the Hugging Face hub answers soon; asked once. What cannot be reached must not hold up the start."""
+    from huggingface_hub import constants
+
+    def ask() -> None:
+        try:
+            urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
+        except HTTPError:  # an answer too
+            pass
+        except (OSError, ValueError):
+            return
+        answers.append(True)
+
+    answers: list[bool] = []
+    if not constants.HF_HUB_OFFLINE:
+        thread = Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+        thread.start()
+        thread.join(seconds)
+    return bool(answers)
 
 
 def choose_backend(
@@ -69,23 +104,23 @@ def choose_backend(
     fast_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     hopper = fast_gpu and torch.cuda.get_device_capability(device)[0] == 9
     compiles = device.type == "cuda" and has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))
-    can = {
-        "cpu": (plain_backend(device, dtype) == "cpu", "a CPU and fp32, bf16 or fp16"),
+    can = {  # asked one after the other: has_flash3 may fetch something
+        "cpu": (lambda: plain_backend(device, dtype) == "cpu", "a CPU and fp32, bf16 or fp16"),
         "flash3": (
-            hopper and head_dim % 8 == 0 and head_dim <= 256 and not documents and has_flash3(),
+            lambda: hopper and head_dim % 8 == 0 and head_dim <= 256 and not documents and has_flash3(),
             "a Hopper GPU, bf16 or fp16, the package flash_attn_3 or kernels, heads up to 256, and no document masks",
         ),
         "flex": (  # torch has no backward pass of it for CPUs
-            compiles and dtype != torch.float64 and head_dim >= 16 and fixed_shapes,
+            lambda: compiles and dtype != torch.float64 and head_dim >= 16 and fixed_shapes,
             "a CUDA GPU, Triton and a C compiler, heads of at least 16, and steps of one shape",
         ),
-        "sdpa": (True, ""),
+        "sdpa": (lambda: True, ""),
     }
     if asked == "auto":
-        useful = [name for name, (possible, _) in can.items() if possible]
-        return next(name for name in useful if name != "flex" or windows or documents)
+        useful = [name for name in can if name != "flex" or windows or documents]
+        return next(name for name in useful if can[name][0]())
     possible, needs = can[asked]
-    if not possible:
+    if not possible():
         raise UserError(f"attention={asked} needs {needs}; this is {device} with {dtype}: set attention=auto")
     return asked
 

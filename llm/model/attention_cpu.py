@@ -199,4 +199,6 @@ def _unstack(stack: torch.Tensor, out: torch.Tensor, group: tuple[slice, slice])
 
 def _kept_numel(rows: int, length: int, heads: int, window: int | None, keep: bool) -> int:
     """Return how many probabilities the forward pass keeps for the backward pass; 0 unless `keep`."""
-    return keep * rows * heads * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))
+    if not keep:  # a product with a bool does not trace under torch 2.11
+        return 0
+    return rows * heads * sum((end - start) * (end - key) for start, end, key in _blocks(length, window))

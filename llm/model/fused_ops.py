@@ -26,7 +26,12 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.size(-1))
         scale = mean_square.add_(NORM_EPS).rsqrt_()
-        y = torch.mul(x, scale, out=torch.empty_like(x))
+        if torch.compiler.is_compiling():
+            # Where what is returned has two names in the graph (out=, a cast to the same dtype), torch 2.11 loses the
+            # gradient without a word.
+            y = x * scale if scale.dtype == x.dtype else (x * scale).to(x.dtype)
+        else:  # one pass, with no copy in fp32
+            y = torch.mul(x, scale, out=torch.empty_like(x))
         ctx.save_for_backward(y, scale)
         return y
 

@@ -74,9 +74,10 @@ def largest_trial(choices, attempt) -> int:
             attempt(rows)
             return rows
         except torch.OutOfMemoryError:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            pass
+        gc.collect()  # not earlier: within `except` the error's frames still hold what the trial made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     raise UserError(
         "batch.micro_batch_size=auto: not even one row fits the device; use a smaller model or model.seq_len, or "
         "trainer.activation_checkpointing=true"

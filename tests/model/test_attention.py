@@ -1,6 +1,9 @@
 """Windowed attention: every form against the plain masked one, outputs and gradients."""
 
+import socket
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +163,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr("llm.model.attention.flash_attn_func", lambda *args: None)
     monkeypatch.setattr("llm.model.attention.has_triton", lambda: True)
     monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("llm.model.attention.hub_answers", lambda: True)
 
 
 def test_the_backend_is_the_best_that_runs(hopper, monkeypatch):
@@ -192,8 +196,53 @@ def test_flash_attention_3_from_the_hub(hopper, monkeypatch):
     assert choose() == "flex"
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
     assert choose(documents=True) == "flex"
+    with monkeypatch.context() as patch:  # only a hub that answers is asked for a kernel
+        patch.setattr("llm.model.attention.hub_answers", lambda: False)
+        assert choose() == "flex"
     assert choose() == choose("flash3") == "flash3"
     assert attention.flash_attn_func == asked.append
+
+
+def test_flash_attention_3_is_looked_for_where_it_may_be_used_only(hopper, monkeypatch):
+    """Looking may fetch something: not for another kernel, for a card or for masks that it is not made for."""
+
+    def has_flash3():
+        raise AssertionError("was looked for")
+
+    monkeypatch.setattr("llm.model.attention.has_flash3", has_flash3)
+    assert choose("sdpa") == "sdpa" and choose("flex") == "flex" and choose(device=CPU) == "cpu"
+    assert choose(documents=True) == choose(head_dim=260) == choose(dtype=torch.float32) == "flex"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose() == "flex"
+
+
+def test_a_wheel_without_a_backward_pass_is_not_taken(hopper, monkeypatch):
+    """Those for serving have the same names and none: training would fail at its first step."""
+    monkeypatch.setattr("llm.model.attention.flash_attn_func", None)
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=print))
+    for disabled, chosen in ((True, "flex"), (False, "flash3")):
+        config = {"build_flags": {"FLASHATTENTION_DISABLE_BACKWARD": disabled}}
+        monkeypatch.setitem(sys.modules, "flash_attn_config", SimpleNamespace(CONFIG=config))
+        assert choose() == chosen
+
+
+def test_a_hub_that_cannot_be_reached_holds_nothing_up(monkeypatch):
+    """It accepts and says nothing, refuses, or is switched off; what answers, if only with an error, is there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert not attention.hub_answers.__wrapped__(0.2)
+    assert not attention.hub_answers.__wrapped__(30)  # refused at once
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501
+    Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert attention.hub_answers.__wrapped__(30)
+    server.server_close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not attention.hub_answers.__wrapped__(30)
 
 
 def test_backends_that_cannot_run(hopper):

@@ -57,6 +57,23 @@ def network(bos_id=None) -> GPT:
     return net
 
 
+@pytest.mark.parametrize("arch", ["modern", "classic", "gpt2"])
+def test_no_gradient_is_lost_in_the_graph(arch):
+    """Traced as for training, without the compiler behind it: torch 2.11 lost all gradients behind our norm."""
+    torch._dynamo.reset()
+    features = MODERN if arch == "modern" else {}
+    eager, traced = (GPT(GPTConfig(2, 2, 2, 16, 32, 64, 100, arch=arch, **features)).init_weights(0) for _ in range(2))
+    traced.training_forward_blocks = torch.compile(traced.forward_blocks, backend="eager", dynamic=False)
+    ids = torch.randint(0, 100, (2, 65), generator=torch.Generator().manual_seed(0))
+    for net in (eager, traced):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+        net(ids[:, :-1], ids[:, 1:]).backward()
+    for (name, p), q in zip(eager.named_parameters(), traced.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q[1].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("bos_id", "by_block"), [(None, False), (99, False), (None, True)])  # 99: documents apart
 def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, monkeypatch):

@@ -1,6 +1,7 @@
 """Scaling rules and schedules against the published numbers."""
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,25 @@ def test_trials_go_down_until_one_fits():
     assert largest_trial([16, 8, 4, 2, 1], attempt) == 4 and tried == [16, 8, 4]
     with pytest.raises(UserError, match="not even one row fits"):
         largest_trial([16, 8], attempt)
+
+
+def test_what_a_failed_trial_made_is_gone_when_the_cache_is_emptied(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append([made() for made in held]))
+
+    class Activations:
+        pass
+
+    held, emptied = [], []
+
+    def attempt(rows):
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        if rows > 4:
+            raise torch.OutOfMemoryError
+
+    assert largest_trial([16, 8, 4], attempt) == 4
+    assert emptied == [[None], [None, None]]
 
 
 def test_auto_rows_of_a_dry_run_fit_the_named_gpu():
