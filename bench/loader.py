@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llm.data.documents import LocalDocuments, texts
-from llm.data.loader import TextSteps
+from llm.data.loader import StepLayout, TextSteps
 from llm.data.packing import PACKINGS, Document
 from llm.data.tokens import CachedDocuments, encoded
 from llm.tokenizer.bpe import train_tokenizer
@@ -65,8 +65,8 @@ def main() -> None:
         documents = [Document(tokenizer.encode_document(text)) for text in some]
 
         def steps(reads) -> Callable[[], int]:
-            sizes = {"seq_len": args.seq_len, "rows_per_micro": args.rows, "buffer": args.buffer}
-            running = TextSteps(reads, tokenizer, packing=args.packing, **sizes).steps()
+            layout = StepLayout(args.seq_len, args.rows)
+            running = TextSteps(reads, tokenizer, layout, packing=args.packing, buffer=args.buffer).steps()
             next(running)
             return lambda: sum(step["n_tokens"] for step in islice(running, args.steps))
 

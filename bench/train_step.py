@@ -26,7 +26,7 @@ from callbacks.metrics import MetricsLog
 from callbacks.runtime import GarbageControl
 from callbacks.throughput import Throughput, measured_matmul_rate
 from llm.cli.overrides import compose
-from llm.data.loader import TextSteps
+from llm.data.loader import StepLayout, TextSteps
 from llm.model.compile import compile_training
 from llm.model.config import flops_per_token, num_params
 from llm.model.gpt import GPT
@@ -128,15 +128,7 @@ def main() -> None:
     stored = Stored(args.vocab)
 
     def loader() -> TextSteps:
-        return TextSteps(
-            stored,
-            stored,
-            split="train",
-            seq_len=args.seq_len,
-            rows_per_micro=args.rows,
-            micro_per_step=args.micro,
-            buffer=1000,
-        )
+        return TextSteps(stored, stored, StepLayout(args.seq_len, args.rows, args.micro), split="train", buffer=1000)
 
     peak = measured_matmul_rate(_bench.DEVICE, args.dtype, n=2048, seconds=1.0)
     feed = loader()

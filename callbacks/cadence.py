@@ -10,7 +10,7 @@ class Periodic(L.Callback):
 
     With `at_start` also before the first step. A run that was killed between a checkpoint and the row of metrics of
     the same step acts again when it resumes (`module.row_is_missing`), unless `repeats` is False. Steps are optimizer
-    steps. The time spent is added to `module.paused_seconds`, which the throughput leaves out.
+    steps. The time spent is added to `module.progress`, which the throughput leaves out.
     """
 
     repeats = True
@@ -37,4 +37,4 @@ class Periodic(L.Callback):
     def timed(self, trainer, module, step: int) -> None:
         start = time.perf_counter()
         self.act(trainer, module, step)
-        module.paused_seconds += time.perf_counter() - start
+        module.progress.paused_seconds += time.perf_counter() - start

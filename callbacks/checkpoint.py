@@ -23,10 +23,10 @@ class StepCheckpoint(Periodic):
         self.saved_at = time.monotonic()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        module.wants_checkpoint = time.monotonic() - self.saved_at > self.seconds
+        module.votes.checkpoint = time.monotonic() - self.saved_at > self.seconds
 
     def due(self, module, step: int) -> bool:
-        return super().due(module, step) or module.checkpoint_votes > 0
+        return super().due(module, step) or module.votes.checkpoint_count > 0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         trainer.strategy.checkpoint_io.check()

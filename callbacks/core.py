@@ -17,4 +17,4 @@ class CoreEval(Periodic):
         net, tokenizer = full_model(module.net), module.context.tokenizer
         results = {task.name: evaluate_core_task(net, tokenizer, task) for task in self.tasks}
         module.row["core"] = core_score(results)["core"]
-        module.row |= {f"core/{name}": result["centered"] for name, result in results.items()}
+        module.row.update({f"core/{name}": result["centered"] for name, result in results.items()})

@@ -24,7 +24,7 @@ class MetricsLog(L.Callback):
 
     def on_fit_start(self, trainer, module) -> None:
         steps = {int(row["step"]) for row in self._read()} if trainer.is_global_zero else None
-        module.logged_steps = collectives.broadcast_object(steps)
+        module.step_log.logged_steps = collectives.broadcast_object(steps)
 
     def on_train_start(self, trainer, module) -> None:
         step = module.global_step
@@ -32,7 +32,7 @@ class MetricsLog(L.Callback):
             rows = self._read() if step > 0 else []
             self._rewrite([row for row in rows if int(row["step"]) <= step])
         if not module.row_is_missing:
-            module.flush_window()  # that row has used the window
+            module.step_log.flush()  # that row has used the window
         elif module.row or (step > 0 and self._due(module, step)):
             self._log(trainer, module, step)
 
@@ -45,10 +45,10 @@ class MetricsLog(L.Callback):
 
     def _log(self, trainer, module, step: int) -> None:
         if step > 0:
-            module.row |= {"lr": module.lr_frac(step - 1)} | module.flush_window()
-        row, module.row = module.row, {}
+            module.row.update({"lr": module.lr_frac(step - 1)} | module.step_log.flush())
+        row = module.step_log.take_row()
         values = {name: value for name, value in row.items() if value is not None}
-        module.latest.update(values)
+        module.step_log.latest.update(values)
         if not trainer.is_global_zero:
             return
         new = [name for name in row if name not in self.columns]

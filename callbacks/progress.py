@@ -38,20 +38,20 @@ class Progress(L.Callback):
             self.bar.start()
             name = module.context.name
             self.task = self.bar.add_task(name, total=self.total, completed=self.start_step, text="")
-        if module.latest:
+        if module.step_log.latest:
             self._line(module, self.start_step)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step = module.global_step
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=describe(module.latest))
+            self.bar.update(self.task, completed=step, text=describe(module.step_log.latest))
         elif step % self.log_every == 0 or step == self.total:
             self._line(module, step)
 
     def _line(self, module, step: int) -> None:
         left = (time.perf_counter() - self.start) / max(step - self.start_step, 1) * (self.total - step)
         eta = f" | ETA {int(left) // 60}:{int(left) % 60:02d}" if step > self.start_step else ""
-        print(f"{module.context.name} step {step}/{self.total} | {describe(module.latest)}{eta}", flush=True)
+        print(f"{module.context.name} step {step}/{self.total} | {describe(module.step_log.latest)}{eta}", flush=True)
 
     def teardown(self, trainer, module, stage) -> None:
         if self.bar is not None:

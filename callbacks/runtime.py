@@ -29,12 +29,12 @@ class CleanStop(L.Callback):
     def _request(self, signum, frame) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum, self.module.wants_stop = signum, True
+        self.signum, self.module.votes.stop = signum, True
         print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         alone = collectives.world_size() == 1
-        if (module.wants_stop if alone else module.stop_votes) and not trainer.should_stop:
+        if (module.votes.stop if alone else module.votes.stop_count) and not trainer.should_stop:
             self.signum = max(signum or 0 for signum in collectives.all_gather_object(self.signum))
             self.checkpoint.act(trainer, module, module.global_step)
             trainer.should_stop = True

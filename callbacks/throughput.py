@@ -52,8 +52,8 @@ class Throughput(L.Callback):
         self._open_window(module)
 
     def _open_window(self, module) -> None:
-        self.start, self.paused = time.perf_counter(), module.paused_seconds
-        self.first_step, self.first_token = module.global_step, module.tokens_seen
+        self.start, self.paused = time.perf_counter(), module.progress.paused_seconds
+        self.first_step, self.first_token = module.global_step, module.progress.tokens
         self.waited = _wait_seconds(module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -62,8 +62,8 @@ class Throughput(L.Callback):
             return
         if module.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.start - (module.paused_seconds - self.paused)
-        rate = (module.tokens_seen - self.first_token) / seconds
+        seconds = time.perf_counter() - self.start - (module.progress.paused_seconds - self.paused)
+        rate = (module.progress.tokens - self.first_token) / seconds
         self.train_seconds += seconds
         if compiles:
             print(f"first step: {seconds:.1f} s with compilation", flush=True)
@@ -84,13 +84,13 @@ class Throughput(L.Callback):
         self, module, tok_per_s: float | None, ms_per_step: float | None, mfu: float | None, data_wait: float | None
     ) -> None:
         module.row.update(tok_per_s=tok_per_s, ms_per_step=ms_per_step, mfu=mfu, data_wait=data_wait)
-        module.row.update(tokens=module.tokens_seen)
-        module.row.update(flops=float(module.tokens_seen * module.flops_per_token), seconds=self.train_seconds)
+        module.row.update(tokens=module.progress.tokens)
+        module.row.update(flops=float(module.progress.tokens * module.flops_per_token), seconds=self.train_seconds)
 
     def on_train_end(self, trainer, module) -> None:
         if not trainer.is_global_zero:
             return
-        waited, lost = _wait_seconds(module), module.lost_fraction
+        waited, lost = _wait_seconds(module), module.progress.lost_fraction
         share = waited / max(self.train_seconds - self.seconds_before, 1e-9)
         packing = "" if lost is None else f"; {lost:.1%} of what packing read was lost to crops or padding"
         print(f"waited {waited:.2f} s for data, {share:.2%} of the time{packing}", flush=True)

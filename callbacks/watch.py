@@ -49,7 +49,7 @@ class ProcessWatch(L.Callback):
         self._begin_window(module)
 
     def _begin_window(self, module) -> None:
-        self.start = time.perf_counter() - collectives.waited_seconds() - module.paused_seconds
+        self.start = time.perf_counter() - collectives.waited_seconds() - module.progress.paused_seconds
         self.first_step = module.global_step
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -59,7 +59,7 @@ class ProcessWatch(L.Callback):
         if not isinstance(trainer.strategy, FSDPStrategy):  # which has no weights twice
             check_same_weights(dict(module.net.named_parameters()), step)
         if step % self.every == 0:
-            busy = time.perf_counter() - collectives.waited_seconds() - module.paused_seconds - self.start
+            busy = time.perf_counter() - collectives.waited_seconds() - module.progress.paused_seconds - self.start
             report = slow_processes(1000 * busy / (step - self.first_step), self.slow)
             if report:
                 print(f"step {step}: {report}", flush=True)

@@ -128,7 +128,7 @@ def main() -> None:
         module, trainer = train(kind, strategy, folder, checkpoint)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())
         weights = full_model(module.net).state_dict()
-        result = {"weights": weights, "held": collectives.all_gather_object(held), "tokens": module.tokens_seen}
+        result = {"weights": weights, "held": collectives.all_gather_object(held), "tokens": module.progress.tokens}
         result["sent"] = sent.numbers / STEPS
         if collectives.world_size() > 1 and strategy != "fsdp":
             result["noticed"] = all(collectives.all_gather_object(notices_other_weights(module)))

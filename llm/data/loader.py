@@ -21,6 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -34,8 +35,33 @@ from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # between lines about data that does not come
-UNDIVIDED = {"rank": 0, "world": 1}  # a loader that reads what all ranks read together
 VAL_PACKING = "crop"  # scores are measured on the same rows whatever training reads
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Shape of a rank's steps, `micro_per_step` micro-batches of `rows_per_micro` rows of `seq_len` tokens, and waits.
+
+    Raises ValueError for sizes below 1 and a rank outside `world`.
+    """
+
+    seq_len: int
+    rows_per_micro: int
+    micro_per_step: int = 1
+    rank: int = 0
+    world: int = 1
+    prefetch: int = 2  # steps that are prepared ahead
+    timeout_s: float = 900.0  # seconds without a step that mean there will be none
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.seq_len, self.rows_per_micro, self.micro_per_step, self.prefetch)
+        if min(sizes) < 1 or not 0 <= self.rank < self.world:
+            raise ValueError(f"{self}: out of range")
+
+    def undivided(self) -> "StepLayout":
+        """The layout of a loader that reads what all ranks read together."""
+        return replace(self, rank=0, world=1)
 
 
 class TextFeed:
@@ -68,26 +94,8 @@ class StepLoader:
 
     kind = ""
 
-    def __init__(
-        self,
-        seq_len: int,
-        rows_per_micro: int,
-        micro_per_step: int,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        state: dict | None = None,
-        prefetch: int = 2,
-        timeout_s: float = 900.0,
-        pin_memory: bool = False,
-    ) -> None:
-        if min(seq_len, rows_per_micro, micro_per_step, prefetch) < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"{seq_len=} {rows_per_micro=} {micro_per_step=} {prefetch=} {rank=} {world=}: out of range"
-            )
-        self.seq_len, self.rows_per_micro, self.micro_per_step = seq_len, rows_per_micro, micro_per_step
-        self.rank, self.world, self.prefetch, self.pin_memory = rank, world, prefetch, pin_memory
-        self.timeout_s = timeout_s  # seconds without a step that mean there will be none
+    def __init__(self, layout: StepLayout, state: dict | None = None) -> None:
+        self.layout = layout
         self.wait_seconds = 0.0  # time the consumer spent waiting for a step, since the loader was built
         self.state = state
         if state is not None:
@@ -121,9 +129,9 @@ class StepLoader:
             cursor = self.state["cursor"]
             packer.load_state_dict({k: _to_numpy(v) for k, v in self.state["packer"].items()})
         feed = self._feed(cursor)
-        rows = self.rows_per_micro * self.micro_per_step
+        rows = self.layout.rows_per_micro * self.layout.micro_per_step
         while True:
-            ids = np.full((rows, self.seq_len + 1), self._pad_id(), np.int32)
+            ids = np.full((rows, self.layout.seq_len + 1), self._pad_id(), np.int32)
             mask = np.zeros(ids.shape, bool)
             used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
             if not any(used):
@@ -135,16 +143,25 @@ class StepLoader:
 
     def _position(self, cursor: dict | None, snapshot: Callable[[], dict]) -> Callable[[], dict]:
         """What makes the position: only the steps that a checkpoint follows need it, and it is megabytes."""
-        layout = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
-        return lambda: layout | {"cursor": cursor, "packer": _tensors(snapshot())}
+        identity = self._identity()
+        return lambda: identity | {"cursor": cursor, "packer": _tensors(snapshot())}
+
+    def _identity(self) -> dict:
+        """The entries of a position that must agree with the loader which continues it."""
+        return {
+            "kind": self.kind,
+            "seq_len": self.layout.seq_len,
+            "rank": self.layout.rank,
+            "world": self.layout.world,
+        }
 
     def _step(self, ids: np.ndarray, mask: np.ndarray) -> dict:
         """Split packed rows (rows, T + 1) into micro-batches of inputs and shifted targets."""
         inputs = torch.from_numpy(ids[:, :-1].astype(np.int64))
         targets = torch.from_numpy(np.where(mask[:, 1:], ids[:, 1:], -1).astype(np.int64))
-        if self.pin_memory:
+        if self.layout.pin_memory:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        size = self.rows_per_micro
+        size = self.layout.rows_per_micro
         parts = zip(inputs.split(size), targets.split(size), strict=True)
         return {
             "micro": [{"inputs": x, "targets": y} for x, y in parts],
@@ -153,8 +170,7 @@ class StepLoader:
         }
 
     def _check_state(self, state: dict) -> None:
-        mine = {"kind": self.kind, "seq_len": self.seq_len, "rank": self.rank, "world": self.world}
-        for key, value in mine.items():
+        for key, value in self._identity().items():
             if state.get(key) != value:
                 raise UserError(
                     f"the checkpoint's data position has {key}={state.get(key)}, this run {key}={value}. Continue with "
@@ -181,28 +197,23 @@ class TextSteps(StepLoader):
         self,
         source: DocumentSource | CachedDocuments,
         tokenizer,
-        seq_len: int,
-        rows_per_micro: int,
-        micro_per_step: int = 1,
-        rank: int = 0,
-        world: int = 1,
+        layout: StepLayout,
         state: dict | None = None,
         *,
         split: str = "train",
         packing: str = VAL_PACKING,
         buffer: int = 1000,
-        **options,
     ) -> None:
-        super().__init__(seq_len, rows_per_micro, micro_per_step, rank=rank, world=world, state=state, **options)
+        super().__init__(layout, state)
         self.source, self.tokenizer, self.split = source, tokenizer, split
         self.packing, self.buffer = packing, buffer
 
     def _packer(self) -> BestFit | BestFitCrop | Stream:
-        return PACKINGS[self.packing](self.seq_len + 1, self.buffer)
+        return PACKINGS[self.packing](self.layout.seq_len + 1, self.buffer)
 
     def _feed(self, cursor: dict | None) -> TextFeed:
         loop = self.split == "train"
-        return TextFeed(self.source, self.split, self.tokenizer, cursor, self.rank, self.world, loop)
+        return TextFeed(self.source, self.split, self.tokenizer, cursor, self.layout.rank, self.layout.world, loop)
 
     def _pad_id(self) -> int:
         return self.tokenizer.bos_id
@@ -221,36 +232,31 @@ class ConversationSteps(StepLoader):
         self,
         mixture: Sequence,
         tokenizer,
-        seq_len: int,
-        rows_per_micro: int,
-        micro_per_step: int = 1,
-        rank: int = 0,
-        world: int = 1,
+        layout: StepLayout,
         state: dict | None = None,
         *,
         train_on: str = "assistant",
         seed: int = 42,
         buffer: int = 100,
         loop: bool = True,
-        **options,
     ) -> None:
-        super().__init__(seq_len, rows_per_micro, micro_per_step, rank=rank, world=world, state=state, **options)
+        super().__init__(layout, state)
         self.mixture, self.tokenizer, self.buffer = mixture, tokenizer, buffer
         self.train_on, self.seed, self.loop = train_on, seed, loop
 
     def _packer(self) -> BestFitPad:
-        return BestFitPad(self.seq_len + 1, self.buffer)
+        return BestFitPad(self.layout.seq_len + 1, self.buffer)
 
     def _feed(self, cursor: dict | None) -> ConversationFeed:
         return ConversationFeed(
             self.mixture,
             self.tokenizer,
-            self.seq_len + 1,
+            self.layout.seq_len + 1,
             train_on=self.train_on,
             seed=self.seed,
             cursor=cursor,
-            rank=self.rank,
-            world=self.world,
+            rank=self.layout.rank,
+            world=self.layout.world,
             loop=self.loop,
         )
 
@@ -261,8 +267,8 @@ class ConversationSteps(StepLoader):
 def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:
     """The fixed micro-batches {"inputs", "targets"} of a finite loader that cover about `eval_tokens` positions.
 
-    Build the loader with split="val" or loop=False and `UNDIVIDED`: all ranks pack the same rows and each keeps every
-    world-th micro-batch, so that a score summed over ranks does not depend on their number.
+    Build the loader with split="val" or loop=False and `layout.undivided()`: all ranks pack the same rows and each
+    keeps every world-th micro-batch, so that a score summed over ranks does not depend on their number.
     """
     batches, tokens = [], 0
     for step in loader.steps():
@@ -304,7 +310,7 @@ class _Background:
     def __init__(self, loader: StepLoader) -> None:
         self._loader, self._ended = loader, False
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
-        self._free = threading.Semaphore(loader.prefetch)
+        self._free = threading.Semaphore(loader.layout.prefetch)
         stop = threading.Event()
         thread = threading.Thread(
             target=_prepare, args=(loader.steps, self._ready, self._free, stop), name="fathom-data", daemon=True
@@ -332,13 +338,14 @@ class _Background:
 
     def _patiently(self) -> tuple[dict | None, BaseException | None]:
         waited = 0.0
-        while waited < self._loader.timeout_s:
-            wait = min(NEWS_SECONDS, self._loader.timeout_s - waited)
+        layout = self._loader.layout
+        while waited < layout.timeout_s:
+            wait = min(NEWS_SECONDS, layout.timeout_s - waited)
             try:
                 return self._ready.get(timeout=wait)
             except queue.Empty:
                 waited += wait
-                log.warning("process %d waits for training data since %.0f s", self._loader.rank, waited)
+                log.warning("process %d waits for training data since %.0f s", layout.rank, waited)
         raise UserError(
             f"no training data for {waited:.0f} s (watch.data_seconds): check the disk or network that data.path is "
             "read from; the same command resumes at the last checkpoint"

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm.checkpoint.model_folder import load_model_folder
 from llm.config.stages import stage_row
 from llm.data.documents import texts
-from llm.data.loader import ConversationSteps, TextSteps, validation_batches
+from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
@@ -154,11 +154,11 @@ class Subject:
         """{"bpb": on the validation text}."""
         return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
 
-    def _shape(self) -> tuple[int, int]:
-        return self.net.config.seq_len, self.options.batch_size
+    def _layout(self) -> StepLayout:
+        return StepLayout(self.net.config.seq_len, self.options.batch_size)
 
     def _text_steps(self) -> TextSteps:
-        return TextSteps(self.source, self.tokenizer, *self._shape(), split="val")
+        return TextSteps(self.source, self.tokenizer, self._layout(), split="val")
 
     def _bits_per_byte(self, name: str, steps: Any) -> float:
         start = time.perf_counter()
@@ -250,7 +250,7 @@ class StageSubject(Subject):
             return super().bpb()
         train_on = self.settings.get("train_on", "assistant")
         steps = ConversationSteps(
-            self.held_out, self.tokenizer, *self._shape(), train_on=train_on, seed=self.seed, loop=False
+            self.held_out, self.tokenizer, self._layout(), train_on=train_on, seed=self.seed, loop=False
         )
         scores = {"bpb": self._bits_per_byte("bpb", steps)}
         if self.data.name != "local" or self.data.path is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llm.checkpoint.model_folder import load_model_folder
+from llm.data.loader import StepLayout
 from llm.errors import UserError
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
 from llm.model.gpt import GPT
@@ -75,23 +76,26 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
         )
 
 
-def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> dict:
-    """Return the loader's arguments for a step of `tokens` over all ranks; resolves batch.micro_batch_size=auto."""
+def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> StepLayout:
+    """Lay out a step of `tokens` over all ranks; resolves batch.micro_batch_size=auto.
+
+    Raises UserError where no whole number of micro-batches makes such a step.
+    """
     if tokens is None:
         raise UserError(
             f"batch.tokens_per_step=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
         )
     seq_len, world = cfg.model.seq_len, processes(cfg)
     cfg.batch.micro_batch_size = rows = resolve_rows(cfg, config, tokens // seq_len // world)
-    return {
-        "seq_len": seq_len,
-        "rows_per_micro": rows,
-        "micro_per_step": micro_batches(tokens, rows, seq_len, world),
-        "rank": collectives.rank(),
-        "world": collectives.world_size(),
-        "timeout_s": cfg.watch.data_seconds,
-        "pin_memory": torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
-    }
+    return StepLayout(
+        seq_len=seq_len,
+        rows_per_micro=rows,
+        micro_per_step=micro_batches(tokens, rows, seq_len, world),
+        rank=collectives.rank(),
+        world=collectives.world_size(),
+        timeout_s=cfg.watch.data_seconds,
+        pin_memory=torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
+    )
 
 
 def evaluates(cfg) -> bool:

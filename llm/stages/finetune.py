@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm.config.stages import stage_row
 from llm.data.conversations import estimate_steps
-from llm.data.loader import UNDIVIDED, ConversationSteps, validation_batches
+from llm.data.loader import ConversationSteps, StepLayout, validation_batches
 from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.stages.common import (
@@ -23,31 +23,26 @@ from llm.stages.common import (
     task_cache,
 )
 from llm.stages.step_module import StepData, StepModule
-from tasks import build_mixture, held_out_mixture
+from tasks import Mixture, build_mixture, held_out_mixture
 
 
 def build(cfg, parent: Path) -> BuiltStage:
-    """The parent's network on the mixture `data.mixture.<stage>`."""
+    """Build the parent's network on the mixture that the stage's row names."""
     net, tokenizer = load_parent(parent, cfg)
-    layout, scales = (
-        steps_layout(cfg, net.config, cfg.batch.tokens_per_step),
-        finetuning_scales(cfg, cfg.batch.tokens_per_step),
+    tokens, stage, seed = cfg.batch.tokens_per_step, cfg.stage, cfg.seed
+    layout, scales = steps_layout(cfg, net.config, tokens), finetuning_scales(cfg, tokens)
+    train, held_out = mixtures(cfg)
+    total = cfg.max_steps or estimate_steps(
+        train, tokenizer, tokens, stage.epochs, seq_len=layout.seq_len, train_on=stage.train_on
     )
-    stage, mixture = cfg.stage, stage_row(cfg.stage.name).mixture_key
-    weights = dict(cfg.data.mixture[mixture])
-    if not any(weights.values()):
-        raise UserError(f"data.mixture.{mixture} names no task with repeats above 0: nothing to train on")
-    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
-    shape = {"seq_len": layout["seq_len"], "train_on": stage.train_on}
-    total = cfg.max_steps or estimate_steps(train, tokenizer, cfg.batch.tokens_per_step, stage.epochs, **shape)
 
-    def loader(mixture, **more) -> ConversationSteps:
-        return ConversationSteps(mixture, tokenizer, train_on=stage.train_on, seed=cfg.seed, **layout | more)
+    def loader(mixture, layout: StepLayout, position=None, loop: bool = True) -> ConversationSteps:
+        return ConversationSteps(mixture, tokenizer, layout, position, train_on=stage.train_on, seed=seed, loop=loop)
 
-    held_out, val_batches = held_out_mixture(cfg.data, mixture, cfg.seed, task_cache(cfg)), None
+    val_batches = None
     if evaluates(cfg):
-        whole = loader(held_out, loop=False, **UNDIVIDED)
-        val_batches = validation_batches(whole, stage.eval_tokens, layout["rank"], layout["world"])
+        whole = loader(held_out, layout.undivided(), loop=False)
+        val_batches = validation_batches(whole, stage.eval_tokens, layout.rank, layout.world)
     context = step_context(
         cfg,
         tokenizer,
@@ -58,7 +53,17 @@ def build(cfg, parent: Path) -> BuiltStage:
         is_chat=True,
         **scales,
     )
-    derived = model_facts(net.config, cfg, total, cfg.batch.tokens_per_step, layout["micro_per_step"])
+    derived = model_facts(net.config, cfg, total, tokens, layout.micro_per_step)
     derived |= {"conversations": len(train)} | learning_rates(net, cfg, **scales)
     module = StepModule(net, cfg.optim, stage, context)
-    return BuiltStage(module, StepData(lambda position: loader(train, state=position)), derived)
+    return BuiltStage(module, StepData(lambda position: loader(train, layout, position)), derived)
+
+
+def mixtures(cfg) -> tuple[Mixture, Mixture]:
+    """The conversations to train on, and the held-out ones. Raises UserError where there are none."""
+    name = stage_row(cfg.stage.name).mixture_key
+    weights = dict(cfg.data.mixture[name])
+    if not any(weights.values()):
+        raise UserError(f"data.mixture.{name} names no task with repeats above 0: nothing to train on")
+    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
+    return train, held_out_mixture(cfg.data, name, cfg.seed, task_cache(cfg))

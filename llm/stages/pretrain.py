@@ -10,7 +10,7 @@ import torch
 
 from llm.config.stages import stage_row
 from llm.data.documents import DocumentSource, texts
-from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
+from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
@@ -90,19 +90,19 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     text = find_text(cfg, tokenizer)
     net = net or GPT(planned.config).init_weights(cfg.seed)
 
-    def loader(split: str, position=None, **more) -> TextSteps:
+    def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
         reads, packing = (text.train, cfg.data.packing) if split == "train" else (text.val, VAL_PACKING)
         options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
-        return TextSteps(reads, tokenizer, state=position, **options, **(layout | more))
+        return TextSteps(reads, tokenizer, layout, position, **options)
 
     val_batches = None
     if evaluates(cfg):
-        whole = loader("val", **UNDIVIDED)
-        val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout["rank"], layout["world"])
+        whole = loader("val", layout.undivided())
+        val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout.rank, layout.world)
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
-    return BuiltStage(module, StepData(lambda position: loader("train", position)), derived(cfg, planned, net))
+    return BuiltStage(module, StepData(lambda position: loader("train", layout, position)), derived(cfg, planned, net))
 
 
 class Text(NamedTuple):

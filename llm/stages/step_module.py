@@ -8,8 +8,6 @@ zeros. With several processes the step is that of all their batches together.
 """
 
 import math
-import statistics
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -28,6 +26,7 @@ from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, 
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy
 from llm.stages.loss_scaler import LossScaler
+from llm.stages.step_state import LossWatch, Progress, StepLog, Votes
 
 
 @dataclass
@@ -56,19 +55,14 @@ class StepModule(L.LightningModule):
         self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
         self.automatic_optimization = False
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
-        self.tokens_seen = 0
-        self.recent: deque[float] = deque(maxlen=50)  # mean losses of the last steps
-        self.window_trained = 0
-        self.window_nats = 0.0
-        self.window_metrics: dict[str, list[float]] = {}  # numbers that came with the batches
         self.scaler = None  # set where the network computes in fp16
-        self.lost_fraction: float | None = None  # share of the tokens that packing lost so far
-        self.paused_seconds = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
-        self.row: dict[str, float] = {}  # values of the current step waiting to be logged
-        self.latest: dict[str, float] = {}  # last value of everything logged so far
-        self.logged_steps: set[int] = set()  # those with a row in metrics.csv when the training began
-        self.wants_stop = self.wants_checkpoint = False  # whether this process was asked to stop, is late to save
-        self.stop_votes = self.checkpoint_votes = 0  # how many are, as all of them know after a step
+        self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
+        self.loss_watch = LossWatch(context.loss_jump)
+
+    @property
+    def row(self) -> dict[str, float | None]:
+        """Values of the current step by column of metrics.csv: callbacks add theirs, `MetricsLog` writes them."""
+        return self.step_log.row
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDPStrategy):
@@ -91,12 +85,10 @@ class StepModule(L.LightningModule):
             self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self.window_nats += nats
-        self.window_trained += int(n_trained)
-        self.tokens_seen += int(n_tokens)
-        for name, value in zip(own, metrics, strict=True):
-            self.window_metrics.setdefault(name, []).append(value / collectives.world_size())
-        self.lost_fraction = batch.get("lost_fraction")
+        means = (value / collectives.world_size() for value in metrics)
+        self.step_log.add_step(nats, int(n_trained), dict(zip(own, means, strict=True)))
+        self.progress.tokens += int(n_tokens)
+        self.progress.lost_fraction = batch.get("lost_fraction")
         self.trainer.datamodule.position = batch["state"]
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
@@ -120,10 +112,8 @@ class StepModule(L.LightningModule):
         The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
         a GPU, and no step can spoil the weights.
         """
-        votes = (float(self.wants_stop), float(self.wants_checkpoint))
-        nats, self.stop_votes, self.checkpoint_votes = collectives.all_reduce_sum(
-            [torch.stack(losses).sum().item(), *votes]
-        )
+        nats, *votes = collectives.all_reduce_sum([torch.stack(losses).sum().item(), *self.votes.cast()])
+        self.votes.count(votes)
         if not math.isfinite(nats):
             worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
             where, documents = "on another process", None
@@ -131,24 +121,13 @@ class StepModule(L.LightningModule):
                 where, documents = f"micro-batch {worst}", batch["micro"][worst]["inputs"].cpu()
             problem = f"the training loss became {nats} in step {self.global_step + 1}, {where}"
             raise BadLoss(self.global_step + 1, problem, False, documents)
-        self.watch_jump(nats / max(n_trained, 1))
+        self.loss_watch.check(nats / max(n_trained, 1), self.global_step + 1)
         return nats
-
-    def watch_jump(self, loss: float) -> None:
-        """Raise `BadLoss` if a step's mean loss is `context.loss_jump` nats above the median of the last 50."""
-        if len(self.recent) == self.recent.maxlen:
-            usual = statistics.median(self.recent)
-            if loss > usual + self.context.loss_jump:
-                step, limit = self.global_step + 1, f"by more than watch.loss_jump={self.context.loss_jump}"
-                raise BadLoss(
-                    step, f"the training loss jumped from {usual:.3f} to {loss:.3f} in step {step}, {limit}", True
-                )
-        self.recent.append(loss)
 
     @property
     def row_is_missing(self) -> bool:
         """Whether this step is still to be evaluated and logged: the first one, or the one of a killed run."""
-        return self.global_step == 0 or self.global_step not in self.logged_steps
+        return self.global_step == 0 or self.global_step not in self.step_log.logged_steps
 
     def lr_frac(self, step: int) -> float:
         """Learning rate at `step` as a share of the stage's base learning rates."""
@@ -171,14 +150,6 @@ class StepModule(L.LightningModule):
                     step, optim.momentum_warmup, optim.momentum_start, end, final, warmdown
                 )
 
-    def flush_window(self) -> dict[str, float]:
-        """Mean training loss per token, and mean of the batches' numbers, since the last flush."""
-        values = {name: sum(seen) / len(seen) for name, seen in self.window_metrics.items()}
-        if self.window_trained:
-            values["loss"] = self.window_nats / self.window_trained
-        self.window_nats, self.window_trained, self.window_metrics = 0.0, 0, {}
-        return values
-
     def configure_optimizers(self):
         if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
@@ -190,22 +161,26 @@ class StepModule(L.LightningModule):
         return batch | {"micro": micro}  # the loader's state stays on the host
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        window = {"nats": self.window_nats, "trained": self.window_trained, "metrics": self.window_metrics}
-        checkpoint["fathom"] = {"tokens": self.tokens_seen, "window": window, "recent": list(self.recent)}
+        checkpoint["fathom"] = {
+            "tokens": self.progress.tokens,
+            "window": self.step_log.state_dict(),
+            "recent": list(self.loss_watch.recent),
+        }
         if self.scaler is not None:
             checkpoint["fathom"]["scaler"] = self.scaler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.tokens_seen, window = checkpoint["fathom"]["tokens"], checkpoint["fathom"]["window"]
-        self.window_nats, self.window_trained, self.window_metrics = (window[k] for k in ("nats", "trained", "metrics"))
-        self.recent.extend(checkpoint["fathom"]["recent"])
-        if "scaler" in checkpoint["fathom"]:
+        state = checkpoint["fathom"]
+        self.progress.tokens = state["tokens"]
+        self.step_log.load_state_dict(state["window"])
+        self.loss_watch.recent.extend(state["recent"])
+        if "scaler" in state:
             self.scaler = LossScaler()
-            self.scaler.load_state_dict(checkpoint["fathom"]["scaler"])
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def pad_micro_batches(micro_batches: list[dict]) -> list[dict]:
-    """As many on all processes, for passes in which they talk: what is added is a row of which nothing is trained."""
+    """Pad with all-ignored micro-batches so that every rank runs equally many passes: FSDP collectives must match."""
     inputs = micro_batches[0]["inputs"][:1]
     idle = {"inputs": inputs, "targets": torch.full_like(inputs, -1)}
     return micro_batches + [idle] * (max(collectives.all_gather_object(len(micro_batches))) - len(micro_batches))

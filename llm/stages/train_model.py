@@ -56,8 +56,8 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
     module = built.module
     results = {
         "derived": built.derived,
-        "tokens": module.tokens_seen,
-        "flops": float(module.tokens_seen * module.flops_per_token),
+        "tokens": module.progress.tokens,
+        "flops": float(module.progress.tokens * module.flops_per_token),
         "steps": trainer.global_step,
         "metrics": last_values(job.stage_dir),
     }

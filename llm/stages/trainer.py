@@ -8,6 +8,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from llm.config.stages import stage_row
 from llm.errors import BadLoss, UserError
 from llm.utils.files import read_json, write_json
 
@@ -57,29 +58,13 @@ def check_devices(cfg) -> None:
 
 
 def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
-    """(Lightning trainer, callback that knows whether a signal ended it)."""
+    """(Lightning's Trainer, the callback that knows whether a signal ended it), with the network made ready for it."""
     import lightning as L
 
-    from callbacks.checkpoint import StepCheckpoint
-    from callbacks.metrics import MetricsLog
-    from callbacks.runtime import CleanStop, GarbageControl
-    from callbacks.watch import LossGuard, ProcessWatch
     from llm.checkpoint.resume import CheckpointWriter
-    from llm.config.stages import stage_row
-    from llm.model.compile import compile_training, decide
-    from llm.model.linear import resolve_compute_dtype
-    from llm.parallel.strategy import FSDPStrategy, cluster_environment, layout_of_processes, make_strategy
+    from llm.parallel.strategy import cluster_environment, layout_of_processes, make_strategy
 
-    checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
-    stop = CleanStop(checkpoint)
-    chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
-    display = [chosen.pop("progress")] if "progress" in chosen else []
-    log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
-    speed = [chosen.pop("throughput")] if "throughput" in chosen else []
-    guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
-    processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
-    # Compare the processes and save, then evaluate, then measure, then write the row, then show it.
-    callbacks = [processes, checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display]
+    callbacks, stop = build_callbacks(cfg, stage_dir, built)
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **layout_of_processes(),
@@ -99,25 +84,53 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
         inference_mode=False,
         check_val_every_n_epoch=None,
     )
-    device = trainer.strategy.root_device
-    built.module.net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    prepare_network(cfg, built, trainer)
+    return trainer, stop
+
+
+def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
+    """(the callbacks in the order in which they act, the one that stops on signals).
+
+    Compare the processes and save, then evaluate, then measure, then write the row, then show it.
+    """
+    from callbacks.checkpoint import StepCheckpoint
+    from callbacks.metrics import MetricsLog
+    from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.watch import LossGuard, ProcessWatch
+
+    checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
+    stop = CleanStop(checkpoint)
+    chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
+    speed, display = ([chosen.pop(name)] if name in chosen else [] for name in ("throughput", "progress"))
+    log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
+    guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
+    processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
+    return [processes, checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display], stop
+
+
+def prepare_network(cfg, built, trainer) -> None:
+    """Set number formats, attention kernel and compilation for the trainer's device, and print what was chosen."""
+    from llm.model.compile import compile_training, decide
+    from llm.model.linear import resolve_compute_dtype
+    from llm.parallel.strategy import FSDPStrategy
+
+    net, device = built.module.net, trainer.strategy.root_device
+    net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
     is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
     if cfg.precision.fp8:
         if is_fsdp:
             raise UserError(
                 "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
             )
-        print(use_fp8(built.module.net, device), flush=True)
-    built.module.net.activation_checkpointing = cfg.trainer.activation_checkpointing
-    attention = built.module.net.set_attention(cfg.attention, device, stage_row(cfg.stage.name).fixed_shapes)
-    steps = built.module.context.total_steps
-    compiled, why = decide(cfg.compile, cfg.stage.name, device, steps)
+        print(use_fp8(net, device), flush=True)
+    net.activation_checkpointing = cfg.trainer.activation_checkpointing
+    attention = net.set_attention(cfg.attention, device, stage_row(cfg.stage.name).fixed_shapes)
+    compiled, why = decide(cfg.compile, cfg.stage.name, device, built.module.context.total_steps)
     if compiled:
-        compile_training(built.module.net, by_block=is_fsdp)
-    dtype = str(built.module.net.compute_dtype).removeprefix("torch.")
+        compile_training(net, by_block=is_fsdp)
+    dtype = str(net.compute_dtype).removeprefix("torch.")
     how = "compiled" if compiled else "eager"
     print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
-    return trainer, stop
 
 
 def use_fp8(net, device) -> str:

@@ -16,7 +16,7 @@ from test_stages import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
 
 from callbacks.cadence import Periodic
 from llm.checkpoint.resume import CheckpointWriter, HostCopy, inspect, list_checkpoints, newest_checkpoint
-from llm.data.loader import StepLoader, TextSteps
+from llm.data.loader import StepLayout, StepLoader, TextSteps
 from llm.errors import BadLoss, UserError
 from llm.parallel import collectives
 from llm.stages.step_module import StageContext, StepModule
@@ -223,17 +223,17 @@ TIMES, RUNS = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}, ("str
 def test_a_loss_that_jumps_is_bad_only_after_a_while():
     module = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8, loss_jump=2.0))
     for loss in [10.0, 1.0] * 25:
-        module.watch_jump(loss)
-    module.watch_jump(7.4)
-    module.recent.extend([1.0] * 50)
-    module.watch_jump(2.9)
+        module.loss_watch.check(loss, 1)
+    module.loss_watch.check(7.4, 1)
+    module.loss_watch.recent.extend([1.0] * 50)
+    module.loss_watch.check(2.9, 1)
     with pytest.raises(BadLoss, match=r"jumped from 1.000 to 3.100 in step 1, by more than watch.loss_jump=2.0"):
-        module.watch_jump(3.1)
+        module.loss_watch.check(3.1, 1)
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
     again = StepModule(net(), OPTIM, STAGE, module.context)
     again.on_load_checkpoint(checkpoint)
-    assert again.recent == module.recent and again.recent.maxlen == 50
+    assert again.loss_watch.recent == module.loss_watch.recent and again.loss_watch.recent.maxlen == 50
 
 
 def test_training_goes_back_and_leaves_bad_data_out(tmp_path, monkeypatch, tiny_config, capsys):
@@ -276,7 +276,7 @@ def test_data_left_out_is_that_of_the_steps():
                 yield f"document {i} " * (1 + i % 5), {"index": i + 1}
 
     def loader(**more):
-        return TextSteps(Source(), Words(), 16, 2, 2, buffer=8, **more)
+        return TextSteps(Source(), Words(), StepLayout(16, 2, 2), buffer=8, **more)
 
     steps = loader().steps()
     all_steps = [next(steps) for _ in range(6)]
@@ -305,9 +305,9 @@ def test_data_that_does_not_come_is_named(monkeypatch, caplog):
 
     monkeypatch.setattr("llm.data.loader.NEWS_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"no training data for 0 s \(watch.data_seconds\)"):
-        next(iter(Slow(8, 1, 1, timeout_s=0.35)))
+        next(iter(Slow(StepLayout(8, 1, timeout_s=0.35))))
     assert "process 0 waits for training data since 0 s" in caplog.text
-    assert next(iter(Slow(8, 1, 1, timeout_s=30.0))) == {"state": {}}
+    assert next(iter(Slow(StepLayout(8, 1, timeout_s=30.0)))) == {"state": {}}
 
 
 def test_a_slow_process_is_named(monkeypatch):

@@ -15,7 +15,7 @@ from data_files import words, write
 
 from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
 from llm.data.documents import LocalDocuments
-from llm.data.loader import ConversationSteps, TextSteps, positions_for, validation_batches
+from llm.data.loader import ConversationSteps, StepLayout, TextSteps, positions_for, validation_batches
 from llm.data.packing import PACKINGS
 from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
@@ -86,8 +86,14 @@ def documents_in(step):
 
 
 def text_steps(folder, state=None, **options):
-    sizes = {"seq_len": 32, "rows_per_micro": 3, "micro_per_step": 2, "buffer": 20} | options
-    return TextSteps(LocalDocuments(folder), Bytes(), state=state, **sizes)
+    sizes, options = layout_of({"seq_len": 32, "rows_per_micro": 3, "micro_per_step": 2, "buffer": 20} | options)
+    return TextSteps(LocalDocuments(folder), Bytes(), sizes, state, **options)
+
+
+def layout_of(options):
+    """The layout in a test's options, and the options of the loader."""
+    names = [name for name in StepLayout.__dataclass_fields__ if name in options]
+    return StepLayout(**{name: options.pop(name) for name in names}), options
 
 
 def test_step_format(folder):
@@ -169,7 +175,7 @@ def test_ranks_train_on_disjoint_documents(folder):
 
 def test_an_epoch_end_neither_hangs_nor_drops_documents(tmp_path):
     source = LocalDocuments(write(tmp_path / "few.jsonl", words(6)))  # five to train on, far fewer than the buffer
-    steps = take(TextSteps(source, Bytes(), 63, 4, buffer=50), 30)
+    steps = take(TextSteps(source, Bytes(), StepLayout(63, 4), buffer=50), 30)
     counts = Counter(text[:4] for step in steps for text in documents_in(step) if len(text) >= 4)
     assert counts.keys() == {text[:4] for text in words(5)}
     assert steps[-1]["state"]["cursor"]["epoch"] > 20
@@ -211,7 +217,8 @@ def test_steps_from_the_cache_are_the_same_to_the_bit(folder, tmp_path, capsys):
     write(folder / "shard_0.parquet", ["", *words(20), None, "  ", *words(20, 20), ""])
 
     def steps(source, state=None, **more):
-        return take(TextSteps(source, Bytes(), 32, 3, 2, state=state, buffer=20, packing="best_fit", **more), 40)
+        layout = StepLayout(32, 3, 2, **more)
+        return take(TextSteps(source, Bytes(), layout, state=state, buffer=20, packing="best_fit"), 40)
 
     def cached():
         return CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "cache")
@@ -296,7 +303,7 @@ def test_errors_of_the_thread_surface_in_the_consumer(tmp_path):
     rows = [json.dumps({"text": text}) for text in words(300)]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{broken"]))
     write(tmp_path / "b.jsonl", words(3))
-    steps = iter(TextSteps(LocalDocuments(tmp_path), Bytes(), 32, 4, buffer=10))
+    steps = iter(TextSteps(LocalDocuments(tmp_path), Bytes(), StepLayout(32, 4), buffer=10))
     with pytest.raises(UserError, match="a.jsonl: line 301 is not valid JSON"):
         for _ in range(10_000):
             next(steps)
@@ -324,8 +331,8 @@ def conversation(i):
 
 
 def conversation_steps(n, **options):
-    sizes = {"seq_len": 63, "rows_per_micro": 2, "micro_per_step": 2, "buffer": 8} | options
-    return ConversationSteps([conversation(i) for i in range(n)], Bytes(), **sizes)
+    sizes, options = layout_of({"seq_len": 63, "rows_per_micro": 2, "micro_per_step": 2, "buffer": 8} | options)
+    return ConversationSteps([conversation(i) for i in range(n)], Bytes(), sizes, **options)
 
 
 def numbers_in(step):
@@ -401,7 +408,7 @@ def test_long_conversations_are_cut_and_counted():
         }
 
     mixture = [long(5, 5), long(5, 500), long(500, 5)]
-    loader = ConversationSteps(mixture, Bytes(), 63, 2, loop=False)
+    loader = ConversationSteps(mixture, Bytes(), StepLayout(63, 2), loop=False)
     (step,) = loader.steps()
     counts = step["state"]()["cursor"]
     assert (counts["truncated"], counts["dropped"]) == (2, 1)
@@ -409,7 +416,7 @@ def test_long_conversations_are_cut_and_counted():
     assert step["n_trained"] == 5 + 1 + 64 - 1 - 7 - 1
     for loop in (False, True):
         with pytest.raises(UserError, match="none of the 2 conversations has a trained token in its first 63 tokens"):
-            next(ConversationSteps([long(500, 5), long(90, 5)], Bytes(), 63, 2, loop=loop).steps())
+            next(ConversationSteps([long(500, 5), long(90, 5)], Bytes(), StepLayout(63, 2), loop=loop).steps())
 
 
 def test_bad_mixtures():
@@ -419,7 +426,7 @@ def test_bad_mixtures():
         next(conversation_steps(5, train_on="user").steps())
     wrong = [conversation(0), {"messages": [{"role": "assistant", "content": "I begin"}]}]
     with pytest.raises(UserError, match="conversation 1 of the mixture: message 1 has role 'assistant'"):
-        next(ConversationSteps(wrong, Bytes(), 63, 2).steps())
+        next(ConversationSteps(wrong, Bytes(), StepLayout(63, 2)).steps())
 
 
 @pytest.mark.parametrize("size", [100, 5000])
@@ -458,13 +465,14 @@ def test_validation_batches_cover_the_tokens_asked_for_on_any_number_of_ranks(fo
 def test_real_text():
     source = LocalDocuments(REAL)
     assert source.check() == f"5 parquet files, data.path={REAL}; validation: shard_00004.parquet"
-    loader = TextSteps(source, Bytes(), 2048, 8, buffer=200)
+    loader = TextSteps(source, Bytes(), StepLayout(2048, 8), buffer=200)
     steps = take(loader, 6)
     assert all(step["n_trained"] == 8 * 2048 for step in steps)
     state = steps[2]["state"]
     assert state["cursor"]["shard"] == 0 and state["cursor"]["row"] == state["cursor"]["index"]
-    resumed = take(TextSteps(source, Bytes(), 2048, 8, buffer=200, state=state), 3)
+    resumed = take(TextSteps(source, Bytes(), StepLayout(2048, 8), buffer=200, state=state), 3)
     assert same(resumed, steps[3:])
     late = next(source.iterate("train", {"epoch": 0, "shard": 3, "row": 4686, "index": 29262}))
     assert late[1] == {"epoch": 0, "shard": 3, "row": 4687, "index": 29263}
-    assert validation_batches(TextSteps(source, Bytes(), 256, 16, split="val"), 10_000)[0]["inputs"].shape == (16, 256)
+    held_out = TextSteps(source, Bytes(), StepLayout(256, 16), split="val")
+    assert validation_batches(held_out, 10_000)[0]["inputs"].shape == (16, 256)

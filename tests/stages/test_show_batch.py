@@ -3,7 +3,7 @@
 import torch
 from conftest import REPO, run_cli
 
-from llm.data.loader import ConversationSteps
+from llm.data.loader import ConversationSteps, StepLayout
 from llm.stages.show_batch import for_page, for_terminal, pieces, rows_of
 from llm.tokenizer.chat_format import render_conversation
 
@@ -11,7 +11,7 @@ TALK = {"messages": [{"role": "user", "content": "How many apples?"}, {"role": "
 
 
 def test_what_is_trained_is_what_the_mask_says(tiny_tokenizer):
-    step = next(ConversationSteps([TALK] * 3, tiny_tokenizer, 60, 2, 1).steps())
+    step = next(ConversationSteps([TALK] * 3, tiny_tokenizer, StepLayout(60, 2)).steps())
     (ids, weights), *_ = rows_of(step["micro"])
     shown = pieces(ids, weights, tiny_tokenizer)
     assert "".join(text for kind, text in shown if kind == "trained").startswith("12 <apples>")

@@ -173,7 +173,7 @@ def test_resuming_equals_a_straight_run(tmp_path):
     resumed, _ = fit(tmp_path / "broken", ckpt=path)
     for p, q in zip(straight.net.parameters(), resumed.net.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert resumed.tokens_seen == straight.tokens_seen
+    assert resumed.progress.tokens == straight.progress.tokens
     for name in ("step", "loss", "lr", "tokens"):
         assert [r[name] for r in rows(tmp_path / "straight")] == [r[name] for r in rows(tmp_path / "broken")]
 

@@ -1,0 +1,94 @@
+"""What a training keeps from step to step beside weights and optimizer: values to log, progress, wishes, losses.
+
+`StepModule` holds one of each; callbacks read and write them. What a resumed run needs of them is in its checkpoints.
+"""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from llm.errors import BadLoss
+
+
+@dataclass
+class StepLog:
+    """Values on their way to metrics.csv: the row of this step, and the losses since the last row."""
+
+    row: dict[str, float | None] = field(default_factory=dict)  # values of the current step waiting to be logged
+    latest: dict[str, float] = field(default_factory=dict)  # last value of everything logged so far
+    logged_steps: set[int] = field(default_factory=set)  # those with a row in metrics.csv when the training began
+    nats: float = 0.0  # summed loss since the last row
+    trained: int = 0  # tokens with a loss since the last row
+    numbers: dict[str, list[float]] = field(default_factory=dict)  # that came with the batches since the last row
+
+    def add_step(self, nats: float, trained: int, numbers: dict[str, float]) -> None:
+        """Count a step: its summed loss over `trained` tokens, and the numbers that came with its batch."""
+        self.nats += nats
+        self.trained += trained
+        for name, value in numbers.items():
+            self.numbers.setdefault(name, []).append(value)
+
+    def flush(self) -> dict[str, float]:
+        """Mean training loss per token in nats, and mean of the batches' numbers, since the last flush."""
+        values = {name: sum(seen) / len(seen) for name, seen in self.numbers.items()}
+        if self.trained:
+            values["loss"] = self.nats / self.trained
+        self.nats, self.trained, self.numbers = 0.0, 0, {}
+        return values
+
+    def take_row(self) -> dict[str, float | None]:
+        """Return the row of this step and begin an empty one."""
+        row, self.row = self.row, {}
+        return row
+
+    def state_dict(self) -> dict:
+        return {"nats": self.nats, "trained": self.trained, "metrics": self.numbers}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.nats, self.trained, self.numbers = state["nats"], state["trained"], state["metrics"]
+
+
+@dataclass
+class Progress:
+    """How far the training is, and what its time and data went to."""
+
+    tokens: int = 0  # positions trained on by all processes
+    paused_seconds: float = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
+    lost_fraction: float | None = None  # share of the tokens that packing lost so far
+
+
+@dataclass
+class Votes:
+    """Wishes of this process, and how many processes have each of them, as all of them know after a step."""
+
+    stop: bool = False
+    checkpoint: bool = False
+    stop_count: int = 0
+    checkpoint_count: int = 0
+
+    def cast(self) -> list[float]:
+        """The wishes as numbers to be summed over the processes."""
+        return [float(self.stop), float(self.checkpoint)]
+
+    def count(self, sums: list[float]) -> None:
+        """Take the sums of what all processes have cast."""
+        self.stop_count, self.checkpoint_count = (int(number) for number in sums)
+
+
+class LossWatch:
+    """Judges mean losses per step: `limit` nats above the median of the last 50 is a jump that no training has."""
+
+    def __init__(self, limit: float = math.inf):
+        self.limit = limit
+        self.recent: deque[float] = deque(maxlen=50)
+
+    def check(self, loss: float, step: int) -> None:
+        """Remember the mean loss of the optimizer step `step`. Raises `BadLoss` where it jumped."""
+        if len(self.recent) == self.recent.maxlen:
+            usual = statistics.median(self.recent)
+            if loss > usual + self.limit:
+                limit = f"by more than watch.loss_jump={self.limit}"
+                problem = f"the training loss jumped from {usual:.3f} to {loss:.3f} in step {step}, {limit}"
+                raise BadLoss(step, problem, True)
+        self.recent.append(loss)
