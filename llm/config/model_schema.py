@@ -62,8 +62,6 @@ class GPT2Arch(ArchConfig):
 @dataclass
 class OptimConfig:
     name: str = key("optimizer", choices=OPTIMIZERS, fixed=True)
-    betas: list[float] = key("AdamW betas of the kinds of parameters for which no other key gives betas")
-    eps: float = key("AdamW's epsilon, against division by zero", above=0)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
     decay_schedule: str = key("course of the weight decay over the steps", choices=("constant", "linear", "cosine"))
     scale_lr: bool = key(
@@ -75,7 +73,15 @@ class OptimConfig:
 
 
 @dataclass
-class MuonAdamWConfig(OptimConfig):
+class AdamConfig(OptimConfig):
+    """Optimizers that update some parameters by AdamW."""
+
+    betas: list[float] = key("AdamW betas of the kinds of parameters for which no other key gives betas")
+    eps: float = key("AdamW's epsilon, against division by zero", above=0)
+
+
+@dataclass
+class MuonAdamWConfig(AdamConfig):
     matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
     embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
     embedding_betas: list[float] = key("AdamW betas of the embedding")
@@ -108,5 +114,5 @@ class MuonAdamWConfig(OptimConfig):
 
 
 @dataclass
-class AdamWConfig(OptimConfig):
+class AdamWConfig(AdamConfig):
     lr: float = key("learning rate of all parameters", above=0)
