@@ -1,4 +1,4 @@
-"""The hand-over artifact of a stage, `model/`: weights, config, tokenizer, chat template, generation config.
+"""Model folders, `<stage>/model/`, that one stage hands to the next: weights, config, tokenizer, chat template.
 
 For `arch=classic` the folder is a Hugging Face NanoChat checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` of
 transformers 5 load unchanged. Everything is written here from plain data: saving and loading need safetensors only, and
@@ -41,9 +41,10 @@ VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first 
 
 
 def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer) -> None:
-    """Write the folder, fp32 weights. A folder of that name is replaced only once the new one is complete.
+    """Write network (fp32 weights) and tokenizer. An older folder is replaced once the new one is complete.
 
-    Raises UserError where the disk refuses (full, read-only); the old folder is then untouched.
+    Raises UserError where the disk refuses (full, read-only), which leaves the old folder as it was; ValueError where
+    the tokenizer has another vocabulary than the network.
     """
     folder, config = Path(folder), net.config
     if tokenizer.vocab_size != config.vocab_size:
@@ -64,7 +65,7 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
 
 
 def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
-    """Model (fp32 weights) and tokenizer of a saved folder.
+    """Read a saved folder; return the network (fp32 weights, on `device`) and the tokenizer.
 
     Raises UserError where a file is missing, damaged, or of another model or tokenizer.
     """
@@ -83,12 +84,12 @@ def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "c
 
 
 def read_config(folder: str | os.PathLike) -> GPTConfig:
-    """The model's shape, without reading its weights."""
+    """Read the shape of the model in `folder`, not its weights. Raises UserError where config.json is not Fathom's."""
     return _read_config(Path(folder))[0]
 
 
 def file_name(name: str, config: GPTConfig) -> str:
-    """Name of a parameter in the file: `classic` takes those of Hugging Face's NanoChat."""
+    """Return the name of a parameter in model.safetensors; arch=classic has the names of Hugging Face's NanoChat."""
     if config.arch != "classic":
         return name
     for ours, theirs in HF_PARTS:
@@ -97,9 +98,9 @@ def file_name(name: str, config: GPTConfig) -> str:
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
-    """config.json: NanoChatConfig fields, with every default that does not fit set, and our own under `fathom`.
+    """Return the content of config.json: all fields of NanoChatConfig that differ from its defaults, ours in `fathom`.
 
-    Only `classic` is a NanoChat model; others say that they are Fathom's, so that transformers refuses them.
+    Only arch=classic is a NanoChat model. Others name Fathom as their type, so that transformers refuses them.
     """
     is_classic = config.arch == "classic"
     return {
@@ -133,7 +134,7 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:
-    """generation_config.json: an answer ends where the assistant's turn or the document does."""
+    """Return the content of generation_config.json: answers end with the assistant's turn or the document."""
     end = tokenizer.special_id("<|assistant_end|>")
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": [end, tokenizer.bos_id], "pad_token_id": end}
 
@@ -143,7 +144,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _read_config(folder: Path) -> tuple[GPTConfig, str]:
-    """Model config and the fingerprint of the tokenizer that belongs to it."""
+    """Read config.json: the model's shape, and the fingerprint of the tokenizer that belongs to it."""
     path = folder / CONFIG_FILE
     try:
         content = json.loads(path.read_bytes())
@@ -169,7 +170,7 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
 
 
 def _load_weights(net: GPT, path: Path) -> None:
-    """Copy the file's tensors into the model, one at a time; padding rows become zero."""
+    """Copy the tensors of the file `path` into `net`, one at a time; padding rows of tables become zero."""
     fix = "copy the file again, or train the stage again"
     state = net.state_dict()
     try:

@@ -1,10 +1,10 @@
 """Resume checkpoints: `checkpoints/step_<n>.ckpt`, everything needed to go on, written whole or not at all.
 
-    python -m llm.checkpoint <run folder>      what a run holds, checksums verified; status 1 if something is damaged
+    python -m llm.checkpoint <run folder>      list a run's files, verify checksums; status 1 if one is damaged
 
-They hold only tensors and primitives, so they load with `weights_only=True`; the model for the next stage is another
-artifact (`llm.checkpoint.model_folder`). `checkpoints/manifest.json` holds size and SHA-256 of each file. A step waits
-for a copy of the state in host memory; a thread does checksum, disk and renaming.
+A checkpoint holds only tensors and primitives, so it loads with `weights_only=True`. The model for the next stage is
+another artifact (`llm.checkpoint.model_folder`). `checkpoints/manifest.json` holds size and SHA-256 of each file. A
+step waits for a copy of the state in host memory. A thread does checksum, disk and renaming.
 """
 
 import contextlib
@@ -33,11 +33,12 @@ MANIFEST = "manifest.json"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the file of the checkpoint after `step` optimizer steps."""
     return folder / f"step_{step:06d}.ckpt"
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the complete checkpoints in a folder, oldest first."""
+    """List the complete checkpoints of a folder as (step, path), oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := NAME.fullmatch(path.name))]
     return sorted(found)
 
@@ -48,8 +49,8 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 class CheckpointWriter(TorchCheckpointIO):
     """Lightning's CheckpointIO that never leaves half a checkpoint and keeps the newest `keep`.
 
-    asynchronous: writes in a thread while training goes on; at most one write is under way. What fails there is raised
-    by the next call of `check`, `save_checkpoint` or `finish`.
+    asynchronous: a thread writes while training goes on, one checkpoint at a time. Its errors are raised by the next
+    call of `check`, `save_checkpoint` or `finish`.
     """
 
     def __init__(self, keep: int = 2, asynchronous: bool = True):
@@ -69,12 +70,12 @@ class CheckpointWriter(TorchCheckpointIO):
         return load_checkpoint(Path(path))
 
     def check(self) -> None:
-        """Raise what went wrong in the thread; does not wait."""
+        """Raise the error of a write that has failed in the thread; do not wait for one under way."""
         if self.writing is not None and self.writing.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the file is on the disk."""
+        """Wait until the checkpoint under way is on the disk. Raises UserError where that failed."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
@@ -83,13 +84,13 @@ class CheckpointWriter(TorchCheckpointIO):
 
 
 class HostCopy:
-    """Copies of checkpoints in host memory. The buffers are used again for the next one, so pages are touched once."""
+    """Copies checkpoints to host memory, into the buffers of the copy before: fresh pages are touched only once."""
 
     def __init__(self):
         self.buffers: dict[tuple, torch.Tensor] = {}
 
     def of(self, checkpoint: Any) -> Any:
-        """A copy of nested dicts, lists and tuples with tensors of our own; views of the same numbers stay one."""
+        """Copy nested dicts, lists and tuples with the tensors in them; two views of one memory stay one."""
         old, self.buffers, seen = self.buffers, {}, {}
 
         def copied(thing: Any, place: tuple) -> Any:
@@ -114,7 +115,7 @@ class HostCopy:
 
 
 class Hashed:
-    """A binary file that knows the checksum of what was written to it."""
+    """Binary file that knows size and SHA-256 of all bytes written to it."""
 
     def __init__(self, file):
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -129,9 +130,9 @@ class Hashed:
 
 
 def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
-    """Stream to a temporary file, force it to disk, rename it, note its checksum, remove old ones, in this order.
+    """Write a temporary file, sync it, rename it to `path`, note the checksum, remove all but the newest `keep`.
 
-    A crash between any two of them leaves a checkpoint that can be used. Raises UserError where the disk refuses.
+    A crash between any two of these steps leaves a usable checkpoint. Raises UserError where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -172,7 +173,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def checksums(folder: Path) -> dict[str, dict]:
-    """The manifest of a folder of checkpoints, {} where it is missing or damaged itself."""
+    """Read manifest.json of a folder of checkpoints: {file: {bytes, sha256, saved}}; {} if missing or damaged."""
     try:
         return read_json(folder / MANIFEST) or {}
     except UserError as error:
@@ -181,7 +182,7 @@ def checksums(folder: Path) -> dict[str, dict]:
 
 
 def damage(path: Path, listed: dict[str, dict]) -> str | None:
-    """What is wrong with a checkpoint, None if it is what was written: by the manifest, else by its own CRCs."""
+    """Say in words how a checkpoint is damaged, None if it is sound: by the manifest, else by the CRCs in the file."""
     entry = listed.get(path.name)
     try:
         if entry is None:
@@ -201,7 +202,7 @@ def damage(path: Path, listed: dict[str, dict]) -> str | None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """The newest sound checkpoint of a folder; damaged newer ones are skipped with a warning."""
+    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is."""
     listed = checksums(folder)
     for step, path in reversed(list_checkpoints(folder)):
         problem = damage(path, listed)
@@ -215,7 +216,10 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 
 def inspect(run: Path) -> bool:
-    """Print what the stages of a run hold and whether it is sound; returns whether all of it is."""
+    """Print all checkpoints and weights of a run with their state; return whether all are sound.
+
+    Raises UserError where `run` is no folder of a run.
+    """
     stages = [run / stage for stage in stages_in(run)]
     if not stages:
         raise UserError(f"{run} holds no stage (no <stage>/run.json); give a run folder, such as runs/demo")
@@ -238,7 +242,7 @@ def inspect(run: Path) -> bool:
 
 
 def contents(path: Path) -> str:
-    """`sound; 12.3 M weights, optimizer of 2 groups, data positions of 2 processes`."""
+    """Describe a sound checkpoint: number of weights, of optimizer groups, and of processes with a data position."""
     checkpoint = load_checkpoint(path)
     weights = sum(t.numel() for t in checkpoint["state_dict"].values())
     groups = len(checkpoint["optimizer_states"][0]["param_groups"])
@@ -247,7 +251,7 @@ def contents(path: Path) -> str:
 
 
 def damaged_weights(path: Path) -> str | None:
-    """What is wrong with a safetensors file, None if every tensor is there and finite."""
+    """Say in words how a safetensors file is damaged; None if all tensors can be read and are finite."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -259,6 +263,7 @@ def damaged_weights(path: Path) -> str | None:
 
 
 def main() -> None:
+    """Inspect the run named on the command line. Exit status: 0 sound, 1 damaged, 2 wrong use."""
     try:
         if len(sys.argv) != 2:
             raise UserError("give one run folder: python -m llm.checkpoint runs/demo")

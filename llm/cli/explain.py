@@ -1,4 +1,4 @@
-"""One line, with file and key, out of the messages of Hydra, OmegaConf and the YAML reader."""
+"""Turn the messages of Hydra, OmegaConf and the YAML reader into one line with file and key."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What `--help` prints: the groups with their options, the main keys, and how to see the rest."""
+"""The page of `--help`: groups with their options, main keys, and how to see all keys."""
 
 from dataclasses import Field
 from typing import Any
@@ -27,7 +27,7 @@ PURPOSE = {
 
 
 def help_text(config_name: str, *, every_key: bool = False) -> str:
-    """The help page of an entry point; `every_key` lists the keys of all groups, not only the main ones."""
+    """Return the help page of an entry point; `every_key` lists the keys of all groups, not only the main ones."""
     lines = [PURPOSE[config_name], "", "Usage: settings are key=value; a group takes the name of an option.", ""]
     lines += [f"    {line}" for line in EXAMPLES[config_name]]
     lines += ["", f"Groups (files in {CONF.name}/<group>/; * = default):", ""]
@@ -44,13 +44,15 @@ def help_text(config_name: str, *, every_key: bool = False) -> str:
     more = {"--help all": "every key", "<settings> --cfg job": "the composed configuration, without running it"}
     if config_name == "train":
         more["<settings> dry_run=true"] = "the derived numbers too"
+    more_files = {"conf/local/default.yaml": "your own defaults on this machine, weaker than experiments"}
     lines += ["", "More:", ""]
     lines += [f"    python {config_name}.py {command:<24}{text}" for command, text in more.items()]
+    lines += [f"    {name:<{len(f'python {config_name}.py ') + 24}}{text}" for name, text in more_files.items()]
     return "\n".join(lines)
 
 
 def _is_leaf(spec: Field) -> bool:
-    """Whether the field holds a value and not a section of further keys."""
+    """Return whether the field holds a value and not a section of further keys."""
     kinds = (spec.type, *getattr(spec.type, "__args__", ()))
     return not any(hasattr(kind, "__dataclass_fields__") for kind in kinds)
 
@@ -65,7 +67,7 @@ def _top_level_first(item: tuple[str, Any]) -> tuple[bool, str]:
 
 
 def _shorten(options: list[str]) -> str:
-    """d2 d4 ... d34 instead of seventeen names."""
+    """Join option names for one line: of more than twelve only the first two and the last, as in d1 d2 ... d64."""
     default = [name for name in options if name.endswith("*")]
     if len(options) <= 12:
         return " ".join(options)

@@ -59,7 +59,7 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
 
 
 def swept_overrides(argv: Sequence[str]) -> list[Any]:
-    """The overrides in `argv` that have several values; empty without -m."""
+    """Return the overrides in `argv` that have several values; none without -m."""
     from hydra._internal.utils import get_args_parser
 
     args = get_args_parser().parse_args(list(argv))
@@ -67,12 +67,12 @@ def swept_overrides(argv: Sequence[str]) -> list[Any]:
 
 
 def launcher(argv: Sequence[str]) -> str:
-    """The option of `hydra/launcher` in `argv`: what starts the jobs of a sweep."""
+    """Return the option of `hydra/launcher` in `argv`, which starts the jobs of a sweep; `basic` if none is given."""
     return next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith("hydra/launcher=")), "basic")
 
 
 def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
-    """`argv` with the values of free-text keys (`prompt=...`) quoted, as Hydra's grammar would read them otherwise."""
+    """Return `argv` with the values of free-text keys (`prompt=...`) in quotes, in which Hydra reads no grammar."""
     raw = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("raw")}
 
     def quote(arg: str) -> str:
@@ -85,7 +85,7 @@ def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
 
 
 def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
-    """`argv` with the values of `no_group` keys as {name: value}: Hydra takes any other for an option of the group."""
+    """Return `argv` with values of `no_group` keys as {name: value}: Hydra takes others for an option of the group."""
     names = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("no_group")}
 
     def wrap(arg: str) -> str:
@@ -98,15 +98,16 @@ def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """In quotes, so that it is read as it is: OmegaConf reads ${...}, Hydra the quotes; both undo a backslash before
-    them and the backslashes before that.
+    """Quote a text so that it arrives unchanged.
+
+    OmegaConf reads ${...} and Hydra reads quotes; both remove a backslash before them and halve the backslashes before.
     """
     text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def parse(lines: Sequence[str]) -> list[Any]:
-    """Hydra's overrides of the command line, or `UserError` naming the one that cannot be read."""
+    """Parse the settings of a command line into Hydra's overrides. Raises UserError for one that cannot be read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -125,7 +126,7 @@ def parse(lines: Sequence[str]) -> list[Any]:
 
 
 def _check_dashes(argv: Sequence[str]) -> None:
-    """Settings are written without dashes; say so before argparse answers with a page of usage."""
+    """Raise UserError for a setting written with dashes, before argparse answers with a page of usage."""
     from hydra._internal.utils import get_args_parser
 
     options = {text for action in get_args_parser()._actions for text in action.option_strings}
@@ -137,7 +138,7 @@ def _check_dashes(argv: Sequence[str]) -> None:
 
 
 def _check_launcher(name: str, overrides: list[Any]) -> None:
-    """Launchers other than Hydra's own are extra packages, and start all jobs at the same time."""
+    """Raise UserError for a launcher that is not installed, or that would start a chain of stages all at once."""
     if name == "basic":
         return
     if re.match("slurm|submitit", name) and importlib.util.find_spec("submitit") is None:
@@ -149,12 +150,12 @@ def _check_launcher(name: str, overrides: list[Any]) -> None:
 
 
 def _values(override: Any) -> list[Any]:
-    """The values of an override: one, or those of a sweep."""
+    """Return the values of an override: one, or all of a sweep."""
     return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
 
 
 def _lines(override: Any) -> list[str]:
-    """The override once for every value of its sweep."""
+    """Return the override as a line of text, once for every value of a sweep."""
     if not override.is_sweep_override():
         return [override.input_line]
     return [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()]
@@ -169,14 +170,14 @@ def _check_renamed(override: Any) -> None:
 
 
 def _dotted_keys(value: Any, prefix: str) -> Iterable[str]:
-    """The keys of a mapping given on the command line, as in batch={micro_batch_size: 4}; none of another value."""
+    """Yield the dotted keys of a mapping such as batch={micro_batch_size: 4}; nothing for a plain value."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield f"{prefix}.{key}"
         yield from _dotted_keys(inner, f"{prefix}.{key}")
 
 
 def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> None:
-    """A group takes the names of its files, one or a list of them."""
+    """Raise UserError where the value of a group is not the name of an option, or a list of names."""
     group = override.key_or_group
     options = group_options(group, folders)
     shown = listed(options)
@@ -194,7 +195,7 @@ def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> 
 
 
 def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -> None:
-    """The top-level name of a key must exist: known without composing what the command line asks for."""
+    """Raise UserError where the first part of a dotted key does not exist. Needs no composition."""
     name = override.key_or_group
     if override.package is not None:
         raise UserError(f"{override.input_line}: '@' moves a group to another place, which no setting here needs")
@@ -216,7 +217,7 @@ def _check_values(config_name: str, choice: Sequence[str], values: list[Any], co
 
 
 def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_dir: str | None) -> None:
-    """Keys of a swept group that its default lacks: Hydra composes a sweep with the defaults first and fails there."""
+    """Raise UserError for a key of a swept group that the default option lacks: Hydra composes that option first."""
     swept = [o.key_or_group for o in chosen if o.is_sweep_override()]
     fixed = [line for o in chosen if not o.is_sweep_override() for line in _lines(o)]
     inside = [o for o in values if o.key_or_group.partition(".")[0] in swept and not o.is_sweep_override()]
@@ -233,7 +234,7 @@ def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:
-    """The configuration of an entry point; a mistake in a YAML file becomes a `UserError` naming file and key."""
+    """Compose the configuration of an entry point. Raises UserError with file and key for a mistake in a YAML file."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -244,7 +245,8 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
 
     folders = [CONF, *([Path(config_dir).resolve()] if config_dir else [])]
     register(folders)
-    lines = [*overrides, *(f"hydra.searchpath=[file://{folder}]" for folder in folders[1:])]
+    lines = without_groups(config_name, overrides)
+    lines += [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -311,7 +313,7 @@ def _update(config_name: str, cfg: Any, name: str, value: Any, *, add: bool = Fa
 
 
 def _spec(config_name: str, name: str) -> Field | None:
-    """The schema field of a key; what lies below a name of the user's own (`data.tasks.mine.limit`) included."""
+    """Return the schema field of a dotted key, also below a user's name (`data.tasks.mine.limit`), or None."""
     known = known_keys(config_name)
     parts = name.split(".")
     for pattern, spec in known.items():
@@ -322,7 +324,7 @@ def _spec(config_name: str, name: str) -> Field | None:
 
 
 def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> str:
-    """The line for a key that this composition lacks: misspelt, or at home in another option."""
+    """Return the error line for a key that this composition lacks: misspelt, or at home in another option."""
     from omegaconf import DictConfig, OmegaConf
 
     group, _, rest = name.partition(".")
@@ -346,7 +348,7 @@ def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> st
 
 
 def _dotted(cfg: Any, prefix: str) -> Iterable[str]:
-    """All dotted keys of a composed configuration."""
+    """Yield all dotted keys of a composed configuration."""
     from omegaconf import DictConfig
 
     for name in cfg:
@@ -367,14 +369,14 @@ def _exists(cfg: Any, name: str) -> bool:
 
 
 def _is_typed(node: Any) -> bool:
-    """Whether a dataclass fixes the keys of this node (the others are free: tasks, mixtures, callbacks, loggers)."""
+    """Return whether a dataclass fixes the keys of this node; those of tasks, callbacks and loggers are free."""
     from omegaconf import OmegaConf
 
     return hasattr(OmegaConf.get_type(node), "__dataclass_fields__") if node is not None else False
 
 
 def _in_words(kind: Any) -> str:
-    """A type as users say it: `int | None` is "a whole number or null"."""
+    """Put a type into users' words: `int | None` is "a whole number or null"."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if kind in words:
         return words[kind]
@@ -388,7 +390,7 @@ def _in_words(kind: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Write a value as on the command line: null, true, false."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -57,7 +57,7 @@ def check_task_names(data: Any, stage: Any = None) -> None:
 
 
 def _violation(spec: Field, value: Any) -> str | None:
-    """What `value` should have been, or None if it is fine."""
+    """Say in words what `value` must be; None if it is allowed."""
     choices, low, high, above = (spec.metadata.get(k) for k in ("choices", "low", "high", "above"))
     if value is None:
         return None

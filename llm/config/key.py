@@ -10,7 +10,7 @@ from llm.utils.registry import Registry
 def key(
     text: str, *, choices: Collection[str] | Registry = (), low: float | None = None, high: float | None = None, **more
 ) -> Any:
-    """A field that YAML must set: `text` is its line in `--help`, the rest are the bounds that `check_values` tests.
+    """Make a field that YAML must set. `text` is its line in `--help`; `check_values` tests the other arguments.
 
     In `more`: `above` = exclusive lower bound; `main` = listed in the short `--help`; `nonempty` = not an empty text;
     `fixed` = set by choosing the group's option, not by hand; `raw` = text taken from the command line as it is;

@@ -49,24 +49,24 @@ class PrecisionConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
         main=True,
     )
-    fp8: bool = key("the blocks' matrix products in 8 bits, on Hopper GPUs and newer; elsewhere a message and bf16")
+    fp8: bool = key("matrix products of the blocks in 8 bits, on Hopper GPUs and newer; elsewhere bf16 and a message")
 
 
 @dataclass
 class EstimateConfig:
     gpu: str = key("GPU whose memory, time and cost dry_run estimates")
-    devices: int = key("how many of them", low=1)
-    mfu: float = key("share of their bf16 peak that training reaches", above=0, high=1)
+    devices: int = key("number of GPUs in the estimate", low=1)
+    mfu: float = key("share of the GPUs' bf16 peak that the estimate assumes", above=0, high=1)
 
 
 @dataclass
 class WatchConfig:
-    bad_loss: str = key("what a loss that is not finite or jumps means", choices=("stop", "roll_back"))
-    loss_jump: float = key("nats above the median of the last 50 steps from which a step's loss is bad", above=0)
-    rollbacks: int = key("how often a stage may go back to its last checkpoint and leave out data", low=0)
+    bad_loss: str = key("what to do after a loss that is not finite or jumps", choices=("stop", "roll_back"))
+    loss_jump: float = key("a loss is bad if it lies this many nats above the median of the last 50 steps", above=0)
+    rollbacks: int = key("how often a stage may go back to the last checkpoint and leave out data", low=0)
     data_seconds: float = key("seconds without training data after which a stage gives up", above=0)
     every: int = key("steps between comparisons of the processes: same weights, similar speed", low=1)
-    slow: float = key("report a process that takes so many times the median for its part of a step", above=1)
+    slow: float = key("report a process whose part of a step takes this many times the median", above=1)
 
 
 @dataclass
@@ -79,20 +79,24 @@ class PathsConfig:
 class TrainerConfig:
     accelerator: str = key("where to compute", choices=("auto", "cpu", "gpu"))
     devices: Any = key("number of devices of a node, or auto; torchrun and srun decide by themselves", main=True)
-    num_nodes: int = key("machines, each with the same command and its NODE_RANK, MASTER_ADDR, MASTER_PORT set", low=1)
+    num_nodes: int = key(
+        "number of machines; each gets this command and has NODE_RANK, MASTER_ADDR and MASTER_PORT set", low=1
+    )
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
 
 @dataclass
 class StrategyConfig:
     name: str = key(
-        "auto picks by the number of devices", choices=("auto", "single", "muon", "ddp", "fsdp"), fixed=True
+        "how devices share the work; auto = by the number of devices",
+        choices=("auto", "single", "muon", "ddp", "fsdp"),
+        fixed=True,
     )
 
 
 @dataclass
 class StageConfig:
-    name: str = key("phase: a row of the table in llm/config/stages.py", fixed=True)
+    name: str = key("name of the phase, a row of the table in llm/config/stages.py", fixed=True)
 
 
 @dataclass
@@ -104,14 +108,14 @@ class TokenizerStage(StageConfig):
     pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
     max_chars: int = key("characters of text to train on, at most", low=1)
     doc_cap: int = key("characters taken of one document, at most", low=1)
-    compare: list[str] = key("others to compare with: tiktoken names such as gpt2, tokenizer folders or files")
+    compare: list[str] = key("tokenizers to compare with: tiktoken names such as gpt2, folders or files")
 
 
 @dataclass
 class ModelStage(StageConfig):
     lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
     warmup_steps: int = key("steps in which the learning rate rises from 0, at most a quarter of all", low=0)
-    warmdown_ratio: float = key("share of the steps, at the end, in which it falls", low=0, high=1)
+    warmdown_ratio: float = key("share of the steps, at the end, in which the learning rate falls", low=0, high=1)
     final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
     eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
     sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
@@ -124,12 +128,12 @@ class PretrainStage(ModelStage):
         "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
     )
     count_params: str = key(
-        "parameters that count: all, or the matrices of blocks and head", choices=("all", "matrices")
+        "parameters that tokens_per_param counts: all, or the matrices of blocks and head", choices=("all", "matrices")
     )
-    target_flops: float | None = key("horizon: training FLOPs; null = by ratio", above=0)
+    target_flops: float | None = key("horizon: training FLOPs; null = by tokens_per_param", above=0)
     buffer: int = key("documents that best-fit packing chooses from", low=1)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
-    core_max_per_task: int | None = key("examples of one task in such an evaluation; null = all", low=1)
+    core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1)
     core_bundle: str | None = key("folder or zip of a CORE evaluation bundle; null = no CORE evaluations")
 
 
@@ -138,30 +142,30 @@ class AssistantStage(ModelStage):
     """Stages whose model answers: their answers can be judged."""
 
     chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
-    chat_max_per_task: int | None = key("items of one task in such an evaluation; null = all", low=1)
-    chat_tasks: list[str] | None = key("tasks of such an evaluation; null = data.eval")
+    chat_max_per_task: int | None = key("items per task of a chat task evaluation; null = all", low=1)
+    chat_tasks: list[str] | None = key("tasks of a chat task evaluation; null = data.eval")
 
 
 @dataclass
 class ChatStage(AssistantStage):
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
-    epochs: float = key("horizon: passes over the mixture (max_steps comes first)", above=0)
-    train_on: str = key("tokens with a loss", choices=("all", "assistant"))
+    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
+    train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
 
 
 @dataclass
 class GRPOStage(AssistantStage):
     task: str | None = key("task to be rewarded for; null = data.rl")
     prompts_per_step: int = key("questions of one step", low=1)
-    samples_per_prompt: int = key("answers drawn per question; the group of the advantage", low=2)
+    samples_per_prompt: int = key("answers drawn per question, the group within which rewards are compared", low=2)
     max_new_tokens: int = key("length limit of an answer", low=1)
     temperature: float = key("sampling temperature of the answers", above=0)
     top_k: int = key("sample among the k most likely tokens; 0 = all", low=0)
-    epochs: float = key("horizon: passes over the task (max_steps comes first)", above=0)
+    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
     rehearsal: int = key("conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0)
-    rehearsal_weight: float = key("weight of their mean loss per token", above=0)
+    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0)
     eval_examples: int = key("held-out questions of a pass@k evaluation", low=1)
-    eval_samples: int = key("answers per question of that evaluation: the largest k of pass@k", low=1)
+    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1)
 
 
 @dataclass
@@ -174,21 +178,32 @@ class TaskSpec:
         choices=("embedded", "template", "local", "hub"),
     )
     train: Any = field(
-        default=None, metadata={"help": "training rows: file, pattern, https:// address or list of them; hub: split"}
+        default=None, metadata={"help": "training rows: file, pattern, https:// address, or a list; hub: split"}
     )
-    test: Any = field(default=None, metadata={"help": "held-out rows, likewise; hub: such as test or train[-500:]"})
+    test: Any = field(
+        default=None,
+        metadata={"help": "held-out rows: file, pattern, https:// address, or a list; hub: split, as in train[-500:]"},
+    )
     repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
-    subset: str | None = field(default=None, metadata={"help": "hub: its configuration, where it has several"})
-    revision: str | None = field(default=None, metadata={"help": "hub: its branch, tag or commit; null = main"})
+    subset: str | None = field(
+        default=None, metadata={"help": "hub: configuration of the data set, where there are several"}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "hub: branch, tag or commit of the data set; null = main"}
+    )
     shuffle_seed: int | None = field(
         default=None, metadata={"help": "hub: seed of the order of the rows; null = as published", "low": 0}
     )
     size: int | None = field(
         default=None, metadata={"help": "training items to generate (embedded, template, spelling)", "low": 0}
     )
-    test_size: int | None = field(default=None, metadata={"help": "held-out items to generate", "low": 0})
-    limit: int | None = field(default=None, metadata={"help": "use only the first items of a split", "low": 1})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of this kind of task"})
+    test_size: int | None = field(
+        default=None, metadata={"help": "held-out items to generate (embedded, template, spelling)", "low": 0}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1}
+    )
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the task's type"})
 
 
 @dataclass
@@ -200,15 +215,30 @@ class MixtureConfig:
 class SourceSpec:
     """One source of `data.sources`: files of this machine (path) or of the hub (repo)."""
 
-    weight: float = field(default=1.0, metadata={"help": "share of the characters, relative to the others", "low": 0})
-    path: str | None = field(default=None, metadata={"help": "as data.path"})
-    repo: str | None = field(default=None, metadata={"help": "as data.repo"})
-    revision: str | None = field(default=None, metadata={"help": "as data.revision"})
-    files: str | None = field(default=None, metadata={"help": "as data.files"})
-    shards: int | None = field(default=None, metadata={"help": "as data.shards", "low": 1})
-    column: str = field(default="text", metadata={"help": "as data.column"})
-    val_size: int | None = field(default=None, metadata={"help": "as data.val_size", "low": 1})
-    streaming: bool = field(default=False, metadata={"help": "as data.streaming"})
+    weight: float = field(
+        default=1.0,
+        metadata={"help": "share of the characters, relative to the weights of the other sources", "low": 0},
+    )
+    path: str | None = field(default=None, metadata={"help": "folder, file or pattern of text: parquet, jsonl or txt"})
+    repo: str | None = field(default=None, metadata={"help": "data set on the Hugging Face hub, <owner>/<name>"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the data set on the hub; null = main"}
+    )
+    files: str | None = field(default=None, metadata={"help": "pattern of the shards on the hub; null = all"})
+    shards: int | None = field(
+        default=None, metadata={"help": "train on the first so many shards; null = all but the last", "low": 1}
+    )
+    column: str = field(default="text", metadata={"help": "column or field that holds the text"})
+    val_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "documents for validation, the last ones of the last file; null = all of that file",
+            "low": 1,
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the shards over the network while training and store nothing"}
+    )
 
 
 @dataclass
@@ -216,10 +246,12 @@ class DataConfig:
     name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
     path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
     repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
-    revision: str | None = key("its branch, tag or commit; null = main")
-    files: str | None = key("pattern of its shards, such as 'data/train-*.parquet'; null = all")
-    shards: int | None = key("train on its first so many shards; null = all but the last", low=1, main=True)
-    workers: int = key("files fetched from the hub at the same time", low=1)
+    revision: str | None = key("branch, tag or commit of data.repo; null = main")
+    files: str | None = key("pattern of the shards of data.repo, such as 'data/train-*.parquet'; null = all")
+    shards: int | None = key(
+        "train on the first so many shards of data.repo; null = all but the last", low=1, main=True
+    )
+    workers: int = key("number of files fetched from the hub in parallel", low=1)
     streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
@@ -244,7 +276,7 @@ class TrainConfig:
 
     stage: StageConfig = key("phase of training")
     model: ModelConfig = key("size of the network")
-    arch: ArchConfig = key("features of its blocks")
+    arch: ArchConfig = key("architecture of the network")
     optim: OptimConfig = key("optimizer")
     data: DataConfig = key("text and tasks")
     batch: BatchConfig = key("size of a step; follows the stage")
@@ -263,11 +295,13 @@ class TrainConfig:
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, main=True)
     save_every: int = key("steps between checkpoints; the last step is always saved", low=1, main=True)
-    save_minutes: float | None = key("save also when the last checkpoint is so many minutes old", above=0)
-    save_async: bool = key("write checkpoints beside the training; needs host memory for a copy of the state")
+    save_minutes: float | None = key(
+        "minutes after which a checkpoint is saved in any case; null = by save_every alone", above=0
+    )
+    save_async: bool = key("write checkpoints while training goes on; needs host memory for a copy of the state")
     keep_last: int = key("checkpoints that are kept; an older one is used where the newest is damaged", low=1)
     log_every: int = key("steps between rows of metrics.csv", low=1, main=True)
-    resume: bool = key("continue an unfinished stage from its last checkpoint", main=True)
+    resume: bool = key("continue an unfinished stage from the last checkpoint", main=True)
     overwrite: bool = key("delete what the stage wrote before and start again", main=True)
     dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
     seed: int = key("seed of initial weights, data order and sampling", low=0, main=True)
@@ -285,11 +319,13 @@ class EvalConfig:
     seq_len: int | None = key("model=hf: tokens of context to use; null = the model's own, at most 2048", low=8)
     max_new_tokens: int = key("length limit of a generated answer", low=1)
     num_samples: int = key("answers per item of generative tasks: 1 = a greedy one, more = drawn, for pass@k", low=1)
-    ks: list[int] | None = key("which pass@k; null = 1 and num_samples")
+    ks: list[int] | None = key("values of k of pass@k; null = 1 and num_samples")
     temperature: float = key("sampling temperature of drawn answers", above=0)
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
-    core_tasks: list[str] | None = key("tasks of the bundle to measure; null = all, whose mean is CORE")
-    tasks: list[str] | None = key("eval=lm_eval: its tasks, groups or tags, as in [arc_easy,hellaswag]", main=True)
+    core_tasks: list[str] | None = key("tasks of eval.bundle to measure; null = all, whose mean is CORE")
+    tasks: list[str] | None = key(
+        "eval=lm_eval: tasks, groups or tags of lm-eval, as in [arc_easy,hellaswag]", main=True
+    )
     num_fewshot: int | None = key("eval=lm_eval: solved examples in a prompt; null = as each task says", low=0)
     include_path: str | None = key("eval=lm_eval: folder of task files (YAML) of your own")
     chat_template: bool = key("eval=lm_eval: prompts in the model's chat format")
@@ -318,10 +354,10 @@ class ServeConfig:
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     run: str | None = key("run to chat with", main=True, nonempty=True)
     ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
-    prompt: str | None = key("answer this once and exit", main=True, raw=True)
+    prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)
     host: str = key("address that the browser chat listens on", main=True)
-    port: int = key("its port", low=0, high=65535, main=True)
-    temperature: float = key("0 = always the most likely token", low=0, main=True)
+    port: int = key("port that the browser chat listens on", low=0, high=65535, main=True)
+    temperature: float = key("sampling temperature; 0 = always the most likely token", low=0, main=True)
     top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, main=True)
     max_new_tokens: int = key("length limit of an answer", low=1, main=True)
     seed: int = key("seed of sampling", low=0, main=True)
@@ -369,8 +405,8 @@ def _root_schema(config_name: str, mixtures: tuple[str, ...]) -> type:
 @lru_cache
 def _data_schema(mixtures: tuple[str, ...]) -> type:
     """Return DataConfig whose `mixture` has the keys <stage> and <stage>_val for each of `mixtures`."""
-    trained = "{} trains on: task: repeats (a fraction below 1 = its first part, 0 = leave out)"
-    held_out = "{} validates on: task: repeats of its held-out rows; empty = all of the tasks trained on"
+    trained = "task: repeats in the training of {} (a fraction below 1 = the first part, 0 = leave out)"
+    held_out = "task: repeats of the held-out rows that {} is validated on; empty = once all tasks trained on"
     texts = {stage: trained.format(stage) for stage in mixtures}
     texts |= {f"{stage}_val": held_out.format(stage) for stage in mixtures}
     keys = [

@@ -91,7 +91,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of embedding and head: `vocab_size` rounded up to `vocab_multiple`."""
+        """Return the rows of embedding and head: `vocab_size` rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def window(self, layer: int) -> int | None:

@@ -1,1 +1,1 @@
-"""Rules that turn depth into a training run, and what it needs on a GPU."""
+"""Rules that turn depth into a training run, and an estimate of its needs on a GPU."""

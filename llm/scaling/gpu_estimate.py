@@ -1,4 +1,4 @@
-"""What a training run would need on a named GPU: memory, time and money, from arithmetic alone."""
+"""Estimate memory, time and money of a training run on a named GPU, from arithmetic alone."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from llm.model.config import GPTConfig, num_params
 
 
 class GPU(NamedTuple):
-    """Dense bf16 FLOP/s, memory in GiB, a common price in dollars per hour."""
+    """One kind of GPU: dense bf16 FLOP/s, memory in GiB, a common price in dollars per hour."""
 
     flops: float
     memory_gib: float
@@ -30,12 +30,13 @@ CHUNK_BYTES = 1.5e9  # the loss head's logits and their gradients
 
 
 def peak_of(device_name: str) -> float | None:
-    """Bf16 peak of the GPU that the driver calls `device_name`; None if it is not in the table."""
+    """Return the bf16 peak (FLOP/s) of the GPU that the driver calls `device_name`; None if it is not in the table."""
     plain = device_name.lower().replace(" ", "")
     return next((GPUS[key].flops for key in sorted(GPUS, key=len, reverse=True) if key in plain), None)
 
 
 def named_gpu(name: str) -> GPU:
+    """Return the GPU that `estimate.gpu` names. Raises UserError for a name that is not in the table."""
     if name not in GPUS:
         raise UserError(f"estimate.gpu={name}: choose one of {', '.join(GPUS)}")
     return GPUS[name]
@@ -51,7 +52,10 @@ def estimate(
     mfu: float,
     activation_checkpointing: bool = False,
 ) -> dict[str, float | str]:
-    """Peak memory of one device, hours and dollars of a run of `flops`, at a share `mfu` of the GPU's bf16 peak."""
+    """Estimate a run of `flops` on `devices` GPUs at a share `mfu` of the bf16 peak.
+
+    rows: sequences in a micro-batch. Returns peak memory of one device in GiB, whether it fits, hours and dollars.
+    """
     card = named_gpu(gpu)
     hours = flops / (card.flops * devices * mfu) / 3600
     memory = memory_bytes(config, rows, activation_checkpointing) / 2**30
@@ -67,11 +71,11 @@ def estimate(
 
 
 def memory_bytes(config: GPTConfig, rows: int, activation_checkpointing: bool = False) -> float:
-    """Weights, gradients and optimizer state in fp32, bf16 activations kept for the backward pass, the loss head.
+    """Estimate the peak bytes on one device: fp32 weights, gradients and optimizer state, bf16 activations, loss head.
 
-    Per token and layer, in units of n_embd values: normed inputs 2, q k v 3, rotated and normed q k 4, attention output
-    1, MLP 4 + 4 (before and after the square), residual stream 2; value embeddings 2 in every other layer. With
-    checkpointing 2 per layer, and one whole layer at a time.
+    Activations kept per token and layer, in units of n_embd values: normed inputs 2, q k v 3, rotated and normed q k 4,
+    attention output 1, MLP 4 + 4 (before and after the square), residual stream 2; value embeddings 2 in every other
+    layer. With activation checkpointing 2 per layer, and one whole layer at a time.
     """
     n = num_params(config)
     state = 4 * n["total"] * 2 + 4 * n["blocks"] + 8 * (n["total"] - n["blocks"])

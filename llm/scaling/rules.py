@@ -1,4 +1,4 @@
-"""From depth to everything: the arithmetic behind the configuration, as pure functions.
+"""Arithmetic behind the configuration, as pure functions: from the depth to all sizes of a run.
 
 Shape: width 64 x depth, heads of 128 channels. Horizon, batch, rates and decay follow nanochat's rules: tuned at depth
 12, they are carried to other depths by the tokens D that each trains on (batch ~ D^0.383, Power Lines, arXiv
@@ -19,7 +19,10 @@ GPT2_AS_PUBLISHED = {"softcap": None, "vocab_multiple": 1}  # parts of arch=gpt2
 
 
 def model_config(model, arch, vocab_size: int) -> GPTConfig:
-    """Model shape for the config groups `model` and `arch` (any mappings with their keys) and a vocabulary."""
+    """Return the model's shape for the config groups `model` and `arch` (mappings) and a vocabulary of `vocab_size`.
+
+    Raises UserError for a shape that cannot be.
+    """
     for key in ("depth", "aspect_ratio", "head_dim", "seq_len"):
         if model[key] < 1:
             raise UserError(f"model.{key}={model[key]}: must be at least 1")
@@ -50,32 +53,35 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
 
 
 def training_tokens(config: GPTConfig, tokens_per_param: float, count_params: str) -> int:
-    """Compute-optimal horizon in tokens. count_params: all = every parameter, matrices = blocks and head."""
+    """Return the training horizon in tokens. count_params: all = every parameter, matrices = blocks and head."""
     return int(tokens_per_param * (num_params(config)["total"] if count_params == "all" else scaling_params(config)))
 
 
 def auto_batch(tokens: int, reference_tokens: int) -> int:
-    """Tokens of a step: a power of two, 2^19 for a depth-12 model, growing as tokens^0.383."""
+    """Return the tokens of a step: a power of two, 2^19 for a depth-12 model, growing as tokens^0.383."""
     return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT))
 
 
 def lr_batch_factor(batch_tokens: int) -> float:
-    """Factor on all learning rates: the square root of the batch, down to the smallest that the rule was made with.
+    """Return the factor on all learning rates: sqrt(batch_tokens / 2^19), but never less than that of 2^18 tokens.
 
-    Followed further down it wastes steps: at 8,192 tokens rates of 1/8 train far worse than full ones (lab notebook).
+    Below 2^18 tokens the rule wastes steps: at 8,192 tokens rates of 1/8 train far worse than full ones (lab notebook).
     """
     return (max(batch_tokens, SMALLEST_BATCH) / REFERENCE_BATCH) ** 0.5
 
 
 def decay_factor(batch_tokens: int, tokens: int, reference_tokens: int) -> float:
-    """Factor on Muon's weight decay, so that weights forget over the same share of every run."""
+    """Return the factor on Muon's weight decay that makes weights forget over one share of a run, long or short."""
     return (batch_tokens / REFERENCE_BATCH) ** 0.5 * reference_tokens / tokens
 
 
 def pretrain_steps(
     config: GPTConfig, batch_tokens: int, tokens_per_param: float, count_params: str, target_flops: float | None
 ) -> int:
-    """Horizon in optimizer steps: a FLOP budget if given, else `tokens_per_param` training tokens per parameter."""
+    """Return the horizon in optimizer steps: by `target_flops` if given, else by training tokens per parameter.
+
+    Raises UserError where that is no whole step.
+    """
     if target_flops is not None:
         steps = round(target_flops / (flops_per_token(config) * batch_tokens))
         cause = f"stage.target_flops={target_flops:g}"
@@ -90,7 +96,10 @@ def pretrain_steps(
 
 
 def micro_batches(total_tokens: int, rows: int, seq_len: int, world: int = 1) -> int:
-    """Micro-batches per rank and step: total tokens / (rows x seq_len x world), which must be whole."""
+    """Return the micro-batches per rank and step: total_tokens / (rows x seq_len x world).
+
+    Raises UserError, with batch sizes that fit, where that is no whole number.
+    """
     if rows < 1 or total_tokens < 1:
         raise UserError(f"batch.micro_batch_size={rows}, batch.tokens_per_step={total_tokens}: both must be at least 1")
     per_pass = rows * seq_len * world
@@ -106,5 +115,5 @@ def micro_batches(total_tokens: int, rows: int, seq_len: int, world: int = 1) ->
 
 
 def adam_lr_scale(n_embd: int) -> float:
-    """Factor on AdamW's rates of tables and head, which are tuned at width 768."""
+    """Return the factor on AdamW's learning rates of tables and head, which were tuned at width 768."""
     return (n_embd / 768) ** -0.5

@@ -303,6 +303,40 @@ def test_full_help_lists_every_key():
             assert name == "name" or f"stage.{name} " in text, name
 
 
+POINTS_ELSEWHERE = re.compile(
+    r"\b(its|their|them|those(?! of)|these|likewise|such an|that evaluation|of it|the same|as data\.)\b"
+)
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "serve"])
+def test_every_help_line_stands_alone(script):
+    """A line is read alone, after a search: words that point to the line before it say nothing then."""
+    for name, spec in known_keys(script).items():
+        text = spec.metadata.get("help")
+        if text is None:
+            continue
+        assert len(text) > 5 and text[0] not in "([" and not text.endswith("."), name
+        assert not (found := POINTS_ELSEWHERE.search(text)), f"{name}: {text!r} points elsewhere ({found[0]})"
+
+
+HEAVY = {"torch", "lightning", "numpy", "matplotlib", "datasets", "transformers", "gradio", "pyarrow"}
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "serve"])
+@pytest.mark.parametrize("words", [["--help"], ["--help", "all"]], ids=" ".join)
+def test_the_help_of_the_entry_points_imports_nothing_heavy(tmp_path, script, words):
+    """The process of `train.py --help` itself writes down at its end what it has imported."""
+    modules = tmp_path / "modules"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, pathlib, sys\n"
+        f"atexit.register(lambda: pathlib.Path({str(modules)!r}).write_text(' '.join(sys.modules)))\n"
+    )
+    result = run_cli(f"{script}.py", *words, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0 and "Usage:" in result.stdout, result.stderr
+    loaded = set(modules.read_text().split())
+    assert {"llm.cli.help", "llm.config.schema"} <= loaded and not loaded & HEAVY
+
+
 @pytest.mark.parametrize("argument,expected", [("modle=d4", "'model'"), ("model=d5x", "model=d5")])
 def test_a_mistake_fails_in_under_three_seconds(argument, expected):
     start = time.perf_counter()
