@@ -143,8 +143,6 @@ class StrategyConfig:
 @dataclass
 class OptimConfig:
     name: str = key("optimizer", choices=OPTIMIZERS, fixed=True)
-    betas: list[float] = key("AdamW's two averaging factors, where a kind of parameters has none of its own")
-    eps: float = key("AdamW's term against division by zero", above=0)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
     decay_schedule: str = key("weight decay over the steps", choices=("constant", "linear", "cosine"))
     scale_lr: bool = key(
@@ -156,7 +154,15 @@ class OptimConfig:
 
 
 @dataclass
-class MuonAdamWConfig(OptimConfig):
+class AdamConfig(OptimConfig):
+    """Optimizers that update some parameters by AdamW."""
+
+    betas: list[float] = key("AdamW's two averaging factors, where a kind of parameters has none of its own")
+    eps: float = key("AdamW's term against division by zero", above=0)
+
+
+@dataclass
+class MuonAdamWConfig(AdamConfig):
     matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
     embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
     embedding_betas: list[float] = key("its averaging factors")
@@ -189,7 +195,7 @@ class MuonAdamWConfig(OptimConfig):
 
 
 @dataclass
-class AdamWConfig(OptimConfig):
+class AdamWConfig(AdamConfig):
     lr: float = key("learning rate of all parameters", above=0)
 
 
@@ -255,6 +261,7 @@ class ChatStage(AssistantStage):
 @dataclass
 class GRPOStage(AssistantStage):
     task: str | None = key("task to be rewarded for; null = data.rl")
+    reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
     prompts_per_step: int = key("questions of one step", low=1)
     samples_per_prompt: int = key("answers drawn per question; the group of the advantage", low=2)
     max_new_tokens: int = key("length limit of an answer", low=1)
@@ -403,6 +410,9 @@ class EvalConfig:
     include_path: str | None = key("eval=lm_eval: folder of task files (YAML) of your own")
     chat_template: bool = key("eval=lm_eval: prompts in the model's chat format")
     batch_size: int = key("sequences evaluated together", low=1)
+    judges: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "judges of your own by name, each with its _target_ (docs/extend.md)"}
+    )
 
 
 @dataclass

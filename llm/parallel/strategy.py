@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from llm.errors import UserError
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.parallel.collectives import world_size
 from llm.parallel.env import is_launched
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
@@ -99,7 +99,7 @@ def full_model(net: GPT) -> GPT:
     """
     if not isinstance(net, FSDPModule):
         return net
-    whole = GPT(net.config)
+    whole = build_network(net.config)
     whole.load_state_dict({name: p.full_tensor() for name, p in net.state_dict().items()}, assign=True)
     whole.compute_dtype = net.compute_dtype
     return whole.to(net.device)

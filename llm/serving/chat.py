@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm.config.plugins import load_plugins
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.run.stage_folder import read_manifest
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
@@ -47,6 +49,8 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
     from llm.model.linear import resolve_compute_dtype
 
     stage_dir = Path(stage_dir)
+    manifest = read_manifest(stage_dir) or {}
+    load_plugins((manifest.get("config") or {}).get("plugins") or [])  # one may have registered the architecture
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, tokenizer = load_model_folder(stage_dir / "model", device)
     net.compute_dtype = resolve_compute_dtype("auto", device)

@@ -7,12 +7,12 @@ import torch
 
 from llm.data.documents import texts
 from llm.data.loader import UNDIVIDED, VAL_PACKING, TextSteps, validation_batches
-from llm.data.sources import document_source
+from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
 from llm.eval.samples import text_prompts
 from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.parallel.launch import processes
 from llm.scaling.gpu_estimate import named_gpu
 from llm.scaling.rules import (
@@ -75,12 +75,12 @@ def build(cfg, parent: Path) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size)
     config, batch_tokens, total, scales = planned
     layout = steps_layout(cfg, config, batch_tokens)
-    no_text = cfg.dry_run and cfg.data.name in ("hub", "mixture")  # numbers only: nothing is fetched
+    no_text = cfg.dry_run and is_remote(cfg.data)  # numbers only: nothing is fetched
     source = train_source = None if no_text else document_source(cfg.data, cfg.paths.data)
     if cfg.data.token_cache and source is not None:
         folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
         train_source = CachedDocuments(source, tokenizer, folder)
-    net = GPT(config).init_weights(cfg.seed)
+    net = build_network(config).init_weights(cfg.seed)
 
     def loader(split: str, position=None, **more) -> TextSteps:
         sizes = layout | more
@@ -121,5 +121,5 @@ def derived_without_tokenizer(cfg) -> dict:
         cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
     checked_rows(cfg.batch.micro_batch_size)
     with torch.device("meta"):
-        net = GPT(planned.config)
+        net = build_network(planned.config)
     return derived(cfg, planned, net)
