@@ -6,10 +6,11 @@ register can be chosen like what Fathom brings. Imports nothing heavy.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from llm.errors import UserError
 
@@ -27,6 +28,18 @@ def load_plugins(names: Iterable[str]) -> None:
         _import(point.value, f"entry point {ENTRY_POINTS}: {point.name}")
     for name in names:
         _import(name, f"plugins=[{name}]")
+
+
+def load_run_plugins(config: Mapping[str, Any]) -> None:
+    """Import the plugins that a run was trained with, from its saved configuration.
+
+    One that is missing is told and left out: the run may have needed it for its training only, as an optimizer.
+    """
+    for name in config.get("plugins") or []:
+        try:
+            load_plugins([name])
+        except UserError as error:
+            print(f"note: {error}; the run was trained with it", flush=True)
 
 
 def plugins_in(argv: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
-from llm.config.plugins import load_plugins
+from llm.config.plugins import load_run_plugins
 from llm.data.documents import texts
 from llm.data.loader import ConversationSteps, TextSteps, validation_batches
 from llm.data.sources import document_source
@@ -234,7 +234,7 @@ class StageSubject(Subject):
             raise UserError(f"{self.folder / 'run.json'} has no config: the stage was not written by train.py")
         if cfg.eval.seq_len is not None:
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
-        load_plugins(manifest["config"].get("plugins") or [])
+        load_run_plugins(manifest["config"])
         super().__init__(cfg)
         saved = OmegaConf.create(manifest["config"])
         self.seed, self.settings, self.is_chat = saved.seed, saved.stage, self.name != "pretrain"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm.config.plugins import load_plugins
+from llm.config.plugins import load_run_plugins
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.run.stage_folder import read_manifest
@@ -50,7 +50,7 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
 
     stage_dir = Path(stage_dir)
     manifest = read_manifest(stage_dir) or {}
-    load_plugins((manifest.get("config") or {}).get("plugins") or [])  # one may have registered the architecture
+    load_run_plugins(manifest.get("config") or {})  # one may have registered the architecture
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, tokenizer = load_model_folder(stage_dir / "model", device)
     net.compute_dtype = resolve_compute_dtype("auto", device)
