@@ -1,4 +1,4 @@
-"""When a periodic callback acts: one rule for all of them."""
+"""`Periodic`: one rule for when callbacks act that do so every so many steps."""
 
 import time
 
@@ -19,9 +19,11 @@ class Periodic(L.Callback):
         self.every, self.at_start = every, at_start
 
     def act(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        """Do what the callback is for; `step` is the number of steps done."""
         raise NotImplementedError
 
     def due(self, module: L.LightningModule, step: int) -> bool:
+        """Return whether to act when `step` steps are done."""
         if step == 0:
             return self.at_start and self.every > 0
         return self.every > 0 and (step % self.every == 0 or step == module.context.total_steps)
@@ -35,6 +37,7 @@ class Periodic(L.Callback):
             self.timed(trainer, module, module.global_step)
 
     def timed(self, trainer, module, step: int) -> None:
+        """Act, and add the time it takes to `module.paused_seconds`."""
         start = time.perf_counter()
         self.act(trainer, module, step)
         module.progress.paused_seconds += time.perf_counter() - start

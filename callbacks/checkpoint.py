@@ -1,4 +1,4 @@
-"""When checkpoints are written."""
+"""Save checkpoints while training."""
 
 import time
 from pathlib import Path

@@ -11,11 +11,11 @@ from llm.utils.files import write_atomic
 
 
 class MetricsLog(L.Callback):
-    """Last of the callbacks: writes what the others put into `module.row`, one row per logged step.
+    """Writes what the other callbacks put into `module.row`, one row per logged step; it is the last of them.
 
     A row is written every `log_every` steps, after the last step, and whenever an evaluation left a value. Resuming
     drops the rows of steps that will be done again, and writes that of the checkpoint's step if it is missing: a
-    checkpoint is written before its step's row. Rank 0 writes; what it writes is of all processes.
+    checkpoint is written before its step's row. Rank 0 writes, values of all processes.
     """
 
     def __init__(self, path: str | Path, log_every: int):

@@ -1,4 +1,4 @@
-"""What the user sees while a stage trains."""
+"""Progress of a training, for the user to see."""
 
 import sys
 import time
@@ -60,5 +60,5 @@ class Progress(L.Callback):
 
 
 def describe(values: dict[str, float]) -> str:
-    """The values that have a format, in fixed order: `loss 2.3456 | bpb 1.1234 | ...`."""
+    """Return the values that have a format, in fixed order: `loss 2.3456 | bpb 1.1234 | ...`."""
     return " | ".join(form.format(values[name]) for name, form in FORMATS.items() if name in values)

@@ -10,7 +10,9 @@ from llm.parallel.env import STOP_SIGNALS
 
 
 class CleanStop(L.Callback):
-    """On the first SIGINT, SIGTERM or SIGUSR1: finish the step, save, end the loop. A second SIGINT ends at once.
+    """Ends a training cleanly on the first SIGINT, SIGTERM or SIGUSR1: finishes the step, saves, ends the loop.
+
+    A second SIGINT ends at once.
 
     `signum` tells the caller afterwards which signal it was, None if the stage ran to its end.
     """

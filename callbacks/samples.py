@@ -1,4 +1,4 @@
-"""What the model says to fixed prompts."""
+"""Print samples of the model's answers to fixed prompts."""
 
 from callbacks.cadence import Periodic
 from llm.eval.samples import draw_samples

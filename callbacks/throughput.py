@@ -9,7 +9,7 @@ from llm.scaling.gpu_estimate import peak_of
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s: the data sheet's for known GPUs in bf16, else the best of a few square products measured here."""
+    """Return the peak FLOP/s: of the data sheet for known GPUs in bf16, else measured here by square products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         if peak := peak_of(torch.cuda.get_device_name(device)):
             return peak
@@ -17,7 +17,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measured_matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None, seconds: float = 0.3) -> float:
-    """FLOP/s of n x n x n products, best of the repetitions that fit in `seconds`.
+    """Return the FLOP/s of n x n x n products, best of the repetitions that fit in `seconds`.
 
     By default n is 1024 on a CPU and 8192 on a GPU, which smaller products do not fill.
     """
@@ -107,5 +107,5 @@ class Throughput(L.Callback):
 
 
 def _wait_seconds(module) -> float:
-    """Seconds that this process has waited for data since training began or went on."""
+    """Return the seconds that this process has waited for data since training began or went on."""
     return getattr(module.trainer.datamodule.loader, "wait_seconds", 0.0)

@@ -37,7 +37,7 @@ class LossGuard(L.Callback):
 
 
 class ProcessWatch(L.Callback):
-    """Every `every` steps, and before each checkpoint: do all processes hold the same weights, is one of them slow?
+    """Compares the processes every `every` steps and before each checkpoint: same weights, similar speed?
 
     slow: how many times the others' time for its part of a step makes a process worth a line. Nothing in one process.
     """
@@ -81,7 +81,7 @@ def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
 
 
 def slow_processes(milliseconds: float, slow: float) -> str | None:
-    """What to say of processes that take more than `slow` times the median for their own part of a step."""
+    """Return a line about processes that take over `slow` times the median for their part of a step, or None."""
     times = collectives.all_gather_object((milliseconds, socket.gethostname()))
     median = statistics.median_low([own for own, _ in times])
     late = [f"process {k} on {host} {own:.0f} ms" for k, (own, host) in enumerate(times) if own > slow * median]

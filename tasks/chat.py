@@ -50,7 +50,7 @@ def check_chat(row: dict, where: str) -> None:
 
 
 class Chat(Task):
-    """Rows as `as_conversation` takes them (or a bare list of messages per line), for training only."""
+    """Conversations in any format that `as_conversation` reads, or a bare list of messages per row; training only."""
 
     kind = "chat"
     generated: ClassVar[dict[str, str]] = {"embedded": "smalltalk"}

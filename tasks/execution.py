@@ -46,8 +46,9 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds: wall clock of the tests together, and CPU time per process. memory_mb: address space per process.
+    """Limits of a program and its tests.
 
+    seconds: wall clock of the tests together, and CPU time per process. memory_mb: address space per process.
     processes: besides the program's first. file_mb: the largest file, output included; disk_mb: all files together.
     """
 
@@ -61,7 +62,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """verdict: "pass" (the tests came to their end), "fail" (a test is not satisfied), "error" (the program raised, or
+    """Outcome of running a program.
+
+    verdict: "pass" (the tests came to their end), "fail" (a test is not satisfied), "error" (the program raised, or
     ended early), "timeout" or "killed" (by a signal, such as a crash or the CPU limit). detail: one line that says why.
 
     held: which protections were in force, by name.
@@ -79,7 +82,7 @@ class ProgramResult:
 
 
 def run_program(program: Program, limits: Limits | None = None, namespaces: bool = True) -> ProgramResult:
-    """The verdict on one program. Never raises for what the program does.
+    """Run one program and return the verdict. Never raises for what the program does.
 
     namespaces: False is for testing the protections that are left where the kernel allows no namespaces.
     """
@@ -102,7 +105,7 @@ def run_program(program: Program, limits: Limits | None = None, namespaces: bool
 
 
 def _ask_runner(command: list[str], question: bytes, output: tuple[int, int], seconds: float) -> dict:
-    """The runner's answer; what the runner died of as "killed"."""
+    """Return the runner's answer, or "killed" with what the runner died of."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, pass_fds=output) as runner:
         try:
@@ -128,7 +131,7 @@ def _tail(file: IO[bytes]) -> str:
 def run_programs(
     programs: Sequence[Program], limits: Limits | None = None, workers: int | None = None
 ) -> list[ProgramResult]:
-    """The verdicts on many programs, `workers` at a time (default: one per CPU core, up to 32).
+    """Run many programs and return the verdicts, `workers` at a time (default: one per CPU core, up to 32).
 
     Says once per process what confines them. Raises `UserError` if the sandbox does not work here.
     """
@@ -143,7 +146,10 @@ def announce_sandbox() -> None:
 
 
 def sandbox_report() -> str:
-    """One line: what confines programs on this machine, and what does not. Raises `UserError` if none can be run."""
+    """Return one line about the protections that hold on this machine and those that do not.
+
+    Raises UserError where no program can be run at all.
+    """
     probe = Program("import json\ndef f(x):\n    return x", "f", "def check(f):\n    assert f((1, 2)) == (1, 2)\n")
     result = run_program(probe)
     if not result.ok:
@@ -152,7 +158,7 @@ def sandbox_report() -> str:
 
 
 def describe(held: Mapping[str, bool]) -> str:
-    """The protections in force, and what is in reach of programs because others are not."""
+    """Return the protections in force, and the things that programs can reach because others are not."""
     names = [text for name, text in PROTECTIONS.items() if held[name]]
     gaps = []
     if not held["namespaces"]:

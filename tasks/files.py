@@ -15,12 +15,12 @@ Check = Callable[[dict, str], None]
 
 
 def is_address(entry: object) -> bool:
-    """Whether an entry of `train` or `test` is an address of the web."""
+    """Return whether an entry of `train` or `test` is an address of the web."""
     return str(entry).startswith(("https://", "http://"))
 
 
 def web_file(entry: str, where: str, cache: Cache) -> Path:
-    """The file at an address, fetched into the cache if it is not there yet."""
+    """Return the file at an address, fetched into the cache if it is not there yet."""
     file = WebFile(entry, where, cache.folder)
     if file.is_here():
         return file.path
@@ -32,7 +32,7 @@ def web_file(entry: str, where: str, cache: Cache) -> Path:
 def find_files(
     paths: str | Sequence[str], where: str, exclude: Sequence[Path] = (), cache: Cache | None = None
 ) -> list[Path]:
-    """The files that a path, a glob, an address or a list of them names, sorted per entry, without those to `exclude`.
+    """Return the files that a path, glob, address or list of them names, sorted per entry, without `exclude`.
 
     Raises `UserError` naming `where` (the config key) for an entry that matches no file, or where nothing is left.
     """
@@ -56,7 +56,7 @@ def find_files(
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text of `data`, or `UserError` naming file, row and byte."""
+    """Return the UTF-8 text of `data`, or raise `UserError` naming file, row and byte."""
     try:
         return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def parse_row(line: bytes, where: str) -> dict:
-    """One JSON object; a bare array is taken as the messages of a conversation."""
+    """Parse one JSON object; a bare array is taken as the messages of a conversation."""
     try:
         row = json.loads(decode(line, where))
     except json.JSONDecodeError as error:
@@ -118,7 +118,7 @@ class JsonlRows(Sequence):
 
 
 def read_words(files: Sequence[Path]) -> list[str]:
-    """The words of .txt files, one per line, in file order, each once.
+    """Return the words of .txt files, one per line, in file order, each once.
 
     Entries with other characters than letters (marks, digits, quotes) are left out: the spelling format cannot hold
     them.

@@ -25,7 +25,7 @@ FACTS = "fathom.json"
 
 @dataclass(frozen=True)
 class Cache:
-    """Where fetched data lies (paths.data), and whether what is missing may be fetched: not in a dry run."""
+    """Folder of fetched data (paths.data), and whether data that is missing may be fetched: not in a dry run."""
 
     folder: str | Path
     may_fetch: bool = True
@@ -44,10 +44,11 @@ class HubTask(HubRepo):
         return super().__str__() + (f" subset {self.subset}" if self.subset else "")
 
     def is_here(self) -> bool:
+        """Return whether the data set was fetched, and completely."""
         return (self.root / FACTS).is_file()
 
     def splits(self) -> dict[str, int]:
-        """Rows of every split, after fetching them if they are not here."""
+        """Return the number of rows of every split, after fetching them if they are not here."""
         if not self.is_here():
             if not self.may_fetch:
                 raise UserError(
@@ -59,7 +60,7 @@ class HubTask(HubRepo):
         return read_json(self.root / FACTS)["rows"]
 
     def load(self, split: str, which: str):
-        """The rows that `split` names, as a `datasets.Dataset`: a split, a slice of it (`train[:10%]`), or a sum.
+        """Return the rows of `split`, a split, a slice of it (`train[:10%]`) or a sum, as a `datasets.Dataset`.
 
         which: the task's key that holds `split`, "train" or "test".
         """
@@ -70,7 +71,7 @@ class HubTask(HubRepo):
         return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
     def overlap(self, train: str, test: str) -> bool:
-        """Whether what the two keys name has rows in common; a `test` that does not exist is told when it is read."""
+        """Return whether the rows of two splits overlap; a `test` that does not exist is told when it is read."""
         trained = self._parts(train, "train")
         try:
             held_out = self._parts(test, "test")
@@ -79,7 +80,7 @@ class HubTask(HubRepo):
         return any(a.splitname == b.splitname and a.from_ < b.to and b.from_ < a.to for a in trained for b in held_out)
 
     def _parts(self, split: str, which: str) -> list:
-        """What `split` names as parts of splits, from a row to another."""
+        """Return the rows that `split` names as parts of splits, from a row to another."""
         from datasets import ReadInstruction
 
         rows = self.splits()
@@ -119,7 +120,7 @@ class HubTask(HubRepo):
         print(f"{self}: " + ", ".join(f"{count:,} rows {name}" for name, count in rows.items()), flush=True)
 
     def _read(self, commit: str, work: Path):
-        """All splits of a commit as a `datasets.DatasetDict` in `work`; what waiting cannot cure as UserError."""
+        """Read all splits of a commit as a `datasets.DatasetDict` in `work`; UserError for faults that stay."""
         import datasets
         import pyarrow as pa
         from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
@@ -157,7 +158,7 @@ class HubTask(HubRepo):
 
 @contextlib.contextmanager
 def quiet_bars() -> Iterator[None]:
-    """The library's progress bars are for terminals."""
+    """Turn off the progress bars of the library datasets, which are for terminals, elsewhere."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()

@@ -36,7 +36,7 @@ class Mixture:
         return (self[i] for i in range(len(self)))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Which task (number) and which of its rows stands at `index`."""
+        """Return (number of the task, number of its row) at `index`. Raises IndexError."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         position = self.order[index]

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llm.errors import UserError
-from llm.model.config import GPTConfig
+from llm.model.config import GPTConfig, config_class
 from llm.model.fused_ops import NORM_EPS
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import replaced_folder
 
@@ -78,7 +78,7 @@ def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "c
             f"(fingerprint {tokenizer.fingerprint[:12]}, expected {fingerprint[:12]}); "
             "put the original tokenizer files back, or train the stage again"
         )
-    net = GPT(config)
+    net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
     return net.to(device), tokenizer
 
@@ -164,7 +164,8 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
             f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
         )
     try:
-        return GPTConfig.from_dict(ours["model"]), str(ours["tokenizer"])
+        shape = config_class(ours["model"].get("arch", "classic"))
+        return shape.from_dict(ours["model"]), str(ours["tokenizer"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged `fathom` section ({error}); copy it again or train again") from error
 

@@ -148,6 +148,7 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
             print(f"\n== {title}", flush=True)
         try:
             _unwrap_names(cfg)
+            load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
             _function(target)(cfg)

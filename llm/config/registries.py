@@ -73,10 +73,12 @@ class Architecture:
 
     @property
     def network_class(self) -> type:
+        """Return the class of the network; imports torch."""
         return resolved(self.network)
 
     @property
     def config_class(self) -> type:
+        """Return the class of the shape."""
         return resolved(self.config)
 
 

@@ -156,6 +156,7 @@ class ChatStage(AssistantStage):
 @dataclass
 class GRPOStage(AssistantStage):
     task: str | None = key("task to be rewarded for; null = data.rl")
+    reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
     prompts_per_step: int = key("questions of one step", low=1)
     samples_per_prompt: int = key("answers drawn per question, the group within which rewards are compared", low=2)
     max_new_tokens: int = key("length limit of an answer", low=1)
@@ -330,6 +331,9 @@ class EvalConfig:
     include_path: str | None = key("eval=lm_eval: folder of task files (YAML) of your own")
     chat_template: bool = key("eval=lm_eval: prompts in the model's chat format")
     batch_size: int = key("sequences evaluated together", low=1)
+    judges: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "judges of your own by name, each with its _target_ (docs/extend.md)"}
+    )
 
 
 @dataclass

@@ -3,26 +3,51 @@
 from collections.abc import Mapping
 
 from llm.config.check import check_values
+from llm.config.registries import TEXT_SOURCES
 from llm.config.schema import SourceSpec
 from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments
 from llm.errors import UserError
 
 
 def document_source(data, cache: str) -> DocumentSource:
-    """The text of the config group `data`, checked as far as that is cheap; `cache` is paths.data."""
+    """Build the source of text of the config group `data` and check it as far as that is cheap; cache: paths.data."""
     source = build_source(data, cache)
     print(f"text: {source.check()}", flush=True)
     return source
 
 
 def build_source(data, cache: str) -> DocumentSource:
-    """The same, nothing checked or fetched but the list of a hub data set's files."""
+    """Build the source of text that `data.name` names, without a check of its text.
+
+    Nothing is fetched but the list of a hub data set's files. Raises UserError for a name that does not exist.
+    """
     if data.get("streaming") and data.name != "hub":
         raise UserError(f"data.streaming=true is for data sets of the hub, not for data={data.name}; leave it out")
-    if data.name == "embedded":
-        return EmbeddedDocuments(data.size, data.seed, data.val_size)
-    if data.name != "mixture":
-        return _files_source(data, cache, data.workers, "data", {"local": "path", "hub": "repo"}[data.name])
+    return TEXT_SOURCES.get(data.name, "data.name")(data, cache)
+
+
+def is_remote(data) -> bool:
+    """Return whether the text of the config group `data` lies on the network: a dry run then does not look at it."""
+    return getattr(TEXT_SOURCES.get(data.name, "data.name"), "is_remote", False)
+
+
+def embedded_source(data, cache: str) -> DocumentSource:
+    """Build data=embedded: the generated world."""
+    return EmbeddedDocuments(data.size, data.seed, data.val_size)
+
+
+def local_source(data, cache: str) -> DocumentSource:
+    """Build data=local: the user's own files."""
+    return _files_source(data, cache, data.workers, "data", "path")
+
+
+def hub_source(data, cache: str) -> DocumentSource:
+    """Build data=hub: shards of a data set on the hub, stored in `cache` or streamed."""
+    return _files_source(data, cache, data.workers, "data", "repo")
+
+
+def mixture_source(data, cache: str) -> DocumentSource:
+    """Build data=mixture: several sources of files, each with its weight. Raises UserError for wrong `data.sources`."""
     from llm.data.text_mixture import MixedDocuments
 
     if not isinstance(data.sources or {}, Mapping):
@@ -42,7 +67,7 @@ def build_source(data, cache: str) -> DocumentSource:
 
 
 def _source_spec(values, key: str):
-    """One of `data.sources` with its defaults; UserError for keys and values that its schema does not know."""
+    """Return one of `data.sources` with its defaults; UserError for keys and values that its schema does not know."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -56,7 +81,7 @@ def _source_spec(values, key: str):
 
 
 def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
-    """Files of this machine (kind "path") or of the hub ("repo"), as `spec`, the place `key` of the config, says."""
+    """Build documents of files: of this machine (kind "path") or of the hub ("repo"). key: where `spec` stands."""
     if spec[kind] is None:
         needs = {
             "path": "data=local needs data.path=<folder, file or pattern of your text>",

@@ -21,6 +21,7 @@ from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
 from llm.eval.hf_model import load_hf
+from llm.eval.judges import judges
 from llm.eval.samples import draw_samples, questions, text_prompts
 from llm.eval.task_scores import chat_core, evaluate_task
 from llm.inference.engine import Engine
@@ -48,7 +49,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     wanted = [section for section in SECTIONS if cfg.eval[section]]
     if wrong := [k for k in cfg.eval.ks or [] if not 1 <= k <= cfg.eval.num_samples]:
         raise UserError(f"eval.ks={list(cfg.eval.ks)}: pass@{wrong[0]} needs eval.num_samples={wrong[0]} or more")
-    if not wanted:
+    if not wanted and not cfg.eval.judges:
         raise UserError(f"eval=[] measures nothing: choose from {', '.join(SECTIONS)}, as in eval=[bpb,chat]")
     if cfg.eval.core and cfg.eval.bundle is None:
         raise UserError("eval=[core] needs eval.bundle=<folder or zip of a CORE bundle>; see docs/evaluation.md")
@@ -63,10 +64,11 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     print(f"{subject.title} on {subject.net.device}", flush=True)
     measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
     measure |= {"core": subject.core, "lm_eval": subject.lm_eval}
+    own = judges(cfg.eval, subject)
     scores, merged = dict(subject.facts), {}
-    for section in wanted:  # each is kept at once: the next one may take hours
-        found = measure[section]()
-        scores |= found
+    for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
+        found = (own | measure)[section]()
+        scores |= found | {"judges": scores.get("judges", {}) | found.get("judges", {})}
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
     print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
     report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
@@ -88,7 +90,7 @@ def load_harness(options: Any) -> Any:
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
     merged = read_json(path) or {}
-    kinds = ("chat", "core_tasks", "lm_eval")
+    kinds = ("chat", "core_tasks", "lm_eval", "judges")
     by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in kinds}
     merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
     if (overall := chat_core(by_task["chat"])) is not None:
@@ -114,6 +116,8 @@ def print_scores(title: str, scores: dict[str, Any]) -> None:
             rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
     if "chatcore" in scores:
         rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
+    for judge, own in scores.get("judges", {}).items():
+        rows += [[f"{judge} {metric}", value(score), "", ""] for metric, score in own.items()]
     if rows:
         print()
         print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=title)

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
-ARCHS = ("classic", "modern", "gpt2")
+from llm.config.registries import ARCHITECTURES
+
 WINDOW_MULTIPLE = 128  # short windows are rounded up to it: the block size of fast kernels
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
 
@@ -73,8 +74,8 @@ class GPTConfig:
     fc_scale: float = UNSTATED["fc_scale"]  # factor on the initial weights of the MLP's first layer
 
     def __post_init__(self):
-        if self.arch not in ARCHS:
-            raise ValueError(f"arch={self.arch}: choose one of {', '.join(ARCHS)}")
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"arch={self.arch}: choose one of {', '.join(ARCHITECTURES)}")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"model.n_kv_head={self.n_kv_head} must divide the number of heads, {self.n_head}")
         if self.head_dim % 2:
@@ -106,6 +107,10 @@ class GPTConfig:
         """Return whether a layer adds value embeddings: every other layer does, the last one among them."""
         return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
 
+    def further_block_params(self) -> int:
+        """Return how many parameters all blocks have beside those of the three forms; for subclasses with more."""
+        return 0
+
     def to_dict(self) -> dict:
         """Return all options by name, for config.json."""
         return asdict(self)
@@ -123,6 +128,11 @@ class GPTConfig:
         return cls(**(UNSTATED | stated))
 
 
+def config_class(arch: str) -> type[GPTConfig]:
+    """Return the class of the shape of an architecture. Raises UserError where there is no such architecture."""
+    return ARCHITECTURES.get(arch, "arch.name").config_class
+
+
 def num_params(config: GPTConfig) -> dict[str, int]:
     """Count the parameters by kind and in total, without building the model. Kinds that it lacks are left out."""
     c = config
@@ -132,6 +142,7 @@ def num_params(config: GPTConfig) -> dict[str, int]:
     mlp = 8 * c.n_embd**2
     n_value = sum(c.has_value_embed(layer) for layer in range(c.n_layer))
     blocks = c.n_layer * (q_and_out + k_and_v + mlp) + n_value * c.n_kv_head * c.gate_channels
+    blocks += c.further_block_params()
     counts = {"embedding": table, "head": 0 if c.tied else table, "blocks": blocks}
     if c.arch == "gpt2":  # biases of the six projections, weight and bias of the norms
         attention_biases = (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from llm.config.registries import ARCHITECTURES
 from llm.model.attention import (
     apply_rotary,
     attention_masks,
@@ -108,12 +109,19 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+def build_network(config: GPTConfig) -> "GPT":
+    """Build the network class of `config.arch`, weights not yet set. Raises UserError for an unknown architecture."""
+    return ARCHITECTURES.get(config.arch, "arch.name").network_class(config)
+
+
 class GPT(nn.Module):
     """Transformer language model: token ids in, logits or loss out.
 
-    `compute_dtype` is the dtype of all activations up to the logits.
+    `compute_dtype` is the dtype of all activations up to the logits. A subclass with other blocks sets `block_class`
+    and is registered by `llm.config.extend.register_arch`.
     """
 
+    block_class = Block
     can_share_prefix = True  # `continue_prefixes` works
 
     def __init__(self, config: GPTConfig):
@@ -128,7 +136,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": _table(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "h": nn.ModuleList(self.block_class(config, layer) for layer in range(config.n_layer)),
             }
         )
         if config.arch == "gpt2":

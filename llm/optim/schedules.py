@@ -7,9 +7,10 @@ import math
 
 
 def lr_multiplier(step: int, total_steps: int, warmup_steps: int, warmdown_ratio: float, final_frac: float) -> float:
-    """Linear warm-up, flat, linear decay to `final_frac` over the last `warmdown_ratio` of the steps.
+    """Return the factor on the learning rate: linear warm-up, flat, linear decay to `final_frac`.
 
-    The warm-up takes at most a quarter of the steps; its first value is 1 / warmup and not 0.
+    The decay takes the last `warmdown_ratio` of the steps. The warm-up takes at most a quarter of them; its first value
+    is 1 / warmup and not 0.
     """
     warmup = min(warmup_steps, total_steps // 4)
     if step < warmup:
@@ -19,19 +20,22 @@ def lr_multiplier(step: int, total_steps: int, warmup_steps: int, warmdown_ratio
 
 
 def warmdown_progress(step: int, total_steps: int, warmdown_ratio: float) -> float:
-    """0 until the warm-down begins, then linear to 1 at the end."""
+    """Return how much of the warm-down is done: 0 until it begins, then linear to 1 at the end."""
     warmdown = round(warmdown_ratio * total_steps)
     return min(max(step - (total_steps - warmdown), 0) / warmdown, 1.0) if warmdown else float(step > total_steps)
 
 
 def muon_momentum(step: int, warmup_steps: int, start: float, end: float, final: float, warmdown: float) -> float:
-    """Momentum of Muon: linear from `start` to `end` over the first steps, then with `warmdown` (0 to 1) to `final`."""
+    """Return Muon's momentum: linear from `start` to `end` over `warmup_steps`, then with `warmdown` to `final`.
+
+    warmdown: share of the warm-down that is done, 0 to 1.
+    """
     frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
     risen = (1 - frac) * start + frac * end
     return risen + warmdown * (final - risen)
 
 
 def decay_multiplier(schedule: str, step: int, total_steps: int) -> float:
-    """Factor on the weight decay: constant, or from 1 to 0 in a line (linear) or half a cosine wave (cosine)."""
+    """Return the factor on the weight decay: constant, or from 1 to 0 in a line (linear) or half a wave (cosine)."""
     done = min(step / total_steps, 1.0)
     return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]

@@ -1,7 +1,7 @@
 """The processes of one training: which one this is, and the few numbers they exchange beside gradients and weights.
 
-Every function also works in a single process without torch.distributed, where there is nobody to talk to. What is
-exchanged here lives on the host and travels by gloo, so no GPU waits for it.
+Every function also works in a single process without torch.distributed, where there is nobody to talk to. Things
+exchanged here live on the host and travel by gloo, so no GPU waits for them.
 """
 
 import time
@@ -16,25 +16,27 @@ _waited = 0.0
 
 
 def world_size() -> int:
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this process among those that train together, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Return whether this process is the one that prints and writes."""
     return rank() == 0
 
 
 def to_local(t: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor: all of it, or its rows of a DTensor."""
+    """Return the part of a tensor that this process holds: all of it, or its rows of a DTensor."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """The sums of numbers over all processes, in fp64: the same bits everywhere."""
+    """Return the sums of numbers over all processes, in fp64: equal bits everywhere."""
     if world_size() == 1:
         return list(values)
     global _waited
@@ -46,12 +48,12 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def waited_seconds() -> float:
-    """Time that this process has spent in `all_reduce_sum`, above all waiting for the others."""
+    """Return the seconds that this process has spent in `all_reduce_sum`, above all waiting for the others."""
     return _waited
 
 
 def all_gather_object(thing: Any) -> list:
-    """What every process has, by rank. Things are pickled: for small ones and checkpoints."""
+    """Return the things of all processes, by rank. They are pickled: for small ones and checkpoints."""
     if world_size() == 1:
         return [thing]
     things: list = [None] * world_size()
@@ -60,7 +62,7 @@ def all_gather_object(thing: Any) -> list:
 
 
 def broadcast_object(thing: Any) -> Any:
-    """What rank 0 has."""
+    """Return the thing that rank 0 has; the argument of the other processes counts for nothing."""
     if world_size() == 1:
         return thing
     box = [thing]

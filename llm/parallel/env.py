@@ -15,17 +15,17 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, srun or `launch`) started this process."""
+    """Return whether a launcher (torchrun, srun or `launch`) started this process."""
     return all(name in os.environ for name in LAUNCHED)
 
 
 def launched_rank() -> int:
-    """Rank of this process, known before it joins the others; 0 without a launcher."""
+    """Return the rank of this process, known before it joins the others; 0 without a launcher."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def adopt_slurm() -> None:
-    """In a task of an srun step of several: set the variables that torchrun would set. Elsewhere nothing happens.
+    """Set the variables that torchrun would set, in a task of an srun step of several; elsewhere do nothing.
 
     The variables of the step are absent in a batch script and in the shell of salloc, where those of the job are set.
     """
@@ -46,7 +46,7 @@ def adopt_slurm() -> None:
 
 
 def check_layout(cfg) -> None:
-    """torchrun and srun know how many nodes there are; a `trainer.num_nodes` that says otherwise is an error."""
+    """Raise UserError where `trainer.num_nodes` is not the number of nodes that torchrun or srun started."""
     world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if world % here or cfg.trainer.num_nodes not in (1, world // here):
         raise UserError(
@@ -56,14 +56,14 @@ def check_layout(cfg) -> None:
 
 
 def begin() -> None:
-    """What each of several processes does first: none outlives its launcher, and only rank 0 prints."""
+    """Prepare one of several processes: it does not outlive its launcher, and only rank 0 prints."""
     die_with_parent()
     if launched_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
 def end(status: int) -> NoReturn:
-    """End a process that was one of several: taking down torch's threads in an orderly way aborts now and then."""
+    """End a process that was one of several at once: taking down torch's threads in order aborts now and then."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

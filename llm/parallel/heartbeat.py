@@ -22,7 +22,7 @@ SILENT_SECONDS = 45.0
 
 
 class Register(socketserver.ThreadingTCPServer):
-    """On rank 0: when every process has called last. A call is a rank, the answer the ranks that are silent."""
+    """Server on rank 0 that notes when each process called last. A call is a rank, the answer the silent ranks."""
 
     daemon_threads = True
 
@@ -32,18 +32,21 @@ class Register(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, name="fathom-register", daemon=True).start()
 
     def silent(self) -> list[int]:
+        """Return the ranks that have not called for `SILENT_SECONDS`."""
         now = time.monotonic()
         return [rank for rank, at in self.heard.items() if now - at > SILENT_SECONDS]
 
 
 class Call(socketserver.StreamRequestHandler):
+    """A call of one process."""
+
     def handle(self) -> None:
         self.server.heard[int(self.rfile.readline())] = time.monotonic()
         self.wfile.write(json.dumps(self.server.silent()).encode())
 
 
 def start() -> None:
-    """Watch in a thread from now on. All processes call it together."""
+    """Start to watch in a thread. All processes call it together."""
     world, here = collectives.world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     register = Register("127.0.0.1" if here == world else "", world) if collectives.is_main() else None
     port = collectives.broadcast_object(None if register is None else register.server_address[1])
@@ -61,7 +64,7 @@ def start() -> None:
 
 
 def silent_processes(register: Register | None, address: tuple[str, int]) -> list[int]:
-    """Ranks that have not called for long, from rank 0's own register or by calling it."""
+    """Return the ranks that have not called for long, from rank 0's own register or by calling it."""
     if register is not None:
         return register.silent()
     with socket.create_connection(address, timeout=BEAT_SECONDS) as call:
@@ -70,6 +73,7 @@ def silent_processes(register: Register | None, address: tuple[str, int]) -> lis
 
 
 def watch(register: Register | None, address: tuple[str, int]) -> None:
+    """Call rank 0 every few seconds, and end this process when one of the others is silent."""
     answered = time.monotonic()
     while True:
         time.sleep(BEAT_SECONDS)

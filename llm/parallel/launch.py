@@ -26,7 +26,10 @@ KILL_SECONDS = 30  # then they are told to stop, and then killed
 
 
 def processes_here(cfg) -> int:
-    """How many to start on this machine: one per device of `cfg.trainer`; auto: every GPU, or one on a CPU."""
+    """Return how many processes to start on this machine: one per device of `cfg.trainer`.
+
+    devices=auto: every GPU, or one process on a CPU. Raises UserError for devices that are not there.
+    """
     import torch
 
     devices, on_cpu = cfg.trainer.devices, cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
@@ -42,12 +45,15 @@ def processes_here(cfg) -> int:
 
 
 def processes(cfg) -> int:
-    """How many processes train: those that a launcher has started, else those that are wanted on all nodes."""
+    """Return how many processes train: those that a launcher has started, else those wanted on all nodes."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else processes_here(cfg) * cfg.trainer.num_nodes
 
 
 def meeting_place(num_nodes: int) -> tuple[int, str, str]:
-    """(number of this node, address and port of the first one), which the environment tells if there are several."""
+    """Return (number of this node, address and port of the first one); with several, the environment tells.
+
+    Raises UserError where the environment lacks one of them.
+    """
     if num_nodes == 1:
         return 0, "127.0.0.1", str(free_port())
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]:
@@ -105,7 +111,7 @@ def launch(config: dict, n: int) -> int:
 
 
 def wait(children: list[subprocess.Popen], tell: Callable[[int], None], received: list[int]) -> None:
-    """Until all have ended; after a first failure, or a second signal, they get some time, then SIGTERM, then no more.
+    """Wait until all have ended; after a failure or a second signal they get time, then SIGTERM, then no more.
 
     One that waits for a process of a node that has gone hears no signal.
     """
@@ -125,7 +131,7 @@ def wait(children: list[subprocess.Popen], tell: Callable[[int], None], received
 def child_env(
     local_rank: int, n: int, port: int | str, address: str = "127.0.0.1", node: int = 0, num_nodes: int = 1
 ) -> dict[str, str]:
-    """The variables that torchrun would set for one of `n` processes on a node, and a fair share of the cores."""
+    """Return the environment that torchrun would give one of `n` processes of a node, with a share of the cores."""
     own = {"RANK": node * n + local_rank, "LOCAL_RANK": local_rank, "GROUP_RANK": node}
     own |= {"WORLD_SIZE": num_nodes * n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": address, "MASTER_PORT": port}
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -135,6 +141,7 @@ def child_env(
 
 
 def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

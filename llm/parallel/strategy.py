@@ -1,4 +1,4 @@
-"""How several processes train one network, as strategies of Lightning's trainer.
+"""Strategies of Lightning's trainer: the ways in which several processes train one network.
 
 muon    every process holds all weights and the optimizer state of its share (llm.parallel.muon_zero2); the default
 ddp     Lightning's: gradients are summed during the last backward pass, every process does the whole update
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from llm.errors import UserError
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.parallel.collectives import world_size
 from llm.parallel.env import is_launched
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
@@ -30,7 +30,7 @@ from llm.parallel.muon_zero2 import ShardedOptimizer
 
 @StrategyRegistry.register("muon", description="gradients, optimizer state and updates in shares (ZeRO-2)")
 class MuonStrategy(DDPStrategy):
-    """Weights are sent once, at the start. Gradients stay where they are until the optimizer sums them in its step."""
+    """Sends weights once, at the start, and leaves the sum of the gradients to the optimizer's step (ZeRO-2)."""
 
     strategy_name = "muon"
     optimizer_kind = ShardedOptimizer
@@ -41,7 +41,7 @@ class MuonStrategy(DDPStrategy):
 
 
 class SummingDDPStrategy(DDPStrategy):
-    """Gradients are summed and not averaged: the losses are divided by the tokens of all processes already."""
+    """Sums gradients and does not average them: the losses are divided by the tokens of all processes already."""
 
     def __init__(self, **kwargs):
         super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True, **kwargs)
@@ -58,9 +58,9 @@ def _summed(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
 # Lightning's own "fsdp" is FSDP1, which neither runs on a CPU nor keeps matrices apart.
 @StrategyRegistry.register("fsdp2", description="weights, gradients, optimizer state in shares (ZeRO-3)")
 class FSDPStrategy(ModelParallelStrategy):
-    """Every block, and all else together, is gathered for its forward and backward pass; gradients are summed.
+    """Cuts all weights, and gathers a block, or all else together, for its forward and backward pass.
 
-    Checkpoints are those of the other strategies: whole tensors in one file, which rank 0 writes.
+    Gradients are summed. Checkpoints are those of the other strategies: whole tensors in one file, which rank 0 writes.
     """
 
     optimizer_kind = FullyShardedOptimizer
@@ -79,7 +79,7 @@ class FSDPStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, net: GPT) -> None:
-        """Cut the weights, which are the same on all processes."""
+        """Cut the weights, which are equal on all processes, by rows."""
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))  # of the processes as they have met
         for part in (*net.transformer.h, net):
             fully_shard(part, mesh=mesh)
@@ -93,31 +93,31 @@ class FSDPStrategy(ModelParallelStrategy):
 
 @torch.no_grad()
 def full_model(net: GPT) -> GPT:
-    """The network, or where it is cut a copy with all weights as they are now: for use without the other processes.
+    """Return the network, or where it is cut a copy with all weights, for use without the other processes.
 
     All processes call it together.
     """
     if not isinstance(net, FSDPModule):
         return net
-    whole = GPT(net.config)
+    whole = build_network(net.config)
     whole.load_state_dict({name: p.full_tensor() for name, p in net.state_dict().items()}, assign=True)
     whole.compute_dtype = net.compute_dtype
     return whole.to(net.device)
 
 
 def layout_of_processes() -> dict[str, int]:
-    """`devices` of this machine and `num_nodes`, as `lightning.Trainer` takes them."""
+    """Return `devices` of this machine and `num_nodes`, as `lightning.Trainer` takes them."""
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
     return {"devices": here, "num_nodes": world_size() // here}
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """Where Lightning reads this process's rank. It is told, as it would take any SLURM job for one of its own."""
+    """Return the place where Lightning reads this process's rank; by itself it would take any SLURM job for its own."""
     return TorchElasticEnvironment() if is_launched() else LightningEnvironment()
 
 
 def make_strategy(name: str) -> str | Strategy:
-    """The strategy `strategy.name` for the processes there are, as `lightning.Trainer` takes it."""
+    """Build the strategy `strategy.name` for the processes there are. UserError for single with several of them."""
     if world_size() == 1:
         return "auto"
     if name == "single":

@@ -8,7 +8,7 @@ Shape: width 64 x depth, heads of 128 channels. Horizon, batch, rates and decay 
 import math
 
 from llm.errors import UserError
-from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
+from llm.model.config import GPTConfig, config_class, flops_per_token, num_params, scaling_params
 from llm.tokenizer.bpe import SPECIAL_TOKENS
 
 REFERENCE_DEPTH = 12  # where the hyperparameters were tuned,
@@ -36,7 +36,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
     if arch["name"] == "gpt2":
         features |= GPT2_AS_PUBLISHED
     try:
-        return GPTConfig(
+        return config_class(arch["name"])(
             n_layer=model["depth"],
             n_head=n_head,
             n_kv_head=n_head if model["n_kv_head"] is None else model["n_kv_head"],

@@ -1,7 +1,7 @@
 """stage=download: fetch what `data` takes from the hub and the web, before, or while, something is trained on it."""
 
 from llm.data.hub_documents import HubDocuments
-from llm.data.sources import build_source
+from llm.data.sources import build_source, is_remote
 from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
 from llm.stages.common import task_cache
@@ -54,7 +54,7 @@ def check_rows(task: Task) -> None:
 
 def texts_of_hub(cfg) -> list[HubDocuments]:
     """The sources of text that are data sets of the hub."""
-    if cfg.data.name not in ("hub", "mixture"):
+    if not is_remote(cfg.data):
         return []
     source = build_source(cfg.data, cfg.paths.data)
     parts = source.sources.values() if isinstance(source, MixedDocuments) else [source]

@@ -7,13 +7,15 @@ tokens of -advantage * log p, divided by the number of sampled tokens of the ste
 forgotten, the loss of some finetuning conversations can be added (PPO-ptx of InstructGPT, arXiv 2203.02155).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from callbacks.chat_eval import PassAtK
+from llm.config.registries import REWARDS
 from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.inference.engine import Completion, Engine
@@ -36,17 +38,29 @@ from llm.stages.step_module import StepData, StepModule
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 from tasks import Mixture, build_mixture, build_task
 
+Rewards = Callable[[Sequence[dict], Sequence[str]], list[float]]
+
 
 class RolloutSteps:
     """Step batches made of fresh samples. Never runs ahead: every batch comes from the weights of its own step.
 
     Questions are visited in a permutation per epoch; draws depend on (seed, step) alone, so the position is one number.
+    rewards: (conversations, completions) -> a number each; None = the task's own.
     rehearsal: conversations of which `stage.rehearsal` are trained on beside the answers of every step.
     """
 
     def __init__(
-        self, engine: Engine, task, stage, rows_per_micro: int, seed: int, position: dict | None, rehearsal=None
+        self,
+        engine: Engine,
+        task,
+        stage,
+        rows_per_micro: int,
+        seed: int,
+        position: dict | None,
+        rehearsal=None,
+        rewards: Rewards | None = None,
     ):
+        self.rewards = rewards or task.rewards
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
         self.rows_per_micro, self.seed = rows_per_micro, seed
         self.step = 0 if position is None else position["step"]
@@ -105,7 +119,7 @@ class RolloutSteps:
         decode = self.engine.tokenizer.decode
         asked = [c for c, group in zip(conversations, groups, strict=True) for _ in group]
         answers = [decode(sample.ids) for group in groups for sample in group]
-        rewards = torch.tensor(self.task.rewards(asked, answers)).view(len(groups), -1)
+        rewards = torch.tensor(self.rewards(asked, answers)).view(len(groups), -1)
         stop = self.engine.tokenizer.special_id("<|assistant_end|>")
         sequences = [sequence(prompt, s, stop) for prompt, group in zip(prompts, groups, strict=True) for s in group]
         micro, n_trained, n_tokens = micro_batches_of(
@@ -187,6 +201,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     train, test = (build_task(name, cfg.data.tasks[name], split, task_cache(cfg)) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
+    rewards = None if stage.reward is None else chosen_rewards(stage.reward)
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
     world = processes(cfg)
@@ -211,10 +226,26 @@ def build(cfg, parent: Path) -> BuiltStage:
     rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
 
     def loader(position: dict | None) -> RolloutSteps:
-        return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal)
+        return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal, rewards)
 
     data = StepData(loader)
     return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k])
+
+
+def chosen_rewards(name: str) -> Rewards:
+    """Return the reward `stage.reward`, a function of one conversation and its completion, for lists of them.
+
+    Raises UserError for a name that does not exist, and during training for a reward that is not a finite number.
+    """
+    reward = REWARDS.get(name, "stage.reward")
+
+    def rewards(conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
+        values = [float(reward(c, text)) for c, text in zip(conversations, completions, strict=True)]
+        if wrong := [value for value in values if not math.isfinite(value)]:
+            raise UserError(f"stage.reward={name}: gave {wrong[0]}; a reward must be a finite number")
+        return values
+
+    return rewards
 
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:

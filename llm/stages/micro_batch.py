@@ -7,7 +7,7 @@ import torch
 
 from llm.errors import UserError
 from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
+from llm.model.gpt import build_network
 from llm.parallel import collectives
 from llm.scaling.gpu_estimate import memory_bytes
 
@@ -91,7 +91,7 @@ def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(SHARE, device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        net = GPT(config).init_weights(0).to(device)
+        net = build_network(config).init_weights(0).to(device)
         net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
         net.activation_checkpointing = cfg.trainer.activation_checkpointing
         state = [torch.zeros_like(p) for p in net.parameters() for _ in range(2)]

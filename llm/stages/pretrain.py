@@ -11,12 +11,12 @@ import torch
 from llm.config.stages import stage_row
 from llm.data.documents import DocumentSource, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, validation_batches
-from llm.data.sources import document_source
+from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
 from llm.eval.samples import text_prompts
 from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.parallel.launch import processes
 from llm.scaling.gpu_estimate import named_gpu
 from llm.scaling.rules import (
@@ -88,7 +88,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
     text = find_text(cfg, tokenizer)
-    net = net or GPT(planned.config).init_weights(cfg.seed)
+    net = net or build_network(planned.config).init_weights(cfg.seed)
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
         reads, packing = (text.train, cfg.data.packing) if split == "train" else (text.val, VAL_PACKING)
@@ -114,7 +114,7 @@ class Text(NamedTuple):
 
 def find_text(cfg, tokenizer: Tokenizer) -> Text:
     """The sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
-    if cfg.dry_run and cfg.data.name in ("hub", "mixture"):  # numbers only: nothing is fetched
+    if cfg.dry_run and is_remote(cfg.data):  # numbers only: nothing is fetched
         return Text(None, None)
     source = document_source(cfg.data, cfg.paths.data)
     if not cfg.data.token_cache:
@@ -140,5 +140,5 @@ def derived_without_tokenizer(cfg) -> dict:
         cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
     checked_rows(cfg.batch.micro_batch_size)
     with torch.device("meta"):
-        net = GPT(planned.config)
+        net = build_network(planned.config)
     return derived(cfg, planned, net)

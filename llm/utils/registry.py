@@ -27,7 +27,7 @@ class Registry:
             raise UserError(f"a {self.what} named {name!r} exists already: register yours under another name")
 
     def __contains__(self, name: object) -> bool:
-        """Whether `get` would look for `name`: a registered name, or a dotted one, which is not imported here."""
+        """Return whether `name` is registered or dotted; a dotted one is not imported here, and may not exist."""
         return isinstance(name, str) and (name in self.entries or "." in name)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,106 @@
+"""What each process of test_update_rules.py runs: `update_rule_job.py <folder>`, launched in two processes.
+
+Updates the same parameters by the optimizers of strategy=muon and strategy=fsdp, with an elementwise and a matrix rule
+that no optimizer of ours has, stops half-way, gathers the state and goes on with new optimizers that load it.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from llm.config.extend import register_update_rule
+from llm.optim import ElementwiseRule, GroupOptimizer, MatrixRule
+from llm.parallel.env import end
+from llm.parallel.muon_fsdp import FullyShardedOptimizer
+from llm.parallel.muon_zero2 import ShardedOptimizer
+
+STEPS = 4
+SHAPES = {"matrices": [(12, 7), (7, 12), (12, 7), (5, 3)], "others": [(300, 70), (9,), (1,)]}
+
+
+def signs(group, params, grads, states) -> None:
+    """Step by the sign of a sum of all gradients."""
+    for p, grad, state in zip(params, grads, states, strict=True):
+        state["summed"] += grad
+        state["steps"] += 1
+        p.sub_(state["summed"].sign(), alpha=group["lr"])
+
+
+def normed_step(group, grads, states) -> torch.Tensor:
+    """Step of one length per matrix, along its momentum: no part of a matrix could be updated alone."""
+    for grad, state in zip(grads, states, strict=True):
+        state["momentum_buffer"].lerp_(grad, group["share"])
+    return torch.stack([-group["lr"] * s["momentum_buffer"] / s["momentum_buffer"].norm() for s in states])
+
+
+def register() -> None:
+    register_update_rule("signs", ElementwiseRule(signs, state=("summed",), scalars=("steps",)))
+    register_update_rule("normed", MatrixRule(normed_step, needs=("share",)))
+
+
+def drawn(shape: tuple, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters() -> dict[str, list[torch.nn.Parameter]]:
+    return {name: [torch.nn.Parameter(drawn(s, i)) for i, s in enumerate(shapes)] for name, shapes in SHAPES.items()}
+
+
+def optimizer_of(kind: type, params: dict[str, list]) -> GroupOptimizer:
+    normed = {"kind": "normed", "params": params["matrices"], "lr": 0.1, "share": 0.3, "weight_decay": 0.1}
+    return kind([normed, {"kind": "signs", "params": params["others"], "lr": 0.01}])
+
+
+def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor]:
+    """What one process computes in a step, or with rank=None the sum over all of them."""
+    ranks = range(world) if rank is None else [rank]
+    shapes = [shape for shapes in SHAPES.values() for shape in shapes]
+    return [sum(drawn(shape, 1000 * step + 100 * r + i) for r in ranks) for i, shape in enumerate(shapes)]
+
+
+def trained(kind: type, world: int) -> tuple[list[torch.Tensor], dict]:
+    """(weights after all steps, whole state after half of them), with the optimizer `kind`."""
+    params, mesh, half = parameters(), None, {}
+    if kind is FullyShardedOptimizer:
+        mesh = init_device_mesh("cpu", (world,))
+        params = {
+            n: [torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in ps] for n, ps in params.items()
+        }
+    optimizer = optimizer_of(kind, params)
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            if kind is not GroupOptimizer:
+                optimizer.consolidate_state_dict()
+            half = optimizer.state_dict() if kind is GroupOptimizer or dist.get_rank() == 0 else {}
+            if kind is not GroupOptimizer:
+                box = [half]
+                dist.broadcast_object_list(box)
+                half = box[0]
+            optimizer = optimizer_of(kind, params)
+            optimizer.load_state_dict(half)
+        rank = dist.get_rank() if kind is ShardedOptimizer else None
+        every = [p for ps in params.values() for p in ps]
+        for p, grad in zip(every, gradients(step, world, rank), strict=True):
+            p.grad = grad if mesh is None else distribute_tensor(grad, mesh, [Shard(0)])
+        optimizer.step()
+    return [p.full_tensor() if mesh is not None else p.detach() for p in every], half["state"]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    register()
+    results = {
+        kind.__name__: trained(kind, dist.get_world_size()) for kind in (ShardedOptimizer, FullyShardedOptimizer)
+    }
+    if dist.get_rank() == 0:
+        torch.save(results, Path(sys.argv[1]) / "results.pt")
+    dist.barrier()
+    end(0)
+
+
+if __name__ == "__main__":
+    main()
