@@ -14,7 +14,7 @@ TINY = ("experiment=tiny", "stage.sample_every=0")
 
 def files_of(page: str) -> dict[str, str]:
     """{path: content} of the code blocks that a line with a file's name precedes."""
-    return dict(re.findall(r"^`([\w./]+)`\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^`([\w./]+)`\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(scope="module")
