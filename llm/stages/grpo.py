@@ -197,9 +197,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt // world
     )
     scales = finetuning_scales(cfg, None)
-    context = step_context(
-        cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True, **scales
-    )
+    context = step_context(cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), **scales)
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
     micro = -(-stage.prompts_per_step * stage.samples_per_prompt // (cfg.batch.micro_batch_size * world))
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg, **scales)

@@ -44,7 +44,6 @@ class StageContext:
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
-    is_chat: bool = False
 
 
 class StepModule(L.LightningModule):
