@@ -1,4 +1,4 @@
-"""What the three entry points share: help, the check of the command line, Hydra, and tidy ends.
+"""Help, the check of the command line, Hydra, and tidy ends: shared by the three entry points.
 
 An entry point is two lines: `run_app("train", "llm.stages.run_stage.run_stage")`. The function is imported only when a
 job starts, so that `--help` and a mistake in the command line do not wait for torch.
@@ -95,7 +95,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
 
 
 def _complain(mistake: str) -> int:
-    """Print the error line. Rank 0 speaks first: if it has the same to say, its launcher ends the others meanwhile."""
+    """Print the error line. Rank 0 speaks first: its launcher ends the others, which would repeat it, meanwhile."""
     if launched_rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE_SECONDS)
@@ -138,7 +138,7 @@ def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
 
 
 def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
-    """The function that Hydra calls: imports and calls `target`, and names the job if it fails within a sweep."""
+    """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep."""
 
     def job(cfg: Any) -> None:
         title = ""
@@ -168,7 +168,7 @@ def _function(target: Target) -> Callable[[Any], None]:
 
 
 def _in_one_line(title: str, error: BaseException) -> UserError:
-    """What the command that waits for a submitted job is told; the job's own log gets the rest."""
+    """Shorten an error to what the command that waits for a submitted job is told; the job's own log gets the rest."""
     import submitit
 
     if isinstance(error, SystemExit):

@@ -12,7 +12,7 @@ from llm.run.stage_folder import RunDir, stage_before
 
 
 def job_title(swept: Sequence[Any], lines: Sequence[str], number: int) -> str:
-    """`job 2 of 5: stage=pretrain`: the place of a job in the sweep over the overrides `swept`, and its values."""
+    """Return `job 2 of 5: stage=pretrain`: a job's place in the sweep over the overrides `swept`, and its values."""
     total = 1
     for override in swept:
         total *= len(list(override.sweep_iterator()))
@@ -39,6 +39,6 @@ def separate_run(cfg: Any, lines: Sequence[str]) -> None:
 
 
 def _short(name: str, value: str) -> str:
-    """A part of a run's name: the option of a group, or the last part of a key with its value."""
+    """Return a part of a run's name: the option of a group, or the last part of a key with its value."""
     text = value if "." not in name and not re.fullmatch(r"[-+.\d]+.*", value) else f"{name.rpartition('.')[2]}={value}"
     return re.sub(r"[^\w.+=-]+", "_", text)

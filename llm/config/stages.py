@@ -31,7 +31,7 @@ UNKNOWN_RANK = 1_000_000
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: what a stage is called, where it starts from, who builds or runs it, and what it means to others."""
+    """Row of the table: what a stage is called, where it starts from, who builds or runs it, what others may expect."""
 
     name: str
     rank: int  # place in the pipeline; serve.py and evaluate.py choose the highest finished one
@@ -57,7 +57,7 @@ class Stage:
 
     @property
     def is_chat(self) -> bool:
-        """Whether its model answers questions and does not only continue texts."""
+        """True if its model answers questions and does not only continue texts."""
         return self.kind in CHAT_KINDS
 
     @property
@@ -147,22 +147,22 @@ def register_stage(row: Stage) -> None:
 
 
 def all_stages() -> tuple[Stage, ...]:
-    """The rows in pipeline order: by rank, then as registered."""
+    """Return the rows in pipeline order: by rank, then as registered."""
     return tuple(sorted(_TABLE.values(), key=lambda row: row.rank))
 
 
 def stage_names(*, in_run: bool = True) -> list[str]:
-    """Names in pipeline order: of the stages that belong to a run, or with in_run=False of all."""
+    """Return names in pipeline order: of the stages that belong to a run, or with in_run=False of all."""
     return [row.name for row in all_stages() if row.in_run or not in_run]
 
 
 def chat_mixtures() -> list[str]:
-    """The keys <stage> of `data.mixture` that are trained on: one per chat stage, in pipeline order."""
+    """Return the keys <stage> of `data.mixture` that are trained on: one per chat stage, in pipeline order."""
     return list(dict.fromkeys(row.mixture_key for row in all_stages() if row.kind == "chat"))
 
 
 def stage_row(name: str) -> Stage:
-    """The row of a stage. Raises UserError for a name that is not in the table."""
+    """Return the row of a stage. Raises UserError for a name that is not in the table."""
     if name not in _TABLE:
         raise UserError(
             f"stage={name} does not exist; choose one of {', '.join(stage_names(in_run=False))}, or name the plugin "
@@ -172,19 +172,19 @@ def stage_row(name: str) -> Stage:
 
 
 def row_or_stranger(name: str) -> Stage:
-    """The row of a stage; for one whose plugin is not loaded a row of kind "" that makes no claim about it."""
+    """Return the row of a stage; for one whose plugin is not loaded a row of kind "" that claims nothing about it."""
     stranger = Stage(name, UNKNOWN_RANK, "", "", servable=False)
     return _TABLE.get(name, stranger)
 
 
 def unread_keys(row: Stage) -> tuple[str, ...]:
-    """Patterns of config keys that cannot change what the stage makes, because it does not read them."""
+    """Return patterns of config keys that cannot change what the stage makes, because it does not read them."""
     others = [f"data.mixture.{name}" for name in chat_mixtures() if name != row.mixture_key]
     return (*KINDS[row.kind], *row.ignores, *(others if row.kind == "chat" else ()))
 
 
 def load_object(name: str, where: str) -> Any:
-    """Import what a dotted name means. Raises UserError, beginning with `where`, if there is no such thing."""
+    """Import what a dotted name stands for. Raises UserError, beginning with `where`, if there is no such thing."""
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute, None)

@@ -1,4 +1,4 @@
-"""What `evaluate.py` runs: score a finished stage, or a model of Hugging Face, and keep the scores in an eval.json."""
+"""Score a finished stage or a model of Hugging Face, and keep the scores in an eval.json: the work of `evaluate.py`."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_harness(options: Any) -> Any:
-    """lm-eval with the tasks of `eval.tasks`: an extra that only this needs."""
+    """Load lm-eval with the tasks of `eval.tasks`. Raises UserError where the extra package is not installed."""
     try:
         from llm.eval.lm_eval_harness import Harness
     except ModuleNotFoundError as error:
@@ -100,11 +100,13 @@ def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one JSON line per record, replacing the file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def print_scores(title: str, scores: dict[str, Any]) -> None:
+    """Print samples and a table of bits per byte and task scores, where `scores` has any."""
     for sample in scores.get("samples", []):
         print(f"\n> {sample['prompt']}\n{sample['completion']}")
     rows = [[key, value(scores[key]), "", ""] for key in ("bpb", "bpb_text") if key in scores]
@@ -151,11 +153,11 @@ class Subject:
 
     @cached_property
     def source(self) -> Any:
-        """The text, found and checked once."""
+        """Return the text of `data`, found and checked once."""
         return document_source(self.data, self.cache)
 
     def bpb(self) -> dict[str, float]:
-        """{"bpb": on the validation text}."""
+        """Return {"bpb": bits per byte on the validation text}."""
         return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
 
     def _layout(self) -> StepLayout:
@@ -173,7 +175,7 @@ class Subject:
         return bpb
 
     def chat(self) -> dict[str, dict]:
-        """{"chat": {task: its scores}} for the tasks of `data.eval`; every answer goes to records/<task>.jsonl."""
+        """Return {"chat": {task: its scores}} for the tasks of `data.eval`; answers go to records/<task>.jsonl."""
         options, scores = self.options, {}
         sampling = None
         if options.num_samples > 1:
@@ -204,17 +206,17 @@ class Subject:
         return build_task(name, self.data.tasks[name], "test", Cache(self.cache))
 
     def core(self) -> dict[str, Any]:
-        """{"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
+        """Return {"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
         return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.folder)
 
     def lm_eval(self) -> dict[str, Any]:
-        """{"lm_eval": {task: {metric: value}}}; every item goes to lm_eval/<task>.jsonl beside eval.json."""
+        """Return {"lm_eval": {task: {metric: value}}}; every item goes to lm_eval/<task>.jsonl beside eval.json."""
         if self.options.chat_template and not self.is_chat:
             raise UserError(f"eval.chat_template=true: {self.title} has no chat format; leave it out")
         return self.harness.measure(self.engine, self.folder)
 
     def samples(self) -> dict[str, list]:
-        """{"samples": [{"prompt", "completion"}]}: held-out texts continued, or questions of every task answered."""
+        """Return {"samples": [{"prompt", "completion"}]}: texts continued, or questions of every task answered."""
         if not self.is_chat:
             return {"samples": draw_samples(self.engine, text_prompts(texts(self.source, "val")), TEXT_SAMPLE_TOKENS)}
         return {"samples": draw_samples(self.engine, self._questions(), self.options.max_new_tokens)}
@@ -245,11 +247,11 @@ class StageSubject(Subject):
 
     @cached_property
     def held_out(self) -> Any:
-        """Held-out conversations of the mixture that the stage's row names: of what it was trained on."""
+        """Return held-out conversations of the mixture that the stage's row names, the one it was trained on."""
         return held_out_mixture(self.data, stage_row(self.name).mixture_key, self.seed, Cache(self.cache))
 
     def bpb(self) -> dict[str, float]:
-        """{"bpb": on the stage's own validation data, "bpb_text": of a chat stage also on the validation text}."""
+        """Return {"bpb": on the stage's own held-out data, "bpb_text": of a chat stage also on held-out text}."""
         if not self.is_chat:
             return super().bpb()
         train_on = self.settings.get("train_on", "assistant")
@@ -262,7 +264,7 @@ class StageSubject(Subject):
         return scores
 
     def chat(self) -> dict[str, dict]:
-        """As `Subject.chat`; nothing before a model has seen a chat."""
+        """Return the scores of chat tasks; nothing for a stage that has not seen a conversation."""
         if self.is_chat:
             return super().chat()
         print(f"chat: left out, stage={self.name} has not seen a conversation yet", flush=True)
@@ -310,6 +312,6 @@ class HFSubject(Subject):
 
 
 def folder_name(name: str) -> str:
-    """owner--name of a model on the hub; of a folder its last three parts, as every run has a folder `model`."""
+    """Return owner--name of a model on the hub; of a folder its last three parts, as every run has a folder `model`."""
     parts = Path(name).expanduser().resolve().parts[-3:] if Path(name).expanduser().is_dir() else name.split("/")
     return re.sub(r"[^\w.-]", "_", "--".join(part for part in parts if part != "/"))

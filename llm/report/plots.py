@@ -56,7 +56,7 @@ def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = 
 
 
 def without_columns(rows: Rows, names: Sequence[str]) -> Rows:
-    """The rows without the columns `names`."""
+    """Return the rows without the columns `names`."""
     return [{key: number for key, number in row.items() if key not in names} for row in rows]
 
 
@@ -70,7 +70,7 @@ def _figure(
     marks: bool = False,
     percent: bool = False,
 ) -> None:
-    """One panel per stage, side by side; percentages share their axis, other quantities have one per panel."""
+    """Draw one panel per stage, side by side; percentages share their axis, other quantities have one per panel."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ def _label_ends(ax: Any, ends: list[tuple[float, float, str]], form: str) -> Non
 
 
 def spaced(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Ascending heights moved apart to at least `gap`: upwards, then down again from `top` where they exceed it."""
+    """Move ascending heights apart to at least `gap`: upwards, then down again from `top` where they exceed it."""
     moved: list[float] = []
     for height in heights:
         moved.append(max(height, moved[-1] + gap) if moved else height)
@@ -145,7 +145,7 @@ def spaced(heights: Sequence[float], gap: float, top: float) -> list[float]:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Moving average over `window` values to each side, so that it does not lag.
+    """Return the moving average over `window` values to each side, so that it does not lag.
 
     Narrow at the start, where curves are steep, one-sided at the end, where they are flat and one value is noise.
     """

@@ -2,6 +2,8 @@
 
 python -m llm.report runs/demo               rebuild one report
 python -m llm.report --table [--runs runs]   one table over all runs
+
+Use `python -m llm.report --help` for the other options.
 """
 
 import argparse
@@ -28,10 +30,10 @@ PROGRESS_KEYS = frozenset("lr tok_per_s ms_per_step mfu data_wait tokens flops s
 
 
 def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
-    """(Re)write report.md and its figures from whatever stages exist so far; returns its path.
+    """Write report.md and its figures anew from whatever stages exist so far; returns its path.
 
     A stage file that cannot be read is named in the report instead of hiding the other stages. redraw=False keeps
-    figures that exist: enough where no stage has trained since.
+    figures that exist: enough where no stage has trained since. Raises UserError for a folder without a stage.
     """
     folder = Path(run_dir)
     stages, problems = read_stages(folder)
@@ -55,7 +57,11 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
 
 
 def read_stages(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """({stage: its run.json, plus "eval": its eval.json, "rows": its metrics.csv}, unreadable files) in order."""
+    """Return (stages, problems) of a run folder, the stages in pipeline order.
+
+    stages: {stage: its run.json, plus "eval": its eval.json, "rows": its metrics.csv}; problems: unreadable files and
+    stages whose plugin is not loaded, a line each.
+    """
     stages, problems = {}, []
     for stage in stages_in(run_dir):
         folder = run_dir / stage
@@ -102,7 +108,7 @@ def _stage_table(stages: dict[str, dict]) -> str:
 
 
 def _parent_name(parent: str | None) -> str:
-    """`demo/pretrain` for .../demo/pretrain/model, other paths as they are."""
+    """Return `demo/pretrain` for .../demo/pretrain/model, other paths unchanged."""
     if not parent:
         return "-"
     parts = Path(parent).parts
@@ -117,10 +123,10 @@ def _total_time(stages: dict[str, dict]) -> str:
 
 
 def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """{metric: (value, standard error or None)}: eval.json where it has the metric, else the end of training.
+    """Return {metric: (value, standard error or None)}: of eval.json where it has the metric, else the end of training.
 
-    Tasks are named as in eval.json (`choice`), all else as in run.json (`bpb`, `loss`, `pass@1`); speed and progress
-    are left out.
+    Tasks are named like those of eval.json (`choice`), all else like the columns of run.json (`bpb`, `loss`, `pass@1`);
+    speed and progress are left out.
     """
     merged: dict[str, tuple[float, float | None]] = {}
     for key, number in (facts.get("metrics") or {}).items():
@@ -144,7 +150,7 @@ def _is_share(metric: str, tasks: Iterable[str]) -> bool:
 
 
 def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
-    """All task names in the stages' results, in order of first appearance."""
+    """Return all task names in the stages' results, in order of first appearance."""
     names: dict[str, None] = {}
     for facts in stages:
         in_metrics = (key.removeprefix("chat/") for key in facts.get("metrics") or {} if key.startswith("chat/"))
@@ -153,7 +159,7 @@ def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _metrics_table(stages: dict[str, dict]) -> str:
-    """Metrics down, stages across; shares in percent with one standard error."""
+    """Table with metrics down and stages across; shares in percent with one standard error."""
     columns = {stage: final_metrics(facts) for stage, facts in stages.items()}
     columns = {stage: metrics for stage, metrics in columns.items() if metrics}
     if not columns:
@@ -172,7 +178,7 @@ def _metrics_table(stages: dict[str, dict]) -> str:
 
 
 def _compression(tokenizer: dict[str, Any]) -> list[str]:
-    """How many bytes a token stands for, by kind of text."""
+    """Section that says how many bytes a token stands for, by kind of text; nothing without such numbers."""
     prefix = "bytes_per_token_"
     metrics = tokenizer.get("metrics") or {}
     rows = [[key.removeprefix(prefix), value(metrics[key], digits=2)] for key in metrics if key.startswith(prefix)]
@@ -201,14 +207,14 @@ def _samples(stages: dict[str, dict]) -> list[str]:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A code block that the text cannot close: its fence is longer than any run of backticks inside."""
+    """Return a code block that the text cannot close: its fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _numbers(stages: dict[str, dict]) -> str:
-    """What was derived from the configuration, and when and from which source it ran: keys down, stages across."""
+    """Table of what was derived from the configuration, and when and from which source it ran, with stages across."""
     columns = {}
     for stage, facts in stages.items():
         origin = {
@@ -223,7 +229,7 @@ def _numbers(stages: dict[str, dict]) -> str:
 
 
 def _configuration(stages: dict[str, dict]) -> list[str]:
-    """Settings that all stages share once, then what each stage has of its own."""
+    """Sections of settings: once those that all stages share, then those of each stage alone."""
     configs = {stage: flatten(facts["config"]) for stage, facts in stages.items() if facts.get("config")}
     if not configs:
         return ["No configuration was saved."]
@@ -242,7 +248,7 @@ def _details(title: str, config: dict[str, Any]) -> str:
 
 
 def _environment(stages: dict[str, dict]) -> list[str]:
-    """The machine of each stage as saved in run.json (one table if they agree), else the one that writes this."""
+    """Section on the machine of each stage, from run.json (one table if they agree), else on this machine."""
     machines: list[tuple[list[str], dict]] = []
     for stage, facts in stages.items():
         if not facts.get("environment"):
@@ -271,7 +277,7 @@ def _machine_table(machine: dict[str, Any]) -> str:
 
 
 def runs_table(runs_root: str | Path, only: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a row per run and stage; columns nobody has a value for are left out.
+    """Return (header, rows): a row per run and stage; columns nobody has a value for are left out.
 
     `only` keeps these stages (default: all that train a model). Unreadable stages are reported on stderr.
     """
@@ -310,6 +316,7 @@ def _record(run: str, stage: str, facts: dict[str, Any], tasks: Sequence[str]) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Rebuild reports or print the table, following `argv`; returns the exit status, 2 after a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m llm.report", description="Reports from the files of runs.")
     parser.add_argument("run_dir", nargs="*", help="run folders whose report.md to rebuild")
     parser.add_argument("--table", action="store_true", help="print one table over all runs")

@@ -18,7 +18,7 @@ NEUTRAL_KEYS = (
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> {dotted key: leaf}; an empty mapping stays as a leaf."""
+    """Turn a nested mapping into {dotted key: leaf}; an empty mapping stays as a leaf."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -30,14 +30,14 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def neutral_keys(stage: str) -> tuple[str, ...]:
-    """Patterns of the config keys that cannot change what `stage` produces."""
+    """Return patterns of the config keys that cannot change what `stage` produces."""
     return NEUTRAL_KEYS + unread_keys(row_or_stranger(stage))
 
 
 def diff_configs(
     old: dict[str, Any], new: dict[str, Any], ignore: Iterable[str] = NEUTRAL_KEYS
 ) -> list[tuple[str, Any, Any]]:
-    """Differing keys as (dotted key, old value, new value), sorted; a key on one side only shows as `ABSENT`.
+    """Return differing keys as (dotted key, old value, new value), sorted; a missing key shows as `ABSENT`.
 
     `ignore` holds dotted keys or shell patterns; a match covers everything below it. Pass `neutral_keys(stage)`.
     """
@@ -56,7 +56,7 @@ def _covers(pattern: str, key: str) -> bool:
 
 
 def describe_differences(differences: list[tuple[str, Any, Any]]) -> str:
-    """`seed: 42 -> 43; model.depth: 4 -> 6`: the form used in error messages."""
+    """Return `seed: 42 -> 43; model.depth: 4 -> 6`, the form used in error messages."""
     return "; ".join(f"{key}: {_show(old)} -> {_show(new)}" for key, old, new in differences)
 
 

@@ -41,33 +41,33 @@ class RunDir:
         return str(self.path)
 
     def stage_dir(self, stage: str) -> Path:
-        """Folder of one stage. Raises UserError for a name that is neither in the table nor a stage of this run."""
+        """Return the folder of a stage. Raises UserError for a name neither in the table nor a stage of this run."""
         folder = self.path / stage
         return folder if _holds_stage(folder) else self.path / stage_row(stage).name
 
     def model_dir(self, stage: str) -> Path:
-        """The stage's hand-over folder, complete once the stage is finished."""
+        """Return the stage's hand-over folder, complete once the stage is finished."""
         return self.stage_dir(stage) / "model"
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         return read_manifest(self.stage_dir(stage))
 
     def status(self, stage: str) -> str:
-        """`running`, `interrupted`, `finished`, or `missing` when the stage was never started."""
+        """Return `running`, `interrupted`, `finished`, or `missing` when the stage was never started."""
         manifest = self.manifest(stage)
         return "missing" if manifest is None else str(manifest.get("status", "finished"))
 
     def stages(self) -> list[str]:
-        """Stages with a run.json in pipeline order; those whose plugin is not loaded come last."""
+        """Return stages with a run.json in pipeline order; those whose plugin is not loaded come last."""
         return stages_in(self.path)
 
     def finished(self) -> list[str]:
-        """Stages that can be a parent: finished and with their model/ folder in place."""
+        """Return stages that can be a parent: finished and with their model/ folder in place."""
         return [s for s in self.stages() if self.status(s) == "finished" and self.model_dir(s).is_dir()]
 
 
 def stages_in(run: Path) -> list[str]:
-    """Stages of a run folder in pipeline order, see `RunDir.stages`."""
+    """Return the stages of a run folder in pipeline order, see `RunDir.stages`."""
     found = [entry.name for entry in run.iterdir() if _holds_stage(entry)] if run.is_dir() else []
     return sorted(found, key=lambda name: (row_or_stranger(name).rank, name))
 
@@ -97,7 +97,7 @@ def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
-    """Rows of metrics.csv by ascending step, without empty or non-numeric cells; [] if there is no file.
+    """Read the rows of metrics.csv by ascending step, without empty or non-numeric cells; [] if there is no file.
 
     A line that a crash cut short is left out; of two rows for one step the later one wins.
     """
@@ -126,7 +126,7 @@ def _number(cell: Any) -> float | None:
 
 
 def list_runs(runs_root: str | Path) -> list[RunDir]:
-    """Every run with at least one started stage, in natural order (d4 before d10)."""
+    """Return every run with at least one started stage, in natural order (d4 before d10)."""
     root = Path(runs_root)
     if not root.is_dir():
         return []
@@ -140,13 +140,13 @@ def _natural(name: str) -> list[Any]:
 
 
 def best_stages(run: RunDir) -> list[str]:
-    """The finished stages with a model to use that are furthest along the pipeline: several if they share a rank."""
+    """Return the finished servable stages furthest along the pipeline: several if they share a rank."""
     usable = [row for stage in run.finished() if (row := row_or_stranger(stage)).servable]
     return [row.name for row in usable if row.rank == usable[-1].rank]
 
 
 def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None) -> Path:
-    """Folder of the finished model stage that evaluation and serving should use; imports the plugins it was made with.
+    """Return the folder of the finished model stage to evaluate or serve; imports the plugins it was made with.
 
     `stage=None` takes the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the
     list of what exists, where two stages are equally far, and where a plugin of the stage cannot be imported.
@@ -200,7 +200,7 @@ def _only_best(run: RunDir) -> str:
 
 
 def saved_plugins(stage_dir: str | Path) -> list[str]:
-    """The plugins in the saved configuration of a stage."""
+    """Return the plugins in the saved configuration of a stage."""
     return list(((read_manifest(stage_dir) or {}).get("config") or {}).get("plugins") or [])
 
 
@@ -216,7 +216,7 @@ def load_run_plugins(run: RunDir) -> list[str]:
 
 
 def stage_before(cfg: Any) -> str | None:
-    """The stage that `cfg.stage` continues by default; None where it starts from nothing.
+    """Return the stage that `cfg.stage` continues by default; None where it starts from nothing.
 
     That is the first of the row's parents, without the chat stages that have nothing to train on: sft follows pretrain
     where `data.mixture.midtrain` names no task with repeats above 0, as in nanochat's recipe of 2026.
@@ -232,7 +232,7 @@ def _has_work(row: Stage, cfg: Any) -> bool:
 def find_parent(
     runs_root: str | Path, run: str, stage: str, init_from: str | None = None, before: str | None = None
 ) -> Path | None:
-    """The model/ folder that a stage starts from; None for the tokenizer, which starts from text.
+    """Return the model/ folder that a stage starts from; None for the tokenizer, which starts from text.
 
     By default that of the stage `before` (see `stage_before`; None: the row's first parent) in the same run.
     `init_from` is a run (its stage `before`), a run/stage, or a folder. Raises UserError with the finished stages and
@@ -250,7 +250,7 @@ def find_parent(
 
 
 def find_further(runs_root: str | Path, run: str, stage: str, key: str, value: str) -> Path:
-    """The model/ folder that a key of `Stage.other_parents` names, such as stage.teacher=<run>/<stage>.
+    """Return the model/ folder that a key of `Stage.other_parents` names, such as stage.teacher=<run>/<stage>.
 
     `value` is a run (the end of its pipeline), a run/stage, or a folder. Raises UserError where it holds no model.
     """
@@ -260,7 +260,7 @@ def find_further(runs_root: str | Path, run: str, stage: str, key: str, value: s
 
 
 def _named_model(here: RunDir, key: str, value: str, before: str, row: Stage) -> Path:
-    """model/ of what `key`=`value` names: a run (its stage `before`), a run/stage, or a folder."""
+    """Return the model/ folder that `key`=`value` names: a run (its stage `before`), a run/stage, or a folder."""
     name, _, part = value.strip("/").partition("/")
     if _is_plain(name) and "/" not in part and RunDir(here.root, name).stages():
         source = RunDir(here.root, name)
@@ -275,7 +275,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
-    """model/ of `parent` in the run `source`, checked to be finished and to hold what the stage `row` needs."""
+    """Return model/ of `parent` in the run `source`, checked to be finished and to hold what `row` needs."""
     if parent not in source.finished():
         runs = sorted(list_runs(source.root), key=lambda other: other.name != source.name)
         finished = [(other.name, stage) for other in runs for stage in reversed(other.finished())]
@@ -291,13 +291,13 @@ def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
 
 
 def _suits(row: Stage, parent: str) -> bool:
-    """Whether a stage of this name leaves what `row` takes, at an earlier place of the pipeline."""
+    """Return True if the stage `parent` leaves what `row` takes, at an earlier place of the pipeline."""
     other = row_or_stranger(parent)
     return other.rank < row.rank and (other.makes_model or row.takes != "weights")
 
 
 def _folder_parent(folder: Path, here: RunDir, key: str, row: Stage) -> Path:
-    """`key`=`folder`: a model/ folder itself or the stage folder around it."""
+    """Return the model/ folder at `key`=`folder`: that folder itself, or one inside the stage folder."""
     for candidate in (folder / "model", folder):
         if (candidate / "tokenizer.tiktoken").is_file() or (candidate / "model.safetensors").is_file():
             manifest = read_manifest(candidate.parent) if candidate.name == "model" else None
@@ -331,7 +331,7 @@ def _state(run: RunDir, stage: str) -> str:
 
 
 def _existing(root: str | Path, run: str | None = None, limit: int = 12) -> str:
-    """One sentence listing finished stages, those of `run` first."""
+    """Return one sentence listing finished stages, those of `run` first."""
     runs = sorted(list_runs(root), key=lambda candidate: candidate.name != run)
     found = [f"{candidate.name}/{stage}" for candidate in runs for stage in candidate.finished()]
     if not found:

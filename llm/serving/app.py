@@ -1,4 +1,4 @@
-"""What `serve.py` runs: find the model, then answer once, chat in the terminal or open the browser chat."""
+"""Find the model, then answer once, chat in the terminal or open the browser chat: the work of `serve.py`."""
 
 import socket
 
@@ -10,7 +10,7 @@ from llm.serving.chat import load_chat_model
 
 
 def serve(cfg) -> None:
-    """Chat with the stage that `run` and `stage` name (the best finished one by default), as the config says."""
+    """Chat with the stage that `run` and `stage` name (by default the end of the pipeline), following the config."""
     params = SamplingParams(
         temperature=cfg.temperature, top_k=cfg.top_k, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed
     )
@@ -26,7 +26,7 @@ def serve(cfg) -> None:
 
 
 def usable_port(host: str, port: int) -> int:
-    """The port itself, or a free one for 0. Raises UserError if nothing can listen there."""
+    """Return the port itself, or a free one for 0. Raises UserError if nothing can listen there."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -41,7 +41,7 @@ def usable_port(host: str, port: int) -> int:
 
 
 def _browser_chat():
-    """The Gradio module, imported only when it is wanted: it takes seconds, and is an optional part."""
+    """Import the Gradio module, only when it is wanted: it takes seconds, and is an optional part."""
     try:
         from llm.serving import browser
     except ModuleNotFoundError as error:

@@ -83,7 +83,7 @@ def launch(demo: gr.Blocks, host: str, port: int) -> None:
 
 
 def build(model: ChatModel, params: SamplingParams) -> gr.Blocks:
-    """The page: title, conversation, question box, sampling controls."""
+    """Build the page: title, conversation, question box, sampling controls."""
     longest = model.engine.net.config.seq_len
     with gr.Blocks(title=f"Fathom: {model.name}", fill_height=True, analytics_enabled=False) as demo:
         gr.Markdown("\n\n".join((f"## {model.name}", model.summary, *model.notes)), elem_classes="title")
@@ -115,7 +115,7 @@ def build(model: ChatModel, params: SamplingParams) -> gr.Blocks:
 
 
 def _connect(handlers: "_Handlers", state, chatbot, question, sampling) -> None:
-    """Which action calls what. Every way to ask ends in the same `answer`, of which one runs at a time."""
+    """Connect the page's events to handlers. Every way to ask ends in one `answer`, of which one runs at a time."""
     shown = [state, chatbot]
     answer = {
         "fn": handlers.answer,
@@ -146,7 +146,7 @@ def _connect(handlers: "_Handlers", state, chatbot, question, sampling) -> None:
 
 
 class _Handlers:
-    """What the page's actions do to the conversation: a list of messages, `notes` beside `role` and `content`."""
+    """Actions of the page on the conversation: a list of messages, `notes` beside `role` and `content`."""
 
     def __init__(self, model: ChatModel, params: SamplingParams):
         self.model, self.params = model, params
@@ -202,21 +202,22 @@ class _Handlers:
 
 
 def answered(messages: list[Message]) -> list[Message]:
-    """The conversation without a last question that was never answered (stopped while it was waiting)."""
+    """Return the conversation without a last question that was never answered (stopped while it was waiting)."""
     return messages[:-1] if messages and messages[-1]["role"] == "user" else messages
 
 
 def as_message(reply: Reply) -> Message:
+    """Return a copy of the reply as the assistant's message of a conversation."""
     return {"role": "assistant", "content": [dict(part) for part in reply.content], "notes": list(reply.notes)}
 
 
 def display(messages: list[Message]) -> list[dict]:
-    """What the chatbot component shows for the conversation."""
+    """Return what the chatbot component shows for the conversation."""
     return [{"role": m["role"], "content": markdown(m["content"], m.get("notes", ()))} for m in messages]
 
 
 def markdown(content: str | list[dict[str, str]], notes: list[str] | tuple[str, ...] = ()) -> str:
-    """A message as Markdown: text as the model meant it, calculator calls as `12*3 = 36` in a frame, notes in small."""
+    """Return a message in Markdown: its text, calculator calls like `12*3 = 36` in a frame, notes in small."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     pieces: list[str] = []
     for i, part in enumerate(parts):
@@ -236,7 +237,7 @@ def _tool(text: str) -> str:
 
 
 def _verbatim(text: str) -> str:
-    """Text without meaning in HTML or Markdown: every sign becomes a character reference."""
+    """Return text that means nothing in HTML or Markdown: every sign becomes a character reference."""
     return re.sub(r"[^\w ]", lambda sign: f"&#{ord(sign[0])};", text)
 
 

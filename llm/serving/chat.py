@@ -160,7 +160,7 @@ class _ReplyBuilder:
                 self.content.append({"type": self._kind, "text": ""})
 
     def flush(self) -> None:
-        """What still waits becomes U+FFFD, as in `Tokenizer.decode`."""
+        """Turn bytes that still wait into U+FFFD, like `Tokenizer.decode`."""
         self._add(self._decoder.decode(b"", final=True))
         self._new_decoder()
 

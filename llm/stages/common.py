@@ -1,4 +1,4 @@
-"""What the stages share when they are put together: the parent's model, the data sources, the step context."""
+"""Parts that stages share when they are built: the parent's model, step layout, scales, context, derived numbers."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,12 +99,12 @@ def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> StepLayout:
 
 
 def evaluates(cfg) -> bool:
-    """Whether the stage will measure bits per byte: only then are validation batches made."""
+    """Return True if the stage will measure bits per byte: only then are validation batches made."""
     return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks and not cfg.dry_run
 
 
 def eval_tasks(cfg) -> dict:
-    """Held-out tasks of `stage.chat_tasks` or `data.eval` by name, if the stage evaluates them."""
+    """Return held-out tasks of `stage.chat_tasks` or `data.eval` by name, if the stage evaluates them."""
     if not cfg.stage.chat_every:
         return {}
     names = cfg.data.eval if cfg.stage.chat_tasks is None else cfg.stage.chat_tasks
@@ -112,12 +112,12 @@ def eval_tasks(cfg) -> dict:
 
 
 def task_cache(cfg) -> Cache:
-    """Where the tasks' rows lie that come over the network; a dry run fetches none."""
+    """Return the cache of tasks' rows that come over the network; a dry run fetches none."""
     return Cache(cfg.paths.data, not cfg.dry_run)
 
 
 def lr_scale(cfg, batch_tokens: int | None) -> float:
-    """Factor on the optimizer's rates: the stage's share, and the square root of the batch if `optim.scale_lr`.
+    """Return the factor on the optimizer's rates: the stage's share, times a root of the batch if `optim.scale_lr`.
 
     batch_tokens: None where a step has no fixed number of them (grpo).
     """
@@ -126,11 +126,12 @@ def lr_scale(cfg, batch_tokens: int | None) -> float:
 
 
 def finetuning_scales(cfg, batch_tokens: int | None) -> dict[str, float]:
-    """Scales of rates and decay for stages that start from a trained network: by rule, their weights do not decay."""
+    """Return factors on rates and decay for stages that start from a trained network; by rule, these do not decay."""
     return {"lr_scale": lr_scale(cfg, batch_tokens), "decay_scale": 0.0 if cfg.optim.scale_decay else 1.0}
 
 
 def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
+    """Return the stage's context for `StepModule` and callbacks; `more` are further fields of `StageContext`."""
     return StageContext(
         name=cfg.stage.name,
         tokenizer=tokenizer,
@@ -143,7 +144,7 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
 
 
 def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
-    """The derived numbers that every model stage prints and saves. FLOPs of the whole stage, training passes only."""
+    """Return the derived numbers that every model stage prints and saves. FLOPs are of the training passes only."""
     n = num_params(net_config)
     per_token = flops_per_token(net_config)
     tokens = total_steps * tokens_per_step
@@ -168,14 +169,14 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
 
 
 def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
-    """Memory, time and cost on the GPU of `estimate`, for dry_run."""
+    """Estimate memory, time and cost on the GPU of `estimate`, for dry_run."""
     e = cfg.estimate
     again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.micro_batch_size}
     return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)
 
 
 def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float) -> dict:
-    """Base learning rate of every parameter group, as `lr/<kind>/<parameters>`, and Muon's decay, for printing."""
+    """Return the base rate of every parameter group by `lr_<i>_<kind>_<n>_params`, and Muon's decay, to be printed."""
     groups = build_optimizer(net, cfg.optim, lr_scale, decay_scale).param_groups
     rates = {f"lr_{i}_{g['kind']}_{sum(p.numel() for p in g['params'])}_params": g["lr"] for i, g in enumerate(groups)}
     return rates | {"weight_decay": cfg.optim.weight_decay * decay_scale}

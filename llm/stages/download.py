@@ -1,4 +1,4 @@
-"""stage=download: fetch what `data` takes from the hub and the web, before, or while, something is trained on it."""
+"""Fetch what `data` takes from the hub and the web: stage=download. Others may train on it meanwhile."""
 
 from llm.data.hub_documents import HubDocuments
 from llm.data.sources import build_source, is_remote
@@ -53,7 +53,7 @@ def check_rows(task: Task) -> None:
 
 
 def texts_of_hub(cfg) -> list[HubDocuments]:
-    """The sources of text that are data sets of the hub."""
+    """Return the sources of text that are data sets of the hub."""
     if not is_remote(cfg.data):
         return []
     source = build_source(cfg.data, cfg.paths.data)

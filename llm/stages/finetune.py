@@ -50,7 +50,6 @@ def build(cfg, parent: Path) -> BuiltStage:
         val_batches=val_batches,
         eval_tasks=eval_tasks(cfg),
         prompts=questions(held_out),
-        is_chat=True,
         **scales,
     )
     derived = model_facts(net.config, cfg, total, tokens, layout.micro_per_step)

@@ -90,7 +90,7 @@ class RolloutSteps:
             yield batch | {"state": {"step": self.step}}
 
     def questions_of(self, step: int) -> list[int]:
-        """This rank's share of a step's task indices: consecutive entries of an endless sequence of shuffled epochs."""
+        """Return this rank's task indices of a step: consecutive ones of an endless sequence of shuffled epochs."""
         usable, n = list(self.prompts), self.stage.prompts_per_step
         chosen = []
         for k in range(step * n, (step + 1) * n):
@@ -101,7 +101,7 @@ class RolloutSteps:
 
     @staticmethod
     def share(items: Sequence) -> Sequence:
-        """What of a step's items falls to this rank."""
+        """Return the part of a step's items that falls to this rank."""
         return items[collectives.rank() :: collectives.world_size()]
 
     def rollout(self, step: int) -> dict:
@@ -152,12 +152,12 @@ class RolloutSteps:
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """rewards (questions, samples) minus the mean of each question's samples."""
+    """Subtract from rewards (questions, samples) the mean of each question's samples."""
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
 def sequence(prompt: Sequence[int], sample: Completion, stop: int) -> tuple[list[int], list[int]]:
-    """(ids, mask) of prompt and completion, mask 1 on sampled tokens; the sampled end of turn counts as one of them."""
+    """Return (ids, mask) of prompt and completion, mask 1 on sampled tokens; a sampled end of turn is one of them."""
     ids, mask = [*prompt, *sample.ids], [0] * len(prompt) + list(sample.mask)
     if sample.finish_reason == "stop":
         ids.append(stop)
@@ -166,7 +166,7 @@ def sequence(prompt: Sequence[int], sample: Completion, stop: int) -> tuple[list
 
 
 def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[list[dict], int, int]:
-    """Micro-batches of `rows` right-padded sequences of similar length, with (trained, real) token counts of all.
+    """Return micro-batches of `rows` right-padded sequences of similar length, and all (trained, real) token counts.
 
     A sequence without advantage has no gradient and is left out of the passes, though not out of the counts; if none
     has any, the shortest one stands for them, so that the step is an ordinary one.
@@ -189,7 +189,7 @@ def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[li
 
 
 def build(cfg, parent: Path) -> BuiltStage:
-    """The parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
+    """Build the parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
     stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
     if name is None:
         raise UserError(
@@ -212,9 +212,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt // world
     )
     scales = finetuning_scales(cfg, None)
-    context = step_context(
-        cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), is_chat=True, **scales
-    )
+    context = step_context(cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), **scales)
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
     micro = -(-stage.prompts_per_step * stage.samples_per_prompt // (cfg.batch.micro_batch_size * world))
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg, **scales)
@@ -249,7 +247,7 @@ def chosen_rewards(name: str) -> Rewards:
 
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
-    """The mixture of finetuning without the rewarded task: that one is to be learnt from its rewards alone."""
+    """Return the mixture of finetuning without the rewarded task: that one is to be learnt from its rewards alone."""
     weights = {name: repeats for name, repeats in dict(cfg.data.mixture.sft).items() if name != rewarded and repeats}
     if not weights:
         raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.sft names no task besides {rewarded}")

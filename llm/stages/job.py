@@ -16,7 +16,7 @@ from llm.utils.files import write_atomic
 
 @dataclass
 class Job:
-    """What the runner of a stage gets: configuration, row of the table, run, and the model/ folders it starts from."""
+    """Task of a stage's runner: configuration, row of the table, run, and the model/ folders it starts from."""
 
     cfg: DictConfig
     row: Stage
@@ -50,7 +50,7 @@ class Job:
         return f"{self.run.name}/{self.row.name}"
 
     def begin(self) -> None:
-        """Last act before work starts: with overwrite=true remove what was there, and let run.json say `running`."""
+        """Remove what was there if overwrite=true, and let run.json say `running`: the last act before work starts."""
         if self.cfg.overwrite and self.stage_dir.exists():
             shutil.rmtree(self.stage_dir)
         old = read_manifest(self.stage_dir) or {}
@@ -71,12 +71,13 @@ class Job:
 
 
 def identity(model: Path | None) -> str | None:
-    """When the stage that left a model/ folder was finished, to tell two trainings apart; None without a run.json."""
+    """Return when the stage of a model/ folder was finished, to tell two trainings apart; None without run.json."""
     manifest = None if model is None else read_manifest(model.parent)
     return None if manifest is None else manifest.get("finished")
 
 
 def now() -> str:
+    """Return the time in UTC to the microsecond, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 

@@ -35,14 +35,14 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
 
 
 def checked_rows(rows) -> int:
-    """`batch.micro_batch_size` as a number; UserError for anything else."""
+    """Return `batch.micro_batch_size` as a number; UserError for anything else."""
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise UserError(f"batch.micro_batch_size={rows}: give a whole number of at least 1, or auto")
     return rows
 
 
 def divisors(total_rows: int) -> list[int]:
-    """Sizes of a micro-batch that divide a step of `total_rows`, the largest first."""
+    """Return sizes of a micro-batch that divide a step of `total_rows`, the largest first."""
     if total_rows < 1:
         raise UserError(
             "batch.micro_batch_size=auto: batch.tokens_per_step holds no whole row of model.seq_len tokens; raise it"
@@ -51,7 +51,7 @@ def divisors(total_rows: int) -> list[int]:
 
 
 def training_device(cfg) -> torch.device:
-    """Where `cfg.trainer` will train."""
+    """Return the device on which `cfg.trainer` will train."""
     if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -60,7 +60,7 @@ def training_device(cfg) -> torch.device:
 def largest_by_arithmetic(
     choices, config: GPTConfig, budget: float, activation_checkpointing: bool, max_tokens: float = float("inf")
 ) -> int:
-    """The first of the falling `choices` whose estimated memory is within `budget` bytes; the smallest if none is."""
+    """Return the first of the falling `choices` estimated to need at most `budget` bytes; the smallest if none is."""
     for rows in choices:
         if rows * config.seq_len <= max_tokens and memory_bytes(config, rows, activation_checkpointing) <= budget:
             return rows
@@ -68,7 +68,7 @@ def largest_by_arithmetic(
 
 
 def largest_trial(choices, attempt) -> int:
-    """The first of the falling `choices` that `attempt(rows)` survives without running out of memory."""
+    """Return the first of the falling `choices` that `attempt(rows)` survives without running out of memory."""
     for rows in choices:
         try:
             attempt(rows)
@@ -85,7 +85,7 @@ def largest_trial(choices, attempt) -> int:
 
 
 def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
-    """Forward and backward of one micro-batch beside all that an optimizer keeps, in `SHARE` of the memory."""
+    """Run forward and backward of one micro-batch beside all that an optimizer keeps, in `SHARE` of the memory."""
     from llm.model.linear import resolve_compute_dtype
 
     torch.cuda.set_per_process_memory_fraction(SHARE, device)

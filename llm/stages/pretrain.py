@@ -46,7 +46,7 @@ from llm.tokenizer.bpe import Tokenizer
 
 
 class Plan(NamedTuple):
-    """What follows from the configuration and the size of the vocabulary."""
+    """Shape, batch, horizon and scales that follow from the configuration and the size of the vocabulary."""
 
     config: GPTConfig
     batch_tokens: int
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
-    """Shape, batch, horizon, rates and decay by the rules of `llm.scaling.rules`.
+    """Plan shape, batch, horizon, rates and decay by the rules of `llm.scaling.rules`.
 
     tokens: the horizon in training tokens, where a stage has a key of its own for it; max_steps comes first.
     """
@@ -78,9 +78,9 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
 
 
 def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
-    """The stage on the text of `data`: a fresh network on the parent's tokenizer, or the parent's network.
+    """Build the stage on the text of `data`: a fresh network on the parent's tokenizer, or the parent's network.
 
-    Which of them the stage's row says (takes="tokenizer" or "weights"). tokens: see `plan`.
+    The stage's row says which: takes="tokenizer" or takes="weights". tokens: see `plan`.
     """
     continues = stage_row(cfg.stage.name).takes == "weights"
     net, tokenizer = load_parent(parent, cfg) if continues else (None, Tokenizer.load(parent))
@@ -106,14 +106,14 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
 
 
 class Text(NamedTuple):
-    """Where documents are read from; both None in a dry run that must not fetch."""
+    """Sources of documents to train and to validate on; both None in a dry run that must not fetch."""
 
     train: DocumentSource | CachedDocuments | None
     val: DocumentSource | None
 
 
 def find_text(cfg, tokenizer: Tokenizer) -> Text:
-    """The sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
+    """Open the sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
     if cfg.dry_run and is_remote(cfg.data):  # numbers only: nothing is fetched
         return Text(None, None)
     source = document_source(cfg.data, cfg.paths.data)
@@ -124,7 +124,7 @@ def find_text(cfg, tokenizer: Tokenizer) -> Text:
 
 
 def derived(cfg, planned: Plan, net: GPT) -> dict:
-    """The numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
+    """Return the numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
     config, batch_tokens, total, scales = planned
     micro = micro_batches(batch_tokens, cfg.batch.micro_batch_size, cfg.model.seq_len, processes(cfg))
     values = model_facts(config, cfg, total, batch_tokens, micro) | learning_rates(net, cfg, **scales)
@@ -132,7 +132,7 @@ def derived(cfg, planned: Plan, net: GPT) -> dict:
 
 
 def derived_without_tokenizer(cfg) -> dict:
-    """The numbers that follow from `model.vocab_size` alone: no tokenizer, no data, no weights."""
+    """Return the numbers that follow from `model.vocab_size` alone: no tokenizer, no data, no weights."""
     planned = plan(cfg, cfg.model.vocab_size)
     if cfg.batch.micro_batch_size == "auto":
         choices = divisors(planned.batch_tokens // cfg.model.seq_len)

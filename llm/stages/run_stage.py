@@ -52,6 +52,7 @@ def run_stage(cfg: DictConfig) -> None:
 
 
 def runner(row: Stage):
+    """Return the function that runs a stage, or fetches data: the row's `run`."""
     return load_object(row.run, f"runner of stage={row.name}")
 
 
@@ -81,9 +82,9 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
 
 
 def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None, dict[str, Path]] | None:
-    """The model/ folder that the stage starts from, and those that its other keys name by key.
+    """Return the model/ folder that the stage starts from, and those that its other keys name by key.
 
-    None where the parent is missing and a dry run can do without one.
+    None where the parent is missing and a dry run can do without one. Raises UserError in all other such cases.
     """
     further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
     models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
@@ -109,7 +110,7 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
-    """Whether the stage is done with this config. Raises UserError if it was begun with another one."""
+    """Return True if the stage is done with this config. Raises UserError if it was begun with another one."""
     manifest = run.manifest(stage)
     if manifest is None or cfg.overwrite or not holds_work(run.stage_dir(stage)):
         return False
@@ -128,12 +129,12 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
 
 
 def holds_work(stage_dir: Path) -> bool:
-    """Whether a stage got as far as a checkpoint or its result: only then is there something to lose."""
+    """Return True if a stage got as far as a checkpoint or its result: only then is there something to lose."""
     return (stage_dir / "model").is_dir() or any(stage_dir.glob("checkpoints/*.ckpt"))
 
 
 def known_parents(manifest: dict) -> dict[str, tuple[str, str | None]]:
-    """The model/ folders in a run.json with their identity, by the key that named them."""
+    """Return the model/ folders in a run.json with their identity, by the key that named them."""
     found = {} if manifest.get("parent") is None else {"init_from": (manifest["parent"], manifest.get("parent_id"))}
     return found | {key: tuple(pair) for key, pair in (manifest.get("further") or {}).items()}
 

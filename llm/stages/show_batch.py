@@ -26,7 +26,7 @@ LEGEND = "trained, trained special token, context, special token; grpo: red = ma
 
 
 def rows_of(micro_batches: Sequence[dict]) -> Iterator[tuple[list[int], list[float]]]:
-    """Every row as its ids (T + 1) and the weight of each in the loss, 0 = not trained."""
+    """Yield every row as its ids (T + 1) and the weight of each in the loss, 0 = not trained."""
     for micro in micro_batches:
         inputs, targets = micro["inputs"], micro["targets"]
         weights = micro["weights"] if "weights" in micro else (targets >= 0).float()
@@ -35,7 +35,7 @@ def rows_of(micro_batches: Sequence[dict]) -> Iterator[tuple[list[int], list[flo
 
 
 def pieces(ids: Sequence[int], weights: Sequence[float], tokenizer) -> list[tuple[str, str]]:
-    """(kind, text) of runs of tokens of one kind; the filling at the end of a row is left out."""
+    """Return (kind, text) of runs of tokens of one kind; the filling at the end of a row is left out."""
     specials = range(len(tokenizer.tokens), tokenizer.vocab_size)
 
     def kind(place: int) -> str:
@@ -52,12 +52,13 @@ def pieces(ids: Sequence[int], weights: Sequence[float], tokenizer) -> list[tupl
 
 
 def for_terminal(rows: Sequence[list[tuple[str, str]]]) -> str:
+    """Return the rows with terminal colours, a line between them."""
     lines = ["".join(f"{KINDS[kind][0]}{text}{RESET}" for kind, text in row) for row in rows]
     return f"\n{'-' * 80}\n".join(lines)
 
 
 def for_page(rows: Sequence[list[tuple[str, str]]], title: str) -> str:
-    """A page that needs nothing else."""
+    """Return a page of HTML that needs nothing else."""
     blocks = (
         "".join(f'<span style="{KINDS[kind][1]}">{html.escape(text)}</span>' for kind, text in row) for row in rows
     )
@@ -97,7 +98,7 @@ def show(cfg, n_rows: int = 4, page: Path | None = None) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this command, and the settings that are left for Hydra."""
+    """Return the options of this command, and the settings that are left for Hydra."""
     parser = argparse.ArgumentParser(prog="python -m llm.stages", add_help=False)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--html", type=Path)

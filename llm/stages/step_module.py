@@ -31,7 +31,7 @@ from llm.stages.step_state import LossWatch, Progress, StepLog, Votes
 
 @dataclass
 class StageContext:
-    """What callbacks need to know about the stage besides the network."""
+    """Facts that callbacks need to know about the stage besides the network."""
 
     name: str
     tokenizer: object
@@ -44,7 +44,6 @@ class StageContext:
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
-    is_chat: bool = False
 
 
 class StepModule(L.LightningModule):
@@ -69,7 +68,7 @@ class StepModule(L.LightningModule):
             self.trainer.strategy.shard(self.net)
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
-        """Summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
+        """Return the summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
@@ -92,7 +91,7 @@ class StepModule(L.LightningModule):
         self.trainer.datamodule.position = batch["state"]
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
-        """Forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
+        """Run forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
         ddp, losses = self.trainer.model, []
         if isinstance(self.net, FSDPModule):
             micro_batches = pad_micro_batches(micro_batches)
@@ -107,7 +106,7 @@ class StepModule(L.LightningModule):
         return losses
 
     def checked_sum(self, losses: list[torch.Tensor], batch: dict, n_trained: int) -> float:
-        """Sum of the losses of all processes. Raises `BadLoss`, before the weights are touched, if it is one.
+        """Sum the losses of all processes. Raises `BadLoss`, before the weights are touched, if the sum is bad.
 
         The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
         a GPU, and no step can spoil the weights.
@@ -126,11 +125,11 @@ class StepModule(L.LightningModule):
 
     @property
     def row_is_missing(self) -> bool:
-        """Whether this step is still to be evaluated and logged: the first one, or the one of a killed run."""
+        """True if this step is still to be evaluated and logged: the first one, or the one of a killed run."""
         return self.global_step == 0 or self.global_step not in self.step_log.logged_steps
 
     def lr_frac(self, step: int) -> float:
-        """Learning rate at `step` as a share of the stage's base learning rates."""
+        """Return the learning rate at `step` as a share of the stage's base learning rates."""
         stage = self.stage_config
         shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac)
         return lr_multiplier(step, self.context.total_steps, *shape)
@@ -205,7 +204,7 @@ class StepData(L.LightningDataModule):
         return self.loader
 
     def state_dict(self) -> dict:
-        """The positions of all processes, by rank; called on all of them."""
+        """Return the positions of all processes, by rank; called on all of them."""
         position = self.position() if callable(self.position) else self.position
         return {"positions": collectives.all_gather_object(position)}
 

@@ -1,4 +1,4 @@
-"""What a training keeps from step to step beside weights and optimizer: values to log, progress, wishes, losses.
+"""State of a training from step to step beside weights and optimizer: values to log, progress, wishes, losses.
 
 `StepModule` holds one of each; callbacks read and write them. What a resumed run needs of them is in its checkpoints.
 """
@@ -30,7 +30,7 @@ class StepLog:
             self.numbers.setdefault(name, []).append(value)
 
     def flush(self) -> dict[str, float]:
-        """Mean training loss per token in nats, and mean of the batches' numbers, since the last flush."""
+        """Return mean training loss per token in nats, and means of the batches' numbers, since the last flush."""
         values = {name: sum(seen) / len(seen) for name, seen in self.numbers.items()}
         if self.trained:
             values["loss"] = self.nats / self.trained
@@ -51,7 +51,7 @@ class StepLog:
 
 @dataclass
 class Progress:
-    """How far the training is, and what its time and data went to."""
+    """Tokens trained so far, and the time and data that went elsewhere."""
 
     tokens: int = 0  # positions trained on by all processes
     paused_seconds: float = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
@@ -68,7 +68,7 @@ class Votes:
     checkpoint_count: int = 0
 
     def cast(self) -> list[float]:
-        """The wishes as numbers to be summed over the processes."""
+        """Return the wishes as numbers to be summed over the processes."""
         return [float(self.stop), float(self.checkpoint)]
 
     def count(self, sums: list[float]) -> None:

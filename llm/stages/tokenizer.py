@@ -15,12 +15,12 @@ TABLE_CHARS = 200_000  # of the training and of the validation text
 
 
 def named_encoders(names) -> dict:
-    """Encoders of `stage.compare` by the name their column gets."""
+    """Return encoders of `stage.compare` by the name their column gets."""
     return {Path(name).name: named_encoder(name) for name in names}
 
 
 def prepared(stage) -> Tokenizer | str:
-    """What can be wrong before any text is read: a tokenizer that is not trained here, or the pattern to train with."""
+    """Validate the settings; return a pretrained tokenizer or the split pattern to train with."""
     if stage.pretrained is not None:
         return load_pretrained(stage.pretrained)
     return split_pattern(stage.digits, stage.marks) if stage.pattern is None else checked_pattern(stage.pattern)
@@ -67,7 +67,7 @@ def write_compression(tokenizer: Tokenizer, source: DocumentSource, others: dict
 
 
 def head(documents, n_chars: int) -> str:
-    """The first `n_chars` characters of a stream of documents."""
+    """Return the first `n_chars` characters of a stream of documents."""
     parts, length = [], 0
     for text in documents:
         parts.append(text[: n_chars - length])

@@ -47,12 +47,12 @@ def run(job: Job) -> dict | None:
 
 
 def builder(row: Stage):
-    """The function `build(cfg, parent) -> BuiltStage` of a stage's row."""
+    """Return the function `build(cfg, parent) -> BuiltStage` of a stage's row."""
     return load_object(row.build, f"builder of stage={row.name}")
 
 
 def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
-    """The values of run.json after training; model/ is written unless the signal `signum` ended it early."""
+    """Return the values of run.json after training; model/ is written unless the signal `signum` ended it early."""
     module = built.module
     results = {
         "derived": built.derived,
@@ -72,7 +72,7 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
 
 
 def last_values(stage_dir: Path) -> dict[str, float]:
-    """The last logged value of every column of metrics.csv."""
+    """Return the last logged value of every column of metrics.csv."""
     values: dict[str, float] = {}
     for row in read_metrics(stage_dir):
         values.update(row)

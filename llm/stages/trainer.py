@@ -50,7 +50,7 @@ def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
 
 
 def check_devices(cfg) -> None:
-    """Devices that are absent are refused before anything is built."""
+    """Raise UserError for devices that are absent, before anything is built."""
     import torch
 
     if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -58,7 +58,10 @@ def check_devices(cfg) -> None:
 
 
 def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
-    """(Lightning's Trainer, the callback that knows whether a signal ended it), with the network made ready for it."""
+    """Return Lightning's Trainer and the callback that knows whether a signal ended it.
+
+    The network is made ready for the trainer's device.
+    """
     import lightning as L
 
     from llm.checkpoint.resume import CheckpointWriter
@@ -89,7 +92,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
 
 
 def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
-    """(the callbacks in the order in which they act, the one that stops on signals).
+    """Return the callbacks in the order in which they act, and the one that stops on signals.
 
     Compare the processes and save, then evaluate, then measure, then write the row, then show it.
     """
@@ -134,7 +137,7 @@ def prepare_network(cfg, built, trainer) -> None:
 
 
 def use_fp8(net, device) -> str:
-    """Turn fp8 on where the device has it; what was done, in words for the log."""
+    """Turn fp8 on where the device has it; returns what was done, in words for the log."""
     import torch
 
     from llm.model.fp8 import can_fp8
@@ -148,7 +151,7 @@ def use_fp8(net, device) -> str:
 
 
 def instantiate_part(key: str, part, **more):
-    """Hydra's instantiate with an error that names the config key."""
+    """Call Hydra's instantiate; its errors become a UserError that names the config key."""
     try:
         return instantiate(part, **more)
     except Exception as error:
@@ -157,7 +160,7 @@ def instantiate_part(key: str, part, **more):
 
 
 def quiet_lightning() -> None:
-    """Lightning's own start-up lines and tips say nothing that the stage does not say itself."""
+    """Silence Lightning's own start-up lines and tips: they say nothing that the stage does not say itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")

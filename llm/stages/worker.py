@@ -1,6 +1,8 @@
-"""Runs a stage in one of several processes: what `llm.parallel.launch` starts.
+"""Runs a stage in one of several processes: the program that `llm.parallel.launch` starts.
 
-python -m llm.stages.worker <config.json> <folder for errors>      use train.py instead
+python -m llm.stages.worker <config.json> <folder for errors>
+
+Users call train.py instead.
 """
 
 import json
@@ -14,7 +16,7 @@ from llm.utils.environment import tune_process
 
 
 def main() -> None:
-    """One of the processes."""
+    """Run the stage of config.json as one of the processes; a UserError goes to a file that the launcher reads."""
     config, folder = sys.argv[1:]
     begin()
     tune_process()

@@ -14,7 +14,7 @@ TINY = ("experiment=tiny", "stage.sample_every=0")
 
 def files_of(page: str) -> dict[str, str]:
     """{path: content} of the code blocks that a line with a file's name precedes."""
-    return dict(re.findall(r"^`([\w./]+)`\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^`([\w./]+)`\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     succeeds(root, "train.py", "-m", "experiment=tiny", "stage=tokenizer,pretrain", "max_steps=1")
-    own = ("--config-dir", "my_conf", "plugins=[my_stage]", "stage=anneal", "data=local", "data.path=my_text")
+    own = ("--config-dir", ".", "plugins=[my_stage]", "stage=anneal", "data=local", "data.path=my_text")
     succeeds(root, "train.py", *own, *TINY, "data.val_size=10", "stage.tokens=1024", "stage.eval_tokens=1024")
     return root
 
