@@ -33,14 +33,14 @@ def arguments(doc: str, numbers: dict[str, int], **words: str) -> argparse.Names
 
 
 def matmul_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of a square matrix product that is large enough to be the machine's best."""
+    """Return the FLOP/s of a square matrix product that is large enough to be the machine's best."""
     from callbacks.throughput import measured_matmul_rate
 
     return measured_matmul_rate(DEVICE, dtype, None if DEVICE.type == "cuda" else 2048, seconds)
 
 
 def copy_rate() -> float:
-    """Bytes per second that a copy reads and writes; what it copies is far larger than a GPU's cache."""
+    """Return the bytes per second that a copy reads and writes; far more than a GPU's cache holds are copied."""
     n = 1 << (31 if DEVICE.type == "cuda" else 26)
     a, b = (torch.zeros(n, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     return 2 * n / min(seconds_of(lambda: a.copy_(b)) for _ in range(10))

@@ -23,7 +23,7 @@ KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENT
 
 
 def machine(found, small: bool) -> None:
-    """Note what the machine is and its two ceilings: the rate of matrix products and of copies."""
+    """Note the versions, the card, and two ceilings: FLOP/s of matrix products and bytes per second of a copy."""
     dtype, cuda = resolve_compute_dtype("auto", _bench.DEVICE), _bench.DEVICE.type == "cuda"
     found.note(torch=torch.__version__, python=sys.version.split()[0], cuda=torch.version.cuda, dtype=str(dtype))
     if cuda:
@@ -33,7 +33,7 @@ def machine(found, small: bool) -> None:
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference by the norm of what is wanted, in float64."""
+    """Return the norm of got - want divided by the norm of want, in float64."""
     want = want.double()
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
 
@@ -42,7 +42,11 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def visible(length: int, window: int | None, starts: torch.Tensor | None) -> torch.Tensor:
-    """Which keys every query sees: (1 or B, length, length), by the definition."""
+    """Return a mask (1 or B, length, length), True where a query (dim 1) sees a key (dim 2), by the definition.
+
+    `window`: how many tokens back a query sees, None for all; `starts`: (B, length), True where a document begins, None
+    for one document a row.
+    """
     at = torch.arange(length, device=_bench.DEVICE)
     distance = at.unsqueeze(1) - at
     seen = ((distance >= 0) & (distance <= (length if window is None else window))).unsqueeze(0)
@@ -53,7 +57,10 @@ def visible(length: int, window: int | None, starts: torch.Tensor | None) -> tor
 
 
 def reference(tensors: list[torch.Tensor], grad: torch.Tensor, scale: float, seen: torch.Tensor) -> list[torch.Tensor]:
-    """Output and gradients of softmax attention written out, in float64, row after row to save memory."""
+    """Return output and gradients (each (B, T, heads, width)) of softmax attention written out, in float64, row by row.
+
+    `tensors`: q, k, v; `grad`: the gradient of the output; `seen`: a mask as `visible` returns it.
+    """
     outputs = [[] for _ in range(4)]
     for row in range(len(grad)):
         q, k, v = (t[row].detach().double().transpose(0, 1).requires_grad_() for t in tensors)
@@ -99,13 +106,13 @@ def attention(found, small: bool) -> None:
 
 
 def times(n: int, step) -> None:
-    """Do `step` n times."""
+    """Call `step` n times."""
     for _ in range(n):
         step()
 
 
 def backends(dtype, width: int, window, starts, found, case: str):
-    """(name, context) of all backends that can do this case; those that cannot are noted as absent."""
+    """Yield (name, context) of every backend and kernel that can do this case; note the others as absent."""
     for name in ("cpu", "sdpa", "flex", "flash3"):
         try:
             choose_backend(name, _bench.DEVICE, dtype, width, window is not None, starts is not None)
@@ -124,9 +131,9 @@ def backends(dtype, width: int, window, starts, found, case: str):
 
 
 def optimizer(found, small: bool) -> None:
-    """Compare what some steps add to the weights on the device and on the CPU, for every optimizer; time a step.
+    """Compare the changes of the weights in some steps, device against CPU, for every optimizer; time a step.
 
-    With products in bf16 the device may be as far from fp32 as the CPU is, by half.
+    With products in bf16 the device may be 1.5 times as far from fp32 as the CPU is.
     """
     cpu, full, half = torch.device("cpu"), torch.float32, torch.bfloat16
     for name in ("muon_adamw", "muon_2025", "adamw"):
@@ -142,7 +149,10 @@ def optimizer(found, small: bool) -> None:
 
 
 def moves(name: str, dtype: torch.dtype, device: torch.device, steps: int = 3) -> list[torch.Tensor]:
-    """What `steps` steps with given gradients add to the weights of a small network; dtype: of the products of Muon."""
+    """Return the changes of the weights of a small network, on the CPU, after `steps` steps with given gradients.
+
+    dtype: of the matrix products of Muon.
+    """
     cfg = compose("train", [f"optim={name}", "model=d2", "model.seq_len=64"])
     start = GPT(model_config(cfg.model, cfg.arch, 300)).init_weights(0)
     net = copy.deepcopy(start).to(device)
@@ -157,5 +167,5 @@ def moves(name: str, dtype: torch.dtype, device: torch.device, steps: int = 3) -
 
 
 def worst(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    """The largest relative error among the weights."""
+    """Return the largest relative error among pairs of tensors."""
     return max(relative(a, b) for a, b in zip(got, want, strict=True))

@@ -1,4 +1,4 @@
-"""What torch's profiler saw: waits of the host, copies between host and device, launches, how busy the device was."""
+"""Counts from torch's profiler: waits of the host, copies between host and device, launches, how busy the device is."""
 
 import _bench  # isort: skip  (puts the project on the path)
 import time
@@ -10,13 +10,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")  # aten::item waits by the first
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
-
-
 END = "gpu_check: end of what is traced"
 
 
 class traced:
-    """A context whose `summary()` counts what happened within it, without the wait for the device that ends it."""
+    """Context whose `summary()` counts the events within it, without the wait for the device that ends it."""
 
     def __enter__(self) -> "traced":
         _bench.sync()
@@ -33,7 +31,11 @@ class traced:
         self.profile.__exit__(*exc)
 
     def summary(self, top: int = 8) -> dict:
-        """Numbers by name; on a CPU the number of waits of `aten::item` only."""
+        """Return numbers by name; on a CPU only `items_read`, the number of values read by `item()`.
+
+        `host_waits_ms` and `traced_ms` are milliseconds, `busy` is the device's busy share of the time, `kernel_1` to
+        `kernel_<top>` are the kernels that took longest.
+        """
         counts, waited, spans, kernels = Counter(), 0.0, [], defaultdict(float)
         events = self.profile.profiler.kineto_results.events()
         end = min(event.start_ns() for event in events if event.name() == END)
@@ -59,7 +61,7 @@ class traced:
 
 
 def covered(spans: list[tuple[int, int]]) -> int:
-    """Length of the union of intervals."""
+    """Return the length of the union of intervals (start, stop)."""
     total, end = 0, 0
     for start, stop in sorted(spans):
         total += max(0, stop - max(start, end))
@@ -68,5 +70,5 @@ def covered(spans: list[tuple[int, int]]) -> int:
 
 
 def memory_gib() -> float:
-    """Most memory in use so far on the GPU."""
+    """Return the most memory in use so far on the GPU, in GiB."""
     return torch.cuda.max_memory_allocated() / 2**30

@@ -63,7 +63,10 @@ def decode(found, small: bool) -> None:
 
 
 def bytes_of_a_step(config, batch: int, length: int, size: int = 2) -> float:
-    """Bytes that a decode step must read: the matrices once, and of every row the keys and values in reach."""
+    """Return the bytes that a decode step must read: the matrices once, and of every row the keys and values in reach.
+
+    `batch` rows of `length` tokens; `size`: bytes of a number.
+    """
     from llm.model.config import num_params
 
     n = num_params(config)
@@ -118,7 +121,7 @@ def write_bundle(folder: Path, n: int) -> None:
 
 
 def start(folder: str, *words: str) -> subprocess.Popen:
-    """Start train.py with its runs in `folder`, its words in a log beside them."""
+    """Start train.py with its runs in `folder` and its output in a log beside them."""
     command = [sys.executable, str(REPO / "train.py"), *words, f"paths.runs={folder}"]
     log = open(Path(folder) / f"{time.monotonic_ns()}.log", "w")  # noqa: SIM115  (the process holds it)
     started = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=REPO, env=os.environ)
@@ -127,11 +130,33 @@ def start(folder: str, *words: str) -> subprocess.Popen:
 
 
 def finish(started: subprocess.Popen) -> str:
-    """What it printed; raises RuntimeError with its last words if it failed."""
+    """Wait for a train.py from `start` and return its output; raises RuntimeError with the last line if it failed."""
     code, words = started.wait(), Path(started.log).read_text(errors="replace")
     if code != 0:
         raise RuntimeError(f"train.py ended with {code}: {words.strip().splitlines()[-1:]}")
     return words
+
+
+def pretraining(run: str, small: bool) -> tuple[str, ...]:
+    """Return the words for train.py that pretrain a small network, with four or five checkpoints."""
+    every, steps = (6, 24) if small else (40, 200)
+    words = ["experiment=tiny", "stage=pretrain", f"run={run}", "init_from=tiny/tokenizer", f"save_every={every}"]
+    words += [f"max_steps={steps}", "stage.eval_every=0", "stage.sample_every=0"]
+    if not small:
+        words += ["model=d4", "model.seq_len=512", "batch.tokens_per_step=8192", "batch.micro_batch_size=8"]
+    return tuple(words)
+
+
+def killed_and_continued(folder: str, small: bool) -> str:
+    """Kill the run `killed` at its first checkpoint and start it again; return the output of the second start."""
+    words, checkpoints = pretraining("killed", small), Path(folder) / "killed/pretrain/checkpoints"
+    started = start(folder, *words)
+    while started.poll() is None and not list(checkpoints.glob("step_*.ckpt")):
+        time.sleep(0.002)
+    if started.poll() is None:
+        started.send_signal(signal.SIGKILL)
+    started.wait()
+    return finish(start(folder, *words))
 
 
 def resume(found, small: bool) -> None:
@@ -139,31 +164,13 @@ def resume(found, small: bool) -> None:
 
     Two straight runs are compared as well: where they differ, nothing can resume exactly.
     """
-    steps, every = (24, 6) if small else (200, 40)
     with tempfile.TemporaryDirectory() as folder:
         finish(start(folder, "experiment=tiny", "stage=tokenizer"))
-
-        def words(run: str) -> tuple[str, ...]:
-            more = (
-                ()
-                if small
-                else ("model=d4", "model.seq_len=512", "batch.tokens_per_step=8192", "batch.micro_batch_size=8")
-            )
-            rare = ("stage.eval_every=0", "stage.sample_every=0", f"save_every={every}", f"max_steps={steps}")
-            return ("experiment=tiny", "stage=pretrain", f"run={run}", "init_from=tiny/tokenizer", *rare, *more)
-
-        def interrupted() -> str:
-            started, checkpoints = start(folder, *words("killed")), Path(folder) / "killed/pretrain/checkpoints"
-            while started.poll() is None and not list(checkpoints.glob("step_*.ckpt")):
-                time.sleep(0.002)
-            if started.poll() is None:
-                started.send_signal(signal.SIGKILL)
-            started.wait()
-            return finish(start(folder, *words("killed")))
-
         with ThreadPoolExecutor(3) as pool:
-            straight = [pool.submit(lambda run=run: finish(start(folder, *words(run)))) for run in ("one", "two")]
-            said = pool.submit(interrupted).result()
+            straight = [
+                pool.submit(lambda run=run: finish(start(folder, *pretraining(run, small)))) for run in ("one", "two")
+            ]
+            said = pool.submit(killed_and_continued, folder, small).result()
             found.note(how=next(line for line in said.splitlines() if line.startswith("device ")))
             found.note(resumed=next((line for line in said.splitlines() if line.startswith("resuming")), "no"))
             for one in straight:
@@ -179,7 +186,7 @@ def resume(found, small: bool) -> None:
 
 
 def differing(folder: str, a: str, b: str) -> float:
-    """Norm of the difference between the weights of two runs, by the norm of the weights; 0.0 is bit for bit."""
+    """Return |difference of two runs' weights| / |weights|; 0.0 means equal bit for bit."""
     from safetensors.torch import load_file
 
     one, two = (load_file(Path(folder) / run / "pretrain/model/model.safetensors") for run in (a, b))

@@ -27,7 +27,10 @@ from llm.stages.trainer import quiet_lightning
 
 
 def arguments(small: bool, depth: int, micro: int = 2, steps: int = 5) -> SimpleNamespace:
-    """What bench/train_step.py takes on its command line, with the windows of the recipe."""
+    """Return the arguments of bench/train_step.py for a network of `depth`, with the windows of the recipe.
+
+    `micro` micro-batches a step; on a GPU as many rows of 2048 tokens as its memory holds, at most 32.
+    """
     sizes = {"depth": depth, "seq_len": 2048, "rows": 32, "vocab": 32768, "micro": micro, "steps": steps}
     if small:
         sizes |= {"depth": 2, "seq_len": 64, "rows": 2, "vocab": 300, "steps": 2}
@@ -41,7 +44,7 @@ def arguments(small: bool, depth: int, micro: int = 2, steps: int = 5) -> Simple
 
 
 def one_batch(args) -> dict:
-    """A step of data, closed behind itself."""
+    """Return the data of one step; the loader is closed."""
     feed = train_step.loader_of(args)
     batch = next(iter(feed))
     feed.close()
@@ -52,10 +55,10 @@ def one_batch(args) -> dict:
 
 
 def compilation(found, small: bool) -> None:
-    """Time compilation as a whole and block by block, with windows and without, and what comes of it; then compare
-    compiled gradients with eager ones and the device's with the CPU's.
+    """Time compilation as a whole and block by block, with windows and without, and the passes that come of it.
 
-    What a warm cache saves is seen in the part step_d12, which compiles again what is compiled here.
+    Compare gradients on the device, compiled and eager, with those of the CPU. The part step_d12 compiles the network
+    again: its first pass shows the savings of a warm cache.
     """
     args = arguments(small, 12, micro=1)
     batch = one_batch(args)
@@ -80,7 +83,10 @@ def compilation(found, small: bool) -> None:
 
 
 def gradient_errors(compiles: bool) -> dict[str, float]:
-    """How far gradients in fp32 of a small network come apart: on the CPU, on the device, compiled on the device."""
+    """Return relative errors, by name, of a small network's gradients in fp32 on the device, eager and compiled.
+
+    The reference is the eager network on the CPU.
+    """
     cfg = compose("train", ["model=d4", "model.head_dim=64", "model.seq_len=256", "arch.window_divisor=4"])
     net = GPT(model_config(cfg.model, cfg.arch, 1000)).init_weights(0)
     with torch.no_grad():
@@ -104,7 +110,7 @@ def gradient_errors(compiles: bool) -> dict[str, float]:
 
 
 class Watch(L.Callback):
-    """Times steps of a stage that nothing interrupts, then traces one: tokens per second, peak memory, host waits."""
+    """Callback that times undisturbed steps of a stage, then traces one: tokens per second, peak memory, host waits."""
 
     def __init__(self, found, first: int, steps: int, tokens: int):
         self.found, self.first, self.last, self.tokens = found, first, first + steps, tokens
@@ -188,7 +194,7 @@ def fp8(found, small: bool) -> None:
 
 
 def fp8_errors(tokens: int, inner: int, outer: int) -> dict[str, float]:
-    """Relative errors of an fp8 product and its gradients."""
+    """Return the relative errors of an fp8 product (tokens, inner) x (inner, outer) and of its two gradients."""
     torch.manual_seed(0)
     x, w, grad = (torch.randn(s, device=_bench.DEVICE) for s in ((tokens, inner), (outer, inner), (tokens, outer)))
     x, w = x.bfloat16().requires_grad_(), w.requires_grad_()
@@ -199,7 +205,7 @@ def fp8_errors(tokens: int, inner: int, outer: int) -> dict[str, float]:
 
 
 def trained_loss(net: GPT, cfg, batch: dict, steps: int = 10) -> float:
-    """Loss on the one batch after training on it."""
+    """Return the loss per token on the first rows of a batch after `steps` steps of training on that batch."""
     net.zero_grad(set_to_none=True)
     optimizer, micro = build_optimizer(net, cfg.optim), batch["micro"][0]
     ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
@@ -215,7 +221,7 @@ def trained_loss(net: GPT, cfg, batch: dict, steps: int = 10) -> float:
 
 
 def micro_batch(found, small: bool) -> None:
-    """Let the size of a micro-batch be chosen, and train a step with it: does it fit, and how much is left."""
+    """Let the size of a micro-batch be chosen, and train a step with it: peak memory, and its share of the card's."""
     args = arguments(small, 20, micro=1)
     words = [f"model=d{args.depth}", f"model.seq_len={args.seq_len}", "batch.micro_batch_size=auto"]
     cfg = compose("train", words)

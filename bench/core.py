@@ -30,6 +30,7 @@ import core_reference  # noqa: E402
 
 
 def model(args, tasks: list[CoreTask]) -> tuple[GPT, Tokenizer]:
+    """Return network and tokenizer: those of --model, or random weights and a tokenizer trained on the bundle."""
     if args.model:
         net, tokenizer = load_model_folder(args.model)
     else:
@@ -46,7 +47,7 @@ def model(args, tasks: list[CoreTask]) -> tuple[GPT, Tokenizer]:
 
 
 def products(net: GPT, tokenizer: Tokenizer, task: CoreTask) -> int:
-    """FLOPs of the matrices of blocks and head, for every token that has to be computed."""
+    """Return the FLOPs of the matrices of blocks and head, for every token that has to be computed."""
     groups = group(encode(task, tokenizer, range(len(task.examples)), net.config.seq_len))
     n_tokens = sum(one.shared + sum(len(row.ids) - one.shared - 1 for row in one.rows) for one in groups)
     n_answers = sum(len(row.ids) - row.start for one in groups for row in one.rows)
@@ -54,7 +55,7 @@ def products(net: GPT, tokenizer: Tokenizer, task: CoreTask) -> int:
 
 
 def timed(run) -> tuple[object, float, float]:
-    """(result, seconds, CPU seconds)."""
+    """Run a function; return (its result, seconds, CPU seconds)."""
     _bench.sync()
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
@@ -63,7 +64,7 @@ def timed(run) -> tuple[object, float, float]:
 
 
 def measure(args) -> dict:
-    """Examples per second by both forms and how many verdicts differ, for `args` of the command line."""
+    """Return the examples per second of both forms and the number of verdicts that differ, for `args` as in `main`."""
     tasks = load_bundle(args.bundle, max_per_task=args.per_task)
     net, tokenizer = model(args, tasks)
     rate = _bench.matmul_rate(args.dtype, seconds=2.0)
@@ -96,6 +97,7 @@ def measure(args) -> dict:
 
 
 def main() -> None:
+    """Measure on the bundle of the command line and print the results; without a bundle say that it is left out."""
     numbers = {"per-task": 100, "depth": 4, "seq-len": 2048, "vocab": 8192, "batch-size": 32}
     args = _bench.arguments(__doc__, numbers, bundle="", model="")
     if args.bundle:
@@ -105,6 +107,7 @@ def main() -> None:
 
 
 def one_by_one(net: GPT, tokenizer: Tokenizer, entry: dict, task: CoreTask, index: int) -> bool:
+    """Return the reference's verdict on one example: True for a right answer."""
     return core_reference.judge(net, tokenizer, entry, task.examples, index)[0]
 
 

@@ -19,12 +19,13 @@ from llm.scaling.rules import model_config
 
 
 class Numbers:
-    """A tokenizer without words, tools and ends of turns."""
+    """Tokenizer without words, tools and ends of turns."""
 
     bos_id, has_tools, stop_ids = -1, False, frozenset()
 
 
 def main() -> None:
+    """Answer all prompts both ways and print the rates."""
     numbers = {"depth": 4, "vocab": 8192, "prompts": 64, "batch": 64, "tokens": 32, "repeats": 1}
     args = _bench.arguments(__doc__, numbers)
     cfg = compose("train", [f"model=d{args.depth}", "model.seq_len=512"])

@@ -2,10 +2,10 @@
 
     python bench/gpu_check.py [--out .] [--minutes 9] [--only attention,decode] [--small]        `make gpu-check`
 
-Every part runs in a process of its own with a budget of seconds. A part that runs out of time is reported with what it
-had found, and is no failure. A check that fails, or a part that crashes, is named and makes the exit status 1. Writes
-gpu_check.json into --out and prints a table. Without a GPU, or with --small, every part runs in a small form. Needs no
-network, and no files beside the checkout.
+Every part runs in a process of its own with a budget of seconds. A part that runs out of time is reported with its
+findings so far, and is no failure. A check that fails, or a part that crashes, is named and makes the exit status 1.
+Writes gpu_check.json into --out and prints a table. Without a GPU, or with --small, every part runs in a small form.
+Needs no network, and no files beside the checkout.
 """
 
 import argparse
@@ -27,9 +27,9 @@ OK, FAILED, CRASHED, LATE, LEFT_OUT = "ok", "failed", "crashed", "out of time", 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the check: module:function, which is called with (Findings, small, **options); seconds it may take.
+    """Part of the check: module:function, called with (Findings, small, **options), and the seconds it may take.
 
-    measures: whether it measures speed, and so must have the machine to itself.
+    measures: True if it measures speed, and so must have the machine to itself.
     """
 
     name: str
@@ -56,7 +56,7 @@ PARTS = (
 
 
 class Findings:
-    """Values and checks of a part, written to a file at once, so that nothing is lost when time runs out."""
+    """Values and checks of a part, each written to a file at once, so that nothing is lost when time runs out."""
 
     def __init__(self, path: Path):
         self.path, self.values, self.checks = path, {}, {}
@@ -67,7 +67,7 @@ class Findings:
         self._write()
 
     def check(self, name: str, error: float, limit: float) -> None:
-        """Keep whether an error is within its limit; NaN never is."""
+        """Keep an error and its limit; the check is ok if the error is not above the limit, and never for NaN."""
         self.checks[name] = {"error": error, "limit": limit, "ok": bool(error <= limit)}
         self._write()
 
@@ -78,7 +78,7 @@ class Findings:
 
 
 def run_part(part: Part, seconds: float, small: bool, folder: Path) -> dict:
-    """Run a part in a process of its own for at most `seconds`: its status, its time and what it found."""
+    """Run a part in a process of its own for at most `seconds`; return its status, its seconds and its findings."""
     if seconds < 1:
         return {"status": LEFT_OUT, "seconds": 0.0, "values": {}, "checks": {}}
     path, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
@@ -101,7 +101,7 @@ def run_part(part: Part, seconds: float, small: bool, folder: Path) -> dict:
 
 
 def end(started: subprocess.Popen) -> None:
-    """End a part's process and all that it has started."""
+    """End a part's process and all processes that it has started."""
     try:
         os.killpg(started.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -110,7 +110,7 @@ def end(started: subprocess.Popen) -> None:
 
 
 def status_of(code: int | None, checks: dict) -> str:
-    """What became of a part that ended with `code`, None if it was ended."""
+    """Return the status of a part that ended with `code` (None: its time ran out) and these checks."""
     if not all(check["ok"] for check in checks.values()):
         return FAILED
     if code is None:
@@ -119,13 +119,16 @@ def status_of(code: int | None, checks: dict) -> str:
 
 
 def error_of(code: int, log: str) -> dict:
-    """The line that says what went wrong, and the last lines of the log."""
+    """Return the last line of a log, which names the error, and its last 40 lines."""
     lines = [line for line in log.splitlines() if line.strip()] or [f"ended with {code} without a word"]
     return {"error": lines[-1][:500], "log": lines[-40:]}
 
 
 def run_all(parts: tuple[Part, ...], minutes: float, small: bool, folder: Path) -> dict[str, dict]:
-    """Run the parts that measure one after the other, then the rest side by side; all within `minutes`."""
+    """Run the parts that measure one after the other, then the rest side by side; return results by name.
+
+    All parts end within `minutes`; those for which no time remains are left out.
+    """
     deadline = time.monotonic() + 60 * minutes
     results = {}
 
@@ -158,7 +161,7 @@ def show(results: dict[str, dict]) -> None:
 
 
 def chosen(names: str | None, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """The parts of these names, separated by commas; all of them for None. Exits with a line for an unknown one."""
+    """Return the parts of these names, separated by commas, or all for None; exits with a line for an unknown one."""
     if names is None:
         return parts
     known = {part.name: part for part in parts}
@@ -175,18 +178,18 @@ def child(where: str, options: dict, small: bool, path: str) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether torch finds a CUDA GPU; asked in another process, so that this one holds no memory of it."""
+    """Return True if torch finds a CUDA GPU; another process looks, so that this one holds no memory of the GPU."""
     ask = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
     return subprocess.run([sys.executable, "-c", ask]).returncode == 0
 
 
 def main(parts: tuple[Part, ...] = PARTS) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status: 1 if a check failed or a part crashed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for gpu_check.json")
-    parser.add_argument("--minutes", type=float, default=8.8, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=8.8, help="minutes for all parts together")
     parser.add_argument("--only", help="names of parts, separated by commas: " + ",".join(part.name for part in parts))
-    parser.add_argument("--small", action="store_true", help="the small form, as without a GPU")
+    parser.add_argument("--small", action="store_true", help="run the small form of every part, which needs no GPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -3,8 +3,8 @@
     python bench/optimizer.py [--depth 4] [--vocab 8192] [--dtype bf16] [--repeats 10]
 
 2026 and 2025 are ours with those settings; torch = torch.optim.Muon (matrix after matrix, its products in bf16) and
-fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Ceilings: the
-orthogonalisation's products at the measured matrix product rate, and the bytes that AdamW must move at the measured
+fused torch.optim.AdamW; adamw = fused AdamW for everything. They take turns in one process. Floors: the time of the
+orthogonalisation's products at the measured matrix product rate, and of the bytes that AdamW must move at the measured
 rate of a copy. Prints a table and a last line of JSON.
 """
 
@@ -16,11 +16,12 @@ import torch
 from llm.cli.overrides import compose
 from llm.model.gpt import GPT
 from llm.optim.build import build_optimizer
+from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import model_config
 
 
 def muon_flops(params: list[torch.Tensor], steps: int) -> float:
-    """Of the orthogonalisation: per iteration x x^T, its square, and its product with x."""
+    """Return the FLOPs of orthogonalising matrices: per iteration x x^T, its square, and its product with x."""
     total = 0.0
     for p in params:
         small, large = sorted(p.shape)
@@ -29,7 +30,7 @@ def muon_flops(params: list[torch.Tensor], steps: int) -> float:
 
 
 def measure(args) -> dict:
-    """Milliseconds of a step by every optimizer, for `args` of the command line."""
+    """Return the milliseconds of a step of every optimizer and the floors, for `args` as in `main`."""
     cfg = compose("train", [f"model=d{args.depth}"])
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
     net.compute_dtype = args.dtype
@@ -46,10 +47,9 @@ def measure(args) -> dict:
     optimizers = {n: build_optimizer(nets[n], compose("train", [f"optim={o}"]).optim) for n, o in ours.items()}
     steps = {name: optimizer.step for name, optimizer in optimizers.items()}
     steps["torch"] = lambda: (muon.step(), adamw.step())
-    *adamw_groups, muon_group = optimizers["2026"].param_groups
-    shares = [(group, [(p, p, p.grad) for p in group["params"]]) for group in adamw_groups]
-    steps |= {"2026_muon": lambda: optimizers["2026"]._muon(muon_group, muon_group["params"])}
-    steps |= {"2026_adamw": lambda: [optimizers["2026"]._adamw(*share) for share in shares]}
+    for kind in ("muon", "adamw"):
+        groups = [dict(group) for group in optimizers["2026"].param_groups if group["kind"] == kind]
+        steps[f"2026_{kind}"] = GroupOptimizer(groups).step
     with torch.no_grad():
         seconds = _bench.alternating(steps, args.repeats)
     n_adamw = sum(p.numel() for p in rest)
@@ -62,6 +62,7 @@ def measure(args) -> dict:
 
 
 def main() -> None:
+    """Measure all optimizers and print the results."""
     _bench.show(measure(_bench.arguments(__doc__, {"depth": 4, "vocab": 8192, "repeats": 10})))
 
 

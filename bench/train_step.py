@@ -4,12 +4,12 @@
                                [--micro 4] [--vocab 8192] [--steps 20] [--dtype auto] [--compile true]
                                [--attention auto] [--plain-logits false]
 
-Everything runs in one process: steps in a plain loop, the same through Lightning with the callbacks of a stage, and the
-matrix product rate that the share of the peak refers to. In both loops every part of every step is timed; data and
-framework are what Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
-tokenizer that returns what is stored. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is
-also given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32.
-Prints a table and a last line of JSON.
+Everything runs in one process: steps in a plain loop, steps through Lightning with the callbacks of a stage, and the
+matrix product rate of which the share is given. In both loops every part of every step is timed; data and framework are
+the time that Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
+tokenizer that returns stored ids. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is also
+given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32. Prints a
+table and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -48,16 +48,18 @@ class Stored:
         self.documents = [rng.integers(1, vocab, rng.integers(50, 1500), np.int32) for _ in range(2000)]
 
     def iterate(self, split, cursor=None, rank=0, world=1, loop=True):
+        """Yield the stored documents for ever."""
         while True:
             for i, ids in enumerate(self.documents):
                 yield ids, {"at": i}
 
     def encode_document(self, ids):
+        """Return the ids unchanged."""
         return ids
 
 
 def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
-    """Median seconds of the parts of a step in the shortest possible loop."""
+    """Return the median seconds of the parts of a step in the shortest possible loop."""
     optimizer = build_optimizer(net, cfg.optim)
     parts = {"data": [], "passes": [], "update": []}
     for _ in range(steps + WARMUP):
@@ -70,12 +72,14 @@ def plain_loop(net: GPT, cfg, batches, steps: int) -> dict[str, float]:
 
 
 def passes(net: GPT, batch: dict) -> None:
+    """Run forward and backward pass of all micro-batches of a step."""
     for micro in batch["micro"]:
         ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
         (net(ids, targets, reduction="sum") / batch["n_trained"]).backward()
 
 
 def passes_with_plain_logits(net: GPT, batch: dict) -> None:
+    """Run forward and backward pass of all micro-batches of a step by way of all logits."""
     for micro in batch["micro"]:
         ids, targets = (micro[name].to(_bench.DEVICE) for name in ("inputs", "targets"))
         logits = net.logits(net.hidden(ids, is_training=True))
@@ -103,7 +107,7 @@ def run_lightning(net: GPT, cfg, loader, steps: int, module: type[StepModule], *
 
 
 def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
-    """Median seconds of a whole step as a stage does it, and of `training_step` within it."""
+    """Return the median seconds of a whole step as a stage does it, and of `training_step` within it."""
     marks, inside = [], []
 
     class Timed(StepModule):
@@ -117,7 +121,10 @@ def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
 
 
 def build(args) -> tuple[GPT, object]:
-    """The network of the command line on the device, not compiled, and the configuration that it comes from."""
+    """Return the network for `args`, on the device and not compiled, and its configuration.
+
+    `args.attention` becomes the name of the chosen backend.
+    """
     words = [f"model=d{args.depth}", f"arch={args.arch}", f"optim={args.optim}", f"model.seq_len={args.seq_len}"]
     words += [f"arch.window_pattern={args.window}"] if args.arch == "modern" else []
     cfg = compose("train", words)
@@ -128,13 +135,13 @@ def build(args) -> tuple[GPT, object]:
 
 
 def loader_of(args) -> TextSteps:
-    """Steps of random documents through the real loader."""
+    """Return a loader of steps of random documents."""
     stored = Stored(args.vocab)
     return TextSteps(stored, stored, StepLayout(args.seq_len, args.rows, args.micro), split="train", buffer=1000)
 
 
 def measure(args) -> dict:
-    """Times and memory of a training step, for `args` of the command line."""
+    """Return times and memory of a training step, for `args` as in `main`."""
     quiet_lightning()
     net, cfg = build(args)
     config = net.config
@@ -180,6 +187,7 @@ def measure(args) -> dict:
 
 
 def main() -> None:
+    """Measure a step in both loops and print the results."""
     numbers = {"depth": 4, "seq-len": 512, "rows": 4, "micro": 4, "vocab": 8192, "steps": 20}
     choices = {"compile": "true", "attention": "auto", "plain-logits": "false"}
     _bench.show(measure(_bench.arguments(__doc__, numbers, arch="modern", optim="muon_adamw", window="L", **choices)))

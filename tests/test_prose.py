@@ -29,7 +29,6 @@ PENDING = (
     "llm/model/config.py",
     "llm/data/sources.py",
     "llm/eval/evaluate.py",
-    "bench/gpu_check",
 )
 # A docstring that begins with one of these is half a sentence: the other half is the name, or a neighbour.
 HALF = (
