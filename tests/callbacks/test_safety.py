@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
-from test_stages import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
+from small_training import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
 
 from callbacks.cadence import Periodic
 from llm.checkpoint.resume import CheckpointWriter, HostCopy, inspect, list_checkpoints, newest_checkpoint

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 from data_files import words, write
 
 from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
@@ -20,8 +21,7 @@ from llm.data.packing import PACKINGS
 from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "data" / "text"
+REAL = REPO.parent / "shared" / "data" / "text"
 BOS = 256
 MARKS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 
@@ -306,8 +306,8 @@ def test_errors_of_the_thread_surface_in_the_consumer(tmp_path):
 def test_a_process_with_a_running_loader_exits(folder):
     code = f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_data import text_steps
+sys.path[:0] = [{str(REPO)!r}, {str(REPO / "tests")!r}, {str(Path(__file__).parent)!r}]
+from test_loader import text_steps
 steps = iter(text_steps({str(folder)!r}))
 print(next(steps)["n_tokens"])
 """

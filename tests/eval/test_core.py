@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPO, run_cli
+from eval_data import phrase
 
 from callbacks.core import CoreEval
 from llm.checkpoint.model_folder import save_model_folder
@@ -26,13 +27,8 @@ from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import read_json
 
 REAL_BUNDLE = REPO.parent / "shared" / "data" / "eval_bundle"
-WORDS = "the red fox of ember hill lives near a river and likes green apples more than old stones".split()
 KINDS = {"choices": ("multiple_choice", 3), "letters": ("multiple_choice", 2), "who": ("schema", 0)}
 KINDS |= {"continue": ("language_modeling", 2), "story": ("language_modeling", 0), "long": ("multiple_choice", 9)}
-
-
-def phrase(seed: int, n: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, n))
 
 
 def rows_of(name: str, n: int) -> list[dict]:

@@ -11,10 +11,9 @@ import pytest
 import torch
 import yaml
 from conftest import REPO, compose, run_cli
+from eval_data import data_config, phrase
 from hub_server import Hub
 from omegaconf import OmegaConf
-from test_core import phrase
-from test_evaluate_stage import data_config
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.config.schema import TaskSpec
