@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: `distributed_job.py <strategy> <folder> [<checkpoint>]`, launched.
+"""A process of tests/parallel/test_strategies.py: `distributed_job.py <strategy> <folder> [<checkpoint>]`, launched.
 
 Trains a small network in fp64 on every kind of step and saves the weights and the checkpoint of half the steps; alone
 on all micro-batches of a step, with others on its share of them. With a checkpoint of `pretrain` it goes on from there.
@@ -23,6 +23,7 @@ from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
 from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.utils.environment import die_with_parent
 
 STEPS, VOCAB, MICRO = 20, 301, 6
 KINDS = ("pretrain", "sft", "grpo")
@@ -120,6 +121,7 @@ def notices_other_weights(module: StepModule) -> bool:
 
 
 def main() -> None:
+    die_with_parent()
     strategy, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], None)[0]
     join(on_gpu=False)
     sent = Sent()
