@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import yaml
 from conftest import REPO, compose
 from omegaconf import OmegaConf
+from processes import run
 
 from llm.cli import overrides
 from llm.cli.overrides import CONF, config_groups, group_options
@@ -196,7 +196,7 @@ def test_stage_of_evaluate_and_parts_of_eval():
 
 
 def test_make_help_lists_the_targets():
-    result = subprocess.run(["make", "help"], cwd=REPO, capture_output=True, text=True)
+    result = run("make", "help")
     for target in ("setup", "demo", "test", "test-full", "check", "bench", "table", "report", "clean"):
         assert re.search(rf"^ +make {target} +\w", result.stdout, re.MULTILINE), target
     assert os.access(REPO / ".ci/run", os.X_OK)

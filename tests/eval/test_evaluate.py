@@ -1,11 +1,9 @@
 """evaluate.py on a run folder with a small untrained model and task files on disk."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import REPO
+from conftest import run_cli
 from eval_data import TEXT, data_config
 from omegaconf import OmegaConf
 
@@ -146,8 +144,7 @@ def test_user_errors(runs):
 
 
 def test_command_line(runs):
-    command = [sys.executable, str(REPO / "evaluate.py"), "run=demo", "stage=sft", f"paths.runs={runs}"]
     options = ["eval=[chat]", "eval.max_per_task=3", "eval.max_new_tokens=4"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=REPO)
+    done = run_cli("evaluate.py", "run=demo", "stage=sft", f"paths.runs={runs}", *options, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "choice" in done.stdout and read_json(runs / "demo" / "sft" / "eval.json")["chat"]["choice"]["n"] == 3
