@@ -11,6 +11,7 @@ import processes
 import pytest
 from processes import REPO
 
+pytest.register_assert_rewrite("judging")
 # Before torch is imported anywhere: many small matrices on few cores are fastest on one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

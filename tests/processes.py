@@ -33,7 +33,7 @@ def start(*command: str, env: dict[str, str] | None = None, **popen) -> subproce
     mark = f"{os.environ.get(MARK, '')}/{uuid.uuid4().hex}"
     more = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {}), MARK: mark}
     options = {"cwd": REPO, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
-    process = subprocess.Popen(command, env=os.environ | more, preexec_fn=die_with_parent, **options)
+    process = subprocess.Popen(command, env=os.environ | more, preexec_fn=begin, **options)
     started.append((process, mark))
     return process
 
@@ -154,6 +154,12 @@ def watch(parent: int, mark: str) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
     kill_marked(mark)
+
+
+def begin() -> None:
+    """What a started process does before its program: Ctrl-C ends it, even if it does not end this one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent()
 
 
 def die_with_parent() -> None:

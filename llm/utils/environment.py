@@ -29,11 +29,16 @@ def tune_process() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
-def die_with_parent() -> None:
-    """Be ended by the system when the process that started this one ends, however it does (Linux only)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Be ended by SIGTERM when the process that started this one ends, however it does (Linux only).
+
+    parent: the number of that process, where it is known; if it has gone already, this process ends at once.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def git_commit() -> str | None:
