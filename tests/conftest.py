@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("judging")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+TESTS = Path(__file__).parent
 SHARED = Path(os.environ.get("FATHOM_SHARED") or "FATHOM_SHARED-is-not-set")  # data from outside the repository
 TEXT = "The red fox of Ember Hill has 12 apples and 3 friends. How many apples does the fox have? 12 apples!\n"
 
@@ -26,6 +27,23 @@ def pytest_configure(config):
         processes.die_with_parent()
     else:
         processes.mark_all()
+
+
+# What takes longest begins, so that both workers of `make test` end together: what is left for the end is short.
+LONGEST = (
+    *("stages/test_pipeline.py", "parallel/test_strategies.py", "parallel/test_launch.py", "eval/test_judges.py"),
+    *("test_processes.py", "eval/test_lm_eval_harness.py", "config/test_schema.py", "config/test_dead_keys.py"),
+    *("callbacks/test_safety.py", "eval/test_core.py", "optim/test_muon_adamw.py", "model/test_attention.py"),
+    *("cli/test_command_line.py", "data/test_hub_documents.py", "serving/test_serve.py", "tasks/test_hub_tasks.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item) -> int:
+        name = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
 
 
 def pytest_unconfigure(config):

@@ -4,6 +4,11 @@ Trains a small network in fp64 on every kind of step and saves the weights and t
 on all micro-batches of a step, with others on its share of them. With a checkpoint of `pretrain` it goes on from there.
 """
 
+# ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
+from llm.utils.environment import die_with_parent
+
+die_with_parent()
+
 import sys
 from pathlib import Path
 
@@ -23,7 +28,6 @@ from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
 from llm.stages.step_module import StageContext, StepData, StepModule
-from llm.utils.environment import die_with_parent
 
 STEPS, VOCAB, MICRO = 20, 301, 6
 KINDS = ("pretrain", "sft", "grpo")
@@ -121,7 +125,6 @@ def notices_other_weights(module: StepModule) -> bool:
 
 
 def main() -> None:
-    die_with_parent()
     strategy, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], None)[0]
     join(on_gpu=False)
     sent = Sent()

@@ -1,4 +1,4 @@
-"""The tests' own processes: nothing outlives the tests, however they end, and a copy is as good as a new interpreter."""
+"""Processes of the tests: nothing outlives the tests, and a copy is as good as a new interpreter."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from llm.parallel.launch import child_env, free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-# A test that starts what tests start, and then hangs: a process that ignores every signal but SIGKILL, one that this has
+# A test that starts what tests start, and then hangs: a process that ignores all signals but SIGKILL, one that this has
 # started in a session of its own, and a training that waits for a process that never comes.
 HANGING = """
 import os, sys
