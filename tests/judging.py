@@ -1,6 +1,7 @@
 """What the tests of judges from outside share: models of ours and of transformers, tasks for CORE and for lm-eval."""
 
 import json
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -89,12 +90,16 @@ def write_tasks(folder, bundle, names):
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """Nothing is fetched, and what `datasets` makes of local files goes to a folder of its own."""
+    """Nothing is fetched, what `datasets` makes of local files goes to a folder of its own, and lm-eval reads our task
+    files alone: its own are thousands, which take seconds.
+    """
     with pytest.MonkeyPatch.context() as patch:
         import datasets
 
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets_of_others")))
+        ours_alone = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        patch.setattr("llm.eval.lm_eval_harness.task_manager", lru_cache(ours_alone))
         yield
 
 

@@ -19,7 +19,7 @@ from warm import Program, Server
 
 REPO = Path(__file__).resolve().parent.parent
 MARK = "FATHOM_TEST_PROCESSES"
-HANG = 1800.0  # seconds until something that never comes fails a test: a machine that is only busy takes less
+HANG = 900.0  # seconds until something that never comes fails a test: a machine that is only busy takes less
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 NAME_SIZE = 15  # letters of the name that the system keeps of a process
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

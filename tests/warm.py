@@ -219,7 +219,12 @@ def main() -> None:
 
     program = serve(socket.socket(fileno=int(sys.argv[1])))
     if program is not None:
-        run_program(program["argv"])
+        try:
+            run_program(program["argv"])
+        except KeyboardInterrupt:  # as the interpreter does
+            traceback.print_exc()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

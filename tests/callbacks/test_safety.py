@@ -341,11 +341,11 @@ def test_data_that_does_not_come_is_named(monkeypatch, caplog):
 def test_a_slow_process_is_named(monkeypatch):
     from callbacks.watch import check_same_weights, slow_processes
 
-    monkeypatch.setattr(collectives, "gathered", lambda mine: [mine, (100.0, "a"), (180.0, "b"), (90.0, "a")])
+    monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, (100.0, "a"), (180.0, "b"), (90.0, "a")])
     assert slow_processes(110.0, 1.5) == "slow processes: process 2 on b 180 ms; the others 100 ms a step"
     assert slow_processes(110.0, 2.0) is None
     params = {"a": torch.zeros(4), "b": torch.zeros(4)}
-    monkeypatch.setattr(collectives, "gathered", lambda mine: [mine, mine, [mine[0], mine[1] + 1]])
+    monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, mine, [mine[0], mine[1] + 1]])
     with pytest.raises(UserError, match="after step 7 process 2 holds other weights than process 0.*first b"):
         check_same_weights(params, 7)
 

@@ -8,7 +8,7 @@ from conftest import REPO, compose
 from data_files import words, write
 from hub_server import REPO as DATA_SET
 from hub_server import Hub, point_to
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from llm.cli.overrides import CONF
 from llm.config.schema import known_keys
@@ -17,7 +17,7 @@ from llm.errors import UserError
 from llm.eval.evaluate import run_evaluation
 from llm.serving import app
 from llm.stages.run_stage import run_stage
-from tasks import build_task
+from tasks import Cache, build_task
 
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 ENTRY_POINTS = ("train", "evaluate", "serve")
@@ -55,7 +55,7 @@ def stages(folder) -> list[tuple]:
         *(train(stage, *([] if stage == "tokenizer" else ["max_steps=1"])) for stage in STAGES),
         train("pretrain", "run=other", "init_from=tiny/tokenizer", "optim=adamw", "arch=gpt2", "dry_run=true"),
         (run_evaluation, compose("evaluate", *measured, f"paths.runs={folder}/runs")),
-        (app.serve, compose("serve", "run=tiny", "prompt=Hello!", "max_new_tokens=2", f"paths.runs={folder}/runs")),
+        (app.serve, compose("serve", "run=tiny", "prompt=Hello", "max_new_tokens=2", f"paths.runs={folder}/runs")),
     ]
 
 
@@ -66,11 +66,11 @@ def sources_and_tasks(folder) -> list[tuple]:
         return build_source(config.data, str(folder / "cache")).check()
 
     def read_tasks(config):
-        for source in ("embedded", "local", "hub"):
-            spec = OmegaConf.merge(config.data.tasks.smalltalk, {"source": source})
-            task = OmegaConf.create({"data": {"tasks": {"smalltalk": spec}}}).data.tasks.smalltalk
+        for source in ("local", "hub"):
+            spec = config.data.tasks.smalltalk
+            spec.source, spec.repo, spec.train = source, "people/talk", "train"
             try:
-                build_task("smalltalk", task, "train")
+                build_task("smalltalk", spec, "train", Cache(folder / "cache", may_fetch=False))
             except UserError:
                 continue  # what is missing was asked for
 

@@ -14,6 +14,7 @@ from processes import run
 from llm.cli import overrides
 from llm.cli.overrides import CONF, config_groups, group_options
 from llm.config.schema import STAGES, VARIANTS, known_keys
+from llm.run.config_diff import flatten
 
 pytestmark = pytest.mark.usefixtures("composed_once")
 
@@ -60,16 +61,15 @@ SIMPLE_GROUPS = sorted(config_groups("train").keys() - {"stage", "model", "exper
 @pytest.mark.parametrize("group,option", [(g, o) for g in SIMPLE_GROUPS for o in group_options(g)])
 def test_every_option_composes(group, option):
     """With what its file says: a file that another one hides, or whose package is wrong, composes too."""
-    composed = complete(overrides.compose("train", [f"{group}={option}"]))
+    cfg = overrides.compose("train", [f"{group}={option}"])
+    complete(cfg)
     text = (CONF / group / f"{option}.yaml").read_text()
-    own = yaml.safe_load(text) or {}
-    package = composed if re.search(r"@package _global_", text) else composed.get(group)
-    for key, value in own.items():
-        if key == "defaults" or "${" in str(value):
-            continue
-        got = package[key] if not isinstance(value, dict) else {k: package[key][k] for k in value}
-        if not isinstance(value, dict) or not any(isinstance(inner, dict) for inner in value.values()):
-            assert got == value, key
+    header = re.search(r"# @package (\S+)", text)
+    package = header[1].replace("_group_", group) if header else group
+    part = cfg if package == "_global_" else OmegaConf.select(cfg, package)
+    for key, value in flatten(yaml.safe_load(text) or {}).items():
+        if not key.startswith("defaults") and "${" not in str(value):
+            assert OmegaConf.select(part, key) == value, key
 
 
 def test_depths():

@@ -216,7 +216,7 @@ def test_processes_share_the_work_and_all_get_the_result(nets, tokenizer, bundle
     score_shared = core.score_shared
     monkeypatch.setattr(core, "score_shared", counted)
     monkeypatch.setattr(core, "ENOUGH", {})
-    for name, replacement in (("rank", lambda: me.rank), ("world_size", lambda: 3), ("gathered", gathered)):
+    for name, replacement in (("rank", lambda: me.rank), ("world_size", lambda: 3), ("all_gather_object", gathered)):
         monkeypatch.setattr(core.collectives, name, replacement)
     with ThreadPoolExecutor(3) as executor:
         results = list(executor.map(process, range(3)))

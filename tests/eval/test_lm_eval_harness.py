@@ -144,6 +144,16 @@ def test_mistakes_about_tasks(tasks, tmp_path):
         Harness(options(tmp_path / "t", "broken"))
 
 
+@pytest.mark.slow
+def test_tasks_of_lm_eval_are_known_beside_ours(tasks, monkeypatch):
+    """The other tests leave them out, which saves seconds for each."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("llm.eval.lm_eval_harness.task_manager", TaskManager)
+    with pytest.raises(UserError, match="no task, group or tag 'arc_eazy'; near it: .*arc_easy"):
+        Harness(options(tasks, "arc_eazy"))
+
+
 def test_unknown_options_of_generation_are_found_before_any_work(tasks, tmp_path):
     content = yaml.safe_load((tasks / "mine_answer.yaml").read_text()) | {"task": "beams"}
     content["generation_kwargs"]["num_beams"] = 4
