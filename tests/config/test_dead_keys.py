@@ -50,7 +50,7 @@ def stages(folder) -> list[tuple]:
     def train(stage, *lines):
         return run_stage, compose("train", "experiment=tiny", f"stage={stage}", f"paths.runs={folder}/runs", *lines)
 
-    measured = ("run=tiny", "eval.tokens=512", "eval.max_per_task=2", "eval.max_new_tokens=4")
+    measured = ("run=tiny", "eval.tokens=512", "eval.max_per_task=2", "eval.max_new_tokens=4", "eval.num_samples=2")
     return [
         *(train(stage, *([] if stage == "tokenizer" else ["max_steps=1"])) for stage in STAGES),
         train("pretrain", "run=other", "init_from=tiny/tokenizer", "optim=adamw", "arch=gpt2", "dry_run=true"),
