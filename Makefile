@@ -8,6 +8,8 @@ STAGE ?= sft
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# A file goes to one of the two workers as a whole, for what its tests share; tests/conftest.py says in which order.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
@@ -44,11 +46,11 @@ demo: $(STAMP) ## the whole pipeline on the embedded world, in minutes: train, e
 	@echo "Chat:    $(PY) serve.py run=demo              in the browser"
 	@echo "         $(PY) serve.py run=demo ui=cli       in the terminal"
 
-test: $(STAMP) ## the tests that need no more than minutes
-	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile
+test: $(STAMP) ## the tests that need no more than minutes (FATHOM_SHARED=folder: with data from outside)
+	$(PYTEST) -m 'not slow'
 
 test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 # Killing a hundred trainings takes a quarter of an hour or more. The full disk needs the right to mount a tmpfs.
 chaos: $(STAMP) ## kill, starve and damage real trainings; compare with trainings left alone (ARGS="--kills 20")

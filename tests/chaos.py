@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import processes
 from safetensors.numpy import load_file
 
 REPO = Path(__file__).resolve().parent.parent
@@ -66,14 +67,12 @@ class Chaos:
         return [sys.executable, str(REPO / "train.py"), *line]
 
     def start(self, *args) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(self.command(*args), env=environment, **pipes)
+        return processes.start(*self.command(*args), stderr=subprocess.STDOUT)
 
     def status(self, *args) -> tuple[int, str]:
         """Exit status and output of a training that is left alone."""
         process = self.start(*args)
-        out, _ = process.communicate(timeout=600)
+        out, _ = process.communicate(timeout=processes.HANG)
         return process.returncode, out
 
     def finish(self, *args) -> None:
@@ -114,7 +113,7 @@ class Chaos:
         folder, damaged, pending = self.root / run / stage / "checkpoints", 0, 0
         while True:
             had, process, begin = list(folder.glob("*.ckpt")), self.start(stage, run, n), time.monotonic()
-            moment = rng.uniform(0.0, 1.2) * seconds if killed.injected + pending < count else 600
+            moment = rng.uniform(0.0, 1.2) * seconds if killed.injected + pending < count else processes.HANG
             try:
                 out, _ = process.communicate(timeout=moment)
             except subprocess.TimeoutExpired:
@@ -204,24 +203,15 @@ def wait_for_checkpoint(stage_dir: Path, process: subprocess.Popen) -> None:
 
 def kill(process: subprocess.Popen, what: str) -> None:
     """SIGKILL to all processes of a training, its launcher, or one of its processes; returns when none is left."""
-    children = children_of(process.pid)
+    children = processes.children_of(process.pid)
     victims = {"all": [process.pid, *children], "launcher": [process.pid], "one": children[-1:] or [process.pid]}
     for pid in victims[what]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    process.wait(timeout=120)
-    end = time.monotonic() + 120
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        if time.monotonic() > end:
-            raise RuntimeError(f"processes {children} did not end")
-        time.sleep(0.02)
-
-
-def children_of(pid: int) -> list[int]:
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in done.stdout.split()]
+    process.wait(timeout=processes.HANG)
+    processes.wait_until(lambda: not any(map(processes.is_alive, children)))
 
 
 def arrays(weights: dict) -> list[np.ndarray]:
@@ -243,6 +233,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"))
     args = parser.parse_args()
+    processes.mark_all()
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     begin, chaos = time.monotonic(), Chaos(args.folder.resolve(), args.seed)

@@ -3,29 +3,77 @@
 import copy
 import functools
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
+from processes import REPO
 
+pytest.register_assert_rewrite("judging")
 # Before torch is imported anywhere: many small matrices on few cores are fastest on one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-REPO = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).parent
+SHARED = Path(os.environ.get("FATHOM_SHARED") or "FATHOM_SHARED-is-not-set")  # data from outside the repository
 TEXT = "The red fox of Ember Hill has 12 apples and 3 friends. How many apples does the fox have? 12 apples!\n"
 
 
-def run_cli(script: str, *args: str, cwd: Path | str = REPO, timeout: float = 300, **env: str):
+def pytest_configure(config):
+    """Nothing that tests start outlives pytest, nor do the workers of pytest-xdist."""
+    if hasattr(config, "workerinput"):
+        processes.die_with_parent()
+    else:
+        processes.mark_all()
+
+
+# What takes longest begins, so that both workers of `make test` end together: what is left for the end is short.
+LONGEST = (
+    *("stages/test_pipeline.py", "parallel/test_strategies.py", "parallel/test_launch.py", "eval/test_judges.py"),
+    *("test_processes.py", "eval/test_lm_eval_harness.py", "config/test_schema.py", "config/test_dead_keys.py"),
+    *("callbacks/test_safety.py", "eval/test_core.py", "optim/test_muon_adamw.py", "model/test_attention.py"),
+    *("cli/test_command_line.py", "data/test_hub_documents.py", "serving/test_serve.py", "tasks/test_hub_tasks.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item) -> int:
+        name = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
+
+
+def pytest_unconfigure(config):
+    processes.end_started()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """A test that fails or is interrupted leaves no process: what fixtures of a wider scope started goes on."""
+    before = len(processes.started)
+    yield
+    processes.end_started(before)
+
+
+def needs_shared(*paths: str):
+    """Mark for tests that read files from outside the repository, below the folder that FATHOM_SHARED names."""
+    missing = [path for path in paths if not (SHARED / path).exists()]
+    return pytest.mark.skipif(bool(missing), reason=f"set FATHOM_SHARED to a folder with {', '.join(missing)}")
+
+
+def run_cli(script: str, *args: str, cwd: Path | str = REPO, fresh: bool = False, **env: str):
     """Run an entry point (`run_cli("train.py", "stage=sft")`) in a process of its own and wait for it.
 
-    Returns `subprocess.CompletedProcess` with text in stdout and stderr; more environment variables as keywords.
+    fresh: in a new interpreter, for tests of what happens while it starts; else in one that has imported torch before
+    (tests/warm.py), which saves six seconds. Returns `subprocess.CompletedProcess` with text in stdout and stderr; more
+    environment variables as keywords.
     """
-    command = [sys.executable, str(REPO / script), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **env}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    if fresh:
+        return processes.run(sys.executable, str(REPO / script), *args, cwd=cwd, env=env)
+    return processes.run_warm(REPO / script, *args, cwd=cwd, env=env)
 
 
 def compose(config_name: str = "train", *overrides: str):
@@ -78,3 +126,13 @@ def tiny_net(tiny_tokenizer):
 
     config = GPTConfig(2, 2, 1, 16, 32, 64, tiny_tokenizer.vocab_size)
     return GPT(config).init_weights(0).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_runs(tmp_path_factory) -> Path:
+    """runs/ with the finished tokenizer of the run `tiny`, of experiment=tiny; to be copied, not to be changed."""
+    from llm.stages.run_stage import run_stage
+
+    root = tmp_path_factory.mktemp("tokenizer") / "runs"
+    run_stage(compose("train", "experiment=tiny", "stage=tokenizer", f"paths.runs={root}"))
+    return root

@@ -1,8 +1,13 @@
-"""What each process of test_distributed.py runs: `distributed_job.py <strategy> <folder> [<checkpoint>]`, launched.
+"""A process of tests/parallel/test_strategies.py: `distributed_job.py <strategy> <folder> [<checkpoint>]`, launched.
 
 Trains a small network in fp64 on every kind of step and saves the weights and the checkpoint of half the steps; alone
 on all micro-batches of a step, with others on its share of them. With a checkpoint of `pretrain` it goes on from there.
 """
+
+# ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
+from llm.utils.environment import die_with_parent
+
+die_with_parent()
 
 import sys
 from pathlib import Path

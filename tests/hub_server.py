@@ -5,12 +5,15 @@
 
 import hashlib
 import json
+import select
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from processes import HANG, die_with_parent
 
 REPO, COMMIT = "fathom/test", "0123456789abcdef0123456789abcdef01234567"
 PAGE = 3  # files in one answer of the listing
@@ -19,7 +22,8 @@ PAGE = 3  # files in one answer of the listing
 class Hub(ThreadingHTTPServer):
     """`files` of the data set `REPO` by name; `sets`: those of others; `web`: files at plain paths; `gated`: data sets
     whose files are refused. `faults`: (part of a path, what happens), each used once: 500, (429, seconds),
-    ("cut", bytes), ("stall", seconds) or "garble"."""
+    ("cut", bytes), ("stall", None): nothing more comes until the client gives up, ("wait", function that returns when
+    the rest may come) or "garble"."""
 
     daemon_threads = True
     ignores_ranges = False
@@ -152,7 +156,13 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if kind == "stall":
                 self.wfile.write(body[:1])
-                time.sleep(value)
+                while select.select([self.connection], [], [])[0] and self.connection.recv(1):
+                    continue  # until the client closes the connection
+                self.close_connection = True
+                return
+            if kind == "wait":
+                self.wfile.write(body[:1])
+                value()
                 body = body[1:]
             size = max(1, (hub.speed or len(body)) // 10)
             for i in range(0, len(body), size):
@@ -164,8 +174,11 @@ class Handler(BaseHTTPRequestHandler):
                 hub.open -= 1
 
 
-def point_to(hub, patch, folder):
-    """Make the libraries of this process take `hub` for the real one, with their caches in `folder`."""
+def point_to(hub, patch, folder, patience=HANG):
+    """Make the libraries of this process take `hub` for the real one, with their caches in `folder`.
+
+    patience: seconds without an answer until a request is tried again.
+    """
     import huggingface_hub.constants as constants
     from datasets import config
 
@@ -174,12 +187,13 @@ def point_to(hub, patch, folder):
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(folder / "hub"),
-        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+        "HF_HUB_DOWNLOAD_TIMEOUT": patience,
         "DOWNLOAD_CHUNK_SIZE": 100,
     }.items():
         patch.setattr(constants, name, value)
     patch.setattr(config, "HF_ENDPOINT", hub.url)
     patch.setattr("llm.data.download.FIRST_WAIT", 0.01)
+    patch.setattr("llm.data.download.READ_SECONDS", float(patience))
 
 
 def entries(files):
@@ -207,6 +221,7 @@ def entry(name, content):
 
 if __name__ == "__main__":
     folder, speed = Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else None
+    die_with_parent()
     paths = [path for path in folder.rglob("*") if path.is_file()]
     with Hub({p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}, speed=speed) as hub:
         print(hub.url, flush=True)

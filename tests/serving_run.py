@@ -4,7 +4,6 @@ To look at the chat by hand: `PYTHONPATH=. python tests/serving_run.py DIR`, `py
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from processes import HANG, REPO, start
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.model.config import GPTConfig
@@ -19,7 +19,6 @@ from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import render_conversation
 
-REPO = Path(__file__).resolve().parent.parent
 MAX_TRAINED = 150  # tokens; the song is cut here, so the model never learns to end it
 RESULT = {"type": "python_output", "text": "19"}
 CONVERSATIONS = [
@@ -80,17 +79,8 @@ def _batch(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def start_process(*args: str, **popen) -> subprocess.Popen:
     """`serve.py` in a process that can be interrupted as from a terminal, even if this one ignores Ctrl-C."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "serve.py"), *args],
-        cwd=REPO,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **popen,
-    )
+    environment = {"PYTHONUTF8": "1"}
+    return start(sys.executable, str(REPO / "serve.py"), *args, env=environment, stderr=subprocess.STDOUT, **popen)
 
 
 class ServerProcess:
@@ -111,7 +101,7 @@ class ServerProcess:
     def __exit__(self, *exc) -> None:
         self.process.send_signal(signal.SIGINT)
         try:
-            self.output += self.process.communicate(timeout=20)[0]
+            self.output += self.process.communicate(timeout=HANG)[0]
         finally:
             self.process.kill()
 

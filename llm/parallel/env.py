@@ -12,6 +12,7 @@ from llm.utils.environment import die_with_parent
 SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # SLURM sends it before the time is over; Windows has none
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, SIGUSR1)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
+LAUNCHER = "FATHOM_LAUNCHER"  # the process number of our own launcher, for the processes that it has started
 
 
 def is_launched() -> bool:
@@ -57,7 +58,8 @@ def check_layout(cfg) -> None:
 
 def begin() -> None:
     """Prepare one of several processes: it does not outlive its launcher, and only rank 0 prints."""
-    die_with_parent()
+    launcher = os.environ.get(LAUNCHER)
+    die_with_parent(int(launcher) if launcher else None)
     if launched_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llm.config.stages import stage_row
 from llm.errors import UserError
-from llm.parallel.env import STOP_SIGNALS, is_launched
+from llm.parallel.env import LAUNCHER, STOP_SIGNALS, is_launched
 
 GRACE_SECONDS = 10  # after the first failure the others may end by themselves, with what they have to say
 KILL_SECONDS = 30  # then they are told to stop, and then killed
@@ -77,7 +77,8 @@ def launch(config: dict, n: int) -> int:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(config), encoding="utf-8")
         command = [sys.executable, "-m", "llm.stages.worker", str(path), folder]
-        environments = [child_env(k, n, port, address, node, num_nodes) for k in range(n)]
+        own = {LAUNCHER: str(os.getpid())}
+        environments = [child_env(k, n, port, address, node, num_nodes) | own for k in range(n)]
         children = [subprocess.Popen(command, env=env, start_new_session=True) for env in environments]
 
         def tell(signum):

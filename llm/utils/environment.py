@@ -29,11 +29,16 @@ def tune_process() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
-def die_with_parent() -> None:
-    """Ask the system to end this process when its parent ends, however that happens (Linux only)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the system to end this process by SIGTERM when the one that started it ends (Linux only).
+
+    parent: number of the process that started this one, where known; if that has gone already, this one ends at once.
+    """
     prctl = getattr(ctypes.CDLL(None), "prctl", None) if os.name == "posix" else None
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def git_commit() -> str | None:

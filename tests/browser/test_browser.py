@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from processes import run
 from serving_run import ServerProcess, make_run
 
 HERE = Path(__file__).parent
@@ -31,8 +31,7 @@ def seen(tmp_path_factory) -> dict:
     screenshots.mkdir(parents=True, exist_ok=True)
     make_run(folder / "runs", seq_len=SEQ_LEN)
     with ServerProcess(folder / "runs", "temperature=0", f"max_new_tokens={SEQ_LEN}") as server:
-        command = ["node", str(HERE / "chat.mjs"), server.url, str(screenshots), chromium]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = run("node", str(HERE / "chat.mjs"), server.url, str(screenshots), chromium)
     assert server.process.returncode == 0 and server.output.endswith("server ended\n"), server.output
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_python
 from safetensors.torch import load_file, save_file
 
 from llm.checkpoint.model_folder import (
@@ -232,9 +231,7 @@ except UserError as error:
 def test_a_full_disk_leaves_the_old_folder_intact(limit, folder, tmp_path):
     target = tmp_path / "model"
     shutil.copytree(folder, target)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(target), str(limit)], capture_output=True, text=True, check=True
-    )
+    done = run_python(FULL_DISK, str(target), str(limit))
     assert done.stdout.startswith(f"UserError {target}: cannot be written") and "free disk space" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     load_model_folder(target)
@@ -260,8 +257,8 @@ def test_loading_and_saving_import_no_transformers(folder):
         "save_model_folder(sys.argv[1], net, tok); "
         "print(*(m for m in ('transformers', 'tokenizers', 'lightning', 'hydra') if m in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    done = run_python(code, str(folder))
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 @pytest.mark.slow

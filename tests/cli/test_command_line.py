@@ -1,15 +1,13 @@
 """The command line: mistakes are one line that helps, sweeps stop where they fail, nothing heavy is imported."""
 
 import re
-import resource
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPO, run_cli
+from processes import run, run_python
 
 from llm.cli import overrides
 from llm.cli.help import help_text
@@ -282,13 +280,22 @@ def test_a_single_job_fails_without_job_names(entry, tmp_path):
 # The entry points as processes
 
 
+# Runs an entry point and tells on the last line of stderr which heavy modules that has imported.
+IMPORTS = """
+import runpy, sys
+heavy = ("torch", "lightning", "numpy", "gradio", "matplotlib")
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+
+
 @pytest.mark.parametrize("script", ["train", "evaluate", "serve"])
-def test_help_lists_groups_and_main_keys_and_is_quick(script):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = run_cli(f"{script}.py", "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    assert result.returncode == 0 and not result.stderr
+def test_help_lists_groups_and_main_keys_and_imports_nothing_heavy(script):
+    result = run_python(IMPORTS, f"{script}.py", "--help")
+    assert result.returncode == 0 and result.stderr == "[]\n"
     for group in config_groups(script):
         assert re.search(rf"^ +{group} ", result.stdout, re.MULTILINE), group
     for name, spec in known_keys(script).items():
@@ -338,13 +345,11 @@ def test_the_help_of_the_entry_points_imports_nothing_heavy(tmp_path, script, wo
 
 
 @pytest.mark.parametrize("argument,expected", [("modle=d4", "'model'"), ("model=d5x", "model=d5")])
-def test_a_mistake_fails_in_under_three_seconds(argument, expected):
-    start = time.perf_counter()
-    result = run_cli("train.py", "stage=pretrain", argument)
-    assert time.perf_counter() - start < 3
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1 and expected in result.stderr
-    assert not result.stdout
+def test_a_mistake_is_said_before_anything_heavy_is_imported(argument, expected):
+    result = run_python(IMPORTS, "train.py", "experiment=demo", "stage=pretrain", argument)
+    assert result.returncode == 2 and not result.stdout
+    mistake, imported = result.stderr.splitlines()
+    assert expected in mistake and imported == "[]"
 
 
 def test_the_sweep_flag_may_come_last():
@@ -360,12 +365,9 @@ def test_a_sweep_over_stages_explains_a_key_that_the_first_one_lacks():
 
 
 def test_the_check_imports_nothing_heavy():
-    code = (
-        "import sys; from llm.cli.app import check_overrides;"
-        "check_overrides('train', ['experiment=demo', 'stage=sft']);"
-        "print([m for m in ('torch', 'lightning', 'numpy', 'gradio', 'matplotlib') if m in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    code = "import sys; from llm.cli.app import check_overrides; check_overrides('train', sys.argv[1:])"
+    names = "print([m for m in ('torch', 'lightning', 'numpy', 'gradio', 'matplotlib') if m in sys.modules])"
+    result = run_python(f"{code}; {names}", "experiment=demo", "stage=sft")
     assert result.stdout.strip() == "[]", result.stderr
 
 
@@ -378,6 +380,5 @@ def test_works_from_any_folder_and_shows_the_config(tmp_path):
 
 
 def test_a_closed_pipe_is_no_error():
-    command = f"{sys.executable} train.py --help all | head -n 1"
-    result = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
+    result = run("sh", "-c", f"{sys.executable} train.py --help all | head -n 1")
     assert not result.stderr and result.stdout.count("\n") == 1

@@ -2,12 +2,10 @@
 
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
-from conftest import REPO
+from processes import run_python
 
 from llm.data.embedded import document, documents, persona, rows
 from llm.data.embedded.chats import OPENINGS
@@ -57,14 +55,7 @@ def test_values_are_dealt_evenly_so_the_most_frequent_answer_helps_no_one():
 
 def test_the_world_does_not_depend_on_process_or_seed():
     script = "from llm.data.embedded.world import FACTS; print([f.value for f in FACTS])"
-    other = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=REPO,
-        env={"PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    other = run_python(script, env={"PYTHONHASHSEED": "7"})
     assert other.stdout.strip() == str([f.value for f in FACTS])
 
 
@@ -249,9 +240,18 @@ def test_a_persona_is_a_function_of_its_seed():
 
 
 def test_a_persona_of_numbers():
-    made = rows("persona", "train", 300, name=7, maker=42, description=1, facts={"age": 3})
-    assert all(isinstance(keyword, str) for row in made for keyword in row["keywords"])
-    assert any("42" in message["content"] for row in made for message in row["messages"])
+    """Numbers from YAML (`options.name: 7`) are words of the answers and keywords: neither left out, nor numbers still,
+    with which an answer cannot be scored.
+    """
+    values = {"name": 7, "maker": 42, "description": 1, "facts": {"age": 3}}
+    made = rows("persona", "train", 3000, **values)
+    keywords = {keyword for row in made for keyword in row["keywords"]}
+    assert {"7", "42", "1", "3"} <= keywords and all(type(keyword) is str for keyword in keywords)
+    for row in made:
+        said = row["messages"][-1]["content"].casefold()
+        assert row["keywords"] and all(keyword.casefold() in said for keyword in row["keywords"]), row
+    as_words = {"name": "7", "maker": "42", "description": "1", "facts": {"age": "3"}}
+    assert made == rows("persona", "train", 3000, **as_words)
 
 
 @pytest.mark.parametrize(

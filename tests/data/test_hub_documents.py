@@ -7,6 +7,7 @@ import pytest
 from conftest import compose, run_cli
 from data_files import read, words, write
 from hub_server import REPO, Hub, point_to
+from processes import HANG, wait_until
 
 from llm.data import download
 from llm.data.download import HubFolder
@@ -61,20 +62,29 @@ def test_other_kinds_of_files(hub, folder, tmp_path, suffix):
 
 def test_training_waits_for_its_next_shard_only(hub, folder, monkeypatch):
     monkeypatch.setattr("llm.data.hub_documents.AHEAD", 1)
-    hub.faults = [("shard_00002", ("stall", 0.8))]
+    come, got = threading.Event(), []
+    hub.faults = [("shard_00002", ("wait", come.wait))]
     source = documents(folder)
     source.check()
     assert len(hub.downloads()) == 2  # both ends
     stream = source.iterate("train")
-    begin = time.monotonic()
     for _ in range(80):
         next(stream)
-    assert time.monotonic() - begin < 0.6 and len(hub.downloads()) == 4 and not hub.downloads("shard_00003")
-    assert next(stream)[0] == words(1, 200)[0] and time.monotonic() - begin > 0.6
+    wait_until(lambda: len(hub.downloads()) == 4)
+    assert not hub.downloads("shard_00003")
+    reader = threading.Thread(target=lambda: got.append(next(stream)[0]), daemon=True)
+    reader.start()
+    reader.join(0.2)
+    assert reader.is_alive() and not got
+    come.set()
+    reader.join(HANG)
+    assert got == words(1, 200)
 
 
 def test_workers_fetch_in_parallel(hub, folder):
-    hub.speed = 4 * max(map(len, hub.files.values()))
+    """The first three files come only once all three have been asked for."""
+    meeting = threading.Barrier(3, timeout=HANG)
+    hub.faults = [(f"shard_0000{i}", ("wait", meeting.wait)) for i in range(3)]
     folder.fetch_all(folder.matching("*.parquet"))
     assert hub.most_open == 3 and all(map(folder.is_here, folder.matching("*.parquet")))
 
@@ -90,9 +100,10 @@ def test_what_a_broken_connection_left_is_continued(hub, folder):
     assert hub.downloads("shard_00001")[0][1] == 300 and not part.exists()
 
 
-def test_what_passes_is_tried_again(hub, folder):
+def test_what_passes_is_tried_again(hub, folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 2)
     hub.faults = [("/tree/", 500), ("/revision/", (429, 1)), ("shard_00001", 500), ("shard_00001", 503)]
-    hub.faults += [("shard_00002", (429, 0)), ("shard_00003", ("stall", 3)), ("shard_00000", "garble")]
+    hub.faults += [("shard_00002", (429, 0)), ("shard_00003", ("stall", None))]
     begin = time.monotonic()
     files = folder.matching("*.parquet")
     assert time.monotonic() - begin > 1  # as long as the hub asked for
@@ -100,7 +111,13 @@ def test_what_passes_is_tried_again(hub, folder):
     assert not hub.faults
     for file in files:
         assert folder.path(file).read_bytes() == hub.files[file.name]
-    assert [start for _, start in hub.downloads("shard_00000")] == [0, 0]  # nothing of a garbled file is kept
+
+
+def test_nothing_of_a_garbled_file_is_kept(hub, folder):
+    hub.faults = [("shard_00000", "garble")]
+    file = folder.matching("shard_00000*")[0]
+    assert folder.fetch(file).read_bytes() == hub.files[file.name] and not hub.faults
+    assert [start for _, start in hub.downloads("shard_00000")] == [0, 0]
 
 
 def test_a_file_that_lost_its_end_is_fetched_again(hub, folder):
@@ -213,7 +230,7 @@ def test_stage_download_fetches_ahead_and_makes_no_run(hub, tmp_path, capsys):
     args += [f"paths.data={tmp_path}/cache", f"paths.runs={tmp_path}/runs"]
     run_stage(compose("train", *args, "dry_run=true"))
     assert "0 of 3 shards are in" in capsys.readouterr().out and not hub.downloads()
-    done = run_cli("train.py", *args, HF_ENDPOINT=hub.url)
+    done = run_cli("train.py", *args, fresh=True, HF_ENDPOINT=hub.url)
     assert done.returncode == 0 and "3/3 files" in done.stdout and "validation: shard_00004" in done.stdout
     run_stage(compose("train", *args))
     assert "3 of 3 shards are in" in capsys.readouterr().out
@@ -235,7 +252,7 @@ def test_two_processes_train_while_shards_come(hub, tmp_path):
         "max_steps=4",
     ]
     for stage in ("tokenizer", "pretrain"):
-        done = run_cli("train.py", f"stage={stage}", *args, HF_ENDPOINT=hub.url)
+        done = run_cli("train.py", f"stage={stage}", *args, fresh=True, HF_ENDPOINT=hub.url)
         assert done.returncode == 0, done.stderr
     names = [path for path, _ in hub.downloads()]
     assert len(names) == len(set(names)) >= 2  # each file once

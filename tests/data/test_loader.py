@@ -1,8 +1,6 @@
 """Step loaders of text and conversations: order, ranks, ends of epochs, exact resume, threads and bad input."""
 
 import json
-import subprocess
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPO, SHARED, needs_shared
 from data_files import words, write
+from processes import run_python
 
 from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
 from llm.data.documents import LocalDocuments
@@ -20,8 +20,7 @@ from llm.data.packing import PACKINGS
 from llm.data.tokens import CachedDocuments, encoded
 from llm.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared" / "data" / "text"
+REAL = SHARED / "data" / "text"
 BOS = 256
 MARKS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 
@@ -313,12 +312,12 @@ def test_errors_of_the_thread_surface_in_the_consumer(tmp_path):
 def test_a_process_with_a_running_loader_exits(folder):
     code = f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_data import text_steps
+sys.path[:0] = [{str(REPO)!r}, {str(REPO / "tests")!r}, {str(Path(__file__).parent)!r}]
+from test_loader import text_steps
 steps = iter(text_steps({str(folder)!r}))
 print(next(steps)["n_tokens"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = run_python(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "192\n", "")
 
 
@@ -461,7 +460,7 @@ def test_validation_batches_cover_the_tokens_asked_for_on_any_number_of_ranks(fo
 # ---- real files -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the text files beside the repository")
+@needs_shared("data/text")
 def test_real_text():
     source = LocalDocuments(REAL)
     assert source.check() == f"5 parquet files, data.path={REAL}; validation: shard_00004.parquet"

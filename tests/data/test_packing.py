@@ -175,13 +175,21 @@ def test_state_is_a_copy_of_at_most_a_row_per_document():
 
 
 @pytest.mark.parametrize("packer_class", PACKINGS.values())
-def test_packing_is_fast(packer_class):
-    """Ten million tokens a second are asked for; half of that still separates a search from a scan of the buffer."""
+def test_packing_searches_its_buffer_and_does_not_scan_it(packer_class):
+    """Sixteen times as many waiting documents cost about as much a row; a scan of them costs sixteen times as much."""
     lengths = np.random.default_rng(0).integers(100, 3000, 3000)
-    documents = cycle(list(make_documents(lengths)))
-    packer = packer_class(2049)
     ids, mask = np.empty(2049, np.int32), np.empty(2049, bool)
-    start = time.thread_time()
-    for _ in range(1500):
+
+    def seconds(buffer: int) -> float:
+        """Least processor time of 100 rows, once the buffer is full."""
+        documents = cycle(list(make_documents(lengths)))
+        packer, least = packer_class(2049, buffer), float("inf")
         packer.fill(ids, mask, documents)
-    assert packer.placed / (time.thread_time() - start) > 5e6
+        for _ in range(5):
+            start = time.thread_time()
+            for _ in range(100):
+                packer.fill(ids, mask, documents)
+            least = min(least, time.thread_time() - start)
+        return least
+
+    assert seconds(16_000) < 5 * seconds(1000)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPO, run_cli
+from conftest import SHARED, needs_shared, run_cli
+from eval_data import phrase
 
 from callbacks.core import CoreEval
 from llm.checkpoint.model_folder import save_model_folder
@@ -25,14 +26,9 @@ from llm.run.stage_folder import RunDir, read_metrics, write_manifest
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import read_json
 
-REAL_BUNDLE = REPO.parent / "shared" / "data" / "eval_bundle"
-WORDS = "the red fox of ember hill lives near a river and likes green apples more than old stones".split()
+REAL_BUNDLE = SHARED / "data" / "eval_bundle"
 KINDS = {"choices": ("multiple_choice", 3), "letters": ("multiple_choice", 2), "who": ("schema", 0)}
 KINDS |= {"continue": ("language_modeling", 2), "story": ("language_modeling", 0), "long": ("multiple_choice", 9)}
-
-
-def phrase(seed: int, n: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, n))
 
 
 def rows_of(name: str, n: int) -> list[dict]:
@@ -380,7 +376,7 @@ def test_paths_and_names_that_are_not_there(bundle, tmp_path):
             load_bundle(path, names)
 
 
-@pytest.mark.skipif(not REAL_BUNDLE.exists(), reason="needs the published bundle's data")
+@needs_shared("data/eval_bundle")
 def test_the_real_bundle(nets, tokenizer):
     net = nets("classic", seq_len=256)
     results = decisions(net, tokenizer, REAL_BUNDLE, max_per_task=2)
@@ -418,9 +414,9 @@ def test_evaluate_writes_scores_table_and_records(nets, tokenizer, bundle, tmp_p
     assert read_json(stage_dir / "eval.json")["core"] == scores["core"]  # some tasks are not CORE
 
 
-def test_training_measures_core_on_all_processes(bundle, tmp_path):
+def test_training_measures_core_on_all_processes(tokenizer_runs, bundle, tmp_path):
+    shutil.copytree(tokenizer_runs, tmp_path, dirs_exist_ok=True)
     base = ("train.py", "experiment=tiny", f"paths.runs={tmp_path}", "trainer=cpu")
-    assert run_cli(*base, "stage=tokenizer").returncode == 0
     keys = (f"stage.core_bundle={bundle}", "stage.core_every=1", "stage.core_max_per_task=8")
     done = run_cli(*base, "stage=pretrain", "trainer.devices=2", "batch.micro_batch_size=2", "max_steps=2", *keys)
     assert done.returncode == 0, done.stderr

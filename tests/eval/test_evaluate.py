@@ -1,11 +1,10 @@
 """evaluate.py on a run folder with a small untrained model and task files on disk."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import run_cli
+from eval_data import TEXT, data_config
 from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
@@ -16,55 +15,6 @@ from llm.model.gpt import GPT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import read_json, write_json
-
-ROOT = Path(__file__).resolve().parents[1]
-TEXT = "The red fox of the north lives in a house near the river and likes apples. " * 3
-
-
-def jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def data_config(folder):
-    """data=local with text and three kinds of task."""
-    for shard in range(2):
-        jsonl(folder / "text" / f"{shard}.jsonl", [{"text": f"Page {shard}.{i}. {TEXT}"} for i in range(12)])
-    labels = ["A", "B", "C", "D"]
-    choices = {"text": ["red", "blue", "green", "white"], "label": labels}
-    choice = [
-        {"question": f"Fox {i}?", "choices": choices, "answerKey": labels[i % 4], "subject": f"fox{i // 2 % 2}"}
-        for i in range(9)
-    ]
-    sums = [
-        {"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(8)
-    ]
-    chats = [[{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": "Hi."}] for i in range(5)]
-    files = {
-        "choice": ("multiple_choice", choice),
-        "sums": ("gsm8k", sums),
-        "talk": ("chat", [{"messages": messages} for messages in chats]),
-    }
-    tasks = {}
-    for name, (kind, rows) in files.items():
-        file = jsonl(folder / f"{name}.jsonl", rows)
-        spec = {"type": kind, "source": "local", "train": file, "test": file, "size": None, "test_size": None}
-        tasks[name] = spec | {"limit": None, "options": {}}
-    return {
-        "name": "local",
-        "path": str(folder / "text"),
-        "column": "text",
-        "workers": 4,
-        "tasks_path": str(folder),
-        "seed": 42,
-        "size": 1,
-        "val_size": 1,
-        "tasks": tasks,
-        "mixture": {"midtrain": {"talk": 1, "sums": 1}, "sft": {"talk": 1, "choice": 1}},
-        "rl": "sums",
-        "eval": ["choice", "sums"],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +144,7 @@ def test_user_errors(runs):
 
 
 def test_command_line(runs):
-    command = [sys.executable, str(ROOT / "evaluate.py"), "run=demo", "stage=sft", f"paths.runs={runs}"]
     options = ["eval=[chat]", "eval.max_per_task=3", "eval.max_new_tokens=4"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+    done = run_cli("evaluate.py", "run=demo", "stage=sft", f"paths.runs={runs}", *options, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "choice" in done.stdout and read_json(runs / "demo" / "sft" / "eval.json")["chat"]["choice"]["n"] == 3

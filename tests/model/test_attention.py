@@ -120,11 +120,34 @@ def test_grouped_heads_and_windows_that_reach_everything():
         assert torch.equal(causal_attention(*tensors, SCALE, window), full)
 
 
+@pytest.fixture(params=["as it is written", pytest.param("compiled", marks=pytest.mark.slow)])
+def flex(request, monkeypatch):
+    """FlexAttention takes seconds to compile for every shape; as it is written it has the same masks to obey."""
+    if request.param != "compiled":
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
+
+
+def test_flex_attention_compiled_equals_a_mask():
+    """One shape with all that masks can hold; the others are compiled in `make test-full`."""
+    check_backend("flex", 20, True, 2)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("window", [None, 20, 199])
-@pytest.mark.parametrize("backend", ["cpu", "flex", "sdpa"])
+def test_flex_attention_equals_a_mask(flex, window, apart, kv_heads):
+    check_backend("flex", window, apart, kv_heads)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("window", [None, 20, 199])
+@pytest.mark.parametrize("backend", ["cpu", "sdpa"])
 def test_backends_equal_a_mask(backend, window, apart, kv_heads):
+    check_backend(backend, window, apart, kv_heads)
+
+
+def check_backend(backend, window, apart, kv_heads):
     """Forward only: torch has no backward pass of FlexAttention for CPUs."""
     starts = starts_of(200) if apart else None
     tensors, _ = inputs(200, torch.float32, kv_heads)

@@ -40,6 +40,9 @@ def test_any_size_of_values(size):
 
 
 def test_a_network_trains_in_fp8_and_evaluates_without():
+    """Gradients of every parameter are those of bf16 up to rounding: a product that is left out of the backward pass,
+    transposed or scaled wrongly gives finite gradients too.
+    """
     net = GPT(GPTConfig(2, 1, 1, 32, 32, 16, 100, arch="modern", value_embeds=True)).init_weights(0)
     net.compute_dtype = torch.bfloat16
     ids = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -48,11 +51,16 @@ def test_a_network_trains_in_fp8_and_evaluates_without():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
         before = net(ids[:, :-1])
     plain = net(ids[:, :-1], ids[:, 1:])
+    plain.backward()
+    want = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
     assert enable_fp8(net) == 2 * 6  # all but the gates
     rounded = net(ids[:, :-1], ids[:, 1:])
     assert rounded != plain and abs(rounded - plain) < 0.05 * plain
     rounded.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    for name, p in net.named_parameters():
+        limit = 0.3 if len(p) > 1 else 0.6  # a gate's gradient is a small difference of large numbers
+        assert want[name].norm() > 0 and relative(p.grad, want[name]) < limit, name
     with torch.no_grad():
         assert torch.equal(net(ids[:, :-1]), before)
 

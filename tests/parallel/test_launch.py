@@ -4,80 +4,67 @@ Two "nodes" are two launchers on 127.0.0.1, each with one process.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, run_cli
+from holding import FOLDER, TESTS, has_left, held, hold_at, release
 from omegaconf import OmegaConf
+from processes import HANG, children_of, finish, start, start_warm, wait_until
 
 from llm.cli.overrides import check_overrides
 from llm.errors import UserError
+from llm.parallel import heartbeat
 from llm.parallel.env import LAUNCHED, adopt_slurm, check_layout
 from llm.parallel.launch import child_env, free_port, meeting_place
 
 TINY = ("experiment=tiny", "batch.tokens_per_step=1024", "trainer=cpu", "precision.compute=fp32", "compile=false")
-TRAIN = (sys.executable, str(REPO / "train.py"))
+TRAIN = REPO / "train.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PIPELINE = ("-m", "stage=tokenizer,pretrain")
 
 
-def start(*command: str, **env: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPO), **env}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=REPO, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(*processes: subprocess.Popen, timeout: float = 120) -> list[tuple[int, str, str]]:
-    """(status, stdout, stderr) of each, in order."""
-    try:
-        return [(p.communicate(timeout=timeout), p.returncode)[::-1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def two_nodes(root: Path, *args: str) -> list[subprocess.Popen]:
+def two_nodes(root: Path, *args: str, **env: str) -> list:
     """Launchers of train.py on two nodes."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = (*TRAIN, *TINY, "trainer.num_nodes=2", f"paths.runs={root}", *args)
-    return [start(*command, **place, NODE_RANK=str(k)) for k in (0, 1)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": TESTS, **env}
+    command = (TRAIN, *TINY, "trainer.num_nodes=2", f"paths.runs={root}", *args)
+    return [start_warm(*command, env=place | {"NODE_RANK": str(k)}) for k in (0, 1)]
 
 
-def slurm_tasks(root: Path, *args: str) -> list[subprocess.Popen]:
+def slurm_tasks(root: Path, *args: str, **env: str) -> list:
     """What srun --ntasks=2 starts, with the variables that it sets."""
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}
-    step |= {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}  # by these Lightning knows SLURM
-    command = (*TRAIN, *TINY, f"paths.runs={root}", *args)
-    return [start(*command, **step, SLURM_PROCID=k, SLURM_LOCALID=k) for k in ("0", "1")]
+    step |= {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "PYTHONPATH": TESTS, **env}  # Lightning looks for these
+    command = (TRAIN, *TINY, f"paths.runs={root}", *args)
+    return [start_warm(*command, env=step | {"SLURM_PROCID": k, "SLURM_LOCALID": k}) for k in ("0", "1")]
 
 
-def await_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    while not list(folder.glob("checkpoints/*.ckpt")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+def torchrun(*args: str, **env: str) -> subprocess.Popen:
+    """The agent of torchrun with two processes of train.py."""
+    nodes = ("--standalone", "--nproc_per_node=2")
+    return start(*TORCHRUN, *nodes, "train.py", *TINY, *args, env={"PYTHONPATH": TESTS, **env})
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tokenizer_runs, tmp_path_factory):
     """runs/ with a tokenizer of the run `tiny`."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert run_cli("train.py", *TINY, "stage=tokenizer", f"paths.runs={folder}").returncode == 0
-    return folder
+    return shutil.copytree(tokenizer_runs, tmp_path_factory.mktemp("launch") / "runs")
 
 
-LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=3000", "stage.eval_every=0", "stage.sample_every=0")
+LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=60", "stage.eval_every=0", "stage.sample_every=0")
+LONG += (*hold_at(5),)
 ODD = ("stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.tokens_per_step=512")
 
 
 def test_torchrun_takes_a_pipeline(tmp_path):
-    command = (*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", *TINY, *PIPELINE, f"paths.runs={tmp_path}")
-    ((status, (out, err)),) = finish(start(*command))
+    ((status, out, err),) = finish(torchrun(*PIPELINE, f"paths.runs={tmp_path}"))
     assert status == 0 and out.count("tiny/tokenizer finished") == out.count("tiny/pretrain finished") == 1, err
     assert out.count("== job 2 of 2") == 1
 
@@ -87,19 +74,19 @@ def test_torchrun_on_two_nodes(tmp_path):
     nodes = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
     command = ("train.py", *TINY, *PIPELINE, "trainer.num_nodes=2", f"paths.runs={tmp_path}")
     agents = [start(*TORCHRUN, *nodes, f"--node_rank={k}", *command) for k in (0, 1)]
-    (status, (out, err)), (other, (quiet, _)) = finish(*agents)
+    (status, out, err), (other, quiet, _) = finish(*agents)
     assert status == other == 0 and out.count("tiny/pretrain finished") == 1 and quiet == "", err
 
 
 @pytest.mark.slow
 def test_two_launchers_take_a_pipeline(tmp_path):
-    (status, (out, err)), (other, (quiet, _)) = finish(*two_nodes(tmp_path, *PIPELINE))
+    (status, out, err), (other, quiet, _) = finish(*two_nodes(tmp_path, *PIPELINE))
     assert status == other == 0 and out.count("tiny/pretrain finished") == 1, err
     assert "finished" not in quiet
 
 
 def test_slurm_tasks_take_a_pipeline(tmp_path):
-    (status, (out, err)), (other, (quiet, _)) = finish(*slurm_tasks(tmp_path, *PIPELINE))
+    (status, out, err), (other, quiet, _) = finish(*slurm_tasks(tmp_path, *PIPELINE))
     assert status == other == 0 and out.count("tiny/pretrain finished") == 1 and quiet == "", err
 
 
@@ -114,56 +101,58 @@ def test_a_sweep_of_two_processes_each(root):
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_every_node(root):
-    nodes = two_nodes(root, *LONG, "run=dead", "trainer.devices=2", "batch.tokens_per_step=2048")
-    await_checkpoint(nodes[0], root / "dead" / "pretrain")
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(nodes[1].pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    begin = time.monotonic()
-    (status, _), (other, (_, err)) = finish(*nodes, timeout=60)
-    assert time.monotonic() - begin < 60 and status == 1 and other == 128 + signal.SIGKILL
+def test_a_dead_process_ends_every_node(root, tmp_path):
+    """The launcher of the other node learns it from its own processes, which wait for the dead one."""
+    more = ("run=dead", "trainer.devices=2", "batch.tokens_per_step=2048")
+    nodes = two_nodes(root, *LONG, *more, **{FOLDER: str(tmp_path)})
+    wait_until(lambda: all(held(tmp_path, rank) for rank in range(4)), nodes[0])
+    os.kill(children_of(nodes[1].pid)[-1], signal.SIGKILL)
+    release(tmp_path)
+    (status, *_), (other, _, err) = finish(*nodes)
+    assert status == 1 and other == 128 + signal.SIGKILL
     assert "was ended by SIGKILL" in err
 
 
-def test_sigusr1_on_one_node_stops_and_saves_on_all(root):
-    long = (*LONG, "run=preempted", "max_steps=60")
-    nodes = two_nodes(root, *long)
-    await_checkpoint(nodes[0], root / "preempted" / "pretrain")
+def test_sigusr1_on_one_node_stops_and_saves_on_all(root, tmp_path):
+    long = (*LONG, "run=preempted")
+    nodes = two_nodes(root, *long, **{FOLDER: str(tmp_path)})
+    wait_until(lambda: held(tmp_path, 0) and held(tmp_path, 1), nodes[0])
     nodes[1].send_signal(signal.SIGUSR1)
-    (status, (out, err)), (other, _) = finish(*nodes)
+    wait_until(lambda: has_left(tmp_path, 1), nodes[1])
+    release(tmp_path)
+    (status, out, err), (other, *_) = finish(*nodes)
     assert status == other == 128 + signal.SIGUSR1 and "stopped by SIGUSR1 at step" in out, err
     step = out.split("stopped by SIGUSR1 at step ")[1].split(",")[0]
-    alone = run_cli("train.py", *TINY, *long, f"paths.runs={root}")
+    alone = run_cli("train.py", *TINY, *long, f"paths.runs={root}", PYTHONPATH=TESTS)
     assert alone.returncode == 0 and f"resuming at step {step} of 60" in alone.stdout, alone.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_slurm_tasks_stop_and_save(root, signum):
-    tasks = slurm_tasks(root, *LONG, f"run=slurm{signum}")
-    await_checkpoint(tasks[0], root / f"slurm{signum}" / "pretrain")
+def test_slurm_tasks_stop_and_save(root, tmp_path, signum):
+    tasks = slurm_tasks(root, *LONG, f"run=slurm{signum}", **{FOLDER: str(tmp_path)})
+    wait_until(lambda: held(tmp_path, 0) and held(tmp_path, 1), tasks[0])
     for task in tasks:
         task.send_signal(signum)
-    (status, (out, err)), (other, _) = finish(*tasks)
+    (status, out, err), (other, *_) = finish(*tasks)
     assert status == other == 128 + signum and f"stopped by {signum.name}" in out, err
 
 
 @pytest.mark.slow
-def test_torchrun_stops_and_saves(root):
-    nodes = ("--standalone", "--nproc_per_node=2")
-    agent = start(*TORCHRUN, *nodes, "train.py", *TINY, *LONG, "run=agent", f"paths.runs={root}")
-    await_checkpoint(agent, root / "agent" / "pretrain")
+def test_torchrun_stops_and_saves(root, tmp_path):
+    agent = torchrun(*LONG, "run=agent", f"paths.runs={root}", **{FOLDER: str(tmp_path)})
+    wait_until(lambda: held(tmp_path, 0) and held(tmp_path, 1), agent)
     agent.send_signal(signal.SIGTERM)
-    ((status, (out, err)),) = finish(agent)
+    ((status, out, err),) = finish(agent)
     assert status and "stopped by SIGTERM at step" in out, err
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_said_once(root):
-    command = (*TORCHRUN, "--standalone", "--nproc_per_node=2", "train.py", *TINY, *ODD, f"paths.runs={root}")
-    ((status, (_, err)),) = finish(start(*command))
+    ((status, _, err),) = finish(torchrun(*ODD, f"paths.runs={root}"))
     assert status == 1 and err.count("error: batch.tokens_per_step=512") == 1 and "exitcode  : 2" in err
 
 
@@ -250,31 +239,93 @@ def test_launchers_of_sweeps_are_checked(monkeypatch):
         check_overrides("train", ["-m", "hydra/launcher=submitit_local", "stage=sft,grpo"])
 
 
+# The periods of the heartbeat, the rank that stops, and then a meeting that this one keeps from coming about.
 SILENT = """
 import os, signal, sys
 from llm.parallel import heartbeat
 from llm.parallel.collectives import barrier, rank
 from llm.parallel.process_group import join
-heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.2, 2.0
+heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = map(float, sys.argv[1:3])
 join(on_gpu=False)
-if rank() == int(sys.argv[1]):
+if rank() == int(sys.argv[3]):
     os.kill(os.getpid(), signal.SIGSTOP)
 barrier()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_process_that_is_not_heard_of_ends_the_others(victim):
-    """One that stands still keeps its connections open, as the processes of a vanished node seem to."""
-    command, port = [sys.executable, "-c", SILENT, str(victim)], free_port()
-    started = [
-        subprocess.Popen(command, env=child_env(k, 3, port), stderr=subprocess.PIPE, text=True) for k in range(3)
-    ]
-    others = [process for k, process in enumerate(started) if k != victim]
-    try:
-        errors = [process.communicate(timeout=60)[1] for process in others]
-    finally:
-        started[victim].kill()
-        started[victim].communicate()
-    assert all(process.returncode == 1 for process in others)
-    assert f"error: nothing heard of process {victim} for 2 s" in "".join(errors)
+def test_a_process_that_is_not_heard_of_ends_the_others(tmp_path, victim):
+    """One that stands still keeps its connections open, as the processes of a vanished node seem to.
+
+    The period is one that the others, which only wait, keep even on a machine that is busy.
+    """
+    (tmp_path / "silent.py").write_text(SILENT)
+    port, arguments = free_port(), ("1", "30", str(victim))
+    started = [start_warm(tmp_path / "silent.py", *arguments, env=child_env(k, 3, port)) for k in range(3)]
+    ended = finish(*(process for k, process in enumerate(started) if k != victim))
+    assert [status for status, *_ in ended] == [1, 1]
+    assert f"error: nothing heard of process {victim} for 30 s" in "".join(err for *_, err in ended)
+
+
+@pytest.fixture
+def heart(monkeypatch):
+    """watch() on a clock of its own, on which sleeping takes no time; what it printed and how it ended."""
+    now, ended = [0.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] > 500:
+            raise TimeoutError
+
+    def end(status):
+        ended.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    monkeypatch.setattr(heartbeat, "os", SimpleNamespace(_exit=end))
+    return SimpleNamespace(now=now, ended=ended)
+
+
+def watched(register) -> None:
+    """Watch until the end of this process, or until 500 s have passed without one."""
+    with pytest.raises((SystemExit, TimeoutError)):
+        heartbeat.watch(register, ("127.0.0.1", 1))
+
+
+def test_rank_0_ends_when_another_process_is_silent(heart, capsys):
+    """Of three processes rank 1 calls every time, rank 2 never: heard of from there, the other not."""
+    register = SimpleNamespace(heard={1: 0.0, 2: 0.0})
+
+    def silent():
+        register.heard[1] = heart.now[0]
+        return heartbeat.Register.silent(register)
+
+    watched(SimpleNamespace(silent=silent))
+    assert heart.ended == [1] and heart.now[0] == 50  # the first beat after 45 s
+    assert capsys.readouterr().err == "error: nothing heard of process 2 for 45 s\n"
+
+
+def test_a_process_ends_when_rank_0_does_not_answer_for_long(heart, capsys, monkeypatch):
+    """Single calls that fail are forgiven: one in two is answered, then none."""
+
+    def silent_processes(register, address):
+        if heart.now[0] > 200 or heart.now[0] % 10:
+            raise OSError("no answer")
+        return []
+
+    monkeypatch.setattr(heartbeat, "silent_processes", silent_processes)
+    watched(None)
+    assert heart.ended == [1] and heart.now[0] == 250  # answered last at 200 s
+    assert capsys.readouterr().err == "error: nothing heard of process 0 for 45 s\n"
+
+
+def test_a_call_tells_rank_0_who_calls_and_the_caller_who_is_silent(monkeypatch):
+    """Over a real connection: rank 2 of three calls, rank 1 has not for longer than the limit."""
+    with heartbeat.Register("127.0.0.1", 3) as register:
+        register.heard = {1: -1e9, 2: -1e9}
+        monkeypatch.setattr(heartbeat.collectives, "rank", lambda: 2)
+        monkeypatch.setattr(heartbeat, "BEAT_SECONDS", HANG)
+        assert heartbeat.silent_processes(None, ("127.0.0.1", register.server_address[1])) == [1]
+        assert register.heard[2] > 0
+        register.shutdown()

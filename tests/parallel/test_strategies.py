@@ -1,18 +1,18 @@
 """Several processes on one machine (gloo): the same weights as one process, one reader of every document, one end."""
 
 import os
+import shutil
 import signal
 import subprocess
-import sys
-import time
 from functools import cache
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from chaos import children_of
 from conftest import REPO, run_cli
+from holding import FOLDER, TESTS, held, hold_at
+from processes import children_of, finish, is_alive, start_warm, wait_until
 
 from llm.checkpoint.model_folder import load_model_folder
 from llm.data.documents import walk
@@ -27,10 +27,11 @@ KINDS = ("pretrain", "sft", "grpo")
 def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
     script, port = REPO / "tests" / "distributed_job.py", free_port()
-    command = [sys.executable, str(script), strategy, str(folder), *map(str, checkpoint)]
-    environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [os.environ | {"PYTHONPATH": str(REPO)}]
-    processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for env in environments]
-    assert [process.wait(timeout=300) for process in processes] == [0] * n
+    environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [{}]
+    command = (script, strategy, str(folder), *map(str, checkpoint))
+    processes = [start_warm(*command, env=env, stdout=subprocess.DEVNULL) for env in environments]
+    ended = finish(*processes)
+    assert [status for status, *_ in ended] == [0] * n, ended
     return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else KINDS)}
 
 
@@ -143,15 +144,14 @@ def test_what_waits_is_dealt_out_whole(packer):
 TINY = ("experiment=tiny", "batch.tokens_per_step=1024", "trainer=cpu", "trainer.devices=2", "precision.compute=fp32")
 
 
-def tiny(root, *args: str):
-    return run_cli("train.py", *TINY, f"paths.runs={root}", *args)
+def tiny(root, *args: str, **options):
+    return run_cli("train.py", *TINY, f"paths.runs={root}", *args, PYTHONPATH=TESTS, **options)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    assert tiny(root, "stage=tokenizer").returncode == 0
-    return root
+def tokenizer(tokenizer_runs, tmp_path_factory):
+    """runs/ with a tokenizer of the run `tiny`."""
+    return shutil.copytree(tokenizer_runs, tmp_path_factory.mktemp("strategies") / "runs")
 
 
 def columns(root, run: str) -> list[tuple]:
@@ -162,24 +162,26 @@ def columns(root, run: str) -> list[tuple]:
 
 
 LONG = ("stage=pretrain", "init_from=tiny/tokenizer", "max_steps=30", "stage.eval_every=10", "stage.sample_every=0")
+LONG += (*hold_at(7),)
 
 
-def stopped(root, run: str, signum: signal.Signals, *args: str) -> int:
-    """Start a training, send a signal to its launcher once there is a checkpoint; its exit status."""
-    command = [sys.executable, str(REPO / "train.py"), *TINY, f"paths.runs={root}", *LONG, f"run={run}", *args]
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((root / run).glob("pretrain/checkpoints/*.ckpt")):
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    launcher.send_signal(signum)
-    return launcher.wait(timeout=120)
+def start_training(root, run: str, folder, *args: str):
+    """The launcher of a training of two processes that stands still after step 7."""
+    env = {"PYTHONPATH": TESTS, FOLDER: str(folder)}
+    launcher = start_warm(REPO / "train.py", *TINY, f"paths.runs={root}", *LONG, f"run={run}", *args, env=env)
+    wait_until(lambda: held(folder, 0) and held(folder, 1), launcher)
+    return launcher
 
 
-def test_two_processes_resume_bit_for_bit(tokenizer):
-    straight = tiny(tokenizer, *LONG, "run=straight")
+def test_two_processes_resume_bit_for_bit(tokenizer, tmp_path):
+    straight = tiny(tokenizer, *LONG, "run=straight", fresh=True)
     assert straight.returncode == 0 and straight.stdout.count("straight/pretrain finished") == 1, straight.stderr
-    assert stopped(tokenizer, "killed", signal.SIGKILL) == -signal.SIGKILL
-    time.sleep(3)  # the system tells its processes to stop, which save and end
+    launcher = start_training(tokenizer, "killed", tmp_path)
+    workers = children_of(launcher.pid)
+    assert len(workers) == 2
+    launcher.kill()
+    wait_until(lambda: not any(map(is_alive, workers)))  # the system tells them to stop: they save and end
+    assert launcher.wait() == -signal.SIGKILL
     resumed = tiny(tokenizer, *LONG, "run=killed")
     assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
     assert columns(tokenizer, "killed") == columns(tokenizer, "straight")
@@ -189,10 +191,13 @@ def test_two_processes_resume_bit_for_bit(tokenizer):
     assert a == b
 
 
-def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
-    assert stopped(tokenizer, "moved", signal.SIGTERM, "strategy=fsdp") == 128 + signal.SIGTERM
+def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer, tmp_path):
+    launcher = start_training(tokenizer, "moved", tmp_path, "strategy=fsdp")
+    launcher.send_signal(signal.SIGTERM)
+    ((status, *_),) = finish(launcher)
+    assert status == 128 + signal.SIGTERM
     resumed = tiny(tokenizer, *LONG, "run=moved", "trainer.devices=1")
-    assert resumed.returncode == 0 and "resuming at step" in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and "resuming at step 8 of 30" in resumed.stdout, resumed.stderr
     assert columns(tokenizer, "moved")[-1][0] == "30"
     # what generates, evaluates and saves under fsdp needs whole weights
     done = tiny(tokenizer, "strategy=fsdp", "stage=grpo", "init_from=moved/pretrain", "run=moved", "max_steps=1")
@@ -205,19 +210,14 @@ def test_a_stopped_training_goes_on_with_another_number_of_processes(tokenizer):
 def test_a_dead_process_ends_the_training(tokenizer, when):
     """One that dies before the processes have met leaves the first one waiting for it."""
     run = f"dead-{when}"
-    line = [*TINY, f"paths.runs={tokenizer}", *LONG, f"run={run}", "max_steps=3000"]
-    command = [sys.executable, str(REPO / "train.py"), *line]
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while len(children := children_of(launcher.pid)) < 2 or (
-        when == "training" and not list((tokenizer / run).glob("pretrain/checkpoints/*.ckpt"))
-    ):
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    os.kill(children[-1], signal.SIGKILL)
-    start = time.monotonic()
-    _, errors = launcher.communicate(timeout=60)
-    assert time.monotonic() - start < 60 and launcher.returncode == 128 + signal.SIGKILL
-    assert "was ended by SIGKILL" in errors
+    line = [*TINY, f"paths.runs={tokenizer}", *LONG, f"run={run}", "max_steps=100000", "compile=false"]
+    launcher = start_warm(REPO / "train.py", *line, env={"PYTHONPATH": TESTS})
+    if when == "training":
+        wait_until(lambda: list((tokenizer / run).glob("pretrain/checkpoints/*.ckpt")), launcher)
+    wait_until(lambda: len(children_of(launcher.pid)) == 2, launcher)
+    os.kill(children_of(launcher.pid)[-1], signal.SIGKILL)
+    ((status, _, errors),) = finish(launcher)
+    assert status == 128 + signal.SIGKILL and "was ended by SIGKILL" in errors
 
 
 def test_a_mistake_is_said_once(tokenizer):

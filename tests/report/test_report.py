@@ -2,9 +2,9 @@
 
 import math
 import re
-import subprocess
 import sys
 
+import processes
 import pytest
 from PIL import Image
 
@@ -177,8 +177,7 @@ def test_table_has_a_row_per_run_and_stage(tmp_path):
 def test_table_command_prints_every_column_into_a_pipe(tmp_path):
     for depth in (2, 4):
         add_stage(tmp_path, f"d{depth}", "pretrain", depth=depth)
-    command = [sys.executable, "-m", "llm.report", "--table", "--runs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = processes.run(sys.executable, "-m", "llm.report", "--table", "--runs", str(tmp_path))
     lines = [line for line in done.stdout.splitlines() if "pretrain" in line]
     assert len(lines) == 2 and all("0.7500" in line and "3.21M" in line for line in lines)
     assert "…" not in done.stdout

@@ -1,10 +1,13 @@
 """Run folders: manifests, parents, best stage, comparison of configurations."""
 
+import importlib.util
 import json
 import os
-import subprocess
+import shutil
 import sys
+from pathlib import Path
 
+import processes
 import pytest
 from omegaconf import OmegaConf
 
@@ -267,12 +270,38 @@ def test_environment_and_commit():
     assert facts["cpu"] and facts["cpu_threads"] >= 1 and facts["python"].startswith(f"{sys.version_info.major}.")
     assert facts["torch"] and facts["lightning"] and isinstance(facts["gpus"], list)
     json.dumps(facts)
-    commit = git_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_the_commit_is_that_of_the_checkout_with_the_code(tmp_path):
+    """Not of the folder one stands in, not shortened, and marked where a tracked file was changed; None outside."""
+    source = Path(git_commit.__code__.co_filename)
+    copy = tmp_path / "checkout" / source.relative_to(CONF.parent)
+    copy.parent.mkdir(parents=True)
+    shutil.copy(source, copy)
+    spec = importlib.util.spec_from_file_location("copied_environment", copy)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    assert copied.git_commit() is None
+
+    def git(*args):
+        identity = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        done = processes.run("git", *identity, *args, cwd=tmp_path / "checkout")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "One")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "checkout" / "new.txt").write_text("of no interest: not tracked")
+    assert len(head) == 40 and copied.git_commit() == head
+    copy.write_text(source.read_text() + "# changed")
+    assert copied.git_commit() == f"{head}-dirty"
 
 
 def test_import_is_cheap():
     heavy = "{'torch', 'lightning', 'numpy'}"
-    code = f"import sys, llm.run.stage_folder, llm.utils.environment; print({heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    done = processes.run_python(
+        f"import sys, llm.run.stage_folder, llm.utils.environment; print({heavy} & set(sys.modules))"
+    )
+    assert done.stdout.strip() == "set()", done.stderr

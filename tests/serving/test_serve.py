@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import HANG
 from serving_run import make_run, start_process
 
 from llm.errors import UserError
@@ -269,7 +270,7 @@ def read_until(process, pattern: str, seen: str = "") -> str:
 
 def test_terminal_chat_as_a_process(runs):
     process = start_process(f"paths.runs={runs}", "run=tiny", "ui=cli", "temperature=0", stdin=subprocess.PIPE)
-    watchdog = threading.Timer(120, process.kill)  # then reading ends and the test fails
+    watchdog = threading.Timer(HANG, process.kill)  # then reading ends and the test fails
     watchdog.start()
     try:
 
@@ -295,7 +296,7 @@ def test_terminal_chat_as_a_process(runs):
         assert "(stopped)" in read_until(process, r"\n> $")
         assert "I am Fathom" in say("/clear\nWho are you?", r"anything[^>]*> $")
         process.stdin.close()
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=HANG) == 0
     finally:
         watchdog.cancel()
         process.kill()
@@ -370,10 +371,10 @@ def test_browser_chat_over_http(runs):
     try:
         frames = []
         for client, question in zip(clients, ("Who are you?", "Sing."), strict=True):
-            _, shown = client.submit(question, api_name="/ask").result(timeout=30)
+            _, shown = client.submit(question, api_name="/ask").result(timeout=HANG)
             assert [message["role"] for message in shown] == ["user"]  # a conversation for each visitor
             job = client.submit(0.0, 50, 300, api_name="/answer")
-            job.result(timeout=60)
+            job.result(timeout=HANG)
             frames.append(["".join(p["text"] for p in shown[-1]["content"]) for shown in job.outputs()])
         assert frames[0][-1] == "I am Fathom, a small language model. Ask me **anything**!"
         assert len(frames[1]) > 3 and all(b.startswith(a) for a, b in itertools.pairwise(frames[1]))

@@ -2,16 +2,18 @@
 
 import csv
 import json
-import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import REPO, compose, run_cli
+from holding import FOLDER, TESTS, held, hold_at
+from processes import finish, start_warm, wait_until
+
+from llm.errors import UserError
+from llm.stages.run_stage import run_stage
 
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 
@@ -20,13 +22,26 @@ STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 def tiny_runs(tmp_path_factory):
     """runs/ with all stages of the run `tiny`, made by one sweep as the README shows it."""
     root = tmp_path_factory.mktemp("pipeline") / "runs"
-    done = train("-m", f"stage={','.join(STAGES)}", root=root)
+    done = train("-m", f"stage={','.join(STAGES)}", root=root, fresh=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root
 
 
-def train(*args, root, **env):
-    return run_cli("train.py", "experiment=tiny", f"paths.runs={root}", *args, **env)
+def train(*args, root, **options):
+    """Train in a process of its own."""
+    return run_cli("train.py", "experiment=tiny", f"paths.runs={root}", *args, **options)
+
+
+def train_here(*args, root) -> None:
+    """Train in this process."""
+    run_stage(compose("train", "experiment=tiny", f"paths.runs={root}", *args))
+
+
+def refusal(*args, root) -> str:
+    """Why a stage is not started."""
+    with pytest.raises(UserError) as caught:
+        train_here(*args, root=root)
+    return str(caught.value)
 
 
 def manifest(root, stage, run="tiny"):
@@ -78,38 +93,37 @@ def test_report_shows_all_stages(tiny_runs):
     assert images and all((tiny_runs / "tiny" / image).stat().st_size > 5000 for image in images)
 
 
-def test_running_again_is_a_quick_no_op(tiny_runs):
+def test_running_again_changes_nothing(tiny_runs):
     before = {p: p.stat().st_mtime_ns for p in tiny_runs.rglob("*") if p.is_file()}
-    start = time.perf_counter()
     done = train("-m", f"stage={','.join(STAGES)}", root=tiny_runs)
     assert done.returncode == 0 and done.stdout.count("is finished") == 5
-    assert time.perf_counter() - start < 20
     assert before == {p: p.stat().st_mtime_ns for p in tiny_runs.rglob("*") if p.is_file()}
 
 
 def test_another_config_is_an_error_that_names_the_keys(tiny_runs):
-    done = train("stage=sft", "seed=7", "optim.matrix_lr=0.5", root=tiny_runs)
-    assert done.returncode == 2 and "seed: 42 -> 7" in done.stderr and "optim.matrix_lr: 0.02 -> 0.5" in done.stderr
-    assert "run=<new name>" in done.stderr and "overwrite=true" in done.stderr
+    said = refusal("stage=sft", "seed=7", "optim.matrix_lr=0.5", root=tiny_runs)
+    assert "seed: 42 -> 7" in said and "optim.matrix_lr: 0.02 -> 0.5" in said
+    assert "run=<new name>" in said and "overwrite=true" in said
     assert manifest(tiny_runs, "sft")["status"] == "finished"
 
 
 def test_a_missing_parent_lists_what_exists(tiny_runs):
-    done = train("stage=sft", "run=other", root=tiny_runs)
-    assert done.returncode == 2 and "tiny/midtrain" in done.stderr and "init_from" in done.stderr
+    said = refusal("stage=sft", "run=other", root=tiny_runs)
+    assert "tiny/midtrain" in said and "init_from" in said
     assert not (tiny_runs / "other").exists()
 
 
 def test_a_parent_of_another_architecture_is_refused(tiny_runs):
-    done = train("stage=sft", "run=other", "init_from=tiny/midtrain", "model=d4", root=tiny_runs)
-    assert done.returncode == 2 and "model.depth: configured 4, found 2" in done.stderr
+    said = refusal("stage=sft", "run=other", "init_from=tiny/midtrain", "model=d4", root=tiny_runs)
+    assert "model.depth: configured 4, found 2" in said
 
 
-def test_a_new_tokenizer_makes_the_model_out_of_date(tmp_path):
-    assert train("-m", "stage=tokenizer,pretrain", root=tmp_path).returncode == 0
-    assert train("stage=tokenizer", "stage.vocab_size=300", "overwrite=true", root=tmp_path).returncode == 0
-    done = train("stage=pretrain", root=tmp_path)
-    assert done.returncode == 2 and "earlier version" in done.stderr and "overwrite=true" in done.stderr
+def test_a_new_tokenizer_makes_the_model_out_of_date(tokenizer_runs, tmp_path):
+    root = shutil.copytree(tokenizer_runs, tmp_path / "runs")
+    train_here("stage=pretrain", "max_steps=2", root=root)
+    train_here("stage=tokenizer", "stage.vocab_size=300", "overwrite=true", root=root)
+    said = refusal("stage=pretrain", "max_steps=2", root=root)
+    assert "earlier version" in said and "overwrite=true" in said
 
 
 @pytest.mark.parametrize(
@@ -128,15 +142,10 @@ def test_a_new_tokenizer_makes_the_model_out_of_date(tmp_path):
     ],
 )
 def test_mistakes_end_before_work_starts(tiny_runs, args, says):
-    from llm.errors import UserError
-    from llm.stages.run_stage import run_stage
-
     stage = args[0].removeprefix("stage=")
     parent = [] if stage == "tokenizer" else [f"init_from=tiny/{STAGES[STAGES.index(stage) - 1]}"]
     run = "mistake-" + "".join(c if c.isalnum() else "-" for c in says)
-    with pytest.raises(UserError) as caught:
-        run_stage(compose("train", "experiment=tiny", f"paths.runs={tiny_runs}", f"run={run}", *args, *parent))
-    assert says in str(caught.value)
+    assert says in refusal(f"run={run}", *args, *parent, root=tiny_runs)
     left = {p.name for p in (tiny_runs / run).rglob("*")}
     trains_first = "stage.vocab_size=100000" in args  # too large for the text: known only once the text was read
     assert left == ({"tokenizer", "run.json", "config.yaml"} if trains_first else set())
@@ -154,33 +163,20 @@ def test_a_mistake_is_one_line_and_status_2(tiny_runs):
 
 
 def test_overwrite_destroys_nothing_before_the_checks_are_done(tiny_runs):
-    from llm.errors import UserError
-    from llm.stages.run_stage import run_stage
-
     before = sorted(p for p in (tiny_runs / "tiny").rglob("*"))
     for args in (["stage=tokenizer", "data=local", "data.path=typo"], ["stage=sft", "trainer=gpu"]):
         if "trainer=gpu" in args and torch.cuda.is_available():
             continue
         with pytest.raises(UserError, match="typo|no GPU"):
-            run_stage(compose("train", "experiment=tiny", f"paths.runs={tiny_runs}", "overwrite=true", *args))
+            train_here("overwrite=true", *args, root=tiny_runs)
     assert before == sorted(p for p in (tiny_runs / "tiny").rglob("*"))
 
 
-def test_dry_run_prints_and_writes_nothing(tiny_runs):
-    done = train("stage=pretrain", "init_from=tiny/tokenizer", "run=dry", "dry_run=true", root=tiny_runs)
-    assert done.returncode == 0 and "params_total" in done.stdout and "flops_per_token" in done.stdout
+def test_dry_run_prints_and_writes_nothing(tiny_runs, capsys):
+    train_here("stage=pretrain", "init_from=tiny/tokenizer", "run=dry", "dry_run=true", root=tiny_runs)
+    out = capsys.readouterr().out
+    assert "params_total" in out and "flops_per_token" in out
     assert not (tiny_runs / "dry").exists()
-
-
-def start_and_wait_for(line: str, *args, root):
-    """A training process that has printed `line`."""
-    command = [sys.executable, str(REPO / "train.py"), "experiment=tiny", f"paths.runs={root}", *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for out in process.stdout:
-        if line in out:
-            return process
-    raise AssertionError(f"{line!r} never came; exit status {process.wait()}")
 
 
 def same_weights(a, b) -> bool:
@@ -201,22 +197,23 @@ FAST_STOPS = {("pretrain", signal.SIGINT), ("sft", signal.SIGKILL)}
         for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9))
     ],
 )
-def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, stage, signum, status):
+def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, tmp_path, stage, signum, status):
     """Straight run = run that is stopped by a signal and started again with the same command, bit for bit."""
-    steps = 8 if stage == "grpo" else 40
-    args = [f"stage={stage}", f"init_from=tiny/{STAGES[STAGES.index(stage) - 1]}", f"max_steps={steps}", "save_every=2"]
-    straight = f"straight-{stage}"
+    steps, parent = 8 if stage == "grpo" else 40, STAGES[STAGES.index(stage) - 1]
+    args = [f"stage={stage}", f"init_from=tiny/{parent}", f"max_steps={steps}", "save_every=2", *hold_at(5)]
+    straight, run = f"straight-{stage}", f"stopped-{stage}-{int(signum)}"
     if not (tiny_runs / straight).exists():
-        assert train(*args, f"run={straight}", root=tiny_runs).returncode == 0
-    run = f"stopped-{stage}-{int(signum)}"
-    process = start_and_wait_for("step 5/", *args, f"run={run}", root=tiny_runs)
+        assert train(*args, f"run={straight}", root=tiny_runs, PYTHONPATH=TESTS).returncode == 0
+    line = ["experiment=tiny", f"paths.runs={tiny_runs}", *args, f"run={run}"]
+    process = start_warm(REPO / "train.py", *line, env={"PYTHONPATH": TESTS, FOLDER: str(tmp_path)})
+    wait_until(lambda: held(tmp_path), process)
     process.send_signal(signum)
-    out = process.stdout.read()
-    assert process.wait(timeout=60) == status, out
+    ((ended, out, err),) = finish(process)
+    assert ended == status, out + err
     if signum != signal.SIGKILL:
         assert "the same command resumes" in out and manifest(tiny_runs, stage, run)["status"] == "interrupted"
-    again = train(*args, f"run={run}", root=tiny_runs)
-    assert again.returncode == 0 and "resuming at step" in again.stdout
+    again = train(*args, f"run={run}", root=tiny_runs, PYTHONPATH=TESTS)
+    assert again.returncode == 0 and "resuming at step" in again.stdout, again.stderr
     assert same_weights(tiny_runs / straight / stage, tiny_runs / run / stage)
     timing = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
     tables = [metrics(tiny_runs, stage, name) for name in (straight, run)]

@@ -1,121 +1,34 @@
 """Training steps: what a gradient is the gradient of, how rollouts become batches, how a stage resumes and stops."""
 
-import csv
-import os
-import re
 import signal
-import time
 from types import SimpleNamespace
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from conftest import compose
+from small_training import CONFIG, OPTIM, STAGE, STEPS, StopAt, fit, net, rows, step_batch
 
 from callbacks.cadence import Periodic
 from callbacks.checkpoint import StepCheckpoint
-from callbacks.metrics import MetricsLog
 from callbacks.progress import Progress
-from callbacks.runtime import CleanStop, GarbageControl
-from callbacks.throughput import Throughput
 from callbacks.watch import LossGuard
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
 from llm.errors import UserError
 from llm.inference.engine import Completion
-from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
 from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.loss_scaler import LossScaler
-from llm.stages.step_module import StageContext, StepData, StepModule
-
-OPTIM = compose("train", "optim=muon_2025", "optim.momentum_warmup=4").optim
-STAGE = SimpleNamespace(lr_frac=1.0, warmup_steps=0, warmdown_ratio=0.5, final_lr_frac=0.0)
-CONFIG = GPTConfig(2, 1, 1, 16, 16, 8, 70)
-STEPS = 6
+from llm.stages.step_module import StageContext, StepModule
 
 
-def net(seed=0) -> GPT:
-    model, g = GPT(CONFIG).init_weights(seed), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.1)
-    return model
+def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys, monkeypatch):
+    """On a clock that only the steps move: 60 s for the first, as torch.compile might take, 1 s for all others."""
+    now = [0.0]
+    for module in ("throughput", "cadence"):
+        monkeypatch.setattr(f"callbacks.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-
-def step_batch(step: int, rows=4, split=2) -> dict:
-    """A batch that depends on its number alone; some targets ignored."""
-    g = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, 70, (rows, 9), generator=g)
-    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
-    targets[torch.rand(targets.shape, generator=g) < 0.3] = -1
-    micro = [{"inputs": x, "targets": y} for x, y in zip(inputs.split(split), targets.split(split), strict=True)]
-    return {
-        "micro": micro,
-        "n_trained": int((targets >= 0).sum()),
-        "n_tokens": inputs.numel(),
-        "state": {"next": step + 1},
-    }
-
-
-class Numbers:
-    """Loader whose position is the number of the next batch."""
-
-    def __init__(self, position, make=step_batch):
-        self.next, self.make = 0 if position is None else position["next"], make
-
-    def __len__(self):
-        return 10**9
-
-    def __iter__(self):
-        while True:
-            yield self.make(self.next)
-            self.next += 1
-
-
-def fit(
-    folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1, minutes=None
-):
-    context = StageContext("pretrain", None, torch.ones(70), total, 8)
-    module = module or StepModule(net(), OPTIM, STAGE, context)
-    checkpoint = StepCheckpoint(save_every, folder / "checkpoints", minutes)
-    stop = CleanStop(checkpoint)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=total,
-        max_epochs=-1,
-        logger=False,
-        callbacks=[
-            checkpoint,
-            stop,
-            GarbageControl(),
-            *extra,
-            Throughput(log_every, 1e9),
-            MetricsLog(folder / "metrics.csv", log_every),
-        ],
-        plugins=[CheckpointWriter()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    data = StepData(lambda position: Numbers(position, make))
-    trainer.fit(module, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
-    return module, stop
-
-
-def rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys):
     class SlowStart(StepModule):
         def training_step(self, batch, batch_idx):
-            if self.global_step == 0:
-                time.sleep(0.5)  # as long as torch.compile might take for so small a network
+            now[0] += 1.0 if self.global_step else 60.0
             super().training_step(batch, batch_idx)
 
     context = StageContext("pretrain", None, torch.ones(70), STEPS, 8)
@@ -123,14 +36,16 @@ def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, cap
     module.net.training_forward_blocks = module.net.forward_blocks
     fit(tmp_path / "1", module=module)
     first, second = rows(tmp_path / "1")[:2]
-    assert float(first["seconds"]) > 0.5 and first["ms_per_step"] == first["tok_per_s"] == "" != second["tok_per_s"]
+    assert first["ms_per_step"] == first["tok_per_s"] == "" != second["tok_per_s"]
+    assert float(first["seconds"]) == pytest.approx(60) and float(second["seconds"]) == pytest.approx(61)
     capsys.readouterr()
     module = SlowStart(net(), OPTIM, STAGE, context)
     module.net.training_forward_blocks = module.net.forward_blocks
     fit(tmp_path / "3", module=module, log_every=3)
     first = rows(tmp_path / "3")[0]
-    assert first["step"] == "3" and float(first["ms_per_step"]) < 250 and float(first["seconds"]) > 0.5
-    assert re.search(r"first step: 0\.[5-9] s with compilation", capsys.readouterr().out)
+    assert first["step"] == "3" and float(first["ms_per_step"]) == pytest.approx(1000)
+    assert float(first["seconds"]) == pytest.approx(62)
+    assert "first step: 60.0 s with compilation" in capsys.readouterr().out
 
 
 def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path):
@@ -176,17 +91,6 @@ def test_resuming_equals_a_straight_run(tmp_path):
     assert resumed.progress.tokens == straight.progress.tokens
     for name in ("step", "loss", "lr", "tokens"):
         assert [r[name] for r in rows(tmp_path / "straight")] == [r[name] for r in rows(tmp_path / "broken")]
-
-
-class StopAt(L.Callback):
-    """Sends the process a signal during a step, as Ctrl-C or a scheduler would."""
-
-    def __init__(self, step, signum=signal.SIGTERM):
-        self.step, self.signum = step, signum
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if module.global_step == self.step - 1:
-            os.kill(os.getpid(), self.signum)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import compose, run_cli
 from hub_server import COMMIT, Hub, point_to
+from processes import HANG
 
 from llm.data.download import WebFile
 from llm.errors import UserError
@@ -186,11 +187,15 @@ def test_processes_of_a_machine_fetch_once(hub, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=count_rows, args=(hub.url, tmp_path, results)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=120) for _ in processes] == [30, 30]
-    for process in processes:
-        process.join()
+    try:
+        for process in processes:
+            process.start()
+        assert [results.get(timeout=HANG) for _ in processes] == [30, 30]
+        for process in processes:
+            process.join(HANG)
+    finally:
+        for process in processes:
+            process.kill()
     files = [path for path, _ in hub.downloads(".parquet")]
     assert len(files) == len(set(files)) == 3
 
@@ -376,9 +381,10 @@ def test_two_processes_finetune_on_rows_of_the_hub(hub, tmp_path):
     args = [*settings(tmp_path, hub), "trainer.devices=2", "batch.micro_batch_size=2"]
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     for stage in ("tokenizer", "pretrain", "sft"):
-        done = run_cli("train.py", f"stage={stage}", *args, **env)
+        done = run_cli("train.py", f"stage={stage}", *args, fresh=True, **env)
         assert done.returncode == 0, done.stderr
     files = [path for path, _ in hub.downloads(".parquet")]
     assert len(files) == len(set(files)) == 3 and hub.requests.count((WORDS, 0)) == 1
-    wrong = run_cli("train.py", "stage=sft", *args, "overwrite=true", f"data.tasks.smalltalk.repo={TALK}x", **env)
+    more = ("overwrite=true", f"data.tasks.smalltalk.repo={TALK}x")
+    wrong = run_cli("train.py", "stage=sft", *args, *more, fresh=True, **env)
     assert wrong.returncode == 2 and "error: data.tasks.smalltalk.repo=people/talkx: the hub refuses it" in wrong.stderr

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from conftest import REPO, compose
+from conftest import SHARED, compose, needs_shared
 
 from llm.errors import UserError
 from llm.stages.common import eval_tasks, task_cache
@@ -14,7 +14,7 @@ from tasks import build_mixture, held_out_mixture
 from tasks.base import dialogue
 from tasks.registry import fetched_tasks
 
-DATA = REPO.parent / "shared" / "data"
+DATA = SHARED / "data"
 CHAT = {"messages": dialogue("Hi!", "Hello!")}
 ARC = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
 MMLU = {"question": "Q?", "choices": ["w", "x", "y", "z"], "answer": 2, "subject": "law"}
@@ -149,7 +149,7 @@ def test_what_download_fetches():
     assert fetched_tasks(compose("train", "stage=download", "data=local", "data.path=x").data) == {}
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not on this machine")
+@needs_shared("data")
 def test_mixtures_of_local_files():
     def rows(*lines):
         lines = ["data=local", "data.path=x", f"data.tasks_path={DATA}", "mixture=nanochat_2025_10_24", *lines]

@@ -1,15 +1,16 @@
 """Hostile programs against the sandbox: none harms anything, none counts as passed; with and without namespaces."""
 
 import os
-import subprocess
+import signal
 import sys
 import tempfile
-import time
+import threading
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from processes import HANG, start, wait_until
 
+from tasks import execution
 from tasks.execution import PROTECTIONS, Limits, Program, describe, run_program, run_programs, sandbox_report
 from tasks.sandbox.messages import BadMessage, pack, unpack
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="most protection
 ADD = "def check(add):\n    assert add(1, 2) == 3\n    assert add(20, 22) == 42\n"
 
 
-def adding(code: str, namespaces: bool = True, seconds: float = 10.0):
+def adding(code: str, namespaces: bool = True, seconds: float = 120.0):
     return run_program(Program(code, "add", ADD), Limits(seconds=seconds, memory_mb=256), namespaces)
 
 
@@ -142,11 +143,10 @@ def test_hostile_programs_harm_nothing_and_never_pass(tmp_path, monkeypatch, nam
     outside.mkdir()
     (outside / "precious").write_text("a-secret-word")
     code, expected = HOSTILE[name]
-    start = time.perf_counter()
     code = code.replace("OUTSIDE", str(outside)).replace("PID", str(os.getpid()))
-    result = adding(code, namespaces, seconds=0.5 if "timeout" in expected else 10.0)
+    result = adding(code, namespaces, seconds=0.5 if "timeout" in expected else 120.0)
     assert not result.ok and result.verdict in expected.split(" or "), result
-    assert time.perf_counter() - start < 20 and "a-secret-word" not in result.stdout + result.stderr
+    assert "a-secret-word" not in result.stdout + result.stderr
     assert (outside / "precious").read_text() == "a-secret-word" and os.listdir(tmp_path) == ["outside"]
     assert not programs_left(tmp_path), "a process of the program is still there"
 
@@ -222,29 +222,28 @@ def test_tests_see_exceptions_and_may_expect_them():
     assert (result.verdict, result.detail) == ("error", "Odd: x")
 
 
-def test_many_programs_side_by_side_keep_their_order():
-    programs = [
-        Program(f"import time\ntime.sleep(0.3)\ndef f(): return {i}", "f", "def check(f): assert f() % 2")
-        for i in range(8)
-    ]
-    start = time.perf_counter()
-    results = run_programs(programs, workers=8)
-    assert [r.verdict for r in results] == ["fail", "pass"] * 4 and time.perf_counter() - start < 8
+def test_many_programs_side_by_side_keep_their_order(monkeypatch):
+    """None is started before eight are under way: programs that run one after the other never meet."""
+    execution.announce_sandbox()  # which runs one by itself
+    meeting, really_run = threading.Barrier(8, timeout=HANG), execution.run_program
+
+    def run_together(*args):
+        meeting.wait()
+        return really_run(*args)
+
+    monkeypatch.setattr(execution, "run_program", run_together)
+    programs = [Program(f"def f(): return {i}", "f", "def check(f): assert f() % 2") for i in range(8)]
+    results = run_programs(programs, Limits(seconds=120), workers=8)
+    assert [r.verdict for r in results] == ["fail", "pass"] * 4
 
 
 def test_a_caller_that_is_killed_leaves_no_program(tmp_path):
     code = "import time\nwhile True: time.sleep(0.1)"
-    script = f"from tasks.execution import *\nrun_program(Program({code!r}, 'f', ''), Limits(seconds=60))"
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=REPO, env=os.environ | {"TMPDIR": str(tmp_path)})
-    deadline = time.monotonic() + 20
-    while not programs_left(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert programs_left(tmp_path)
-    caller.kill()
-    caller.wait()
-    while programs_left(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not programs_left(tmp_path)
+    script = f"from tasks.execution import *\nrun_program(Program({code!r}, 'f', ''), Limits(seconds=6000))"
+    caller = start(sys.executable, "-c", script, env={"TMPDIR": str(tmp_path)})
+    wait_until(lambda: programs_left(tmp_path), caller)
+    os.kill(caller.pid, signal.SIGKILL)
+    wait_until(lambda: not programs_left(tmp_path))
 
 
 def test_the_report_says_what_holds_and_what_does_not():

@@ -3,13 +3,12 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TEXT
+from processes import run_python
 
 from llm.errors import UserError
 from llm.tokenizer.bpe import (
@@ -301,8 +300,8 @@ def test_saving_needs_neither_transformers_nor_torch(folder):
         "Tokenizer.load(sys.argv[1]).save(sys.argv[1]); "
         "print(*(m for m in ('torch', 'transformers', 'tokenizers', 'lightning') if m in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    done = run_python(code, str(folder))
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 # ---- patterns and vocabularies of others ----------------------------------------------------------------------------

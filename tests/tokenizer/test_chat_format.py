@@ -1,5 +1,6 @@
 """Chat format: ids, masks, prompts, bad conversations, and the Hugging Face template."""
 
+import copy
 import re
 
 import jinja2
@@ -119,8 +120,14 @@ def test_visualize_colours_by_mask(tok):
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_valid_conversations_pass(conversation):
+def test_valid_conversations_pass_as_they_are(conversation):
+    """They are what the bad ones below differ from by one mistake; checking must not change what is then trained on."""
+    before = copy.deepcopy(conversation)
     validate_conversation(conversation)
+    assert conversation == before
+    with pytest.raises(UserError, match="ends with a user message"):
+        validate_conversation({"messages": conversation["messages"][:-1]})
+    validate_conversation({"messages": conversation["messages"][:-1]}, complete=False)
 
 
 BAD = [

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from processes import run
 
 SCRIPT = """
 import json, os, resource
@@ -22,9 +21,10 @@ print(json.dumps({"faults": faults, "spin": os.environ.get("GOMP_SPINCOUNT")}))
 
 
 def tuned(**env: str) -> dict:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GOMP_", "OMP_"))}
-    command = [sys.executable, "-c", SCRIPT]
-    return json.loads(subprocess.run(command, cwd=REPO, env=clean | env, capture_output=True, check=True).stdout)
+    settings = [name for name in os.environ if name.startswith(("MALLOC_", "GOMP_", "OMP_"))]
+    unset = [arg for name in ("OMP_NUM_THREADS", *settings) for arg in ("-u", name)]
+    values = [f"{name}={value}" for name, value in env.items()]
+    return json.loads(run("env", *unset, *values, sys.executable, "-c", SCRIPT).stdout)
 
 
 @pytest.mark.skipif(
