@@ -1,4 +1,4 @@
-"""metrics.csv, and the same rows to TensorBoard or wandb."""
+"""Log of metrics: rows of metrics.csv, and the same rows to TensorBoard or wandb."""
 
 import csv
 import io

@@ -142,6 +142,7 @@ def run_programs(
 
 @lru_cache
 def announce_sandbox() -> None:
+    """Print the line about the protections that hold on this machine."""
     print(f"sandbox for programs: {sandbox_report()}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""From a task's configuration to the task: which rows, from where, in which class."""
+"""Build tasks from their configuration: which rows, from where, in which class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -108,7 +108,7 @@ def count_by_hand(word: str, letter: str) -> str:
 
 
 class SimpleSpelling(Task):
-    """ "Spell the word: X" answered by "X:x,...". Items go through the list in one shuffled order, round and round."""
+    """Task "Spell the word: X", answered by "X:x,...". Items go through the list in one shuffled order, round and round."""
 
     kind = "generative"
     reads = "words"
@@ -133,7 +133,7 @@ class SimpleSpelling(Task):
 
 
 class SpellingBee(Task):
-    """ "How many r are in strawberry?" answered by spelling and counting, then checked with `.count()`, then `#### n`.
+    """Task "How many r are in strawberry?": spell and count, check with `.count()`, then answer `#### n`.
 
     Item i is a function of its seed alone: i in training, `TEST_OFFSET` + i in the test. questions: templates with
     `{l}` (letter) and `{w}` (word).

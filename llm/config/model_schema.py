@@ -8,6 +8,8 @@ from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
 @dataclass
 class ModelConfig:
+    """Config group `model`: the size of the network."""
+
     depth: int = key("number of Transformer layers; width and heads follow from it", low=1, main=True)
     aspect_ratio: int = key("width = aspect_ratio x depth, rounded up to a multiple of head_dim", low=1)
     head_dim: int = key("size of one attention head", low=2)
@@ -20,18 +22,24 @@ class ModelConfig:
 
 @dataclass
 class ArchConfig:
+    """Config group `arch`: keys of every architecture."""
+
     name: str = key("name of the network's architecture", choices=ARCHITECTURES, fixed=True)
     document_masks: bool = key("in a packed row a token sees no other document or conversation")
 
 
 @dataclass
 class ClassicArch(ArchConfig):
+    """Architecture of nanochat in October 2025: RoPE, QK-norm, ReLU^2."""
+
     rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
     softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0)
 
 
 @dataclass
 class ModernArch(ClassicArch):
+    """Architecture of 2026: each addition to `ClassicArch` has a switch."""
+
     qk_scale: float = key("factor on the normed queries and on the keys", above=0)
     window_pattern: str = key(
         "attention by layer, repeated over the depth: L = full, S = short window; the last layer is L"
@@ -56,11 +64,15 @@ class ModernArch(ClassicArch):
 
 @dataclass
 class GPT2Arch(ArchConfig):
+    """Architecture of GPT-2: learned positions, LayerNorm, GELU."""
+
     tied: bool = key("the output head has the weights of the embedding")
 
 
 @dataclass
 class OptimConfig:
+    """Config group `optim`: keys of every optimizer."""
+
     name: str = key("optimizer", choices=OPTIMIZERS, fixed=True)
     weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
     decay_schedule: str = key("course of the weight decay over the steps", choices=("constant", "linear", "cosine"))
@@ -82,6 +94,8 @@ class AdamConfig(OptimConfig):
 
 @dataclass
 class MuonAdamWConfig(AdamConfig):
+    """Muon for the matrices of the blocks, AdamW for all other parameters."""
+
     matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
     embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
     embedding_betas: list[float] = key("AdamW betas of the embedding")
@@ -115,4 +129,6 @@ class MuonAdamWConfig(AdamConfig):
 
 @dataclass
 class AdamWConfig(AdamConfig):
+    """AdamW with one learning rate for all parameters."""
+
     lr: float = key("learning rate of all parameters", above=0)

@@ -34,6 +34,8 @@ ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 
 @dataclass
 class BatchConfig:
+    """Config group `batch`: the size of a step."""
+
     tokens_per_step: int | None = key(
         "tokens of one optimizer step, over all ranks and micro-batches; null = by llm/scaling/rules.py",
         low=1,
@@ -44,6 +46,8 @@ class BatchConfig:
 
 @dataclass
 class PrecisionConfig:
+    """Number formats of training."""
+
     compute: str = key(
         "arithmetic of the network: auto = bf16 where the hardware has it",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -54,6 +58,8 @@ class PrecisionConfig:
 
 @dataclass
 class EstimateConfig:
+    """GPUs for which dry_run estimates memory, time and cost."""
+
     gpu: str = key("GPU whose memory, time and cost dry_run estimates")
     devices: int = key("number of GPUs in the estimate", low=1)
     mfu: float = key("share of the GPUs' bf16 peak that the estimate assumes", above=0, high=1)
@@ -61,6 +67,8 @@ class EstimateConfig:
 
 @dataclass
 class WatchConfig:
+    """Limits beyond which a training is taken to have gone wrong."""
+
     bad_loss: str = key("what to do after a loss that is not finite or jumps", choices=("stop", "roll_back"))
     loss_jump: float = key("a loss is bad if it lies this many nats above the median of the last 50 steps", above=0)
     rollbacks: int = key("how often a stage may go back to the last checkpoint and leave out data", low=0)
@@ -71,12 +79,16 @@ class WatchConfig:
 
 @dataclass
 class PathsConfig:
+    """Config group `paths`: folders."""
+
     runs: str = key("folder of all runs; each stage is <runs>/<run>/<stage>", main=True)
     data: str = key("folder of what is fetched from the hub, shared by all runs", main=True)
 
 
 @dataclass
 class TrainerConfig:
+    """Config group `trainer`: devices and nodes."""
+
     accelerator: str = key("where to compute", choices=("auto", "cpu", "gpu"))
     devices: Any = key("number of devices of a node, or auto; torchrun and srun decide by themselves", main=True)
     num_nodes: int = key(
@@ -87,6 +99,8 @@ class TrainerConfig:
 
 @dataclass
 class StrategyConfig:
+    """Config group `strategy`: how processes share the work."""
+
     name: str = key(
         "how devices share the work; auto = by the number of devices",
         choices=("auto", "single", "muon", "ddp", "fsdp"),
@@ -96,11 +110,15 @@ class StrategyConfig:
 
 @dataclass
 class StageConfig:
+    """Config group `stage`: keys of every stage."""
+
     name: str = key("name of the phase, a row of the table in llm/config/stages.py", fixed=True)
 
 
 @dataclass
 class TokenizerStage(StageConfig):
+    """Settings of stage=tokenizer."""
+
     vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
     pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
     digits: int = key("digits of a number that may become one token", low=1, high=3)
@@ -113,6 +131,8 @@ class TokenizerStage(StageConfig):
 
 @dataclass
 class ModelStage(StageConfig):
+    """Settings of every stage that trains a network."""
+
     lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
     warmup_steps: int = key("steps in which the learning rate rises from 0, at most a quarter of all", low=0)
     warmdown_ratio: float = key("share of the steps, at the end, in which the learning rate falls", low=0, high=1)
@@ -123,6 +143,8 @@ class ModelStage(StageConfig):
 
 @dataclass
 class PretrainStage(ModelStage):
+    """Settings of stage=pretrain."""
+
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     tokens_per_param: float = key(
         "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
@@ -148,6 +170,8 @@ class AssistantStage(ModelStage):
 
 @dataclass
 class ChatStage(AssistantStage):
+    """Settings of stages that train on conversations: midtrain and sft."""
+
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
     train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
@@ -155,6 +179,8 @@ class ChatStage(AssistantStage):
 
 @dataclass
 class GRPOStage(AssistantStage):
+    """Settings of stage=grpo."""
+
     task: str | None = key("task to be rewarded for; null = data.rl")
     reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
     prompts_per_step: int = key("questions of one step", low=1)
@@ -244,6 +270,8 @@ class SourceSpec:
 
 @dataclass
 class DataConfig:
+    """Config group `data`: text, tasks and mixtures."""
+
     name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
     path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
     repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
@@ -310,6 +338,8 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
+    """Config group `eval` of evaluate.py: what is measured, and on how much."""
+
     bpb: bool = key("measure bits per byte on the validation text (eval=[bpb])")
     chat: bool = key("measure the accuracy of data.eval's tasks (eval=[chat])")
     samples: bool = key("print continuations and answers (eval=[samples])")

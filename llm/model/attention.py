@@ -44,7 +44,7 @@ def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def has_flash3() -> bool:
-    """Whether FlashAttention 3 is there: the wheel flash_attn_3, or what the package `kernels` has or fetches."""
+    """Return whether FlashAttention 3 is there: the wheel flash_attn_3, or the hub kernel of `kernels`."""
     global flash_attn_func
     if flash_attn_func is None and not _is_forward_only():
         with suppress(ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
@@ -58,7 +58,7 @@ def has_flash3() -> bool:
 
 
 def _is_forward_only() -> bool:
-    """Whether the wheel of FlashAttention 3 was built without a backward pass, as those for serving are."""
+    """Return whether the wheel of FlashAttention 3 was built without a backward pass, as those for serving are."""
     with suppress(Exception):
         flags = import_module("flash_attn_config").CONFIG["build_flags"]
         return bool(flags.get("FLASHATTENTION_DISABLE_BACKWARD"))
@@ -67,7 +67,7 @@ def _is_forward_only() -> bool:
 
 @cache
 def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the Hugging Face hub answers soon; asked once. What cannot be reached must not hold up the start."""
+    """Return whether the Hugging Face hub answers within `seconds`; asked once, so that no start waits for it twice."""
     from huggingface_hub import constants
 
     def ask() -> None:

@@ -25,6 +25,7 @@ RESULT = 1
 
 
 def main() -> None:
+    """Run one job that the caller sends: the program in a confined child, its verdict back to the caller."""
     confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
     confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
     folder, caller = sys.argv[1], int(sys.argv[2])
@@ -62,7 +63,7 @@ def _await(report: int, deadline: float) -> dict:
 
 
 def _end_descendants() -> None:
-    """Without a process namespace: end what the program left running; orphans have become children of this process."""
+    """End what the program left running, where there is no process namespace; its orphans are children of this process."""
     while True:
         try:
             with open(f"/proc/self/task/{os.getpid()}/children") as file:

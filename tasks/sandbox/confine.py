@@ -1,4 +1,4 @@
-"""What a process may reach: namespaces with files of their own, a system call filter, Landlock, resource limits.
+"""Limits on what a process may reach: namespaces with files of their own, a system call filter, Landlock, resource limits.
 
 Linux only apart from the resource limits. Each function says whether it worked, so that the caller can tell which of
 the protections hold on this machine. System calls go through ctypes: Python 3.11 has no functions for them.
@@ -75,6 +75,7 @@ MACHINES = {"x86_64": (0, 0xC000003E, 155), "aarch64": (1, 0xC00000B7, 41)}  # c
 
 
 def prctl(*numbers: int) -> bool:
+    """Call prctl(2) with up to five numbers; return whether it worked. False outside Linux."""
     return LINUX and libc.prctl(*[ctypes.c_ulong(n) for n in (*numbers, *[0] * (5 - len(numbers)))]) == 0
 
 
@@ -208,6 +209,7 @@ def limit_resources(memory_mb: int, seconds: float, file_mb: int, open_files: in
 
 
 def set_limit(name: str, limit: int) -> None:
+    """Set a resource limit by its name in `resource`, soft and hard, where the system has it."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS has not all of them
         resource.setrlimit(getattr(resource, name), (limit, limit))
 

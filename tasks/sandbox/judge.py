@@ -91,7 +91,7 @@ def verdict_of(tests: dict, child: int, ask: int, answer: int) -> tuple[str, str
 
 
 def _exception(content: Any) -> Exception:
-    """What the program raised, if it is one of Python's own exceptions, else a RuntimeError that names it."""
+    """Rebuild an exception that the program raised; one that is not Python's own becomes a RuntimeError naming it."""
     name, text = (str(one) for one in content) if isinstance(content, list) and len(content) == 2 else ("?", "")
     kind = getattr(builtins, name, None)
     try:

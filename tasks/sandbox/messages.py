@@ -12,7 +12,7 @@ MAX_BYTES = 64 * 2**20
 
 
 class BadMessage(Exception):
-    """What came is not a message."""
+    """Error for bytes that are not a message."""
 
 
 class Opaque:
@@ -26,11 +26,13 @@ class Opaque:
 
 
 def framed(message: Any) -> bytes:
+    """Encode a message as JSON behind its length, 4 bytes little-endian."""
     data = json.dumps(message).encode()
     return struct.pack("<I", len(data)) + data
 
 
 def send(fd: int, message: Any) -> None:
+    """Write a whole message to a file descriptor."""
     data = framed(message)
     while data:
         data = data[os.write(fd, data) :]
