@@ -108,7 +108,7 @@ def count_by_hand(word: str, letter: str) -> str:
 
 
 class SimpleSpelling(Task):
-    """Task "Spell the word: X", answered by "X:x,...". Items go through the list in one shuffled order, round and round."""
+    """Task "Spell the word: X", answered by "X:x,...". Items go round the list in one shuffled order."""
 
     kind = "generative"
     reads = "words"

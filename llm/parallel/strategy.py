@@ -2,7 +2,7 @@
 
 muon    every process holds all weights and the optimizer state of its share (llm.parallel.muon_zero2); the default
 ddp     Lightning's: gradients are summed during the last backward pass, every process does the whole update
-fsdp    FSDP2: weights, gradients and optimizer state in shares (llm.parallel.muon_fsdp); blocks are gathered to compute.
+fsdp    FSDP2: weights, gradients and optimizer state in shares (llm.parallel.muon_fsdp); gathered to compute.
 """
 
 import os

@@ -63,7 +63,7 @@ def _await(report: int, deadline: float) -> dict:
 
 
 def _end_descendants() -> None:
-    """End what the program left running, where there is no process namespace; its orphans are children of this process."""
+    """End what the program left running, where no process namespace does; orphans are children of this one."""
     while True:
         try:
             with open(f"/proc/self/task/{os.getpid()}/children") as file:

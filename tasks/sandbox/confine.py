@@ -1,4 +1,4 @@
-"""Limits on what a process may reach: namespaces with files of their own, a system call filter, Landlock, resource limits.
+"""Limits on what a process may reach: namespaces with files of their own, a system call filter, Landlock, limits.
 
 Linux only apart from the resource limits. Each function says whether it worked, so that the caller can tell which of
 the protections hold on this machine. System calls go through ctypes: Python 3.11 has no functions for them.
