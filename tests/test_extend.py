@@ -27,7 +27,7 @@ MOST_LINES = 40
 # Files of a recipe: a line with the name in backticks, then the block. Commands: a block of bash.
 FILE = re.compile(r"^`([\w./]+)`\n```\w+\n(.*?)^```$", re.M | re.S)
 COMMANDS = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
-RECIPES = ("task type", "optimizer", "architecture", "callback", "logger", "source of text", "judge", "reward")
+RECIPES = ("task type", "optimizer", "architecture", "callback", "logger", "source of text", "judge", "reward", "stage")
 TINY = ("--config-dir", ".", "experiment=tiny", "trainer=cpu")
 LION = ("plugins=[lion]", "optim=lion", "stage=pretrain", "init_from=tiny/tokenizer")
 TWO = ("trainer.devices=2", "batch.micro_batch_size=2")

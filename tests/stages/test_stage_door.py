@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 from conftest import REPO, compose, run_cli
 
-PAGE = REPO / "docs" / "extend_stage.md"
+PAGE = REPO / "docs" / "extend.md"
 TINY = ("experiment=tiny", "stage.sample_every=0")
 
 
 def files_of(page: str) -> dict[str, str]:
-    """{path: content} of the code blocks that a line with a file's name precedes."""
-    return dict(re.findall(r"^`([\w./]+)`\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    """{path: content} of the code blocks of the section `A stage` that a line with a file's name precedes."""
+    section = page.partition("\n## A stage\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^`([\w./]+)`\n```\w+\n(.*?)^```$", section, re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture(scope="module")
