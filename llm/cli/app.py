@@ -5,6 +5,7 @@ job starts, so that `--help` and a mistake in the command line do not wait for t
 """
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -184,6 +185,7 @@ def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
 
     keys = {override.get_key_element() for override in swept}
     lines = [line for line in HydraConfig.get().overrides.task if line.partition("=")[0] in keys]
+    lines = [re.sub(r"=\{name:'?(.*?)'?\}$", r"=\1", line) for line in lines]  # as `without_groups` wrapped them
     return HydraConfig.get().job.num, lines
 
 

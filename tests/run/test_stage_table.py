@@ -129,6 +129,27 @@ def test_a_key_names_a_further_model(polish, tmp_path):
             find_further(tmp_path, "new", "polish", "stage.teacher", value)
 
 
+def test_further_models_are_found_before_work_and_must_not_change(monkeypatch, tmp_path):
+    from llm.stages.run_stage import check_parent_unchanged, find_parents, known_parents
+
+    monkeypatch.setattr(stages, "_TABLE", dict(stages._TABLE))
+    register_stage(Stage(**ROW, other_parents=("stage.teacher", "stage.judge")))
+    sft, teacher = finish(tmp_path, "demo", "sft"), finish(tmp_path, "big", "sft")
+    stage = {"name": "polish", "teacher": "big/sft", "judge": None}
+    cfg = OmegaConf.create({"stage": stage, "data": {"mixture": {}}, "init_from": None, "dry_run": False})
+    run = RunDir(tmp_path, "demo")
+    assert find_parents(cfg, stage_row("polish"), run) == (sft, {"stage.teacher": teacher})
+    known = {"parent": str(sft), "parent_id": None, "further": {"stage.teacher": [str(teacher), None]}}
+    assert known_parents(known) == {"init_from": (str(sft), None), "stage.teacher": (str(teacher), None)}
+    check_parent_unchanged(run, "polish", known)
+    write_manifest(tmp_path / "big" / "sft", {"status": "finished", "finished": "later"})
+    with pytest.raises(UserError, match="trained from an earlier version of .*big/sft/model"):
+        check_parent_unchanged(run, "polish", known)
+    cfg.stage.teacher = "bigg"
+    with pytest.raises(UserError, match="stage.teacher=bigg is neither a run nor a folder"):
+        find_parents(cfg, stage_row("polish"), run)
+
+
 def test_two_stages_at_the_end_of_the_pipeline_have_to_be_told_apart(polish, tmp_path):
     register_stage(Stage(**(ROW | {"name": "prefer"})))
     finish(tmp_path, "demo", "sft")
