@@ -284,21 +284,24 @@ def test_commands_of_the_page(home, title):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["muon", "fsdp"])
 def test_an_optimizer_works_and_resumes_under_every_strategy(home, strategy):
-    """Two processes train what one does, resume bit for bit, and their state goes on in one process."""
-    exact = "precision.compute=fp32"
-    if not weights_of(home, "alone").is_file():
-        run("train.py", home, *TINY, *LION, exact, "run=alone")
-    line = (*TINY, *LION, *TWO, exact, f"strategy={strategy}")
-    run("train.py", home, *line, f"run={strategy}")
-    again(home, strategy, f"{strategy}-again")
-    again(home, strategy, f"{strategy}-alone")
-    assert "resuming at step 2 of 4" in run("train.py", home, *line, f"run={strategy}-again")
+    """Two processes train what two of strategy=ddp do, resume bit for bit, and one process takes over their state.
+
+    That these are the weights of one process is shown by tests/parallel/test_update_rules.py: here processes read
+    documents of their own, so one alone would see other batches.
+    """
+    line = (*TINY, *LION, "precision.compute=fp32")
+    if not weights_of(home, "ddp").is_file():
+        run("train.py", home, *line, *TWO, "strategy=ddp", "run=ddp")
+    run("train.py", home, *line, *TWO, f"strategy={strategy}", f"run={strategy}")
+    for copy in ("again", "alone"):
+        again(home, strategy, f"{strategy}-{copy}")
+    resumed = run("train.py", home, *line, *TWO, f"strategy={strategy}", f"run={strategy}-again")
+    assert "resuming at step 2 of 4" in resumed
     assert weights_of(home, strategy).read_bytes() == weights_of(home, f"{strategy}-again").read_bytes()
-    assert "resuming at step 2 of 4" in run("train.py", home, *TINY, *LION, exact, f"run={strategy}-alone")
-    straight = load_file(weights_of(home, "alone"))
-    for name in (strategy, f"{strategy}-alone"):
-        for key, weight in load_file(weights_of(home, name)).items():
-            differs = (weight - straight[key]).abs() > 1e-6  # the sign of a momentum near 0 depends on rounding
-            assert differs.float().mean() < 0.02, (name, key)
+    straight = load_file(weights_of(home, "ddp"))
+    for key, weight in load_file(weights_of(home, strategy)).items():
+        differs = (weight - straight[key]).abs() > 1e-6  # the sign of a momentum near 0 depends on rounding
+        assert differs.float().mean() < 0.01, key
+    assert "resuming at step 2 of 4" in run("train.py", home, *line, f"run={strategy}-alone")

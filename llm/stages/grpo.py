@@ -60,7 +60,7 @@ class RolloutSteps:
         rehearsal=None,
         rewards: Rewards | None = None,
     ):
-        self.rewards = rewards or task.rewards
+        self.rewards = rewards
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
         self.rows_per_micro, self.seed = rows_per_micro, seed
         self.step = 0 if position is None else position["step"]
@@ -119,7 +119,7 @@ class RolloutSteps:
         decode = self.engine.tokenizer.decode
         asked = [c for c, group in zip(conversations, groups, strict=True) for _ in group]
         answers = [decode(sample.ids) for group in groups for sample in group]
-        rewards = torch.tensor(self.rewards(asked, answers)).view(len(groups), -1)
+        rewards = torch.tensor((self.rewards or self.task.rewards)(asked, answers)).view(len(groups), -1)
         stop = self.engine.tokenizer.special_id("<|assistant_end|>")
         sequences = [sequence(prompt, s, stop) for prompt, group in zip(prompts, groups, strict=True) for s in group]
         micro, n_trained, n_tokens = micro_batches_of(

@@ -39,7 +39,7 @@ def settings(runs, sections, **more):
     chosen = {name: name in sections for name in ("bpb", "chat", "core", "lm_eval", "samples")}
     options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
     options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8, "seq_len": None}
-    options |= {"tasks": None, "num_fewshot": None, "include_path": None, "chat_template": False}
+    options |= {"tasks": None, "num_fewshot": None, "include_path": None, "chat_template": False, "judges": {}}
     config = {
         "run": "demo",
         "stage": "sft",
