@@ -148,6 +148,7 @@ def run_program(argv: list[str]) -> None:
     import llm.parallel.launch
 
     llm.parallel.launch.subprocess = SimpleNamespace(Popen=Worker)
+    llm.parallel.launch.KILL_SECONDS = 600  # a busy machine may take its time to save and end
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv, sys.path[:1] = argv, [str(Path(argv[0]).parent), *paths]
     runpy.run_path(argv[0], run_name="__main__")

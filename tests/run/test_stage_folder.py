@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -272,6 +274,10 @@ def test_environment_and_commit():
     json.dumps(facts)
 
 
+def run_patiently(*args, timeout, **kwargs):
+    return subprocess.run(*args, **kwargs)
+
+
 def test_the_commit_is_that_of_the_checkout_with_the_code(tmp_path):
     """Not of the folder one stands in, not shortened, and marked where a tracked file was changed; None outside."""
     source = Path(git_commit.__code__.co_filename)
@@ -281,6 +287,7 @@ def test_the_commit_is_that_of_the_checkout_with_the_code(tmp_path):
     spec = importlib.util.spec_from_file_location("copied_environment", copy)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
+    copied.subprocess = SimpleNamespace(run=run_patiently, TimeoutExpired=TimeoutError)
     assert copied.git_commit() is None
 
     def git(*args):
