@@ -474,16 +474,33 @@ def register(folders: Iterable[Path] = ()) -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()
+    store, mixtures = ConfigStore.instance(), tuple(chat_mixtures())
     for name in ROOTS:
-        store.store(group="schema", name=name, node=root_schema(name), package="_global_", provider="fathom")
-    data = _data_schema(tuple(chat_mixtures()))
+        _store(store, "schema", name, root_schema(name), "_global_")
     for group, variants in VARIANTS.items():
         for name, schema in variants.items():
-            if group == "data":  # with the keys of data.mixture, which DataConfig itself lacks
-                schema = make_dataclass(schema.__name__, [], bases=(data, schema))
-            store.store(group=f"schema/{group}", name=name, node=schema, package=group, provider="fathom")
+            _store(
+                store, f"schema/{group}", name, _with_mixtures(schema, mixtures) if group == "data" else schema, group
+            )
     register_generated(store, folders)
+
+
+def _store(store: Any, group: str, name: str, schema: type, package: str) -> None:
+    """Put a schema into Hydra's ConfigStore, unless it is there: the command line is composed several times."""
+    from omegaconf import OmegaConf
+
+    place = store.repo
+    for part in group.split("/"):
+        place = place.get(part, {})
+    there = place.get(f"{name}.yaml")
+    if there is None or OmegaConf.get_type(there.node) is not schema:
+        store.store(group=group, name=name, node=schema, package=package, provider="fathom")
+
+
+@lru_cache
+def _with_mixtures(schema: type, mixtures: tuple[str, ...]) -> type:
+    """Return a plugin's schema of `data` with the keys of data.mixture, which DataConfig itself lacks."""
+    return make_dataclass(schema.__name__, [], bases=(_data_schema(mixtures), schema))
 
 
 def known_keys(config_name: str) -> dict[str, Field]:
