@@ -75,10 +75,10 @@ bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last lin
 
 # Exits with 1 if something is not equal to its reference or a part crashed.
 # An environment that has what it needs is used as it is: a GPU machine may lack the network that `setup` wants.
-gpu-check: ## on a GPU, in 9 minutes: what is equal, how fast, against which ceiling (ARGS="--only decode")
-	@if [ ! -e $(STAMP) ] && $(PYTHON) -c 'import torch, lightning, hydra, rustbpe, datasets' 2>/dev/null; then \
-	  $(PYTHON) bench/gpu_check.py $(ARGS); \
-	else $(MAKE) --no-print-directory setup && $(PY) bench/gpu_check.py $(ARGS); fi
+HAS_ALL = $(shell [ ! -e $(STAMP) ] && $(PYTHON) -c 'import torch, lightning, hydra, rustbpe, datasets' 2>/dev/null && echo yes)
+.SECONDEXPANSION:
+gpu-check: $$(if $$(HAS_ALL),,$$(STAMP)) ## on a GPU, in 9 minutes: what is equal, how fast, against which ceiling (ARGS="--only decode")
+	$(if $(HAS_ALL),$(PYTHON),$(PY)) bench/gpu_check.py $(ARGS)
 
 table: $(STAMP) ## all stages of all runs in one table
 	$(PY) -m llm.report --table

@@ -37,6 +37,7 @@ def run(tmp_path, monkeypatch):
     """run(Part...) -> results; the parts' functions are those above."""
     (tmp_path / "parts_of_the_test.py").write_text(PARTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "PATIENCE", 1)
     return lambda *parts, minutes=1.0: gpu_check.run_all(parts, minutes, True, tmp_path)
 
 
@@ -64,7 +65,7 @@ def test_every_end_of_a_part_is_told_apart(run, capsys):
 
 
 def is_gone(pid: int, seconds: float = 20) -> bool:
-    """Whether a process has ended; one that nobody has waited for counts as ended."""
+    """Return True once a process has ended, False if it has not after `seconds`; a zombie counts as ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -79,6 +80,15 @@ def is_gone(pid: int, seconds: float = 20) -> bool:
 def test_what_no_time_is_left_for_is_left_out(run):
     results = run(part("slow"), part("fine"), minutes=0.03)
     assert results["slow"]["status"] == "out of time" and results["fine"]["status"] == "left out"
+
+
+def test_the_small_form_gets_more_time_but_no_more_than_is_left(tmp_path, monkeypatch):
+    given = []
+    result = {"status": gpu_check.OK, "seconds": 0.0}
+    monkeypatch.setattr(gpu_check, "run_part", lambda part, seconds, *more: given.append(seconds) or result)
+    for minutes, small in ((9.0, False), (9.0, True), (0.25, True)):
+        gpu_check.run_all((part("fine", 10),), minutes, small, tmp_path)
+    assert given == [10, 30, pytest.approx(15, abs=1)]
 
 
 def test_the_exit_status_and_the_file(run, tmp_path, monkeypatch, capsys):
