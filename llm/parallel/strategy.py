@@ -90,6 +90,11 @@ class FSDPStrategy(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True, strict=strict)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
 
+    def teardown(self) -> None:
+        """Wait for the checkpoint that is being written too; Lightning's other strategies do so by themselves."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
 
 @torch.no_grad()
 def full_model(net: GPT) -> GPT:

@@ -12,14 +12,18 @@ import pytest
 import torch
 from conftest import REPO, run_cli
 from holding import FOLDER, TESTS, held, hold_at
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator
 from processes import children_of, finish, is_alive, start_warm, wait_until
 
 from llm.checkpoint.model_folder import load_model_folder
+from llm.checkpoint.resume import CheckpointWriter
 from llm.data.documents import walk
 from llm.data.loader import positions_for
 from llm.data.packing import BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
 from llm.parallel.launch import child_env, free_port
 from llm.parallel.muon_zero2 import BUCKET_BYTES, even_shares
+from llm.parallel.strategy import FSDPStrategy, MuonStrategy, SummingDDPStrategy
 
 KINDS = ("pretrain", "sft", "grpo")
 
@@ -45,6 +49,18 @@ def trained(tmp_path_factory):
         return folder, job(n, strategy, folder)
 
     return run
+
+
+@pytest.mark.parametrize("kind", [MuonStrategy, SummingDDPStrategy, FSDPStrategy])
+def test_the_checkpoint_under_way_is_awaited_at_the_end(kind, monkeypatch):
+    """A training under fsdp that was stopped ended while its last checkpoint was being written, and lost it."""
+    writer, awaited = CheckpointWriter(), []
+    monkeypatch.setattr(writer, "teardown", lambda: awaited.append(True))
+    strategy = kind()
+    strategy.accelerator, strategy.checkpoint_io = CPUAccelerator(), writer
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.teardown()
+    assert awaited == [True]
 
 
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
