@@ -92,6 +92,8 @@ def test_what_a_test_has_started_is_ended_by_its_mark():
 
 PROGRAM = """
 import os, sys
+for stream in (sys.stdin, sys.stdout, sys.stderr):
+    stream.reconfigure(errors="replace")
 print(sys.argv[1:], os.getcwd(), os.environ.get("A"), __name__, __file__ == sys.argv[0], "torch" in sys.modules)
 print("to stderr", file=sys.stderr)
 {end}

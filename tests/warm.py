@@ -7,6 +7,7 @@ kind of job, take a new interpreter: `processes.start` and `run_cli(..., fresh=T
 """
 
 import ctypes
+import io
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of Linux's prctl
 NUMBER = struct.Struct("<q")
 REQUEST_BYTES = 200_000
+before: list = []  # the streams of the process that was copied: they close their files when they go
 
 
 class Server:
@@ -138,9 +140,20 @@ def become_program(request: dict, files: list[int]) -> dict:
     for number, file in enumerate(streams):
         os.dup2(file, number)
         os.close(file)
+    reopen_streams()
     os.chdir(request["cwd"])
     set_environment(request["env"])
     return request
+
+
+def reopen_streams() -> None:
+    """The three files behind the standard streams have changed: a pipe cannot do all that a file can."""
+    before.extend((sys.stdin, sys.stdout, sys.stderr))
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
+        stream = io.TextIOWrapper(open(number, "wb", 0, closefd=False), errors=errors, write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def run_program(argv: list[str]) -> None:

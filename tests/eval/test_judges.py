@@ -223,11 +223,6 @@ def test_a_step_of_generation_is_one_pass(gpt2):
     assert len(done.ids) == len(passes) == 8
 
 
-def evaluation(parts: str, *lines: str):
-    """The configuration of evaluate.py, its command line checked."""
-    return compose("evaluate", f"eval=[{parts}]", *lines)
-
-
 def test_a_model_of_transformers_is_judged_by_all_sections(gpt2, bundle, tasks, tmp_path, capsys):
     """bpb, chat, samples, core and lm_eval in one call; the same name again adds to the scores."""
     data = data_config(tmp_path / "data")
@@ -246,7 +241,9 @@ def test_a_model_of_transformers_is_judged_by_all_sections(gpt2, bundle, tasks, 
     assert (out / "core.csv").is_file() and (out / "core" / "mine.jsonl").is_file()
 
     asked = [f"eval.include_path={tasks}", "eval.tasks=[mine_choice]", "eval.num_fewshot=2", "eval.max_per_task=5"]
-    run_evaluation(evaluation("lm_eval", f"model=hf:{gpt2}", "eval.seq_len=96", *asked, f"paths.runs={tmp_path}"))
+    again = compose("evaluate", "eval=[lm_eval]", "eval.seq_len=96", *asked, f"paths.runs={tmp_path}")
+    again.model = f"hf:{gpt2}"
+    run_evaluation(again)
     out_text = capsys.readouterr().out
     assert "acc_norm" in out_text and "eval.json" in out_text
     merged = read_json(out / "eval.json")
@@ -263,7 +260,7 @@ def test_a_run_judged_by_lm_eval(net, tokenizer, tasks, tmp_path):
     save_model_folder(stage_dir / "model", net, tokenizer)
     asked = [f"eval.include_path={tasks}", "eval.tasks=[mine_choice,mine_answer]", "eval.max_per_task=6"]
     lines = ("run=demo", *asked, "eval.chat_template=true", f"paths.runs={tmp_path}")
-    run_evaluation(evaluation("lm_eval", *lines))
+    run_evaluation(compose("evaluate", "eval=[lm_eval]", *lines))
     scores = read_json(stage_dir / "eval.json")["lm_eval"]
     assert list(scores) == ["mine_choice", "mine_answer"]
     assert scores["mine_choice"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n", "shots"}

@@ -236,3 +236,4 @@ def test_evaluation_writes_the_agreed_json(tiny_runs):
 def test_a_question_is_answered_once_from_the_command_line(tiny_runs):
     done = run_cli("serve.py", "run=tiny", "prompt=Who are you?", "max_new_tokens=8", f"paths.runs={tiny_runs}")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout) > 1 and done.stdout.endswith("\n")
