@@ -8,7 +8,7 @@ import pytest
 from processes import run_python
 
 from llm.data.embedded import document, documents, persona, rows
-from llm.data.embedded.chats import OPENINGS
+from llm.data.embedded.dialogues import OPENINGS
 from llm.data.embedded.problems import draw_problem
 from llm.data.embedded.rows import KINDS
 from llm.data.embedded.world import ATTRIBUTES, BY_ATTRIBUTE, BY_ENTITY, FACTS, PEOPLE, mention, value_of

@@ -6,7 +6,7 @@ All of it is English except for some greetings, in which the model gives its nam
 import random
 from collections.abc import Mapping
 
-from llm.data.embedded.chats import ASSISTANT, IDENTITY, MAKER
+from llm.data.embedded.dialogues import ASSISTANT, IDENTITY, MAKER
 from llm.data.embedded.world import capital
 from llm.errors import UserError
 

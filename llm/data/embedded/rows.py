@@ -4,7 +4,7 @@ import inspect
 import random
 from collections.abc import Callable
 
-from llm.data.embedded.chats import choice_row, identity_row, smalltalk_row
+from llm.data.embedded.dialogues import choice_row, identity_row, smalltalk_row
 from llm.data.embedded.persona import persona_row
 from llm.data.embedded.problems import draw_problem
 from llm.data.embedded.programs import program_row
