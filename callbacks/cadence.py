@@ -37,7 +37,7 @@ class Periodic(L.Callback):
             self.timed(trainer, module, module.global_step)
 
     def timed(self, trainer, module, step: int) -> None:
-        """Act, and add the time it takes to `module.paused_seconds`."""
+        """Act, and add the time it takes to `module.progress.paused_seconds`."""
         start = time.perf_counter()
         self.act(trainer, module, step)
         module.progress.paused_seconds += time.perf_counter() - start

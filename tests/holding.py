@@ -44,6 +44,6 @@ class Hold(L.Callback):
             return
         folder = Path(os.environ[FOLDER])
         (folder / f"held_{collectives.rank()}").touch()
-        while not module.wants_stop and not (folder / "release").exists():
+        while not module.votes.stop and not (folder / "release").exists():
             time.sleep(0.02)
         (folder / f"left_{collectives.rank()}").touch()
