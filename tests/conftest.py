@@ -33,7 +33,7 @@ def pytest_configure(config):
 LONGEST = (
     *("stages/test_pipeline.py", "parallel/test_strategies.py", "parallel/test_launch.py", "eval/test_judges.py"),
     *("test_processes.py", "eval/test_lm_eval_harness.py", "config/test_schema.py", "config/test_dead_keys.py"),
-    *("callbacks/test_safety.py", "eval/test_core.py", "optim/test_muon_adamw.py", "model/test_attention.py"),
+    *("callbacks/test_damage_and_watch.py", "eval/test_core.py", "optim/test_muon_adamw.py", "model/test_attention.py"),
     *("cli/test_command_line.py", "data/test_hub_documents.py", "serving/test_serve.py", "tasks/test_hub_tasks.py"),
 )
 

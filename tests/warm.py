@@ -6,7 +6,9 @@ streams, environment, folder, signals and exit status, as a new interpreter woul
 kind of job, take a new interpreter: `processes.start` and `run_cli(..., fresh=True)`.
 """
 
+import atexit
 import ctypes
+import gc
 import io
 import json
 import os
@@ -19,8 +21,10 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of Linux's prctl
 NUMBER = struct.Struct("<q")
@@ -156,15 +160,37 @@ def reopen_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def run_program(argv: list[str]) -> None:
-    """Run a script as the interpreter would."""
+def run_program(argv: list[str]) -> NoReturn:
+    """Run a script and end as the interpreter would, but for taking down the modules, which takes a second."""
     import llm.parallel.launch
 
     llm.parallel.launch.subprocess = SimpleNamespace(Popen=Worker)
     llm.parallel.launch.KILL_SECONDS = 600  # a busy machine may take its time to save and end
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv, sys.path[:1] = argv, [str(Path(argv[0]).parent), *paths]
-    runpy.run_path(argv[0], run_name="__main__")
+    status = status_of(lambda: runpy.run_path(argv[0], run_name="__main__"))
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+
+def status_of(program: Callable[[], object]) -> int:
+    """Exit status of a program, with what the interpreter would print."""
+    try:
+        program()
+    except SystemExit as stop:
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)
+            return 1
+        return stop.code or 0
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 class Worker:
@@ -180,20 +206,10 @@ class Worker:
 
     @staticmethod
     def _run(command: list[str], env: dict[str, str]) -> int:
-        status = 0
-        try:
-            os.setsid()
-            set_environment(env)
-            sys.argv = command
-            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return status
+        os.setsid()
+        set_environment(env)
+        sys.argv = command
+        return status_of(lambda: runpy.run_module(command[0], run_name="__main__", alter_sys=True))
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
@@ -222,7 +238,7 @@ def prctl(option: int, value) -> None:
 
 
 def main() -> None:
-    """Import, then make copies; each copy leaves by the program's own way."""
+    """Import, then make copies, each of which runs a program."""
     sys.path[0] = os.getcwd()
     import lightning.pytorch  # noqa: F401
     import pytest  # noqa: F401
@@ -231,14 +247,11 @@ def main() -> None:
     import llm.eval.evaluate  # noqa: F401
     import llm.stages.run_stage  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # or every copy would touch, and so copy, all of its memory
     program = serve(socket.socket(fileno=int(sys.argv[1])))
     if program is not None:
-        try:
-            run_program(program["argv"])
-        except KeyboardInterrupt:  # as the interpreter does
-            traceback.print_exc()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+        run_program(program["argv"])
 
 
 if __name__ == "__main__":
