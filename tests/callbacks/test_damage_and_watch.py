@@ -135,7 +135,7 @@ def test_inspect_tells_sound_from_damaged(tmp_path, capsys):
 MEMORY = """
 import threading, time, torch
 from pathlib import Path
-from llm.checkpoint import load_checkpoint
+from llm.checkpoint.resume import load_checkpoint
 from llm.optim import GroupOptimizer
 def anonymous():
     return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024

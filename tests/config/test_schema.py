@@ -207,7 +207,7 @@ def test_experiment_with_other_data():
 
 def test_stage_of_evaluate_and_parts_of_eval():
     lines = ["run=demo", "stage=sft", "eval=[bpb,samples]", "eval.max_per_task=5"]
-    cfg = overrides.compose("evaluate", overrides.without_groups("evaluate", lines))
+    cfg = overrides.compose("evaluate", lines)
     assert cfg.stage.name == "sft"  # the entry point passes on the name alone
     assert (cfg.eval.bpb, cfg.eval.chat, cfg.eval.samples, cfg.eval.max_per_task) == (True, False, True, 5)
     assert compose("evaluate", "data=local", "data.path=x").data.path == "x"
