@@ -361,7 +361,7 @@ class EvalConfig:
     include_path: str | None = key("eval=lm_eval: folder of task files (YAML) of your own")
     chat_template: bool = key("eval=lm_eval: prompts in the model's chat format")
     batch_size: int = key("sequences evaluated together", low=1)
-    judges: dict[str, Any] = key("judges of your own by name, each with its _target_ (docs/extend.md)")
+    judges: dict[str, Any] = key("judges of your own: a mapping from a name to a _target_ (docs/extend.md)")
 
 
 @dataclass

@@ -338,7 +338,7 @@ def test_the_help_of_the_entry_points_imports_nothing_heavy(tmp_path, script, wo
         "import atexit, pathlib, sys\n"
         f"atexit.register(lambda: pathlib.Path({str(modules)!r}).write_text(' '.join(sys.modules)))\n"
     )
-    result = run_cli(f"{script}.py", *words, PYTHONPATH=str(tmp_path))
+    result = run_cli(f"{script}.py", *words, fresh=True, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0 and "Usage:" in result.stdout, result.stderr
     loaded = set(modules.read_text().split())
     assert {"llm.cli.help", "llm.config.schema"} <= loaded and not loaded & HEAVY
