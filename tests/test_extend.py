@@ -122,7 +122,7 @@ def module(home, monkeypatch):
     yield importlib.import_module
     for name in ("lion", "word_problems", "brief"):
         sys.modules.pop(name, None)
-    schema.known_keys.cache_clear()
+    schema._known_keys.cache_clear()
 
 
 def test_rows_of_a_task_type_are_checked_as_ours_are(home, module, tmp_path):

@@ -28,6 +28,7 @@ from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of Linux's prctl
 NUMBER = struct.Struct("<q")
+GRACE = "FATHOM_TEST_GRACE"  # environment variable: seconds that a launcher's processes have to end after the first
 REQUEST_BYTES = 200_000
 before: list = []  # the streams of the process that was copied: they close their files when they go
 
@@ -166,6 +167,7 @@ def run_program(argv: list[str]) -> NoReturn:
 
     llm.parallel.launch.subprocess = SimpleNamespace(Popen=Worker)
     llm.parallel.launch.KILL_SECONDS = 600  # a busy machine may take its time to save and end
+    llm.parallel.launch.GRACE_SECONDS = float(os.environ.get(GRACE, llm.parallel.launch.GRACE_SECONDS))
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv, sys.path[:1] = argv, [str(Path(argv[0]).parent), *paths]
     status = status_of(lambda: runpy.run_path(argv[0], run_name="__main__"))

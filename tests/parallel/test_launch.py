@@ -17,6 +17,7 @@ from conftest import REPO, run_cli
 from holding import FOLDER, TESTS, has_left, held, hold_at, release
 from omegaconf import OmegaConf
 from processes import HANG, children_of, finish, start, start_warm, wait_until
+from warm import GRACE
 
 from llm.cli.overrides import check_overrides
 from llm.errors import UserError
@@ -115,7 +116,7 @@ def test_a_dead_process_ends_every_node(root, tmp_path):
 
 def test_sigusr1_on_one_node_stops_and_saves_on_all(root, tmp_path):
     long = (*LONG, "run=preempted")
-    nodes = two_nodes(root, *long, **{FOLDER: str(tmp_path)})
+    nodes = two_nodes(root, *long, **{FOLDER: str(tmp_path), GRACE: str(HANG)})
     wait_until(lambda: held(tmp_path, 0) and held(tmp_path, 1), nodes[0])
     nodes[1].send_signal(signal.SIGUSR1)
     wait_until(lambda: has_left(tmp_path, 1), nodes[1])
