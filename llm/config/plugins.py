@@ -30,7 +30,7 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def plugins_in(argv: Sequence[str]) -> list[str]:
-    """Return the modules that `plugins=...` names on a command line: `plugins=my_package` or `plugins=[one,two]`."""
+    """Return the modules that `plugins=[one,two]` names on a command line."""
     value = next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith(("plugins=", "+plugins="))), "")
     names = [name.strip() for name in value.strip("[]").split(",")]
     return [name for name in names if name and name != "null"]
