@@ -142,6 +142,7 @@ def need(row: dict, where: str, **types: type | tuple[type, ...]) -> None:
     for key, kind in types.items():
         if key not in row:
             raise UserError(f"{where}: key {key!r} is missing (found: {', '.join(map(str, row)) or 'nothing'})")
-        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is int):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(row[key], kinds) or (isinstance(row[key], bool) and bool not in kinds):  # true is an int
+            names = " or ".join(k.__name__ for k in kinds)
             raise UserError(f"{where}: {key!r} must be {names}, found {type(row[key]).__name__}")

@@ -8,6 +8,7 @@ from typing import Any
 from llm.config.renamed import renamed_key
 from llm.config.stages import chat_mixtures
 from llm.errors import UserError
+from llm.utils.registry import Registry
 
 
 def check_values(cfg: Any, prefix: str = "") -> None:
@@ -27,11 +28,13 @@ def check_values(cfg: Any, prefix: str = "") -> None:
 
 
 def _resolved(cfg: Any, name: Any, prefix: str) -> Any:
-    """Return a value of the configuration; UserError where it refers to a key that does not exist."""
-    from omegaconf.errors import InterpolationResolutionError
+    """Return a value of the configuration; UserError where it has none, or refers to a key that does not exist."""
+    from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
     try:
         return cfg[name]
+    except MissingMandatoryValue:
+        raise UserError(f"{prefix}{name} has no value: give it in the option's YAML file or the command line") from None
     except InterpolationResolutionError as error:
         text = str(error).splitlines()[0]
         missing = re.search(r"key '([^']+)' not found", text)
@@ -62,7 +65,8 @@ def _violation(spec: Field, value: Any) -> str | None:
     if value is None:
         return None
     if choices and value not in choices:
-        return f"one of {', '.join(choices)}"
+        own = ", or module.Class of your own (docs/extend.md)" if isinstance(choices, Registry) else ""
+        return f"one of {', '.join(choices)}{own}"
     if isinstance(value, float) and math.isnan(value):
         return "a number"
     if low is not None and value < low:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from llm.config.registries import OPTIMIZERS
+from llm.errors import UserError
 from llm.optim.muon_adamw import MUON_NEEDS
 from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import adam_lr_scale
@@ -90,10 +91,10 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def check_groups(net: nn.Module, groups: list[dict]) -> None:
-    """Raise ValueError where a parameter of the network is in no group, or in more than one."""
+    """Raise UserError where a parameter of the network is in no group, or in more than one."""
     counts: dict[int, int] = {}
     for p in (p for group in groups for p in group["params"]):
         counts[id(p)] = counts.get(id(p), 0) + 1
     wrong = [f"{name} is in {counts.get(id(p), 0)}" for name, p in net.named_parameters() if counts.get(id(p)) != 1]
     if wrong:
-        raise ValueError(f"every parameter must be in one group of the optimizer: {', '.join(wrong[:5])}")
+        raise UserError(f"every parameter must be in one group of the optimizer: {', '.join(wrong[:5])}")

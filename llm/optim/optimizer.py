@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 
 from llm.config.registries import UPDATE_RULES
+from llm.errors import UserError
 from llm.optim.update_rules import ElementwiseRule, MatrixRule, UpdateRule
 
 # Matrices stacked for one update: on a CPU as many as stay in a core's cache between the passes over them.
@@ -22,8 +23,8 @@ class GroupOptimizer(torch.optim.Optimizer):
     the weight decay follows its schedule). State is kept per parameter, so a checkpoint does not depend on how
     parameters are grouped or divided among processes.
 
-    Raises UserError for a kind that does not exist, ValueError for a group that lacks a hyperparameter of its rule, or
-    gives vectors to a rule for matrices.
+    Raises UserError for a kind that does not exist, and for a group that lacks a hyperparameter of its rule or gives
+    vectors to a rule for matrices.
     """
 
     def __init__(self, groups: list[dict]):
@@ -33,9 +34,9 @@ class GroupOptimizer(torch.optim.Optimizer):
             group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
             rule = UPDATE_RULES.get(group["kind"], "kind")
             if missing := [name for name in rule.needs if name not in group]:
-                raise ValueError(f"a parameter group of kind={group['kind']} needs {', '.join(missing)}")
+                raise UserError(f"a parameter group of kind={group['kind']} needs {', '.join(missing)}")
             if isinstance(rule, MatrixRule) and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError(f"kind={group['kind']} takes 2-D matrices only")
+                raise UserError(f"a parameter group of kind={group['kind']} takes 2-D matrices only")
         super().__init__(groups, {})
 
     def step(self, closure=None):

@@ -22,9 +22,9 @@ class Registry:
     def register(self, name: str, thing: Any) -> None:
         """Add an entry. Raises UserError where the name holds a dot, or is taken by another entry."""
         if not name or "." in name:
-            raise UserError(f"{name!r} cannot be registered as a {self.what}: give a name without a dot")
+            raise UserError(f"{self.what} {name!r}: cannot be registered; give a name without a dot")
         if self.entries.setdefault(name, thing) is not thing:
-            raise UserError(f"a {self.what} named {name!r} exists already: register yours under another name")
+            raise UserError(f"{self.what} {name!r} exists already: register yours under another name")
 
     def __contains__(self, name: object) -> bool:
         """Return whether `name` is registered or dotted; a dotted one is not imported here, and may not exist."""
@@ -44,7 +44,7 @@ class Registry:
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UserError(
                 f"{where} does not exist{hint} Choose one of {', '.join(self.entries)}, or write package.module.Name "
-                f"of a {self.what} of your own (docs/extend.md)"
+                f"for your own {self.what} (docs/extend.md)"
             )
         if name not in self.entries:
             return imported(name, where)
@@ -62,3 +62,5 @@ def imported(name: str, where: str) -> Any:
         raise UserError(f"{where}: no module {error.name!r}; put its folder on PYTHONPATH, or install it") from error
     except AttributeError as error:
         raise UserError(f"{where}: {module} has no {attribute!r} ({error})") from error
+    except Exception as error:
+        raise UserError(f"{where}: importing {module} failed ({type(error).__name__}: {error})") from error

@@ -53,6 +53,7 @@ MISTAKES = [
     (["experiment=null"], ["leave it out"]),
     (["optim=null"], ["choose one of adamw, muon_2025"]),
     (["batch.tokens_per_step=many"], ["batch.tokens_per_step=many: expected a whole number"]),
+    (["optim.matrix_lr=???"], ["optim.matrix_lr has no value: give it in the option's YAML file"]),
     (["batch.tokens_per_step=4e3"], ["expected a whole number or null (write 4000)"]),
     (["-m", "batch.tokens_per_step=4096,many"], ["batch.tokens_per_step=many: expected a whole number"]),
     (["-m", "batch.tokens_per_step=4096,0,8192"], ["batch.tokens_per_step=0: must be at least 1"]),

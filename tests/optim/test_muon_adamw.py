@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import compose
 
+from llm.errors import UserError
 from llm.model.gpt import GPT
 from llm.optim import GroupOptimizer, optimizer
 from llm.optim.build import build_optimizer
@@ -156,7 +157,7 @@ def test_cautious_decay_spares_weights_that_the_update_grows(in_bf16):
 
 
 def test_muon_refuses_vectors():
-    with pytest.raises(ValueError, match="2-D"):
+    with pytest.raises(UserError, match="2-D"):
         GroupOptimizer([PLAIN_MUON | {"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 0.1}])
 
 
