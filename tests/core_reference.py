@@ -41,7 +41,7 @@ def render(entry, data, index):
 
 
 def same_tokens(sequences):
-    """How many tokens all sequences have in common from their first on."""
+    """Count the tokens that all sequences have in common from their first on."""
     n = 0
     while n < min(map(len, sequences)) and len({one[n] for one in sequences}) == 1:
         n += 1

@@ -112,7 +112,7 @@ class Sent:
 
 
 def notices_other_weights(module: StepModule) -> bool:
-    """Whether a bit that flips in the last process is named by all of them."""
+    """Return whether a bit that flips in the last process is named by all of them."""
     params = {name: p.detach().float() for name, p in module.net.named_parameters()}
     check_same_weights(params, STEPS)
     if collectives.rank() == collectives.world_size() - 1:

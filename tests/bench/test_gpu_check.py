@@ -232,7 +232,7 @@ def test_memory_of_the_card_bounds_the_rows(monkeypatch):
 
 @pytest.mark.slow
 def test_every_part_in_small(tmp_path):
-    """As on a machine without a GPU; takes some minutes."""
+    """Every part ends well in the form for machines without a GPU; takes some minutes."""
     command = [sys.executable, str(REPO / "bench/gpu_check.py"), "--small", "--minutes", "30", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr

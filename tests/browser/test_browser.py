@@ -17,7 +17,7 @@ SCREENSHOTS = ("1-start", "2-calculator", "3-markdown", "4-context", "5-phone")
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:
-    """What the browser saw in one session with the chat."""
+    """Record of what the browser saw in one session with the chat."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     missing = [
         *([] if chromium else ["chromium"]),

@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_an_installed_package_names_its_plugin_by_an_entry_point(folder):
-    """As pip leaves it: the module, and beside it the package's metadata."""
+    """The folder is as pip leaves it: the module, and beside it the package's metadata."""
     (folder / "deep_plugin.py").write_text("LOADED = True\n")
     info = folder / "deep_plugin-1.0.dist-info"
     info.mkdir()

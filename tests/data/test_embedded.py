@@ -21,7 +21,7 @@ SIZES |= {"identity": (1000, 100), "persona": (2000, 300), "programs": (600, 80)
 
 
 def text_of(kind: str, row: dict) -> str:
-    """What two rows must not share across the splits."""
+    """Return the text that two rows must not share across the splits."""
     if "messages" in row:
         return "|".join(m["content"] for m in row["messages"])
     if kind == "choice":

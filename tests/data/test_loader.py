@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 def same(a, b):
-    """Whether two batches or states are equal to the bit, with the same structure."""
+    """Return whether two batches or states are equal to the bit, with the same structure."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
