@@ -52,7 +52,7 @@ def register_arch(name: str, network: str | type, schema: type, config: str | ty
 def register_source(name: str, build: str | Callable, schema: type | None = None, is_remote: bool = False) -> None:
     """Make `data.name=<name>` a source of text, which `build(data, cache)` returns (llm.data.documents.DocumentSource).
 
-    schema: dataclass of the config group, a subclass of `llm.config.schema.DataConfig` with the keys of its own.
+    schema: dataclass of the config group, a subclass of `llm.config.data_schema.DataConfig` with the keys of its own.
     """
     TEXT_SOURCES.register(name, TextSource(build, is_remote))
     register_schema("data", name, schema or DataConfig)

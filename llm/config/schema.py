@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+from llm.config.data_schema import DataConfig, MixtureConfig
 from llm.config.generated import register_generated
 from llm.config.key import key
 from llm.config.model_schema import (
@@ -25,7 +26,7 @@ from llm.config.model_schema import (
     MuonAdamWConfig,
     OptimConfig,
 )
-from llm.config.registries import TASK_TYPES, TEXT_SOURCES
+from llm.config.stage_schema import StageConfig
 from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
 from llm.errors import UserError
 
@@ -106,197 +107,6 @@ class StrategyConfig:
         choices=("auto", "single", "muon", "ddp", "fsdp"),
         fixed=True,
     )
-
-
-@dataclass
-class StageConfig:
-    """Config group `stage`: keys of every stage."""
-
-    name: str = key("name of the phase, a row of the table in llm/config/stages.py", fixed=True)
-
-
-@dataclass
-class TokenizerStage(StageConfig):
-    """Settings of stage=tokenizer."""
-
-    vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
-    pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
-    digits: int = key("digits of a number that may become one token", low=1, high=3)
-    marks: bool = key("combining marks belong to words, as Hindi, Thai or Arabic need")
-    pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
-    max_chars: int = key("characters of text to train on, at most", low=1)
-    doc_cap: int = key("characters taken of one document, at most", low=1)
-    compare: list[str] = key("tokenizers to compare with: tiktoken names such as gpt2, folders or files")
-
-
-@dataclass
-class ModelStage(StageConfig):
-    """Settings of every stage that trains a network."""
-
-    lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
-    warmup_steps: int = key("steps in which the learning rate rises from 0, at most a quarter of all", low=0)
-    warmdown_ratio: float = key("share of the steps, at the end, in which the learning rate falls", low=0, high=1)
-    final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
-    eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
-    sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
-
-
-@dataclass
-class PretrainStage(ModelStage):
-    """Settings of stage=pretrain."""
-
-    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
-    tokens_per_param: float = key(
-        "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
-    )
-    count_params: str = key(
-        "parameters that tokens_per_param counts: all, or the matrices of blocks and head", choices=("all", "matrices")
-    )
-    target_flops: float | None = key("horizon: training FLOPs; null = by tokens_per_param", above=0)
-    buffer: int = key("documents that best-fit packing chooses from", low=1)
-    core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
-    core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1)
-    core_bundle: str | None = key("folder or zip of a CORE evaluation bundle; null = no CORE evaluations")
-
-
-@dataclass
-class AssistantStage(ModelStage):
-    """Stages whose model answers: their answers can be judged."""
-
-    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
-    chat_max_per_task: int | None = key("items per task of a chat task evaluation; null = all", low=1)
-    chat_tasks: list[str] | None = key("tasks of a chat task evaluation; null = data.eval")
-
-
-@dataclass
-class ChatStage(AssistantStage):
-    """Settings of stages that train on conversations: midtrain and sft."""
-
-    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
-    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
-    train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
-
-
-@dataclass
-class GRPOStage(AssistantStage):
-    """Settings of stage=grpo."""
-
-    task: str | None = key("task to be rewarded for; null = data.rl")
-    reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
-    prompts_per_step: int = key("questions of one step", low=1)
-    samples_per_prompt: int = key("answers drawn per question, the group within which rewards are compared", low=2)
-    max_new_tokens: int = key("length limit of an answer", low=1)
-    temperature: float = key("sampling temperature of the answers", above=0)
-    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0)
-    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
-    rehearsal: int = key("conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0)
-    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0)
-    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1)
-    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1)
-
-
-@dataclass
-class TaskSpec:
-    """One task of `data.tasks`. Without defaults only `type` and `source` must be given."""
-
-    type: str = key("kind of task, or package.module.Class of your own (docs/extend.md)", choices=TASK_TYPES)
-    source: str = key(
-        "embedded = generated, template = identity of your own model, local = files, hub = data set on the hub",
-        choices=("embedded", "template", "local", "hub"),
-    )
-    train: Any = field(
-        default=None, metadata={"help": "training rows: file, pattern, https:// address, or a list; hub: split"}
-    )
-    test: Any = field(
-        default=None,
-        metadata={"help": "held-out rows: file, pattern, https:// address, or a list; hub: split, as in train[-500:]"},
-    )
-    repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
-    subset: str | None = field(
-        default=None, metadata={"help": "hub: configuration of the data set, where there are several"}
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "hub: branch, tag or commit of the data set; null = main"}
-    )
-    shuffle_seed: int | None = field(
-        default=None, metadata={"help": "hub: seed of the order of the rows; null = as published", "low": 0}
-    )
-    size: int | None = field(
-        default=None, metadata={"help": "training items to generate (embedded, template, spelling)", "low": 0}
-    )
-    test_size: int | None = field(
-        default=None, metadata={"help": "held-out items to generate (embedded, template, spelling)", "low": 0}
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1}
-    )
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the task's type"})
-
-
-@dataclass
-class MixtureConfig:
-    """Tasks of the chat stages. Its keys, <stage> and <stage>_val, come from the table of stages: see `root_schema`."""
-
-
-@dataclass
-class SourceSpec:
-    """One source of `data.sources`: files of this machine (path) or of the hub (repo)."""
-
-    weight: float = field(
-        default=1.0,
-        metadata={"help": "share of the characters, relative to the weights of the other sources", "low": 0},
-    )
-    path: str | None = field(default=None, metadata={"help": "folder, file or pattern of text: parquet, jsonl or txt"})
-    repo: str | None = field(default=None, metadata={"help": "data set on the Hugging Face hub, <owner>/<name>"})
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of the data set on the hub; null = main"}
-    )
-    files: str | None = field(default=None, metadata={"help": "pattern of the shards on the hub; null = all"})
-    shards: int | None = field(
-        default=None, metadata={"help": "train on the first so many shards; null = all but the last", "low": 1}
-    )
-    column: str = field(default="text", metadata={"help": "column or field that holds the text"})
-    val_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "documents for validation, the last ones of the last file; null = all of that file",
-            "low": 1,
-        },
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "read the shards over the network while training and store nothing"}
-    )
-
-
-@dataclass
-class DataConfig:
-    """Config group `data`: text, tasks and mixtures."""
-
-    name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
-    path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
-    repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
-    revision: str | None = key("branch, tag or commit of data.repo; null = main")
-    files: str | None = key("pattern of the shards of data.repo, such as 'data/train-*.parquet'; null = all")
-    shards: int | None = key(
-        "train on the first so many shards of data.repo; null = all but the last", low=1, main=True
-    )
-    workers: int = key("number of files fetched from the hub in parallel", low=1)
-    streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
-    sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
-    column: str = key("column or field that holds the text")
-    packing: str = key(
-        "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
-        choices=("best_fit", "crop", "stream"),
-    )
-    token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
-    tasks_path: str = key("folder that the task files of data=local lie in", main=True)
-    seed: int = key("seed of the generator (data=embedded)", low=0)
-    size: int | None = key("documents to generate for training (data=embedded)", low=1)
-    val_size: int | None = key("documents for validation: generated, or the last ones of the last file", low=1)
-    tasks: dict[str, TaskSpec] = key("all tasks by name")
-    mixture: MixtureConfig = key("conversations that the chat stages train on")
-    rl: str | None = key("task that grpo trains on")
-    eval: list[str] = key("tasks of chat evaluations")
 
 
 @dataclass

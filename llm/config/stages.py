@@ -65,7 +65,7 @@ class Stage:
         return self.mixture or self.name
 
 
-_SCHEMA, _STAGES = "llm.config.schema", "llm.stages"
+_SCHEMA, _STAGES = "llm.config.stage_schema", "llm.stages"
 _BUILTIN = (
     Stage(
         name="download",

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from llm.config.check import check_values
+from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
-from llm.config.schema import SourceSpec
 from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments
 from llm.errors import UserError
 

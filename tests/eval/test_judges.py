@@ -21,7 +21,7 @@ from judging import (
 from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
-from llm.config.schema import TaskSpec
+from llm.config.data_schema import TaskSpec
 from llm.errors import UserError
 from llm.eval.evaluate import folder_name, run_evaluation
 from llm.inference.engine import Engine

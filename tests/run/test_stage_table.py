@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from llm.checkpoint.resume import inspect
 from llm.config import stages
-from llm.config.schema import ChatStage, known_keys
+from llm.config.schema import known_keys
+from llm.config.stage_schema import ChatStage
 from llm.config.stages import Stage, all_stages, register_stage, stage_names, stage_row
 from llm.errors import UserError
 from llm.report.report import build_report, runs_table

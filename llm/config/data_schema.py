@@ -1,0 +1,111 @@
+"""Typed schemas of the config group `data`: sources of text, tasks and mixtures."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm.config.key import key
+from llm.config.registries import TASK_TYPES, TEXT_SOURCES
+
+
+@dataclass
+class TaskSpec:
+    """One task of `data.tasks`. Without defaults only `type` and `source` must be given."""
+
+    type: str = key("kind of task, or package.module.Class of your own (docs/extend.md)", choices=TASK_TYPES)
+    source: str = key(
+        "embedded = generated, template = identity of your own model, local = files, hub = data set on the hub",
+        choices=("embedded", "template", "local", "hub"),
+    )
+    train: Any = field(
+        default=None, metadata={"help": "training rows: file, pattern, https:// address, or a list; hub: split"}
+    )
+    test: Any = field(
+        default=None,
+        metadata={"help": "held-out rows: file, pattern, https:// address, or a list; hub: split, as in train[-500:]"},
+    )
+    repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
+    subset: str | None = field(
+        default=None, metadata={"help": "hub: configuration of the data set, where there are several"}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "hub: branch, tag or commit of the data set; null = main"}
+    )
+    shuffle_seed: int | None = field(
+        default=None, metadata={"help": "hub: seed of the order of the rows; null = as published", "low": 0}
+    )
+    size: int | None = field(
+        default=None, metadata={"help": "training items to generate (embedded, template, spelling)", "low": 0}
+    )
+    test_size: int | None = field(
+        default=None, metadata={"help": "held-out items to generate (embedded, template, spelling)", "low": 0}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1}
+    )
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the task's type"})
+
+
+@dataclass
+class MixtureConfig:
+    """Tasks of the chat stages. Its keys, <stage> and <stage>_val, come from the table of stages: see `root_schema`."""
+
+
+@dataclass
+class SourceSpec:
+    """One source of `data.sources`: files of this machine (path) or of the hub (repo)."""
+
+    weight: float = field(
+        default=1.0,
+        metadata={"help": "share of the characters, relative to the weights of the other sources", "low": 0},
+    )
+    path: str | None = field(default=None, metadata={"help": "folder, file or pattern of text: parquet, jsonl or txt"})
+    repo: str | None = field(default=None, metadata={"help": "data set on the Hugging Face hub, <owner>/<name>"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the data set on the hub; null = main"}
+    )
+    files: str | None = field(default=None, metadata={"help": "pattern of the shards on the hub; null = all"})
+    shards: int | None = field(
+        default=None, metadata={"help": "train on the first so many shards; null = all but the last", "low": 1}
+    )
+    column: str = field(default="text", metadata={"help": "column or field that holds the text"})
+    val_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "documents for validation, the last ones of the last file; null = all of that file",
+            "low": 1,
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the shards over the network while training and store nothing"}
+    )
+
+
+@dataclass
+class DataConfig:
+    """Config group `data`: text, tasks and mixtures."""
+
+    name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
+    path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
+    repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
+    revision: str | None = key("branch, tag or commit of data.repo; null = main")
+    files: str | None = key("pattern of the shards of data.repo, such as 'data/train-*.parquet'; null = all")
+    shards: int | None = key(
+        "train on the first so many shards of data.repo; null = all but the last", low=1, main=True
+    )
+    workers: int = key("number of files fetched from the hub in parallel", low=1)
+    streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
+    sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
+    column: str = key("column or field that holds the text")
+    packing: str = key(
+        "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
+        choices=("best_fit", "crop", "stream"),
+    )
+    token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
+    tasks_path: str = key("folder that the task files of data=local lie in", main=True)
+    seed: int = key("seed of the generator (data=embedded)", low=0)
+    size: int | None = key("documents to generate for training (data=embedded)", low=1)
+    val_size: int | None = key("documents for validation: generated, or the last ones of the last file", low=1)
+    tasks: dict[str, TaskSpec] = key("all tasks by name")
+    mixture: MixtureConfig = key("conversations that the chat stages train on")
+    rl: str | None = key("task that grpo trains on")
+    eval: list[str] = key("tasks of chat evaluations")

@@ -1,0 +1,92 @@
+"""Typed schemas of the config group `stage`: the keys of each stage of training."""
+
+from dataclasses import dataclass
+
+from llm.config.key import key
+
+
+@dataclass
+class StageConfig:
+    """Config group `stage`: keys of every stage."""
+
+    name: str = key("name of the phase, a row of the table in llm/config/stages.py", fixed=True)
+
+
+@dataclass
+class TokenizerStage(StageConfig):
+    """Settings of stage=tokenizer."""
+
+    vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
+    pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
+    digits: int = key("digits of a number that may become one token", low=1, high=3)
+    marks: bool = key("combining marks belong to words, as Hindi, Thai or Arabic need")
+    pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
+    max_chars: int = key("characters of text to train on, at most", low=1)
+    doc_cap: int = key("characters taken of one document, at most", low=1)
+    compare: list[str] = key("tokenizers to compare with: tiktoken names such as gpt2, folders or files")
+
+
+@dataclass
+class ModelStage(StageConfig):
+    """Settings of every stage that trains a network."""
+
+    lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
+    warmup_steps: int = key("steps in which the learning rate rises from 0, at most a quarter of all", low=0)
+    warmdown_ratio: float = key("share of the steps, at the end, in which the learning rate falls", low=0, high=1)
+    final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
+    eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
+    sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
+
+
+@dataclass
+class PretrainStage(ModelStage):
+    """Settings of stage=pretrain."""
+
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
+    tokens_per_param: float = key(
+        "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
+    )
+    count_params: str = key(
+        "parameters that tokens_per_param counts: all, or the matrices of blocks and head", choices=("all", "matrices")
+    )
+    target_flops: float | None = key("horizon: training FLOPs; null = by tokens_per_param", above=0)
+    buffer: int = key("documents that best-fit packing chooses from", low=1)
+    core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
+    core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1)
+    core_bundle: str | None = key("folder or zip of a CORE evaluation bundle; null = no CORE evaluations")
+
+
+@dataclass
+class AssistantStage(ModelStage):
+    """Stages whose model answers: their answers can be judged."""
+
+    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
+    chat_max_per_task: int | None = key("items per task of a chat task evaluation; null = all", low=1)
+    chat_tasks: list[str] | None = key("tasks of a chat task evaluation; null = data.eval")
+
+
+@dataclass
+class ChatStage(AssistantStage):
+    """Settings of stages that train on conversations: midtrain and sft."""
+
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
+    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
+    train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
+
+
+@dataclass
+class GRPOStage(AssistantStage):
+    """Settings of stage=grpo."""
+
+    task: str | None = key("task to be rewarded for; null = data.rl")
+    reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
+    prompts_per_step: int = key("questions of one step", low=1)
+    samples_per_prompt: int = key("answers drawn per question, the group within which rewards are compared", low=2)
+    max_new_tokens: int = key("length limit of an answer", low=1)
+    temperature: float = key("sampling temperature of the answers", above=0)
+    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0)
+    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
+    rehearsal: int = key("conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0)
+    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0)
+    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1)
+    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1)
