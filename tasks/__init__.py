@@ -4,6 +4,16 @@ from tasks.base import Task, dialogue
 from tasks.files import need
 from tasks.hub import Cache
 from tasks.mixture import Mixture
-from tasks.registry import build_mixture, build_task, held_out_mixture
+from tasks.registry import bad_rows, build_mixture, build_task, held_out_mixture
 
-__all__ = ["Cache", "Mixture", "Task", "build_mixture", "build_task", "dialogue", "held_out_mixture", "need"]
+__all__ = [
+    "Cache",
+    "Mixture",
+    "Task",
+    "bad_rows",
+    "build_mixture",
+    "build_task",
+    "dialogue",
+    "held_out_mixture",
+    "need",
+]

@@ -1,12 +1,38 @@
 """The task interface: a sequence of conversations with a way to score completions; no model code."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from llm.data.embedded import rows as embedded_rows
 from llm.errors import UserError
 
 KINDS = ("categorical", "generative", "chat")
+CHAT_KEYS = ("fields", "roles", "ignore", "merge_neighbours", "empty_answers", "false_labels")  # of a task's config
+
+
+class Dropped(Exception):
+    """A row that the configuration leaves out; its text is the reason, under which such rows are counted."""
+
+
+class RowReader(Protocol):
+    """Turns what a file holds into the rows of a task. may_drop: whether `read` may raise `Dropped`."""
+
+    may_drop: bool
+
+    def read(self, row: Any, where: str) -> dict:
+        """Return the row that `check_row` and `conversation` take, or raise UserError or `Dropped`."""
+
+
+class Objects:
+    """Reads rows as they are: JSON objects, whose keys the type of the task looks at."""
+
+    may_drop = False
+
+    def read(self, row: Any, where: str) -> dict:
+        """Return the row. Raises UserError, beginning with `where`, for anything but an object."""
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a row must be a JSON object, found {type(row).__name__}")
+        return row
 
 
 class Task:
@@ -33,6 +59,11 @@ class Task:
         self.name = name
         self.indices = range(*slice(start, stop, step).indices(len(rows)))
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of rows of the files or of the hub that were left out, by reason."""
+        return dict(getattr(self.rows, "skipped", {}))
+
     @classmethod
     def from_words(
         cls, words: Sequence[str], name: str, size: int, split: str, source: str, stop: int | None
@@ -46,6 +77,14 @@ class Task:
         if source not in cls.generated:
             raise UserError(f"source={source}: {cls.__name__} has no rows of that source; use local or hub")
         return embedded_rows(cls.generated[source], split, size, **options)
+
+    @classmethod
+    def row_reader(cls, spec: Mapping[str, Any], key: str) -> RowReader:
+        """Return the reader of the rows of files and of the hub; spec: the task's configuration, at `key`."""
+        for name in CHAT_KEYS:
+            if spec.get(name):
+                raise UserError(f"{key}.{name}: type={spec.get('type')} does not read it, only chat rows have it")
+        return Objects()
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:

@@ -4,14 +4,17 @@ lazily.
 
 import glob
 import json
-from collections.abc import Callable, Sequence
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llm.data.download import WebFile
 from llm.errors import UserError
 from tasks.hub import Cache
-
-Check = Callable[[dict, str], None]
+from tasks.rows import RowCheck
 
 
 def is_address(entry: object) -> bool:
@@ -63,58 +66,66 @@ def decode(data: bytes, where: str) -> str:
         raise UserError(f"{where}: byte {error.start} is not UTF-8 text: convert the file to UTF-8") from None
 
 
-def parse_row(line: bytes, where: str) -> dict:
-    """Parse one JSON object; a bare array is taken as the messages of a conversation."""
+def parse_row(line: bytes, where: str) -> Any:
+    """Parse one line of JSON."""
     try:
-        row = json.loads(decode(line, where))
+        return json.loads(decode(line, where))
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one row per line") from None
-    if isinstance(row, list):
-        row = {"messages": row}
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object (or a list of messages), found {type(row).__name__}")
-    return row
 
 
-class JsonlRows(Sequence):
-    """The rows of .jsonl files as a sequence: every row is parsed and checked once, then only its position is kept.
+class FileRows(Sequence):
+    """The rows of task files as a sequence: all are read and checked once, then only their positions are kept.
 
-    check(row, where): raises `UserError` for a row that the task cannot use. limit: only the first rows.
+    check: reads rows and notes those that are left out; limit: only the first rows. skipped: number of rows left out,
+    by reason. Raises UserError for files without rows, and for all bad rows together unless `check` skips them.
     """
 
-    def __init__(self, files: Sequence[Path], check: Check, limit: int | None = None):
-        self.positions: list[tuple[Path, int, int]] = []  # file, byte offset, row number
-        for path in files:
-            before = len(self.positions)
-            self._scan(path, check, limit)
-            if limit is not None and len(self.positions) >= limit:
+    def __init__(self, files: Sequence[Path], check: RowCheck, limit: int | None = None):
+        self._files, self._check = list(files), check
+        self._offsets, self._numbers = array("q"), array("q")  # byte offset and row number of each row
+        self._starts: list[int] = []  # position of each file's first row
+        for path in self._files:
+            self._starts.append(len(self))
+            if limit is not None and len(self) >= limit:
                 break
-            if len(self.positions) == before:
+            if not self._scan(path, limit):
                 raise UserError(f"{path}: the file holds no rows")
+        check.finish(len(self))
+        self.skipped = dict(check.skipped)
 
-    def _scan(self, path: Path, check: Check, limit: int | None) -> None:
+    def _scan(self, path: Path, limit: int | None) -> int:
+        """Read and check the rows of a file; return how many it has."""
+        rows = offset = 0
         try:
             with open(path, "rb") as file:
-                offset = 0
                 for number, line in enumerate(file, start=1):
-                    if limit is not None and len(self.positions) >= limit:
-                        return
+                    if limit is not None and len(self) >= limit:
+                        break
                     if line.strip():
-                        where = f"{path} row {number}"
-                        check(parse_row(line, where), where)
-                        self.positions.append((path, offset, number))
+                        rows += 1
+                        read = partial(self._parse, line, path, number)
+                        if self._check.accepts(read, path, number):
+                            self._offsets.append(offset)
+                            self._numbers.append(number)
                     offset += len(line)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        return rows
+
+    def _parse(self, line: bytes, path: Path, number: int) -> dict:
+        where = self._check.where(path, number)
+        return self._check.read(parse_row(line, where), where)
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict:
-        path, offset, number = self.positions[index]
+        index = range(len(self))[index]
+        path = self._files[bisect_right(self._starts, index) - 1]
         with open(path, "rb") as file:
-            file.seek(offset)
-            return parse_row(file.readline(), f"{path} row {number}")
+            file.seek(self._offsets[index])
+            return self._parse(file.readline(), path, self._numbers[index])
 
 
 def read_words(files: Sequence[Path]) -> list[str]:

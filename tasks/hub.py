@@ -9,8 +9,9 @@ Later starts need no network. The files as the hub has them stay in the library'
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from llm.data.download import HubRepo, first_line, hub_folder, patiently
 from llm.errors import UserError
 from llm.utils.files import read_json, sync, write_json
+from tasks.rows import RowCheck
 
 CHECKED = 1000  # rows that are checked before anything runs; the others are when they are read
 FACTS = "fathom.json"
@@ -175,7 +177,7 @@ class HubRows(Sequence):
     """The rows of a split in the order of `shuffle_seed` (None: as published), each checked when it is read.
 
     The order is that of `datasets.Dataset.shuffle(seed)`. The first `CHECKED` rows, of the first `limit`, are checked
-    here. check(row, where): raises `UserError` for a row that the task cannot use.
+    here; all, where `check` may leave rows out. skipped: number of rows left out, by reason.
     """
 
     def __init__(
@@ -183,26 +185,36 @@ class HubRows(Sequence):
         source: HubTask,
         split: str,
         which: str,
-        check: Callable[[dict, str], None],
+        check: RowCheck,
         shuffle_seed: int | None = None,
         limit: int | None = None,
     ) -> None:
         self._rows = source.load(split, which)
         if not len(self._rows):
             raise UserError(f"{source.key}.{which}={split}: {source} has no rows there")
-        self._where, self._check = f"{source.key}: {source.repo} {split}", check
+        self._where, self._check = f"{source.repo} {split}", check
         size = len(self._rows)
-        self._order = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(size)
-        for i in range(min(size, CHECKED, limit or CHECKED)):
-            self[i]
+        order = np.arange(size) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(size)
+        count = size if check.may_skip else min(size, CHECKED)
+        kept = []
+        for i in range(count):
+            if limit is not None and len(kept) >= limit:
+                break
+            number = int(order[i])
+            if check.accepts(partial(self._read, number), self._where, number + 1):
+                kept.append(i)
+        check.finish(len(kept))
+        self._order = order[kept] if check.may_skip else order
+        self.skipped = dict(check.skipped)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> dict:
-        number = index if self._order is None else int(self._order[index])
+        return self._read(int(self._order[index]))
+
+    def _read(self, number: int) -> dict:
         row = self._rows[number]
         if list(row) == ["train"] and isinstance(row["train"], dict):  # MMLU's auxiliary rows in one of its subsets
             row = row["train"]
-        self._check(row, f"{self._where} row {number + 1}")
-        return row
+        return self._check.read(row, self._check.where(self._where, number + 1))

@@ -1,6 +1,6 @@
 """Build tasks from their configuration: which rows, from where, in which class."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm.config.registries import TASK_TYPES
@@ -8,9 +8,10 @@ from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
 from llm.errors import UserError
 from tasks.base import Task
-from tasks.files import JsonlRows, find_files, is_address, read_words
+from tasks.files import FileRows, find_files, is_address, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
+from tasks.rows import RowCheck
 from tasks.spelling import words_of_split
 
 SPLITS = ("train", "test")
@@ -18,16 +19,21 @@ GENERATED = ("embedded", "template")
 SOURCES = (*GENERATED, "local", "hub")
 
 
-def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None = None) -> Task:
+def build_task(
+    name: str, spec: Mapping[str, Any], split: str, cache: Cache | None = None, bad_rows: str = "stop"
+) -> Task:
     """Build the task `name` of `data.tasks` for one split ("train" or "test").
 
     spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub"; train,
     test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the data set that
     repo, subset and revision name); size and test_size (rows to generate, or items to draw from a word list);
     shuffle_seed (hub: order of the rows); limit (use only the first items); options (arguments of a generator, such as
-    steps or maker). A file that both splits name belongs to the test, except that a word list is divided between them.
+    steps or maker); fields, roles, ignore, merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`).
+    A file that both splits name belongs to the test, except that a word list is divided between them.
     Local rows are all checked here, before any compute, of a hub data set the first 1,000. cache: where fetched data
-    lies; without it nothing is fetched. Raises `UserError` for a wrong spec and for missing, empty or broken data.
+    lies; without it nothing is fetched. bad_rows: "stop" raises `UserError` for rows that cannot be used, of which it
+    shows ten; "skip" leaves them out. The task's `skipped` counts what was left out, by reason. Raises `UserError` for
+    a wrong spec and for missing or empty data, too.
     """
     where = f"data.tasks.{name}"
     kind, source, task = spec.get("type"), spec.get("source"), task_class(spec, where)
@@ -45,12 +51,13 @@ def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | No
             raise UserError(f"{where}.{option}={spec[option]}: only source=hub reads it, not source={source}")
     if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
-    build = _word_task if task.reads == "words" else _row_task
     try:
-        return build(task, name, spec, split, options, cache)
+        if task.reads == "words":
+            return _word_task(task, name, spec, split, options, cache)
+        return _row_task(task, name, spec, split, options, cache, bad_rows)
     except UserError as error:
-        text = str(error)
-        raise UserError(text if text.startswith(where) else f"{where}: {text}") from None
+        text, key = str(error), where if source in GENERATED else f"{where}.{split}"
+        raise UserError(text if text.startswith(where) else f"{key}: {text}") from None
 
 
 def build_mixture(
@@ -59,6 +66,7 @@ def build_mixture(
     split: str,
     seed: int = 42,
     cache: Cache | None = None,
+    bad_rows: str = "stop",
 ) -> Mixture:
     """Build the mixture of the tasks that `weights` names with repeats above 0, in a global order drawn from `seed`."""
     entries = []
@@ -66,7 +74,7 @@ def build_mixture(
         if name not in tasks:
             raise UserError(f"data.mixture names {name!r}, which is not in data.tasks ({', '.join(tasks)})")
         if repeats != 0:  # a task with weight 0 needs no files
-            entries.append((build_task(name, tasks[name], split, cache), repeats))
+            entries.append((build_task(name, tasks[name], split, cache, bad_rows), repeats))
     return Mixture(entries, seed)
 
 
@@ -86,7 +94,12 @@ def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) ->
         raise UserError(
             f"none of the tasks of data.mixture.{stage} has held-out rows: set data.tasks.<name>.test for one of them"
         )
-    return build_mixture(data.tasks, weights, "test", seed, cache)
+    return build_mixture(data.tasks, weights, "test", seed, cache, bad_rows(data))
+
+
+def bad_rows(data) -> str:
+    """Return what to do with rows that cannot be used; runs from before there was `data.bad_rows` stop at them."""
+    return data.get("bad_rows") or "stop"
 
 
 def has_split(spec, split: str) -> bool:
@@ -124,17 +137,24 @@ def task_class(spec: Mapping[str, Any], where: str = "task") -> type[Task]:
 
 
 def _row_task(
-    task: type[Task], name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None
+    task: type[Task],
+    name: str,
+    spec: Mapping[str, Any],
+    split: str,
+    options: dict,
+    cache: Cache | None,
+    bad_rows: str,
 ) -> Task:
-    limit, check = spec.get("limit"), task.check_test_row if split == "test" else task.check_row
+    limit, check_row = spec.get("limit"), task.check_test_row if split == "test" else task.check_row
     if spec["source"] in GENERATED:
         return task(task.generate(spec["source"], split, _size(task, spec, split), **options), name, stop=limit)
+    check = RowCheck(f"data.tasks.{name}.{split}", task.row_reader(spec, f"data.tasks.{name}"), check_row, bad_rows)
     if spec["source"] == "hub":
         return task(_hub_rows(name, spec, split, check, cache), name, stop=limit)
-    return task(JsonlRows(_files(name, spec, split, cache), check, limit), name)
+    return task(FileRows(_files(name, spec, split, cache), check, limit), name)
 
 
-def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: Callable, cache: Cache | None) -> HubRows:
+def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> HubRows:
     if cache is None:
         raise ValueError(f"data.tasks.{name}: a task of the hub needs a cache")
     source, rows = _hub_task(f"data.tasks.{name}", spec, cache), spec.get(split)

@@ -42,6 +42,27 @@ class TaskSpec:
     limit: int | None = field(
         default=None, metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1}
     )
+    fields: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "chat rows: columns of other names, as in {user: question, assistant: response}"},
+    )
+    roles: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "chat rows: roles of other names, as in {bot: assistant}"}
+    )
+    ignore: list[str] | None = field(
+        default=None, metadata={"help": "chat rows: further keys of rows and messages that mean nothing"}
+    )
+    merge_neighbours: bool | None = field(
+        default=None, metadata={"help": "chat rows: true = join messages of one role in a row; null = refuse them"}
+    )
+    empty_answers: str | None = field(
+        default=None,
+        metadata={"help": "chat rows with an empty answer: stop or drop; null = stop", "choices": ("stop", "drop")},
+    )
+    false_labels: str | None = field(
+        default=None,
+        metadata={"help": "chat rows marked label: false: stop or drop; null = stop", "choices": ("stop", "drop")},
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the task's type"})
 
 
@@ -96,6 +117,10 @@ class DataConfig:
     streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
+    bad_rows: str = key(
+        "rows that cannot be used: stop with a list of them | skip = leave them out and count them",
+        choices=("stop", "skip"),
+    )
     packing: str = key(
         "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
         choices=("best_fit", "crop", "stream"),

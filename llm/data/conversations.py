@@ -15,10 +15,8 @@ TRAIN_ON = ("assistant", "all")
 
 def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assistant") -> tuple[Document, bool]:
     """Return (ids and mask of at most `row_len` tokens, True if the conversation was longer and lost its end)."""
-    ids, mask = render_conversation(tokenizer, conversation)
+    ids, mask = render_conversation(tokenizer, conversation, train_all=train_on == "all")
     document = Document(np.array(ids[:row_len], np.int32), np.array(mask[:row_len], bool))
-    if train_on == "all":
-        document = Document(document.ids, np.ones(len(document.ids), bool))
     return document, len(ids) > row_len
 
 

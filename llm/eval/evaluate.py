@@ -31,7 +31,7 @@ from llm.report.report import build_report
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.utils.files import read_json, write_json
 from llm.utils.format import duration, percent, print_table, value
-from tasks import Cache, build_task, held_out_mixture
+from tasks import Cache, bad_rows, build_task, held_out_mixture
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
 HF = "hf:"  # what model= begins with
@@ -203,7 +203,7 @@ class Subject:
     def _task(self, name: str) -> Any:
         if name not in self.data.tasks:
             raise UserError(f"data.eval names {name!r}, which is not in data.tasks ({', '.join(self.data.tasks)})")
-        return build_task(name, self.data.tasks[name], "test", Cache(self.cache))
+        return build_task(name, self.data.tasks[name], "test", Cache(self.cache), bad_rows(self.data))
 
     def core(self) -> dict[str, Any]:
         """Return {"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""

@@ -108,7 +108,7 @@ def eval_tasks(cfg) -> dict:
     if not cfg.stage.chat_every:
         return {}
     names = cfg.data.eval if cfg.stage.chat_tasks is None else cfg.stage.chat_tasks
-    return {name: build_task(name, cfg.data.tasks[name], "test", task_cache(cfg)) for name in names}
+    return {name: build_task(name, cfg.data.tasks[name], "test", task_cache(cfg), cfg.data.bad_rows) for name in names}
 
 
 def task_cache(cfg) -> Cache:

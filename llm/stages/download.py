@@ -38,7 +38,7 @@ def run(cfg) -> None:
             for remote in remotes(name, spec, cache):
                 print(f"{remote} " + (f"is in {remote.root}" if remote.is_here() else "is to be fetched"), flush=True)
             continue
-        parts = {split: build_task(name, spec, split, cache) for split in splits}
+        parts = {split: build_task(name, spec, split, cache, cfg.data.bad_rows) for split in splits}
         for task in parts.values():
             check_rows(task)
         rows = [f"{len(task):,} {split}" for split, task in parts.items()]

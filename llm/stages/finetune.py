@@ -64,5 +64,5 @@ def mixtures(cfg) -> tuple[Mixture, Mixture]:
     weights = dict(cfg.data.mixture[name])
     if not any(weights.values()):
         raise UserError(f"data.mixture.{name} names no task with repeats above 0: nothing to train on")
-    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
+    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)
     return train, held_out_mixture(cfg.data, name, cfg.seed, task_cache(cfg))

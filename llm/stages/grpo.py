@@ -198,7 +198,8 @@ def build(cfg, parent: Path) -> BuiltStage:
     if name not in cfg.data.tasks:
         raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
     net, tokenizer = load_parent(parent, cfg)
-    train, test = (build_task(name, cfg.data.tasks[name], split, task_cache(cfg)) for split in ("train", "test"))
+    spec, cache = cfg.data.tasks[name], task_cache(cfg)
+    train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     rewards = None if stage.reward is None else chosen_rewards(stage.reward)
@@ -251,4 +252,4 @@ def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
     weights = {name: repeats for name, repeats in dict(cfg.data.mixture.sft).items() if name != rewarded and repeats}
     if not weights:
         raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.sft names no task besides {rewarded}")
-    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg))
+    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)

@@ -2,7 +2,7 @@
 
 A conversation is ``{"messages": [{"role", "content"}, ...]}``: an optional system message, then user and assistant in
 turn. Content is a string or a list of parts ``{"type": "text" | "python" | "python_output", "text": str}``, the last
-two types in assistant messages only.
+two types in assistant messages only. An assistant message with ``"train": False`` is read, but not trained.
 
     <|bos|> <|user_start|> question <|user_end|> <|assistant_start|> answer <|assistant_end|> <|user_start|> ...
     inside an answer: <|python_start|> expression <|python_end|> <|output_start|> result <|output_end|>
@@ -50,6 +50,8 @@ def validate_conversation(conversation: Any, where: str = "", complete: bool = T
                     "roles alternate user, assistant, ... after an optional leading system message"
                 )
         _validate_content(message.get("content"), role, f"{prefix}message {i + 1} ({role})")
+        if not isinstance(message.get("train", True), bool):
+            raise UserError(f"{prefix}message {i + 1} ({role}): train must be true or false, got {message['train']!r}")
     if len(messages) == first:
         raise UserError(f"{prefix}the conversation has a system message only; add a user message")
     if complete and messages[-1]["role"] != "assistant":
@@ -68,33 +70,35 @@ def content_text(content: str | Sequence[Mapping[str, str]]) -> str:
 
 
 def render_conversation(
-    tok: "Tokenizer", conversation: Mapping[str, Any], max_tokens: int | None = None
+    tok: "Tokenizer", conversation: Mapping[str, Any], max_tokens: int | None = None, train_all: bool = False
 ) -> tuple[list[int], list[int]]:
     """Return token ids and loss mask, both cut to `max_tokens`. Raises UserError for a malformed conversation.
 
     The mask is 1 on everything the assistant has to produce: its text, its calculator calls with both marks, and the
-    end of its turn. It is 0 on bos, user turns, the start of the assistant's turn and calculator output.
+    end of its turn. It is 0 on bos, user turns, the start of the assistant's turn and calculator output, all of which
+    are 1 with `train_all`. An answer with "train": False is 0 in both cases.
     """
     validate_conversation(conversation, complete=False)
-    ids, mask = [tok.bos_id], [0]
+    rest = int(train_all)  # the mask of what the assistant need not produce
+    ids, mask = [tok.bos_id], [rest]
 
     def add(new_ids: list[int], trained: int) -> None:
         ids.extend(new_ids)
         mask.extend([trained] * len(new_ids))
 
-    for role, content in _turns(conversation["messages"]):
+    for role, content, trained in _turns(conversation["messages"]):
         if role == "user":
             text = tok.encode(content_text(content))
-            add([tok.special_id("<|user_start|>"), *text, tok.special_id("<|user_end|>")], 0)
+            add([tok.special_id("<|user_start|>"), *text, tok.special_id("<|user_end|>")], rest)
             continue
-        add([tok.special_id("<|assistant_start|>")], 0)
+        add([tok.special_id("<|assistant_start|>")], rest * trained)
         for kind, text in _merged_parts(content):
             part_ids = tok.encode(text)
             if kind in PART_MARKS:
                 start, end = PART_MARKS[kind]
                 part_ids = [tok.special_id(start), *part_ids, tok.special_id(end)]
-            add(part_ids, 0 if kind == "python_output" else 1)
-        add([tok.special_id("<|assistant_end|>")], 1)
+            add(part_ids, (rest if kind == "python_output" else 1) * trained)
+        add([tok.special_id("<|assistant_end|>")], int(trained))
     return ids[:max_tokens], mask[:max_tokens]
 
 
@@ -130,12 +134,13 @@ def _validate_content(content: Any, role: str, where: str) -> None:
             raise UserError(f'{where}: a part is {{"type": {" | ".join(allowed)}, "text": string}}, got {_short(part)}')
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """Return (role, content) of user and assistant turns; a system message leads the first user text."""
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, bool]]:
+    """Return (role, content, trained) of user and assistant turns; a system message leads the first user text."""
+    turns = [(m["role"], m["content"], m.get("train", True)) for m in messages]
     if messages[0]["role"] != "system":
-        return [(m["role"], m["content"]) for m in messages]
+        return turns
     merged = f"{content_text(messages[0]['content'])}\n\n{content_text(messages[1]['content'])}"
-    return [("user", merged), *((m["role"], m["content"]) for m in messages[2:])]
+    return [("user", merged, True), *turns[2:]]
 
 
 def _merged_parts(content: str | Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:

@@ -372,7 +372,7 @@ def test_download_checks_every_row(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks_hub, "CHECKED", 10)
     bad = {"messages": [{"role": "narrator", "content": "Once."}], "source": "made"}
     hub.sets[TALK] = {"train.parquet": parquet([*chats(20), bad]), "test.parquet": parquet(chats(3))}
-    with pytest.raises(UserError, match="data.tasks.smalltalk: people/talk train row 21: .*narrator"):
+    with pytest.raises(UserError, match="data.tasks.smalltalk.train: people/talk train row 21: .*narrator"):
         run_stage(compose("train", "stage=download", *settings(tmp_path, hub)))
 
 

@@ -338,7 +338,7 @@ def test_broken_files_name_task_file_and_row_before_anything_runs(tmp_path, kind
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=rf"(?s)data\.tasks\.mine: .*rows\.jsonl.*{message.removeprefix('row 1.*')}"
+        UserError, match=rf"(?s)data\.tasks\.mine\.test: .*rows\.jsonl.*{message.removeprefix('row 1.*')}"
     ) as error:
         build_task("mine", local(kind, test=str(path)), "test")
     if message.startswith("row 1"):
@@ -482,7 +482,7 @@ def test_conversations_of_every_common_format_are_read(tmp_path, row):
         ({"text": "no talk"}, r"no conversation \(found: text\); needed: messages, conversations"),
         ({"conversations": [{"from": "gpt", "value": "A"}]}, "message 1 has role 'assistant', expected 'user'"),
         ({"conversations": [{"from": "narrator", "value": "A"}]}, "message 1 has role 'narrator'"),
-        ({"instruction": 3, "output": "A"}, r"message 1 \(user\)"),
+        ({"instruction": 3, "output": "A"}, "'instruction' must be text, found int 3"),
     ],
 )
 def test_rows_that_are_no_conversation_are_named(tmp_path, row, problem):

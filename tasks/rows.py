@@ -1,0 +1,88 @@
+"""The rows of a task as a sequence: each read and checked once, bad ones told together, some left out and counted."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from llm.errors import UserError
+from tasks.base import Dropped, RowReader
+
+SHOWN = 10  # bad rows that an error shows; of the others it gives the number
+Check = Callable[[dict, str], None]
+
+
+class RowCheck:
+    """Reads rows and notes which cannot be used (bad rows) and which the configuration leaves out.
+
+    key: place in the configuration that names the rows, such as data.tasks.chat.train; all errors begin with it.
+    reader: turns what a file holds into a row; check(row, where): raises `UserError` for one that the type of the task
+    cannot use; bad_rows: "stop" or "skip". skipped: number of rows left out so far, by reason.
+    """
+
+    def __init__(self, key: str, reader: RowReader, check: Check, bad_rows: str = "stop") -> None:
+        if bad_rows not in ("stop", "skip"):
+            raise UserError(f"data.bad_rows={bad_rows}: must be one of stop, skip")
+        self.key = key
+        self.skipped: Counter[str] = Counter()
+        self._reader, self._check, self._skips = reader, check, bad_rows == "skip"
+        self._problems: list[tuple[str, str]] = []  # place and problem of the first bad rows
+        self._bad = 0
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether rows can be left out, so that all must be read before they can be counted."""
+        return self._skips or self._reader.may_drop
+
+    def where(self, file: object, number: int) -> str:
+        """Return the place of a row: key of the configuration, file and row number, from 1."""
+        return f"{self.key}: {file} row {number}"
+
+    def read(self, row: object, where: str) -> dict:
+        """Return a row in the form that the task takes. Raises UserError, beginning with `where`, or Dropped."""
+        row = self._reader.read(row, where)
+        self._check(row, where)
+        return row
+
+    def accepts(self, read: Callable[[], dict], file: object, number: int) -> bool:
+        """Return whether `read`, which reads and checks row `number` of `file`, succeeds; note why it does not.
+
+        Bad rows are collected until `finish`.
+        """
+        try:
+            read()
+            return True
+        except Dropped as reason:
+            self.skipped[str(reason)] += 1
+        except UserError as error:
+            if self._skips:
+                self.skipped[f"bad rows of {Path(str(file)).name}"] += 1
+            if self._bad < SHOWN:
+                problem = str(error).removeprefix(f"{self.where(file, number)}: ")
+                self._problems.append((f"{file} row {number}", problem))
+            self._bad += 1
+        return False
+
+    def finish(self, kept: int) -> None:
+        """Raise UserError for the bad rows, unless they are skipped, and where rows were left out and none is kept."""
+        listed = list(self._lines())
+        if self._bad and not self._skips:
+            if self._bad == 1:
+                raise UserError(f"{self.key}: {listed[0]}")
+            more = [f"and {self._bad - SHOWN:,} more"] if self._bad > SHOWN else []
+            head = f"{self.key}: {self._bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
+            raise UserError("\n  ".join([head, *listed, *more]))
+        if self.skipped and not kept:
+            first = f"; the first: {listed[0]}" if listed else ""
+            raise UserError(f"{self.key}: no row is left ({describe(self.skipped)}){first}")
+
+    def _lines(self) -> Iterator[str]:
+        """Yield the first bad rows; a problem that came before is told by its row."""
+        seen: dict[str, str] = {}
+        for place, problem in self._problems:
+            yield f"{place}: {f'as {seen[problem]}' if problem in seen else problem}"
+            seen.setdefault(problem, place)
+
+
+def describe(skipped: Mapping[str, int]) -> str:
+    """Return what was left out in words, such as "empty answer: 2, bad rows of a.jsonl: 3"."""
+    return ", ".join(f"{reason}: {count:,}" for reason, count in skipped.items())
