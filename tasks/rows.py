@@ -25,7 +25,7 @@ class RowCheck:
         self.key = key
         self.skipped: Counter[str] = Counter()
         self._reader, self._check, self._skips = reader, check, bad_rows == "skip"
-        self._problems: list[tuple[str, str]] = []  # place and problem of the first bad rows
+        self._problems: list[tuple[str, int, str]] = []  # file, row number and problem of the first bad rows
         self._bad = 0
 
     @property
@@ -58,7 +58,7 @@ class RowCheck:
                 self.skipped[f"bad rows of {Path(str(file)).name}"] += 1
             if self._bad < SHOWN:
                 problem = str(error).removeprefix(f"{self.where(file, number)}: ")
-                self._problems.append((f"{file} row {number}", problem))
+                self._problems.append((str(file), number, problem))
             self._bad += 1
         return False
 
@@ -77,10 +77,10 @@ class RowCheck:
 
     def _lines(self) -> Iterator[str]:
         """Yield the first bad rows; a problem that came before is told by its row."""
-        seen: dict[str, str] = {}
-        for place, problem in self._problems:
-            yield f"{place}: {f'as {seen[problem]}' if problem in seen else problem}"
-            seen.setdefault(problem, place)
+        seen: dict[tuple[str, str], int] = {}
+        for file, number, problem in self._problems:
+            first = seen.setdefault((file, problem), number)
+            yield f"{file} row {number}: {problem if first == number else f'as row {first}'}"
 
 
 def describe(skipped: Mapping[str, int]) -> str:

@@ -187,3 +187,19 @@ def test_template_gives_the_same_ids(conversation, tok):
 def test_template_refuses_wrong_roles(messages, tok):
     with pytest.raises(jinja2.TemplateError, match="Roles must be"):
         apply_template(tok, messages)
+
+
+def test_an_answer_that_is_not_trained_has_no_trained_token_even_where_all_text_is_trained(tok):
+    talk = {"messages": [*chat("a", "bad")["messages"], *chat("b", "good")["messages"]]}
+    ids, mask = render_conversation(tok, talk)
+    talk["messages"][1] = talk["messages"][1] | {"train": False}
+    assert render_conversation(tok, talk)[0] == ids
+    starts = [i for i, token in enumerate(ids) if token == tok.special_id("assistant_start")]
+    end = ids.index(tok.special_id("assistant_end")) + 1
+    silent = [*[0] * end, *mask[end:]]
+    assert sum(mask) > sum(silent) > 0 and render_conversation(tok, talk)[1] == silent
+    everything = [int(not starts[0] <= i < end) for i in range(len(ids))]
+    assert render_conversation(tok, talk, train_all=True)[1] == everything
+    talk["messages"][1] = talk["messages"][1] | {"train": "no"}
+    with pytest.raises(UserError, match=r"message 2 \(assistant\): train must be true or false, got 'no'"):
+        render_conversation(tok, talk)
