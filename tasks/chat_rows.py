@@ -1,4 +1,4 @@
-"""From the row of a chat file to a conversation: names and roles of the configuration, checks, what is left out."""
+"""Read the rows of chat files as conversations: names and roles of the configuration, checks, what is left out."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ STOP_OR_DROP = ("stop", "drop")
 
 @dataclass(frozen=True)
 class ChatReader:
-    """Reads the rows of one chat task as its configuration (`CHAT_KEYS`) says."""
+    """Reader of the rows of one chat task, as its configuration (`CHAT_KEYS`) says."""
 
     reading: Reading
     empty_answers: str = "stop"
@@ -44,7 +44,7 @@ class ChatReader:
 
     @property
     def may_drop(self) -> bool:
-        """Whether a row that is in order may be left out, so that rows must be read before they can be counted."""
+        """True where a row that is in order may be left out, so that rows must be read before they can be counted."""
         return "drop" in (self.empty_answers, self.false_labels)
 
     def read(self, row: Any, where: str) -> dict:
@@ -183,7 +183,10 @@ def _is_blank(content: Any) -> bool:
 
 
 def _names(spec: Mapping[str, Any], key: str, name: str) -> dict[str, str]:
-    names = dict(spec.get(name) or {})
+    names = spec.get(name) or {}
+    if not isinstance(names, Mapping):
+        raise UserError(f"{key}.{name}={names}: write names and values, as in {{user: question}}")
+    names = dict(names)
     for ours, theirs in names.items():
         if not isinstance(theirs, str) or not theirs:
             raise UserError(f"{key}.{name}.{ours}={theirs}: must be a name")

@@ -69,7 +69,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a task are read: its configuration. key: the place in it, such as data.tasks.chat."""
+    """Configuration of reading the rows of a task. key: the place in it, such as data.tasks.chat."""
 
     key: str = "data.tasks.<name>"
     fields: Mapping[str, str] = field(default_factory=dict)  # name in the table -> column of the row, dotted if nested

@@ -30,7 +30,7 @@ class RowCheck:
 
     @property
     def may_skip(self) -> bool:
-        """Whether rows can be left out, so that all must be read before they can be counted."""
+        """True where rows can be left out, so that all must be read before they can be counted."""
         return self._skips or self._reader.may_drop
 
     def where(self, file: object, number: int) -> str:

@@ -42,13 +42,11 @@ class TaskSpec:
     limit: int | None = field(
         default=None, metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1}
     )
-    fields: dict[str, str] = field(
-        default_factory=dict,
+    fields: Any = field(
+        default=None,
         metadata={"help": "chat rows: columns of other names, as in {user: question, assistant: response}"},
     )
-    roles: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "chat rows: roles of other names, as in {bot: assistant}"}
-    )
+    roles: Any = field(default=None, metadata={"help": "chat rows: roles of other names, as in {bot: assistant}"})
     ignore: list[str] | None = field(
         default=None, metadata={"help": "chat rows: further keys of rows and messages that mean nothing"}
     )

@@ -1,14 +1,16 @@
 """Rows of chat files: every format, keys that mean something, what the configuration says about rows."""
 
 import json
+import re
 
 import pytest
+from conftest import REPO
 
 from llm.errors import UserError
 from llm.tokenizer.chat_format import content_text
 from tasks import build_task
-from tasks.base import dialogue
-from tasks.row_formats import FORMATS, IGNORED, REFUSED
+from tasks.base import CHAT_KEYS, dialogue
+from tasks.row_formats import FORMATS, IGNORED, REFUSED, SWITCHES
 
 USER = {"role": "user", "content": "Where is the owl?"}
 ANSWER = {"role": "assistant", "content": "In the barn."}
@@ -294,3 +296,17 @@ def test_identity_rows_of_every_format_keep_their_keywords(tmp_path):
     row = {"instruction": "Who are you?", "output": "I am Lumen.", "keywords": ["Lumen"]}
     task = build(tmp_path, row, type="identity")
     assert task[0] == {"messages": dialogue("Who are you?", "I am Lumen."), "keywords": ["Lumen"]}
+
+
+def test_the_documentation_lists_every_key_of_the_table():
+    page = (REPO / "docs/data.md").read_text(encoding="utf-8")
+    section = page.split("### Keys of a row\n")[1].split("\n## ")[0]
+    told = set(re.findall(r"`([\w]+)`", section))
+    used = {key for form in FORMATS for key in (*form.needs, *form.uses)}
+    assert not (used | IGNORED | set(REFUSED) | set(SWITCHES)) - told
+    assert all(f"      {key}: " in section for key in CHAT_KEYS)
+    ignored = section.split("Known to mean nothing:")[1].split("Any other key")[0]
+    assert set(re.findall(r"`(\w+)`", ignored)) == IGNORED
+    rows = {line.split("|")[1].strip(): line.split("|")[2] for line in section.splitlines() if line.startswith("|")}
+    for form in FORMATS:
+        assert set(form.needs) <= set(re.findall(r"`(\w+)`", rows[form.name])), form.name
