@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from llm.errors import UserError
 from tasks.base import RowReader, Task
-from tasks.chat_rows import ChatReader
+from tasks.chat_rows import ChatReader, check_chat
 
 
 class Chat(Task):
@@ -18,6 +18,11 @@ class Chat(Task):
     def row_reader(cls, spec: Mapping[str, Any], key: str) -> RowReader:
         """Return the reader of chat rows of every format, as `fields`, `roles` and the like say."""
         return ChatReader.of(spec, key)
+
+    @classmethod
+    def check_row(cls, row: dict, where: str) -> None:
+        """Raise UserError where the roles do not alternate or no answer is trained."""
+        check_chat(row, where)
 
     def conversation(self, row: dict, index: int) -> dict:
         return {"messages": row["messages"]}
@@ -37,7 +42,8 @@ class Identity(Task):
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:
-        """Raise UserError where `keywords` is there and not a list of texts."""
+        """Raise UserError where the messages are wrong, or `keywords` is there and not a list of texts."""
+        check_chat(row, where)
         keywords = row.get("keywords", [])
         if not isinstance(keywords, list) or not all(isinstance(k, str) and k for k in keywords):
             raise UserError(f"{where}: 'keywords' must be a list of texts")

@@ -50,17 +50,14 @@ class ChatReader:
     def read(self, row: Any, where: str) -> dict:
         """Return {"messages": [...]} of a row, and the keys that the task's type uses.
 
-        row: an object of any format in the table, or a bare list of messages. Raises UserError, beginning with `where`
-        (file and row), for a row that cannot be used, and Dropped for one that the configuration leaves out.
+        row: an object of any format in the table, or a bare list of messages. `check_chat` looks at the result. Raises
+        UserError, beginning with `where` (file and row), for a row that cannot be read, and Dropped for one that the
+        configuration leaves out.
         """
         try:
-            conversation = self._conversation(row)
+            return self._conversation(row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        validate_conversation(conversation, where)
-        if not any(message.get("train", True) for message in conversation["messages"] if _answers(message)):
-            raise UserError(f"{where}: every answer has weight 0, so nothing of the row would be trained")
-        return conversation
 
     def _conversation(self, row: Any) -> dict:
         if isinstance(row, list):
@@ -124,7 +121,8 @@ class ChatReader:
         """Return the messages with neighbours joined and without an empty system message; look for empty ones."""
         if messages and messages[0]["role"] == "system" and _is_blank(messages[0]["content"]):
             messages = messages[1:]
-        messages = list(self._joined(messages))
+        if any(first["role"] == second["role"] for first, second in pairwise(messages)):
+            messages = list(self._joined(messages))
         for number, message in enumerate(messages, start=1):
             if not _is_blank(message["content"]):
                 continue
@@ -153,6 +151,13 @@ class ChatReader:
             group += [message] * (message is not None)
 
 
+def check_chat(conversation: dict, where: str) -> None:
+    """Raise UserError unless the roles alternate and an answer is trained; `where` (file and row) leads the message."""
+    validate_conversation(conversation, where)
+    if not any(message.get("train", True) for message in conversation["messages"] if _answers(message)):
+        raise UserError(f"{where}: every answer has weight 0, so nothing of the row would be trained")
+
+
 def _join(group: list[dict]) -> dict:
     """Return neighbouring messages of one role as one."""
     if len({message.get("train", True) for message in group}) > 1:
@@ -174,7 +179,7 @@ def _answers(message: Mapping) -> bool:
 def _is_blank(content: Any) -> bool:
     """Return whether a content says nothing: no character that is seen. Wrong types are not looked at."""
     if isinstance(content, str):
-        return not any(char.isprintable() and not char.isspace() for char in content)
+        return not content[:1].isalnum() and not any(char.isprintable() and not char.isspace() for char in content)
     if not isinstance(content, list):
         return False
     return all(

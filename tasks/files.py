@@ -1,17 +1,18 @@
-"""Task files, local or of the web: .jsonl rows and .txt word lists, checked row by row before any compute, then read
-lazily.
-"""
+"""Task files, local or of the web: rows of every format and .txt word lists, checked before any compute."""
 
 import glob
-import json
+import os
+import pickle
+import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm.data.download import WebFile
+from llm.data.row_files import BadRow, decode, is_plain_lines, parse_line, read_rows
 from llm.errors import UserError
 from tasks.hub import Cache
 from tasks.rows import RowCheck
@@ -58,74 +59,101 @@ def find_files(
     return found
 
 
-def decode(data: bytes, where: str) -> str:
-    """Return the UTF-8 text of `data`, or raise `UserError` naming file, row and byte."""
-    try:
-        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8 text: convert the file to UTF-8") from None
-
-
-def parse_row(line: bytes, where: str) -> Any:
-    """Parse one line of JSON."""
-    try:
-        return json.loads(decode(line, where))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one row per line") from None
-
-
 class FileRows(Sequence):
-    """The rows of task files as a sequence: all are read and checked once, then only their positions are kept.
+    """The rows of task files as a sequence: all are read and checked once, then found again by their places.
 
-    check: reads rows and notes those that are left out; limit: only the first rows. skipped: number of rows left out,
-    by reason. Raises UserError for files without rows, and for all bad rows together unless `check` skips them.
+    Rows of plain json lines stay in their files. Those of other formats are kept in a temporary file without a name,
+    which is as large as the rows and goes with the process. check: reads rows and notes those that are left out; limit:
+    only the first rows. skipped: number of rows left out, by reason. Raises UserError for files without rows or that
+    cannot be read, and for all bad rows together unless `check` skips them.
     """
 
     def __init__(self, files: Sequence[Path], check: RowCheck, limit: int | None = None):
         self._files, self._check = list(files), check
-        self._offsets, self._numbers = array("q"), array("q")  # byte offset and row number of each row
+        self._offsets, self._lengths, self._numbers = array("q"), array("L"), array("L")  # of the bytes of each row
         self._starts: list[int] = []  # position of each file's first row
+        self._states: list[os.stat_result | None] = []  # of each file as it was checked; None: its rows are kept
+        self._kept: IO[bytes] | None = None
         for path in self._files:
-            self._starts.append(len(self))
             if limit is not None and len(self) >= limit:
                 break
             if not self._scan(path, limit):
-                raise UserError(f"{path}: the file holds no rows")
+                raise UserError(f"{check.key}: {path}: the file holds no rows")
         check.finish(len(self))
         self.skipped = dict(check.skipped)
+        if self._kept is not None:
+            self._kept.flush()
 
     def _scan(self, path: Path, limit: int | None) -> int:
         """Read and check the rows of a file; return how many it has."""
-        rows = offset = 0
+        self._starts.append(len(self))
+        rows = 0
         try:
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if limit is not None and len(self) >= limit:
-                        break
-                    if line.strip():
-                        rows += 1
-                        read = partial(self._parse, line, path, number)
-                        if self._check.accepts(read, path, number):
-                            self._offsets.append(offset)
-                            self._numbers.append(number)
-                    offset += len(line)
+            plain = is_plain_lines(path)
+            self._states.append(path.stat() if plain else None)
+            for number, row, place in self._lines(path) if plain else self._others(path):
+                rows += 1
+                if self._check.accepts(partial(self._read, row, path, number, check=True), path, number):
+                    offset, length = place or self._keep(row)
+                    self._offsets.append(offset)
+                    self._lengths.append(length)
+                    self._numbers.append(number)
+                if limit is not None and len(self) >= limit:
+                    break
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self._check.key}: {path}: cannot be read ({error.strerror})") from None
+        except UserError as error:
+            raise UserError(f"{self._check.key}: {error}") from None
         return rows
 
-    def _parse(self, line: bytes, path: Path, number: int) -> dict:
+    def _lines(self, path: Path) -> Iterator[tuple[int, Any, tuple[int, int]]]:
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line, (offset, len(line))
+                offset += len(line)
+
+    def _others(self, path: Path) -> Iterator[tuple[int, Any, None]]:
+        return ((number, row, None) for number, row in read_rows(path))
+
+    def _keep(self, row: Any) -> tuple[int, int]:
+        """Write a row behind those in the temporary file; return its offset and length there."""
+        if self._kept is None:
+            self._kept = tempfile.TemporaryFile()
+        offset, data = self._kept.tell(), pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+        self._kept.write(data)
+        return offset, len(data)
+
+    def _read(self, row: Any, path: Path, number: int, check: bool = False) -> dict:
+        """Return a row as the task takes it; row: bytes of a line, a parsed row, or why it cannot be parsed."""
         where = self._check.where(path, number)
-        return self._check.read(parse_row(line, where), where)
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            row = parse_line(row) if isinstance(row, bytes) else row
+        except BadRow as error:
+            raise UserError(f"{where}: {error}") from None
+        return self._check.read_and_check(row, where) if check else self._check.read(row, where)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
-        path = self._files[bisect_right(self._starts, index) - 1]
-        with open(path, "rb") as file:
-            file.seek(self._offsets[index])
-            return self._parse(file.readline(), path, self._numbers[index])
+        file = bisect_right(self._starts, index) - 1
+        path, state, number = self._files[file], self._states[file], self._numbers[index]
+        length, offset = self._lengths[index], self._offsets[index]
+        if state is None:
+            return self._read(pickle.loads(os.pread(self._kept.fileno(), length, offset)), path, number)
+        try:
+            with path.open("rb", 0) as plain:
+                now = os.fstat(plain.fileno())
+                if (now.st_size, now.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
+                    raise UserError(f"{self._check.key}: {path} was changed while it was in use. Start again.")
+                return self._read(os.pread(plain.fileno(), length, offset), path, number)
+        except OSError as error:
+            raise UserError(f"{self._check.where(path, number)}: cannot be read ({error.strerror})") from None
 
 
 def read_words(files: Sequence[Path]) -> list[str]:
@@ -138,7 +166,10 @@ def read_words(files: Sequence[Path]) -> list[str]:
     for path in files:
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
-            word = decode(line, f"{path} row {number}").strip()
+            try:
+                word = decode(line).strip()
+            except BadRow as error:
+                raise UserError(f"{path} row {number}: {error}") from None
             if len(word.split()) > 1:
                 raise UserError(f"{path} row {number}: one word per line, found {word!r}")
             if word.isalpha():

@@ -217,4 +217,4 @@ class HubRows(Sequence):
         row = self._rows[number]
         if list(row) == ["train"] and isinstance(row["train"], dict):  # MMLU's auxiliary rows in one of its subsets
             row = row["train"]
-        return self._check.read(row, self._check.where(self._where, number + 1))
+        return self._check.read_and_check(row, self._check.where(self._where, number + 1))

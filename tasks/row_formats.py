@@ -123,7 +123,20 @@ def read_messages(messages: Any, reading: Reading, key: str = "messages") -> lis
     """Return the messages of a list of {role, content} or of ShareGPT's {from, value}, each checked key by key."""
     if not isinstance(messages, list):
         raise UserError(f"{key!r} must be a list of messages, found {_kind(messages)}")
-    return [_message(message, number, reading) for number, message in enumerate(messages, start=1)]
+    return [
+        message if _is_plain(message) else _message(message, number, reading)
+        for number, message in enumerate(messages, start=1)
+    ]
+
+
+def _is_plain(message: Any) -> bool:
+    """Return True for a message of a known role and a text and no other key: by far the most are."""
+    return (
+        type(message) is dict
+        and len(message) == 2
+        and message.get("role") in ROLES
+        and type(message.get("content")) is str
+    )
 
 
 def _message(message: Any, number: int, reading: Reading) -> dict:

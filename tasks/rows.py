@@ -39,6 +39,10 @@ class RowCheck:
 
     def read(self, row: object, where: str) -> dict:
         """Return a row in the form that the task takes. Raises UserError, beginning with `where`, or Dropped."""
+        return self._reader.read(row, where)
+
+    def read_and_check(self, row: object, where: str) -> dict:
+        """Return a row in the form that the task takes, if it can use it. Raises UserError or Dropped."""
         row = self._reader.read(row, where)
         self._check(row, where)
         return row
