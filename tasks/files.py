@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm.data.download import WebFile
-from llm.data.row_files import BadRow, decode, is_plain_lines, parse_line, read_rows
+from llm.data.row_files import BadRow, decode, is_plain_lines, is_row_file, parse_line, read_rows
+from llm.data.splits import of_split
 from llm.errors import UserError
 from tasks.hub import Cache
 from tasks.rows import RowCheck
@@ -34,29 +35,63 @@ def web_file(entry: str, where: str, cache: Cache) -> Path:
 
 
 def find_files(
-    paths: str | Sequence[str], where: str, exclude: Sequence[Path] = (), cache: Cache | None = None
+    paths: str | Sequence[str],
+    where: str,
+    exclude: Sequence[Path] = (),
+    cache: Cache | None = None,
+    split: str | None = None,
+    suffixes: tuple[str, ...] = (),
 ) -> list[Path]:
-    """Return the files that a path, glob, address or list of them names, sorted per entry, without `exclude`.
+    """Return the files that a path, folder, glob, address or list of them names, sorted per entry, without `exclude`.
 
-    Raises `UserError` naming `where` (the config key) for an entry that matches no file, or where nothing is left.
+    Of a folder, only files of rows, or those that end with `suffixes`, are looked at; of a folder or glob, only those
+    whose names speak for `split`, where names speak at all (`llm.data.splits`). What is left out is printed. Raises
+    `UserError` naming `where` (the config key) for an entry that matches no file, or where nothing is left.
     """
     found: list[Path] = []
     for entry in [paths] if isinstance(paths, (str, Path)) else list(paths):
         if is_address(entry) and cache is not None:
             found.append(web_file(str(entry), where, cache))
             continue
-        text = str(Path(str(entry)).expanduser())
-        matches = [Path(text)] if Path(text).is_file() else [Path(p) for p in sorted(glob.glob(text, recursive=True))]
-        matches = [path for path in matches if path.is_file()]
+        matches = matching(entry, suffixes)
         if not matches:
             raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()})")
-        found += matches
+        chosen = (split and named_for(entry, split, suffixes)) or matches
+        if others := [path.name for path in matches if path not in set(chosen)]:
+            print(f"{where}: left out by their names: {_some(others)}", flush=True)
+        found += chosen
     left_out = {path.resolve() for path in exclude}
     found = [path for path in found if path.resolve() not in left_out]
     if not found:
         held_out = f" that is not also a test file ({', '.join(map(str, exclude))})" if exclude else ""
         raise UserError(f"{where}: names no file{held_out}")
     return found
+
+
+def matching(entry: object, suffixes: tuple[str, ...] = ()) -> list[Path]:
+    """Return the files that a path, folder or glob names, sorted; of a folder those of rows, or with `suffixes`."""
+    root = Path(str(entry)).expanduser()
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        return [path for path in map(Path, sorted(glob.glob(str(root), recursive=True))) if path.is_file()]
+    inside = (Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    seen = [path for path in sorted(inside) if not any(p.startswith(".") for p in path.relative_to(root).parts)]
+    wanted = (lambda name: name.lower().endswith(suffixes)) if suffixes else is_row_file
+    return [path for path in seen if path.is_file() and wanted(path.name)]
+
+
+def named_for(entry: object, split: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
+    """Return the files of a folder or glob whose names say that they are of a split; none of a single file."""
+    root = Path(str(entry)).expanduser()
+    if root.is_file():
+        return []
+    return of_split(matching(entry, suffixes), split, root if root.is_dir() else None)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 class FileRows(Sequence):

@@ -8,7 +8,7 @@ from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
 from llm.errors import UserError
 from tasks.base import Task
-from tasks.files import FileRows, find_files, is_address, read_words
+from tasks.files import FileRows, find_files, is_address, named_for, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
 from tasks.rows import RowCheck
@@ -103,8 +103,13 @@ def bad_rows(data) -> str:
 
 
 def has_split(spec, split: str) -> bool:
-    """Return whether a task can give rows of a split: generated ones always can, others if the split is named."""
-    return spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words"
+    """Return whether a task can give rows of a split: generated ones always can, others if the split is named.
+
+    A folder or glob of `train` also gives the files that are held out by their names.
+    """
+    if spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words":
+        return True
+    return split == "test" and spec.source == "local" and bool(_held_out_by_name(spec))
 
 
 def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
@@ -198,12 +203,21 @@ def _word_task(
 def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) -> list:
     """Return the files of a split; those of the test are left out of the training split."""
     key = f"data.tasks.{name}.{split}"
+    suffixes = (".txt",) if task_class(spec).reads == "words" else ()
     if spec.get(split) is None:
-        raise UserError(f"{key} is null: name the .jsonl (words: .txt) files of this split, or leave the task out")
+        if split == "test" and (held_out := _held_out_by_name(spec)):
+            return held_out
+        raise UserError(f"{key} is null: name the files of this split (words: .txt), or leave the task out")
     exclude = []
     if split == "train" and spec.get("test") is not None:
-        exclude = find_files(_plain(spec["test"]), f"data.tasks.{name}.test", cache=cache)
-    return find_files(_plain(spec[split]), key, exclude, cache)
+        exclude = find_files(_plain(spec["test"]), f"data.tasks.{name}.test", (), cache, "test", suffixes)
+    return find_files(_plain(spec[split]), key, exclude, cache, split, suffixes)
+
+
+def _held_out_by_name(spec: Mapping[str, Any]) -> list:
+    """Return the files among those of `train` whose names say that they are held out, where `test` is null."""
+    entries = [entry for entry in _as_list(spec.get("train")) if not is_address(entry)]
+    return [path for entry in entries for path in named_for(entry, "test")]
 
 
 def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:
