@@ -99,13 +99,17 @@ class FileRows(Sequence):
 
     Rows of plain json lines stay in their files. Those of other formats are kept in a temporary file without a name,
     which is as large as the rows and goes with the process. check: reads rows and notes those that are left out; limit:
-    only the first rows. skipped: number of rows left out, by reason. Raises UserError for files without rows or that
-    cannot be read, and for all bad rows together unless `check` skips them.
+    only the first rows; wanted: only the rows with these numbers, counted from 0 through all files, the others are not
+    checked. skipped: number of rows left out, by reason. Raises UserError for files without rows or that cannot be
+    read, and for all bad rows together unless `check` skips them.
     """
 
-    def __init__(self, files: Sequence[Path], check: RowCheck, limit: int | None = None):
-        self._files, self._check = list(files), check
-        self._offsets, self._lengths, self._numbers = array("q"), array("L"), array("L")  # of the bytes of each row
+    def __init__(
+        self, files: Sequence[Path], check: RowCheck, limit: int | None = None, wanted: range | None = None
+    ) -> None:
+        self._files, self._check, self._wanted = list(files), check, wanted
+        self._passed = 0  # rows of all files so far
+        self._offsets, self._lengths, self._numbers = array("q"), array("I"), array("I")  # of the bytes of each row
         self._starts: list[int] = []  # position of each file's first row
         self._states: list[os.stat_result | None] = []  # of each file as it was checked; None: its rows are kept
         self._kept: IO[bytes] | None = None
@@ -127,7 +131,9 @@ class FileRows(Sequence):
             plain = is_plain_lines(path)
             self._states.append(path.stat() if plain else None)
             for number, row, place in self._lines(path) if plain else self._others(path):
-                rows += 1
+                rows, self._passed = rows + 1, self._passed + 1
+                if self._wanted is not None and self._passed - 1 not in self._wanted:
+                    continue
                 if self._check.accepts(partial(self._read, row, path, number, check=True), path, number):
                     offset, length = place or self._keep(row)
                     self._offsets.append(offset)
@@ -189,6 +195,11 @@ class FileRows(Sequence):
                 return self._read(os.pread(plain.fileno(), length, offset), path, number)
         except OSError as error:
             raise UserError(f"{self._check.where(path, number)}: cannot be read ({error.strerror})") from None
+
+
+def count_rows(files: Sequence[Path]) -> int:
+    """Return the number of rows of task files, bad ones with them. Raises UserError for a file that cannot be read."""
+    return sum(1 for path in files for _ in read_rows(path))
 
 
 def read_words(files: Sequence[Path]) -> list[str]:

@@ -211,7 +211,7 @@ def _array_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
                 raise json.JSONDecodeError("no array", text, 0)
             item, end = decoder.raw_decode(text)
             rest = text[end:].lstrip(" \t\r\n")
-            if not (rest.startswith((",", "]")) or ended):  # of a number the rest may be still to come
+            if not rest.startswith((",", "]")):  # or it is still to come
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
             yield number, item
             number, text, chunk = number + 1, rest.removeprefix(","), CHUNK
