@@ -8,6 +8,7 @@ it. A key without a value (null, "", [] or {}) counts as absent, because tables 
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from llm.errors import UserError
@@ -334,11 +335,12 @@ FIELDS = tuple(dict.fromkeys(key for form in FORMATS for key in (*form.needs, *f
 
 def format_of(row: Mapping) -> Format | None:
     """Return the format of a row by its keys: the first of the table whose keys have values, else are there at all."""
-    for has in (lambda key: row.get(key) is not None, lambda key: key in row):
-        for form in FORMATS:
-            if all(has(key) for key in form.needs):
-                return form
-    return None
+    return _format(frozenset(key for key, value in row.items() if value is not None)) or _format(frozenset(row))
+
+
+@lru_cache
+def _format(keys: frozenset[str]) -> Format | None:
+    return next((form for form in FORMATS if keys.issuperset(form.needs)), None)
 
 
 def _text(key: str, value: Any) -> str:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow_st
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 PACKINGS = (".gz", ".zst", ".bz2", ".xz", ".zip")
 PEEKED = 1 << 16  # bytes that are looked at to tell the kind of a file
+SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 20  # characters of a json array that are read at a time
 BATCH = 1024  # rows of a table that are decoded at a time
 csv.field_size_limit(1 << 30)
@@ -196,33 +198,38 @@ def _line_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def _array_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the items of a json array, of which little more than one is held at a time."""
-    stream = io.TextIOWrapper(file, encoding="utf-8-sig")
-    decoder, text, number, chunk, ended = json.JSONDecoder(), "", 0, CHUNK, False
+    """Yield the items of a json array, of which few more than one are held at a time."""
+    stream, decode, number = io.TextIOWrapper(file, encoding="utf-8-sig"), json.JSONDecoder().raw_decode, 1
+    text, at, chunk, opened, ended = "", 0, CHUNK, False, False
     while True:
-        text = text.lstrip(" \t\r\n")
-        if number == 0 and text.startswith("["):
-            text, number = text[1:], 1
-            continue
-        if number and text.startswith("]"):
-            return
         try:
-            if not number:
-                raise json.JSONDecodeError("no array", text, 0)
-            item, end = decoder.raw_decode(text)
-            rest = text[end:].lstrip(" \t\r\n")
-            if not rest.startswith((",", "]")):  # or it is still to come
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-            yield number, item
-            number, text, chunk = number + 1, rest.removeprefix(","), CHUNK
-        except json.JSONDecodeError as error:
+            if not opened:
+                at, opened = _after(text, 0, "["), True
+            start = SPACE.match(text, at).end()
+            if text.startswith("]", start):
+                return
+            item, end = decode(text, start)
+            end = SPACE.match(text, end).end()
+            at = end if text.startswith("]", end) else _after(text, end, ",")
+        except json.JSONDecodeError as error:  # or its rest is still to come
             if ended:
                 raise UserError(f"{path}: not valid JSON ({error.msg} in item {number:,} of the list)") from None
             try:
                 more = stream.read(chunk)
             except UnicodeDecodeError as bad:
                 raise UserError(f"{path}: not UTF-8 text ({bad.reason}). Convert the file to UTF-8.") from None
-            text, ended, chunk = text + more, not more, chunk * 2
+            text, at, ended, chunk = text[at:] + more, 0, not more, chunk * 2
+            continue
+        yield number, item
+        number, chunk = number + 1, CHUNK
+
+
+def _after(text: str, at: int, sign: str) -> int:
+    """Return the place behind `sign`, before which only white space may stand; raise JSONDecodeError otherwise."""
+    at = SPACE.match(text, at).end()
+    if not text.startswith(sign, at):
+        raise json.JSONDecodeError(f"Expecting {sign!r}", text, at)
+    return at + 1
 
 
 def _csv_rows(file: BinaryIO, delimiter: str, path: Path) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Which split a file belongs to, by the usual names of files and folders."""
+"""Tell the split that a file belongs to by the usual names of files and folders."""
 
 import re
 from collections.abc import Sequence
