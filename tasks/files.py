@@ -55,7 +55,7 @@ def find_files(
             continue
         matches = matching(entry, suffixes)
         if not matches:
-            raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()})")
+            raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()}){_beside(entry)}")
         chosen = (split and named_for(entry, split, suffixes)) or matches
         if others := [path.name for path in matches if path not in set(chosen)]:
             print(f"{where}: left out by their names: {_some(others)}", flush=True)
@@ -87,6 +87,14 @@ def named_for(entry: object, split: str, suffixes: tuple[str, ...] = ()) -> list
     if root.is_file():
         return []
     return of_split(matching(entry, suffixes), split, root if root.is_dir() else None)
+
+
+def _beside(entry: object) -> str:
+    """Return a hint at files of the same name and another format, for an error message."""
+    wanted = Path(str(entry)).expanduser()
+    stem = wanted.name.split(".")[0]
+    found = sorted(path.name for path in wanted.parent.glob(f"{glob.escape(stem)}.*")) if stem else []
+    return f"; there is {_some(found)}" if found else ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,11 +17,13 @@ class TaskSpec:
         choices=("embedded", "template", "local", "hub"),
     )
     train: Any = field(
-        default=None, metadata={"help": "training rows: file, pattern, https:// address, or a list; hub: split"}
+        default=None, metadata={"help": "training rows: file, folder, pattern, https:// address, or a list; hub: split"}
     )
     test: Any = field(
         default=None,
-        metadata={"help": "held-out rows: file, pattern, https:// address, or a list; hub: split, as in train[-500:]"},
+        metadata={
+            "help": "held-out rows: file, folder, pattern, https:// address, list; hub: split; null = by names in train"
+        },
     )
     repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
     subset: str | None = field(
@@ -116,7 +118,7 @@ class DataConfig:
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
     bad_rows: str = key(
-        "rows that cannot be used: stop with a list of them | skip = leave them out and count them",
+        "rows that cannot be used: stop = an error that lists such rows | skip = count such rows and go on",
         choices=("stop", "skip"),
     )
     packing: str = key(

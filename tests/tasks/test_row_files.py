@@ -90,6 +90,13 @@ def test_the_first_bytes_tell_a_wrong_name(tmp_path, suffix, name):
         assert exchanges(build(tmp_path / name)) == WANT
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_archive_of_every_format(tmp_path, suffix):
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"folder/rows{suffix}", FORMATS[suffix](ROWS))
+    assert exchanges(build(tmp_path / "rows.zip")) == WANT
+
+
 def test_an_archive_gives_the_rows_of_its_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
         archive.writestr("b.csv", FORMATS[".csv"](ROWS[3:]))
@@ -243,3 +250,8 @@ def test_a_stage_holds_out_what_a_folder_names_so(folder):
     assert not has_split(data.tasks.talk, "test")
     with pytest.raises(UserError, match=r"data\.tasks\.talk\.test is null"):
         build(folder, "test")
+
+
+def test_a_missing_file_hints_at_another_format(folder):
+    with pytest.raises(UserError, match=r"no file matches .*train.csv .*; there is train.jsonl$"):
+        build(folder / "train.csv")
