@@ -8,7 +8,12 @@ from tasks.base import Task
 from tasks.files import need
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # ShareGPT's and others'
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "response"))  # a single exchange
+PAIRS = (
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("question", "response"),
+    ("question", "answer"),
+)  # a single exchange
 FORMATS = "messages, conversations, or one of " + ", ".join(" and ".join(pair) for pair in PAIRS)
 
 
@@ -85,6 +90,11 @@ class Identity(Task):
         cls.check_row(row, where)
         if not row.get("keywords"):
             raise UserError(f"{where}: an evaluation row needs 'keywords': the texts that a right answer contains")
+
+    @classmethod
+    def is_scored(cls, row: dict) -> bool:
+        """Return whether the row has keywords; training rows need none."""
+        return bool(row.get("keywords"))
 
     def conversation(self, row: dict, index: int) -> dict:
         return {"messages": as_conversation(row)["messages"], "keywords": row.get("keywords", [])}

@@ -79,17 +79,19 @@ def parse_row(line: bytes, where: str) -> dict:
 class JsonlRows(Sequence):
     """The rows of .jsonl files as a sequence: every row is parsed and checked once, then only its position is kept.
 
-    check(row, where): raises `UserError` for a row that the task cannot use. limit: only the first rows.
+    check(row, where): raises `UserError` for a row that the task cannot use. limit: only the first rows. wanted: only
+    the rows with these numbers, counted from 0 through all files; the others are not checked.
     """
 
-    def __init__(self, files: Sequence[Path], check: Check, limit: int | None = None):
+    def __init__(self, files: Sequence[Path], check: Check, limit: int | None = None, wanted: range | None = None):
         self.positions: list[tuple[Path, int, int]] = []  # file, byte offset, row number
+        self._wanted, self._passed = wanted, 0
         for path in files:
             before = len(self.positions)
             self._scan(path, check, limit)
             if limit is not None and len(self.positions) >= limit:
                 break
-            if len(self.positions) == before:
+            if len(self.positions) == before and wanted is None:
                 raise UserError(f"{path}: the file holds no rows")
 
     def _scan(self, path: Path, check: Check, limit: int | None) -> None:
@@ -99,13 +101,18 @@ class JsonlRows(Sequence):
                 for number, line in enumerate(file, start=1):
                     if limit is not None and len(self.positions) >= limit:
                         return
-                    if line.strip():
+                    if line.strip() and self._takes_next():
                         where = f"{path} row {number}"
                         check(parse_row(line, where), where)
                         self.positions.append((path, offset, number))
                     offset += len(line)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def _takes_next(self) -> bool:
+        """Count a row; return whether it is wanted."""
+        self._passed += 1
+        return self._wanted is None or self._passed - 1 in self._wanted
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -8,9 +8,11 @@ from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
 from llm.errors import UserError
 from tasks.base import Task
+from tasks.columns import ColumnRows, Columns
 from tasks.files import JsonlRows, find_files, is_address, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
+from tasks.slices import cut
 from tasks.spelling import words_of_split
 
 SPLITS = ("train", "test")
@@ -24,7 +26,8 @@ def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | No
     spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub"; train,
     test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the data set that
     repo, subset and revision name); size and test_size (rows to generate, or items to draw from a word list);
-    shuffle_seed (hub: order of the rows); limit (use only the first items); options (arguments of a generator, such as
+    shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other columns); limit (use
+    only the first items); options (arguments of a generator, such as
     steps or maker). A file that both splits name belongs to the test, except that a word list is divided between them.
     Local rows are all checked here, before any compute, of a hub data set the first 1,000. cache: where fetched data
     lies; without it nothing is fetched. Raises `UserError` for a wrong spec and for missing, empty or broken data.
@@ -43,6 +46,9 @@ def build_task(name: str, spec: Mapping[str, Any], split: str, cache: Cache | No
     for option in ("repo", "subset", "revision", "shuffle_seed"):
         if source != "hub" and spec.get(option) is not None:
             raise UserError(f"{where}.{option}={spec[option]}: only source=hub reads it, not source={source}")
+    for option in ("question", "answer"):
+        if spec.get(option) is not None and (source in GENERATED or task.reads == "words"):
+            raise UserError(f"{where}.{option}={spec[option]}: only rows of files and of the hub have columns")
     if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
     build = _word_task if task.reads == "words" else _row_task
@@ -126,12 +132,41 @@ def task_class(spec: Mapping[str, Any], where: str = "task") -> type[Task]:
 def _row_task(
     task: type[Task], name: str, spec: Mapping[str, Any], split: str, options: dict, cache: Cache | None
 ) -> Task:
-    limit, check = spec.get("limit"), task.check_test_row if split == "test" else task.check_row
+    limit, columns = spec.get("limit"), Columns.of(spec, f"data.tasks.{name}")
     if spec["source"] in GENERATED:
         return task(task.generate(spec["source"], split, _size(task, spec, split), **options), name, stop=limit)
+
+    def check(row: dict, where: str) -> None:
+        task.check(row if columns is None else columns.read(row, where), where, split)
+
     if spec["source"] == "hub":
-        return task(_hub_rows(name, spec, split, check, cache), name, stop=limit)
-    return task(JsonlRows(_files(name, spec, split, cache), check, limit), name)
+        rows = _hub_rows(name, spec, split, check, cache)
+    else:
+        rows = _local_rows(name, spec, split, check, cache)
+    return task(rows if columns is None else ColumnRows(rows, columns), name, stop=limit)
+
+
+def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: Callable, cache: Cache | None) -> JsonlRows:
+    """Return the rows of a split's files, or the part of them that the split names."""
+    key, files, limit = f"data.tasks.{name}", _files(name, spec, split, cache), spec.get("limit")
+    part = cut(_plain(spec[split]), f"{key}.{split}")[1]
+    held_out, held_part = cut(_plain(spec.get("test")), f"{key}.test")
+    shared = []
+    if split == "train" and held_part is not None:  # a whole file of the test is not among the files
+        tested = find_files(held_out, f"{key}.test", cache=cache)
+        shared = [path for path in files if path.resolve() in {other.resolve() for other in tested}]
+    if part is None and not shared:
+        return JsonlRows(files, check, limit)
+    count = len(JsonlRows(files, lambda row, where: None))
+    wanted = range(count) if part is None else part.rows(count)
+    if shared and (files != tested or set(wanted) & set(held_part.rows(count))):
+        raise UserError(
+            f"{key}: train={spec['train']} and test={spec['test']} share rows, which would be trained on; cut one file "
+            "in two, as in train=rows.jsonl[:-500] with test=rows.jsonl[-500:]"
+        )
+    if not wanted:
+        raise UserError(f"{key}.{split}={spec[split]}: there is no such row among the {count:,} of {files[0]}")
+    return JsonlRows(files, check, limit, wanted)
 
 
 def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: Callable, cache: Cache | None) -> HubRows:
@@ -180,10 +215,11 @@ def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) 
     key = f"data.tasks.{name}.{split}"
     if spec.get(split) is None:
         raise UserError(f"{key} is null: name the .jsonl (words: .txt) files of this split, or leave the task out")
-    exclude = []
-    if split == "train" and spec.get("test") is not None:
-        exclude = find_files(_plain(spec["test"]), f"data.tasks.{name}.test", cache=cache)
-    return find_files(_plain(spec[split]), key, exclude, cache)
+    exclude, (entries, _) = [], cut(_plain(spec[split]), key)
+    held_out, part = cut(_plain(spec.get("test")), f"data.tasks.{name}.test")
+    if split == "train" and held_out is not None and part is None:
+        exclude = find_files(held_out, f"data.tasks.{name}.test", cache=cache)
+    return find_files(entries, key, exclude, cache)
 
 
 def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:

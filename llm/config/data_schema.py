@@ -17,11 +17,20 @@ class TaskSpec:
         choices=("embedded", "template", "local", "hub"),
     )
     train: Any = field(
-        default=None, metadata={"help": "training rows: file, pattern, https:// address, or a list; hub: split"}
+        default=None,
+        metadata={
+            "help": "training rows: file, part of it as rows.jsonl[:700], pattern, https:// address, list; hub: split"
+        },
     )
     test: Any = field(
         default=None,
         metadata={"help": "held-out rows: file, pattern, https:// address, or a list; hub: split, as in train[-500:]"},
+    )
+    question: str | None = field(
+        default=None, metadata={"help": "template of the question for rows of other columns, as in '{Body} {Question}'"}
+    )
+    answer: str | None = field(
+        default=None, metadata={"help": "template of the answer for rows of other columns, as in '{Answer}'"}
     )
     repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
     subset: str | None = field(
