@@ -1,13 +1,19 @@
 """The task interface: a sequence of conversations with a way to score completions; no model code."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from llm.data.embedded import rows as embedded_rows
 from llm.errors import UserError
+from llm.tokenizer.chat_format import PART_MARKS, content_text
 
 KINDS = ("categorical", "generative", "chat")
 CHAT_KEYS = ("fields", "roles", "ignore", "merge_neighbours", "empty_answers", "false_labels")  # of a task's config
+# Calculator calls and results in the text of an answer; the last one may have been cut off.
+_CALLS = re.compile(
+    "|".join(rf"{re.escape(start)}.*?(?:{re.escape(end)}|\Z)" for start, end in PART_MARKS.values()), re.DOTALL
+)
 
 
 class Dropped(Exception):
@@ -46,12 +52,14 @@ class Task:
     reads: "rows" (of .jsonl files or of the hub) or "words" (a .txt list, from which items are drawn).
     generated: source ("embedded", "template") -> kind of rows of `llm.data.embedded` that stand in for files.
     sizes: number of rows per split that are generated where the configuration says null.
+    judges_slowly: judging an answer takes long enough that the rows' own answers are not judged before a run.
     """
 
     kind = "chat"
     reads = "rows"
     generated: ClassVar[dict[str, str]] = {}
     sizes: ClassVar[dict[str, int]] = {"train": 8_000, "test": 500}
+    judges_slowly = False
 
     def __init__(self, rows: Sequence[dict], name: str, start: int = 0, stop: int | None = None, step: int = 1):
         """Take a lazy slice of `rows`; `name` is the key of the task in data.tasks."""
@@ -95,11 +103,44 @@ class Task:
         """Raise UserError for a held-out row that cannot be scored; by default what `check_row` tests."""
         cls.check_row(row, where)
 
+    @classmethod
+    def is_scored(cls, row: dict) -> bool:
+        """Return whether a training row has what its answers are judged by; rows that do not are only trained on."""
+        return True
+
+    @classmethod
+    def check_reference(cls, row: dict, where: str) -> None:
+        """Raise UserError for a row whose own answer is not marked right: no answer could ever be."""
+        if cls.evaluate is Task.evaluate and cls.verdicts is Task.verdicts:
+            return  # it is scored elsewhere, for one by stage.reward
+        task = cls([row], where)
+        try:
+            conversation = task[0]
+            answer = content_text(conversation["messages"][-1]["content"])
+            right = task.verdicts([conversation], [answer]) == ["pass"]
+        except Exception as error:  # code of any kind, written for any rows
+            raise UserError(f"{where}: its answer cannot be judged ({type(error).__name__}: {error})") from error
+        if not right:
+            raise UserError(
+                f"{where}: its own answer, {shortened(answer)}, is not marked right by {cls.__name__}, so no answer "
+                "ever could be: mend the answer or leave the row out"
+            )
+
+    @classmethod
+    def check(cls, row: dict, where: str, split: str) -> None:
+        """Raise UserError for a row of `split` ("train" or "test") that cannot be used, or that nobody can answer."""
+        (cls.check_test_row if split == "test" else cls.check_row)(row, where)
+        if cls.kind != "chat" and not cls.judges_slowly and (split == "test" or cls.is_scored(row)):
+            cls.check_reference(row, where)
+
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        return self.conversation(self.rows[self.indices[index]], self.indices[index])
+        row = self.rows[self.indices[index]]
+        conversation = self.conversation(row, self.indices[index])
+        subject = row.get("subject") if isinstance(row, dict) else None
+        return conversation if subject is None else {"subject": str(subject)} | conversation
 
     def __iter__(self) -> Iterator[dict]:
         return (self[i] for i in range(len(self)))
@@ -120,6 +161,16 @@ class Task:
     def rewards(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
         """Return the reward of each completion for reinforcement learning: 1.0 for a right one, else 0.0."""
         return [float(verdict == "pass") for verdict in self.verdicts(conversations, completions)]
+
+
+def visible(text: str) -> str:
+    """Return the text of an answer without calculator calls and their results."""
+    return _CALLS.sub("", text)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Return the repr of a text, cut for an error message."""
+    return repr(text if len(text) <= most else f"{text[:most]}...")
 
 
 def dialogue(user: str, assistant: str | list[dict]) -> list[dict]:

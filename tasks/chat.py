@@ -37,8 +37,8 @@ class Identity(Task):
 
     @classmethod
     def row_reader(cls, spec: Mapping[str, Any], key: str) -> RowReader:
-        """Return the reader of chat rows of every format, which keeps the `keywords`."""
-        return ChatReader.of(spec, key, keeps=("keywords",))
+        """Return the reader of chat rows of every format, which keeps `keywords` and `subject`."""
+        return ChatReader.of(spec, key, keeps=("keywords", "subject"))
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:
@@ -54,6 +54,11 @@ class Identity(Task):
         cls.check_row(row, where)
         if not row.get("keywords"):
             raise UserError(f"{where}: an evaluation row needs 'keywords': the texts that a right answer contains")
+
+    @classmethod
+    def is_scored(cls, row: dict) -> bool:
+        """Return whether the row has keywords; training rows need none."""
+        return bool(row.get("keywords"))
 
     def conversation(self, row: dict, index: int) -> dict:
         return {"messages": row["messages"], "keywords": row.get("keywords", [])}

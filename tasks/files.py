@@ -185,6 +185,11 @@ class FileRows(Sequence):
             raise UserError(f"{where}: {error}") from None
         return self._check.read_and_check(row, where) if check else self._check.read(row, where)
 
+    def _takes_next(self) -> bool:
+        """Count a row; return whether it is wanted."""
+        self._passed += 1
+        return self._wanted is None or self._passed - 1 in self._wanted
+
     def __len__(self) -> int:
         return len(self._offsets)
 

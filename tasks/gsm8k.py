@@ -4,27 +4,19 @@ import re
 from typing import ClassVar
 
 from llm.errors import UserError
-from tasks.base import Task, dialogue
+from llm.tokenizer.chat_format import content_text
+from tasks.base import Task, dialogue, shortened, visible
 from tasks.files import need
+from tasks.numbers import Number, parse_number, same_number
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-ANSWER = re.compile(r"####\s*(-?[\d.,]*\d)")
 
 
-def extract_answer(text: str) -> str | None:
-    """Return the number after the first `####`, without thousands separators; None where there is none."""
-    match = ANSWER.search(text)
-    return match.group(1).replace(",", "") if match else None
-
-
-def same_number(a: str | None, b: str | None) -> bool:
-    """Return whether two extracted answers are the same number (12 and 12.0 are); None equals nothing."""
-    if a is None or b is None:
-        return False
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return a == b
+def extract_answer(text: str) -> Number | None:
+    """Return the number on the line after the last `####`, calculator calls left out; None where there is none."""
+    _, marks, answer = MARK.sub("", visible(text)).rpartition("####")
+    lines = answer.strip().splitlines() if marks else []
+    return parse_number(lines[0]) if lines else None
 
 
 def answer_parts(answer: str) -> list[dict]:
@@ -42,12 +34,6 @@ def answer_parts(answer: str) -> list[dict]:
     return [part for part in parts if part["text"]]
 
 
-def final_text(conversation: dict) -> str:
-    """Return the last text part of the assistant's answer."""
-    content = conversation["messages"][-1]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
 class GSM8K(Task):
     """Rows `{question, answer}`; a completion is right when its number after `####` equals the reference's."""
 
@@ -56,13 +42,15 @@ class GSM8K(Task):
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:
-        """Raise UserError for a row without a question or without a final `#### number`."""
+        """Raise UserError for a row without a question or without a final `#### number` that can be read whole."""
         need(row, where, question=str, answer=str)
         if extract_answer(row["answer"]) is None:
-            raise UserError(f"{where}: the answer does not end with '#### <number>'")
+            end = shortened(row["answer"].rpartition("####")[2].strip())
+            raise UserError(f"{where}: the answer does not end with '#### <number>' and one number only, found {end}")
 
     def conversation(self, row: dict, index: int) -> dict:
         return {"messages": dialogue(row["question"], answer_parts(row["answer"]))}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return same_number(extract_answer(final_text(conversation)), extract_answer(completion))
+        own = content_text(conversation["messages"][-1]["content"])
+        return same_number(extract_answer(own), extract_answer(completion))

@@ -1,9 +1,12 @@
 """Writing a Python function from its signature and docstring, scored by running the row's tests."""
 
+import ast
 import re
+import warnings
 from collections.abc import Sequence
 from typing import ClassVar
 
+from llm.errors import UserError
 from tasks.base import Task, dialogue
 from tasks.execution import Program, run_programs
 from tasks.files import need
@@ -30,17 +33,37 @@ def program(row: dict, completion: str) -> Program:
     return Program("\n".join([*imports, "", code]), row["entry_point"], row["test"], setup=row["prompt"])
 
 
+def defined_names(code: str, where: str) -> set[str]:
+    """Return the names that a program defines at its top. Raises UserError, beginning with `where`, if it is none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an invalid escape, for one
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{where} is no Python program ({error})") from None
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return functions | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
 class HumanEval(Task):
     """Rows `{task_id, prompt, entry_point, canonical_solution, test}`; right means that all tests pass in time."""
 
     kind = "generative"
+    judges_slowly = True
     generated: ClassVar[dict[str, str]] = {"embedded": "programs"}
     sizes: ClassVar[dict[str, int]] = {"train": 600, "test": 80}  # there are fewer different tiny programs
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:
-        """Raise UserError for a row that is not in the HumanEval format."""
+        """Raise UserError for a row not in the HumanEval format, or whose solution or test cannot be run.
+
+        Solutions are compiled here, not run: a run takes a tenth of a second (`check_reference` does it).
+        """
         need(row, where, prompt=str, entry_point=str, canonical_solution=str, test=str)
+        solved = row["prompt"] + row["canonical_solution"]
+        for key, code, wanted in (("canonical_solution", solved, row["entry_point"]), ("test", row["test"], "check")):
+            if wanted not in defined_names(code, f"{where}: {key!r}"):
+                raise UserError(f"{where}: {key!r} defines no function {wanted!r}, so no answer could pass")
 
     def conversation(self, row: dict, index: int) -> dict:
         answer = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"

@@ -9,6 +9,7 @@ from tasks.base import Task, dialogue
 from tasks.files import need
 
 INSTRUCTION = "Answer with the letter only."
+MOST_CHOICES = len(ascii_uppercase)
 
 
 def render_question(question: str, options: Sequence[str], letters: Sequence[str]) -> str:
@@ -45,19 +46,28 @@ class MultipleChoice(Task):
             texts, labels, right = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
             if right not in labels:
                 raise UserError(f"{where}: answerKey {right!r} is not among the labels {labels}")
+            if not all(isinstance(label, str) and label and label == label.strip() for label in labels):
+                raise UserError(f"{where}: labels must be texts without space around them, found {labels}")
+            if len(set(labels)) < len(labels):
+                raise UserError(f"{where}: labels are there twice, so an answer would be of two choices: {labels}")
         else:
             need(row, where, answer=int)
-            texts, labels = row["choices"], list(ascii_uppercase[: len(row["choices"])])
+            texts = row["choices"]
+            labels = list(ascii_uppercase[: len(texts)])
             if not 0 <= row["answer"] < len(texts):
                 last = len(texts) - 1
                 raise UserError(f"{where}: answer {row['answer']} is not the number of a choice (0 to {last})")
-        if len(texts) < 2 or len(texts) != len(labels) or not all(isinstance(t, str) for t in [*texts, *labels]):
-            raise UserError(f"{where}: needs at least two choices, all text, one label each")
+        if not 2 <= len(texts) <= MOST_CHOICES:
+            raise UserError(f"{where}: needs two choices at least and {MOST_CHOICES} at most, found {len(texts)}")
+        if len(texts) != len(labels):
+            raise UserError(f"{where}: has {len(texts)} choices and {len(labels)} labels; each choice needs one")
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: a choice is no text: {texts}")
 
     def conversation(self, row: dict, index: int) -> dict:
         options, letters, right = parse_choices(row)
         messages = dialogue(render_question(row["question"], options, letters), right)
-        return {"messages": messages, "letters": letters, "subject": row.get("subject")}
+        return {"messages": messages, "letters": letters}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return completion.strip() == conversation["messages"][-1]["content"]

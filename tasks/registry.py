@@ -1,6 +1,7 @@
 """Build tasks from their configuration: which rows, from where, in which class."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from llm.config.registries import TASK_TYPES
@@ -8,10 +9,12 @@ from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
 from llm.errors import UserError
 from tasks.base import Task
-from tasks.files import FileRows, find_files, is_address, named_for, read_words
+from tasks.columns import ColumnReader, Columns
+from tasks.files import FileRows, count_rows, find_files, is_address, named_for, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
 from tasks.rows import RowCheck
+from tasks.slices import cut
 from tasks.spelling import words_of_split
 
 SPLITS = ("train", "test")
@@ -27,9 +30,10 @@ def build_task(
     spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub"; train,
     test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the data set that
     repo, subset and revision name); size and test_size (rows to generate, or items to draw from a word list);
-    shuffle_seed (hub: order of the rows); limit (use only the first items); options (arguments of a generator, such as
-    steps or maker); fields, roles, ignore, merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`).
-    A file that both splits name belongs to the test, except that a word list is divided between them.
+    shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other columns); limit (use
+    only the first items); options (arguments of a generator, such as steps or maker); fields, roles, ignore,
+    merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`). A file that both splits name belongs to
+    the test, except that a word list is divided between them.
     Local rows are all checked here, before any compute, of a hub data set the first 1,000. cache: where fetched data
     lies; without it nothing is fetched. bad_rows: "stop" raises `UserError` for rows that cannot be used, of which it
     shows ten; "skip" leaves them out. The task's `skipped` counts what was left out, by reason. Raises `UserError` for
@@ -49,6 +53,9 @@ def build_task(
     for option in ("repo", "subset", "revision", "shuffle_seed"):
         if source != "hub" and spec.get(option) is not None:
             raise UserError(f"{where}.{option}={spec[option]}: only source=hub reads it, not source={source}")
+    for option in ("question", "answer"):
+        if spec.get(option) is not None and (source in GENERATED or task.reads == "words"):
+            raise UserError(f"{where}.{option}={spec[option]}: only rows of files and of the hub have columns")
     if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
     try:
@@ -150,13 +157,37 @@ def _row_task(
     cache: Cache | None,
     bad_rows: str,
 ) -> Task:
-    limit, check_row = spec.get("limit"), task.check_test_row if split == "test" else task.check_row
+    limit, key, columns = spec.get("limit"), f"data.tasks.{name}", Columns.of(spec, f"data.tasks.{name}")
     if spec["source"] in GENERATED:
         return task(task.generate(spec["source"], split, _size(task, spec, split), **options), name, stop=limit)
-    check = RowCheck(f"data.tasks.{name}.{split}", task.row_reader(spec, f"data.tasks.{name}"), check_row, bad_rows)
-    if spec["source"] == "hub":
-        return task(_hub_rows(name, spec, split, check, cache), name, stop=limit)
-    return task(FileRows(_files(name, spec, split, cache), check, limit), name)
+    reader = task.row_reader(spec, key)
+    reader = reader if columns is None else ColumnReader(columns, reader)
+    check = RowCheck(f"{key}.{split}", reader, partial(task.check, split=split), bad_rows)
+    rows = (_hub_rows if spec["source"] == "hub" else _local_rows)(name, spec, split, check, cache)
+    return task(rows, name, stop=limit)
+
+
+def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> FileRows:
+    """Return the rows of a split's files, or the part of them that the split names."""
+    key, files, limit = f"data.tasks.{name}", _files(name, spec, split, cache), spec.get("limit")
+    part = cut(_plain(spec.get(split)), f"{key}.{split}")[1]
+    held_out, held_part = cut(_plain(spec.get("test")), f"{key}.test")
+    shared = []
+    if split == "train" and held_part is not None:  # a whole file of the test is not among the files
+        tested = find_files(held_out, f"{key}.test", cache=cache)
+        shared = [path for path in files if path.resolve() in {other.resolve() for other in tested}]
+    if part is None and not shared:
+        return FileRows(files, check, limit)
+    count = count_rows(files)
+    wanted = range(count) if part is None else part.rows(count)
+    if shared and (files != tested or set(wanted) & set(held_part.rows(count))):
+        raise UserError(
+            f"{key}: train={spec['train']} and test={spec['test']} share rows, which would be trained on; cut one file "
+            "in two, as in train=rows.jsonl[:-500] with test=rows.jsonl[-500:]"
+        )
+    if not wanted:
+        raise UserError(f"{key}.{split}={spec[split]}: there is no such row among the {count:,} of {files[0]}")
+    return FileRows(files, check, limit, wanted)
 
 
 def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> HubRows:
@@ -208,10 +239,11 @@ def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) 
         if split == "test" and (held_out := _held_out_by_name(spec)):
             return held_out
         raise UserError(f"{key} is null: name the files of this split (words: .txt), or leave the task out")
-    exclude = []
-    if split == "train" and spec.get("test") is not None:
-        exclude = find_files(_plain(spec["test"]), f"data.tasks.{name}.test", (), cache, "test", suffixes)
-    return find_files(_plain(spec[split]), key, exclude, cache, split, suffixes)
+    exclude, (entries, _) = [], cut(_plain(spec[split]), key)
+    held_out, part = cut(_plain(spec.get("test")), f"data.tasks.{name}.test")
+    if split == "train" and held_out is not None and part is None:
+        exclude = find_files(held_out, f"data.tasks.{name}.test", (), cache, "test", suffixes)
+    return find_files(entries, key, exclude, cache, split, suffixes)
 
 
 def _held_out_by_name(spec: Mapping[str, Any]) -> list:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from string import ascii_lowercase
 from typing import ClassVar
 
+from llm.tokenizer.chat_format import content_text
 from tasks.base import Task, dialogue
-from tasks.gsm8k import extract_answer, final_text, same_number
+from tasks.gsm8k import extract_answer
+from tasks.numbers import same_number
 
 TEST_OFFSET = 10_000_000  # item i of the test draws from seed TEST_OFFSET + i: no seed serves both splits
 TEST_SHARE = 8
@@ -187,4 +189,5 @@ class SpellingBee(Task):
         ]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return same_number(extract_answer(final_text(conversation)), extract_answer(completion))
+        own = content_text(conversation["messages"][-1]["content"])
+        return same_number(extract_answer(own), extract_answer(completion))

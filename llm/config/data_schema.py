@@ -17,13 +17,22 @@ class TaskSpec:
         choices=("embedded", "template", "local", "hub"),
     )
     train: Any = field(
-        default=None, metadata={"help": "training rows: file, folder, pattern, https:// address, or a list; hub: split"}
+        default=None,
+        metadata={
+            "help": "training rows: file, part as rows.json[:700], folder, pattern, https:// address, list; hub: split"
+        },
     )
     test: Any = field(
         default=None,
         metadata={
             "help": "held-out rows: file, folder, pattern, https:// address, list; hub: split; null = by names in train"
         },
+    )
+    question: str | None = field(
+        default=None, metadata={"help": "template of the question for rows of other columns, as in '{Body} {Question}'"}
+    )
+    answer: str | None = field(
+        default=None, metadata={"help": "template of the answer for rows of other columns, as in '{Answer}'"}
     )
     repo: str | None = field(default=None, metadata={"help": "hub: data set, <owner>/<name>"})
     subset: str | None = field(
@@ -53,7 +62,8 @@ class TaskSpec:
         default=None, metadata={"help": "chat rows: further keys of rows and messages that mean nothing"}
     )
     merge_neighbours: bool | None = field(
-        default=None, metadata={"help": "chat rows: true = join messages of one role in a row; null = refuse them"}
+        default=None,
+        metadata={"help": "chat rows: true = join neighbouring messages of one role; null = refuse such rows"},
     )
     empty_answers: str | None = field(
         default=None,

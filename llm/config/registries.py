@@ -16,6 +16,8 @@ TASK_TYPES = Registry(
         "multiple_choice": "tasks.multiple_choice.MultipleChoice",
         "gsm8k": "tasks.gsm8k.GSM8K",
         "humaneval": "tasks.humaneval.HumanEval",
+        "exact": "tasks.answers.Exact",
+        "keywords": "tasks.answers.Keywords",
         "identity": "tasks.chat.Identity",
         "chat": "tasks.chat.Chat",
         "simple_spelling": "tasks.spelling.SimpleSpelling",

@@ -14,7 +14,7 @@ from llm.tokenizer.chat_format import content_text, validate_conversation
 from tasks import Mixture, build_mixture, build_task
 from tasks.base import Task, dialogue
 from tasks.execution import Limits
-from tasks.gsm8k import answer_parts, extract_answer, same_number
+from tasks.gsm8k import answer_parts, extract_answer
 from tasks.humaneval import extract_code, program
 from tasks.multiple_choice import render_question
 from tasks.spelling import ALL_LANGUAGES, TEST_OFFSET, SpellingBee, count_by_hand
@@ -82,20 +82,22 @@ def test_gsm8k_marks_become_calculator_parts():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("#### 12", "12"),
-        ("x\n#### 1,234.", "1234"),
-        ("#### -3.5", "-3.5"),
+        ("#### 12", 12),
+        ("x\n#### 1,234.", 1234),
+        ("#### -3.5", -3.5),
+        ("First #### 3, then\n#### 5\nSo it is.", 5),
+        ("#### <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5", 5),
+        ("#### 5 <<2+3=5>>", 5),
+        ("#### 5 <|python_start|>2+", 5),
+        ("#### 12 or 13", None),
         ("12", None),
         ("#### ", None),
         ("#### ,", None),
     ],
 )
 def test_the_answer_is_the_number_after_the_marks(text, answer):
-    assert extract_answer(text) == answer
-
-
-def test_equal_numbers_in_other_spellings_are_the_same():
-    assert same_number("12", "12.0") and not same_number("12", "13") and not same_number(None, None)
+    found = extract_answer(text)
+    assert (found and found.value) == (answer if answer is None else (answer,))
 
 
 def test_gsm8k_scores_and_rewards(tmp_path):
@@ -155,7 +157,7 @@ def test_simple_spelling_needs_every_letter(tmp_path):
 
 
 def test_identity_wants_all_keywords(tmp_path):
-    row = {"messages": dialogue("Who?", "I am Fathom."), "keywords": ["Fathom", "language model"]}
+    row = {"messages": dialogue("Who?", "I am Fathom, a language model."), "keywords": ["Fathom", "language model"]}
     task = build_task("me", local("identity", test=write(tmp_path / "i.jsonl", row)), "test")
     assert task.evaluate(task[0], "fathom, a small LANGUAGE MODEL") and not task.evaluate(task[0], "I am Fathom.")
 
