@@ -4,7 +4,7 @@ import unicodedata
 
 from llm.errors import UserError
 from llm.tokenizer.chat_format import content_text
-from tasks.base import Task, dialogue, visible
+from tasks.base import BESIDE_QUESTION, Task, dialogue, visible
 from tasks.chat import Identity
 from tasks.columns import as_text
 from tasks.files import need
@@ -21,6 +21,7 @@ class Exact(Task):
     """Rows `{question, answer}`; right is the same answer: the same number where it is one, else the same text."""
 
     kind = "generative"
+    lost = BESIDE_QUESTION
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:

@@ -1,7 +1,7 @@
 """The task interface: a sequence of conversations with a way to score completions; no model code."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from llm.data.embedded import rows as embedded_rows
@@ -10,6 +10,7 @@ from llm.tokenizer.chat_format import PART_MARKS, content_text
 
 KINDS = ("categorical", "generative", "chat")
 CHAT_KEYS = ("fields", "roles", "ignore", "merge_neighbours", "empty_answers", "false_labels")  # of a task's config
+BESIDE_QUESTION = ("system", "system_prompt", "context", "passage", "history", "input", "tools", "functions")
 # Calculator calls and results in the text of an answer; the last one may have been cut off.
 _CALLS = re.compile(
     "|".join(rf"{re.escape(start)}.*?(?:{re.escape(end)}|\Z)" for start, end in PART_MARKS.values()), re.DOTALL
@@ -30,14 +31,27 @@ class RowReader(Protocol):
 
 
 class Objects:
-    """Reads rows as they are: JSON objects, whose keys the type of the task looks at."""
+    """Reader of rows as they are: JSON objects, whose keys the type of the task looks at.
+
+    lost: keys that the type does not read and that would change the meaning of the row; key: the task's place in the
+    configuration.
+    """
 
     may_drop = False
 
+    def __init__(self, lost: Collection[str], key: str) -> None:
+        self._lost, self._key = lost, key
+
     def read(self, row: Any, where: str) -> dict:
-        """Return the row. Raises UserError, beginning with `where`, for anything but an object."""
+        """Return the row. Raises UserError, beginning with `where`, for no object, and for keys that would be lost."""
         if not isinstance(row, dict):
             raise UserError(f"{where}: a row must be a JSON object, found {type(row).__name__}")
+        for name in self._lost:
+            if row.get(name):
+                raise UserError(
+                    f"{where}: {name!r} would be lost. Say what the question is made of, for one {self._key}.question="
+                    f"'{{{name}}} {{question}}' with {self._key}.answer='{{answer}}'"
+                )
         return row
 
 
@@ -52,6 +66,7 @@ class Task:
     reads: "rows" (of .jsonl files or of the hub) or "words" (a .txt list, from which items are drawn).
     generated: source ("embedded", "template") -> kind of rows of `llm.data.embedded` that stand in for files.
     sizes: number of rows per split that are generated where the configuration says null.
+    lost: keys of a row that the type does not read although they change its meaning; such rows are refused.
     judges_slowly: judging an answer takes long enough that the rows' own answers are not judged before a run.
     """
 
@@ -60,6 +75,7 @@ class Task:
     generated: ClassVar[dict[str, str]] = {}
     sizes: ClassVar[dict[str, int]] = {"train": 8_000, "test": 500}
     judges_slowly = False
+    lost: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, rows: Sequence[dict], name: str, start: int = 0, stop: int | None = None, step: int = 1):
         """Take a lazy slice of `rows`; `name` is the key of the task in data.tasks."""
@@ -92,7 +108,7 @@ class Task:
         for name in CHAT_KEYS:
             if spec.get(name):
                 raise UserError(f"{key}.{name}: type={spec.get('type')} does not read it, only chat rows have it")
-        return Objects()
+        return Objects(cls.lost, key)
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:

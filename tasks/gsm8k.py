@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from llm.errors import UserError
 from llm.tokenizer.chat_format import content_text
-from tasks.base import Task, dialogue, shortened, visible
+from tasks.base import BESIDE_QUESTION, Task, dialogue, shortened, visible
 from tasks.files import need
 from tasks.numbers import Number, parse_number, same_number
 
@@ -38,6 +38,7 @@ class GSM8K(Task):
     """Rows `{question, answer}`; a completion is right when its number after `####` equals the reference's."""
 
     kind = "generative"
+    lost = BESIDE_QUESTION
     generated: ClassVar[dict[str, str]] = {"embedded": "arithmetic"}
 
     @classmethod

@@ -5,7 +5,7 @@ from string import ascii_uppercase
 from typing import ClassVar
 
 from llm.errors import UserError
-from tasks.base import Task, dialogue
+from tasks.base import BESIDE_QUESTION, Task, dialogue
 from tasks.files import need
 
 INSTRUCTION = "Answer with the letter only."
@@ -34,6 +34,7 @@ class MultipleChoice(Task):
     """Rows `{question, choices: {text, label}, answerKey}` (ARC) or `{question, choices: [...], answer}` (MMLU)."""
 
     kind = "categorical"
+    lost = BESIDE_QUESTION
     generated: ClassVar[dict[str, str]] = {"embedded": "choice"}
 
     @classmethod

@@ -156,7 +156,7 @@ def test_first_rows_are_checked_before_anything_runs_and_the_rest_when_they_are_
     hub.sets["people/soon"] = {"train.parquet": parquet([*chats(5), bad, *chats(9)])}
     task = build_task("talk", spec(repo="people/late"), "train", cache)
     assert asked([task[19]]) == ["Say 19."]
-    where = r"data\.tasks\.talk: people/%s train row %d: message 1 has role 'narrator'"
+    where = r"data\.tasks\.talk\.train: people/%s train row %d: message 1 has role 'narrator'"
     with pytest.raises(UserError, match=where % ("late", 21)):
         task[20]
     with pytest.raises(UserError, match=where % ("soon", 6)):

@@ -39,7 +39,7 @@ class StandIn(Sequence):
         assert shuffle_seed == 42
         sizes, self.row = SETS[source.repo, source.subset]
         self.size = sizes[split]
-        check(self.row, "stand-in")
+        check.read_and_check(self.row, "stand-in")
 
     def __len__(self):
         return self.size

@@ -310,3 +310,18 @@ def test_the_documentation_lists_every_key_of_the_table():
     rows = {line.split("|")[1].strip(): line.split("|")[2] for line in section.splitlines() if line.startswith("|")}
     for form in FORMATS:
         assert set(form.needs) <= set(re.findall(r"`(\w+)`", rows[form.name])), form.name
+
+
+@pytest.mark.parametrize("kind", ["exact", "gsm8k", "multiple_choice"])
+def test_types_of_questions_refuse_what_they_would_lose(tmp_path, kind):
+    row = {"question": "Who wrote it?", "context": "Ada wrote 3.", "answer": "#### 3", "id": 1}
+    with pytest.raises(
+        UserError, match=r"rows.jsonl row 1: 'context' would be lost.*talk.question='\{context\} \{question"
+    ):
+        build(tmp_path, row, type=kind)
+
+
+def test_the_context_of_a_question_is_used_by_its_template(tmp_path):
+    row = {"question": "Who wrote it?", "context": "Ada wrote it.", "answer": "Ada"}
+    task = build(tmp_path, row, type="exact", question="{context} {question}", answer="{answer}")
+    assert texts(task[0]) == [("u", "Ada wrote it. Who wrote it?"), ("a", "Ada")]
