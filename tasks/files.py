@@ -4,6 +4,7 @@ import glob
 import os
 import pickle
 import tempfile
+import zipfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm.data.download import WebFile
-from llm.data.row_files import BadRow, decode, is_plain_lines, is_row_file, parse_line, read_rows
-from llm.data.splits import of_split
+from llm.data.files import ZipMember, format_of, kind_of
+from llm.data.records import BadRow, is_json_lines, parse, read_records, undecodable
+from llm.data.splits import split_of
 from llm.errors import UserError
 from tasks.hub import Cache
 from tasks.rows import RowCheck
+
+TABLES = ("parquet", "arrow", "csv", "tsv")
 
 
 def is_address(entry: object) -> bool:
@@ -77,16 +81,27 @@ def matching(entry: object, suffixes: tuple[str, ...] = ()) -> list[Path]:
         return [path for path in map(Path, sorted(glob.glob(str(root), recursive=True))) if path.is_file()]
     inside = (Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
     seen = [path for path in sorted(inside) if not any(p.startswith(".") for p in path.relative_to(root).parts)]
-    wanted = (lambda name: name.lower().endswith(suffixes)) if suffixes else is_row_file
+    wanted = (lambda name: name.lower().endswith(suffixes)) if suffixes else _holds_rows
     return [path for path in seen if path.is_file() and wanted(path.name)]
 
 
 def named_for(entry: object, split: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """Return the files of a folder or glob whose names say that they are of a split; none of a single file."""
+    """Return the files of a folder or glob that belong to a split, "train" or "test", by their names.
+
+    Files without a split in their names are trained on. Held out are the files for validation, or if there are none
+    those for the test. Of a single file, whose name does not matter, that is none.
+    """
     root = Path(str(entry)).expanduser()
     if root.is_file():
         return []
-    return of_split(matching(entry, suffixes), split, root if root.is_dir() else None)
+    files = matching(entry, suffixes)
+    names = [split_of(path.relative_to(root).as_posix() if root.is_dir() else path.name) for path in files]
+    wanted = ("train", None) if split == "train" else ("val",) if "val" in names else ("test",)
+    return [path for path, own in zip(files, names, strict=True) if own in wanted]
+
+
+def _holds_rows(name: str) -> bool:
+    return kind_of(name) in (*TABLES, "jsonl", "json") or name.lower().endswith(".zip")
 
 
 def _beside(entry: object) -> str:
@@ -115,7 +130,8 @@ class FileRows(Sequence):
     def __init__(
         self, files: Sequence[Path], check: RowCheck, limit: int | None = None, wanted: range | None = None
     ) -> None:
-        self._files, self._check, self._wanted = list(files), check, wanted
+        self._files = [member for path in files for member in members(path)]
+        self._check, self._wanted = check, wanted
         self._passed = 0  # rows of all files so far
         self._offsets, self._lengths, self._numbers = array("q"), array("I"), array("I")  # of the bytes of each row
         self._starts: list[int] = []  # position of each file's first row
@@ -131,14 +147,17 @@ class FileRows(Sequence):
         if self._kept is not None:
             self._kept.flush()
 
-    def _scan(self, path: Path, limit: int | None) -> int:
+    def _scan(self, path: Any, limit: int | None) -> int:
         """Read and check the rows of a file; return how many it has."""
         self._starts.append(len(self))
         rows = 0
         try:
-            plain = is_plain_lines(path)
+            form = format_of(path)
+            if form.note:
+                print(f"{self._check.key}: {form.note}", flush=True)
+            plain = form.kind not in TABLES and not form.compression and isinstance(path, Path) and is_json_lines(path)
             self._states.append(path.stat() if plain else None)
-            for number, row, place in self._lines(path) if plain else self._others(path):
+            for number, row, place in _lines(path) if plain else _others(path):
                 rows, self._passed = rows + 1, self._passed + 1
                 if self._wanted is not None and self._passed - 1 not in self._wanted:
                     continue
@@ -155,17 +174,6 @@ class FileRows(Sequence):
             raise UserError(f"{self._check.key}: {error}") from None
         return rows
 
-    def _lines(self, path: Path) -> Iterator[tuple[int, Any, tuple[int, int]]]:
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line, (offset, len(line))
-                offset += len(line)
-
-    def _others(self, path: Path) -> Iterator[tuple[int, Any, None]]:
-        return ((number, row, None) for number, row in read_rows(path))
-
     def _keep(self, row: Any) -> tuple[int, int]:
         """Write a row behind those in the temporary file; return its offset and length there."""
         if self._kept is None:
@@ -174,21 +182,13 @@ class FileRows(Sequence):
         self._kept.write(data)
         return offset, len(data)
 
-    def _read(self, row: Any, path: Path, number: int, check: bool = False) -> dict:
+    def _read(self, row: Any, path: Any, number: int, check: bool = False) -> dict:
         """Return a row as the task takes it; row: bytes of a line, a parsed row, or why it cannot be parsed."""
         where = self._check.where(path, number)
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            row = parse_line(row) if isinstance(row, bytes) else row
-        except BadRow as error:
-            raise UserError(f"{where}: {error}") from None
+        row = parse_line(row, path, number) if isinstance(row, bytes | str) else row
+        if isinstance(row, BadRow):
+            raise UserError(f"{where}: {row.reason}")
         return self._check.read_and_check(row, where) if check else self._check.read(row, where)
-
-    def _takes_next(self) -> bool:
-        """Count a row; return whether it is wanted."""
-        self._passed += 1
-        return self._wanted is None or self._passed - 1 in self._wanted
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -212,7 +212,54 @@ class FileRows(Sequence):
 
 def count_rows(files: Sequence[Path]) -> int:
     """Return the number of rows of task files, bad ones with them. Raises UserError for a file that cannot be read."""
-    return sum(1 for path in files for _ in read_rows(path))
+    return sum(1 for path in files for member in members(path) for _ in _others(member))
+
+
+def members(path: Path) -> list:
+    """Return the files of rows in a zip archive, hidden ones not; of any other file the file."""
+    if not path.name.lower().endswith(".zip"):
+        return [path]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir() and _holds_rows(info.filename)]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error
+    infos = [info for info in infos if not any(part.startswith((".", "__")) for part in info.filename.split("/"))]
+    if not infos:
+        raise UserError(f"{path}: the archive holds no file of rows (jsonl, json, csv, tsv, parquet, arrow)")
+    if any(info.flag_bits & 1 for info in infos):
+        raise UserError(f"{path}: the archive is encrypted. Unpack it.")
+    return sorted((ZipMember(path, info.filename) for info in infos), key=str)
+
+
+def parse_line(line: bytes | str | BadRow, path: Any, number: int) -> Any:
+    """Return the value of a line of JSON, a BadRow for what is none."""
+    try:
+        return parse(decode(line) if isinstance(line, bytes) else line, path, number)
+    except UnicodeDecodeError as error:
+        return BadRow(str(path), undecodable(error))
+
+
+def decode(line: bytes) -> str:
+    """Return the text of a line in UTF-8, without the mark that may begin a file."""
+    return line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
+    """Yield (number, bytes, (offset, length)) of the lines of a file that are not blank."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line, (offset, len(line))
+            offset += len(line)
+
+
+def _others(path: Any) -> Iterator[tuple[int, Any, None]]:
+    """Yield (number, row, None) of the rows of a file of any format; lines of text are lines of JSON."""
+    for number, row in read_records(path):
+        if not (row is None or (isinstance(row, str) and not row.strip())):
+            yield number, parse_line(row, path, number) if isinstance(row, str) else row, None
 
 
 def read_words(files: Sequence[Path]) -> list[str]:
@@ -227,8 +274,8 @@ def read_words(files: Sequence[Path]) -> list[str]:
         for number, line in enumerate(lines, start=1):
             try:
                 word = decode(line).strip()
-            except BadRow as error:
-                raise UserError(f"{path} row {number}: {error}") from None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} row {number}: {undecodable(error)}") from None
             if len(word.split()) > 1:
                 raise UserError(f"{path} row {number}: one word per line, found {word!r}")
             if word.isalpha():

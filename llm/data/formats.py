@@ -1,133 +1,171 @@
-"""Files of documents: parquet, jsonl and txt, the latter two also compressed, read row by row from any row on.
+"""Text of data files, row by row from any row on, in every format and compression that llm.data.files knows.
 
-Every mistake in a file is a UserError that names the file, the row and, where one is to blame, the configuration key.
+Every mistake in a file is a UserError that names the file, the row and, where one is to blame, the configuration key. A
+row that cannot be used comes as a `BadRow` in its place.
 """
 
 import codecs
-import glob
-import gzip
-import io
-import json
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from llm.data.files import PLAIN_TEXT, format_of
+from llm.data.records import (
+    DOCUMENT_BYTES,
+    READ_ROWS,
+    BadRow,
+    arrow_batches,
+    damage,
+    is_json_lines,
+    lines,
+    open_utf8,
+    parse,
+    read_records,
+    seekable,
+    short,
+    too_long,
+    undecodable,
+)
 from llm.errors import UserError
-from llm.utils.format import in_bytes
 
-SUFFIXES = {
-    ".parquet": "parquet",
-    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), "jsonl"),
-    **dict.fromkeys((".txt", ".txt.gz", ".txt.zst"), "txt"),
-}
-KNOWN = "parquet, jsonl or txt (.gz, .zst)"
-READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long: bounds the memory
-READ_BYTES = 1 << 26
-DOCUMENT_BYTES = 1 << 28  # a longer row is an error: its text, ids and copies would take gigabytes
+READ_BYTES = 1 << 26  # parquet: bytes decoded at a time, where rows are long
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
 TXT_CHARS_MAX = 8_000  # ... or at the first line end after this many
 TXT_LINE_BYTES = 1 << 16  # longer lines are cut
 TXT_SEPARATOR = "<|endoftext|>"  # a line of its own that always ends a document
 
+Row = str | BadRow | None
+
 
 class Column(NamedTuple):
-    """Column or field that holds the text, and the configuration key that named it."""
+    """Column or field that holds the text, the configuration key that named it, and how text files are read.
+
+    A name with dots, such as `doc.text`, leads into objects. separator: ends a document of a text file wherever it
+    stands; None: the rules of TXT_SEPARATOR and TXT_CHARS.
+    """
 
     name: str
     key: str = "data.column"
+    encoding: str = "utf-8"
+    separator: str | None = None
 
     def __str__(self) -> str:
         return f"{self.key}={self.name}"
 
-
-def kind_of(name: str) -> str | None:
-    """Return the kind of a file by its name: "parquet", "jsonl" or "txt"; None for any other file."""
-    return next((kind for suffix, kind in SUFFIXES.items() if name.lower().endswith(suffix)), None)
-
-
-def find_files(path: str | Path, key: str) -> list[Path]:
-    """Return the data files of a file name, folder or glob in name order.
-
-    Raises UserError if there are none, or if a folder holds several kinds: a README must not be trained on.
-    """
-    if not path or not str(path):
-        raise UserError(f"{key}={path} is not set: name a file, a folder or a pattern of {KNOWN} files")
-    root = Path(path).expanduser()
-    if root.is_dir():
-        found = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    elif root.exists():
-        found = [root]
-    else:
-        found = [Path(p) for p in glob.glob(str(root), recursive=True)]
-        if not found:
-            raise UserError(f"{key}={path}: no such file or folder, and no file matches it as a glob. Correct {key}.")
-    files = sorted((p for p in found if p.is_file() and kind_of(p.name)), key=lambda p: p.as_posix())
-    if not files:
-        raise UserError(f"{key}={path}: holds no {KNOWN} file. Convert the text to one of these.")
-    if root.is_dir():
-        check_one_kind([p.name for p in files], f"{key}={path}: the folder", f"{key}='{root}/*%s'")
-    return files
-
-
-def check_one_kind(names: list[str], what: str, fix: str) -> None:
-    """Raise UserError for files of several kinds; `fix` has a %s for the suffix to choose."""
-    kinds = {kind: sum(kind_of(name) == kind for name in names) for kind in sorted({kind_of(name) for name in names})}
-    if len(kinds) > 1:
-        counts = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
-        raise UserError(f"{what} mixes {counts} files. Name those to read, such as {fix % f'.{list(kinds)[-1]}'}.")
+    def identity(self) -> str:
+        """Return the text that tells what is read of a file, by which caches are named."""
+        return "".join([str(self), *(f" {part}" for part in self[2:] if part not in ("utf-8", None))])
 
 
 def check_file(path: Path, column: Column) -> None:
     """Raise UserError for obvious mistakes in a file: empty, no parquet, no such column."""
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty. Delete it or fetch it again.")
-    if kind_of(path.name) == "parquet":
-        _open_parquet(path, column).close()
+    if format_of(path).kind == "parquet":
+        with seekable(path) as opened:
+            _open_parquet(path, opened, column).close()
 
 
-def read_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
-    """Yield the rows of a file from row `start` on; None where there is no text."""
-    return {"parquet": _parquet_rows, "jsonl": _jsonl_rows, "txt": _txt_rows}[kind_of(path.name)](path, column, start)
+def read_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
+    """Yield the rows of a file from row `start` on; None where there is no text, a BadRow for what cannot be used."""
+    kind = format_of(path).kind
+    if kind == "parquet":
+        return _parquet_rows(path, column, start)
+    if kind in PLAIN_TEXT:
+        return islice(_txt_documents(path, column), start, None)
+    if kind == "arrow":
+        return islice(_arrow_rows(path, column), start, None)
+    if kind in ("csv", "tsv") or not is_json_lines(path, column.encoding):
+        rows = read_records(path, start, column.encoding)
+        return (_text_of(row, column, path, f"row {number:,}") for number, row in rows)
+    return _jsonl_rows(path, column, start)
 
 
 def count_rows(path: Path, column: Column) -> int:
-    """Count the rows of a file without parsing them."""
-    kind = kind_of(path.name)
+    """Count the rows of a file, those of parquet and JSON lines without parsing them."""
+    kind = format_of(path).kind
     if kind == "parquet":
-        with _open_parquet(path, column) as file:
+        with seekable(path) as opened, _open_parquet(path, opened, column) as file:
             return file.metadata.num_rows
-    return sum(1 for _ in (_lines(path) if kind == "jsonl" else _txt_documents(path)))
+    if kind in ("json", "jsonl") and is_json_lines(path, column.encoding):
+        return sum(1 for _ in lines(path, column.encoding))
+    return sum(1 for _ in read_rows(path, column, 0))
 
 
-def _open_parquet(path: Path, column: Column):
+def _text_of(row: Any, column: Column, path: Path, where: str) -> Row:
+    """Return the text of a row; None where it is null, a BadRow where there is none."""
+    if row is None or isinstance(row, BadRow):
+        return row
+    value = row
+    for name in [column.name] if isinstance(row, dict) and column.name in row else column.name.split("."):
+        if not isinstance(value, dict) or name not in value:
+            keys = f"its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else "it is not an object"
+            return BadRow(f"{path}: {where}", f"has no {column}: {keys}")
+        value = value[name]
+    if not isinstance(value, str | None):
+        return BadRow(f"{path}: {where}", f"{column.name} is a {type(value).__name__}, not text")
+    return value
+
+
+def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
+    """Yield the text of the lines from number `start` on, None for blank lines."""
+    for number, line in lines(path, column.encoding):
+        if number > start:
+            row = parse(line, path, number)
+            text = row.get(column.name) if type(row) is dict else None
+            yield text if text.__class__ is str else _text_of(row, column, path, f"line {number:,}")
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _text_names(schema) -> list[str]:
+    """Return the names of the columns of a schema that hold text or bytes, those inside structs with dots."""
+    import pyarrow as pa
+
+    names = []
+
+    def look(field, before: str) -> None:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_struct(kind):
+            for number in range(kind.num_fields):
+                look(kind.field(number), f"{before}{field.name}.")
+        elif str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
+            names.append(before + field.name)
+
+    for field in schema:
+        look(field, "")
+    return names
+
+
+def _check_column(schema, column: Column, path: Path) -> None:
+    """Raise UserError unless a schema has text in the column."""
+    names = _text_names(schema)
+    if column.name not in names:
+        problem = f"is of type {schema.field(column.name).type}" if column.name in schema.names else "does not exist"
+        raise UserError(f"{path}: {column} {problem}. Text columns here: {', '.join(names) or 'none'}.")
+
+
+def _open_parquet(path: Path, opened, column: Column):
     """Return the opened file. Raises UserError if it is no parquet file or has no text in `column`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path if isinstance(path, Path) else path.open())
+        file = pq.ParquetFile(opened)
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({_short(error)}). Fetch the file again.") from error
-
-    def is_text(kind: pa.DataType) -> bool:
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-    names = [name for name in schema.names if is_text(schema.field(name).type)]
-    if column.name not in names:
-        problem = f"is of type {schema.field(column.name).type}" if column.name in schema.names else "does not exist"
-        raise UserError(f"{path}: {column} {problem}. Text columns here: {', '.join(names) or 'none'}.")
+        raise UserError(f"{path}: cannot be read as parquet ({short(error)}). Fetch the file again.") from error
+    _check_column(schema, column, path)
     return file
 
 
-def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
+def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
     """Yield the text of the rows from `start` on; row groups before it are never decoded."""
     import pyarrow as pa
 
-    with _open_parquet(path, column) as file:
+    with seekable(path) as opened, _open_parquet(path, opened, column) as file:
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         row = group = 0
         while group < len(counts) and row + counts[group] <= start:  # whole row groups before `start` are never decoded
@@ -139,22 +177,52 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[str | None
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path}: damaged after row {row:,} ({_short(error)}). Fetch it again.") from error
+                raise UserError(f"{path}: damaged after row {row:,} ({short(error)}). Fetch it again.") from error
             if batch is None:
                 return
-            values = batch.column(0)
+            yield from _texts(batch, column, path, row, max(0, start - row))
+            row += batch.num_rows
+
+
+def _arrow_rows(path: Path, column: Column) -> Iterator[Row]:
+    """Yield the text of the rows of an arrow file or stream."""
+    row = 0
+    for batch in arrow_batches(path):
+        _check_column(batch.schema, column, path)
+        yield from _texts(batch, column, path, row, 0)
+        row += batch.num_rows
+
+
+def _texts(batch, column: Column, path: Path, before: int, skip: int) -> Iterator[Row]:
+    """Yield the text of the rows of a record batch behind its first `skip`; `before` rows of the file precede it."""
+    import pyarrow.compute as pc
+
+    names = [column.name] if column.name in batch.schema.names else column.name.split(".")
+    values = batch.column(names[0])
+    if len(names) > 1:
+        values = pc.struct_field(values, names[1:])
+    try:
+        rows = values.to_pylist()
+    except UnicodeDecodeError:
+        rows = [_one(value) for value in values]
+    for number, text in enumerate(rows[skip:], start=before + skip + 1):
+        if text.__class__ is bytes:
             try:
-                rows = values.to_pylist()
-            except UnicodeDecodeError:
-                row += next(i for i, value in enumerate(values) if not _is_utf8(value))
-                raise UserError(
-                    f"{path}: row {row:,} (from 0) is not UTF-8 text. Convert it or drop the row."
-                ) from None
-            for number, text in enumerate(rows[max(0, start - row) :], start=max(start, row)):
-                if text is not None and len(text) > DOCUMENT_BYTES:
-                    raise _too_long(path, f"row {number:,} (from 0)")
-                yield text
-            row += len(rows)
+                text = text.decode(column.encoding)
+            except UnicodeDecodeError as error:
+                text = error
+        if isinstance(text, UnicodeDecodeError):
+            text = BadRow(f"{path}: row {number:,}", undecodable(text))
+        elif text is not None and len(text) > DOCUMENT_BYTES:
+            text = BadRow(f"{path}: row {number:,}", too_long())
+        yield text
+
+
+def _one(value) -> str | UnicodeDecodeError | None:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _mean_bytes(metadata, groups: list[int], name: str) -> int:
@@ -167,83 +235,37 @@ def _mean_bytes(metadata, groups: list[int], name: str) -> int:
     return max(means)
 
 
-def _too_long(path: Path, where: str) -> UserError:
-    return UserError(f"{path}: {where} is longer than {in_bytes(DOCUMENT_BYTES)}. Cut it into documents.")
+# ---- plain text -----------------------------------------------------------------------------------------------------
 
 
-def _is_utf8(value) -> bool:
-    try:
-        value.as_py()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _lines(path: Path, piece: int | None = None) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line) of a UTF-8 file; with `piece`, longer lines come in pieces of so many bytes.
-
-    Without `piece`, a line longer than DOCUMENT_BYTES raises UserError.
-    """
-    decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
-    try:
-        with _opened(path) as file:
-            while raw := file.readline(piece or DOCUMENT_BYTES):
-                if piece is None and len(raw) == DOCUMENT_BYTES:
-                    raise _too_long(path, f"line {number:,}")
-                line = decoder.decode(raw)
-                yield number, line
-                number += raw.endswith(b"\n")
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line {number:,} is not UTF-8 text ({error.reason}). Convert the file.") from None
-    except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path}: damaged after line {number - 1:,} ({_short(error)}). Fetch it again.") from error
-
-
-def _opened(path: Path) -> BinaryIO:
-    """Open a file for reading bytes, decompressed on the fly."""
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path if isinstance(path, Path) else path.open(), "rb")
-    if name.endswith(".zst"):
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"))
-    return path.open("rb")
-
-
-def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[str | None]:
-    """Yield the text of the rows from `start` on, None for blank lines."""
-    for number, line in _lines(path):
-        if number <= start:
-            continue
-        if not line.strip():
-            yield None
-            continue
+def _pieces(path: Path, encoding: str) -> Iterator[str | BadRow]:
+    """Yield the lines of a text file, longer ones in pieces of TXT_LINE_BYTES; a BadRow for what is not text."""
+    number = 1
+    with damage(path, lambda: f"line {number - 1:,}"), open_utf8(path, encoding) as (file, encoding):
+        decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
+        while raw := file.readline(TXT_LINE_BYTES):
+            try:
+                yield decoder.decode(raw)
+            except UnicodeDecodeError as error:
+                decoder.reset()
+                yield BadRow(f"{path}: line {number:,}", undecodable(error))
+            number += raw.endswith(b"\n")
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{path}: line {number:,} is not valid JSON ({error}). Correct or delete the line."
-            ) from None
-        if not isinstance(row, dict) or column.name not in row:
-            keys = f"its keys are {', '.join(row)}" if isinstance(row, dict) else "it is not an object"
-            raise UserError(f"{path}: line {number:,} has no {column}: {keys}.")
-        text = row[column.name]
-        if not isinstance(text, str | None):
-            raise UserError(f"{path}: line {number:,}: {column.name} is a {type(text).__name__}, not text.")
-        yield text
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            yield BadRow(f"{path}: line {number:,}", undecodable(error))
 
 
-def _txt_rows(path: Path, column: Column, start: int) -> Iterator[str]:
-    """Yield documents of a text file from number `start` on; `column` has no meaning here."""
-    return islice(_txt_documents(path), start, None)
-
-
-def _txt_documents(path: Path) -> Iterator[str]:
+def _txt_documents(path: Path, column: Column) -> Iterator[str | BadRow]:
     """Yield the documents of a text file, cut at separators, blank lines and line ends; one is held at a time."""
+    if column.separator is not None:
+        yield from _separated(path, column)
+        return
     lines, size = [], 0
-    for _, line in _lines(path, TXT_LINE_BYTES):
+    for line in _pieces(path, column.encoding):
+        if isinstance(line, BadRow):
+            yield line
+            continue
         separator, blank = line.strip() == TXT_SEPARATOR, not line.strip()
         if not separator:
             lines.append(line.replace("\r\n", "\n"))
@@ -256,5 +278,23 @@ def _txt_documents(path: Path) -> Iterator[str]:
         yield text
 
 
-def _short(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160]
+def _separated(path: Path, column: Column) -> Iterator[str | BadRow]:
+    """Yield the documents of a text file that `column.separator` ends, wherever it stands."""
+    mark = column.separator.replace("\\n", "\n")
+    held, size, tail = [], 0, ""
+    for line in _pieces(path, column.encoding):
+        if isinstance(line, BadRow):
+            yield line
+            continue
+        *whole, rest = (tail + line.replace("\r\n", "\n")).split(mark)
+        for part in whole:
+            if text := ("".join(held) + part).strip("\n"):
+                yield text if size + len(part) <= DOCUMENT_BYTES else BadRow(str(path), f"a document {too_long()}")
+            held, size = [], 0
+        keep = len(mark) - 1  # a separator may go on in the next piece
+        done, tail = (rest[:-keep], rest[-keep:]) if keep else (rest, "")
+        size += len(done)
+        if size <= DOCUMENT_BYTES:
+            held.append(done)
+    if text := ("".join(held) + tail).strip("\n"):
+        yield text if size <= DOCUMENT_BYTES else BadRow(str(path), f"a document {too_long()}")

@@ -1,33 +1,42 @@
-"""Tell the split that a file belongs to by the usual names of files and folders."""
+"""Splits by name: the one rule by which files of text and of tasks, local or of the hub, are divided."""
 
 import re
 from collections.abc import Sequence
-from pathlib import PurePath
+from typing import NamedTuple
 
-NAMES = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "val")}
+from llm.data.files import kind_of
+
+WORDS = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "val")}
 
 
-def split_of(path: str | PurePath) -> str | None:
-    """Return the split that a relative path names, "train", "val" or "test"; None where no name speaks.
+class Parts(NamedTuple):
+    """Numbers of the files of each split, in the order of the files; files without a split's name are in `train`."""
 
-    The file speaks first, by the first or the last word of its name (`train-00000-of-00003.parquet`, `my_val.jsonl`),
-    then the folders, from the inner to the outer one, each by its whole name.
+    train: list[int]
+    val: list[int]
+    test: list[int]
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a path below the data folder names: "train", "val", "test", or None.
+
+    Only a whole part of a name counts: `my_train.jsonl` and `train-00000-of-00005.parquet` do, `latest.txt` does not.
+    The file's name goes before its folders', the inner folder before the outer. In source code only the first folder
+    counts, because `test_x.py` is code like any other.
     """
-    path = PurePath(path)
-    stem, *more = path.name.lower().split(".")
-    words = re.findall(r"[a-z]+", stem)
-    for word in (*words[:1], *words[-1:], *more[:1]):  # more: of wiki.test.txt
-        if word in NAMES:
-            return NAMES[word]
-    return next((NAMES[folder] for part in reversed(path.parts[:-1]) if (folder := part.lower()) in NAMES), None)
+    parts = name.replace("\\", "/").split("/")
+    if kind_of(name) == "code":
+        return WORDS.get(parts[0].lower()) if len(parts) > 1 else None
+    for part in reversed(parts):
+        for word in re.findall(r"[^\W\d_]+", part.lower()):
+            if word in WORDS:
+                return WORDS[word]
+    return None
 
 
-def of_split(paths: Sequence[PurePath], split: str, root: PurePath | None = None) -> list[PurePath]:
-    """Return those of the files that belong to a split, "train" or "test" (held out), by their names below `root`.
-
-    Files without a split in their names are trained on. Held out are the files for validation, or if there are none
-    those for the test. Where no name speaks, or none for the split, that is an empty list for "test", else all.
-    """
-    splits = [split_of(path.relative_to(root) if root else path.name) for path in paths]
-    wanted = ("train", None) if split == "train" else ("val",) if "val" in splits else ("test",)
-    return [path for path, own in zip(paths, splits, strict=True) if own in wanted]
+def divide(names: Sequence[str]) -> Parts:
+    """Return the files of each split by their names (paths below the data folder)."""
+    parts = Parts([], [], [])
+    for number, name in enumerate(names):
+        getattr(parts, split_of(name) or "train").append(number)
+    return parts

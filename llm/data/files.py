@@ -1,0 +1,278 @@
+"""Data files: how they are found, what they are by name and content, and how they are opened.
+
+`find_data_files` is the only place that lists files, `open_bytes` the only one that opens them. A file is a Path or
+an object with the same `name`, `open("rb")` and `stat()`, such as a member of a zip archive.
+"""
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from llm.errors import UserError
+
+CODE = (
+    "py c h cc cpp hpp cu java js jsx ts tsx go rs rb php cs swift kt scala r jl lua pl sh sql hs ml ex clj f90 m tex "
+    "html css"
+)
+SUFFIXES = {
+    ".parquet": "parquet",
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "txt",
+    **dict.fromkeys((".md", ".markdown"), "md"),
+    **{f".{suffix}": "code" for suffix in CODE.split()},
+}
+COMPRESSIONS = ("gz", "zst", "bz2", "xz")
+KNOWN = "parquet, arrow, jsonl, json, csv, tsv, txt, md or source code (plain, .gz, .zst, .bz2, .xz or in a .zip)"
+PLAIN_TEXT = ("txt", "md", "code")
+# A folder is read as its first class here that it holds. Several kinds of the first class are an error; files of a
+# later class are left out and said.
+CLASSES = (("parquet", "jsonl", "txt"), ("arrow", "json", "csv", "tsv"), ("md",), ("code",))
+MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
+MAGIC_KINDS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"PK\x03\x04": "zip"}
+
+
+class Format(NamedTuple):
+    """Format of a file: its kind, its compression ("" for none), and one line where its name says something else."""
+
+    kind: str
+    compression: str
+    note: str = ""
+
+
+class Found(NamedTuple):
+    """Data files in name order, one line on what is left out ("" for nothing), and each file's name below its folder."""
+
+    files: list
+    left_out: str
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class ZipMember:
+    """File inside a zip archive, with the methods of a path that the readers call."""
+
+    archive: Path
+    member: str
+
+    @property
+    def name(self) -> str:
+        return self.member.rsplit("/", 1)[-1]
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.member}"
+
+    as_posix = resolve = __str__
+
+    def stat(self) -> os.stat_result:
+        """Return the size and times of the archive."""
+        return self.archive.stat()
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Return a reader of the member's bytes."""
+        return zipfile.ZipFile(self.archive).open(self.member)
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """Return the suffix of a name in small letters and its compression: ("jsonl", "gz"), ("jsonl", ""), ("", "")."""
+    parts = name.lower().rsplit("/", 1)[-1].split(".")
+    compression = parts.pop() if len(parts) > 2 and parts[-1] in COMPRESSIONS else ""
+    return (parts[-1] if len(parts) > 1 else ""), compression
+
+
+def kind_of(name: str) -> str | None:
+    """Return the kind of a file by its name, one of the values of `SUFFIXES`; None for any other file."""
+    return SUFFIXES.get(f".{split_suffix(name)[0]}")
+
+
+def format_of(path) -> Format:
+    """Return the format of a file by its name and its first bytes. The first bytes win where they are certain.
+
+    Raises UserError for a file that cannot be read or whose content no reader knows.
+    """
+    kind, named = kind_of(path.name), split_suffix(path.name)[1]
+    head = _head(path)
+    compression = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
+    if named and not compression:  # the decompressor names the damage
+        return Format(kind, named)
+    note = f"{path} is compressed by {compression}, whatever its name says" if compression != named else ""
+    if not compression:
+        found = next((name for magic, name in MAGIC_KINDS.items() if head.startswith(magic)), None)
+        if found == "zip":
+            raise UserError(f"{path}: is a zip archive by its content. Name it .zip.")
+        if found and found != kind:
+            return Format(found, "", f"{path} is {found} by its content and read so")
+    return Format(kind, compression, note)
+
+
+def _head(path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(8)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def open_bytes(path) -> BinaryIO:
+    """Open a data file for reading bytes, decompressed on the fly."""
+    compression = format_of(path).compression
+    if compression == "zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"))
+    if not compression:
+        return path.open("rb")
+    opener = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression]
+    return opener(path if isinstance(path, Path) else path.open("rb"), "rb")
+
+
+def find_data_files(paths: str | Path | Sequence, key: str) -> Found:
+    """Return the data files of a file name, folder, glob or list of them, in name order.
+
+    Folders are read with their subfolders and linked folders; hidden files are not. Raises UserError if there is no
+    file, or if several kinds of data stand side by side: a README must not be trained on.
+    """
+    if not paths or not str(paths):
+        raise UserError(f"{key}={paths} is not set: name a file, a folder or a pattern of {KNOWN} files")
+    entries = [paths] if isinstance(paths, str | Path) else list(paths)
+    found: dict = {}
+    left: Counter = Counter()
+    for entry in entries:
+        listed = list(_listed(entry, key))
+        for path, name in _expanded(listed, left):
+            found.setdefault(path, name)
+    files = sorted(found, key=lambda path: path.as_posix())
+    if not files:
+        said = f" ({_left_out(left)})" if left else ""
+        raise UserError(f"{key}={paths}: holds no {KNOWN} file{said}. Convert the text to one of these.")
+    named = {Path(entry).expanduser() for entry in entries}  # a file named by itself is always read
+    kept = [path for path in files if path in named or kind_of(path.name) in _first_class(files)]
+    rest = [path for path in files if path not in set(kept)]
+    if any(path.is_dir() for path in named):
+        larger = [path for path in rest if kind_of(path.name) in CLASSES[1]]
+        what = kept if _size(larger) <= _size(kept) else files
+        check_one_kind(what, f"{key}={paths}: the folder", f"{key}='{str(entries[0]).rstrip('/')}/**/*%s'")
+    left.update(_suffix(path.name) for path in rest)
+    return Found(kept, _left_out(left), [found[path] for path in kept])
+
+
+def check_one_kind(files: Sequence, what: str, fix: str) -> None:
+    """Raise UserError for files of several kinds; `fix` has a %s for the suffix of the larger kind."""
+    kinds: dict[str, list] = {}
+    for file in files:
+        kinds.setdefault(kind_of(file.name), []).append(file)
+    if len(kinds) < 2:
+        return
+    counts = " and ".join(f"{len(of)} {kind}" for kind, of in sorted(kinds.items()))
+    suffixes = {_suffix(file.name) for file in max(kinds.values(), key=_size)}
+    suffix = suffixes.pop() if len(suffixes) == 1 else f".{split_suffix(max(kinds.values(), key=_size)[0].name)[0]}*"
+    raise UserError(f"{what} mixes {counts} files. Name those to read, such as {fix % suffix}.")
+
+
+def _size(files: Sequence) -> int:
+    return sum(file.size if hasattr(file, "size") else file.stat().st_size for file in files)
+
+
+def _first_class(files: Sequence) -> tuple[str, ...]:
+    """Return the first of `CLASSES` that one of the files belongs to."""
+    kinds = {kind_of(path.name) for path in files}
+    return next(of for of in CLASSES if kinds & set(of))
+
+
+def _listed(entry, key: str) -> Iterator[tuple[Path, str]]:
+    """Yield (path, name below the folder) of everything that one entry names, data or not; broken links too."""
+    root = Path(entry).expanduser()
+    if root.is_dir():
+        yield from _below(root)
+    elif root.exists():
+        yield root, root.name
+    else:
+        matches = [Path(path) for path in sorted(glob.glob(str(root), recursive=True))]
+        if not matches:
+            raise UserError(f"{key}={entry}: no such file or folder, and no file matches it as a glob. Correct {key}.")
+        fixed = Path(*_until_pattern(root.parts))
+        for path in matches:
+            if not path.is_dir():
+                yield path, path.relative_to(fixed).as_posix()
+
+
+def _until_pattern(parts: Sequence[str]) -> list[str]:
+    """Return the leading parts of a path that hold no wildcard."""
+    return list(parts[: next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)])
+
+
+def _below(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the files of a folder and of linked folders; a folder that a link leads back into is read once."""
+    seen = {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        for name in files:
+            if not name.startswith("."):
+                path = Path(folder, name)
+                yield path, path.relative_to(root).as_posix()
+
+
+def _expanded(listed: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tuple]:
+    """Yield the data files among those listed, the members of zip archives among them; count the others in `left`."""
+    for path, name in listed:
+        if path.is_symlink() and not path.exists():
+            left["broken link"] += 1
+        elif path.name.lower().endswith(".zip"):
+            yield from _members(path, name, left)
+        elif kind_of(path.name) and path.is_file():
+            yield path, name
+        else:
+            left[_suffix(path.name)] += 1
+
+
+def _members(path: Path, name: str, left: Counter) -> Iterator[tuple[ZipMember, str]]:
+    """Yield the data files of a zip archive. Raises UserError if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error
+    for info in infos:
+        if any(part.startswith((".", "__MACOSX")) for part in info.filename.split("/")):
+            continue
+        if info.flag_bits & 1:
+            raise UserError(f"{path}: {info.filename} is encrypted. Unpack the archive.")
+        if kind_of(info.filename):
+            yield ZipMember(path, info.filename), info.filename if "/" in info.filename else f"{name}/{info.filename}"
+        else:
+            left[_suffix(info.filename)] += 1
+
+
+def _suffix(name: str) -> str:
+    """Return the suffix of a name with its compression, such as ".jsonl.gz"; "" where there is none."""
+    suffix, compression = split_suffix(name)
+    return f".{suffix}.{compression}" if suffix and compression else f".{suffix}" if suffix else ""
+
+
+def _left_out(left: Counter) -> str:
+    """Return "left out: 30 .md files, 1 broken link"; "" for nothing."""
+
+    def said(what: str, count: int) -> str:
+        if what == "broken link":
+            return f"{count} broken link{'s' * (count > 1)}"
+        return f"{count} {what or 'nameless'} file{'s' * (count > 1)}"
+
+    return f"left out: {', '.join(said(*item) for item in sorted(left.items()))}" if left else ""

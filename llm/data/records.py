@@ -1,0 +1,348 @@
+"""Rows of data files, whole: one reader for every format and compression, and the rows that cannot be used.
+
+A row is a dict, a list (a bare conversation) or a text. A row that cannot be read comes as a `BadRow` in its place, so
+that the caller stops or goes on. A file that is damaged as a whole raises UserError.
+"""
+
+import codecs
+import csv
+import io
+import json
+import lzma
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from llm.data.files import PLAIN_TEXT, format_of, open_bytes
+from llm.errors import UserError
+from llm.utils.format import in_bytes
+
+DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
+READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long: bounds the memory
+SHOWN = 10  # bad rows that one message names
+CHUNK = 1 << 20
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError)
+
+
+class BadRow(NamedTuple):
+    """Row that cannot be used: where it stands, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> UserError:
+    """Return the error that names the first bad rows and the number of the rest; key: its value `skip` leaves them out."""
+    shown = [str(row) for row in bad[:SHOWN]]
+    more = f"; and {count - len(shown):,} more" if count > len(shown) else ""
+    skip = "it" if count == 1 else f"all {count:,}"
+    return UserError(f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip.")
+
+
+def read_records(path, start: int = 0, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row or BadRow) of a file behind its first `start` rows; None for a blank line.
+
+    Numbers count lines of jsonl and of text, rows of the other formats. Raises UserError for a file that is damaged.
+    """
+    kind = format_of(path).kind
+    if kind in PLAIN_TEXT:
+        rows = ((number, line if isinstance(line, BadRow) else line.rstrip("\r\n")) for number, line in lines(path, encoding))
+    else:
+        read = {"parquet": _parquet, "arrow": _arrow, "csv": _csv, "tsv": _csv}.get(kind, _json)
+        rows = enumerate(read(path, encoding), start=1) if read is not _json else _json(path, encoding)
+    return (row for row in rows if row[0] > start)
+
+
+@contextmanager
+def damage(path, position):
+    """Turn what a damaged file raises into a UserError that names the file and `position()`, such as "line 12"."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {undecodable(error)} after {position()}.") from None
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged after {position()} ({short(error)}). Fetch it again.") from error
+
+
+def undecodable(error: UnicodeDecodeError) -> str:
+    """Return in words that bytes do not fit `data.encoding`, with a proposal."""
+    name = {"utf-8": "UTF-8"}.get(error.encoding, error.encoding)
+    other = "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8"
+    return f"is not {name} text ({error.reason}). Convert the file, or name its encoding by data.encoding={other}"
+
+
+def lines(path, encoding: str = "utf-8") -> Iterator[tuple[int, str | BadRow]]:
+    """Yield (number from 1, line) of a text file, a BadRow for a line that is too long or cannot be decoded."""
+    number = 0
+    with damage(path, lambda: f"line {number:,}"), open_utf8(path, encoding) as (file, encoding):
+        while raw := file.readline(DOCUMENT_BYTES):
+            number += 1
+            where = f"{path}: line {number:,}"
+            if len(raw) == DOCUMENT_BYTES and not raw.endswith(b"\n"):
+                while (more := file.readline(CHUNK)) and not more.endswith(b"\n"):
+                    pass
+                yield number, BadRow(where, too_long())
+                continue
+            if number == 1 and encoding == "utf-8" and raw.startswith(codecs.BOM_UTF8):
+                raw = raw[3:]
+            try:
+                line = raw.decode(encoding)
+            except UnicodeDecodeError as error:
+                line = BadRow(where, undecodable(error))
+            yield number, line
+
+
+@contextmanager
+def open_utf8(path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a text file whose lines end at the byte 10; return it and the encoding its lines have then."""
+    try:
+        encoding = codecs.lookup(encoding).name
+    except LookupError:
+        raise UserError(f"data.encoding={encoding}: Python knows no such encoding. Try utf-8, cp1252 or utf-16.") from None
+    with open_bytes(path) as file:
+        if "\n".encode(encoding) == b"\n":
+            yield file, encoding
+        else:  # utf-16, utf-32
+            yield io.BufferedReader(_Recoded(file, encoding)), "utf-8"
+
+
+class _Recoded(io.RawIOBase):
+    """Bytes of a file in UTF-8, whatever its encoding."""
+
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
+        self.file, self.decoder, self.rest = file, codecs.getincrementaldecoder(encoding)(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.rest:
+            raw = self.file.read(len(buffer))
+            self.rest = self.decoder.decode(raw, final=not raw).encode()
+            if not raw:
+                break
+        data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def too_long() -> str:
+    """Return in words that a row is longer than DOCUMENT_BYTES."""
+    return f"is longer than {in_bytes(DOCUMENT_BYTES)}. Cut it into documents"
+
+
+def short(error: Exception) -> str:
+    """Return the first line of an error, at most 160 characters."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+
+
+# ---- json -----------------------------------------------------------------------------------------------------------
+
+
+def _json(path, encoding: str) -> Iterator[tuple[int, Any]]:
+    """Yield (number, row) of JSON lines, of one array of rows, or of objects over several lines."""
+    if not is_json_lines(path, encoding):
+        yield from enumerate(_json_values(path, encoding), start=1)
+        return
+    for number, line in lines(path, encoding):
+        yield number, parse(line, path, number)
+
+
+def parse(line: str | BadRow, path, number: int) -> Any:
+    """Return the value of a line of JSON; None for a blank line, a BadRow for what is no JSON."""
+    if isinstance(line, BadRow):
+        return line
+    if not line.strip():
+        return None
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"{path}: line {number:,}", f"is not valid JSON ({short(error)})")
+
+
+def is_json_lines(path, encoding: str = "utf-8") -> bool:
+    """Return whether a file of JSON holds a row per line; False for one array of rows and rows over several lines."""
+    first = None
+    for _, line in lines(path, encoding):
+        if isinstance(line, BadRow):
+            return True
+        if line.strip():
+            if first is not None:  # a second line: rows, if the first is whole
+                return True
+            try:
+                first = json.loads(line)
+            except (ValueError, RecursionError):
+                # `{` alone on the line begins a row of several lines; any more is a bad row of JSON lines
+                return line.strip() not in ("{", "[", "[{", "[[") and not line.lstrip().startswith("[")
+            if isinstance(first, list) and (not first or _is_turn(first[0])):
+                return True
+            if not isinstance(first, list):
+                return True
+    return not isinstance(first, list)
+
+
+def _is_turn(value) -> bool:
+    """Return whether a value is one turn of a conversation, so that a list of them is one row."""
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def _json_values(path, encoding: str) -> Iterator[Any]:
+    """Yield the rows of one array, or values one after the other. After a fault nothing more can be read: UserError."""
+    decoder, text, at, number, in_array, ended = json.JSONDecoder(), "", 0, 0, None, False
+    turns: list = []
+    with damage(path, lambda: f"row {number:,}"), open_utf8(path, encoding) as (file, encoding):
+        reader = codecs.getreader("utf-8-sig" if encoding == "utf-8" else encoding)(file)
+        while True:
+            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,")) if at < len(text) else 0
+            if in_array is None and at < len(text):
+                in_array = text[at] == "["
+                at += in_array
+                continue
+            if at < len(text) and in_array and text[at] == "]":
+                break
+            try:
+                if at >= len(text):
+                    raise ValueError("the file ends within the array") if in_array else StopIteration
+                value, end = decoder.raw_decode(text, at)
+                if end == len(text) and not ended:
+                    raise ValueError("unfinished")
+            except StopIteration:
+                if ended:
+                    break
+                value = None
+            except (ValueError, RecursionError) as error:
+                if ended or len(text) - at > DOCUMENT_BYTES:
+                    raise UserError(f"{path}: row {number + 1:,} is not valid JSON ({short(error)}). Correct it.") from None
+                value = None
+            else:
+                number, at = number + 1, end
+                if in_array and _is_turn(value):
+                    turns.append(value)
+                else:
+                    yield value
+                continue
+            more = reader.read(max(CHUNK, len(text) - at))
+            text, at, ended = text[at:] + more, 0, not more
+    if turns:
+        yield turns
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _csv(path, encoding: str) -> Iterator[dict | BadRow]:
+    """Yield the rows of a table with a head line; a BadRow for one with another number of fields."""
+    csv.field_size_limit(DOCUMENT_BYTES)
+    tabs = format_of(path).kind == "tsv"
+    found: list[BadRow] = []
+
+    def texts() -> Iterator[str]:
+        for _, line in lines(path, encoding):
+            found.extend([line] if isinstance(line, BadRow) else [])
+            yield "\n" if isinstance(line, BadRow) else line
+
+    rows = csv.reader(texts(), delimiter="\t" if tabs else ",", strict=True)
+    head: list[str] | None = None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(f"{path}: line {rows.line_num:,} is no valid row ({error}). Correct it.") from None
+        if row is None:
+            return
+        if found:
+            yield found.pop()
+        elif head is None:
+            if row:
+                head = row
+            if len(set(row)) < len(row):
+                raise UserError(f"{path}: the head line names a column twice ({', '.join(row)}). Name each once.")
+        elif row:
+            where = f"{path}: line {rows.line_num:,}"
+            fits = len(row) == len(head)
+            yield dict(zip(head, row, strict=True)) if fits else BadRow(
+                where, f"has {len(row)} fields, the head line {len(head)}"
+            )
+
+
+@contextmanager
+def seekable(path) -> Iterator[Any]:
+    """Return what pyarrow can read at any place: the path, or a temporary copy of what is compressed or in an archive."""
+    if isinstance(path, Path) and not format_of(path).compression:
+        yield path
+        return
+    with tempfile.TemporaryFile() as copy:
+        with damage(path, lambda: "its beginning"), open_bytes(path) as file:
+            shutil.copyfileobj(file, copy)
+        copy.seek(0)
+        yield copy
+
+
+def _parquet(path, encoding: str) -> Iterator[Any]:
+    """Yield the rows of a parquet file as dicts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with seekable(path) as opened:
+        try:
+            with pq.ParquetFile(opened) as file:
+                for batch in file.iter_batches(READ_ROWS, use_threads=False):
+                    for row in _dicts(batch, path, number):
+                        number += 1
+                        yield row
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+
+
+def _arrow(path, encoding: str) -> Iterator[Any]:
+    """Yield the rows of an arrow file or stream as dicts."""
+    number = 0
+    for batch in arrow_batches(path):
+        for row in _dicts(batch, path, number):
+            number += 1
+            yield row
+
+
+def arrow_batches(path) -> Iterator:
+    """Yield the record batches of an arrow file or stream. Raises UserError for a file that is neither."""
+    import pyarrow as pa
+
+    number = 0
+    with seekable(path) as opened, open(opened, "rb") if isinstance(opened, Path) else opened as file:
+        try:
+            magic = file.read(6)
+            file.seek(0)
+            if magic == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                batches = iter(pa.ipc.open_stream(file))
+            for batch in batches:
+                yield batch
+                number += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+
+
+def _dicts(batch, path, before: int) -> Iterator[Any]:
+    """Yield the rows of a record batch as dicts, a BadRow for one whose text is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield BadRow(f"{path}: row {before + number + 1:,}", "is not UTF-8 text")
+
+
