@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import lzma
+import re
 import shutil
 import tempfile
 import zipfile
@@ -27,6 +28,7 @@ DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would 
 READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long: bounds the memory
 SHOWN = 10  # bad rows that one message names
 CHUNK = 1 << 20
+BETWEEN = re.compile(r"[ \t\r\n,]*")  # what stands between the values of an array
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError)
 
 
@@ -171,6 +173,8 @@ def parse(line: str | BadRow, path, number: int) -> Any:
 
 def is_json_lines(path, encoding: str = "utf-8") -> bool:
     """Return whether a file of JSON holds a row per line; False for one array of rows and rows over several lines."""
+    if _begins_array_of_rows(path, encoding):
+        return False
     first = None
     for _, line in lines(path, encoding):
         if isinstance(line, BadRow):
@@ -190,6 +194,25 @@ def is_json_lines(path, encoding: str = "utf-8") -> bool:
     return not isinstance(first, list)
 
 
+def _begins_array_of_rows(path, encoding: str) -> bool:
+    """Return True where the first bytes show an array and in it an object that is no turn of a conversation.
+
+    So an array of any length on one line is not read as one row.
+    """
+    try:
+        with open_utf8(path, encoding) as (file, encoding):
+            text = file.read(1 << 16).decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n")
+    except DAMAGE:
+        return False  # told where the rows are read
+    if not text.startswith("["):
+        return False
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, BETWEEN.match(text, 1).end())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and not _is_turn(value)
+
+
 def _is_turn(value) -> bool:
     """Return whether a value is one turn of a conversation, so that a list of them is one row."""
     return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
@@ -202,7 +225,7 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
     with damage(path, lambda: f"row {number:,}"), open_utf8(path, encoding) as (file, encoding):
         reader = codecs.getreader("utf-8-sig" if encoding == "utf-8" else encoding)(file)
         while True:
-            at += len(text[at:]) - len(text[at:].lstrip(" \t\r\n,")) if at < len(text) else 0
+            at = BETWEEN.match(text, at).end()
             if in_array is None and at < len(text):
                 in_array = text[at] == "["
                 at += in_array
