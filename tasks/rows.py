@@ -67,7 +67,7 @@ class RowCheck:
         return False
 
     def finish(self, kept: int) -> None:
-        """Raise UserError for the bad rows, unless they are skipped, and where rows were left out and none is kept."""
+        """Raise UserError for bad rows, unless they are skipped, and where no row is left; print what was left out."""
         listed = list(self._lines())
         if self._bad and not self._skips:
             if self._bad == 1:
@@ -78,6 +78,8 @@ class RowCheck:
         if self.skipped and not kept:
             first = f"; the first: {listed[0]}" if listed else ""
             raise UserError(f"{self.key}: no row is left ({describe(self.skipped)}){first}")
+        if self.skipped:
+            print(f"{self.key}: {kept:,} rows, left out: {describe(self.skipped)}", flush=True)
 
     def _lines(self) -> Iterator[str]:
         """Yield the first bad rows; a problem that came before is told by its row."""

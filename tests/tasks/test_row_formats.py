@@ -257,12 +257,14 @@ def test_neighbours_are_joined_where_the_configuration_says_so(tmp_path):
         build(tmp_path, [*TALK, ANSWER | {"weight": 0}], merge_neighbours=True)
 
 
-def test_dropped_rows_are_counted_by_reason(tmp_path):
+def test_dropped_rows_are_counted_by_reason(tmp_path, capsys):
     rows = [TALK, {"prompt": "Q", "completion": "B", "label": False}, [USER, ANSWER | {"content": ""}], TALK, {"x": 1}]
     keys = {"empty_answers": "drop", "false_labels": "drop"}
     task = build(tmp_path, *rows, bad_rows="skip", **keys)
     assert [c["messages"] for c in task] == [TALK, TALK]
     assert task.skipped == {"label false": 1, "empty answer": 1, "bad rows of rows.jsonl": 1}
+    said = "data.tasks.talk.train: 2 rows, left out: label false: 1, empty answer: 1, bad rows of rows.jsonl: 1"
+    assert said in capsys.readouterr().out
     assert len(build(tmp_path, *rows, bad_rows="skip", limit=2, **keys)) == 2
     with pytest.raises(
         UserError, match=r"no row is left \(label false: 1, bad rows of rows.jsonl: 1\); the first: .*row 2"
