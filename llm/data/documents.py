@@ -203,15 +203,15 @@ class FileDocuments:
             self._scan()
         self._find_documents()
         kinds, count = sorted({format_of(path).kind for path in self.files}), len(self.files)
-        notes = [self.note, *(format_of(path).note for path in self.files)]
+        held_out = f"validation: {self._held_out()}"
+        return f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; {held_out}{self._notes()}"
+
+    def _notes(self) -> str:
+        """Return what else there is to say about the files, each part behind a semicolon."""
         bad = sum(self.skipped.values())
+        notes = [self.note, *(format_of(path).note for path in self.files if isinstance(path, Path) and path.exists())]
         notes.append(f"skipped: {bad:,} bad row{'s' * (bad > 1)} ({self.key}.bad_rows=skip)" if bad else "")
-        return "; ".join(
-            [
-                f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; validation: {self._held_out()}",
-                *filter(None, notes),
-            ]
-        )
+        return "".join(f"; {note}" for note in notes if note)
 
     def _scan(self) -> None:
         """Read every row once. Raises UserError that names the bad ones, if they are not to be skipped."""

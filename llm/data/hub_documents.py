@@ -65,7 +65,7 @@ class HubDocuments(FileDocuments):
         size = sum(file.size for file in self.remote)
         return (
             f"{count} shards of {self.where}, {in_bytes(size)}, {here} of them in {self.folder.root}; "
-            f"validation: {self._held_out()}"
+            f"validation: {self._held_out()}{self._notes()}"
         )
 
     def present(self, path: Path) -> Path:

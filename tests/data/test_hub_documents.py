@@ -211,7 +211,7 @@ def test_data_sets_that_cannot_be_split_or_read(hub, folder, tmp_path):
     assert "left out: 1 shards, the test split by name" in divided.check()
     with pytest.raises(UserError, match="has one shard only, data/train-0.jsonl"):
         documents(splits, files="*train*")
-    with pytest.raises(UserError, match=r"mixes 1 jsonl and 1 txt files.*data.files='\*.txt'"):
+    with pytest.raises(UserError, match=r"mixes 1 jsonl and 1 txt files.*data.files='\*.jsonl'"):
         documents(fresh({"a.jsonl": b"{}", "b.txt": b"b"}))
     with pytest.raises(UserError, match=r"shard_\d.parquet is no readable parquet file on the hub itself"):
         documents(fresh({"shard_0.parquet": b"PAR1", "shard_1.parquet": b"PAR1 and no footer"}), files="*_*").check()
