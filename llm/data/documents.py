@@ -17,7 +17,7 @@ from llm.data.files import find_data_files, format_of
 from llm.data.formats import Column, check_file, count_rows, read_rows
 from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
-from llm.errors import UserError
+from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
@@ -275,8 +275,9 @@ class FileDocuments:
 
     def _rows(self, shard: Shard, start: int) -> Iterator[str | None]:
         """Yield rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
-        first = shard.start + start
-        for number, text in enumerate(read_rows(self.present(shard.path), self.column, first), start=first):
+        first, path = shard.start + start, self.present(shard.path)
+        began = _stamp(path)
+        for number, text in enumerate(read_rows(path, self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
                 return
             if text.__class__ is BadRow:
@@ -285,6 +286,8 @@ class FileDocuments:
                 self._count(shard.path, number)
                 text = None
             yield text
+        if _stamp(path) != began:
+            raise BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
 
 
 class LocalDocuments(FileDocuments):
@@ -329,6 +332,14 @@ class LocalDocuments(FileDocuments):
         super().__init__(
             files, where, column, val_size, key, val=validate, note="; ".join(filter(None, notes)), **options
         )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return size and time of change of a file of this machine, by which a change is noticed."""
+    if not isinstance(path, Path):
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _named(files: Sequence[Path]) -> str:

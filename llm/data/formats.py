@@ -27,7 +27,7 @@ from llm.data.records import (
     too_long,
     undecodable,
 )
-from llm.errors import UserError
+from llm.errors import BadData, UserError
 
 READ_BYTES = 1 << 26  # parquet: bytes decoded at a time, where rows are long
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
@@ -177,7 +177,7 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path}: damaged after row {row:,} ({short(error)}). Fetch it again.") from error
+                raise BadData(f"{path}: damaged after row {row:,} ({short(error)}). Fetch it again.") from error
             if batch is None:
                 return
             yield from _texts(batch, column, path, row, max(0, start - row))

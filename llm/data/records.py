@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from llm.data.files import PLAIN_TEXT, ZipMember, format_of, open_bytes
-from llm.errors import UserError
+from llm.errors import BadData, UserError
 from llm.utils.format import in_bytes
 
 DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
@@ -39,14 +39,12 @@ class BadRow(NamedTuple):
         return f"{self.where}: {self.reason}"
 
 
-def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> UserError:
+def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> BadData:
     """Return the error that names the first bad rows and the number of the rest; `key`=skip leaves them out."""
     shown = [str(row) for row in bad[:SHOWN]]
     more = f"; and {count - len(shown):,} more" if count > len(shown) else ""
     skip = "it" if count == 1 else f"all {count:,}"
-    return UserError(
-        f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip."
-    )
+    return BadData(f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip.")
 
 
 def read_records(path, start: int = 0, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
@@ -72,9 +70,9 @@ def damage(path, position):
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {undecodable(error)}, after {position()}.") from None
+        raise BadData(f"{path}: {undecodable(error)}, after {position()}.") from None
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged after {position()} ({short(error)}). Fetch it again.") from error
+        raise BadData(f"{path}: damaged after {position()} ({short(error)}). Fetch it again.") from error
 
 
 def undecodable(error: UnicodeDecodeError) -> str:
@@ -308,7 +306,7 @@ def _parquet(path, encoding: str) -> Iterator[Any]:
                         number += 1
                         yield row
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+            raise BadData(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
 
 
 def _arrow(path, encoding: str) -> Iterator[Any]:
@@ -338,7 +336,7 @@ def arrow_batches(path) -> Iterator:
                 yield batch
                 number += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+            raise BadData(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
 
 
 def _dicts(batch, path, before: int) -> Iterator[Any]:
