@@ -5,6 +5,8 @@ from pathlib import Path
 
 from callbacks.cadence import Periodic
 from llm.checkpoint.resume import checkpoint_path
+from llm.errors import BadData
+from llm.parallel import collectives
 
 
 class StepCheckpoint(Periodic):
@@ -31,6 +33,13 @@ class StepCheckpoint(Periodic):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         trainer.strategy.checkpoint_io.check()
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        """Save the last step before data that cannot be read; several processes cannot meet here, they lose steps."""
+        if isinstance(exception, BadData) and module.global_step and collectives.world_size() == 1:
+            self.act(trainer, module, module.global_step)
+            trainer.strategy.checkpoint_io.finish()
+            exception.args = (f"{exception.args[0]} Step {module.global_step} was saved; the same command resumes.",)
 
     def act(self, trainer, module, step) -> None:
         if self.saved != step:

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class BadData(UserError):
+    """Raised for data that cannot be read on: a bad row, or a damaged file. Training saves its last step before."""
+
+
 class BadLoss(UserError):
     """A training step whose loss is not finite or far above the last ones, raised before it changes the weights.
 

@@ -89,7 +89,19 @@ class SourceSpec:
         default=1.0,
         metadata={"help": "share of the characters, relative to the weights of the other sources", "low": 0},
     )
-    path: str | None = field(default=None, metadata={"help": "folder, file or pattern of text: parquet, jsonl or txt"})
+    path: str | None = field(
+        default=None, metadata={"help": "folder, file or pattern of text in any format of docs/data.md"}
+    )
+    train: Any = field(default=None, metadata={"help": "text to train on: a path, a pattern or a list, before path"})
+    val: Any = field(default=None, metadata={"help": "text that validates: a path, a pattern or a list"})
+    bad_rows: str = field(
+        default="stop",
+        metadata={"help": "rows that cannot be used: stop, or skip and count them", "choices": ("stop", "skip")},
+    )
+    encoding: str | None = field(default=None, metadata={"help": "encoding of text files; null = utf-8"})
+    separator: str | None = field(
+        default=None, metadata={"help": "ends a document of a txt file; null = blank lines and <|endoftext|>"}
+    )
     repo: str | None = field(default=None, metadata={"help": "data set on the Hugging Face hub, <owner>/<name>"})
     revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the data set on the hub; null = main"}
@@ -116,7 +128,12 @@ class DataConfig:
     """Config group `data`: text, tasks and mixtures."""
 
     name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
-    path: str | None = key("folder, file or pattern of text: parquet, jsonl or txt (data=local)", main=True)
+    path: str | None = key("folder, file or pattern of text in any format of docs/data.md (data=local)", main=True)
+    train: Any = key("text to train on: a path, a pattern or a list, instead of data.path; null = by file names")
+    val: Any = key("text that validates: a path, a pattern or a list of them; null = by file names")
+    bad_rows: str = key("rows that cannot be used: stop, or skip and count them", choices=("stop", "skip"))
+    encoding: str | None = key("encoding of text files, such as cp1252 or utf-16; null = utf-8")
+    separator: str | None = key("ends a document of a txt file, inline too; null = blank lines and <|endoftext|>")
     repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
     revision: str | None = key("branch, tag or commit of data.repo; null = main")
     files: str | None = key("pattern of the shards of data.repo, such as 'data/train-*.parquet'; null = all")

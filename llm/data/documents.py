@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm.data.formats import Column, check_file, count_rows, find_files, kind_of, read_rows
-from llm.errors import UserError
+from llm.data.files import find_data_files, format_of
+from llm.data.formats import Column, check_file, count_rows, read_rows
+from llm.data.records import SHOWN, BadRow, bad_rows_error
+from llm.data.splits import divide
+from llm.errors import BadData, UserError
 
+SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -126,22 +130,43 @@ class Shard:
 
 
 class FileDocuments:
-    """Documents in parquet, jsonl or txt files, read in name order. The last file is the validation split.
+    """Documents in files of any format of llm.data.files, read in name order, divided by `files` and `val`.
 
-    With `val_size`, only the last `val_size` documents of that file validate, and the rest of it is trained on. A
-    single file without `val_size` lends its last 5 % (at least one document). Rows of parquet and jsonl files carry the
-    text in `column`; null and blank rows are skipped. A .txt file is cut into documents at lines that read
-    <|endoftext|>, at the first blank line after 2,000 characters and at the first line end after 8,000: neither a whole
-    book nor every short line becomes one document. `key` is the place in the configuration that error messages name.
+    Without `val` the last file is the validation split. With `val_size`, only the last `val_size` documents of that
+    file validate, and the rest of it is trained on. A single file without `val_size` lends its last 5 % (at least one
+    document). Rows carry the text in `column`; null and blank rows are skipped. A text file (.txt, .md, source code) is
+    cut into documents at lines that read <|endoftext|>, at the first blank line after 2,000 characters and at the first
+    line end after 8,000: neither a whole book nor every short line becomes one document. `key` is the place in the
+    configuration that error messages name. bad_rows: "stop" raises UserError for a row that cannot be used, "skip"
+    counts it in `skipped`. note: what the files' names decided, for the line of `check`.
     """
 
     is_stored = True  # the files are on this machine
 
     def __init__(
-        self, files: Sequence[Path], where: str, column: str = "text", val_size: int | None = None, key: str = "data"
+        self,
+        files: Sequence[Path],
+        where: str,
+        column: str = "text",
+        val_size: int | None = None,
+        key: str = "data",
+        *,
+        val: Sequence[Path] = (),
+        bad_rows: str = "stop",
+        encoding: str | None = None,
+        separator: str | None = None,
+        note: str = "",
     ) -> None:
-        self.files, self.where, self.key, self.val_size = files, where, key, val_size
-        self.column = Column(column, f"{key}.column")
+        if val and val_size is not None:
+            raise UserError(
+                f"{key}.val_size={val_size}: {val[-1].name} validates, by its name or by {key}.val. Leave out "
+                f"{key}.val_size, or name the files to train on in {key}.train"
+            )
+        self.files, self.where, self.key, self.val_size = [*files, *val], where, key, val_size
+        self.n_train, self.bad_rows, self.note = len(files), bad_rows, note
+        self.column = Column(column, f"{key}.column", encoding or "utf-8", separator)
+        self.skipped: dict[str, int] = {}  # by file: bad rows that were left out, each counted once
+        self._last_bad: dict[str, int] = {}
         self._split: dict[str, list[Shard]] | None = None
 
     def shards(self, split: str) -> list[Shard]:
@@ -174,9 +199,38 @@ class FileDocuments:
         """
         for path in self.files:
             check_file(path, self.column)
+        if self.is_stored and sum(path.stat().st_size for path in self.files) <= SCAN_BYTES:
+            self._scan()
         self._find_documents()
-        kinds, count = sorted({kind_of(path.name) for path in self.files}), len(self.files)
-        return f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; validation: {self._held_out()}"
+        kinds, count = sorted({format_of(path).kind for path in self.files}), len(self.files)
+        held_out = f"validation: {self._held_out()}"
+        return f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; {held_out}{self._notes()}"
+
+    def _notes(self) -> str:
+        """Return what else there is to say about the files, each part behind a semicolon."""
+        bad = sum(self.skipped.values())
+        notes = [self.note, *(format_of(path).note for path in self.files if isinstance(path, Path) and path.exists())]
+        notes.append(f"skipped: {bad:,} bad row{'s' * (bad > 1)} ({self.key}.bad_rows=skip)" if bad else "")
+        return "".join(f"; {note}" for note in notes if note)
+
+    def _scan(self) -> None:
+        """Read every row once. Raises UserError that names the bad ones, if they are not to be skipped."""
+        bad, count = [], 0
+        for path in self.files:
+            for number, row in enumerate(read_rows(path, self.column, 0)):
+                if isinstance(row, BadRow):
+                    count += 1
+                    bad += [row] if len(bad) < SHOWN else []
+                    self._count(path, number)
+        if bad and self.bad_rows == "stop":
+            raise bad_rows_error(bad, count, f"{self.key}.bad_rows")
+
+    def _count(self, path: Path, number: int) -> None:
+        """Count a bad row of a file, unless it was counted in an epoch before."""
+        name = str(path)
+        if number > self._last_bad.get(name, -1):
+            self._last_bad[name] = number
+            self.skipped[name] = self.skipped.get(name, 0) + 1
 
     def _find_documents(self) -> None:
         """Raise UserError if a split has no document."""
@@ -189,14 +243,20 @@ class FileDocuments:
 
     def _held_out(self) -> str:
         """Return the validation split in words."""
-        val = self.shards("val")[0]
+        shards = self.shards("val")
+        val = shards[0]
+        if self.n_train < len(self.files):
+            return f"{val.path.name}, by its name" if len(shards) == 1 else f"{len(shards)} files, by their names"
         if val.stop is None:
-            return val.path.name
+            return f"{val.path.name}, the last file, as no name says what validates"
         alone = ", as it is a single file" if self.val_size is None else ""
         return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}{alone}"
 
     def _make_split(self) -> dict[str, list[Shard]]:
         """Return {split: shards}. Raises UserError if the files cannot give both splits a document."""
+        if self.n_train < len(self.files):
+            train, val = self.files[: self.n_train], self.files[self.n_train :]
+            return {"train": [Shard(path) for path in train], "val": [Shard(path) for path in val]}
         last = self.files[-1]
         if len(self.files) > 1 and self.val_size is None:
             return {"train": [Shard(path) for path in self.files[:-1]], "val": [Shard(last)]}
@@ -215,19 +275,76 @@ class FileDocuments:
 
     def _rows(self, shard: Shard, start: int) -> Iterator[str | None]:
         """Yield rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
-        first = shard.start + start
-        for number, text in enumerate(read_rows(self.present(shard.path), self.column, first), start=first):
+        first, path = shard.start + start, self.present(shard.path)
+        began = _stamp(path)
+        for number, text in enumerate(read_rows(path, self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
                 return
+            if text.__class__ is BadRow:
+                if self.bad_rows == "stop":
+                    raise bad_rows_error([text], 1, f"{self.key}.bad_rows")
+                self._count(shard.path, number)
+                text = None
             yield text
+        if _stamp(path) != began:
+            raise BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
 
 
 class LocalDocuments(FileDocuments):
-    """Documents of the user's own: a file, a folder (with its subfolders) or a glob."""
+    """Documents of the user's own: a file, a folder (with its subfolders), a glob or a list of them.
 
-    def __init__(self, path: str | Path, column: str = "text", val_size: int | None = None, key: str = "data") -> None:
-        files = find_files(path, f"{key}.path")
-        super().__init__(files, f"{key}.path={path}", column, val_size, key)
+    The names of files and folders say what trains and what validates (llm.data.splits); files of a test split are not
+    read. `train` and `val` name files instead: what `train` names is trained on, whatever its name, and `path` is not
+    read then; what `val` names validates and is never trained on.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        column: str = "text",
+        val_size: int | None = None,
+        key: str = "data",
+        *,
+        train: str | Sequence[str] | None = None,
+        val: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        found = find_data_files(train or path, f"{key}.{'train' if train else 'path'}")
+        held = find_data_files(val, f"{key}.val") if val else None
+        notes = [found.left_out, held.left_out if held else ""]
+        parts = divide(found.names)
+        alone = len(found.files) == 1 and str(found.files[0]) == str(Path(path or "").expanduser())
+        if train or alone:  # named by the user: its name need not say anything
+            files, validate = found.files, []
+        else:
+            files, validate = ([found.files[i] for i in part] for part in parts[:2])
+            if parts.test:
+                notes.append(f"left out: {_named([found.files[i] for i in parts.test])}, the test split by name")
+        if held:
+            resolved = {str(file.resolve()) for file in held.files}
+            files, validate = [file for file in files if str(file.resolve()) not in resolved], held.files
+        if not files:
+            raise UserError(
+                f"{key}.path={path}: {_named(found.files)}: by their names none of the files is to be trained on. Name "
+                f"those to train on in {key}.train"
+            )
+        where = f"{key}.train={train}" if train else f"{key}.path={path}"
+        super().__init__(
+            files, where, column, val_size, key, val=validate, note="; ".join(filter(None, notes)), **options
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return size and time of change of a file of this machine, by which a change is noticed."""
+    if not isinstance(path, Path):
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _named(files: Sequence[Path]) -> str:
+    """Return the name of a file, or the number of several."""
+    return files[0].name if len(files) == 1 else f"{len(files)} files"
 
 
 class EmbeddedDocuments:

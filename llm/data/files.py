@@ -53,7 +53,7 @@ class Format(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Data files in name order, one line on what is left out ("" for nothing), and each file's name below its folder."""
+    """Data files in name order, one line on what is left out ("" for nothing), and each name below the folder."""
 
     files: list
     left_out: str
@@ -103,6 +103,8 @@ def format_of(path) -> Format:
     Raises UserError for a file that cannot be read or whose content no reader knows.
     """
     kind, named = kind_of(path.name), split_suffix(path.name)[1]
+    if not isinstance(path, Path | ZipMember):  # far away: a look inside costs a request
+        return Format(kind, named)
     head = _head(path)
     compression = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
     if named and not compression:  # the decompressor names the damage

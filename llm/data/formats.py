@@ -27,7 +27,7 @@ from llm.data.records import (
     too_long,
     undecodable,
 )
-from llm.errors import UserError
+from llm.errors import BadData, UserError
 
 READ_BYTES = 1 << 26  # parquet: bytes decoded at a time, where rows are long
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
@@ -101,7 +101,7 @@ def _text_of(row: Any, column: Column, path: Path, where: str) -> Row:
     for name in [column.name] if isinstance(row, dict) and column.name in row else column.name.split("."):
         if not isinstance(value, dict) or name not in value:
             keys = f"its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else "it is not an object"
-            return BadRow(f"{path}: {where}", f"has no {column}: {keys}")
+            return BadRow(f"{path}: {where}", f"no {column}: {keys}")
         value = value[name]
     if not isinstance(value, str | None):
         return BadRow(f"{path}: {where}", f"{column.name} is a {type(value).__name__}, not text")
@@ -177,7 +177,7 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path}: damaged after row {row:,} ({short(error)}). Fetch it again.") from error
+                raise BadData(f"{path}: damaged after row {row:,} ({short(error)}). Fetch it again.") from error
             if batch is None:
                 return
             yield from _texts(batch, column, path, row, max(0, start - row))
@@ -289,7 +289,7 @@ def _separated(path: Path, column: Column) -> Iterator[str | BadRow]:
         *whole, rest = (tail + line.replace("\r\n", "\n")).split(mark)
         for part in whole:
             if text := ("".join(held) + part).strip("\n"):
-                yield text if size + len(part) <= DOCUMENT_BYTES else BadRow(str(path), f"a document {too_long()}")
+                yield text if size + len(part) <= DOCUMENT_BYTES else BadRow(str(path), f"a document is {too_long()}")
             held, size = [], 0
         keep = len(mark) - 1  # a separator may go on in the next piece
         done, tail = (rest[:-keep], rest[-keep:]) if keep else (rest, "")
@@ -297,4 +297,4 @@ def _separated(path: Path, column: Column) -> Iterator[str | BadRow]:
         if size <= DOCUMENT_BYTES:
             held.append(done)
     if text := ("".join(held) + tail).strip("\n"):
-        yield text if size <= DOCUMENT_BYTES else BadRow(str(path), f"a document {too_long()}")
+        yield text if size <= DOCUMENT_BYTES else BadRow(str(path), f"a document is {too_long()}")

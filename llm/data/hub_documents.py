@@ -1,18 +1,19 @@
 """Text of a data set on the Hugging Face hub: shards are fetched ahead of the one that is read."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llm.data.documents import FileDocuments
 from llm.data.download import HubFile, HubFolder
-from llm.data.formats import KNOWN, check_file, check_one_kind, kind_of
+from llm.data.files import CLASSES, KNOWN, check_one_kind, kind_of
+from llm.data.formats import check_file
+from llm.data.splits import Parts, divide
 from llm.errors import UserError
 from llm.utils.format import in_bytes
 
 AHEAD = 8  # shards that are fetched before they are needed
-SPLITS = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./\d])")
 
 
 class HubDocuments(FileDocuments):
@@ -30,21 +31,26 @@ class HubDocuments(FileDocuments):
         column: str = "text",
         val_size: int | None = None,
         key: str = "data",
+        **options: Any,
     ) -> None:
         self.folder = folder
-        found = find_shards(folder, files, key)
-        if len(found) == 1 and val_size is None:
+        found, parts = find_shards(folder, files, key)
+        train, val = ([found[i] for i in part] for part in parts[:2])
+        if len(train) == 1 and not val and val_size is None:
             raise UserError(
-                f"{folder} has one shard only, {found[0].name}, so none is left for validation: set "
+                f"{folder} has one shard only, {train[0].name}, so none is left for validation: set "
                 f"{key}.val_size=<documents> and the last ones of it are held out"
             )
-        train = found[:-1]
+        last = [] if val else train[-1:]
+        train = train if val else train[:-1]
         if shards is not None and shards > max(len(train), 1):
             raise UserError(f"{key}.shards={shards}: {folder} has {len(train)} shards to train on, one validates")
-        self.remote = [*train[:shards], found[-1]]
+        self.remote = [*train[:shards], *last, *val]
         self._number = {folder.path(file): number for number, file in enumerate(self.remote)}
         self._ahead = AHEAD if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 0  # one process of a machine is enough
-        super().__init__(list(self._number), str(folder), column, val_size, key)
+        paths, count = list(self._number), len(self.remote) - len(val)
+        note = f"left out: {len(parts.test)} shards, the test split by name" if parts.test else ""
+        super().__init__(paths[:count], str(folder), column, val_size, key, val=paths[count:], note=note, **options)
 
     def check(self) -> str:
         """Fetch the first and the validation shard and look for column and documents; return one line on the source."""
@@ -59,7 +65,7 @@ class HubDocuments(FileDocuments):
         size = sum(file.size for file in self.remote)
         return (
             f"{count} shards of {self.where}, {in_bytes(size)}, {here} of them in {self.folder.root}; "
-            f"validation: {self._held_out()}"
+            f"validation: {self._held_out()}{self._notes()}"
         )
 
     def present(self, path: Path) -> Path:
@@ -68,24 +74,27 @@ class HubDocuments(FileDocuments):
         return self.folder.request(self.remote[number : number + 1 + self._ahead])[0].result()
 
 
-def find_shards(folder: HubFolder, pattern: str | None, key: str) -> list[HubFile]:
-    """Return the shards that `pattern` names. Raises UserError if there are none, or files of several kinds or splits.
+def find_shards(folder: HubFolder, pattern: str | None, key: str) -> tuple[list[HubFile], Parts]:
+    """Return the shards that `pattern` names, and how their names divide them.
 
-    Only a `pattern` may name files of several splits.
+    A pattern that names shards of one split only is taken as it is. Raises UserError if there are none, none to train
+    on, or files of several kinds.
     """
-    found = [file for file in folder.matching(pattern or "*") if kind_of(file.name)]
+    known = [file for file in folder.matching(pattern or "*") if kind_of(file.name)]
+    found = next((of for kinds in CLASSES if (of := [file for file in known if kind_of(file.name) in kinds])), [])
     if not found:
         asked = f"no file that matches {key}.files={pattern} and is {KNOWN}" if pattern else f"no {KNOWN} file"
         raise UserError(f"{folder}: there is {asked}; it holds {_examples([file.name for file in folder.files()])}")
     names = [file.name for file in found]
-    check_one_kind(names, f"{folder}: the data set", f"{key}.files='*%s'")
-    splits = {match[1] for name in names if (match := SPLITS.search(name))}
-    if pattern is None and len(splits) > 1:
+    check_one_kind(found, f"{folder}: the data set", f"{key}.files='*%s'")
+    parts = divide(names)
+    if pattern is not None and sum(map(bool, parts)) == 1:
+        parts = Parts(list(range(len(found))), [], [])
+    if not parts.train:
         raise UserError(
-            f"{folder} holds several splits ({', '.join(sorted(splits))}: {_examples(names)}): name the shards to "
-            f"read, such as {key}.files='*train*', with {key}.val_size=<documents> if the last is not to validate"
+            f"{folder} holds no shard to train on by their names ({_examples(names)}): name them in {key}.files"
         )
-    return found
+    return found, parts
 
 
 def _examples(names: Sequence[str], limit: int = 6) -> str:

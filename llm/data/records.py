@@ -16,12 +16,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llm.data.files import PLAIN_TEXT, format_of, open_bytes
-from llm.errors import UserError
+from llm.data.files import PLAIN_TEXT, ZipMember, format_of, open_bytes
+from llm.errors import BadData, UserError
 from llm.utils.format import in_bytes
 
 DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
@@ -42,12 +41,12 @@ class BadRow(NamedTuple):
         return f"{self.where}: {self.reason}"
 
 
-def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> UserError:
-    """Return the error that names the first bad rows and the number of the rest; key: its value `skip` leaves them out."""
+def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> BadData:
+    """Return the error that names the first bad rows and the number of the rest; `key`=skip leaves them out."""
     shown = [str(row) for row in bad[:SHOWN]]
     more = f"; and {count - len(shown):,} more" if count > len(shown) else ""
     skip = "it" if count == 1 else f"all {count:,}"
-    return UserError(f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip.")
+    return BadData(f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip.")
 
 
 def read_records(path, start: int = 0, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
@@ -57,7 +56,10 @@ def read_records(path, start: int = 0, encoding: str = "utf-8") -> Iterator[tupl
     """
     kind = format_of(path).kind
     if kind in PLAIN_TEXT:
-        rows = ((number, line if isinstance(line, BadRow) else line.rstrip("\r\n")) for number, line in lines(path, encoding))
+        rows = (
+            (number, line if isinstance(line, BadRow) else line.rstrip("\r\n"))
+            for number, line in lines(path, encoding)
+        )
     else:
         read = {"parquet": _parquet, "arrow": _arrow, "csv": _csv, "tsv": _csv}.get(kind, _json)
         rows = enumerate(read(path, encoding), start=1) if read is not _json else _json(path, encoding)
@@ -70,16 +72,16 @@ def damage(path, position):
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {undecodable(error)} after {position()}.") from None
+        raise BadData(f"{path}: {undecodable(error)}, after {position()}.") from None
     except DAMAGE as error:
-        raise UserError(f"{path}: damaged after {position()} ({short(error)}). Fetch it again.") from error
+        raise BadData(f"{path}: damaged after {position()} ({short(error)}). Fetch it again.") from error
 
 
 def undecodable(error: UnicodeDecodeError) -> str:
     """Return in words that bytes do not fit `data.encoding`, with a proposal."""
     name = {"utf-8": "UTF-8"}.get(error.encoding, error.encoding)
     other = "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8"
-    return f"is not {name} text ({error.reason}). Convert the file, or name its encoding by data.encoding={other}"
+    return f"not {name} text ({error.reason}). Convert the file, or name its encoding by data.encoding={other}"
 
 
 def lines(path, encoding: str = "utf-8") -> Iterator[tuple[int, str | BadRow]]:
@@ -109,7 +111,9 @@ def open_utf8(path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
     try:
         encoding = codecs.lookup(encoding).name
     except LookupError:
-        raise UserError(f"data.encoding={encoding}: Python knows no such encoding. Try utf-8, cp1252 or utf-16.") from None
+        raise UserError(
+            f"data.encoding={encoding}: Python knows no such encoding. Try utf-8, cp1252 or utf-16."
+        ) from None
     with open_bytes(path) as file:
         if "\n".encode(encoding) == b"\n":
             yield file, encoding
@@ -139,7 +143,7 @@ class _Recoded(io.RawIOBase):
 
 def too_long() -> str:
     """Return in words that a row is longer than DOCUMENT_BYTES."""
-    return f"is longer than {in_bytes(DOCUMENT_BYTES)}. Cut it into documents"
+    return f"longer than {in_bytes(DOCUMENT_BYTES)}. Cut it into documents"
 
 
 def short(error: Exception) -> str:
@@ -168,7 +172,7 @@ def parse(line: str | BadRow, path, number: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"{path}: line {number:,}", f"is not valid JSON ({short(error)})")
+        return BadRow(f"{path}: line {number:,}", f"not valid JSON ({short(error)})")
 
 
 def is_json_lines(path, encoding: str = "utf-8") -> bool:
@@ -187,9 +191,8 @@ def is_json_lines(path, encoding: str = "utf-8") -> bool:
             except (ValueError, RecursionError):
                 # `{` alone on the line begins a row of several lines; any more is a bad row of JSON lines
                 return line.strip() not in ("{", "[", "[{", "[[") and not line.lstrip().startswith("[")
-            if isinstance(first, list) and (not first or _is_turn(first[0])):
-                return True
-            if not isinstance(first, list):
+            is_array = isinstance(first, list) and first and isinstance(first[0], dict | list | str)
+            if not is_array or _is_turn(first[0]):
                 return True
     return not isinstance(first, list)
 
@@ -244,7 +247,9 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
                 value = None
             except (ValueError, RecursionError) as error:
                 if ended or len(text) - at > DOCUMENT_BYTES:
-                    raise UserError(f"{path}: row {number + 1:,} is not valid JSON ({short(error)}). Correct it.") from None
+                    raise UserError(
+                        f"{path}: row {number + 1:,} is not valid JSON ({short(error)}). Correct it."
+                    ) from None
                 value = None
             else:
                 number, at = number + 1, end
@@ -292,16 +297,18 @@ def _csv(path, encoding: str) -> Iterator[dict | BadRow]:
         elif row:
             where = f"{path}: line {rows.line_num:,}"
             fits = len(row) == len(head)
-            yield dict(zip(head, row, strict=True)) if fits else BadRow(
-                where, f"has {len(row)} fields, the head line {len(head)}"
+            yield (
+                dict(zip(head, row, strict=True))
+                if fits
+                else BadRow(where, f"has {len(row)} fields, the head line {len(head)}")
             )
 
 
 @contextmanager
 def seekable(path) -> Iterator[Any]:
-    """Return what pyarrow can read at any place: the path, or a temporary copy of what is compressed or in an archive."""
-    if isinstance(path, Path) and not format_of(path).compression:
-        yield path
+    """Return what pyarrow can read at any place: the path, or a temporary copy of what is packed."""
+    if not isinstance(path, ZipMember) and not format_of(path).compression:
+        yield path if isinstance(path, Path) else path.open()
         return
     with tempfile.TemporaryFile() as copy:
         with damage(path, lambda: "its beginning"), open_bytes(path) as file:
@@ -324,7 +331,7 @@ def _parquet(path, encoding: str) -> Iterator[Any]:
                         number += 1
                         yield row
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+            raise BadData(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
 
 
 def _arrow(path, encoding: str) -> Iterator[Any]:
@@ -354,7 +361,7 @@ def arrow_batches(path) -> Iterator:
                 yield batch
                 number += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+            raise BadData(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
 
 
 def _dicts(batch, path, before: int) -> Iterator[Any]:
@@ -366,6 +373,4 @@ def _dicts(batch, path, before: int) -> Iterator[Any]:
             try:
                 yield from batch.slice(number, 1).to_pylist()
             except UnicodeDecodeError:
-                yield BadRow(f"{path}: row {before + number + 1:,}", "is not UTF-8 text")
-
-
+                yield BadRow(f"{path}: row {before + number + 1:,}", "not UTF-8 text")

@@ -8,6 +8,15 @@ from llm.config.registries import TEXT_SOURCES
 from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments
 from llm.errors import UserError
 
+# Keys of the group `data` that say where text is, and the sources that read them; null where they are not given.
+READERS = {
+    **dict.fromkeys(("path", "train", "val"), ("local",)),
+    **dict.fromkeys(("repo", "revision", "files", "shards"), ("hub",)),
+    "sources": ("mixture",),
+    **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
+}
+BUILT_IN = ("embedded", "local", "hub", "mixture")
+
 
 def document_source(data, cache: str) -> DocumentSource:
     """Build the source of text of the config group `data` and check it as far as that is cheap; cache: paths.data."""
@@ -23,7 +32,14 @@ def build_source(data, cache: str) -> DocumentSource:
     """
     if data.get("streaming") and data.name != "hub":
         raise UserError(f"data.streaming=true is for data sets of the hub, not for data={data.name}; leave it out")
-    return TEXT_SOURCES.get(data.name, "data.name")(data, cache)
+    build = TEXT_SOURCES.get(data.name, "data.name")
+    for name, sources in READERS.items():
+        if data.get(name) is not None and data.name not in sources and data.name in BUILT_IN:
+            raise UserError(
+                f"data.{name}={data[name]} is not read by this option of data; leave it out or choose "
+                f"data={' or data='.join(sources)}"
+            )
+    return build(data, cache)
 
 
 def is_remote(data) -> bool:
@@ -82,7 +98,7 @@ def _source_spec(values, key: str):
 
 def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
     """Build documents of files: of this machine (kind "path") or of the hub ("repo"). key: where `spec` stands."""
-    if spec[kind] is None:
+    if spec[kind] is None and not (kind == "path" and spec.get("train")):
         needs = {
             "path": "data=local needs data.path=<folder, file or pattern of your text>",
             "repo": "data=hub needs data.repo=<owner>/<name> of a data set on the hub",
@@ -91,11 +107,22 @@ def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDo
     if kind == "path" and spec.get("streaming"):
         raise UserError(f"{key}.streaming=true is for data sets of the hub, not for {key}.path; leave it out")
     if kind == "path":
-        return LocalDocuments(spec.path, spec.column, spec.val_size, key)
+        return LocalDocuments(
+            spec.path, spec.column, spec.val_size, key, train=spec.get("train"), val=spec.get("val"), **_reading(spec)
+        )
     from llm.data.download import HubFolder
     from llm.data.hub_documents import HubDocuments
     from llm.data.streaming import StreamedDocuments
 
     documents = StreamedDocuments if spec.get("streaming") else HubDocuments
     folder = HubFolder(spec.repo, spec.revision or "main", cache, workers, key)
-    return documents(folder, spec.files, spec.shards, spec.column, spec.val_size, key)
+    return documents(folder, spec.files, spec.shards, spec.column, spec.val_size, key, **_reading(spec))
+
+
+def _reading(spec) -> dict:
+    """Return how rows are read; old configurations lack these keys."""
+    return {
+        "bad_rows": spec.get("bad_rows") or "stop",
+        "encoding": spec.get("encoding"),
+        "separator": spec.get("separator"),
+    }

@@ -32,7 +32,7 @@ class StreamedDocuments(HubDocuments):
         size = sum(file.size for file in self.remote)
         return (
             f"{len(self.remote)} shards of {self.where}, {in_bytes(size)}, read over the network; "
-            f"validation: {self._held_out()}"
+            f"validation: {self._held_out()}{self._notes()}"
         )
 
     def present(self, path) -> "RemoteFile":

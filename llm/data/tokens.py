@@ -86,7 +86,7 @@ class CachedDocuments:
                 "data.token_cache is for files of text (data=local, or data=hub without data.streaming); set "
                 "data.token_cache=null"
             )
-        self.tokenizer, self.folder, self.column = tokenizer, Path(folder), str(source.column)
+        self.tokenizer, self.folder, self.column = tokenizer, Path(folder), source.column.identity()
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         self._texts, self._source = source._rows, copy.copy(source)
         self._source._rows = self._rows

@@ -14,6 +14,7 @@ NEUTRAL_KEYS = (
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
+    *("data.bad_rows", "data.sources.*.bad_rows"),
 )
 # Keys that came later -> the value that does what was done before there was the key.
 ADDED = {"data.bad_rows": "stop"}

@@ -463,7 +463,7 @@ def test_validation_batches_cover_the_tokens_asked_for_on_any_number_of_ranks(fo
 @needs_shared("data/text")
 def test_real_text():
     source = LocalDocuments(REAL)
-    assert source.check() == f"5 parquet files, data.path={REAL}; validation: shard_00004.parquet"
+    assert source.check().startswith(f"5 parquet files, data.path={REAL}; validation: shard_00004.parquet")
     loader = TextSteps(source, Bytes(), StepLayout(2048, 8), buffer=200)
     steps = take(loader, 6)
     assert all(step["n_trained"] == 8 * 2048 for step in steps)

@@ -1,0 +1,292 @@
+"""Every format of text in every compression, splits by name, what is left out, and rows that cannot be used."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_files import read, words, write
+from omegaconf import OmegaConf
+
+from llm.data.documents import LocalDocuments
+from llm.data.files import find_data_files, format_of
+from llm.data.records import BadRow, bad_rows_error, read_records
+from llm.data.sources import build_source
+from llm.data.splits import divide, split_of
+from llm.errors import UserError
+
+ROWS = ["one, two", 'three "four"\nfive', "sechs äöü", "七"]
+
+
+def table(rows, delimiter):
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows([["id", "text"], *enumerate(rows)])
+    return out.getvalue().encode()
+
+
+def arrow(rows, new):
+    out, made = io.BytesIO(), pa.table({"id": range(len(rows)), "text": rows})
+    with new(out, made.schema) as writer:
+        writer.write_table(made)
+    return out.getvalue()
+
+
+def parquet(rows):
+    out = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(rows)), "text": rows}), out)
+    return out.getvalue()
+
+
+def objects(rows):
+    return [{"id": number, "text": row} for number, row in enumerate(rows)]
+
+
+FORMATS = {  # name of a file -> its content
+    "lines.jsonl": lambda rows: "\n".join(map(json.dumps, objects(rows))).encode(),
+    "lines.json": lambda rows: "\n".join(map(json.dumps, objects(rows))).encode(),
+    "array.json": lambda rows: json.dumps(objects(rows)).encode(),
+    "array.jsonl": lambda rows: json.dumps(objects(rows)).encode(),
+    "pretty.json": lambda rows: json.dumps(objects(rows), indent=2).encode(),
+    "table.csv": lambda rows: table(rows, ","),
+    "table.tsv": lambda rows: table(rows, "\t"),
+    "table.parquet": parquet,
+    "file.arrow": lambda rows: arrow(rows, pa.ipc.new_file),
+    "stream.arrow": lambda rows: arrow(rows, pa.ipc.new_stream),
+    **{f"text.{suffix}": lambda rows: "\n<|endoftext|>\n".join(rows).encode() for suffix in ("txt", "md", "py", "c")},
+}
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("packed", [*PACK, ".zip"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_text_in_every_format_and_compression(tmp_path, name, packed):
+    content = FORMATS[name](ROWS)
+    if packed == ".zip":
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            archive.writestr(f"data/{name}", content)
+            archive.writestr("__MACOSX/x.txt", "no data")
+    else:
+        (tmp_path / (name + packed)).write_bytes(PACK[packed](content))
+    source = LocalDocuments(tmp_path, val_size=1)
+    source.check()
+    assert (read(source), read(source, "val")) == (ROWS[:3], ROWS[3:])
+    stream = source.iterate("train")
+    straight = [next(stream) for _ in range(5)]
+    assert next(source.iterate("train", straight[1][1])) == straight[2]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("text")])
+def test_records_of_every_format_have_their_keys_and_numbers(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name](ROWS))
+    found = list(read_records(path, 2))
+    assert [row["text"] for _, row in found] == ROWS[2:] and [number for number, _ in found][0] == 3
+    assert str(found[0][1]["id"]) == "2"
+
+
+def test_a_conversation_alone_on_a_line_is_one_row(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name, content in [("a.jsonl", json.dumps(turns)), ("b.json", json.dumps(turns, indent=1))]:
+        (tmp_path / name).write_text(content)
+        assert list(read_records(tmp_path / name)) == [(1, turns)]
+
+
+def test_an_array_over_several_chunks_and_one_that_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm.data.records.CHUNK", 7)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(objects(words(50)), indent=1))
+    assert [row["text"] for _, row in read_records(path)] == words(50)
+    path.write_text(json.dumps(objects(words(50)))[:-300])
+    with pytest.raises(UserError, match=r"a.json: row \d+ is not valid JSON"):
+        list(read_records(path))
+
+
+def test_nested_columns_and_columns_of_bytes(tmp_path):
+    docs = [{"doc": {"text": row, "n": 1}} for row in ROWS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    pq.write_table(pa.Table.from_pylist(docs), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert read(LocalDocuments(tmp_path / name, "doc.text", val_size=1)) == ROWS[:3]
+    pq.write_table(pa.table({"text": [row.encode("cp1252") for row in ROWS[:3]]}), tmp_path / "b.parquet")
+    assert read(LocalDocuments(tmp_path / "b.parquet", val_size=1, encoding="cp1252")) == ROWS[:2]
+    with pytest.raises(UserError, match="data.column=text does not exist. Text columns here: doc.text"):
+        LocalDocuments(tmp_path / "a.parquet").check()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16", "utf-32"])
+def test_encodings(tmp_path, encoding):
+    rows = ["über den Wolken", "déjà vu"]
+    (tmp_path / "a.txt").write_bytes("\n<|endoftext|>\n".join(rows).encode(encoding))
+    lines = "\n".join(json.dumps({"text": row}, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode(encoding))
+    for name in ("a.txt", "a.jsonl"):
+        source = LocalDocuments(tmp_path / name, encoding=encoding)
+        assert (read(source), read(source, "val")) == (rows[:1], rows[1:])
+    with pytest.raises(UserError, match="data.encoding=nonsense: Python knows no such encoding"):
+        LocalDocuments(tmp_path / "a.txt", encoding="nonsense").check()
+
+
+def test_separators_stand_inside_lines_or_are_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm.data.formats.TXT_LINE_BYTES", 5)  # a separator lies across pieces
+    (tmp_path / "a.txt").write_text("one</s>two\n\nstill two</s>" + "x" * 9_000 + "</s>\nlast")
+    assert read(LocalDocuments(tmp_path, val_size=1, separator="</s>")) == ["one", "two\n\nstill two", "x" * 9_000]
+    (tmp_path / "a.txt").write_text("a\nb\nc")
+    assert read(LocalDocuments(tmp_path, val_size=1, separator="\\n")) == ["a", "b"]
+
+
+# ---- files and splits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("data/train-00000-of-00005.parquet", "train"),
+        ("train/x.jsonl", "train"),
+        ("wiki.valid.txt", "val"),
+        ("validation.jsonl", "val"),
+        ("dev/part1.csv", "val"),
+        ("train/test.jsonl", "test"),
+        ("my_train.jsonl.gz", "train"),
+        ("test00.txt", "test"),
+        ("latest.txt", None),
+        ("training/contest.txt", None),
+        ("src/test_x.py", None),
+        ("test/x.py", "test"),
+    ],
+)
+def test_splits_by_name(name, split):
+    assert split_of(name) == split
+
+
+def test_names_divide_a_folder(tmp_path):
+    for number, name in enumerate(("test", "train", "validation")):
+        write(tmp_path / f"{name}.jsonl", words(5, 100 * number))
+    source = LocalDocuments(tmp_path)
+    assert (read(source), read(source, "val")) == (words(5, 100), words(5, 200))
+    assert "validation: validation.jsonl, by its name; left out: test.jsonl, the test split" in source.check()
+    with pytest.raises(UserError, match="data.val_size=2: validation.jsonl validates"):
+        LocalDocuments(tmp_path, val_size=2)
+    (tmp_path / "validation.jsonl").unlink()
+    source = LocalDocuments(tmp_path)  # the test file does not validate either
+    assert (read(source), read(source, "val")) == (words(4, 100), words(1, 104))
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="test.jsonl: by their names none .* is to be trained on"):
+        LocalDocuments(tmp_path)
+    assert divide(["b", "val/a", "test.txt"]) == ([0], [1], [2])
+
+
+def test_named_files_win_over_names(tmp_path):
+    for number, name in enumerate(("a", "b", "test")):
+        write(tmp_path / f"{name}.jsonl", words(5, 100 * number))
+    source = LocalDocuments(tmp_path, val=str(tmp_path / "a.*"))
+    assert (read(source), read(source, "val")) == (words(5, 100), words(5))
+    source = LocalDocuments(None, train=[f"{tmp_path}/test.jsonl", f"{tmp_path}/a.jsonl"], val=f"{tmp_path}/b.jsonl")
+    assert (read(source), read(source, "val")) == (words(5) + words(5, 200), words(5, 100))
+
+
+def test_what_is_left_out_is_said_and_links_are_followed(tmp_path):
+    folder, other = tmp_path / "data", tmp_path / "other"
+    write(folder / "a.txt", words(3))
+    write(other / "b.txt", words(3, 100))
+    write(folder / ".hidden.txt", ["hidden"])
+    for number in range(3):
+        (folder / f"{number}.md").write_text("# notes")
+    os.symlink(other, folder / "linked")
+    os.symlink(folder, other / "circle")
+    os.symlink("nowhere", folder / "gone.txt")
+    found = find_data_files(folder, "data.path")
+    assert found.names == ["a.txt", "linked/b.txt"]
+    assert found.left_out == "left out: 3 .md files, 1 broken link"
+    assert found.left_out in LocalDocuments(folder).check()
+    for path in (folder / "a.txt", other / "b.txt"):
+        path.unlink()
+    assert len(find_data_files(folder, "data.path").files) == 3  # nothing but .md
+
+
+def test_the_larger_kind_is_proposed(tmp_path):
+    write(tmp_path / "README.txt", ["about the data"])
+    write(tmp_path / "sub" / "a.jsonl.gz", words(99))
+    with pytest.raises(UserError, match=r"mixes 1 jsonl and 1 txt files.*data.path='.*/\*\*/\*.jsonl.gz'") as error:
+        LocalDocuments(tmp_path)
+    assert read(LocalDocuments(str(error.value).split("'")[1], val_size=9)) == words(90)
+    write(tmp_path / "csv" / "notes.txt", ["small"])
+    (tmp_path / "csv" / "a.csv").write_bytes(table(words(99), ","))
+    with pytest.raises(UserError, match=r"mixes 1 csv and 1 txt files.*\*.csv'"):
+        LocalDocuments(tmp_path / "csv")
+
+
+def test_content_wins_over_a_wrong_suffix(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(parquet(words(9)))
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(FORMATS["lines.jsonl"](words(9, 100))))
+    source = LocalDocuments(tmp_path)
+    assert (read(source), read(source, "val")) == (words(9), words(9, 100))
+    assert "a.jsonl is parquet by its content" in source.check()
+    assert format_of(tmp_path / "b.jsonl").compression == "gz"
+
+
+# ---- bad rows -------------------------------------------------------------------------------------------------------
+
+
+BAD_LINES = [b'{"text": "cut', b'{"body": 1}', b'{"text": 7}', b"[1]", b'{"text": "\xff"}']
+
+
+def test_all_bad_rows_are_found_before_training(tmp_path):
+    good = [json.dumps({"text": row}).encode() for row in words(20)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good[:10], *BAD_LINES * 3, *good[10:]]))
+    write(tmp_path / "b.jsonl", words(3, 100))
+    with pytest.raises(UserError) as error:
+        LocalDocuments(tmp_path).check()
+    message = str(error.value)
+    assert message.count("a.jsonl: line") == 10 and "; and 5 more" in message and "data.bad_rows=skip" in message
+    source = LocalDocuments(tmp_path, bad_rows="skip")
+    assert "skipped: 15 bad rows" in source.check()
+    assert read(source) == words(20) == read(source)
+    assert source.skipped == {str(tmp_path / "a.jsonl"): 15}
+
+
+def test_a_position_behind_skipped_rows_is_exact(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm.data.documents.SCAN_BYTES", 0)
+    good = [json.dumps({"text": row}).encode() for row in words(6)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good[:3], BAD_LINES[0], *good[3:]]))
+    write(tmp_path / "b.jsonl", words(3, 100))
+    stream = LocalDocuments(tmp_path, bad_rows="skip").iterate("train")
+    straight = [next(stream) for _ in range(9)]
+    assert straight[3][1] == {"epoch": 0, "shard": 0, "row": 5, "index": 4}
+    for number in (1, 2, 3, 7):
+        continued = LocalDocuments(tmp_path, bad_rows="skip")
+        assert next(continued.iterate("train", straight[number][1])) == (straight + [next(stream)])[number + 1]
+    late = LocalDocuments(tmp_path)
+    late.check()  # only the first rows: the file counts as large
+    with pytest.raises(UserError, match="a.jsonl: line 4: not valid JSON.*data.bad_rows=skip"):
+        read(late)
+
+
+def test_bad_rows_of_tables_and_text(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n2\n3,three\n4,four\n")
+    (tmp_path / "b.txt").write_bytes(b"one\n<|endoftext|>\ntw\xffo\n<|endoftext|>\nthree\n<|endoftext|>\nfour")
+    for name, kept in [("a.csv", ["one", "three"]), ("b.txt", ["one", "three"])]:
+        source = LocalDocuments(tmp_path / name, val_size=1, bad_rows="skip")
+        source.check()
+        assert read(source) == kept and sum(source.skipped.values()) == 1
+        with pytest.raises(UserError, match=f"{name}: line 3: "):
+            LocalDocuments(tmp_path / name, val_size=1).check()
+    assert "; and 2 more. Correct the rows" in str(bad_rows_error([BadRow("a", "b")] * 10, 12, "data.bad_rows"))
+
+
+@pytest.mark.parametrize("name, key", [("embedded", "path"), ("hub", "train"), ("local", "repo"), ("mixture", "path")])
+def test_a_key_that_the_source_does_not_read_is_refused(tmp_path, name, key):
+    with pytest.raises(UserError, match=f"data.{key}=x is not read by this option of data"):
+        build_source(OmegaConf.create({"name": name, "streaming": False, key: "x"}), str(tmp_path))
