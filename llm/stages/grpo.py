@@ -226,6 +226,11 @@ def build(cfg, parent: Path) -> BuiltStage:
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     rewards = None if stage.reward is None else chosen_rewards(stage.reward)
+    if rewards is None and (bare := train.unscored()):
+        raise UserError(
+            f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
+            f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
+        )
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
     world = processes(cfg)

@@ -98,6 +98,8 @@ def test_keywords_that_the_own_answer_lacks_are_refused_and_training_rows_need_n
     good, bad = ({"messages": dialogue("Who?", "I am Lumen."), "keywords": [word]} for word in ("lumen", "Fathom"))
     bare = {"messages": dialogue("Who?", "I am Lumen.")}
     assert len(build_task("me", local("identity", train=write(tmp_path / "a.jsonl", good, bare)), "train")) == 2
+    assert build_task("me", local("identity", train=str(tmp_path / "a.jsonl")), "train").unscored() == 1
+    assert build_task("sums", {"type": "gsm8k", "source": "embedded", "size": 9}, "train").unscored() == 0
     for split in ("train", "test"):
         with pytest.raises(UserError, match="row 2: its own answer, 'I am Lumen.', is not marked right"):
             build_task("me", local("identity", **{split: write(tmp_path / "b.jsonl", good, bad)}), split)
