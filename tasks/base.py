@@ -124,6 +124,12 @@ class Task:
         """Return whether a training row has what its answers are judged by; rows that do not are only trained on."""
         return True
 
+    def unscored(self) -> int:
+        """Return the number of rows that have nothing to judge answers by."""
+        if self.reads != "rows" or type(self).is_scored.__func__ is Task.is_scored.__func__:
+            return 0
+        return sum(not self.is_scored(self.rows[i]) for i in self.indices)
+
     @classmethod
     def check_reference(cls, row: dict, where: str) -> None:
         """Raise UserError for a row whose own answer is not marked right: no answer could ever be."""

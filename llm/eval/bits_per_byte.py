@@ -41,11 +41,11 @@ def bits_per_byte(
     batches: Iterable[dict[str, torch.Tensor]],
     token_bytes: np.ndarray | torch.Tensor,
     device: torch.device | str | None = None,
-) -> float:
-    """Return summed nats / (ln 2 x summed bytes), comparable across vocabularies; inf if the targets have no bytes.
+) -> float | None:
+    """Return summed nats / (ln 2 x summed bytes), comparable across vocabularies; None if the targets have no bytes.
 
     All processes call it, each with its share of the batches. net, batches, token_bytes and device are those of
     `nats_and_bytes`.
     """
     nats, n_bytes = collectives.all_reduce_sum(nats_and_bytes(net, batches, token_bytes, device))
-    return nats / (math.log(2) * n_bytes) if n_bytes else math.inf
+    return nats / (math.log(2) * n_bytes) if n_bytes else None

@@ -156,8 +156,8 @@ class Subject:
         """Return the text of `data`, found and checked once."""
         return document_source(self.data, self.cache)
 
-    def bpb(self) -> dict[str, float]:
-        """Return {"bpb": bits per byte on the validation text}."""
+    def bpb(self) -> dict[str, float | None]:
+        """Return {"bpb": bits per byte on the validation text, None where it has no bytes}."""
         return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
 
     def _layout(self) -> StepLayout:
@@ -166,12 +166,13 @@ class Subject:
     def _text_steps(self) -> TextSteps:
         return TextSteps(self.source, self.tokenizer, self._layout(), split="val")
 
-    def _bits_per_byte(self, name: str, steps: Any) -> float:
+    def _bits_per_byte(self, name: str, steps: Any) -> float | None:
         start = time.perf_counter()
         batches = validation_batches(steps, self.options.tokens)
         bpb = bits_per_byte(self.net, batches, self.tokenizer.token_bytes())
         tokens = sum(batch["inputs"].numel() for batch in batches)
-        print(f"{name}: {bpb:.4f} ({tokens:,} tokens, {duration(time.perf_counter() - start)})", flush=True)
+        shown = "not measured, the targets have no bytes" if bpb is None else f"{bpb:.4f}"
+        print(f"{name}: {shown} ({tokens:,} tokens, {duration(time.perf_counter() - start)})", flush=True)
         return bpb
 
     def chat(self) -> dict[str, dict]:
@@ -250,7 +251,7 @@ class StageSubject(Subject):
         """Return held-out conversations of the mixture that the stage's row names, the one it was trained on."""
         return held_out_mixture(self.data, stage_row(self.name).mixture_key, self.seed, Cache(self.cache))
 
-    def bpb(self) -> dict[str, float]:
+    def bpb(self) -> dict[str, float | None]:
         """Return {"bpb": on the stage's own held-out data, "bpb_text": of a chat stage also on held-out text}."""
         if not self.is_chat:
             return super().bpb()

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from llm.errors import UserError
 from llm.inference.calculator import calculate
-from llm.inference.sampling import SamplingParams, sample, uniform_draws
+from llm.inference.sampling import BROKEN, SamplingParams, sample, uniform_draws
 
 COMPACT_BELOW = 0.75  # finished rows stay until the live share is this small, because leaving copies the cache
 
@@ -28,15 +29,17 @@ class TokenEvent(NamedTuple):
 
 @dataclass
 class Completion:
-    """Completion of a prompt, without the stop token. mask: 1 = sampled, 0 = forced by the calculator.
+    """Completion of a prompt. mask: 1 = sampled, 0 = forced by the calculator.
 
     finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`, which is kept) or
-    "length" (max_new_tokens or the context is used up).
+    "length" (max_new_tokens or the context is used up). stop_id: the sampled token that ended the turn, which is not
+    among the ids; None where none did.
     """
 
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     finish_reason: str = "length"
+    stop_id: int | None = None
 
 
 class Engine:
@@ -70,13 +73,15 @@ class Engine:
                     completion = done[row]
                     completion.ids.append(token)
                     completion.mask.append(0 if forced else 1)
-            for completion, reason in zip(done, stream.finish_reasons, strict=True):
-                completion.finish_reason = reason
+            for completion, reason, stop_id in zip(done, stream.finish_reasons, stream.ended_by, strict=True):
+                completion.finish_reason, completion.stop_id = reason, stop_id
         return [done[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
 
 
 class TokenStream:
     """Decoding of one batch, step by step; `finish_reasons[row]` is None until the row has ended.
+
+    `ended_by[row]` is the token that ended the row's turn, None where none has.
 
     It is a class and not a generator function, because a `with torch.inference_mode()` around a yield would leak into
     the consumer's code.
@@ -89,6 +94,7 @@ class TokenStream:
             raise ValueError(f"prompt {empty[0]} is empty: a prompt needs at least its <|bos|> token")
         self.params, self.seq_len = params, net.config.seq_len
         self.finish_reasons: list[str | None] = [None] * (len(prompts) * num_samples)
+        self.ended_by: list[int | None] = [None] * len(self.finish_reasons)
         self._training, self._net = net.training, net
         self._compute_net = None
         self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
@@ -160,7 +166,7 @@ class TokenStream:
 
     def _make_draws(self, device: torch.device) -> torch.Tensor | None:
         """Return the random numbers (steps, rows) of the whole call, on the device; None if decoding is greedy."""
-        if self.params.temperature == 0:
+        if self.params.is_greedy:
             return None
         n_steps = max(row.room for row in self._slots)
         draws = uniform_draws(self.params.seed, n_steps, len(self.finish_reasons))
@@ -174,16 +180,22 @@ class TokenStream:
         return self._compute_net(self._next_ids, cache=self._cache, last_only=True)[:, 0]
 
     def _accept(self, sampled: torch.Tensor) -> list[TokenEvent]:
-        """Give each live row its forced or sampled token, and end the rows that are done."""
+        """Give each live row its forced or sampled token, and end the rows that are done.
+
+        Raises UserError where the network no longer gives numbers.
+        """
         events, ids, replaced = [], sampled.tolist(), False
         for slot, row in enumerate(self._slots):
             if row is None:
                 continue
             token, forced = ids[slot], False
+            if token == BROKEN:
+                raise UserError("the network gives NaN for the next token: its weights or their precision are broken")
             if row.forced:
                 token, forced = row.forced.popleft(), True
                 ids[slot], replaced = token, True
             elif token in self._stops:
+                self.ended_by[row.index] = token
                 self._finish(slot, "stop")
                 continue
             elif self._tools:

@@ -8,10 +8,13 @@ import torch
 
 from llm.errors import UserError
 
+GREEDY_BELOW = 1e-6  # lower temperatures are greedy: logits divided by them soon exceed every number
+BROKEN = -1  # in place of a token id: the logits were no numbers
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of sampling. temperature 0 = greedy; top_k 0 and top_p 1 = no truncation.
+    """Settings of sampling. temperature 0 (or below `GREEDY_BELOW`) = greedy; top_k 0 and top_p 1 = no truncation.
 
     max_new_tokens counts sampled and forced (calculator) tokens; stop: texts behind which a completion ends. Raises
     UserError for values outside their range.
@@ -34,6 +37,11 @@ class SamplingParams:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1 (all tokens)")
         if self.max_new_tokens < 1 or self.max_new_tokens != int(self.max_new_tokens):
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be a whole number from 1 upwards")
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if the most likely token is always taken, so that nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
 
 
 def uniform_draws(seed: int, n_steps: int, n_rows: int) -> np.ndarray:
@@ -60,11 +68,12 @@ def sample(logits: torch.Tensor, params: SamplingParams, draws: torch.Tensor | N
     """Return one token id (B,) per row of `logits` (B, V), by inversion of its distribution at `draws` (B,) in [0, 1).
 
     The order is the usual one: temperature, then top_k, then top_p (the fewest tokens that hold this share of what
-    top_k left).
+    top_k left). A row whose logits hold NaN or no largest number gets `BROKEN`.
     """
-    if params.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / params.temperature
+    if params.is_greedy:
+        best = logits.argmax(dim=-1)  # of NaN, if there is one
+        return best.masked_fill(~logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite(), BROKEN)
+    logits = logits.float() / params.temperature
     order = None
     if 0 < params.top_k < logits.size(-1):
         logits, order = logits.topk(params.top_k)
@@ -77,4 +86,5 @@ def sample(logits: torch.Tensor, params: SamplingParams, draws: torch.Tensor | N
         cdf = probs.masked_fill(cdf - probs >= params.top_p, 0.0).cumsum(dim=-1)
     pick = torch.searchsorted(cdf, (draws * cdf[:, -1]).unsqueeze(1), right=True)
     pick = pick.clamp_(max=cdf.size(-1) - 1)
-    return (pick if order is None else order.gather(1, pick)).squeeze(1)
+    ids = (pick if order is None else order.gather(1, pick)).squeeze(1)
+    return ids.masked_fill(cdf[:, -1].isnan(), BROKEN)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.stages import stage_row
+from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
@@ -68,7 +69,8 @@ def stream_reply(
 ) -> Iterator[Reply]:
     """The answer to the last user message, growing token by token: `reply` (or a new one), yielded each time.
 
-    Only whole characters appear. Closing the iterator stops the generation.
+    Only whole characters appear. Closing the iterator stops the generation. Raises UserError, with its first step,
+    where no message is the user's.
     """
     reply = Reply() if reply is None else reply
     seq_len = engine.net.config.seq_len
@@ -99,12 +101,14 @@ def fit_prompt(
     """Prompt ids that leave room for an answer, and notes on what had to go.
 
     Keeps the system message and as many of the newest turns as fit. If even the last message does not fit, its end is
-    kept (and the system message only if there is room for it).
+    kept (and the system message only if there is room for it). Raises UserError without a user's message.
     """
     budget = seq_len - min(max_new_tokens, seq_len // MIN_ANSWER_SHARE)
     messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    system = messages[:1] if messages[0]["role"] == "system" else []
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not starts:
+        raise UserError(f"a conversation of {len(messages)} messages without a user's message: nothing can be answered")
+    system = messages[:1] if messages[0]["role"] == "system" else []
     fitting = None
     for start in reversed(starts):
         prompt = render_prompt(tokenizer, [*system, *messages[start:]])

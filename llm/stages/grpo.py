@@ -38,6 +38,7 @@ from llm.stages.step_module import StepData, StepModule
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 from tasks import Mixture, build_mixture, build_task
 
+SILENT_STEPS = 5  # so many steps in a row without a signal are told
 Rewards = Callable[[Sequence[dict], Sequence[str]], list[float]]
 
 
@@ -64,6 +65,7 @@ class RolloutSteps:
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
         self.rows_per_micro, self.seed = rows_per_micro, seed
         self.step = 0 if position is None else position["step"]
+        self.signal = SignalWatch(task.name)
         limit = engine.net.config.seq_len - 1
         self.prompts = {}
         for i in range(len(task)):
@@ -120,8 +122,7 @@ class RolloutSteps:
         asked = [c for c, group in zip(conversations, groups, strict=True) for _ in group]
         answers = [decode(sample.ids) for group in groups for sample in group]
         rewards = torch.tensor((self.rewards or self.task.rewards)(asked, answers)).view(len(groups), -1)
-        stop = self.engine.tokenizer.special_id("<|assistant_end|>")
-        sequences = [sequence(prompt, s, stop) for prompt, group in zip(prompts, groups, strict=True) for s in group]
+        sequences = [sequence(prompt, s) for prompt, group in zip(prompts, groups, strict=True) for s in group]
         micro, n_trained, n_tokens = micro_batches_of(
             sequences, group_advantages(rewards).flatten(), self.rows_per_micro
         )
@@ -129,11 +130,15 @@ class RolloutSteps:
             extra, n_extra = self.rehearse(step, n_trained)
             micro, n_tokens = micro + extra, n_tokens + n_extra
         samples = [s for group in groups for s in group]
+        mixed = rewards.std(dim=1) > 0  # only these groups give a gradient
+        silent = not collectives.all_reduce_sum([float(mixed.sum())])[0]
+        self.signal.count(silent, step, rewards.mean().item())
         metrics = {
             "reward": rewards.mean().item(),
             "response_len": sum(len(s.ids) for s in samples) / len(samples),
             "finished": sum(s.finish_reason == "stop" for s in samples) / len(samples),
-            "mixed_groups": (rewards.std(dim=1) > 0).float().mean().item(),  # only these give a gradient
+            "mixed_groups": mixed.float().mean().item(),
+            "no_signal": float(silent),
         }
         return {"micro": micro, "n_trained": n_trained, "n_tokens": n_tokens, "metrics": metrics}
 
@@ -156,11 +161,30 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
-def sequence(prompt: Sequence[int], sample: Completion, stop: int) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of prompt and completion, mask 1 on sampled tokens; a sampled end of turn is one of them."""
+class SignalWatch:
+    """Tells when steps in a row have had no signal: all answers to each question were rewarded alike."""
+
+    def __init__(self, name: str):
+        self.name, self.silent = name, 0
+
+    def count(self, silent: bool, step: int, reward: float) -> None:
+        """Count step number `step`, from 0; print a line at the 5th, 10th, 20th, 40th, ... silent one in a row."""
+        self.silent = self.silent + 1 if silent else 0
+        doublings = self.silent / SILENT_STEPS
+        if self.silent and doublings >= 1 and math.log2(doublings).is_integer() and collectives.rank() == 0:
+            print(
+                f"grpo: no signal in {self.silent} steps in a row, up to step {step + 1}: all answers to each question "
+                f"of {self.name} had the same reward (mean {reward:.3f}), so there is nothing to learn from. Choose "
+                "questions that are sometimes answered rightly, or raise stage.samples_per_prompt or stage.temperature",
+                flush=True,
+            )
+
+
+def sequence(prompt: Sequence[int], sample: Completion) -> tuple[list[int], list[int]]:
+    """Return (ids, mask) of prompt and completion, mask 1 on sampled tokens; the one that ended it is one of them."""
     ids, mask = [*prompt, *sample.ids], [0] * len(prompt) + list(sample.mask)
-    if sample.finish_reason == "stop":
-        ids.append(stop)
+    if sample.stop_id is not None:
+        ids.append(sample.stop_id)
         mask.append(1)
     return ids, mask
 
@@ -203,6 +227,11 @@ def build(cfg, parent: Path) -> BuiltStage:
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     rewards = None if stage.reward is None else chosen_rewards(stage.reward)
+    if rewards is None and (bare := train.unscored()):
+        raise UserError(
+            f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
+            f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
+        )
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
     world = processes(cfg)

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
+from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.evaluate import merge_scores, run_evaluation
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
@@ -83,6 +84,15 @@ def test_reinforcement_learning_is_scored_on_the_conversations_of_sft(runs):
     run_evaluation(settings(runs, ["bpb"]))
     scores = run_evaluation(settings(runs, ["bpb"], stage="grpo"))
     assert scores["bpb"] == read_json(runs / "demo" / "sft" / "eval.json")["bpb"]
+
+
+def test_held_out_data_without_bytes_is_not_measured(runs, monkeypatch, capsys):
+    monkeypatch.setattr("llm.eval.evaluate.bits_per_byte", lambda net, batches, sizes: bits_per_byte(net, [], sizes))
+    scores = run_evaluation(settings(runs, ["bpb"], stage="pretrain"))
+    assert scores["bpb"] is None
+    output = capsys.readouterr().out
+    assert "bpb: not measured, the targets have no bytes" in output and "inf" not in output
+    assert "Infinity" not in (runs / "demo" / "pretrain" / "eval.json").read_text()
 
 
 def test_best_stage_is_the_default_and_the_command_line_may_give_other_data(runs):

@@ -5,7 +5,7 @@ import torch
 
 from llm.errors import UserError
 from llm.inference.engine import Engine, in_compute_dtype
-from llm.inference.sampling import SamplingParams, sample, uniform_draws
+from llm.inference.sampling import BROKEN, SamplingParams, sample, uniform_draws
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.kv_cache import KVCache
@@ -116,11 +116,31 @@ def test_extreme_draws_hit_tokens_with_probability():
     assert sample(logits, SamplingParams(), draws).tolist() == [5, 200]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-45, 1e-40, 1e-38, 1e-20, 1e-7, 1e-6, 1e-4])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_every_small_temperature_is_greedy(dtype, temperature, cut):
+    logits = torch.tensor([[1.0, 5.0, -3.0, 4.5], [-9.0, -8.0, float("-inf"), -7.0]]).to(dtype)
+    for draw in (0.0, 0.5, 1 - 2.0**-53):
+        ids = sample(logits, SamplingParams(temperature, **cut), torch.full((2,), draw, dtype=torch.float64))
+        assert ids.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.9}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_give_no_token(params, bad):
+    logits = torch.tensor([[1.0, bad, 2.0, 0.0], [0.0, 1.0, 90.0, float("-inf")], [float("-inf")] * 4])
+    draws = torch.full((3,), 0.5, dtype=torch.float64)
+    assert sample(logits, SamplingParams(**params), draws).tolist() == [BROKEN, 2, BROKEN]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", -1e-40),
         ("temperature", float("nan")),
+        ("temperature", float("inf")),
         ("top_k", -1),
         ("top_k", 2.5),
         ("top_p", 0.0),
@@ -232,7 +252,32 @@ def test_bf16_twin_computes_the_same_and_follows_the_weights():
 def test_stop_tokens_end_a_row_and_are_not_part_of_it(stop):
     net = ScriptNet([[*b"ok", stop, *b"never"]])
     ((completion,),) = Engine(net, TOKENIZER).generate([[0, 1]], SamplingParams(max_new_tokens=9))
-    assert completion.ids == list(b"ok") and completion.finish_reason == "stop"
+    assert completion.ids == list(b"ok") and completion.finish_reason == "stop" and completion.stop_id == stop
+
+
+def test_each_completion_keeps_the_token_that_ended_it():
+    net = ScriptNet([[*b"a", END], [*b"bcd", BOS], list(b"efghij")])
+    params = SamplingParams(max_new_tokens=5, stop=("fg",))
+    drawn = Engine(net, TOKENIZER).generate([[0], [1], [2]], params)
+    assert [samples[0].stop_id for samples in drawn] == [END, BOS, None]
+    assert [samples[0].finish_reason for samples in drawn] == ["stop"] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_a_network_that_gives_no_numbers_is_noticed(temperature):
+    net = tiny_net()
+    with torch.no_grad():
+        net.lm_head.weight[5] = float("nan")
+    with pytest.raises(UserError, match="the network gives NaN"):
+        Engine(net, TOKENIZER).generate([[BOS, *b"abc"]], SamplingParams(temperature))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 1e-12])
+def test_the_smallest_temperatures_write_what_greedy_decoding_does(temperature):
+    net, prompts = tiny_net(), [[BOS, *b"abc"], [BOS, *b"the"]]
+    greedy = [c[0].ids for c in Engine(net, TOKENIZER).generate(prompts, GREEDY)]
+    params = SamplingParams(temperature, top_k=50, max_new_tokens=12)
+    assert [c[0].ids for c in Engine(net, TOKENIZER).generate(prompts, params)] == greedy
 
 
 def test_max_new_tokens_ends_a_row():

@@ -130,6 +130,13 @@ def test_closing_the_replies_stops_the_engine():
     assert engine.closed
 
 
+@pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "Be brief."}], [assistant("Hello!")]])
+def test_a_conversation_without_a_users_message_is_an_error(messages):
+    engine = ScriptedEngine(list(b"never"))
+    with pytest.raises(UserError, match="without a user's message"):
+        next(stream_reply(engine, messages, GREEDY))
+
+
 def test_notes_say_why_an_answer_ends_early():
     engine = ScriptedEngine(list(b"abc"), finish_reason="length")
     *_, reply = stream_reply(engine, [user("x")], SamplingParams(max_new_tokens=3))

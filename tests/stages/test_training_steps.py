@@ -14,10 +14,13 @@ from callbacks.progress import Progress
 from callbacks.watch import LossGuard
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
 from llm.errors import UserError
-from llm.inference.engine import Completion
+from llm.inference.engine import Completion, Engine
+from llm.model.config import GPTConfig
+from llm.model.gpt import GPT
 from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.step_module import StageContext, StepModule
+from llm.tokenizer.bpe import Tokenizer
 
 
 def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys, monkeypatch):
@@ -238,10 +241,34 @@ def test_progress_lines_show_what_was_logged(tmp_path, capsys):
 
 
 def test_sequence_trains_sampled_tokens_and_the_end_of_turn():
-    sample = Completion([7, 8, 9], [1, 0, 1], "stop")
-    assert sequence([1, 2], sample, stop=5) == ([1, 2, 7, 8, 9, 5], [0, 0, 1, 0, 1, 1])
-    sample.finish_reason = "length"
-    assert sequence([1, 2], sample, stop=5) == ([1, 2, 7, 8, 9], [0, 0, 1, 0, 1])
+    sample = Completion([7, 8, 9], [1, 0, 1], "stop", stop_id=5)
+    assert sequence([1, 2], sample) == ([1, 2, 7, 8, 9, 5], [0, 0, 1, 0, 1, 1])
+    for ended in (Completion([7, 8, 9], [1, 0, 1], "length"), Completion([7, 8, 9], [1, 0, 1], "stop")):  # by a text
+        assert sequence([1, 2], ended) == ([1, 2, 7, 8, 9], [0, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("end", ["<|bos|>", "<|assistant_end|>"])
+def test_a_rollout_trains_the_token_that_ended_an_answer_and_tells_of_its_signal(monkeypatch, capsys, end):
+    """The engine's answer is a letter and an end; the reward is 1 for all of them, so no group has a signal."""
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    end_id, says = tokenizer.special_id(end), iter([ord("x"), tokenizer.special_id(end)] * 100)
+    monkeypatch.setattr(
+        "llm.inference.engine.sample", lambda logits, params, draws: torch.full((logits.size(0),), next(says))
+    )
+    stage = SimpleNamespace(prompts_per_step=1, samples_per_prompt=2, temperature=1.0, top_k=0, max_new_tokens=4)
+    model = GPT(GPTConfig(1, 1, 1, 8, 8, seq_len=16, vocab_size=tokenizer.vocab_size)).init_weights(0)
+    rewards = iter([[1.0, 0.0]] + [[1.0, 1.0]] * 11)
+    steps = RolloutSteps(
+        Engine(model, tokenizer), Questions(), stage, 2, 1, None, rewards=lambda asked, answers: next(rewards)
+    )
+    batch = steps.rollout(0)
+    assert batch["metrics"]["no_signal"] == 0 and batch["metrics"]["mixed_groups"] == 1
+    targets = batch["micro"][0]["targets"]
+    assert [row[row >= 0].tolist() for row in targets] == [[ord("x"), end_id]] * 2
+    assert [steps.rollout(step)["metrics"]["no_signal"] for step in range(1, 12)] == [1.0] * 11
+    told = [line for line in capsys.readouterr().out.splitlines() if "no signal" in line]
+    assert len(told) == 2 and told[0].startswith("grpo: no signal in 5 steps in a row, up to step 6: all answers")
+    assert "of questions had the same reward (mean 1.000)" in told[0] and "in 10 steps" in told[1]
 
 
 def test_advantages_are_centred_per_question():
