@@ -11,13 +11,14 @@ for a place when training ends. Beside them, `padded` positions of rows hold not
     positions of the rows = trained + masked + padded
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from llm.utils.format import amount, percent
 
 CUT_ANSWERS = 0.05  # share of cut answers above which a stage warns
+ANSWERS = "answers and conversations"  # what reinforcement learning reads
 FEW_STEPS = 30  # a horizon of fewer steps teaches next to nothing: warned of
 
 
@@ -77,14 +78,16 @@ class Balance:
 class Reading:
     """Block `data` of run.json: what one pass over the data is expected to be, and what the training made of it."""
 
-    unit: str  # what is read: documents or conversations
-    expected: Balance | None = None  # of one pass; None where it was not looked at
+    unit: str  # what is read: documents, conversations or `ANSWERS`
+    expected: Balance | None = None  # of what `sample` says; None where it was not looked at
     facts: dict[str, Any] = field(default_factory=dict)  # further numbers: median_length, sampled, ...
     skipped: dict[str, int] = field(default_factory=dict)  # bad rows left out of the files, by cause
+    sample: str = "one pass"  # what `expected` is the balance of, in words
 
     def to_dict(self, read: Balance | None = None) -> dict[str, Any]:
         """Return the block for run.json; `read`: the balance of all ranks when training ends."""
         block = {"unit": self.unit, **self.facts}
+        block |= {} if self.expected is None else {"expected_of": self.sample}
         balances = {"expected": self.expected, "read": read}
         block |= {name: balance.to_dict() for name, balance in balances.items() if balance is not None}
         return block | ({"skipped": self.skipped} if self.skipped else {})
@@ -93,7 +96,12 @@ class Reading:
         """Return the lines for the start of the stage: the expected balance, rows left out, and warnings."""
         lines = []
         if self.expected is not None:
-            lines += [f"data, one pass: {line}" for line in describe(self.expected, self.unit)]
+            lines.append(f"data, {self.sample}:")
+            lines += [f"  {line}" for line in describe(self.expected, self.unit)]
+            if "median_length" in self.facts:
+                lines.append(
+                    f"  median length {self.facts['median_length']:,}, a row holds {self.facts['seq_len'] + 1:,}"
+                )
             lines += [f"WARNING: {line}" for line in warnings_of(self.expected, self.unit)]
         if self.skipped:
             rows = ", ".join(f"{number:,} {cause}" for cause, number in self.skipped.items())
@@ -106,8 +114,23 @@ def total(saved: Iterable[Mapping[str, int]]) -> Balance:
     return sum(map(Balance.from_dict, saved), Balance())
 
 
+def of_rollout(sequences: Sequence[tuple], advantages: Iterable[float], finished: Sequence[bool]) -> Balance:
+    """Return the balance of sampled answers, (ids, mask) each; one without advantage trains nothing and is dropped."""
+    found = Balance(documents=len(sequences), answers=len(sequences), answers_cut=len(finished) - sum(finished))
+    for (ids, mask), advantage in zip(sequences, advantages, strict=True):
+        found.read += len(ids)
+        if advantage:
+            trained = int(sum(mask[1:]))
+            found.trained += trained
+            found.masked += len(ids) - trained
+        else:
+            found.dropped += len(ids)
+            found.documents_dropped += 1
+    return found
+
+
 def describe(balance: Balance, unit: str) -> list[str]:
-    """Return the balance in two or three lines; unit: what is read, "documents" or "conversations"."""
+    """Return the balance in two or three lines; unit: what is read, "documents", "conversations" or `ANSWERS`."""
     b = balance
     about = "about " if b.estimated else ""
     parts = [("trained", b.trained), ("masked", b.masked), ("cut", b.cut), ("dropped", b.dropped)]
@@ -120,7 +143,12 @@ def describe(balance: Balance, unit: str) -> list[str]:
     rows = b.trained + b.masked + b.padded
     if b.padded:
         lines.append(f"rows: {amount(rows)} positions, {percent(b.padded / rows)} of them padding")
-    if b.answers:
+    if unit == ANSWERS:
+        lines.append(
+            f"{b.answers_cut:,} of {b.answers:,} answers cut at stage.max_new_tokens, {b.documents_dropped:,} dropped "
+            "(no signal: all answers to their question were rewarded alike)"
+        )
+    elif b.answers:
         lines.append(
             f"{b.documents_cut:,} of {b.documents:,} {unit} longer than a row, {b.documents_dropped:,} dropped "
             f"(nothing to train fits), {b.answers_cut:,} of {b.answers:,} answers lost their end"

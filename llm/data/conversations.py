@@ -148,7 +148,7 @@ class ConversationFeed:
             document = rendered.document
             is_trained = bool(document.mask[1:].any())
             at["truncated"] += rendered.length > self._row_len
-            self._count(rendered, is_trained)
+            count(self.balance, rendered, is_trained)
             if is_trained:
                 dropped_in_a_row = 0
                 yield document, {key: at[key] for key in at if key != "consumed"} | consumed.cursor(at["index"])
@@ -161,27 +161,39 @@ class ConversationFeed:
                     "Raise model.seq_len or check the rows: the assistant's turns must not be empty."
                 )
 
-    def _count(self, rendered: Rendered, is_trained: bool) -> None:
-        """Count a conversation in the balance; one of which nothing is trained is dropped as a whole."""
-        balance, lost = self.balance, rendered.length - len(rendered.document.ids)
-        balance.documents += 1
-        balance.read += rendered.length
-        balance.documents_cut += lost > 0
-        balance.estimated += rendered.is_estimated
-        balance.answers += rendered.answers
-        balance.answers_cut += rendered.answers - (rendered.answers_kept if is_trained else 0)
-        balance.unanswered += rendered.is_unanswered
-        if is_trained:
-            balance.cut += lost
-        else:
-            balance.documents_dropped += 1
-            balance.dropped += rendered.length
-
     def _document(self, row: int) -> Rendered:
         try:
             return render(self._tokenizer, self._mixture[row], self._row_len, self._train_on)
         except UserError as error:
             raise UserError(f"conversation {row} of the mixture: {error}") from error
+
+
+def count(balance: Balance, rendered: Rendered, is_trained: bool) -> None:
+    """Count a conversation in the balance; one of which nothing is trained is dropped as a whole."""
+    lost = rendered.length - len(rendered.document.ids)
+    balance.documents += 1
+    balance.read += rendered.length
+    balance.documents_cut += lost > 0
+    balance.estimated += rendered.is_estimated
+    balance.answers += rendered.answers
+    balance.answers_cut += rendered.answers - (rendered.answers_kept if is_trained else 0)
+    balance.unanswered += rendered.is_unanswered
+    if is_trained:
+        balance.cut += lost
+    else:
+        balance.documents_dropped += 1
+        balance.dropped += rendered.length
+
+
+def of_conversations(all_rendered: Sequence[Rendered]) -> Balance:
+    """Return the balance of conversations that are trained a row each, without packing."""
+    found = Balance()
+    for rendered in all_rendered:
+        trained = int(rendered.document.mask[1:].sum())
+        count(found, rendered, trained > 0)
+        found.trained += trained
+        found.masked += len(rendered.document.ids) - trained if trained else 0
+    return found
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:

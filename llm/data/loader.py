@@ -4,8 +4,7 @@ A loader turns a feed of tokenised documents (TextSteps) or rendered conversatio
 and those into steps:
 
     {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
-     "n_trained": targets >= 0 in the step, "n_tokens": all positions, "lost_fraction": share cropped (text) or
-     padded so far,
+     "n_trained": targets >= 0 in the step, "n_tokens": all positions,
      "state": a function that returns the position after this step}
 
 All counts are of this rank. The position holds the cursor of the source, the packing buffer and the balance of tokens
@@ -36,6 +35,7 @@ from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # seconds between lines in the log while no data come
+SAMPLE_CHARS = 2_000_000  # of text that is packed before training to foretell the losses
 VAL_PACKING = "crop"  # scores are measured on equal rows whatever the packing of training
 
 
@@ -154,10 +154,7 @@ class StepLoader:
             balance.cut += 0 if isinstance(packer, BestFitPad) else packer.lost - lost
             balance.repeated += packer.repeated - repeated
             balance.waiting = packer.waiting_tokens
-            yield step | {
-                "lost_fraction": packer.lost_fraction,
-                "state": self._position(feed.cursor, packer.snapshot(), balance.to_dict()),
-            }
+            yield step | {"state": self._position(feed.cursor, packer.snapshot(), balance.to_dict())}
 
     def _balance_so_far(self, packer) -> Balance:
         """Return the balance at `state`; without counters there, what waits to be packed counts as read."""
@@ -294,6 +291,28 @@ class ConversationSteps(StepLoader):
 
     def _pad_id(self) -> int:
         return self.tokenizer.bos_id
+
+
+def sample_balance(source: DocumentSource, tokenizer, row_len: int, packing: str, buffer: int) -> Balance:
+    """Return the balance of the first documents of the training text, packed by themselves.
+
+    They are at most 2 x `buffer` and two million characters: enough to tell how much a packing will lose.
+    """
+    chars, texts = 0, []
+    for document in islice(source.iterate("train", loop=False), 2 * buffer):
+        texts.append(document)
+        chars += len(document[0])
+        if chars > SAMPLE_CHARS:
+            break
+    balance, packer = Balance(), PACKINGS[packing](row_len, buffer)
+    documents = [Document(ids) for ids, _ in encoded(iter(texts), tokenizer)]
+    ids, mask, feed = np.empty(row_len, np.int32), np.empty(row_len, bool), iter(documents)
+    while used := packer.fill(ids, mask, feed):
+        balance.trained += used - 1
+        balance.masked += 1
+        balance.padded += row_len - used
+    sums = Balance(documents=len(documents), read=sum(len(document.ids) for document in documents))
+    return balance + sums + Balance(cut=packer.lost, repeated=packer.repeated)
 
 
 def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:

@@ -103,8 +103,9 @@ def horizon(cfg, expected: Forecast) -> Horizon:
 
 def reading(train: Mixture, expected: Forecast) -> Reading:
     """Return what is expected of one pass over the conversations, and what was left out of their files."""
-    facts = {"median_length": expected.median_length, "sampled": expected.sampled, "seq_len": expected.seq_len}
-    return Reading("conversations", expected.balance, facts, skipped_rows(train.tasks))
+    facts = {"median_length": expected.median_length, "seq_len": expected.seq_len}
+    words = "one pass" if expected.sampled == expected.size else f"one pass, by a sample of {expected.sampled:,}"
+    return Reading("conversations", expected.balance, facts, skipped_rows(train.tasks), words)
 
 
 def mixtures(cfg) -> tuple[Mixture, Mixture]:

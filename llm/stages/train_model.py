@@ -86,7 +86,7 @@ def balance_of(built) -> dict[str, dict]:
         return {}
     read, reading = total(one for one in saved if one), built.reading or Reading("documents")
     if collectives.is_main():
-        print("\n".join(f"data: {line}" for line in describe(read, reading.unit)), flush=True)
+        print("data, all that was read:", *describe(read, reading.unit), sep="\n  ", flush=True)
     return {"data": reading.to_dict(read)}
 
 

@@ -298,6 +298,7 @@ def test_block_of_run_json():
     assert reading.to_dict(Balance(read=18, trained=18)) == {
         "unit": "conversations",
         "median_length": 4,
+        "expected_of": "one pass",
         "expected": {"read": 9, "trained": 9},
         "read": {"read": 18, "trained": 18},
         "skipped": {"empty answer": 2, "bad": 3},
