@@ -156,10 +156,27 @@ def describe(balance: Balance, unit: str) -> list[str]:
     return lines
 
 
+def table_column(balance: Balance) -> dict[str, str]:
+    """Return the balance as a column of the report: tokens by what became of them, then documents and answers."""
+    b, whole = balance, max(balance.read + balance.repeated, 1)
+    column = {"read": ("about " if b.estimated else "") + amount(b.read), "repeated <|bos|>": amount(b.repeated)}
+    for name in ("trained", "masked", "cut", "dropped", "waiting"):
+        column[name] = f"{amount(getattr(b, name))} ({percent(getattr(b, name) / whole)})"
+    column["padding of the rows"] = percent(b.padded / max(b.trained + b.masked + b.padded, 1))
+    column["documents, conversations"] = f"{b.documents:,}"
+    if b.answers:
+        column["longer than a row"] = f"{b.documents_cut:,}"
+        column["dropped whole"] = f"{b.documents_dropped:,}"
+        column["answers cut"] = f"{b.answers_cut:,} of {b.answers:,}"
+    return column
+
+
 def warnings_of(balance: Balance, unit: str = "conversations") -> list[str]:
-    """Return a line for each loss that a user should know of before training, without its leading WARNING."""
+    """Return a line for each loss of conversations that a user should know of, without its leading WARNING."""
     lines, b = [], balance
-    if b.answers_cut > CUT_ANSWERS * b.answers:
+    if unit == ANSWERS:  # sampled ones: their ends are for the model to learn
+        return lines
+    if b.answers_cut - b.unanswered > CUT_ANSWERS * b.answers:
         whole = "no answer keeps its end of turn, so the model does not learn to stop"
         part = "they do not teach the model to stop"
         lines.append(

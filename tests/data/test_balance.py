@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llm.data.balance import Balance, Reading, describe, skipped_rows, total, warnings_of
-from llm.data.conversations import forecast, render
+from llm.data.balance import ANSWERS, Balance, Reading, describe, of_rollout, skipped_rows, total, warnings_of
+from llm.data.conversations import forecast, of_conversations, render
 from llm.data.documents import walk
-from llm.data.loader import ConversationSteps, StepLayout, TextSteps, positions_for
+from llm.data.loader import ConversationSteps, StepLayout, TextSteps, positions_for, sample_balance
 from llm.tokenizer.bpe import Tokenizer, split_pattern
 from llm.tokenizer.chat_format import render_conversation
 
@@ -291,13 +291,40 @@ def test_what_is_lost_is_said():
     assert "60 of 60 answers lost their end" in lines[1]
 
 
+def test_sampled_answers_without_a_signal_are_dropped():
+    sequences = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3], [0, 0, 1]), ([1, 2, 3, 4, 5], [0, 0, 1, 0, 1])]
+    balance = of_rollout(sequences, [0.5, 0.0, -0.5], [True, False, False])
+    assert balance == Balance(
+        documents=3, documents_dropped=1, answers=3, answers_cut=2, read=12, trained=4, masked=5, dropped=3
+    )
+    assert balance.missing == 0 and warnings_of(balance, ANSWERS) == []
+    assert "2 of 3 answers cut at stage.max_new_tokens, 1 dropped" in describe(balance, ANSWERS)[1]
+
+
+def test_conversations_that_take_a_row_each():
+    rows = conversations(random.Random(2), 50)
+    balance, expected = of_conversations([render(Bytes(), row, 40) for row in rows]), naive(rows, 40, "assistant")
+    assert balance.missing == 0 and balance.padded == 0 and balance.masked > 0
+    assert (balance.trained, balance.cut, balance.dropped) == (expected.trained, expected.cut, expected.dropped)
+
+
+@pytest.mark.parametrize("packing", ["crop", "best_fit", "stream"])
+def test_a_sample_of_text_foretells_the_losses(packing):
+    lengths = [random.Random(n).randint(1, 90) for n in range(300)]
+    source = Lengths(lengths)
+    balance = sample_balance(source, Numbers(), 32, packing, 50)
+    assert balance.missing == balance.waiting == 0 and balance.documents == 100
+    assert balance.read == sum(lengths[:100]) + 100 and (balance.cut > 0) == (packing == "crop")
+
+
 def test_block_of_run_json():
     skipped = skipped_rows([SimpleNamespace(skipped={"empty answer": 2}), SimpleNamespace(skipped=3), object()])
     assert skipped == {"empty answer": 2, "bad": 3}
-    reading = Reading("conversations", Balance(read=9, trained=9), {"median_length": 4}, skipped)
+    reading = Reading("conversations", Balance(read=9, trained=9), {"median_length": 4, "seq_len": 8}, skipped)
     assert reading.to_dict(Balance(read=18, trained=18)) == {
         "unit": "conversations",
         "median_length": 4,
+        "seq_len": 8,
         "expected_of": "one pass",
         "expected": {"read": 9, "trained": 9},
         "read": {"read": 18, "trained": 18},

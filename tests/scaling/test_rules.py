@@ -16,6 +16,8 @@ from llm.scaling.rules import (
     adam_lr_scale,
     auto_batch,
     decay_factor,
+    finetuning_batch,
+    finetuning_passes,
     lr_batch_factor,
     micro_batches,
     model_config,
@@ -286,3 +288,21 @@ def test_decay_schedules():
     at = {name: [decay_multiplier(name, s, 100) for s in (0, 25, 50, 100)] for name in ("constant", "linear", "cosine")}
     assert at["constant"] == [1, 1, 1, 1] and at["linear"] == [1, 0.75, 0.5, 0]
     assert at["cosine"] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "smallest", "batch", "passes"),
+    [
+        (3_000, 512, 1_024, 40),  # a hundred short conversations
+        (120_000, 512, 1_024, 2**20 / 120_000),
+        (2**20, 2_048, 8_192, 1),
+        (7_000_000, 2_048, 65_536, 1),  # the mixture of nanochat's finetuning in 2025
+        (430_000_000, 2_048, 2**19, 1),  # that of its midtraining
+        (7_000_000, 8 * 2_048, 65_536, 1),
+        (3_000, 8 * 2_048, 16_384, 40),
+        (3_000_000, 768, 24_576, 1),
+    ],
+)
+def test_finetuning_follows_the_amount_of_data(tokens, smallest, batch, passes):
+    assert finetuning_batch(tokens, smallest) == batch and batch % smallest == 0
+    assert finetuning_passes(tokens) == passes
