@@ -66,13 +66,15 @@ def auto_batch(tokens: int, reference_tokens: int) -> int:
     return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT))
 
 
-def finetuning_batch(tokens: int, smallest: int) -> int:
+def finetuning_batch(tokens: int, seq_len: int, devices: int = 1) -> int:
     """Return the tokens of a step where a pass over the conversations has `tokens`: about a hundredth of them.
 
-    It is the largest power of two times `smallest` (a row on every device) within that, from 2^10 to 2^19.
+    It is the largest power of two times a row of `seq_len` within that, from 2^10 to 2^19, and rounded up to whole rows
+    on every device: as long as they divide it, their number does not change the step.
     """
     largest = min(max(tokens // STEPS_PER_PASS, SMALLEST_STEP), REFERENCE_BATCH)
-    return smallest * 2 ** max(0, math.floor(math.log2(largest / smallest)))
+    rows = 2 ** max(0, math.floor(math.log2(largest / seq_len)))
+    return -(-rows // devices) * devices * seq_len
 
 
 def finetuning_passes(tokens: int) -> float:

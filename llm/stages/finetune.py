@@ -80,11 +80,11 @@ def horizon(cfg, expected: Forecast) -> Horizon:
     """
     tokens, epochs = cfg.batch.tokens_per_step, cfg.stage.epochs
     if tokens is None:
-        smallest = cfg.model.seq_len * processes(cfg)
-        tokens = finetuning_batch(expected.tokens, smallest)
-        rows = cfg.batch.micro_batch_size
+        seq_len, devices, rows = cfg.model.seq_len, processes(cfg), cfg.batch.micro_batch_size
+        tokens = finetuning_batch(expected.tokens, seq_len, devices)
         if rows != "auto":
-            cfg.batch.micro_batch_size = next(n for n in divisors(tokens // smallest) if n <= checked_rows(rows))
+            fitting = divisors(tokens // (seq_len * devices))
+            cfg.batch.micro_batch_size = next(n for n in fitting if n <= checked_rows(rows))
     if epochs is None:
         epochs = finetuning_passes(expected.tokens)
     steps = cfg.max_steps or expected.steps(tokens, epochs)

@@ -291,18 +291,20 @@ def test_decay_schedules():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "smallest", "batch", "passes"),
+    ("tokens", "seq_len", "devices", "batch", "passes"),
     [
-        (3_000, 512, 1_024, 40),  # a hundred short conversations
-        (120_000, 512, 1_024, 2**20 / 120_000),
-        (2**20, 2_048, 8_192, 1),
-        (7_000_000, 2_048, 65_536, 1),  # the mixture of nanochat's finetuning in 2025
-        (430_000_000, 2_048, 2**19, 1),  # that of its midtraining
-        (7_000_000, 8 * 2_048, 65_536, 1),
-        (3_000, 8 * 2_048, 16_384, 40),
-        (3_000_000, 768, 24_576, 1),
+        (3_000, 512, 1, 1_024, 40),  # a hundred short conversations
+        (3_000, 512, 2, 1_024, 40),
+        (3_000, 512, 8, 4_096, 40),  # a row on every device
+        (120_000, 512, 1, 1_024, 2**20 / 120_000),
+        (2**20, 2_048, 1, 8_192, 1),
+        (7_000_000, 2_048, 1, 65_536, 1),  # the mixture of nanochat's finetuning in 2025
+        (7_000_000, 2_048, 8, 65_536, 1),
+        (7_000_000, 2_048, 3, 33 * 2_048, 1),
+        (430_000_000, 2_048, 1, 2**19, 1),  # that of its midtraining
+        (3_000_000, 768, 1, 24_576, 1),
     ],
 )
-def test_finetuning_follows_the_amount_of_data(tokens, smallest, batch, passes):
-    assert finetuning_batch(tokens, smallest) == batch and batch % smallest == 0
+def test_finetuning_follows_the_amount_of_data(tokens, seq_len, devices, batch, passes):
+    assert finetuning_batch(tokens, seq_len, devices) == batch and batch % (seq_len * devices) == 0
     assert finetuning_passes(tokens) == passes
