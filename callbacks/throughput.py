@@ -94,10 +94,9 @@ class Throughput(L.Callback):
     def on_train_end(self, trainer, module) -> None:
         if not trainer.is_global_zero:
             return
-        waited, lost = _wait_seconds(module), module.progress.lost_fraction
+        waited = _wait_seconds(module)
         share = waited / max(self.train_seconds - self.seconds_before, 1e-9)
-        packing = "" if lost is None else f"; {lost:.1%} of what packing read was lost to crops or padding"
-        print(f"waited {waited:.2f} s for data, {share:.2%} of the time{packing}", flush=True)
+        print(f"waited {waited:.2f} s for data, {share:.2%} of the time", flush=True)
 
     def state_dict(self) -> dict:
         return {"train_seconds": self.train_seconds}

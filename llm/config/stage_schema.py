@@ -70,7 +70,10 @@ class ChatStage(AssistantStage):
     """Settings of stages that train on conversations: midtrain and sft."""
 
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
-    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
+    epochs: float | None = key(
+        "horizon: passes over the mixture (max_steps comes first); null = one, more where conversations are few",
+        above=0,
+    )
     train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
 
 

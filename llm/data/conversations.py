@@ -1,10 +1,13 @@
 """Conversations of a task mixture as token ids and masks, in an order that resumes exactly; the steps of an epoch."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from llm.data.balance import Balance
 from llm.data.documents import Consumed
 from llm.data.packing import BestFitPad, Document
 from llm.errors import UserError
@@ -13,11 +16,68 @@ from llm.tokenizer.chat_format import render_conversation
 TRAIN_ON = ("assistant", "all")
 
 
-def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assistant") -> tuple[Document, bool]:
-    """Return (ids and mask of at most `row_len` tokens, True if the conversation was longer and lost its end)."""
-    ids, mask = render_conversation(tokenizer, conversation, train_all=train_on == "all")
-    document = Document(np.array(ids[:row_len], np.int32), np.array(mask[:row_len], bool))
-    return document, len(ids) > row_len
+CHARS_PER_TOKEN = 16  # of a row's tokens: a conversation of more characters is encoded only as far as it fits a row
+
+
+class Rendered(NamedTuple):
+    """Conversation as ids and mask of at most a row, with the numbers that tell what the row did not take."""
+
+    document: Document
+    length: int  # tokens of the whole conversation
+    is_estimated: bool  # True where `length` follows from the beginning, because the rest was not encoded
+    answers: int  # turns of the assistant that are to be trained
+    answers_kept: int  # those whose end of turn is in the row
+    is_unanswered: bool  # True if no token of an answer is in the row
+
+
+def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assistant") -> Rendered:
+    """Render a conversation as ids and mask of at most `row_len` tokens, and count what does not fit."""
+    beginning = _Beginning(tokenizer, row_len)
+    ids, trained = render_conversation(beginning, conversation, train_all=train_on == "all")
+    start, end = (tokenizer.special_id(mark) for mark in ("<|assistant_start|>", "<|assistant_end|>"))
+    ends = [i for i, token in enumerate(ids) if token == end and trained[i]]
+    begins = [i for i, token in enumerate(ids[: row_len - 1]) if token == start and trained[i + 1]]
+    return Rendered(
+        Document(np.array(ids[:row_len], np.int32), np.array(trained[:row_len], bool)),
+        len(ids) + beginning.skipped_tokens,
+        beginning.skipped_chars > 0,
+        len(ends),
+        sum(i < row_len for i in ends),
+        not begins,
+    )
+
+
+class _Beginning:
+    """Tokenizer for one conversation that leaves out texts, or their ends, that are far behind the end of a row.
+
+    The first `row_len` tokens are those of the whole conversation, because a text is cut between two pieces only.
+    """
+
+    def __init__(self, tokenizer, row_len: int) -> None:
+        self.bos_id, self.special_id = tokenizer.bos_id, tokenizer.special_id
+        self._tokenizer, self._row_len = tokenizer, row_len
+        self._chars = self._tokens = self.skipped_chars = 0
+
+    @property
+    def skipped_tokens(self) -> int:
+        """Tokens of the texts left out, estimated by the characters per token of the others."""
+        return round(self.skipped_chars * self._tokens / max(self._chars, 1))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, or of a beginning of it that fills the row."""
+        room = max(CHARS_PER_TOKEN * self._row_len - self._chars, 0)
+        if len(text) <= room:
+            ids, chars = self._tokenizer.encode(text), len(text)
+        elif room == 0 and self._tokens >= self._row_len:
+            ids, chars = [], 0
+        else:
+            ids, chars = self._tokenizer.encode_start(text, room)
+            while self._tokens + len(ids) < self._row_len and chars < len(text):
+                ids, chars = self._tokenizer.encode_start(text, 4 * max(chars, 1))
+        self._chars += chars
+        self._tokens += len(ids)
+        self.skipped_chars += len(text) - chars
+        return ids
 
 
 class ConversationFeed:
@@ -26,8 +86,8 @@ class ConversationFeed:
     Epoch 0 follows the mixture's own shuffle; each later epoch permutes it anew, seeded by seed + epoch. Conversation
     number i over all epochs belongs to rank i % world. A conversation longer than a row is cut at its end, and dropped
     if no trained target is left; both are counted. `cursor` (index, truncated, dropped, size of the mixture) is the
-    position after the last conversation handed out. Raises UserError for an unknown `train_on`, an empty mixture, one
-    of another size than the cursor's, and one without a trained token.
+    position after the last conversation handed out, `balance` what became of the tokens. Raises UserError for an
+    unknown `train_on`, an empty mixture, one of another size than the cursor's, and one without a trained token.
     """
 
     def __init__(
@@ -54,6 +114,7 @@ class ConversationFeed:
                 "Restore the data that the run started with, or start another with run=<new name>."
             )
         self.cursor = cursor or {"index": 0, "truncated": 0, "dropped": 0, "size": size}
+        self.balance = Balance()
         self._mixture, self._tokenizer, self._row_len, self._train_on = mixture, tokenizer, row_len, train_on
         self._seed, self._rank, self._world, self._loop = seed, rank, world, loop
         self._documents = self._render()
@@ -80,9 +141,12 @@ class ConversationFeed:
             at["index"] = index + 1
             if index % self._world != self._rank or index in consumed:
                 continue
-            document, cut = self._document(int(order[index % size]))
-            at["truncated"] += cut
-            if document.mask[1:].any():
+            rendered = self._document(int(order[index % size]))
+            document = rendered.document
+            is_trained = bool(document.mask[1:].any())
+            at["truncated"] += rendered.length > self._row_len
+            count(self.balance, rendered, is_trained)
+            if is_trained:
                 dropped_in_a_row = 0
                 yield document, {key: at[key] for key in at if key != "consumed"} | consumed.cursor(at["index"])
                 continue
@@ -94,11 +158,39 @@ class ConversationFeed:
                     "Raise model.seq_len or check the rows: the assistant's turns must not be empty."
                 )
 
-    def _document(self, row: int) -> tuple[Document, bool]:
+    def _document(self, row: int) -> Rendered:
         try:
             return render(self._tokenizer, self._mixture[row], self._row_len, self._train_on)
         except UserError as error:
             raise UserError(f"conversation {row} of the mixture: {error}") from error
+
+
+def count(balance: Balance, rendered: Rendered, is_trained: bool) -> None:
+    """Count a conversation in the balance; one of which nothing is trained is dropped as a whole."""
+    lost = rendered.length - len(rendered.document.ids)
+    balance.documents += 1
+    balance.read += rendered.length
+    balance.documents_cut += lost > 0
+    balance.estimated += rendered.is_estimated
+    balance.answers += rendered.answers
+    balance.answers_cut += rendered.answers - (rendered.answers_kept if is_trained else 0)
+    balance.unanswered += rendered.is_unanswered
+    if is_trained:
+        balance.cut += lost
+    else:
+        balance.documents_dropped += 1
+        balance.dropped += rendered.length
+
+
+def of_conversations(all_rendered: Sequence[Rendered]) -> Balance:
+    """Return the balance of conversations that are trained a row each, without packing."""
+    found = Balance()
+    for rendered in all_rendered:
+        trained = int(rendered.document.mask[1:].sum())
+        count(found, rendered, trained > 0)
+        found.trained += trained
+        found.masked += len(rendered.document.ids) - trained if trained else 0
+    return found
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
@@ -106,29 +198,57 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.arange(size) if epoch == 0 else np.random.default_rng(seed + epoch).permutation(size)
 
 
-def estimate_steps(
-    mixture: Sequence,
-    tokenizer,
-    tokens_per_step: int,
-    epochs: float = 1,
-    sample: int = 2000,
-    *,
-    seq_len: int,
-    train_on: str = "assistant",
-) -> int:
-    """Return the steps of `tokens_per_step` positions (all ranks) in `epochs` passes over the mixture, with padding.
+class Forecast(NamedTuple):
+    """Numbers of one pass over a mixture, found by rendering and packing `sampled` of its `size` conversations."""
 
-    Every len/sample-th conversation (all, if there are no more than `sample`) is rendered and packed; the rows that a
-    conversation takes give the horizon. The result is deterministic, so that a resumed run finds the horizon it had.
+    size: int
+    sampled: int
+    rows: int  # of seq_len positions, that the sampled conversations take
+    seq_len: int
+    balance: Balance  # of all conversations: that of the sampled ones times size / sampled
+    median_length: int  # tokens of a conversation
+
+    @property
+    def tokens(self) -> int:
+        """Positions of one pass, padding included."""
+        return math.ceil(self.rows * self.size / self.sampled * self.seq_len)
+
+    def steps(self, tokens_per_step: int, epochs: float = 1) -> int:
+        """Return the steps of `tokens_per_step` positions (all ranks) in `epochs` passes over the mixture."""
+        return math.ceil(epochs * self.rows * self.size / self.sampled * self.seq_len / tokens_per_step)
+
+
+def forecast(
+    mixture: Sequence, tokenizer, sample: int = 2000, *, seq_len: int, train_on: str = "assistant"
+) -> Forecast:
+    """Render and pack every len/sample-th conversation (all, if there are no more than `sample`).
+
+    The result is deterministic, so that a resumed run finds the horizon it had.
     """
     size = len(mixture)
     count = min(size, sample)
-    feed = ConversationFeed(_Every(mixture, count), tokenizer, seq_len + 1, train_on=train_on, loop=False)
-    packer, rows = BestFitPad(seq_len + 1), 0
+    feed = _MeasuredFeed(_Every(mixture, count), tokenizer, seq_len + 1, train_on=train_on, loop=False)
+    packer, rows, trained = BestFitPad(seq_len + 1), 0, 0
     ids, mask = np.empty(seq_len + 1, np.int32), np.empty(seq_len + 1, bool)
-    while packer.fill(ids, mask, feed):
+    while used := packer.fill(ids, mask, feed):
         rows += 1
-    return math.ceil(epochs * rows * size / count * seq_len / tokens_per_step)
+        trained += int(mask[1:used].sum())
+    placed = Balance(trained=trained, masked=packer.placed - trained, padded=packer.lost)
+    median = int(statistics.median_low(feed.lengths))
+    return Forecast(size, count, rows, seq_len, (feed.balance + placed).scaled(size / count), median)
+
+
+class _MeasuredFeed(ConversationFeed):
+    """Feed that keeps the length in tokens of every conversation."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.lengths: list[int] = []
+
+    def _document(self, row: int) -> Rendered:
+        rendered = super()._document(row)
+        self.lengths.append(rendered.length)
+        return rendered
 
 
 class _Every(Sequence):

@@ -4,15 +4,14 @@ A loader turns a feed of tokenised documents (TextSteps) or rendered conversatio
 and those into steps:
 
     {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
-     "n_trained": targets >= 0 in the step, "n_tokens": all positions, "lost_fraction": share cropped (text) or
-     padded so far,
+     "n_trained": targets >= 0 in the step, "n_tokens": all positions,
      "state": a function that returns the position after this step}
 
-All counts are of this rank. The position holds the cursor of the source and the packing buffer as tensors and
-primitives (up to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True) reads it and a loader built with it
-continues with exactly the steps that would have followed. It rides with the batch because the thread is ahead of
-training, as a function because few positions are ever stored. Steps are a function of source, tokenizer, sizes and rank
-alone, never of prefetch depth or thread timing.
+All counts are of this rank. The position holds the cursor of the source, the packing buffer and the balance of tokens
+(llm.data.balance) as tensors and primitives (up to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True)
+reads it and a loader built with it continues with exactly the steps that would have followed. It rides with the batch
+because the thread is ahead of training, as a function because few positions are ever stored. Steps are a function of
+source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
 """
 
 import logging
@@ -27,6 +26,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from llm.data.balance import Balance, total
 from llm.data.conversations import ConversationFeed
 from llm.data.documents import DocumentSource
 from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
@@ -35,6 +35,7 @@ from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # seconds between lines in the log while no data come
+SAMPLE_CHARS = 2_000_000  # of text that is packed before training to foretell the losses
 VAL_PACKING = "crop"  # scores are measured on equal rows whatever the packing of training
 
 
@@ -77,7 +78,7 @@ class TextFeed:
         world: int,
         loop: bool,
     ) -> None:
-        self.cursor = cursor
+        self.cursor, self.balance = cursor, Balance()
         documents = source.iterate(split, cursor, rank, world, loop)
         self._documents = documents if isinstance(source, CachedDocuments) else encoded(documents, tokenizer)
 
@@ -86,6 +87,8 @@ class TextFeed:
 
     def __next__(self) -> Document:
         ids, self.cursor = next(self._documents)
+        self.balance.documents += 1
+        self.balance.read += len(ids)
         return Document(ids)
 
 
@@ -118,7 +121,10 @@ class StepLoader:
     def skip(self, steps: int) -> None:
         """Move the start behind the next `steps` steps."""
         for step in islice(self.steps(), steps):
-            self.state = step["state"]()
+            before, self.state = self.state, step["state"]()
+            balance = Balance.from_dict(self.state["balance"])
+            balance.leave_out(Balance.from_dict((before or {}).get("balance", {})))
+            self.state["balance"] = balance.to_dict()
 
     def close(self) -> None:
         """Stop the background thread, if one is running."""
@@ -132,25 +138,39 @@ class StepLoader:
             cursor = self.state["cursor"]
             packer.load_state_dict({k: _to_numpy(v) for k, v in self.state["packer"].items()})
         feed = self._feed(cursor)
+        balance = feed.balance = self._balance_so_far(packer)
         rows = self.layout.rows_per_micro * self.layout.micro_per_step
         while True:
             ids = np.full((rows, self.layout.seq_len + 1), self._pad_id(), np.int32)
             mask = np.zeros(ids.shape, bool)
+            lost, repeated = packer.lost, packer.repeated
             used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
             if not any(used):
                 return
-            yield self._step(ids, mask) | {
-                "lost_fraction": packer.lost_fraction,
-                "state": self._position(feed.cursor, packer.snapshot()),
-            }
+            step = self._step(ids, mask)
+            balance.trained += step["n_trained"]
+            balance.masked += sum(used) - step["n_trained"]
+            balance.padded += ids.size - sum(used)
+            balance.cut += 0 if isinstance(packer, BestFitPad) else packer.lost - lost
+            balance.repeated += packer.repeated - repeated
+            balance.waiting = packer.waiting_tokens
+            yield step | {"state": self._position(feed.cursor, packer.snapshot(), balance.to_dict())}
 
-    def _position(self, cursor: dict | None, snapshot: Callable[[], dict]) -> Callable[[], dict]:
+    def _balance_so_far(self, packer) -> Balance:
+        """Return the balance at `state`; without counters there, what waits to be packed counts as read."""
+        if self.state is None:
+            return Balance()
+        if "balance" in self.state:
+            return Balance.from_dict(self.state["balance"])
+        return Balance(read=packer.waiting_tokens, partial=1)
+
+    def _position(self, cursor: dict | None, snapshot: Callable[[], dict], balance: dict) -> Callable[[], dict]:
         """Return a function that builds the resume state.
 
         It is built lazily, because copying the buffer costs megabytes and only checkpoints need it.
         """
         identity = self._identity()
-        return lambda: identity | {"cursor": cursor, "packer": _tensors(snapshot())}
+        return lambda: identity | {"cursor": cursor, "packer": _tensors(snapshot()), "balance": balance}
 
     def _identity(self) -> dict:
         """The entries of a position that must agree with the loader which continues it."""
@@ -273,6 +293,28 @@ class ConversationSteps(StepLoader):
         return self.tokenizer.bos_id
 
 
+def sample_balance(source: DocumentSource, tokenizer, row_len: int, packing: str, buffer: int) -> Balance:
+    """Return the balance of the first documents of the training text, packed by themselves.
+
+    They are at most 2 x `buffer` and two million characters: enough to tell how much a packing will lose.
+    """
+    chars, texts = 0, []
+    for document in islice(source.iterate("train", loop=False), 2 * buffer):
+        texts.append(document)
+        chars += len(document[0])
+        if chars > SAMPLE_CHARS:
+            break
+    balance, packer = Balance(), PACKINGS[packing](row_len, buffer)
+    documents = [Document(ids) for ids, _ in encoded(iter(texts), tokenizer)]
+    ids, mask, feed = np.empty(row_len, np.int32), np.empty(row_len, bool), iter(documents)
+    while used := packer.fill(ids, mask, feed):
+        balance.trained += used - 1
+        balance.masked += 1
+        balance.padded += row_len - used
+    sums = Balance(documents=len(documents), read=sum(len(document.ids) for document in documents))
+    return balance + sums + Balance(cut=packer.lost, repeated=packer.repeated)
+
+
 def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:
     """Return the fixed micro-batches {"inputs", "targets"} of a finite loader that cover about `eval_tokens` positions.
 
@@ -303,15 +345,25 @@ def positions_for(positions: list[dict | None], world: int) -> list[dict | None]
     if len(positions) == world:
         return positions
     if any(position is None or "packer" not in position for position in positions):
-        return [positions[0]] * world  # not begun, or one position for all ranks
+        return _balanced(positions, [positions[0]] * world)  # not begun, or one position for all ranks
     cursors, packers = ([position[key] for position in positions] for key in ("cursor", "packer"))
     behind = min(cursors, key=lambda cursor: cursor["index"])
     cursor = behind | {"consumed": [*behind.get("consumed", []), [cursor["index"] for cursor in cursors]]}
     dealt = deal([{name: _to_numpy(value) for name, value in packer.items()} for packer in packers], world)
-    return [
+    moved = [
         positions[0] | {"rank": rank, "world": world, "cursor": cursor, "packer": _tensors(dealt[rank])}
         for rank in range(world)
     ]
+    return _balanced(positions, moved)
+
+
+def _balanced(before: list[dict | None], after: list[dict | None]) -> list[dict | None]:
+    """Return the positions `after` a change of the number of ranks; the first one gets the balances of all `before`."""
+    saved = [position["balance"] for position in before if position and "balance" in position]
+    if not saved:
+        return after
+    sums = [total(saved).to_dict()] + [{}] * (len(after) - 1)
+    return [position | {"balance": balance} for position, balance in zip(after, sums, strict=True)]
 
 
 class _Background:

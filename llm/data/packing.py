@@ -41,6 +41,7 @@ class _Packer:
         self.row_len, self.buffer = row_len, buffer
         self.placed = 0  # tokens placed in rows so far
         self.lost = 0  # tokens cropped, or positions of rows left unused
+        self.repeated = 0  # BOS put before the rests of cut documents since this packer was made
         self._arrivals = 0
         self._keys: list[int] = []
         self._waiting: dict[int, Document] = {}  # key -> document of at most row_len tokens, in order of arrival
@@ -52,6 +53,11 @@ class _Packer:
     def lost_fraction(self) -> float:
         """Share lost / (lost + placed) of the tokens or positions so far."""
         return self.lost / max(1, self.lost + self.placed)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the waiting documents, in full length."""
+        return sum(key // _ARRIVALS for key in self._waiting)
 
     def fill(self, ids: np.ndarray, mask: np.ndarray, documents: Iterator[Document]) -> int:
         """Write one row into `ids` and `mask` (row_len,); return the tokens written, 0 when no document is left."""
@@ -198,6 +204,7 @@ class BestFit(_Packer):
         for start in range(1, length, self.row_len - 1):
             piece = _behind_first(document, start, start + self.row_len - 1)
             self._add(piece, len(piece.ids))
+            self.repeated += start > 1
 
     def _next(self, space: int) -> Document:
         """Take out the piece to place: the largest that leaves no gap, alone or with one other.
@@ -217,6 +224,7 @@ class BestFit(_Packer):
     def _put_back(self, document: Document, used: int) -> None:
         rest = _behind_first(document, used, len(document.ids))
         self._add(rest, len(rest.ids))
+        self.repeated += 1
 
     def load_state_dict(self, state: dict) -> None:
         self._counts[:] = 0

@@ -17,6 +17,7 @@ from typing import Any
 
 from llm import __version__
 from llm.config.stages import row_or_stranger, stage_names
+from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.run.config_diff import flatten
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
@@ -47,6 +48,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
     parts += ["## Metrics by stage", _metrics_table(models)]
     parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
+    parts += _data(stages)
     parts += ["## Curves", *curves] if curves else []
     parts += ["## Samples", *_samples(stages)] if any(s["eval"].get("samples") for s in stages.values()) else []
     parts += ["## Numbers of each stage", _numbers(stages)]
@@ -185,6 +187,22 @@ def _compression(tokenizer: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     return ["## Tokenizer", markdown_table(["text", "bytes per token"], rows, numeric=[1])]
+
+
+def _data(stages: dict[str, dict]) -> list[str]:
+    """Section on what became of the tokens that each stage read, with its warnings; nothing without such counters."""
+    blocks = {name: facts["data"] for name, facts in stages.items() if facts.get("data")}
+    balances = {name: total([b["read"] if "read" in b else b.get("expected", {})]) for name, b in blocks.items()}
+    if not balances:
+        return []
+    table = {name: table_column(balance) for name, balance in balances.items()}
+    for name, block in blocks.items():
+        table[name] |= {f"rows skipped: {cause}": f"{n:,}" for cause, n in block.get("skipped", {}).items()}
+    keys = dict.fromkeys(key for column in table.values() for key in column)
+    rows = [[key, *(column.get(key, "-") for column in table.values())] for key in keys]
+    lines = {name: warnings_of(balances[name], block.get("unit", "documents")) for name, block in blocks.items()}
+    warnings = [f"> **{name}:** {line}" for name in lines for line in lines[name]]
+    return ["## Data", markdown_table(["tokens", *table], rows, numeric=range(1, len(table) + 1)), *warnings]
 
 
 def _draw(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:

@@ -15,6 +15,10 @@ REFERENCE_DEPTH = 12  # where the hyperparameters were tuned,
 REFERENCE_BATCH = 2**19  # with steps of this many tokens
 SMALLEST_BATCH = 2**18
 BATCH_EXPONENT = 0.383
+STEPS_PER_PASS = 100  # of finetuning, where there are enough conversations for it
+SMALLEST_STEP = 2**10
+FINETUNING_TOKENS = 2**20  # fewer are repeated,
+MOST_PASSES = 40  # but not more often: 136 questions were learnt in 40 passes
 GPT2_AS_PUBLISHED = {"softcap": None, "vocab_multiple": 1}  # parts of arch=gpt2 that are no options
 
 
@@ -60,6 +64,22 @@ def training_tokens(config: GPTConfig, tokens_per_param: float, count_params: st
 def auto_batch(tokens: int, reference_tokens: int) -> int:
     """Return the tokens of a step: a power of two, 2^19 for a depth-12 model, growing as tokens^0.383."""
     return 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT))
+
+
+def finetuning_batch(tokens: int, seq_len: int, devices: int = 1) -> int:
+    """Return the tokens of a step where a pass over the conversations has `tokens`: about a hundredth of them.
+
+    It is the largest power of two times a row of `seq_len` within that, from 2^10 to 2^19, and rounded up to whole rows
+    on every device: as long as they divide it, their number does not change the step.
+    """
+    largest = min(max(tokens // STEPS_PER_PASS, SMALLEST_STEP), REFERENCE_BATCH)
+    rows = 2 ** max(0, math.floor(math.log2(largest / seq_len)))
+    return -(-rows // devices) * devices * seq_len
+
+
+def finetuning_passes(tokens: int) -> float:
+    """Return the passes over conversations of `tokens`: as many as make 2^20 tokens, at least 1 and at most 40."""
+    return min(max(FINETUNING_TOKENS / tokens, 1.0), float(MOST_PASSES))
 
 
 def lr_batch_factor(batch_tokens: int) -> float:

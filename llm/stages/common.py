@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llm.checkpoint.model_folder import load_model_folder
+from llm.data.balance import Reading
 from llm.data.loader import StepLayout
 from llm.errors import UserError
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
@@ -22,12 +23,13 @@ from tasks import Cache, build_task
 
 @dataclass
 class BuiltStage:
-    """A stage ready to train: Lightning module and data module, what was derived, and callbacks of its own."""
+    """A stage ready to train: Lightning module and data module, what was derived, callbacks of its own, its data."""
 
     module: StepModule
     data: StepData
     derived: dict
     callbacks: list = field(default_factory=list)
+    reading: Reading | None = None  # what is known of the data before training
 
 
 def load_parent(parent: Path, cfg) -> tuple[GPT, object]:
@@ -83,7 +85,7 @@ def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> StepLayout:
     """
     if tokens is None:
         raise UserError(
-            f"batch.tokens_per_step=null: only stage=pretrain has a rule for it; give stage={cfg.stage.name} a number"
+            f"batch.tokens_per_step=null: stage={cfg.stage.name} has no rule for it; give it a number of tokens"
         )
     seq_len, world = cfg.model.seq_len, processes(cfg)
     cfg.batch.micro_batch_size = rows = resolve_rows(cfg, config, tokens // seq_len // world)

@@ -4,12 +4,17 @@ The two differ in their configuration alone: the mixture, `stage.train_on`, lear
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from llm.config.stages import stage_row
-from llm.data.conversations import estimate_steps
+from llm.data.balance import FEW_STEPS, Reading, skipped_rows
+from llm.data.conversations import Forecast, forecast
 from llm.data.loader import ConversationSteps, StepLayout, validation_batches
 from llm.errors import UserError
 from llm.eval.samples import questions
+from llm.parallel import collectives
+from llm.parallel.launch import processes
+from llm.scaling.rules import finetuning_batch, finetuning_passes
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -22,19 +27,27 @@ from llm.stages.common import (
     steps_layout,
     task_cache,
 )
+from llm.stages.micro_batch import checked_rows, divisors
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, held_out_mixture
+
+
+class Horizon(NamedTuple):
+    """Size of a step and number of steps, by the configuration or by how much there is to train on."""
+
+    tokens_per_step: int
+    epochs: float
+    steps: int
 
 
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network on the mixture that the stage's row names."""
     net, tokenizer = load_parent(parent, cfg)
-    tokens, stage, seed = cfg.batch.tokens_per_step, cfg.stage, cfg.seed
-    layout, scales = steps_layout(cfg, net.config, tokens), finetuning_scales(cfg, tokens)
+    stage, seed = cfg.stage, cfg.seed
     train, held_out = mixtures(cfg)
-    total = cfg.max_steps or estimate_steps(
-        train, tokenizer, tokens, stage.epochs, seq_len=layout.seq_len, train_on=stage.train_on
-    )
+    expected = forecast(train, tokenizer, seq_len=cfg.model.seq_len, train_on=stage.train_on)
+    tokens, epochs, total = horizon(cfg, expected)
+    layout, scales = steps_layout(cfg, net.config, tokens), finetuning_scales(cfg, tokens)
 
     def loader(mixture, layout: StepLayout, position=None, loop: bool = True) -> ConversationSteps:
         return ConversationSteps(mixture, tokenizer, layout, position, train_on=stage.train_on, seed=seed, loop=loop)
@@ -53,9 +66,46 @@ def build(cfg, parent: Path) -> BuiltStage:
         **scales,
     )
     derived = model_facts(net.config, cfg, total, tokens, layout.micro_per_step)
-    derived |= {"conversations": len(train)} | learning_rates(net, cfg, **scales)
+    derived |= {"conversations": len(train), "epochs": epochs} | learning_rates(net, cfg, **scales)
     module = StepModule(net, cfg.optim, stage, context)
-    return BuiltStage(module, StepData(lambda position: loader(train, layout, position)), derived)
+    data = StepData(lambda position: loader(train, layout, position))
+    return BuiltStage(module, data, derived, reading=reading(train, expected))
+
+
+def horizon(cfg, expected: Forecast) -> Horizon:
+    """Return the size of a step, the passes and the steps: as configured, and by rule where a key is null.
+
+    A micro-batch larger than a step that the rule chose is made smaller. Prints what was chosen, and warns of so few
+    steps that next to nothing is learnt.
+    """
+    tokens, epochs = cfg.batch.tokens_per_step, cfg.stage.epochs
+    if tokens is None:
+        seq_len, devices, rows = cfg.model.seq_len, processes(cfg), cfg.batch.micro_batch_size
+        tokens = finetuning_batch(expected.tokens, seq_len, devices)
+        if rows != "auto":
+            fitting = divisors(tokens // (seq_len * devices))
+            cfg.batch.micro_batch_size = next(n for n in fitting if n <= checked_rows(rows))
+    if epochs is None:
+        epochs = finetuning_passes(expected.tokens)
+    steps = cfg.max_steps or expected.steps(tokens, epochs)
+    if cfg.max_steps:
+        epochs = steps * tokens / expected.tokens
+    if collectives.is_main():
+        print(f"horizon: {steps:,} steps of {tokens:,} tokens, {epochs:.3g} passes over the conversations", flush=True)
+        if steps < FEW_STEPS and not cfg.max_steps:
+            print(
+                f"WARNING: {steps} steps are too few to learn from: lower batch.tokens_per_step={tokens} or raise "
+                f"stage.epochs={epochs:g} (null = by the amount of data)",
+                flush=True,
+            )
+    return Horizon(tokens, epochs, steps)
+
+
+def reading(train: Mixture, expected: Forecast) -> Reading:
+    """Return what is expected of one pass over the conversations, and what was left out of their files."""
+    facts = {"median_length": expected.median_length, "seq_len": expected.seq_len}
+    words = "one pass" if expected.sampled == expected.size else f"one pass, by a sample of {expected.sampled:,}"
+    return Reading("conversations", expected.balance, facts, skipped_rows(train.tasks), words)
 
 
 def mixtures(cfg) -> tuple[Mixture, Mixture]:

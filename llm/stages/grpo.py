@@ -16,6 +16,8 @@ import torch
 
 from callbacks.chat_eval import PassAtK
 from llm.config.registries import REWARDS
+from llm.data.balance import ANSWERS, Balance, Reading, of_rollout, skipped_rows
+from llm.data.conversations import of_conversations, render
 from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.inference.engine import Completion, Engine
@@ -35,7 +37,7 @@ from llm.stages.common import (
 )
 from llm.stages.micro_batch import resolve_rows
 from llm.stages.step_module import StepData, StepModule
-from llm.tokenizer.chat_format import render_conversation, render_prompt
+from llm.tokenizer.chat_format import render_prompt
 from tasks import Mixture, build_mixture, build_task
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
@@ -66,6 +68,8 @@ class RolloutSteps:
         self.rows_per_micro, self.seed = rows_per_micro, seed
         self.step = 0 if position is None else position["step"]
         self.signal = SignalWatch(task.name)
+        counted = {} if position is None else position.get("balance", {"partial": 1})
+        self.balance = Balance.from_dict(counted)
         limit = engine.net.config.seq_len - 1
         self.prompts = {}
         for i in range(len(task)):
@@ -76,6 +80,10 @@ class RolloutSteps:
             raise UserError(
                 f"stage.prompts_per_step={stage.prompts_per_step}: only {len(self.prompts)} questions of {task.name} "
                 f"leave room for an answer within model.seq_len={engine.net.config.seq_len}"
+            )
+        if (too_long := len(task) - len(self.prompts)) and collectives.is_main():
+            print(
+                f"WARNING: {too_long:,} of {len(task):,} questions leave no room for an answer: not asked", flush=True
             )
 
     def __len__(self) -> int:
@@ -89,7 +97,7 @@ class RolloutSteps:
         while True:
             batch = self.rollout(self.step)
             self.step += 1
-            yield batch | {"state": {"step": self.step}}
+            yield batch | {"state": {"step": self.step, "balance": self.balance.to_dict()}}
 
     def questions_of(self, step: int) -> list[int]:
         """Return this rank's task indices of a step: consecutive ones of an endless sequence of shuffled epochs."""
@@ -126,17 +134,19 @@ class RolloutSteps:
         micro, n_trained, n_tokens = micro_batches_of(
             sequences, group_advantages(rewards).flatten(), self.rows_per_micro
         )
+        samples = [s for group in groups for s in group]
+        finished = [s.finish_reason == "stop" for s in samples]
+        self.balance += of_rollout(sequences, group_advantages(rewards).flatten().tolist(), finished)
         if self.rehearsal is not None:
             extra, n_extra = self.rehearse(step, n_trained)
             micro, n_tokens = micro + extra, n_tokens + n_extra
-        samples = [s for group in groups for s in group]
         mixed = rewards.std(dim=1) > 0  # only these groups give a gradient
         silent = not collectives.all_reduce_sum([float(mixed.sum())])[0]
         self.signal.count(silent, step, rewards.mean().item())
         metrics = {
             "reward": rewards.mean().item(),
             "response_len": sum(len(s.ids) for s in samples) / len(samples),
-            "finished": sum(s.finish_reason == "stop" for s in samples) / len(samples),
+            "finished": sum(finished) / len(samples),
             "mixed_groups": mixed.float().mean().item(),
             "no_signal": float(silent),
         }
@@ -149,7 +159,9 @@ class RolloutSteps:
         """
         n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
         rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
-        sequences = [render_conversation(self.engine.tokenizer, row, limit) for row in rows]
+        rendered = [render(self.engine.tokenizer, row, limit) for row in rows]
+        sequences = [(one.document.ids.tolist(), one.document.mask.astype(int).tolist()) for one in rendered]
+        self.balance += of_conversations(rendered)
         micro, n_rehearsed, n_tokens = micro_batches_of(sequences, torch.ones(len(rows)), self.rows_per_micro)
         for batch in micro:
             batch["weights"] *= self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
@@ -257,7 +269,8 @@ def build(cfg, parent: Path) -> BuiltStage:
         return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal, rewards)
 
     data = StepData(loader)
-    return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k])
+    reading = Reading(ANSWERS, facts={"questions": len(train)}, skipped=skipped_rows([train]))
+    return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k], reading)
 
 
 def chosen_rewards(name: str) -> Rewards:

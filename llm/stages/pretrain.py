@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from llm.config.stages import stage_row
+from llm.data.balance import Reading, skipped_rows
 from llm.data.documents import DocumentSource, texts
-from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, validation_batches
+from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
@@ -102,7 +103,17 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
-    return BuiltStage(module, StepData(lambda position: loader("train", layout, position)), derived(cfg, planned, net))
+    data, numbers = StepData(lambda position: loader("train", layout, position)), derived(cfg, planned, net)
+    return BuiltStage(module, data, numbers, reading=reading(cfg, text, tokenizer))
+
+
+def reading(cfg, text: "Text", tokenizer: Tokenizer) -> Reading:
+    """Return what packing makes of the first documents, and what was left out of the files."""
+    if text.val is None:
+        return Reading("documents")
+    expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, cfg.data.packing, cfg.stage.buffer)
+    words = f"packed by {cfg.data.packing}, a sample"
+    return Reading("documents", expected, {"seq_len": cfg.model.seq_len}, skipped_rows([text.val]), words)
 
 
 class Text(NamedTuple):

@@ -87,7 +87,6 @@ class StepModule(L.LightningModule):
         means = (value / collectives.world_size() for value in metrics)
         self.step_log.add_step(nats, int(n_trained), dict(zip(own, means, strict=True)))
         self.progress.tokens += int(n_tokens)
-        self.progress.lost_fraction = batch.get("lost_fraction")
         self.trainer.datamodule.position = batch["state"]
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:

@@ -51,11 +51,10 @@ class StepLog:
 
 @dataclass
 class Progress:
-    """Tokens trained so far, and the time and data that went elsewhere."""
+    """Tokens trained so far, and the time that went elsewhere."""
 
     tokens: int = 0  # positions trained on by all processes
     paused_seconds: float = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
-    lost_fraction: float | None = None  # share of the tokens that packing lost so far
 
 
 @dataclass

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.config.stages import Stage, load_object
+from llm.data.balance import Reading, describe, total
 from llm.errors import BadLoss
 from llm.parallel import collectives
 from llm.parallel.env import SIGUSR1
@@ -27,6 +28,10 @@ def run(job: Job) -> dict | None:
     build = builder(job.row)
     built = build(cfg, job.parent)
     show_config(cfg, built.derived)
+    if built.reading is not None:
+        job.manifest["data"] = built.reading.to_dict()
+        if collectives.is_main():
+            print("\n".join(built.reading.start_lines()), flush=True)
     if cfg.dry_run:
         return None
     trainer, stop = build_trainer(cfg, job.stage_dir, built)
@@ -61,6 +66,7 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         "steps": trainer.global_step,
         "metrics": last_values(job.stage_dir),
     }
+    results |= balance_of(built)
     if signum is not None and trainer.global_step < module.context.total_steps:
         name, step = SIGNAL_NAMES[signum], trainer.global_step
         print(f"stopped by {name} at step {step}, checkpoint saved; the same command resumes", flush=True)
@@ -69,6 +75,19 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
     if collectives.is_main():
         save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
     return results
+
+
+def balance_of(built) -> dict[str, dict]:
+    """Return {"data": the balance of what all processes have read} for run.json, and print it; {} if nobody counted."""
+    position = built.data.position
+    position = position() if callable(position) else position
+    saved = collectives.all_gather_object((position or {}).get("balance"))
+    if not any(saved):
+        return {}
+    read, reading = total(one for one in saved if one), built.reading or Reading("documents")
+    if collectives.is_main():
+        print("data, all that was read:", *describe(read, reading.unit), sep="\n  ", flush=True)
+    return {"data": reading.to_dict(read)}
 
 
 def last_values(stage_dir: Path) -> dict[str, float]:

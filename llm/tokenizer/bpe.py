@@ -135,6 +135,19 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
+    def encode_start(self, text: str, chars: int) -> tuple[list[int], int]:
+        """Return the ids of a beginning of a text, and its length of at least `chars` characters (all, if less).
+
+        It ends between two pieces of the split pattern, so that its ids are the first ids of the whole text. The end
+        is found without splitting the rest.
+        """
+        import regex
+
+        text = _without_surrogates(text)
+        ends = (match.end() for match in regex.finditer(self.pattern, text))
+        end = next((end for end in ends if end >= chars), len(text))
+        return self.encode(text[:end]), end
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, BOS first.
 

@@ -129,11 +129,15 @@ def test_defaults_are_the_published_ones():
     tokenizer = compose("train", "stage=tokenizer").stage
     assert (tokenizer.vocab_size, tokenizer.max_chars, tokenizer.doc_cap) == (32_768, 2_000_000_000, 10_000)
     mid = compose("train", "stage=midtrain").stage
-    assert (mid.lr_frac, mid.warmdown_ratio, mid.train_on, mid.epochs, mid.eval_every) == (1.0, 0.2, "all", 1, 150)
+    assert (mid.lr_frac, mid.warmdown_ratio, mid.train_on, mid.epochs, mid.eval_every) == (1.0, 0.2, "all", None, 150)
     sft = compose("train", "stage=sft")
     assert (sft.stage.lr_frac, sft.stage.warmdown_ratio, sft.stage.train_on) == (0.02, 1.0, "assistant")
     assert (sft.stage.eval_every, sft.stage.chat_every, sft.stage.chat_max_per_task) == (100, 200, 1024)
-    assert (sft.batch.tokens_per_step, sft.batch.micro_batch_size) == (32 * 2048, 4)
+    assert (sft.batch.tokens_per_step, sft.batch.micro_batch_size) == (None, 4)
+    published = {"experiment=speedrun_2025": (32 * 2048, 2**19), "experiment=speedrun": (2**20, None)}
+    for experiment, batches in published.items():
+        sft, midtrain = (compose("train", experiment, f"stage={stage}") for stage in ("sft", "midtrain"))
+        assert (sft.batch.tokens_per_step, midtrain.batch.tokens_per_step, sft.stage.epochs) == (*batches, 1)
     grpo = compose("train", "stage=grpo")
     assert (grpo.stage.prompts_per_step, grpo.stage.samples_per_prompt, grpo.batch.micro_batch_size) == (16, 16, 8)
     assert (grpo.stage.temperature, grpo.stage.top_k, grpo.stage.max_new_tokens) == (1.0, 50, 256)

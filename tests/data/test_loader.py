@@ -13,7 +13,7 @@ from conftest import REPO, SHARED, needs_shared
 from data_files import words, write
 from processes import run_python
 
-from llm.data.conversations import ConversationFeed, epoch_order, estimate_steps
+from llm.data.conversations import ConversationFeed, epoch_order, forecast
 from llm.data.documents import LocalDocuments
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, positions_for, validation_batches
 from llm.data.packing import PACKINGS
@@ -106,7 +106,7 @@ def test_step_format(folder):
     assert len(text_steps(folder)) == 10**9
     originals = set(words(40) + words(25, 100))
     assert all(any(original.startswith(text) for original in originals) for text in documents_in(step))
-    assert 0 < step["lost_fraction"] < 1
+    assert step["state"]()["balance"]["trained"] == step["n_trained"]
 
 
 def test_steps_do_not_depend_on_threads_prefetch_or_micro_batches(folder, monkeypatch):
@@ -431,10 +431,11 @@ def test_bad_mixtures():
 @pytest.mark.parametrize("size", [100, 5000])
 def test_estimated_steps_are_what_an_epoch_takes(size):
     mixture = [conversation(i) for i in range(size)]
-    estimate = estimate_steps(mixture, Bytes(), tokens_per_step=4 * 63, epochs=1, seq_len=63)
+    expected = forecast(mixture, Bytes(), seq_len=63)
+    estimate = expected.steps(tokens_per_step=4 * 63, epochs=1)
     taken = len(list(conversation_steps(size, loop=False, buffer=100).steps()))
     assert abs(estimate - taken) <= max(1, 0.03 * taken)
-    twice = estimate_steps(mixture, Bytes(), tokens_per_step=4 * 63, epochs=2, seq_len=63)
+    twice = expected.steps(tokens_per_step=4 * 63, epochs=2)
     assert abs(twice - 2 * estimate) <= 1
 
 

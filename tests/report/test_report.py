@@ -60,6 +60,25 @@ def section(text, title):
     return text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
+def test_the_balance_of_tokens_has_a_section(full_run):
+    assert "## Data" not in build_report(full_run).read_text()
+    read = {"documents": 1_000, "read": 60_000, "trained": 45_000, "cut": 15_000, "padded": 15_000}
+    add_stage(full_run.parent, "demo", "pretrain", data={"unit": "documents", "read": read})
+    answers = {"documents": 60, "documents_cut": 60, "answers": 60, "answers_cut": 60, "read": 500, "cut": 500}
+    expected = {"unit": "conversations", "expected": answers, "skipped": {"empty answer": 3}}
+    add_stage(full_run.parent, "demo", "sft", status="interrupted", data=expected)
+    rl = {"answers": 8, "answers_cut": 8, "documents": 8, "read": 99, "trained": 99}
+    add_stage(full_run.parent, "demo", "grpo", data={"unit": "answers and conversations", "read": rl})
+    data = section(build_report(full_run).read_text(), "Data")
+    assert "| tokens | pretrain | sft | grpo |" in data and "| trained | 45.00K (75.0 %) | 0 (0.0 %) |" in data
+    assert "| padding of the rows | 25.0 % | 0.0 % |" in data and "| answers cut | - | 60 of 60 | 8 of 8 |" in data
+    assert (
+        "| rows skipped: empty answer | - | 3 | - |" in data
+        and "**grpo:**" not in data
+        and "> **sft:** 60 of 60 answers are cut (100%)" in data
+    )
+
+
 def test_report_of_a_whole_run(full_run):
     text = build_report(RunDir(full_run.parent, "demo")).read_text()
     metrics = section(text, "Metrics by stage")

@@ -16,6 +16,8 @@ from llm.scaling.rules import (
     adam_lr_scale,
     auto_batch,
     decay_factor,
+    finetuning_batch,
+    finetuning_passes,
     lr_batch_factor,
     micro_batches,
     model_config,
@@ -286,3 +288,23 @@ def test_decay_schedules():
     at = {name: [decay_multiplier(name, s, 100) for s in (0, 25, 50, 100)] for name in ("constant", "linear", "cosine")}
     assert at["constant"] == [1, 1, 1, 1] and at["linear"] == [1, 0.75, 0.5, 0]
     assert at["cosine"] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seq_len", "devices", "batch", "passes"),
+    [
+        (3_000, 512, 1, 1_024, 40),  # a hundred short conversations
+        (3_000, 512, 2, 1_024, 40),
+        (3_000, 512, 8, 4_096, 40),  # a row on every device
+        (120_000, 512, 1, 1_024, 2**20 / 120_000),
+        (2**20, 2_048, 1, 8_192, 1),
+        (7_000_000, 2_048, 1, 65_536, 1),  # the mixture of nanochat's finetuning in 2025
+        (7_000_000, 2_048, 8, 65_536, 1),
+        (7_000_000, 2_048, 3, 33 * 2_048, 1),
+        (430_000_000, 2_048, 1, 2**19, 1),  # that of its midtraining
+        (3_000_000, 768, 1, 24_576, 1),
+    ],
+)
+def test_finetuning_follows_the_amount_of_data(tokens, seq_len, devices, batch, passes):
+    assert finetuning_batch(tokens, seq_len, devices) == batch and batch % (seq_len * devices) == 0
+    assert finetuning_passes(tokens) == passes

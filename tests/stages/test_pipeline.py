@@ -12,9 +12,11 @@ from conftest import REPO, compose, run_cli
 from holding import FOLDER, TESTS, held, hold_at
 from processes import finish, start_warm, wait_until
 
+from llm.data.balance import Balance
 from llm.errors import UserError
 from llm.stages.run_stage import run_stage
 
+CHAT = ("midtrain", "sft")
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
 
 
@@ -51,6 +53,20 @@ def manifest(root, stage, run="tiny"):
 def metrics(root, stage, run="tiny"):
     with open(root / run / stage / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft", "grpo"])
+def test_every_stage_says_what_became_of_its_tokens(tiny_runs, stage):
+    block = manifest(tiny_runs, stage)["data"]
+    read = Balance.from_dict(block["read"])
+    assert read.missing == 0 and read.documents > 0 and read.partial == 0
+    if stage == "grpo":
+        assert "expected" not in block and read.answers > 0 and read.waiting == 0
+    else:
+        positions = 4 * 512 * 129 // 128  # four steps of 512 targets; a row holds one token more
+        assert read.trained + read.masked + read.padded == positions and read.waiting > 0
+        assert Balance.from_dict(block["expected"]).missing == 0
+    assert (block["unit"] == "documents") == (stage == "pretrain") and ("median_length" in block) == (stage in CHAT)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,6 +13,8 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.progress import Progress
 from callbacks.watch import LossGuard
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
+from llm.data.conversations import Rendered
+from llm.data.packing import Document
 from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
 from llm.model.config import GPTConfig
@@ -337,13 +339,18 @@ def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
     """One step's gradient = that of the rewarded answers + weight x that of the rehearsed rows' mean loss."""
     rows = [([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])]
     monkeypatch.setattr("llm.stages.grpo.render_prompt", lambda tokenizer, c: [1])
-    monkeypatch.setattr("llm.stages.grpo.render_conversation", lambda tokenizer, row, limit: rows[row])
+
+    def rendered(tokenizer, row, limit):
+        ids, mask = rows[row]
+        return Rendered(Document(np.array(ids), np.array(mask, bool)), len(ids), False, 1, 1, False)
+
+    monkeypatch.setattr("llm.stages.grpo.render", rendered)
     stage = SimpleNamespace(prompts_per_step=2, rehearsal=2, rehearsal_weight=0.5)
     engine = SimpleNamespace(net=net(), tokenizer=None)
     steps = RolloutSteps(engine, Questions(), stage, 1, seed=1, position=None, rehearsal=[0, 1, 2])
     assert [len(steps.rehearse(step, 10)[0]) for step in range(3)] == [2, 2, 2]
     micro, n_tokens = steps.rehearse(1, n_trained=10)  # rows 2 and 0: two passes of one row
-    assert n_tokens == 1 + 3
+    assert n_tokens == 1 + 3 and steps.balance.missing == 0 and steps.balance.trained == 13
     module = StepModule(engine.net, OPTIM, STAGE, StageContext("grpo", None, torch.ones(70), STEPS, 8))
     got = sum(module.micro_loss(m) for m in micro) / 10
     wanted = torch.zeros(())
