@@ -131,7 +131,10 @@ class DataConfig:
     path: str | None = key("folder, file or pattern of text in any format of docs/data.md (data=local)", main=True)
     train: Any = key("text to train on: a path, a pattern or a list, instead of data.path; null = by file names")
     val: Any = key("text that validates: a path, a pattern or a list of them; null = by file names")
-    bad_rows: str = key("rows that cannot be used: stop, or skip and count them", choices=("stop", "skip"))
+    bad_rows: str = key(
+        "rows that cannot be used: stop = an error that lists them | skip = leave them out and count them",
+        choices=("stop", "skip"),
+    )
     encoding: str | None = key("encoding of text files, such as cp1252 or utf-16; null = utf-8")
     separator: str | None = key("ends a document of a txt file, inline too; null = blank lines and <|endoftext|>")
     repo: str | None = key("data set on the Hugging Face hub, <owner>/<name>: parquet, jsonl or txt shards", main=True)
@@ -144,10 +147,6 @@ class DataConfig:
     streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
-    bad_rows: str = key(
-        "rows that cannot be used: stop = an error that lists such rows | skip = count such rows and go on",
-        choices=("stop", "skip"),
-    )
     packing: str = key(
         "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
         choices=("best_fit", "crop", "stream"),
