@@ -177,8 +177,10 @@ def test_names_divide_a_folder(tmp_path):
     source = LocalDocuments(tmp_path)
     assert (read(source), read(source, "val")) == (words(5, 100), words(5, 200))
     assert "validation: validation.jsonl, by its name; left out: test.jsonl, the test split" in source.check()
-    with pytest.raises(UserError, match="data.val_size=2: validation.jsonl validates"):
-        LocalDocuments(tmp_path, val_size=2)
+    fewer = LocalDocuments(tmp_path, val_size=2)
+    assert (read(fewer), read(fewer, "val")) == (words(5, 100), words(2, 203))
+    assert "validation: the last 2 of 5 documents of validation.jsonl, by its name" in fewer.check()
+    assert read(LocalDocuments(tmp_path, val_size=9), "val") == words(5, 200)
     (tmp_path / "validation.jsonl").unlink()
     source = LocalDocuments(tmp_path)  # the test file does not validate either
     assert (read(source), read(source, "val")) == (words(4, 100), words(1, 104))
