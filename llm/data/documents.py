@@ -133,12 +133,14 @@ class FileDocuments:
     """Documents in files of any format of llm.data.files, read in name order, divided by `files` and `val`.
 
     Without `val` the last file is the validation split. With `val_size`, only the last `val_size` documents of that
-    file validate, and the rest of it is trained on; of the files in `val`, the last `val_size` documents of the last. A single file without `val_size` lends its last 5 % (at least one
-    document). Rows carry the text in `column`; null and blank rows are skipped. A text file (.txt, .md, source code) is
-    cut into documents at lines that read <|endoftext|>, at the first blank line after 2,000 characters and at the first
-    line end after 8,000: neither a whole book nor every short line becomes one document. `key` is the place in the
-    configuration that error messages name. bad_rows: "stop" raises UserError for a row that cannot be used, "skip"
-    counts it in `skipped`. note: what the files' names decided, for the line of `check`.
+    file validate, and the rest of it is trained on; of the files in `val`, the last `val_size` documents of the last
+    one. A single file without `val_size` lends its last 5 % (at least one document).
+
+    Rows carry the text in `column`; null and blank rows are skipped. A text file (.txt, .md, source code) is cut into
+    documents at lines that read <|endoftext|>, at the first blank line after 2,000 characters and at the first line end
+    after 8,000: neither a whole book nor every short line becomes one document. `key` is the place in the configuration
+    that error messages name. bad_rows: "stop" raises UserError for a row that cannot be used, "skip" counts it in
+    `skipped`. note: what the files' names decided, for the line of `check`.
     """
 
     is_stored = True  # the files are on this machine
@@ -247,6 +249,8 @@ class FileDocuments:
         if val.stop is None:
             return f"{val.path.name}, the last file, as no name says what validates"
         alone = ", as it is a single file" if self.val_size is None else ""
+        if len(self.files) > 1:
+            alone = ", the last file, as no name says what validates"
         return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}{alone}"
 
     def _make_split(self) -> dict[str, list[Shard]]:
