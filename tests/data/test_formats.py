@@ -23,6 +23,7 @@ from llm.data.files import find_data_files, format_of
 from llm.data.records import BadRow, bad_rows_error, read_records
 from llm.data.sources import build_source
 from llm.data.splits import divide, split_of
+from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
 from llm.stages.run_stage import run_stage
 
@@ -260,7 +261,7 @@ def test_all_bad_rows_are_found_before_training(tmp_path):
     source = LocalDocuments(tmp_path, bad_rows="skip")
     assert "skipped: 15 bad rows" in source.check()
     assert read(source) == words(20) == read(source)
-    assert source.skipped == {str(tmp_path / "a.jsonl"): 15}
+    assert source.skipped == {str(tmp_path / "a.jsonl"): 15} == MixedDocuments({"a": (source, 1.0)}).skipped
 
 
 def test_a_position_behind_skipped_rows_is_exact(tmp_path, monkeypatch):
