@@ -133,12 +133,14 @@ class FileDocuments:
     """Documents in files of any format of llm.data.files, read in name order, divided by `files` and `val`.
 
     Without `val` the last file is the validation split. With `val_size`, only the last `val_size` documents of that
-    file validate, and the rest of it is trained on. A single file without `val_size` lends its last 5 % (at least one
-    document). Rows carry the text in `column`; null and blank rows are skipped. A text file (.txt, .md, source code) is
-    cut into documents at lines that read <|endoftext|>, at the first blank line after 2,000 characters and at the first
-    line end after 8,000: neither a whole book nor every short line becomes one document. `key` is the place in the
-    configuration that error messages name. bad_rows: "stop" raises UserError for a row that cannot be used, "skip"
-    counts it in `skipped`. note: what the files' names decided, for the line of `check`.
+    file validate, and the rest of it is trained on; of the files in `val`, the last `val_size` documents of the last
+    one. A single file without `val_size` lends its last 5 % (at least one document).
+
+    Rows carry the text in `column`; null and blank rows are skipped. A text file (.txt, .md, source code) is cut into
+    documents at lines that read <|endoftext|>, at the first blank line after 2,000 characters and at the first line end
+    after 8,000: neither a whole book nor every short line becomes one document. `key` is the place in the configuration
+    that error messages name. bad_rows: "stop" raises UserError for a row that cannot be used, "skip" counts it in
+    `skipped`. note: what the files' names decided, for the line of `check`.
     """
 
     is_stored = True  # the files are on this machine
@@ -157,11 +159,6 @@ class FileDocuments:
         separator: str | None = None,
         note: str = "",
     ) -> None:
-        if val and val_size is not None:
-            raise UserError(
-                f"{key}.val_size={val_size}: {val[-1].name} validates, by its name or by {key}.val. Leave out "
-                f"{key}.val_size, or name the files to train on in {key}.train"
-            )
         self.files, self.where, self.key, self.val_size = [*files, *val], where, key, val_size
         self.n_train, self.bad_rows, self.note = len(files), bad_rows, note
         self.column = Column(column, f"{key}.column", encoding or "utf-8", separator)
@@ -246,17 +243,25 @@ class FileDocuments:
         shards = self.shards("val")
         val = shards[0]
         if self.n_train < len(self.files):
+            if val.stop is not None:
+                return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}, by its name"
             return f"{val.path.name}, by its name" if len(shards) == 1 else f"{len(shards)} files, by their names"
         if val.stop is None:
             return f"{val.path.name}, the last file, as no name says what validates"
         alone = ", as it is a single file" if self.val_size is None else ""
+        if len(self.files) > 1:
+            alone = ", the last file, as no name says what validates"
         return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}{alone}"
 
     def _make_split(self) -> dict[str, list[Shard]]:
         """Return {split: shards}. Raises UserError if the files cannot give both splits a document."""
         if self.n_train < len(self.files):
             train, val = self.files[: self.n_train], self.files[self.n_train :]
-            return {"train": [Shard(path) for path in train], "val": [Shard(path) for path in val]}
+            held = [Shard(path) for path in val]
+            if self.val_size is not None:
+                count = count_rows(self.present(val[-1]), self.column)
+                held = [Shard(val[-1], max(0, count - self.val_size), count)]
+            return {"train": [Shard(path) for path in train], "val": held}
         last = self.files[-1]
         if len(self.files) > 1 and self.val_size is None:
             return {"train": [Shard(path) for path in self.files[:-1]], "val": [Shard(last)]}

@@ -18,6 +18,11 @@ class MixedDocuments:
         total = sum(weight for _, weight in sources.values())
         self.weights = {name: weight / total for name, (_, weight) in sources.items()}
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad rows that were left out, by file."""
+        return {name: count for source in self.sources.values() for name, count in source.skipped.items()}
+
     def check(self) -> str:
         """Check every source; return one line per source with its share. Raises UserError for the first mistake."""
         lines = [f"{self.weights[name]:.1%} {name}: {source.check()}" for name, source in self.sources.items()]

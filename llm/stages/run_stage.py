@@ -67,6 +67,10 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
         if status := launch(config, processes_here(cfg)):
             raise SystemExit(status)
         return
+    if row.kind in ("text", "tokenizer") and cfg.data.name == "local":
+        from llm.data.sources import build_source
+
+        build_source(cfg.data, cfg.paths.data)  # a path that does not exist is named before a parent that is missing
     parents = find_parents(cfg, row, run)
     if parents is None:
         show_config(cfg, load_object(row.derive, f"stage={row.name}")(cfg))

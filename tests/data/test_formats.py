@@ -8,19 +8,24 @@ import json
 import lzma
 import os
 import zipfile
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import compose
 from data_files import read, words, write
 from omegaconf import OmegaConf
 
+from callbacks.checkpoint import StepCheckpoint
 from llm.data.documents import LocalDocuments
 from llm.data.files import find_data_files, format_of
 from llm.data.records import BadRow, bad_rows_error, read_records
 from llm.data.sources import build_source
 from llm.data.splits import divide, split_of
+from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
+from llm.stages.run_stage import run_stage
 
 ROWS = ["one, two", 'three "four"\nfive', "sechs äöü", "七"]
 
@@ -177,8 +182,10 @@ def test_names_divide_a_folder(tmp_path):
     source = LocalDocuments(tmp_path)
     assert (read(source), read(source, "val")) == (words(5, 100), words(5, 200))
     assert "validation: validation.jsonl, by its name; left out: test.jsonl, the test split" in source.check()
-    with pytest.raises(UserError, match="data.val_size=2: validation.jsonl validates"):
-        LocalDocuments(tmp_path, val_size=2)
+    fewer = LocalDocuments(tmp_path, val_size=2)
+    assert (read(fewer), read(fewer, "val")) == (words(5, 100), words(2, 203))
+    assert "validation: the last 2 of 5 documents of validation.jsonl, by its name" in fewer.check()
+    assert read(LocalDocuments(tmp_path, val_size=9), "val") == words(5, 200)
     (tmp_path / "validation.jsonl").unlink()
     source = LocalDocuments(tmp_path)  # the test file does not validate either
     assert (read(source), read(source, "val")) == (words(4, 100), words(1, 104))
@@ -254,7 +261,7 @@ def test_all_bad_rows_are_found_before_training(tmp_path):
     source = LocalDocuments(tmp_path, bad_rows="skip")
     assert "skipped: 15 bad rows" in source.check()
     assert read(source) == words(20) == read(source)
-    assert source.skipped == {str(tmp_path / "a.jsonl"): 15}
+    assert source.skipped == {str(tmp_path / "a.jsonl"): 15} == MixedDocuments({"a": (source, 1.0)}).skipped
 
 
 def test_a_position_behind_skipped_rows_is_exact(tmp_path, monkeypatch):
@@ -290,3 +297,31 @@ def test_bad_rows_of_tables_and_text(tmp_path):
 def test_a_key_that_the_source_does_not_read_is_refused(tmp_path, name, key):
     with pytest.raises(UserError, match=f"data.{key}=x is not read by this option of data"):
         build_source(OmegaConf.create({"name": name, "streaming": False, key: "x"}), str(tmp_path))
+
+
+def test_a_path_that_does_not_exist_is_named_before_the_missing_tokenizer(tmp_path):
+    args = ("experiment=tiny", "stage=pretrain", "data=local", f"data.path={tmp_path}/gone", f"paths.runs={tmp_path}")
+    with pytest.raises(UserError, match="data.path=.*/gone: no such file"):
+        run_stage(compose("train", *args))
+
+
+def test_the_last_step_before_a_bad_row_is_saved(tmp_path):
+    saved = []
+    io_of = SimpleNamespace(finish=lambda: saved.append("written"))
+    trainer = SimpleNamespace(save_checkpoint=saved.append, strategy=SimpleNamespace(checkpoint_io=io_of))
+    callback, error = StepCheckpoint(1000, tmp_path), bad_rows_error([BadRow("a", "b")], 1, "data.bad_rows")
+    callback.on_exception(trainer, SimpleNamespace(global_step=7), ValueError("no data"))
+    assert saved == []
+    callback.on_exception(trainer, SimpleNamespace(global_step=7), error)
+    assert [str(saved[0]).endswith("step_000007.ckpt"), saved[1]] == [True, "written"]
+    assert "Step 7 was saved; the same command resumes." in str(error)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", words(50))
+    write(tmp_path / "b.jsonl", words(3))
+    stream = LocalDocuments(tmp_path).iterate("train", loop=False)
+    next(stream)
+    write(path, words(60, 500))
+    with pytest.raises(UserError, match="a.jsonl: (has changed while|line)"):
+        list(stream)
