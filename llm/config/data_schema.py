@@ -144,10 +144,6 @@ class DataConfig:
     streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
-    bad_rows: str = key(
-        "rows that cannot be used: stop = an error that lists such rows | skip = count such rows and go on",
-        choices=("stop", "skip"),
-    )
     packing: str = key(
         "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
         choices=("best_fit", "crop", "stream"),
