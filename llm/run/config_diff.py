@@ -45,7 +45,7 @@ def diff_configs(
     before, after, patterns = flatten(plain(old)), flatten(plain(new)), tuple(ignore)
     differences = []
     for key in sorted(before.keys() | after.keys()):
-        pair = tuple(side.get(key, ABSENT) for side in (before, after))
+        pair = (before.get(key, ABSENT), after.get(key, ABSENT))
         unset = all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
         if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
             differences.append((key, *pair))
