@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from llm.data.download import WebFile
 from llm.data.files import ZipMember, format_of, kind_of
-from llm.data.records import BadRow, is_json_lines, parse, read_records, undecodable
+from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
 from llm.errors import UserError
 from tasks.hub import Cache
@@ -237,7 +237,7 @@ def parse_line(line: bytes | str | BadRow, path: Any, number: int) -> Any:
     try:
         return parse(decode(line) if isinstance(line, bytes) else line, path, number)
     except UnicodeDecodeError as error:
-        return BadRow(str(path), undecodable(error))
+        return BadRow(str(path), f"byte {error.start} is not UTF-8 text: convert the file to UTF-8")
 
 
 def decode(line: bytes) -> str:
@@ -275,7 +275,7 @@ def read_words(files: Sequence[Path]) -> list[str]:
             try:
                 word = decode(line).strip()
             except UnicodeDecodeError as error:
-                raise UserError(f"{path} row {number}: {undecodable(error)}") from None
+                raise UserError(f"{path} row {number}: byte {error.start} is not UTF-8 text: convert it") from None
             if len(word.split()) > 1:
                 raise UserError(f"{path} row {number}: one word per line, found {word!r}")
             if word.isalpha():

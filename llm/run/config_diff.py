@@ -16,8 +16,6 @@ NEUTRAL_KEYS = (
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )
-# Keys that came later -> the value that does what was done before there was the key.
-ADDED = {"data.bad_rows": "stop"}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -42,14 +40,12 @@ def diff_configs(
 ) -> list[tuple[str, Any, Any]]:
     """Return differing keys as (dotted key, old value, new value), sorted; a missing key shows as `ABSENT`.
 
-    A key of `ADDED` has its value there instead.
-
     `ignore` holds dotted keys or shell patterns; a match covers everything below it. Pass `neutral_keys(stage)`.
     """
     before, after, patterns = flatten(plain(old)), flatten(plain(new)), tuple(ignore)
     differences = []
     for key in sorted(before.keys() | after.keys()):
-        pair = tuple(side.get(key, ADDED.get(key, ABSENT)) for side in (before, after))
+        pair = (before.get(key, ABSENT), after.get(key, ABSENT))
         unset = all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
         if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
             differences.append((key, *pair))

@@ -211,13 +211,6 @@ def test_runs_are_listed_in_natural_order(tmp_path):
 # ----- configurations
 
 
-def test_a_key_that_came_later_differs_only_where_it_does_something_new():
-    old = {"data": {"path": "text"}}
-    assert diff_configs(old, {"data": {"path": "text", "bad_rows": "stop"}}) == []
-    changed = diff_configs(old, {"data": {"path": "text", "bad_rows": "skip"}})
-    assert changed == [("data.bad_rows", "stop", "skip")]
-
-
 def test_diff_names_result_changing_keys_only():
     old = {
         "seed": 42,
