@@ -65,7 +65,7 @@ class Balance:
 
     def to_dict(self) -> dict[str, int]:
         """Return the counters that are not 0, for checkpoints and run.json."""
-        return {name: number for name, number in asdict(self).items() if number}
+        return {name: number for name, number in vars(self).items() if number}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, int]) -> "Balance":
