@@ -36,8 +36,9 @@ def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assista
     ids, trained = render_conversation(beginning, conversation)
     end = tokenizer.special_id("<|assistant_end|>")
     ends = [i for i, (token, is_trained) in enumerate(zip(ids, trained, strict=True)) if token == end and is_trained]
+    start = tokenizer.special_id("<|assistant_start|>")
+    is_unanswered = not any(trained[ids.index(start) + 1 : row_len]) if start in ids else True
     mask = np.array(trained[:row_len], bool)
-    is_unanswered = not mask.any()
     if train_on == "all":
         mask = np.ones(len(mask), bool)
     return Rendered(
