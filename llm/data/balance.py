@@ -65,7 +65,7 @@ class Balance:
 
     def to_dict(self) -> dict[str, int]:
         """Return the counters that are not 0, for checkpoints and run.json."""
-        return {name: number for name, number in asdict(self).items() if number}
+        return {name: number for name, number in vars(self).items() if number}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, int]) -> "Balance":
@@ -81,8 +81,13 @@ class Reading:
     unit: str  # what is read: documents, conversations or `ANSWERS`
     expected: Balance | None = None  # of what `sample` says; None where it was not looked at
     facts: dict[str, Any] = field(default_factory=dict)  # further numbers: median_length, sampled, ...
-    skipped: dict[str, int] = field(default_factory=dict)  # bad rows left out of the files, by cause
+    parts: Sequence[Any] = ()  # tasks or sources; their `skipped` counts the bad rows left out so far, by cause
     sample: str = "one pass"  # what `expected` is the balance of, in words
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad rows that have been left out of the files so far, by cause."""
+        return skipped_rows(self.parts)
 
     def to_dict(self, read: Balance | None = None) -> dict[str, Any]:
         """Return the block for run.json; `read`: the balance of all ranks when training ends."""

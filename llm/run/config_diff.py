@@ -43,6 +43,8 @@ def diff_configs(
     `ignore` holds dotted keys or shell patterns; a match covers everything below it. Pass `neutral_keys(stage)`.
     """
     before, after, patterns = flatten(plain(old)), flatten(plain(new)), tuple(ignore)
+    if before.get("max_steps") and after.get("max_steps"):
+        patterns += ("stage.epochs",)  # not read beside max_steps; older versions saved 1 where null is the default now
     differences = []
     for key in sorted(before.keys() | after.keys()):
         pair = (before.get(key, ABSENT), after.get(key, ABSENT))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm.config.stages import stage_row
-from llm.data.balance import FEW_STEPS, Reading, skipped_rows
+from llm.data.balance import FEW_STEPS, Reading
 from llm.data.conversations import Forecast, forecast
 from llm.data.loader import ConversationSteps, StepLayout, validation_batches
 from llm.errors import UserError
@@ -105,7 +105,7 @@ def reading(train: Mixture, expected: Forecast) -> Reading:
     """Return what is expected of one pass over the conversations, and what was left out of their files."""
     facts = {"median_length": expected.median_length, "seq_len": expected.seq_len}
     words = "one pass" if expected.sampled == expected.size else f"one pass, by a sample of {expected.sampled:,}"
-    return Reading("conversations", expected.balance, facts, skipped_rows(train.tasks), words)
+    return Reading("conversations", expected.balance, facts, train.tasks, words)
 
 
 def mixtures(cfg) -> tuple[Mixture, Mixture]:

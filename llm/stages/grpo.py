@@ -16,7 +16,7 @@ import torch
 
 from callbacks.chat_eval import PassAtK
 from llm.config.registries import REWARDS
-from llm.data.balance import ANSWERS, Balance, Reading, of_rollout, skipped_rows
+from llm.data.balance import ANSWERS, Balance, Reading, of_rollout
 from llm.data.conversations import of_conversations, render
 from llm.errors import UserError
 from llm.eval.samples import questions
@@ -269,7 +269,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal, rewards)
 
     data = StepData(loader)
-    reading = Reading(ANSWERS, facts={"questions": len(train)}, skipped=skipped_rows([train]))
+    reading = Reading(ANSWERS, facts={"questions": len(train)}, parts=[train])
     return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k], reading)
 
 

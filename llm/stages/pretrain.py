@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from llm.config.stages import stage_row
-from llm.data.balance import Reading, skipped_rows
+from llm.data.balance import Reading
 from llm.data.documents import DocumentSource, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
@@ -113,7 +113,7 @@ def reading(cfg, text: "Text", tokenizer: Tokenizer) -> Reading:
         return Reading("documents")
     expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, cfg.data.packing, cfg.stage.buffer)
     words = f"packed by {cfg.data.packing}, a sample"
-    return Reading("documents", expected, {"seq_len": cfg.model.seq_len}, skipped_rows([text.val]), words)
+    return Reading("documents", expected, {"seq_len": cfg.model.seq_len}, [text.val], words)
 
 
 class Text(NamedTuple):

@@ -318,9 +318,9 @@ def test_a_sample_of_text_foretells_the_losses(packing):
 
 
 def test_block_of_run_json():
-    skipped = skipped_rows([SimpleNamespace(skipped={"empty answer": 2}), SimpleNamespace(skipped=3), object()])
-    assert skipped == {"empty answer": 2, "bad": 3}
-    reading = Reading("conversations", Balance(read=9, trained=9), {"median_length": 4, "seq_len": 8}, skipped)
+    parts = [SimpleNamespace(skipped={"empty answer": 2}), SimpleNamespace(skipped=3), object()]
+    assert skipped_rows(parts) == {"empty answer": 2, "bad": 3}
+    reading = Reading("conversations", Balance(read=9, trained=9), {"median_length": 4, "seq_len": 8}, parts)
     assert reading.to_dict(Balance(read=18, trained=18)) == {
         "unit": "conversations",
         "median_length": 4,

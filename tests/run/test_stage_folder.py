@@ -211,6 +211,14 @@ def test_runs_are_listed_in_natural_order(tmp_path):
 # ----- configurations
 
 
+def test_passes_are_not_compared_beside_a_number_of_steps():
+    old, new = ({"max_steps": 100, "stage": {"epochs": epochs}} for epochs in (1.0, None))
+    assert diff_configs(old, new) == []
+    by_passes = [config | {"max_steps": None} for config in (old, new)]
+    assert diff_configs(*by_passes) == [("stage.epochs", 1.0, None)]
+    assert diff_configs(by_passes[0], new) != []
+
+
 def test_diff_names_result_changing_keys_only():
     old = {
         "seed": 42,
