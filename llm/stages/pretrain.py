@@ -42,6 +42,7 @@ from llm.stages.common import (
 )
 from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
+from llm.stages.text_plan import plan_text
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -88,10 +89,12 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
     text = find_text(cfg, tokenizer)
+    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
+    planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
-        reads, packing = (text.train, cfg.data.packing) if split == "train" else (text.val, VAL_PACKING)
+        reads, packing = (text.train, fitted.packing) if split == "train" else (text.val, VAL_PACKING)
         options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
         return TextSteps(reads, tokenizer, layout, position, **options)
 
@@ -102,7 +105,11 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
-    return BuiltStage(module, StepData(lambda position: loader("train", layout, position)), derived(cfg, planned, net))
+    return BuiltStage(
+        module,
+        StepData(lambda position: loader("train", layout, position)),
+        derived(cfg, planned, net) | fitted.facts(),
+    )
 
 
 class Text(NamedTuple):
