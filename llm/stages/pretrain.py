@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 
 from llm.config.stages import stage_row
 from llm.data.documents import DocumentSource, texts
@@ -88,6 +89,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     check_vocab_size(cfg, tokenizer.vocab_size)
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
+    check_keeps_best(cfg)
     text = find_text(cfg, tokenizer)
     fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
     planned = planned._replace(steps=fitted.steps)
@@ -105,11 +107,17 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
-    return BuiltStage(
-        module,
-        StepData(lambda position: loader("train", layout, position)),
-        derived(cfg, planned, net) | fitted.facts(),
-    )
+    facts = derived(cfg, planned, net) | fitted.facts()
+    return BuiltStage(module, StepData(lambda position: loader("train", layout, position)), facts)
+
+
+def check_keeps_best(cfg) -> None:
+    """Raise UserError where the best weights are asked for in a run that never measures them."""
+    if OmegaConf.select(cfg, "stage.keep_best") and not evaluates(cfg) and not cfg.dry_run:
+        raise UserError(
+            "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
+            "stage.eval_every=100, or stage.keep_best=null"
+        )
 
 
 class Text(NamedTuple):

@@ -72,6 +72,8 @@ def _begun(cfg) -> TextPlan | None:
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
     kept = (run.manifest(cfg.stage.name) or {}).get("derived", {})
-    if cfg.overwrite or not begun or "packing" not in kept:
+    if cfg.overwrite or cfg.dry_run or not begun or "packing" not in kept:
         return None
-    return TextPlan(cfg.max_steps or kept["steps"], kept["packing"], kept.get("text_tokens"), kept.get("text_passes"))
+    steps, passes = cfg.max_steps or kept["steps"], kept.get("text_passes")
+    passes = None if passes is None else passes * steps / kept["steps"]
+    return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)
