@@ -148,8 +148,12 @@ class DataConfig:
     sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
     column: str = key("column or field that holds the text")
     packing: str = key(
-        "pretrain: rows of whole documents, crops kept | of whole documents, crops dropped | one flat stream",
-        choices=("best_fit", "crop", "stream"),
+        "pretrain: best_fit = rows of whole documents, crops kept | crop = crops dropped | stream = one flat stream | "
+        "auto = best_fit where the run reads its text more than once, else crop",
+        choices=("auto", "best_fit", "crop", "stream"),
+    )
+    shuffle: int | None = key(
+        "pretrain: seed of an order of the documents that is new in every epoch; null = as in the files", low=0
     )
     token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)

@@ -50,6 +50,12 @@ class PretrainStage(ModelStage):
         "parameters that tokens_per_param counts: all, or the matrices of blocks and head", choices=("all", "matrices")
     )
     target_flops: float | None = key("horizon: training FLOPs; null = by tokens_per_param", above=0)
+    max_passes: float | None = key(
+        "horizon: passes over the training text, at most, unless max_steps is given; null = no limit", above=0
+    )
+    keep_best: str | None = key(
+        "bpb = hand over the weights with the lowest bits per byte; null = those of the last step", choices=("bpb",)
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1)

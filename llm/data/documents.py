@@ -144,6 +144,7 @@ class FileDocuments:
     """
 
     is_stored = True  # the files are on this machine
+    shuffle = None  # llm.data.shuffle.Shuffle, or None: training reads the documents in the order of the files
 
     def __init__(
         self,
@@ -181,6 +182,8 @@ class FileDocuments:
         """Yield the documents of all ranks, each with the cursor behind it."""
         shards = self.shards(split)
         where = f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
+        if self.shuffle is not None and split == "train" and loop:  # a single pass keeps the order
+            return self.shuffle.in_order(shards, self._rows, cursor, loop, where)
         return in_order(shards, self._rows, cursor, loop, where)
 
     def iterate(
@@ -372,6 +375,9 @@ class EmbeddedDocuments:
     ) -> Iterator[tuple[str, Cursor]]:
         """Yield this rank's documents from `cursor` on, each with the cursor behind it."""
         return walk(self.shards(split), self._rows, cursor, rank, world, loop, "data=embedded")
+
+    def __len__(self) -> int:
+        return self._sizes["train"]
 
     def check(self) -> str:
         """Return one line on what is read and held out."""

@@ -54,12 +54,12 @@ def embedded_source(data, cache: str) -> DocumentSource:
 
 def local_source(data, cache: str) -> DocumentSource:
     """Build data=local: the user's own files."""
-    return _files_source(data, cache, data.workers, "data", "path")
+    return _files_source(data, cache, data.workers, "data", "path", data.get("shuffle"))
 
 
 def hub_source(data, cache: str) -> DocumentSource:
     """Build data=hub: shards of a data set on the hub, stored in `cache` or streamed."""
-    return _files_source(data, cache, data.workers, "data", "repo")
+    return _files_source(data, cache, data.workers, "data", "repo", data.get("shuffle"))
 
 
 def mixture_source(data, cache: str) -> DocumentSource:
@@ -78,7 +78,7 @@ def mixture_source(data, cache: str) -> DocumentSource:
         if (source.path is None) == (source.repo is None):
             raise UserError(f"{key}: set either path (files) or repo (a data set on the hub)")
         kind = "path" if source.repo is None else "repo"
-        built[name] = _files_source(source, cache, data.workers, key, kind), source.weight
+        built[name] = _files_source(source, cache, data.workers, key, kind, data.get("shuffle")), source.weight
     return MixedDocuments(built)
 
 
@@ -96,7 +96,17 @@ def _source_spec(values, key: str):
     return spec
 
 
-def _files_source(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
+def _files_source(spec, cache: str, workers: int, key: str, kind: str, seed: int | None) -> FileDocuments:
+    """Build documents of files, in an order by `seed` unless it is None; see `_in_file_order`."""
+    documents = _in_file_order(spec, cache, workers, key, kind)
+    if seed is not None:
+        from llm.data.shuffle import Shuffle, fits
+
+        documents.shuffle = Shuffle(seed, whole=kind == "path" and fits(documents.files))
+    return documents
+
+
+def _in_file_order(spec, cache: str, workers: int, key: str, kind: str) -> FileDocuments:
     """Build documents of files: of this machine (kind "path") or of the hub ("repo"). key: where `spec` stands."""
     if spec[kind] is None and not (kind == "path" and spec.get("train")):
         needs = {

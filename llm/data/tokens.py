@@ -88,7 +88,7 @@ class CachedDocuments:
             )
         self.tokenizer, self.folder, self.column = tokenizer, Path(folder), source.column.identity()
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-        self._texts, self._source = source._rows, copy.copy(source)
+        self.text, self._texts, self._source = source, source._rows, copy.copy(source)
         self.skipped = source.skipped  # bad rows that were left out, by file: one dict with the source
         self._source._rows = self._rows
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 
 from llm.config.stages import stage_row
 from llm.data.balance import Reading
@@ -43,6 +44,7 @@ from llm.stages.common import (
 )
 from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
+from llm.stages.text_plan import plan_text
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -88,11 +90,14 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     check_vocab_size(cfg, tokenizer.vocab_size)
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
+    check_keeps_best(cfg)
     text = find_text(cfg, tokenizer)
+    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
+    planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
-        reads, packing = (text.train, cfg.data.packing) if split == "train" else (text.val, VAL_PACKING)
+        reads, packing = (text.train, fitted.packing) if split == "train" else (text.val, VAL_PACKING)
         options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
         return TextSteps(reads, tokenizer, layout, position, **options)
 
@@ -103,17 +108,29 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
-    data, numbers = StepData(lambda position: loader("train", layout, position)), derived(cfg, planned, net)
-    return BuiltStage(module, data, numbers, reading=reading(cfg, text, tokenizer))
+    data, numbers = (
+        StepData(lambda position: loader("train", layout, position)),
+        derived(cfg, planned, net) | fitted.facts(),
+    )
+    return BuiltStage(module, data, numbers, reading=reading(cfg, text, tokenizer, fitted.packing))
 
 
-def reading(cfg, text: "Text", tokenizer: Tokenizer) -> Reading:
+def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:
     """Return what packing makes of the first documents, and what was left out of the files."""
     if text.val is None:
         return Reading("documents")
-    expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, cfg.data.packing, cfg.stage.buffer)
-    words = f"packed by {cfg.data.packing}, a sample"
+    expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, packing, cfg.stage.buffer)
+    words = f"packed by {packing}, a sample"
     return Reading("documents", expected, {"seq_len": cfg.model.seq_len}, [text.val], words)
+
+
+def check_keeps_best(cfg) -> None:
+    """Raise UserError where the best weights are asked for in a run that never measures them."""
+    if OmegaConf.select(cfg, "stage.keep_best") and not evaluates(cfg) and not cfg.dry_run:
+        raise UserError(
+            "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
+            "stage.eval_every=100, or stage.keep_best=null"
+        )
 
 
 class Text(NamedTuple):

@@ -59,6 +59,7 @@ def runner(row: Stage):
 def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     """Run the stage in this process, or launch one process per device and wait for them."""
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    keep_old_defaults(cfg, run.manifest(row.name))
     config = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run and is_finished(run, row.name, config, cfg):
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
@@ -83,6 +84,20 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     results = runner(row)(job)
     if results is not None:  # None: a dry run
         conclude(job, results, time.perf_counter() - begin)
+
+
+def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
+    """Let a run from before these keys existed go on as it began: its packing, no shuffling, no limit of passes."""
+    if manifest is None or cfg.overwrite:
+        return
+    old = manifest["config"]
+    packing = (old.get("data") or {}).get("packing")
+    if packing and cfg.data.packing == "auto":
+        cfg.data.packing = packing
+    for key in ("data.shuffle", "stage.max_passes", "stage.keep_best"):
+        group, name = key.split(".")
+        if name not in (old.get(group) or {}) and OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, None)
 
 
 def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None, dict[str, Path]] | None:

@@ -1,8 +1,12 @@
 """Runs a stage that makes a model: build it, train it, and hand the network over in model/."""
 
+import shutil
 import signal
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from callbacks.best import BEST, NOTE
 from llm.checkpoint.model_folder import save_model_folder
 from llm.config.stages import Stage, load_object
 from llm.data.balance import Reading, describe, total
@@ -13,7 +17,9 @@ from llm.parallel.strategy import full_model
 from llm.run.stage_folder import read_metrics
 from llm.stages.job import Job, show_config
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+from llm.utils.files import read_json, replaced_folder
 
+RISE = 0.005  # bits per byte above the best that are more than noise
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
@@ -37,6 +43,7 @@ def run(job: Job) -> dict | None:
     trainer, stop = build_trainer(cfg, job.stage_dir, built)
     collectives.barrier()  # nobody writes before all have read
     if collectives.is_main():
+        job.manifest["derived"] = built.derived  # a killed run resumes with the plan it began with
         job.begin()
     while True:
         try:
@@ -73,7 +80,12 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         return results | {"status": "interrupted", "signal": int(signum)}
     net = full_model(module.net)
     if collectives.is_main():
-        save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
+        handed = hand_over_best(job) if OmegaConf.select(job.cfg, "stage.keep_best") else None
+        if handed is None:
+            save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
+        results["weights"] = handed or {"step": trainer.global_step}
+        if line := best_line(job.stage_dir):
+            print(line, flush=True)
     return results
 
 
@@ -88,6 +100,25 @@ def balance_of(built) -> dict[str, dict]:
     if collectives.is_main():
         print("data, all that was read:", *describe(read, reading.unit), sep="\n  ", flush=True)
     return {"data": reading.to_dict(read)}
+
+
+def hand_over_best(job: Job) -> dict | None:
+    """Copy the best weights to model/; return their step and bpb, None where no evaluation was made."""
+    note = read_json(job.stage_dir / NOTE)
+    if note is None:
+        return None
+    with replaced_folder(job.stage_dir / "model") as new:
+        shutil.copytree(job.stage_dir / BEST, new, dirs_exist_ok=True)
+    return note
+
+
+def best_line(stage_dir: Path) -> str | None:
+    """Return a line such as "bpb: best 2.062 at 300, last 2.105: overfitting"; None where bpb was not measured."""
+    measured = [(row["bpb"], int(row["step"])) for row in read_metrics(stage_dir) if "bpb" in row]
+    if not measured:
+        return None
+    (best, step), last = min(measured), measured[-1][0]
+    return f"bpb: best {best:.3f} at {step}, last {last:.3f}" + (": overfitting" if last > best + RISE else "")
 
 
 def last_values(stage_dir: Path) -> dict[str, float]:

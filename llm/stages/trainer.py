@@ -96,6 +96,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
 
     Compare the processes and save, then evaluate, then measure, then write the row, then show it.
     """
+    from callbacks.best import BestWeights
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl
@@ -108,7 +109,8 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
     processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
-    return [processes, checkpoint, stop, *guards, *chosen.values(), *built.callbacks, *speed, log, *display], stop
+    own = [*built.callbacks, *([BestWeights(stage_dir)] if OmegaConf.select(cfg, "stage.keep_best") else [])]
+    return [processes, checkpoint, stop, *guards, *chosen.values(), *own, *speed, log, *display], stop
 
 
 def prepare_network(cfg, built, trainer) -> None:

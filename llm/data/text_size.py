@@ -1,0 +1,91 @@
+"""Estimate how many tokens the training text of a source holds, in about a second.
+
+The characters of a sample are tokenised. Text of up to `EXACT_BYTES` of files is read once and its characters are
+counted; of larger text the size of the files says how much there is.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from llm.data.documents import EmbeddedDocuments, FileDocuments, texts
+from llm.data.formats import count_rows, kind_of
+from llm.data.text_mixture import MixedDocuments
+from llm.data.tokens import CachedDocuments
+
+EXACT_BYTES = 16 * 2**20
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 1000, 400_000
+COMPRESSED = 3.0  # bytes of text for one byte of a .gz or .zst file, roughly
+
+
+def passes_over(source, tokenizer, planned: int) -> tuple[int | None, float | None]:
+    """Return the tokens of the training text of `source` and how often a run of `planned` tokens reads them.
+
+    Of a mixture, the passes are those of the source that is read most often. (None, None) where the size is unknown:
+    no source, text of the hub that is not all here, or a source of a plugin.
+    """
+    if isinstance(source, CachedDocuments):
+        source = source.text
+    parts = [(source, 1.0)]
+    if isinstance(source, MixedDocuments):
+        parts = [(part, source.weights[name]) for name, part in source.sources.items()]
+    sizes = [text_tokens(part, tokenizer) for part, _ in parts]
+    if any(not size for size in sizes):
+        return None, None
+    passes = max(planned * weight / size for size, (_, weight) in zip(sizes, parts, strict=True))
+    return sum(sizes), passes
+
+
+def text_tokens(source, tokenizer) -> int | None:
+    """Return about how many tokens, BOS included, the training documents of one source hold; None if unknown."""
+    if isinstance(source, EmbeddedDocuments):
+        sample = list(islice(texts(source), SAMPLE_DOCUMENTS))
+        return round(_tokens(sample, tokenizer) / len(sample) * len(source))
+    if not isinstance(source, FileDocuments) or not all(shard.path.is_file() for shard in source.shards("train")):
+        return None
+    paths = {shard.path for shard in source.shards("train")}
+    if sum(path.stat().st_size for path in paths) <= EXACT_BYTES:
+        return _by_reading(texts(source), tokenizer)
+    return _by_files(source, tokenizer)
+
+
+def _by_reading(documents: Iterable[str], tokenizer) -> int:
+    """Count the characters of all documents; tokenise a sample of them, spread over the text."""
+    found = list(documents)
+    chars = sum(map(len, found))
+    sample = _sample(found[:: max(1, len(found) // SAMPLE_DOCUMENTS)])
+    return round(_tokens(sample, tokenizer) / sum(map(len, sample)) * chars)
+
+
+def _by_files(source: FileDocuments, tokenizer) -> int:
+    """Take tokens per document (parquet) or per byte (others) of the first documents for all files."""
+    sample = _sample(islice(texts(source), SAMPLE_DOCUMENTS))
+    tokens, total = _tokens(sample, tokenizer), 0.0
+    per_byte = tokens / sum(len(text.encode()) for text in sample)
+    for shard in source.shards("train"):
+        if kind_of(shard.path.name) == "parquet":
+            rows = (shard.stop or count_rows(shard.path, source.column)) - shard.start
+            total += rows * tokens / len(sample)
+        else:
+            total += per_byte * _text_bytes(shard.path)
+    return round(total)
+
+
+def _text_bytes(path: Path) -> float:
+    """Return about how many bytes of text a .txt or .jsonl file holds, compressed or not."""
+    return path.stat().st_size * (COMPRESSED if path.suffix in (".gz", ".zst", ".bz2", ".xz") else 1)
+
+
+def _sample(documents: Iterable[str]) -> list[str]:
+    """Return documents, the last of them cut, of at most `SAMPLE_CHARS` characters in all."""
+    taken, left = [], SAMPLE_CHARS
+    for text in documents:
+        taken.append(text[:left])
+        left -= len(taken[-1])
+        if left <= 0:
+            break
+    return taken
+
+
+def _tokens(sample: list[str], tokenizer) -> int:
+    return sum(len(tokenizer.encode_document(text)) for text in sample)

@@ -1,0 +1,79 @@
+"""Fit a pretraining plan to the amount of text: passes over it, horizon and packing."""
+
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+
+from llm.data.text_size import passes_over
+from llm.run.stage_folder import RunDir
+
+MANY_PASSES = 10
+
+
+class TextPlan(NamedTuple):
+    """Steps and packing of a run on its text, whose size (tokens) and passes are None where they are unknown."""
+
+    steps: int
+    packing: str
+    tokens: int | None
+    passes: float | None
+
+    def facts(self) -> dict:
+        """Return the values that are printed and kept in run.json, from where a resumed run takes them."""
+        known = {} if self.tokens is None else {"text_tokens": self.tokens, "text_passes": self.passes}
+        return known | {"packing": self.packing}
+
+
+def plan_text(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan:
+    """Return the plan of a run of `steps` steps, at most `stage.max_passes` over the text unless max_steps is given.
+
+    A run with a checkpoint keeps the plan that its run.json holds. Prints size and passes, and warns where the text is
+    read very often or where cropping loses text that is read again.
+    """
+    found = _begun(cfg) or _measured(cfg, source, tokenizer, steps, batch_tokens)
+    if found.tokens is not None:
+        print(f"text: about {found.tokens / 1e6:.3g} M tokens; {found.passes:.1f} passes, packing {found.packing}")
+        for line in warnings_of(cfg, found):
+            print(f"WARNING: {line}", flush=True)
+    return found
+
+
+def warnings_of(cfg, found: TextPlan) -> list[str]:
+    """Return what speaks against the plan, one sentence each."""
+    lines = []
+    if found.passes > MANY_PASSES:
+        lines.append(
+            f"the run makes {found.passes:.0f} passes over its text, more than {MANY_PASSES}: the model will know it "
+            "by heart. Add text, or set stage.max_passes, stage.keep_best=bpb, a smaller model or fewer max_steps"
+        )
+    if found.passes > 1 and found.packing == "crop":
+        lines.append(
+            f"packing crop drops the ends of documents, yet the run reads its text {found.passes:.1f} times: "
+            "data.packing=best_fit loses nothing"
+        )
+    return lines
+
+
+def _measured(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan:
+    """Return the plan by the size of the text as it is now."""
+    tokens, passes = passes_over(source, tokenizer, steps * batch_tokens)
+    limit = OmegaConf.select(cfg, "stage.max_passes")
+    if None not in (passes, limit) and cfg.max_steps is None and passes > limit:
+        fewer = max(1, int(steps * limit / passes))
+        steps, passes = fewer, passes * fewer / steps
+    packing = cfg.data.packing
+    if packing == "auto":
+        packing = "best_fit" if passes is not None and passes > 1 else "crop"
+    return TextPlan(steps, packing, tokens, passes)
+
+
+def _begun(cfg) -> TextPlan | None:
+    """Return the plan of a run that is resumed, None where there is none to keep."""
+    run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
+    kept = (run.manifest(cfg.stage.name) or {}).get("derived", {})
+    if cfg.overwrite or cfg.dry_run or not begun or "packing" not in kept:
+        return None
+    steps, passes = cfg.max_steps or kept["steps"], kept.get("text_passes")
+    passes = None if passes is None else passes * steps / kept["steps"]
+    return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)
