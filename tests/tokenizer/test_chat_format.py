@@ -171,7 +171,9 @@ def apply_template(tok, messages, add_generation_prompt=False) -> list[int]:
         raise jinja2.TemplateError(message)
 
     env.globals["raise_exception"] = raise_exception
-    rendered = env.from_string(chat_template(SPECIAL_TOKENS)).render(messages=messages, add_generation_prompt=add_generation_prompt)
+    rendered = env.from_string(chat_template(SPECIAL_TOKENS)).render(
+        messages=messages, add_generation_prompt=add_generation_prompt
+    )
     pieces = re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", rendered)
     return [i for p in pieces for i in ([tok.special_id(p)] if p in SPECIAL_TOKENS else tok.encode(p))]
 
