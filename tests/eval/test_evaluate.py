@@ -105,6 +105,9 @@ def test_bits_per_byte_of_another_text_replace_no_score_of_the_stage(runs, tmp_p
     assert other["scored"]["bpb"]["fingerprint"] != own["scored"]["bpb"]["fingerprint"]
     assert own["scored"]["bpb"]["data"] == f"local {saved['path']}" and "jsonl" in own["scored"]["bpb"]["source"]
     assert f"bpb ({title})" in capsys.readouterr().out
+    report = (runs / "demo" / "report.md").read_text()
+    assert "## What was scored" in report and f"bpb ({title})" in report
+    assert own["scored"]["bpb"]["fingerprint"] in report and other["scored"]["bpb"]["fingerprint"] in report
     write_json(runs / "demo" / "pretrain" / "eval.json", own)
 
 
