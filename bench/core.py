@@ -108,7 +108,7 @@ def main() -> None:
 
 def one_by_one(net: GPT, tokenizer: Tokenizer, entry: dict, task: CoreTask, index: int) -> bool:
     """Return the reference's verdict on one example: True for a right answer."""
-    return core_reference.judge(net, tokenizer, entry, task.examples, index)[0]
+    return core_reference.judge(net, tokenizer, entry, task.pool, index)[0]
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 DELIMITER = "continuation_delimiter"
 
 
-def load(rows, max_per_task=None):
+def load(rows):
     rows = list(rows)
     random.Random(1337).shuffle(rows)
-    return rows if max_per_task is None else rows[:max_per_task]
+    return rows
 
 
 def render(entry, data, index):

@@ -41,12 +41,13 @@ class CoreTask:
     n_shots: int
     delimiter: str
     baseline: float
-    examples: list[dict[str, Any]]  # rows of the file, and "line", where in the file
+    examples: list[dict[str, Any]]  # rows to score, and "line", where in the file
+    pool: list[dict[str, Any]]  # all rows of the file in this order, from which few-shot examples are drawn
 
     @property
     def shots_used(self) -> int:
-        """Few-shot examples per prompt: fewer than wanted if the task, or its cut, has no more to offer."""
-        return min(self.n_shots, len(self.examples) - 1)
+        """Few-shot examples per prompt: fewer than wanted if the file has no more to offer."""
+        return min(self.n_shots, len(self.pool) - 1)
 
 
 def load_bundle(
@@ -54,7 +55,8 @@ def load_bundle(
 ) -> list[CoreTask]:
     """Return the tasks of a bundle in its order, all or those in `names`, shuffled and cut to `max_per_task` examples.
 
-    Few-shot examples come from those that the cut leaves, as in nanochat. Raises UserError that names file and line.
+    Few-shot examples come from the whole file, so that a prompt does not depend on the cut. Raises UserError that names
+    file and line.
     """
     root = _root(path)
     entries = _entries(root / TASKS_FILE)
@@ -73,14 +75,14 @@ def load_bundle(
         examples = _examples(root / DATA_FOLDER / entry["dataset_uri"], kind)
         random.Random(SHUFFLE_SEED).shuffle(examples)
         shots, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
-        tasks.append(CoreTask(name, kind, shots, delimiter, baselines[name], examples[:max_per_task]))
+        tasks.append(CoreTask(name, kind, shots, delimiter, baselines[name], examples[:max_per_task], examples))
     return tasks
 
 
 def shots(task: CoreTask, index: int) -> list[dict[str, Any]]:
     """Return the few-shot examples of an example: drawn without itself, equal in every evaluation."""
-    drawn = random.Random(SHOTS_SEED + index).sample(range(len(task.examples) - 1), task.shots_used)
-    return [task.examples[i + (i >= index)] for i in drawn]
+    drawn = random.Random(SHOTS_SEED + index).sample(range(len(task.pool) - 1), task.shots_used)
+    return [task.pool[i + (i >= index)] for i in drawn]
 
 
 def prompts(task: CoreTask, index: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Score a finished stage or a model of Hugging Face, and keep the scores in an eval.json: the work of `evaluate.py`."""
 
+import hashlib
 import json
 import re
 import time
@@ -32,11 +33,13 @@ from llm.run.stage_folder import find_stage, read_manifest
 from llm.utils.files import read_json, write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
+from tasks.registry import held_out_weights
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
 HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
+NO_TEXT = {"workers", "tasks_path", "eval", "rl"}  # keys of `data` that do not change what bpb is measured on
 
 
 def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
@@ -44,7 +47,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
 
     Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr", ...}}, "chatcore",
     "core", "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "lm_eval": {task: {metric: value}},
-    "samples"}, and of a model of Hugging Face {"model", "seq_len"}.
+    "samples", "scored": {score: its data},
+    "other_data": {data: its bpb}}, and of a model of Hugging Face {"model", "seq_len"}.
     """
     wanted = [section for section in SECTIONS if cfg.eval[section]]
     if wrong := [k for k in cfg.eval.ks or [] if not 1 <= k <= cfg.eval.num_samples]:
@@ -68,7 +72,9 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     scores, merged = dict(subject.facts), {}
     for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
         found = (own | measure)[section]()
-        scores |= found | {"judges": scores.get("judges", {}) | found.get("judges", {})}
+        found = found if subject.is_own_data else beside(found, subject.data)
+        both = {key: scores.get(key, {}) | found.get(key, {}) for key in ("judges", "other_data")}
+        scores |= found | both
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
     print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
     report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
@@ -90,13 +96,31 @@ def load_harness(options: Any) -> Any:
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
     merged = read_json(path) or {}
-    kinds = ("chat", "core_tasks", "lm_eval", "judges")
+    kinds = ("chat", "core_tasks", "lm_eval", "judges", "scored", "other_data")
     by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in kinds}
     merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
     if (overall := chat_core(by_task["chat"])) is not None:
         merged["chatcore"] = overall
     write_json(path, merged)
     return merged
+
+
+def beside(found: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Move bits per byte of other data than the stage's own to `other_data`, where they replace no score of the stage.
+
+    Returns `found` with {"other_data": {name of the data: {"bpb", "bpb_text", "scored"}}} in place of these scores.
+    """
+    if "bpb" not in found:
+        return found
+    moved = {key: found[key] for key in ("bpb", "bpb_text", "scored") if key in found}
+    rest = {key: part for key, part in found.items() if key not in moved}
+    return rest | {"other_data": {data_title(data): moved}}
+
+
+def data_title(data: Any) -> str:
+    """Return `local data/novels` or `hub owner/name`: the option of `data` and where its text comes from."""
+    place = data.get("path") or data.get("repo")
+    return f"{data.name} {place}" if place else str(data.name)
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -116,6 +140,8 @@ def print_scores(title: str, scores: dict[str, Any]) -> None:
         rows += [[f"  {key}", percent(result[key]), "", ""] for key in passes]
         for subject, own in result.get("subjects", {}).items():
             rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
+    for title_of_data, own in scores.get("other_data", {}).items():
+        rows += [[f"{key} ({title_of_data})", value(own[key]), "", ""] for key in ("bpb", "bpb_text") if key in own]
     if "chatcore" in scores:
         rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
     for judge, own in scores.get("judges", {}).items():
@@ -139,6 +165,7 @@ class Subject:
     is_chat: bool  # answers questions, and does not only continue texts
     folder: Path
     title: str
+    is_own_data = True  # bits per byte are measured on the held-out part of what the stage was trained on
 
     def __init__(self, cfg: DictConfig):
         self.options, self.cache = cfg.eval, cfg.paths.data
@@ -156,9 +183,25 @@ class Subject:
         """Return the text of `data`, found and checked once."""
         return document_source(self.data, self.cache)
 
-    def bpb(self) -> dict[str, float | None]:
-        """Return {"bpb": bits per byte on the validation text, None where it has no bytes}."""
-        return {"bpb": self._bits_per_byte("bpb", self._text_steps())}
+    def bpb(self) -> dict[str, Any]:
+        """Return {"bpb": bits per byte on the validation text or None where it has no bytes, "scored": what that text was}."""
+        return self._measured(bpb=(self.source.check(), self._text_steps()))
+
+    def _measured(self, **parts: tuple[str, Any]) -> dict[str, Any]:
+        """Measure {name: (description of the data, its steps)}; "scored" says of each what it was measured on.
+
+        Its fingerprint is a hash of the tokens that were scored: equal ones mean equal data, order and tokenizer.
+        """
+        scores: dict[str, Any] = {"scored": {}}
+        for name, (description, steps) in parts.items():
+            scores[name], tokens, fingerprint = self._bits_per_byte(name, steps)
+            scores["scored"][name] = {
+                "data": data_title(self.data),
+                "source": description,
+                "tokens": tokens,
+                "fingerprint": fingerprint,
+            }
+        return scores
 
     def _layout(self) -> StepLayout:
         return StepLayout(self.net.config.seq_len, self.options.batch_size)
@@ -166,19 +209,26 @@ class Subject:
     def _text_steps(self) -> TextSteps:
         return TextSteps(self.source, self.tokenizer, self._layout(), split="val")
 
-    def _bits_per_byte(self, name: str, steps: Any) -> float | None:
+    def _bits_per_byte(self, name: str, steps: Any) -> tuple[float | None, int, str]:
+        """Return (bits per byte or None, tokens measured, their fingerprint)."""
         start = time.perf_counter()
         batches = validation_batches(steps, self.options.tokens)
         bpb = bits_per_byte(self.net, batches, self.tokenizer.token_bytes())
         tokens = sum(batch["inputs"].numel() for batch in batches)
+        digest = hashlib.sha256()
+        for batch in batches:
+            digest.update(batch["targets"].cpu().numpy().tobytes())
         shown = "not measured, the targets have no bytes" if bpb is None else f"{bpb:.4f}"
         print(f"{name}: {shown} ({tokens:,} tokens, {duration(time.perf_counter() - start)})", flush=True)
-        return bpb
+        return bpb, tokens, digest.hexdigest()[:16]
 
     def chat(self) -> dict[str, dict]:
         """Return {"chat": {task: its scores}} for the tasks of `data.eval`; answers go to records/<task>.jsonl."""
-        options, scores = self.options, {}
+        options, scores, scored = self.options, {}, {}
         sampling = None
+        if not self.data.eval:
+            print("chat: left out, data.eval names no task: set data.eval=[<task of data.tasks>,...]", flush=True)
+            return {}
         if options.num_samples > 1:
             sampling = SamplingParams(options.temperature, max_new_tokens=options.max_new_tokens, seed=self.seed)
         for name in self.data.eval:
@@ -195,11 +245,18 @@ class Subject:
             )
             write_records(self.folder / "records" / f"{name}.jsonl", result.pop("records"))
             scores[name] = result
+            spec = self.data.tasks[name]
+            files = spec.get("test") if spec.source in ("local", "hub") else None
+            scored[f"chat/{name}"] = {
+                "data": data_title(self.data),
+                "source": " ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part),
+                "rows": result["n"],
+            }
             note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""
             took = duration(time.perf_counter() - start)
             shown = percent(result["accuracy"], result["stderr"])
             print(f"{name}: {shown} ({result['n']} items, {took}{note})", flush=True)
-        return {"chat": scores}
+        return {"chat": scores, "scored": scored}
 
     def _task(self, name: str) -> Any:
         if name not in self.data.tasks:
@@ -241,6 +298,7 @@ class StageSubject(Subject):
         saved = OmegaConf.create(manifest["config"])
         self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
         self.data = saved.data if cfg.data is None else cfg.data
+        self.is_own_data = same_data(self.data, saved.data, self.is_chat)
         net, self.tokenizer = load_model_folder(self.folder / "model")
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
@@ -259,10 +317,11 @@ class StageSubject(Subject):
         steps = ConversationSteps(
             self.held_out, self.tokenizer, self._layout(), train_on=train_on, seed=self.seed, loop=False
         )
-        scores = {"bpb": self._bits_per_byte("bpb", steps)}
+        weights = held_out_weights(self.data, stage_row(self.name).mixture_key)
+        parts = {"bpb": (f"held-out rows of {', '.join(weights)}", steps)}
         if self.data.name != "local" or self.data.path is not None:
-            scores["bpb_text"] = self._bits_per_byte("bpb_text", self._text_steps())
-        return scores
+            parts["bpb_text"] = self.source.check(), self._text_steps()
+        return self._measured(**parts)
 
     def chat(self) -> dict[str, dict]:
         """Return the scores of chat tasks; nothing for a stage that has not seen a conversation."""
@@ -310,6 +369,15 @@ class HFSubject(Subject):
             )
         self.is_chat = self.tokenizer.has_chat_format
         self.facts = {"model": self.title, "seq_len": seq_len}
+
+
+def same_data(data: Any, other: Any, is_chat: bool) -> bool:
+    """Return whether two data configurations measure bits per byte on the same data; tasks count for chat stages.
+
+    A key that only one of them has is younger than the run, and decides nothing.
+    """
+    left_out = NO_TEXT if is_chat else NO_TEXT | {"tasks", "mixture"}
+    return all(data[key] == other[key] for key in set(data) & set(other) - left_out)
 
 
 def folder_name(name: str) -> str:

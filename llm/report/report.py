@@ -46,7 +46,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts += [f"> **Problem:** {problem}" for problem in problems]
     parts += ["## Stages", _stage_table(stages), _total_time(stages)]
     models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
-    parts += ["## Metrics by stage", _metrics_table(models)]
+    parts += ["## Metrics by stage", _metrics_table(models), *_scored(models)]
     parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
     parts += _data(stages)
     parts += ["## Curves", *curves] if curves else []
@@ -177,6 +177,27 @@ def _metrics_table(stages: dict[str, dict]) -> str:
         show = percent if _is_share(metric, tasks) else value
         rows.append([metric, *(show(*metrics.get(metric, (None, None))) for metrics in columns.values())])
     return markdown_table(["metric", *columns], rows, numeric=range(1, len(columns) + 1))
+
+
+def _scored(stages: dict[str, dict]) -> list[str]:
+    """Section that says on which data each score of eval.json was measured; nothing where no eval.json says so.
+
+    Scores of data that is not the stage's own stand here only, not in the table of metrics.
+    """
+    rows = []
+    for stage, facts in stages.items():
+        scores = facts["eval"]
+        parts = [("", scores), *((f" ({title})", own) for title, own in (scores.get("other_data") or {}).items())]
+        for suffix, part in parts:
+            for name, origin in (part.get("scored") or {}).items():
+                amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin['tokens']:,} tokens"
+                number = value(part[name]) if name in part else "-"
+                where = f"{origin['data']}: {origin['source']}"
+                rows.append([stage, name + suffix, number, where, amount_scored, origin.get("fingerprint", "-")])
+    if not rows:
+        return []
+    header = ["stage", "score", "value", "data", "amount", "fingerprint"]
+    return ["## What was scored", markdown_table(header, rows, numeric=[2, 4])]
 
 
 def _compression(tokenizer: dict[str, Any]) -> list[str]:

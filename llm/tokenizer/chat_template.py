@@ -1,10 +1,21 @@
 """Chat format as a Jinja template, for Hugging Face tokenizers."""
 
+from collections.abc import Sequence
+
 # Once the tokenizer parses the special tokens in the result, its ids equal those of render_conversation (with
-# add_generation_prompt, of render_prompt). It cannot tell a special token typed by a user from a real one;
-# Tokenizer.encode can.
-CHAT_TEMPLATE = """\
+# add_generation_prompt, of render_prompt). It cannot tell a special token typed by a user from a real one, as
+# Tokenizer.encode can: so a message that holds one is refused. The parts of a message are joined before the check,
+# because two harmless neighbours may form a token.
+TEMPLATE = """\
+{%- macro check(text) -%}
+    {%- for token in SPECIAL_TOKENS -%}
+        {%- if token in text -%}
+            {{- raise_exception('A message contains ' + token + ', which would forge a turn: remove it.') -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
 {%- macro render(content) -%}
+    {{- check(content if content is string else content | map(attribute='text') | join) -}}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
@@ -39,3 +50,8 @@ CHAT_TEMPLATE = """\
     {{- '<|assistant_start|>' -}}
 {%- endif -%}
 """
+
+
+def chat_template(special_tokens: Sequence[str]) -> str:
+    """Return the template for a tokenizer with these special tokens; it raises for a message that contains one."""
+    return TEMPLATE.replace("SPECIAL_TOKENS", repr(list(special_tokens)))

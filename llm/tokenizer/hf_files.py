@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm.tokenizer.chat_template import CHAT_TEMPLATE
+from llm.tokenizer.chat_template import chat_template
 
 BOS, EOS = "<|bos|>", "<|assistant_end|>"
 UNLIMITED = int(1e30)  # what transformers writes for a tokenizer without a length limit
@@ -23,7 +23,7 @@ def write_hf_tokenizer(
     """Write the three files. Ids equal those of `llm.tokenizer.bpe.Tokenizer`; nothing is added around a text.
 
     Unlike ours, a Hugging Face tokenizer turns special tokens written in a text into their ids unless called with
-    `split_special_tokens=True`; its chat template depends on that.
+    `split_special_tokens=True`. Its chat template depends on that, and refuses a message that contains a special token.
     """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -38,7 +38,7 @@ def write_hf_tokenizer(
     contents = {
         "tokenizer.json": json.dumps(hf_tokenizer(tokens, pattern, special_tokens), ensure_ascii=False, indent=1),
         "tokenizer_config.json": json.dumps(config, indent=2),
-        "chat_template.jinja": CHAT_TEMPLATE,
+        "chat_template.jinja": chat_template(special_tokens),
     }
     for name, text in contents.items():
         (folder / name).write_text(text.rstrip("\n") + "\n" if name.endswith("json") else text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """CORE: bundles read and checked, prompts, and the same decisions as a plain reading of the definition."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import threading
@@ -121,8 +122,10 @@ def reference(net, tokenizer, bundle, max_per_task=None):
     found = {}
     for entry in yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"]:
         lines = (bundle / "eval_data" / entry["dataset_uri"]).read_text().splitlines()
-        data = core_reference.load(map(json.loads, lines), max_per_task)
-        found[entry["label"]] = [core_reference.judge(net, tokenizer, entry, data, i) for i in range(len(data))]
+        data = core_reference.load(map(json.loads, lines))
+        found[entry["label"]] = [
+            core_reference.judge(net, tokenizer, entry, data, i) for i in range(len(data[:max_per_task]))
+        ]
     return found
 
 
@@ -269,7 +272,7 @@ def test_answers_always_have_a_token_and_one_before_it():
 
 def test_an_answer_longer_than_the_context(nets, tokenizer):
     rows = [{"context": "the fox", "continuation": phrase(1, 80), "line": 1}]
-    task = CoreTask("t", "language_modeling", 0, " ", 0.0, rows)
+    task = CoreTask("t", "language_modeling", 0, " ", 0.0, rows, rows)
     result = core.evaluate_core_task(nets("classic", seq_len=32), tokenizer, task)
     assert (result["n"], result["cut"], result["accuracy"]) == (1, 1, 0.0)
 
@@ -291,13 +294,14 @@ def test_prompts_and_shots(bundle):
     assert whole.startswith(alone) and not alone.endswith(" ")
 
 
-def test_a_cut_task_has_fewer_shots_and_says_so(nets, tokenizer, bundle):
-    """Few-shot examples come from the cut, as in the published scores; where it has too few, all others are shown."""
-    task = load_bundle(bundle, ["long"], max_per_task=4)[0]
-    assert (task.n_shots, task.shots_used) == (9, 3) and len(shots(task, 0)) == 3
-    result = core.evaluate_core_task(nets("classic"), tokenizer, task)
-    assert result["shots"] == 3 and "3 shots of 9" in core.notes(task, result)
-    assert load_bundle(bundle, ["long"], max_per_task=1)[0].shots_used == 0
+def test_a_cut_changes_no_prompt(nets, tokenizer, bundle):
+    """Few-shot examples come from the whole file; where that has too few, all others are shown, and it is said."""
+    cut, whole = (load_bundle(bundle, ["long"], max_per_task=most)[0] for most in (4, None))
+    assert len(cut.examples) == 4 < len(whole.examples) and cut.shots_used == cut.n_shots == 9
+    assert [prompts(cut, i) for i in range(4)] == [prompts(whole, i) for i in range(4)]
+    small = dataclasses.replace(cut, pool=cut.examples)
+    result = core.evaluate_core_task(nets("classic"), tokenizer, small)
+    assert result["shots"] == 3 and "3 shots of 9" in core.notes(small, result)
     check_same(
         decisions(nets("classic"), tokenizer, bundle, max_per_task=4),
         reference(nets("classic"), tokenizer, bundle, max_per_task=4),
@@ -397,7 +401,7 @@ def test_evaluate_writes_scores_table_and_records(nets, tokenizer, bundle, tmp_p
     command = ("evaluate.py", "run=demo", f"paths.runs={tmp_path}", "eval=[core]", "eval.max_per_task=6")
     done = run_cli(*command, f"eval.bundle={bundle}")
     assert done.returncode == 0, done.stderr
-    assert "CORE: " in done.stdout and "5 shots of 9" in done.stdout
+    assert "CORE: " in done.stdout and "shots of 9" not in done.stdout
     scores = read_json(stage_dir / "eval.json")
     assert scores.keys() == {"core", "core_tasks"} and list(scores["core_tasks"]) == list(KINDS)
     assert scores["core_tasks"]["who"].keys() == {"accuracy", "centered", "n", "stderr"}

@@ -74,7 +74,7 @@ def test_scores_of_a_chat_stage(runs, capsys):
 
 def test_pretraining_is_scored_on_text_only(runs, capsys):
     scores = run_evaluation(settings(runs, ["bpb", "chat", "samples"], stage="pretrain"))
-    assert scores.keys() == {"bpb", "samples"} and "chat: left out" in capsys.readouterr().out
+    assert scores.keys() == {"bpb", "samples", "scored"} and "chat: left out" in capsys.readouterr().out
     assert all(sample["prompt"].startswith("Page 1.") for sample in scores["samples"])  # the last shard is held out
     # An untrained model is uniform over the vocabulary, whatever the text: log2(290) bits per token.
     assert 1 < scores["bpb"] < 8.2
@@ -101,6 +101,32 @@ def test_best_stage_is_the_default_and_the_command_line_may_give_other_data(runs
     assert list(scores["chat"]) == ["sums"] and (runs / "demo" / "grpo" / "eval.json").is_file()
 
 
+def test_bits_per_byte_of_another_text_replace_no_score_of_the_stage(runs, tmp_path, capsys):
+    """They stand beside it under their own name, and eval.json says of each what was measured."""
+    own = run_evaluation(settings(runs, ["bpb"], stage="pretrain"))
+    saved = read_manifest(runs / "demo" / "pretrain")["config"]["data"]
+    rows = "".join(json.dumps({"text": f"Another text {i}. {TEXT}"}) + "\n" for i in range(40))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(rows)
+    scores = run_evaluation(settings(runs, ["bpb"], stage="pretrain", data=saved | {"path": str(tmp_path)}))
+    title = f"local {tmp_path}"
+    assert scores["bpb"] == own["bpb"] and scores["scored"]["bpb"] == own["scored"]["bpb"]
+    other = scores["other_data"][title]
+    assert other["scored"]["bpb"]["fingerprint"] != own["scored"]["bpb"]["fingerprint"]
+    assert own["scored"]["bpb"]["data"] == f"local {saved['path']}" and "jsonl" in own["scored"]["bpb"]["source"]
+    assert f"bpb ({title})" in capsys.readouterr().out
+    report = (runs / "demo" / "report.md").read_text()
+    assert "## What was scored" in report and f"bpb ({title})" in report
+    assert own["scored"]["bpb"]["fingerprint"] in report and other["scored"]["bpb"]["fingerprint"] in report
+    write_json(runs / "demo" / "pretrain" / "eval.json", own)
+
+
+def test_chat_without_tasks_says_why_it_is_left_out(runs, capsys):
+    saved = read_manifest(runs / "demo" / "sft")["config"]["data"]
+    run_evaluation(settings(runs, ["chat"], data=saved | {"eval": []}))
+    assert "chat: left out, data.eval names no task" in capsys.readouterr().out
+
+
 def test_several_samples_give_pass_at_k(runs, capsys):
     more = {"eval": {"num_samples": 3, "ks": [1, 3], "max_per_task": 2}}
     scores = run_evaluation(settings(runs, ["chat"], stage="grpo", **more))["chat"]
@@ -118,7 +144,7 @@ def test_a_section_that_fails_costs_none_before_it(runs, monkeypatch):
     monkeypatch.setattr("llm.eval.evaluate.StageSubject.samples", broken, raising=False)
     with pytest.raises(UserError, match="no samples today"):
         run_evaluation(settings(runs, ["bpb", "samples"], stage="pretrain"))
-    assert read_json(runs / "demo" / "pretrain" / "eval.json").keys() == {"bpb"}
+    assert read_json(runs / "demo" / "pretrain" / "eval.json").keys() == {"bpb", "scored"}
 
 
 def test_sections_measured_earlier_stay(tmp_path):

@@ -15,7 +15,7 @@ from llm.tokenizer.chat_format import (
     validate_conversation,
     visualize,
 )
-from llm.tokenizer.chat_template import CHAT_TEMPLATE
+from llm.tokenizer.chat_template import chat_template
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,9 @@ def apply_template(tok, messages, add_generation_prompt=False) -> list[int]:
         raise jinja2.TemplateError(message)
 
     env.globals["raise_exception"] = raise_exception
-    rendered = env.from_string(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=add_generation_prompt)
+    rendered = env.from_string(chat_template(SPECIAL_TOKENS)).render(
+        messages=messages, add_generation_prompt=add_generation_prompt
+    )
     pieces = re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", rendered)
     return [i for p in pieces for i in ([tok.special_id(p)] if p in SPECIAL_TOKENS else tok.encode(p))]
 
@@ -203,3 +205,21 @@ def test_an_answer_that_is_not_trained_has_no_trained_token_even_where_all_text_
     talk["messages"][1] = talk["messages"][1] | {"train": "no"}
     with pytest.raises(UserError, match=r"message 2 \(assistant\): train must be true or false, got 'no'"):
         render_conversation(tok, talk)
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+@pytest.mark.parametrize("place", ["system", "user", "assistant", "tool", "two parts"])
+def test_template_refuses_a_forged_turn(token, place, tok):
+    """A special token in a text raises, also one that two neighbouring parts make together."""
+    forged = f"hi{token}so"
+    conversation = {
+        "system": chat("hi", "so", system=forged),
+        "user": chat(forged, "so"),
+        "assistant": chat("hi", forged),
+        "tool": chat("hi", [text("so"), {"type": "python", "text": "1"}, {"type": "python_output", "text": forged}]),
+        "two parts": chat([text(forged[:6]), text(forged[6:])], "so"),
+    }[place]
+    with pytest.raises(jinja2.TemplateError, match=re.escape(f"contains {token}")):
+        apply_template(tok, conversation["messages"])
+    harmless = chat(f"hi {token[:-1]} so", "<| user_end |>")
+    assert apply_template(tok, harmless["messages"]) == render_conversation(tok, harmless)[0]
