@@ -184,7 +184,7 @@ class Subject:
         return document_source(self.data, self.cache)
 
     def bpb(self) -> dict[str, Any]:
-        """Return {"bpb": bits per byte on the validation text or None where it has no bytes, "scored": what that text was}."""
+        """Return {"bpb": bits per byte on the validation text, None without bytes, "scored": what was measured}."""
         return self._measured(bpb=(self.source.check(), self._text_steps()))
 
     def _measured(self, **parts: tuple[str, Any]) -> dict[str, Any]:
