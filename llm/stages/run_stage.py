@@ -68,7 +68,7 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
         if status := launch(config, processes_here(cfg)):
             raise SystemExit(status)
         return
-    if row.kind in ("text", "tokenizer") and cfg.data.name == "local":
+    if row.reads_text and cfg.data.name == "local":
         from llm.data.sources import build_source
 
         build_source(cfg.data, cfg.paths.data)  # a path that does not exist is named before a parent that is missing
