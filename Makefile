@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench gpu-check chaos table report inspect show-data clean
+.PHONY: help setup demo test test-full browser check bench check-data gpu-check chaos table report inspect show-data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -91,6 +91,9 @@ inspect: $(STAMP) ## what a run holds, every checksum verified (RUN=runs/demo)
 
 show-data: $(STAMP) ## what a stage trains on, coloured, also in batch.html (STAGE=sft ARGS="experiment=demo")
 	$(PY) -m llm.stages --html batch.html stage=$(STAGE) $(or $(ARGS),experiment=demo)
+
+check-data: $(STAMP) ## read all data once: bad rows, lengths, markers, repeated and leaked rows (ARGS="experiment=own")
+	$(PY) train.py stage=check $(or $(ARGS),experiment=own)
 
 clean: ## remove .venv, caches and build products; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules

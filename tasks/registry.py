@@ -130,14 +130,19 @@ def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
 
 def fetched_tasks(data) -> dict[str, list[str]]:
     """Return the tasks that a stage or evaluation may read from the network, with the splits of each that it reads."""
+    cache = Cache("", may_fetch=False)
+    return {name: splits for name, splits in used_tasks(data).items() if remotes(name, data.tasks[name], cache)}
+
+
+def used_tasks(data) -> dict[str, list[str]]:
+    """Return the tasks that a stage or evaluation reads, with the splits of each."""
     stages = chat_mixtures()
     trained = [n for stage in stages for n, repeats in (data.mixture.get(stage) or {}).items() if repeats]
     held_out = [n for stage in stages for n, repeats in held_out_weights(data, stage).items() if repeats]
     rl = [data.rl] if data.rl else []
     reads = {"train": {*trained, *rl}, "test": {*held_out, *data.eval, *rl}}
-    cache = Cache("", may_fetch=False)
     used = {name: [split for split in SPLITS if name in reads[split]] for name in data.tasks}
-    return {name: splits for name, splits in used.items() if splits and remotes(name, data.tasks[name], cache)}
+    return {name: splits for name, splits in used.items() if splits}
 
 
 def task_class(spec: Mapping[str, Any], where: str = "task") -> type[Task]:

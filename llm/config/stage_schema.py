@@ -13,6 +13,14 @@ class StageConfig:
 
 
 @dataclass
+class CheckStage(StageConfig):
+    """Settings of stage=check."""
+
+    parts: list[str] = key("parts of `data` to read: text, tasks or both")
+    out: str | None = key("JSON file for all counts; null = <paths.runs>/data_check.json")
+
+
+@dataclass
 class TokenizerStage(StageConfig):
     """Settings of stage=tokenizer."""
 

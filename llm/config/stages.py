@@ -83,6 +83,15 @@ _BUILTIN = (
         in_run=False,
     ),
     Stage(
+        name="check",
+        rank=-5,
+        kind="data",
+        schema=f"{_SCHEMA}.CheckStage",
+        takes="nothing",
+        run=f"{_STAGES}.check.run",
+        in_run=False,
+    ),
+    Stage(
         name="tokenizer",
         rank=0,
         kind="tokenizer",

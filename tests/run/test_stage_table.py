@@ -63,7 +63,7 @@ def test_a_row_that_cannot_be_is_refused(monkeypatch, change, words):
 def test_rows_are_in_the_order_of_the_pipeline(polish):
     assert stage_names() == ["tokenizer", "pretrain", "midtrain", "sft", "polish", "grpo"]
     register_stage(polish)  # a module that is imported twice
-    with pytest.raises(UserError, match="stage=poolish does not exist; choose one of download, tokenizer.*plugins="):
+    with pytest.raises(UserError, match="stage=poolish does not exist; choose one of download, check, .*plugins="):
         stage_row("poolish")
 
 
@@ -201,10 +201,10 @@ def test_the_plugins_of_a_run_are_imported_before_its_stage_is_looked_up(tmp_pat
 
 OWN = (
     "llm/config/stages.py",
-    *(f"llm/stages/{n}.py" for n in ("download", "tokenizer", "pretrain", "finetune", "grpo")),
+    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo")),
 )
 NAMES = frozenset(stage_names(in_run=False))
-COMMON = frozenset({"tokenizer", "download"})  # words that also mean other things than a stage
+COMMON = frozenset({"tokenizer", "download", "check"})  # words that also mean other things than a stage
 
 
 def named_stages(node: ast.AST) -> set[str]:

@@ -1,0 +1,104 @@
+"""stage=check: all data read once, with what is wrong in it."""
+
+import json
+import random
+
+import pytest
+from conftest import compose
+
+from llm.data.checking import GRAM, Checker, Rows
+from llm.errors import UserError
+from llm.stages import check
+from llm.stages.run_stage import run_stage
+
+WORDS = [f"word{i}" for i in range(2_000)]
+
+
+def sentence(generator: random.Random, length: int = 40) -> str:
+    return " ".join(generator.choice(WORDS) for _ in range(length))
+
+
+def write_rows(path, rows) -> None:
+    path.write_text("".join(row if row.startswith("{") else json.dumps({"text": row}) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Text with two broken lines, a marker, an empty and a repeated row; two of 30 held-out rows leak into training."""
+    generator = random.Random(0)
+    train, val = ([sentence(generator) for _ in range(count)] for count in (200, 30))
+    val[0] = train[5].upper()
+    val[1] = f"{sentence(generator, 9)} {' '.join(train[6].split()[3 : 3 + GRAM])} {sentence(generator, 9)}"
+    val[2] = f"{sentence(generator, 9)} {' '.join(train[7].split()[3 : 2 + GRAM])} {sentence(generator, 9)}"
+    train[10] += " <|im_end|>"
+    train[11] = train[12]
+    train[13] = " "
+    train[20] = train[21] = '{"text": "broken\n'
+    write_rows(tmp_path / "train.jsonl", train)
+    write_rows(tmp_path / "val.jsonl", val)
+    return tmp_path
+
+
+def args(folder, *more):
+    return compose("train", "stage=check", "data=local", f"data.path={folder}", f"paths.runs={folder}/runs", *more)
+
+
+def test_text_with_every_kind_of_mistake(folder, capsys):
+    with pytest.raises(UserError, match="2 bad rows are listed above; .*data.bad_rows=skip"):
+        run_stage(args(folder, "stage.parts=[text]"))
+    out = capsys.readouterr().out
+    assert "train.jsonl: line 21: not valid JSON" in out and "line 22" in out
+    assert "rows with <|im_end|> in 1" in out and "1 of 198 rows stand in this split more than once" in out
+    assert "1 held-out rows are trained on, word for word" in out
+    assert "2 held-out rows share 13 words in a row with training" in out and "lengths are in characters" in out
+    found = {file["split"]: file for file in json.loads((folder / "runs" / "data_check.json").read_text())["files"]}
+    assert (found["train"]["read"], found["train"]["bad"], found["train"]["empty"]) == (198, 2, 1)
+    assert (found["held out"]["leaked"], found["held out"]["overlapping"]) == (1, 2)
+
+
+def test_clean_data_ends_well_and_tasks_are_read(tmp_path, capsys):
+    run_stage(compose("train", "stage=check", "data.size=50", "data.val_size=5", f"stage.out={tmp_path}/out.json"))
+    files = json.loads((tmp_path / "out.json").read_text())["files"]
+    assert {file["name"] for file in files} >= {"data=embedded", "data.tasks.choice", "data.tasks.smalltalk"}
+    assert all(file["read"] > 0 and not file["bad"] for file in files)
+
+
+def test_bad_rows_of_tasks_are_counted_and_the_others_are_read(tmp_path, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(9)
+    ]
+    rows[3]["messages"][1]["content"] = ""
+    rows[4]["label"] = False
+    (tmp_path / "chat").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "chat" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["data=own", f"data.tasks_path={tmp_path}", "stage.parts=[tasks]", f"paths.runs={tmp_path}"]
+    with pytest.raises(UserError, match="4 bad rows"):
+        run_stage(compose("train", "stage=check", *settings))
+    out = capsys.readouterr().out
+    assert "chat/train.jsonl row 4" in out and "row 5" in out
+    files = json.loads((tmp_path / "data_check.json").read_text())["files"]
+    assert [(file["read"], file["bad"]) for file in files] == [(7, 2), (7, 2)]
+
+
+def test_files_that_are_not_there_are_bad(tmp_path):
+    with pytest.raises(UserError, match="2 bad rows"):
+        run_stage(args(tmp_path / "none", "stage.parts=[text]", f"stage.out={tmp_path}/out.json"))
+    with pytest.raises(UserError, match=r"stage.parts=\['nothing'\]: name one or both of text, tasks"):
+        run_stage(args(tmp_path, "stage.parts=[nothing]"))
+
+
+def test_too_many_hashes_are_said(monkeypatch):
+    monkeypatch.setattr("llm.data.checking.MAX_HASHES", 2)
+    checker, rows = Checker(), Rows("file", "train")
+    for text in "abcc":
+        checker.add(rows, text)
+    assert not checker.is_complete and rows.repeated == 0 and rows.read == 4
+
+
+def test_lengths_are_in_tokens_of_the_tokenizer():
+    checker, rows = Checker(encode=str.split), Rows("file", "train")
+    for count in (1, 2, 3, 40):
+        checker.add(rows, "word " * count)
+    assert (rows.quantile(0.5), rows.longer_than(2), max(rows.lengths)) == (3, 2, 40)
+    assert list(check.warnings(rows)) == []
