@@ -130,7 +130,7 @@ class DataConfig:
     name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
     path: str | None = key("folder, file or pattern of text in any format of docs/data.md (data=local)", main=True)
     train: Any = key("text to train on: a path, a pattern or a list, instead of data.path; null = by file names")
-    val: Any = key("text that validates: a path, a pattern or a list of them; null = by file names")
+    val: Any = key("text that validates: a path, a pattern or a list of paths; null = by file names")
     bad_rows: str = key(
         "rows that cannot be used: stop = an error that lists them | skip = leave them out and count them",
         choices=("stop", "skip"),

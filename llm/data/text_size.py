@@ -4,12 +4,14 @@ The characters of a sample are tokenised. Text of up to `EXACT_BYTES` of files i
 counted; of larger text the size of the files says how much there is.
 """
 
+import zipfile
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from llm.data.documents import EmbeddedDocuments, FileDocuments, texts
-from llm.data.formats import count_rows, kind_of
+from llm.data.files import ZipMember, format_of
+from llm.data.formats import count_rows
 from llm.data.text_mixture import MixedDocuments
 from llm.data.tokens import CachedDocuments
 
@@ -41,12 +43,17 @@ def text_tokens(source, tokenizer) -> int | None:
     if isinstance(source, EmbeddedDocuments):
         sample = list(islice(texts(source), SAMPLE_DOCUMENTS))
         return round(_tokens(sample, tokenizer) / len(sample) * len(source))
-    if not isinstance(source, FileDocuments) or not all(shard.path.is_file() for shard in source.shards("train")):
+    if not isinstance(source, FileDocuments) or not all(map(_is_here, source.shards("train"))):
         return None
     paths = {shard.path for shard in source.shards("train")}
-    if sum(path.stat().st_size for path in paths) <= EXACT_BYTES:
+    if sum(map(_text_bytes, paths)) <= EXACT_BYTES:
         return _by_reading(texts(source), tokenizer)
     return _by_files(source, tokenizer)
+
+
+def _is_here(shard) -> bool:
+    """Return whether the file of a shard is on this machine; a file of the hub may not be fetched yet."""
+    return isinstance(shard.path, ZipMember) or shard.path.is_file()
 
 
 def _by_reading(documents: Iterable[str], tokenizer) -> int:
@@ -63,7 +70,7 @@ def _by_files(source: FileDocuments, tokenizer) -> int:
     tokens, total = _tokens(sample, tokenizer), 0.0
     per_byte = tokens / sum(len(text.encode()) for text in sample)
     for shard in source.shards("train"):
-        if kind_of(shard.path.name) == "parquet":
+        if format_of(shard.path).kind == "parquet":
             rows = (shard.stop or count_rows(shard.path, source.column)) - shard.start
             total += rows * tokens / len(sample)
         else:
@@ -71,9 +78,12 @@ def _by_files(source: FileDocuments, tokenizer) -> int:
     return round(total)
 
 
-def _text_bytes(path: Path) -> float:
-    """Return about how many bytes of text a .txt or .jsonl file holds, compressed or not."""
-    return path.stat().st_size * (COMPRESSED if path.suffix in (".gz", ".zst", ".bz2", ".xz") else 1)
+def _text_bytes(path: Path | ZipMember) -> float:
+    """Return about how many bytes a file holds, decompressed."""
+    if isinstance(path, ZipMember):
+        with zipfile.ZipFile(path.archive) as archive:
+            return archive.getinfo(path.member).file_size
+    return path.stat().st_size * (COMPRESSED if format_of(path).compression else 1)
 
 
 def _sample(documents: Iterable[str]) -> list[str]:

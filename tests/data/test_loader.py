@@ -303,7 +303,7 @@ def test_errors_of_the_thread_surface_in_the_consumer(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{broken"]))
     write(tmp_path / "b.jsonl", words(3))
     steps = iter(TextSteps(LocalDocuments(tmp_path), Bytes(), StepLayout(32, 4), buffer=10))
-    with pytest.raises(UserError, match="a.jsonl: line 301 is not valid JSON"):
+    with pytest.raises(UserError, match="a.jsonl: line 301: not valid JSON"):
         for _ in range(10_000):
             next(steps)
     assert next(steps, None) is None and not data_threads()
