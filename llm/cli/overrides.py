@@ -156,9 +156,9 @@ def _tasks_of(config_name: str, key: str, jobs: Sequence[Sequence[str]], config_
     return found.pop()
 
 
-def no_value(error: Exception) -> str:
-    """Return the error line for a key that is read and has no value; error: OmegaConf's MissingMandatoryValue."""
-    key = getattr(error, "full_key", None) or str(error).splitlines()[0].removeprefix("Missing mandatory value: ")
+def no_value(error: Exception | str) -> str:
+    """Return the error line for a key that is read and has no value: the key, or OmegaConf's MissingMandatoryValue."""
+    key = str(getattr(error, "full_key", None) or error).splitlines()[0].removeprefix("Missing mandatory value: ")
     return f"{key} has no value: give it in the option's YAML file or the command line"
 
 
@@ -325,6 +325,7 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
     from omegaconf import OmegaConf
 
     name, line = override.key_or_group, override.input_line
+    _check_parents(cfg, name)
     adds = override.is_add() or override.is_force_add()
     if not adds and not override.is_delete():
         _try_value(config_name, cfg, name, value, choice)
@@ -344,6 +345,19 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
         raise UserError(f"{line}: describe a new task in a file of conf/data/ or conf/experiment/")
     if adds:
         _update(config_name, cfg, name, value, add=True)
+
+
+def _check_parents(cfg: Any, name: str) -> None:
+    """Raise UserError where a mapping that the dotted key `name` lies in has no value."""
+    from omegaconf import DictConfig, OmegaConf
+
+    node = cfg
+    for number, part in enumerate(parts := name.split(".")[:-1], start=1):
+        if not isinstance(node, DictConfig) or part not in list(node.keys()):
+            return
+        if OmegaConf.is_missing(node, part):
+            raise UserError(no_value(".".join(parts[:number])))
+        node = node[part]
 
 
 def _try_value(config_name: str, cfg: Any, name: str, value: Any, choice: Sequence[str]) -> None:
