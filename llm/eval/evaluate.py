@@ -30,6 +30,7 @@ from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
 from llm.run.stage_folder import find_stage, read_manifest
+from llm.tokenizer.chat_format import readable
 from llm.utils.files import read_json, write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
@@ -132,7 +133,7 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
 def print_scores(title: str, scores: dict[str, Any]) -> None:
     """Print samples and a table of bits per byte and task scores, where `scores` has any."""
     for sample in scores.get("samples", []):
-        print(f"\n> {sample['prompt']}\n{sample['completion']}")
+        print(f"\n> {sample['prompt']}\n{readable(sample['completion'])}")
     rows = [[key, value(scores[key]), "", ""] for key in ("bpb", "bpb_text") if key in scores]
     for task, result in scores.get("chat", {}).items():
         rows.append([task, percent(result["accuracy"]), percent(result["stderr"]), value(result["n"])])

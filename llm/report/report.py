@@ -21,6 +21,7 @@ from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.run.config_diff import flatten
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
+from llm.tokenizer.chat_format import readable
 from llm.utils.environment import environment
 from llm.utils.files import read_json, write_atomic
 from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
@@ -241,7 +242,7 @@ def _samples(stages: dict[str, dict]) -> list[str]:
         parts += [f"### {stage}"] if samples else []
         for sample in samples[:SAMPLES_PER_STAGE]:
             prompt = "\n".join(f"> {line}" for line in sample["prompt"].strip().splitlines())
-            parts.append(fenced(f"{prompt}\n{sample['completion'].strip()}", "text"))
+            parts.append(fenced(f"{prompt}\n{readable(sample['completion']).strip()}", "text"))
     return parts
 
 

@@ -12,7 +12,7 @@ from llm.errors import UserError
 
 def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
-    if row.kind in ("text", "tokenizer") and cfg.data.name == "local":
+    if not row.is_chat and cfg.data.name == "local":
         from llm.data.sources import build_source
 
         build_source(cfg.data, cfg.paths.data)
@@ -21,7 +21,7 @@ def check_data(cfg, row: Stage) -> None:
     from tasks.registry import check_files, held_out_weights
 
     if row.kind == "rl":
-        trained, held_out = rewarded(cfg)
+        trained, held_out = rewarded(cfg, row)
     else:
         trained = trained_tasks(cfg, row)
         held_out = [name for name, repeats in held_out_weights(cfg.data, row.mixture_key).items() if repeats]
@@ -46,14 +46,14 @@ def trained_tasks(cfg, row: Stage) -> list[str]:
     return names
 
 
-def rewarded(cfg) -> tuple[list[str], list[str]]:
-    """Return the tasks of which grpo reads training and held-out rows; UserError where there is none to reward."""
+def rewarded(cfg, row: Stage) -> tuple[list[str], list[str]]:
+    """Return the tasks of which `row` reads training rows and held-out rows; UserError where no task can be rewarded."""
     name = OmegaConf.select(cfg, "stage.task") or cfg.data.rl
     if not cfg.data.tasks:
         raise UserError(
-            f"data.tasks is empty: stage={cfg.stage.name} rewards answers to a task; describe one in a data option or "
+            f"data.tasks is empty: stage={row.name} rewards answers to a task; describe one in a data option or "
             "the experiment (docs/data.md) and name it in data.rl"
         )
-    rehearsed = [task for task, repeats in (cfg.data.mixture.get("sft") or {}).items() if repeats]
+    rehearsed = [task for task, repeats in (cfg.data.mixture.get(row.mixture_key) or {}).items() if repeats]
     names = [name] if name else []
     return names + (rehearsed if OmegaConf.select(cfg, "stage.rehearsal") else []), names
