@@ -192,7 +192,8 @@ def _scored(stages: dict[str, dict]) -> list[str]:
         for suffix, part in parts:
             for name, origin in (part.get("scored") or {}).items():
                 amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin['tokens']:,} tokens"
-                number = value(part[name]) if name in part else "-"
+                task = (part.get("chat") or {}).get(name.removeprefix("chat/"))
+                number = percent(task["accuracy"]) if task else value(part[name]) if name in part else "-"
                 where = f"{origin['data']}: {origin['source']}"
                 rows.append([stage, name + suffix, number, where, amount_scored, origin.get("fingerprint", "-")])
     if not rows:

@@ -47,7 +47,7 @@ def trained_tasks(cfg, row: Stage) -> list[str]:
 
 
 def rewarded(cfg, row: Stage) -> tuple[list[str], list[str]]:
-    """Return the tasks of which `row` reads training rows and held-out rows; UserError where no task can be rewarded."""
+    """Return the tasks of which `row` reads training and held-out rows; UserError where no task can be rewarded."""
     name = OmegaConf.select(cfg, "stage.task") or cfg.data.rl
     if not cfg.data.tasks:
         raise UserError(
