@@ -132,7 +132,7 @@ class DataConfig:
     train: Any = key("text to train on: a path, a pattern or a list, instead of data.path; null = by file names")
     val: Any = key("text that validates: a path, a pattern or a list of paths; null = by file names")
     bad_rows: str = key(
-        "rows that cannot be used: stop = an error that lists them | skip = leave them out and count them",
+        "rows that cannot be used: stop = an error that lists bad rows | skip = leave out bad rows and count",
         choices=("stop", "skip"),
     )
     encoding: str | None = key("encoding of text files, such as cp1252 or utf-16; null = utf-8")
@@ -149,7 +149,7 @@ class DataConfig:
     column: str = key("column or field that holds the text")
     packing: str = key(
         "pretrain: best_fit = rows of whole documents, crops kept | crop = crops dropped | stream = one flat stream | "
-        "auto = best_fit where the run reads its text more than once, else crop",
+        "auto = best_fit where a run makes more than one pass, else crop",
         choices=("auto", "best_fit", "crop", "stream"),
     )
     shuffle: int | None = key(

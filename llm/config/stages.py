@@ -62,6 +62,11 @@ class Stage:
         return self.kind in CHAT_KINDS
 
     @property
+    def reads_text(self) -> bool:
+        """True if it reads the documents of `data`."""
+        return self.kind in ("tokenizer", "text")
+
+    @property
     def mixture_key(self) -> str:
         return self.mixture or self.name
 

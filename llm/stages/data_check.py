@@ -12,7 +12,7 @@ from llm.errors import UserError
 
 def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
-    if not row.is_chat and cfg.data.name == "local":
+    if row.reads_text and cfg.data.name == "local":
         from llm.data.sources import build_source
 
         build_source(cfg.data, cfg.paths.data)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
 from llm.config.stages import stage_row
 from llm.data.balance import Reading
@@ -126,7 +125,7 @@ def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:
 
 def check_keeps_best(cfg) -> None:
     """Raise UserError where the best weights are asked for in a run that never measures them."""
-    if OmegaConf.select(cfg, "stage.keep_best") and not evaluates(cfg) and not cfg.dry_run:
+    if cfg.stage.get("keep_best") and not evaluates(cfg) and not cfg.dry_run:
         raise UserError(
             "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
             "stage.eval_every=100, or stage.keep_best=null"

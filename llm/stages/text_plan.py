@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
 from llm.data.text_size import passes_over
 from llm.run.stage_folder import RunDir
 
@@ -57,7 +55,7 @@ def warnings_of(cfg, found: TextPlan) -> list[str]:
 def _measured(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan:
     """Return the plan by the size of the text as it is now."""
     tokens, passes = passes_over(source, tokenizer, steps * batch_tokens)
-    limit = OmegaConf.select(cfg, "stage.max_passes")
+    limit = cfg.stage.get("max_passes")
     if None not in (passes, limit) and cfg.max_steps is None and passes > limit:
         fewer = max(1, int(steps * limit / passes))
         steps, passes = fewer, passes * fewer / steps

@@ -4,8 +4,6 @@ import shutil
 import signal
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from callbacks.best import BEST, NOTE
 from llm.checkpoint.model_folder import save_model_folder
 from llm.config.stages import Stage, load_object
@@ -80,7 +78,7 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         return results | {"status": "interrupted", "signal": int(signum)}
     net = full_model(module.net)
     if collectives.is_main():
-        handed = hand_over_best(job) if OmegaConf.select(job.cfg, "stage.keep_best") else None
+        handed = hand_over_best(job) if job.cfg.stage.get("keep_best") else None
         if handed is None:
             save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
         results["weights"] = handed or {"step": trainer.global_step}

@@ -109,7 +109,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
     processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
-    own = [*built.callbacks, *([BestWeights(stage_dir)] if OmegaConf.select(cfg, "stage.keep_best") else [])]
+    own = [*built.callbacks, *([BestWeights(stage_dir)] if cfg.stage.get("keep_best") else [])]
     return [processes, checkpoint, stop, *guards, *chosen.values(), *own, *speed, log, *display], stop
 
 
