@@ -117,7 +117,7 @@ def whole_mixtures(config_name: str, argv: Sequence[str], config_dir: str | None
     """
     from hydra._internal.utils import get_args_parser
 
-    if not any(_sets_mixture(arg) for arg in argv):
+    if not any(_sets_mixture(config_name, arg) for arg in argv):
         return list(argv)
     args, groups = get_args_parser().parse_args(list(argv)), config_groups(config_name)
     overrides = [o for o in parse(args.overrides) if o.key_or_group in groups and o.key_or_group in CHOOSE_MIXTURES]
@@ -125,7 +125,7 @@ def whole_mixtures(config_name: str, argv: Sequence[str], config_dir: str | None
     lines, before = [], []
     for arg in argv:
         new = [arg]
-        if _sets_mixture(arg):
+        if _sets_mixture(config_name, arg):
             key = arg.partition("=")[0].lstrip("+")
             tasks = _tasks_of(
                 config_name, key, [[*choice, *before] for choice in choices], config_dir or args.config_dir
@@ -138,10 +138,11 @@ def whole_mixtures(config_name: str, argv: Sequence[str], config_dir: str | None
     return lines
 
 
-def _sets_mixture(arg: str) -> bool:
-    """Return whether an argument gives a mapping for a mixture, as in `data.mixture.sft={chat: 1}`."""
+def _sets_mixture(config_name: str, arg: str) -> bool:
+    """Return whether an argument gives a mapping for a mixture that exists, as in `data.mixture.sft={chat: 1}`."""
     name, _, value = arg.partition("=")
-    return MIXTURE.fullmatch(name.lstrip("+")) is not None and value.lstrip().startswith("{")
+    key = name.lstrip("+")
+    return MIXTURE.fullmatch(key) is not None and value.lstrip().startswith("{") and key in known_keys(config_name)
 
 
 def _tasks_of(config_name: str, key: str, jobs: Sequence[Sequence[str]], config_dir: str | None) -> tuple[str, ...]:
