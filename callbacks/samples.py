@@ -4,6 +4,7 @@ from callbacks.cadence import Periodic
 from llm.eval.samples import draw_samples
 from llm.inference.engine import Engine
 from llm.parallel.strategy import full_model
+from llm.tokenizer.chat_format import readable
 
 
 class Samples(Periodic):
@@ -19,5 +20,6 @@ class Samples(Periodic):
             return
         engine = Engine(net, module.context.tokenizer)
         for sample in draw_samples(engine, module.context.prompts, self.max_new_tokens):
-            print(f"  step {step} | {sample['prompt']} -> {sample['completion']}".replace("\n", " / "), flush=True)
+            answer = readable(sample["completion"])
+            print(f"  step {step} | {sample['prompt']} -> {answer}".replace("\n", " / "), flush=True)
         module.net.train()

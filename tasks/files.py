@@ -57,9 +57,7 @@ def find_files(
         if is_address(entry) and cache is not None:
             found.append(web_file(str(entry), where, cache))
             continue
-        matches = matching(entry, suffixes)
-        if not matches:
-            raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()}){_beside(entry)}")
+        matches = existing(entry, where, suffixes)
         chosen = (split and named_for(entry, split, suffixes)) or matches
         if others := [path.name for path in matches if path not in set(chosen)]:
             print(f"{where}: left out by their names: {_some(others)}", flush=True)
@@ -70,6 +68,13 @@ def find_files(
         held_out = f" that is not also a test file ({', '.join(map(str, exclude))})" if exclude else ""
         raise UserError(f"{where}: names no file{held_out}")
     return found
+
+
+def existing(entry: object, where: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
+    """Return what `matching` finds. Raises UserError naming `where` (the config key) where that is nothing."""
+    if matches := matching(entry, suffixes):
+        return matches
+    raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()}){_beside(entry)}")
 
 
 def matching(entry: object, suffixes: tuple[str, ...] = ()) -> list[Path]:

@@ -10,7 +10,7 @@ from llm.data.download import Remote, WebFile
 from llm.errors import UserError
 from tasks.base import Task
 from tasks.columns import ColumnReader, Columns
-from tasks.files import FileRows, count_rows, find_files, is_address, named_for, read_words
+from tasks.files import FileRows, count_rows, existing, find_files, is_address, named_for, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
 from tasks.rows import RowCheck
@@ -117,6 +117,21 @@ def has_split(spec, split: str) -> bool:
     if spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words":
         return True
     return split == "test" and spec.source == "local" and bool(_held_out_by_name(spec))
+
+
+def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], split: str) -> None:
+    """Raise UserError for the first of the tasks `names` of which a local file of a split is not there.
+
+    Nothing is opened. What lies on the network, and splits that are found by names, are left to `build_task`.
+    """
+    for name in names:
+        if name not in tasks or tasks[name].get("source") != "local":
+            continue
+        key = f"data.tasks.{name}.{split}"
+        suffixes = (".txt",) if task_class(tasks[name]).reads == "words" else ()
+        for entry in _as_list(cut(_plain(tasks[name].get(split)), key)[0]):
+            if "://" not in str(entry):
+                existing(entry, key, suffixes)
 
 
 def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:

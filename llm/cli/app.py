@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 
 from llm.cli.help import help_text
 from llm.cli.options import CONF, config_folders
-from llm.cli.overrides import check_overrides, launcher, quote_raw, swept_overrides, without_groups
+from llm.cli.overrides import (
+    check_overrides,
+    launcher,
+    no_value,
+    quote_raw,
+    swept_overrides,
+    whole_mixtures,
+    without_groups,
+)
 from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.stages import load_object
@@ -79,7 +87,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
         argv = quote_raw(config_name, argv)
         if "--shell-completion" not in argv and "-sc" not in argv:
             check_overrides(config_name, argv)
-            argv = without_groups(config_name, argv)
+            argv = without_groups(config_name, whole_mixtures(config_name, argv))
         if launcher(argv) != "basic":
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on the exception of a job
             print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
@@ -158,6 +166,8 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
                 raise _in_one_line(title, error) from None
             if isinstance(error, SystemExit):
                 raise
+            if type(error).__name__ == "MissingMandatoryValue":
+                error = UserError(no_value(error))
             raise _JobFailed(title, error) from error
 
     return job

@@ -22,6 +22,9 @@ from llm.errors import UserError
 
 __all__ = ["CONF", "check_overrides", "compose", "config_groups", "group_options"]
 
+MIXTURE = re.compile(r"data\.mixture\.\w+")
+CHOOSE_MIXTURES = ("stage", "data", "mixture", "experiment")  # groups that decide which tasks a mixture has
+
 
 def check_overrides(config_name: str, argv: Sequence[str]) -> None:
     """Raise `UserError` for the first override in `argv` that cannot be meant, for every job of a sweep.
@@ -30,9 +33,18 @@ def check_overrides(config_name: str, argv: Sequence[str]) -> None:
     so what a data or callbacks file adds is known as well.
     """
     from hydra._internal.utils import get_args_parser
+    from omegaconf.errors import MissingMandatoryValue
 
     _check_dashes(argv)
     args = get_args_parser().parse_args(list(argv))
+    try:
+        _check_all(config_name, argv, args)
+    except MissingMandatoryValue as error:
+        raise UserError(no_value(error)) from None
+
+
+def _check_all(config_name: str, argv: Sequence[str], args: Any) -> None:
+    """Raise UserError for the first override that cannot be meant; args: `argv` as Hydra's own parser reads it."""
     folders = config_folders(argv)
     overrides = parse(args.overrides)
     _check_launcher(launcher(argv), overrides)
@@ -95,6 +107,60 @@ def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
         return f"{name}=" + ",".join(f"{{name: {_quoted(_show(value))}}}" for value in _values(parse([arg])[0]))
 
     return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
+
+
+def whole_mixtures(config_name: str, argv: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Return `argv` with `~data.mixture.sft.<task>` for every task before `data.mixture.sft={...}`.
+
+    So the mapping is the whole mixture; Hydra alone would merge it into the one that is there. Raises UserError in a
+    sweep whose jobs have different tasks in this mixture.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    if not any(_sets_mixture(config_name, arg) for arg in argv):
+        return list(argv)
+    args, groups = get_args_parser().parse_args(list(argv)), config_groups(config_name)
+    overrides = [o for o in parse(args.overrides) if o.key_or_group in groups and o.key_or_group in CHOOSE_MIXTURES]
+    choices = list(itertools.product(*(_lines(o) for o in overrides)))
+    lines, before = [], []
+    for arg in argv:
+        new = [arg]
+        if _sets_mixture(config_name, arg):
+            key = arg.partition("=")[0].lstrip("+")
+            tasks = _tasks_of(
+                config_name, key, [[*choice, *before] for choice in choices], config_dir or args.config_dir
+            )
+            new = [*(f"~{key}.{task}" for task in tasks), f"++{arg.lstrip('+')}"]
+        lines += new
+        before += [
+            line for line in new if MIXTURE.match(line.lstrip("+~")) and not parse([line])[0].is_sweep_override()
+        ]
+    return lines
+
+
+def _sets_mixture(config_name: str, arg: str) -> bool:
+    """Return whether an argument gives a mapping for a mixture that exists, as in `data.mixture.sft={chat: 1}`."""
+    name, _, value = arg.partition("=")
+    key = name.lstrip("+")
+    return MIXTURE.fullmatch(key) is not None and value.lstrip().startswith("{") and key in known_keys(config_name)
+
+
+def _tasks_of(config_name: str, key: str, jobs: Sequence[Sequence[str]], config_dir: str | None) -> tuple[str, ...]:
+    """Return the tasks of the mixture `key`; UserError where they differ between the jobs of a sweep."""
+    from omegaconf import OmegaConf
+
+    found = {tuple(OmegaConf.select(compose(config_name, lines, config_dir), key) or ()) for lines in jobs}
+    if len(found) > 1:
+        raise UserError(
+            f"{key}={{...}}: the jobs of this sweep have different tasks in it: give it to a command of each"
+        )
+    return found.pop()
+
+
+def no_value(error: Exception | str) -> str:
+    """Return the error line for a key that is read and has no value: the key, or OmegaConf's MissingMandatoryValue."""
+    key = str(getattr(error, "full_key", None) or error).splitlines()[0].removeprefix("Missing mandatory value: ")
+    return f"{key} has no value: give it in the option's YAML file or the command line"
 
 
 def _quoted(text: str) -> str:
@@ -245,7 +311,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
 
     folders = [CONF, *([Path(config_dir).resolve()] if config_dir else [])]
     register(folders)
-    lines = without_groups(config_name, overrides)
+    lines = without_groups(config_name, whole_mixtures(config_name, overrides, config_dir))
     lines += [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     GlobalHydra.instance().clear()
     try:
@@ -260,6 +326,7 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
     from omegaconf import OmegaConf
 
     name, line = override.key_or_group, override.input_line
+    _check_parents(cfg, name)
     adds = override.is_add() or override.is_force_add()
     if not adds and not override.is_delete():
         _try_value(config_name, cfg, name, value, choice)
@@ -281,8 +348,21 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
         _update(config_name, cfg, name, value, add=True)
 
 
+def _check_parents(cfg: Any, name: str) -> None:
+    """Raise UserError where a mapping that the dotted key `name` lies in has no value."""
+    from omegaconf import DictConfig, OmegaConf
+
+    node = cfg
+    for number, part in enumerate(parts := name.split(".")[:-1], start=1):
+        if not isinstance(node, DictConfig) or part not in list(node.keys()):
+            return
+        if OmegaConf.is_missing(node, part):
+            raise UserError(no_value(".".join(parts[:number])))
+        node = node[part]
+
+
 def _try_value(config_name: str, cfg: Any, name: str, value: Any, choice: Sequence[str]) -> None:
-    """Set `name` in `cfg`; a mapping is merged key by key, as Hydra does, or replaces a null."""
+    """Set `name` in `cfg`; a mapping is merged key by key, as Hydra does, or replaces a null or a whole mixture."""
     spec = _spec(config_name, name)
     if spec is not None and spec.metadata.get("fixed"):
         raise UserError(f"{name}={_show(value)}: the name comes with the option; choose {name.split('.')[0]}=<option>")
@@ -291,8 +371,28 @@ def _try_value(config_name: str, cfg: Any, name: str, value: Any, choice: Sequen
     if not isinstance(value, dict) or (_is_null(cfg, name) and spec is not None and spec.type is Any):
         _update(config_name, cfg, name, value)
         return
+    if name == "data.mixture":
+        raise UserError(f"{name}={{...}}: give each mixture by itself, as in data.mixture.sft={{<task>: <repeats>}}")
+    if MIXTURE.fullmatch(name):
+        _try_mixture(config_name, cfg, name, value)
+        return
     for key, inner in value.items():
         _try_value(config_name, cfg, f"{name}.{key}", inner, choice)
+
+
+def _try_mixture(config_name: str, cfg: Any, name: str, repeats: dict) -> None:
+    """Put a whole mixture into `cfg`, or raise UserError for a task that does not exist and for wrong repeats."""
+    from omegaconf import OmegaConf
+
+    tasks = list(OmegaConf.select(cfg, "data.tasks") or ())
+    OmegaConf.update(cfg, name, {}, merge=False)
+    for task, value in repeats.items():
+        if task not in tasks:
+            raise UserError(
+                unknown_key(config_name, f"{name}.{task}", [f"{name}.{other}" for other in tasks])
+                + f"; data.tasks has {', '.join(tasks) or 'no task'}"
+            )
+        _update(config_name, cfg, f"{name}.{task}", value, add=True)
 
 
 def _is_null(cfg: Any, name: str) -> bool:

@@ -29,7 +29,9 @@ from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
+from llm.run.config_diff import ABSENT, diff_configs
 from llm.run.stage_folder import find_stage, read_manifest
+from llm.tokenizer.chat_format import readable
 from llm.utils.files import read_json, write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
@@ -39,7 +41,9 @@ SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
 HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
-NO_TEXT = {"workers", "tasks_path", "eval", "rl"}  # keys of `data` that do not change what bpb is measured on
+# Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.
+NO_TEXT = ("workers", "tasks_path", "eval", "rl", "packing", "shuffle", "token_cache", "streaming")
+BY_NAME = ("chat", "core_tasks", "lm_eval", "judges", "scored")  # parts of eval.json in which every name counts alone
 
 
 def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
@@ -47,8 +51,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
 
     Returns the content of eval.json: {"bpb", "bpb_text", "chat": {task: {"accuracy", "n", "stderr", ...}}, "chatcore",
     "core", "core_tasks": {task: {"accuracy", "centered", "n", "stderr"}}, "lm_eval": {task: {metric: value}},
-    "samples", "scored": {score: its data},
-    "other_data": {data: its bpb}}, and of a model of Hugging Face {"model", "seq_len"}.
+    "samples", "scored": {score: its data}, "other_data": {data: the same parts, measured on data that is not the
+    stage's own}}, and of a model of Hugging Face {"model", "seq_len"}.
     """
     wanted = [section for section in SECTIONS if cfg.eval[section]]
     if wrong := [k for k in cfg.eval.ks or [] if not 1 <= k <= cfg.eval.num_samples]:
@@ -72,9 +76,10 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     scores, merged = dict(subject.facts), {}
     for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
         found = (own | measure)[section]()
-        found = found if subject.is_own_data else beside(found, subject.data)
-        both = {key: scores.get(key, {}) | found.get(key, {}) for key in ("judges", "other_data")}
-        scores |= found | both
+        if not subject.is_own_data:
+            found = {"other_data": {data_title(subject.data): found}}
+        warn_of_change(subject.folder / "eval.json", found)
+        scores = combined(scores, found)
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
     print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
     report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
@@ -95,31 +100,41 @@ def load_harness(options: Any) -> Any:
 
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
-    merged = read_json(path) or {}
-    kinds = ("chat", "core_tasks", "lm_eval", "judges", "scored", "other_data")
-    by_task = {key: {**(merged.get(key) or {}), **(scores.get(key) or {})} for key in kinds}
-    merged |= scores | {key: tasks for key, tasks in by_task.items() if tasks}
-    if (overall := chat_core(by_task["chat"])) is not None:
-        merged["chatcore"] = overall
+    merged = combined(read_json(path) or {}, scores)
     write_json(path, merged)
     return merged
 
 
-def beside(found: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Move bits per byte of other data than the stage's own to `other_data`, where they replace no score of the stage.
+def combined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return scores with newer ones in their places, ChatCORE over all tasks; those of other data by its name."""
+    by_name = {key: {**(old.get(key) or {}), **(new.get(key) or {})} for key in BY_NAME}
+    merged = old | new | {key: part for key, part in by_name.items() if part}
+    if (overall := chat_core(by_name["chat"])) is not None:
+        merged["chatcore"] = overall
+    others = dict(old.get("other_data") or {})
+    for title, part in (new.get("other_data") or {}).items():
+        others[title] = combined(others.get(title, {}), part)
+    return merged | ({"other_data": others} if others else {})
 
-    Returns `found` with {"other_data": {name of the data: {"bpb", "bpb_text", "scored"}}} in place of these scores.
-    """
-    if "bpb" not in found:
-        return found
-    moved = {key: found[key] for key in ("bpb", "bpb_text", "scored") if key in found}
-    rest = {key: part for key, part in found.items() if key not in moved}
-    return rest | {"other_data": {data_title(data): moved}}
+
+def warn_of_change(path: Path, found: dict[str, Any]) -> None:
+    """Say where equally many tokens of data with the name of before are others now: its files have changed since."""
+    before = (read_json(path) or {}).get("scored") or {}
+    for name, now in (found.get("scored") or {}).items():
+        then = before.get(name, {})
+        same_size = all(then.get(key) == now.get(key) for key in ("data", "tokens"))
+        if "fingerprint" in now and same_size and then.get("fingerprint") != now["fingerprint"]:
+            print(
+                f"WARNING: {name}: the held-out part of {now['data']} is another than in the last evaluation "
+                f"(fingerprint {then.get('fingerprint')} -> {now['fingerprint']}): its files have changed",
+                flush=True,
+            )
 
 
 def data_title(data: Any) -> str:
     """Return `local data/novels` or `hub owner/name`: the option of `data` and where its text comes from."""
-    place = data.get("path") or data.get("repo")
+    place = next((data[key] for key in ("val", "path", "repo", "train") if data.get(key)), None)
+    place = place if place is None or isinstance(place, str) else ",".join(map(str, place))
     return f"{data.name} {place}" if place else str(data.name)
 
 
@@ -131,8 +146,18 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 def print_scores(title: str, scores: dict[str, Any]) -> None:
     """Print samples and a table of bits per byte and task scores, where `scores` has any."""
-    for sample in scores.get("samples", []):
-        print(f"\n> {sample['prompt']}\n{sample['completion']}")
+    rows, parts = [], [("", scores), *((f" ({data})", own) for data, own in scores.get("other_data", {}).items())]
+    for suffix, part in parts:
+        for sample in part.get("samples", []):
+            print(f"\n> {sample['prompt']}\n{readable(sample['completion'])}")
+        rows += [[label + suffix, *cells] for label, *cells in score_rows(part)]
+    if rows:
+        print()
+        print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=title)
+
+
+def score_rows(scores: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the table of scores: metric, score, standard error, number of items."""
     rows = [[key, value(scores[key]), "", ""] for key in ("bpb", "bpb_text") if key in scores]
     for task, result in scores.get("chat", {}).items():
         rows.append([task, percent(result["accuracy"]), percent(result["stderr"]), value(result["n"])])
@@ -140,15 +165,11 @@ def print_scores(title: str, scores: dict[str, Any]) -> None:
         rows += [[f"  {key}", percent(result[key]), "", ""] for key in passes]
         for subject, own in result.get("subjects", {}).items():
             rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
-    for title_of_data, own in scores.get("other_data", {}).items():
-        rows += [[f"{key} ({title_of_data})", value(own[key]), "", ""] for key in ("bpb", "bpb_text") if key in own]
     if "chatcore" in scores:
         rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
     for judge, own in scores.get("judges", {}).items():
         rows += [[f"{judge} {metric}", value(score), "", ""] for metric, score in own.items()]
-    if rows:
-        print()
-        print_table(["metric", "score", "± 1 s.e.", "items"], rows, title=title)
+    return rows
 
 
 class Subject:
@@ -165,7 +186,7 @@ class Subject:
     is_chat: bool  # answers questions, and does not only continue texts
     folder: Path
     title: str
-    is_own_data = True  # bits per byte are measured on the held-out part of what the stage was trained on
+    is_own_data = True  # scores are measured on the held-out part of what the stage was trained on
 
     def __init__(self, cfg: DictConfig):
         self.options, self.cache = cfg.eval, cfg.paths.data
@@ -173,6 +194,13 @@ class Subject:
         self.core_tasks = load_bundle(cfg.eval.bundle, names, most) if cfg.eval.core else []
         self.harness = load_harness(cfg.eval) if cfg.eval.lm_eval else None
         self.facts: dict[str, Any] = {}
+
+    @property
+    def details(self) -> Path:
+        """Return the folder of what stands beside eval.json, item by item; another one for each other data."""
+        if self.is_own_data:
+            return self.folder
+        return self.folder / "other_data" / re.sub(r"[^\w.-]+", "_", data_title(self.data)).strip("_")
 
     @cached_property
     def engine(self) -> Engine:
@@ -243,7 +271,7 @@ class Subject:
                 options.num_samples,
                 options.ks,
             )
-            write_records(self.folder / "records" / f"{name}.jsonl", result.pop("records"))
+            write_records(self.details / "records" / f"{name}.jsonl", result.pop("records"))
             scores[name] = result
             spec = self.data.tasks[name]
             files = spec.get("test") if spec.source in ("local", "hub") else None
@@ -265,13 +293,13 @@ class Subject:
 
     def core(self) -> dict[str, Any]:
         """Return {"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
-        return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.folder)
+        return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.details)
 
     def lm_eval(self) -> dict[str, Any]:
         """Return {"lm_eval": {task: {metric: value}}}; every item goes to lm_eval/<task>.jsonl beside eval.json."""
         if self.options.chat_template and not self.is_chat:
             raise UserError(f"eval.chat_template=true: {self.title} has no chat format; leave it out")
-        return self.harness.measure(self.engine, self.folder)
+        return self.harness.measure(self.engine, self.details)
 
     def samples(self) -> dict[str, list]:
         """Return {"samples": [{"prompt", "completion"}]}: texts continued, or questions of every task answered."""
@@ -372,12 +400,17 @@ class HFSubject(Subject):
 
 
 def same_data(data: Any, other: Any, is_chat: bool) -> bool:
-    """Return whether two data configurations measure bits per byte on the same data; tasks count for chat stages.
+    """Return whether two data configurations measure a stage on the same data; tasks count for chat stages.
 
-    A key that only one of them has is younger than the run, and decides nothing.
+    A key that only one of them has is younger than the other; it counts unless it is null or changes nothing.
     """
-    left_out = NO_TEXT if is_chat else NO_TEXT | {"tasks", "mixture"}
-    return all(data[key] == other[key] for key in set(data) & set(other) - left_out)
+    left_out = NO_TEXT if is_chat else (*NO_TEXT, "tasks", "mixture")
+    differences = diff_configs(_resolved(data), _resolved(other), left_out)
+    return all({old, new} == {ABSENT, "stop"} for _, old, new in differences)  # data.bad_rows=stop, as ever
+
+
+def _resolved(data: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.create(data) if isinstance(data, dict) else data, resolve=True)
 
 
 def folder_name(name: str) -> str:

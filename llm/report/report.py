@@ -21,6 +21,7 @@ from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.run.config_diff import flatten
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
+from llm.tokenizer.chat_format import readable
 from llm.utils.environment import environment
 from llm.utils.files import read_json, write_atomic
 from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
@@ -191,7 +192,8 @@ def _scored(stages: dict[str, dict]) -> list[str]:
         for suffix, part in parts:
             for name, origin in (part.get("scored") or {}).items():
                 amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin['tokens']:,} tokens"
-                number = value(part[name]) if name in part else "-"
+                task = (part.get("chat") or {}).get(name.removeprefix("chat/"))
+                number = percent(task["accuracy"]) if task else value(part[name]) if name in part else "-"
                 where = f"{origin['data']}: {origin['source']}"
                 rows.append([stage, name + suffix, number, where, amount_scored, origin.get("fingerprint", "-")])
     if not rows:
@@ -241,7 +243,7 @@ def _samples(stages: dict[str, dict]) -> list[str]:
         parts += [f"### {stage}"] if samples else []
         for sample in samples[:SAMPLES_PER_STAGE]:
             prompt = "\n".join(f"> {line}" for line in sample["prompt"].strip().splitlines())
-            parts.append(fenced(f"{prompt}\n{sample['completion'].strip()}", "text"))
+            parts.append(fenced(f"{prompt}\n{readable(sample['completion']).strip()}", "text"))
     return parts
 
 

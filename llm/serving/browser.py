@@ -19,6 +19,7 @@ import gradio as gr
 
 from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Message, Reply, stream_reply
+from llm.tokenizer.chat_format import split_calls
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
 MAX_MESSAGE = 8_000  # characters
@@ -218,17 +219,8 @@ def display(messages: list[Message]) -> list[dict]:
 
 def markdown(content: str | list[dict[str, str]], notes: list[str] | tuple[str, ...] = ()) -> str:
     """Return a message in Markdown: its text, calculator calls like `12*3 = 36` in a frame, notes in small."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    pieces: list[str] = []
-    for i, part in enumerate(parts):
-        follows_call = i > 0 and parts[i - 1]["type"] == "python"
-        if part["type"] == "text":
-            pieces.append(escape(part["text"]))
-        elif part["type"] == "python_output" and follows_call:
-            call = parts[i - 1]["text"]
-            pieces[-1] = _tool(f"{call} = {part['text']}")
-        else:
-            pieces.append(_tool(part["text"]))
+    parts = [(False, content)] if isinstance(content, str) else split_calls(content)
+    pieces = [_tool(text) if is_call else escape(text) for is_call, text in parts]
     return "".join(pieces) + "".join(f'\n\n<span class="note">{_verbatim(note)}</span>' for note in notes)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Reply, stream_reply
+from llm.tokenizer.chat_format import split_calls
 
 HELP = """\
 /again            another answer to the last question
@@ -22,18 +23,9 @@ DIM, BOLD, RESET = "\033[2m", "\033[1m", "\033[0m"
 
 def plain_text(reply: Reply, dim: str = "", reset: str = "") -> str:
     """The answer as text, calculator calls in brackets: `[12*3 = 36]`. As an answer grows, so does this, at its end."""
-    pieces, open_call = [], False
-    for part in reply.content:
-        if part["type"] == "python_output":
-            pieces.append(f" = {part['text']}" if open_call else f"{dim}[{part['text']}")
-            open_call = True
-            continue
-        if open_call:
-            pieces.append(f"]{reset}")
-        open_call = part["type"] == "python"
-        pieces.append(f"{dim}[{part['text']}" if open_call else part["text"])
-    if open_call and reply.done:
-        pieces.append(f"]{reset}")
+    pieces = [f"{dim}[{text}]{reset}" if is_call else text for is_call, text in split_calls(reply.content)]
+    if reply.content and reply.content[-1]["type"] != "text" and not reply.done:
+        pieces[-1] = pieces[-1].removesuffix(f"]{reset}")  # the call goes on, or its result follows
     return "".join(pieces)
 
 

@@ -10,7 +10,6 @@ from llm.config.stages import stage_row
 from llm.data.balance import FEW_STEPS, Reading
 from llm.data.conversations import Forecast, forecast
 from llm.data.loader import ConversationSteps, StepLayout, validation_batches
-from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.parallel import collectives
 from llm.parallel.launch import processes
@@ -27,6 +26,7 @@ from llm.stages.common import (
     steps_layout,
     task_cache,
 )
+from llm.stages.data_check import trained_tasks
 from llm.stages.micro_batch import checked_rows, divisors
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, held_out_mixture
@@ -42,9 +42,10 @@ class Horizon(NamedTuple):
 
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network on the mixture that the stage's row names."""
-    net, tokenizer = load_parent(parent, cfg)
     stage, seed = cfg.stage, cfg.seed
-    train, held_out = mixtures(cfg)
+    train, held_out = mixtures(cfg)  # all rows are checked before weights are loaded
+    chat_tasks = eval_tasks(cfg)
+    net, tokenizer = load_parent(parent, cfg)
     expected = forecast(train, tokenizer, seq_len=cfg.model.seq_len, train_on=stage.train_on)
     tokens, epochs, total = horizon(cfg, expected)
     layout, scales = steps_layout(cfg, net.config, tokens), finetuning_scales(cfg, tokens)
@@ -61,7 +62,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         tokenizer,
         total,
         val_batches=val_batches,
-        eval_tasks=eval_tasks(cfg),
+        eval_tasks=chat_tasks,
         prompts=questions(held_out),
         **scales,
     )
@@ -110,9 +111,10 @@ def reading(train: Mixture, expected: Forecast) -> Reading:
 
 def mixtures(cfg) -> tuple[Mixture, Mixture]:
     """The conversations to train on, and the held-out ones. Raises UserError where there are none."""
-    name = stage_row(cfg.stage.name).mixture_key
-    weights = dict(cfg.data.mixture[name])
-    if not any(weights.values()):
-        raise UserError(f"data.mixture.{name} names no task with repeats above 0: nothing to train on")
-    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)
+    row = stage_row(cfg.stage.name)
+    name = row.mixture_key
+    trained_tasks(cfg, row)
+    train = build_mixture(
+        cfg.data.tasks, dict(cfg.data.mixture[name]), "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows
+    )
     return train, held_out_mixture(cfg.data, name, cfg.seed, task_cache(cfg))

@@ -233,7 +233,6 @@ def build(cfg, parent: Path) -> BuiltStage:
         )
     if name not in cfg.data.tasks:
         raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
-    net, tokenizer = load_parent(parent, cfg)
     spec, cache = cfg.data.tasks[name], task_cache(cfg)
     train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
@@ -244,6 +243,9 @@ def build(cfg, parent: Path) -> BuiltStage:
             f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
             f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
         )
+    rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
+    chat_tasks = eval_tasks(cfg)
+    net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
     total = cfg.max_steps or max(1, int(stage.epochs * len(train)) // stage.prompts_per_step)
     engine = Engine(net, tokenizer)
     world = processes(cfg)
@@ -254,7 +256,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         cfg, net.config, stage.prompts_per_step * stage.samples_per_prompt // world
     )
     scales = finetuning_scales(cfg, None)
-    context = step_context(cfg, tokenizer, total, eval_tasks=eval_tasks(cfg), prompts=questions(test), **scales)
+    context = step_context(cfg, tokenizer, total, eval_tasks=chat_tasks, prompts=questions(test), **scales)
     tokens_per_step = stage.prompts_per_step * stage.samples_per_prompt * cfg.model.seq_len  # at most
     micro = -(-stage.prompts_per_step * stage.samples_per_prompt // (cfg.batch.micro_batch_size * world))
     derived = model_facts(net.config, cfg, total, tokens_per_step, micro) | learning_rates(net, cfg, **scales)
@@ -263,7 +265,6 @@ def build(cfg, parent: Path) -> BuiltStage:
     pass_at_k = PassAtK(
         stage.eval_every, test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
     )
-    rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
 
     def loader(position: dict | None) -> RolloutSteps:
         return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal, rewards)

@@ -88,9 +88,9 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     net, tokenizer = load_parent(parent, cfg) if continues else (None, Tokenizer.load(parent))
     check_vocab_size(cfg, tokenizer.vocab_size)
     planned = plan(cfg, tokenizer.vocab_size, tokens)
-    layout = steps_layout(cfg, planned.config, planned.batch_tokens)
     check_keeps_best(cfg)
-    text = find_text(cfg, tokenizer)
+    text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
+    layout = steps_layout(cfg, planned.config, planned.batch_tokens)
     fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
     planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)

@@ -21,6 +21,7 @@ from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.stage_folder import RunDir, find_further, find_parent, stage_before
+from llm.stages.data_check import check_data
 from llm.stages.job import Job, identity, show_config
 
 
@@ -64,14 +65,11 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     if not cfg.dry_run and is_finished(run, row.name, config, cfg):
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
+    check_data(cfg, row)
     if not (cfg.dry_run or is_launched()) and processes(cfg) > 1:
         if status := launch(config, processes_here(cfg)):
             raise SystemExit(status)
         return
-    if row.reads_text and cfg.data.name == "local":
-        from llm.data.sources import build_source
-
-        build_source(cfg.data, cfg.paths.data)  # a path that does not exist is named before a parent that is missing
     parents = find_parents(cfg, row, run)
     if parents is None:
         show_config(cfg, load_object(row.derive, f"stage={row.name}")(cfg))

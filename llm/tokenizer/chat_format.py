@@ -10,6 +10,7 @@ two types in assistant messages only. An assistant message with ``"train": False
 Text is always encoded with ``Tokenizer.encode``, which knows no special tokens, so a user cannot type a turn boundary.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ PART_MARKS = {
     "python_output": ("<|output_start|>", "<|output_end|>"),
 }
 PART_TYPES = ("text", *PART_MARKS)
+# A call or a result inside its marks; the last one may have been cut off.
+_MARKED = re.compile(
+    "|".join(rf"{re.escape(a)}(?P<{kind}>.*?)(?:{re.escape(b)}|\Z)" for kind, (a, b) in PART_MARKS.items()), re.DOTALL
+)
 
 
 GREEN, RED, RESET = "\033[32m", "\033[31m", "\033[0m"
@@ -67,6 +72,39 @@ def content_text(content: str | Sequence[Mapping[str, str]]) -> str:
         start, end = PART_MARKS.get(part["type"], ("", ""))
         pieces.append(f"{start}{part['text']}{end}")
     return "".join(pieces)
+
+
+def split_calls(content: str | Sequence[Mapping[str, str]]) -> list[tuple[bool, str]]:
+    """Return the pieces of an answer to be shown: (False, its text) and (True, `12*3 = 36`), a call with its result.
+
+    content: a string with marks, as `content_text` and tokenizers write it, or parts.
+    """
+    pieces: list[tuple[bool, str]] = []
+    before = ""
+    for part in _parts(content) if isinstance(content, str) else content:
+        kind, text = part["type"], part["text"]
+        if kind == "python_output" and before == "python":
+            pieces[-1] = True, f"{pieces[-1][1]} = {text}"
+        else:
+            pieces.append((kind != "text", text))
+        before = kind
+    return pieces
+
+
+def readable(content: str | Sequence[Mapping[str, str]]) -> str:
+    """Return an answer for people: its text, and calculations in brackets, as in `3 boxes of 12: [12*3 = 36]36`."""
+    return "".join(f"[{text}]" if is_call else text for is_call, text in split_calls(content))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Return the parts of a text with marks: the reverse of `content_text`."""
+    parts, end = [], 0
+    for match in _MARKED.finditer(text):
+        parts.append({"type": "text", "text": text[end : match.start()]})
+        parts.append({"type": match.lastgroup, "text": match[match.lastgroup]})
+        end = match.end()
+    parts.append({"type": "text", "text": text[end:]})
+    return [part for part in parts if part["type"] != "text" or part["text"]]
 
 
 def render_conversation(

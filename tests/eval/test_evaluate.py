@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
-from llm.eval.evaluate import merge_scores, run_evaluation
+from llm.eval.evaluate import merge_scores, run_evaluation, same_data, warn_of_change
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
@@ -119,6 +119,61 @@ def test_bits_per_byte_of_another_text_replace_no_score_of_the_stage(runs, tmp_p
     assert "## What was scored" in report and f"bpb ({title})" in report
     assert own["scored"]["bpb"]["fingerprint"] in report and other["scored"]["bpb"]["fingerprint"] in report
     write_json(runs / "demo" / "pretrain" / "eval.json", own)
+
+
+def test_tasks_and_samples_of_other_data_replace_none_of_the_stage(runs, tmp_path, capsys):
+    """Sections measured one after the other lie together under the name of that data, and so do their records."""
+    folder = runs / "demo" / "sft"
+    own = run_evaluation(settings(runs, ["bpb", "chat", "samples"]))
+    records = (folder / "records" / "sums.jsonl").read_text()
+    other = data_config(tmp_path / "other")
+    other["tasks"]["sums"]["test"] = other["tasks"]["sums"]["train"]
+    assert run_evaluation(settings(runs, ["chat"], data=other))["chat"] == own["chat"]
+    scores = run_evaluation(settings(runs, ["bpb", "samples"], data=other))
+    beside = scores.pop("other_data")[f"local {other['path']}"]
+    assert scores == {key: part for key, part in own.items() if key != "other_data"}
+    assert beside.keys() == {"bpb", "bpb_text", "chat", "chatcore", "samples", "scored"}
+    assert (folder / "records" / "sums.jsonl").read_text() == records
+    assert len(list((folder / "other_data").glob("*/records/sums.jsonl"))) == 1
+    assert f"sums (local {other['path']})" in (runs / "demo" / "report.md").read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("more", "same"),
+    [
+        ({}, True),
+        ({"val": None, "encoding": None, "bad_rows": "stop", "shuffle": 42, "packing": "auto"}, True),
+        ({"eval": ["sums"], "workers": 7}, True),
+        ({"val": "other.txt"}, False),
+        ({"encoding": "cp1252"}, False),
+        ({"bad_rows": "skip"}, False),
+    ],
+)
+def test_a_key_younger_than_the_run_counts_where_it_is_set(tmp_path, more, same):
+    saved = data_config(tmp_path)
+    saved = {key: value for key, value in saved.items() if key not in ("val", "encoding", "bad_rows")}
+    for is_chat in (False, True):
+        assert same_data(OmegaConf.create(saved | more), OmegaConf.create(saved), is_chat) is same
+
+
+def test_tasks_count_for_chat_stages_only(tmp_path):
+    saved = data_config(tmp_path)
+    name = next(iter(saved["tasks"]))
+    younger = saved | {"tasks": saved["tasks"] | {name: saved["tasks"][name] | {"fields": None, "roles": None}}}
+    assert same_data(younger, saved, True)
+    other = saved | {"tasks": saved["tasks"] | {name: saved["tasks"][name] | {"test": "other.jsonl"}}}
+    assert same_data(other, saved, False) and not same_data(other, saved, True)
+
+
+def test_files_that_have_changed_since_the_last_score_are_told(tmp_path, capsys):
+    path, score = tmp_path / "eval.json", {"data": "local x", "source": "1 file", "tokens": 64}
+    write_json(path, {"bpb": 1.0, "scored": {"bpb": score | {"fingerprint": "a"}}})
+    warn_of_change(path, {"bpb": 1.0, "scored": {"bpb": score | {"fingerprint": "a"}}})
+    warn_of_change(path, {"bpb": 1.0, "scored": {"bpb": score | {"fingerprint": "b", "tokens": 65}}})
+    assert capsys.readouterr().out == ""
+    warn_of_change(path, {"bpb": 1.0, "scored": {"bpb": score | {"fingerprint": "b"}}})
+    assert "WARNING: bpb: the held-out part of local x is another" in capsys.readouterr().out
 
 
 def test_chat_without_tasks_says_why_it_is_left_out(runs, capsys):

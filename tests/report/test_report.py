@@ -60,6 +60,13 @@ def section(text, title):
     return text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
+def test_samples_show_calculator_calls_as_calculations(full_run):
+    call = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
+    write_json(full_run / "sft/eval.json", {"samples": [{"prompt": "12 times 3?", "completion": call}]})
+    samples = section(build_report(full_run).read_text(), "Samples")
+    assert "> 12 times 3?\nIt is [12*3 = 36]36." in samples and "<|" not in samples
+
+
 def test_the_balance_of_tokens_has_a_section(full_run):
     assert "## Data" not in build_report(full_run).read_text()
     read = {"documents": 1_000, "read": 60_000, "trained": 45_000, "cut": 15_000, "padded": 15_000}

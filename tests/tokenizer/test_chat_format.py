@@ -10,8 +10,10 @@ from llm.errors import UserError
 from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from llm.tokenizer.chat_format import (
     content_text,
+    readable,
     render_conversation,
     render_prompt,
+    split_calls,
     validate_conversation,
     visualize,
 )
@@ -223,3 +225,13 @@ def test_template_refuses_a_forged_turn(token, place, tok):
         apply_template(tok, conversation["messages"])
     harmless = chat(f"hi {token[:-1]} so", "<| user_end |>")
     assert apply_template(tok, harmless["messages"]) == render_conversation(tok, harmless)[0]
+
+
+def test_calculations_are_shown_as_such():
+    """Of parts and of text with marks, which is how a tokenizer writes an answer; also where an answer was cut off."""
+    shown = "hi [1+2 = 3] so 3"
+    assert readable(TOOL_ANSWER) == readable(content_text(TOOL_ANSWER)) == shown
+    assert split_calls(TOOL_ANSWER) == [(False, "hi "), (True, "1+2 = 3"), (False, " so 3")]
+    assert readable("a <|python_start|>1/0<|python_end|> b <|python_start|>2*") == "a [1/0] b [2*]"
+    assert readable("<|python_start|>2*2<|python_end|><|output_start|>4") == "[2*2 = 4]"
+    assert readable("no call, [brackets]") == "no call, [brackets]" and readable("") == ""

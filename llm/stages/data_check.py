@@ -1,0 +1,59 @@
+"""Looks at the data of a stage before anything else of it: before parents are sought and processes are launched.
+
+Only what is cheap is looked at: whether paths and task files are there, and whether there is anything to train on. The
+stage itself reads every row once, before it loads or builds a network.
+"""
+
+from omegaconf import OmegaConf
+
+from llm.config.stages import Stage
+from llm.errors import UserError
+
+
+def check_data(cfg, row: Stage) -> None:
+    """Raise UserError with key and value for data of the stage that is not there."""
+    if row.reads_text and cfg.data.name == "local":
+        from llm.data.sources import build_source
+
+        build_source(cfg.data, cfg.paths.data)
+    if not row.is_chat or cfg.dry_run:  # a dry run does without what it cannot find
+        return
+    from tasks.registry import check_files, held_out_weights
+
+    if row.kind == "rl":
+        trained, held_out = rewarded(cfg, row)
+    else:
+        trained = trained_tasks(cfg, row)
+        held_out = [name for name, repeats in held_out_weights(cfg.data, row.mixture_key).items() if repeats]
+    if OmegaConf.select(cfg, "stage.chat_every"):
+        chosen = OmegaConf.select(cfg, "stage.chat_tasks")
+        held_out = [*held_out, *(cfg.data.eval if chosen is None else chosen)]
+    check_files(cfg.data.tasks, trained, "train")
+    check_files(cfg.data.tasks, held_out, "test")
+
+
+def trained_tasks(cfg, row: Stage) -> list[str]:
+    """Return the tasks that a chat stage trains on. Raises UserError where there are none."""
+    key = f"data.mixture.{row.mixture_key}"
+    if not cfg.data.tasks:
+        raise UserError(
+            f"data.tasks is empty: stage={row.name} trains on conversations; describe a task in the data option or the "
+            f"experiment (docs/data.md) and name it in {key}"
+        )
+    names = [name for name, repeats in (cfg.data.mixture.get(row.mixture_key) or {}).items() if repeats]
+    if not names:
+        raise UserError(f"{key} names no task with repeats above 0: nothing to train on")
+    return names
+
+
+def rewarded(cfg, row: Stage) -> tuple[list[str], list[str]]:
+    """Return the tasks of which `row` reads training and held-out rows; UserError where no task can be rewarded."""
+    name = OmegaConf.select(cfg, "stage.task") or cfg.data.rl
+    if not cfg.data.tasks:
+        raise UserError(
+            f"data.tasks is empty: stage={row.name} rewards answers to a task; describe one in a data option or "
+            "the experiment (docs/data.md) and name it in data.rl"
+        )
+    rehearsed = [task for task, repeats in (cfg.data.mixture.get(row.mixture_key) or {}).items() if repeats]
+    names = [name] if name else []
+    return names + (rehearsed if OmegaConf.select(cfg, "stage.rehearsal") else []), names
