@@ -101,7 +101,7 @@ def test_without_an_evaluation_nothing_is_handed_over(tmp_path):
 
 
 def test_the_line_names_best_last_and_the_weights():
-    rows = [{"step": 0, "bpb": 8.0}, {"step": 50, "loss": 1.0}, {"step": 300, "bpb": 2.062}, {"step": 480, "bpb": 2.105}]
+    rows = [{"step": 0, "bpb": 8.0}, {"step": 5, "loss": 1.0}, {"step": 300, "bpb": 2.062}, {"step": 480, "bpb": 2.105}]
     line = "bpb: best 2.062 at 300, last 2.105: overfitting"
     assert best_line(rows) == line
     assert best_line(rows, {"step": 300}) == f"{line}; handed over: the weights of step 300"
