@@ -7,8 +7,9 @@ cannot say (allowed words, ranges) is in the field metadata and checked by `chec
 Nothing heavy is imported here: `train.py --help` and the check of the command line load this file.
 """
 
+import copyreg
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +30,9 @@ from llm.config.model_schema import (
 from llm.config.stage_schema import StageConfig
 from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
 from llm.errors import UserError
+
+# Hydra's launchers pickle schemas by value. The mark "no default" must stay the one object that others compare with.
+copyreg.pickle(type(MISSING), lambda mark: "MISSING")
 
 ATTENTION = ("auto", "cpu", "flash3", "flex", "sdpa")
 
