@@ -14,6 +14,7 @@ READERS = {
     **dict.fromkeys(("repo", "revision", "files", "shards"), ("hub",)),
     "sources": ("mixture",),
     **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
+    "shuffle": ("local", "hub", "mixture"),
 }
 BUILT_IN = ("embedded", "local", "hub", "mixture")
 

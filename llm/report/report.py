@@ -19,6 +19,7 @@ from llm import __version__
 from llm.config.stages import row_or_stranger, stage_names
 from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
+from llm.run.best_score import best_line
 from llm.run.config_diff import flatten
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
 from llm.tokenizer.chat_format import readable
@@ -47,7 +48,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts += [f"> **Problem:** {problem}" for problem in problems]
     parts += ["## Stages", _stage_table(stages), _total_time(stages)]
     models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
-    parts += ["## Metrics by stage", _metrics_table(models), *_scored(models)]
+    parts += ["## Metrics by stage", _metrics_table(models), *_best(models), *_scored(models)]
     parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
     parts += _data(stages)
     parts += ["## Curves", *curves] if curves else []
@@ -178,6 +179,13 @@ def _metrics_table(stages: dict[str, dict]) -> str:
         show = percent if _is_share(metric, tasks) else value
         rows.append([metric, *(show(*metrics.get(metric, (None, None))) for metrics in columns.values())])
     return markdown_table(["metric", *columns], rows, numeric=range(1, len(columns) + 1))
+
+
+def _best(stages: dict[str, dict]) -> list[str]:
+    """List of the stages that measured bpb: best and last value, and from which step the weights handed over are."""
+    lines = {name: best_line(facts["rows"], facts.get("weights")) for name, facts in stages.items()}
+    items = "\n".join(f"- **{name}** {line}" for name, line in lines.items() if line)
+    return [items] if items else []
 
 
 def _scored(stages: dict[str, dict]) -> list[str]:

@@ -85,16 +85,20 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
 
 
 def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
-    """Let a run from before these keys existed go on as it began: its packing, no shuffling, no limit of passes."""
-    if manifest is None or cfg.overwrite:
+    """Let a run from before `data.shuffle` existed go on as it began, where its keys have new defaults now.
+
+    Its packing, epochs and tokens per step stay; nothing is shuffled, no pass is left out, the last weights count.
+    """
+    old = {} if manifest is None or cfg.overwrite else manifest["config"]
+    if not old.get("data") or "shuffle" in old["data"]:
         return
-    old = manifest["config"]
-    packing = (old.get("data") or {}).get("packing")
-    if packing and cfg.data.packing == "auto":
-        cfg.data.packing = packing
-    for key in ("data.shuffle", "stage.max_passes", "stage.keep_best"):
+    for key, by_rule in (("data.packing", "auto"), ("stage.epochs", None), ("batch.tokens_per_step", None)):
         group, name = key.split(".")
-        if name not in (old.get(group) or {}) and OmegaConf.select(cfg, key) is not None:
+        known = (old.get(group) or {}).get(name)
+        if known is not None and name in cfg[group] and cfg[group][name] == by_rule:
+            OmegaConf.update(cfg, key, known)
+    for key in ("data.shuffle", "stage.max_passes", "stage.keep_best"):
+        if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, None)
 
 

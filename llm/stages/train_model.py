@@ -1,10 +1,9 @@
 """Runs a stage that makes a model: build it, train it, and hand the network over in model/."""
 
-import shutil
 import signal
 from pathlib import Path
 
-from callbacks.best import BEST, NOTE
+from callbacks.best import hand_over_best
 from llm.checkpoint.model_folder import save_model_folder
 from llm.config.stages import Stage, load_object
 from llm.data.balance import Reading, describe, total
@@ -12,12 +11,11 @@ from llm.errors import BadLoss
 from llm.parallel import collectives
 from llm.parallel.env import SIGUSR1
 from llm.parallel.strategy import full_model
+from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
 from llm.stages.job import Job, show_config
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
-from llm.utils.files import read_json, replaced_folder
 
-RISE = 0.005  # bits per byte above the best that are more than noise
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
@@ -78,11 +76,11 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         return results | {"status": "interrupted", "signal": int(signum)}
     net = full_model(module.net)
     if collectives.is_main():
-        handed = hand_over_best(job) if job.cfg.stage.get("keep_best") else None
+        handed = hand_over_best(job.stage_dir) if job.cfg.stage.get("keep_best") else None
         if handed is None:
             save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
         results["weights"] = handed or {"step": trainer.global_step}
-        if line := best_line(job.stage_dir):
+        if line := best_line(read_metrics(job.stage_dir), results["weights"]):
             print(line, flush=True)
     return results
 
@@ -98,25 +96,6 @@ def balance_of(built) -> dict[str, dict]:
     if collectives.is_main():
         print("data, all that was read:", *describe(read, reading.unit), sep="\n  ", flush=True)
     return {"data": reading.to_dict(read)}
-
-
-def hand_over_best(job: Job) -> dict | None:
-    """Copy the best weights to model/; return their step and bpb, None where no evaluation was made."""
-    note = read_json(job.stage_dir / NOTE)
-    if note is None:
-        return None
-    with replaced_folder(job.stage_dir / "model") as new:
-        shutil.copytree(job.stage_dir / BEST, new, dirs_exist_ok=True)
-    return note
-
-
-def best_line(stage_dir: Path) -> str | None:
-    """Return a line such as "bpb: best 2.062 at 300, last 2.105: overfitting"; None where bpb was not measured."""
-    measured = [(row["bpb"], int(row["step"])) for row in read_metrics(stage_dir) if "bpb" in row]
-    if not measured:
-        return None
-    (best, step), last = min(measured), measured[-1][0]
-    return f"bpb: best {best:.3f} at {step}, last {last:.3f}" + (": overfitting" if last > best + RISE else "")
 
 
 def last_values(stage_dir: Path) -> dict[str, float]:

@@ -23,12 +23,8 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
 
-    def put_back() -> None:
-        if old.exists() and not folder.exists():  # stopped between the two renames
-            old.rename(folder)
-
     try:
-        put_back()
+        put_back_folder(folder)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir(parents=True)
@@ -45,9 +41,16 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
             "then run the same command again"
         ) from error
     finally:
-        put_back()
+        put_back_folder(folder)
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def put_back_folder(folder: Path) -> None:
+    """Rename the old folder back where `replaced_folder` was stopped between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
 
 
 def sync(path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from llm.data.documents import EmbeddedDocuments, LocalDocuments
 from llm.data.shuffle import Shuffle
+from llm.data.text_mixture import MixedDocuments
 from llm.data.text_size import passes_over, text_tokens
+from llm.data.tokens import CachedDocuments
 
 
 class Letters:
@@ -82,3 +85,41 @@ def test_larger_text_is_estimated_by_its_files(folder, monkeypatch):
 def test_generated_text_is_sampled_and_no_source_has_no_size():
     assert text_tokens(EmbeddedDocuments(3000), Letters()) > 3000
     assert passes_over(None, Letters(), 600) == (None, None)
+
+
+class Bytes(Letters):
+    """A tokenizer that a cache can be made for."""
+
+    vocab_size, fingerprint = 256, "bytes"
+
+    def encode_document(self, text):
+        return np.array(super().encode_document(text), np.int32)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("at", [7, 45, 79])
+def test_cached_tokens_come_in_the_shuffled_order_of_their_text(folder, tmp_path_factory, whole, at):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def ids(count, cursor=None):
+        documents = CachedDocuments(shuffled(folder, whole), Bytes(), cache)
+        return [(row.tolist(), behind) for row, behind in taken(documents, count, cursor)]
+
+    full = ids(100)
+    assert full == [(Bytes().encode_document(t).tolist(), behind) for t, behind in taken(shuffled(folder, whole), 100)]
+    assert ids(100 - at, full[at - 1][1]) == full[at:]
+
+
+@pytest.mark.parametrize("at", [10, 110, 190])
+def test_shuffled_sources_of_a_mixture_go_on_where_they_were(folder, tmp_path_factory, at):
+    other = tmp_path_factory.mktemp("other")
+    for name in "xy":
+        (other / f"{name}.txt").write_text(name)
+
+    def mixed():
+        return MixedDocuments({"one": (shuffled(folder, True), 3.0), "two": (LocalDocuments(other), 1.0)})
+
+    full = taken(mixed(), 240)
+    assert taken(mixed(), 240 - at, full[at - 1][1]) == full[at:]
+    one = [text for text, _ in full if text != "x"]
+    assert sorted(one[:40]) == sorted(one[40:80]) and one[:40] != one[40:80]

@@ -1,0 +1,128 @@
+"""Plans of small texts: packing, passes, warnings, what a resumed run keeps; and the defaults of old runs."""
+
+import json
+
+import pytest
+from conftest import compose
+from omegaconf import OmegaConf
+
+from llm.data.sources import document_source
+from llm.errors import UserError
+from llm.run.config_diff import diff_configs, neutral_keys
+from llm.stages import text_plan
+from llm.stages.run_stage import keep_old_defaults
+from llm.stages.text_plan import TextPlan, plan_text, warnings_of
+
+pytestmark = pytest.mark.usefixtures("composed_once")
+SIZE = 10_000  # tokens of the text
+
+
+@pytest.fixture(autouse=True)
+def known_size(monkeypatch):
+    monkeypatch.setattr(text_plan, "passes_over", lambda source, tokenizer, planned: (SIZE, planned / SIZE))
+
+
+def config(tmp_path, *keys):
+    return compose("train", "experiment=own", "stage=pretrain", f"paths.runs={tmp_path}", *keys)
+
+
+def planned(cfg, steps, batch_tokens=100):
+    return plan_text(cfg, None, None, steps, batch_tokens)
+
+
+@pytest.mark.parametrize(("steps", "packing"), [(50, "crop"), (100, "crop"), (101, "best_fit")])
+def test_packing_follows_the_number_of_passes(tmp_path, steps, packing):
+    assert planned(config(tmp_path), steps) == TextPlan(steps, packing, SIZE, steps / 100)
+
+
+def test_a_packing_that_is_named_stays(tmp_path):
+    assert planned(config(tmp_path, "data.packing=stream"), 500).packing == "stream"
+
+
+def test_a_text_of_unknown_size_is_cropped_and_not_shortened(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text_plan, "passes_over", lambda *_: (None, None))
+    found = planned(config(tmp_path), 5000)
+    assert found == TextPlan(5000, "crop", None, None) and found.facts() == {"packing": "crop"}
+    assert capsys.readouterr().out == ""
+
+
+def test_passes_are_limited_unless_max_steps_is_given(tmp_path, capsys):
+    assert planned(config(tmp_path), 5000) == TextPlan(1000, "best_fit", SIZE, 10.0)
+    assert "10.0 passes, packing best_fit" in capsys.readouterr().out
+    assert planned(config(tmp_path, "max_steps=5000"), 5000).passes == 50
+    assert "WARNING: the run makes 50 passes over its text" in capsys.readouterr().out
+    assert planned(config(tmp_path, "stage.max_passes=null"), 5000).steps == 5000
+
+
+def test_cropping_a_text_that_is_read_again_is_warned_of(tmp_path):
+    cfg = config(tmp_path)
+    assert warnings_of(cfg, TextPlan(1, "crop", SIZE, 1.0)) == []
+    (line,) = warnings_of(cfg, TextPlan(1, "crop", SIZE, 1.5))
+    assert "data.packing=best_fit loses nothing" in line
+    assert len(warnings_of(cfg, TextPlan(1, "crop", SIZE, 11.0))) == 2
+
+
+def test_a_resumed_run_keeps_the_plan_it_began_with(tmp_path):
+    """The text has grown since: it would now be read less than once."""
+    stage_dir = tmp_path / "own" / "pretrain"
+    (stage_dir / "checkpoints").mkdir(parents=True)
+    kept = {"steps": 40, "packing": "best_fit", "text_tokens": 500, "text_passes": 8.0}
+    (stage_dir / "run.json").write_text(json.dumps({"config": {}, "derived": kept}))
+    assert planned(config(tmp_path), 50).packing == "crop"  # no checkpoint yet
+    (stage_dir / "checkpoints" / "step.ckpt").touch()
+    assert planned(config(tmp_path), 50) == TextPlan(40, "best_fit", 500, 8.0)
+    assert planned(config(tmp_path, "max_steps=80"), 80) == TextPlan(80, "best_fit", 500, 16.0)
+    assert planned(config(tmp_path, "overwrite=true"), 50).packing == "crop"
+
+
+def old_manifest(cfg, **values):
+    """Return the run.json of a run from before the keys of small texts existed, with the defaults of that time."""
+    config = OmegaConf.to_container(cfg)
+    del config["data"]["shuffle"]
+    for name in ("max_passes", "keep_best"):
+        config["stage"].pop(name, None)
+    for key, value in ({"data.packing": "crop"} | values).items():
+        group, name = key.split(".")
+        config[group][name] = value
+    return {"config": config}
+
+
+@pytest.mark.parametrize(
+    ("stage", "values"),
+    [
+        ("pretrain", {}),
+        ("pretrain", {"data.packing": "stream"}),
+        ("midtrain", {"stage.epochs": 1.0, "batch.tokens_per_step": 16384}),
+        ("sft", {"stage.epochs": 1.0, "batch.tokens_per_step": 16384}),
+    ],
+)
+def test_an_old_run_is_resumed_with_the_defaults_of_its_time(stage, values):
+    cfg = compose("train", "experiment=own", f"stage={stage}")
+    manifest = old_manifest(cfg, **values)
+    keep_old_defaults(cfg, manifest)
+    now = OmegaConf.to_container(cfg)
+    assert diff_configs(manifest["config"], now, neutral_keys(stage)) == []
+    assert now["data"]["shuffle"] is None and now["data"]["packing"] == values.get("data.packing", "crop")
+
+
+def test_defaults_of_a_new_run_are_not_taken_from_its_past():
+    cfg = compose("train", "experiment=own", "stage=sft")
+    new = {"config": OmegaConf.to_container(cfg) | {"batch": {"tokens_per_step": 512}}}
+    before = OmegaConf.to_container(cfg)
+    keep_old_defaults(cfg, new)
+    keep_old_defaults(cfg, None)
+    anew = compose("train", "experiment=own", "stage=sft", "overwrite=true")
+    keep_old_defaults(anew, old_manifest(anew, **{"batch.tokens_per_step": 16384}))
+    assert OmegaConf.to_container(cfg) == before and anew.batch.tokens_per_step is None
+
+
+def test_a_key_of_the_command_line_wins_over_the_defaults_of_an_old_run():
+    cfg = compose("train", "experiment=own", "stage=sft", "stage.epochs=3")
+    keep_old_defaults(cfg, old_manifest(cfg, **{"stage.epochs": 1.0}))
+    assert cfg.stage.epochs == 3
+
+
+def test_a_seed_for_documents_that_are_made_up_is_refused(tmp_path):
+    with pytest.raises(UserError, match="data.shuffle=1 is not read by this option of data"):
+        document_source(compose("train", "experiment=tiny", "data.shuffle=1").data, tmp_path)
+    assert document_source(compose("train", "experiment=tiny").data, tmp_path) is not None
