@@ -8,7 +8,7 @@ from typing import Any
 from llm.errors import UserError
 from llm.tokenizer.chat_format import validate_conversation
 from tasks.base import Dropped
-from tasks.row_formats import FIELDS, FORMATS, PREFERENCE, ROLES, Reading, format_of, pick, read_messages
+from tasks.row_formats import FIELDS, FORMATS, PREFERENCE, ROLES, Reading, format_of, pick, read_messages, takes_turns
 
 STOP_OR_DROP = ("stop", "drop")
 
@@ -60,6 +60,8 @@ class ChatReader:
             raise UserError(f"{where}: {error}") from None
 
     def _conversation(self, row: Any) -> dict:
+        if not self.reading.fields and takes_turns(row):  # nothing to mend or refuse
+            return row
         if isinstance(row, list):
             return {"messages": self._tidy(read_messages(row, self.reading, "the row"))}
         if not isinstance(row, Mapping):

@@ -140,6 +140,19 @@ def _is_plain(message: Any) -> bool:
     )
 
 
+def takes_turns(row: Any) -> bool:
+    """Return True for the commonest row: `messages` alone, each plain, none empty, no two of one role in a row."""
+    messages = row.get("messages") if type(row) is dict and len(row) == 1 else None
+    if type(messages) is not list:
+        return False
+    before = None
+    for message in messages:
+        if not _is_plain(message) or message["role"] == before or not message["content"][:1].isalnum():
+            return False
+        before = message["role"]
+    return True
+
+
 def _message(message: Any, number: int, reading: Reading) -> dict:
     if not isinstance(message, Mapping):
         raise UserError(f"message {number} must be an object with role and content, found {_kind(message)}")

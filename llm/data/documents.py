@@ -8,8 +8,11 @@ says what was `consumed` before. It knows nothing of threads or batch sizes.
 """
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +22,8 @@ from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
 from llm.errors import BadData, UserError
 
-SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row
+SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
+SCAN_SECONDS = 3.0  # ... for so long at most
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -166,6 +170,7 @@ class FileDocuments:
         self.skipped: dict[str, int] = {}  # by file: bad rows that were left out, each counted once
         self._last_bad: dict[str, int] = {}
         self._split: dict[str, list[Shard]] | None = None
+        self._checked: str | None = None  # the line of `check`
 
     def shards(self, split: str) -> list[Shard]:
         """Return the shards of "train" or "val".
@@ -195,11 +200,16 @@ class FileDocuments:
     def check(self) -> str:
         """Open every file, look for the column and a first validation document; return one line on what is read.
 
-        Raises UserError for the first mistake.
+        The files are read once, however often they are asked about. Raises UserError for the first mistake.
         """
+        if self._checked is None:
+            self._checked = self._check()
+        return self._checked
+
+    def _check(self) -> str:
         for path in self.files:
             check_file(path, self.column)
-        if self.is_stored and sum(path.stat().st_size for path in self.files) <= SCAN_BYTES:
+        if self.is_stored and int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
             self._scan()
         self._find_documents()
         kinds, count = sorted({format_of(path).kind for path in self.files}), len(self.files)
@@ -214,16 +224,30 @@ class FileDocuments:
         return "".join(f"; {note}" for note in notes if note)
 
     def _scan(self) -> None:
-        """Read every row once. Raises UserError that names the bad ones, if they are not to be skipped."""
-        bad, count = [], 0
-        for path in self.files:
-            for number, row in enumerate(read_rows(path, self.column, 0)):
-                if isinstance(row, BadRow):
-                    count += 1
-                    bad += [row] if len(bad) < SHOWN else []
-                    self._count(path, number)
+        """Read the rows once, as far as SCAN_BYTES and SCAN_SECONDS reach; note what was not read.
+
+        Raises UserError that names the bad ones, if they are not to be skipped.
+        """
+        bad: list[BadRow] = []
+        small = sum(path.stat().st_size for path in self.files) <= SCAN_BYTES
+        end = time.monotonic() + SCAN_SECONDS if small else 0.0
+        whole = sum(1 for _ in takewhile(lambda path: self._scan_file(path, end, bad), self.files))
         if bad and self.bad_rows == "stop":
-            raise bad_rows_error(bad, count, f"{self.key}.bad_rows")
+            raise bad_rows_error(bad, sum(self.skipped.values()), f"{self.key}.bad_rows")
+        if whole < len(self.files):
+            self.note = "; ".join(filter(None, [self.note, _unread(len(self.files) - whole, len(self.files))]))
+
+    def _scan_file(self, path: Path, end: float, bad: list[BadRow]) -> bool:
+        """Read rows until the clock shows `end` (s), add the first bad ones to `bad`; return whether it was in time."""
+        if time.monotonic() > end:
+            return False
+        for number, row in enumerate(read_rows(path, self.column, 0)):
+            if row.__class__ is BadRow:
+                bad += [row] if len(bad) < SHOWN else []
+                self._count(path, number)
+            if not number % 256 and time.monotonic() > end:
+                return False
+        return True
 
     def _count(self, path: Path, number: int) -> None:
         """Count a bad row of a file, unless it was counted in an epoch before."""
@@ -348,6 +372,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
         return None
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _unread(unread: int, count: int) -> str:
+    """Return in words that `unread` of `count` files were not searched to their ends for bad rows."""
+    files = f"{unread} of {count} files" if count > 1 else "all of the file"
+    return f"not yet searched for bad rows: {files} (python train.py stage=check reads every row)"
 
 
 def _named(files: Sequence[Path]) -> str:

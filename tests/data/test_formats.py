@@ -264,6 +264,31 @@ def test_all_bad_rows_are_found_before_training(tmp_path):
     assert source.skipped == {str(tmp_path / "a.jsonl"): 15} == MixedDocuments({"a": (source, 1.0)}).skipped
 
 
+@pytest.mark.parametrize("limit", ["SCAN_SECONDS", "SCAN_BYTES"])
+def test_the_search_for_bad_rows_is_bounded_and_says_so(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(f"llm.data.documents.{limit}", -1)
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", words(3))
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\n{"text": 7}\n')
+    source = LocalDocuments(tmp_path)
+    line = source.check()
+    assert "not yet searched for bad rows: 3 of 3 files (python train.py stage=check reads every row)" in line
+    (tmp_path / "c.jsonl").unlink()
+    assert source.check() == line  # asked again, the files are not read again
+
+
+def test_only_the_first_process_searches_for_bad_rows(tmp_path, monkeypatch):
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", words(300))
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"text": 7}\n')
+    monkeypatch.setenv("RANK", "1")
+    assert "searched" not in LocalDocuments(tmp_path).check()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="line 301"):
+        LocalDocuments(tmp_path).check()
+
+
 def test_a_position_behind_skipped_rows_is_exact(tmp_path, monkeypatch):
     monkeypatch.setattr("llm.data.documents.SCAN_BYTES", 0)
     good = [json.dumps({"text": row}).encode() for row in words(6)]
