@@ -17,6 +17,7 @@ from llm.cli.explain import explain
 from llm.cli.options import CONF, config_folders, config_groups, group_options, listed, no_option, unknown_key
 from llm.config.check import check_task_names, check_values
 from llm.config.renamed import renamed_key
+from llm.config.said import note_settings
 from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 
@@ -250,9 +251,11 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(config_name, lines)
+            cfg = hydra.compose(config_name, lines)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(explain(config_name, error, folders)) from None
+    note_settings(cfg, parse(overrides))
+    return cfg
 
 
 def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.model_folder import load_model_folder
+from llm.checkpoint.model_folder import WEIGHTS_FILE, load_model_folder
 from llm.data.loader import StepLayout
 from llm.errors import UserError
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
@@ -17,6 +17,7 @@ from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
 from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.tokenizer.bpe import Tokenizer
 from tasks import Cache, build_task
 
 
@@ -30,13 +31,41 @@ class BuiltStage:
     callbacks: list = field(default_factory=list)
 
 
-def load_parent(parent: Path, cfg) -> tuple[GPT, object]:
-    """Network and tokenizer of the parent's model/ folder; an architecture other than the config's is an error."""
+def holds_weights(parent: Path) -> bool:
+    """Return whether a model/ folder has a network beside its tokenizer."""
+    return (parent / WEIGHTS_FILE).is_file()
+
+
+def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
+    """Load network and tokenizer of the parent's model/ folder, and print what was taken.
+
+    Raises UserError where the configured model is another one.
+    """
     net, tokenizer = load_model_folder(parent)
     check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     check_same_model(wanted, net.config, parent)
+    c = net.config
+    say_taken(
+        parent,
+        f"weights ({num_params(c)['total']:,} parameters), tokenizer ({tokenizer.vocab_size:,} tokens), shape "
+        f"({c.arch}, {c.n_layer} layers, {c.n_embd} wide, context {c.seq_len})",
+    )
     return net, tokenizer
+
+
+def load_tokenizer(parent: Path, cfg) -> Tokenizer:
+    """Load the tokenizer of the parent's model/ folder for a fresh network, and print what was taken."""
+    tokenizer = Tokenizer.load(parent)
+    check_vocab_size(cfg, tokenizer.vocab_size)
+    say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
+    return tokenizer
+
+
+def say_taken(parent: Path, parts: str) -> None:
+    """Print in one line which `parts` of its parent a stage starts from; the first process does."""
+    if collectives.is_main():
+        print(f"taken from {parent}: {parts}", flush=True)
 
 
 def check_vocab_size(cfg, found: int) -> None:
@@ -71,8 +100,8 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     if differing:
         raise UserError(
             f"the model in {where} is not the one configured ({'; '.join(differing)}): "
-            f"choose model=d{found.n_layer} and the arch option and settings it was trained with (config.yaml beside "
-            "its model folder), or another init_from"
+            "leave these keys out, and the stage takes the model's shape from its parent; or start from another one "
+            "with init_from (init_from=<run>/tokenizer makes stage=pretrain begin with a fresh network)"
         )
 
 

@@ -1,6 +1,6 @@
 """Pretraining: next-token prediction on documents, packed into rows that begin with BOS.
 
-`build` also serves stages that continue the network of their parent on text: those whose row says takes="weights".
+`build` also continues the network of a parent that has one, on the text of `data`.
 """
 
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from llm.config.stages import stage_row
 from llm.data.documents import DocumentSource, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source, is_remote
@@ -30,11 +29,12 @@ from llm.scaling.rules import (
 )
 from llm.stages.common import (
     BuiltStage,
-    check_vocab_size,
     evaluates,
     gpu_estimate,
+    holds_weights,
     learning_rates,
     load_parent,
+    load_tokenizer,
     lr_scale,
     model_facts,
     step_context,
@@ -78,13 +78,11 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
 
 
 def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
-    """Build the stage on the text of `data`: a fresh network on the parent's tokenizer, or the parent's network.
+    """Build the stage on the text of `data`: the parent's network goes on, or a fresh one takes the parent's tokenizer.
 
-    The stage's row says which: takes="tokenizer" or takes="weights". tokens: see `plan`.
+    The network is fresh where the parent holds no weights. tokens: see `plan`.
     """
-    continues = stage_row(cfg.stage.name).takes == "weights"
-    net, tokenizer = load_parent(parent, cfg) if continues else (None, Tokenizer.load(parent))
-    check_vocab_size(cfg, tokenizer.vocab_size)
+    net, tokenizer = load_parent(parent, cfg) if holds_weights(parent) else (None, load_tokenizer(parent, cfg))
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
     text = find_text(cfg, tokenizer)

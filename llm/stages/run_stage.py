@@ -22,6 +22,7 @@ from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.stage_folder import RunDir, find_further, find_parent, stage_before
 from llm.stages.job import Job, identity, show_config
+from llm.stages.shape import take_shape
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -59,6 +60,7 @@ def runner(row: Stage):
 def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     """Run the stage in this process, or launch one process per device and wait for them."""
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    run = take_shape(cfg, row, run)
     config = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run and is_finished(run, row.name, config, cfg):
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
