@@ -37,11 +37,13 @@ from llm.stages.common import (
     load_tokenizer,
     lr_scale,
     model_facts,
+    say_taken,
     step_context,
     steps_layout,
 )
 from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
+from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -98,9 +100,21 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         whole = loader("val", layout.undivided())
         val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout.rank, layout.world)
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
-    context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
+    more = {"val_batches": val_batches, "prompts": prompts, "optimizer_state": optimizer_state(cfg, parent, net)}
+    context = step_context(cfg, tokenizer, planned.steps, **more, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
     return BuiltStage(module, StepData(lambda position: loader("train", layout, position)), derived(cfg, planned, net))
+
+
+def optimizer_state(cfg, parent: Path, net: GPT) -> dict | None:
+    """Return the optimizer state that training begins with: the parent's if stage.warm_start, else None."""
+    if not cfg.stage.warm_start:
+        return None
+    if not holds_weights(parent):
+        raise UserError(f"stage.warm_start=true: {parent} holds no weights; name a model with init_from=<run>/pretrain")
+    state = parent_optimizer(parent, net, cfg.optim)
+    say_taken(parent, "optimizer state (stage.warm_start=true)")
+    return state
 
 
 class Text(NamedTuple):
