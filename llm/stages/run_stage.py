@@ -22,6 +22,7 @@ from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.stage_folder import RunDir, find_further, find_parent, stage_before
 from llm.stages.job import Job, identity, show_config
+from llm.stages.lengthen import lengthens
 from llm.stages.shape import take_shape
 
 
@@ -112,11 +113,17 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
-    """Return True if the stage is done with this config. Raises UserError if it was begun with another one."""
+    """Return True if the stage is done with this config. Raises UserError if it was begun with another one.
+
+    A finished stage of which a larger number of steps is asked is not done (see `llm.stages.lengthen`).
+    """
     manifest = run.manifest(stage)
     if manifest is None or cfg.overwrite or not holds_work(run.stage_dir(stage)):
         return False
     differences = diff_configs(manifest["config"], config, neutral_keys(stage))
+    if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
+        check_parent_unchanged(run, stage, manifest)
+        return False
     if differences:
         raise UserError(
             f"{run.stage_dir(stage)} was made with another configuration ({describe_differences(differences)}): "

@@ -11,6 +11,7 @@ from llm.parallel.env import SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.stage_folder import read_metrics
 from llm.stages.job import Job, show_config
+from llm.stages.lengthen import begin_longer
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -29,6 +30,7 @@ def run(job: Job) -> dict | None:
     show_config(cfg, built.derived)
     if cfg.dry_run:
         return None
+    begin_longer(job, built)
     trainer, stop = build_trainer(cfg, job.stage_dir, built)
     collectives.barrier()  # nobody writes before all have read
     if collectives.is_main():
