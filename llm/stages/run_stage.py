@@ -20,10 +20,10 @@ from llm.parallel.env import check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
-from llm.run.stage_folder import RunDir, find_further, find_parent, stage_before
+from llm.run.stage_folder import RunDir, find_further
 from llm.stages.job import Job, identity, show_config
 from llm.stages.lengthen import lengthens
-from llm.stages.shape import take_shape
+from llm.stages.shape import parent_of, take_shape
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -92,7 +92,7 @@ def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None,
     further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
     models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
     try:
-        return find_parent(run.root, run.name, row.name, cfg.init_from, stage_before(cfg)), models
+        return parent_of(cfg, row, run), models
     except UserError:
         if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
             return None

@@ -34,10 +34,24 @@ def take_shape(cfg: DictConfig, row: Stage, run: RunDir) -> RunDir:
     return run
 
 
+def parent_of(cfg: Any, row: Stage, run: RunDir) -> Path | None:
+    """Return the model/ folder that the stage starts from (see `find_parent`); a checkpoint of nanochat becomes one."""
+    init_from = cfg.init_from
+    if row.parents and init_from is not None and init_from.startswith("nanochat:"):
+        from llm.checkpoint.nanochat import imported_folder
+        from llm.parallel import collectives
+
+        if collectives.is_main():
+            imported_folder(init_from, cfg.paths.runs)
+        collectives.barrier()
+        init_from = str(imported_folder(init_from, cfg.paths.runs))
+    return find_parent(run.root, run.name, row.name, init_from, stage_before(cfg))
+
+
 def parent_shape(cfg: Any, row: Stage, run: RunDir) -> dict | None:
     """Return the options of the parent's GPTConfig; None where there is no parent, or one without a model."""
     try:
-        parent = find_parent(run.root, run.name, row.name, cfg.init_from, stage_before(cfg))
+        parent = parent_of(cfg, row, run)
     except UserError:  # said where the parent is needed: a finished stage can do without
         return None
     return None if parent is None else shape_in(parent)
