@@ -69,7 +69,7 @@ def imported_folder(init_from: str, runs: str | Path) -> Path:
 
 
 def find_files(path: Path) -> tuple[Path, Path, Path]:
-    """Return weights, meta file and tokenizer of a checkpoint: the file model_<step>.pt, or the last one of a folder."""
+    """Return weights, meta file and tokenizer of a checkpoint: a file model_<step>.pt, or the last one of a folder."""
     found = [path] if path.is_file() else sorted(path.glob("model_*.pt"))
     step = re.fullmatch(r"model_(\d+)\.pt", found[-1].name) if found else None
     if step is None:
@@ -122,7 +122,7 @@ def shape(meta: object, tensors: dict[str, torch.Tensor], path: Path) -> GPTConf
     parts = tuple(name in tensors for name in ("resid_scalars", "smear_scalar", "backout_scalar"))
     form = FORMS.get((gates[0] if gates else 0, *parts))
     if form is None:
-        raise UserError(f"{path}: its tensors are of a form of nanochat that is not known (2025, Feb or July 2026)")
+        raise UserError(f"{path}: its tensors are of a form of nanochat that is not known (2025, 2026-02, 2026-07)")
     options = dict(form)
     if form["arch"] == "modern":
         options |= {"value_embeds": True, "residual_scalars": True, "smear": parts[1], "backout": parts[2]}

@@ -1,6 +1,6 @@
 """Parts that stages share when they are built: the parent's model, step layout, scales, context, derived numbers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from llm.checkpoint.model_folder import WEIGHTS_FILE, load_model_folder
 from llm.data.loader import StepLayout
 from llm.errors import UserError
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.optim.build import build_optimizer
 from llm.parallel import collectives
 from llm.parallel.launch import processes
@@ -39,11 +39,13 @@ def holds_weights(parent: Path) -> bool:
 def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
     """Load network and tokenizer of the parent's model/ folder, and print what was taken.
 
-    Raises UserError where the configured model is another one.
+    The context may be longer than the parent's. Raises UserError where the configured model differs otherwise.
     """
     net, tokenizer = load_model_folder(parent)
     check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
+        net = with_longer_context(net, wanted)
     check_same_model(wanted, net.config, parent)
     c = net.config
     say_taken(
@@ -54,8 +56,31 @@ def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
     return net, tokenizer
 
 
+def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
+    """Return a network with the weights of `net` and the context, RoPE base and RoPE scaling of `wanted`.
+
+    Short windows follow the context by the rule of `GPTConfig.window`.
+    """
+    old = net.config
+    changes = {name: getattr(wanted, name) for name in ("seq_len", "rope_base", "rope_scaling")}
+    longer = build_network(replace(old, **changes, rope_original=old.rope_original or old.seq_len))
+    longer.load_state_dict(net.state_dict())
+    if collectives.is_main():
+        how = f"rope_base={wanted.rope_base:g}, rope_scaling={wanted.rope_scaling or 'null'}"
+        print(f"context made longer from {old.seq_len} to {wanted.seq_len} tokens ({how})", flush=True)
+    return longer
+
+
 def load_tokenizer(parent: Path, cfg) -> Tokenizer:
-    """Load the tokenizer of the parent's model/ folder for a fresh network, and print what was taken."""
+    """Load the tokenizer of the parent's model/ folder for a fresh network, and print what was taken.
+
+    Raises UserError for arch.rope_scaling, which stretches the context of a trained network.
+    """
+    if cfg.arch.get("rope_scaling"):
+        raise UserError(
+            f"arch.rope_scaling={cfg.arch.rope_scaling}: a fresh network is trained at its full context; set it to "
+            "null, or give a trained parent by init_from and a larger model.seq_len"
+        )
     tokenizer = Tokenizer.load(parent)
     check_vocab_size(cfg, tokenizer.vocab_size)
     say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
@@ -91,7 +116,7 @@ CONFIG_KEYS = {
 
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
-    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None} for c in (wanted, found))
+    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None, "rope_original": None} for c in (wanted, found))
     differing = [
         f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
         for k in a

@@ -19,7 +19,7 @@ def lengthens(manifest: dict, differences: list[tuple[str, Any, Any]], cfg: Any)
     keys = {key for key, _, _ in differences}
     if keys == {"max_steps"} and cfg.max_steps is not None:
         return cfg.max_steps > manifest.get("steps", cfg.max_steps)
-    return bool(cfg.stage.get("extend")) and keys <= HORIZONS
+    return "extend" in cfg.stage and cfg.stage.extend and keys <= HORIZONS
 
 
 def begin_longer(job: Any, built: Any) -> None:

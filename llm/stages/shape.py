@@ -87,7 +87,10 @@ def set_arch(cfg: Any, shape: dict) -> None:
         if said(cfg, "arch") or name not in VARIANTS["arch"]:
             return
         schema = OmegaConf.structured(VARIANTS["arch"][name])
-        cfg.arch = OmegaConf.merge(schema, {key: found[key] for key in schema if key in found} | {"name": name})
+        kept = {key: cfg.arch[key] for key in cfg.arch if said(cfg, f"arch.{key}")}
+        if set(kept) <= set(schema):  # else the command speaks of an option that the parent's architecture lacks
+            taken = {key: found[key] for key in schema if key in found}
+            cfg.arch = OmegaConf.merge(schema, taken | kept | {"name": name})
         return
     for key in cfg.arch:
         if key != "name" and key in found and not said(cfg, f"arch.{key}"):
