@@ -51,7 +51,9 @@ def yarn_frequencies(inv_freq: torch.Tensor, base: float, original: int, factor:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = max(math.floor(channel(32)), 0), min(math.ceil(channel(1)), head_dim - 1)
-    slowed = ((torch.arange(len(inv_freq), dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    slowed = ((torch.arange(len(inv_freq), dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
     return inv_freq * (1 - slowed) + inv_freq / factor * slowed
 
 
