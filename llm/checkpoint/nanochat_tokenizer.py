@@ -1,4 +1,4 @@
-"""nanochat's tokenizer.pkl, a pickled `tiktoken.Encoding`, read without unpickling it.
+"""Read the tokenizer.pkl of nanochat, a pickled `tiktoken.Encoding`, without unpickling it.
 
 `pickletools` splits the file into its instructions. The few that make up plain data are carried out here; no class is
 looked up and nothing is called, so a forged file can do no more than be refused.

@@ -1,4 +1,4 @@
-"""Which keys a command names: a stage takes the rest of the model's shape from its parent.
+"""Note which keys a command names: a stage takes the rest of the model's shape from its parent.
 
 A composed configuration does not tell a value of the command line from one of a preset. So whoever composes it notes
 the settings it was composed with.
