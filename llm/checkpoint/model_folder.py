@@ -117,7 +117,7 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
         "max_position_embeddings": config.seq_len,
         "hidden_act": "gelu_new" if config.arch == "gpt2" else "relu2",
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_parameters": rope_parameters(config),
         "final_logit_softcapping": config.softcap,
         "attention_bias": config.arch == "gpt2",
         "attention_dropout": 0.0,
@@ -131,6 +131,14 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
             "tokenizer": tokenizer.fingerprint,
         },
     }
+
+
+def rope_parameters(config: GPTConfig) -> dict:
+    """Return `rope_parameters` of config.json: plain, or those of YaRN without its temperature, which we leave out."""
+    if config.rope_factor == 1.0:
+        return {"rope_type": "default", "rope_theta": config.rope_base}
+    yarn = {"factor": config.rope_factor, "original_max_position_embeddings": config.rope_original}
+    return {"rope_type": "yarn", "rope_theta": config.rope_base, "attention_factor": 1.0} | yarn
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:

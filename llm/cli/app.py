@@ -20,6 +20,7 @@ from llm.cli.overrides import (
     check_overrides,
     launcher,
     no_value,
+    parse,
     quote_raw,
     swept_overrides,
     whole_mixtures,
@@ -27,6 +28,7 @@ from llm.cli.overrides import (
 )
 from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
+from llm.config.said import note_settings
 from llm.config.stages import load_object
 from llm.errors import UserError
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
@@ -157,6 +159,7 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
             print(f"\n== {title}", flush=True)
         try:
             _unwrap_names(cfg)
+            note_settings(cfg, parse(_settings()))
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
@@ -187,6 +190,13 @@ def _in_one_line(title: str, error: BaseException) -> UserError:
     _report(_JobFailed("", error))
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return UserError(f"{text} [{title}; log: {submitit.JobEnvironment().paths.stderr}]")
+
+
+def _settings() -> list[str]:
+    """Return the settings of the present job as the command line, or the sweep, gives them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
 
 
 def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:

@@ -17,6 +17,7 @@ from llm.cli.explain import explain
 from llm.cli.options import CONF, config_folders, config_groups, group_options, listed, no_option, unknown_key
 from llm.config.check import check_task_names, check_values
 from llm.config.renamed import renamed_key
+from llm.config.said import note_settings
 from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 
@@ -127,14 +128,12 @@ def whole_mixtures(config_name: str, argv: Sequence[str], config_dir: str | None
         new = [arg]
         if _sets_mixture(config_name, arg):
             key = arg.partition("=")[0].lstrip("+")
-            tasks = _tasks_of(
-                config_name, key, [[*choice, *before] for choice in choices], config_dir or args.config_dir
-            )
+            jobs = [[*choice, *before] for choice in choices]
+            tasks = _tasks_of(config_name, key, jobs, config_dir or args.config_dir)
             new = [*(f"~{key}.{task}" for task in tasks), f"++{arg.lstrip('+')}"]
         lines += new
-        before += [
-            line for line in new if MIXTURE.match(line.lstrip("+~")) and not parse([line])[0].is_sweep_override()
-        ]
+        of_mixtures = [line for line in new if MIXTURE.match(line.lstrip("+~"))]
+        before += [line for line in of_mixtures if not parse([line])[0].is_sweep_override()]
     return lines
 
 
@@ -316,9 +315,11 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose(config_name, lines)
+            cfg = hydra.compose(config_name, lines)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(explain(config_name, error, folders)) from None
+    note_settings(cfg, parse(overrides))
+    return cfg
 
 
 def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice: Sequence[str]) -> None:

@@ -33,6 +33,10 @@ class ClassicArch(ArchConfig):
     """Architecture of nanochat in October 2025: RoPE, QK-norm, ReLU^2."""
 
     rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
+    rope_scaling: str | None = key(
+        "where model.seq_len is above the parent's: yarn = stretch the long wavelengths; null = leave them",
+        choices=("yarn",),
+    )
     softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0)
 
 

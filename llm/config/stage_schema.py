@@ -43,6 +43,7 @@ class ModelStage(StageConfig):
     warmdown_ratio: float = key("share of the steps, at the end, in which the learning rate falls", low=0, high=1)
     final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
     eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
+    extend: bool = key("lengthen a finished stage by a longer horizon; a larger max_steps does so by itself")
     sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
 
 
@@ -50,6 +51,7 @@ class ModelStage(StageConfig):
 class PretrainStage(ModelStage):
     """Settings of stage=pretrain."""
 
+    warm_start: bool = key("where init_from gives the weights, take the optimizer state of its last checkpoint too")
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     tokens_per_param: float = key(
         "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0

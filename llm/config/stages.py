@@ -40,7 +40,7 @@ class Stage:
     schema: str | type  # dataclass of its settings, a subclass of StageConfig, or the dotted name of one
     build: str = ""  # model stages: dotted name of `build(cfg, parent) -> BuiltStage`; "" = it makes no model
     parents: tuple[str, ...] = ()  # stages that it can follow, preferred first; () = it starts from nothing
-    takes: str = "weights"  # what it needs of its parent's model/ folder: one of TAKES
+    takes: str = "weights"  # what its parent's model/ folder must hold: one of TAKES; pretrain takes weights if there
     run: str = "llm.stages.train_model.run"  # dotted name of `run(job) -> results`; outside a run `run(cfg)`
     derive: str = ""  # dotted name of `derive(cfg)`: the derived numbers of a dry run before a parent exists
     in_run: bool = True  # whether it writes a folder of a run

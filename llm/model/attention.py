@@ -1,5 +1,6 @@
 """Causal attention: rotary positions, the choice of a kernel, windows and document masks."""
 
+import math
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,11 +22,39 @@ FLASH3_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}  # on
 flash_attn_func = None  # FlashAttention 3, once `has_flash3` has found it
 
 
-def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of the rotary angles, each (seq_len, head_dim / 2) fp32 (RoFormer, arXiv 2104.09864)."""
+def rotary_tables(
+    seq_len: int, head_dim: int, base: float, original: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of the rotary angles, each (seq_len, head_dim / 2) fp32 (RoFormer, arXiv 2104.09864).
+
+    original: the context in tokens that a model was trained with before it got `seq_len`; its frequencies are stretched
+    by YaRN. None leaves them as they are.
+    """
     inv_freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    if original is not None:
+        inv_freq = yarn_frequencies(inv_freq, base, original, seq_len / original)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device="cpu"), inv_freq)
     return angles.cos(), angles.sin()
+
+
+def yarn_frequencies(inv_freq: torch.Tensor, base: float, original: int, factor: float) -> torch.Tensor:
+    """Stretch rotary frequencies (head_dim / 2,) by parts, as YaRN does for a context `factor` times `original`.
+
+    Channels that turn more than 32 times within the original context stay; those that turn less than once are slowed by
+    `factor`; between the two the share grows with the channel's number, linearly (arXiv 2309.00071, section 3.2, in
+    whole channels as its authors' code has it). The paper's temperature on the logits is left out: queries and keys
+    are normed after the rotation.
+    """
+    head_dim = 2 * len(inv_freq)
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(channel(32)), 0), min(math.ceil(channel(1)), head_dim - 1)
+    slowed = ((torch.arange(len(inv_freq), dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
+    return inv_freq * (1 - slowed) + inv_freq / factor * slowed
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

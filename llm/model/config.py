@@ -15,6 +15,8 @@ UNSTATED = MappingProxyType(
     {
         "arch": "classic",
         "rope_base": 10_000.0,
+        "rope_scaling": None,
+        "rope_original": None,
         "softcap": 15.0,
         "qk_scale": 1.0,
         "window_pattern": "L",
@@ -52,6 +54,8 @@ class GPTConfig:
     vocab_size: int  # true vocabulary; tensors are padded to `padded_vocab_size`
     arch: str = UNSTATED["arch"]
     rope_base: float = UNSTATED["rope_base"]  # base of the rotary embedding's wavelengths
+    rope_scaling: str | None = UNSTATED["rope_scaling"]  # yarn = the wavelengths are stretched for a longer context
+    rope_original: int | None = UNSTATED["rope_original"]  # context before it was made longer; None = it never was
     softcap: float | None = UNSTATED["softcap"]  # logits are softcap x tanh(logits / softcap); None = as they are
     qk_scale: float = UNSTATED["qk_scale"]  # factor on the normed queries and on the keys
     window_pattern: str = UNSTATED["window_pattern"]  # a letter per layer, repeated: L = full, S = short; the last is L
@@ -89,6 +93,11 @@ class GPTConfig:
             used = self.value_embeds if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
+
+    @property
+    def rope_factor(self) -> float:
+        """Return by how much the longest wavelengths are stretched: 1 where rope_scaling is off."""
+        return self.seq_len / self.rope_original if self.rope_scaling and self.rope_original else 1.0
 
     @property
     def padded_vocab_size(self) -> int:

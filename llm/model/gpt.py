@@ -159,7 +159,8 @@ class GPT(nn.Module):
         if config.backout:
             self.backout_scalar = nn.Parameter(torch.empty(1))
         if config.arch != "gpt2":
-            cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rope_base)
+            original = config.rope_original if config.rope_scaling else None
+            cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rope_base, original)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 

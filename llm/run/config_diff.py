@@ -13,6 +13,7 @@ NEUTRAL_KEYS = (
     *("run", "plugins", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last", "watch"),
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
+    "stage.extend",
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )
@@ -48,7 +49,8 @@ def diff_configs(
     differences = []
     for key in sorted(before.keys() | after.keys()):
         pair = (before.get(key, ABSENT), after.get(key, ABSENT))
-        unset = all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
+        off = ABSENT in pair and all(value is False or value in (None, ABSENT, {}) for value in pair)
+        unset = off or all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
         if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
             differences.append((key, *pair))
     return differences

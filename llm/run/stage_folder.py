@@ -246,7 +246,10 @@ def find_parent(
     before = before or row.parents[0]
     if init_from is None:
         return _stage_parent(here, before, row, run)
-    return _named_model(here, "init_from", init_from, before, row)
+    parent = _named_model(here, "init_from", init_from, before, row)
+    if parent.resolve() == (here.path / row.name / "model").resolve():
+        raise UserError(f"init_from={init_from} is the result of this stage itself: give the new one a run=<name>")
+    return parent
 
 
 def find_further(runs_root: str | Path, run: str, stage: str, key: str, value: str) -> Path:
@@ -277,12 +280,12 @@ def _is_plain(name: str) -> bool:
 def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
     """Return model/ of `parent` in the run `source`, checked to be finished and to hold what `row` needs."""
     if parent not in source.finished():
-        runs = sorted(list_runs(source.root), key=lambda other: other.name != source.name)
-        finished = [(other.name, stage) for other in runs for stage in reversed(other.finished())]
-        usable = [f"{name}/{stage}" for name, stage in finished if _suits(row, stage)]
+        usable = [stage for stage in reversed(source.finished()) if _suits(row, stage)]
         fix = f"run it first (the same command with stage={parent})"
         if usable:
-            fix += f", or start from another stage: init_from={usable[0]}"
+            fix += f", or start from another stage: init_from={source.name}/{usable[0]}"
+        elif row.takes == "weights":  # a tokenizer of another run was made for another text: none is proposed
+            fix += ", or start from a model of another run: init_from=<run>/<stage>"
         raise UserError(
             f"stage={row.name} of run={run} starts from {source.name}/{parent}, which is {_state(source, parent)}. "
             f"{_existing(source.root, source.name)} {fix[0].upper()}{fix[1:]}"

@@ -1,16 +1,16 @@
 """Parts that stages share when they are built: the parent's model, step layout, scales, context, derived numbers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from llm.checkpoint.model_folder import load_model_folder
+from llm.checkpoint.model_folder import WEIGHTS_FILE, load_model_folder
 from llm.data.balance import Reading
 from llm.data.loader import StepLayout
 from llm.errors import UserError
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
-from llm.model.gpt import GPT
+from llm.model.gpt import GPT, build_network
 from llm.optim.build import build_optimizer
 from llm.parallel import collectives
 from llm.parallel.launch import processes
@@ -18,6 +18,7 @@ from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
 from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.tokenizer.bpe import Tokenizer
 from tasks import Cache, build_task
 
 
@@ -32,13 +33,66 @@ class BuiltStage:
     reading: Reading | None = None  # what is known of the data before training
 
 
-def load_parent(parent: Path, cfg) -> tuple[GPT, object]:
-    """Network and tokenizer of the parent's model/ folder; an architecture other than the config's is an error."""
+def holds_weights(parent: Path) -> bool:
+    """Return whether a model/ folder has a network beside its tokenizer."""
+    return (parent / WEIGHTS_FILE).is_file()
+
+
+def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
+    """Load network and tokenizer of the parent's model/ folder, and print what was taken.
+
+    The context may be longer than the parent's. Raises UserError where the configured model differs otherwise.
+    """
     net, tokenizer = load_model_folder(parent)
     check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
+        net = with_longer_context(net, wanted)
     check_same_model(wanted, net.config, parent)
+    c = net.config
+    say_taken(
+        parent,
+        f"weights ({num_params(c)['total']:,} parameters), tokenizer ({tokenizer.vocab_size:,} tokens), shape "
+        f"({c.arch}, {c.n_layer} layers, {c.n_embd} wide, context {c.seq_len})",
+    )
     return net, tokenizer
+
+
+def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
+    """Return a network with the weights of `net` and the context, RoPE base and RoPE scaling of `wanted`.
+
+    Short windows follow the context by the rule of `GPTConfig.window`.
+    """
+    old = net.config
+    changes = {name: getattr(wanted, name) for name in ("seq_len", "rope_base", "rope_scaling")}
+    longer = build_network(replace(old, **changes, rope_original=old.rope_original or old.seq_len))
+    longer.load_state_dict(net.state_dict())
+    if collectives.is_main():
+        how = f"rope_base={wanted.rope_base:g}, rope_scaling={wanted.rope_scaling or 'null'}"
+        print(f"context made longer from {old.seq_len} to {wanted.seq_len} tokens ({how})", flush=True)
+    return longer
+
+
+def load_tokenizer(parent: Path, cfg) -> Tokenizer:
+    """Load the tokenizer of the parent's model/ folder for a fresh network, and print what was taken.
+
+    Raises UserError for arch.rope_scaling, which stretches the context of a trained network.
+    """
+    if cfg.arch.get("rope_scaling"):
+        raise UserError(
+            f"arch.rope_scaling={cfg.arch.rope_scaling}: a fresh network is trained at its full context; set it to "
+            "null, or give a trained parent by init_from and a larger model.seq_len"
+        )
+    tokenizer = Tokenizer.load(parent)
+    check_vocab_size(cfg, tokenizer.vocab_size)
+    say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
+    return tokenizer
+
+
+def say_taken(parent: Path, parts: str) -> None:
+    """Print in one line which `parts` of its parent a stage starts from; the first process does."""
+    if collectives.is_main():
+        print(f"taken from {parent}: {parts}", flush=True)
 
 
 def check_vocab_size(cfg, found: int) -> None:
@@ -64,7 +118,7 @@ CONFIG_KEYS = {
 
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
-    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None} for c in (wanted, found))
+    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None, "rope_original": None} for c in (wanted, found))
     differing = [
         f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
         for k in a
@@ -73,8 +127,8 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     if differing:
         raise UserError(
             f"the model in {where} is not the one configured ({'; '.join(differing)}): "
-            f"choose model=d{found.n_layer} and the arch option and settings it was trained with (config.yaml beside "
-            "its model folder), or another init_from"
+            "leave these keys out, and the stage takes the model's shape from its parent; or start from another one "
+            "with init_from (init_from=<run>/tokenizer makes stage=pretrain begin with a fresh network)"
         )
 
 

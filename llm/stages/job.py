@@ -54,9 +54,9 @@ class Job:
         if self.cfg.overwrite and self.stage_dir.exists():
             shutil.rmtree(self.stage_dir)
         old = read_manifest(self.stage_dir) or {}
-        kept = {key: old[key] for key in ("started", "seconds") if key in old}
+        kept = {key: old[key] for key in ("started", "seconds", "horizons") if key in old}
         write_manifest(self.stage_dir, self.manifest | kept)
-        self.manifest |= {key: kept[key] for key in kept if key == "started"}
+        self.manifest |= {key: kept[key] for key in kept if key != "seconds"}
         write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
 
     def finish(self, results: dict, seconds: float) -> int | None:
@@ -66,6 +66,8 @@ class Job:
         if self.manifest["status"] != "running":
             write_manifest(self.stage_dir, self.manifest)
             return self.manifest["signal"]
+        if "horizons" in self.manifest:  # a lengthened stage: the steps of each time that it was finished
+            self.manifest["horizons"] = [*self.manifest["horizons"], self.manifest["steps"]]
         write_manifest(self.stage_dir, self.manifest | {"status": "finished", "finished": now()})
         return None
 

@@ -1,6 +1,6 @@
 """Pretraining: next-token prediction on documents, packed into rows that begin with BOS.
 
-`build` also serves stages that continue the network of their parent on text: those whose row says takes="weights".
+`build` also continues the network of a parent that has one, on the text of `data`.
 """
 
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from llm.config.stages import stage_row
 from llm.data.balance import Reading
 from llm.data.documents import DocumentSource, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
@@ -31,19 +30,22 @@ from llm.scaling.rules import (
 )
 from llm.stages.common import (
     BuiltStage,
-    check_vocab_size,
     evaluates,
     gpu_estimate,
+    holds_weights,
     learning_rates,
     load_parent,
+    load_tokenizer,
     lr_scale,
     model_facts,
+    say_taken,
     step_context,
     steps_layout,
 )
 from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import plan_text
+from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -80,13 +82,11 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
 
 
 def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
-    """Build the stage on the text of `data`: a fresh network on the parent's tokenizer, or the parent's network.
+    """Build the stage on the text of `data`: the parent's network goes on, or a fresh one takes the parent's tokenizer.
 
-    The stage's row says which: takes="tokenizer" or takes="weights". tokens: see `plan`.
+    The network is fresh where the parent holds no weights. tokens: see `plan`.
     """
-    continues = stage_row(cfg.stage.name).takes == "weights"
-    net, tokenizer = load_parent(parent, cfg) if continues else (None, Tokenizer.load(parent))
-    check_vocab_size(cfg, tokenizer.vocab_size)
+    net, tokenizer = load_parent(parent, cfg) if holds_weights(parent) else (None, load_tokenizer(parent, cfg))
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     check_keeps_best(cfg)
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
@@ -105,7 +105,8 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         whole = loader("val", layout.undivided())
         val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout.rank, layout.world)
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
-    context = step_context(cfg, tokenizer, planned.steps, val_batches=val_batches, prompts=prompts, **planned.scales)
+    more = {"val_batches": val_batches, "prompts": prompts, "optimizer_state": optimizer_state(cfg, parent, net)}
+    context = step_context(cfg, tokenizer, planned.steps, **more, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
     data, numbers = (
         StepData(lambda position: loader("train", layout, position)),
@@ -130,6 +131,17 @@ def check_keeps_best(cfg) -> None:
             "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
             "stage.eval_every=100, or stage.keep_best=null"
         )
+
+
+def optimizer_state(cfg, parent: Path, net: GPT) -> dict | None:
+    """Return the optimizer state that training begins with: the parent's if stage.warm_start, else None."""
+    if not cfg.stage.warm_start:
+        return None
+    if not holds_weights(parent):
+        raise UserError(f"stage.warm_start=true: {parent} holds no weights; name a model with init_from=<run>/pretrain")
+    state = parent_optimizer(parent, net, cfg.optim)
+    say_taken(parent, "optimizer state (stage.warm_start=true)")
+    return state
 
 
 class Text(NamedTuple):

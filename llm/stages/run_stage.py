@@ -20,9 +20,11 @@ from llm.parallel.env import check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
-from llm.run.stage_folder import RunDir, find_further, find_parent, stage_before
+from llm.run.stage_folder import RunDir, find_further
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, identity, show_config
+from llm.stages.lengthen import lengthens
+from llm.stages.shape import parent_of, take_shape
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -60,6 +62,7 @@ def runner(row: Stage):
 def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     """Run the stage in this process, or launch one process per device and wait for them."""
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    run = take_shape(cfg, row, run)
     keep_old_defaults(cfg, run.manifest(row.name))
     config = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run and is_finished(run, row.name, config, cfg):
@@ -110,7 +113,7 @@ def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None,
     further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
     models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
     try:
-        return find_parent(run.root, run.name, row.name, cfg.init_from, stage_before(cfg)), models
+        return parent_of(cfg, row, run), models
     except UserError:
         if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
             return None
@@ -131,11 +134,17 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
-    """Return True if the stage is done with this config. Raises UserError if it was begun with another one."""
+    """Return True if the stage is done with this config. Raises UserError if it was begun with another one.
+
+    A finished stage of which a larger number of steps is asked is not done (see `llm.stages.lengthen`).
+    """
     manifest = run.manifest(stage)
     if manifest is None or cfg.overwrite or not holds_work(run.stage_dir(stage)):
         return False
     differences = diff_configs(manifest["config"], config, neutral_keys(stage))
+    if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
+        check_parent_unchanged(run, stage, manifest)
+        return False
     if differences:
         raise UserError(
             f"{run.stage_dir(stage)} was made with another configuration ({describe_differences(differences)}): "

@@ -74,15 +74,16 @@ def for_page(rows: Sequence[list[tuple[str, str]]], title: str) -> str:
 def show(cfg, n_rows: int = 4, page: Path | None = None) -> None:
     """Print the first `n_rows` rows of the stage that `cfg` describes, and write them to `page` (HTML) if given."""
     from llm.config.stages import stage_row
-    from llm.run.stage_folder import RunDir, find_parent, stage_before
+    from llm.run.stage_folder import RunDir
+    from llm.stages.shape import parent_of, take_shape
     from llm.stages.train_model import builder
     from llm.stages.trainer import quiet_lightning
     from llm.utils.files import write_atomic
 
     quiet_lightning()
-    run, cfg.stage.eval_every = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}"), 0
-    parent = find_parent(run.root, run.name, cfg.stage.name, cfg.init_from, stage_before(cfg))
-    built = builder(stage_row(cfg.stage.name))(cfg, parent)
+    row, cfg.stage.eval_every = stage_row(cfg.stage.name), 0
+    run = take_shape(cfg, row, RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}"))
+    built = builder(row)(cfg, parent_of(cfg, row, run))
     batch, tokenizer = next(iter(built.data.train_dataloader())), built.module.context.tokenizer
     all_rows = list(rows_of(batch["micro"]))
     rows = [pieces(ids, weights, tokenizer) for ids, weights in all_rows[:n_rows]]

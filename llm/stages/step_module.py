@@ -27,6 +27,7 @@ from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.step_state import LossWatch, Progress, StepLog, Votes
+from llm.stages.warm_start import take_state
 
 
 @dataclass
@@ -43,6 +44,7 @@ class StageContext:
     loss_jump: float = math.inf  # nats above the median of the last steps that no sound training has
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
+    optimizer_state: dict | None = None  # by number of the parameter, to begin with; None = fresh
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
 
 
@@ -66,6 +68,10 @@ class StepModule(L.LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net)
+
+    def on_train_start(self) -> None:
+        if self.context.optimizer_state is not None and self.global_step == 0:  # a resumed one has loaded its own
+            take_state(self.trainer, self.context.optimizer_state)
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Return the summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""

@@ -28,7 +28,7 @@ def plan_text(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan
     A run with a checkpoint keeps the plan that its run.json holds. Prints size and passes, and warns where the text is
     read very often or where cropping loses text that is read again.
     """
-    found = _begun(cfg) or _measured(cfg, source, tokenizer, steps, batch_tokens)
+    found = _begun(cfg, steps) or _measured(cfg, source, tokenizer, steps, batch_tokens)
     if found.tokens is not None:
         print(f"text: about {found.tokens / 1e6:.3g} M tokens; {found.passes:.1f} passes, packing {found.packing}")
         for line in warnings_of(cfg, found):
@@ -65,13 +65,16 @@ def _measured(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan
     return TextPlan(steps, packing, tokens, passes)
 
 
-def _begun(cfg) -> TextPlan | None:
-    """Return the plan of a run that is resumed, None where there is none to keep."""
+def _begun(cfg, planned: int) -> TextPlan | None:
+    """Return the plan of a run that is resumed, None where there is none to keep.
+
+    planned: steps by the configuration, to which stage.extend=true lengthens the run.
+    """
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
     kept = (run.manifest(cfg.stage.name) or {}).get("derived", {})
     if cfg.overwrite or cfg.dry_run or not begun or "packing" not in kept:
         return None
-    steps, passes = cfg.max_steps or kept["steps"], kept.get("text_passes")
+    steps, passes = cfg.max_steps or (planned if cfg.stage.get("extend") else kept["steps"]), kept.get("text_passes")
     passes = None if passes is None else passes * steps / kept["steps"]
     return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)

@@ -14,6 +14,7 @@ from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
 from llm.stages.job import Job, show_config
+from llm.stages.lengthen import begin_longer
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -36,6 +37,7 @@ def run(job: Job) -> dict | None:
             print("\n".join(built.reading.start_lines()), flush=True)
     if cfg.dry_run:
         return None
+    begin_longer(job, built)
     trainer, stop = build_trainer(cfg, job.stage_dir, built)
     collectives.barrier()  # nobody writes before all have read
     if collectives.is_main():

@@ -1,0 +1,40 @@
+"""Note which keys a command names: a stage takes the rest of the model's shape from its parent.
+
+A composed configuration does not tell a value of the command line from one of a preset. So whoever composes it notes
+the settings it was composed with.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+NOTE = "_settings_of_the_command"  # attribute of the configuration; a copy loses it, and then nothing is known
+MODEL_FILES = Path(__file__).parents[2] / "conf" / "model"
+
+
+def note_settings(cfg: Any, settings: Sequence[Any]) -> None:
+    """Note on `cfg` the parsed overrides (Hydra's) that it was composed with."""
+    vars(cfg)[NOTE] = [key for setting in settings for key in _keys(setting.key_or_group, setting.value())]
+
+
+def said(cfg: Any, key: str) -> bool:
+    """Return whether the command named `key`, a value or its whole group; True where nothing was noted."""
+    noted = vars(cfg).get(NOTE)
+    return noted is None or key in noted or key.partition(".")[0] in noted
+
+
+def knows_settings(cfg: Any) -> bool:
+    """Return whether it was noted what `cfg` was composed with."""
+    return NOTE in vars(cfg)
+
+
+def _keys(name: str, value: Any) -> Iterator[str]:
+    """Yield the keys that `name`=`value` sets. model=d<n> sets the depth alone, other options all of their group."""
+    if isinstance(value, dict):
+        for inner, part in value.items():
+            yield from _keys(f"{name}.{inner}", part)
+    elif name == "model" and re.fullmatch(r"d\d+", str(value)) and not (MODEL_FILES / f"{value}.yaml").is_file():
+        yield "model.depth"
+    else:
+        yield name

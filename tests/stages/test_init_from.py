@@ -1,0 +1,152 @@
+"""What a stage takes from its parent, and how a finished stage goes on."""
+
+import json
+
+import pytest
+import torch
+from conftest import compose
+from safetensors.torch import load_file
+
+from llm.errors import UserError
+from llm.run.stage_folder import read_metrics
+from llm.stages.run_stage import run_stage
+
+EVEN = ("stage.warmdown_ratio=0", "stage.warmup_steps=0", "optim=adamw", "stage.sample_every=0")
+
+
+def train(root, *args) -> None:
+    run_stage(compose("train", "experiment=tiny", f"paths.runs={root}", "trainer=cpu", *args))
+
+
+def refusal(root, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        train(root, *args)
+    return str(caught.value)
+
+
+def record(root, run, stage="pretrain") -> dict:
+    return json.loads((root / run / stage / "run.json").read_text())
+
+
+def weights(root, run, stage="pretrain") -> dict:
+    return load_file(root / run / stage / "model" / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Run `a`: a tokenizer and four steps of pretraining, of another shape than experiment=tiny has."""
+    folder = tmp_path_factory.mktemp("init") / "runs"
+    train(folder, "run=a", "stage=tokenizer")
+    train(folder, "run=a", "stage=pretrain", "model.seq_len=64", "arch=classic", "max_steps=4", *EVEN)
+    return folder
+
+
+CONTINUE = ("stage=pretrain", "init_from=a/pretrain", "max_steps=1", "stage.sample_every=0")
+
+
+def test_pretrain_continues_the_weights_of_a_model_stage(root, capsys):
+    """The first loss is the parent's last, not that of a fresh network; the shape is the parent's."""
+    train(root, "run=on", *CONTINUE)
+    said = capsys.readouterr().out
+    assert "taken from" in said and "weights (" in said and "classic, 2 layers, 128 wide, context 64" in said
+    first, last = read_metrics(root / "on" / "pretrain")[0], read_metrics(root / "a" / "pretrain")[-1]
+    assert first["step"] == 0 and first["bpb"] == last["bpb"]
+    saved = record(root, "on")["config"]
+    assert saved["model"]["seq_len"] == 64 and saved["arch"]["name"] == "classic" and saved["model"]["depth"] == 2
+
+
+def test_pretrain_from_a_tokenizer_is_fresh(root, capsys):
+    train(root, "run=fresh", "stage=pretrain", "init_from=a/tokenizer", "max_steps=1", "stage.sample_every=0")
+    assert "the weights are fresh" in capsys.readouterr().out
+    assert record(root, "fresh")["config"]["arch"]["name"] == "modern"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["model=d4"], "model.depth: configured 4, found 2"),
+        (["model.seq_len=32"], "model.seq_len: configured 32, found 64"),
+        (["arch=modern"], "arch: configured modern, found classic"),
+        (["arch.softcap=30"], "arch.softcap: configured 30.0, found 15.0"),
+        (["arch.smear=false"], "arch: configured modern, found classic"),
+    ],
+)
+def test_what_the_command_says_against_the_parent_is_refused(root, args, says):
+    said = refusal(root, "run=no", *CONTINUE, *args)
+    assert says in said and "takes the model's shape from its parent" in said
+    assert not (root / "no").exists()
+
+
+def test_a_stage_is_not_its_own_parent(root):
+    assert "result of this stage itself" in refusal(root, "run=a", *CONTINUE, "overwrite=true")
+    assert record(root, "a")["status"] == "finished"
+
+
+def test_sft_offers_pretrain_where_midtrain_was_not_run(root):
+    assert "init_from=a/pretrain" in refusal(root, "run=a", "stage=sft")
+
+
+def test_no_hint_names_the_tokenizer_of_another_run(root):
+    assert "init_from=a/tokenizer" not in refusal(root, "run=new", "stage=pretrain")
+
+
+def test_the_run_of_a_parent_without_a_name_is_named_by_its_depth(root):
+    cfg = compose("train", "stage=sft", "init_from=a/pretrain", f"paths.runs={root}", "max_steps=1", "dry_run=true")
+    from llm.config.stages import stage_row
+    from llm.run.stage_folder import RunDir
+    from llm.stages.shape import take_shape
+
+    assert take_shape(cfg, stage_row("sft"), RunDir(root, "d20")).name == "d2"
+    assert (cfg.model.depth, cfg.model.seq_len, cfg.arch.name) == (2, 64, "classic")
+
+
+def test_warm_start_takes_the_optimizer_state(root):
+    """A warm start with a rate of nearly 0 ends with the second moments of the parent, hardly moved."""
+    still = ("optim=adamw", "stage.lr_frac=1e-9")
+    train(root, "run=warm", *CONTINUE, *still, "stage.warm_start=true")
+    train(root, "run=cold", *CONTINUE, *still)
+
+    def steps(run, step):
+        file = torch.load(root / run / "pretrain" / "checkpoints" / f"step_{step:06d}.ckpt", weights_only=True)
+        return {name: state["step"] for name, state in file["optimizer_states"][0]["state"].items()}
+
+    before, warm, cold = steps("a", 4), steps("warm", 1), steps("cold", 1)
+    assert {float(n) for n in warm.values()} == {float(n) + 1 for n in before.values()} == {5.0}
+    assert {float(n) for n in cold.values()} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["init_from=a/pretrain", "optim=muon_adamw"], "trained by another optimizer"),
+        (["init_from=a/tokenizer", "optim=adamw"], "holds no weights"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_refused(root, args, says):
+    assert says in refusal(root, "run=no", *CONTINUE, "stage.warm_start=true", *args)
+
+
+def test_a_lengthened_stage_is_that_of_one_go(root, capsys):
+    """With rates that do not depend on the horizon: same data, same weights, bit for bit."""
+    run = ("stage=pretrain", "init_from=a/tokenizer", *EVEN)
+    train(root, "run=straight", *run, "max_steps=5")
+    train(root, "run=longer", *run, "max_steps=3")
+    train(root, "run=longer", *run, "max_steps=5")
+    assert "lengthened from 3 to 5 steps" in capsys.readouterr().out
+    assert same(weights(root, "straight"), weights(root, "longer"))
+    assert record(root, "longer")["horizons"] == [3, 5] and record(root, "longer")["status"] == "finished"
+    train(root, "run=longer", *run, "max_steps=5")
+    assert "is finished" in capsys.readouterr().out
+    assert "max_steps: 5 -> 4" in refusal(root, "run=longer", *run, "max_steps=4")
+    assert "seed: 42 -> 1" in refusal(root, "run=longer", *run, "max_steps=9", "seed=1")
+    rule = ("max_steps=null", "stage.tokens_per_param=0.004")
+    assert "set a larger one" in refusal(root, "run=longer", *run, *rule, "stage.extend=true")
+    assert "max_steps: 5 -> null" in refusal(root, "run=longer", *run, *rule)
+    for file in (root / "longer" / "pretrain" / "checkpoints").glob("*.ckpt"):
+        file.unlink()
+    assert "no checkpoint of step 5" in refusal(root, "run=longer", *run, "max_steps=9")
+    assert record(root, "longer")["status"] == "finished"
