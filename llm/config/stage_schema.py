@@ -51,7 +51,9 @@ class ModelStage(StageConfig):
 class PretrainStage(ModelStage):
     """Settings of stage=pretrain."""
 
-    warm_start: bool = key("where init_from gives the weights, take the optimizer state of its last checkpoint too")
+    warm_start: bool = key(
+        "where init_from gives the weights, take the optimizer state of the parent's last checkpoint too"
+    )
     eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
     tokens_per_param: float = key(
         "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
