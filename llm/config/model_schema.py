@@ -34,7 +34,7 @@ class ClassicArch(ArchConfig):
 
     rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
     rope_scaling: str | None = key(
-        "where model.seq_len is above the parent's: yarn = stretch the long wavelengths; null = leave them",
+        "where model.seq_len is above the parent's: yarn = stretch the long wavelengths; null = none is stretched",
         choices=("yarn",),
     )
     softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0)
