@@ -125,18 +125,24 @@ def _some(names: Sequence[str]) -> str:
 class FileRows(Sequence):
     """The rows of task files as a sequence: all are read and checked once, then found again by their places.
 
-    Rows of plain json lines stay in their files. Those of other formats are kept in a temporary file without a name,
-    which is as large as the rows and goes with the process. check: reads rows and notes those that are left out; limit:
-    only the first rows; wanted: only the rows with these numbers, counted from 0 through all files, the others are not
-    checked. skipped: number of rows left out, by reason. Raises UserError for files without rows or that cannot be
-    read, and for all bad rows together unless `check` skips them.
+    Rows of plain json lines stay in their files. Those of other formats are kept in a temporary file without a
+    name, which is as large as the rows and goes with the process. check: reads rows and notes those that are left
+    out; limit: only the first rows; wanted: only the rows with these numbers, counted from 0 through all files, the
+    others are not checked; encoding: of files of text. skipped: number of rows left out, by reason. Raises
+    UserError for files without rows or that cannot be read, and for all bad rows together unless `check` skips
+    them.
     """
 
     def __init__(
-        self, files: Sequence[Path], check: RowCheck, limit: int | None = None, wanted: range | None = None
+        self,
+        files: Sequence[Path],
+        check: RowCheck,
+        limit: int | None = None,
+        wanted: range | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         self._files = [member for path in files for member in members(path)]
-        self._check, self._wanted = check, wanted
+        self._check, self._wanted, self._encoding = check, wanted, encoding
         self._passed = 0  # rows of all files so far
         self._offsets, self._lengths, self._numbers = array("q"), array("I"), array("I")  # of the bytes of each row
         self._starts: list[int] = []  # position of each file's first row
@@ -160,9 +166,10 @@ class FileRows(Sequence):
             form = format_of(path)
             if form.note:
                 print(f"{self._check.key}: {form.note}", flush=True)
-            plain = form.kind not in TABLES and not form.compression and isinstance(path, Path) and is_json_lines(path)
+            plain = form.kind not in TABLES and not form.compression and isinstance(path, Path)
+            plain = plain and self._encoding == "utf-8" and is_json_lines(path)
             self._states.append(path.stat() if plain else None)
-            for number, row, place in _lines(path) if plain else _others(path):
+            for number, row, place in _lines(path) if plain else _others(path, self._encoding):
                 rows, self._passed = rows + 1, self._passed + 1
                 if self._wanted is not None and self._passed - 1 not in self._wanted:
                     continue
@@ -215,9 +222,9 @@ class FileRows(Sequence):
             raise UserError(f"{self._check.where(path, number)}: cannot be read ({error.strerror})") from None
 
 
-def count_rows(files: Sequence[Path]) -> int:
+def count_rows(files: Sequence[Path], encoding: str = "utf-8") -> int:
     """Return the number of rows of task files, bad ones with them. Raises UserError for a file that cannot be read."""
-    return sum(1 for path in files for member in members(path) for _ in _others(member))
+    return sum(1 for path in files for member in members(path) for _ in _others(member, encoding))
 
 
 def members(path: Path) -> list:
@@ -242,7 +249,9 @@ def parse_line(line: bytes | str | BadRow, path: Any, number: int) -> Any:
     try:
         return parse(decode(line) if isinstance(line, bytes) else line, path, number)
     except UnicodeDecodeError as error:
-        return BadRow(str(path), f"byte {error.start} is not UTF-8 text: convert the file to UTF-8")
+        return BadRow(
+            str(path), f"byte {error.start} is not UTF-8 text: convert the file, or set data.tasks.<name>.encoding"
+        )
 
 
 def decode(line: bytes) -> str:
@@ -260,9 +269,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
             offset += len(line)
 
 
-def _others(path: Any) -> Iterator[tuple[int, Any, None]]:
+def _others(path: Any, encoding: str) -> Iterator[tuple[int, Any, None]]:
     """Yield (number, row, None) of the rows of a file of any format; lines of text are lines of JSON."""
-    for number, row in read_records(path):
+    for number, row in read_records(path, encoding=encoding):
         if not (row is None or (isinstance(row, str) and not row.strip())):
             yield number, parse_line(row, path, number) if isinstance(row, str) else row, None
 

@@ -27,13 +27,14 @@ def build_task(
 ) -> Task:
     """Build the task `name` of `data.tasks` for one split ("train" or "test").
 
-    spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub"; train,
-    test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the data set that
-    repo, subset and revision name); size and test_size (rows to generate, or items to draw from a word list);
-    shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other columns); limit (use
-    only the first items); options (arguments of a generator, such as steps or maker); fields, roles, ignore,
-    merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`). A file that both splits name belongs to
-    the test, except that a word list is divided between them.
+    spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub";
+    train, test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the
+    data set that repo, subset and revision name); size and test_size (rows to generate, or items to draw from a
+    word list); shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other
+    columns); limit (use only the first items); options (arguments of a generator, such as steps or maker); fields,
+    roles, ignore, merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`); encoding (of local
+    files of text). A file that both splits name belongs to the test, except that a word list is divided between
+    them.
     Local rows are all checked here, before any compute, of a hub data set the first 1,000. cache: where fetched data
     lies; without it nothing is fetched. bad_rows: "stop" raises `UserError` for rows that cannot be used, of which it
     shows ten; "skip" leaves them out. The task's `skipped` counts what was left out, by reason. Raises `UserError` for
@@ -56,6 +57,8 @@ def build_task(
     for option in ("question", "answer"):
         if spec.get(option) is not None and (source in GENERATED or task.reads == "words"):
             raise UserError(f"{where}.{option}={spec[option]}: only rows of files and of the hub have columns")
+    if spec.get("encoding") is not None and (source != "local" or task.reads == "words"):
+        raise UserError(f"{where}.encoding={spec['encoding']}: only rows of local files have an encoding")
     if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
     try:
@@ -190,15 +193,15 @@ def _row_task(
 def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> FileRows:
     """Return the rows of a split's files, or the part of them that the split names."""
     key, files, limit = f"data.tasks.{name}", _files(name, spec, split, cache), spec.get("limit")
-    part = cut(_plain(spec.get(split)), f"{key}.{split}")[1]
+    part, encoding = cut(_plain(spec.get(split)), f"{key}.{split}")[1], spec.get("encoding") or "utf-8"
     held_out, held_part = cut(_plain(spec.get("test")), f"{key}.test")
     shared = []
     if split == "train" and held_part is not None:  # a whole file of the test is not among the files
         tested = find_files(held_out, f"{key}.test", cache=cache)
         shared = [path for path in files if path.resolve() in {other.resolve() for other in tested}]
     if part is None and not shared:
-        return FileRows(files, check, limit)
-    count = count_rows(files)
+        return FileRows(files, check, limit, encoding=encoding)
+    count = count_rows(files, encoding)
     wanted = range(count) if part is None else part.rows(count)
     if shared and (files != tested or set(wanted) & set(held_part.rows(count))):
         raise UserError(
@@ -207,7 +210,7 @@ def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck,
         )
     if not wanted:
         raise UserError(f"{key}.{split}={spec[split]}: there is no such row among the {count:,} of {files[0]}")
-    return FileRows(files, check, limit, wanted)
+    return FileRows(files, check, limit, wanted, encoding)
 
 
 def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> HubRows:

@@ -61,6 +61,9 @@ class TaskSpec:
     ignore: list[str] | None = field(
         default=None, metadata={"help": "chat rows: further keys of rows and messages that mean nothing"}
     )
+    encoding: str | None = field(
+        default=None, metadata={"help": "encoding of local files of rows, such as cp1252 or utf-16; null = utf-8"}
+    )
     merge_neighbours: bool | None = field(
         default=None,
         metadata={"help": "chat rows: true = join neighbouring messages of one role; null = refuse such rows"},

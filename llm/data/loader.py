@@ -153,7 +153,6 @@ class StepLoader:
             balance.padded += ids.size - sum(used)
             balance.cut += 0 if isinstance(packer, BestFitPad) else packer.lost - lost
             balance.repeated += packer.repeated - repeated
-            balance.waiting = packer.waiting_tokens
             yield step | {"state": self._position(feed.cursor, packer.snapshot(), balance.to_dict())}
 
     def _balance_so_far(self, packer) -> Balance:
@@ -170,7 +169,13 @@ class StepLoader:
         It is built lazily, because copying the buffer costs megabytes and only checkpoints need it.
         """
         identity = self._identity()
-        return lambda: identity | {"cursor": cursor, "packer": _tensors(snapshot()), "balance": balance}
+
+        def position() -> dict:
+            packer = snapshot()
+            counted = balance | {"waiting": int(packer["lengths"].sum())}
+            return identity | {"cursor": cursor, "packer": _tensors(packer), "balance": counted}
+
+        return position
 
     def _identity(self) -> dict:
         """The entries of a position that must agree with the loader which continues it."""

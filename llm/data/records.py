@@ -78,10 +78,11 @@ def damage(path, position):
 
 
 def undecodable(error: UnicodeDecodeError) -> str:
-    """Return in words that bytes do not fit `data.encoding`, with a proposal."""
+    """Return in words that bytes do not fit the encoding, with a proposal."""
     name = {"utf-8": "UTF-8"}.get(error.encoding, error.encoding)
     other = "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8"
-    return f"not {name} text ({error.reason}). Convert the file, or name its encoding by data.encoding={other}"
+    keys = f"data.encoding={other}, or for a task data.tasks.<name>.encoding"
+    return f"not {name} text ({error.reason}). Convert the file, or name its encoding by {keys}"
 
 
 def lines(path, encoding: str = "utf-8") -> Iterator[tuple[int, str | BadRow]]:

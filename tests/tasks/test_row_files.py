@@ -261,3 +261,19 @@ def test_a_stage_holds_out_what_a_folder_names_so(folder):
 def test_a_missing_file_hints_at_another_format(folder):
     with pytest.raises(UserError, match=r"no file matches .*train.csv .*; there is train.jsonl$"):
         build(folder / "train.csv")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_rows_in_another_encoding(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    written = FORMATS[suffix](ROWS).decode() if suffix != ".json" else json.dumps(ROWS, ensure_ascii=False)
+    path.write_bytes(written.encode("cp1252"))
+    assert exchanges(build(path, encoding="cp1252")) == WANT
+    with pytest.raises(
+        UserError, match="no valid row" if suffix == ".csv" else r"UTF-8 text.*data.tasks.<name>.encoding"
+    ):
+        build(path)
+    with pytest.raises(UserError, match="nonsense: Python knows no such encoding"):
+        build(path, encoding="nonsense")
+    with pytest.raises(UserError, match="encoding=cp1252: only rows of local files have an encoding"):
+        build(path, source="embedded", encoding="cp1252")
