@@ -76,6 +76,12 @@ class ZipMember:
 
     as_posix = resolve = __str__
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the member, decompressed."""
+        with zipfile.ZipFile(self.archive) as archive:
+            return archive.getinfo(self.member).file_size
+
     def stat(self) -> os.stat_result:
         """Return the size and times of the archive."""
         return self.archive.stat()
@@ -178,6 +184,8 @@ def check_one_kind(files: Sequence, what: str, fix: str) -> None:
     if len(kinds) < 2:
         return
     counts = " and ".join(f"{len(of)} {kind}" for kind, of in sorted(kinds.items()))
+    if any(isinstance(file, ZipMember) for file in files):
+        raise UserError(f"{what} mixes {counts} files, some of them in a .zip. Unpack it, and name those to read.")
     suffixes = {_suffix(file.name) for file in max(kinds.values(), key=_size)}
     suffix = suffixes.pop() if len(suffixes) == 1 else f".{split_suffix(max(kinds.values(), key=_size)[0].name)[0]}*"
     raise UserError(f"{what} mixes {counts} files. Name those to read, such as {fix % suffix}.")

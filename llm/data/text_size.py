@@ -4,7 +4,6 @@ The characters of a sample are tokenised. Text of up to `EXACT_BYTES` of files i
 counted; of larger text the size of the files says how much there is.
 """
 
-import zipfile
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -81,8 +80,7 @@ def _by_files(source: FileDocuments, tokenizer) -> int:
 def _text_bytes(path: Path | ZipMember) -> float:
     """Return about how many bytes a file holds, decompressed."""
     if isinstance(path, ZipMember):
-        with zipfile.ZipFile(path.archive) as archive:
-            return archive.getinfo(path.member).file_size
+        return path.size
     return path.stat().st_size * (COMPRESSED if format_of(path).compression else 1)
 
 

@@ -350,3 +350,11 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     write(path, words(60, 500))
     with pytest.raises(UserError, match="a.jsonl: (has changed while|line)"):
         list(stream)
+
+
+def test_several_kinds_in_a_zip_are_told_apart(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "one"}\n')
+        archive.writestr("README.txt", "read me")
+    with pytest.raises(UserError, match="mixes 1 jsonl and 1 txt files, some of them in a .zip. Unpack it"):
+        find_data_files(str(tmp_path), "data.path")
