@@ -119,10 +119,13 @@ def conversations(cfg, name: str, split: str, rows: Rows) -> Items:
             raise error from None
         rows.add_bad(error, sum(count for reason, count in task.skipped.items() if reason.startswith("bad rows")))
     for index in range(len(task)):
+        where = f"{rows.name}.{split} row {index + 1}"
         try:
+            if task.judges_slowly and split == "test":  # programs, which no run tries before it starts
+                type(task).check_reference(task.rows[task.indices[index]], where)
             yield "\n\n".join(plain_text(message["content"]) for message in task[index]["messages"])
-        except UserError as error:  # of a data set of the hub, only the first rows were looked at before
-            yield BadRow(f"row {index + 1}", str(error))
+        except UserError as error:  # also of a data set of the hub, whose first rows alone were looked at before
+            yield BadRow(where, str(error).removeprefix(f"{where}: "))
 
 
 def plain_text(content: str | list[dict]) -> str:

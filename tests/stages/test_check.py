@@ -81,6 +81,27 @@ def test_bad_rows_of_tasks_are_counted_and_the_others_are_read(tmp_path, capsys)
     assert [(file["read"], file["bad"]) for file in files] == [(7, 2), (7, 2)]
 
 
+def test_programs_that_fail_their_own_tests_are_bad(tmp_path, capsys):
+    rows = [
+        {
+            "task_id": f"t/{body}",
+            "prompt": 'def double(x):\n    """Return twice x."""\n',
+            "entry_point": "double",
+            "canonical_solution": f"    return {body}\n",
+            "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+        }
+        for body in ("2 * x", "x + 1")
+    ]
+    path = tmp_path / "programs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data.tasks.humaneval.test={path}", "data.eval=[humaneval]", "data.path=x", "data.rl=null"]
+    empty = [f"data.mixture.{stage}={{}}" for stage in ("midtrain", "sft")]
+    settings += [*empty, "stage.parts=[tasks]", f"paths.runs={tmp_path}"]
+    with pytest.raises(UserError, match="1 bad rows"):
+        run_stage(compose("train", "stage=check", "data=local", *settings))
+    assert "data.tasks.humaneval.test row 2: its own answer" in capsys.readouterr().out
+
+
 def test_files_that_are_not_there_are_bad(tmp_path):
     with pytest.raises(UserError, match="2 bad rows"):
         run_stage(args(tmp_path / "none", "stage.parts=[text]", f"stage.out={tmp_path}/out.json"))
