@@ -67,7 +67,9 @@ def build_task(
         return _row_task(task, name, spec, split, options, cache, bad_rows)
     except UserError as error:
         text, key = str(error), where if source in GENERATED else f"{where}.{split}"
-        raise UserError(text if text.startswith(where) else f"{key}: {text}") from None
+        if text.startswith(where):
+            raise
+        raise UserError(f"{key}: {text}") from None
 
 
 def build_mixture(

@@ -11,6 +11,14 @@ SHOWN = 10  # bad rows that an error shows; of the others it gives the number
 Check = Callable[[dict, str], None]
 
 
+class BadRows(UserError):
+    """Raised for rows that cannot be used, with their number in `count`."""
+
+    def __init__(self, text: str, count: int) -> None:
+        super().__init__(text)
+        self.count = count
+
+
 class RowCheck:
     """Reads rows and notes which cannot be used (bad rows) and which the configuration leaves out.
 
@@ -71,10 +79,10 @@ class RowCheck:
         listed = list(self._lines())
         if self._bad and not self._skips:
             if self._bad == 1:
-                raise UserError(f"{self.key}: {listed[0]}")
+                raise BadRows(f"{self.key}: {listed[0]}", 1)
             more = [f"and {self._bad - SHOWN:,} more"] if self._bad > SHOWN else []
             head = f"{self.key}: {self._bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
-            raise UserError("\n  ".join([head, *listed, *more]))
+            raise BadRows("\n  ".join([head, *listed, *more]), self._bad)
         if self.skipped and not kept:
             first = f"; the first: {listed[0]}" if listed else ""
             raise UserError(f"{self.key}: no row is left ({describe(self.skipped)}){first}")

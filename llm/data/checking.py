@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from llm.data.records import SHOWN
 
@@ -78,7 +79,9 @@ class Checker:
         self.is_complete = True  # False once there were too many hashes to note them all
         self._seen: dict[str, set[int]] = {"train": set(), "held out": set()}
         self._owner: dict[int, Rows] = {}  # hash of a held-out row -> where it stands, until training repeats it
-        self._grams: dict[int, int] = {}  # hash of 13 words -> number of the held-out row
+        self._grams: dict[int, int] = {}  # hash of 13 words -> number of the first held-out row with them
+        self._others: dict[int, list[int]] = {}  # hash of 13 words -> numbers of further held-out rows with them
+        self._further = 0  # numbers in `_others` so far
         self._row_of: list[Rows | None] = []  # by that number; None once the row is counted
 
     def add(self, rows: Rows, text: str | None) -> None:
@@ -97,24 +100,29 @@ class Checker:
         if whole in seen:
             rows.repeated += 1
             return
-        if self._has_room(seen):
+        if self._has_room(len(seen)):
             seen.add(whole)
         if rows.split == "train":
             self._compare(words, whole)
         else:
             self._keep(rows, words, whole)
 
-    def _has_room(self, kept) -> bool:
-        self.is_complete = self.is_complete and len(kept) < MAX_HASHES
-        return len(kept) < MAX_HASHES
+    def _has_room(self, kept: int) -> bool:
+        self.is_complete = self.is_complete and kept < MAX_HASHES
+        return kept < MAX_HASHES
 
     def _keep(self, rows: Rows, words: list[str], whole: int) -> None:
         self._owner[whole] = rows
         number = len(self._row_of)
         self._row_of.append(rows)
-        if self._has_room(self._grams):
-            for gram in _grams(words):
-                self._grams.setdefault(gram, number)
+        for gram in _grams(words):
+            if not self._has_room(len(self._grams) + self._further):  # asked within a row: one may be a whole book
+                return
+            if self._grams.setdefault(gram, number) != number:
+                others = self._others.setdefault(gram, [])
+                if others[-1:] != [number]:
+                    others.append(number)
+                    self._further += 1
 
     def _compare(self, words: list[str], whole: int) -> None:
         if (held_out := self._owner.pop(whole, None)) is not None:
@@ -122,12 +130,15 @@ class Checker:
         if not self._grams:
             return
         for gram in _grams(words):
-            number = self._grams.get(gram)
-            if number is not None and (rows := self._row_of[number]) is not None:
-                rows.overlapping += 1
-                self._row_of[number] = None
+            if gram not in self._grams:
+                continue
+            # All rows with these words are counted now, so the words are not needed again.
+            for number in (self._grams.pop(gram), *self._others.pop(gram, ())):
+                if (rows := self._row_of[number]) is not None:
+                    rows.overlapping += 1
+                    self._row_of[number] = None
 
 
 def _grams(words: list[str]) -> Iterator[int]:
     """Yield the hash of every run of 13 words."""
-    return map(hash, zip(*(words[start:] for start in range(GRAM)), strict=False))
+    return map(hash, zip(*(islice(words, start, None) for start in range(GRAM)), strict=False))

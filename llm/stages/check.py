@@ -113,11 +113,11 @@ def conversations(cfg, name: str, split: str, rows: Rows) -> Items:
     except UserError as error:
         if spec.source not in ("local", "hub"):
             raise
+        rows.add_bad(error, getattr(error, "count", 1))
         try:
             task = build_task(name, spec, split, cache, "skip")
-        except UserError:
-            raise error from None
-        rows.add_bad(error, sum(count for reason, count in task.skipped.items() if reason.startswith("bad rows")))
+        except UserError:  # no row is left, or the file cannot be read at all
+            return
     for index in range(len(task)):
         where = f"{rows.name}.{split} row {index + 1}"
         try:
@@ -147,7 +147,7 @@ def show(files: list[Rows], unit: str, seq_len: int, is_complete: bool) -> None:
     for rows in files:
         counts = (rows.read, rows.bad, rows.empty, rows.chars, *([sum(rows.lengths)] if more else []))
         lengths = (rows.quantile(0.5), rows.quantile(0.95), max(rows.lengths, default=0))
-        longer = percent(rows.longer_than(seq_len) / max(1, len(rows.lengths)))
+        longer = percent(rows.longer_than(seq_len) / max(1, len(rows.lengths))) if more else "-"  # seq_len is in tokens
         lines.append([rows.name, rows.split, *(f"{number:,}" for number in (*counts, *lengths)), longer])
     print_table(header, lines)
     print(f"lengths are in {unit}" + ("" if more else ": there is no tokenizer yet, or give init_from=<run>"))
@@ -171,5 +171,5 @@ def warnings(rows: Rows) -> Iterator[str]:
         yield f"{rows.repeated:,} of {rows.read:,} rows stand in this split more than once"
     if rows.leaked:
         yield f"{rows.leaked:,} held-out rows are trained on, word for word"
-    if rows.overlapping > rows.leaked:
+    if rows.overlapping:
         yield f"{rows.overlapping:,} held-out rows share 13 words in a row with training"

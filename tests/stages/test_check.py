@@ -81,6 +81,17 @@ def test_bad_rows_of_tasks_are_counted_and_the_others_are_read(tmp_path, capsys)
     assert [(file["read"], file["bad"]) for file in files] == [(7, 2), (7, 2)]
 
 
+def test_every_row_of_a_task_that_holds_only_bad_ones_is_counted(tmp_path):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "chat").mkdir()
+    for name, count in (("train", 12), ("val", 5)):
+        line = json.dumps({"messages": messages, "label": False}) + "\n"
+        (tmp_path / "chat" / f"{name}.jsonl").write_text(line * count)
+    settings = ["data=own", f"data.tasks_path={tmp_path}", "stage.parts=[tasks]", f"paths.runs={tmp_path}"]
+    with pytest.raises(UserError, match="17 bad rows"):
+        run_stage(compose("train", "stage=check", *settings))
+
+
 def test_programs_that_fail_their_own_tests_are_bad(tmp_path, capsys):
     rows = [
         {
@@ -115,6 +126,34 @@ def test_too_many_hashes_are_said(monkeypatch):
     for text in "abcc":
         checker.add(rows, text)
     assert not checker.is_complete and rows.repeated == 0 and rows.read == 4
+
+
+def test_words_that_several_held_out_rows_share_count_for_each():
+    checker, held_out, train = Checker(), Rows("val", "held out"), Rows("file", "train")
+    shared = " ".join(WORDS[:GRAM])
+    for text in (f"a {shared} b", f"c {shared} d"):
+        checker.add(held_out, text)
+    for text in (f"e {shared} f", f"g {shared} h"):
+        checker.add(train, text)
+    assert held_out.overlapping == 2
+
+
+def test_short_leaks_do_not_hide_rows_that_overlap():
+    checker, held_out, train = Checker(), Rows("val", "held out"), Rows("file", "train")
+    shared = " ".join(WORDS[:GRAM])
+    for text in ("a short row", f"a {shared}"):
+        checker.add(held_out, text)
+    for text in ("a short row", f"b {shared}"):
+        checker.add(train, text)
+    assert (held_out.leaked, held_out.overlapping) == (1, 1)
+    assert len(list(check.warnings(held_out))) == 2
+
+
+def test_one_long_row_stays_within_the_bound(monkeypatch):
+    monkeypatch.setattr("llm.data.checking.MAX_HASHES", 100)
+    checker = Checker()
+    checker.add(Rows("val", "held out"), " ".join(WORDS))
+    assert len(checker._grams) == 100 and not checker.is_complete
 
 
 def test_lengths_are_in_tokens_of_the_tokenizer():
