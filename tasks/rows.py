@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from llm.data.records import SHOWN
 from llm.errors import UserError
 from tasks.base import Dropped, RowReader
 
-SHOWN = 10  # bad rows that an error shows; of the others it gives the number
 Check = Callable[[dict, str], None]
 
 

@@ -197,7 +197,7 @@ def point_to(hub, patch, folder, patience=HANG):
 
 
 def entries(files):
-    """What a listing of all folders holds: files and folders in name order."""
+    """Return what a listing of all folders holds: files and folders in name order."""
     folders = {"/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)}
     found = [entry(name, content) for name, content in files.items()]
     found += [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in folders]
@@ -205,7 +205,7 @@ def entries(files):
 
 
 def is_below(path, folder, deep):
-    """Whether a listing of `folder` names `path`."""
+    """Return whether a listing of `folder` names `path`."""
     rest = path.removeprefix(f"{folder}/") if folder else path
     return (not folder or rest != path) and (deep or "/" not in rest)
 

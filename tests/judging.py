@@ -1,4 +1,4 @@
-"""What the tests of judges from outside share: models of ours and of transformers, tasks for CORE and for lm-eval."""
+"""Parts that the tests of judges from outside share: our models and transformers', tasks of CORE and lm-eval."""
 
 import json
 from functools import lru_cache, partial

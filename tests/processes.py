@@ -113,7 +113,7 @@ def end_started(first: int = 0) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process exists and is more than an entry that nobody has asked for yet."""
+    """Return whether a process exists and is more than an entry that nobody has asked for yet."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in "ZX"
 
@@ -157,7 +157,7 @@ def watch(parent: int, mark: str) -> None:
 
 
 def begin() -> None:
-    """What a started process does before its program: Ctrl-C ends it, even if it does not end this one."""
+    """Prepare a started process before its program runs: Ctrl-C ends it, even where the parent ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()
 

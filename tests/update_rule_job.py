@@ -1,4 +1,4 @@
-"""What each process of test_update_rules.py runs: `update_rule_job.py <folder>`, launched in two processes.
+"""Program of each process of test_update_rules.py: `update_rule_job.py <folder>`, launched in two processes.
 
 Updates the same parameters by the optimizers of strategy=muon and strategy=fsdp, with an elementwise and a matrix rule
 that no optimizer of ours has, stops half-way, gathers the state and goes on with new optimizers that load it.
@@ -56,7 +56,7 @@ def optimizer_of(kind: type, params: dict[str, list]) -> GroupOptimizer:
 
 
 def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor]:
-    """What one process computes in a step, or with rank=None the sum over all of them."""
+    """Return what one process computes in a step, or with rank=None the sum over all processes."""
     ranks = range(world) if rank is None else [rank]
     shapes = [shape for shapes in SHAPES.values() for shape in shapes]
     return [sum(drawn(shape, 1000 * step + 100 * r + i) for r in ranks) for i, shape in enumerate(shapes)]

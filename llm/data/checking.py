@@ -39,6 +39,7 @@ class Rows:
     empty: int = 0
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
+    unreadable: str = ""  # why reading ended early or never began; "" = all was read
     chars: int = 0
     repeated: int = 0  # rows that stood before, in this split
     leaked: int = 0  # held-out rows that training holds too, word for word
@@ -62,9 +63,22 @@ class Rows:
         return sum(length > limit for length in self.lengths)
 
     def to_dict(self) -> dict:
-        """Return the counts as JSON can hold them, lengths as median, p95 and maximum."""
-        shown = ("name", "split", "read", "empty", "bad", "first_bad", "chars", "repeated", "leaked", "overlapping")
+        """Return the counts as JSON can hold them, lengths as median, p95, maximum and total."""
+        shown = (
+            "name",
+            "split",
+            "read",
+            "empty",
+            "bad",
+            "first_bad",
+            "unreadable",
+            "chars",
+            "repeated",
+            "leaked",
+            "overlapping",
+        )
         lengths = {"median": self.quantile(0.5), "p95": self.quantile(0.95), "max": max(self.lengths, default=0)}
+        lengths["total"] = sum(self.lengths)
         return {key: getattr(self, key) for key in shown} | {"markers": dict(self.markers), "length": lengths}
 
 

@@ -18,6 +18,7 @@ from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from llm.utils.files import write_json
 from llm.utils.format import percent, print_table
 from tasks.registry import build_task, used_tasks
+from tasks.rows import BadRows
 
 PARTS = ("text", "tasks")
 # Held-out rows are read first: what training repeats of them is found while training rows pass by.
@@ -43,8 +44,17 @@ def run(cfg) -> None:
     out = Path(cfg.stage.out or Path(cfg.paths.runs) / "data_check.json")
     write_json(out, {"unit": unit, "complete": checker.is_complete, "files": [rows.to_dict() for rows in files]})
     print(f"all counts: {out}", flush=True)
-    if bad := sum(rows.bad for rows in files):
-        raise UserError(f"{bad:,} bad rows are listed above; correct them, or leave them out: data.bad_rows=skip")
+    raise_for_problems(files, cfg.data.bad_rows)
+
+
+def raise_for_problems(files: list[Rows], bad_rows: str) -> None:
+    """Raise UserError that counts bad rows and what cannot be read, if there are any."""
+    bad, unreadable = sum(rows.bad for rows in files), len({rows.unreadable for rows in files if rows.unreadable})
+    found = [f"{bad:,} bad rows"] if bad else []
+    found += [f"{unreadable:,} files or tasks that cannot be read"] if unreadable else []
+    if found:
+        advice = ", or leave bad rows out: data.bad_rows=skip" if bad and bad_rows == "stop" else ""
+        raise UserError(f"{' and '.join(found)} are listed above; correct them{advice}")
 
 
 def find_tokenizer(cfg) -> Tokenizer | None:
@@ -60,7 +70,7 @@ def find_tokenizer(cfg) -> Tokenizer | None:
 
 
 def read(checker: Checker, rows: Rows, items: Items) -> None:
-    """Count all rows of one file; what ends the reading is a bad row."""
+    """Count all rows of one file, and note what ends the reading early."""
     try:
         for item in items:
             if isinstance(item, BadRow):
@@ -68,11 +78,11 @@ def read(checker: Checker, rows: Rows, items: Items) -> None:
             else:
                 checker.add(rows, item)
     except UserError as error:
-        rows.add_bad(error)
+        rows.unreadable = str(error)
 
 
 def texts(cfg, split: str, shown: str) -> Iterator[tuple[Rows, Items]]:
-    """Yield (counts to fill, documents) of every file of text; a source that is not there has a bad row of its own."""
+    """Yield (counts to fill, documents) of every file of text; a source that is not there has a line of its own."""
     try:
         source = build_source(cfg.data, cfg.paths.data)
         parts = source.sources.values() if isinstance(source, MixedDocuments) else [source]
@@ -110,13 +120,11 @@ def conversations(cfg, name: str, split: str, rows: Rows) -> Items:
     spec, cache = cfg.data.tasks[name], task_cache(cfg)
     try:
         task = build_task(name, spec, split, cache)
-    except UserError as error:
-        if spec.source not in ("local", "hub"):
-            raise
-        rows.add_bad(error, getattr(error, "count", 1))
+    except BadRows as error:
+        rows.add_bad(error, error.count)
         try:
             task = build_task(name, spec, split, cache, "skip")
-        except UserError:  # no row is left, or the file cannot be read at all
+        except UserError:  # no row is left
             return
     for index in range(len(task)):
         where = f"{rows.name}.{split} row {index + 1}"
@@ -151,6 +159,8 @@ def show(files: list[Rows], unit: str, seq_len: int, is_complete: bool) -> None:
         lines.append([rows.name, rows.split, *(f"{number:,}" for number in (*counts, *lengths)), longer])
     print_table(header, lines)
     print(f"lengths are in {unit}" + ("" if more else ": there is no tokenizer yet, or give init_from=<run>"))
+    for problem in dict.fromkeys(rows.unreadable for rows in files if rows.unreadable):
+        print(f"cannot be read: {problem}")
     for rows in files:
         for problem in rows.first_bad:
             print(f"bad: {problem}")

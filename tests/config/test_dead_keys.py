@@ -84,7 +84,7 @@ def sources_and_tasks(folder) -> list[tuple]:
 
 
 def read_in_the_source(name: str) -> bool:
-    """Whether `<group>.<key>` stands in the source, for what work takes only now and then; cfg.<key> at the top."""
+    """Return whether `<group>.<key>` stands in the source, for rare work; cfg.<key> at the top."""
     *parents, last = name.split(".")
     owners = {parents[-1]} if parents else {"cfg", "config"}
     return any((owner, last) in ATTRIBUTES for owner in owners)

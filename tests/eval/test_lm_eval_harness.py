@@ -1,4 +1,4 @@
-"""What lm-eval asks of a model, what our harness answers, and mistakes about tasks, keys and models."""
+"""Tests of what lm-eval asks of a model, of what our harness answers, and of mistakes about tasks, keys and models."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def test_whole_texts_are_the_sum_over_their_windows(net, tokenizer):
 
 
 def test_generation_ends_at_stop_texts_wherever_tokens_end(net, tokenizer):
-    """The same text as without stop texts, cut at the first of them."""
+    """Check that a text equals the one without stop texts, cut at the first stop."""
     model = HarnessModel(Engine(net, tokenizer), 3)
 
     def answers(until, **more):

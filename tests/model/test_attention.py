@@ -105,7 +105,7 @@ def test_low_precision_is_as_exact_as_torch(dtype, window):
 
 
 def test_the_operator_is_well_formed():
-    """What torch.compile relies on: shapes without running, gradients, no hidden writes."""
+    """Check what torch.compile relies on: shapes without running, gradients, no hidden writes."""
     q, k, v = inputs(140, torch.float32)[0]
     for window in (None, 16):
         torch.library.opcheck(attention_cpu._attention, (q, k, v, SCALE, window, None, True))
@@ -181,7 +181,7 @@ def choose(asked="auto", device=GPU, dtype=BF16, head_dim=128, windows=True, doc
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """As if there were one, with everything installed."""
+    """Pretend that there is a Hopper GPU, with everything installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("llm.model.attention.flash_attn_func", lambda *args: None)
     monkeypatch.setattr("llm.model.attention.has_triton", lambda: True)

@@ -124,7 +124,7 @@ def test_a_failing_compiler_names_the_part(monkeypatch):
     ],
 )  # fmt: skip
 def test_benchmarks_end_with_a_line_of_json(script, options, keys):
-    """What was measured is more than nothing: a clock that is read twice at once, or a part that did not run, is 0."""
+    """Measured times are more than nothing: a clock that is read twice at once, or a part that did not run, is 0."""
     done = run(sys.executable, str(REPO / f"bench/{script}.py"), *options)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout.splitlines()[-1])

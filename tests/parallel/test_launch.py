@@ -39,7 +39,7 @@ def two_nodes(root: Path, *args: str, **env: str) -> list:
 
 
 def slurm_tasks(root: Path, *args: str, **env: str) -> list:
-    """What srun --ntasks=2 starts, with the variables that it sets."""
+    """Start what srun --ntasks=2 starts, with the variables that it sets."""
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0"}
     step |= {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "PYTHONPATH": TESTS, **env}  # Lightning looks for these
@@ -304,7 +304,7 @@ def watched(register) -> None:
 
 
 def test_rank_0_ends_when_another_process_is_silent(heart, capsys):
-    """Of three processes rank 1 calls every time, rank 2 never: heard of from there, the other not."""
+    """Let rank 1 of three processes call every time and rank 2 never: only rank 1 is heard of."""
     register = SimpleNamespace(heard={1: 0.0, 2: 0.0})
 
     def silent():

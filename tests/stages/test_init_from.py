@@ -1,4 +1,4 @@
-"""What a stage takes from its parent, and how a finished stage goes on."""
+"""Tests of what a stage takes from its parent, and of how a finished stage goes on."""
 
 import json
 

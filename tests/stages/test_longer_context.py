@@ -77,7 +77,7 @@ def test_made_longer_twice_counts_from_the_first_context():
 
 
 def test_yarn_keeps_the_fast_channels_and_slows_the_slow_ones():
-    """As transformers computes it, for a head of 128 channels made longer from 2,048 to 8,192 tokens."""
+    """Compare with transformers, for a head of 128 channels made longer from 2,048 to 8,192 tokens."""
     utils = pytest.importorskip("transformers.modeling_rope_utils")
     rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 2048}
     config = pytest.importorskip("transformers").NanoChatConfig(

@@ -1,4 +1,4 @@
-"""What a stage trains on, as people see it."""
+"""Tests of how people are shown what a stage trains on."""
 
 import shutil
 

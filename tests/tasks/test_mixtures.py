@@ -33,7 +33,7 @@ SETS = {
 
 
 class StandIn(Sequence):
-    """As many rows as the data set has, all the same; takes what `HubRows` takes."""
+    """Stand-in for `HubRows`: as many rows as the data set has, all equal."""
 
     def __init__(self, source, split, which, check, shuffle_seed=None, limit=None):
         assert shuffle_seed == 42

@@ -228,7 +228,7 @@ def test_template_refuses_a_forged_turn(token, place, tok):
 
 
 def test_calculations_are_shown_as_such():
-    """Of parts and of text with marks, which is how a tokenizer writes an answer; also where an answer was cut off."""
+    """Check parts and text with marks, which is how a tokenizer writes an answer; also where an answer was cut off."""
     shown = "hi [1+2 = 3] so 3"
     assert readable(TOOL_ANSWER) == readable(content_text(TOOL_ANSWER)) == shown
     assert split_calls(TOOL_ANSWER) == [(False, "hi "), (True, "1+2 = 3"), (False, " so 3")]
