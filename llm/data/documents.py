@@ -20,6 +20,7 @@ from llm.data.files import find_data_files, format_of
 from llm.data.formats import Column, check_file, count_rows, read_rows
 from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
+from llm.data.stores import StoredFile, shown
 from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
@@ -207,12 +208,16 @@ class FileDocuments:
         return self._checked
 
     def _check(self) -> str:
-        for path in self.files:
+        ends = dict.fromkeys((self.files[0], self.files[self.n_train - 1], self.files[-1]))
+        seen = self.files if self.is_stored else ends  # far away every look costs a request
+        for path in seen:
             check_file(path, self.column)
-        if self.is_stored and int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
+        if not self.is_stored:
+            self.note = "; ".join(filter(None, [self.note, _unread(len(self.files), len(self.files))]))
+        elif int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
             self._scan()
         self._find_documents()
-        kinds, count = sorted({format_of(path).kind for path in self.files}), len(self.files)
+        kinds, count = sorted({format_of(path).kind for path in seen}), len(self.files)
         held_out = f"validation: {self._held_out()}"
         return f"{count} {'/'.join(kinds)} file{'s' * (count > 1)}, {self.where}; {held_out}{self._notes()}"
 
@@ -345,8 +350,7 @@ class LocalDocuments(FileDocuments):
         held = find_data_files(val, f"{key}.val") if val else None
         notes = [found.left_out, held.left_out if held else ""]
         parts = divide(found.names)
-        alone = len(found.files) == 1 and str(found.files[0]) == str(Path(path or "").expanduser())
-        if train or alone:  # named by the user: its name need not say anything
+        if train or found.alone:  # named by the user: its name need not say anything
             files, validate = found.files, []
         else:
             files, validate = ([found.files[i] for i in part] for part in parts[:2])
@@ -360,17 +364,18 @@ class LocalDocuments(FileDocuments):
                 f"{key}.path={path}: {_named(found.files)}: by their names none of the files is to be trained on. Name "
                 f"those to train on in {key}.train"
             )
-        where = f"{key}.train={train}" if train else f"{key}.path={path}"
+        where = f"{key}.train={shown(train)}" if train else f"{key}.path={shown(path)}"
         super().__init__(
             files, where, column, val_size, key, val=validate, note="; ".join(filter(None, notes)), **options
         )
+        self.is_stored = not any(isinstance(getattr(file, "archive", file), StoredFile) for file in self.files)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return size and time of change of a file of this machine, by which a change is noticed."""
-    if not isinstance(path, Path):
+    """Return size and time of change of a file of this machine or of a store, by which a change is noticed."""
+    if not isinstance(path, Path | StoredFile):
         return None
-    stat = path.stat()
+    stat = (path.fresh() if isinstance(path, StoredFile) else path).stat()
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -1,7 +1,7 @@
 """Data files: how they are found, what they are by name and content, and how they are opened.
 
-`find_data_files` is the only place that lists files, `open_bytes` the only one that opens them. A file is a Path or
-an object with the same `name`, `open("rb")` and `stat()`, such as a member of a zip archive.
+`list_files` is the only place that lists files, `open_bytes` the only one that opens them. A file is a Path or an
+object with the same `name`, `open("rb")` and `stat()`: a member of a zip archive, or a file in a store.
 """
 
 import bz2
@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from llm.data.stores import StoredFile, is_address, listed, shown
 from llm.errors import UserError
 
 CODE = (
@@ -52,19 +53,33 @@ class Format(NamedTuple):
     note: str = ""
 
 
+class Listed(NamedTuple):
+    """Files behind one entry of the configuration, each with its name below the folder.
+
+    kind: "file", "folder" or "pattern".
+    """
+
+    kind: str
+    files: list[tuple[Any, str]]
+
+
 class Found(NamedTuple):
-    """Data files in name order, one line on what is left out ("" for nothing), and each name below the folder."""
+    """Data files in name order, one line on what is left out ("" for nothing), and each name below the folder.
+
+    alone: whether there is one file only, and the configuration names it.
+    """
 
     files: list
     left_out: str
     names: list[str]
+    alone: bool
 
 
 @dataclass(frozen=True)
 class ZipMember:
     """File inside a zip archive, with the methods of a path that the readers call."""
 
-    archive: Path
+    archive: Path | StoredFile
     member: str
 
     @property
@@ -79,7 +94,7 @@ class ZipMember:
     @property
     def size(self) -> int:
         """Return the bytes of the member, decompressed."""
-        with zipfile.ZipFile(self.archive) as archive:
+        with open_zip(self.archive) as archive:
             return archive.getinfo(self.member).file_size
 
     def stat(self) -> os.stat_result:
@@ -88,7 +103,12 @@ class ZipMember:
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Return a reader of the member's bytes."""
-        return zipfile.ZipFile(self.archive).open(self.member)
+        return open_zip(self.archive).open(self.member)
+
+
+def open_zip(path: Path | StoredFile) -> zipfile.ZipFile:
+    """Open a zip archive for reading."""
+    return zipfile.ZipFile(path if isinstance(path, Path) else path.open("rb"))
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -109,9 +129,9 @@ def format_of(path) -> Format:
     Raises UserError for a file that cannot be read or whose content no reader knows.
     """
     kind, named = kind_of(path.name), split_suffix(path.name)[1]
-    if not isinstance(path, Path | ZipMember):  # far away: a look inside costs a request
+    if not isinstance(path, Path | ZipMember | StoredFile):  # far away: a look inside costs a request
         return Format(kind, named)
-    head = _head(path)
+    head = path.head if isinstance(path, StoredFile) else _head(path)
     compression = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
     if named and not compression:  # the decompressor names the damage
         return Format(kind, named)
@@ -156,24 +176,29 @@ def find_data_files(paths: str | Path | Sequence, key: str) -> Found:
         raise UserError(f"{key}={paths} is not set: name a file, a folder or a pattern of {KNOWN} files")
     entries = [paths] if isinstance(paths, str | Path) else list(paths)
     found: dict = {}
+    named: set = set()  # files that are named by themselves: always read
     left: Counter = Counter()
+    folders = False
     for entry in entries:
-        listed = list(_listed(entry, key))
-        for path, name in _expanded(listed, left):
+        here = list_files(entry, key)
+        if not here.files and here.kind == "pattern":
+            raise UserError(f"{key}={entry}: no such file or folder, and no file matches it as a glob. Correct {key}.")
+        folders = folders or here.kind == "folder"
+        named.update(path for path, _ in here.files if here.kind == "file")
+        for path, name in _expanded(here.files, left):
             found.setdefault(path, name)
     files = sorted(found, key=lambda path: path.as_posix())
     if not files:
         said = f" ({_left_out(left)})" if left else ""
-        raise UserError(f"{key}={paths}: holds no {KNOWN} file{said}. Convert the text to one of these.")
-    named = {Path(entry).expanduser() for entry in entries}  # a file named by itself is always read
+        raise UserError(f"{key}={shown(paths)}: holds no {KNOWN} file{said}. Convert the text to one of these.")
     kept = [path for path in files if path in named or kind_of(path.name) in _first_class(files)]
     rest = [path for path in files if path not in set(kept)]
-    if any(path.is_dir() for path in named):
+    if folders:
         larger = [path for path in rest if kind_of(path.name) in CLASSES[1]]
         what = kept if _size(larger) <= _size(kept) else files
-        check_one_kind(what, f"{key}={paths}: the folder", f"{key}='{str(entries[0]).rstrip('/')}/**/*%s'")
+        check_one_kind(what, f"{key}={shown(paths)}: the folder", f"{key}='{str(entries[0]).rstrip('/')}/**/*%s'")
     left.update(_suffix(path.name) for path in rest)
-    return Found(kept, _left_out(left), [found[path] for path in kept])
+    return Found(kept, _left_out(left), [found[path] for path in kept], len(kept) == 1 and kept[0] in named)
 
 
 def check_one_kind(files: Sequence, what: str, fix: str) -> None:
@@ -201,21 +226,23 @@ def _first_class(files: Sequence) -> tuple[str, ...]:
     return next(of for of in CLASSES if kinds & set(of))
 
 
-def _listed(entry, key: str) -> Iterator[tuple[Path, str]]:
-    """Yield (path, name below the folder) of everything that one entry names, data or not; broken links too."""
-    root = Path(entry).expanduser()
+def list_files(entry: object, key: str) -> Listed:
+    """Return the files that a path, folder, glob or address names, data or not; broken links too, hidden files not.
+
+    A folder is listed with its subfolders and linked folders. Nothing there is a pattern without files; at an address
+    it is a UserError that names `key`, the place in the configuration.
+    """
+    if is_address(entry):
+        kind, files = listed(str(entry), key)
+        return Listed(kind, list(files))
+    root = Path(str(entry)).expanduser()
     if root.is_dir():
-        yield from _below(root)
-    elif root.exists():
-        yield root, root.name
-    else:
-        matches = [Path(path) for path in sorted(glob.glob(str(root), recursive=True))]
-        if not matches:
-            raise UserError(f"{key}={entry}: no such file or folder, and no file matches it as a glob. Correct {key}.")
-        fixed = Path(*_until_pattern(root.parts))
-        for path in matches:
-            if not path.is_dir():
-                yield path, path.relative_to(fixed).as_posix()
+        return Listed("folder", sorted(_below(root)))
+    if root.exists():
+        return Listed("file", [(root, root.name)])
+    fixed = Path(*_until_pattern(root.parts))
+    matches = [path for path in map(Path, sorted(glob.glob(str(root), recursive=True))) if not path.is_dir()]
+    return Listed("pattern", [(path, path.relative_to(fixed).as_posix()) for path in matches])
 
 
 def _until_pattern(parts: Sequence[str]) -> list[str]:
@@ -243,7 +270,7 @@ def _below(root: Path) -> Iterator[tuple[Path, str]]:
 def _expanded(listed: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tuple]:
     """Yield the data files among those listed, the members of zip archives among them; count the others in `left`."""
     for path, name in listed:
-        if path.is_symlink() and not path.exists():
+        if isinstance(path, Path) and path.is_symlink() and not path.exists():
             left["broken link"] += 1
         elif path.name.lower().endswith(".zip"):
             yield from _members(path, name, left)
@@ -256,7 +283,7 @@ def _expanded(listed: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tup
 def _members(path: Path, name: str, left: Counter) -> Iterator[tuple[ZipMember, str]]:
     """Yield the data files of a zip archive. Raises UserError if it cannot be read."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error

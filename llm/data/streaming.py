@@ -6,17 +6,13 @@ its row group.
 """
 
 import io
-import threading
-from concurrent.futures import Future
 from types import SimpleNamespace
 
-from llm.data.download import HubFile, HubFolder, patiently
+from llm.data.blocks import opened
+from llm.data.download import HubFile, HubFolder
 from llm.data.formats import check_file
 from llm.data.hub_documents import HubDocuments
 from llm.utils.format import in_bytes
-
-BLOCK_BYTES = 1 << 22
-BLOCKS_AHEAD = 4
 
 
 class StreamedDocuments(HubDocuments):
@@ -55,50 +51,4 @@ class RemoteFile:
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """Return a reader of the file's bytes."""
-        return io.BufferedReader(Blocks(self.folder, self.file), BLOCK_BYTES)
-
-
-class Blocks(io.RawIOBase):
-    """Bytes of a file on the hub. Threads fetch the blocks behind the one that is read."""
-
-    def __init__(self, folder: HubFolder, file: HubFile) -> None:
-        self.folder, self.file, self.at = folder, file, 0
-        self._blocks: dict[int, Future] = {}
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.file.size}[whence]
-        return self.at
-
-    def readinto(self, buffer) -> int:
-        if self.at >= self.file.size:
-            return 0
-        number, inside = divmod(self.at, BLOCK_BYTES)
-        last = (self.file.size - 1) // BLOCK_BYTES
-        wanted = range(number, min(number + BLOCKS_AHEAD, last) + 1)
-        self._blocks = {i: self._blocks.get(i) or self._request(i) for i in wanted}
-        data = self._blocks[number].result()[inside : inside + len(buffer)]
-        buffer[: len(data)] = data
-        self.at += len(data)
-        return len(data)
-
-    def _request(self, number: int) -> Future:
-        future: Future = Future()
-        threading.Thread(target=self._fetch, args=(number, future), name="fathom-stream", daemon=True).start()
-        return future
-
-    def _fetch(self, number: int, future: Future) -> None:
-        start = number * BLOCK_BYTES
-        stop = min(start + BLOCK_BYTES, self.file.size)
-        try:
-            future.set_result(patiently(lambda: self.folder.read(self.file, start, stop), self.folder))
-        except BaseException as error:
-            future.set_exception(error)
+        return opened(self.folder, self.file)

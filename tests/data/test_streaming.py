@@ -8,11 +8,12 @@ from data_files import read, words, write
 from hub_server import REPO, Hub, point_to
 from omegaconf import OmegaConf
 
-from llm.data import streaming
+from llm.data import blocks
+from llm.data.blocks import Blocks
 from llm.data.download import HubFolder
 from llm.data.hub_documents import HubDocuments
 from llm.data.sources import build_source
-from llm.data.streaming import Blocks, StreamedDocuments
+from llm.data.streaming import StreamedDocuments
 from llm.errors import UserError
 from llm.stages.run_stage import run_stage
 
@@ -24,7 +25,7 @@ def hub(tmp_path, monkeypatch):
     """A hub; blocks are small, so that files have several."""
     with Hub({}) as hub:
         point_to(hub, monkeypatch, tmp_path / "hf")
-        monkeypatch.setattr(streaming, "BLOCK_BYTES", 500)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 500)
         yield hub
 
 
@@ -78,7 +79,7 @@ def test_a_position_is_found_without_reading_what_comes_before(hub, tmp_path, mo
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
     path, table = tmp_path / "a.parquet", pa.table({"text": [text * 200 for text in words(400)]})
     pq.write_table(table, path, row_group_size=50, compression="none", use_dictionary=False)
     hub.files = {"a.parquet": path.read_bytes(), "b.parquet": path.read_bytes()}
@@ -124,7 +125,7 @@ def test_settings_that_do_not_go_together(hub, tmp_path):
 
 
 def test_a_run_from_the_network(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
     fill(hub, tmp_path, n=400)
     args = ["experiment=tiny", "data=hub", f"data.repo={REPO}", "data.streaming=true", "data.val_size=null"]
     args += [f"paths.data={tmp_path}/cache", f"paths.runs={tmp_path}/runs", "trainer=cpu", "max_steps=4"]

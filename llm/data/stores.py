@@ -1,0 +1,200 @@
+"""Files at addresses of object stores and of the web: s3://, gs://, hf://, https:// and all else that fsspec knows.
+
+A file is read in blocks where it lies, and nothing of it is stored. Credentials and servers are those of the packages
+behind fsspec (docs/data.md); what stands in an address behind `?` or before `@` is never shown.
+"""
+
+import glob
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from llm.data.blocks import opened
+from llm.data.download import chain, first_line, patiently, status_of
+from llm.errors import UserError
+
+SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:// is a drive
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> extra of pyproject.toml
+WEB = ("http", "https")
+NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "DefaultCredentialsError",
+    "CredentialRetrievalError",
+)
+WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotImplementedError, ValueError)
+
+
+def is_address(entry: object) -> bool:
+    """Return whether an entry of the configuration is an address, and no path of this machine."""
+    return SCHEME.match(str(entry)) is not None
+
+
+def shown(entries: object) -> str:
+    """Return entries of the configuration as text, without what may be secret in an address.
+
+    Left out are `user:password@`, and in addresses of the web all from `?` on.
+    """
+    text = re.sub(r"(://)[^/@\s'\"]*@", r"\1", str(entries))
+    return re.sub(r"(https?://[^?\s'\"]*)\?[^\s'\",\]]*", r"\1", text)
+
+
+class Store:
+    """Place behind an address that the key `key` of the configuration names.
+
+    Raises UserError for an address of a kind that fsspec does not know, or whose package is not installed.
+    """
+
+    advice = "Check the network and the address"
+
+    def __init__(self, address: str, key: str) -> None:
+        from fsspec.core import url_to_fs
+
+        self.address, self.key = address, key
+        self.scheme = SCHEME.match(address)["scheme"].lower()
+        self.server = f"the store of {self.scheme}://"
+        try:
+            self.fs, self.path = url_to_fs(address)
+        except ImportError as error:
+            extra = f"pip install -e '.[{EXTRAS[self.scheme]}]'" if self.scheme in EXTRAS else first_line(error)
+            raise UserError(f"{self}: {self.scheme}:// needs a package of its own: {extra}") from error
+        except ValueError as error:
+            raise UserError(f"{self}: {first_line(error)}") from error
+
+    def __str__(self) -> str:
+        return f"{self.key}={shown(self.address)}"
+
+    def lasting_problem(self, error: Exception) -> str | None:
+        """Return what the user has to do about an error that waiting does not cure; None for all others."""
+        names = {kind.__name__ for part in chain(error) for kind in type(part).__mro__}
+        status = getattr(error, "status", None) or status_of(error)
+        if names.intersection(NO_CREDENTIALS):
+            return f"{self}: there are no credentials for {self.server}. Set those of the store (docs/data.md)"
+        if "PermissionError" in names or status in (401, 403):
+            return f"{self}: {self.server} refuses access ({first_line(error)}). Check the credentials (docs/data.md)"
+        if "FileNotFoundError" in names or status == 404:
+            return f"{self}: there is no such file, folder or bucket. Correct {self.key}"
+        if isinstance(error, WRONG) or "ParamValidationError" in names:
+            return f"{self}: {first_line(error)}. Correct {self.key}"
+        if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
+            return f"{self}: {self.server} answers {status} ({first_line(error)})"
+        return None
+
+    def ask(self, action) -> Any:
+        """Return the result of `action(fs)`, patiently."""
+        return patiently(lambda: action(self.fs), self)
+
+    def read(self, file: "StoredFile", start: int, stop: int) -> bytes:
+        """Return the bytes from `start` to `stop` of a file. Raises OSError if others come."""
+        content = self.fs.cat_file(file.path, start=start, end=stop)
+        if len(content) > stop - start:
+            raise UserError(
+                f"{file}: the server sends the whole file instead of a part. Fetch the file and name its path"
+            )
+        if len(content) != stop - start:
+            raise OSError(f"{file}: {len(content)} bytes came instead of {stop - start}")
+        return content
+
+    def file(self, path: str, info: dict) -> "StoredFile":
+        """Return the file that the store lists at `path`. Raises UserError if the server does not tell the size."""
+        if info.get("size") is None:
+            raise UserError(f"{self}: the server does not tell the file's size. Fetch the file and name its path")
+        keys = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "created")
+        version = next((str(info[key]) for key in keys if info.get(key)), "")
+        address = self.address if self.scheme in WEB else f"{self.scheme}://{path.lstrip('/')}"
+        return StoredFile(address, int(info["size"]), version, path, self)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """File in a store, with the methods of a path that the readers call. size: bytes; version: changes with content."""
+
+    address: str
+    size: int
+    version: str
+    path: str = field(compare=False)
+    store: Store = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Return the last part of the address."""
+        return self.path.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+
+    def __str__(self) -> str:
+        return shown(self.address)
+
+    def as_posix(self) -> str:
+        return self.address
+
+    resolve = as_posix
+
+    def is_file(self) -> bool:
+        return True
+
+    def stat(self) -> SimpleNamespace:
+        """Return the size in bytes as `st_size`, and a number that changes with the version as `st_mtime_ns`."""
+        digest = hashlib.sha256(self.version.encode()).digest()
+        return SimpleNamespace(st_size=self.size, st_mtime_ns=int.from_bytes(digest[:8]) >> 1)
+
+    @cached_property
+    def head(self) -> bytes:
+        """Return the first 8 bytes."""
+        return patiently(lambda: self.store.read(self, 0, min(8, self.size)), self.store) if self.size else b""
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
+        """Return a reader of the file's bytes."""
+        return opened(self.store, self)
+
+    def fresh(self) -> "StoredFile":
+        """Return the file as the store has it now."""
+        with suppress(AttributeError, NotImplementedError):
+            self.store.fs.invalidate_cache(self.store.fs._parent(self.path))
+        info = self.store.ask(lambda fs: fs.info(self.path))
+        return replace(self, size=info.get("size") or 0, version=self.store.file(self.path, info).version)
+
+
+def listed(address: str, key: str) -> tuple[str, Iterator[tuple[StoredFile, str]]]:
+    """Return what an address names, "file", "folder" or "pattern", and its files with their names below the folder.
+
+    Hidden files are left out. Raises UserError, naming `key`, for what the store does not have or does not give.
+    """
+    store = Store(address, key)
+    if store.scheme in WEB:
+        if store.path.partition("?")[0].endswith("/"):
+            raise UserError(
+                f"{store}: a server of the web lists no folder. Name the files, as in {key}=[{shown(address)}a.txt]"
+            )
+        file = store.file(store.path, store.ask(lambda fs: fs.info(store.path)))
+        return "file", iter([(file, file.name)])
+    if glob.has_magic(store.path):
+        found, kind = store.ask(lambda fs: fs.glob(store.path, detail=True)), "pattern"
+        folder = store.path[: re.search(r"[*?\[]", store.path).start()].rpartition("/")[0]
+    else:
+        info, folder = store.ask(lambda fs: fs.info(store.path)), store.path.rstrip("/")
+        if info["type"] != "directory":
+            file = store.file(store.path, info)
+            return "file", iter([(file, file.name)])
+        found, kind = store.ask(lambda fs: fs.find(store.path, detail=True)), "folder"
+    return kind, _below(store, found, folder)
+
+
+def _below(store: Store, found: dict[str, dict], folder: str) -> Iterator[tuple[StoredFile, str]]:
+    """Yield the files of a listing that are not hidden, with their names below `folder`, in name order."""
+    for path, info in sorted(found.items()):
+        name = path.removeprefix(folder).lstrip("/")
+        if info["type"] == "file" and not any(part.startswith(".") for part in name.split("/")):
+            yield store.file(path, info), name
+
+
+def upload(local: Path, address: str, key: str) -> None:
+    """Store a file of this machine at an address, whole or not at all. Raises UserError if the store refuses it."""
+    store = Store(address, key)
+    store.ask(lambda fs: fs.makedirs(fs._parent(store.path), exist_ok=True))
+    store.ask(lambda fs: fs.put_file(str(local), store.path))
