@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from llm.data.download import WebFile
-from llm.data.files import ZipMember, format_of, kind_of
+from llm.data.download import WebFile, shown
+from llm.data.files import Listed, ZipMember, format_of, kind_of, list_files, open_bytes, open_zip
 from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
+from llm.data.stores import is_address
 from llm.errors import UserError
 from tasks.hub import Cache
 from tasks.rows import RowCheck
@@ -23,8 +24,8 @@ from tasks.rows import RowCheck
 TABLES = ("parquet", "arrow", "csv", "tsv")
 
 
-def is_address(entry: object) -> bool:
-    """Return whether an entry of `train` or `test` is an address of the web."""
+def is_web(entry: object) -> bool:
+    """Return whether an entry of `train` or `test` is an address of the web, whose file is fetched once."""
     return str(entry).startswith(("https://", "http://"))
 
 
@@ -45,20 +46,20 @@ def find_files(
     cache: Cache | None = None,
     split: str | None = None,
     suffixes: tuple[str, ...] = (),
-) -> list[Path]:
+) -> list:
     """Return the files that a path, folder, glob, address or list of them names, sorted per entry, without `exclude`.
 
     Of a folder, only files of rows, or those that end with `suffixes`, are looked at; of a folder or glob, only those
     whose names speak for `split`, where names speak at all (`llm.data.splits`). What is left out is printed. Raises
     `UserError` naming `where` (the config key) for an entry that matches no file, or where nothing is left.
     """
-    found: list[Path] = []
+    found: list = []
     for entry in [paths] if isinstance(paths, (str, Path)) else list(paths):
-        if is_address(entry) and cache is not None:
+        if is_web(entry) and cache is not None:
             found.append(web_file(str(entry), where, cache))
             continue
         matches = existing(entry, where, suffixes)
-        chosen = (split and named_for(entry, split, suffixes)) or matches
+        chosen = (split and named_for(entry, split, where, suffixes)) or matches
         if others := [path.name for path in matches if path not in set(chosen)]:
             print(f"{where}: left out by their names: {_some(others)}", flush=True)
         found += chosen
@@ -70,39 +71,38 @@ def find_files(
     return found
 
 
-def existing(entry: object, where: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """Return what `matching` finds. Raises UserError naming `where` (the config key) where that is nothing."""
-    if matches := matching(entry, suffixes):
-        return matches
-    raise UserError(f"{where}: no file matches {entry} (relative to {Path.cwd()}){_beside(entry)}")
+def existing(entry: object, where: str, suffixes: tuple[str, ...] = ()) -> list:
+    """Return the files that a path, folder, glob or address names; of a folder those of rows, or with `suffixes`.
+
+    Raises UserError naming `where` (the config key) where that is nothing.
+    """
+    if found := _matching(entry, where, suffixes)[1]:
+        return [path for path, _ in found]
+    raise UserError(f"{where}: no file matches {shown(entry)} (relative to {Path.cwd()}){_beside(entry)}")
 
 
-def matching(entry: object, suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """Return the files that a path, folder or glob names, sorted; of a folder those of rows, or with `suffixes`."""
-    root = Path(str(entry)).expanduser()
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        return [path for path in map(Path, sorted(glob.glob(str(root), recursive=True))) if path.is_file()]
-    inside = (Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    seen = [path for path in sorted(inside) if not any(p.startswith(".") for p in path.relative_to(root).parts)]
-    wanted = (lambda name: name.lower().endswith(suffixes)) if suffixes else _holds_rows
-    return [path for path in seen if path.is_file() and wanted(path.name)]
-
-
-def named_for(entry: object, split: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
+def named_for(entry: object, split: str, where: str, suffixes: tuple[str, ...] = ()) -> list:
     """Return the files of a folder or glob that belong to a split, "train" or "test", by their names.
 
     Files without a split in their names are trained on. Held out are the files for validation, or if there are none
     those for the test. Of a single file, whose name does not matter, that is none.
     """
-    root = Path(str(entry)).expanduser()
-    if root.is_file():
+    kind, files = _matching(entry, where, suffixes)
+    if kind == "file":
         return []
-    files = matching(entry, suffixes)
-    names = [split_of(path.relative_to(root).as_posix() if root.is_dir() else path.name) for path in files]
+    names = [split_of(name) for _, name in files]
     wanted = ("train", None) if split == "train" else ("val",) if "val" in names else ("test",)
-    return [path for path, own in zip(files, names, strict=True) if own in wanted]
+    return [path for (path, _), own in zip(files, names, strict=True) if own in wanted]
+
+
+def _matching(entry: object, where: str, suffixes: tuple[str, ...]) -> Listed:
+    """Return the files that an entry names; of a folder those of rows, or with `suffixes`."""
+    found = list_files(entry, where)
+    wanted = (lambda name: name.lower().endswith(suffixes)) if suffixes else _holds_rows
+    named = found.kind != "folder"
+    return Listed(
+        found.kind, [(path, name) for path, name in found.files if path.is_file() and (named or wanted(name))]
+    )
 
 
 def _holds_rows(name: str) -> bool:
@@ -111,6 +111,8 @@ def _holds_rows(name: str) -> bool:
 
 def _beside(entry: object) -> str:
     """Return a hint at files of the same name and another format, for an error message."""
+    if is_address(entry):
+        return ""
     wanted = Path(str(entry)).expanduser()
     stem = wanted.name.split(".")[0]
     found = sorted(path.name for path in wanted.parent.glob(f"{glob.escape(stem)}.*")) if stem else []
@@ -232,7 +234,7 @@ def members(path: Path) -> list:
     if not path.name.lower().endswith(".zip"):
         return [path]
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir() and _holds_rows(info.filename)]
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error
@@ -284,7 +286,8 @@ def read_words(files: Sequence[Path]) -> list[str]:
     """
     words: dict[str, None] = {}
     for path in files:
-        lines = path.read_bytes().split(b"\n")
+        with open_bytes(path) as file:
+            lines = file.read().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 word = decode(line).strip()

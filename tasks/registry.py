@@ -10,7 +10,7 @@ from llm.data.download import Remote, WebFile
 from llm.errors import UserError
 from tasks.base import Task
 from tasks.columns import ColumnReader, Columns
-from tasks.files import FileRows, count_rows, existing, find_files, is_address, named_for, read_words
+from tasks.files import FileRows, count_rows, existing, find_files, is_web, named_for, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
 from tasks.rows import RowCheck
@@ -96,7 +96,7 @@ def held_out_weights(data, stage: str) -> dict[str, float]:
     if any(chosen.values()):
         return chosen
     trained = data.mixture.get(stage) or {}
-    return {n: 1 for n, repeats in trained.items() if repeats and has_split(data.tasks[n], "test")}
+    return {n: 1 for n, repeats in trained.items() if repeats and has_split(n, data.tasks[n], "test")}
 
 
 def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) -> Mixture:
@@ -114,14 +114,14 @@ def bad_rows(data) -> str:
     return data.get("bad_rows") or "stop"
 
 
-def has_split(spec, split: str) -> bool:
-    """Return whether a task can give rows of a split: generated ones always can, others if the split is named.
+def has_split(name: str, spec, split: str) -> bool:
+    """Return whether the task `name` can give rows of a split: generated ones always can, others if the split is named.
 
     A folder or glob of `train` also gives the files that are held out by their names.
     """
     if spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words":
         return True
-    return split == "test" and spec.source == "local" and bool(_held_out_by_name(spec))
+    return split == "test" and spec.source == "local" and bool(_held_out_by_name(name, spec))
 
 
 def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], split: str) -> None:
@@ -144,7 +144,7 @@ def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
     key = f"data.tasks.{name}"
     if spec.get("source") == "hub":
         return [_hub_task(key, spec, cache)]
-    entries = {entry: f"{key}.{split}" for split in SPLITS for entry in _as_list(spec.get(split)) if is_address(entry)}
+    entries = {entry: f"{key}.{split}" for split in SPLITS for entry in _as_list(spec.get(split)) if is_web(entry)}
     return [WebFile(entry, where, cache.folder) for entry, where in entries.items()]
 
 
@@ -261,7 +261,7 @@ def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) 
     key = f"data.tasks.{name}.{split}"
     suffixes = (".txt",) if task_class(spec).reads == "words" else ()
     if spec.get(split) is None:
-        if split == "test" and (held_out := _held_out_by_name(spec)):
+        if split == "test" and (held_out := _held_out_by_name(name, spec)):
             return held_out
         raise UserError(f"{key} is null: name the files of this split (words: .txt), or leave the task out")
     exclude, (entries, _) = [], cut(_plain(spec[split]), key)
@@ -271,10 +271,10 @@ def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) 
     return find_files(entries, key, exclude, cache, split, suffixes)
 
 
-def _held_out_by_name(spec: Mapping[str, Any]) -> list:
+def _held_out_by_name(name: str, spec: Mapping[str, Any]) -> list:
     """Return the files among those of `train` whose names say that they are held out, where `test` is null."""
-    entries = [entry for entry in _as_list(spec.get("train")) if not is_address(entry)]
-    return [path for entry in entries for path in named_for(entry, "test")]
+    entries = [entry for entry in _as_list(spec.get("train")) if not is_web(entry)]
+    return [path for entry in entries for path in named_for(entry, "test", f"data.tasks.{name}.train")]
 
 
 def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:

@@ -16,11 +16,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
+from llm.data.download import shown
 from llm.data.files import find_data_files, format_of
 from llm.data.formats import Column, check_file, count_rows, read_rows
 from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
-from llm.data.stores import StoredFile, shown
+from llm.data.stores import StoredFile
 from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
@@ -316,7 +317,7 @@ class FileDocuments:
         began = _stamp(path)
         for number, text in enumerate(read_rows(path, self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
-                return
+                break
             if text.__class__ is BadRow:
                 if self.bad_rows == "stop":
                     raise bad_rows_error([text], 1, f"{self.key}.bad_rows")

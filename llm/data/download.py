@@ -14,6 +14,7 @@ import hashlib
 import logging
 import queue
 import random
+import re
 import shutil
 import sys
 import threading
@@ -391,8 +392,17 @@ def status_of(error: Exception) -> int | None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most 200 characters."""
-    return str(error).strip().partition("\n")[0][:200]
+    """Return the first line of an error's text, at most 200 characters, without secrets in addresses."""
+    return shown(str(error).strip().partition("\n")[0])[:200]
+
+
+def shown(entries: object) -> str:
+    """Return entries of the configuration as text, without what may be secret in an address.
+
+    Left out are `user:password@`, and in addresses of the web all from `?` on.
+    """
+    text = re.sub(r"(://)[^/@\s'\"]*@", r"\1", str(entries))
+    return re.sub(r"(https?://[^?\s'\"]*)\?[^\s'\",\]]*", r"\1", text)
 
 
 def retry_after(error: Exception) -> float:

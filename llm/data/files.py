@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llm.data.stores import StoredFile, is_address, listed, shown
+from llm.data.download import shown
+from llm.data.stores import StoredFile, is_address, listed
 from llm.errors import UserError
 
 CODE = (

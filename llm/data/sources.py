@@ -6,6 +6,7 @@ from llm.config.check import check_values
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
 from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments
+from llm.data.stores import is_address
 from llm.errors import UserError
 
 # Keys of the group `data` that say where text is, and the sources that read them; null where they are not given.
@@ -45,6 +46,9 @@ def build_source(data, cache: str) -> DocumentSource:
 
 def is_remote(data) -> bool:
     """Return whether the text of the config group `data` lies on the network: a dry run then does not look at it."""
+    entries = [data.get(name) for name in ("path", "train", "val")] if data.name == "local" else []
+    if any(is_address(entry) for part in entries for entry in ([part] if isinstance(part, str) else part or [])):
+        return True
     return getattr(TEXT_SOURCES.get(data.name, "data.name"), "is_remote", False)
 
 

@@ -17,33 +17,21 @@ from types import SimpleNamespace
 from typing import Any
 
 from llm.data.blocks import opened
-from llm.data.download import chain, first_line, patiently, status_of
+from llm.data.download import chain, first_line, patiently, shown
 from llm.errors import UserError
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:// is a drive
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> extra of pyproject.toml
 WEB = ("http", "https")
-NO_CREDENTIALS = (
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "DefaultCredentialsError",
-    "CredentialRetrievalError",
-)
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}  # botocore's
+NO_CREDENTIALS |= {"DefaultCredentialsError"}  # google.auth's
+BROKEN = {"ConnectionError", "ClientConnectionError", "TimeoutError"}  # fsspec says "not found" for these as well
 WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotImplementedError, ValueError)
 
 
 def is_address(entry: object) -> bool:
     """Return whether an entry of the configuration is an address, and no path of this machine."""
     return SCHEME.match(str(entry)) is not None
-
-
-def shown(entries: object) -> str:
-    """Return entries of the configuration as text, without what may be secret in an address.
-
-    Left out are `user:password@`, and in addresses of the web all from `?` on.
-    """
-    text = re.sub(r"(://)[^/@\s'\"]*@", r"\1", str(entries))
-    return re.sub(r"(https?://[^?\s'\"]*)\?[^\s'\",\]]*", r"\1", text)
 
 
 class Store:
@@ -74,14 +62,14 @@ class Store:
     def lasting_problem(self, error: Exception) -> str | None:
         """Return what the user has to do about an error that waiting does not cure; None for all others."""
         names = {kind.__name__ for part in chain(error) for kind in type(part).__mro__}
-        status = getattr(error, "status", None) or status_of(error)
-        if names.intersection(NO_CREDENTIALS):
+        status = _status(error)
+        if names & NO_CREDENTIALS:
             return f"{self}: there are no credentials for {self.server}. Set those of the store (docs/data.md)"
         if "PermissionError" in names or status in (401, 403):
             return f"{self}: {self.server} refuses access ({first_line(error)}). Check the credentials (docs/data.md)"
-        if "FileNotFoundError" in names or status == 404:
+        if status == 404 or ("FileNotFoundError" in names and status is None and not names & BROKEN):
             return f"{self}: there is no such file, folder or bucket. Correct {self.key}"
-        if isinstance(error, WRONG) or "ParamValidationError" in names:
+        if (isinstance(error, WRONG) and status is None and not names & BROKEN) or "ParamValidationError" in names:
             return f"{self}: {first_line(error)}. Correct {self.key}"
         if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
             return f"{self}: {self.server} answers {status} ({first_line(error)})"
@@ -110,6 +98,17 @@ class Store:
         version = next((str(info[key]) for key in keys if info.get(key)), "")
         address = self.address if self.scheme in WEB else f"{self.scheme}://{path.lstrip('/')}"
         return StoredFile(address, int(info["size"]), version, path, self)
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status behind an error of fsspec, if any: aiohttp, botocore and httpx each keep it elsewhere."""
+    for part in chain(error):
+        response = getattr(part, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if (status := getattr(part, "status", None) or getattr(response, "status_code", None)) is not None:
+            return status
+    return None
 
 
 @dataclass(frozen=True)

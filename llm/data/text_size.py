@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from llm.data.documents import EmbeddedDocuments, FileDocuments, texts
-from llm.data.files import ZipMember, format_of
+from llm.data.files import ZipMember, format_of, kind_of, split_suffix
 from llm.data.formats import count_rows
+from llm.data.stores import StoredFile
 from llm.data.text_mixture import MixedDocuments
 from llm.data.tokens import CachedDocuments
 
@@ -64,12 +65,20 @@ def _by_reading(documents: Iterable[str], tokenizer) -> int:
 
 
 def _by_files(source: FileDocuments, tokenizer) -> int:
-    """Take tokens per document (parquet) or per byte (others) of the first documents for all files."""
+    """Take tokens per document (parquet) or per byte (others) of the first documents for all files.
+
+    The rows of parquet files in a store are taken from their sizes, by the first of them: each count costs requests.
+    """
     sample = _sample(islice(texts(source), SAMPLE_DOCUMENTS))
     tokens, total = _tokens(sample, tokenizer), 0.0
     per_byte = tokens / sum(len(text.encode()) for text in sample)
+    rows_per_byte = None
     for shard in source.shards("train"):
-        if format_of(shard.path).kind == "parquet":
+        if kind_of(shard.path.name) == "parquet" and isinstance(shard.path, StoredFile) and shard.stop is None:
+            size = shard.path.stat().st_size
+            rows_per_byte = rows_per_byte or count_rows(shard.path, source.column) / size
+            total += rows_per_byte * size * tokens / len(sample)
+        elif format_of(shard.path).kind == "parquet":
             rows = (shard.stop or count_rows(shard.path, source.column)) - shard.start
             total += rows * tokens / len(sample)
         else:
@@ -81,7 +90,8 @@ def _text_bytes(path: Path | ZipMember) -> float:
     """Return about how many bytes a file holds, decompressed."""
     if isinstance(path, ZipMember):
         return path.size
-    return path.stat().st_size * (COMPRESSED if format_of(path).compression else 1)
+    packed = split_suffix(path.name)[1] if isinstance(path, StoredFile) else format_of(path).compression
+    return path.stat().st_size * (COMPRESSED if packed else 1)
 
 
 def _sample(documents: Iterable[str]) -> list[str]:

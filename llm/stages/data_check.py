@@ -13,9 +13,10 @@ from llm.errors import UserError
 def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
     if row.reads_text and cfg.data.name == "local":
-        from llm.data.sources import build_source
+        from llm.data.sources import build_source, is_remote
 
-        build_source(cfg.data, cfg.paths.data)
+        if not (cfg.dry_run and is_remote(cfg.data)):
+            build_source(cfg.data, cfg.paths.data)
     if not row.is_chat or cfg.dry_run:  # a dry run does without what it cannot find
         return
     from tasks.registry import check_files, held_out_weights

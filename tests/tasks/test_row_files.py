@@ -253,7 +253,7 @@ def test_a_stage_holds_out_what_a_folder_names_so(folder):
     assert len(build_mixture(data.tasks, {"talk": 1}, "test")) == 2
     for name in ("validation.json", "test.parquet"):
         (folder / name).unlink()
-    assert not has_split(data.tasks.talk, "test")
+    assert not has_split("talk", data.tasks.talk, "test")
     with pytest.raises(UserError, match=r"data\.tasks\.talk\.test is null"):
         build(folder, "test")
 
