@@ -104,7 +104,9 @@ def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) ->
     weights = held_out_weights(data, stage)
     if not weights:
         raise UserError(
-            f"none of the tasks of data.mixture.{stage} has held-out rows: set data.tasks.<name>.test for one of them"
+            f"none of the tasks of data.mixture.{stage} has held-out rows: name a file val.jsonl, set "
+            "data.tasks.<name>.test for one of them, or cut a file in two: data.tasks.<name>.train='rows.jsonl[:-20]' "
+            "data.tasks.<name>.test='rows.jsonl[-20:]'"
         )
     return build_mixture(data.tasks, weights, "test", seed, cache, bad_rows(data))
 
