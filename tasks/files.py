@@ -4,7 +4,6 @@ import glob
 import os
 import pickle
 import tempfile
-import zipfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm.data.download import WebFile, shown
-from llm.data.files import Listed, ZipMember, format_of, kind_of, list_files, open_bytes, open_zip
+from llm.data.files import Listed, format_of, kind_of, list_files, open_bytes, zip_members
 from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
 from llm.data.stores import is_address
@@ -233,17 +232,10 @@ def members(path: Path) -> list:
     """Return the files of rows in a zip archive, hidden ones not; of any other file the file."""
     if not path.name.lower().endswith(".zip"):
         return [path]
-    try:
-        with open_zip(path) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir() and _holds_rows(info.filename)]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error
-    infos = [info for info in infos if not any(part.startswith((".", "__")) for part in info.filename.split("/"))]
-    if not infos:
+    found = [member for member in zip_members(path) if _holds_rows(member.name)]
+    if not found:
         raise UserError(f"{path}: the archive holds no file of rows (jsonl, json, csv, tsv, parquet, arrow)")
-    if any(info.flag_bits & 1 for info in infos):
-        raise UserError(f"{path}: the archive is encrypted. Unpack it.")
-    return sorted((ZipMember(path, info.filename) for info in infos), key=str)
+    return sorted(found, key=str)
 
 
 def parse_line(line: bytes | str | BadRow, path: Any, number: int) -> Any:

@@ -314,7 +314,7 @@ class FileDocuments:
     def _rows(self, shard: Shard, start: int) -> Iterator[str | None]:
         """Yield rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
         first, path = shard.start + start, self.present(shard.path)
-        began = _stamp(path)
+        began = _stamp(path)  # in a store: as it was listed, because the size that is read was found then
         for number, text in enumerate(read_rows(path, self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
                 break
@@ -324,7 +324,7 @@ class FileDocuments:
                 self._count(shard.path, number)
                 text = None
             yield text
-        if _stamp(path) != began:
+        if _stamp(path.fresh() if isinstance(path, StoredFile) else path) != began:
             raise BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
 
 
@@ -362,8 +362,8 @@ class LocalDocuments(FileDocuments):
             files, validate = [file for file in files if str(file.resolve()) not in resolved], held.files
         if not files:
             raise UserError(
-                f"{key}.path={path}: {_named(found.files)}: by their names none of the files is to be trained on. Name "
-                f"those to train on in {key}.train"
+                f"{key}.path={shown(path)}: {_named(found.files)}: by their names none of the files is to be trained "
+                f"on. Name those to train on in {key}.train"
             )
         where = f"{key}.train={shown(train)}" if train else f"{key}.path={shown(path)}"
         super().__init__(
@@ -376,7 +376,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     """Return size and time of change of a file of this machine or of a store, by which a change is noticed."""
     if not isinstance(path, Path | StoredFile):
         return None
-    stat = (path.fresh() if isinstance(path, StoredFile) else path).stat()
+    stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
 

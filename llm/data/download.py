@@ -135,13 +135,13 @@ class WebFile(Remote):
         self.url, parts = url, urlsplit(url)
         name = Path(unquote(parts.path)).name
         if not parts.hostname or not name:
-            raise UserError(f"{key}={url}: write the whole address of a file, https://<server>/<path>")
+            raise UserError(f"{key}={shown(url)}: write the whole address of a file, https://<server>/<path>")
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]  # files of other addresses may have the same name
         super().__init__(key, Path(cache).expanduser() / "files" / f"{name}-{digest}")
         self.server, self.path = parts.hostname, self.root / name
 
     def __str__(self) -> str:
-        return f"{self.key}={self.url}"
+        return f"{self.key}={shown(self.url)}"
 
     def is_here(self) -> bool:
         """Return True if the whole file has been fetched."""

@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -78,10 +78,11 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class ZipMember:
-    """File inside a zip archive, with the methods of a path that the readers call."""
+    """File inside a zip archive, with the methods of a path that the readers call. size: bytes, decompressed."""
 
     archive: Path | StoredFile
     member: str
+    size: int = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -91,12 +92,6 @@ class ZipMember:
         return f"{self.archive}/{self.member}"
 
     as_posix = resolve = __str__
-
-    @property
-    def size(self) -> int:
-        """Return the bytes of the member, decompressed."""
-        with open_zip(self.archive) as archive:
-            return archive.getinfo(self.member).file_size
 
     def stat(self) -> os.stat_result:
         """Return the size and times of the archive."""
@@ -109,7 +104,22 @@ class ZipMember:
 
 def open_zip(path: Path | StoredFile) -> zipfile.ZipFile:
     """Open a zip archive for reading."""
-    return zipfile.ZipFile(path if isinstance(path, Path) else path.open("rb"))
+    return zipfile.ZipFile(path) if isinstance(path, Path) else path.as_zip
+
+
+def zip_members(path: Path | StoredFile) -> list[ZipMember]:
+    """Return the files in a zip archive, data or not, hidden ones not.
+
+    Raises UserError if the archive cannot be read or is encrypted.
+    """
+    try:
+        infos = [info for info in open_zip(path).infolist() if not info.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error
+    infos = [info for info in infos if not any(p.startswith((".", "__MACOSX")) for p in info.filename.split("/"))]
+    if locked := next((info.filename for info in infos if info.flag_bits & 1), None):
+        raise UserError(f"{path}: {locked} is encrypted. Unpack the archive.")
+    return [ZipMember(path, info.filename, info.file_size) for info in infos]
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -183,7 +193,9 @@ def find_data_files(paths: str | Path | Sequence, key: str) -> Found:
     for entry in entries:
         here = list_files(entry, key)
         if not here.files and here.kind == "pattern":
-            raise UserError(f"{key}={entry}: no such file or folder, and no file matches it as a glob. Correct {key}.")
+            raise UserError(
+                f"{key}={shown(entry)}: no such file or folder, and no file matches it as a glob. Correct {key}."
+            )
         folders = folders or here.kind == "folder"
         named.update(path for path, _ in here.files if here.kind == "file")
         for path, name in _expanded(here.files, left):
@@ -197,7 +209,7 @@ def find_data_files(paths: str | Path | Sequence, key: str) -> Found:
     if folders:
         larger = [path for path in rest if kind_of(path.name) in CLASSES[1]]
         what = kept if _size(larger) <= _size(kept) else files
-        check_one_kind(what, f"{key}={shown(paths)}: the folder", f"{key}='{str(entries[0]).rstrip('/')}/**/*%s'")
+        check_one_kind(what, f"{key}={shown(paths)}: the folder", f"{key}='{shown(entries[0]).rstrip('/')}/**/*%s'")
     left.update(_suffix(path.name) for path in rest)
     return Found(kept, _left_out(left), [found[path] for path in kept], len(kept) == 1 and kept[0] in named)
 
@@ -234,8 +246,7 @@ def list_files(entry: object, key: str) -> Listed:
     it is a UserError that names `key`, the place in the configuration.
     """
     if is_address(entry):
-        kind, files = listed(str(entry), key)
-        return Listed(kind, list(files))
+        return Listed(*listed(str(entry), key))
     root = Path(str(entry)).expanduser()
     if root.is_dir():
         return Listed("folder", sorted(_below(root)))
@@ -268,35 +279,21 @@ def _below(root: Path) -> Iterator[tuple[Path, str]]:
                 yield path, path.relative_to(root).as_posix()
 
 
-def _expanded(listed: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tuple]:
+def _expanded(files: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tuple]:
     """Yield the data files among those listed, the members of zip archives among them; count the others in `left`."""
-    for path, name in listed:
+    for path, name in files:
         if isinstance(path, Path) and path.is_symlink() and not path.exists():
             left["broken link"] += 1
         elif path.name.lower().endswith(".zip"):
-            yield from _members(path, name, left)
+            for member in zip_members(path):
+                if kind_of(member.name):
+                    yield member, member.member if "/" in member.member else f"{name}/{member.member}"
+                else:
+                    left[_suffix(member.name)] += 1
         elif kind_of(path.name) and path.is_file():
             yield path, name
         else:
             left[_suffix(path.name)] += 1
-
-
-def _members(path: Path, name: str, left: Counter) -> Iterator[tuple[ZipMember, str]]:
-    """Yield the data files of a zip archive. Raises UserError if it cannot be read."""
-    try:
-        with open_zip(path) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as zip ({error}). Fetch the file again.") from error
-    for info in infos:
-        if any(part.startswith((".", "__MACOSX")) for part in info.filename.split("/")):
-            continue
-        if info.flag_bits & 1:
-            raise UserError(f"{path}: {info.filename} is encrypted. Unpack the archive.")
-        if kind_of(info.filename):
-            yield ZipMember(path, info.filename), info.filename if "/" in info.filename else f"{name}/{info.filename}"
-        else:
-            left[_suffix(info.filename)] += 1
 
 
 def _suffix(name: str) -> str:

@@ -8,9 +8,8 @@ import glob
 import hashlib
 import io
 import re
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+import zipfile
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from llm.errors import UserError
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:// is a drive
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> extra of pyproject.toml
 WEB = ("http", "https")
+UNPACKED = {"headers": {"Accept-Encoding": "identity"}}  # a server that packs a file counts other bytes than those sent
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}  # botocore's
 NO_CREDENTIALS |= {"DefaultCredentialsError"}  # google.auth's
 BROKEN = {"ConnectionError", "ClientConnectionError", "TimeoutError"}  # fsspec says "not found" for these as well
@@ -49,7 +49,7 @@ class Store:
         self.scheme = SCHEME.match(address)["scheme"].lower()
         self.server = f"the store of {self.scheme}://"
         try:
-            self.fs, self.path = url_to_fs(address)
+            self.fs, self.path = url_to_fs(address, **(UNPACKED if self.scheme in WEB else {}))
         except ImportError as error:
             extra = f"pip install -e '.[{EXTRAS[self.scheme]}]'" if self.scheme in EXTRAS else first_line(error)
             raise UserError(f"{self}: {self.scheme}:// needs a package of its own: {extra}") from error
@@ -96,8 +96,7 @@ class Store:
             raise UserError(f"{self}: the server does not tell the file's size. Fetch the file and name its path")
         keys = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "created")
         version = next((str(info[key]) for key in keys if info.get(key)), "")
-        address = self.address if self.scheme in WEB else f"{self.scheme}://{path.lstrip('/')}"
-        return StoredFile(address, int(info["size"]), version, path, self)
+        return StoredFile(self.fs.unstrip_protocol(path), int(info["size"]), version, path, self)
 
 
 def _status(error: Exception) -> int | None:
@@ -151,18 +150,22 @@ class StoredFile:
         """Return a reader of the file's bytes."""
         return opened(self.store, self)
 
+    @cached_property
+    def as_zip(self) -> zipfile.ZipFile:
+        """Return the file as a zip archive, opened once: its members then share the blocks that are read."""
+        return zipfile.ZipFile(self.open())
+
     def fresh(self) -> "StoredFile":
         """Return the file as the store has it now."""
-        with suppress(AttributeError, NotImplementedError):
-            self.store.fs.invalidate_cache(self.store.fs._parent(self.path))
-        info = self.store.ask(lambda fs: fs.info(self.path))
-        return replace(self, size=info.get("size") or 0, version=self.store.file(self.path, info).version)
+        self.store.fs.invalidate_cache()
+        return self.store.file(self.path, self.store.ask(lambda fs: fs.info(self.path)))
 
 
-def listed(address: str, key: str) -> tuple[str, Iterator[tuple[StoredFile, str]]]:
+def listed(address: str, key: str) -> tuple[str, list[tuple[StoredFile, str]]]:
     """Return what an address names, "file", "folder" or "pattern", and its files with their names below the folder.
 
-    Hidden files are left out. Raises UserError, naming `key`, for what the store does not have or does not give.
+    The order is that of the same files on disk. Hidden files are left out. Raises UserError, naming `key`, for what the
+    store does not have or does not give.
     """
     store = Store(address, key)
     if store.scheme in WEB:
@@ -170,26 +173,33 @@ def listed(address: str, key: str) -> tuple[str, Iterator[tuple[StoredFile, str]
             raise UserError(
                 f"{store}: a server of the web lists no folder. Name the files, as in {key}=[{shown(address)}a.txt]"
             )
-        file = store.file(store.path, store.ask(lambda fs: fs.info(store.path)))
-        return "file", iter([(file, file.name)])
-    if glob.has_magic(store.path):
-        found, kind = store.ask(lambda fs: fs.glob(store.path, detail=True)), "pattern"
+        return _alone(store, store.ask(lambda fs: fs.info(store.path)))
+    if glob.has_magic(store.path) and not store.ask(lambda fs: fs.exists(store.path)):
+        found = store.ask(lambda fs: fs.glob(store.path, detail=True))
         folder = store.path[: re.search(r"[*?\[]", store.path).start()].rpartition("/")[0]
-    else:
-        info, folder = store.ask(lambda fs: fs.info(store.path)), store.path.rstrip("/")
-        if info["type"] != "directory":
-            file = store.file(store.path, info)
-            return "file", iter([(file, file.name)])
-        found, kind = store.ask(lambda fs: fs.find(store.path, detail=True)), "folder"
-    return kind, _below(store, found, folder)
+        return "pattern", _below(store, sorted(found.items()), folder)
+    info = store.ask(lambda fs: fs.info(store.path))
+    if info["type"] != "directory":
+        return _alone(store, info)
+    found = store.ask(lambda fs: fs.find(store.path, detail=True))
+    in_order = sorted(found.items(), key=lambda item: item[0].split("/"))
+    return "folder", _below(store, in_order, store.path.rstrip("/"))
 
 
-def _below(store: Store, found: dict[str, dict], folder: str) -> Iterator[tuple[StoredFile, str]]:
-    """Yield the files of a listing that are not hidden, with their names below `folder`, in name order."""
-    for path, info in sorted(found.items()):
-        name = path.removeprefix(folder).lstrip("/")
-        if info["type"] == "file" and not any(part.startswith(".") for part in name.split("/")):
-            yield store.file(path, info), name
+def _alone(store: Store, info: dict) -> tuple[str, list[tuple[StoredFile, str]]]:
+    """Return the listing of a single file."""
+    file = store.file(store.path, info)
+    return "file", [(file, file.name)]
+
+
+def _below(store: Store, found: list[tuple[str, dict]], folder: str) -> list[tuple[StoredFile, str]]:
+    """Return the files of a listing that are not hidden, with their names below `folder`."""
+    named = [(path, info, path.removeprefix(folder).lstrip("/")) for path, info in found if info["type"] == "file"]
+    return [
+        (store.file(path, info), name)
+        for path, info, name in named
+        if not any(part.startswith(".") for part in name.split("/"))
+    ]
 
 
 def upload(local: Path, address: str, key: str) -> None:
