@@ -7,6 +7,7 @@ from typing import Any
 from llm.config.registries import TASK_TYPES
 from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
+from llm.data.stores import is_address
 from llm.errors import UserError
 from tasks.base import Task
 from tasks.columns import ColumnReader, Columns
@@ -14,7 +15,7 @@ from tasks.files import FileRows, count_rows, existing, find_files, is_web, name
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
 from tasks.rows import RowCheck
-from tasks.slices import cut
+from tasks.slices import cut, is_share, share_out
 from tasks.spelling import words_of_split
 
 SPLITS = ("train", "test")
@@ -29,7 +30,8 @@ def build_task(
 
     spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub";
     train, test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the
-    data set that repo, subset and revision name); size and test_size (rows to generate, or items to draw from a
+    data set that repo, subset and revision name; test: also a share of the rows of train, as 5%, where no name among
+    its files holds out); size and test_size (rows to generate, or items to draw from a
     word list); shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other
     columns); limit (use only the first items); options (arguments of a generator, such as steps or maker); fields,
     roles, ignore, merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`); encoding (of local
@@ -40,7 +42,7 @@ def build_task(
     shows ten; "skip" leaves them out. The task's `skipped` counts what was left out, by reason. Raises `UserError` for
     a wrong spec and for missing or empty data, too.
     """
-    where = f"data.tasks.{name}"
+    where, spec = f"data.tasks.{name}", _without_share(name, spec)
     kind, source, task = spec.get("type"), spec.get("source"), task_class(spec, where)
     if source not in SOURCES:
         raise UserError(f"{where}.source={source} does not exist: choose one of {', '.join(SOURCES)}")
@@ -104,9 +106,8 @@ def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) ->
     weights = held_out_weights(data, stage)
     if not weights:
         raise UserError(
-            f"none of the tasks of data.mixture.{stage} has held-out rows: name a file val.jsonl, set "
-            "data.tasks.<name>.test for one of them, or cut a file in two: data.tasks.<name>.train='rows.jsonl[:-20]' "
-            "data.tasks.<name>.test='rows.jsonl[-20:]'"
+            f"none of the tasks of data.mixture.{stage} has held-out rows: name a file val.jsonl, or set "
+            "data.tasks.<name>.test for one of them, to files or to a share of its rows: data.tasks.<name>.test=5%"
         )
     return build_mixture(data.tasks, weights, "test", seed, cache, bad_rows(data))
 
@@ -134,10 +135,10 @@ def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], sp
     for name in names:
         if name not in tasks or tasks[name].get("source") != "local":
             continue
-        key = f"data.tasks.{name}.{split}"
-        suffixes = (".txt",) if task_class(tasks[name]).reads == "words" else ()
-        for entry in _as_list(cut(_plain(tasks[name].get(split)), key)[0]):
-            if "://" not in str(entry):
+        key, spec = f"data.tasks.{name}.{split}", _without_share(name, tasks[name])
+        suffixes = (".txt",) if task_class(spec).reads == "words" else ()
+        for entry in _as_list(cut(_plain(spec.get(split)), key)[0]):
+            if not is_address(entry):
                 existing(entry, key, suffixes)
 
 
@@ -271,6 +272,17 @@ def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) 
     if split == "train" and held_out is not None and part is None:
         exclude = find_files(held_out, f"data.tasks.{name}.test", (), cache, "test", suffixes)
     return find_files(entries, key, exclude, cache, split, suffixes)
+
+
+def _without_share(name: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a spec whose `test` is no share: null where names in `train` hold files out, else a cut of its rows."""
+    share, key = spec.get("test"), f"data.tasks.{name}"
+    if not is_share(share) or spec.get("source") != "local":
+        return spec
+    if task_class(spec).reads == "words":
+        raise UserError(f"{key}.test={share}: a word list is divided by itself; set {key}.test=null")
+    parts = {"test": None} if _held_out_by_name(name, spec) else share_out(_plain(spec.get("train")), share, key)
+    return {**spec, **parts}
 
 
 def _held_out_by_name(name: str, spec: Mapping[str, Any]) -> list:

@@ -9,6 +9,7 @@ from llm.errors import UserError
 
 _PLACE = r"(-?\d+%?)?"
 _SLICE = re.compile(rf"(?P<files>.+)\[{_PLACE}:{_PLACE}\]")
+_SHARE = re.compile(r"[1-9]\d?%")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,28 @@ class Part:
 
 
 def _number(place: str, count: int) -> int:
-    return round(int(place[:-1]) * count / 100) if place.endswith("%") else int(place)
+    """Return a place among `count` rows; a share from the end is at least a row: [:-5%] of 9 rows leaves out one."""
+    if not place.endswith("%"):
+        return int(place)
+    number = round(int(place[:-1]) * count / 100)
+    return -1 if number == 0 and int(place[:-1]) < 0 else number
+
+
+def is_share(entry: Any) -> bool:
+    """Return whether the entry `test` of a task is a share of the rows of `train`, such as 5%."""
+    return isinstance(entry, str) and _SHARE.fullmatch(entry) is not None
+
+
+def share_out(train: Any, share: str, where: str) -> dict[str, str]:
+    """Return the entries `train` and `test` that hold out the last rows of `train`, a share of them as 5%.
+
+    Raises UserError, beginning with `where`, unless `train` is a single entry that is not cut yet.
+    """
+    if not isinstance(train, str) or cut(train, where)[1] is not None:
+        raise UserError(
+            f"{where}.test={share}: a share is held out of one file, folder or pattern, not of {where}.train={train}"
+        )
+    return {"train": f"{train}[:-{share}]", "test": f"{train}[-{share}:]"}
 
 
 def cut(entries: Any, where: str) -> tuple[Any, Part | None]:

@@ -18,14 +18,13 @@ class TaskSpec:
     )
     train: Any = field(
         default=None,
-        metadata={
-            "help": "training rows: file, part as rows.json[:700], folder, pattern, https:// address, list; hub: split"
-        },
+        metadata={"help": "training rows: file, part as rows.json[:700], folder, pattern, address, list; hub: split"},
     )
     test: Any = field(
         default=None,
         metadata={
-            "help": "held-out rows: file, folder, pattern, https:// address, list; hub: split; null = by names in train"
+            "help": "held-out rows: file, folder, pattern, address, list, share of train as 5%; hub: split; "
+            "null = by names in train"
         },
     )
     question: str | None = field(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llm.data.download import shown
-from llm.data.files import find_data_files, format_of
+from llm.data.files import ZipMember, find_data_files, format_of
 from llm.data.formats import Column, check_file, count_rows, read_rows
 from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
@@ -150,6 +150,7 @@ class FileDocuments:
     """
 
     is_stored = True  # the files are on this machine
+    is_cached = True  # data.token_cache may keep the tokens: a change of the files is noticed
     shuffle = None  # llm.data.shuffle.Shuffle, or None: training reads the documents in the order of the files
 
     def __init__(
@@ -314,7 +315,7 @@ class FileDocuments:
     def _rows(self, shard: Shard, start: int) -> Iterator[str | None]:
         """Yield rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
         first, path = shard.start + start, self.present(shard.path)
-        began = _stamp(path)  # in a store: as it was listed, because the size that is read was found then
+        began = _stamp(path)
         for number, text in enumerate(read_rows(path, self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
                 break
@@ -324,7 +325,7 @@ class FileDocuments:
                 self._count(shard.path, number)
                 text = None
             yield text
-        if _stamp(path.fresh() if isinstance(path, StoredFile) else path) != began:
+        if _stamp(path, now=True) != began:
             raise BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
 
 
@@ -372,11 +373,15 @@ class LocalDocuments(FileDocuments):
         self.is_stored = not any(isinstance(getattr(file, "archive", file), StoredFile) for file in self.files)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return size and time of change of a file of this machine or of a store, by which a change is noticed."""
+def _stamp(path: Path, now: bool = False) -> tuple[int, int] | None:
+    """Return size and time of change of a file or its archive, by which a change is noticed; None on the hub.
+
+    now: of a file in a store, ask the store again. Else it is as it was listed: so much of it is read.
+    """
+    path = path.archive if isinstance(path, ZipMember) else path
     if not isinstance(path, Path | StoredFile):
         return None
-    stat = path.stat()
+    stat = (path.fresh() if now and isinstance(path, StoredFile) else path).stat()
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -18,7 +18,7 @@ from llm.utils.format import in_bytes
 class StreamedDocuments(HubDocuments):
     """Shards of a data set on the hub, read over the network; the last one validates."""
 
-    is_stored = False
+    is_stored = is_cached = False
 
     def check(self) -> str:
         """Look for column and documents in the first and the validation shard; return one line on what is read."""

@@ -75,13 +75,13 @@ class _Ids(NamedTuple):
 
 
 class CachedDocuments:
-    """Documents of a source of local files as token ids, cached in `folder`.
+    """Documents of a source of files as token ids, cached in `folder`.
 
     Raises UserError for any other kind of source.
     """
 
     def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
-        if not isinstance(source, FileDocuments) or not source.is_stored:
+        if not isinstance(source, FileDocuments) or not source.is_cached:
             raise UserError(
                 "data.token_cache is for files of text (data=local, or data=hub without data.streaming); set "
                 "data.token_cache=null"

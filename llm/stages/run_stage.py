@@ -88,11 +88,17 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
 
 
 def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
-    """Let a run from before `data.shuffle` existed go on as it began, where its keys have new defaults now.
+    """Let a run of an older version go on as it began, where its keys have new defaults now.
 
-    Its packing, epochs and tokens per step stay; nothing is shuffled, no pass is left out, the last weights count.
+    From before `data.shuffle` existed: its packing, epochs and tokens per step stay; nothing is shuffled, no pass is
+    left out, the last weights count. Of data=own, from before it read files of any name: its two files stay.
     """
     old = {} if manifest is None or cfg.overwrite else manifest["config"]
+    for name, task in ((old.get("data") or {}).get("tasks") or {}).items():
+        folder = cfg.data.tasks[name].train if name in cfg.data.tasks else None
+        two = {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"}
+        if folder is not None and two.items() <= task.items():
+            cfg.data.tasks[name].update(two)
     if not old.get("data") or "shuffle" in old["data"]:
         return
     for key, by_rule in (("data.packing", "auto"), ("stage.epochs", None), ("batch.tokens_per_step", None)):

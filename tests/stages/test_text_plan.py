@@ -105,6 +105,17 @@ def test_an_old_run_is_resumed_with_the_defaults_of_its_time(stage, values):
     assert now["data"]["shuffle"] is None and now["data"]["packing"] == values.get("data.packing", "crop")
 
 
+def test_an_old_run_of_own_data_keeps_its_two_files():
+    cfg = compose("train", "experiment=own", "stage=sft", "data.tasks_path=mine")
+    old = {"config": OmegaConf.to_container(cfg, resolve=True)}
+    old["config"]["data"]["tasks"]["chat"] |= {"train": "mine/chat/train.jsonl", "test": "mine/chat/val.jsonl"}
+    keep_old_defaults(cfg, old)
+    assert diff_configs(old["config"], OmegaConf.to_container(cfg, resolve=True), neutral_keys("sft")) == []
+    other = compose("train", "experiment=own", "stage=sft", "data.tasks_path=others")
+    keep_old_defaults(other, old)
+    assert other.data.tasks.chat.train == "others/chat"
+
+
 def test_defaults_of_a_new_run_are_not_taken_from_its_past():
     cfg = compose("train", "experiment=own", "stage=sft")
     new = {"config": OmegaConf.to_container(cfg) | {"batch": {"tokens_per_step": 512}}}

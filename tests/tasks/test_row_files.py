@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from omegaconf import OmegaConf
 
 from llm.errors import UserError
 from tasks import build_mixture, build_task
 from tasks.base import dialogue
 from tasks.files import count_rows
-from tasks.registry import has_split, held_out_weights
+from tasks.registry import check_files, has_split, held_out_weights
 
 ROWS = [{"question": f'What, "is" {i}?\né', "answer": f"A {i}"} for i in range(5)]
 TALKS = [{"messages": dialogue(f"Q {i}", "A")} for i in range(5)]
@@ -245,8 +246,6 @@ def test_the_names_of_folders_speak_too(folder):
 
 
 def test_a_stage_holds_out_what_a_folder_names_so(folder):
-    from omegaconf import OmegaConf
-
     spec = {"type": "chat", "source": "local", "train": str(folder), "test": None}
     data = OmegaConf.create({"tasks": {"talk": spec}, "mixture": {"sft": {"talk": 1}}})
     assert held_out_weights(data, "sft") == {"talk": 1}
@@ -256,6 +255,24 @@ def test_a_stage_holds_out_what_a_folder_names_so(folder):
     assert not has_split("talk", data.tasks.talk, "test")
     with pytest.raises(UserError, match=r"data\.tasks\.talk\.test is null"):
         build(folder, "test")
+
+
+def test_a_share_is_held_out_where_no_name_does_so(folder, tmp_path):
+    assert files_of(build(folder, "test", test="5%")) == {"validation.json"}  # names go before the share
+    assert files_of(build(folder, test="5%")) == {"train.jsonl", "more.csv"}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "talks.jsonl").write_bytes(lines(ROWS))
+    (alone / "more.csv").write_bytes(FORMATS[".csv"](ROWS[:1]))
+    parts = {split: exchanges(build(alone, split, test="5%")) for split in ("train", "test")}
+    assert (parts["train"], parts["test"]) == ([WANT[0], *WANT[:4]], WANT[4:])  # 5 % of 6 rows are one row
+    assert len(build(alone / "talks.jsonl", "test", test="40%")) == 2
+    spec = OmegaConf.create({"type": "chat", "source": "local", "train": str(alone), "test": "5%"})
+    assert has_split("talk", spec, "test")
+    check_files({"talk": spec}, ["talk"], "test")
+    for train in ([str(alone)], f"{alone}/talks.jsonl[:3]", None):
+        with pytest.raises(UserError, match=r"data\.tasks\.talk\.test=5%: a share is held out of one file"):
+            build(alone, train=train, test="5%")
 
 
 def test_a_missing_file_hints_at_another_format(folder):
