@@ -130,7 +130,10 @@ class DataConfig:
     """Config group `data`: text, tasks and mixtures."""
 
     name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
-    path: str | None = key("folder, file or pattern of text in any format of docs/data.md (data=local)", main=True)
+    path: str | None = key(
+        "folder, file or pattern of text in any format of docs/data.md (data=local), or of tokens (data=tokens)",
+        main=True,
+    )
     train: Any = key("text to train on: a path, a pattern or a list, instead of data.path; null = by file names")
     val: Any = key("text that validates: a path, a pattern or a list of paths; null = by file names")
     bad_rows: str = key(
@@ -157,7 +160,13 @@ class DataConfig:
     shuffle: int | None = key(
         "pretrain: seed of an order of the documents that is new in every epoch; null = as in the files", low=0
     )
-    token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
+    token_cache: Any = key(
+        "pretrain, write_tokens: keep the tokens of text files in this folder or store; true = <paths.runs>/token_cache"
+    )
+    end_of_text: int | None = key(
+        "id between documents in token files of others (data=tokens); null = the first behind the tokenizer's tokens",
+        low=0,
+    )
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)
     size: int | None = key("documents to generate for training (data=embedded)", low=1)

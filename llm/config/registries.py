@@ -58,6 +58,7 @@ TEXT_SOURCES = Registry(
         "embedded": TextSource("llm.data.sources.embedded_source"),
         "local": TextSource("llm.data.sources.local_source"),
         "hub": TextSource("llm.data.sources.hub_source", is_remote=True),
+        "tokens": TextSource("llm.data.sources.tokens_source"),
         "mixture": TextSource("llm.data.sources.mixture_source", is_remote=True),
     },
 )

@@ -21,6 +21,14 @@ class CheckStage(StageConfig):
 
 
 @dataclass
+class WriteTokensStage(StageConfig):
+    """Settings of stage=write_tokens."""
+
+    part: int = key("number of the part of the files that a job writes, from 0", low=0)
+    parts: int = key("parts that the files are dealt to", low=1)
+
+
+@dataclass
 class TokenizerStage(StageConfig):
     """Settings of stage=tokenizer."""
 

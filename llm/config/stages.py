@@ -13,7 +13,7 @@ from llm.errors import UserError
 
 TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
-TEXT += ("data.train", "data.val", "data.encoding", "data.separator")
+TEXT += ("data.train", "data.val", "data.encoding", "data.separator", "data.end_of_text")
 TEXT += ("data.seed", "data.size", "data.val_size", "data.packing", "data.shuffle")
 MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
 # Kind of stage -> patterns of config keys that such a stage does not read. "" stands for a plugin that is not loaded.
@@ -89,6 +89,15 @@ _BUILTIN = (
         schema=f"{_SCHEMA}.CheckStage",
         takes="nothing",
         run=f"{_STAGES}.check.run",
+        in_run=False,
+    ),
+    Stage(
+        name="write_tokens",
+        rank=-4,
+        kind="data",
+        schema=f"{_SCHEMA}.WriteTokensStage",
+        takes="nothing",
+        run=f"{_STAGES}.write_tokens.run",
         in_run=False,
     ),
     Stage(

@@ -48,7 +48,14 @@ class DocumentSource(Protocol):
 
 def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
     """Yield the documents of a split once, without cursors (tokenizer training, statistics)."""
+    if gives_ids(source):
+        return source.texts(split)
     return (text for text, _ in source.iterate(split, loop=False))
+
+
+def gives_ids(source: DocumentSource) -> bool:
+    """Return whether a source gives token ids (n,) int32 that begin with BOS, in the place of text."""
+    return getattr(source, "gives_ids", False)
 
 
 class Consumed:
@@ -170,6 +177,7 @@ class FileDocuments:
         self.files, self.where, self.key, self.val_size = [*files, *val], where, key, val_size
         self.n_train, self.bad_rows, self.note = len(files), bad_rows, note
         self.column = Column(column, f"{key}.column", encoding or "utf-8", separator)
+        self.names: dict[Any, str] = {}  # files by their names below the data folder; the name alone where not given
         self.skipped: dict[str, int] = {}  # by file: bad rows that were left out, each counted once
         self._last_bad: dict[str, int] = {}
         self._split: dict[str, list[Shard]] | None = None
@@ -267,6 +275,11 @@ class FileDocuments:
         """Raise UserError if a split has no document."""
         for split in ("train", "val"):
             next(self.in_order(split, loop=False))
+
+    def name_of(self, path: Path) -> str:
+        """Return the name of a file below the data folder, its whole path where two files have one name."""
+        name = self.names.get(path, path.name)
+        return name if sum(self.names.get(other, other.name) == name for other in self.files) == 1 else str(path)
 
     def present(self, path: Path) -> Path:
         """Return a path that can be read; subclasses may first have to fetch the file."""
@@ -370,6 +383,8 @@ class LocalDocuments(FileDocuments):
         super().__init__(
             files, where, column, val_size, key, val=validate, note="; ".join(filter(None, notes)), **options
         )
+        parts = (found, held) if held else (found,)
+        self.names = {path: name for part in parts for path, name in zip(part.files, part.names, strict=True)}
         self.is_stored = not any(isinstance(getattr(file, "archive", file), StoredFile) for file in self.files)
 
 

@@ -51,6 +51,7 @@ class HubDocuments(FileDocuments):
         paths, count = list(self._number), len(self.remote) - len(val)
         note = f"left out: {len(parts.test)} shards, the test split by name" if parts.test else ""
         super().__init__(paths[:count], str(folder), column, val_size, key, val=paths[count:], note=note, **options)
+        self.names = {folder.path(file): file.name for file in self.remote}
 
     def check(self) -> str:
         """Fetch the first and the validation shard and look for column and documents; return one line on the source."""

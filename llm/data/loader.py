@@ -28,9 +28,9 @@ import torch
 
 from llm.data.balance import Balance, total
 from llm.data.conversations import ConversationFeed
-from llm.data.documents import DocumentSource
+from llm.data.documents import DocumentSource, gives_ids
 from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
-from llm.data.tokens import CachedDocuments, encoded
+from llm.data.tokens import encoded
 from llm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class TextFeed:
 
     def __init__(
         self,
-        source: DocumentSource | CachedDocuments,
+        source: DocumentSource,
         split: str,
         tokenizer,
         cursor: dict | None,
@@ -80,7 +80,7 @@ class TextFeed:
     ) -> None:
         self.cursor, self.balance = cursor, Balance()
         documents = source.iterate(split, cursor, rank, world, loop)
-        self._documents = documents if isinstance(source, CachedDocuments) else encoded(documents, tokenizer)
+        self._documents = documents if gives_ids(source) else encoded(documents, tokenizer)
 
     def __iter__(self) -> Iterator[Document]:
         return self
@@ -229,7 +229,7 @@ class TextSteps(StepLoader):
 
     def __init__(
         self,
-        source: DocumentSource | CachedDocuments,
+        source: DocumentSource,
         tokenizer,
         layout: StepLayout,
         state: dict | None = None,
@@ -310,7 +310,8 @@ def sample_balance(source: DocumentSource, tokenizer, row_len: int, packing: str
         if chars > SAMPLE_CHARS:
             break
     balance, packer = Balance(), PACKINGS[packing](row_len, buffer)
-    documents = [Document(ids) for ids, _ in encoded(iter(texts), tokenizer)]
+    ids_of = texts if gives_ids(source) else encoded(iter(texts), tokenizer)
+    documents = [Document(ids) for ids, _ in ids_of]
     ids, mask, feed = np.empty(row_len, np.int32), np.empty(row_len, bool), iter(documents)
     while used := packer.fill(ids, mask, feed):
         balance.trained += used - 1

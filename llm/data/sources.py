@@ -5,24 +5,35 @@ from collections.abc import Mapping
 from llm.config.check import check_values
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
-from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments
+from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments, gives_ids
 from llm.data.stores import is_address
 from llm.errors import UserError
 
 # Keys of the group `data` that say where text is, and the sources that read them; null where they are not given.
 READERS = {
-    **dict.fromkeys(("path", "train", "val"), ("local",)),
+    **dict.fromkeys(("path", "train", "val"), ("local", "tokens")),
     **dict.fromkeys(("repo", "revision", "files", "shards"), ("hub",)),
     "sources": ("mixture",),
     **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
-    "shuffle": ("local", "hub", "mixture"),
+    "shuffle": ("local", "hub", "mixture", "tokens"),
+    "end_of_text": ("tokens",),
 }
-BUILT_IN = ("embedded", "local", "hub", "mixture")
+BUILT_IN = ("embedded", "local", "hub", "mixture", "tokens")
 
 
-def document_source(data, cache: str) -> DocumentSource:
-    """Build the source of text of the config group `data` and check it as far as that is cheap; cache: paths.data."""
+def document_source(data, cache: str, tokenizer=None) -> DocumentSource:
+    """Build the source of text of the config group `data` and check it as far as that is cheap; cache: paths.data.
+
+    tokenizer: of the model that reads it. Raises UserError where the source needs one and there is none.
+    """
     source = build_source(data, cache)
+    if gives_ids(source):
+        if tokenizer is None:
+            raise UserError(
+                "data=tokens holds token ids, no text to train a tokenizer on: take one over, with data=embedded "
+                "stage.pretrained=..., or train one on the text"
+            )
+        source.use(tokenizer)
     print(f"text: {source.check()}", flush=True)
     return source
 
@@ -46,7 +57,7 @@ def build_source(data, cache: str) -> DocumentSource:
 
 def is_remote(data) -> bool:
     """Return whether the text of the config group `data` lies on the network: a dry run then does not look at it."""
-    entries = [data.get(name) for name in ("path", "train", "val")] if data.name == "local" else []
+    entries = [data.get(name) for name in ("path", "train", "val")] if data.name in ("local", "tokens") else []
     if any(is_address(entry) for part in entries for entry in ([part] if isinstance(part, str) else part or [])):
         return True
     return getattr(TEXT_SOURCES.get(data.name, "data.name"), "is_remote", False)
@@ -60,6 +71,13 @@ def embedded_source(data, cache: str) -> DocumentSource:
 def local_source(data, cache: str) -> DocumentSource:
     """Build data=local: the user's own files."""
     return _files_source(data, cache, data.workers, "data", "path", data.get("shuffle"))
+
+
+def tokens_source(data, cache: str) -> DocumentSource:
+    """Build data=tokens: ids that stage=write_tokens wrote, or token files of other programs."""
+    from llm.data.token_documents import token_source
+
+    return token_source(data.path, data.train, data.val, data.end_of_text, data.get("shuffle"))
 
 
 def hub_source(data, cache: str) -> DocumentSource:

@@ -202,6 +202,14 @@ def _below(store: Store, found: list[tuple[str, dict]], folder: str) -> list[tup
     ]
 
 
+def find(address: str, key: str) -> StoredFile | None:
+    """Return the file at an address as it is now, None where there is none."""
+    store = Store(address, key)
+    store.fs.invalidate_cache()
+    info = store.ask(lambda fs: fs.info(store.path) if fs.exists(store.path) else None)
+    return None if info is None or info["type"] != "file" else store.file(store.path, info)
+
+
 def upload(local: Path, address: str, key: str) -> None:
     """Store a file of this machine at an address, whole or not at all. Raises UserError if the store refuses it."""
     store = Store(address, key)

@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from llm.data.documents import EmbeddedDocuments, FileDocuments, texts
+from llm.data.documents import EmbeddedDocuments, FileDocuments, gives_ids, texts
 from llm.data.files import ZipMember, format_of, kind_of, split_suffix
 from llm.data.formats import count_rows
 from llm.data.stores import StoredFile
 from llm.data.text_mixture import MixedDocuments
-from llm.data.tokens import CachedDocuments
 
 EXACT_BYTES = 16 * 2**20
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 1000, 400_000
@@ -26,8 +25,7 @@ def passes_over(source, tokenizer, planned: int) -> tuple[int | None, float | No
     Of a mixture, the passes are those of the source that is read most often. (None, None) where the size is unknown:
     no source, text of the hub that is not all here, or a source of a plugin.
     """
-    if isinstance(source, CachedDocuments):
-        source = source.text
+    source = getattr(source, "text", source)  # behind a cache of tokens
     parts = [(source, 1.0)]
     if isinstance(source, MixedDocuments):
         parts = [(part, source.weights[name]) for name, part in source.sources.items()]
@@ -43,6 +41,8 @@ def text_tokens(source, tokenizer) -> int | None:
     if isinstance(source, EmbeddedDocuments):
         sample = list(islice(texts(source), SAMPLE_DOCUMENTS))
         return round(_tokens(sample, tokenizer) / len(sample) * len(source))
+    if gives_ids(source):
+        return source.tokens("train")
     if not isinstance(source, FileDocuments) or not all(map(_is_here, source.shards("train"))):
         return None
     paths = {shard.path for shard in source.shards("train")}

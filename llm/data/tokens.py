@@ -1,15 +1,14 @@
 """Documents as token ids: tokenised by threads on the fly, or read from a cache on disk.
 
-The cache is one file per shard, written whole and renamed into place: token ids (2 or 4 bytes each), the length of
-every row of the shard (0: nothing in it), and a last record of what they were made of. It is read through the page
-cache, and its documents have the cursors of the text they come from. While a shard is read, a thread writes the next
-one, so that training waits for the first one only. Among several processes one writes, and the others wait for it.
+The cache is one file per shard (llm.data.token_files), written whole and renamed into place. Its name follows from the
+tokenizer and from the text's name below the data folder, so that a cache written elsewhere is found. Its documents have
+the cursors of the text they come from. While a shard is read, a thread writes the next one, so that training waits for
+the first one only. Among several processes one writes, and the others wait for it.
 """
 
 import copy
 import hashlib
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -20,17 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from llm.data.documents import Cursor, DocumentSource, FileDocuments
+from llm.data.token_files import TokenFolder, is_made_of, origin_of, read_record, read_token_file, write_token_file
 from llm.errors import UserError
 
 PORTION_DOCUMENTS = 32  # documents that a thread tokenises in one go, fewer if they are long
 PORTION_CHARS = 1 << 18
 ENCODE_THREADS = min(4, os.cpu_count() or 1)
 ENCODE_AHEAD = 4 * ENCODE_THREADS  # portions in work or waiting to be packed; their characters have a limit too
-RECORD = struct.Struct("<8s5q")  # mark, bytes per token, tokens, rows, size and time (ns) of the shard's file
-MARK = b"fathomT1"
 
 
 def encoded(documents: Iterator[tuple[str, Cursor]], tokenizer) -> Iterator[tuple[np.ndarray, Cursor]]:
@@ -65,7 +62,7 @@ def _portions(documents: Iterator[tuple[str, Cursor]]) -> Iterator[tuple[list[tu
         yield portion, chars
 
 
-class _Ids(NamedTuple):
+class Ids(NamedTuple):
     """Token ids in the place of a document's text."""
 
     ids: np.ndarray
@@ -80,17 +77,24 @@ class CachedDocuments:
     Raises UserError for any other kind of source.
     """
 
+    gives_ids = True
+
     def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
         if not isinstance(source, FileDocuments) or not source.is_cached:
             raise UserError(
                 "data.token_cache is for files of text (data=local, or data=hub without data.streaming); set "
                 "data.token_cache=null"
             )
-        self.tokenizer, self.folder, self.column = tokenizer, Path(folder), source.column.identity()
+        self.tokenizer, self.folder, self.column = (
+            tokenizer,
+            TokenFolder(folder, "data.token_cache"),
+            source.column.identity(),
+        )
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
         self.text, self._texts, self._source = source, source._rows, copy.copy(source)
         self.skipped = source.skipped  # bad rows that were left out, by file: one dict with the source
         self._source._rows = self._rows
+        self._current: set[tuple] = set()
 
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
@@ -102,16 +106,13 @@ class CachedDocuments:
         for row, behind in self._source.iterate(split, cursor, rank, world, loop):
             yield row.ids, behind
 
-    def _rows(self, shard, start: int) -> Iterator[_Ids | None]:
+    def _rows(self, shard, start: int) -> Iterator[Ids | None]:
         """Yield the ids of the rows of a shard from row `start` on, None for empty rows; write its cache if needed."""
-        self._make(shard)
+        self.make(shard)
         if following := self._behind(shard):
             threading.Thread(target=self._make_ahead, args=(following,), name="fathom-cache", daemon=True).start()
-        tokens, lengths = self._read(shard)
-        end = int(lengths[:start].sum())
-        for length in lengths[start:].tolist():
-            begin, end = end, end + length
-            yield _Ids(tokens[begin:end].astype(np.int32)) if length else None
+        for ids in read_token_file(self.folder.find(self.name_of(shard)), start):
+            yield None if ids is None else Ids(ids)
 
     def _behind(self, shard):
         """Return the shard that is read after this one, None if there is no other."""
@@ -121,83 +122,45 @@ class CachedDocuments:
 
     def _make_ahead(self, shard) -> None:
         with suppress(Exception):  # a faulty shard is reported when training reaches it
-            self._make(shard)
+            self.make(shard)
 
-    def _make(self, shard) -> None:
-        """Write the cache of a shard if it is missing, damaged or out of date. Raises UserError if the disk refuses."""
+    def make(self, shard) -> bool:
+        """Write the cache of a shard if it is missing, damaged or out of date; return whether it was written.
+
+        Raises UserError if the text cannot be read, or if the disk refuses.
+        """
         next(self._texts(shard, 0), None)  # raises UserError if the text cannot be read, as without a cache
-        path, made_of = self._path(shard), _identity(shard)
-        if _is_current(path, made_of):
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{path.name}.lock")):
-                if not _is_current(path, made_of):
-                    self._write(shard, path, made_of)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error}); free disk space, name another folder in data.token_cache, or "
-                "set data.token_cache=null to train without it"
-            ) from error
+        name = self.name_of(shard)
+        if self._is_current(name, shard):
+            return False
+        with self.folder.only_one(name):
+            if self._is_current(name, shard):
+                return False
+            self._write(shard, name)
+            return True
 
-    def _read(self, shard) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens (n,) of a shard, mapped from disk, and the lengths (rows,) of its rows."""
-        path = self._path(shard)
-        size, n_tokens, n_rows, *_ = _record(path)
-        lengths = np.fromfile(path, np.int32, n_rows, offset=size * n_tokens)
-        if not n_tokens:
-            return np.zeros(0, self.dtype), lengths
-        return np.asarray(np.memmap(path, self.dtype, "r", shape=(n_tokens,))), lengths
-
-    def _path(self, shard) -> Path:
-        """Return the path of a shard's cache; its name depends on tokenizer, file, rows and column."""
-        parts = (self.tokenizer.fingerprint, shard.path.resolve(), shard.start, shard.stop, self.column)
+    def name_of(self, shard) -> str:
+        """Return the name of a shard's cache: by tokenizer, name and size of the text's file, rows and column."""
+        name, size = self.text.name_of(shard.path), shard.path.stat().st_size
+        parts = (self.tokenizer.fingerprint, name, size, shard.start, shard.stop, self.column)
         digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
-        return self.folder / f"{shard.path.name}-{digest[:16]}.tokens"
+        return f"{shard.path.name}-{digest[:16]}.tokens"
 
-    def _write(self, shard, path: Path, made_of: tuple[int, int]) -> None:
-        begin, new = time.perf_counter(), path.with_name(f".{path.name}.new")
-        if _record(path) is not None:
-            print(f"token cache: {shard.path} has changed since it was tokenised", flush=True)
-        lengths, n_tokens = [], 0
+    def _is_current(self, name: str, shard) -> bool:
+        """Return whether a shard's cache is complete and made of its text; the text is looked at once."""
+        stat, path = shard.path.stat(), self.folder.find(name)
+        known = (name, stat.st_size, stat.st_mtime_ns)
+        record = None if path is None else read_record(path)
+        if record is None or not (known in self._current or is_made_of(record, shard.path)):
+            return False
+        self._current.add(known)
+        return True
+
+    def _write(self, shard, name: str) -> None:
+        begin, origin = time.perf_counter(), origin_of(shard.path)
         rows = ((text, row) for row, text in enumerate(self._texts(shard, 0)) if text and not text.isspace())
-        try:
-            with open(new, "wb") as file:
-                for ids, row in encoded(rows, self.tokenizer):
-                    file.write(ids.astype(self.dtype).tobytes())
-                    lengths += [0] * (row - len(lengths)) + [len(ids)]
-                    n_tokens += len(ids)
-                file.write(np.array(lengths, np.int32).tobytes())
-                file.write(RECORD.pack(MARK, self.dtype.itemsize, n_tokens, len(lengths), *made_of))
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(path)
-        finally:
-            with suppress(OSError):
-                new.unlink()
-        seconds = time.perf_counter() - begin
-        print(f"token cache: {shard.path.name}, {n_tokens:,} tokens in {seconds:.1f} s: {path}", flush=True)
-
-
-def _identity(shard) -> tuple[int, int]:
-    """Return size and time of change (ns) of a shard's file, by which a later change of it is noticed."""
-    stat = shard.path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _is_current(path: Path, made_of: tuple[int, int]) -> bool:
-    record = _record(path)
-    return record is not None and record[3:] == made_of
-
-
-def _record(path: Path) -> tuple[int, ...] | None:
-    """Return bytes per token, tokens, rows, size and time of the source; None unless the file is complete."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - RECORD.size))
-            mark, *record = RECORD.unpack(file.read())
-    except (OSError, struct.error):
-        return None
-    complete_size = record[0] * record[1] + 4 * record[2] + RECORD.size
-    return tuple(record) if mark == MARK and size == complete_size else None
+        self.folder.put(name, lambda path: write_token_file(path, encoded(rows, self.tokenizer), self.dtype, origin))
+        n_tokens, seconds = read_record(self.folder.find(name)).tokens, time.perf_counter() - begin
+        print(
+            f"token cache: {shard.path.name}, {n_tokens:,} tokens in {seconds:.1f} s: {self.folder}/{name}", flush=True
+        )

@@ -209,7 +209,7 @@ class Subject:
     @cached_property
     def source(self) -> Any:
         """Return the text of `data`, found and checked once."""
-        return document_source(self.data, self.cache)
+        return document_source(self.data, self.cache, self.tokenizer)
 
     def bpb(self) -> dict[str, Any]:
         """Return {"bpb": bits per byte on the validation text, None without bytes, "scored": what was measured}."""

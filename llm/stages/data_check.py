@@ -12,7 +12,7 @@ from llm.errors import UserError
 
 def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
-    if row.reads_text and cfg.data.name == "local":
+    if row.reads_text and cfg.data.name in ("local", "tokens"):
         from llm.data.sources import build_source, is_remote
 
         if not (cfg.dry_run and is_remote(cfg.data)):

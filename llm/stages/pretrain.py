@@ -155,7 +155,7 @@ def find_text(cfg, tokenizer: Tokenizer) -> Text:
     """Open the sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
     if cfg.dry_run and is_remote(cfg.data):  # numbers only: nothing is fetched
         return Text(None, None)
-    source = document_source(cfg.data, cfg.paths.data)
+    source = document_source(cfg.data, cfg.paths.data, tokenizer)
     if not cfg.data.token_cache:
         return Text(source, source)
     folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
