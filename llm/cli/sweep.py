@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from llm.config.stages import row_or_stranger
 from llm.run.stage_folder import RunDir, stage_before
 
 
@@ -22,13 +23,14 @@ def job_title(swept: Sequence[Any], lines: Sequence[str], number: int) -> str:
 def separate_run(cfg: Any, lines: Sequence[str]) -> None:
     """Name the job's run after its values in the sweep (`lines`), unless the run is swept or its name tells already.
 
+    A stage that makes no run keeps the name, as that of the run whose tokenizer it takes.
     Where the new run lacks the stage before, the job starts from that of the run without the added values, so that a
     sweep can share one tokenizer. Changes `cfg.run` and `cfg.init_from`.
     """
     values = dict(line.split("=", 1) for line in lines)
     told = {"stage", "run"} | ({"model"} if cfg.run is None else set())
     parts = [_short(name, value) for name, value in values.items() if name not in told]
-    if "run" in values or not parts:
+    if "run" in values or not parts or not row_or_stranger(cfg.stage.name).in_run:
         return
     base = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     own = RunDir(cfg.paths.runs, "-".join([base.name, *parts]))

@@ -281,6 +281,10 @@ class FileDocuments:
         name = self.names.get(path, path.name)
         return name if sum(self.names.get(other, other.name) == name for other in self.files) == 1 else str(path)
 
+    def size_of(self, path: Path) -> int:
+        """Return the bytes of a file."""
+        return path.stat().st_size
+
     def present(self, path: Path) -> Path:
         """Return a path that can be read; subclasses may first have to fetch the file."""
         return path

@@ -69,6 +69,10 @@ class HubDocuments(FileDocuments):
             f"validation: {self._held_out()}{self._notes()}"
         )
 
+    def size_of(self, path: Path) -> int:
+        """Return the bytes of a shard, fetched or not."""
+        return self.remote[self._number[path]].size
+
     def present(self, path: Path) -> Path:
         """Wait for the shard and return its path, while the shards behind it are fetched too."""
         number = self._number[path]

@@ -221,9 +221,8 @@ def read_index(folder: TokenFolder) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/{INDEX}: cannot be read ({error!r}). Write it again: stage=write_tokens") from error
     if wrong or index["version"] != VERSION:
-        raise UserError(
-            f"{folder}/{INDEX}: {', '.join(wrong) or 'version'} is wrong. Write it again: stage=write_tokens"
-        )
+        problem = f"{', '.join(wrong) or 'version'} is wrong"
+        raise UserError(f"{folder}/{INDEX}: {problem}. Write it again: stage=write_tokens")
     return index
 
 

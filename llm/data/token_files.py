@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +70,16 @@ def read_record(path) -> Record | None:
     return Record(token_bytes, tokens, rows, Origin(*origin)) if mark == MARK and size == complete_size else None
 
 
-def write_token_file(path: Path, documents: Iterator[tuple[np.ndarray, int]], dtype: np.dtype, origin: Origin) -> int:
-    """Write ids (n,) of documents, each with the number of its row, to `path`; return the number of tokens.
+def write_token_file(
+    path: Path,
+    documents: Iterator[tuple[np.ndarray, int]],
+    rows: Callable[[], int],
+    dtype: np.dtype,
+    origin: Origin,
+) -> None:
+    """Write ids (n,) of documents, each with the number of its row, to `path`; the other rows are empty.
 
-    Rows between them are empty. The caller renames the file into place.
+    rows: gives the number of all rows once `documents` has ended. The caller renames the file into place.
     """
     lengths: list[int] = []
     tokens = 0
@@ -82,11 +88,11 @@ def write_token_file(path: Path, documents: Iterator[tuple[np.ndarray, int]], dt
             file.write(ids.astype(dtype).tobytes())
             lengths += [0] * (row - len(lengths)) + [len(ids)]
             tokens += len(ids)
+        lengths += [0] * (rows() - len(lengths))
         file.write(np.array(lengths, np.int32).tobytes())
         file.write(RECORD.pack(MARK, dtype.itemsize, tokens, len(lengths), *origin))
         file.flush()
         os.fsync(file.fileno())
-    return tokens
 
 
 def read_token_file(path, start: int = 0) -> Iterator[np.ndarray | None]:
@@ -133,16 +139,17 @@ class TokenFolder:
 
     @contextmanager
     def only_one(self, name: str) -> Iterator[None]:
-        """Wait until no other process of this machine writes `name`.
+        """Wait until no other process writes `name`; of a store, which has no locks, none of this machine.
 
-        A store has no locks: there the last one wins, and all write the same. Raises UserError if the disk refuses.
+        Of several machines the last one wins there, and all write the same. Raises UserError if the disk refuses.
         """
+        place = self.folder
         if self.is_far:
-            yield
-            return
+            digest = hashlib.sha256(place.encode()).hexdigest()
+            place = Path(tempfile.gettempdir(), f"fathom-{os.getuid()}-{digest[:16]}")
         with self._said(name):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f".{name}.lock")
+            place.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(place / f".{name}.lock")
             lock.acquire()
         try:
             yield
@@ -151,17 +158,13 @@ class TokenFolder:
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
         """Have `write(path)` make a file and put it into place, whole or not at all. Raises UserError if that fails."""
-        with self._said(name), tempfile.TemporaryDirectory() if self.is_far else suppress() as scratch:
-            new = Path(scratch, name) if self.is_far else self.folder / f".{name}.new"
-            try:
-                write(new)
-                if self.is_far:
-                    stores.upload(new, f"{self.folder}/{name}", self.key)
-                else:
-                    new.replace(self.folder / name)
-            finally:
-                with suppress(OSError):
-                    new.unlink()
+        with self._said(name), tempfile.TemporaryDirectory(dir=None if self.is_far else self.folder) as scratch:
+            new = Path(scratch, name)
+            write(new)
+            if self.is_far:
+                stores.upload(new, f"{self.folder}/{name}", self.key)
+            else:
+                new.replace(self.folder / name)
 
     @contextmanager
     def _said(self, name: str) -> Iterator[None]:

@@ -141,7 +141,7 @@ class CachedDocuments:
 
     def name_of(self, shard) -> str:
         """Return the name of a shard's cache: by tokenizer, name and size of the text's file, rows and column."""
-        name, size = self.text.name_of(shard.path), shard.path.stat().st_size
+        name, size = self.text.name_of(shard.path), self.text.size_of(shard.path)
         parts = (self.tokenizer.fingerprint, name, size, shard.start, shard.stop, self.column)
         digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
         return f"{shard.path.name}-{digest[:16]}.tokens"
@@ -158,8 +158,19 @@ class CachedDocuments:
 
     def _write(self, shard, name: str) -> None:
         begin, origin = time.perf_counter(), origin_of(shard.path)
-        rows = ((text, row) for row, text in enumerate(self._texts(shard, 0)) if text and not text.isspace())
-        self.folder.put(name, lambda path: write_token_file(path, encoded(rows, self.tokenizer), self.dtype, origin))
+        if (old := self.folder.find(name)) is not None and read_record(old) is not None:
+            print(f"token cache: {shard.path} has changed since it was tokenised", flush=True)
+        count = 0
+
+        def documents() -> Iterator[tuple[str, int]]:
+            nonlocal count
+            for text in self._texts(shard, 0):
+                count += 1
+                if text and not text.isspace():
+                    yield text, count - 1
+
+        ids = encoded(documents(), self.tokenizer)
+        self.folder.put(name, lambda path: write_token_file(path, ids, lambda: count, self.dtype, origin))
         n_tokens, seconds = read_record(self.folder.find(name)).tokens, time.perf_counter() - begin
         print(
             f"token cache: {shard.path.name}, {n_tokens:,} tokens in {seconds:.1f} s: {self.folder}/{name}", flush=True
