@@ -1,7 +1,8 @@
 """Cost of the pretraining loader: reading, tokenising, packing and the whole, from text and from a cache of tokens.
 
 Rates are tokens per second of CPU time, which a busy machine changes little, and of the clock; the parts take turns.
-Text is `--path` (files as data.path) or generated words; the tokenizer is trained on its first characters.
+Text is `--path` (files as data.path) or generated words; the tokenizer is trained on its first characters. `--far` is a
+folder of an object store, such as s3://bucket/here: a copy of the text and its tokens are put there and read.
 """
 
 import resource
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from llm.data.documents import LocalDocuments, texts
 from llm.data.loader import StepLayout, TextSteps
 from llm.data.packing import PACKINGS, Document
+from llm.data.stores import upload
 from llm.data.tokens import CachedDocuments, encoded
 from llm.tokenizer.bpe import train_tokenizer
 
@@ -58,7 +60,7 @@ def rates(parts: dict[str, Callable[[], int]], repeats: int) -> dict[str, tuple[
 def main() -> None:
     """Measure every part and print the rates."""
     numbers = {"seq-len": 2048, "rows": 16, "vocab": 8192, "buffer": 1000, "steps": 30, "repeats": 5}
-    args = _bench.arguments(__doc__, numbers | {"chars": 20_000_000}, path="", packing="best_fit")
+    args = _bench.arguments(__doc__, numbers | {"chars": 20_000_000}, path="", packing="best_fit", far="")
     with tempfile.TemporaryDirectory() as folder:
         source = LocalDocuments(args.path or generated(Path(folder), args.chars))
         tokenizer = train_tokenizer(texts(source), args.vocab, 20_000_000, 10_000)
@@ -86,12 +88,19 @@ def main() -> None:
             "whole": steps(source),
             "cached": steps(cache),
         }
+        if args.far:
+            for file in source.files:
+                upload(file, f"{args.far}/text/{file.name}", "--far")
+            copy = LocalDocuments(f"{args.far}/text")
+            far = CachedDocuments(copy, tokenizer, f"{args.far}/tokens")
+            sum(1 for _ in far.iterate("train", loop=False))
+            parts |= {"far_whole": steps(copy), "far_cached": steps(far)}
         measured = rates(parts, args.repeats)
     result = {"text": args.path or "generated", "packing": args.packing, "seq_len": args.seq_len, "rows": args.rows}
     for name, (cpu, clock) in measured.items():
         result |= {f"{name}_mtok_per_cpu_s": cpu, f"{name}_mtok_per_s": clock}
     ceiling = measured["tokenizer"][0]
-    result |= {f"{name}_to_tokenizer": measured[name][0] / ceiling for name in ("tokenise", "whole", "cached")}
+    result |= {f"{name}_to_tokenizer": measured[name][0] / ceiling for name in measured if name != "tokenizer"}
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     _bench.show(result)
 
