@@ -1,7 +1,11 @@
-"""S3 server on 127.0.0.1, and the environment by which s3fs finds it."""
+"""S3 server on 127.0.0.1, the environment by which s3fs finds it, and a proxy that breaks its connections."""
 
 import os
-from contextlib import contextmanager
+import socket
+import socketserver
+import threading
+from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
 
 BUCKET = "bucket"
 
@@ -43,3 +47,49 @@ def put_folder(client, folder, prefix):
         if path.is_file():
             client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
     return f"s3://{BUCKET}/{prefix}"
+
+
+class Breaking(socketserver.ThreadingTCPServer):
+    """Proxy before the server at `url`. The next `cuts` connections end after `after` bytes of what the server sends.
+
+    A connection that is not cut lasts as long as its ends want.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, url, cuts, after):
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.to, self.cuts, self.after = urlsplit(url), cuts, after
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        pass  # a client that went away
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    def handle(self):
+        sent = 0
+        with socket.create_connection((self.server.to.hostname, self.server.to.port)) as behind:
+            threading.Thread(target=self.ask, args=(behind,), daemon=True).start()
+            while data := behind.recv(1 << 16):
+                if self.server.cuts > 0 and sent + len(data) > self.server.after:
+                    self.server.cuts -= 1
+                    self.request.sendall(data[: self.server.after - sent])
+                    self.request.shutdown(socket.SHUT_RDWR)
+                    return
+                self.request.sendall(data)
+                sent += len(data)
+
+    def ask(self, behind):
+        with suppress(OSError):
+            while data := self.request.recv(1 << 16):
+                behind.sendall(data)
+            behind.shutdown(socket.SHUT_WR)

@@ -332,7 +332,9 @@ class FileDocuments:
     def _rows(self, shard: Shard, start: int) -> Iterator[str | None]:
         """Yield rows `start`.. of a shard (counted from the shard's own start); None where there is no text."""
         first, path = shard.start + start, self.present(shard.path)
-        began = _stamp(path)
+        began = _stamp(path, now=True)
+        if began and began[0] != _stamp(path)[0]:  # in a store: so much is read as was there when it was listed
+            raise _changed(path)
         for number, text in enumerate(read_rows(path, self.column, first), start=first):
             if shard.stop is not None and number >= shard.stop:
                 break
@@ -343,7 +345,7 @@ class FileDocuments:
                 text = None
             yield text
         if _stamp(path, now=True) != began:
-            raise BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
+            raise _changed(path)
 
 
 class LocalDocuments(FileDocuments):
@@ -395,13 +397,17 @@ class LocalDocuments(FileDocuments):
 def _stamp(path: Path, now: bool = False) -> tuple[int, int] | None:
     """Return size and time of change of a file or its archive, by which a change is noticed; None on the hub.
 
-    now: of a file in a store, ask the store again. Else it is as it was listed: so much of it is read.
+    now: of a file in a store, ask the store again. Else it is as it was listed.
     """
     path = path.archive if isinstance(path, ZipMember) else path
     if not isinstance(path, Path | StoredFile):
         return None
     stat = (path.fresh() if now and isinstance(path, StoredFile) else path).stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _changed(path: Path) -> BadData:
+    return BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
 
 
 def _unread(unread: int, count: int) -> str:

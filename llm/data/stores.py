@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 from llm.data.blocks import opened
 from llm.data.download import chain, first_line, patiently, shown
-from llm.errors import UserError
+from llm.errors import BadData, UserError
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:// is a drive
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> extra of pyproject.toml
@@ -47,7 +48,7 @@ class Store:
 
         self.address, self.key = address, key
         self.scheme = SCHEME.match(address)["scheme"].lower()
-        self.server = f"the store of {self.scheme}://"
+        self.server = urlsplit(address).hostname if self.scheme in WEB else f"the store of {self.scheme}://"
         try:
             self.fs, self.path = url_to_fs(address, **(UNPACKED if self.scheme in WEB else {}))
         except ImportError as error:
@@ -87,6 +88,8 @@ class Store:
                 f"{file}: the server sends the whole file instead of a part. Fetch the file and name its path"
             )
         if len(content) != stop - start:
+            if file.fresh().size != file.size:
+                raise BadData(f"{file}: has changed since it was listed. Restore the file that the run started with.")
             raise OSError(f"{file}: {len(content)} bytes came instead of {stop - start}")
         return content
 
@@ -168,6 +171,7 @@ def listed(address: str, key: str) -> tuple[str, list[tuple[StoredFile, str]]]:
     store does not have or does not give.
     """
     store = Store(address, key)
+    store.fs.invalidate_cache()  # a process may run several stages
     if store.scheme in WEB:
         if store.path.partition("?")[0].endswith("/"):
             raise UserError(

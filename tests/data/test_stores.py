@@ -2,20 +2,25 @@
 
 import gzip
 import json
+import os
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 
+import fsspec
 import pytest
 from data_files import read, words, write
 from hub_server import REPO, Hub, point_to
-from store_server import BUCKET, put_folder, s3_server
+from store_server import BUCKET, Breaking, put_folder, s3_server
 
 from llm.data import blocks, download
 from llm.data.documents import LocalDocuments
 from llm.data.download import shown
-from llm.data.files import find_data_files
+from llm.data.files import find_data_files, list_files
 from llm.data.shuffle import Shuffle
 from llm.data.stores import StoredFile, upload
+from llm.data.tokens import CachedDocuments
 from llm.errors import BadData, UserError
 
 
@@ -93,6 +98,74 @@ def test_a_file_a_pattern_and_a_list(s3, tmp_path):
     assert len(read(alone)) == 7 and len(read(alone, "val")) == 1
 
 
+@pytest.mark.parametrize(
+    "entry",
+    ["", "/", "/*", "/**/*.txt", "/*/*.txt", "/[a-f]*.txt", "/f[1].txt", "/f?.txt", "/a*/b.txt", "/a", "/none*"],
+)
+def test_files_are_listed_as_on_disk(s3, tmp_path, entry):
+    for name in ("a/b.txt", "a.x/b.txt", "a/c/d.txt", "a/.h.txt", "f[1].txt", "f1.txt", "a b/ü.txt", "top.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("words")
+    address = put_folder(s3, tmp_path, "listed")
+
+    def listing(root):
+        found = list_files(f"{root}{entry}", "data.path")
+        return found.kind, [(str(path).removeprefix(str(root)), name) for path, name in found.files]
+
+    assert listing(address) == listing(tmp_path)
+
+
+def test_other_kinds_of_addresses(tmp_path):
+    path = write(tmp_path / "rows.jsonl", words(30))
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/texts/rows.jsonl", path.read_bytes())
+    try:
+        for address in (f"file://{path}", f"file://{tmp_path}", "memory://texts/rows.jsonl", "memory://texts"):
+            assert read(LocalDocuments(address)) == read(LocalDocuments(path))
+            assert find_data_files(address, "data.path").files[0].as_posix().endswith("rows.jsonl")
+    finally:
+        memory.rm("/texts", recursive=True)
+
+
+def test_an_archive_is_opened_once(s3, tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for number in range(30):
+            archive.writestr(f"{number:02}.jsonl", json.dumps({"text": f"row {number}"}) + "\n")
+    address = put_folder(s3, tmp_path, tmp_path.name)
+    source = LocalDocuments(f"{address}/many.zip")
+    assert read(source) == read(LocalDocuments(tmp_path / "many.zip"))
+    assert len({id(file.archive.as_zip) for file in source.files}) == 1
+
+
+def test_an_archive_that_changes_while_it_is_read(tmp_path):
+    def pack(count):
+        with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+            archive.writestr("rows.jsonl", "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(count)))
+
+    pack(50)
+    documents = LocalDocuments(tmp_path / "rows.zip").iterate("train", loop=False)
+    next(documents)
+    (tmp_path / "rows.zip").unlink()
+    pack(49)
+    with pytest.raises(BadData, match="has changed while it was read"):
+        list(documents)
+
+
+def test_the_token_cache_keeps_text_of_a_store(s3, tmp_path, tiny_tokenizer):
+    write(tmp_path / "text/rows.jsonl", words(60))
+    address = put_folder(s3, tmp_path / "text", tmp_path.name)
+    direct = [
+        (tiny_tokenizer.encode_document(text).tolist(), cursor)
+        for text, cursor in islice(LocalDocuments(address).iterate("train"), 90)
+    ]
+    cached = CachedDocuments(LocalDocuments(address), tiny_tokenizer, tmp_path / "cache")
+    assert [(ids.tolist(), cursor) for ids, cursor in islice(cached.iterate("train"), 90)] == direct
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.tokens")}
+    again = CachedDocuments(LocalDocuments(address), tiny_tokenizer, tmp_path / "cache")
+    assert len(list(islice(again.iterate("train"), 90))) == 90 and len(before) == 1
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.tokens")} == before
+
+
 def test_what_is_left_out_is_said_as_on_disk(s3, folder, tmp_path):
     one_kind(folder, ".parquet")
     address = put_folder(s3, folder, tmp_path.name)
@@ -113,6 +186,18 @@ def test_a_file_that_changes_while_it_is_read(s3, tmp_path):
     s3.put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/rows.jsonl", Body=(tmp_path / "rows.jsonl").read_bytes() + b"\n")
     with pytest.raises(BadData, match="has changed while it was read"):
         list(documents)
+
+
+def test_a_file_that_changes_after_it_was_listed(s3, tmp_path):
+    path = write(tmp_path / "text/train.jsonl", words(400))
+    write(tmp_path / "text/val.jsonl", words(4))
+    address = put_folder(s3, tmp_path / "text", tmp_path.name)
+    for content in (path.read_bytes()[:-200], path.read_bytes() * 2):
+        documents = LocalDocuments(address)
+        s3.put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/train.jsonl", Body=content)
+        with pytest.raises(BadData, match="train.jsonl: has changed"):
+            list(documents.iterate("train", loop=False))
+        put_folder(s3, tmp_path / "text", tmp_path.name)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +266,85 @@ def test_files_of_the_web_and_a_server_that_fails(tmp_path, monkeypatch):
         web.ignores_ranges = True
         with pytest.raises(UserError, match="sends the whole file instead of a part|does not tell"):
             read(LocalDocuments(address))
+
+
+class _Packing(BaseHTTPRequestHandler):
+    """Web server that packs what it sends for clients that accept it, and counts ranges in what it sends."""
+
+    protocol_version = "HTTP/1.1"
+    content = b""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        packs = "gzip" in self.headers.get("Accept-Encoding", "")
+        body = gzip.compress(self.content) if packs else self.content
+        start, stop = 0, len(body)
+        if asked := self.headers.get("Range"):
+            start, stop = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+            stop = min(stop + 1, len(body))
+        self.send_response(206 if asked else 200)
+        if packs:
+            self.send_header("Content-Encoding", "gzip")
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[start:stop])
+
+
+def test_a_web_server_that_packs_its_answers(tmp_path):
+    path = write(tmp_path / "rows.jsonl", words(200))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Packing,), {"content": path.read_bytes()}))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
+        assert read(LocalDocuments(address)) == read(LocalDocuments(path))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def broken(s3, monkeypatch):
+    """A proxy before the S3 server, which s3:// goes through."""
+    import s3fs
+
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own patience comes before ours
+    with Breaking(os.environ["AWS_ENDPOINT_URL"], cuts=0, after=600) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield proxy
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_connections_that_break_in_the_middle_of_a_file(s3, broken, tmp_path, suffix):
+    path = write(tmp_path / f"rows{suffix}", words(300))
+    put_folder(s3, tmp_path, tmp_path.name)
+    there = LocalDocuments(f"s3://{BUCKET}/{tmp_path.name}/rows{suffix}")
+    broken.cuts = 3
+    assert read(there) == read(LocalDocuments(path))
+    assert broken.cuts == 0
+
+
+def test_a_store_that_stays_away_is_one_line(s3, broken, tmp_path):
+    write(tmp_path / "rows.jsonl", words(300))
+    put_folder(s3, tmp_path, tmp_path.name)
+    documents = LocalDocuments(f"s3://{BUCKET}/{tmp_path.name}/rows.jsonl").iterate("train")
+    next(documents)
+    broken.cuts = 10_000
+    with pytest.raises(UserError, match=r"data.path=s3://.*cannot be reached or fails, tried 6 times") as error:
+        list(islice(documents, 280))
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
 def test_data_sets_of_the_hub_by_address(tmp_path, monkeypatch):
