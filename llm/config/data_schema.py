@@ -158,6 +158,12 @@ class DataConfig:
     shuffle: int | None = key(
         "pretrain: seed of an order of the documents that is new in every epoch; null = as in the files", low=0
     )
+    near_duplicates: float | None = key(
+        "leave training documents out that share so much of their runs of five words with an earlier or a held-out "
+        "one, such as 0.8 (extra package: dedup); null = read every document",
+        low=0.5,
+        high=1,
+    )
     token_cache: Any = key("pretrain: keep the tokens of text files in this folder; true = <paths.runs>/token_cache")
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)

@@ -148,6 +148,7 @@ class FileDocuments:
     """
 
     is_stored = True  # the files are on this machine
+    near_duplicates = None  # llm.data.near_duplicates.NearDuplicates, or None: training reads every document
     shuffle = None  # llm.data.shuffle.Shuffle, or None: training reads the documents in the order of the files
 
     def __init__(
@@ -185,11 +186,18 @@ class FileDocuments:
 
     def in_order(self, split: str, cursor: Cursor | None = None, loop: bool = True) -> Iterator[tuple[str, Cursor]]:
         """Yield the documents of all ranks, each with the cursor behind it."""
-        shards = self.shards(split)
-        where = f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
+        shards, rows = self.shards(split), self._rows
+        if split == "train" and self.near_duplicates is not None:
+            rows = self._kept
+        where = self._place(split)
         if self.shuffle is not None and split == "train" and loop:  # a single pass keeps the order
-            return self.shuffle.in_order(shards, self._rows, cursor, loop, where)
-        return in_order(shards, self._rows, cursor, loop, where)
+            return self.shuffle.in_order(shards, rows, cursor, loop, where)
+        return in_order(shards, rows, cursor, loop, where)
+
+    def _place(self, split: str) -> str:
+        """Return the beginning of messages about a split."""
+        shards = self.shards(split)
+        return f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
 
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
@@ -259,7 +267,16 @@ class FileDocuments:
     def _find_documents(self) -> None:
         """Raise UserError if a split has no document."""
         for split in ("train", "val"):
-            next(self.in_order(split, loop=False))
+            next(in_order(self.shards(split), self._rows, None, False, self._place(split)))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Near-duplicates that training leaves out, by file; they are looked for if they have not been yet."""
+        return {} if self.near_duplicates is None else self.near_duplicates.by_file(self)
+
+    def stamp(self, path: Path) -> tuple:
+        """Return what changes with a file: its name, its size and the time of its last change."""
+        return str(path.resolve()), *(_stamp(path) or (path.stat().st_size,))
 
     def present(self, path: Path) -> Path:
         """Return a path that can be read; subclasses may first have to fetch the file."""
@@ -320,6 +337,16 @@ class FileDocuments:
             yield text
         if _stamp(path) != began:
             raise BadData(f"{path}: has changed while it was read. Restore the file that the run started with.")
+
+    def _kept(self, shard: Shard, start: int) -> Iterator[str | None]:
+        """Yield rows `start`.. of a training shard; None in the place of near-duplicates too."""
+        left_out = self.near_duplicates.rows(self, shard)
+        waiting = iter(left_out[left_out >= start].tolist())
+        skipped = next(waiting, None)
+        for number, text in enumerate(self._rows(shard, start), start=start):
+            if number == skipped:
+                text, skipped = None, next(waiting, None)
+            yield text
 
 
 class LocalDocuments(FileDocuments):

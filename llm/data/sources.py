@@ -14,7 +14,7 @@ READERS = {
     **dict.fromkeys(("repo", "revision", "files", "shards"), ("hub",)),
     "sources": ("mixture",),
     **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
-    "shuffle": ("local", "hub", "mixture"),
+    **dict.fromkeys(("shuffle", "near_duplicates"), ("local", "hub", "mixture")),
 }
 BUILT_IN = ("embedded", "local", "hub", "mixture")
 
@@ -40,7 +40,12 @@ def build_source(data, cache: str) -> DocumentSource:
                 f"data.{name}={data[name]} is not read by this option of data; leave it out or choose "
                 f"data={' or data='.join(sources)}"
             )
-    return build(data, cache)
+    source = build(data, cache)
+    if data.get("near_duplicates") is not None and data.name in BUILT_IN:
+        from llm.data.near_duplicates import leave_out
+
+        leave_out(source, data.near_duplicates, cache)
+    return source
 
 
 def is_remote(data) -> bool:
