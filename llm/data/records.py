@@ -26,6 +26,7 @@ from llm.utils.format import in_bytes
 DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
 READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long: bounds the memory
 SHOWN = 10  # bad rows that one message names
+LISTED = 1_000  # bad rows of a file that stage=check writes down
 CHUNK = 1 << 20
 BETWEEN = re.compile(r"[ \t\r\n,]*")  # what stands between the values of an array
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError)
@@ -42,11 +43,12 @@ class BadRow(NamedTuple):
 
 
 def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> BadData:
-    """Return the error that names the first bad rows and the number of the rest; `key`=skip leaves them out."""
+    """Return the error that names the first bad rows, the number of the rest, and the ways on; `key`: data.bad_rows."""
     shown = [str(row) for row in bad[:SHOWN]]
     more = f"; and {count - len(shown):,} more" if count > len(shown) else ""
     skip = "it" if count == 1 else f"all {count:,}"
-    return BadData(f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip.")
+    ways = f"Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip; stage=check lists all bad rows."
+    return BadData(f"{'; '.join(shown)}{more}. {ways}")
 
 
 def read_records(path, start: int = 0, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
