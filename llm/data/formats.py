@@ -16,6 +16,7 @@ from llm.data.records import (
     READ_ROWS,
     BadRow,
     arrow_batches,
+    count_lines,
     damage,
     is_json_lines,
     lines,
@@ -89,7 +90,7 @@ def count_rows(path: Path, column: Column) -> int:
         with seekable(path) as opened, _open_parquet(path, opened, column) as file:
             return file.metadata.num_rows
     if kind in ("json", "jsonl") and is_json_lines(path, column.encoding):
-        return sum(1 for _ in lines(path, column.encoding))
+        return count_lines(path, column.encoding)
     return sum(1 for _ in read_rows(path, column, 0))
 
 
@@ -110,11 +111,10 @@ def _text_of(row: Any, column: Column, path: Path, where: str) -> Row:
 
 def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
     """Yield the text of the lines from number `start` on, None for blank lines."""
-    for number, line in lines(path, column.encoding):
-        if number > start:
-            row = parse(line, path, number)
-            text = row.get(column.name) if type(row) is dict else None
-            yield text if text.__class__ is str else _text_of(row, column, path, f"line {number:,}")
+    for number, line in lines(path, column.encoding, start):
+        row = parse(line, path, number)
+        text = row.get(column.name) if type(row) is dict else None
+        yield text if text.__class__ is str else _text_of(row, column, path, f"line {number:,}")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
