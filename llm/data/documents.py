@@ -7,6 +7,7 @@ before it, over all ranks and epochs, empty ones not counted). For a while after
 says what was `consumed` before. It knows nothing of threads or batch sizes.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most
+ID_CHARS = 1 << 24  # characters that tell one text from another: read in a fifth of a second
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -47,6 +49,18 @@ class DocumentSource(Protocol):
 def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
     """Yield the documents of a split once, without cursors (tokenizer training, statistics)."""
     return (text for text, _ in source.iterate(split, loop=False))
+
+
+def text_id(source: DocumentSource, split: str = "val") -> str:
+    """Return a digest of the first ID_CHARS characters of a split: another one means another text."""
+    digest, left = hashlib.sha256(), ID_CHARS
+    for text in texts(source, split):
+        data = text[:left].encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+        left -= len(text)
+        if left <= 0:
+            break
+    return digest.hexdigest()[:16]
 
 
 class Consumed:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from llm.data.balance import Reading
-from llm.data.documents import DocumentSource, texts
+from llm.data.documents import DocumentSource, text_id, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
@@ -123,7 +123,8 @@ def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:
         return Reading("documents")
     expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, packing, cfg.stage.buffer)
     words = f"packed by {packing}, a sample"
-    return Reading("documents", expected, {"seq_len": cfg.model.seq_len}, [text.val], words)
+    facts = {"seq_len": cfg.model.seq_len, "held_out_text": text_id(text.val)}
+    return Reading("documents", expected, facts, [text.val], words)
 
 
 def check_keeps_best(cfg) -> None:
