@@ -375,3 +375,33 @@ def test_lines_are_counted_and_skipped_without_a_look_at_them(tmp_path, monkeypa
     assert rows[:60] == words(60) and rows[60] is None and rows[61].where.endswith("line 62")
     for start in (1, 7, 59, 60, 62, 64, 65, 70):
         assert list(read_rows(path, column, start)) == rows[start:]
+
+
+PROSE = "A text of several words that a row may hold."
+
+
+@pytest.mark.parametrize(
+    "row, hint",
+    [
+        ({"id": "a" * 80, "doc": {"text": PROSE, "title": PROSE[:32]}}, "; for doc.text, set data.column=doc.text"),
+        ({"content": PROSE * 2, "doc": {"text": PROSE}}, "; for content, set data.column=content"),
+        ({"id": "a" * 80, "doc": {"title": "A short title"}, "n": 1}, ""),
+        ([PROSE], ""),
+    ],
+)
+def test_a_row_without_the_column_says_where_its_text_is(tmp_path, row, hint):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"text": "x"}) + "\n")
+    (bad, _) = read_rows(tmp_path / "a.jsonl", Column("text"), 0)
+    assert (
+        bad.reason.startswith("no data.column=text: ")
+        and bad.reason.partition("; for")[2] == hint.partition("; for")[2]
+    )
+
+
+def test_a_table_without_the_column_says_where_its_text_is(tmp_path):
+    table = pa.table({"id": ["a"], "doc": [{"text": PROSE, "title": "b"}]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="Text columns here: id, doc.text, doc.title. Set data.column=doc.text."):
+        list(read_rows(tmp_path / "a.parquet", Column("text"), 0))
+    with pytest.raises(UserError, match="doc.title.$"):
+        list(read_rows(tmp_path / "a.parquet", Column("other"), 0))
