@@ -1,5 +1,7 @@
 """The rows of a task as a sequence: each read and checked once, bad ones told together, some left out and counted."""
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import chain, islice
@@ -7,8 +9,9 @@ from pathlib import Path
 
 from llm.data.records import LISTED, SHOWN
 from llm.errors import UserError
-from tasks.base import Dropped, RowReader
+from tasks.base import Dropped, RowReader, Task
 
+FIRST, SECONDS = 20, 2.0  # own answers that are judged at the start, where judging is slow
 Check = Callable[[dict, str], None]
 
 
@@ -18,6 +21,25 @@ class BadRows(UserError):
     def __init__(self, text: str, problems: Mapping[str, list[str]], counts: Mapping[str, int]) -> None:
         super().__init__(text)
         self.problems, self.counts = problems, counts
+
+
+class FirstAnswers:
+    """Check of rows that also judges the first own answers, of a type of task that judges too slowly for all of them.
+
+    At most FIRST rows, and none that begins later than SECONDS after the first.
+    """
+
+    def __init__(self, task: type[Task], check: Check) -> None:
+        self._task, self._check, self._judged, self._end = task, check, 0, math.inf
+
+    def __call__(self, row: dict, where: str) -> None:
+        self._check(row, where)
+        if self._judged >= FIRST or time.monotonic() > self._end:
+            return
+        if not self._judged:
+            self._end = time.monotonic() + SECONDS
+        self._judged += 1
+        self._task.check_reference(row, where, surely=True)
 
 
 class RowCheck:
