@@ -204,7 +204,7 @@ class Subject:
 
     @property
     def reads_text(self) -> bool:
-        """Whether a section that is wanted reads held-out text."""
+        """Return whether a section that is wanted reads held-out text."""
         return bool(self.options.bpb or (self.options.samples and not self.is_chat))
 
     @cached_property
@@ -356,7 +356,7 @@ class StageSubject(Subject):
 
     @cached_property
     def has_own_text(self) -> bool:
-        """Whether the held-out text is that of the training, or of the first evaluation where that was not noted."""
+        """Return whether the held-out text is that of the training, or where none is noted of an evaluation."""
         scored = (read_json(self.folder / "eval.json") or {}).get("scored") or {}
         known = self.trained_beside or scored.get("bpb_text" if self.is_chat else "bpb", {}).get("text")
         if known in (None, self.text_id):
@@ -370,7 +370,7 @@ class StageSubject(Subject):
 
     @cached_property
     def is_own_data(self) -> bool:
-        """Whether scores are measured on the held-out part of what the stage was trained on."""
+        """Return whether scores are measured on the held-out part of what the stage was trained on."""
         return self.has_own_settings and (self.is_chat or not self.reads_text or self.has_own_text)
 
     @cached_property
