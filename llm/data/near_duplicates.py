@@ -21,6 +21,7 @@ import numpy as np
 from filelock import FileLock
 
 from llm.data.documents import FileDocuments, Shard
+from llm.data.streaming import StreamedDocuments
 from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
 from llm.utils.files import write_atomic
@@ -45,7 +46,7 @@ class NearDuplicates:
 
     def __init__(self, sources: Sequence[FileDocuments], threshold: float, folder: Path) -> None:
         self.sources, self.threshold, self.folder = list(sources), threshold, folder
-        if any(not source.is_stored for source in self.sources):
+        if any(isinstance(source, StreamedDocuments) for source in self.sources):
             raise UserError(
                 f"{self} needs the text in files, as it is read once before training; leave data.streaming=true out"
             )

@@ -227,8 +227,8 @@ class Subject:
 
     @cached_property
     def source(self) -> Any:
-        """Return the text of `data`, found and checked once."""
-        return document_source(self.data, self.cache)
+        """Return the text of `data`, found and checked once; its training part, which is not read, as it stands."""
+        return document_source(OmegaConf.merge(self.data, {"near_duplicates": None}), self.cache)
 
     def bpb(self) -> dict[str, Any]:
         """Return {"bpb": bits per byte on the validation text, None without bytes, "scored": what was measured}."""
