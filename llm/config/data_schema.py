@@ -159,8 +159,8 @@ class DataConfig:
         "pretrain: seed of an order of the documents that is new in every epoch; null = as in the files", low=0
     )
     near_duplicates: float | None = key(
-        "leave training documents out that share so much of their runs of five words with an earlier or a held-out "
-        "one, such as 0.8 (extra package: dedup); null = read every document",
+        "drop training documents whose share of runs of five words with an earlier or a held-out document is at least "
+        "so large, such as 0.8 (extra: dedup); null = read every document",
         low=0.5,
         high=1,
     )
