@@ -34,7 +34,7 @@ class FirstAnswers:
 
     def __call__(self, row: dict, where: str) -> None:
         self._check(row, where)
-        if self._judged >= FIRST or time.monotonic() > self._end:
+        if self._judged >= FIRST or time.monotonic() > self._end or not self._task.is_scored(row):
             return
         if not self._judged:
             self._end = time.monotonic() + SECONDS

@@ -12,7 +12,6 @@ every resume leaves out the same ones. Memory: about 2 kB per document that is k
 import hashlib
 import io
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from filelock import FileLock
 
 from llm.data.documents import FileDocuments, Shard
+from llm.data.records import DAMAGE
 from llm.data.streaming import StreamedDocuments
 from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
@@ -84,6 +84,8 @@ class NearDuplicates:
                     arrays = self._search(shards)
                     _write(path, arrays)
             self.documents, self.leaked = arrays.pop().tolist()
+            if sum(map(len, arrays)) == self.documents:
+                raise UserError(f"{self}: all training documents are near-duplicates of held-out ones. Name other text.")
             self._rows = {_place(*at): rows for at, rows in zip(shards, arrays, strict=True)}
             print(self._summary(), flush=True)
         return self._rows
@@ -91,8 +93,6 @@ class NearDuplicates:
     def _summary(self) -> str:
         """Return in one line how many documents are left out."""
         count = sum(map(len, self._rows.values()))
-        if count == self.documents:
-            raise UserError(f"{self}: all training documents are near-duplicates of held-out ones. Name other text.")
         leaked = f", {self.leaked:,} of them like held-out ones" if self.leaked else ""
         return f"near-duplicates: {count:,} of {self.documents:,} training documents are left out{leaked} ({self})"
 
@@ -224,7 +224,7 @@ def _read(path: Path, count: int) -> list[np.ndarray] | None:
     try:
         with np.load(path) as saved:
             return [saved[f"arr_{number}"] for number in range(count + 1)]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (ValueError, KeyError, *DAMAGE):
         return None
 
 
