@@ -206,6 +206,11 @@ class FileRows(Sequence):
     def __len__(self) -> int:
         return len(self._offsets)
 
+    def by_file(self) -> dict[str, range]:
+        """Return the rows of each file that was read."""
+        ends = [*self._starts[1:], len(self)]
+        return {str(file): range(*part) for file, *part in zip(self._files, self._starts, ends, strict=False)}
+
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
         file = bisect_right(self._starts, index) - 1

@@ -1,22 +1,45 @@
 """The rows of a task as a sequence: each read and checked once, bad ones told together, some left out and counted."""
 
+import math
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain, islice
 from pathlib import Path
 
-from llm.data.records import SHOWN
+from llm.data.records import LISTED, SHOWN
 from llm.errors import UserError
-from tasks.base import Dropped, RowReader
+from tasks.base import Dropped, RowReader, Task
 
+FIRST, SECONDS = 20, 2.0  # own answers that are judged at the start, where judging is slow
 Check = Callable[[dict, str], None]
 
 
 class BadRows(UserError):
-    """Raised for rows that cannot be used, with their number in `count`."""
+    """Raised for rows that cannot be used: `problems` lists the first ones by file, `counts` all."""
 
-    def __init__(self, text: str, count: int) -> None:
+    def __init__(self, text: str, problems: Mapping[str, list[str]], counts: Mapping[str, int]) -> None:
         super().__init__(text)
-        self.count = count
+        self.problems, self.counts = problems, counts
+
+
+class FirstAnswers:
+    """Check of rows that also judges the first own answers, of a type of task that judges too slowly for all of them.
+
+    At most FIRST rows, and none that begins later than SECONDS after the first.
+    """
+
+    def __init__(self, task: type[Task], check: Check) -> None:
+        self._task, self._check, self._judged, self._end = task, check, 0, math.inf
+
+    def __call__(self, row: dict, where: str) -> None:
+        self._check(row, where)
+        if self._judged >= FIRST or time.monotonic() > self._end or not self._task.is_scored(row):
+            return
+        if not self._judged:
+            self._end = time.monotonic() + SECONDS
+        self._judged += 1
+        self._task.check_reference(row, where, surely=True)
 
 
 class RowCheck:
@@ -33,8 +56,9 @@ class RowCheck:
         self.key = key
         self.skipped: Counter[str] = Counter()
         self._reader, self._check, self._skips = reader, check, bad_rows == "skip"
-        self._problems: list[tuple[str, int, str]] = []  # file, row number and problem of the first bad rows
-        self._bad = 0
+        self._problems: dict[str, list[str]] = {}  # by file: row and problem of the first LISTED bad rows
+        self._bad: Counter[str] = Counter()  # by file
+        self._told: dict[tuple[str, str], int] = {}  # file and problem -> its first row
 
     @property
     def may_skip(self) -> bool:
@@ -68,33 +92,30 @@ class RowCheck:
         except UserError as error:
             if self._skips:
                 self.skipped[f"bad rows of {Path(str(file)).name}"] += 1
-            if self._bad < SHOWN:
-                problem = str(error).removeprefix(f"{self.where(file, number)}: ")
-                self._problems.append((str(file), number, problem))
-            self._bad += 1
+            self._note(str(file), number, str(error).removeprefix(f"{self.where(file, number)}: "))
         return False
+
+    def _note(self, file: str, number: int, problem: str) -> None:
+        """Count a bad row and keep it with its problem; one that came before is told by its row."""
+        self._bad[file] += 1
+        if self._bad[file] <= LISTED:
+            first = self._told.setdefault((file, problem), number)
+            told = problem if first == number else f"as row {first}"
+            self._problems.setdefault(file, []).append(f"{file} row {number}: {told}")
 
     def finish(self, kept: int) -> None:
         """Raise UserError for bad rows, unless they are skipped, and where no row is left; print what was left out."""
-        listed = list(self._lines())
-        if self._bad and not self._skips:
-            if self._bad == 1:
-                raise BadRows(f"{self.key}: {listed[0]}", 1)
-            more = [f"and {self._bad - SHOWN:,} more"] if self._bad > SHOWN else []
-            head = f"{self.key}: {self._bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
-            raise BadRows("\n  ".join([head, *listed, *more]), self._bad)
+        listed, bad = list(islice(chain(*self._problems.values()), SHOWN)), self._bad.total()
+        if bad and not self._skips:
+            more = [f"and {bad - SHOWN:,} more, which stage=check lists"] if bad > SHOWN else []
+            head = f"{bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
+            text = listed[0] if bad == 1 else "\n  ".join([head, *listed, *more])
+            raise BadRows(f"{self.key}: {text}", self._problems, self._bad)
         if self.skipped and not kept:
             first = f"; the first: {listed[0]}" if listed else ""
             raise UserError(f"{self.key}: no row is left ({describe(self.skipped)}){first}")
         if self.skipped:
             print(f"{self.key}: {kept:,} rows, left out: {describe(self.skipped)}", flush=True)
-
-    def _lines(self) -> Iterator[str]:
-        """Yield the first bad rows; a problem that came before is told by its row."""
-        seen: dict[tuple[str, str], int] = {}
-        for file, number, problem in self._problems:
-            first = seen.setdefault((file, problem), number)
-            yield f"{file} row {number}: {problem if first == number else f'as row {first}'}"
 
 
 def describe(skipped: Mapping[str, int]) -> str:

@@ -167,6 +167,12 @@ class DataConfig:
         "id between documents in token files of others (data=tokens); null = the first behind the tokenizer's tokens",
         low=0,
     )
+    near_duplicates: float | None = key(
+        "drop training documents whose share of runs of five words with an earlier or a held-out document is at least "
+        "so large, such as 0.8 (extra: dedup); null = read every document",
+        low=0.5,
+        high=1,
+    )
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)
     size: int | None = key("documents to generate for training (data=embedded)", low=1)

@@ -7,6 +7,7 @@ before it, over all ranks and epochs, empty ones not counted). For a while after
 says what was `consumed` before. It knows nothing of threads or batch sizes.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -26,6 +27,7 @@ from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most
+ID_CHARS = 1 << 24  # characters that tell one text from another: read in a fifth of a second
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -56,6 +58,18 @@ def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
 def gives_ids(source: DocumentSource) -> bool:
     """Return whether a source gives token ids (n,) int32 that begin with BOS, in the place of text."""
     return getattr(source, "gives_ids", False)
+
+
+def text_id(source: DocumentSource, split: str = "val") -> str:
+    """Return a digest of the first ID_CHARS characters of a split: another one means another text."""
+    digest, left = hashlib.sha256(), ID_CHARS
+    for text in texts(source, split):
+        data = text[:left].encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+        left -= len(text)
+        if left <= 0:
+            break
+    return digest.hexdigest()[:16]
 
 
 class Consumed:
@@ -158,6 +172,7 @@ class FileDocuments:
 
     is_stored = True  # the files are on this machine
     is_cached = True  # data.token_cache may keep the tokens: a change of the files is noticed
+    near_duplicates = None  # llm.data.near_duplicates.NearDuplicates, or None: training reads every document
     shuffle = None  # llm.data.shuffle.Shuffle, or None: training reads the documents in the order of the files
 
     def __init__(
@@ -196,11 +211,18 @@ class FileDocuments:
 
     def in_order(self, split: str, cursor: Cursor | None = None, loop: bool = True) -> Iterator[tuple[str, Cursor]]:
         """Yield the documents of all ranks, each with the cursor behind it."""
-        shards = self.shards(split)
-        where = f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
+        shards, rows = self.shards(split), self._rows
+        if split == "train" and self.near_duplicates is not None:
+            rows = self._kept
+        where = self._place(split)
         if self.shuffle is not None and split == "train" and loop:  # a single pass keeps the order
-            return self.shuffle.in_order(shards, self._rows, cursor, loop, where)
-        return in_order(shards, self._rows, cursor, loop, where)
+            return self.shuffle.in_order(shards, rows, cursor, loop, where)
+        return in_order(shards, rows, cursor, loop, where)
+
+    def _place(self, split: str) -> str:
+        """Return the beginning of messages about a split."""
+        shards = self.shards(split)
+        return f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
 
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
@@ -274,7 +296,16 @@ class FileDocuments:
     def _find_documents(self) -> None:
         """Raise UserError if a split has no document."""
         for split in ("train", "val"):
-            next(self.in_order(split, loop=False))
+            next(in_order(self.shards(split), self._rows, None, False, self._place(split)))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Near-duplicates that training leaves out, by file; they are looked for if they have not been yet."""
+        return {} if self.near_duplicates is None else self.near_duplicates.by_file(self)
+
+    def stamp(self, path: Path) -> tuple:
+        """Return what changes with a file: its name, its size and the time of its last change."""
+        return str(path.resolve()), *(_stamp(path) or (path.stat().st_size,))
 
     def name_of(self, path: Path) -> str:
         """Return the name of a file below the data folder, its whole path where two files have one name."""
@@ -346,6 +377,16 @@ class FileDocuments:
             yield text
         if _stamp(path, now=True) != began:
             raise _changed(path)
+
+    def _kept(self, shard: Shard, start: int) -> Iterator[str | None]:
+        """Yield rows `start`.. of a training shard; None in the place of near-duplicates too."""
+        left_out = self.near_duplicates.rows(self, shard)
+        waiting = iter(left_out[left_out >= start].tolist())
+        skipped = next(waiting, None)
+        for number, text in enumerate(self._rows(shard, start), start=start):
+            if number == skipped:
+                text, skipped = None, next(waiting, None)
+            yield text
 
 
 class LocalDocuments(FileDocuments):

@@ -16,6 +16,7 @@ READERS = {
     "sources": ("mixture",),
     **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
     "shuffle": ("local", "hub", "mixture", "tokens"),
+    "near_duplicates": ("local", "hub", "mixture"),
     "end_of_text": ("tokens",),
 }
 BUILT_IN = ("embedded", "local", "hub", "mixture", "tokens")
@@ -52,7 +53,12 @@ def build_source(data, cache: str) -> DocumentSource:
                 f"data.{name}={data[name]} is not read by this option of data; leave it out or choose "
                 f"data={' or data='.join(sources)}"
             )
-    return build(data, cache)
+    source = build(data, cache)
+    if data.get("near_duplicates") is not None and data.name in BUILT_IN:
+        from llm.data.near_duplicates import leave_out
+
+        leave_out(source, data.near_duplicates, cache)
+    return source
 
 
 def is_remote(data) -> bool:

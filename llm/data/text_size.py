@@ -48,7 +48,8 @@ def text_tokens(source, tokenizer) -> int | None:
     paths = {shard.path for shard in source.shards("train")}
     if sum(map(_text_bytes, paths)) <= EXACT_BYTES:
         return _by_reading(texts(source), tokenizer)
-    return _by_files(source, tokenizer)
+    kept = 1.0 if source.near_duplicates is None else source.near_duplicates.share_kept()
+    return round(kept * _by_files(source, tokenizer))
 
 
 def _is_here(shard) -> bool:
