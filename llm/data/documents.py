@@ -11,8 +11,10 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -310,7 +312,11 @@ class FileDocuments:
     def name_of(self, path: Path) -> str:
         """Return the name of a file below the data folder, its whole path where two files have one name."""
         name = self.names.get(path, path.name)
-        return name if sum(self.names.get(other, other.name) == name for other in self.files) == 1 else str(path)
+        return name if self._name_counts[name] == 1 else str(path)
+
+    @cached_property
+    def _name_counts(self) -> Counter:
+        return Counter(self.names.get(path, path.name) for path in self.files)
 
     def size_of(self, path: Path) -> int:
         """Return the bytes of a file."""

@@ -52,6 +52,18 @@ def test_parts_again_and_a_part_that_is_missing(made, capsys):
     assert weights[0] == weights[1]
 
 
+def test_near_duplicates_are_left_out_of_the_files(made, capsys):
+    rows = [" ".join(f"w{i}x{j}" for j in range(30)) for i in range(60)]
+    write(made / "text/part0.jsonl", [*rows, *(row + " more" for row in rows[:7])])
+    write_part(0, 1, "data.near_duplicates=0.7")
+    assert "near-duplicates: 7 of" in capsys.readouterr().out
+    settings = ["stage=pretrain", "data.packing=best_fit", "max_steps=3"]
+    run("data=local", "data.path=text", "data.near_duplicates=0.7", "run=b", "init_from=a", *settings)
+    run("data=tokens", "data.path=t", *settings)
+    weights = [(made / f"runs/{name}/pretrain/model/model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
 def test_settings_that_cannot_be_kept(made):
     with pytest.raises(UserError, match="stage.part=2: with stage.parts=2 the parts are 0 to 1"):
         write_part(2, 2)
