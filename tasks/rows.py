@@ -16,11 +16,11 @@ Check = Callable[[dict, str], None]
 
 
 class BadRows(UserError):
-    """Raised for rows that cannot be used: `problems` lists the first ones by file, `counts` all."""
+    """Raised for rows that cannot be used. bad: their number by file; problems: the first of each file, in words."""
 
-    def __init__(self, text: str, problems: Mapping[str, list[str]], counts: Mapping[str, int]) -> None:
+    def __init__(self, text: str, problems: Mapping[str, list[str]], bad: Mapping[str, int]) -> None:
         super().__init__(text)
-        self.problems, self.counts = problems, counts
+        self.problems, self.bad = problems, bad
 
 
 class FirstAnswers:
@@ -47,7 +47,8 @@ class RowCheck:
 
     key: place in the configuration that names the rows, such as data.tasks.chat.train; all errors begin with it.
     reader: turns what a file holds into a row; check(row, where): raises `UserError` for one that the type of the task
-    cannot use; bad_rows: "stop" or "skip". skipped: number of rows left out so far, by reason.
+    cannot use; bad_rows: "stop" or "skip". skipped: number of rows left out so far, by reason. bad: number of bad rows
+    so far, by file; problems: the first LISTED of each file, in words.
     """
 
     def __init__(self, key: str, reader: RowReader, check: Check, bad_rows: str = "stop") -> None:
@@ -56,8 +57,8 @@ class RowCheck:
         self.key = key
         self.skipped: Counter[str] = Counter()
         self._reader, self._check, self._skips = reader, check, bad_rows == "skip"
-        self._problems: dict[str, list[str]] = {}  # by file: row and problem of the first LISTED bad rows
-        self._bad: Counter[str] = Counter()  # by file
+        self.problems: dict[str, list[str]] = {}
+        self.bad: Counter[str] = Counter()
         self._told: dict[tuple[str, str], int] = {}  # file and problem -> its first row
 
     @property
@@ -97,23 +98,24 @@ class RowCheck:
 
     def _note(self, file: str, number: int, problem: str) -> None:
         """Count a bad row and keep it with its problem; one that came before is told by its row."""
-        self._bad[file] += 1
-        if self._bad[file] <= LISTED:
+        self.bad[file] += 1
+        if self.bad[file] <= LISTED:
             first = self._told.setdefault((file, problem), number)
             told = problem if first == number else f"as row {first}"
-            self._problems.setdefault(file, []).append(f"{file} row {number}: {told}")
+            self.problems.setdefault(file, []).append(f"{file} row {number}: {told}")
 
     def finish(self, kept: int) -> None:
         """Raise UserError for bad rows, unless they are skipped, and where no row is left; print what was left out."""
-        listed, bad = list(islice(chain(*self._problems.values()), SHOWN)), self._bad.total()
+        listed, bad = list(islice(chain(*self.problems.values()), SHOWN)), self.bad.total()
         if bad and not self._skips:
             more = [f"and {bad - SHOWN:,} more, which stage=check lists"] if bad > SHOWN else []
             head = f"{bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
             text = listed[0] if bad == 1 else "\n  ".join([head, *listed, *more])
-            raise BadRows(f"{self.key}: {text}", self._problems, self._bad)
+            raise BadRows(f"{self.key}: {text}", self.problems, self.bad)
         if self.skipped and not kept:
             first = f"; the first: {listed[0]}" if listed else ""
-            raise UserError(f"{self.key}: no row is left ({describe(self.skipped)}){first}")
+            text = f"{self.key}: no row is left ({describe(self.skipped)}){first}"
+            raise BadRows(text, self.problems, self.bad) if bad else UserError(text)
         if self.skipped:
             print(f"{self.key}: {kept:,} rows, left out: {describe(self.skipped)}", flush=True)
 

@@ -85,9 +85,7 @@ class NearDuplicates:
                     _write(path, arrays)
             self.documents, self.leaked = arrays.pop().tolist()
             if sum(map(len, arrays)) == self.documents:
-                raise UserError(
-                    f"{self}: all training documents are near-duplicates of held-out ones. Name other text."
-                )
+                raise UserError(f"{self}: all training documents are near-duplicates of held-out ones. Name other text")
             self._rows = {_place(*at): rows for at, rows in zip(shards, arrays, strict=True)}
             print(self._summary(), flush=True)
         return self._rows

@@ -19,6 +19,7 @@ from llm.utils.files import write_json
 from llm.utils.format import percent, print_table
 from tasks.base import Task
 from tasks.files import FileRows
+from tasks.hub import HubRows
 from tasks.registry import build_task, used_tasks
 from tasks.rows import BadRows
 
@@ -143,25 +144,23 @@ def tasks(cfg, split: str, shown: str) -> Iterator[tuple[Rows, Items]]:
 def read_task(cfg, name: str, split: str) -> tuple[Task | None, dict[str, Iterable[str]]]:
     """Return a task without its bad rows, None where no other is left, and the problems of bad rows by file.
 
-    A task is built twice where rows are bad: once for its list of them, once without them. Raises UserError for one
-    that cannot be built.
+    Raises UserError for a task that cannot be built.
     """
-    spec, cache = cfg.data.tasks[name], task_cache(cfg)
+    spec = cfg.data.tasks[name]
     try:
-        return build_task(name, spec, split, cache), {}
+        task = build_task(name, spec, split, task_cache(cfg), "skip")
+        found = task.rows if isinstance(task.rows, FileRows | HubRows) else None
     except BadRows as error:
-        bad = {file if spec.source == "local" else "": listed(error, file) for file in error.counts}
-    try:
-        return build_task(name, spec, split, cache, "skip"), bad
-    except UserError:
         if cfg.data.bad_rows == "skip":  # training ends so too
             raise
-        return None, bad
+        task, found = None, error
+    bad = {} if found is None else {file: listed(found.problems[file], count) for file, count in found.bad.items()}
+    return task, bad if spec.source == "local" else {"": chain(*bad.values())}
 
 
-def listed(error: BadRows, file: str) -> Iterator[str]:
-    """Yield the problems of all bad rows of a file; those behind the listed ones have no text."""
-    return chain(error.problems[file], repeat("", error.counts[file] - len(error.problems[file])))
+def listed(problems: list[str], count: int) -> Iterator[str]:
+    """Yield the problems of `count` bad rows of a file; those behind the listed ones have no text."""
+    return chain(problems, repeat("", count - len(problems)))
 
 
 def by_file(task: Task) -> dict[str, range]:
@@ -202,27 +201,13 @@ def failed(error: UserError) -> Items:
 def show(files: list[Rows], unit: str, seq_len: int, is_complete: bool) -> None:
     """Print the table of files, the bad rows, and one line per warning."""
     more = [] if unit == "characters" else [unit]
-    header = [
-        "file",
-        "split",
-        "rows",
-        "bad",
-        "empty",
-        "characters",
-        "bytes",
-        *more,
-        "median",
-        "p95",
-        "max",
-        f"> {seq_len:,}",
-    ]
+    header = ["file", "split", "rows", "bad", "empty", "characters", "bytes", *more, "median", "p95", "max"]
+    header.append(f"> {seq_len:,}")  # in tokens
     lines = []
     for rows in files:
         counts = (rows.read, rows.bad, rows.empty, rows.chars, rows.bytes, *([rows.total] if more else []))
         lengths = (rows.quantile(0.5), rows.quantile(0.95), max(rows.lengths, default=0))
-        longer = (
-            percent(rows.longer_than(seq_len) / max(1, rows.lengths.total())) if more else "-"
-        )  # seq_len is in tokens
+        longer = percent(rows.longer_than(seq_len) / max(1, rows.lengths.total())) if more else "-"
         lines.append([rows.name, rows.split, *(f"{number:,}" for number in (*counts, *lengths)), longer])
     print_table(header, lines)
     print(f"lengths are in {unit}" + ("" if more else ": there is no tokenizer yet, or give init_from=<run>"))
