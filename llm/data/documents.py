@@ -26,6 +26,7 @@ from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most
+SCAN_BYTES_STORE = 1 << 24  # so many where the files lie in a store
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -214,9 +215,7 @@ class FileDocuments:
         seen = self.files if self.is_stored else ends  # far away every look costs a request
         for path in seen:
             check_file(path, self.column)
-        if not self.is_stored:
-            self.note = "; ".join(filter(None, [self.note, _unread(len(self.files), len(self.files))]))
-        elif int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
+        if int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
             self._scan()
         self._find_documents()
         kinds, count = sorted({format_of(path).kind for path in seen}), len(self.files)
@@ -231,12 +230,13 @@ class FileDocuments:
         return "".join(f"; {note}" for note in notes if note)
 
     def _scan(self) -> None:
-        """Read the rows once, as far as SCAN_BYTES and SCAN_SECONDS reach; note what was not read.
+        """Read the rows once, as far as the limits of SCAN_* reach; note what was not read.
 
         Raises UserError that names the bad ones, if they are not to be skipped.
         """
         bad: list[BadRow] = []
-        small = sum(path.stat().st_size for path in self.files) <= SCAN_BYTES
+        limit = SCAN_BYTES if self.is_stored else SCAN_BYTES_STORE
+        small = sum(path.stat().st_size for path in self.files) <= limit
         end = time.monotonic() + SCAN_SECONDS if small else 0.0
         whole = sum(1 for _ in takewhile(lambda path: self._scan_file(path, end, bad), self.files))
         if bad and self.bad_rows == "stop":
