@@ -30,6 +30,7 @@ from llm.errors import BadData, UserError
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most
 ID_CHARS = 1 << 24  # characters that tell one text from another: read in a fifth of a second
+SCAN_BYTES_STORE = 1 << 24  # so many where the files lie in a store
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -246,9 +247,7 @@ class FileDocuments:
         seen = self.files if self.is_stored else ends  # far away every look costs a request
         for path in seen:
             check_file(path, self.column)
-        if not self.is_stored:
-            self.note = "; ".join(filter(None, [self.note, _unread(len(self.files), len(self.files))]))
-        elif int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
+        if int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
             self._scan()
         self._find_documents()
         kinds, count = sorted({format_of(path).kind for path in seen}), len(self.files)
@@ -263,12 +262,13 @@ class FileDocuments:
         return "".join(f"; {note}" for note in notes if note)
 
     def _scan(self) -> None:
-        """Read the rows once, as far as SCAN_BYTES and SCAN_SECONDS reach; note what was not read.
+        """Read the rows once, as far as the limits of SCAN_* reach; note what was not read.
 
         Raises UserError that names the bad ones, if they are not to be skipped.
         """
         bad: list[BadRow] = []
-        small = sum(path.stat().st_size for path in self.files) <= SCAN_BYTES
+        limit = SCAN_BYTES if self.is_stored else SCAN_BYTES_STORE
+        small = sum(path.stat().st_size for path in self.files) <= limit
         end = time.monotonic() + SCAN_SECONDS if small else 0.0
         whole = sum(1 for _ in takewhile(lambda path: self._scan_file(path, end, bad), self.files))
         if bad and self.bad_rows == "stop":
@@ -466,39 +466,3 @@ def _unread(unread: int, count: int) -> str:
 def _named(files: Sequence[Path]) -> str:
     """Return the name of a file, or the number of several."""
     return files[0].name if len(files) == 1 else f"{len(files)} files"
-
-
-class EmbeddedDocuments:
-    """Documents of the generated world of llm.data.embedded: `size` to train on and `val_size` to validate."""
-
-    def __init__(self, size: int, seed: int = 42, val_size: int | None = None) -> None:
-        val_size = max(1, size // 20) if val_size is None else val_size
-        if size < 1 or val_size < 1:
-            raise UserError(f"data.size={size}, data.val_size={val_size}: both must be at least 1")
-        self.seed, self._sizes = seed, {"train": size, "val": val_size}
-
-    def shards(self, split: str) -> list[str]:
-        """Return the one shard of a split, its name. Raises ValueError for an unknown split."""
-        if split not in self._sizes:
-            raise ValueError(f"split={split!r}: must be one of {list(self._sizes)}")
-        return [split]
-
-    def iterate(
-        self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
-    ) -> Iterator[tuple[str, Cursor]]:
-        """Yield this rank's documents from `cursor` on, each with the cursor behind it."""
-        return walk(self.shards(split), self._rows, cursor, rank, world, loop, "data=embedded")
-
-    def __len__(self) -> int:
-        return self._sizes["train"]
-
-    def check(self) -> str:
-        """Return one line on what is read and held out."""
-        return (
-            f"{self._sizes['train']:,} generated documents, seed {self.seed}; validation: {self._sizes['val']:,} others"
-        )
-
-    def _rows(self, split: str, start: int) -> Iterator[str]:
-        from llm.data.embedded import documents
-
-        return documents({"train": "train", "val": "test"}[split], self._sizes[split], self.seed, start)

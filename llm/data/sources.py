@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from llm.config.check import check_values
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
-from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments, gives_ids
+from llm.data.documents import DocumentSource, FileDocuments, LocalDocuments, gives_ids
+from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.stores import is_address
 from llm.errors import UserError
 

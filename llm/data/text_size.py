@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from llm.data.documents import EmbeddedDocuments, FileDocuments, gives_ids, texts
+from llm.data.documents import FileDocuments, gives_ids, texts
+from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.files import ZipMember, format_of, kind_of, split_suffix
 from llm.data.formats import count_rows
 from llm.data.stores import StoredFile

@@ -166,6 +166,17 @@ def test_the_token_cache_keeps_text_of_a_store(s3, tmp_path, tiny_tokenizer):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.tokens")} == before
 
 
+def test_bad_rows_of_a_small_text_are_found_at_the_start(s3, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", words(40))
+    path.write_text(path.read_text() + '{"text": 7}\n' * 3 + json.dumps({"text": "end"}))
+    address = put_folder(s3, tmp_path, tmp_path.name)
+    with pytest.raises(BadData, match="rows.jsonl: line 41: text is a int.*line 43.*data.bad_rows=skip"):
+        LocalDocuments(address).check()
+    assert "skipped: 3 bad rows" in LocalDocuments(address, bad_rows="skip").check()
+    monkeypatch.setattr("llm.data.documents.SCAN_BYTES_STORE", 100)
+    assert "not yet searched for bad rows: all of the file" in LocalDocuments(address, bad_rows="skip").check()
+
+
 def test_what_is_left_out_is_said_as_on_disk(s3, folder, tmp_path):
     one_kind(folder, ".parquet")
     address = put_folder(s3, folder, tmp_path.name)
