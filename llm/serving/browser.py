@@ -6,14 +6,11 @@ from outside: the fonts are the system's and Gradio's analytics are off.
 """
 
 import itertools
-import os
 import re
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
