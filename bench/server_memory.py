@@ -1,6 +1,6 @@
 """Memory of the browser chat's server over many turns, as a table, a file of numbers and a plot.
 
-    python bench/server_memory.py [--turns 2000] [--depth 4] [--warmup 200] [--seed 0] [--out memory.csv]
+    python bench/server_memory.py [--turns 2000] [--depth 4] [--warmup 500] [--seed 0] [--out memory.csv]
                                   [--plot memory.png] [--beside earlier.csv]
 
 A model with random weights is served by `serve.py` in a process of its own. A visitor asks questions of 1 to 400
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -29,7 +30,7 @@ EVERY = 10  # turns between two readings, and of one visitor
 def main() -> None:
     """Serve, ask, and show how the memory went."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"turns": 2000, "depth": 4, "warmup": 200, "seed": 0}.items():
+    for name, default in {"turns": 2000, "depth": 4, "warmup": 500, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in ("out", "plot", "beside"):
         parser.add_argument(f"--{name}", type=Path)
@@ -37,10 +38,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as folder:
         make_run(Path(folder), args.depth)
         start = time.perf_counter()
-        readings = measure(Path(folder), args.turns, random.Random(args.seed))
+        readings = []
+        for reading in measure(Path(folder), args.turns, random.Random(args.seed)):
+            readings.append(reading)
+            if args.out:
+                args.out.write_text("turn,mib\n" + "".join(f"{turn},{mib:.1f}\n" for turn, mib in readings))
         seconds = time.perf_counter() - start
-    if args.out:
-        args.out.write_text("turn,mib\n" + "".join(f"{turn},{mib:.1f}\n" for turn, mib in readings))
     after = [mib for turn, mib in readings if turn >= args.warmup]
     largest = max(abs(mib / after[0] - 1) for mib in after)
     if args.plot:
@@ -74,8 +77,8 @@ def make_run(root: Path, depth: int) -> None:
     write_json(stage / "run.json", {"stage": "sft", "status": "finished", "parent": None, "metrics": {}})
 
 
-def measure(runs: Path, turns: int, rng: random.Random) -> list[tuple[int, float]]:
-    """Return (turn, MiB of resident memory) of a server that answers that many questions, from before the first on."""
+def measure(runs: Path, turns: int, rng: random.Random) -> Iterator[tuple[int, float]]:
+    """Yield (turn, MiB of resident memory) of a server that answers that many questions, from before the first on."""
     from gradio_client import Client
 
     command = [sys.executable, str(REPO / "serve.py"), f"paths.runs={runs}", "run=memory", "port=0"]
@@ -83,7 +86,7 @@ def measure(runs: Path, turns: int, rng: random.Random) -> list[tuple[int, float
         try:
             lines = iter(server.stdout.readline, "")
             url = next(found[1] for line in lines if (found := re.search(r"chat at (http://\S+)", line)))
-            readings = [(0, resident(server.pid))]
+            yield 0, resident(server.pid)
             for turn in range(1, turns + 1):
                 if turn % EVERY == 1:
                     visitor = Client(url, verbose=False)
@@ -92,12 +95,12 @@ def measure(runs: Path, turns: int, rng: random.Random) -> list[tuple[int, float
                 visitor.predict(1.0, 50, rng.randint(4, 24), api_name="/answer")
                 if turn % EVERY == 0:
                     visitor.close()
-                    readings.append((turn, resident(server.pid)))
+                    mib = resident(server.pid)
+                    yield turn, mib
                     if turn % (20 * EVERY) == 0:
-                        print(f"turn {turn:,}: {readings[-1][1]:,.0f} MiB", flush=True)
+                        print(f"turn {turn:,}: {mib:,.0f} MiB", flush=True)
         finally:
             server.send_signal(signal.SIGINT)
-    return readings
 
 
 def resident(pid: int) -> float:

@@ -25,7 +25,7 @@ __all__ = ["build", "check_names", "launch", "serve"]
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
 MAX_MESSAGE = 8_000  # characters
 MAX_MESSAGES = 500
-MAX_VISITORS = 200  # conversations in memory; the one that waited longest is forgotten first
+MAX_VISITORS = 50  # conversations in memory; the one that waited longest is forgotten first
 EXAMPLES = (
     "Who are you?",
     "How many r are in strawberry?",
