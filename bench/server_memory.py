@@ -15,7 +15,6 @@ import csv
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -100,7 +99,7 @@ def measure(runs: Path, turns: int, rng: random.Random) -> Iterator[tuple[int, f
                     if turn % (20 * EVERY) == 0:
                         print(f"turn {turn:,}: {mib:,.0f} MiB", flush=True)
         finally:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
 
 
 def resident(pid: int) -> float:
