@@ -4,7 +4,7 @@
                                   [--plot memory.png] [--beside earlier.csv]
 
 A model with random weights is served by `serve.py` in a process of its own. A visitor asks questions of 1 to 400
-characters over HTTP and reads answers of 4 to 24 tokens; every 10 turns another visitor comes. Every 10 turns the
+characters over HTTP and reads answers of 1 to 8 tokens; every 10 turns another visitor comes. Every 10 turns the
 resident memory of the server is read. Prints the largest distance from its value after the warm-up, and a last line of
 JSON. `--beside` draws the numbers of an earlier run, such as one of another version, into the same plot.
 """
@@ -91,7 +91,7 @@ def measure(runs: Path, turns: int, rng: random.Random) -> Iterator[tuple[int, f
                     visitor = Client(url, verbose=False)
                 question = "".join(rng.choices("abcdefgh ", k=rng.randint(1, 400))) + "?"
                 visitor.predict(question, api_name="/ask")
-                visitor.predict(1.0, 50, rng.randint(4, 24), api_name="/answer")
+                visitor.predict(1.0, 50, rng.randint(1, 8), api_name="/answer")
                 if turn % EVERY == 0:
                     visitor.close()
                     mib = resident(server.pid)
