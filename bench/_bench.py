@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llm.utils.environment import tune_process  # noqa: E402
+from llm.utils.environment import keep_private, tune_process  # noqa: E402
 
+keep_private()
 tune_process()  # the entry points do it too
 
 import torch  # noqa: E402

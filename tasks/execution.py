@@ -168,5 +168,7 @@ def describe(held: Mapping[str, bool]) -> str:
         if not held["filter"]:
             gaps.append("the network")
         gaps.append("the space on the disk")
+    if not held["filter"]:
+        gaps.append("memory beyond the limit")
     open_to = f"; NOT out of reach: {', '.join(gaps)}" if gaps else ""
     return f"{', '.join([*names, 'limits'])}{open_to}"

@@ -32,7 +32,7 @@ from llm.config.said import note_settings
 from llm.config.stages import load_object
 from llm.errors import UserError
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
-from llm.utils.environment import tune_process
+from llm.utils.environment import keep_private, tune_process
 
 __all__ = ["check_overrides", "run_app"]
 
@@ -59,6 +59,7 @@ def run_app(config_name: str, target: Target) -> NoReturn:
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
     job ends a sweep, and the sweep says which one it was.
     """
+    keep_private()
     tune_process()
     try:
         status = _run(config_name, target, sys.argv[1:])

@@ -203,6 +203,9 @@ class ServeConfig:
     prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)
     host: str = key("address that the browser chat listens on", main=True)
     port: int = key("port that the browser chat listens on", low=0, high=65535, main=True)
+    public_names: list[str] = key(
+        "further names by which browsers reach the browser chat, as behind a proxy or a tunnel"
+    )
     temperature: float = key("sampling temperature; 0 = always the most likely token", low=0, main=True)
     top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, main=True)
     max_new_tokens: int = key("length limit of an answer", low=1, main=True)

@@ -445,7 +445,7 @@ class HFSubject(Subject):
                 f"{self.folder} holds scores with a context of {other} tokens, now it would be {seq_len}: set "
                 f"eval.seq_len={other}, move the folder away or set another paths.runs"
             )
-        self.is_chat = self.tokenizer.has_chat_format
+        self.is_chat = getattr(self.tokenizer, "has_chat_format", True)  # every tokenizer of ours has one
         self.facts = {"model": self.title, "seq_len": seq_len}
 
 

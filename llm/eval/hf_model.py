@@ -1,14 +1,17 @@
 """Causal language models of transformers, behind the interface by which Fathom's own are evaluated.
 
 `HFNet` stands for a `GPT` (scores, engine), `HFTokenizer` for a `Tokenizer`, so `model=hf:<name>` is judged by the code
-that judges a run. Weights are read from safetensors files only, and code in a repository is not run.
+that judges a run. Weights are read from safetensors files only, and code in a repository is not run. A folder that
+Fathom wrote is loaded by Fathom's own classes.
 """
 
 import inspect
+import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm.checkpoint.model_folder import CONFIG_FILE, load_model_folder
 from llm.errors import UserError
+from llm.model.gpt import GPT
+from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import content_text
 from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
@@ -26,6 +32,7 @@ from llm.tokenizer.pretrained import BYTE_OF
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+NO_CODE = {"trust_remote_code": False}  # without it, transformers asks on a terminal whether to run a model's program
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
 LOGITS = 1 << 24  # numbers in the logits held at a time
 
@@ -350,21 +357,25 @@ def _pieces(token: str) -> bytes:
 # Loading
 
 
-def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple[HFNet, HFTokenizer]:
+def load_hf(
+    name: str, seq_len: int | None, device: str | torch.device
+) -> tuple[HFNet, HFTokenizer] | tuple[GPT, Tokenizer]:
     """Load model and tokenizer from a folder or the hub, with the weights in the number format of their files.
 
-    seq_len: tokens of context to use at most; None = the model's own, up to `LONGEST`. Raises UserError if the model
-    cannot be had or is no causal language model.
+    Our own classes load a model that Fathom wrote. seq_len: tokens of context to use at most; None = the model's own,
+    up to `LONGEST` for models of others. Raises UserError if the model cannot be had or is no causal language model.
     """
+    folder = _folder(name)
+    if _is_ours(folder):
+        return _load_ours(name, folder, seq_len, device)
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"model=hf:{name} needs transformers: pip install -e '.[hf]'") from error
     transformers.utils.logging.disable_progress_bar()
-    config, tokenizer, model = _read(name, _folder(name))
+    config, tokenizer, model = _read(name, folder)
     own = _context(config, tokenizer)
-    if seq_len is not None and own is not None and seq_len > own:
-        raise UserError(f"eval.seq_len={seq_len}: hf:{name} has a context of {own} tokens")
+    _check_context(name, seq_len, own)
     net = HFNet(model.to(device), seq_len or min(own or LONGEST, LONGEST))
     if not _is_causal(net):
         raise UserError(
@@ -375,16 +386,39 @@ def load_hf(name: str, seq_len: int | None, device: str | torch.device) -> tuple
     return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
 
 
+def _is_ours(folder: Path) -> bool:
+    """Return True if Fathom wrote the model in `folder`: config.json has a section `fathom`."""
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("fathom"), dict)
+
+
+def _load_ours(name: str, folder: Path, seq_len: int | None, device: str | torch.device) -> tuple[GPT, Tokenizer]:
+    """Load a model that Fathom wrote. Raises UserError for damaged files and a longer context than the model has."""
+    net, tokenizer = load_model_folder(folder, device)
+    _check_context(name, seq_len, net.config.seq_len)
+    net.config = replace(net.config, seq_len=seq_len or net.config.seq_len)
+    return net.eval(), tokenizer
+
+
+def _check_context(name: str, seq_len: int | None, own: int | None) -> None:
+    """Raise UserError where eval.seq_len asks for a longer context than the model's own (None: without limit)."""
+    if seq_len is not None and own is not None and seq_len > own:
+        raise UserError(f"eval.seq_len={seq_len}: hf:{name} has a context of {own} tokens")
+
+
 def _read(name: str, folder: Path) -> tuple[Any, Any, nn.Module]:
     """Return config, tokenizer and model of a folder. Raises UserError unless its files hold a whole language model."""
     import transformers
     from safetensors import SafetensorError
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **NO_CODE
         )
     except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model=hf:{name}: {_why_not(error)}") from error
@@ -437,8 +471,6 @@ def _why_not(error: Exception) -> str:
         return "it brings code of its own, which is not run here; take a model that transformers knows"
     if "Unrecognized configuration class" in text:
         return "no causal language model; name one such as hf:openai-community/gpt2"
-    if "`fathom`" in text:
-        return "transformers cannot load this architecture of Fathom, only arch=classic; evaluate it with run="
     if "ignore_mismatched_sizes" in text:
         return "the weights in its files have other shapes than its config.json says"
     return f"transformers cannot load it ({_first_line(error)})"

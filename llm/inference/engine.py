@@ -3,6 +3,9 @@
 Prompts of different lengths share a batch, and finished rows leave it. `Engine.stream` yields every step as it happens
 (chat), `Engine.generate` collects completions (evaluation, reinforcement learning). A step costs one forward pass, one
 vectorised draw and one copy of B ids to the host.
+
+On a CPU, half precision keeps 0.7 MB of generated code for every shape of a product that it has met. There lengths and
+batches are rounded up to a few sizes, so that a server's memory stays flat.
 """
 
 from collections import deque
@@ -16,6 +19,8 @@ from llm.errors import UserError
 from llm.inference.calculator import calculate
 from llm.inference.sampling import BROKEN, SamplingParams, sample, uniform_draws
 
+LENGTHS = (32, 8)  # sizes of prompts, for `round_up`: 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...
+ROWS = (1, 4)  # sizes of batches that rows have left: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 COMPACT_BELOW = 0.75  # finished rows stay until the live share is this small, because leaving copies the cache
 
 
@@ -97,6 +102,7 @@ class TokenStream:
         self.ended_by: list[int | None] = [None] * len(self.finish_reasons)
         self._training, self._net = net.training, net
         self._compute_net = None
+        self._keeps_shapes = keeps_shapes(net.device, net.compute_dtype)
         self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
         self._stops = tokenizer.stop_ids
         self._stop_texts = _StopTexts(tokenizer, params.stop) if params.stop else None
@@ -151,10 +157,13 @@ class TokenStream:
         self._compute_net = in_compute_dtype(net)
         device, slots = net.device, self._slots
         lengths = [len(prompt) for prompt in self._prompts]
-        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        longest = max(lengths)
+        if self._keeps_shapes:
+            longest = min(round_up(longest, *LENGTHS), self.seq_len)
+        ids = torch.zeros(len(lengths), longest, dtype=torch.long)
         for i, prompt in enumerate(self._prompts):
             ids[i, : len(prompt)] = torch.as_tensor(prompt)
-        max_len = max(row.length + row.room for row in slots)
+        max_len = max(longest, *(row.length + row.room for row in slots))
         self._cache = net.new_cache(len(lengths), max_len)
         true_lengths = torch.tensor(lengths, device=device)
         logits = self._compute_net(ids.to(device), cache=self._cache, lengths=true_lengths, last_only=True)[:, 0]
@@ -217,10 +226,15 @@ class TokenStream:
         self._cache.lengths[slot] = 0  # until it leaves, the slot writes at the start of its own cache row
 
     def _compact(self) -> None:
-        """Let finished rows leave the batch once they are a quarter of it."""
+        """Let finished rows leave the batch once they are a quarter of it; some stay to fill one of a few sizes."""
         keep = [slot for slot, row in enumerate(self._slots) if row]
         if not keep or len(keep) > COMPACT_BELOW * len(self._slots):
             return
+        if self._keeps_shapes:
+            finished = [slot for slot, row in enumerate(self._slots) if not row]
+            keep = sorted(keep + finished[: round_up(len(keep), *ROWS) - len(keep)])
+            if len(keep) == len(self._slots):
+                return
         self._slots = [self._slots[slot] for slot in keep]
         rows = torch.tensor(keep, device=self._next_ids.device)
         self._cache.keep(rows)
@@ -281,6 +295,17 @@ class _Calculator:
             row.expression = None
             if result is not None:
                 row.forced.extend((self.output_start, *self.tokenizer.encode(result), self.output_end))
+
+
+def keeps_shapes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True where every new shape of a product leaves generated code in memory: half precision on a CPU."""
+    return device.type == "cpu" and dtype != torch.float32
+
+
+def round_up(n: int, least: int, parts: int) -> int:
+    """Round n up to one of few sizes: a multiple of `least` or of 1/parts of the next power of two, the larger one."""
+    step = max(least, (1 << (n - 1).bit_length()) // parts)
+    return -(-n // step) * step
 
 
 def in_compute_dtype(net):

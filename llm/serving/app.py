@@ -22,7 +22,8 @@ def serve(cfg) -> None:
     else:
         port = usable_port(cfg.host, cfg.port)
         browser = _browser_chat()
-        browser.serve(load_chat_model(stage_dir), params, cfg.host, port)
+        browser.check_names(cfg.public_names)
+        browser.serve(load_chat_model(stage_dir), params, cfg.host, port, cfg.public_names)
 
 
 def usable_port(host: str, port: int) -> int:

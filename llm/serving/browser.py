@@ -6,24 +6,26 @@ from outside: the fonts are the system's and Gradio's analytics are off.
 """
 
 import itertools
-import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-
 import gradio as gr
+from starlette.middleware import Middleware
 
 from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Message, Reply, stream_reply
+from llm.serving.guard import Guard, check_names
 from llm.tokenizer.chat_format import split_calls
+
+__all__ = ["build", "check_names", "launch", "serve"]
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
 MAX_MESSAGE = 8_000  # characters
 MAX_MESSAGES = 500
+MAX_VISITORS = 50  # conversations in memory; the one that waited longest is forgotten first
 EXAMPLES = (
     "Who are you?",
     "How many r are in strawberry?",
@@ -42,18 +44,20 @@ CSS = """
 .sampling { gap: 0 !important; }
 """
 
-_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+_FENCE = re.compile(r"( {0,3})(`{3,}|~{3,})[ \t]*([\w+-]*)[^`]*")  # first line of a code block
+_CODE = re.compile(r"(`[^`\n]*`)")
+_HARMLESS = re.compile(r"[^<\[|]*")  # code that means nothing in HTML or Markdown, should its frame not hold
 _ESCAPES = (
-    (re.compile(r"[\\<]"), r"\\\g<0>"),  # raw HTML, backslashes
+    (re.compile(r"[\\<\[]"), r"\\\g<0>"),  # raw HTML, backslashes, links and images
     (re.compile(r"(?<=[\w)])\*(?=[\w(])"), r"\\*"),  # 3*4*5 is a product, not emphasis
     (re.compile(r"^(?=#{1,6} *-?\$?\d)", re.MULTILINE), r"\\"),  # "#### 12" is a result, not a heading
 )
 
 
-def serve(model: ChatModel, params: SamplingParams, host: str, port: int) -> None:
+def serve(model: ChatModel, params: SamplingParams, host: str, port: int, public_names: Sequence[str] = ()) -> None:
     """Serve the chat until Ctrl-C."""
     demo = build(model, params)
-    launch(demo, host, port)
+    launch(demo, host, port, public_names)
     print(f"{model.name}: {model.summary}")
     for note in model.notes:
         print(note)
@@ -66,8 +70,8 @@ def serve(model: ChatModel, params: SamplingParams, host: str, port: int) -> Non
         demo.close(verbose=False)
 
 
-def launch(demo: gr.Blocks, host: str, port: int) -> None:
-    """Start the server in the background of this process."""
+def launch(demo: gr.Blocks, host: str, port: int, public_names: Sequence[str] = ()) -> None:
+    """Start the server in the background of this process, behind a guard (llm.serving.guard)."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     demo.queue(max_size=32).launch(
         server_name=host,
@@ -78,6 +82,8 @@ def launch(demo: gr.Blocks, host: str, port: int) -> None:
         ssr_mode=False,
         footer_links=[],
         run_history=False,
+        app_kwargs={"middleware": [Middleware(Guard, host=host, public_names=public_names)]},
+        state_session_capacity=MAX_VISITORS,
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts),
         css=CSS,
     )
@@ -87,7 +93,7 @@ def build(model: ChatModel, params: SamplingParams) -> gr.Blocks:
     """Build the page: title, conversation, question box, sampling controls."""
     longest = model.engine.net.config.seq_len
     with gr.Blocks(title=f"Fathom: {model.name}", fill_height=True, analytics_enabled=False) as demo:
-        gr.Markdown("\n\n".join((f"## {model.name}", model.summary, *model.notes)), elem_classes="title")
+        gr.Markdown("\n\n".join((f"## {escape(model.name)}", model.summary, *model.notes)), elem_classes="title")
         state = gr.State([])
         chatbot = gr.Chatbot(
             scale=1,
@@ -96,6 +102,7 @@ def build(model: ChatModel, params: SamplingParams) -> gr.Blocks:
             buttons=["copy"],
             placeholder="Ask something",
             examples=[{"text": text} for text in EXAMPLES],
+            latex_delimiters=[],  # a formula may end a code block in the middle, and what follows would be HTML
         )
         question = gr.Textbox(
             placeholder="Message",
@@ -230,13 +237,47 @@ def _tool(text: str) -> str:
 
 def _verbatim(text: str) -> str:
     """Return text that means nothing in HTML or Markdown: every sign becomes a character reference."""
-    return re.sub(r"[^\w ]", lambda sign: f"&#{ord(sign[0])};", text)
+    return re.sub(r"[^\w ]|_", lambda sign: f"&#{ord(sign[0])};", text)
 
 
 def escape(text: str) -> str:
-    """Text in which Markdown stays Markdown, but HTML, products and `#### 12` appear as written; code is left alone."""
+    """Return text in which Markdown stays Markdown, but HTML, links, images, products and `#### 12` appear as written.
+
+    A code block is framed anew, so that nothing around it can open it; one that has no end (yet) is escaped.
+    """
+    pieces, lines = [], []
+    rest = iter(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
+    for line in rest:
+        if start := _FENCE.fullmatch(line):
+            pieces += [_prose("\n".join(lines)), _block(start, rest)]
+            lines = []
+        else:
+            lines.append(line)
+    return "".join([*pieces, _prose("\n".join(lines))])
+
+
+def _block(start: re.Match, rest: Iterator[str]) -> str:
+    """Return the code block behind its first line, which `start` has matched; takes its lines from `rest`."""
+    indent, fence, language = len(start[1]), start[2], start[3]
+    end = re.compile(rf" {{0,3}}{re.escape(fence)}{fence[0]}*[ \t]*")
+    lines = []
+    for line in rest:
+        if end.fullmatch(line):
+            code = "\n".join(lines)
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", code))])
+            language = "" if language == "mermaid" else language  # a drawing may load images
+            return f"\n\n{fence}{language}\n{code}\n{fence}\n\n"
+        lines.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
+    return f"\n\n<pre><code>{_verbatim(chr(10).join(lines))}</code></pre>\n\n"
+
+
+def _prose(text: str) -> str:
+    """Return text outside of code blocks with its HTML, links, images, products and results escaped."""
     pieces = _CODE.split(text)
     for i in range(0, len(pieces), 2):
         for pattern, replacement in _ESCAPES:
             pieces[i] = pattern.sub(replacement, pieces[i])
+    for i in range(1, len(pieces), 2):
+        if not _HARMLESS.fullmatch(pieces[i]):
+            pieces[i] = f"<code>{_verbatim(pieces[i][1:-1])}</code>"
     return "".join(pieces)

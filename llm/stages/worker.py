@@ -12,13 +12,14 @@ from pathlib import Path
 from llm.config.plugins import load_plugins
 from llm.errors import UserError
 from llm.parallel.env import begin, end, launched_rank
-from llm.utils.environment import tune_process
+from llm.utils.environment import keep_private, tune_process
 
 
 def main() -> None:
     """Run the stage of config.json as one of the processes; a UserError goes to a file that the launcher reads."""
     config, folder = sys.argv[1:]
     begin()
+    keep_private()
     tune_process()
     from omegaconf import OmegaConf
 

@@ -13,6 +13,22 @@ from typing import Any
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
+# Libraries that tell their makers about their use, or run programs of the hub, unless a variable says no.
+PRIVATE = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # of data sets and metrics
+    "HF_EVALUATE_OFFLINE": "1",  # metrics of the hub are programs; lm-eval would fetch and run them
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "WANDB_ERROR_REPORTING": "false",
+}
+
+
+def keep_private() -> None:
+    """Turn off what libraries send to their makers; call it before they are imported. Variables that are set stay."""
+    for name, value in PRIVATE.items():
+        os.environ.setdefault(name, value)
+
 
 def tune_process() -> None:
     """Set the process options that torch's speed on a CPU depends on; call it before torch is imported.

@@ -49,6 +49,8 @@ def main() -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     _end_descendants()
+    if not held["namespaces"]:
+        confine.remove_files_left()
     os.write(RESULT, json.dumps(result).encode())
 
 

@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import resource
+import shutil
 import struct
 import sys
 
@@ -28,12 +29,34 @@ AT_FDCWD, AT_RECURSIVE, MNT_DETACH = -100, 0x8000, 2
 
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+OPEN_FOLDERS = ("/dev/shm", "/tmp", "/var/tmp")  # the first one is memory
 INODES = 2_000  # files and folders that a program can have at a time
 FIRST_UID = 1_000_000_000  # users nobody has; one per program, so that its processes can be counted
 
-# Name: number on (x86_64, aarch64). Refused to every program: sockets, other processes, mounts and namespaces, and
-# kernel interfaces that no ordinary program needs. Pairs of connected sockets (socketpair) are still to be had.
-REFUSED = {
+# Name: number on (x86_64, aarch64). Memory that belongs to no process, so that no limit counts it and some of it
+# outlives its maker: System V segments, semaphores and queues, POSIX queues, files in memory, pages lent to a pipe.
+UNCOUNTED = {
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "shmdt": (67, 197),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "vmsplice": (278, 75),
+}
+# Refused to every program: these, sockets, other processes, mounts and namespaces, and kernel interfaces that no
+# ordinary program needs. Pairs of connected sockets (socketpair) are still to be had.
+REFUSED = UNCOUNTED | {
     "socket": (41, 198),
     "connect": (42, 203),
     "bind": (49, 200),
@@ -183,6 +206,17 @@ def drop_rights(folder: str) -> bool:
     return own_user
 
 
+def remove_files_left() -> None:
+    """Delete what this program's own user has left in the folders that everybody may write to."""
+    for folder in OPEN_FOLDERS:
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(folder)):
+                with contextlib.suppress(OSError):
+                    if entry.stat(follow_symlinks=False).st_uid == FIRST_UID + _host_pid:
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        shutil.rmtree(entry.path, ignore_errors=True) if is_folder else os.unlink(entry.path)
+
+
 def _open_to_all(path: str) -> bool:
     while os.stat(path).st_mode & 0o005 == 0o005:
         if path == os.path.dirname(path):
@@ -203,6 +237,7 @@ def limit_resources(memory_mb: int, seconds: float, file_mb: int, open_files: in
         "RLIMIT_NOFILE": open_files,
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
     }
     for name, limit in limits.items():
         set_limit(name, limit)

@@ -103,6 +103,16 @@ async function main() {
   await screenshot("3-markdown");
   await clear();
 
+  // What would load something from elsewhere appears as it was written, in questions as in answers.
+  await ask("![a](http://evil.example/a.png) <img src=http://evil.example/b.png>\n```\n<img src=http://evil.example/c.png>");
+  await idle();
+  seen.hostile = {
+    text: await questions.last().innerText(),
+    images: await page.locator('[data-testid="user"] img, [data-testid="bot"] img').count(),
+  };
+  await screenshot("6-hostile");
+  await clear();
+
   // A song without end: it streams, and the stop button ends it.
   await ask("Sing.");
   const lengths = new Set();

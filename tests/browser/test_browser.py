@@ -12,7 +12,7 @@ from serving_run import ServerProcess, make_run
 
 HERE = Path(__file__).parent
 SEQ_LEN = 2048  # room for a song of seconds, to be stopped
-SCREENSHOTS = ("1-start", "2-calculator", "3-markdown", "4-context", "5-phone")
+SCREENSHOTS = ("1-start", "2-calculator", "3-markdown", "4-context", "5-phone", "6-hostile")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ def test_questions_are_answered_with_visible_calculator_calls(seen):
     assert re.fullmatch(r"Ava has 12 \+ 7 = 12\+7 = 19\s*19 apples\.\n#### 19", seen["calculator"])
     assert seen["unicode"] == "Grüße! 你好 😀"
     assert seen["markdown"] == {"text": "one\ntwo\n\na*b*c and 2*3*4 <b>", "bullets": 2, "code": ["a*b*c"], "bold": 0}
+
+
+@pytest.mark.slow
+def test_images_and_html_appear_as_they_were_written(seen):
+    """The record of requests to other servers, which another test looks at, is empty too."""
+    assert seen["hostile"]["images"] == 0
+    assert "![a](http://evil.example/a.png) <img src=http://evil.example/b.png>" in seen["hostile"]["text"]
+    assert "<img src=http://evil.example/c.png>" in seen["hostile"]["text"].split("\n", 1)[1]
 
 
 @pytest.mark.slow

@@ -223,14 +223,11 @@ def test_models_that_cannot_be_judged(gpt2, tokenizer, tmp_path):
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         tokens.save_pretrained(tmp_path / name)
-    net = GPT(GPTConfig(1, 1, 1, 16, 32, 64, tokenizer.vocab_size, arch="modern", smear=True)).init_weights(0)
-    save_model_folder(tmp_path / "modern", net, tokenizer)
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("bert", "BertLMHeadModel is no causal language model"),
         ("t5", "no causal language model"),
         ("body", "its files lack lm_head.weight"),
-        ("modern", "only arch=classic"),
         ("empty", "no config.json"),
         ("none", "no such folder"),
     ):
@@ -239,6 +236,41 @@ def test_models_that_cannot_be_judged(gpt2, tokenizer, tmp_path):
     with pytest.raises(UserError, match="eval.seq_len=129: .* has a context of 128 tokens"):
         load_hf(str(gpt2), 129, "cpu")
     assert load_hf(str(gpt2), 64, "cpu")[0].config.seq_len == 64
+
+
+AUTO_MAP = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": [None, "own.Tokens"]}
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_a_model_of_ours_is_loaded_by_our_classes(tokenizer, tmp_path, arch):
+    net = GPT(GPTConfig(1, 1, 1, 16, 32, 64, tokenizer.vocab_size, arch=arch)).init_weights(0)
+    save_model_folder(tmp_path / "model", net, tokenizer)
+    add_program(tmp_path / "model")
+    loaded, tokens = load_hf(str(tmp_path / "model"), 32, "cpu")
+    assert type(loaded) is GPT and type(tokens) is type(tokenizer) and loaded.config.seq_len == 32
+    ids = torch.arange(32)[None]
+    assert torch.equal(loaded(ids), net(ids))
+    with pytest.raises(UserError, match="eval.seq_len=65: .* has a context of 64 tokens"):
+        load_hf(str(tmp_path / "model"), 65, "cpu")
+
+
+def test_a_program_in_a_folder_is_neither_run_nor_asked_about(gpt2, tmp_path, monkeypatch):
+    """Check a model that transformers knows, which loads without its program, and one that needs it, which does not."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the program"))
+    for name, changes in (("known", {}), ("unknown", {"model_type": "own"})):
+        shutil.copytree(gpt2, tmp_path / name)
+        add_program(tmp_path / name, **changes)
+    assert load_hf(str(tmp_path / "known"), None, "cpu")[0].config.seq_len == 128
+    with pytest.raises(UserError, match="it brings code of its own, which is not run here"):
+        load_hf(str(tmp_path / "unknown"), None, "cpu")
+
+
+def add_program(folder, **changes):
+    """Put a program into a model's folder that fails the test if it runs, and name it as transformers wants it."""
+    for file, auto_map in (("config.json", AUTO_MAP), ("tokenizer_config.json", AUTO_MAP)):
+        content = json.loads((folder / file).read_text()) | {"auto_map": auto_map} | changes
+        (folder / file).write_text(json.dumps(content))
+    (folder / "own.py").write_text("raise SystemExit('a program of the folder was run')")
 
 
 def test_weights_that_cannot_be_read(gpt2, tmp_path):

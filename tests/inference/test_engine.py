@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm.errors import UserError
-from llm.inference.engine import Engine, in_compute_dtype
+from llm.inference.engine import LENGTHS, ROWS, Engine, in_compute_dtype, round_up
 from llm.inference.sampling import BROKEN, SamplingParams, sample, uniform_draws
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
@@ -245,6 +245,50 @@ def test_bf16_twin_computes_the_same_and_follows_the_weights():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Few shapes
+
+
+def test_sizes_are_few_and_close():
+    assert [round_up(n, *LENGTHS) for n in (1, 32, 33, 128, 129, 257, 1000)] == [32, 32, 64, 128, 160, 320, 1024]
+    assert [round_up(n, *ROWS) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 60)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 64]
+    sizes = {round_up(n, *LENGTHS) for n in range(1, 4097)}
+    assert len(sizes) == 24 and all(round_up(n, *LENGTHS) < max(n + 32, 1.25 * n) for n in range(1, 4097))
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+def test_sizes_change_no_token(monkeypatch, arch):
+    """Prompts of other lengths than the sizes, some near the end of the context, rows that end one by one."""
+    config = GPTConfig(2, 2, 2, 16, 32, 90, TOKENIZER.vocab_size, arch=arch, smear=arch == "modern")
+    net, generator = GPT(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    prompts = [[BOS, *b"x" * n] for n in (0, 4, 30, 31, 32, 50, 70, 84, 88, 90)]
+    found = []
+    for params in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=60, seed=1)):
+        for keeps in (False, True):
+            monkeypatch.setattr("llm.inference.engine.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
+            found.append(Engine(net, TOKENIZER).generate(prompts, params, num_samples=2))
+    assert found[0] == found[1] and found[2] == found[3]
+    assert len({len(completion.ids) for samples in found[2] for completion in samples}) > 3
+
+
+def test_half_precision_on_a_cpu_meets_few_shapes():
+    """Every shape that a product meets leaves code in memory: conversations of 90 lengths have three."""
+    net = tiny_net(seq_len=100)
+    shapes = {torch.bfloat16: set(), torch.float32: set()}
+    for dtype, met in shapes.items():
+        net.compute_dtype = dtype
+        net.to(dtype)
+        hook = net.transformer.h[0].register_forward_pre_hook(lambda _, inputs, met=met: met.add(inputs[0].shape[:2]))
+        for n in range(1, 91):
+            Engine(net, TOKENIZER).generate([[BOS, *b"x" * n]], SamplingParams(max_new_tokens=2))
+        hook.remove()
+    assert shapes[torch.bfloat16] == {(1, 1), (1, 32), (1, 64), (1, 96)}
+    assert len(shapes[torch.float32]) == 91  # which keeps nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Stops, limits and calculator calls, with a scripted network
 
 
@@ -313,6 +357,16 @@ def test_finished_rows_leave_the_batch():
     assert widths[0] == 16 and widths[-1] == 1 and widths == sorted(widths, reverse=True)
     live = [sum(step < len(script) for script in scripts) for step in range(31)]
     assert sum(widths) < sum(live) / 0.74  # at no time more than a quarter of the batch is done
+
+
+def test_batches_that_rows_leave_have_few_sizes(monkeypatch):
+    monkeypatch.setattr("llm.inference.engine.keeps_shapes", lambda device, dtype: True)
+    scripts = [[65 + i % 26] * (2 * i + 1) for i in range(30)]
+    net = ScriptNet(scripts)
+    completions = Engine(net, TOKENIZER).generate([[i] for i in range(30)], SamplingParams(max_new_tokens=60))
+    assert [c[0].ids for c in completions] == scripts
+    widths = [len(ids) for ids in net.fed[1:]]
+    assert {30, 1} < set(widths) <= {30, 24, 16, 12, 8, 6, 4, 3, 2, 1} and widths == sorted(widths, reverse=True)
 
 
 @pytest.mark.parametrize(

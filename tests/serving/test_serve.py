@@ -317,9 +317,11 @@ def test_browser_rendering():
     from llm.serving.browser import markdown
 
     assert markdown("**bold**, 2*3*4 and 5 * 6") == r"**bold**, 2\*3\*4 and 5 * 6"
-    assert markdown("<b>x</b> `<i>` a\\b") == r"\<b>x\</b> `<i>` a\\b"
+    assert markdown("<b>x</b> `i` a\\b") == r"\<b>x\</b> `i` a\\b"
     assert markdown("so\n#### 12\n# Title\n#### Title") == "so\n\\#### 12\n# Title\n#### Title"
-    assert markdown("```\n<a*b*c>\n#### 1\n```\n<") == "```\n<a*b*c>\n#### 1\n```\n\\<"
+    assert markdown("a\n```py\n<a*b*c>\n#### 1\n```\n<") == "a\n\n```py\n<a*b*c>\n#### 1\n```\n\n\\<"
+    assert markdown("  ~~~\n  x\n `````\n ~~~~ \n") == "\n\n``````\nx\n`````\n``````\n\n"
+    assert markdown("`<b>` `_a|b_`") == "<code>&#60;b&#62;</code> <code>&#95;a&#124;b&#95;</code>"
     call = [{"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}, {"type": "text", "text": "6"}]
     assert markdown(call) == '<span class="tool" title="calculator">2&#42;3 &#61; 6</span>6'
     assert markdown(call[:1]) == '<span class="tool" title="calculator">2&#42;3</span>'

@@ -23,6 +23,28 @@ def adding(code: str, namespaces: bool = True, seconds: float = 120.0):
     return run_program(Program(code, "add", ADD), Limits(seconds=seconds, memory_mb=256), namespaces)
 
 
+LIBC = (
+    "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.shmat.restype = ctypes.c_void_p\n"
+    "def add(a, b): return a + b\n"
+    "def sure(result):\n    if result < 0: raise OSError(ctypes.get_errno(), 'refused')\n    return result\n"
+)
+# Memory that no limit of a process counts: each program answers rightly, so it passes if the system gives the memory.
+UNCOUNTED = {
+    "shared memory of System V": LIBC
+    + "for i in range(10):\n    at = libc.shmat(sure(libc.shmget(0, 67 << 20, 0o1600)), None, 0)\n"
+    "    ctypes.memset(at, 1, 67 << 20)\n    libc.shmdt(ctypes.c_void_p(at))",
+    "semaphores of System V": LIBC + "for i in range(100): sure(libc.semget(0, 250, 0o1600))",
+    "queues of System V": LIBC + "for i in range(100):\n    queue = sure(libc.msgget(0, 0o1600))\n"
+    "    sure(libc.msgsnd(queue, ctypes.create_string_buffer(b'\\1' * 8008), 8000, 0o4000))",
+    "attach another's segment": LIBC
+    + "sure(min(libc.shmctl(i, 2, ctypes.create_string_buffer(200)) for i in range(9)))",
+    "queues of POSIX": LIBC + "for i in range(5): sure(libc.mq_open(b'/fathom%d' % i, 0o102, 0o600, None))",
+    "files in memory": LIBC
+    + "for i in range(50):\n    file = os.memfd_create('x')\n    os.write(file, b'x' * (1 << 20))",
+    "pages lent to a pipe": LIBC + "import mmap\npage, (_, end) = ctypes.create_string_buffer(4096), os.pipe()\n"
+    "vector = (ctypes.c_size_t * 2)(ctypes.addressof(page), 4096)\nsure(libc.vmsplice(end, vector, 1, 0))",
+}
+
 # Name: (code, verdict). `OUTSIDE` is a folder with a file to be left alone, `PID` the process of the test.
 HOSTILE = {
     "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "timeout"),
@@ -131,7 +153,7 @@ HOSTILE = {
     "replace the check": ("def check(*args): return True\nadd = lambda a, b: None", "fail"),
     "recursion without end": ("def add(a, b): return add(b, a)", "error"),
     "a value without end": ("def add(a, b):\n    x = []\n    x.append(x)\n    return x", "error"),
-}
+} | {name: (code, "error") for name, code in UNCOUNTED.items()}
 
 
 @pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "no namespaces"])
@@ -149,6 +171,25 @@ def test_hostile_programs_harm_nothing_and_never_pass(tmp_path, monkeypatch, nam
     assert "a-secret-word" not in result.stdout + result.stderr
     assert (outside / "precious").read_text() == "a-secret-word" and os.listdir(tmp_path) == ["outside"]
     assert not programs_left(tmp_path), "a process of the program is still there"
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_memory_that_no_limit_counts_is_refused_by_name(name):
+    """It is the filter that refuses: outside of a sandbox the program would get what it asks for."""
+    for namespaces in (True, False):
+        result = adding(UNCOUNTED[name], namespaces)
+        if not result.held["filter"]:
+            pytest.skip("this machine has no system call filter")
+        assert result.detail.startswith("PermissionError: [Errno 1]"), result
+
+
+def test_files_in_folders_that_all_may_write_to_do_not_stay():
+    name = f"/dev/shm/fathom-left-{os.getpid()}"
+    code = f"import os\nos.mkdir({name!r})\nopen({name + '/file'!r}, 'w').write('x')\ndef add(a, b): return a + b"
+    result = adding(code, namespaces=False)
+    if not (result.held["own_user"] or result.held["landlock"]):
+        pytest.skip("the program is of the same user as the test: nobody can tell whose files they are")
+    assert not os.path.exists(name)
 
 
 def programs_left(tmp_path) -> list[str]:
@@ -250,7 +291,8 @@ def test_the_report_says_what_holds_and_what_does_not():
     assert sandbox_report().endswith("limits") or "NOT out of reach" in sandbox_report()
     nothing = dict.fromkeys(PROTECTIONS, False)
     assert describe(nothing) == (
-        "limits; NOT out of reach: this user's files and environment, the network, the space on the disk"
+        "limits; NOT out of reach: this user's files and environment, the network, the space on the disk, "
+        "memory beyond the limit"
     )
     assert "NOT" not in describe(nothing | {"namespaces": True, "filter": True})
     assert describe(nothing | {"landlock": True, "filter": True}).endswith(

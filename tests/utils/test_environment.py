@@ -7,6 +7,8 @@ import sys
 import pytest
 from processes import run
 
+from llm.utils.environment import PRIVATE
+
 SCRIPT = """
 import json, os, resource
 from llm.utils.environment import tune_process
@@ -40,3 +42,36 @@ def test_threads_spin_for_a_while_unless_the_user_says_otherwise():
     assert tuned()["spin"] == "4000"
     assert tuned(GOMP_SPINCOUNT="7")["spin"] == "7"
     assert tuned(OMP_WAIT_POLICY="ACTIVE")["spin"] is None
+
+
+PRIVACY = """
+import sys
+sys.argv[1:] = ["--help"]
+from llm.cli.app import run_app
+assert "huggingface_hub" not in sys.modules  # which reads its variables when it is imported
+try:
+    run_app("serve", "never.imported")
+except SystemExit:
+    pass
+import datasets.config, huggingface_hub.constants
+hub, data = huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+print("\\n", hub, data)
+"""
+
+
+def test_the_commands_start_with_telemetry_off():
+    unset = [arg for name in PRIVATE for arg in ("-u", name)]
+    for env, expected in (([], "True False"), (["HF_HUB_DISABLE_TELEMETRY=0", "DO_NOT_TRACK=0"], "False False")):
+        assert run("env", *unset, *env, sys.executable, "-c", PRIVACY).stdout.split("\n ")[-1].strip() == expected
+
+
+def test_libraries_know_the_variables_that_keep_them_quiet(monkeypatch):
+    """Each of these functions reads its variable when it is called."""
+    for name in PRIVATE:
+        monkeypatch.delenv(name, raising=False)
+    analytics = pytest.importorskip("gradio.analytics")
+    wandb = pytest.importorskip("wandb.env")
+    assert analytics.analytics_enabled() and wandb.error_reporting_enabled()
+    for name, value in PRIVATE.items():
+        monkeypatch.setenv(name, value)
+    assert not analytics.analytics_enabled() and not wandb.error_reporting_enabled()

@@ -1,0 +1,167 @@
+"""Guard before the browser chat's server: whom it answers, the routes that are open, what the page may load.
+
+A page of any site can send requests to a server on this computer, and by a name that its owner points at 127.0.0.1
+(DNS rebinding) it could even read the answers. The names in `Host` and `Origin` tell such requests from one's own.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+
+from llm.errors import UserError
+
+MAX_BODY = 1 << 20  # bytes of a request: a message has at most some thousand characters
+API = "/gradio_api"
+OPEN_ROUTES = {
+    *("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"),
+    *(f"{API}/{name}" for name in ("info", "startup-events", "theme.css", "app_id", "login_check")),
+    *(f"{API}/{name}" for name in ("queue/join", "queue/data", "cancel", "reset")),
+}
+OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}/call/", f"{API}/run/", f"{API}/heartbeat/")
+PAGE_HEADERS = {
+    # Gradio's page has scripts and styles in its HTML; everything else comes from the server itself.
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware that refuses foreign names, closed routes and large bodies, and adds headers to answers.
+
+    host: address that the server listens on. public_names: further names of the server. Names are checked where the
+    address is this computer's own (loopback) or names are given; else any name may be one of the server's.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], host: str, public_names: Iterable[str]):
+        self.app = app
+        self.names = {host.lower(), *(name.lower() for name in public_names)}
+        self.checks_names = len(self.names) > 1 or _is_loopback(_address(host))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, by the guarded application where nothing speaks against it."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if scope["type"] != "http":  # the chat needs no websocket
+            await send({"type": "websocket.close"})
+        elif refusal is not None:
+            await refusal(scope, receive, send)
+        elif (body := await _read(receive)) is None:
+            await _text(413, f"a request may have {MAX_BODY:,} bytes")(scope, receive, send)
+        else:
+            await self.app(scope, _replay(body, receive), _with_headers(send))
+
+    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+        """Return the answer to a request that is not served; None for one that is."""
+        headers = Headers(scope=scope)
+        if self.checks_names and (name := self._foreign_name(headers)) is not None:
+            return _text(
+                403, f"{name!r} is no name of this server; if it should be one, start it with public_names=[...]"
+            )
+        path = scope["path"].rstrip("/") or "/"
+        if path not in OPEN_ROUTES and not path.startswith(OPEN_FOLDERS):
+            return _text(404, "no such page")
+        return None
+
+    def _foreign_name(self, headers: Headers) -> str | None:
+        """Return the name in Host or Origin that is not the server's; None if all are.
+
+        A page of another port of this computer is another server's, so Origin must name the port that Host does; a
+        proxy in front may stand at any port.
+        """
+        hosts = headers.getlist("host") or [""]
+        for host in hosts:
+            if not self._is_own(_name_and_port(f"//{host}")[0]):
+                return host
+        for origin in headers.getlist("origin"):
+            name, port = _name_and_port(origin)
+            if not self._is_own(name) or (_is_loopback(name) and port != _name_and_port(f"//{hosts[0]}")[1]):
+                return origin
+        return None
+
+    def _is_own(self, name: str) -> bool:
+        return name in self.names or _is_loopback(name)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise UserError for an entry of public_names that is not just a name, such as an address with https://."""
+    for name in names:
+        if not name or _name_and_port(f"//{name}") != (name.lower(), None):
+            raise UserError(
+                f"public_names: {name!r} is no name; write it as in an address, public_names=[chat.example.org]"
+            )
+
+
+def _name_and_port(address: str) -> tuple[str, int | None]:
+    """Return host name, in small letters, and port of an address; ("", None) for what is none."""
+    try:
+        parts = urlsplit(address)
+        return (parts.hostname or "").rstrip("."), parts.port
+    except ValueError:
+        return "", None
+
+
+def _is_loopback(name: str) -> bool:
+    """Return True for a name or number that only this computer itself goes by."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
+
+
+def _address(host: str) -> str:
+    """Return the number that a host name stands for, the name itself if it has none."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return host
+
+
+def _text(status: int, text: str) -> PlainTextResponse:
+    return PlainTextResponse(f"{text}\n", status)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """Return the body of a request; None if it is longer than MAX_BODY."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            return None
+        if not message.get("more_body", False):
+            return body
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body, and then what the connection has to say."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> MutableMapping[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _with_headers(send: Send) -> Send:
+    """Return a `send` that adds PAGE_HEADERS to the answer."""
+
+    async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(PAGE_HEADERS)
+        await send(message)
+
+    return send_with_headers

@@ -1,0 +1,92 @@
+"""Hostile answers as the browser chat renders them: nothing is HTML, an image or a link with a hidden address."""
+
+import random
+
+import pytest
+
+pytest.importorskip("gradio")
+markdown_it = pytest.importorskip("markdown_it")  # a reader of Markdown, which rich brings along
+
+from llm.serving.browser import markdown  # noqa: E402
+
+IMAGE = "<img src=http://evil.example/a.png>"
+READER = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
+OURS = ("<code>", "</code>", "<pre><code>", "<span class=", "</span>")
+
+
+def harmful(text: str) -> list[str]:
+    """What a reader of Markdown takes for an image, a link or HTML that is not ours, in the rendering of a message."""
+    found = []
+    for block in READER.parse(markdown(text)):
+        for token in (block, *(block.children or ())):
+            is_html = token.type in ("html_inline", "html_block")
+            if token.type in ("image", "link_open") or is_html and not token.content.startswith(OURS):
+                found.append(f"{token.type} {token.content} {token.attrs}")
+            if is_html and "<img" in token.content:
+                found.append(token.content)
+    return found
+
+
+HOSTILE = {
+    "html": IMAGE,
+    "image": "![a](http://evil.example/a.png)",
+    "image by reference": "![a][b]\n\n[b]: http://evil.example/a.png",
+    "link": "[click](http://evil.example)",
+    "link with a program": "[click](javascript:alert(1))",
+    "fence without end": f"```\n{IMAGE}",
+    "fence within a line": f"a ```\n{IMAGE}\n",
+    "fence within a list": f"- ```\n{IMAGE}\n```\n{IMAGE}",
+    "fence of a list item that ends": f"- a\n  ```\n{IMAGE}\n```",
+    "fence as the address of a reference": f"[a]:\n```\n{IMAGE}\n```",
+    "fence with a tick": f"```a`\n{IMAGE}\n```",
+    "fence of tildes that holds ticks": f"~~~\n```\n~~~\n{IMAGE}\n~~~",
+    "code in a table": f"|a|b|c|\n|-|-|-|\n| ` | {IMAGE} | ` |",
+    "quote": f"> ```\n> a\n{IMAGE}",
+    "drawing": f"```mermaid\n{IMAGE}\n```",
+    "returns": f"```\r{IMAGE}\r```\r{IMAGE}",
+    "code over two lines": f"`a\n{IMAGE}\nb`",
+    "escaped already": f"\\{IMAGE} \\\\{IMAGE} &lt;img&gt;",
+}
+
+
+def test_the_reader_sees_what_is_not_escaped():
+    assert [token.type for token in READER.parse("![a](b)")[1].children] == ["image"]
+    assert READER.parse(IMAGE)[0].type == "html_block"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answers_are_text(name):
+    assert harmful(HOSTILE[name]) == []
+    assert "mermaid" not in markdown(HOSTILE[name])
+
+
+def test_no_order_of_marks_opens_a_way():
+    marks = [
+        "```",
+        "~~~",
+        "````",
+        "`",
+        "``",
+        "\n",
+        "\n",
+        "\n\n",
+        " ",
+        "   ",
+        "    ",
+        "- ",
+        "> ",
+        "1. ",
+        "|",
+        "\n|-|-|\n",
+    ]
+    marks += ["$$", "\\", "#", "*", "_", "a", "\t", "\r", "<", ">", "<pre>", "</code>", "<!--", "[b]: x\n"]
+    marks += [*(IMAGE, "![a](b)", "[a](b)", "[a]", "[a]:", "<a href=b>", "<script>", "&lt;")] * 2
+    rng = random.Random(16)
+    for _ in range(1000):
+        text = "".join(rng.choices(marks, k=rng.randint(2, 14)))
+        assert harmful(text) == [], text
+
+
+def test_a_block_that_is_closed_keeps_its_language_and_text():
+    code = "for i in range(3):\n    print(i < 2, a[i])\n"
+    assert markdown(f"so\n```python\n{code}```\n") == f"so\n\n```python\n{code}```\n\n"
