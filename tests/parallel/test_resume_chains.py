@@ -51,7 +51,7 @@ def kill(launcher, victims: list[int], everybody: list[int]) -> None:
 
 @pytest.mark.parametrize(("strategy", "n"), STRATEGIES)
 def test_three_stops_change_nothing(runs, tmp_path, strategy, n):
-    """SIGTERM, SIGKILL to every process of the job, SIGKILL to one of them: weights and metrics are those of no stop."""
+    """SIGTERM, SIGKILL to every process, SIGKILL to one of them: weights and metrics are those of no stop."""
     straight, stopped = (f"{name}-{strategy}-{n}" for name in ("straight", "stopped"))
     done = run_cli("train.py", *line(runs, straight, strategy, n), fresh=True)
     assert done.returncode == 0, done.stderr
