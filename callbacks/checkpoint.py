@@ -45,3 +45,8 @@ class StepCheckpoint(Periodic):
         if self.saved != step:
             trainer.save_checkpoint(checkpoint_path(self.folder, step))
             self.saved, self.saved_at = step, time.monotonic()
+
+    def save_now(self, trainer, module) -> None:
+        """Save this step and return once the file and its line in the manifest are on the disk: then it can be said."""
+        self.act(trainer, module, module.global_step)
+        trainer.strategy.checkpoint_io.finish()

@@ -38,7 +38,7 @@ class CleanStop(L.Callback):
         alone = collectives.world_size() == 1
         if (module.votes.stop if alone else module.votes.stop_count) and not trainer.should_stop:
             self.signum = max(signum or 0 for signum in collectives.all_gather_object(self.signum))
-            self.checkpoint.act(trainer, module, module.global_step)
+            self.checkpoint.save_now(trainer, module)
             trainer.should_stop = True
 
     def teardown(self, trainer, module, stage) -> None:

@@ -31,7 +31,7 @@ class LossGuard(L.Callback):
             path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
             text = f"; its text is in {path}"
         if self.saves and not exception.finite:
-            self.checkpoint.act(trainer, module, module.global_step)
+            self.checkpoint.save_now(trainer, module)
             text += f"; step {module.global_step} was saved"
         exception.args = (f"{exception.args[0]}{text}",)
 

@@ -1,4 +1,4 @@
-"""A callback that makes a training stand still, so that a test can stop it at a known step however slow the machine is.
+"""Callbacks with which a test stops a training at a known step, or in a slow write, however busy the machine is.
 
 The configuration is one for runs that are held and runs that are not: the environment decides.
 """
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import lightning as L
 
+from llm.checkpoint import resume
 from llm.parallel import collectives
+from llm.utils.files import write_json
 
 FOLDER = "FATHOM_TEST_HOLD"  # environment variable: where processes tell that they are held; unset: none is
 TESTS = str(Path(__file__).parent)
@@ -47,3 +49,17 @@ class Hold(L.Callback):
         while not module.votes.stop and not (folder / "release").exists():
             time.sleep(0.02)
         (folder / f"left_{collectives.rank()}").touch()
+
+
+class SlowDisk(L.Callback):
+    """Makes every checkpoint take seconds between the file and its line in the manifest."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_fit_start(self, trainer, module) -> None:
+        def write_slowly(*args) -> None:
+            time.sleep(self.seconds)
+            write_json(*args)
+
+        resume.write_json = write_slowly

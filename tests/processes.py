@@ -123,6 +123,12 @@ def children_of(pid: int) -> list[int]:
     return [other for other in _all_pids() if is_alive(other) and _stat(other)[1:2] == [str(pid)]]
 
 
+def offspring_of(pid: int) -> list[int]:
+    """Living processes that `pid` has started, and those that they have started; sessions do not matter (Linux)."""
+    children = children_of(pid)
+    return children + [other for child in children for other in offspring_of(child)]
+
+
 def marked(mark: str) -> list[int]:
     """Living processes, apart from this one, whose environment or name holds the mark (Linux only)."""
     return [pid for pid in _all_pids() if pid != os.getpid() and _holds(pid, mark.encode()) and is_alive(pid)]

@@ -1,9 +1,10 @@
-"""Program of each process of test_update_rules.py: `update_rule_job.py <folder>`, launched in two processes.
+"""Program of each process of test_update_rules.py: `update_rule_job.py <folder>`, launched in two processes or more.
 
-Updates the same parameters by the optimizers of strategy=muon and strategy=fsdp, with an elementwise and a matrix rule
-that no optimizer of ours has, stops half-way, gathers the state and goes on with new optimizers that load it.
+Updates the same parameters by the optimizers of every strategy, with an elementwise and a matrix rule that no optimizer
+of ours has. After every step but the last, the state is gathered and new optimizers that load it go on.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from llm.config.extend import register_update_rule
 from llm.optim import ElementwiseRule, GroupOptimizer, MatrixRule
+from llm.parallel import muon_zero2
 from llm.parallel.env import end
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
 from llm.parallel.muon_zero2 import ShardedOptimizer
 
 STEPS = 4
-SHAPES = {"matrices": [(12, 7), (7, 12), (12, 7), (5, 3)], "others": [(300, 70), (9,), (1,)]}
+# Of (1,) and (1, 12) the last processes hold nothing with strategy=fsdp; of (4,) the third one, with strategy=muon too.
+SHAPES = {"matrices": [(12, 7), (7, 12), (12, 7), (5, 3)], "others": [(300, 70), (9,), (1,), (1, 12), (4,)]}
 
 
 def signs(group, params, grads, states) -> None:
@@ -56,15 +59,28 @@ def optimizer_of(kind: type, params: dict[str, list]) -> GroupOptimizer:
 
 
 def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor]:
-    """Return what one process computes in a step, or with rank=None the sum over all processes."""
+    """Return what one process computes in a step, or with rank=None the sum over all processes.
+
+    They are whole numbers: their sum is exact, in whatever order it is taken.
+    """
     ranks = range(world) if rank is None else [rank]
     shapes = [shape for shapes in SHAPES.values() for shape in shapes]
-    return [sum(drawn(shape, 1000 * step + 100 * r + i) for r in ranks) for i, shape in enumerate(shapes)]
+    return [sum(drawn(s, 1000 * step + 100 * r + i).mul_(8).round_() for r in ranks) for i, s in enumerate(shapes)]
 
 
-def trained(kind: type, world: int) -> tuple[list[torch.Tensor], dict]:
-    """(weights after all steps, whole state after half of them), with the optimizer `kind`."""
-    params, mesh, half = parameters(), None, {}
+def handed_over(optimizer: GroupOptimizer) -> dict:
+    """Return the whole state of an optimizer, on all processes, as a checkpoint hands it to the next start."""
+    if not isinstance(optimizer, ShardedOptimizer):
+        return copy.deepcopy(optimizer.state_dict())
+    optimizer.consolidate_state_dict()
+    box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def trained(kind: type, world: int, resumed: bool) -> tuple[list[torch.Tensor], dict]:
+    """(weights, whole state) after all steps with the optimizer `kind`; resumed: a new one goes on after every step."""
+    params, mesh = parameters(), None
     if kind is FullyShardedOptimizer:
         mesh = init_device_mesh("cpu", (world,))
         params = {
@@ -72,30 +88,24 @@ def trained(kind: type, world: int) -> tuple[list[torch.Tensor], dict]:
         }
     optimizer = optimizer_of(kind, params)
     for step in range(STEPS):
-        if step == STEPS // 2:
-            if kind is not GroupOptimizer:
-                optimizer.consolidate_state_dict()
-            half = optimizer.state_dict() if kind is GroupOptimizer or dist.get_rank() == 0 else {}
-            if kind is not GroupOptimizer:
-                box = [half]
-                dist.broadcast_object_list(box)
-                half = box[0]
-            optimizer = optimizer_of(kind, params)
-            optimizer.load_state_dict(half)
+        if step and resumed:
+            state, optimizer = handed_over(optimizer), optimizer_of(kind, params)
+            optimizer.load_state_dict(state)
         rank = dist.get_rank() if kind is ShardedOptimizer else None
         every = [p for ps in params.values() for p in ps]
         for p, grad in zip(every, gradients(step, world, rank), strict=True):
             p.grad = grad if mesh is None else distribute_tensor(grad, mesh, [Shard(0)])
         optimizer.step()
-    return [p.full_tensor() if mesh is not None else p.detach() for p in every], half["state"]
+    weights = [p.full_tensor() if mesh is not None else p.detach() for p in every]
+    return weights, handed_over(optimizer)["state"]
 
 
 def main() -> None:
+    muon_zero2.SMALL = 3  # or nothing here but (300, 70) would be cut
     dist.init_process_group("gloo")
     register()
-    results = {
-        kind.__name__: trained(kind, dist.get_world_size()) for kind in (ShardedOptimizer, FullyShardedOptimizer)
-    }
+    kinds, world = (ShardedOptimizer, FullyShardedOptimizer), dist.get_world_size()
+    results = {(kind.__name__, resumed): trained(kind, world, resumed) for kind in kinds for resumed in (False, True)}
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
     dist.barrier()

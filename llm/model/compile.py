@@ -7,13 +7,16 @@ CPU with a C++ compiler for long runs, because the first step waits for the comp
 cache on disk is warm).
 """
 
+import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from llm.config.stages import stage_row
 from llm.errors import UserError
+from llm.model.compile_cache import heal
 from llm.model.cross_entropy import fused_chunk_loss
 
 LONG_RUN = 500  # steps from which compiling pays on a CPU
@@ -51,8 +54,11 @@ def compile_training(net, by_block: bool = False) -> None:
     """Make `net` run compiled whenever it gets targets and gradients are on.
 
     by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks; the blocks then
-    run compiled everywhere. The first step raises UserError, naming the part, if the compiler fails.
+    run compiled everywhere. The first step raises UserError, naming the part, if the compiler fails. What an
+    interrupted compilation has left in the compile cache is deleted, here and when the compiler fails.
     """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine: the others print nothing
+        heal()
     if by_block:
         for block in net.transformer.h:
             block.forward = _named("a block", torch.compile(block.forward, dynamic=False))
@@ -63,12 +69,20 @@ def compile_training(net, by_block: bool = False) -> None:
 
 
 def _named(part: str, compiled: Callable) -> Callable:
-    """Return `compiled` with compiler errors turned into a UserError that names `part`."""
+    """Return `compiled` with compiler errors turned into a UserError that names `part`.
+
+    Where the compile cache was damaged, it is healed and the compiler called again.
+    """
+    healed: set[Path] = set()
 
     def run(*args):
         try:
             return compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            found = set(heal(str(error))) - healed  # each file once: another failure is of another kind
+            if found:
+                healed.update(found)
+                return run(*args)
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"compile: {part} could not be compiled ({reason}); set compile=false to train without"

@@ -57,6 +57,10 @@ class FlatShard:
         """Return the part of a flat view that falls to process `rank`."""
         return flat[rank * self.chunk : (rank + 1) * self.chunk]
 
+    def is_empty(self, rank: int) -> bool:
+        """Return whether nothing falls to process `rank`."""
+        return rank * self.chunk >= self.param.numel()
+
 
 @dataclass
 class Small:
@@ -179,11 +183,15 @@ class ShardedOptimizer(GroupOptimizer):
         return super().state_dict() | {"state": whole}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Keep this process's share of a whole state, which any number of processes may have saved."""
-        others = {p for part in self.parts if isinstance(part, Matrices) for p in part.of_others(self.rank)}
+        """Keep this process's share of a whole state, which any number of processes may have saved.
+
+        A process keeps nothing of a parameter that it never updates: a step count that stood still would be saved.
+        """
+        of_others = {p for p, shard in self.flat_shards.items() if shard.is_empty(self.rank)}
+        of_others.update(p for part in self.parts if isinstance(part, Matrices) for p in part.of_others(self.rank))
         state, cut = {}, self._cut_state()
         for i, p in enumerate(self._params()):
-            if i in state_dict["state"] and p not in others:
+            if i in state_dict["state"] and p not in of_others:
                 state[i] = dict(state_dict["state"][i])
                 for name in cut.get(i, ()):
                     state[i][name] = self.flat_shards[p].share(state[i][name].flatten(), self.rank)

@@ -1,12 +1,12 @@
-"""Update rules that are not ours, divided among processes."""
+"""Update rules that are not ours, divided among processes, and their state through a chain of resumes."""
 
-import subprocess
-import sys
+from functools import cache
 
 import pytest
 import torch
 import update_rule_job
 from conftest import REPO
+from processes import finish, start_warm
 
 from llm.config import registries
 from llm.optim import GroupOptimizer
@@ -15,28 +15,44 @@ from llm.parallel.launch import child_env, free_port
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{optimizer class: (weights, state)} of two processes."""
-    folder, port = tmp_path_factory.mktemp("rules"), free_port()
-    command = [sys.executable, str(REPO / "tests" / "update_rule_job.py"), str(folder)]
-    children = [subprocess.Popen(command, env=child_env(rank, 2, port)) for rank in range(2)]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
-    return torch.load(folder / "results.pt", weights_only=True)
+    """results(n): {(optimizer class, resumed): (weights, state)} of n processes."""
+
+    @cache
+    def run(n: int) -> dict:
+        folder, port = tmp_path_factory.mktemp("rules"), free_port()
+        job = (REPO / "tests" / "update_rule_job.py", str(folder))
+        ended = finish(*(start_warm(*job, env=child_env(rank, n, port)) for rank in range(n)))
+        assert [status for status, *_ in ended] == [0] * n, ended
+        return torch.load(folder / "results.pt", weights_only=True)
+
+    return run
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def own_rules(monkeypatch):
     monkeypatch.setattr(registries.UPDATE_RULES, "entries", dict(registries.UPDATE_RULES.entries))
     update_rule_job.register()
-    return update_rule_job.trained(GroupOptimizer, 2)
 
 
-@pytest.mark.parametrize("kind", ["ShardedOptimizer", "FullyShardedOptimizer"])
-def test_a_new_rule_is_divided_gathered_and_resumed_bit_for_bit(results, alone, kind):
-    """Catches a state tensor that is not cut, is put together in another order, or is lost on the way to rank 0."""
-    (weights, state), (expected, whole) = results[kind], alone
-    for a, b in zip(weights, expected, strict=True):
+def assert_same(got: tuple[list, dict], expected: tuple[list, dict]) -> None:
+    """Fail unless weights and state of every parameter are equal bit for bit."""
+    (weights, state), (other_weights, other_state) = got, expected
+    for a, b in zip(weights, other_weights, strict=True):
         assert torch.equal(a, b)
-    assert state.keys() == whole.keys()
-    for number, tensors in whole.items():
+    assert state.keys() == other_state.keys()
+    for number, tensors in other_state.items():
         assert tensors.keys() == state[number].keys()
         assert all(torch.equal(value, state[number][name]) for name, value in tensors.items()), number
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("kind", ["ShardedOptimizer", "FullyShardedOptimizer"])
+def test_a_new_rule_is_divided_gathered_and_resumed_bit_for_bit(results, own_rules, kind, resumed, n):
+    """Catches a state that is not cut, is put together in another order, or is overwritten by a process without any."""
+    assert_same(results(n)[kind, resumed], update_rule_job.trained(GroupOptimizer, n, resumed=False))
+
+
+def test_one_process_resumes_bit_for_bit(own_rules):
+    """strategy=single, and every process of strategy=ddp."""
+    assert_same(*(update_rule_job.trained(GroupOptimizer, 2, resumed) for resumed in (True, False)))
