@@ -258,7 +258,13 @@ def test_credentials_that_are_refused_or_missing(s3, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_secrets_are_not_shown():
+def test_secrets_are_not_shown(capsys):
+    from omegaconf import OmegaConf
+
+    from llm.stages.job import show_config
+
+    show_config(OmegaConf.create({"data": {"path": "https://me:pass@host/a.txt?key=hush", "train": None}}), {})
+    assert "path: https://host/a.txt\n  train: null" in capsys.readouterr().out
     assert shown("https://me:key@host/a.txt?X-Amz-Signature=abc") == "https://host/a.txt"
     assert shown(["s3://b/x*?.txt", "https://h/a?b=c"]) == "['s3://b/x*?.txt', 'https://h/a']"
     assert shown("data/a@b?.txt") == "data/a@b?.txt"
