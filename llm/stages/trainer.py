@@ -158,7 +158,7 @@ def instantiate_part(key: str, part, **more):
         return instantiate(part, **more)
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{key}: cannot be built from {OmegaConf.to_container(part)} ({cause})") from error
+        raise UserError(f"{key}: cannot be built from {shown(part)} ({cause})") from error
 
 
 def quiet_lightning() -> None:
