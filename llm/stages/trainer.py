@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
+from llm.config.check import shown
 from llm.config.stages import stage_row
 from llm.errors import BadLoss, UserError
 from llm.utils.files import read_json, write_json

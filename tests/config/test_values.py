@@ -1,17 +1,20 @@
 """Values of the configuration: every number has bounds, and whatever is drawn composes or is one line of error."""
 
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 
+from llm.cli import overrides
 from llm.cli.overrides import check_overrides
 from llm.config.check import MOST_PARAMETERS, structured
 from llm.config.data_schema import SourceSpec
 from llm.config.key import key
-from llm.config.schema import known_keys
+from llm.config.schema import VARIANTS, known_keys
+from llm.config.stages import load_object, stage_row
 from llm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("composed_once")
@@ -159,3 +162,129 @@ def test_numbers_of_a_plugin_without_bounds_are_finite_and_texts_not_empty():
     for wrong in ({"rate": math.inf}, {"names": [""]}, {"rate": "fast"}, {"more": 1}):
         with pytest.raises(UserError, match="mine"):
             structured(good | wrong, Own, "mine")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawn values
+
+ODD_TEXTS = (
+    *(
+        "",
+        " ",
+        "x",
+        "ä",
+        "日本",
+        "a b",
+        "../x",
+        "~",
+        "'",
+        '"',
+        "\\",
+        "\\'",
+        "a=b",
+        "{",
+        "[1",
+        "1e5",
+        "null",
+        "true",
+        "???",
+    ),
+    *("${oc.env:NOPE}", "${run}", "${nope:1}", "${seed.x}", "${paths}", "${oc.decode:'['}", "${", "x" * 300),
+)
+ODD_NUMBERS = ("inf", "-inf", "nan", "0", "-1", "1e20", "-1e20", str(10**20), str(-(10**20)), "1e-320", "1e400", "0.5")
+ODD_LISTS = ("[]", "[1]", "[[1]]", "[null]", "[inf]", "[x]", "[0.5,0.5,0.5]", "{}", "{a: 1}", "{a: [1]}", "null")
+
+
+def numbers(spec: Field, draw: random.Random) -> list[str]:
+    """Return numbers within the bounds of a key, on them and just outside, as they are written on a command line."""
+    low, above, high, below = (spec.metadata.get(bound) for bound in ("low", "above", "high", "below"))
+    first, last = (low if above is None else above), (high if below is None else below)
+    if first is None or last is None:
+        return []
+    step = 1 if int in kinds(spec.type) or "words" in spec.metadata else draw.choice((1, 1e-6))
+    at = [first, last, first - step, last + step, first + step, last - step, draw.uniform(first, last)]
+    at.append(first + math.exp(draw.uniform(0, math.log(2 + last - first))) - 1)  # most numbers in use are small
+    return [str(int(number) if step == 1 else number) for number in at]
+
+
+def values(spec: Field, draw: random.Random) -> Iterator[str]:
+    """Yield values for a key by its type and bounds, and others that it cannot have, in no order."""
+    plain = kinds(spec.type)
+    found = [*ODD_NUMBERS, *ODD_TEXTS, *ODD_LISTS]
+    for _ in range(4):
+        own = [*numbers(spec, draw), *map(str, spec.metadata.get("choices") or ()), *spec.metadata.get("words", ())]
+        own += ["true", "false"] if bool in plain else []
+        if list in map(get_origin, (spec.type, *get_args(spec.type))):
+            length = spec.metadata.get("length") or draw.randint(1, 3)
+            own = [f"[{','.join(draw.choices(own or ODD_TEXTS, k=length))}]" for _ in range(4)]
+        found += own
+    draw.shuffle(found)
+    yield from found
+
+
+def settings(name: str) -> list[str] | None:
+    """Return the options with which a key of train.py exists; None for a group, which takes names of options."""
+    group, _, rest = name.partition(".")
+    owners = [option for option, schema in VARIANTS.get(group, {}).items() if rest in schema.__dataclass_fields__]
+    if group in VARIANTS and not rest:
+        return None
+    return [f"{group}={owners[0]}"] if owners and group != "data" else []
+
+
+def drawn(draw: random.Random, each: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield entry points and command lines in which one key has a drawn value, `each` of them for every key."""
+    for config_name, name, spec in all_keys():
+        options = settings(name) if config_name == "train" else []
+        if options is None or spec.metadata.get("fixed"):
+            continue
+        lines = [*options, "data=mixture"] if name.startswith("data.sources") else options
+        for value, _ in zip(values(spec, draw), range(each), strict=False):
+            if name.startswith("data.sources."):
+                yield config_name, [*lines, f"data.sources={{a: {{path: x, {spec.name}: {value}}}}}"]
+            else:
+                data = ["data=embedded"] if config_name == "evaluate" and name.startswith("data.") else []
+                yield config_name, [*lines, *data, f"{name.replace('<name>', 'choice')}={value}"]
+
+
+def problem(config_name: str, argv: list[str], deep: bool) -> str | None:
+    """Return what is wrong with how a command line is taken: neither composed nor refused in one line; else None.
+
+    deep: compose what is accepted as Hydra does, and derive the numbers of its stage.
+    """
+    try:
+        check_overrides(config_name, argv)
+        if deep:
+            cfg = overrides.compose(config_name, argv)
+            derive = stage_row(cfg.stage.name).derive if config_name == "train" else ""
+            if derive:
+                cfg.model.vocab_size = cfg.model.vocab_size or 512
+                load_object(derive, "derive")(cfg)
+    except UserError as error:
+        lines = str(error).splitlines()
+        return None if len(lines) == 1 and len(lines[0]) < 1000 else f"{argv}: {error}"
+    except Exception as error:
+        return f"{argv}: {type(error).__name__}: {error}"
+    return None
+
+
+def check_drawn(seed: int, each: int, share: float) -> tuple[int, list[str]]:
+    """Return how many values were drawn, and all problems; `share` of the accepted ones are looked at more closely."""
+    draw = random.Random(seed)
+    lines = list(drawn(draw, each))
+    found = [problem(config_name, argv, draw.random() < share) for config_name, argv in lines]
+    return len(lines), [text for text in found if text]
+
+
+def test_some_drawn_values_compose_or_are_one_line():
+    draw = random.Random(1)
+    lines = draw.sample(list(drawn(draw, 1)), 60)
+    assert [text for config_name, argv in lines if (text := problem(config_name, argv, False))] == []
+
+
+@pytest.mark.slow
+def test_all_drawn_values_compose_or_are_one_line():
+    seed = random.SystemRandom().randrange(10**6)
+    count, problems = check_drawn(seed, each=20, share=0.1)
+    print(f"{count} values drawn with seed {seed}")
+    assert problems == [], f"seed {seed}"
+    assert count > 3000
