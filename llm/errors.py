@@ -1,4 +1,32 @@
-"""The one exception type for mistakes a user can make and mend."""
+"""The exception type for mistakes a user can make and mend, and errors of the system in words."""
+
+import errno
+import os
+import re
+import shutil
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REASONS = {
+    errno.ENOSPC: "no space left on {place}",
+    errno.EDQUOT: "the quota of {place} is used up",
+    errno.EFBIG: "the file would be larger than the system allows (ulimit -f, or the file system)",
+    errno.EACCES: "no permission for {path}",
+    errno.EPERM: "no permission for {path}",
+    errno.EROFS: "the file system of {place} is read-only",
+    errno.EISDIR: "{path} is a folder",
+    errno.ENOTDIR: "a part of the path {path} is a file",
+    errno.ENOENT: "there is no {path}",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "{path} is a symbolic link in a circle",
+    errno.EMFILE: "too many open files (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ENOMEM: "out of memory",
+    errno.EIO: "the device of {place} reports an error",
+    errno.ESTALE: "the network file system has lost {path}",
+    errno.EPIPE: "whoever read it has gone",
+}
+ADVICE = dict.fromkeys(FULL, "free some space or choose another place")
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|bad_alloc|ALLOC_FAILED|out of memory|can't start new thread", re.I)
 
 
 class UserError(ValueError):
@@ -25,3 +53,50 @@ class BadLoss(UserError):
             "run=<new name>, or let it leave out such data (watch.bad_loss=roll_back)"
         )
         self.step, self.problem, self.finite, self.documents = step, problem, finite, documents
+
+
+def reason_of(error: BaseException, path: str | os.PathLike) -> str:
+    """Return in words why reading or writing `path` failed: what the system's error number means, and what mends it.
+
+    The number may stand in the text alone, as libraries written in Rust and Arrow give it, or in the error's cause.
+    """
+    number, path = _errno_of(error), os.fspath(path)
+    if number not in REASONS:
+        return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    reason = REASONS[number].format(path=path, place=_device(path) if number in FULL else path)
+    return f"{reason}; {ADVICE[number]}" if number in ADVICE else reason
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is short, on the host or on a GPU."""
+    if isinstance(error, MemoryError) or _errno_of(error) == errno.ENOMEM:
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+def _errno_of(error: BaseException | None) -> int | None:
+    """Return the system's error number of an error, of its text or of what caused it; None if there is none."""
+    while error is not None:
+        if (number := getattr(error, "errno", None)) is not None:
+            return number
+        if found := re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE):
+            return int(found[1])
+        if "inline_container" in str(error) and "unexpected pos" in str(error):  # torch.save, of a write that failed
+            return errno.ENOSPC
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _device(path: str) -> str:
+    """Return the mount point of `path`, or of the nearest folder above that exists, and the space that is free."""
+    place = os.path.abspath(path)
+    while not os.path.exists(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    try:
+        free = f" ({shutil.disk_usage(place).free / 1e9:.2f} GB free)"
+    except OSError:
+        free = ""
+    while not os.path.ismount(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    return place + free

@@ -254,9 +254,17 @@ def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> 
         if value is None:
             raise UserError(f"{group}=null: {'leave it out' if groups[group] is None else f'choose one of {shown}'}")
         for name in value if isinstance(value, list) else [value]:
-            if name in options or any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+            if name in options or _is_file(f"{group}/{name}.yaml", folders):
                 continue
             raise UserError(no_option(group, name, options))
+
+
+def _is_file(name: str, folders: list[Path]) -> bool:
+    """Return whether one of the folders has this file; a name that no file can have is none."""
+    try:
+        return any((folder / name).is_file() for folder in folders)
+    except (OSError, ValueError):
+        return False
 
 
 def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -> None:

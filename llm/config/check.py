@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from llm.config.renamed import renamed_key
@@ -65,9 +65,14 @@ def _check_mapping(cfg: Any, prefix: str, above: Mapping[str, Any]) -> None:
 
 
 def _statement(spec: Field) -> dict[str, Any]:
-    """Return what a field of a schema states: its metadata, that it has a type, and whether that is a list."""
-    is_list = list in map(get_origin, (spec.type, *get_args(spec.type)))
-    return {**spec.metadata, "typed": True, "is_list": is_list}
+    """Return what a field of a schema states: its metadata, and what its type says of lists, mappings and null."""
+    parts = get_args(spec.type) if get_origin(spec.type) is UnionType else (spec.type,)
+    is_free = Any in parts
+    stated = {**spec.metadata, "typed": True, "may_be_null": is_free or NoneType in parts}
+    if not is_free:  # OmegaConf compares these with a value, but not with what an interpolation gives
+        stated["is_list"] = any(get_origin(part) is list for part in parts)
+        stated["is_mapping"] = any(get_origin(part) is dict or is_dataclass(part) for part in parts)
+    return stated
 
 
 def _check_value(value: Any, key: str, stated: Mapping[str, Any]) -> None:
@@ -76,8 +81,11 @@ def _check_value(value: Any, key: str, stated: Mapping[str, Any]) -> None:
 
     if stated.get("words") and not _is_whole(value) and value not in (None, *stated["words"]):
         raise UserError(f"{key}={shown(value)}: must be a whole number, or {' or '.join(stated['words'])}")
-    if stated.get("is_list") and not isinstance(value, ListConfig | NoneType):  # an interpolation may give another type
-        raise UserError(f"{key}={shown(value)}: must be a list")
+    for name, kind in (("is_list", ListConfig), ("is_mapping", DictConfig)):
+        if stated.get(name) and value is not None and not isinstance(value, kind):
+            raise UserError(f"{key}={shown(value)}: must be a {name.removeprefix('is_')}")
+    if value is None and not stated.get("may_be_null", True):
+        raise UserError(f"{key}=null: must have a value")
     if isinstance(value, DictConfig):
         items = stated.get("items")
         for name in value if items else ():

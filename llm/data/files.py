@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 CODE = (
     "py c h cc cpp hpp cu java js jsx ts tsx go rs rb php cs swift kt scala r jl lua pl sh sql hs ml ex clj f90 m tex "
@@ -130,7 +130,7 @@ def _head(path) -> bytes:
         with path.open("rb") as file:
             return file.read(8)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise UserError(f"{path}: cannot be read ({reason_of(error, path)}).") from error
 
 
 def open_bytes(path) -> BinaryIO:

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from llm.data.documents import Cursor, DocumentSource, FileDocuments
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 PORTION_DOCUMENTS = 32  # documents that a thread tokenises in one go, fewer if they are long
 PORTION_CHARS = 1 << 18
@@ -136,7 +136,7 @@ class CachedDocuments:
                     self._write(shard, path, made_of)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written ({error}); free disk space, name another folder in data.token_cache, or "
+                f"{path}: cannot be written ({reason_of(error, path)}); name another folder in data.token_cache, or "
                 "set data.token_cache=null to train without it"
             ) from error
 
