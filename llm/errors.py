@@ -67,8 +67,21 @@ def reason_of(error: BaseException, path: str | os.PathLike) -> str:
     return f"{reason}; {ADVICE[number]}" if number in ADVICE else reason
 
 
+def system_problem(error: BaseException) -> str | None:
+    """Return one line for an error that the system is at fault for and not the program; None for all others."""
+    if is_out_of_memory(error):
+        detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        return f"out of memory ({detail}): make room on this machine, raise its limit (ulimit -v), or ask for less"
+    path = getattr(error, "filename", None)
+    if isinstance(error, OSError) and path and error.errno in REASONS and error.errno != errno.ENOENT:
+        return f"{path}: {reason_of(error, path)}"
+    return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory is short, on the host or on a GPU."""
+    if isinstance(error, UserError):
+        return False
     if isinstance(error, MemoryError) or _errno_of(error) == errno.ENOMEM:
         return True
     names = {kind.__name__ for kind in type(error).__mro__}

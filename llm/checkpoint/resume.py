@@ -136,7 +136,7 @@ def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not the run's folder: one that was deleted stays so
         with open(temporary, "wb") as file:
             torch.save(checkpoint, hashed := Hashed(file))
             file.flush()

@@ -161,6 +161,8 @@ def _violation(value: Any, stated: Mapping[str, Any]) -> str | None:
         return f"one of {', '.join(choices)}{own}"
     if value == "" and stated.get("typed"):
         return "a text that is not empty"
+    if isinstance(value, str) and not value.isascii() and value != value.encode(errors="ignore").decode():
+        return "text in UTF-8 (set LC_ALL=C.UTF-8)"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return _out_of_bounds(value, stated)

@@ -50,6 +50,21 @@ def divisors(total_rows: int) -> list[int]:
     return [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
 
 
+def out_of_memory(cfg, micro_batches: int, error: BaseException, saved: int | None) -> str:
+    """Return the error line for a training that ran out of memory: what needs less, and which step is saved.
+
+    micro_batches: those of a step on one device. saved: the step of the newest checkpoint.
+    """
+    rows = cfg.batch.micro_batch_size
+    less = ["trainer.activation_checkpointing=true"] if not cfg.trainer.activation_checkpointing else []
+    if smaller := next((n for n in divisors(rows * micro_batches) if n < rows), None):
+        less.insert(0, f"batch.micro_batch_size={smaller}")
+    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    advice = f"give {' or '.join(less)}" if less else "take a smaller model or model.seq_len"
+    kept = "nothing was saved" if saved is None else f"step {saved} is saved, the same command with that resumes"
+    return f"out of memory with batch.micro_batch_size={rows} ({detail}): {advice}; {kept}"
+
+
 def training_device(cfg) -> torch.device:
     """Return the device on which `cfg.trainer` will train."""
     if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
