@@ -10,19 +10,20 @@ REASONS = {
     errno.ENOSPC: "no space left on {place}",
     errno.EDQUOT: "the quota of {place} is used up",
     errno.EFBIG: "the file would be larger than the system allows (ulimit -f, or the file system)",
-    errno.EACCES: "no permission for {path}",
-    errno.EPERM: "no permission for {path}",
-    errno.EROFS: "the file system of {place} is read-only",
-    errno.EISDIR: "{path} is a folder",
-    errno.ENOTDIR: "a part of the path {path} is a file",
-    errno.ENOENT: "there is no {path}",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.EISDIR: "the path is a folder",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "a part of the path is a file",  # said of a folder that is to be made
+    errno.ENOENT: "no such file or folder",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "{path} is a symbolic link in a circle",
+    errno.ELOOP: "the path is a symbolic link in a circle",
     errno.EMFILE: "too many open files (ulimit -n)",
     errno.ENFILE: "too many open files on this machine",
     errno.ENOMEM: "out of memory",
-    errno.EIO: "the device of {place} reports an error",
-    errno.ESTALE: "the network file system has lost {path}",
+    errno.EIO: "the device reports an error",
+    errno.ESTALE: "the network file system has lost the file",
     errno.EPIPE: "whoever read it has gone",
 }
 ADVICE = dict.fromkeys(FULL, "free some space or choose another place")
@@ -60,10 +61,10 @@ def reason_of(error: BaseException, path: str | os.PathLike) -> str:
 
     The number may stand in the text alone, as libraries written in Rust and Arrow give it, or in the error's cause.
     """
-    number, path = _errno_of(error), os.fspath(path)
+    number = _errno_of(error)
     if number not in REASONS:
         return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-    reason = REASONS[number].format(path=path, place=_device(path) if number in FULL else path)
+    reason = REASONS[number].format(place=_device(path) if number in FULL else "")
     return f"{reason}; {ADVICE[number]}" if number in ADVICE else reason
 
 
@@ -101,7 +102,7 @@ def _errno_of(error: BaseException | None) -> int | None:
     return None
 
 
-def _device(path: str) -> str:
+def _device(path: str | os.PathLike) -> str:
     """Return the mount point of `path`, or of the nearest folder above that exists, and the space that is free."""
     place = os.path.abspath(path)
     while not os.path.exists(place) and place != os.path.dirname(place):

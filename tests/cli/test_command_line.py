@@ -258,6 +258,8 @@ SWEEP = ["-m", "experiment=demo", "stage=pretrain,midtrain,sft", "max_steps=9"]
             2,
             "error: data.path=x: no such folder [job 2 of 3: stage=",
         ),
+        ("MemoryError()", 2, "error: out of memory (MemoryError): make room"),
+        ("PermissionError(13, 'Permission denied', '/x')", 2, "error: /x: no permission [job 2 of 3: stage="),
         ("RuntimeError('broken')", 1, "error: job 2 of 3: stage=midtrain; later jobs were not started"),
         ("KeyboardInterrupt", 130, "interrupted"),
     ],
