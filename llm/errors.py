@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REASONS = {
@@ -27,7 +28,11 @@ REASONS = {
     errno.EPIPE: "whoever read it has gone",
 }
 ADVICE = dict.fromkeys(FULL, "free some space or choose another place")
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|bad_alloc|ALLOC_FAILED|out of memory|can't start new thread", re.I)
+OUT_OF_MEMORY = re.compile(
+    "(can't|cannot) allocate memory|bad_alloc|ALLOC_FAILED|out of memory|can't start new thread|"
+    "failed to map segment|could not create a primitive",
+    re.IGNORECASE,
+)
 
 
 class UserError(ValueError):
@@ -71,8 +76,7 @@ def reason_of(error: BaseException, path: str | os.PathLike) -> str:
 def system_problem(error: BaseException) -> str | None:
     """Return one line for an error that the system is at fault for and not the program; None for all others."""
     if is_out_of_memory(error):
-        detail = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        return f"out of memory ({detail}): make room on this machine, raise its limit (ulimit -v), or ask for less"
+        return f"out of memory ({memory_detail(error)}): make room on this machine, or raise its limit (ulimit -v)"
     path = getattr(error, "filename", None)
     if isinstance(error, OSError) and path and error.errno in REASONS and error.errno != errno.ENOENT:
         return f"{path}: {reason_of(error, path)}"
@@ -80,25 +84,40 @@ def system_problem(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory is short, on the host or on a GPU."""
-    if isinstance(error, UserError):
-        return False
-    if isinstance(error, MemoryError) or _errno_of(error) == errno.ENOMEM:
+    """Return whether an error, or the one that it came of, says that memory is short, on the host or on a GPU."""
+    return not isinstance(error, UserError) and any(map(_tells_of_memory, _chain(error)))
+
+
+def _tells_of_memory(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}  # of torch, which is not imported here
+    if names & {"MemoryError", "OutOfMemoryError"} or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "OutOfMemoryError" in names or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+    return isinstance(error, RuntimeError | ImportError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
-def _errno_of(error: BaseException | None) -> int | None:
-    """Return the system's error number of an error, of its text or of what caused it; None if there is none."""
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what caused it, and so on."""
     while error is not None:
-        if (number := getattr(error, "errno", None)) is not None:
-            return number
-        if found := re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE):
-            return int(found[1])
-        if "inline_container" in str(error) and "unexpected pos" in str(error):  # torch.save, of a write that failed
-            return errno.ENOSPC
+        yield error
         error = error.__cause__ or error.__context__
+
+
+def memory_detail(error: BaseException) -> str:
+    """Return the line of an error, or of the one that it came of, that tells of short memory; at most 160 letters."""
+    error = next(filter(_tells_of_memory, _chain(error)), error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next(filter(OUT_OF_MEMORY.search, lines), lines[0])[:160]
+
+
+def _errno_of(error: BaseException) -> int | None:
+    """Return the system's error number of an error, of its text or of what caused it; None if there is none."""
+    for part in _chain(error):
+        if (number := getattr(part, "errno", None)) is not None:
+            return number
+        if found := re.search(r"(?:os error|errno) (\d+)", str(part), re.IGNORECASE):
+            return int(found[1])
+        if "inline_container" in str(part) and "unexpected pos" in str(part):  # torch.save, of a write that failed
+            return errno.ENOSPC
     return None
 
 
@@ -108,7 +127,7 @@ def _device(path: str | os.PathLike) -> str:
     while not os.path.exists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
     try:
-        free = f" ({shutil.disk_usage(place).free / 1e9:.2f} GB free)"
+        free = f" ({shutil.disk_usage(place).free / 1e6:,.0f} MB free)"
     except OSError:
         free = ""
     while not os.path.ismount(place) and place != os.path.dirname(place):

@@ -30,7 +30,7 @@ from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
 from llm.config.stages import load_object
-from llm.errors import UserError, reason_of, system_problem
+from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
 from llm.utils.environment import tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
@@ -119,7 +119,7 @@ def _complain(mistake: str) -> int:
     if launched_rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE_SECONDS)
-    print(f"error: {mistake}", file=sys.stderr)
+    print("error:", re.sub(r"\s*\n\s*", " ", mistake.strip()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -129,7 +129,10 @@ def _report(failure: _JobFailed) -> int:
     where = f"{failure.job}; later jobs were not started" if failure.job else ""
     mistake = str(failure.cause) if isinstance(failure.cause, UserError) else system_problem(failure.cause)
     if mistake:
-        return _complain(mistake + (f" [{where}]" if where else ""))
+        status = _complain(mistake + (f" [{where}]" if where else ""))
+        if is_out_of_memory(failure.cause):
+            end(status)  # without what libraries do at exit, which would fail too
+        return status
     traceback.print_exception(failure.cause)
     if where:
         print(f"error: {where}", file=sys.stderr)

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from llm.errors import UserError
+from llm.errors import UserError, memory_detail
 from llm.model.config import GPTConfig
 from llm.model.gpt import build_network
 from llm.parallel import collectives
@@ -59,10 +59,9 @@ def out_of_memory(cfg, micro_batches: int, error: BaseException, saved: int | No
     less = ["trainer.activation_checkpointing=true"] if not cfg.trainer.activation_checkpointing else []
     if smaller := next((n for n in divisors(rows * micro_batches) if n < rows), None):
         less.insert(0, f"batch.micro_batch_size={smaller}")
-    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     advice = f"give {' or '.join(less)}" if less else "take a smaller model or model.seq_len"
     kept = "nothing was saved" if saved is None else f"step {saved} is saved, the same command with that resumes"
-    return f"out of memory with batch.micro_batch_size={rows} ({detail}): {advice}; {kept}"
+    return f"out of memory with batch.micro_batch_size={rows} ({memory_detail(error)}): {advice}; {kept}"
 
 
 def training_device(cfg) -> torch.device:
