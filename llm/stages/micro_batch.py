@@ -6,10 +6,11 @@ import os
 import torch
 
 from llm.errors import UserError, memory_detail
-from llm.model.config import GPTConfig
+from llm.model.config import GPTConfig, num_params
 from llm.model.gpt import build_network
 from llm.parallel import collectives
 from llm.scaling.gpu_estimate import memory_bytes
+from llm.utils.environment import memory_gb
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
 SHARE = 0.9  # of the device's memory that a micro-batch may fill: evaluation and fragments need the rest
@@ -17,7 +18,11 @@ CPU_SHARE = 0.5  # the estimate is a GPU's: attention on a CPU keeps about a qua
 
 
 def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
-    """Return the rows of a micro-batch where a device has `total_rows` a step; prints what auto chose."""
+    """Return the rows of a micro-batch where a device has `total_rows` a step; prints what auto chose.
+
+    Raises UserError for a model that this machine cannot hold, before it is built.
+    """
+    check_fits(config, memory_gb())
     rows = cfg.batch.micro_batch_size
     if rows != "auto":
         return checked_rows(rows)
@@ -32,6 +37,17 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
         what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
     print(f"batch.micro_batch_size=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
     return min(collectives.all_gather_object(rows))
+
+
+def check_fits(config: GPTConfig, memory: float | None) -> None:
+    """Raise UserError where the weights alone are larger than the memory of the machine, in GiB (None = unknown)."""
+    count = num_params(config)["total"]
+    weights = 4 * count / 2**30
+    if memory is not None and weights > memory:
+        raise UserError(
+            f"model.depth={config.n_layer}: {count:,} parameters are {weights:,.0f} GiB of weights, which are more than "
+            f"the {memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
+        )
 
 
 def checked_rows(rows) -> int:

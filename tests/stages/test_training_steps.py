@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from llm.model.gpt import GPT
 from llm.parallel.env import STOP_SIGNALS
 from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.loss_scaler import LossScaler
-from llm.stages.micro_batch import out_of_memory
+from llm.stages.micro_batch import check_fits, out_of_memory
 from llm.stages.step_module import StageContext, StepModule
 from llm.tokenizer.bpe import Tokenizer
 
@@ -165,6 +166,14 @@ def test_short_memory_names_the_next_smaller_micro_batch_that_divides():
     assert "give batch.micro_batch_size=6 or trainer.activation_checkpointing=true; step 7 is" in line(8, 3, False, 7)
     assert "give batch.micro_batch_size=4; nothing was saved" in line(8, 1, True, None)
     assert "take a smaller model or model.seq_len; nothing" in line(1, 9, True, None)
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built():
+    check_fits(CONFIG, 0.001)
+    check_fits(CONFIG, None)
+    large = replace(CONFIG, n_layer=300, n_head=150, n_kv_head=150, head_dim=128, n_embd=19200)
+    with pytest.raises(UserError, match=r"model.depth=300: .* GiB of weights, which are more than the 512 GiB"):
+        check_fits(large, 512)
 
 
 def test_a_folder_that_was_deleted_is_one_line_and_is_not_made_again(tmp_path):
