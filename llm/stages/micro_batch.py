@@ -45,8 +45,8 @@ def check_fits(config: GPTConfig, memory: float | None) -> None:
     weights = 4 * count / 2**30
     if memory is not None and weights > memory:
         raise UserError(
-            f"model.depth={config.n_layer}: {count:,} parameters are {weights:,.0f} GiB of weights, which are more than "
-            f"the {memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
+            f"model.depth={config.n_layer}: the weights of {count:,} parameters are {weights:,.0f} GiB, more than the "
+            f"{memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
         )
 
 
