@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
+from llm.errors import UserError, is_out_of_memory, memory_detail, reason_of, system_problem
 from llm.utils.files import read_json, replaced_folder, write_atomic
 
 
@@ -70,9 +70,13 @@ def test_short_memory_is_known_by_real_errors():
     assert is_out_of_memory(failing(lambda: torch.empty(2**55)))
     assert is_out_of_memory(failing(lambda: bytearray(2**62)))
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(ImportError("libx.so: failed to map segment from shared object"))
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
     assert not is_out_of_memory(failing(lambda: torch.empty(2) @ torch.empty(3)))
     assert not is_out_of_memory(UserError("out of memory"))
+    hidden = RuntimeError("teardown failed")
+    hidden.__context__ = RuntimeError("can't start new thread")
+    assert is_out_of_memory(hidden) and memory_detail(hidden) == "can't start new thread"
 
 
 def test_only_errors_of_the_system_are_told_without_a_traceback(tmp_path):

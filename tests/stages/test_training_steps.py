@@ -122,14 +122,16 @@ def test_a_closed_terminal_stops_but_not_under_nohup():
 class Short(StepModule):
     """Runs out of memory in the step after `after` steps: in its second pass, or while the weights change."""
 
-    def __init__(self, after: int, where: str = "pass"):
+    def __init__(self, after: int, where: str = "pass", on_gpu: bool = False):
         super().__init__(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), STEPS, 8))
-        self.after, self.where, self.passes_left = after, where, 2
+        self.after, self.where, self.on_gpu, self.passes_left = after, where, on_gpu, 2
 
     def micro_loss(self, micro):
         loss = super().micro_loss(micro)
         self.passes_left -= self.global_step == self.after
         if self.where == "pass" and self.passes_left == 0:
+            if self.on_gpu:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             torch.empty(2**55)  # a real allocation that fails, after one backward pass
         return loss
 
@@ -140,10 +142,11 @@ class Short(StepModule):
             torch.empty(2**55)
 
 
-def test_short_memory_in_a_pass_saves_the_step_before(tmp_path):
+@pytest.mark.parametrize(("on_gpu", "text"), [(False, "can't allocate memory"), (True, "CUDA out of memory")])
+def test_short_memory_in_a_pass_saves_the_step_before(tmp_path, on_gpu, text):
     straight, _ = fit(tmp_path / "straight")
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        fit(tmp_path / "short", module=Short(3), save_every=100)
+    with pytest.raises(RuntimeError, match=text):
+        fit(tmp_path / "short", module=Short(3, on_gpu=on_gpu), save_every=100)
     step, path = newest_checkpoint(tmp_path / "short/checkpoints")
     assert step == 3 and not list(path.parent.glob(".*"))
     resumed, _ = fit(tmp_path / "short", make=lambda number: step_batch(number, split=2), ckpt=path)
