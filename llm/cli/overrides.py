@@ -181,10 +181,12 @@ def parse(lines: Sequence[str]) -> list[Any]:
     for line in lines:
         try:
             overrides.append(parser.parse_override(line))
-        except HydraException:
+        except (HydraException, ValueError):  # of Python: a number of more than 4,300 digits
             if "=" not in line:
                 raise UserError(f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100") from None
             name, _, value = line.partition("=")
+            if len(value) > 1000:
+                raise UserError(f"{name}={shown(value)}: too long a value, or one that cannot be read") from None
             hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
             raise UserError(f"{line!r} cannot be read: {hint}") from None
     return overrides
@@ -326,7 +328,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose(config_name, lines)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OverflowError) as error:
         raise UserError(explain(config_name, error, folders)) from None
     note_settings(cfg, parse(overrides))
     return cfg
@@ -418,7 +420,7 @@ def _update(config_name: str, cfg: Any, name: str, value: Any, *, add: bool = Fa
 
     try:
         OmegaConf.update(cfg, name, value, merge=True, force_add=add)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         spec = _spec(config_name, name)
         wanted = f"expected {_in_words(spec.type)}" if spec is not None else str(error).splitlines()[0]
         hint = f" (write {int(value)})" if isinstance(value, float) and value.is_integer() else ""

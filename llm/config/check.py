@@ -47,7 +47,7 @@ def structured(values: Any, schema: type, key: str) -> Any:
 
     try:
         spec = OmegaConf.merge(OmegaConf.structured(schema), values)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
         known = ", ".join(f.name for f in fields(schema))
         raise UserError(f"{key}={shown(values)}: {str(error).splitlines()[0]}. Keys: {known}") from error
     check_values(spec, f"{key}.")
@@ -171,7 +171,7 @@ def _violation(value: Any, stated: Mapping[str, Any]) -> str | None:
 def _out_of_bounds(value: float, stated: Mapping[str, Any]) -> str | None:
     """Say in words which bound of its key, or of all numbers, `value` does not keep; None if it keeps them."""
     low, above, high, below = (stated.get(name) for name in ("low", "above", "high", "below"))
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     if low is not None and value < low:
         return f"at least {low}"

@@ -64,7 +64,7 @@ def begin() -> None:
     launcher = os.environ.get(LAUNCHER)
     die_with_parent(int(launcher) if launcher else None)
     if launched_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
 
 
 def end(status: int) -> NoReturn:

@@ -77,6 +77,10 @@ def test_every_list_of_betas_has_a_length():
         ("optim.ns_steps=100000000", "optim.ns_steps=100000000: must be at most 100"),
         ("seed=99999999999999999999", "seed=99999999999999999999: must be at most 9223372036854775807"),
         ("max_steps=100000000000000000000", "must be at most 1000000000"),
+        ("seed=" + "9" * 400, "must be at most 9223372036854775807"),
+        ("seed=" + "9" * 5000, "cannot be read"),
+        ("optim.matrix_lr=" + "9" * 400, "expected a number"),
+        ("optim.betas=[" + "9" * 400 + ",0]", "expected a list of numbers"),
         ("max_steps=1e20", "max_steps=1e+20: expected a whole number or null"),
         ("batch.tokens_per_step=100000000000000000000", "must be at most 1073741824"),
         ("batch.micro_batch_size=0", "batch.micro_batch_size=0: must be at least 1"),
@@ -191,7 +195,23 @@ ODD_TEXTS = (
     ),
     *("${oc.env:NOPE}", "${run}", "${nope:1}", "${seed.x}", "${paths}", "${oc.decode:'['}", "${", "x" * 300),
 )
-ODD_NUMBERS = ("inf", "-inf", "nan", "0", "-1", "1e20", "-1e20", str(10**20), str(-(10**20)), "1e-320", "1e400", "0.5")
+ODD_NUMBERS = (
+    "9" * 400,
+    "-" + "9" * 400,
+    "9" * 5000,
+    "inf",
+    "-inf",
+    "nan",
+    "0",
+    "-1",
+    "1e20",
+    "-1e20",
+    str(10**20),
+    str(-(10**20)),
+    "1e-320",
+    "1e400",
+    "0.5",
+)
 ODD_LISTS = ("[]", "[1]", "[[1]]", "[null]", "[inf]", "[x]", "[0.5,0.5,0.5]", "{}", "{a: 1}", "{a: [1]}", "null")
 
 
