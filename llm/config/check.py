@@ -79,7 +79,7 @@ def _check_value(value: Any, key: str, stated: Mapping[str, Any]) -> None:
     """Check one value, or all within a mapping or list, against what a schema states of its key."""
     from omegaconf import DictConfig, ListConfig
 
-    if stated.get("words") and not _is_whole(value) and value not in (None, *stated["words"]):
+    if stated.get("words") and not _is_whole(value) and value not in stated["words"]:
         raise UserError(f"{key}={shown(value)}: must be a whole number, or {' or '.join(stated['words'])}")
     for name, kind in (("is_list", ListConfig), ("is_mapping", DictConfig)):
         if stated.get(name) and value is not None and not isinstance(value, kind):

@@ -16,7 +16,7 @@ class StageConfig:
 class CheckStage(StageConfig):
     """Settings of stage=check."""
 
-    parts: list[str] = key("parts of `data` to read: text, tasks or both", choices=("text", "tasks"))
+    parts: list[str] = key("parts of `data` to read: text, tasks or both")
     out: str | None = key("JSON file for all counts; null = <paths.runs>/data_check.json")
 
 

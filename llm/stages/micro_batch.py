@@ -25,7 +25,7 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
     check_fits(config, memory_gb())
     rows = cfg.batch.micro_batch_size
     if rows != "auto":
-        return checked_rows(rows)
+        return rows
     device, choices = training_device(cfg), divisors(total_rows)
     if device.type == "cuda":
         rows = largest_trial(choices, lambda n: one_pass(cfg, config, n, device))
@@ -48,13 +48,6 @@ def check_fits(config: GPTConfig, memory: float | None) -> None:
             f"model.depth={config.n_layer}: the weights of {count:,} parameters are {weights:,.0f} GiB, more than the "
             f"{memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
         )
-
-
-def checked_rows(rows) -> int:
-    """Return `batch.micro_batch_size` as a number; UserError for anything else."""
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise UserError(f"batch.micro_batch_size={rows}: give a whole number of at least 1, or auto")
-    return rows
 
 
 def divisors(total_rows: int) -> list[int]:

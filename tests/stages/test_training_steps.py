@@ -124,13 +124,13 @@ class Short(StepModule):
 
     def __init__(self, after: int, where: str = "pass", on_gpu: bool = False):
         super().__init__(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), STEPS, 8))
-        self.after, self.where, self.on_gpu, self.passes_left = after, where, on_gpu, 2
+        self.after, self.where, self.like_gpu, self.passes_left = after, where, on_gpu, 2
 
     def micro_loss(self, micro):
         loss = super().micro_loss(micro)
         self.passes_left -= self.global_step == self.after
         if self.where == "pass" and self.passes_left == 0:
-            if self.on_gpu:
+            if self.like_gpu:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             torch.empty(2**55)  # a real allocation that fails, after one backward pass
         return loss
