@@ -1,11 +1,16 @@
 """Save checkpoints while training."""
 
+import gc
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from callbacks.cadence import Periodic
 from llm.checkpoint.resume import checkpoint_path
-from llm.errors import BadData
+from llm.errors import BadData, is_out_of_memory
 from llm.parallel import collectives
 
 
@@ -35,11 +40,23 @@ class StepCheckpoint(Periodic):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer, module, exception) -> None:
-        """Save the last step before data that cannot be read; several processes cannot meet here, they lose steps."""
-        if isinstance(exception, BadData) and module.global_step and collectives.world_size() == 1:
-            self.act(trainer, module, module.global_step)
-            trainer.strategy.checkpoint_io.finish()
+        """Save the last step before data that cannot be read, and before a pass for which memory was short.
+
+        Several processes cannot meet here, they lose the steps since the last checkpoint.
+        """
+        if module.is_updating or not module.global_step or collectives.world_size() > 1:
+            return
+        if isinstance(exception, BadData):
+            self._save_now(trainer, module)
             exception.args = (f"{exception.args[0]} Step {module.global_step} was saved; the same command resumes.",)
+        elif is_out_of_memory(exception):
+            make_room(trainer, module, exception)
+            with suppress(Exception):  # the first error is the one to be told
+                self._save_now(trainer, module)
+
+    def _save_now(self, trainer, module) -> None:
+        self.act(trainer, module, module.global_step)
+        trainer.strategy.checkpoint_io.finish()
 
     def act(self, trainer, module, step) -> None:
         if self.saved != step:
@@ -50,3 +67,13 @@ class StepCheckpoint(Periodic):
         """Save this step and return once the file and its line in the manifest are on the disk: then it can be said."""
         self.act(trainer, module, module.global_step)
         trainer.strategy.checkpoint_io.finish()
+
+
+def make_room(trainer, module, exception: BaseException) -> None:
+    """Free what a pass that ran out of memory has left: the activations in the error's frames, and gradients."""
+    traceback.clear_frames(exception.__traceback__)
+    module.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trainer.strategy.checkpoint_io.asynchronous = False  # which would need a copy of the state

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
+from llm.errors import UserError, reason_of
 from llm.parallel import collectives
 from llm.utils.files import write_atomic
 
@@ -56,8 +57,11 @@ class MetricsLog(L.Callback):
             rows = self._read()
             self.columns += new
             self._rewrite(rows)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([step, *(_cell(row.get(name)) for name in self.columns[1:])])
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([step, *(_cell(row.get(name)) for name in self.columns[1:])])
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {reason_of(error, self.path)}") from error
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
 

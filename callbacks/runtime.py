@@ -10,7 +10,7 @@ from llm.parallel.env import STOP_SIGNALS
 
 
 class CleanStop(L.Callback):
-    """Ends a training cleanly on the first SIGINT, SIGTERM or SIGUSR1: finishes the step, saves, ends the loop.
+    """Ends a training cleanly on the first of `STOP_SIGNALS`: finishes the step, saves, ends the loop.
 
     A second SIGINT ends at once.
 

@@ -16,7 +16,7 @@ from llm.data.files import Listed, format_of, kind_of, list_files, open_bytes, z
 from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
 from llm.data.stores import is_address
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from tasks.hub import Cache
 from tasks.rows import RowCheck
 
@@ -183,7 +183,7 @@ class FileRows(Sequence):
                 if limit is not None and len(self) >= limit:
                     break
         except OSError as error:
-            raise UserError(f"{self._check.key}: {path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self._check.key}: {path}: cannot be read ({reason_of(error, path)})") from None
         except UserError as error:
             raise UserError(f"{self._check.key}: {error}") from None
         return rows
@@ -226,7 +226,7 @@ class FileRows(Sequence):
                     raise UserError(f"{self._check.key}: {path} was changed while it was in use. Start again.")
                 return self._read(os.pread(plain.fileno(), length, offset), path, number)
         except OSError as error:
-            raise UserError(f"{self._check.where(path, number)}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self._check.where(path, number)}: cannot be read ({reason_of(error, path)})") from None
 
 
 def count_rows(files: Sequence[Path], encoding: str = "utf-8") -> int:

@@ -115,7 +115,7 @@ class HubTask(HubRepo):
                     shutil.rmtree(self.root / name, ignore_errors=True)
                     (done / name).replace(self.root / name)
             except OSError as error:
-                raise UserError(self.lasting_problem(error) or f"{self.root}: cannot be written ({error})") from error
+                raise UserError(self.unwritable(error)) from error
         for folder in (work, done):
             shutil.rmtree(folder, ignore_errors=True)
         write_json(self.root / FACTS, {"repo": self.repo, "subset": self.subset, "commit": commit, "rows": rows})

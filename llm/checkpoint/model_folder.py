@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
@@ -158,7 +158,7 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); a model folder is what a finished stage leaves in "
+            f"{path}: cannot be read ({reason_of(error, path)}); a model folder is what a finished stage leaves in "
             "<run>/<stage>/model. Train that stage, or point run= or init_from= at one that is finished"
         ) from error
     except ValueError as error:
@@ -201,4 +201,4 @@ def _load_weights(net: GPT, path: Path) -> None:
                 target[:rows].copy_(file.get_tensor(theirs))
                 target[rows:].zero_()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {fix}") from error
+        raise UserError(f"{path}: cannot be read ({reason_of(error, path)}); {fix}") from error

@@ -17,7 +17,7 @@ import torch
 
 from llm.checkpoint.model_folder import CONFIG_FILE, VOCAB_PARAMS, save_model_folder
 from llm.checkpoint.nanochat_tokenizer import read_tokenizer
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.model.config import WINDOW_MULTIPLE, GPTConfig
 from llm.model.gpt import GPT, build_network
 from llm.utils.files import read_json
@@ -104,7 +104,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0][:160]})") from error
+        raise UserError(f"{path}: cannot be read as weights ({reason_of(error, path)[:160]})") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path}: holds something else than tensors by name")
     names = {name: name.removeprefix("_orig_mod.") for name in content}

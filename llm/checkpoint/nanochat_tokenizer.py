@@ -8,7 +8,7 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 
 CLASS = ("tiktoken.core", "Encoding")
@@ -33,7 +33,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
             )
         return Tokenizer(tokens, state["pat_str"])
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({reason_of(error, path)})") from error
     except Exception as error:  # noqa: BLE001  a forged or damaged file can fail in any way
         raise UserError(f"{path}: not a tokenizer of nanochat ({error})") from error
 

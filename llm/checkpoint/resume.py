@@ -23,7 +23,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from llm.config.renamed import renamed_checkpoint
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.run.stage_folder import read_manifest, read_metrics, stages_in
 from llm.utils.files import read_json, sync_folder, write_json
 
@@ -136,7 +136,7 @@ def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not the run's folder: one that was deleted stays so
         with open(temporary, "wb") as file:
             torch.save(checkpoint, hashed := Hashed(file))
             file.flush()
@@ -148,8 +148,8 @@ def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
             temporary.unlink()
         kept = list_checkpoints(path.parent)
         state = f"the checkpoint of step {kept[-1][0]} is intact" if kept else "no earlier checkpoint exists"
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; {state}. Free some space and run again to resume") from error
+        reason = reason_of(error, path)
+        raise UserError(f"cannot write {path}: {reason}; {state}. The same command resumes") from error
     old = list_checkpoints(path.parent)[:-keep]
     listed = {name: entry for name, entry in checksums(path.parent).items() if (path.parent / name).is_file()}
     for _, removed in old:

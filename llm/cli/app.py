@@ -30,9 +30,10 @@ from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
 from llm.config.stages import load_object
-from llm.errors import UserError
+from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.streams import is_lost, keep_going, open_streams
 
 __all__ = ["check_overrides", "run_app"]
 
@@ -60,13 +61,20 @@ def run_app(config_name: str, target: Target) -> NoReturn:
     job ends a sweep, and the sweep says which one it was.
     """
     keep_private()
+    open_streams()
     tune_process()
     try:
         status = _run(config_name, target, sys.argv[1:])
         sys.stdout.flush()
+        status = status or (FAILED if is_lost() else 0)
     except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
+    except OSError as error:
+        where = (
+            f"{error.filename}: {reason_of(error, error.filename)}" if error.filename else f"output: {error.strerror}"
+        )
+        status = _complain(where)
     except SystemExit as stop:
         status = stop.code
     if is_launched():
@@ -81,6 +89,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
                 load_plugins(plugins_in(argv))
             print(help_text(config_name, every_key="all" in argv))
             return 0
+        keep_going()
         adopt_slurm()
         if is_launched():
             begin()
@@ -111,7 +120,7 @@ def _complain(mistake: str) -> int:
     if launched_rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE_SECONDS)
-    print(f"error: {mistake}", file=sys.stderr)
+    print("error:", re.sub(r"\s*\n\s*", " ", mistake.strip()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -119,10 +128,12 @@ def _report(failure: _JobFailed) -> int:
     """Say what went wrong in a job and, in a sweep, which job it was."""
     sys.stdout.flush()
     where = f"{failure.job}; later jobs were not started" if failure.job else ""
-    if isinstance(failure.cause, BrokenPipeError):
-        raise failure.cause
-    if isinstance(failure.cause, UserError):
-        return _complain(f"{failure.cause}" + (f" [{where}]" if where else ""))
+    mistake = str(failure.cause) if isinstance(failure.cause, UserError) else system_problem(failure.cause)
+    if mistake:
+        status = _complain(mistake + (f" [{where}]" if where else ""))
+        if is_out_of_memory(failure.cause):
+            end(status)  # without what libraries do at exit, which would fail too
+        return status
     traceback.print_exception(failure.cause)
     if where:
         print(f"error: {where}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 
 from llm.cli.explain import explain
 from llm.cli.options import CONF, config_folders, config_groups, group_options, listed, no_option, unknown_key
-from llm.config.check import check_task_names, check_values
+from llm.config.check import as_text, check_model_size, check_task_names, check_values, shown
 from llm.config.renamed import renamed_key
 from llm.config.said import note_settings
 from llm.config.schema import VARIANTS, known_keys
@@ -105,7 +105,7 @@ def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
         name, equals, _ = arg.partition("=")
         if not equals or name not in names:
             return arg
-        return f"{name}=" + ",".join(f"{{name: {_quoted(_show(value))}}}" for value in _values(parse([arg])[0]))
+        return f"{name}=" + ",".join(f"{{name: {_quoted(as_text(value))}}}" for value in _values(parse([arg])[0]))
 
     return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
 
@@ -181,10 +181,12 @@ def parse(lines: Sequence[str]) -> list[Any]:
     for line in lines:
         try:
             overrides.append(parser.parse_override(line))
-        except HydraException:
+        except (HydraException, ValueError):  # of Python: a number of more than 4,300 digits
             if "=" not in line:
                 raise UserError(f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100") from None
             name, _, value = line.partition("=")
+            if len(value) > 1000:
+                raise UserError(f"{name}={shown(value)}: too long a value, or one that cannot be read") from None
             hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
             raise UserError(f"{line!r} cannot be read: {hint}") from None
     return overrides
@@ -254,9 +256,17 @@ def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> 
         if value is None:
             raise UserError(f"{group}=null: {'leave it out' if groups[group] is None else f'choose one of {shown}'}")
         for name in value if isinstance(value, list) else [value]:
-            if name in options or any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+            if name in options or _is_file(f"{group}/{name}.yaml", folders):
                 continue
             raise UserError(no_option(group, name, options))
+
+
+def _is_file(name: str, folders: list[Path]) -> bool:
+    """Return whether one of the folders has this file; a name that no file can have is none."""
+    try:
+        return any((folder / name).is_file() for folder in folders)
+    except (OSError, ValueError):
+        return False
 
 
 def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -> None:
@@ -277,6 +287,8 @@ def _check_values(config_name: str, choice: Sequence[str], values: list[Any], co
             if override.is_sweep_override():
                 check_values(cfg)
     check_values(cfg)
+    if config_name == "train":
+        check_model_size(cfg)
     if cfg.get("data") is not None:
         check_task_names(cfg.data, cfg.stage)
 
@@ -316,7 +328,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose(config_name, lines)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OverflowError) as error:
         raise UserError(explain(config_name, error, folders)) from None
     note_settings(cfg, parse(overrides))
     return cfg
@@ -366,7 +378,7 @@ def _try_value(config_name: str, cfg: Any, name: str, value: Any, choice: Sequen
     """Set `name` in `cfg`; a mapping is merged key by key, as Hydra does, or replaces a null or a whole mixture."""
     spec = _spec(config_name, name)
     if spec is not None and spec.metadata.get("fixed"):
-        raise UserError(f"{name}={_show(value)}: the name comes with the option; choose {name.split('.')[0]}=<option>")
+        raise UserError(f"{name}={shown(value)}: the name comes with the option; choose {name.split('.')[0]}=<option>")
     if not _exists(cfg, name):
         raise UserError(_missing(config_name, cfg, name, choice))
     if not isinstance(value, dict) or (_is_null(cfg, name) and spec is not None and spec.type is Any):
@@ -408,11 +420,11 @@ def _update(config_name: str, cfg: Any, name: str, value: Any, *, add: bool = Fa
 
     try:
         OmegaConf.update(cfg, name, value, merge=True, force_add=add)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         spec = _spec(config_name, name)
         wanted = f"expected {_in_words(spec.type)}" if spec is not None else str(error).splitlines()[0]
         hint = f" (write {int(value)})" if isinstance(value, float) and value.is_integer() else ""
-        raise UserError(f"{name}={_show(value)}: {wanted}{hint}") from None
+        raise UserError(f"{name}={shown(value)}: {wanted}{hint}") from None
 
 
 def _spec(config_name: str, name: str) -> Field | None:
@@ -490,10 +502,3 @@ def _in_words(kind: Any) -> str:
     if origin is dict or hasattr(kind, "__dataclass_fields__"):
         return "a mapping"
     return " or ".join(_in_words(part) for part in parts) or kind.__name__
-
-
-def _show(value: Any) -> str:
-    """Write a value as on the command line: null, true, false."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

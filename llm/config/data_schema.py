@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.config.key import key
+from llm.config.key import ITEMS, SEED, key
 from llm.config.registries import TASK_TYPES, TEXT_SOURCES
 
 
@@ -41,16 +41,20 @@ class TaskSpec:
         default=None, metadata={"help": "hub: branch, tag or commit of the data set; null = main"}
     )
     shuffle_seed: int | None = field(
-        default=None, metadata={"help": "hub: seed of the order of the rows; null = as published", "low": 0}
+        default=None,
+        metadata={"help": "hub: seed of the order of the rows; null = as published", "low": 0, "high": SEED},
     )
     size: int | None = field(
-        default=None, metadata={"help": "training items to generate (embedded, template, spelling)", "low": 0}
+        default=None,
+        metadata={"help": "training items to generate (embedded, template, spelling)", "low": 0, "high": 10**7},
     )
     test_size: int | None = field(
-        default=None, metadata={"help": "held-out items to generate (embedded, template, spelling)", "low": 0}
+        default=None,
+        metadata={"help": "held-out items to generate (embedded, template, spelling)", "low": 0, "high": 10**7},
     )
     limit: int | None = field(
-        default=None, metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1}
+        default=None,
+        metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1, "high": ITEMS},
     )
     fields: Any = field(
         default=None,
@@ -89,7 +93,11 @@ class SourceSpec:
 
     weight: float = field(
         default=1.0,
-        metadata={"help": "share of the characters, relative to the weights of the other sources", "low": 0},
+        metadata={
+            "help": "share of the characters, relative to the weights of the other sources",
+            "low": 0,
+            "high": 10**9,
+        },
     )
     path: str | None = field(
         default=None, metadata={"help": "folder, file, pattern or address of text in any format of docs/data.md"}
@@ -110,7 +118,8 @@ class SourceSpec:
     )
     files: str | None = field(default=None, metadata={"help": "pattern of the shards on the hub; null = all"})
     shards: int | None = field(
-        default=None, metadata={"help": "train on the first so many shards; null = all but the last", "low": 1}
+        default=None,
+        metadata={"help": "train on the first so many shards; null = all but the last", "low": 1, "high": 10**6},
     )
     column: str = field(default="text", metadata={"help": "column or field that holds the text"})
     val_size: int | None = field(
@@ -118,6 +127,7 @@ class SourceSpec:
         metadata={
             "help": "documents for validation, the last ones of the last file; null = all of that file",
             "low": 1,
+            "high": ITEMS,
         },
     )
     streaming: bool = field(
@@ -146,11 +156,13 @@ class DataConfig:
     revision: str | None = key("branch, tag or commit of data.repo; null = main")
     files: str | None = key("pattern of the shards of data.repo, such as 'data/train-*.parquet'; null = all")
     shards: int | None = key(
-        "train on the first so many shards of data.repo; null = all but the last", low=1, main=True
+        "train on the first so many shards of data.repo; null = all but the last", low=1, high=10**6, main=True
     )
-    workers: int = key("number of files fetched from the hub in parallel", low=1)
+    workers: int = key("number of files fetched from the hub in parallel", low=1, high=256)
     streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
-    sources: Any = key("sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)")
+    sources: Any = key(
+        "sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)", items=SourceSpec
+    )
     column: str = key("column or field that holds the text")
     packing: str = key(
         "pretrain: best_fit = rows of whole documents, crops kept | crop = crops dropped | stream = one flat stream | "
@@ -158,7 +170,9 @@ class DataConfig:
         choices=("auto", "best_fit", "crop", "stream"),
     )
     shuffle: int | None = key(
-        "pretrain: seed of an order of the documents that is new in every epoch; null = as in the files", low=0
+        "pretrain: seed of an order of the documents that is new in every epoch; null = as in the files",
+        low=0,
+        high=SEED,
     )
     token_cache: Any = key(
         "pretrain, write_tokens: keep the tokens of text files in this folder or store; true = <paths.runs>/token_cache"
@@ -174,9 +188,11 @@ class DataConfig:
         high=1,
     )
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
-    seed: int = key("seed of the generator (data=embedded)", low=0)
-    size: int | None = key("documents to generate for training (data=embedded)", low=1)
-    val_size: int | None = key("documents for validation: generated, or the last ones of the last file", low=1)
+    seed: int = key("seed of the generator (data=embedded)", low=0, high=SEED)
+    size: int | None = key("documents to generate for training (data=embedded)", low=1, high=10**7)
+    val_size: int | None = key(
+        "documents for validation: generated, or the last ones of the last file", low=1, high=ITEMS
+    )
     tasks: dict[str, TaskSpec] = key("all tasks by name")
     mixture: MixtureConfig = key("conversations that the chat stages train on")
     rl: str | None = key("task that grpo trains on")

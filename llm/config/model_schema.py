@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llm.config.key import key
+from llm.config.key import CONTEXT, STEPS, VOCABULARY, key
 from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
 
@@ -10,13 +10,15 @@ from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 class ModelConfig:
     """Config group `model`: the size of the network."""
 
-    depth: int = key("number of Transformer layers; width and heads follow from it", low=1, main=True)
-    aspect_ratio: int = key("width = aspect_ratio x depth, rounded up to a multiple of head_dim", low=1)
-    head_dim: int = key("size of one attention head", low=2)
-    n_kv_head: int | None = key("key/value heads: null = one per query head, fewer = GQA, 1 = MQA", low=1)
-    seq_len: int = key("context length in tokens", low=8, main=True)
+    depth: int = key("number of Transformer layers; width and heads follow from it", low=1, high=1000, main=True)
+    aspect_ratio: int = key("width = aspect_ratio x depth, rounded up to a multiple of head_dim", low=1, high=4096)
+    head_dim: int = key("size of one attention head", low=2, high=1024)
+    n_kv_head: int | None = key("key/value heads: null = one per query head, fewer = GQA, 1 = MQA", low=1, high=10**6)
+    seq_len: int = key("context length in tokens", low=8, high=CONTEXT, main=True)
     vocab_size: int | None = key(
-        "entries that the tokenizer must have; given, dry_run needs no tokenizer; null = any number", low=265
+        "entries that the tokenizer must have; given, dry_run needs no tokenizer; null = any number",
+        low=265,
+        high=VOCABULARY,
     )
 
 
@@ -32,38 +34,50 @@ class ArchConfig:
 class ClassicArch(ArchConfig):
     """Architecture of nanochat in October 2025: RoPE, QK-norm, ReLU^2."""
 
-    rope_base: float = key("base of the rotary embedding's wavelengths", above=0)
+    rope_base: float = key("base of the rotary embedding's wavelengths", above=0, high=1e12)
     rope_scaling: str | None = key(
         "where model.seq_len is above the parent's: yarn = stretch the long wavelengths; null = none is stretched",
         choices=("yarn",),
     )
-    softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0)
+    softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0, high=10**6)
 
 
 @dataclass
 class ModernArch(ClassicArch):
     """Architecture of 2026: each addition to `ClassicArch` has a switch."""
 
-    qk_scale: float = key("factor on the normed queries and on the keys", above=0)
+    qk_scale: float = key("factor on the normed queries and on the keys", above=0, high=1000)
     window_pattern: str = key(
         "attention by layer, repeated over the depth: L = full, S = short window; the last layer is L"
     )
     window_divisor: int = key(
-        "length of a short window: model.seq_len / window_divisor, rounded up to a multiple of 128", low=1
+        "length of a short window: model.seq_len / window_divisor, rounded up to a multiple of 128", low=1, high=CONTEXT
     )
     value_embeds: bool = key("add gated embeddings of the tokens to the values of every other layer")
-    gate_channels: int = key("channels of a layer's input that set the gate of the value embeddings", low=1)
-    gate_range: float = key("upper end of the gate of the value embeddings, which begins at 0", above=0)
-    gate_init: float = key("initial weights of the value and smear gates are drawn between 0 and gate_init", low=0)
+    gate_channels: int = key("channels of a layer's input that set the gate of the value embeddings", low=1, high=10**6)
+    gate_range: float = key("upper end of the gate of the value embeddings, which begins at 0", above=0, high=1000)
+    gate_init: float = key(
+        "initial weights of the value and smear gates are drawn between 0 and gate_init", low=0, high=100
+    )
     residual_scalars: bool = key("before every block x <- r x + a x0, with the embedding x0 and trained r and a")
-    resid_init: list[float] = key("initial r of the residual scalars in the first and the last layer, linear between")
-    x0_init: list[float] = key("initial a of the residual scalars in the first and the last layer, linear between")
+    resid_init: list[float] = key(
+        "initial r of the residual scalars in the first and the last layer, linear between",
+        low=-100,
+        high=100,
+        length=2,
+    )
+    x0_init: list[float] = key(
+        "initial a of the residual scalars in the first and the last layer, linear between",
+        low=-100,
+        high=100,
+        length=2,
+    )
     smear: bool = key("tokens take in some of the embedding of the token before")
     backout: bool = key("subtract some of the middle block's output before the head")
-    backout_init: float = key("initial backout coefficient")
-    embedding_std: float = key("standard deviation of the initial embedding", above=0)
-    head_std: float = key("standard deviation of the initial output head", low=0)
-    fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0)
+    backout_init: float = key("initial backout coefficient", low=-100, high=100)
+    embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
+    head_std: float = key("standard deviation of the initial output head", low=0, high=100)
+    fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)
 
 
 @dataclass
@@ -78,7 +92,7 @@ class OptimConfig:
     """Config group `optim`: keys of every optimizer."""
 
     name: str = key("optimizer", choices=OPTIMIZERS, fixed=True)
-    weight_decay: float = key("decoupled weight decay of the block matrices", low=0)
+    weight_decay: float = key("decoupled weight decay of the block matrices", low=0, high=100)
     decay_schedule: str = key("course of the weight decay over the steps", choices=("constant", "linear", "cosine"))
     scale_lr: bool = key(
         "multiply all learning rates by sqrt(batch.tokens_per_step / 524288), but never by less than 0.71"
@@ -92,37 +106,43 @@ class OptimConfig:
 class AdamConfig(OptimConfig):
     """Optimizers that update some parameters by AdamW."""
 
-    betas: list[float] = key("AdamW betas of the kinds of parameters for which no other key gives betas")
-    eps: float = key("AdamW's epsilon, against division by zero", above=0)
+    betas: list[float] = key(
+        "AdamW betas of the kinds of parameters for which no other key gives betas", low=0, below=1, length=2
+    )
+    eps: float = key("AdamW's epsilon, against division by zero", above=0, high=1)
 
 
 @dataclass
 class MuonAdamWConfig(AdamConfig):
     """Muon for the matrices of the blocks, AdamW for all other parameters."""
 
-    matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0)
-    embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0)
-    embedding_betas: list[float] = key("AdamW betas of the embedding")
-    embedding_decay: float = key("weight decay of the embedding", low=0)
-    unembedding_lr: float = key("learning rate of the output head at width 768 (AdamW)", above=0)
-    unembedding_betas: list[float] = key("AdamW betas of the output head")
-    unembedding_decay: float = key("weight decay of the output head", low=0)
-    value_lr: float = key("learning rate of the value embeddings at width 768 (AdamW)", above=0)
-    value_betas: list[float] = key("AdamW betas of the value embeddings")
-    value_decay: float = key("weight decay of the value embeddings", low=0)
-    resid_lr: float = key("learning rate of the residual scalars r, of biases and of norms (AdamW)", above=0)
-    resid_decay: float = key("weight decay of the residual scalars r", low=0)
-    x0_lr: float = key("learning rate of the x0 scalars a (AdamW)", above=0)
-    x0_betas: list[float] = key("AdamW betas of the x0 scalars a")
-    smear_lr: float = key("learning rate of the smear and backout parameters (AdamW)", above=0)
+    matrix_lr: float = key("learning rate of the block matrices (Muon)", above=0, high=10**6)
+    embedding_lr: float = key("learning rate of the embedding at width 768 (AdamW)", above=0, high=10**6)
+    embedding_betas: list[float] = key("AdamW betas of the embedding", low=0, below=1, length=2)
+    embedding_decay: float = key("weight decay of the embedding", low=0, high=100)
+    unembedding_lr: float = key("learning rate of the output head at width 768 (AdamW)", above=0, high=10**6)
+    unembedding_betas: list[float] = key("AdamW betas of the output head", low=0, below=1, length=2)
+    unembedding_decay: float = key("weight decay of the output head", low=0, high=100)
+    value_lr: float = key("learning rate of the value embeddings at width 768 (AdamW)", above=0, high=10**6)
+    value_betas: list[float] = key("AdamW betas of the value embeddings", low=0, below=1, length=2)
+    value_decay: float = key("weight decay of the value embeddings", low=0, high=100)
+    resid_lr: float = key(
+        "learning rate of the residual scalars r, of biases and of norms (AdamW)", above=0, high=10**6
+    )
+    resid_decay: float = key("weight decay of the residual scalars r", low=0, high=100)
+    x0_lr: float = key("learning rate of the x0 scalars a (AdamW)", above=0, high=10**6)
+    x0_betas: list[float] = key("AdamW betas of the x0 scalars a", low=0, below=1, length=2)
+    smear_lr: float = key("learning rate of the smear and backout parameters (AdamW)", above=0, high=10**6)
     momentum: float = key("Muon's momentum after the warm-up", low=0, high=1)
     momentum_start: float = key("Muon's momentum at step 0", low=0, high=1)
-    momentum_warmup: int = key("steps over which Muon's momentum rises from momentum_start to momentum", low=0)
+    momentum_warmup: int = key(
+        "steps over which Muon's momentum rises from momentum_start to momentum", low=0, high=STEPS
+    )
     momentum_final: float | None = key(
         "Muon's momentum at the last step, approached while the rates fall; null = momentum", low=0, high=1
     )
     orthogonalizer: str = key("how Muon makes an update orthogonal", choices=("polar_express", "newton_schulz"))
-    ns_steps: int = key("iterations of the orthogonalizer", low=1)
+    ns_steps: int = key("iterations of the orthogonalizer", low=1, high=100)
     row_normalize: bool = key("Muon: scale the rows of an update to one length before it is made orthogonal")
     normuon_beta2: float | None = key(
         "NorMuon: averaging factor of the rows' mean squares, by whose root rows are divided; null = off", low=0, high=1
@@ -135,4 +155,4 @@ class MuonAdamWConfig(AdamConfig):
 class AdamWConfig(AdamConfig):
     """AdamW with one learning rate for all parameters."""
 
-    lr: float = key("learning rate of all parameters", above=0)
+    lr: float = key("learning rate of all parameters", above=0, high=10**6)

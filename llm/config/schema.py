@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from llm.config.data_schema import DataConfig, MixtureConfig
 from llm.config.generated import register_generated
-from llm.config.key import key
+from llm.config.key import CONTEXT, ITEMS, SEED, STEPS, VOCABULARY, key
 from llm.config.model_schema import (
     AdamWConfig,
     ArchConfig,
@@ -44,9 +44,12 @@ class BatchConfig:
     tokens_per_step: int | None = key(
         "tokens of one optimizer step, over all ranks and micro-batches; null = by llm/scaling/rules.py",
         low=1,
+        high=2**30,
         main=True,
     )
-    micro_batch_size: Any = key("rows of one micro-batch on one device; auto = as many as fit", main=True)
+    micro_batch_size: Any = key(
+        "rows of one micro-batch on one device; auto = as many as fit", words=("auto",), low=1, high=2**20, main=True
+    )
 
 
 @dataclass
@@ -66,7 +69,7 @@ class EstimateConfig:
     """GPUs for which dry_run estimates memory, time and cost."""
 
     gpu: str = key("GPU whose memory, time and cost dry_run estimates")
-    devices: int = key("number of GPUs in the estimate", low=1)
+    devices: int = key("number of GPUs in the estimate", low=1, high=10**6)
     mfu: float = key("share of the GPUs' bf16 peak that the estimate assumes", above=0, high=1)
 
 
@@ -75,11 +78,13 @@ class WatchConfig:
     """Limits beyond which a training is taken to have gone wrong."""
 
     bad_loss: str = key("what to do after a loss that is not finite or jumps", choices=("stop", "roll_back"))
-    loss_jump: float = key("a loss is bad if it lies this many nats above the median of the last 50 steps", above=0)
-    rollbacks: int = key("how often a stage may go back to the last checkpoint and leave out data", low=0)
-    data_seconds: float = key("seconds without training data after which a stage gives up", above=0)
-    every: int = key("steps between comparisons of the processes: same weights, similar speed", low=1)
-    slow: float = key("report a process whose part of a step takes this many times the median", above=1)
+    loss_jump: float = key(
+        "a loss is bad if it lies this many nats above the median of the last 50 steps", above=0, high=10**6
+    )
+    rollbacks: int = key("how often a stage may go back to the last checkpoint and leave out data", low=0, high=10**6)
+    data_seconds: float = key("seconds without training data after which a stage gives up", above=0, high=10**7)
+    every: int = key("steps between comparisons of the processes: same weights, similar speed", low=1, high=STEPS)
+    slow: float = key("report a process whose part of a step takes this many times the median", above=1, high=10**6)
 
 
 @dataclass
@@ -95,9 +100,17 @@ class TrainerConfig:
     """Config group `trainer`: devices and nodes."""
 
     accelerator: str = key("where to compute", choices=("auto", "cpu", "gpu"))
-    devices: Any = key("number of devices of a node, or auto; torchrun and srun decide by themselves", main=True)
+    devices: Any = key(
+        "number of devices of a node, or auto; torchrun and srun decide by themselves",
+        words=("auto",),
+        low=1,
+        high=1024,
+        main=True,
+    )
     num_nodes: int = key(
-        "number of machines; each gets this command and has NODE_RANK, MASTER_ADDR and MASTER_PORT set", low=1
+        "number of machines; each gets this command and has NODE_RANK, MASTER_ADDR and MASTER_PORT set",
+        low=1,
+        high=10**5,
     )
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
@@ -124,7 +137,11 @@ class TrainConfig:
     data: DataConfig = key("text and tasks")
     batch: BatchConfig = key("size of a step; follows the stage")
     precision: PrecisionConfig = key("number formats")
-    compile: Any = key("torch.compile for training steps: auto = where it pays, true, false", main=True)
+    compile: Any = key(
+        "torch.compile for training steps: auto = where it pays",
+        main=True,
+        choices=("auto", "true", "false"),
+    )
     attention: str = key("attention kernel of training steps: auto = the fastest that runs here", choices=ATTENTION)
     trainer: TrainerConfig = key("devices")
     strategy: StrategyConfig = key("how devices work together")
@@ -134,20 +151,22 @@ class TrainConfig:
     estimate: EstimateConfig = key("what dry_run tells about a GPU")
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first (docs/extend.md)")
-    run: str | None = key("name of the chain of stages; null = d<depth>", main=True, nonempty=True)
+    run: str | None = key("name of the chain of stages; null = d<depth>", main=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
-    max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, main=True)
-    save_every: int = key("steps between checkpoints; the last step is always saved", low=1, main=True)
+    max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
+    save_every: int = key("steps between checkpoints; the last step is always saved", low=1, high=STEPS, main=True)
     save_minutes: float | None = key(
-        "minutes after which a checkpoint is saved in any case; null = by save_every alone", above=0
+        "minutes after which a checkpoint is saved in any case; null = by save_every alone", above=0, high=10**7
     )
     save_async: bool = key("write checkpoints while training goes on; needs host memory for a copy of the state")
-    keep_last: int = key("checkpoints that are kept; an older one is used where the newest is damaged", low=1)
-    log_every: int = key("steps between rows of metrics.csv", low=1, main=True)
+    keep_last: int = key(
+        "checkpoints that are kept; an older one is used where the newest is damaged", low=1, high=10**6
+    )
+    log_every: int = key("steps between rows of metrics.csv", low=1, high=STEPS, main=True)
     resume: bool = key("continue an unfinished stage from the last checkpoint", main=True)
     overwrite: bool = key("delete what the stage wrote before and start again", main=True)
     dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
-    seed: int = key("seed of initial weights, data order and sampling", low=0, main=True)
+    seed: int = key("seed of initial weights, data order and sampling", low=0, high=SEED, main=True)
 
 
 @dataclass
@@ -159,22 +178,28 @@ class EvalConfig:
     samples: bool = key("print continuations and answers (eval=[samples])")
     core: bool = key("measure the CORE metric with eval.bundle (eval=[core])")
     lm_eval: bool = key("measure eval.tasks by lm-eval, the field's harness (eval=lm_eval)")
-    tokens: int = key("validation tokens for bits per byte", low=1)
-    max_per_task: int | None = key("items of one task; null = all", low=1, main=True)
-    seq_len: int | None = key("model=hf: tokens of context to use; null = the model's own, at most 2048", low=8)
-    max_new_tokens: int = key("length limit of a generated answer", low=1)
-    num_samples: int = key("answers per item of generative tasks: 1 = a greedy one, more = drawn, for pass@k", low=1)
-    ks: list[int] | None = key("values of k of pass@k; null = 1 and num_samples")
-    temperature: float = key("sampling temperature of drawn answers", above=0)
+    tokens: int = key("validation tokens for bits per byte", low=1, high=10**12)
+    max_per_task: int | None = key("items of one task; null = all", low=1, high=ITEMS, main=True)
+    seq_len: int | None = key(
+        "model=hf: tokens of context to use; null = the model's own, at most 2048", low=8, high=CONTEXT
+    )
+    max_new_tokens: int = key("length limit of a generated answer", low=1, high=CONTEXT)
+    num_samples: int = key(
+        "answers per item of generative tasks: 1 = a greedy one, more = drawn, for pass@k", low=1, high=10**4
+    )
+    ks: list[int] | None = key("values of k of pass@k; null = 1 and num_samples", low=1, high=10**4)
+    temperature: float = key("sampling temperature of drawn answers", above=0, high=100)
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
     core_tasks: list[str] | None = key("tasks of eval.bundle to measure; null = all, whose mean is CORE")
     tasks: list[str] | None = key(
         "eval=lm_eval: tasks, groups or tags of lm-eval, as in [arc_easy,hellaswag]", main=True
     )
-    num_fewshot: int | None = key("eval=lm_eval: solved examples in a prompt; null = as each task says", low=0)
+    num_fewshot: int | None = key(
+        "eval=lm_eval: solved examples in a prompt; null = as each task says", low=0, high=1000
+    )
     include_path: str | None = key("eval=lm_eval: folder of task files (YAML) of your own")
     chat_template: bool = key("eval=lm_eval: prompts in the model's chat format")
-    batch_size: int = key("sequences evaluated together", low=1)
+    batch_size: int = key("sequences evaluated together", low=1, high=2**16)
     judges: dict[str, Any] = key("judges of your own: a mapping from a name to a _target_ (docs/extend.md)")
 
 
@@ -187,7 +212,7 @@ class EvaluateConfig:
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
-    run: str | None = key("run to evaluate", main=True, nonempty=True)
+    run: str | None = key("run to evaluate", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
 
@@ -198,7 +223,7 @@ class ServeConfig:
     stage: Any = key("stage to chat with; null = the last finished one of the pipeline", main=True, no_group=True)
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
-    run: str | None = key("run to chat with", main=True, nonempty=True)
+    run: str | None = key("run to chat with", main=True)
     ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
     prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)
     host: str = key("address that the browser chat listens on", main=True)
@@ -206,10 +231,10 @@ class ServeConfig:
     public_names: list[str] = key(
         "further names by which browsers reach the browser chat, as behind a proxy or a tunnel"
     )
-    temperature: float = key("sampling temperature; 0 = always the most likely token", low=0, main=True)
-    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, main=True)
-    max_new_tokens: int = key("length limit of an answer", low=1, main=True)
-    seed: int = key("seed of sampling", low=0, main=True)
+    temperature: float = key("sampling temperature; 0 = always the most likely token", low=0, high=100, main=True)
+    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, high=VOCABULARY, main=True)
+    max_new_tokens: int = key("length limit of an answer", low=1, high=CONTEXT, main=True)
+    seed: int = key("seed of sampling", low=0, high=SEED, main=True)
 
 
 ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
@@ -259,7 +284,8 @@ def _data_schema(mixtures: tuple[str, ...]) -> type:
     texts = {stage: trained.format(stage) for stage in mixtures}
     texts |= {f"{stage}_val": held_out.format(stage) for stage in mixtures}
     keys = [
-        (name, dict[str, float], field(default_factory=dict, metadata={"help": text})) for name, text in texts.items()
+        (name, dict[str, float], field(default_factory=dict, metadata={"help": text, "low": 0, "high": 10**4}))
+        for name, text in texts.items()
     ]
     mixture = make_dataclass("MixtureConfig", keys, bases=(MixtureConfig,))
     return _with_type(DataConfig, "mixture", mixture)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llm.config.key import key
+from llm.config.key import CONTEXT, ITEMS, STEPS, VOCABULARY, key
 
 
 @dataclass
@@ -32,13 +32,13 @@ class WriteTokensStage(StageConfig):
 class TokenizerStage(StageConfig):
     """Settings of stage=tokenizer."""
 
-    vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265)
+    vocab_size: int = key("entries of the vocabulary, the nine special tokens included", low=265, high=VOCABULARY)
     pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
     digits: int = key("digits of a number that may become one token", low=1, high=3)
     marks: bool = key("combining marks belong to words, as Hindi, Thai or Arabic need")
     pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
-    max_chars: int = key("characters of text to train on, at most", low=1)
-    doc_cap: int = key("characters taken of one document, at most", low=1)
+    max_chars: int = key("characters of text to train on, at most", low=1, high=10**13)
+    doc_cap: int = key("characters taken of one document, at most", low=1, high=10**9)
     compare: list[str] = key("tokenizers to compare with: tiktoken names such as gpt2, folders or files")
 
 
@@ -46,13 +46,17 @@ class TokenizerStage(StageConfig):
 class ModelStage(StageConfig):
     """Settings of every stage that trains a network."""
 
-    lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0)
-    warmup_steps: int = key("steps in which the learning rate rises from 0, at most a quarter of all", low=0)
+    lr_frac: float = key("learning rates of this stage as a fraction of optim's", above=0, high=1000)
+    warmup_steps: int = key(
+        "steps in which the learning rate rises from 0, at most a quarter of all", low=0, high=STEPS
+    )
     warmdown_ratio: float = key("share of the steps, at the end, in which the learning rate falls", low=0, high=1)
     final_lr_frac: float = key("learning rate of the last step as a fraction of the peak", low=0, high=1)
-    eval_every: int = key("steps between evaluations on held-out data, also after the last step; 0 = never", low=0)
+    eval_every: int = key(
+        "steps between evaluations on held-out data, also after the last step; 0 = never", low=0, high=STEPS
+    )
     extend: bool = key("lengthen a finished stage by a longer horizon; a larger max_steps does so by itself")
-    sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0)
+    sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0, high=STEPS)
 
 
 @dataclass
@@ -62,23 +66,25 @@ class PretrainStage(ModelStage):
     warm_start: bool = key(
         "where init_from gives the weights, take the optimizer state of the parent's last checkpoint too"
     )
-    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1, high=10**12)
     tokens_per_param: float = key(
-        "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0
+        "horizon: training tokens per parameter (max_steps and target_flops come first)", above=0, high=10**6
     )
     count_params: str = key(
         "parameters that tokens_per_param counts: all, or the matrices of blocks and head", choices=("all", "matrices")
     )
-    target_flops: float | None = key("horizon: training FLOPs; null = by tokens_per_param", above=0)
+    target_flops: float | None = key("horizon: training FLOPs; null = by tokens_per_param", above=0, high=1e30)
     max_passes: float | None = key(
-        "horizon: passes over the training text, at most, unless max_steps is given; null = no limit", above=0
+        "horizon: passes over the training text, at most, unless max_steps is given; null = no limit",
+        above=0,
+        high=10**6,
     )
     keep_best: str | None = key(
         "bpb = hand over the weights with the lowest bits per byte; null = those of the last step", choices=("bpb",)
     )
-    buffer: int = key("documents that best-fit packing chooses from", low=1)
-    core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0)
-    core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1)
+    buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
+    core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
+    core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)
     core_bundle: str | None = key("folder or zip of a CORE evaluation bundle; null = no CORE evaluations")
 
 
@@ -86,8 +92,8 @@ class PretrainStage(ModelStage):
 class AssistantStage(ModelStage):
     """Stages whose model answers: their answers can be judged."""
 
-    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0)
-    chat_max_per_task: int | None = key("items per task of a chat task evaluation; null = all", low=1)
+    chat_every: int = key("steps between chat task evaluations, also after the last step; 0 = never", low=0, high=STEPS)
+    chat_max_per_task: int | None = key("items per task of a chat task evaluation; null = all", low=1, high=ITEMS)
     chat_tasks: list[str] | None = key("tasks of a chat task evaluation; null = data.eval")
 
 
@@ -95,10 +101,11 @@ class AssistantStage(ModelStage):
 class ChatStage(AssistantStage):
     """Settings of stages that train on conversations: midtrain and sft."""
 
-    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1)
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1, high=10**12)
     epochs: float | None = key(
         "horizon: passes over the mixture (max_steps comes first); null = one, more where conversations are few",
         above=0,
+        high=10**6,
     )
     train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
 
@@ -109,13 +116,17 @@ class GRPOStage(AssistantStage):
 
     task: str | None = key("task to be rewarded for; null = data.rl")
     reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
-    prompts_per_step: int = key("questions of one step", low=1)
-    samples_per_prompt: int = key("answers drawn per question, the group within which rewards are compared", low=2)
-    max_new_tokens: int = key("length limit of an answer", low=1)
-    temperature: float = key("sampling temperature of the answers", above=0)
-    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0)
-    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0)
-    rehearsal: int = key("conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0)
-    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0)
-    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1)
-    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1)
+    prompts_per_step: int = key("questions of one step", low=1, high=10**5)
+    samples_per_prompt: int = key(
+        "answers drawn per question, the group within which rewards are compared", low=2, high=10**4
+    )
+    max_new_tokens: int = key("length limit of an answer", low=1, high=CONTEXT)
+    temperature: float = key("sampling temperature of the answers", above=0, high=100)
+    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, high=VOCABULARY)
+    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0, high=10**6)
+    rehearsal: int = key(
+        "conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0, high=10**5
+    )
+    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0, high=1000)
+    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1, high=ITEMS)
+    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1, high=10**4)

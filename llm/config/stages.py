@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from llm.errors import UserError
+from llm.errors import UserError, is_out_of_memory
 
 TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
@@ -213,6 +213,8 @@ def load_object(name: str, where: str) -> Any:
     try:
         found = getattr(import_module(module), attribute, None)
     except ImportError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{where}: {name} cannot be imported ({error})") from error
     if found is None:
         raise UserError(f"{where}: {module} has no {attribute!r}")

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.utils.files import read_json, sync, sync_folder, write_json
 from llm.utils.format import in_bytes
 
@@ -66,11 +66,15 @@ class Remote:
                 "network: python train.py stage=download with the same data settings"
             )
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"{self.root}: cannot be written ({error}); free disk space or choose another paths.data"
+            return self.unwritable(error)
         status = status_of(error)
         if status is not None and 400 <= status < 500 and status not in (408, 416, 429):
             return f"{self}: {self.server} answers {status} ({first_line(error)})"
         return None
+
+    def unwritable(self, error: OSError) -> str:
+        """Return the error line for a folder of fetched data that the system does not let this process write."""
+        return f"{self.root}: cannot be written ({reason_of(error, self.root)}); paths.data names another place"
 
     @contextmanager
     def lock(self, name: str) -> Iterator[Path]:
@@ -86,7 +90,7 @@ class Remote:
             lock = FileLock(part.with_name(part.name + ".lock"))
             lock.acquire()
         except OSError as error:
-            raise UserError(f"{self.root}: cannot be written ({error}); choose another paths.data") from error
+            raise UserError(self.unwritable(error)) from error
         try:
             yield part.with_name(part.name + ".part")
         finally:

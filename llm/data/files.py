@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llm.data.download import shown
 from llm.data.stores import StoredFile, is_address, listed
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 CODE = (
     "py c h cc cpp hpp cu java js jsx ts tsx go rs rb php cs swift kt scala r jl lua pl sh sql hs ml ex clj f90 m tex "
@@ -161,7 +161,7 @@ def _head(path) -> bytes:
         with path.open("rb") as file:
             return file.read(8)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise UserError(f"{path}: cannot be read ({reason_of(error, path)}).") from error
 
 
 def open_bytes(path) -> BinaryIO:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from llm.config.check import check_values
+from llm.config.check import structured
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
 from llm.data.documents import DocumentSource, FileDocuments, LocalDocuments, gives_ids
@@ -98,7 +98,9 @@ def mixture_source(data, cache: str) -> DocumentSource:
 
     if not isinstance(data.sources or {}, Mapping):
         raise UserError(f"data.sources={data.sources}: write {{<name>: {{path: ...}}, <name>: {{repo: ...}}}}")
-    specs = {name: _source_spec(values, f"data.sources.{name}") for name, values in (data.sources or {}).items()}
+    specs = {
+        name: structured(values, SourceSpec, f"data.sources.{name}") for name, values in (data.sources or {}).items()
+    }
     sources = {name: spec for name, spec in specs.items() if spec.weight > 0}
     if not sources:
         raise UserError("data.sources: no source has a weight above 0; data=mixture needs at least one (docs/data.md)")
@@ -110,20 +112,6 @@ def mixture_source(data, cache: str) -> DocumentSource:
         kind = "path" if source.repo is None else "repo"
         built[name] = _files_source(source, cache, data.workers, key, kind, data.get("shuffle")), source.weight
     return MixedDocuments(built)
-
-
-def _source_spec(values, key: str):
-    """Return one of `data.sources` with its defaults; UserError for keys and values that its schema does not know."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        spec = OmegaConf.merge(OmegaConf.structured(SourceSpec), values)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        known = ", ".join(SourceSpec.__dataclass_fields__)
-        raise UserError(f"{key}={values}: {str(error).splitlines()[0]}. Keys of a source: {known}") from error
-    check_values(spec, f"{key}.")
-    return spec
 
 
 def _files_source(spec, cache: str, workers: int, key: str, kind: str, seed: int | None) -> FileDocuments:

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from llm.data import stores
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 RECORD = struct.Struct("<8s5q8s")  # mark, bytes per token, tokens, rows, size and time (ns) of the text, its digest
 MARK = b"fathomT2"
@@ -173,6 +173,6 @@ class TokenFolder:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.folder}/{name}: cannot be written ({error}); free disk space, name another folder in "
+                f"{self.folder}/{name}: cannot be written ({reason_of(error, self.folder)}); name another folder in "
                 f"{self.key}, or set {self.key}=null to train without it"
             ) from error

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # seeds of a task's examples, and of an example's shots (plus its index)
@@ -131,7 +131,7 @@ def _read(file: Any) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file}: missing or unreadable ({error}); get the bundle again") from error
+        raise UserError(f"{file}: missing or unreadable ({reason_of(error, file)}); get the bundle again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error}); get the bundle again") from error
 

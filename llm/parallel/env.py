@@ -10,7 +10,10 @@ from llm.errors import UserError
 from llm.utils.environment import die_with_parent
 
 SIGUSR1 = getattr(signal, "SIGUSR1", signal.SIGTERM)  # SLURM sends it before the time is over; Windows has none
+SIGHUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # comes when the terminal closes; Windows has none
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, SIGUSR1)
+if signal.getsignal(SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, which is to stay so
+    STOP_SIGNALS += (SIGHUP,)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 LAUNCHER = "FATHOM_LAUNCHER"  # the process number of our own launcher, for the processes that it has started
 
@@ -61,7 +64,7 @@ def begin() -> None:
     launcher = os.environ.get(LAUNCHER)
     die_with_parent(int(launcher) if launcher else None)
     if launched_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
 
 
 def end(status: int) -> NoReturn:

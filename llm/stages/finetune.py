@@ -27,7 +27,7 @@ from llm.stages.common import (
     task_cache,
 )
 from llm.stages.data_check import trained_tasks
-from llm.stages.micro_batch import checked_rows, divisors
+from llm.stages.micro_batch import divisors
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, held_out_mixture
 
@@ -85,7 +85,7 @@ def horizon(cfg, expected: Forecast) -> Horizon:
         tokens = finetuning_batch(expected.tokens, seq_len, devices)
         if rows != "auto":
             fitting = divisors(tokens // (seq_len * devices))
-            cfg.batch.micro_batch_size = next(n for n in fitting if n <= checked_rows(rows))
+            cfg.batch.micro_batch_size = next(n for n in fitting if n <= rows)
     if epochs is None:
         epochs = finetuning_passes(expected.tokens)
     steps = cfg.max_steps or expected.steps(tokens, epochs)

@@ -5,11 +5,12 @@ import os
 
 import torch
 
-from llm.errors import UserError
-from llm.model.config import GPTConfig
+from llm.errors import UserError, memory_detail
+from llm.model.config import GPTConfig, num_params
 from llm.model.gpt import build_network
 from llm.parallel import collectives
 from llm.scaling.gpu_estimate import memory_bytes
+from llm.utils.environment import memory_gb
 
 CPU_TOKENS = 8192  # larger micro-batches are no faster on a CPU
 SHARE = 0.9  # of the device's memory that a micro-batch may fill: evaluation and fragments need the rest
@@ -17,10 +18,14 @@ CPU_SHARE = 0.5  # the estimate is a GPU's: attention on a CPU keeps about a qua
 
 
 def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
-    """Return the rows of a micro-batch where a device has `total_rows` a step; prints what auto chose."""
+    """Return the rows of a micro-batch where a device has `total_rows` a step; prints what auto chose.
+
+    Raises UserError for a model that this machine cannot hold, before it is built.
+    """
+    check_fits(config, memory_gb())
     rows = cfg.batch.micro_batch_size
     if rows != "auto":
-        return checked_rows(rows)
+        return rows
     device, choices = training_device(cfg), divisors(total_rows)
     if device.type == "cuda":
         rows = largest_trial(choices, lambda n: one_pass(cfg, config, n, device))
@@ -34,11 +39,15 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
     return min(collectives.all_gather_object(rows))
 
 
-def checked_rows(rows) -> int:
-    """Return `batch.micro_batch_size` as a number; UserError for anything else."""
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise UserError(f"batch.micro_batch_size={rows}: give a whole number of at least 1, or auto")
-    return rows
+def check_fits(config: GPTConfig, memory: float | None) -> None:
+    """Raise UserError where the weights alone are larger than the memory of the machine, in GiB (None = unknown)."""
+    count = num_params(config)["total"]
+    weights = 4 * count / 2**30
+    if memory is not None and weights > memory:
+        raise UserError(
+            f"model.depth={config.n_layer}: the weights of {count:,} parameters are {weights:,.0f} GiB, more than the "
+            f"{memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
+        )
 
 
 def divisors(total_rows: int) -> list[int]:
@@ -48,6 +57,20 @@ def divisors(total_rows: int) -> list[int]:
             "batch.micro_batch_size=auto: batch.tokens_per_step holds no whole row of model.seq_len tokens; raise it"
         )
     return [n for n in range(total_rows, 0, -1) if total_rows % n == 0]
+
+
+def out_of_memory(cfg, micro_batches: int, error: BaseException, saved: int | None) -> str:
+    """Return the error line for a training that ran out of memory: what needs less, and which step is saved.
+
+    micro_batches: those of a step on one device. saved: the step of the newest checkpoint.
+    """
+    rows = cfg.batch.micro_batch_size
+    less = ["trainer.activation_checkpointing=true"] if not cfg.trainer.activation_checkpointing else []
+    if smaller := next((n for n in divisors(rows * micro_batches) if n < rows), None):
+        less.insert(0, f"batch.micro_batch_size={smaller}")
+    advice = f"give {' or '.join(less)}" if less else "take a smaller model or model.seq_len"
+    kept = "nothing was saved" if saved is None else f"step {saved} is saved, the same command with that resumes"
+    return f"out of memory with batch.micro_batch_size={rows} ({memory_detail(error)}): {advice}; {kept}"
 
 
 def training_device(cfg) -> torch.device:

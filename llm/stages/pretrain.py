@@ -43,7 +43,7 @@ from llm.stages.common import (
     step_context,
     steps_layout,
 )
-from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
+from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import left_out, plan_text
 from llm.stages.warm_start import parent_optimizer
@@ -181,7 +181,6 @@ def derived_without_tokenizer(cfg) -> dict:
         choices = divisors(planned.batch_tokens // cfg.model.seq_len)
         budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
         cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
-    checked_rows(cfg.batch.micro_batch_size)
     with torch.device("meta"):
         net = build_network(planned.config)
     return derived(cfg, planned, net)

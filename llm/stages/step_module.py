@@ -59,6 +59,7 @@ class StepModule(L.LightningModule):
         self.scaler = None  # set where the network computes in fp16
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
         self.loss_watch = LossWatch(context.loss_jump)
+        self.is_updating = False  # while weights, optimizer and position are of no one step
 
     @property
     def row(self) -> dict[str, float | None]:
@@ -88,12 +89,14 @@ class StepModule(L.LightningModule):
         nats = self.checked_sum(losses, batch, int(n_trained))
         if self.scaler is not None:
             self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
+        self.is_updating = True
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         means = (value / collectives.world_size() for value in metrics)
         self.step_log.add_step(nats, int(n_trained), dict(zip(own, means, strict=True)))
         self.progress.tokens += int(n_tokens)
         self.trainer.datamodule.position = batch["state"]
+        self.is_updating = False
 
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
         """Run forward and backward of all micro-batches, the losses times `factor`; returns the losses."""

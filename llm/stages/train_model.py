@@ -5,19 +5,21 @@ from pathlib import Path
 
 from callbacks.best import hand_over_best
 from llm.checkpoint.model_folder import save_model_folder
+from llm.checkpoint.resume import list_checkpoints
 from llm.config.stages import Stage, load_object
 from llm.data.balance import Reading, describe, total
-from llm.errors import BadLoss
+from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.parallel import collectives
-from llm.parallel.env import SIGUSR1
+from llm.parallel.env import SIGHUP, SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import begin_longer
+from llm.stages.micro_batch import out_of_memory
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
 
-SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 def run(job: Job) -> dict | None:
@@ -51,6 +53,12 @@ def run(job: Job) -> dict | None:
             if cfg.watch.bad_loss == "stop":
                 raise
             roll_back(job.stage_dir, error, cfg.watch.rollbacks)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            saved = list_checkpoints(job.stage_dir / "checkpoints")
+            rows = built.derived["micro_batches"]
+            raise UserError(out_of_memory(cfg, rows, error, saved[-1][0] if saved else None)) from None
         built = build(cfg, job.parent)
         trainer, stop = build_trainer(cfg, job.stage_dir, built)
     return hand_over(job, built, trainer, stop.signum)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
+from llm.config.check import shown
 from llm.config.stages import stage_row
 from llm.errors import BadLoss, UserError
 from llm.utils.files import read_json, write_json
@@ -158,7 +158,7 @@ def instantiate_part(key: str, part, **more):
         return instantiate(part, **more)
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{key}: cannot be built from {OmegaConf.to_container(part)} ({cause})") from error
+        raise UserError(f"{key}: cannot be built from {shown(part)} ({cause})") from error
 
 
 def quiet_lightning() -> None:

@@ -10,16 +10,19 @@ import sys
 from pathlib import Path
 
 from llm.config.plugins import load_plugins
-from llm.errors import UserError
+from llm.errors import UserError, system_problem
 from llm.parallel.env import begin, end, launched_rank
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.streams import keep_going, open_streams
 
 
 def main() -> None:
     """Run the stage of config.json as one of the processes; a UserError goes to a file that the launcher reads."""
     config, folder = sys.argv[1:]
+    open_streams()
     begin()
     keep_private()
+    keep_going()
     tune_process()
     from omegaconf import OmegaConf
 
@@ -30,8 +33,11 @@ def main() -> None:
     try:
         load_plugins(cfg.plugins)
         run_stage(cfg)
-    except UserError as error:
-        (Path(folder) / f"error_{launched_rank():04d}").write_text(str(error), encoding="utf-8")
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else system_problem(error)
+        if text is None:
+            raise
+        (Path(folder) / f"error_{launched_rank():04d}").write_text(text, encoding="utf-8")
         end(2)
     except SystemExit as stop:
         end(stop.code or 0)

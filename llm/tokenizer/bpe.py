@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.tokenizer.hf_files import write_hf_tokenizer
 
 # Order and position (after the merges) are those of nanochat.
@@ -291,8 +291,8 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); a tokenizer folder holds {RANKS_FILE} and {META_FILE}. "
-            "Train a tokenizer with stage=tokenizer"
+            f"{path}: cannot be read ({reason_of(error, path)}); a tokenizer folder holds {RANKS_FILE} and "
+            f"{META_FILE}. Train a tokenizer with stage=tokenizer"
         ) from error
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.tokenizer.bpe import Tokenizer
 
 SAMPLE_TEXTS = {
@@ -131,7 +131,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path}: cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"--text {path}: cannot be read as UTF-8 text ({reason_of(error, path)})") from error
 
 
 def compression_table(

@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": _memory_gb(),
+        "memory_gb": memory_gb(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
         "python": platform.python_version(),
@@ -111,7 +111,7 @@ def _cpu_name() -> str:
     return mac or platform.processor() or platform.machine()
 
 
-def _memory_gb() -> float | None:
+def memory_gb() -> float | None:
     """Return the physical memory in GiB; None if the system does not tell (Windows)."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

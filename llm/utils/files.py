@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 
 @contextmanager
@@ -36,10 +36,8 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
         new.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error}); free disk space or choose another paths.runs, "
-            "then run the same command again"
-        ) from error
+        reason = reason_of(error, folder)
+        raise UserError(f"{folder}: cannot be written: {reason}. Then run the same command again") from error
     finally:
         put_back_folder(folder)
         for leftover in (new, old):
@@ -99,18 +97,10 @@ def write_atomic(path: str | Path, text: str | bytes) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}{_free_space(path.parent)}; the file is as it was") from error
+        raise UserError(f"cannot write {path}: {reason_of(error, path)}; the file is as it was") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB free)"
-    except OSError:
-        return ""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -119,7 +109,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error, path)}") from error
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or delete it and run the stage again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}; delete it and run again")

@@ -184,10 +184,10 @@ def test_mixtures_by_configuration(tmp_path):
     with pytest.raises(UserError, match="data.sources: no source has a weight above 0"):
         built(a={"path": path, "weight": 0})
     for values, message in [
-        ({"weihgt": 2}, "Key 'weihgt' not in 'SourceSpec'. Keys of a source: weight, path"),
+        ({"weihgt": 2}, "Key 'weihgt' not in 'SourceSpec'. Keys: weight, path"),
         ({"weight": "x"}, "Value 'x' of type 'str' could not be converted to Float"),
         ({"weight": -1}, "data.sources.a.weight=-1.0: must be at least 0"),
-        (path, "Keys of a source: weight, path"),
+        (path, "Keys: weight, path"),
     ]:
         with pytest.raises(UserError, match=message):
             built(a=values)

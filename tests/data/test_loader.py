@@ -261,14 +261,16 @@ def test_the_next_shard_is_tokenised_while_one_is_read_and_once_for_all(folder, 
 
 def test_a_cache_that_cannot_be_written_is_an_error_of_the_user(folder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written.*free disk space, name another folder in data.token_cache"):
+    with pytest.raises(
+        UserError, match="cannot be written.*a part of the path is a file.*name another folder in data.token_cache"
+    ):
         next(CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "file").iterate("train"))
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="no space left on "):
         next(CachedDocuments(LocalDocuments(folder), Bytes(), tmp_path / "cache").iterate("train"))
     assert all(path.name.endswith(".lock") for path in (tmp_path / "cache").iterdir())
     with pytest.raises(UserError, match="data.token_cache is for files of text"):

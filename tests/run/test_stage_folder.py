@@ -65,7 +65,7 @@ def test_failed_write_keeps_the_previous_manifest(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llm.utils.files.os.fsync", disk_full)
-    with pytest.raises(UserError, match=r"run\.json: No space left on device"):
+    with pytest.raises(UserError, match=r"run\.json: no space left on /"):
         write_manifest(tmp_path, {"steps": 2})
     assert read_manifest(tmp_path) == {"steps": 1}
     assert os.listdir(tmp_path) == ["run.json"]

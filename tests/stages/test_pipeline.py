@@ -210,7 +210,7 @@ FAST_STOPS = {("pretrain", signal.SIGINT), ("sft", signal.SIGKILL)}
     [
         pytest.param(stage, signum, status, marks=() if (stage, signum) in FAST_STOPS else pytest.mark.slow)
         for stage in STAGES[1:]
-        for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9))
+        for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9))
     ],
 )
 def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, tmp_path, stage, signum, status):

@@ -1,11 +1,14 @@
 """Training steps: what a gradient is the gradient of, how rollouts become batches, how a stage resumes and stops."""
 
+import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from processes import run_python
 from small_training import CONFIG, OPTIM, STAGE, STEPS, StopAt, fit, net, rows, step_batch
 
 from callbacks.cadence import Periodic
@@ -19,8 +22,10 @@ from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
+from llm.parallel.env import STOP_SIGNALS
 from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.loss_scaler import LossScaler
+from llm.stages.micro_batch import check_fits, out_of_memory
 from llm.stages.step_module import StageContext, StepModule
 from llm.tokenizer.bpe import Tokenizer
 
@@ -98,12 +103,90 @@ def test_resuming_equals_a_straight_run(tmp_path):
         assert [r[name] for r in rows(tmp_path / "straight")] == [r[name] for r in rows(tmp_path / "broken")]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda signum: signum.name)
 def test_a_signal_saves_and_stops_after_the_step(tmp_path, signum):
     before = signal.getsignal(signum)
     _, stop = fit(tmp_path, extra=[StopAt(5, signum)], save_every=100)
     assert stop.signum == signum and [s for s, _ in list_checkpoints(tmp_path / "checkpoints")] == [5]
     assert len(rows(tmp_path)) == 5 and signal.getsignal(signum) == before
+
+
+def test_a_closed_terminal_stops_but_not_under_nohup():
+    code = "from llm.parallel.env import STOP_SIGNALS; print([signum.name for signum in STOP_SIGNALS])"
+    for handler, names in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        command = f"import signal, os, sys; signal.signal(signal.SIGHUP, signal.{handler.name}); "
+        command += f"os.execv(sys.executable, [sys.executable, '-c', {code!r}])"
+        assert ("SIGHUP" in run_python(command).stdout) == names
+
+
+class Short(StepModule):
+    """Runs out of memory in the step after `after` steps: in its second pass, or while the weights change."""
+
+    def __init__(self, after: int, where: str = "pass", on_gpu: bool = False):
+        super().__init__(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), STEPS, 8))
+        self.after, self.where, self.like_gpu, self.passes_left = after, where, on_gpu, 2
+
+    def micro_loss(self, micro):
+        loss = super().micro_loss(micro)
+        self.passes_left -= self.global_step == self.after
+        if self.where == "pass" and self.passes_left == 0:
+            if self.like_gpu:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            torch.empty(2**55)  # a real allocation that fails, after one backward pass
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        """Fail once the first weight has changed."""
+        if self.where == "update" and self.global_step == self.after:
+            next(self.net.parameters()).data.zero_()
+            torch.empty(2**55)
+
+
+@pytest.mark.parametrize(("on_gpu", "text"), [(False, "can't allocate memory"), (True, "CUDA out of memory")])
+def test_short_memory_in_a_pass_saves_the_step_before(tmp_path, on_gpu, text):
+    straight, _ = fit(tmp_path / "straight")
+    with pytest.raises(RuntimeError, match=text):
+        fit(tmp_path / "short", module=Short(3, on_gpu=on_gpu), save_every=100)
+    step, path = newest_checkpoint(tmp_path / "short/checkpoints")
+    assert step == 3 and not list(path.parent.glob(".*"))
+    resumed, _ = fit(tmp_path / "short", make=lambda number: step_batch(number, split=2), ckpt=path)
+    for p, q in zip(straight.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_short_memory_while_weights_change_saves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        fit(tmp_path, module=Short(3, "update"), save_every=2)
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [2]
+
+
+def test_short_memory_names_the_next_smaller_micro_batch_that_divides():
+    def line(rows, micro_batches, again, saved):
+        batch, trainer = SimpleNamespace(micro_batch_size=rows), SimpleNamespace(activation_checkpointing=again)
+        cfg = SimpleNamespace(batch=batch, trainer=trainer)
+        return out_of_memory(cfg, micro_batches, MemoryError(), saved)
+
+    assert "give batch.micro_batch_size=6 or trainer.activation_checkpointing=true; step 7 is" in line(8, 3, False, 7)
+    assert "give batch.micro_batch_size=4; nothing was saved" in line(8, 1, True, None)
+    assert "take a smaller model or model.seq_len; nothing" in line(1, 9, True, None)
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_it_is_built():
+    check_fits(CONFIG, 0.001)
+    check_fits(CONFIG, None)
+    large = replace(CONFIG, n_layer=300, n_head=150, n_kv_head=150, head_dim=128, n_embd=19200)
+    with pytest.raises(UserError, match=r"model.depth=300: .* GiB, more than the 512 GiB"):
+        check_fits(large, 512)
+
+
+def test_a_folder_that_was_deleted_is_one_line_and_is_not_made_again(tmp_path):
+    class Delete(Periodic):
+        def act(self, trainer, module, step):
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(UserError, match=r"cannot write .*run/.*no such file or folder"):
+        fit(tmp_path / "run", extra=[Delete(3)], save_every=100)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_newest_two_checkpoints_stay_and_a_damaged_one_is_skipped(tmp_path, caplog):

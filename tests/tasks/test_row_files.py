@@ -183,7 +183,7 @@ def test_files_that_change_or_vanish_are_noticed(tmp_path):
     with pytest.raises(UserError, match=r"data\.tasks\.talk\.train: .*rows.jsonl was changed while it was in use"):
         task[0]
     path.unlink()
-    with pytest.raises(UserError, match=r"data\.tasks\.talk\.train: .*rows.jsonl row 2: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"data\.tasks\.talk\.train: .*rows.jsonl row 2: cannot be read \(no such file"):
         task[1]
     (tmp_path / "kept.json").write_text(json.dumps(TALKS))
     task = build(tmp_path / "kept.json")
