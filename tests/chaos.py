@@ -61,7 +61,7 @@ class Case:
 LOCAL = ("data=local", "data.path={text}", "data.packing=best_fit", "data.token_cache=true")
 OWN = ("data=own", "data.path={text}", "data.tasks_path={chat}")
 MIXTURE = ("data=mixture", "data.sources={{a:{{path:{text}/a.jsonl,weight:2}},b:{{path:{text}/b.jsonl,weight:1}}}}")
-OTHERS = ("full_disk", "fewer_processes", "twins", "swapped_parent", "flipped_weights")
+OTHERS = ("full_disk", "fewer_processes", "twins", "swapped_parent", "flipped_weights", "cut_libraries")
 CASES = (
     *(Case(stage, n) for n in (1, 2) for stage in STAGES[1:]),
     *(Case(stage, 2, (FSDP,)) for stage in STAGES[1:]),
@@ -284,6 +284,23 @@ class Chaos:
         content[random.Random(self.seed).randrange(len(content) // 2, len(content))] ^= 4
         path.write_bytes(content)
         return self.expect_refusal(tally, "midtrain", "flipped", 1, "init_from=flip/pretrain")
+
+    def cut_libraries(self) -> Tally:
+        """Every library in the compile cache ends too early, as after a compiler that was killed: compiled again."""
+        tally, cache = Tally("libraries cut in the compile cache"), self.root / "compiled"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)  # of the trainings from here on
+        self.finish("pretrain", "compiled-1", 1, "compile=true")
+        for share in (0.001, 0.1, 0.5):
+            for path in cache.rglob("*.so"):
+                os.truncate(path, int(share * path.stat().st_size))
+            tally.injected += 1
+            status, out = self.status("pretrain", "compiled-2", 1, "compile=true", "overwrite=true")
+            if status or "compile cache: deleted" not in out:
+                tally.problems.append(f"cut to {share}: status {status}: {out[-300:]}")
+                continue
+            tally.recovered += 1
+            self.compare("pretrain", "compiled-1", "compiled-2", tally)
+        return tally
 
     def expect_refusal(self, tally: Tally, *line) -> Tally:
         """Count one fault, which a start must refuse in one line with status 2."""
