@@ -41,10 +41,15 @@ class MuonStrategy(DDPStrategy):
 
 
 class SummingDDPStrategy(DDPStrategy):
-    """Sums gradients and does not average them: the losses are divided by the tokens of all processes already."""
+    """Sums gradients and does not average them: the losses are divided by the tokens of all processes already.
+
+    DDP lays gradients out anew after its first step, unless it looks for unused parameters. The layout decides in which
+    order three and more processes are summed, so a resumed training would end with other weights.
+    """
 
     def __init__(self, **kwargs):
-        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True, **kwargs)
+        fixed_layout = {"find_unused_parameters": True}
+        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True, **fixed_layout, **kwargs)
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
