@@ -99,6 +99,11 @@ class TrainerConfig:
     num_nodes: int = key(
         "number of machines; each gets this command and has NODE_RANK, MASTER_ADDR and MASTER_PORT set", low=1
     )
+    max_restarts: int = key(
+        "how often a training whose process or node died begins again from the last checkpoint, on the nodes left",
+        low=0,
+        high=1000,
+    )
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
 

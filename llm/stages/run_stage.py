@@ -69,8 +69,8 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
     check_data(cfg, row)
-    if not (cfg.dry_run or is_launched()) and processes(cfg) > 1:
-        if status := launch(config, processes_here(cfg)):
+    if not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts)):
+        if status := start_processes(cfg, row, run, config):
             raise SystemExit(status)
         return
     parents = find_parents(cfg, row, run)
@@ -85,6 +85,26 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     results = runner(row)(job)
     if results is not None:  # None: a dry run
         conclude(job, results, time.perf_counter() - begin)
+
+
+def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> int:
+    """Train in processes of their own on this machine; returns their exit status."""
+    from llm.checkpoint.resume import newest_step
+
+    checkpoints, old = run.stage_dir(row.name) / "checkpoints", started(run, row.name)
+
+    def present_config() -> dict:
+        """Return the configuration; once the stage has begun, it goes on and is not overwritten again."""
+        begun = started(run, row.name) not in (None, old)
+        return config | {"overwrite": False, "resume": True} if begun else config
+
+    title = f"{run.name}.{row.name}"
+    return launch(cfg.trainer, processes_here(cfg), title, present_config, lambda: newest_step(checkpoints))
+
+
+def started(run: RunDir, stage: str) -> str | None:
+    """Return when a stage was begun, None if it was not."""
+    return (run.manifest(stage) or {}).get("started")
 
 
 def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:

@@ -1,0 +1,160 @@
+"""PyTorch's elastic agent as `llm.parallel.launch` uses it: one on each node starts the processes there, and watches.
+
+The agents meet in a store that the first node holds (MASTER_ADDR, MASTER_PORT), agree who takes part, and meet again
+for a restart. Ours differs from torchrun's where a training needs it: signals are passed on and wait for checkpoints,
+a mistake of the user's and a stop that was asked for are not started again, nor a job that gains nothing by it.
+"""
+
+import functools
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+from llm.parallel.env import STOP_SIGNALS
+
+MEETING = timedelta(minutes=30)  # of all nodes, at the start
+LAST_CALL = timedelta(seconds=10)  # for nodes that are late at a restart
+ANSWER = timedelta(seconds=30)  # of the store
+LEAVE_SECONDS = 60.0  # that the first to finish waits for the other nodes
+KILL_SECONDS = 40.0  # after a second signal
+STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)  # exit statuses of processes that have saved and ended
+
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what we tell in one line
+
+
+class Agent(LocalElasticAgent):
+    """Agent of this node.
+
+    prepare: called before the processes start, each time. newest_step: tells the step of the checkpoint that a restart
+    would begin with. folder: where processes leave files `error_*`, their mistakes of the user's.
+    """
+
+    def __init__(self, spec, folder: Path, prepare: Callable[[], None], newest_step: Callable[[], int]):
+        super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder)), exit_barrier_timeout=LEAVE_SECONDS)
+        self.folder, self.prepare, self.newest_step = folder, prepare, newest_step
+        self.began_at, self.restarts = newest_step(), 0
+        self.received: list[int] = []
+        self.passed_on, self.kill_at, self.is_meeting = 0, float("inf"), True
+
+    def hear(self, signum: int, frame) -> None:
+        """Note a signal for the processes; raise SystemExit while there are none."""
+        self.received.append(signum)
+        if len(self.received) > 1:
+            self.kill_at = min(self.kill_at, time.monotonic() + KILL_SECONDS)
+        if self.is_meeting:
+            raise SystemExit(128 + signum)
+
+    def _rendezvous(self, worker_group) -> None:
+        self.is_meeting = True
+        if self.received:
+            raise SystemExit(128 + self.received[0])
+        super()._rendezvous(worker_group)
+        self.prepare()
+        self.is_meeting = False
+
+    def _monitor_workers(self, worker_group):
+        for signum in self.received[self.passed_on :]:
+            self.tell(signum)
+            self.passed_on += 1
+        if time.monotonic() > self.kill_at:
+            self.tell(signal.SIGKILL)
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed() and not self.may_restart(result.failures):
+            self._remaining_restarts = 0
+        return result
+
+    def tell(self, signum: int) -> None:
+        """Send a signal to every process that lives."""
+        for handler in self._pcontext.subprocess_handlers.values():
+            handler.proc.send_signal(signum)
+
+    def may_restart(self, failures: dict) -> bool:
+        """Return whether the job begins again after its processes ended so, and say it; the caller counts restarts."""
+        asked_for = self.received or all(failure.exitcode in STOPPED for failure in failures.values())
+        if self._remaining_restarts == 0 or asked_for or any(self.folder.glob("error_*")):
+            return False
+        step, allowed = self.newest_step(), self._worker_group.spec.max_restarts
+        if self.restarts and step <= self.began_at:
+            print(f"{cause(failures)}, as before, with no checkpoint after step {step}: no restart", file=sys.stderr)
+            return False
+        self.restarts, self.began_at = self.restarts + 1, step
+        print(f"{cause(failures)}: restart {self.restarts} of {allowed} from step {step}", file=sys.stderr, flush=True)
+        return True
+
+
+def first_failure(failures: dict) -> tuple[int, int]:
+    """Return (rank, exit code) of the process that ended the others: a killed one rather than one that told why.
+
+    SIGTERM is what the agent sends to the others.
+    """
+    found = [(rank, failure.exitcode) for rank, failure in failures.items()]
+    return min(found, key=lambda pair: (pair[1] == -signal.SIGTERM, pair[1] > 0))
+
+
+def cause(failures: dict) -> str:
+    """Return in words how the process ended that ended the others."""
+    rank, code = first_failure(failures)
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    return f"process {rank} {how}"
+
+
+@functools.cache
+def meeting_store(address: str, port: int, is_host: bool) -> TCPStore:
+    """Return the store where the agents meet. The jobs of a sweep share it: another one could not have its port.
+
+    Waits for the host in steps that signals can interrupt. Raises RendezvousTimeoutError where it does not come.
+    """
+    end = time.monotonic() + MEETING.total_seconds()
+    while not is_host:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RendezvousTimeoutError(str(error)) from error
+            time.sleep(0.5)
+    return TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=ANSWER)
+
+
+def await_nodes(store: TCPStore, title: str, num_nodes: int) -> None:
+    """Wait until all nodes have come for the job `title`: a restart is content with fewer, the start is not."""
+    end, count = time.monotonic() + MEETING.total_seconds(), store.add(f"{title} arrived", 1)
+    while count < num_nodes:
+        if time.monotonic() > end:
+            raise RendezvousTimeoutError(f"{count} of {num_nodes} nodes came")
+        time.sleep(0.1)
+        count = store.add(f"{title} arrived", 0)
+
+
+def make_rendezvous(
+    title: str, place: tuple[int, str, int], min_nodes: int, num_nodes: int
+) -> DynamicRendezvousHandler:
+    """Return what lets the agents of `num_nodes` nodes meet for the job `title`, once all are there.
+
+    place: number of this node, address and port of the first one. The number stands in for this node's address, by
+    which the agents are sorted, so that rank 0 is on the first node.
+    """
+    node, address, port = place
+    store = meeting_store(address, port, node == 0)
+    await_nodes(store, title, num_nodes)
+    return DynamicRendezvousHandler.from_backend(
+        run_id=title,
+        store=store,
+        backend=C10dRendezvousBackend(store, title),
+        min_nodes=min_nodes,
+        max_nodes=num_nodes,
+        local_addr=f"{node:06d}",
+        timeout=RendezvousTimeout(join=MEETING, last_call=LAST_CALL, close=ANSWER),
+    )
