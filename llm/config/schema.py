@@ -147,6 +147,10 @@ class TrainConfig:
         "minutes after which a checkpoint is saved in any case; null = by save_every alone", above=0
     )
     save_async: bool = key("write checkpoints while training goes on; needs host memory for a copy of the state")
+    save_mirror: str | None = key(
+        "address (s3://bucket/folder, ...) to which a run is copied while it trains, and fetched from where it is lost",
+        nonempty=True,
+    )
     keep_last: int = key("checkpoints that are kept; an older one is used where the newest is damaged", low=1)
     log_every: int = key("steps between rows of metrics.csv", low=1, main=True)
     resume: bool = key("continue an unfinished stage from the last checkpoint", main=True)
