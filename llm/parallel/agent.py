@@ -5,24 +5,29 @@ for a restart. Ours differs from torchrun's where a training needs it: signals a
 a mistake of the user's and a stop that was asked for are not started again, nor a job that gains nothing by it.
 """
 
+import contextlib
 import functools
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
-from torch.distributed import TCPStore
+from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from llm.parallel.env import STOP_SIGNALS
+from llm.parallel.heartbeat import BEAT_SECONDS, SILENT_SECONDS
 
 MEETING = timedelta(minutes=30)  # of all nodes, at the start
 LAST_CALL = timedelta(seconds=10)  # for nodes that are late at a restart
@@ -125,7 +130,37 @@ def meeting_store(address: str, port: int, is_host: bool) -> TCPStore:
             if time.monotonic() > end:
                 raise RendezvousTimeoutError(str(error)) from error
             time.sleep(0.5)
-    return TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=ANSWER)
+    store = TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=ANSWER)
+    if not is_host:
+        probe = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=ANSWER)
+        watch_store(probe, f"error: nothing heard of the first node, {address}, for {SILENT_SECONDS:.0f} s")
+    return store
+
+
+def watch_store(probe: TCPStore, line: str) -> None:
+    """Ask the store every few seconds in a thread, and end this process with a line when it has not answered for long.
+
+    The agent itself may wait for an answer without end. The processes that it started notice the silence themselves.
+    """
+    answered = [time.monotonic()]
+
+    def ask():
+        with contextlib.suppress(DistError, RuntimeError):  # the store has gone: the agent meets that error too
+            while True:
+                probe.add("asked", 0)
+                answered[0] = time.monotonic()
+                time.sleep(BEAT_SECONDS)
+
+    def watch():
+        while asking.is_alive():
+            if time.monotonic() - answered[0] > SILENT_SECONDS:
+                print(line, file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(0.5)
+
+    asking = threading.Thread(target=ask, name="fathom-ask-store", daemon=True)
+    asking.start()
+    threading.Thread(target=watch, name="fathom-watch-store", daemon=True).start()
 
 
 def await_nodes(store: TCPStore, title: str, num_nodes: int) -> None:
@@ -138,23 +173,42 @@ def await_nodes(store: TCPStore, title: str, num_nodes: int) -> None:
         count = store.add(f"{title} arrived", 0)
 
 
-def make_rendezvous(
-    title: str, place: tuple[int, str, int], min_nodes: int, num_nodes: int
-) -> DynamicRendezvousHandler:
-    """Return what lets the agents of `num_nodes` nodes meet for the job `title`, once all are there.
+@contextlib.contextmanager
+def rendezvous(title: str, place: tuple[int, str, int], min_nodes: int, num_nodes: int) -> Iterator:
+    """Yield what lets the agents of `num_nodes` nodes meet for the job `title`, once all are there.
 
     place: number of this node, address and port of the first one. The number stands in for this node's address, by
-    which the agents are sorted, so that rank 0 is on the first node.
+    which the agents are sorted, so that rank 0 is on the first node. Where the others are lost for good: says so in a
+    line and raises SystemExit.
     """
     node, address, port = place
-    store = meeting_store(address, port, node == 0)
-    await_nodes(store, title, num_nodes)
-    return DynamicRendezvousHandler.from_backend(
-        run_id=title,
-        store=store,
-        backend=C10dRendezvousBackend(store, title),
-        min_nodes=min_nodes,
-        max_nodes=num_nodes,
-        local_addr=f"{node:06d}",
-        timeout=RendezvousTimeout(join=MEETING, last_call=LAST_CALL, close=ANSWER),
-    )
+    handler = None
+    try:
+        store = meeting_store(address, port, node == 0)
+        await_nodes(store, title, num_nodes)
+        handler = DynamicRendezvousHandler.from_backend(
+            run_id=title,
+            store=store,
+            backend=C10dRendezvousBackend(store, title),
+            min_nodes=min_nodes,
+            max_nodes=num_nodes,
+            local_addr=f"{node:06d}",
+            timeout=RendezvousTimeout(join=MEETING, last_call=LAST_CALL, close=ANSWER),
+        )
+        yield handler
+    except RendezvousClosedError:
+        leave("another node has ended the job")
+    except RendezvousTimeoutError as error:
+        leave(f"trainer.num_nodes={num_nodes}: not all nodes came ({error})")
+    except (RendezvousError, DistError):
+        leave(f"the first node, {address}, does not answer; start again, with another MASTER_ADDR if it is lost")
+    finally:
+        if handler is not None:
+            with contextlib.suppress(RendezvousError, DistError):
+                handler.shutdown()
+
+
+def leave(problem: str) -> NoReturn:
+    """Say why this node ends, and end with status 1."""
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from None

@@ -73,29 +73,25 @@ def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step:
     a sweep. config: makes the configuration for processes that start now. newest_step: tells the step from which they
     would go on.
     """
-    from torch.distributed import DistError
     from torch.distributed.elastic.agent.server import WorkerSpec
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-    from llm.parallel.agent import Agent, cause, first_failure, make_rendezvous
+    from llm.parallel.agent import Agent, cause, first_failure, rendezvous
 
     num_nodes, max_restarts, place = trainer.num_nodes, trainer.max_restarts, meeting_place(trainer.num_nodes)
     with tempfile.TemporaryDirectory(prefix="fathom-") as name, changed_environment(shared_env(n)):
         folder = Path(name)
         path = folder / "config.json"
-        rendezvous = None
 
         def write_config():
             path.write_text(json.dumps(config()), encoding="utf-8")
 
-        try:
-            rendezvous = make_rendezvous(title, place, 1 if max_restarts else num_nodes, num_nodes)
+        with rendezvous(title, place, 1 if max_restarts else num_nodes, num_nodes) as meeting:
             spec = WorkerSpec(
                 role="trainer",
                 local_world_size=n,
                 entrypoint=sys.executable,
                 args=("-m", "llm.stages.worker", str(path), name),
-                rdzv_handler=rendezvous,
+                rdzv_handler=meeting,
                 max_restarts=max_restarts,
                 monitor_interval=0.05,
                 master_addr=place[1],
@@ -103,16 +99,6 @@ def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step:
             agent = Agent(spec, folder, write_config, newest_step)
             with handled(STOP_SIGNALS, agent.hear):
                 result = agent.run()
-        except RendezvousClosedError:
-            print("error: another node has ended the job", file=sys.stderr)
-            return 1
-        except (RendezvousError, DistError) as error:
-            print(f"error: the first node, {place[1]}, does not answer ({error})", file=sys.stderr)
-            return 1
-        finally:
-            if rendezvous is not None:
-                with contextlib.suppress(RendezvousError, DistError):
-                    rendezvous.shutdown()
         if errors := sorted(folder.glob("error_*")):
             raise UserError(errors[0].read_text(encoding="utf-8"))
     if not result.is_failed():

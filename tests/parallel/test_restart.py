@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,11 @@ import pytest
 from conftest import REPO, run_cli
 from holding import FOLDER, TESTS, held, hold_at, release
 from processes import children_of, finish, is_alive, start_warm, wait_until
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 
 from llm.parallel import agent
 from llm.parallel.agent import Agent, cause, first_failure
@@ -132,6 +138,46 @@ def test_the_failure_that_is_told_is_the_one_that_came_first():
     assert first_failure({0: term, 1: SimpleNamespace(exitcode=3)}) == (1, 3)
     assert cause({0: term}) == "process 0 was ended by SIGTERM"
     assert cause({4: SimpleNamespace(exitcode=1)}) == "process 4 ended with status 1"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (RendezvousClosedError(), "another node has ended the job"),
+        (RendezvousTimeoutError("1 of 2 came"), "trainer.num_nodes=1: not all nodes came (1 of 2 came)"),
+        (RendezvousConnectionError(), "the first node, 127.0.0.1, does not answer"),
+    ],
+)
+def test_a_node_that_has_lost_the_others_ends_with_one_line(error, line, capsys):
+    with pytest.raises(SystemExit, match="1"), agent.rendezvous("job", (0, "127.0.0.1", 0), 1, 1):
+        raise error
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_store_that_does_not_answer_ends_the_node(answers, monkeypatch, capsys):
+    """An agent would wait for the answer for ever: the first node keeps its connections while it stands still."""
+    asked, ended = threading.Event(), threading.Event()
+
+    def add(key, amount):
+        asked.set()
+        if not answers:
+            ended.wait()
+        if ended.is_set():
+            raise RuntimeError
+
+    def end(status):
+        ended.set()
+        raise SystemExit(status)  # of the thread that watches
+
+    monkeypatch.setattr(agent, "os", SimpleNamespace(_exit=end))
+    monkeypatch.setattr(agent, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(agent, "SILENT_SECONDS", 600 if answers else 0.2)
+    agent.watch_store(SimpleNamespace(add=add), "silence")
+    wait_until(asked.is_set if answers else ended.is_set)
+    assert ended.is_set() != answers
+    wait_until(lambda: ("silence" in capsys.readouterr().err) != answers)
+    ended.set()  # which ends both threads
 
 
 def test_a_signal_ends_an_agent_that_has_no_processes_yet(one):
