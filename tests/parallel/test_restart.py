@@ -166,11 +166,7 @@ def test_a_store_that_does_not_answer_ends_the_node(answers, monkeypatch, capsys
         if ended.is_set():
             raise RuntimeError
 
-    def end(status):
-        ended.set()
-        raise SystemExit(status)  # of the thread that watches
-
-    monkeypatch.setattr(agent, "os", SimpleNamespace(_exit=end))
+    monkeypatch.setattr(agent, "os", SimpleNamespace(_exit=lambda status: ended.set()))
     monkeypatch.setattr(agent, "BEAT_SECONDS", 0.01)
     monkeypatch.setattr(agent, "SILENT_SECONDS", 600 if answers else 0.2)
     agent.watch_store(SimpleNamespace(add=add), "silence")
