@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ LAST_CALL = timedelta(seconds=10)  # for nodes that are late at a restart
 ANSWER = timedelta(seconds=30)  # of the store
 LEAVE_SECONDS = 60.0  # that the first to finish waits for the other nodes
 KILL_SECONDS = 40.0  # after a second signal
+jobs: Counter[str] = Counter()  # by title: a sweep may have two of one, which must not meet in one place
 STOPPED = tuple(128 + signum for signum in STOP_SIGNALS)  # exit statuses of processes that have saved and ended
 
 logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what we tell in one line
@@ -182,7 +184,8 @@ def rendezvous(title: str, place: tuple[int, str, int], min_nodes: int, num_node
     line and raises SystemExit.
     """
     node, address, port = place
-    handler = None
+    jobs[title] += 1
+    title, handler = f"{title}.{jobs[title]}", None
     try:
         store = meeting_store(address, port, node == 0)
         await_nodes(store, title, num_nodes)

@@ -39,7 +39,8 @@ def open_store(address: str) -> tuple[Any, str]:
 def fetch(address: str, run: RunDir) -> None:
     """Fetch the stages of a run that are at the address and not here. Raises UserError where it cannot be read.
 
-    Several nodes may do so at the same time for one folder: each stage appears whole, from one of them.
+    Several nodes may do so at the same time for one folder: each stage appears whole, from one of them. A folder of a
+    stage that holds other files, and no run.json, is not touched.
     """
     store, root = open_store(f"{address.rstrip('/')}/{run.name}")
     try:
@@ -67,8 +68,12 @@ def fetch_stage(store, source: str, stage_dir: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(f"{source}/{name}", str(target))
             os.utime(target, ns=(time, time))
-        with contextlib.suppress(OSError):  # another node was faster
+        try:
             os.rename(new, stage_dir)
+        except OSError:
+            if not (stage_dir / MANIFEST).is_file():  # else another node was faster
+                raise
+        else:
             print(f"{stage_dir.parent.name}/{stage_dir.name} was fetched from the mirror", flush=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)

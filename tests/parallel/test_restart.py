@@ -154,6 +154,14 @@ def test_a_node_that_has_lost_the_others_ends_with_one_line(error, line, capsys)
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
+def test_two_jobs_of_one_name_meet_apart(monkeypatch):
+    """The place of the first is closed when the second one comes."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as `launch` does
+    for _ in range(2):
+        with agent.rendezvous("twins", (0, "127.0.0.1", 0), 1, 1) as place:
+            assert place.next_rendezvous().world_size == 1
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_store_that_does_not_answer_ends_the_node(answers, monkeypatch, capsys):
     """An agent would wait for the answer for ever: the first node keeps its connections while it stands still."""

@@ -75,6 +75,14 @@ def test_a_stage_comes_back_from_its_copy(run, address):
     assert sorted(path.name for path in run.path.iterdir()) == ["pretrain"]
 
 
+def test_files_that_are_there_already_are_not_mixed_with_those_of_the_copy(run, address):
+    mirror_of(run, address).copy()
+    (run.path / "pretrain/run.json").unlink()
+    with pytest.raises(UserError, match="save_mirror=memory://bucket/runs: cannot be read"):
+        fetch(address, run)
+    assert not (run.path / "pretrain/run.json").exists() and len(list(run.path.iterdir())) == 1
+
+
 def test_only_what_changed_is_copied_and_what_is_gone_is_removed(run, address, monkeypatch):
     mirror_of(run, address).copy()
     save(run, 6)
