@@ -68,6 +68,8 @@ class Agent(LocalElasticAgent):
         if self.received:
             raise SystemExit(128 + self.received[0])
         super()._rendezvous(worker_group)
+        # All must have come to the first meeting; a later one is content with fewer. No public way leads there.
+        object.__setattr__(worker_group.spec.rdzv_handler.settings, "min_nodes", 1)
         self.prepare()
         self.is_meeting = False
 
@@ -165,19 +167,9 @@ def watch_store(probe: TCPStore, line: str) -> None:
     threading.Thread(target=watch, name="fathom-watch-store", daemon=True).start()
 
 
-def await_nodes(store: TCPStore, title: str, num_nodes: int) -> None:
-    """Wait until all nodes have come for the job `title`: a restart is content with fewer, the start is not."""
-    end, count = time.monotonic() + MEETING.total_seconds(), store.add(f"{title} arrived", 1)
-    while count < num_nodes:
-        if time.monotonic() > end:
-            raise RendezvousTimeoutError(f"{count} of {num_nodes} nodes came")
-        time.sleep(0.1)
-        count = store.add(f"{title} arrived", 0)
-
-
 @contextlib.contextmanager
-def rendezvous(title: str, place: tuple[int, str, int], min_nodes: int, num_nodes: int) -> Iterator:
-    """Yield what lets the agents of `num_nodes` nodes meet for the job `title`, once all are there.
+def rendezvous(title: str, place: tuple[int, str, int], num_nodes: int) -> Iterator:
+    """Yield what lets the agents of `num_nodes` nodes meet for the job `title`.
 
     place: number of this node, address and port of the first one. The number stands in for this node's address, by
     which the agents are sorted, so that rank 0 is on the first node. Where the others are lost for good: says so in a
@@ -188,12 +180,11 @@ def rendezvous(title: str, place: tuple[int, str, int], min_nodes: int, num_node
     title, handler = f"{title}.{jobs[title]}", None
     try:
         store = meeting_store(address, port, node == 0)
-        await_nodes(store, title, num_nodes)
         handler = DynamicRendezvousHandler.from_backend(
             run_id=title,
             store=store,
             backend=C10dRendezvousBackend(store, title),
-            min_nodes=min_nodes,
+            min_nodes=num_nodes,
             max_nodes=num_nodes,
             local_addr=f"{node:06d}",
             timeout=RendezvousTimeout(join=MEETING, last_call=LAST_CALL, close=ANSWER),

@@ -77,7 +77,7 @@ def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step:
 
     from llm.parallel.agent import Agent, cause, first_failure, rendezvous
 
-    num_nodes, max_restarts, place = trainer.num_nodes, trainer.max_restarts, meeting_place(trainer.num_nodes)
+    place = meeting_place(trainer.num_nodes)
     with tempfile.TemporaryDirectory(prefix="fathom-") as name, changed_environment(shared_env(n)):
         folder = Path(name)
         path = folder / "config.json"
@@ -85,14 +85,14 @@ def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step:
         def write_config():
             path.write_text(json.dumps(config()), encoding="utf-8")
 
-        with rendezvous(title, place, 1 if max_restarts else num_nodes, num_nodes) as meeting:
+        with rendezvous(title, place, trainer.num_nodes) as meeting:
             spec = WorkerSpec(
                 role="trainer",
                 local_world_size=n,
                 entrypoint=sys.executable,
                 args=("-m", "llm.stages.worker", str(path), name),
                 rdzv_handler=meeting,
-                max_restarts=max_restarts,
+                max_restarts=trainer.max_restarts,
                 monitor_interval=0.05,
                 master_addr=place[1],
             )

@@ -149,7 +149,7 @@ def test_the_failure_that_is_told_is_the_one_that_came_first():
     ],
 )
 def test_a_node_that_has_lost_the_others_ends_with_one_line(error, line, capsys):
-    with pytest.raises(SystemExit, match="1"), agent.rendezvous("job", (0, "127.0.0.1", 0), 1, 1):
+    with pytest.raises(SystemExit, match="1"), agent.rendezvous("job", (0, "127.0.0.1", 0), 1):
         raise error
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
@@ -158,8 +158,18 @@ def test_two_jobs_of_one_name_meet_apart(monkeypatch):
     """The place of the first is closed when the second one comes."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as `launch` does
     for _ in range(2):
-        with agent.rendezvous("twins", (0, "127.0.0.1", 0), 1, 1) as place:
+        with agent.rendezvous("twins", (0, "127.0.0.1", 0), 1) as place:
             assert place.next_rendezvous().world_size == 1
+
+
+def test_the_first_meeting_is_of_all_nodes_and_later_ones_of_those_that_are_left(one, monkeypatch):
+    """A node that was slow to start once came too late, and all began again with it."""
+    with agent.rendezvous("slow", (0, "127.0.0.1", 0), 3) as place:
+        assert place.settings.min_nodes == place.settings.max_nodes == 3
+        one.prepare = lambda: None
+        monkeypatch.setattr(agent.LocalElasticAgent, "_rendezvous", lambda self, group: None)
+        one._rendezvous(SimpleNamespace(spec=SimpleNamespace(rdzv_handler=place)))
+        assert place.settings.min_nodes == 1 and not one.is_meeting
 
 
 @pytest.mark.parametrize("answers", [True, False])
