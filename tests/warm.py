@@ -20,15 +20,14 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # of Linux's prctl
 NUMBER = struct.Struct("<q")
-GRACE = "FATHOM_TEST_GRACE"  # environment variable: seconds that a launcher's processes have to end after the first
 REQUEST_BYTES = 200_000
 before: list = []  # the streams of the process that was copied: they close their files when they go
 
@@ -163,11 +162,9 @@ def reopen_streams() -> None:
 
 def run_program(argv: list[str]) -> NoReturn:
     """Run a script and end as the interpreter would, but for taking down the modules, which takes a second."""
-    import llm.parallel.launch
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    llm.parallel.launch.subprocess = SimpleNamespace(Popen=Worker)
-    llm.parallel.launch.KILL_SECONDS = 600  # a busy machine may take its time to save and end
-    llm.parallel.launch.GRACE_SECONDS = float(os.environ.get(GRACE, llm.parallel.launch.GRACE_SECONDS))
+    subprocess_handler.Popen = Worker
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv, sys.path[:1] = argv, [str(Path(argv[0]).parent), *paths]
     status = status_of(lambda: runpy.run_path(argv[0], run_name="__main__"))
@@ -196,15 +193,17 @@ def status_of(program: Callable[[], object]) -> int:
 
 
 class Worker:
-    """A copy that runs a module, with what `llm.parallel.launch` uses of subprocess.Popen."""
+    """A copy that runs a module, with what PyTorch's elastic agent uses of subprocess.Popen."""
 
-    def __init__(self, command: list[str], env: dict[str, str], start_new_session: bool):
-        assert command[:2] == [sys.executable, "-m"] and start_new_session
+    def __init__(self, args: list[str], env: dict[str, str], start_new_session: bool, stdout=None, stderr=None):
+        assert args[:2] == (sys.executable, "-m") and start_new_session and stdout is stderr is None
         self.returncode = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(self._run(command[2:], env))
+            os._exit(self._run(list(args[2:]), env))
+        while os.getpgid(self.pid) != self.pid:  # the agent signals to the group
+            time.sleep(0.001)
 
     @staticmethod
     def _run(command: list[str], env: dict[str, str]) -> int:
@@ -216,8 +215,13 @@ class Worker:
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
 
-    def wait(self) -> int:
-        return self._wait(0)
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("", timeout)
+            time.sleep(0.01)
+        return self.returncode
 
     def _wait(self, options: int) -> int | None:
         if self.returncode is None:
@@ -247,6 +251,7 @@ def main() -> None:
 
     import llm.cli.app  # noqa: F401
     import llm.eval.evaluate  # noqa: F401
+    import llm.parallel.agent  # noqa: F401
     import llm.stages.run_stage  # noqa: F401
 
     gc.collect()

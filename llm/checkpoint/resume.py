@@ -43,6 +43,11 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint of a folder, sound or not; 0 without one."""
+    return max((step for step, _ in list_checkpoints(folder)), default=0)
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 

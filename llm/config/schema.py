@@ -112,6 +112,11 @@ class TrainerConfig:
         low=1,
         high=10**5,
     )
+    max_restarts: int = key(
+        "how often a training whose process or node died begins again from the last checkpoint, on the nodes left",
+        low=0,
+        high=1000,
+    )
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
 
@@ -159,6 +164,9 @@ class TrainConfig:
         "minutes after which a checkpoint is saved in any case; null = by save_every alone", above=0, high=10**7
     )
     save_async: bool = key("write checkpoints while training goes on; needs host memory for a copy of the state")
+    save_mirror: str | None = key(
+        "address (s3://bucket/folder, ...) to which a run is copied while it trains, and fetched from where it is lost"
+    )
     keep_last: int = key(
         "checkpoints that are kept; an older one is used where the newest is damaged", low=1, high=10**6
     )

@@ -50,7 +50,12 @@ def adopt_slurm() -> None:
 
 
 def check_layout(cfg) -> None:
-    """Raise UserError where `trainer.num_nodes` is not the number of nodes that torchrun or srun started."""
+    """Raise UserError where `trainer.num_nodes` is not the number of nodes that torchrun or srun started.
+
+    Our own launcher goes on with fewer after a restart.
+    """
+    if LAUNCHER in os.environ:
+        return
     world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if world % here or cfg.trainer.num_nodes not in (1, world // here):
         raise UserError(

@@ -1,28 +1,25 @@
 """Starts the processes of a training on this machine, one per device, and ends them together.
 
 `train.py trainer.devices=8` starts itself in 8 processes by this; torchrun and srun start them by themselves. The
-processes get the composed configuration, so a job of a sweep starts as a single one does. The first that fails takes
-the others with it, signals go to all of them, and their first UserError becomes the launcher's. With several nodes one
-launcher runs on each.
+processes get the composed configuration, so a job of a sweep starts as a single one does. PyTorch's elastic agent
+watches them (`llm.parallel.agent`): the first that fails takes the others with it, or all begin again from the last
+checkpoint (`trainer.max_restarts`). Signals go to all of them, and their first UserError becomes the launcher's. With
+several nodes one launcher runs on each.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, STOP_SIGNALS, is_launched
-
-GRACE_SECONDS = 10  # after the first failure the others may end by themselves, with what they have to say
-KILL_SECONDS = 30  # then they are told to stop, and then killed
 
 
 def processes_here(cfg) -> int:
@@ -49,13 +46,13 @@ def processes(cfg) -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else processes_here(cfg) * cfg.trainer.num_nodes
 
 
-def meeting_place(num_nodes: int) -> tuple[int, str, str]:
+def meeting_place(num_nodes: int) -> tuple[int, str, int]:
     """Return (number of this node, address and port of the first one); with several, the environment tells.
 
     Raises UserError where the environment lacks one of them.
     """
     if num_nodes == 1:
-        return 0, "127.0.0.1", str(free_port())
+        return 0, "127.0.0.1", 0  # the first node takes a free port
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not os.environ.get(name)]:
         raise UserError(
             f"trainer.num_nodes={num_nodes}: {', '.join(missing)} not set; on every node give MASTER_ADDR (the first "
@@ -66,79 +63,97 @@ def meeting_place(num_nodes: int) -> tuple[int, str, str]:
         raise UserError(f"NODE_RANK={node}: with trainer.num_nodes={num_nodes} it is 0 to {num_nodes - 1}")
     if not port.isdigit():
         raise UserError(f"MASTER_PORT={port}: must be a number")
-    return int(node), os.environ["MASTER_ADDR"], port
+    return int(node), os.environ["MASTER_ADDR"], int(port)
 
 
-def launch(config: dict, n: int) -> int:
-    """Train with `n` processes on this machine; returns the exit status. Raises UserError where a process did."""
-    num_nodes = config["trainer"]["num_nodes"]
-    node, address, port = meeting_place(num_nodes)
-    with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(config), encoding="utf-8")
-        command = [sys.executable, "-m", "llm.stages.worker", str(path), folder]
-        own = {LAUNCHER: str(os.getpid())}
-        environments = [child_env(k, n, port, address, node, num_nodes) | own for k in range(n)]
-        children = [subprocess.Popen(command, env=env, start_new_session=True) for env in environments]
+def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step: Callable[[], int]) -> int:
+    """Train with `n` processes on this machine; returns the exit status. Raises UserError where a process did.
 
-        def tell(signum):
-            for child in children:
-                child.send_signal(signum)
-
-        received: list[int] = []
-
-        def pass_on(signum, frame):
-            received.append(signum)
-            tell(signum)
-
-        previous = {signum: signal.signal(signum, pass_on) for signum in STOP_SIGNALS}
-        try:
-            wait(children, tell, received)
-            ended = enumerate(children, start=node * n)
-            killed = [(rank, -child.returncode) for rank, child in ended if (child.returncode or 0) < 0]
-        finally:
-            tell(signal.SIGKILL)
-            for child in children:
-                child.wait()
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-        if errors := sorted(Path(folder).glob("error_*")):
-            raise UserError(errors[0].read_text(encoding="utf-8"))
-    if killed:  # the others then fail for want of an answer, or get SIGTERM from here: that is no news
-        rank, signum = min(killed, key=lambda pair: pair[1] == signal.SIGTERM)
-        print(f"process {rank} was ended by {signal.Signals(signum).name}", file=sys.stderr)
-        return 128 + signum
-    return max(128 - child.returncode if child.returncode < 0 else child.returncode for child in children)
-
-
-def wait(children: list[subprocess.Popen], tell: Callable[[int], None], received: list[int]) -> None:
-    """Wait until all have ended; after a failure or a second signal they get time, then SIGTERM, then no more.
-
-    One that waits for a process of a node that has gone hears no signal.
+    trainer: that section of the configuration. title: name of the job, equal on all nodes and another for each job of
+    a sweep. config: makes the configuration for processes that start now. newest_step: tells the step from which they
+    would go on.
     """
-    failed_at, told = None, False
-    while [child for child in children if child.poll() is None]:  # all are asked, not only up to the first that runs
-        if failed_at is None and (len(received) > 1 or any(child.returncode for child in children)):
-            failed_at = time.monotonic()
-        waited = 0.0 if failed_at is None else time.monotonic() - failed_at
-        if waited > GRACE_SECONDS and not told:
-            tell(signal.SIGTERM)
-            told = True
-        if waited > GRACE_SECONDS + KILL_SECONDS:
-            return
-        time.sleep(0.05)
+    from torch.distributed.elastic.agent.server import WorkerSpec
+
+    from llm.parallel.agent import Agent, cause, first_failure, rendezvous
+
+    place = meeting_place(trainer.num_nodes)
+    with tempfile.TemporaryDirectory(prefix="fathom-") as name, changed_environment(shared_env(n)):
+        folder = Path(name)
+        path = folder / "config.json"
+
+        def write_config():
+            path.write_text(json.dumps(config()), encoding="utf-8")
+
+        with rendezvous(title, place, trainer.num_nodes) as meeting:
+            spec = WorkerSpec(
+                role="trainer",
+                local_world_size=n,
+                entrypoint=sys.executable,
+                args=("-m", "llm.stages.worker", str(path), name),
+                rdzv_handler=meeting,
+                max_restarts=trainer.max_restarts,
+                monitor_interval=0.05,
+                master_addr=place[1],
+            )
+            agent = Agent(spec, folder, write_config, newest_step)
+            with handled(STOP_SIGNALS, agent.hear):
+                result = agent.run()
+        if errors := sorted(folder.glob("error_*")):
+            raise UserError(errors[0].read_text(encoding="utf-8"))
+    if not result.is_failed():
+        return 0
+    code = first_failure(result.failures)[1]
+    if code < 0:  # the others then fail for want of an answer, or get SIGTERM from here: that is no news
+        print(cause(result.failures), file=sys.stderr)
+    return 128 - code if code < 0 else code
 
 
-def child_env(
-    local_rank: int, n: int, port: int | str, address: str = "127.0.0.1", node: int = 0, num_nodes: int = 1
-) -> dict[str, str]:
-    """Return the environment that torchrun would give one of `n` processes of a node, with a share of the cores."""
-    own = {"RANK": node * n + local_rank, "LOCAL_RANK": local_rank, "GROUP_RANK": node}
-    own |= {"WORLD_SIZE": num_nodes * n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": address, "MASTER_PORT": port}
+@contextlib.contextmanager
+def handled(signals: tuple[int, ...], handler: Callable) -> Iterator[None]:
+    """Let `handler` have the signals, and put back afterwards what had them before."""
+    previous = {signum: signal.signal(signum, handler) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)
+
+
+@contextlib.contextmanager
+def changed_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables that processes inherit, and put the old values back afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def shared_env(n: int) -> dict[str, str]:
+    """Return the variables that all of `n` processes of this node get: where the code is, and a share of the cores."""
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // n)))}
-    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(paths)} | {k: str(v) for k, v in own.items()}
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // n))),
+        LAUNCHER: str(os.getpid()),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart meets the keys of the processes before
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "",  # `Agent.hear` has them
+    }
+
+
+def child_env(rank: int, n: int, port: int) -> dict[str, str]:
+    """Return the environment of one of `n` processes of this machine that are started without an agent.
+
+    Benchmarks and tests start such ones.
+    """
+    own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {name: value for name, value in shared_env(n).items() if name != LAUNCHER}
+    return os.environ | shared | {name: str(value) for name, value in own.items()}
 
 
 def free_port() -> int:

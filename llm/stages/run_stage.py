@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.config.stages import Stage, load_object, stage_row
 from llm.errors import UserError
-from llm.parallel.env import check_layout, is_launched, launched_rank
+from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
+from llm.run.mirror import fetch, mirrored
 from llm.run.stage_folder import RunDir, find_further
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, identity, show_config
@@ -61,16 +62,15 @@ def runner(row: Stage):
 
 def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     """Run the stage in this process, or launch one process per device and wait for them."""
-    run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
-    run = take_shape(cfg, row, run)
+    run = own_run(cfg, row)
     keep_old_defaults(cfg, run.manifest(row.name))
     config = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run and is_finished(run, row.name, config, cfg):
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
     check_data(cfg, row)
-    if not (cfg.dry_run or is_launched()) and processes(cfg) > 1:
-        if status := launch(config, processes_here(cfg)):
+    if not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts)):
+        if status := start_processes(cfg, row, run, config):
             raise SystemExit(status)
         return
     parents = find_parents(cfg, row, run)
@@ -82,9 +82,53 @@ def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     check_same_parents(job)
     print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
     begin = time.perf_counter()
-    results = runner(row)(job)
-    if results is not None:  # None: a dry run
-        conclude(job, results, time.perf_counter() - begin)
+    mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
+    with mirrored(mirror, run, row.name):
+        results = runner(row)(job)
+        if results is not None:  # None: a dry run
+            conclude(job, results, time.perf_counter() - begin)
+
+
+def own_run(cfg: DictConfig, row: Stage) -> RunDir:
+    """Return the run that the stage belongs to, with what its mirror holds of it, and take its parent's shape."""
+    named = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    fetch_missing(cfg, row, named)
+    run = take_shape(cfg, row, named)
+    if run != named:
+        fetch_missing(cfg, row, run)
+    return run
+
+
+def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
+    """Fetch a run from its mirror where this stage is not here: in rank 0, or in the launcher before it starts any."""
+    if cfg.save_mirror is None or cfg.dry_run or LAUNCHER in os.environ:
+        return
+    if launched_rank() == 0 and run.manifest(row.name) is None:
+        fetch(cfg.save_mirror, run)
+    if is_launched() and row.parallel:
+        from llm.parallel import collectives
+
+        collectives.barrier()
+
+
+def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> int:
+    """Train in processes of their own on this machine; returns their exit status."""
+    from llm.checkpoint.resume import newest_step
+
+    checkpoints, old = run.stage_dir(row.name) / "checkpoints", started(run, row.name)
+
+    def present_config() -> dict:
+        """Return the configuration; once the stage has begun, it goes on and is not overwritten again."""
+        begun = started(run, row.name) not in (None, old)
+        return config | {"overwrite": False, "resume": True} if begun else config
+
+    title = f"{run.name}.{row.name}"
+    return launch(cfg.trainer, processes_here(cfg), title, present_config, lambda: newest_step(checkpoints))
+
+
+def started(run: RunDir, stage: str) -> str | None:
+    """Return when a stage was begun, None if it was not."""
+    return (run.manifest(stage) or {}).get("started")
 
 
 def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:

@@ -17,7 +17,6 @@ from conftest import REPO, run_cli
 from holding import FOLDER, TESTS, has_left, held, hold_at, release
 from omegaconf import OmegaConf
 from processes import HANG, children_of, finish, start, start_warm, wait_until
-from warm import GRACE
 
 from llm.cli.overrides import check_overrides
 from llm.errors import UserError
@@ -116,7 +115,7 @@ def test_a_dead_process_ends_every_node(root, tmp_path):
 
 def test_sigusr1_on_one_node_stops_and_saves_on_all(root, tmp_path):
     long = (*LONG, "run=preempted")
-    nodes = two_nodes(root, *long, **{FOLDER: str(tmp_path), GRACE: str(HANG)})
+    nodes = two_nodes(root, *long, **{FOLDER: str(tmp_path)})
     wait_until(lambda: held(tmp_path, 0) and held(tmp_path, 1), nodes[0])
     nodes[1].send_signal(signal.SIGUSR1)
     wait_until(lambda: has_left(tmp_path, 1), nodes[1])
@@ -182,7 +181,7 @@ def test_nodes_need_a_meeting_place(root, monkeypatch):
     assert done.returncode == 2 and "trainer.num_nodes=2: MASTER_ADDR, NODE_RANK not set" in done.stderr
     for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "NODE_RANK": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert meeting_place(3) == (2, "here", "1")
+    assert meeting_place(3) == (2, "here", 1)
     with pytest.raises(UserError, match="NODE_RANK=2: with trainer.num_nodes=2 it is 0 to 1"):
         meeting_place(2)
 

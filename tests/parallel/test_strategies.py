@@ -14,8 +14,7 @@ from conftest import REPO, run_cli
 from holding import FOLDER, TESTS, held, hold_at
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
-from processes import HANG, children_of, finish, is_alive, start_warm, wait_until
-from warm import GRACE
+from processes import children_of, finish, is_alive, start_warm, wait_until
 
 from llm.checkpoint.model_folder import load_model_folder
 from llm.checkpoint.resume import CheckpointWriter
@@ -184,7 +183,7 @@ LONG += (*hold_at(7),)
 
 def start_training(root, run: str, folder, *args: str):
     """The launcher of a training of two processes that stands still after step 7."""
-    env = {"PYTHONPATH": TESTS, FOLDER: str(folder), GRACE: str(HANG)}
+    env = {"PYTHONPATH": TESTS, FOLDER: str(folder)}
     launcher = start_warm(REPO / "train.py", *TINY, f"paths.runs={root}", *LONG, f"run={run}", *args, env=env)
     wait_until(lambda: held(folder, 0) and held(folder, 1), launcher)
     return launcher
