@@ -30,6 +30,7 @@ from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
+from llm.run.lock import waiting_lock
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.files import read_json, write_json
@@ -100,8 +101,9 @@ def load_harness(options: Any) -> Any:
 
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
-    merged = combined(read_json(path) or {}, scores)
-    write_json(path, merged)
+    with waiting_lock(path.with_name(".eval.json.lock")):  # another evaluation may measure something else meanwhile
+        merged = combined(read_json(path) or {}, scores)
+        write_json(path, merged)
     return merged
 
 
