@@ -6,25 +6,32 @@ no file is ever unpickled. Tensors hold the true vocabulary; Fathom's padding is
 """
 
 import json
+import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.config.registries import ARCHITECTURES
+from llm.config.trust import check_named
 from llm.errors import UserError
-from llm.model.config import GPTConfig, config_class
+from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
+from llm.run.formats import SHAPE
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import replaced_folder
+from llm.utils.files import read_json, replaced_folder
+from llm.utils.shapes import text
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 FORMAT_VERSION = 1
+MEND = "copy the file again, or train the stage again"
 
 # Fathom's name of a part -> its name in Hugging Face's NanoChat.
 HF_PARTS = (
@@ -78,9 +85,25 @@ def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "c
             f"(fingerprint {tokenizer.fingerprint[:12]}, expected {fingerprint[:12]}); "
             "put the original tokenizer files back, or train the stage again"
         )
+    check_size(config, folder / WEIGHTS_FILE)
     net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
     return net.to(device), tokenizer
+
+
+def check_size(config: GPTConfig, path: Path) -> None:
+    """Raise UserError where a file of weights is far too small for a shape: no memory is taken for such a network."""
+    described = num_params(replace(config, vocab_multiple=1))["total"]
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {MEND}") from error
+    if described > 2 * found:
+        raise UserError(
+            f"{path} holds {found:,} parameters, but {CONFIG_FILE} describes {described:,}; the two files are of "
+            f"different models: {MEND}"
+        )
 
 
 def read_config(folder: str | os.PathLike) -> GPTConfig:
@@ -154,16 +177,13 @@ def _write_json(path: Path, content: dict) -> None:
 def _read_config(folder: Path) -> tuple[GPTConfig, str]:
     """Read config.json: the model's shape, and the fingerprint of the tokenizer that belongs to it."""
     path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
+    content = read_json(path)
+    if content is None:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); a model folder is what a finished stage leaves in "
+            f"{path}: cannot be read (No such file or directory); a model folder is what a finished stage leaves in "
             "<run>/<stage>/model. Train that stage, or point run= or init_from= at one that is finished"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it again, or train the stage again") from error
-    ours = content.get("fathom") if isinstance(content, dict) else None
+        )
+    ours = content.get("fathom")
     if not isinstance(ours, dict):
         raise UserError(f"{path}: no `fathom` section, so Fathom did not write this model; use a Fathom model folder")
     if ours.get("format_version") != FORMAT_VERSION:
@@ -172,15 +192,20 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
             f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
         )
     try:
-        shape = config_class(ours["model"].get("arch", "classic"))
-        return shape.from_dict(ours["model"]), str(ours["tokenizer"])
+        SHAPE(ours.get("model"), f"{path}: fathom.model")
+        text(ours.get("tokenizer"), f"{path}: fathom.tokenizer")
+        arch = ours["model"].get("arch", "classic")
+        check_named(arch, f"{path}: fathom.model.arch", ARCHITECTURES)
+        return config_class(arch).from_dict(ours["model"]), ours["tokenizer"]
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged `fathom` section ({error}); copy it again or train again") from error
 
 
 def _load_weights(net: GPT, path: Path) -> None:
     """Copy the tensors of the file `path` into `net`, one at a time; padding rows of tables become zero."""
-    fix = "copy the file again, or train the stage again"
+    fix = MEND
     state = net.state_dict()
     try:
         with safe_open(path, framework="pt") as file:

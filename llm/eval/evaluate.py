@@ -13,7 +13,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
+from llm.config.saved import kind_of_schema
+from llm.config.schema import root_schema
 from llm.config.stages import stage_row
+from llm.config.trust import check_plain, check_trusted
 from llm.data.documents import texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
@@ -30,10 +33,11 @@ from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
+from llm.run.formats import EVALUATED, read_scores
 from llm.run.lock import waiting_lock
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
-from llm.utils.files import read_json, write_json
+from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import held_out_weights
@@ -102,7 +106,7 @@ def load_harness(options: Any) -> Any:
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
     with waiting_lock(path.with_name(".eval.json.lock")):  # another evaluation may measure something else meanwhile
-        merged = combined(read_json(path) or {}, scores)
+        merged = combined(read_scores(path.parent), scores)
         write_json(path, merged)
     return merged
 
@@ -121,7 +125,7 @@ def combined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def warn_of_change(path: Path, found: dict[str, Any]) -> None:
     """Say where equally many tokens of data with the name of before are others now: its files have changed since."""
-    before = (read_json(path) or {}).get("scored") or {}
+    before = read_scores(path.parent).get("scored") or {}
     for name, now in (found.get("scored") or {}).items():
         then = before.get(name, {})
         same_size = all(then.get(key) == now.get(key) for key in ("data", "tokens"))
@@ -319,13 +323,11 @@ class StageSubject(Subject):
     def __init__(self, cfg: DictConfig):
         self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
         self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
-        manifest = read_manifest(self.folder) or {}
-        if not manifest.get("config"):
-            raise UserError(f"{self.folder / 'run.json'} has no config: the stage was not written by train.py")
+        config = saved_config(self.folder, with_data=cfg.data is None)
         if cfg.eval.seq_len is not None:
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
-        saved = OmegaConf.create(manifest["config"])
+        saved = OmegaConf.create(config, flags={"allow_objects": False})
         self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
         self.data = saved.data if cfg.data is None else cfg.data
         self.is_own_data = same_data(self.data, saved.data, self.is_chat)
@@ -385,7 +387,7 @@ class HFSubject(Subject):
                 "or measure something else, such as eval=[core] or eval=lm_eval"
             )
         self.data, self.folder = cfg.data, Path(cfg.paths.runs) / "hf" / folder_name(name)
-        before = read_json(self.folder / "eval.json") or {}
+        before = read_scores(self.folder)
         if (other := before.get("model", self.title)) != self.title:
             raise UserError(f"{self.folder} holds scores of model={other}; move it away or set another paths.runs")
         super().__init__(cfg)
@@ -399,6 +401,26 @@ class HFSubject(Subject):
             )
         self.is_chat = self.tokenizer.has_chat_format
         self.facts = {"model": self.title, "seq_len": seq_len}
+
+
+def saved_config(stage_dir: Path, with_data: bool) -> dict[str, Any]:
+    """Return the parts of the configuration in run.json that an evaluation needs, checked and without interpolation.
+
+    with_data: the saved data is read, so that the code and addresses it names must be trusted. Raises UserError that
+    names the file and the key.
+    """
+    where, config = f"{stage_dir / 'run.json'}: config", (read_manifest(stage_dir) or {}).get("config")
+    if not config:
+        raise UserError(f"{stage_dir / 'run.json'} has no config: the stage was not written by train.py")
+    EVALUATED(config, where)
+    needed = {name: config[name] for name in ("seed", "stage", "data", "trainer", "precision")}
+    schema = root_schema("train").__dataclass_fields__["data"].type
+    kind_of_schema(schema)(config["data"], f"{where}.data")
+    for name, part in needed.items():
+        check_plain(part, f"{where}.{name}")
+    if with_data:
+        check_trusted(config["data"], f"{where}.data", schema)
+    return needed
 
 
 def same_data(data: Any, other: Any, is_chat: bool) -> bool:

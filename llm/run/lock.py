@@ -1,7 +1,7 @@
 """One writer for each stage: a lock of the operating system that is held from start to end and released by death.
 
-The lock lies beside the stage folder, `runs/<run>/.<stage>.lock`, so that overwrite=true cannot delete it. Its text says
-who holds it. Several processes of one job share the lock of the first: they know from the environment that it is held.
+The lock lies beside the stage folder, `runs/<run>/.<stage>.lock`, so that overwrite=true cannot delete it. Its text
+says who holds it. Several processes of one job share the lock of the first: the environment tells them of it.
 """
 
 import contextlib

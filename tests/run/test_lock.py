@@ -133,12 +133,13 @@ def test_a_stage_that_runs_is_neither_trained_twice_nor_deleted(tmp_path, more):
 
 @pytest.mark.slow
 def test_the_second_of_two_commands_ends_with_status_2_and_the_first_finishes(tmp_path):
-    command = (sys.executable, str(REPO / "train.py"), "experiment=tiny", "stage=pretrain", f"paths.runs={tmp_path}")
-    assert run(sys.executable, str(REPO / "train.py"), "experiment=tiny", "stage=tokenizer", *command[4:]).returncode == 0
-    first = start(*command, "trainer.devices=2", "max_steps=60")
+    train = (sys.executable, str(REPO / "train.py"), "experiment=tiny", f"paths.runs={tmp_path}")
+    command = (*train, "stage=pretrain", "trainer.devices=2", "max_steps=60", "batch.micro_batch_size=2")
+    assert run(*train, "stage=tokenizer").returncode == 0
+    first = start(*command)
     wait_until(lambda: (tmp_path / "tiny/pretrain/metrics.csv").is_file(), first)
     for more in ((), ("overwrite=true",)):
-        second = run(*command, "trainer.devices=2", "max_steps=60", *more)
+        second = run(*command, *more)
         assert second.returncode == 2 and f"process {first.pid} on" in second.stderr, second.stderr
         assert len(second.stderr.strip().splitlines()) == 1
     out, err = first.communicate()
