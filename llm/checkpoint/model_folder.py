@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.checkpoint.content import check_content, weights_sum, write_content
 from llm.config.registries import ARCHITECTURES
 from llm.config.trust import check_named
 from llm.errors import UserError
@@ -23,6 +24,7 @@ from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
 from llm.run.formats import SHAPE
+from llm.run.stage_folder import read_manifest
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import read_json, replaced_folder
 from llm.utils.shapes import text
@@ -69,12 +71,16 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it readable by its owner only
+        write_content(new)
 
 
-def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+def load_model_folder(
+    folder: str | os.PathLike, device: str | torch.device = "cpu", verify: bool = True
+) -> tuple[GPT, Tokenizer]:
     """Read a saved folder; return the network (fp32 weights, on `device`) and the tokenizer.
 
-    Raises UserError where a file is missing, damaged, or of another model or tokenizer.
+    verify: compare every file with the checksum of manifest.json, where there is one. Raises
+    UserError where a file is missing, damaged, or of another model or tokenizer.
     """
     folder = Path(folder)
     config, fingerprint = _read_config(folder)
@@ -86,9 +92,25 @@ def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "c
             "put the original tokenizer files back, or train the stage again"
         )
     check_size(config, folder / WEIGHTS_FILE)
+    if verify:
+        check_content(folder)
+        check_own(folder)
     net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
     return net.to(device), tokenizer
+
+
+def check_own(folder: Path) -> None:
+    """Raise UserError where the weights are not those that the stage of a model/ folder handed over, by its run.json.
+
+    Stages of older releases kept no sum of their weights, and pass.
+    """
+    known = ((read_manifest(folder.parent) or {}).get("fingerprints") or {}) if folder.name == "model" else {}
+    if known.get("weights") and weights_sum(folder) != known["weights"]:
+        raise UserError(
+            f"{folder}: the weights are not those that this stage handed over (fingerprint "
+            f"{str(weights_sum(folder))[:12]}, run.json says {known['weights'][:12]}); put them back, or train again"
+        )
 
 
 def check_size(config: GPTConfig, path: Path) -> None:
@@ -191,14 +213,12 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
             f"{path}: format_version {ours.get('format_version')!r}, but this version of Fathom reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
         )
+    SHAPE(ours.get("model"), f"{path}: fathom.model")
+    text(ours.get("tokenizer"), f"{path}: fathom.tokenizer")
+    arch = ours["model"].get("arch", "classic")
+    check_named(arch, f"{path}: fathom.model.arch", ARCHITECTURES)
     try:
-        SHAPE(ours.get("model"), f"{path}: fathom.model")
-        text(ours.get("tokenizer"), f"{path}: fathom.tokenizer")
-        arch = ours["model"].get("arch", "classic")
-        check_named(arch, f"{path}: fathom.model.arch", ARCHITECTURES)
         return config_class(arch).from_dict(ours["model"]), ours["tokenizer"]
-    except UserError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged `fathom` section ({error}); copy it again or train again") from error
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from llm.checkpoint.content import wrong_file
 from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError
 from llm.run.formats import CHECKSUMS, read_form
@@ -257,6 +258,8 @@ def inspect(run: Path) -> bool:
             sound = sound and problem is None
         for path in sorted((stage / "model").glob("*.safetensors")):
             problem = damaged_weights(path)
+            if problem is None and (wrong := wrong_file(path.parent)) is not None:
+                problem = f"DAMAGED: {wrong}"
             print(f"  model/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
             sound = sound and problem is None
     return sound

@@ -96,7 +96,7 @@ SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores))
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
 CHECKSUMS = mapping(
-    others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}, needs=("bytes", "sha256"))
+    others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text})
 )
 
 _factor = real(-1e6, 1e6)

@@ -224,6 +224,14 @@ def check_same_parents(job: Job) -> None:
     old = job.run.manifest(job.row.name)
     if old is None or job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
         return
+    for key, known in (old.get("parents") or {}).items():
+        present = job.manifest["parents"].get(key) or {}
+        for part, value in (known or {}).items():
+            if value is not None and present.get(part, value) != value:
+                raise UserError(
+                    f"{job.stage_dir} was begun from another {part} ({key}: fingerprint {value[:12]}, now "
+                    f"{str(present[part])[:12]}): put the old one back, or overwrite=true starts the stage again"
+                )
     before, now = known_parents(old), known_parents(job.manifest)
     for key, (path, known) in before.items():
         if now.get(key, (None, None))[1] != known:
