@@ -1,6 +1,7 @@
 """The table of stages: rows from outside, what follows from a row, and no stage's name anywhere else."""
 
 import ast
+import sys
 
 import pytest
 from conftest import REPO, compose
