@@ -92,11 +92,11 @@ def load_model_folder(
             "put the original tokenizer files back, or train the stage again"
         )
     check_size(config, folder / WEIGHTS_FILE)
-    if verify:
-        check_content(folder)
-        check_own(folder)
     net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
+    if verify:  # last: what is wrong with the form of a file says more than its checksum
+        check_content(folder)
+        check_own(folder)
     return net.to(device), tokenizer
 
 
