@@ -8,7 +8,9 @@ import lightning as L
 from llm.checkpoint.model_folder import save_model_folder
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
-from llm.utils.files import put_back_folder, read_json, replaced_folder, write_json
+from llm.run.formats import BEST as BEST_NOTE
+from llm.run.formats import read_form
+from llm.utils.files import put_back_folder, replaced_folder, write_json
 
 BEST, NOTE, WEIGHTS = "best", "best.json", "model"
 
@@ -49,7 +51,7 @@ class BestWeights(L.Callback):
 def best_note(stage_dir: Path) -> dict | None:
     """Return {"step", "bpb"} of the best weights of a stage, None where there are none."""
     put_back_folder(stage_dir / BEST)
-    return read_json(stage_dir / BEST / NOTE)
+    return read_form(stage_dir / BEST / NOTE, BEST_NOTE)
 
 
 def hand_over_best(stage_dir: Path) -> dict | None:

@@ -6,25 +6,34 @@ no file is ever unpickled. Tensors hold the true vocabulary; Fathom's padding is
 """
 
 import json
+import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.checkpoint.content import check_content, weights_sum, write_content
+from llm.config.registries import ARCHITECTURES
+from llm.config.trust import check_named
 from llm.errors import UserError, reason_of
-from llm.model.config import GPTConfig, config_class
+from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
+from llm.run.formats import SHAPE
+from llm.run.stage_folder import read_manifest
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import replaced_folder
+from llm.utils.files import read_json, replaced_folder
+from llm.utils.shapes import text
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 FORMAT_VERSION = 1
+MEND = "copy the file again, or train the stage again"
 
 # Fathom's name of a part -> its name in Hugging Face's NanoChat.
 HF_PARTS = (
@@ -62,12 +71,16 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it readable by its owner only
+        write_content(new)
 
 
-def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+def load_model_folder(
+    folder: str | os.PathLike, device: str | torch.device = "cpu", verify: bool = True
+) -> tuple[GPT, Tokenizer]:
     """Read a saved folder; return the network (fp32 weights, on `device`) and the tokenizer.
 
-    Raises UserError where a file is missing, damaged, or of another model or tokenizer.
+    verify: compare every file with the checksum of manifest.json, where there is one. Raises
+    UserError where a file is missing, damaged, or of another model or tokenizer.
     """
     folder = Path(folder)
     config, fingerprint = _read_config(folder)
@@ -78,9 +91,41 @@ def load_model_folder(folder: str | os.PathLike, device: str | torch.device = "c
             f"(fingerprint {tokenizer.fingerprint[:12]}, expected {fingerprint[:12]}); "
             "put the original tokenizer files back, or train the stage again"
         )
+    check_size(config, folder / WEIGHTS_FILE)
     net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
+    if verify:  # last: what is wrong with the form of a file says more than its checksum
+        check_content(folder)
+        check_own(folder)
     return net.to(device), tokenizer
+
+
+def check_own(folder: Path) -> None:
+    """Raise UserError where the weights are not those that the stage of a model/ folder handed over, by its run.json.
+
+    Stages of older releases kept no sum of their weights, and pass.
+    """
+    known = ((read_manifest(folder.parent) or {}).get("fingerprints") or {}) if folder.name == "model" else {}
+    if known.get("weights") and weights_sum(folder) != known["weights"]:
+        raise UserError(
+            f"{folder}: the weights are not those that this stage handed over (fingerprint "
+            f"{str(weights_sum(folder))[:12]}, run.json says {known['weights'][:12]}); put them back, or train again"
+        )
+
+
+def check_size(config: GPTConfig, path: Path) -> None:
+    """Raise UserError where a file of weights is far too small for a shape: no memory is taken for such a network."""
+    described = num_params(replace(config, vocab_multiple=1))["total"]
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {MEND}") from error
+    if described > 2 * found:
+        raise UserError(
+            f"{path} holds {found:,} parameters, but {CONFIG_FILE} describes {described:,}; the two files are of "
+            f"different models: {MEND}"
+        )
 
 
 def read_config(folder: str | os.PathLike) -> GPTConfig:
@@ -154,16 +199,13 @@ def _write_json(path: Path, content: dict) -> None:
 def _read_config(folder: Path) -> tuple[GPTConfig, str]:
     """Read config.json: the model's shape, and the fingerprint of the tokenizer that belongs to it."""
     path = folder / CONFIG_FILE
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
+    content = read_json(path)
+    if content is None:
         raise UserError(
-            f"{path}: cannot be read ({reason_of(error, path)}); a model folder is what a finished stage leaves in "
+            f"{path}: cannot be read (No such file or directory); a model folder is what a finished stage leaves in "
             "<run>/<stage>/model. Train that stage, or point run= or init_from= at one that is finished"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it again, or train the stage again") from error
-    ours = content.get("fathom") if isinstance(content, dict) else None
+        )
+    ours = content.get("fathom")
     if not isinstance(ours, dict):
         raise UserError(f"{path}: no `fathom` section, so Fathom did not write this model; use a Fathom model folder")
     if ours.get("format_version") != FORMAT_VERSION:
@@ -171,16 +213,19 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
             f"{path}: format_version {ours.get('format_version')!r}, but this version of Fathom reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
         )
+    SHAPE(ours.get("model"), f"{path}: fathom.model")
+    text(ours.get("tokenizer"), f"{path}: fathom.tokenizer")
+    arch = ours["model"].get("arch", "classic")
+    check_named(arch, f"{path}: fathom.model.arch", ARCHITECTURES)
     try:
-        shape = config_class(ours["model"].get("arch", "classic"))
-        return shape.from_dict(ours["model"]), str(ours["tokenizer"])
+        return config_class(arch).from_dict(ours["model"]), ours["tokenizer"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged `fathom` section ({error}); copy it again or train again") from error
 
 
 def _load_weights(net: GPT, path: Path) -> None:
     """Copy the tensors of the file `path` into `net`, one at a time; padding rows of tables become zero."""
-    fix = "copy the file again, or train the stage again"
+    fix = MEND
     state = net.state_dict()
     try:
         with safe_open(path, framework="pt") as file:

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from llm.checkpoint.content import wrong_file
 from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError, reason_of
+from llm.run.formats import CHECKSUMS, read_form
 from llm.run.stage_folder import read_manifest, read_metrics, stages_in
-from llm.utils.files import read_json, sync_folder, write_json
+from llm.utils.files import sync_folder, write_json
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -180,7 +182,7 @@ def load_checkpoint(path: Path) -> dict:
 def checksums(folder: Path) -> dict[str, dict]:
     """Read manifest.json of a folder of checkpoints: {file: {bytes, sha256, saved}}; {} if missing or damaged."""
     try:
-        return read_json(folder / MANIFEST) or {}
+        return read_form(folder / MANIFEST, CHECKSUMS) or {}
     except UserError as error:
         log.warning("%s", error)
         return {}
@@ -200,19 +202,39 @@ def damage(path: Path, listed: dict[str, dict]) -> str | None:
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return "its checksum is wrong"
-        load_checkpoint(path)
+        return lacks(load_checkpoint(path))
     except Exception as error:  # noqa: BLE001  any damage means the same: this one cannot be used
         return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def lacks(checkpoint: Any) -> str | None:
+    """Say in words which part a checkpoint lacks, None if it has all that a stage goes on from."""
+    if not isinstance(checkpoint, dict):
+        return "it holds no parts by name"
+    weights, states = checkpoint.get("state_dict"), checkpoint.get("optimizer_states")
+    step, data = checkpoint.get("global_step"), checkpoint.get("StepData")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(t, torch.Tensor) for t in weights.values()):
+        return "it has no weights (state_dict)"
+    if (
+        not isinstance(states, list)
+        or not states
+        or not all(isinstance(state, dict) and {"state", "param_groups"} <= set(state) for state in states)
+    ):
+        return "it has no state of the optimizer (optimizer_states)"
+    if not isinstance(data, dict) or not isinstance(data.get("positions"), list) or not data["positions"]:
+        return "it has no position in the data (StepData)"
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0 or "loops" not in checkpoint:
+        return "it does not say after which step it was saved (global_step, loops)"
     return None
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is."""
     listed = checksums(folder)
-    for step, path in reversed(list_checkpoints(folder)):
+    for _, path in reversed(list_checkpoints(folder)):
         problem = damage(path, listed)
         if problem is None:
-            return step, path
+            return load_checkpoint(path)["global_step"], path
         log.warning("%s is damaged (%s): using the checkpoint before it", path, problem)
     return None
 
@@ -241,6 +263,8 @@ def inspect(run: Path) -> bool:
             sound = sound and problem is None
         for path in sorted((stage / "model").glob("*.safetensors")):
             problem = damaged_weights(path)
+            if problem is None and (wrong := wrong_file(path.parent)) is not None:
+                problem = f"DAMAGED: {wrong}"
             print(f"  model/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
             sound = sound and problem is None
     return sound

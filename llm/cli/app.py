@@ -30,6 +30,7 @@ from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
 from llm.config.stages import load_object
+from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
 from llm.utils.environment import keep_private, tune_process
@@ -172,6 +173,7 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
         try:
             _unwrap_names(cfg)
             note_settings(cfg, parse(_settings()))
+            trust_command(cfg)
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)

@@ -156,6 +156,7 @@ class TrainConfig:
     estimate: EstimateConfig = key("what dry_run tells about a GPU")
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first (docs/extend.md)")
+    trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
@@ -220,6 +221,7 @@ class EvaluateConfig:
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
+    trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
     run: str | None = key("run to evaluate", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
@@ -231,6 +233,7 @@ class ServeConfig:
     stage: Any = key("stage to chat with; null = the last finished one of the pipeline", main=True, no_group=True)
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
+    trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
     run: str | None = key("run to chat with", main=True)
     ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
     prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)

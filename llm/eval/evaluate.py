@@ -13,7 +13,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
+from llm.config.saved import kind_of_schema
+from llm.config.schema import root_schema
 from llm.config.stages import stage_row
+from llm.config.trust import check_plain, check_trusted
 from llm.data.documents import text_id, texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
@@ -30,9 +33,11 @@ from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
+from llm.run.formats import EVALUATED, read_scores
+from llm.run.lock import waiting_lock
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
-from llm.utils.files import read_json, write_json
+from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import held_out_weights
@@ -100,8 +105,9 @@ def load_harness(options: Any) -> Any:
 
 def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Put new scores into eval.json; sections and tasks that were not measured this time stay."""
-    merged = combined(read_json(path) or {}, scores)
-    write_json(path, merged)
+    with waiting_lock(path.with_name(".eval.json.lock")):  # another evaluation may measure something else meanwhile
+        merged = combined(read_scores(path.parent), scores)
+        write_json(path, merged)
     return merged
 
 
@@ -119,7 +125,7 @@ def combined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def warn_of_change(path: Path, found: dict[str, Any]) -> None:
     """Say where equally many tokens of data with the name of before are others now: its files have changed since."""
-    before = (read_json(path) or {}).get("scored") or {}
+    before = read_scores(path.parent).get("scored") or {}
     for name, now in (found.get("scored") or {}).items():
         then = before.get(name, {})
         same_size = all(then.get(key) == now.get(key) for key in ("data", "tokens"))
@@ -216,7 +222,7 @@ class Subject:
     def data_name(self) -> str:
         """Return the name of data that is not the stage's own: two texts at one place have two names."""
         title = data_title(self.data)
-        known = (read_json(self.folder / "eval.json") or {}).get("other_data", {}).get(title, {}).get("scored", {})
+        known = read_scores(self.folder).get("other_data", {}).get(title, {}).get("scored", {})
         others = {origin.get("text") for origin in known.values()} - {None}
         is_known = not self.reads_text or others <= {self.text_id}
         return title if is_known else f"{title}, text {self.text_id[:8]}"
@@ -338,17 +344,15 @@ class StageSubject(Subject):
     def __init__(self, cfg: DictConfig):
         self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
         self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
-        manifest = read_manifest(self.folder) or {}
-        if not manifest.get("config"):
-            raise UserError(f"{self.folder / 'run.json'} has no config: the stage was not written by train.py")
+        config = saved_config(self.folder, with_data=cfg.data is None)
         if cfg.eval.seq_len is not None:
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
-        saved = OmegaConf.create(manifest["config"])
+        saved = OmegaConf.create(config, flags={"allow_objects": False})
         self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
         self.data = saved.data if cfg.data is None else cfg.data
         self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
-        self.trained_beside = (manifest.get("data") or {}).get("held_out_text")
+        self.trained_beside = ((read_manifest(self.folder) or {}).get("data") or {}).get("held_out_text")
         net, self.tokenizer = load_model_folder(self.folder / "model")
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
@@ -357,7 +361,7 @@ class StageSubject(Subject):
     @cached_property
     def has_own_text(self) -> bool:
         """Return whether the held-out text is that of the training, or where none is noted of an evaluation."""
-        scored = (read_json(self.folder / "eval.json") or {}).get("scored") or {}
+        scored = read_scores(self.folder).get("scored") or {}
         known = self.trained_beside or scored.get("bpb_text" if self.is_chat else "bpb", {}).get("text")
         if known in (None, self.text_id):
             return True
@@ -433,7 +437,7 @@ class HFSubject(Subject):
                 "or measure something else, such as eval=[core] or eval=lm_eval"
             )
         self.data, self.folder = cfg.data, Path(cfg.paths.runs) / "hf" / folder_name(name)
-        before = read_json(self.folder / "eval.json") or {}
+        before = read_scores(self.folder)
         if (other := before.get("model", self.title)) != self.title:
             raise UserError(f"{self.folder} holds scores of model={other}; move it away or set another paths.runs")
         super().__init__(cfg)
@@ -447,6 +451,26 @@ class HFSubject(Subject):
             )
         self.is_chat = getattr(self.tokenizer, "has_chat_format", True)  # every tokenizer of ours has one
         self.facts = {"model": self.title, "seq_len": seq_len}
+
+
+def saved_config(stage_dir: Path, with_data: bool) -> dict[str, Any]:
+    """Return the parts of the configuration in run.json that an evaluation needs, checked and without interpolation.
+
+    with_data: the saved data is read, so that the code and addresses it names must be trusted. Raises UserError that
+    names the file and the key.
+    """
+    where, config = f"{stage_dir / 'run.json'}: config", (read_manifest(stage_dir) or {}).get("config")
+    if not config:
+        raise UserError(f"{stage_dir / 'run.json'} has no config: the stage was not written by train.py")
+    EVALUATED(config, where)
+    needed = {name: config[name] for name in ("seed", "stage", "data", "trainer", "precision")}
+    schema = root_schema("train").__dataclass_fields__["data"].type
+    kind_of_schema(schema)(config["data"], f"{where}.data")
+    for name, part in needed.items():
+        check_plain(part, f"{where}.{name}")
+    if with_data:
+        check_trusted(config["data"], f"{where}.data", schema)
+    return needed
 
 
 def same_data(data: Any, other: Any, is_chat: bool) -> bool:

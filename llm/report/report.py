@@ -21,10 +21,11 @@ from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.run.best_score import best_line
 from llm.run.config_diff import flatten
+from llm.run.formats import read_scores
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
 from llm.tokenizer.chat_format import readable
 from llm.utils.environment import environment
-from llm.utils.files import read_json, write_atomic
+from llm.utils.files import write_atomic
 from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
 
 SAMPLES_PER_STAGE = 8
@@ -78,11 +79,16 @@ def read_stages(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             plugins = ", ".join(saved_plugins(folder)) or "not named in its run.json"
             problems.append(f"{folder}: no stage of this name is known here, so it comes last; its plugins: {plugins}")
         try:
-            scores = read_json(folder / "eval.json") or {}
+            scores = read_scores(folder)
         except UserError as error:
             problems.append(str(error))
             scores = {}
-        stages[stage] = {**manifest, "eval": scores, "rows": read_metrics(folder)}
+        try:
+            rows = read_metrics(folder)
+        except UserError as error:
+            problems.append(str(error))
+            rows = []
+        stages[stage] = {**manifest, "eval": scores, "rows": rows}
     return stages, problems
 
 

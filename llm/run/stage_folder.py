@@ -16,8 +16,10 @@ from typing import Any
 from llm.config.plugins import load_plugins
 from llm.config.renamed import renamed_manifest
 from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
+from llm.config.trust import check_code
 from llm.errors import UserError
-from llm.utils.files import read_json, write_json
+from llm.run.formats import RUN, read_form
+from llm.utils.files import write_json
 
 MANIFEST = "run.json"
 
@@ -83,10 +85,10 @@ def _holds_stage(folder: Path) -> bool:
 def read_manifest(path: str | Path) -> dict[str, Any] | None:
     """Return run.json of a stage folder (or the file itself), its config under the present names of keys.
 
-    None if the stage was never started. Raises UserError where the file cannot be read.
+    None if the stage was never started. Raises UserError where the file cannot be read or has a wrong value.
     """
     path = Path(path)
-    manifest = read_json(path if path.name == MANIFEST else path / MANIFEST)
+    manifest = read_form(path if path.name == MANIFEST else path / MANIFEST, RUN)
     return None if manifest is None else renamed_manifest(manifest)
 
 
@@ -106,10 +108,13 @@ def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     rows: dict[int, dict[str, float]] = {}
-    for cells in csv.DictReader(line for line in lines if line.endswith("\n")):
-        row = {key: number for key, cell in cells.items() if key and (number := _number(cell)) is not None}
-        if "step" in row:
-            rows[int(row["step"])] = row
+    try:
+        for cells in csv.DictReader(line for line in lines if line.endswith("\n")):
+            row = {key: number for key, cell in cells.items() if key and (number := _number(cell)) is not None}
+            if "step" in row:
+                rows[int(row["step"])] = row
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or move it away") from error
     return [rows[step] for step in sorted(rows)]
 
 
@@ -146,10 +151,11 @@ def best_stages(run: RunDir) -> list[str]:
 
 
 def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None) -> Path:
-    """Return the folder of the finished model stage to evaluate or serve; imports the plugins it was made with.
+    """Return the folder of the finished model stage to evaluate or serve; imports its trusted plugins.
 
     `stage=None` takes the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the
-    list of what exists, where two stages are equally far, and where a plugin of the stage cannot be imported.
+    list of what exists, where two stages are equally far, and where a plugin of the stage cannot be imported or is not
+    named by this command.
     """
     root = Path(runs_root)
     if run is None:
@@ -163,7 +169,7 @@ def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None)
         stage = _only_best(folder)
         for problem in missing:
             print(f"note: {run}/{stage} is used, but not all stages of this run are known ({problem})", file=sys.stderr)
-    load_plugins(saved_plugins(folder.path / stage))
+    load_trusted(folder.path / stage)
     _check_usable(folder, stage, missing)
     return folder.path / stage
 
@@ -204,11 +210,19 @@ def saved_plugins(stage_dir: str | Path) -> list[str]:
     return list(((read_manifest(stage_dir) or {}).get("config") or {}).get("plugins") or [])
 
 
+def load_trusted(stage_dir: Path) -> None:
+    """Import the plugins that a stage was made with. Raises UserError for one that this command does not name."""
+    for name in saved_plugins(stage_dir):
+        check_code(name, f"{stage_dir / MANIFEST}: config.plugins")
+        load_plugins([name])
+
+
 def load_run_plugins(run: RunDir) -> list[str]:
-    """Import the plugins that the stages of a run were made with; returns why some could not be imported."""
+    """Import the plugins of a run's stages that this command names too; returns why others were not imported."""
     problems = []
     for name in dict.fromkeys(plugin for stage in run.stages() for plugin in saved_plugins(run.path / stage)):
         try:
+            check_code(name, f"{run.path}: a plugin of its stages")
             load_plugins([name])
         except UserError as error:  # it may belong to a stage that nobody asks for
             problems.append(str(error))

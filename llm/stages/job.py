@@ -1,5 +1,7 @@
 """`Job`: one stage of one run while it is worked on, with its run.json and what is printed about it."""
 
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from llm import __version__
 from llm.config.stages import Stage
 from llm.data.download import shown
+from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.utils.environment import environment, git_commit
-from llm.utils.files import write_atomic
+from llm.utils.files import plain, read_json, write_atomic
 
 
 @dataclass
@@ -33,6 +36,10 @@ class Job:
             "status": "running",
             "parent": None if self.parent is None else str(self.parent),
             "parent_id": identity(self.parent),
+            "format": FORMAT,
+            "parents": {
+                key: fingerprints(path) for key, path in {"init_from": self.parent, **self.further}.items() if path
+            },
             "config": self.config,
             "commit": git_commit(),
             "environment": environment(),
@@ -69,7 +76,8 @@ class Job:
             return self.manifest["signal"]
         if "horizons" in self.manifest:  # a lengthened stage: the steps of each time that it was finished
             self.manifest["horizons"] = [*self.manifest["horizons"], self.manifest["steps"]]
-        write_manifest(self.stage_dir, self.manifest | {"status": "finished", "finished": now()})
+        own = {"fingerprints": fingerprints(self.stage_dir / "model") | {"data": data_fingerprint(self.config)}}
+        write_manifest(self.stage_dir, self.manifest | own | {"status": "finished", "finished": now()})
         return None
 
 
@@ -77,6 +85,23 @@ def identity(model: Path | None) -> str | None:
     """Return when the stage of a model/ folder was finished, to tell two trainings apart; None without run.json."""
     manifest = None if model is None else read_manifest(model.parent)
     return None if manifest is None else manifest.get("finished")
+
+
+def fingerprints(model: Path) -> dict[str, str | None]:
+    """Return what identifies the content of a model/ folder: SHA-256 of its weights and the tokenizer's own.
+
+    Of a folder without manifest.json, one of an older release, the weights are left out: that would take minutes.
+    """
+    from llm.checkpoint.content import read_content, weights_sum
+    from llm.tokenizer.bpe import META_FILE
+
+    found = {"tokenizer": (read_json(model / META_FILE) or {}).get("fingerprint")}
+    return found | ({"weights": weights_sum(model)} if read_content(model) else {})
+
+
+def data_fingerprint(config: dict) -> str:
+    """Return a SHA-256 over the selection of data in a resolved configuration."""
+    return hashlib.sha256(json.dumps(plain(config.get("data")), sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:

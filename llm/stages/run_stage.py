@@ -7,6 +7,7 @@ Everything a user can have got wrong is checked before the first step; a stage t
 a run.json that says so.
 """
 
+import contextlib
 import os
 import time
 import warnings
@@ -20,6 +21,7 @@ from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
+from llm.run.lock import one_writer
 from llm.run.mirror import fetch, mirrored
 from llm.run.stage_folder import RunDir, find_further
 from llm.stages.data_check import check_data
@@ -63,6 +65,44 @@ def runner(row: Stage):
 def work_on_stage(cfg: DictConfig, row: Stage) -> None:
     """Run the stage in this process, or launch one process per device and wait for them."""
     run = own_run(cfg, row)
+    with writer(cfg, row, run):
+        work_as_writer(cfg, row, run)
+
+
+def writer(cfg: DictConfig, row: Stage, run: RunDir) -> contextlib.AbstractContextManager:
+    """Return the lock of the stage folder, to be held by one process of the job; raises UserError on all where taken.
+
+    That is the process that the user started, on the first node, or rank 0 of a foreign launcher. A dry run needs none.
+    """
+    if cfg.dry_run:
+        return contextlib.nullcontext()
+    if not is_launched():
+        first = cfg.trainer.num_nodes == 1 or os.environ.get("NODE_RANK", "0") == "0"
+        return one_writer(run.path / row.name) if first else contextlib.nullcontext()
+    return one_writer_of_job(run.path / row.name, row.parallel)
+
+
+@contextlib.contextmanager
+def one_writer_of_job(stage_dir: Path, together: bool):
+    """Hold the lock in rank 0; the others (`together`: they take part) hear whether it was free."""
+    from llm.parallel import collectives
+
+    with contextlib.ExitStack() as stack:
+        taken = None
+        if collectives.is_main():
+            try:
+                stack.enter_context(one_writer(stage_dir))
+            except UserError as error:
+                taken = str(error)
+        if together:
+            taken = collectives.broadcast_object(taken)
+        if taken:
+            raise UserError(taken)
+        yield
+
+
+def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
+    """Check, launch or run the stage, the only one that writes its folder."""
     keep_old_defaults(cfg, run.manifest(row.name))
     config = OmegaConf.to_container(cfg, resolve=True)
     if not cfg.dry_run and is_finished(run, row.name, config, cfg):
@@ -234,6 +274,14 @@ def check_same_parents(job: Job) -> None:
     old = job.run.manifest(job.row.name)
     if old is None or job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
         return
+    for key, known in (old.get("parents") or {}).items():
+        present = job.manifest["parents"].get(key) or {}
+        for part, value in (known or {}).items():
+            if value is not None and present.get(part, value) != value:
+                raise UserError(
+                    f"{job.stage_dir} was begun from another {part} ({key}: fingerprint {value[:12]}, now "
+                    f"{str(present[part])[:12]}): put the old one back, or overwrite=true starts the stage again"
+                )
     before, now = known_parents(old), known_parents(job.manifest)
     for key, (path, known) in before.items():
         if now.get(key, (None, None))[1] != known:

@@ -13,6 +13,7 @@ from llm.config.said import knows_settings, said
 from llm.config.schema import VARIANTS
 from llm.config.stages import Stage
 from llm.errors import UserError
+from llm.run.formats import SHAPE
 from llm.run.stage_folder import RunDir, find_parent, stage_before
 from llm.utils.files import read_json
 
@@ -62,7 +63,10 @@ def shape_in(folder: Path) -> dict | None:
     content = read_json(folder / "config.json")
     ours = content.get("fathom") if isinstance(content, dict) else None
     shape = ours.get("model") if isinstance(ours, dict) else None
-    return shape if isinstance(shape, dict) and "n_layer" in shape else None
+    if not isinstance(shape, dict) or "n_layer" not in shape:
+        return None
+    SHAPE(shape, f"{folder / 'config.json'}: fathom.model")
+    return shape
 
 
 def set_model(cfg: Any, shape: dict) -> None:

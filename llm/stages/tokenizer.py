@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from llm.checkpoint.content import write_content
 from llm.data.documents import DocumentSource, texts
 from llm.data.sources import document_source
 from llm.stages.job import Job, show_config
@@ -46,6 +47,7 @@ def run(job: Job) -> dict | None:
     compression = write_compression(tokenizer, source, others, job.stage_dir)
     with replaced_folder(job.stage_dir / "model") as folder:
         tokenizer.save(folder)
+        write_content(folder)
     sizes = tokenizer.token_bytes()
     sizes = sizes[sizes > 0]
     derived = {

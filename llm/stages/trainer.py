@@ -10,7 +10,9 @@ from hydra.utils import instantiate
 from llm.config.check import shown
 from llm.config.stages import stage_row
 from llm.errors import BadLoss, UserError
-from llm.utils.files import read_json, write_json
+from llm.run.formats import ROLLBACKS as FORM
+from llm.run.formats import read_form
+from llm.utils.files import write_json
 
 ROLLBACKS = "rollbacks.json"
 
@@ -24,7 +26,7 @@ def fit(trainer, built, stage_dir: Path) -> None:
     step, path = collectives.broadcast_object(newest or (0, None))
     if path is not None:
         print(f"resuming at step {step} of {built.module.context.total_steps}", flush=True)
-    left_out = (read_json(stage_dir / ROLLBACKS) or {}).get("left_out", {})
+    left_out = (read_form(stage_dir / ROLLBACKS, FORM) or {}).get("left_out", {})
     built.data.left_out = left_out.get(str(step), 0)
     trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
 
@@ -37,7 +39,7 @@ def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
     from llm.checkpoint.resume import newest_checkpoint
     from llm.parallel import collectives
 
-    noted = collectives.broadcast_object(read_json(stage_dir / ROLLBACKS)) or {"count": 0, "left_out": {}}
+    noted = collectives.broadcast_object(read_form(stage_dir / ROLLBACKS, FORM)) or {"count": 0, "left_out": {}}
     if noted["count"] >= limit:
         raise UserError(f"{error}. It was rolled back {noted['count']} times before (watch.rollbacks={limit})")
     if collectives.is_main():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from llm.config.plugins import load_plugins
+from llm.config.trust import trust_command
 from llm.errors import UserError, system_problem
 from llm.parallel.env import begin, end, launched_rank
 from llm.utils.environment import keep_private, tune_process
@@ -31,6 +32,7 @@ def main() -> None:
     cfg = OmegaConf.create(json.loads(Path(config).read_text(encoding="utf-8")))
     OmegaConf.set_struct(cfg, True)
     try:
+        trust_command(cfg)
         load_plugins(cfg.plugins)
         run_stage(cfg)
     except Exception as error:

@@ -20,6 +20,7 @@ import tiktoken
 
 from llm.errors import UserError, reason_of
 from llm.tokenizer.hf_files import write_hf_tokenizer
+from llm.utils.files import parse_json
 
 # Order and position (after the merges) are those of nanochat.
 SPECIAL_TOKENS = (
@@ -299,7 +300,7 @@ def _read_file(path: Path) -> bytes:
 def _read_meta(path: Path) -> dict:
     """Return the content of fathom_tokenizer.json, checked. Raises UserError if it is damaged or of another version."""
     try:
-        meta = json.loads(_read_file(path))
+        meta = parse_json(_read_file(path), path)
         if not isinstance(meta, dict) or not all(isinstance(meta[k], str) for k in ("pattern", "fingerprint")):
             raise ValueError("pattern and fingerprint must be strings")
         version, specials = meta["format_version"], meta["special_tokens"]

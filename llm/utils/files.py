@@ -12,6 +12,9 @@ from typing import Any
 
 from llm.errors import UserError, reason_of
 
+MEND = "restore it, or delete it and run the stage again"
+MOST_BYTES = 1 << 26  # of a JSON file of a run: the largest real ones, eval.json with samples, have a few MB
+
 
 @contextmanager
 def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
@@ -103,19 +106,57 @@ def write_atomic(path: str | Path, text: str | bytes) -> None:
             temporary.unlink()
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, None if there is no file. Raises UserError if it is unreadable."""
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any] | None:
+    """Return the object in a JSON file of a run, None if there is no file. Raises UserError if it is unreadable.
+
+    The file may come from anybody: it is read up to `most_bytes`, and strictly (see `parse_json`).
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(most_bytes + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason_of(error, path)}") from error
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or delete it and run the stage again") from error
+    if len(content) > most_bytes:
+        raise UserError(f"{path} is larger than {most_bytes:,} bytes; {MEND}")
+    value = parse_json(content, path)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}; delete it and run again")
     return value
+
+
+def parse_json(content: bytes, path: str | Path) -> Any:
+    """Return the value of a JSON text, of standard JSON only: no NaN or infinity, no key twice, no deep nesting.
+
+    Raises UserError that names the file, for any content.
+    """
+    try:
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+        )
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} cannot be read ({reason}); {MEND}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:80]!r} stands there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> None:

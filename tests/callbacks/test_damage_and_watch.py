@@ -25,12 +25,19 @@ from llm.stages.step_module import StageContext, StepModule
 from llm.stages.trainer import roll_back
 
 
+def checkpoint_of(step: int, n: int = 3) -> dict:
+    """The parts of a checkpoint that a stage goes on from, with `n` weights."""
+    states = [{"state": {}, "param_groups": []}]
+    state = {"state_dict": {"w": torch.full((n,), float(step))}, "optimizer_states": states}
+    return state | {"StepData": {"positions": [None]}, "global_step": step, "loops": {}}
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Three checkpoints of one number each, steps 1 to 3."""
     writer = CheckpointWriter(keep=3)
     for step in (1, 2, 3):
-        writer.save_checkpoint({"w": torch.full((1000,), float(step))}, tmp_path / f"step_{step:06d}.ckpt")
+        writer.save_checkpoint(checkpoint_of(step, 1000), tmp_path / f"step_{step:06d}.ckpt")
     writer.finish()
     return tmp_path
 
@@ -54,7 +61,7 @@ def test_a_damaged_manifest_costs_a_warning_and_at_most_a_checkpoint(saved, text
     (saved / "manifest.json").write_text(text)
     step, _ = newest_checkpoint(saved)
     assert step == (2 if "bytes" in text else 3) and caplog.text
-    CheckpointWriter(3, False).save_checkpoint({"w": torch.zeros(3)}, saved / "step_000004.ckpt")
+    CheckpointWriter(3, False).save_checkpoint(checkpoint_of(4), saved / "step_000004.ckpt")
     assert newest_checkpoint(saved)[0] == 4 and "step_000004.ckpt" in json.loads((saved / "manifest.json").read_text())
 
 
@@ -356,3 +363,16 @@ def test_nothing_is_lost_when_trainings_are_killed(tmp_path):
     done = run(sys.executable, str(REPO / "tests" / "chaos.py"), "--kills", "8", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "| **all** |" in done.stdout
+
+
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "StepData", "global_step", "loops"])
+def test_a_readable_checkpoint_that_lacks_a_part_is_skipped(saved, part, caplog):
+    content = checkpoint_of(3)
+    del content[part]
+    CheckpointWriter(3, False).save_checkpoint(content, saved / "step_000003.ckpt")
+    assert newest_checkpoint(saved) == (2, saved / "step_000002.ckpt") and part in caplog.text
+
+
+def test_the_step_is_the_one_in_the_file(saved):
+    CheckpointWriter(3, False).save_checkpoint(checkpoint_of(2), saved / "step_000009.ckpt")
+    assert newest_checkpoint(saved)[0] == 2

@@ -119,6 +119,7 @@ def test_an_old_config_without_newer_options_computes_what_it_did(folder, net, t
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)
     _edit(copy / CONFIG_FILE, lambda content: content["fathom"].update(model=json.loads(OLD_MODEL)))
+    (copy / "manifest.json").unlink()  # older releases wrote none
     loaded, _ = load_model_folder(copy)
     ids = torch.arange(50)[None]
     assert torch.equal(loaded(ids), net(ids))
@@ -171,8 +172,8 @@ def _other_tokenizer(folder):
 
 DAMAGES = {
     "no folder": (shutil.rmtree, "config.json: cannot be read"),
-    "broken config": (lambda f: (f / CONFIG_FILE).write_text("{"), "config.json: not valid JSON"),
-    "binary config": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xff"), "config.json: not valid JSON"),
+    "broken config": (lambda f: (f / CONFIG_FILE).write_text("{"), "config.json cannot be read"),
+    "binary config": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xff"), "config.json cannot be read"),
     "foreign model": (_edit_config(lambda c: c.pop("fathom")), "no `fathom` section"),
     "newer format": (_edit_config(lambda c: c["fathom"].update(format_version=9)), "format_version 9"),
     "unknown arch": (_edit_config(lambda c: c["fathom"]["model"].update(arch="spiral")), "spiral"),

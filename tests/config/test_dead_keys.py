@@ -104,7 +104,7 @@ def attributes() -> set[tuple[str, str]]:
 ATTRIBUTES = attributes()
 YAML = "\n".join(path.read_text() for path in CONF.rglob("*.yaml"))
 # Read before there is a configuration, and by the processes of a training of several.
-ELSEWHERE = {"plugins"}
+ELSEWHERE = {"plugins", "trust"}
 
 
 @pytest.mark.parametrize("config_name", ENTRY_POINTS)

@@ -1,6 +1,7 @@
 """The table of stages: rows from outside, what follows from a row, and no stage's name anywhere else."""
 
 import ast
+import sys
 
 import pytest
 from conftest import REPO, compose
@@ -178,8 +179,8 @@ def test_a_stage_of_a_missing_plugin_is_shown_and_named(tmp_path, capsys):
     inspect(tmp_path / "demo")
     assert "demo/alien: finished" in capsys.readouterr().out
     assert find_stage(tmp_path, "demo").name == "sft"
-    assert "no module 'no_such_plugin'" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"plugins=\[no_such_plugin\]: no module"):
+    assert "trust=[no_such_plugin]" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"alien/run.json: config.plugins is 'no_such_plugin', .*trust="):
         find_stage(tmp_path, "demo", "alien")
     finish(tmp_path, "demo", "stray")
     with pytest.raises(UserError, match="stage=stray of run=demo is not in the table.*name the plugin"):
@@ -193,6 +194,10 @@ def test_the_plugins_of_a_run_are_imported_before_its_stage_is_looked_up(tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     finish(tmp_path / "runs", "demo", "sft")
     finish(tmp_path / "runs", "demo", "polish", plugins=["polish_plugin"])
+    with pytest.raises(UserError, match="code of somebody's own"):
+        find_stage(tmp_path / "runs", "demo", "polish")
+    assert "polish_plugin" not in sys.modules
+    monkeypatch.setattr("llm.config.trust._trusted", {"polish_plugin"})
     assert find_stage(tmp_path / "runs", "demo").name == "polish"
 
 

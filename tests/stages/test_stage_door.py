@@ -67,12 +67,12 @@ def test_pretraining_continues_the_network_of_its_parent_where_the_row_says_so(f
     assert not all(torch.equal(built[name], value) for name, value in fresh.items())
 
 
-def test_it_is_evaluated_and_served_without_naming_the_plugin_again(folder):
-    succeeds(folder, "evaluate.py", "run=tiny", "stage=anneal", "eval=[bpb]", "eval.tokens=1024")
+def test_it_is_evaluated_and_served_where_the_command_names_the_plugin(folder):
+    succeeds(folder, "evaluate.py", "run=tiny", "stage=anneal", "plugins=[my_stage]", "eval=[bpb]", "eval.tokens=1024")
     scores = json.loads((folder / "runs/tiny/anneal/eval.json").read_text())
     logged = json.loads((folder / "runs/tiny/anneal/run.json").read_text())["metrics"]["bpb"]
     assert scores["bpb"] == pytest.approx(logged, rel=0.02)  # bf16, other micro-batches
-    answer = succeeds(folder, "serve.py", "run=tiny", "prompt=The red fox", "max_new_tokens=4")
+    answer = succeeds(folder, "serve.py", "run=tiny", "trust=[my_stage]", "prompt=The red fox", "max_new_tokens=4")
     assert answer.stdout.strip() and "base model" in answer.stderr
 
 
@@ -88,6 +88,9 @@ def test_without_the_plugin_the_stage_is_named_with_a_hint(folder):
     environment = {"PYTHONPATH": str(REPO)}  # and not the folder that holds my_stage
     other = folder / "elsewhere"
     other.mkdir(exist_ok=True)
-    served = run_cli("serve.py", f"paths.runs={folder}/runs", "run=tiny", "stage=anneal", cwd=other, **environment)
+    command = ("serve.py", f"paths.runs={folder}/runs", "run=tiny", "stage=anneal")
+    served = run_cli(*command, cwd=other, **environment)
+    assert served.returncode == 2 and "trust=[my_stage]" in served.stderr
+    served = run_cli(*command, "trust=[my_stage]", cwd=other, **environment)
     assert served.returncode == 2 and "plugins=[my_stage]: no module 'my_stage'" in served.stderr
     assert os.listdir(other) == []

@@ -1,0 +1,69 @@
+"""The content of a model/ folder, `manifest.json`: size, SHA-256 and a fast hash of every file.
+
+SHA-256 is computed once, when the folder is written, and identifies the weights: run.json keeps it. The fast hash
+(xxHash, several GB/s) is compared on every loading, so that a flipped bit is found.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from llm.errors import UserError
+from llm.run.formats import CHECKSUMS, read_form
+from llm.utils.files import write_json
+
+CONTENT = "manifest.json"
+WEIGHTS = "model.safetensors"
+CHUNK = 1 << 22
+
+
+def write_content(folder: Path) -> None:
+    """Write manifest.json over the other files of a folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CONTENT)
+    write_json(folder / CONTENT, {path.name: _sums(path, full=True) for path in files})
+
+
+def read_content(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return manifest.json of a model/ folder; {} for one of an older release or another program."""
+    return read_form(folder / CONTENT, CHECKSUMS) or {}
+
+
+def wrong_file(folder: Path) -> str | None:
+    """Say in words which file of a model/ folder is not as it was written; None if all are, or none is listed."""
+    for name, listed in read_content(folder).items():
+        path = folder / name
+        if Path(name).name != name:
+            return f"{name[:80]!r} in {CONTENT} is no file of this folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != listed.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes instead of {listed.get('bytes')}"
+        if _sums(path, full=False)["xxh3"] != listed.get("xxh3"):
+            return f"{name} is not what was written (its checksum is wrong)"
+    return None
+
+
+def check_content(folder: Path) -> None:
+    """Raise UserError where a file of a model/ folder has changed since it was written."""
+    if (problem := wrong_file(folder)) is not None:
+        raise UserError(f"{folder}: {problem}; copy the folder again, or train the stage again")
+
+
+def weights_sum(folder: Path) -> str | None:
+    """Return the SHA-256 of the weights in a model/ folder: by its manifest, else of the file; None without weights."""
+    if (listed := read_content(folder).get(WEIGHTS)) is not None:
+        return listed.get("sha256")
+    return _sums(folder / WEIGHTS, full=True)["sha256"] if (folder / WEIGHTS).is_file() else None
+
+
+def _sums(path: Path, full: bool) -> dict[str, Any]:
+    fast, slow, size = xxhash.xxh3_64(), hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            fast.update(chunk)
+            size += len(chunk)
+            if full:
+                slow.update(chunk)
+    return {"bytes": size, "xxh3": fast.hexdigest()} | ({"sha256": slow.hexdigest()} if full else {})

@@ -1,0 +1,146 @@
+"""Forms of the files of a run: run.json, eval.json, and the small notes. They may come from anybody.
+
+Values that are used anywhere have a type and a range here; unknown keys pass, as a later release may write more.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from llm.utils.files import read_json
+from llm.utils.shapes import Kind, anything, either, listing, mapping, maybe, one_of, real, text, truth, whole
+
+FORMAT = 1  # of run.json and of checkpoints: a release reads its own number and all lower ones
+
+_scalar = maybe(either(truth, text, real()))
+_number = maybe(real())
+_group = maybe(mapping())
+_numbers = maybe(mapping(others=maybe(either(real(), text, anything))))
+_entry = maybe(mapping(others=_group))
+
+CONFIG = mapping(
+    {
+        **dict.fromkeys("stage model arch optim batch precision trainer strategy paths watch estimate".split(), _group),
+        "data": maybe(mapping({"tasks": _entry, "mixture": _entry, "sources": _entry, "eval": maybe(listing(text))})),
+        "callbacks": _group,
+        "logger": _group,
+        "plugins": maybe(listing(text, (0, 1000))),
+        "trust": maybe(listing(text, (0, 1000))),
+    }
+)
+
+_task_of_data = mapping({"type": text, "source": text}, needs=("type", "source"))
+# What an evaluation needs of the configuration.
+EVALUATED = mapping(
+    {
+        "seed": whole(),
+        "stage": mapping({"train_on": maybe(one_of("assistant", "all"))}),
+        "trainer": mapping({"accelerator": text}, needs=("accelerator",)),
+        "precision": mapping({"compute": one_of("auto", "fp32", "bf16", "fp16")}, needs=("compute",)),
+        "data": mapping(
+            {
+                "name": text,
+                "tasks": mapping(others=_task_of_data),
+                "mixture": mapping(others=maybe(mapping(others=maybe(real(0, 1e9))))),
+                "eval": listing(text),
+            },
+            needs=("name", "tasks", "mixture", "eval"),
+        ),
+    },
+    needs=("seed", "stage", "data", "trainer", "precision"),
+)
+
+RUN = mapping(
+    {
+        "format": whole(1, FORMAT),
+        "stage": text,
+        "status": one_of("running", "interrupted", "finished"),
+        "parent": maybe(text),
+        "parent_id": maybe(text),
+        "further": maybe(mapping(others=listing(maybe(text), (2, 2)))),
+        "fingerprints": maybe(mapping(others=maybe(text))),
+        "parents": maybe(mapping(others=maybe(mapping(others=maybe(text))))),
+        "config": maybe(CONFIG),
+        "commit": maybe(text),
+        "environment": _group,
+        "version": maybe(text),
+        "started": maybe(text),
+        "finished": maybe(text),
+        "seconds": maybe(real(0)),
+        "steps": maybe(whole()),
+        "tokens": maybe(real(0)),
+        "flops": maybe(real(0)),
+        "signal": maybe(whole(0, 255)),
+        "horizons": maybe(listing(whole())),
+        "metrics": maybe(mapping(others=_scalar)),
+        "derived": maybe(mapping(others=_scalar)),
+        "weights": maybe(mapping({"step": whole(), "bpb": _number})),
+        "data": maybe(mapping({"held_out_text": maybe(text)})),
+    }
+)
+
+_task = mapping({"accuracy": _number, "stderr": _number, "n": maybe(whole()), "subjects": _entry}, needs=("accuracy",))
+_sample = mapping({"prompt": text, "completion": text}, needs=("prompt", "completion"))
+_scored = mapping(
+    {"data": maybe(text), "source": maybe(text), "tokens": maybe(whole()), "fingerprint": maybe(text)}
+    | {"text": maybe(text)}
+)
+_scores: dict[str, Kind] = {
+    **dict.fromkeys(("bpb", "bpb_text", "chatcore", "core"), _number),
+    "chat": maybe(mapping(others=_task)),
+    "core_tasks": maybe(mapping(others=mapping({"accuracy": _number, "centered": _number, "stderr": _number}))),
+    "lm_eval": maybe(mapping(others=mapping(others=_scalar))),
+    "samples": maybe(listing(_sample)),
+    "scored": maybe(mapping(others=_scored)),
+    "judges": maybe(mapping(others=mapping())),
+    "model": text,
+    "seq_len": whole(1),
+}
+SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores)))})
+BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
+ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
+CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}))
+
+_factor = real(-1e6, 1e6)
+# What a saved shape may be: limits far above any model, so that a wrong number fills no memory before it is noticed.
+SHAPE = mapping(
+    {
+        "n_layer": whole(1, 10_000),
+        **dict.fromkeys(("n_head", "n_kv_head"), whole(1, 1 << 16)),
+        "head_dim": whole(2, 1 << 16),
+        "n_embd": whole(1, 1 << 20),
+        "seq_len": whole(1, 1 << 24),
+        "vocab_size": whole(1, 1 << 24),
+        "vocab_multiple": whole(1, 1 << 16),
+        "arch": text,
+        "rope_base": real(1e-6, 1e15),
+        "rope_scaling": maybe(text),
+        "rope_original": maybe(whole(1, 1 << 24)),
+        "softcap": maybe(real(1e-6, 1e9)),
+        "qk_scale": _factor,
+        "window_pattern": text,
+        "window_divisor": whole(1, 1 << 24),
+        **dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout", "tied"), truth),
+        "gate_channels": whole(1, 1 << 20),
+        "gate_range": _factor,
+        "bos_id": maybe(whole(0, 1 << 24)),
+        **dict.fromkeys(("resid_init", "x0_init"), listing(_factor, (2, 2))),
+        **dict.fromkeys(("backout_init", "gate_init", "embedding_std", "head_std", "fc_scale"), _factor),
+    },
+    needs=("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len", "vocab_size"),
+)
+
+
+def read_form(path: str | Path, form: Kind) -> dict[str, Any] | None:
+    """Return the object in a JSON file of a run, checked; None if there is no file.
+
+    Raises UserError in one line that names the file and the key.
+    """
+    value = read_json(Path(path))
+    if value is not None:
+        form(value, str(path))
+    return value
+
+
+def read_scores(stage_dir: str | Path) -> dict[str, Any]:
+    """Return eval.json of a stage folder; {} if nothing was measured. Raises UserError for a wrong one."""
+    return read_form(Path(stage_dir) / "eval.json", SCORES) or {}
