@@ -8,6 +8,7 @@ from llm.data.embedded import rows as embedded_rows
 from llm.errors import UserError
 from llm.tokenizer.chat_format import PART_MARKS, content_text
 
+UNSURE = ("timeout", "killed")  # verdicts that a busy machine may give to a right answer
 KINDS = ("categorical", "generative", "chat")
 CHAT_KEYS = ("fields", "roles", "ignore", "merge_neighbours", "empty_answers", "false_labels")  # of a task's config
 BESIDE_QUESTION = ("system", "system_prompt", "context", "passage", "history", "input", "tools", "functions")
@@ -131,18 +132,23 @@ class Task:
         return sum(not self.is_scored(self.rows[i]) for i in self.indices)
 
     @classmethod
-    def check_reference(cls, row: dict, where: str) -> None:
-        """Raise UserError for a row whose own answer is not marked right: no answer could ever be."""
+    def check_reference(cls, row: dict, where: str, surely: bool = False) -> None:
+        """Raise UserError for a row whose own answer is not marked right: no answer could ever be.
+
+        surely: pass over an answer that cannot be judged here and now, such as a program that took too long.
+        """
         if cls.evaluate is Task.evaluate and cls.verdicts is Task.verdicts:
             return  # it is scored elsewhere, for one by stage.reward
         task = cls([row], where)
         try:
             conversation = task[0]
             answer = content_text(conversation["messages"][-1]["content"])
-            right = task.verdicts([conversation], [answer]) == ["pass"]
+            (verdict,) = task.verdicts([conversation], [answer])
         except Exception as error:  # code of any kind, written for any rows
+            if surely:
+                return
             raise UserError(f"{where}: its answer cannot be judged ({type(error).__name__}: {error})") from error
-        if not right:
+        if verdict != "pass" and not (surely and verdict in UNSURE):
             raise UserError(
                 f"{where}: its own answer, {shortened(answer)}, is not marked right by {cls.__name__}, so no answer "
                 "ever could be: mend the answer or leave the row out"

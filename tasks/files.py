@@ -129,7 +129,8 @@ class FileRows(Sequence):
     Rows of plain json lines stay in their files. Those of other formats are kept in a temporary file without a
     name, which is as large as the rows and goes with the process. check: reads rows and notes those that are left
     out; limit: only the first rows; wanted: only the rows with these numbers, counted from 0 through all files, the
-    others are not checked; encoding: of files of text. skipped: number of rows left out, by reason. Raises
+    others are not checked; encoding: of files of text. skipped: number of rows left out, by reason; bad and problems:
+    those of `check`, by file. Raises
     UserError for files without rows or that cannot be read, and for all bad rows together unless `check` skips
     them.
     """
@@ -155,7 +156,7 @@ class FileRows(Sequence):
             if not self._scan(path, limit):
                 raise UserError(f"{check.key}: {path}: the file holds no rows")
         check.finish(len(self))
-        self.skipped = dict(check.skipped)
+        self.skipped, self.bad, self.problems = dict(check.skipped), check.bad, check.problems
         if self._kept is not None:
             self._kept.flush()
 
@@ -205,6 +206,11 @@ class FileRows(Sequence):
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    def by_file(self) -> dict[str, range]:
+        """Return the rows of each file that was read."""
+        ends = [*self._starts[1:], len(self)]
+        return {str(file): range(*part) for file, *part in zip(self._files, self._starts, ends, strict=False)}
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]

@@ -177,7 +177,8 @@ class HubRows(Sequence):
     """The rows of a split in the order of `shuffle_seed` (None: as published), each checked when it is read.
 
     The order is that of `datasets.Dataset.shuffle(seed)`. The first `CHECKED` rows, of the first `limit`, are checked
-    here; all, where `check` may leave rows out. skipped: number of rows left out, by reason.
+    here; all, where `check` may leave rows out. skipped: number of rows left out, by reason; bad and problems: those of
+    `check`.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class HubRows(Sequence):
                 kept.append(i)
         check.finish(len(kept))
         self._order = order[kept] if check.may_skip else order
-        self.skipped = dict(check.skipped)
+        self.skipped, self.bad, self.problems = dict(check.skipped), check.bad, check.problems
 
     def __len__(self) -> int:
         return len(self._order)

@@ -30,7 +30,17 @@ def program(row: dict, completion: str) -> Program:
     if not re.search(rf"\bdef\s+{re.escape(row['entry_point'])}\b", code):
         code = row["prompt"] + code
     imports = [line for line in row["prompt"].splitlines() if line.startswith(("import ", "from "))]
-    return Program("\n".join([*imports, "", code]), row["entry_point"], row["test"], setup=row["prompt"])
+    return Program("\n".join([*imports, "", code]), row["entry_point"], row["test"], setup=with_body(row["prompt"]))
+
+
+def with_body(prompt: str) -> str:
+    """Return a prompt as a program of its own: one that ends with a signature, without docstring, gets a body."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an invalid escape, for one
+            ast.parse(prompt)
+    except SyntaxError:
+        return f"{prompt.rstrip()}\n    pass\n"
+    return prompt
 
 
 def defined_names(code: str, where: str) -> set[str]:

@@ -14,7 +14,7 @@ from tasks.columns import ColumnReader, Columns
 from tasks.files import FileRows, count_rows, existing, find_files, is_web, named_for, read_words
 from tasks.hub import Cache, HubRows, HubTask
 from tasks.mixture import Mixture
-from tasks.rows import RowCheck
+from tasks.rows import FirstAnswers, RowCheck
 from tasks.slices import cut, is_share, share_out
 from tasks.spelling import words_of_split
 
@@ -190,7 +190,10 @@ def _row_task(
         return task(task.generate(spec["source"], split, _size(task, spec, split), **options), name, stop=limit)
     reader = task.row_reader(spec, key)
     reader = reader if columns is None else ColumnReader(columns, reader)
-    check = RowCheck(f"{key}.{split}", reader, partial(task.check, split=split), bad_rows)
+    check = partial(task.check, split=split)
+    if task.judges_slowly and spec["source"] == "local" and bad_rows == "stop":  # rows left out must not depend on time
+        check = FirstAnswers(task, check)
+    check = RowCheck(f"{key}.{split}", reader, check, bad_rows)
     rows = (_hub_rows if spec["source"] == "hub" else _local_rows)(name, spec, split, check, cache)
     return task(rows, name, stop=limit)
 

@@ -147,9 +147,12 @@ def takes_turns(row: Any) -> bool:
         return False
     before = None
     for message in messages:
-        if not _is_plain(message) or message["role"] == before or not message["content"][:1].isalnum():
+        if not _is_plain(message):
             return False
-        before = message["role"]
+        role = message["role"]
+        if role == before or not message["content"][:1].isalnum():
+            return False
+        before = role
     return True
 
 

@@ -1,22 +1,45 @@
 """The rows of a task as a sequence: each read and checked once, bad ones told together, some left out and counted."""
 
+import math
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain, islice
 from pathlib import Path
 
-from llm.data.records import SHOWN
+from llm.data.records import LISTED, SHOWN
 from llm.errors import UserError
-from tasks.base import Dropped, RowReader
+from tasks.base import Dropped, RowReader, Task
 
+FIRST, SECONDS = 20, 2.0  # own answers that are judged at the start, where judging is slow
 Check = Callable[[dict, str], None]
 
 
 class BadRows(UserError):
-    """Raised for rows that cannot be used, with their number in `count`."""
+    """Raised for rows that cannot be used. bad: their number by file; problems: the first of each file, in words."""
 
-    def __init__(self, text: str, count: int) -> None:
+    def __init__(self, text: str, problems: Mapping[str, list[str]], bad: Mapping[str, int]) -> None:
         super().__init__(text)
-        self.count = count
+        self.problems, self.bad = problems, bad
+
+
+class FirstAnswers:
+    """Check of rows that also judges the first own answers, of a type of task that judges too slowly for all of them.
+
+    At most FIRST rows, and none that begins later than SECONDS after the first.
+    """
+
+    def __init__(self, task: type[Task], check: Check) -> None:
+        self._task, self._check, self._judged, self._end = task, check, 0, math.inf
+
+    def __call__(self, row: dict, where: str) -> None:
+        self._check(row, where)
+        if self._judged >= FIRST or time.monotonic() > self._end or not self._task.is_scored(row):
+            return
+        if not self._judged:
+            self._end = time.monotonic() + SECONDS
+        self._judged += 1
+        self._task.check_reference(row, where, surely=True)
 
 
 class RowCheck:
@@ -24,7 +47,8 @@ class RowCheck:
 
     key: place in the configuration that names the rows, such as data.tasks.chat.train; all errors begin with it.
     reader: turns what a file holds into a row; check(row, where): raises `UserError` for one that the type of the task
-    cannot use; bad_rows: "stop" or "skip". skipped: number of rows left out so far, by reason.
+    cannot use; bad_rows: "stop" or "skip". skipped: number of rows left out so far, by reason. bad: number of bad rows
+    so far, by file; problems: the first LISTED of each file, in words.
     """
 
     def __init__(self, key: str, reader: RowReader, check: Check, bad_rows: str = "stop") -> None:
@@ -33,8 +57,9 @@ class RowCheck:
         self.key = key
         self.skipped: Counter[str] = Counter()
         self._reader, self._check, self._skips = reader, check, bad_rows == "skip"
-        self._problems: list[tuple[str, int, str]] = []  # file, row number and problem of the first bad rows
-        self._bad = 0
+        self.problems: dict[str, list[str]] = {}
+        self.bad: Counter[str] = Counter()
+        self._told: dict[tuple[str, str], int] = {}  # file and problem -> its first row
 
     @property
     def may_skip(self) -> bool:
@@ -68,33 +93,31 @@ class RowCheck:
         except UserError as error:
             if self._skips:
                 self.skipped[f"bad rows of {Path(str(file)).name}"] += 1
-            if self._bad < SHOWN:
-                problem = str(error).removeprefix(f"{self.where(file, number)}: ")
-                self._problems.append((str(file), number, problem))
-            self._bad += 1
+            self._note(str(file), number, str(error).removeprefix(f"{self.where(file, number)}: "))
         return False
+
+    def _note(self, file: str, number: int, problem: str) -> None:
+        """Count a bad row and keep it with its problem; one that came before is told by its row."""
+        self.bad[file] += 1
+        if self.bad[file] <= LISTED:
+            first = self._told.setdefault((file, problem), number)
+            told = problem if first == number else f"as row {first}"
+            self.problems.setdefault(file, []).append(f"{file} row {number}: {told}")
 
     def finish(self, kept: int) -> None:
         """Raise UserError for bad rows, unless they are skipped, and where no row is left; print what was left out."""
-        listed = list(self._lines())
-        if self._bad and not self._skips:
-            if self._bad == 1:
-                raise BadRows(f"{self.key}: {listed[0]}", 1)
-            more = [f"and {self._bad - SHOWN:,} more"] if self._bad > SHOWN else []
-            head = f"{self.key}: {self._bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
-            raise BadRows("\n  ".join([head, *listed, *more]), self._bad)
+        listed, bad = list(islice(chain(*self.problems.values()), SHOWN)), self.bad.total()
+        if bad and not self._skips:
+            more = [f"and {bad - SHOWN:,} more, which stage=check lists"] if bad > SHOWN else []
+            head = f"{bad:,} rows cannot be used; correct them, or leave them out: data.bad_rows=skip"
+            text = listed[0] if bad == 1 else "\n  ".join([head, *listed, *more])
+            raise BadRows(f"{self.key}: {text}", self.problems, self.bad)
         if self.skipped and not kept:
             first = f"; the first: {listed[0]}" if listed else ""
-            raise UserError(f"{self.key}: no row is left ({describe(self.skipped)}){first}")
+            text = f"{self.key}: no row is left ({describe(self.skipped)}){first}"
+            raise BadRows(text, self.problems, self.bad) if bad else UserError(text)
         if self.skipped:
             print(f"{self.key}: {kept:,} rows, left out: {describe(self.skipped)}", flush=True)
-
-    def _lines(self) -> Iterator[str]:
-        """Yield the first bad rows; a problem that came before is told by its row."""
-        seen: dict[tuple[str, str], int] = {}
-        for file, number, problem in self._problems:
-            first = seen.setdefault((file, problem), number)
-            yield f"{file} row {number}: {problem if first == number else f'as row {first}'}"
 
 
 def describe(skipped: Mapping[str, int]) -> str:

@@ -85,14 +85,14 @@ class MixtureConfig:
 
 @dataclass
 class SourceSpec:
-    """One source of `data.sources`: files of this machine (path) or of the hub (repo)."""
+    """One source of `data.sources`: files at a path or address (path), or a data set on the hub (repo)."""
 
     weight: float = field(
         default=1.0,
         metadata={"help": "share of the characters, relative to the weights of the other sources", "low": 0},
     )
     path: str | None = field(
-        default=None, metadata={"help": "folder, file or pattern of text in any format of docs/data.md"}
+        default=None, metadata={"help": "folder, file, pattern or address of text in any format of docs/data.md"}
     )
     train: Any = field(default=None, metadata={"help": "text to train on: a path, a pattern or a list, before path"})
     val: Any = field(default=None, metadata={"help": "text that validates: a path, a pattern or a list"})
@@ -131,7 +131,7 @@ class DataConfig:
 
     name: str = key("where text comes from", choices=TEXT_SOURCES, fixed=True)
     path: str | None = key(
-        "folder, file or pattern of text in any format of docs/data.md (data=local), or of tokens (data=tokens)",
+        "folder, file, pattern or address of text in any format of docs/data.md (data=local), or of tokens",
         main=True,
     )
     train: Any = key("text to train on: a path, a pattern or a list, instead of data.path; null = by file names")
@@ -166,6 +166,12 @@ class DataConfig:
     end_of_text: int | None = key(
         "id between documents in token files of others (data=tokens); null = the first behind the tokenizer's tokens",
         low=0,
+    )
+    near_duplicates: float | None = key(
+        "drop training documents whose share of runs of five words with an earlier or a held-out document is at least "
+        "so large, such as 0.8 (extra: dedup); null = read every document",
+        low=0.5,
+        high=1,
     )
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0)

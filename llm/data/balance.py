@@ -13,12 +13,14 @@ for a place when training ends. Beside them, `padded` positions of rows hold not
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from typing import Any
 
 from llm.utils.format import amount, percent
 
 CUT_ANSWERS = 0.05  # share of cut answers above which a stage warns
 ANSWERS = "answers and conversations"  # what reinforcement learning reads
+SHOWN_FILES = 5  # with near-duplicates, in a line
 FEW_STEPS = 30  # a horizon of fewer steps teaches next to nothing: warned of
 
 
@@ -89,13 +91,20 @@ class Reading:
         """Bad rows that have been left out of the files so far, by cause."""
         return skipped_rows(self.parts)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Near-duplicates that training leaves out, by file."""
+        found = (getattr(part, "left_out", None) or {} for part in self.parts)
+        return {name: count for counts in found for name, count in counts.items()}
+
     def to_dict(self, read: Balance | None = None) -> dict[str, Any]:
         """Return the block for run.json; `read`: the balance of all ranks when training ends."""
         block = {"unit": self.unit, **self.facts}
         block |= {} if self.expected is None else {"expected_of": self.sample}
         balances = {"expected": self.expected, "read": read}
         block |= {name: balance.to_dict() for name, balance in balances.items() if balance is not None}
-        return block | ({"skipped": self.skipped} if self.skipped else {})
+        rows = {"skipped": self.skipped, "near_duplicates": self.left_out}
+        return block | {name: counts for name, counts in rows.items() if counts}
 
     def start_lines(self) -> list[str]:
         """Return the lines for the start of the stage: the expected balance, rows left out, and warnings."""
@@ -111,6 +120,11 @@ class Reading:
         if self.skipped:
             rows = ", ".join(f"{number:,} {cause}" for cause, number in self.skipped.items())
             lines.append(f"data: rows left out of the files: {rows}")
+        if self.left_out:
+            first = ", ".join(f"{number:,} of {name}" for name, number in islice(self.left_out.items(), SHOWN_FILES))
+            more = f" and of {len(self.left_out) - SHOWN_FILES} more files" if len(self.left_out) > SHOWN_FILES else ""
+            total_rows = sum(self.left_out.values())
+            lines.append(f"data: dropped as near-duplicates: {total_rows:,} documents, {first}{more}")
         return lines
 
 

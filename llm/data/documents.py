@@ -7,11 +7,14 @@ before it, over all ranks and epochs, empty ones not counted). For a while after
 says what was `consumed` before. It knows nothing of threads or batch sizes.
 """
 
+import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +29,8 @@ from llm.errors import BadData, UserError
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most
+ID_CHARS = 1 << 24  # characters that tell one text from another: read in a fifth of a second
+SCAN_BYTES_STORE = 1 << 24  # so many where the files lie in a store
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
 
 Cursor = dict[str, Any]
@@ -56,6 +61,18 @@ def texts(source: DocumentSource, split: str = "train") -> Iterator[str]:
 def gives_ids(source: DocumentSource) -> bool:
     """Return whether a source gives token ids (n,) int32 that begin with BOS, in the place of text."""
     return getattr(source, "gives_ids", False)
+
+
+def text_id(source: DocumentSource, split: str = "val") -> str:
+    """Return a digest of the first ID_CHARS characters of a split: another one means another text."""
+    digest, left = hashlib.sha256(), ID_CHARS
+    for text in texts(source, split):
+        data = text[:left].encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+        left -= len(text)
+        if left <= 0:
+            break
+    return digest.hexdigest()[:16]
 
 
 class Consumed:
@@ -158,6 +175,7 @@ class FileDocuments:
 
     is_stored = True  # the files are on this machine
     is_cached = True  # data.token_cache may keep the tokens: a change of the files is noticed
+    near_duplicates = None  # llm.data.near_duplicates.NearDuplicates, or None: training reads every document
     shuffle = None  # llm.data.shuffle.Shuffle, or None: training reads the documents in the order of the files
 
     def __init__(
@@ -196,11 +214,18 @@ class FileDocuments:
 
     def in_order(self, split: str, cursor: Cursor | None = None, loop: bool = True) -> Iterator[tuple[str, Cursor]]:
         """Yield the documents of all ranks, each with the cursor behind it."""
-        shards = self.shards(split)
-        where = f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
+        shards, rows = self.shards(split), self._rows
+        if split == "train" and self.near_duplicates is not None:
+            rows = self._kept
+        where = self._place(split)
         if self.shuffle is not None and split == "train" and loop:  # a single pass keeps the order
-            return self.shuffle.in_order(shards, self._rows, cursor, loop, where)
-        return in_order(shards, self._rows, cursor, loop, where)
+            return self.shuffle.in_order(shards, rows, cursor, loop, where)
+        return in_order(shards, rows, cursor, loop, where)
+
+    def _place(self, split: str) -> str:
+        """Return the beginning of messages about a split."""
+        shards = self.shards(split)
+        return f"{self.where} ({split} split{': ' + shards[0].path.name if len(shards) == 1 else ''})"
 
     def iterate(
         self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
@@ -222,9 +247,7 @@ class FileDocuments:
         seen = self.files if self.is_stored else ends  # far away every look costs a request
         for path in seen:
             check_file(path, self.column)
-        if not self.is_stored:
-            self.note = "; ".join(filter(None, [self.note, _unread(len(self.files), len(self.files))]))
-        elif int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
+        if int(os.environ.get("RANK", 0)) == 0:  # the other processes would find the same
             self._scan()
         self._find_documents()
         kinds, count = sorted({format_of(path).kind for path in seen}), len(self.files)
@@ -239,12 +262,13 @@ class FileDocuments:
         return "".join(f"; {note}" for note in notes if note)
 
     def _scan(self) -> None:
-        """Read the rows once, as far as SCAN_BYTES and SCAN_SECONDS reach; note what was not read.
+        """Read the rows once, as far as the limits of SCAN_* reach; note what was not read.
 
         Raises UserError that names the bad ones, if they are not to be skipped.
         """
         bad: list[BadRow] = []
-        small = sum(path.stat().st_size for path in self.files) <= SCAN_BYTES
+        limit = SCAN_BYTES if self.is_stored else SCAN_BYTES_STORE
+        small = sum(path.stat().st_size for path in self.files) <= limit
         end = time.monotonic() + SCAN_SECONDS if small else 0.0
         whole = sum(1 for _ in takewhile(lambda path: self._scan_file(path, end, bad), self.files))
         if bad and self.bad_rows == "stop":
@@ -274,12 +298,25 @@ class FileDocuments:
     def _find_documents(self) -> None:
         """Raise UserError if a split has no document."""
         for split in ("train", "val"):
-            next(self.in_order(split, loop=False))
+            next(in_order(self.shards(split), self._rows, None, False, self._place(split)))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Near-duplicates that training leaves out, by file; they are looked for if they have not been yet."""
+        return {} if self.near_duplicates is None else self.near_duplicates.by_file(self)
+
+    def stamp(self, path: Path) -> tuple:
+        """Return what changes with a file: its name, its size and the time of its last change."""
+        return str(path.resolve()), *(_stamp(path) or (path.stat().st_size,))
 
     def name_of(self, path: Path) -> str:
         """Return the name of a file below the data folder, its whole path where two files have one name."""
         name = self.names.get(path, path.name)
-        return name if sum(self.names.get(other, other.name) == name for other in self.files) == 1 else str(path)
+        return name if self._name_counts[name] == 1 else str(path)
+
+    @cached_property
+    def _name_counts(self) -> Counter:
+        return Counter(self.names.get(path, path.name) for path in self.files)
 
     def size_of(self, path: Path) -> int:
         """Return the bytes of a file."""
@@ -346,6 +383,16 @@ class FileDocuments:
             yield text
         if _stamp(path, now=True) != began:
             raise _changed(path)
+
+    def _kept(self, shard: Shard, start: int) -> Iterator[str | None]:
+        """Yield rows `start`.. of a training shard; None in the place of near-duplicates too."""
+        left_out = self.near_duplicates.rows(self, shard)
+        waiting = iter(left_out[left_out >= start].tolist())
+        skipped = next(waiting, None)
+        for number, text in enumerate(self._rows(shard, start), start=start):
+            if number == skipped:
+                text, skipped = None, next(waiting, None)
+            yield text
 
 
 class LocalDocuments(FileDocuments):
@@ -419,39 +466,3 @@ def _unread(unread: int, count: int) -> str:
 def _named(files: Sequence[Path]) -> str:
     """Return the name of a file, or the number of several."""
     return files[0].name if len(files) == 1 else f"{len(files)} files"
-
-
-class EmbeddedDocuments:
-    """Documents of the generated world of llm.data.embedded: `size` to train on and `val_size` to validate."""
-
-    def __init__(self, size: int, seed: int = 42, val_size: int | None = None) -> None:
-        val_size = max(1, size // 20) if val_size is None else val_size
-        if size < 1 or val_size < 1:
-            raise UserError(f"data.size={size}, data.val_size={val_size}: both must be at least 1")
-        self.seed, self._sizes = seed, {"train": size, "val": val_size}
-
-    def shards(self, split: str) -> list[str]:
-        """Return the one shard of a split, its name. Raises ValueError for an unknown split."""
-        if split not in self._sizes:
-            raise ValueError(f"split={split!r}: must be one of {list(self._sizes)}")
-        return [split]
-
-    def iterate(
-        self, split: str, cursor: Cursor | None = None, rank: int = 0, world: int = 1, loop: bool = True
-    ) -> Iterator[tuple[str, Cursor]]:
-        """Yield this rank's documents from `cursor` on, each with the cursor behind it."""
-        return walk(self.shards(split), self._rows, cursor, rank, world, loop, "data=embedded")
-
-    def __len__(self) -> int:
-        return self._sizes["train"]
-
-    def check(self) -> str:
-        """Return one line on what is read and held out."""
-        return (
-            f"{self._sizes['train']:,} generated documents, seed {self.seed}; validation: {self._sizes['val']:,} others"
-        )
-
-    def _rows(self, split: str, start: int) -> Iterator[str]:
-        from llm.data.embedded import documents
-
-        return documents({"train": "train", "val": "test"}[split], self._sizes[split], self.seed, start)

@@ -16,6 +16,7 @@ from llm.data.records import (
     READ_ROWS,
     BadRow,
     arrow_batches,
+    count_lines,
     damage,
     is_json_lines,
     lines,
@@ -33,6 +34,7 @@ READ_BYTES = 1 << 26  # parquet: bytes decoded at a time, where rows are long
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
 TXT_CHARS_MAX = 8_000  # ... or at the first line end after this many
 TXT_LINE_BYTES = 1 << 16  # longer lines are cut
+PROSE_CHARS = 30  # a shorter text is not proposed as the text of a row: it may be a name or an address
 TXT_SEPARATOR = "<|endoftext|>"  # a line of its own that always ends a document
 
 Row = str | BadRow | None
@@ -89,7 +91,7 @@ def count_rows(path: Path, column: Column) -> int:
         with seekable(path) as opened, _open_parquet(path, opened, column) as file:
             return file.metadata.num_rows
     if kind in ("json", "jsonl") and is_json_lines(path, column.encoding):
-        return sum(1 for _ in lines(path, column.encoding))
+        return count_lines(path, column.encoding)
     return sum(1 for _ in read_rows(path, column, 0))
 
 
@@ -101,20 +103,31 @@ def _text_of(row: Any, column: Column, path: Path, where: str) -> Row:
     for name in [column.name] if isinstance(row, dict) and column.name in row else column.name.split("."):
         if not isinstance(value, dict) or name not in value:
             keys = f"its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else "it is not an object"
-            return BadRow(f"{path}: {where}", f"no {column}: {keys}")
+            return BadRow(f"{path}: {where}", f"no {column}: {keys}{_proposal(row, column)}")
         value = value[name]
     if not isinstance(value, str | None):
         return BadRow(f"{path}: {where}", f"{column.name} is a {type(value).__name__}, not text")
     return value
 
 
+def _proposal(row: Any, column: Column) -> str:
+    """Return the setting for the longest text in a row, of at least PROSE_CHARS characters with a blank; else ""."""
+    found, waiting = [], [("", row)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, str) and len(value) >= PROSE_CHARS and " " in value.strip():
+            found.append((len(value), name))
+    return f"; for {max(found)[1]}, set {column.key}={max(found)[1]}" if found else ""
+
+
 def _jsonl_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
     """Yield the text of the lines from number `start` on, None for blank lines."""
-    for number, line in lines(path, column.encoding):
-        if number > start:
-            row = parse(line, path, number)
-            text = row.get(column.name) if type(row) is dict else None
-            yield text if text.__class__ is str else _text_of(row, column, path, f"line {number:,}")
+    for number, line in lines(path, column.encoding, start):
+        row = parse(line, path, number)
+        text = row.get(column.name) if type(row) is dict else None
+        yield text if text.__class__ is str else _text_of(row, column, path, f"line {number:,}")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -144,7 +157,9 @@ def _check_column(schema, column: Column, path: Path) -> None:
     names = _text_names(schema)
     if column.name not in names:
         problem = f"is of type {schema.field(column.name).type}" if column.name in schema.names else "does not exist"
-        raise UserError(f"{path}: {column} {problem}. Text columns here: {', '.join(names) or 'none'}.")
+        inner = [name for name in names if name.endswith(f".{column.name}")]
+        proposal = f" Set {column.key}={inner[0]}." if len(inner) == 1 else ""
+        raise UserError(f"{path}: {column} {problem}. Text columns here: {', '.join(names) or 'none'}.{proposal}")
 
 
 def _open_parquet(path: Path, opened, column: Column):

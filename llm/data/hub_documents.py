@@ -73,6 +73,10 @@ class HubDocuments(FileDocuments):
         """Return the bytes of a shard, fetched or not."""
         return self.remote[self._number[path]].size
 
+    def stamp(self, path: Path) -> tuple:
+        """Return the address and the size of a shard: a version of a data set never changes."""
+        return str(path), self.remote[self._number[path]].size
+
     def present(self, path: Path) -> Path:
         """Wait for the shard and return its path, while the shards behind it are fetched too."""
         number = self._number[path]

@@ -26,6 +26,7 @@ from llm.utils.format import in_bytes
 DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
 READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long: bounds the memory
 SHOWN = 10  # bad rows that one message names
+LISTED = 1_000  # bad rows of a file that stage=check writes down
 CHUNK = 1 << 20
 BETWEEN = re.compile(r"[ \t\r\n,]*")  # what stands between the values of an array
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError)
@@ -42,11 +43,12 @@ class BadRow(NamedTuple):
 
 
 def bad_rows_error(bad: Sequence[BadRow], count: int, key: str) -> BadData:
-    """Return the error that names the first bad rows and the number of the rest; `key`=skip leaves them out."""
+    """Return the error that names the first bad rows, the number of the rest, and the ways on; `key`: data.bad_rows."""
     shown = [str(row) for row in bad[:SHOWN]]
     more = f"; and {count - len(shown):,} more" if count > len(shown) else ""
     skip = "it" if count == 1 else f"all {count:,}"
-    return BadData(f"{'; '.join(shown)}{more}. Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip.")
+    ways = f"Correct the row{'s' * (count > 1)}, or leave {skip} out by {key}=skip; stage=check lists all bad rows."
+    return BadData(f"{'; '.join(shown)}{more}. {ways}")
 
 
 def read_records(path, start: int = 0, encoding: str = "utf-8") -> Iterator[tuple[int, Any]]:
@@ -85,10 +87,14 @@ def undecodable(error: UnicodeDecodeError) -> str:
     return f"not {name} text ({error.reason}). Convert the file, or name its encoding by {keys}"
 
 
-def lines(path, encoding: str = "utf-8") -> Iterator[tuple[int, str | BadRow]]:
-    """Yield (number from 1, line) of a text file, a BadRow for a line that is too long or cannot be decoded."""
+def lines(path, encoding: str = "utf-8", start: int = 0) -> Iterator[tuple[int, str | BadRow]]:
+    """Yield (number from 1, line) of a text file behind its first `start` lines.
+
+    A line that is too long or cannot be decoded comes as a BadRow.
+    """
     number = 0
     with damage(path, lambda: f"line {number:,}"), open_utf8(path, encoding) as (file, encoding):
+        number = _skip_lines(file, start)
         while raw := file.readline(DOCUMENT_BYTES):
             number += 1
             where = f"{path}: line {number:,}"
@@ -104,6 +110,30 @@ def lines(path, encoding: str = "utf-8") -> Iterator[tuple[int, str | BadRow]]:
             except UnicodeDecodeError as error:
                 line = BadRow(where, undecodable(error))
             yield number, line
+
+
+def _skip_lines(file: BinaryIO, count: int) -> int:
+    """Move a file behind its next `count` lines, without a look at each; return how many there were."""
+    left = count
+    while left and (ahead := file.peek(CHUNK)):
+        found, end = ahead.count(b"\n"), len(ahead)
+        if found >= left:
+            end = -1
+            for _ in range(left):
+                end = ahead.index(b"\n", end + 1)
+            end, found = end + 1, left
+        file.read(end)
+        left -= found
+    return count - left
+
+
+def count_lines(path, encoding: str = "utf-8") -> int:
+    """Count the lines of a text file by their ends."""
+    count, last = 0, b"\n"
+    with damage(path, lambda: f"line {count:,}"), open_utf8(path, encoding) as (file, _):
+        while raw := file.read(CHUNK):
+            count, last = count + raw.count(b"\n"), raw[-1:]
+    return count + (last != b"\n")
 
 
 @contextmanager

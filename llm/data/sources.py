@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from llm.config.check import check_values
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
-from llm.data.documents import DocumentSource, EmbeddedDocuments, FileDocuments, LocalDocuments, gives_ids
+from llm.data.documents import DocumentSource, FileDocuments, LocalDocuments, gives_ids
+from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.stores import is_address
 from llm.errors import UserError
 
@@ -16,6 +17,7 @@ READERS = {
     "sources": ("mixture",),
     **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
     "shuffle": ("local", "hub", "mixture", "tokens"),
+    "near_duplicates": ("local", "hub", "mixture"),
     "end_of_text": ("tokens",),
 }
 BUILT_IN = ("embedded", "local", "hub", "mixture", "tokens")
@@ -57,7 +59,12 @@ def build_source(data, cache: str) -> DocumentSource:
                 f"data.{name}={data[name]} is not read by this option of data; leave it out or choose "
                 f"data={' or data='.join(sources)}"
             )
-    return build(data, cache)
+    source = build(data, cache)
+    if data.get("near_duplicates") is not None and data.name in BUILT_IN:
+        from llm.data.near_duplicates import leave_out
+
+        leave_out(source, data.near_duplicates, cache)
+    return source
 
 
 def is_remote(data) -> bool:

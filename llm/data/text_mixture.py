@@ -23,6 +23,16 @@ class MixedDocuments:
         """Bad rows that were left out, by file."""
         return {name: count for source in self.sources.values() for name, count in source.skipped.items()}
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Near-duplicates that training leaves out, by file."""
+        return {name: count for source in self.sources.values() for name, count in source.left_out.items()}
+
+    @property
+    def near_duplicates(self):
+        """The llm.data.near_duplicates.NearDuplicates that the sources share, or None."""
+        return next(iter(self.sources.values())).near_duplicates
+
     def check(self) -> str:
         """Check every source; return one line per source with its share. Raises UserError for the first mistake."""
         lines = [f"{self.weights[name]:.1%} {name}: {source.check()}" for name, source in self.sources.items()]

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from llm.data.documents import EmbeddedDocuments, FileDocuments, gives_ids, texts
+from llm.data.documents import FileDocuments, gives_ids, texts
+from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.files import ZipMember, format_of, kind_of, split_suffix
 from llm.data.formats import count_rows
 from llm.data.stores import StoredFile
@@ -48,7 +49,8 @@ def text_tokens(source, tokenizer) -> int | None:
     paths = {shard.path for shard in source.shards("train")}
     if sum(map(_text_bytes, paths)) <= EXACT_BYTES:
         return _by_reading(texts(source), tokenizer)
-    return _by_files(source, tokenizer)
+    kept = 1.0 if source.near_duplicates is None else source.near_duplicates.share_kept()
+    return round(kept * _by_files(source, tokenizer))
 
 
 def _is_here(shard) -> bool:
@@ -67,22 +69,24 @@ def _by_reading(documents: Iterable[str], tokenizer) -> int:
 def _by_files(source: FileDocuments, tokenizer) -> int:
     """Take tokens per document (parquet) or per byte (others) of the first documents for all files.
 
-    The rows of parquet files in a store are taken from their sizes, by the first of them: each count costs requests.
+    In a store a look into a file costs requests: the names tell the formats, and the rows of parquet files are taken
+    from their sizes, by the first of them.
     """
     sample = _sample(islice(texts(source), SAMPLE_DOCUMENTS))
     tokens, total = _tokens(sample, tokenizer), 0.0
     per_byte = tokens / sum(len(text.encode()) for text in sample)
     rows_per_byte = None
     for shard in source.shards("train"):
-        if kind_of(shard.path.name) == "parquet" and isinstance(shard.path, StoredFile) and shard.stop is None:
+        in_store = isinstance(shard.path, StoredFile)
+        if (kind_of(shard.path.name) if in_store else format_of(shard.path).kind) != "parquet":
+            total += per_byte * _text_bytes(shard.path)
+        elif in_store and shard.stop is None:
             size = shard.path.stat().st_size
             rows_per_byte = rows_per_byte or count_rows(shard.path, source.column) / size
             total += rows_per_byte * size * tokens / len(sample)
-        elif format_of(shard.path).kind == "parquet":
+        else:
             rows = (shard.stop or count_rows(shard.path, source.column)) - shard.start
             total += rows * tokens / len(sample)
-        else:
-            total += per_byte * _text_bytes(shard.path)
     return round(total)
 
 

@@ -74,12 +74,13 @@ class Ids(NamedTuple):
 class CachedDocuments:
     """Documents of a source of files as token ids, cached in `folder`.
 
-    Raises UserError for any other kind of source.
+    is_final: near-duplicates are left out of the files already, which are then read without the text. Raises UserError
+    for any other kind of source.
     """
 
     gives_ids = True
 
-    def __init__(self, source: DocumentSource, tokenizer, folder: str | Path) -> None:
+    def __init__(self, source: DocumentSource, tokenizer, folder: str | Path, is_final: bool = False) -> None:
         if not isinstance(source, FileDocuments) or not source.is_cached:
             raise UserError(
                 "data.token_cache is for files of text (data=local, or data=hub without data.streaming); set "
@@ -94,6 +95,8 @@ class CachedDocuments:
         self.text, self._texts, self._source = source, source._rows, copy.copy(source)
         self.skipped = source.skipped  # bad rows that were left out, by file: one dict with the source
         self._source._rows = self._rows
+        self._left_out = source.near_duplicates if is_final else None
+        self._kept = source._kept
         self._current: set[tuple] = set()
 
     def iterate(
@@ -143,6 +146,8 @@ class CachedDocuments:
         """Return the name of a shard's cache: by tokenizer, name and size of the text's file, rows and column."""
         name, size = self.text.name_of(shard.path), self.text.size_of(shard.path)
         parts = (self.tokenizer.fingerprint, name, size, shard.start, shard.stop, self.column)
+        if self._left_out is not None:
+            parts += (self._left_out.identity(),)
         digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
         shown = shard.path.name.encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
         return f"{shown}-{digest[:16]}.tokens"
@@ -165,7 +170,8 @@ class CachedDocuments:
 
         def documents() -> Iterator[tuple[str, int]]:
             nonlocal count
-            for text in self._texts(shard, 0):
+            is_whole = self._left_out is None or shard in self.text.shards("val")
+            for text in (self._texts if is_whole else self._kept)(shard, 0):
                 count += 1
                 if text and not text.isspace():
                     yield text, count - 1

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
 from llm.config.stages import stage_row
-from llm.data.documents import texts
+from llm.data.documents import text_id, texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
 from llm.errors import UserError
@@ -42,7 +42,7 @@ HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 # Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.
-NO_TEXT = ("workers", "tasks_path", "eval", "rl", "packing", "shuffle", "token_cache", "streaming")
+NO_TEXT = ("workers", "tasks_path", "eval", "rl", "packing", "shuffle", "near_duplicates", "token_cache", "streaming")
 BY_NAME = ("chat", "core_tasks", "lm_eval", "judges", "scored")  # parts of eval.json in which every name counts alone
 
 
@@ -77,7 +77,7 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
         found = (own | measure)[section]()
         if not subject.is_own_data:
-            found = {"other_data": {data_title(subject.data): found}}
+            found = {"other_data": {subject.data_name: found}}
         warn_of_change(subject.folder / "eval.json", found)
         scores = combined(scores, found)
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
@@ -200,7 +200,26 @@ class Subject:
         """Return the folder of what stands beside eval.json, item by item; another one for each other data."""
         if self.is_own_data:
             return self.folder
-        return self.folder / "other_data" / re.sub(r"[^\w.-]+", "_", data_title(self.data)).strip("_")
+        return self.folder / "other_data" / re.sub(r"[^\w.-]+", "_", self.data_name).strip("_")
+
+    @property
+    def reads_text(self) -> bool:
+        """Return whether a section that is wanted reads held-out text."""
+        return bool(self.options.bpb or (self.options.samples and not self.is_chat))
+
+    @cached_property
+    def text_id(self) -> str:
+        """Return the digest of the held-out text of `data`."""
+        return text_id(self.source)
+
+    @cached_property
+    def data_name(self) -> str:
+        """Return the name of data that is not the stage's own: two texts at one place have two names."""
+        title = data_title(self.data)
+        known = (read_json(self.folder / "eval.json") or {}).get("other_data", {}).get(title, {}).get("scored", {})
+        others = {origin.get("text") for origin in known.values()} - {None}
+        is_known = not self.reads_text or others <= {self.text_id}
+        return title if is_known else f"{title}, text {self.text_id[:8]}"
 
     @cached_property
     def engine(self) -> Engine:
@@ -208,8 +227,8 @@ class Subject:
 
     @cached_property
     def source(self) -> Any:
-        """Return the text of `data`, found and checked once."""
-        return document_source(self.data, self.cache, self.tokenizer)
+        """Return the text of `data`, found and checked once; its training part, which is not read, as it stands."""
+        return document_source(OmegaConf.merge(self.data, {"near_duplicates": None}), self.cache, self.tokenizer)
 
     def bpb(self) -> dict[str, Any]:
         """Return {"bpb": bits per byte on the validation text, None without bytes, "scored": what was measured}."""
@@ -229,6 +248,8 @@ class Subject:
                 "tokens": tokens,
                 "fingerprint": fingerprint,
             }
+            if isinstance(steps, TextSteps):
+                scores["scored"][name]["text"] = self.text_id
         return scores
 
     def _layout(self) -> StepLayout:
@@ -326,11 +347,38 @@ class StageSubject(Subject):
         saved = OmegaConf.create(manifest["config"])
         self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
         self.data = saved.data if cfg.data is None else cfg.data
-        self.is_own_data = same_data(self.data, saved.data, self.is_chat)
+        self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
+        self.trained_beside = (manifest.get("data") or {}).get("held_out_text")
         net, self.tokenizer = load_model_folder(self.folder / "model")
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
         self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
+
+    @cached_property
+    def has_own_text(self) -> bool:
+        """Return whether the held-out text is that of the training, or where none is noted of an evaluation."""
+        scored = (read_json(self.folder / "eval.json") or {}).get("scored") or {}
+        known = self.trained_beside or scored.get("bpb_text" if self.is_chat else "bpb", {}).get("text")
+        if known in (None, self.text_id):
+            return True
+        print(
+            f"WARNING: the held-out text of {data_title(self.data)} is another than before ({known} -> "
+            f"{self.text_id}): its files have changed. Its scores stand in eval.json as {self.data_name!r}",
+            flush=True,
+        )
+        return False
+
+    @cached_property
+    def is_own_data(self) -> bool:
+        """Return whether scores are measured on the held-out part of what the stage was trained on."""
+        return self.has_own_settings and (self.is_chat or not self.reads_text or self.has_own_text)
+
+    @cached_property
+    def data_name(self) -> str:
+        """Return the name of data that is not the stage's own; text in the place of its own is named by a digest."""
+        if self.has_own_settings:
+            return f"{data_title(self.data)}, text {self.text_id[:8]}"
+        return super().data_name
 
     @cached_property
     def held_out(self) -> Any:
@@ -346,10 +394,12 @@ class StageSubject(Subject):
             self.held_out, self.tokenizer, self._layout(), train_on=train_on, seed=self.seed, loop=False
         )
         weights = held_out_weights(self.data, stage_row(self.name).mixture_key)
-        parts = {"bpb": (f"held-out rows of {', '.join(weights)}", steps)}
-        if self.data.name != "local" or self.data.path is not None:
-            parts["bpb_text"] = self.source.check(), self._text_steps()
-        return self._measured(**parts)
+        found = self._measured(bpb=(f"held-out rows of {', '.join(weights)}", steps))
+        if self.data.name == "local" and self.data.path is None:
+            return found
+        text = self._measured(bpb_text=(self.source.check(), self._text_steps()))
+        is_other = self.has_own_settings and not self.has_own_text
+        return combined(found, {"other_data": {self.data_name: text}} if is_other else text)
 
     def chat(self) -> dict[str, dict]:
         """Return the scores of chat tasks; nothing for a stage that has not seen a conversation."""

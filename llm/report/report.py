@@ -229,6 +229,8 @@ def _data(stages: dict[str, dict]) -> list[str]:
     table = {name: table_column(balance) for name, balance in balances.items()}
     for name, block in blocks.items():
         table[name] |= {f"rows skipped: {cause}": f"{n:,}" for cause, n in block.get("skipped", {}).items()}
+        if duplicates := sum((block.get("near_duplicates") or {}).values()):
+            table[name]["dropped: near-duplicates"] = f"{duplicates:,} documents"
     keys = dict.fromkeys(key for column in table.values() for key in column)
     rows = [[key, *(column.get(key, "-") for column in table.values())] for key in keys]
     lines = {name: warnings_of(balances[name], block.get("unit", "documents")) for name, block in blocks.items()}

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm import __version__
 from llm.config.stages import Stage
+from llm.data.download import shown
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.utils.environment import environment, git_commit
 from llm.utils.files import write_atomic
@@ -84,8 +85,11 @@ def now() -> str:
 
 
 def show_config(cfg, derived: dict) -> None:
-    """Print the resolved configuration and the derived numbers, which config.yaml and run.json keep too."""
-    print(OmegaConf.to_yaml(cfg, resolve=True))
+    """Print the resolved configuration and the derived numbers, which config.yaml and run.json keep too.
+
+    What may be secret in addresses is not printed.
+    """
+    print(shown(OmegaConf.to_yaml(cfg, resolve=True)))
     print("derived:")
     for key, value in derived.items():
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 
 from llm.data.balance import Reading
-from llm.data.documents import DocumentSource, texts
+from llm.data.documents import DocumentSource, text_id, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
@@ -44,7 +45,7 @@ from llm.stages.common import (
 )
 from llm.stages.micro_batch import SHARE, checked_rows, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
-from llm.stages.text_plan import plan_text
+from llm.stages.text_plan import left_out, plan_text
 from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
 
@@ -90,6 +91,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     check_keeps_best(cfg)
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
+    dropped = left_out(cfg, text.val)  # found before training waits for its first step
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
     fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
     planned = planned._replace(steps=fitted.steps)
@@ -110,7 +112,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     module = StepModule(net, cfg.optim, cfg.stage, context)
     data, numbers = (
         StepData(lambda position: loader("train", layout, position)),
-        derived(cfg, planned, net) | fitted.facts(),
+        derived(cfg, planned, net) | fitted.facts() | dropped,
     )
     return BuiltStage(module, data, numbers, reading=reading(cfg, text, tokenizer, fitted.packing))
 
@@ -121,7 +123,8 @@ def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:
         return Reading("documents")
     expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, packing, cfg.stage.buffer)
     words = f"packed by {packing}, a sample"
-    return Reading("documents", expected, {"seq_len": cfg.model.seq_len}, [text.val], words)
+    facts = {"seq_len": cfg.model.seq_len, "held_out_text": text_id(text.val)}
+    return Reading("documents", expected, facts, [text.val], words)
 
 
 def check_keeps_best(cfg) -> None:
@@ -155,7 +158,8 @@ def find_text(cfg, tokenizer: Tokenizer) -> Text:
     """Open the sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
     if cfg.dry_run and is_remote(cfg.data):  # numbers only: nothing is fetched
         return Text(None, None)
-    source = document_source(cfg.data, cfg.paths.data, tokenizer)
+    sought = {"near_duplicates": None} if cfg.dry_run else {}  # they take a pass over the text
+    source = document_source(OmegaConf.merge(cfg.data, sought), cfg.paths.data, tokenizer)
     if not cfg.data.token_cache:
         return Text(source, source)
     folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from llm.data.text_size import passes_over
+from llm.errors import UserError
 from llm.run.stage_folder import RunDir
 
 MANY_PASSES = 10
@@ -70,11 +71,36 @@ def _begun(cfg, planned: int) -> TextPlan | None:
 
     planned: steps by the configuration, to which stage.extend=true lengthens the run.
     """
-    run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
-    begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
-    kept = (run.manifest(cfg.stage.name) or {}).get("derived", {})
-    if cfg.overwrite or cfg.dry_run or not begun or "packing" not in kept:
+    kept = _kept(cfg)
+    if "packing" not in kept:
         return None
     steps, passes = cfg.max_steps or (planned if cfg.stage.get("extend") else kept["steps"]), kept.get("text_passes")
     passes = None if passes is None else passes * steps / kept["steps"]
     return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)
+
+
+def _kept(cfg) -> dict:
+    """Return the derived values in the run.json of a run that is resumed, {} where none is."""
+    run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
+    return (
+        (run.manifest(cfg.stage.name) or {}).get("derived", {}) if begun and not (cfg.overwrite or cfg.dry_run) else {}
+    )
+
+
+def left_out(cfg, source) -> dict:
+    """Return how many near-duplicates training leaves out, and a name of their rows, for run.json; {} for none sought.
+
+    Raises UserError where a resumed run would leave out other rows than it began with.
+    """
+    found = getattr(source, "near_duplicates", None)
+    if found is None:
+        return {}
+    facts = {"near_duplicates": sum(source.left_out.values()), "near_duplicates_id": found.identity()}
+    before = _kept(cfg).get("near_duplicates_id")
+    if before not in (None, facts["near_duplicates_id"]):
+        raise UserError(
+            f"{found}: other documents are near-duplicates now than when the run began, so its text or the package "
+            "rensa has changed. Restore it, or start another run with run=<new name>"
+        )
+    return facts

@@ -26,7 +26,7 @@ def run(cfg) -> None:
         raise UserError("data.token_cache is not set: name the folder, or the address, that the tokens go to")
     folder = Path(cfg.paths.runs) / "token_cache" if folder is True else folder
     tokenizer = Tokenizer.load(find_parent(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}", "pretrain", cfg.init_from))
-    cached = CachedDocuments(document_source(cfg.data, cfg.paths.data), tokenizer, folder)
+    cached = CachedDocuments(document_source(cfg.data, cfg.paths.data), tokenizer, folder, is_final=True)
     shards = {split: list(cached.text.shards(split)) for split in ("train", "val")}
     mine = [shard for number, shard in enumerate([*shards["train"], *shards["val"]]) if number % parts == part]
     print(f"part {part} of {parts}: {len(mine)} of {sum(map(len, shards.values()))} token files", flush=True)

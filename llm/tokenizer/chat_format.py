@@ -44,7 +44,8 @@ def validate_conversation(conversation: Any, where: str = "", complete: bool = T
         raise UserError(f'{prefix}expected {{"messages": [at least one message]}}, got {_short(conversation)}')
     first = 0
     for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
+        is_object = type(message) is dict or isinstance(message, Mapping)  # the first is quick, and nearly always so
+        role = message.get("role") if is_object else None
         if i == 0 and role == "system":
             first = 1
         else:
@@ -54,8 +55,9 @@ def validate_conversation(conversation: Any, where: str = "", complete: bool = T
                     f"{prefix}message {i + 1} has role {_short(role)}, expected {expected!r}: "
                     "roles alternate user, assistant, ... after an optional leading system message"
                 )
-        _validate_content(message.get("content"), role, f"{prefix}message {i + 1} ({role})")
-        if not isinstance(message.get("train", True), bool):
+        if type(message.get("content")) is not str:
+            _validate_content(message.get("content"), role, f"{prefix}message {i + 1} ({role})")
+        if "train" in message and not isinstance(message["train"], bool):
             raise UserError(f"{prefix}message {i + 1} ({role}): train must be true or false, got {message['train']!r}")
     if len(messages) == first:
         raise UserError(f"{prefix}the conversation has a system message only; add a user message")

@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def write_atomic(path: str | Path, text: str) -> None:
+def write_atomic(path: str | Path, text: str | bytes) -> None:
     """Replace a file in one step: a crash or a full disk leaves the old or the new text, never a part.
 
     Raises UserError if the file cannot be written.
@@ -92,8 +92,8 @@ def write_atomic(path: str | Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

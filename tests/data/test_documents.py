@@ -9,7 +9,8 @@ import pytest
 from data_files import read, words, write
 from omegaconf import OmegaConf
 
-from llm.data.documents import EmbeddedDocuments, LocalDocuments, texts
+from llm.data.documents import LocalDocuments, texts
+from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.sources import build_source
 from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError

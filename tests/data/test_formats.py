@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from callbacks.checkpoint import StepCheckpoint
 from llm.data.documents import LocalDocuments
 from llm.data.files import find_data_files, format_of
+from llm.data.formats import Column, count_rows, read_rows
 from llm.data.records import BadRow, bad_rows_error, read_records
 from llm.data.sources import build_source
 from llm.data.splits import divide, split_of
@@ -358,3 +359,49 @@ def test_several_kinds_in_a_zip_are_told_apart(tmp_path):
         archive.writestr("README.txt", "read me")
     with pytest.raises(UserError, match="mixes 1 jsonl and 1 txt files, some of them in a .zip. Unpack it"):
         find_data_files(str(tmp_path), "data.path")
+
+
+@pytest.mark.parametrize("encoding, mark", [("utf-8", b""), ("utf-8", b"\xef\xbb\xbf"), ("utf-16", b"")])
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_lines_are_counted_and_skipped_without_a_look_at_them(tmp_path, monkeypatch, suffix, encoding, mark, end):
+    monkeypatch.setattr("llm.data.records.CHUNK", 100)
+    lines = [json.dumps({"text": word}) for word in words(60)] + ["", "broken", *[json.dumps({"text": "é" * 500})] * 3]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACK[suffix](mark + ((end or "\n").join(lines) + end).encode(encoding)))
+    column = Column("text", encoding=encoding)
+    rows = list(read_rows(path, column, 0))
+    assert len(rows) == count_rows(path, column) == 65
+    assert rows[:60] == words(60) and rows[60] is None and rows[61].where.endswith("line 62")
+    for start in (1, 7, 59, 60, 62, 64, 65, 70):
+        assert list(read_rows(path, column, start)) == rows[start:]
+
+
+PROSE = "A text of several words that a row may hold."
+
+
+@pytest.mark.parametrize(
+    "row, hint",
+    [
+        ({"id": "a" * 80, "doc": {"text": PROSE, "title": PROSE[:32]}}, "; for doc.text, set data.column=doc.text"),
+        ({"content": PROSE * 2, "doc": {"text": PROSE}}, "; for content, set data.column=content"),
+        ({"id": "a" * 80, "doc": {"title": "A short title"}, "n": 1}, ""),
+        ([PROSE], ""),
+    ],
+)
+def test_a_row_without_the_column_says_where_its_text_is(tmp_path, row, hint):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"text": "x"}) + "\n")
+    (bad, _) = read_rows(tmp_path / "a.jsonl", Column("text"), 0)
+    assert (
+        bad.reason.startswith("no data.column=text: ")
+        and bad.reason.partition("; for")[2] == hint.partition("; for")[2]
+    )
+
+
+def test_a_table_without_the_column_says_where_its_text_is(tmp_path):
+    table = pa.table({"id": ["a"], "doc": [{"text": PROSE, "title": "b"}]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="Text columns here: id, doc.text, doc.title. Set data.column=doc.text."):
+        list(read_rows(tmp_path / "a.parquet", Column("text"), 0))
+    with pytest.raises(UserError, match="doc.title.$"):
+        list(read_rows(tmp_path / "a.parquet", Column("other"), 0))

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from llm.data.documents import EmbeddedDocuments, LocalDocuments
+from llm.data.documents import LocalDocuments
+from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.shuffle import Shuffle
 from llm.data.text_mixture import MixedDocuments
 from llm.data.text_size import passes_over, text_tokens

@@ -14,12 +14,12 @@ from data_files import read, words, write
 from hub_server import REPO, Hub, point_to
 from store_server import BUCKET, Breaking, put_folder, s3_server
 
-from llm.data import blocks, download
+from llm.data import blocks, download, text_size
 from llm.data.documents import LocalDocuments
 from llm.data.download import shown
 from llm.data.files import find_data_files, list_files
 from llm.data.shuffle import Shuffle
-from llm.data.stores import StoredFile, upload
+from llm.data.stores import Store, StoredFile, upload
 from llm.data.tokens import CachedDocuments
 from llm.errors import BadData, UserError
 
@@ -77,11 +77,31 @@ def test_documents_and_positions_are_those_of_the_files(s3, folder, tmp_path, su
     assert here.check().replace(str(folder), "X").split(";")[0] == there.check().replace(address, "X").split(";")[0]
 
 
-def test_shuffled_text_has_one_order(s3, folder, tmp_path):
-    address = put_folder(s3, one_kind(folder, ".parquet"), tmp_path.name)
+@pytest.mark.parametrize("suffix, whole", [(".parquet", True), (".gz", False)])
+def test_shuffled_text_has_one_order(s3, folder, tmp_path, suffix, whole):
+    write(one_kind(folder, suffix) / f"d/more.{'parquet' if suffix == '.parquet' else 'jsonl'}", words(30, 500))
+    write(folder / f"val/four{'.parquet' if suffix == '.parquet' else '.jsonl'}", words(20, 300))
+    address = put_folder(s3, folder, tmp_path.name)
     here, there = LocalDocuments(folder), LocalDocuments(address)
-    here.shuffle, there.shuffle = Shuffle(7, whole=True), Shuffle(7, whole=True)
-    assert list(islice(here.iterate("train"), 90)) == list(islice(there.iterate("train"), 90))
+    here.shuffle, there.shuffle = Shuffle(7, whole), Shuffle(7, whole)
+    documents = list(islice(here.iterate("train"), 250))
+    assert list(islice(there.iterate("train"), 250)) == documents
+    assert list(islice(there.iterate("train", documents[40][1]), 200)) == documents[41:241]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_the_size_of_much_text_costs_few_requests(s3, tmp_path, monkeypatch, tiny_tokenizer, suffix):
+    for number in range(12):
+        write(tmp_path / f"{number}{suffix}", words(300, number))
+    address = put_folder(s3, tmp_path, tmp_path.name)
+    monkeypatch.setattr(text_size, "EXACT_BYTES", 100)
+    monkeypatch.setattr(text_size, "SAMPLE_DOCUMENTS", 20)
+    monkeypatch.setattr(blocks, "BLOCKS_AHEAD", 0)
+    read, seen = Store.read, []
+    monkeypatch.setattr(Store, "read", lambda self, file, *part: seen.append(file.name) or read(self, file, *part))
+    size = text_size.text_tokens(LocalDocuments(address), tiny_tokenizer)
+    assert set(seen) == {f"0{suffix}"}
+    assert size == pytest.approx(text_size.text_tokens(LocalDocuments(tmp_path), tiny_tokenizer), rel=0.1)
 
 
 def test_a_file_a_pattern_and_a_list(s3, tmp_path):
@@ -166,6 +186,17 @@ def test_the_token_cache_keeps_text_of_a_store(s3, tmp_path, tiny_tokenizer):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.tokens")} == before
 
 
+def test_bad_rows_of_a_small_text_are_found_at_the_start(s3, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", words(40))
+    path.write_text(path.read_text() + '{"text": 7}\n' * 3 + json.dumps({"text": "end"}))
+    address = put_folder(s3, tmp_path, tmp_path.name)
+    with pytest.raises(BadData, match="rows.jsonl: line 41: text is a int.*line 43.*data.bad_rows=skip"):
+        LocalDocuments(address).check()
+    assert "skipped: 3 bad rows" in LocalDocuments(address, bad_rows="skip").check()
+    monkeypatch.setattr("llm.data.documents.SCAN_BYTES_STORE", 100)
+    assert "not yet searched for bad rows: all of the file" in LocalDocuments(address, bad_rows="skip").check()
+
+
 def test_what_is_left_out_is_said_as_on_disk(s3, folder, tmp_path):
     one_kind(folder, ".parquet")
     address = put_folder(s3, folder, tmp_path.name)
@@ -247,7 +278,13 @@ def test_credentials_that_are_refused_or_missing(s3, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_secrets_are_not_shown():
+def test_secrets_are_not_shown(capsys):
+    from omegaconf import OmegaConf
+
+    from llm.stages.job import show_config
+
+    show_config(OmegaConf.create({"data": {"path": "https://me:pass@host/a.txt?key=hush", "train": None}}), {})
+    assert "path: https://host/a.txt\n  train: null" in capsys.readouterr().out
     assert shown("https://me:key@host/a.txt?X-Amz-Signature=abc") == "https://host/a.txt"
     assert shown(["s3://b/x*?.txt", "https://h/a?b=c"]) == "['s3://b/x*?.txt', 'https://h/a']"
     assert shown("data/a@b?.txt") == "data/a@b?.txt"

@@ -8,6 +8,8 @@ from eval_data import TEXT, data_config
 from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
+from llm.data.documents import text_id
+from llm.data.sources import build_source
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.evaluate import merge_scores, run_evaluation, same_data, warn_of_change
@@ -119,6 +121,70 @@ def test_bits_per_byte_of_another_text_replace_no_score_of_the_stage(runs, tmp_p
     assert "## What was scored" in report and f"bpb ({title})" in report
     assert own["scored"]["bpb"]["fingerprint"] in report and other["scored"]["bpb"]["fingerprint"] in report
     write_json(runs / "demo" / "pretrain" / "eval.json", own)
+
+
+def write_text(folder, word) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in ("a.jsonl", "b.jsonl"):
+        rows = (json.dumps({"text": f"{word} text {number}. {TEXT}"}) for number in range(40))
+        (folder / name).write_text("\n".join(rows))
+
+
+@pytest.fixture
+def changing(runs, tmp_path):
+    """Return the runs folder and a function that writes another text, on which its stages are said to be trained."""
+    folders = [runs / "demo" / stage for stage in ("pretrain", "sft")]
+    before = {folder: (read_manifest(folder), read_json(folder / "eval.json")) for folder in folders}
+    for folder, (manifest, _) in before.items():
+        data = manifest["config"]["data"] | {"path": str(tmp_path / "text")}
+        write_manifest(folder, manifest | {"config": manifest["config"] | {"data": data}})
+        (folder / "eval.json").unlink(missing_ok=True)
+    yield runs, lambda word: write_text(tmp_path / "text", word)
+    for folder, (manifest, scores) in before.items():
+        write_manifest(folder, manifest)
+        if scores is not None:
+            write_json(folder / "eval.json", scores)
+
+
+def test_a_text_that_changed_after_the_training_is_not_the_own_one(changing, tmp_path, capsys):
+    runs, write = changing
+    folder, title = runs / "demo" / "pretrain", f"local {tmp_path}/text"
+    write("Own")
+    identity = text_id(build_source(OmegaConf.create(read_manifest(folder)["config"]["data"]), str(tmp_path)))
+    write_manifest(folder, read_manifest(folder) | {"data": {"held_out_text": identity}})
+    write("Another")
+    scores = run_evaluation(settings(runs, ["bpb", "samples"], stage="pretrain"))
+    assert f"WARNING: the held-out text of {title} is another than before ({identity} -> " in capsys.readouterr().out
+    (name,) = scores["other_data"]
+    assert name.startswith(f"{title}, text ") and scores.keys() == {"other_data"}
+    assert scores["other_data"][name].keys() == {"bpb", "samples", "scored"}
+    write("Own")
+    own = run_evaluation(settings(runs, ["bpb"], stage="pretrain"))
+    assert own["scored"]["bpb"]["text"] == identity and own["other_data"] == scores["other_data"]
+
+
+def test_a_text_that_changed_between_evaluations_replaces_no_score(changing, capsys):
+    runs, write = changing
+    write("Own")
+    own = run_evaluation(settings(runs, ["bpb"]))
+    write("Another")
+    scores = run_evaluation(settings(runs, ["bpb"]))
+    (beside,) = scores.pop("other_data").values()
+    assert scores == own and beside.keys() == {"bpb_text", "scored"}
+    assert beside["scored"]["bpb_text"]["text"] != own["scored"]["bpb_text"]["text"]
+    assert "its files have changed" in capsys.readouterr().out
+
+
+def test_two_other_texts_at_one_place_have_two_names(runs, tmp_path):
+    folder = runs / "demo" / "pretrain"
+    before, saved = read_json(folder / "eval.json"), read_manifest(folder)["config"]["data"]
+    for word in ("One", "Two", "One"):
+        write_text(tmp_path / "text", word)
+        scores = run_evaluation(settings(runs, ["bpb"], stage="pretrain", data=saved | {"path": f"{tmp_path}/text"}))
+    title, found = f"local {tmp_path}/text", scores["other_data"]
+    first, second = [name for name in found if name.startswith(title)]
+    assert first == title and second == f"{title}, text {found[second]['scored']['bpb']['text'][:8]}"
+    write_json(folder / "eval.json", before or {})
 
 
 def test_tasks_and_samples_of_other_data_replace_none_of_the_stage(runs, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 
 import pytest
 from conftest import compose
@@ -10,6 +11,7 @@ from llm.data.checking import GRAM, Checker, Rows
 from llm.errors import UserError
 from llm.stages import check
 from llm.stages.run_stage import run_stage
+from tasks.registry import build_task
 
 WORDS = [f"word{i}" for i in range(2_000)]
 
@@ -79,6 +81,9 @@ def test_bad_rows_of_tasks_are_counted_and_the_others_are_read(tmp_path, capsys)
     assert "chat/train.jsonl row 4" in out and "row 5" in out
     files = json.loads((tmp_path / "data_check.json").read_text())["files"]
     assert [(file["read"], file["bad"]) for file in files] == [(7, 2), (7, 2)]
+    assert [file["name"] for file in files] == [
+        f"data.tasks.chat: {tmp_path}/chat/{name}.jsonl" for name in ("val", "train")
+    ]
 
 
 def test_every_row_of_a_task_that_holds_only_bad_ones_is_counted(tmp_path):
@@ -90,6 +95,79 @@ def test_every_row_of_a_task_that_holds_only_bad_ones_is_counted(tmp_path):
     settings = ["data=own", f"data.tasks_path={tmp_path}", "stage.parts=[tasks]", f"paths.runs={tmp_path}"]
     with pytest.raises(UserError, match="17 bad rows"):
         run_stage(compose("train", "stage=check", *settings))
+    with pytest.raises(UserError, match="2 files or tasks that cannot be read"):  # training would not begin
+        run_stage(compose("train", "stage=check", "data.bad_rows=skip", *settings))
+
+
+def talk(answer: str = "a", **keys) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]} | keys)
+
+
+def test_each_file_of_a_task_has_a_line_of_its_own(tmp_path, capsys):
+    (tmp_path / "chat").mkdir()
+    parts = {"train-0": [talk("é")] * 3, "train-1": [talk(""), *[talk()] * 4], "train-2": [talk(label=False)] * 2}
+    for name, lines in (parts | {"val": [talk("other")]}).items():
+        (tmp_path / "chat" / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    settings = [
+        f"data.tasks.chat.train={tmp_path}/chat/train-*.jsonl",
+        f"data.tasks.chat.test={tmp_path}/chat/val.jsonl",
+    ]
+    settings += ["data=own", "stage.parts=[tasks]", f"paths.runs={tmp_path}"]
+    run_stage(compose("train", "stage=check", *settings, "data.bad_rows=skip"))
+    assert "3 bad rows are left out of training (data.bad_rows=skip)" in capsys.readouterr().out
+    files = json.loads((tmp_path / "data_check.json").read_text())["files"]
+    found = {file["name"].rsplit("/")[-1]: (file["read"], file["bad"], file["chars"], file["bytes"]) for file in files}
+    assert found == {
+        "val.jsonl": (1, 0, 8, 8),
+        "train-0.jsonl": (3, 0, 12, 15),
+        "train-1.jsonl": (4, 1, 16, 16),
+        "train-2.jsonl": (0, 2, 0, 0),
+    }
+
+
+def test_a_limit_cuts_the_rows_of_the_last_file(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f"{talk()}\n" * 5)
+    spec = {"type": "chat", "source": "local", "train": str(tmp_path), "limit": 7}
+    parts = check.by_file(build_task("talk", spec, "train"))
+    assert parts == {f"{tmp_path}/a.jsonl": range(5), f"{tmp_path}/b.jsonl": range(5, 7)}
+
+
+def test_text_with_bad_rows_that_are_skipped_ends_well(folder, capsys):
+    run_stage(args(folder, "stage.parts=[text]", "data.bad_rows=skip"))
+    assert "2 bad rows are left out of training (data.bad_rows=skip)" in capsys.readouterr().out
+
+
+def test_near_duplicates_are_counted_by_file(folder, capsys):
+    settings = ["stage.parts=[text]", "data.bad_rows=skip", "data.near_duplicates=0.8", f"paths.data={folder}/cache"]
+    run_stage(args(folder, *settings))
+    assert f"{folder}/train.jsonl (train): 2 near-duplicates, which training leaves out" in capsys.readouterr().out
+    found = {file["split"]: file for file in json.loads((folder / "runs" / "data_check.json").read_text())["files"]}
+    assert (found["train"]["near_duplicates"], found["held out"]["near_duplicates"]) == (2, 0)
+
+
+def test_every_bad_row_is_written_down(tmp_path):
+    write_rows(tmp_path / "train.jsonl", ["fine", *['{"text": 1}\n'] * 40])
+    write_rows(tmp_path / "val.jsonl", ["other"])
+    with pytest.raises(UserError, match="40 bad rows"):
+        run_stage(args(tmp_path, "stage.parts=[text]"))
+    found = {file["split"]: file for file in json.loads((tmp_path / "runs" / "data_check.json").read_text())["files"]}
+    assert len(found["train"]["first_bad"]) == 40
+
+
+def test_many_small_rows_take_little_memory():
+    """Twelve bytes of a row stay, in arrays; of lengths as many counters as there are different ones."""
+    checker, held_out, train = Checker(), Rows("val", "held out"), Rows("file", "train")
+    for number in range(10_000):
+        checker.add(held_out, f"held {number}")
+    tracemalloc.start()
+    for number in range(100_000):
+        checker.add(train, f"row {number}" if number >= 500 else f"held {number % 400}")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    checker.finish()
+    assert kept < 20 * 100_000 and len(train.lengths) < 10
+    assert (train.repeated, held_out.leaked) == (100, 400)
 
 
 def test_programs_that_fail_their_own_tests_are_bad(tmp_path, capsys):
@@ -108,8 +186,9 @@ def test_programs_that_fail_their_own_tests_are_bad(tmp_path, capsys):
     settings = [f"data.tasks.humaneval.test={path}", "data.eval=[humaneval]", "data.path=x", "data.rl=null"]
     empty = [f"data.mixture.{stage}={{}}" for stage in ("midtrain", "sft")]
     settings += [*empty, "stage.parts=[tasks]", f"paths.runs={tmp_path}"]
-    with pytest.raises(UserError, match="1 bad rows"):
-        run_stage(compose("train", "stage=check", "data=local", *settings))
+    for bad_rows in ("skip", "stop"):  # nothing leaves them out
+        with pytest.raises(UserError, match="1 bad rows are listed above"):
+            run_stage(compose("train", "stage=check", "data=local", f"data.bad_rows={bad_rows}", *settings))
     assert "data.tasks.humaneval.test row 2: its own answer" in capsys.readouterr().out
 
 
@@ -121,10 +200,11 @@ def test_files_that_are_not_there_are_bad(tmp_path):
 
 
 def test_too_many_hashes_are_said(monkeypatch):
-    monkeypatch.setattr("llm.data.checking.MAX_HASHES", 2)
+    monkeypatch.setattr("llm.data.checking.MAX_ROWS", 2)
     checker, rows = Checker(), Rows("file", "train")
     for text in "abcc":
         checker.add(rows, text)
+    checker.finish()
     assert not checker.is_complete and rows.repeated == 0 and rows.read == 4
 
 
@@ -145,12 +225,13 @@ def test_short_leaks_do_not_hide_rows_that_overlap():
         checker.add(held_out, text)
     for text in ("a short row", f"b {shared}"):
         checker.add(train, text)
+    checker.finish()
     assert (held_out.leaked, held_out.overlapping) == (1, 1)
     assert len(list(check.warnings(held_out))) == 2
 
 
 def test_one_long_row_stays_within_the_bound(monkeypatch):
-    monkeypatch.setattr("llm.data.checking.MAX_HASHES", 100)
+    monkeypatch.setattr("llm.data.checking.MAX_GRAMS", 100)
     checker = Checker()
     checker.add(Rows("val", "held out"), " ".join(WORDS))
     assert len(checker._grams) == 100 and not checker.is_complete

@@ -56,14 +56,27 @@ def test_parts_again_and_a_part_that_is_missing(made, capsys):
 
 def test_tokens_are_checked_as_text_is(made, capsys):
     write_part(0, 1)
-    run("data=local", "data.path=text", "stage=check", "stage.parts=[text]")
-    text = json.loads((made / "runs/data_check.json").read_text())["files"]
-    run("data=tokens", "data.path=t", "stage=check", "stage.parts=[text]")
-    tokens = json.loads((made / "runs/data_check.json").read_text())["files"]
-    assert [sum(file["chars"] for file in files) for files in (tokens, text)] == [sum(f["chars"] for f in text)] * 2
+    chars = []
+    for source in (["data=local", "data.path=text"], ["data=tokens", "data.path=t"]):
+        run(*source, "stage=check", "stage.parts=[text]")
+        files = json.loads((made / "runs/data_check.json").read_text())["files"]
+        chars.append({split: sum(f["chars"] for f in files if f["split"] == split) for split in ("train", "held out")})
+    assert chars[0] == chars[1] and all(chars[0].values())
     with pytest.raises(UserError, match="1 files or tasks that cannot be read"):
         run("data=tokens", "data.path=t", "stage=check", "stage.parts=[text]", "run=none")
     assert "data=tokens holds token ids and no text" in capsys.readouterr().out
+
+
+def test_near_duplicates_are_left_out_of_the_files(made, capsys):
+    rows = [" ".join(f"w{i}x{j}" for j in range(30)) for i in range(60)]
+    write(made / "text/part0.jsonl", [*rows, *(row + " more" for row in rows[:7])])
+    write_part(0, 1, "data.near_duplicates=0.7")
+    assert "near-duplicates: 7 of" in capsys.readouterr().out
+    settings = ["stage=pretrain", "data.packing=best_fit", "max_steps=3"]
+    run("data=local", "data.path=text", "data.near_duplicates=0.7", "run=b", "init_from=a", *settings)
+    run("data=tokens", "data.path=t", *settings)
+    weights = [(made / f"runs/{name}/pretrain/model/model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
 
 
 def test_settings_that_cannot_be_kept(made):

@@ -1,6 +1,7 @@
 """Rows that nobody can answer rightly, types for any question, columns as templates, and parts of files as splits."""
 
 import json
+from typing import ClassVar
 
 import pytest
 from conftest import SHARED, needs_shared
@@ -344,3 +345,52 @@ def test_every_verdict_on_the_answers_of_gsm8k_stays(split, size):
         plain, other = answers[i].replace(",", ""), answers[(i + 1) % size].replace(",", "")
         assert task.evaluate(conversation, f"#### {plain}") and task.evaluate(conversation, f"#### {float(plain)}")
         assert task.evaluate(conversation, f"#### {other}") == (float(plain) == float(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types that judge slowly: the first own answers at the start
+
+
+class Slow(Strict):
+    """A task whose judging takes long; it keeps the answers that it has judged."""
+
+    judges_slowly = True
+    judged: ClassVar[list[str]] = []
+
+    def verdicts(self, conversations, completions):
+        self.judged.extend(completions)
+        if completions[0] == "broken":
+            raise UserError("no sandbox here")
+        return [text if text == "timeout" else "fail" if text == "wrong" else "pass" for text in completions]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(Slow, "judged", [])
+    return local(f"{__name__}.Slow")
+
+
+def test_the_first_own_answers_are_judged_at_the_start(tmp_path, slow):
+    rows = [{"q": "q", "a": f"a{number}"} for number in range(30)]
+    build_task("slow", slow | {"test": write(tmp_path / "a.jsonl", *rows)}, "test")
+    assert Slow.judged == [f"a{number}" for number in range(20)]
+    path = write(tmp_path / "b.jsonl", *rows[:5], {"q": "q", "a": "wrong"})
+    with pytest.raises(UserError, match="row 6: its own answer, 'wrong', is not marked right by Slow"):
+        build_task("slow", slow | {"test": path}, "test")
+
+
+def test_judging_at_the_start_ends_in_time_and_drops_no_row(tmp_path, slow, monkeypatch):
+    path = write(tmp_path / "a.jsonl", *[{"q": "q", "a": "wrong"}] * 3)
+    assert len(build_task("slow", slow | {"test": path}, "test", bad_rows="skip")) == 3 and not Slow.judged
+    monkeypatch.setattr("tasks.rows.SECONDS", -1.0)
+    rows = [{"q": "q", "a": "fine"}, {"q": "q", "a": "wrong"}]
+    build_task("slow", slow | {"test": write(tmp_path / "b.jsonl", *rows)}, "test")
+    assert Slow.judged == ["fine"]
+
+
+@pytest.mark.parametrize("answer", ["timeout", "broken"])
+def test_what_a_busy_machine_may_say_is_not_held_against_a_row(tmp_path, slow, answer):
+    path = write(tmp_path / "a.jsonl", {"q": "q", "a": answer})
+    assert len(build_task("slow", slow | {"test": path}, "test")) == 1 and Slow.judged == [answer]
+    with pytest.raises(UserError, match="its own answer|its answer cannot be judged"):
+        Slow.check_reference({"q": "q", "a": answer}, "row 1")

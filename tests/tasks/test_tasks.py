@@ -411,6 +411,7 @@ def test_imports_of_the_prompt_are_put_first_and_tests_may_use_what_it_defines(t
     assert program(PROGRAM, "def area(r):\n    return 1").code.startswith("import math\n")
     row = PROGRAM | {"prompt": "def double(x):\n    return 2 * x\n\ndef area(r):\n    '''Area.'''\n"}
     row["test"] = "def check(candidate):\n    assert candidate(3) == double(3) == area(3)\n"
+    row["canonical_solution"] = "    return 2 * r\n"
     task = build_task("code", local("humaneval", test=write(tmp_path / "h.jsonl", row)), "test")
     texts = ["def area(r):\n    return r + r", "def area(r):\n    return 1", "def area(r): 1 / 0", "def area("]
     assert task.verdicts([task[0]] * 4, texts) == ["pass", "fail", "error", "error"]
