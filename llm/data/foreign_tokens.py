@@ -24,7 +24,7 @@ MAGIC = {  # magic number and version of a header -> ids, vocabulary, its ordina
 }
 CHUNK = 1 << 20  # ids that are read at a time
 DOCUMENT_IDS = 1 << 16  # longer documents are cut: text without any end would be one
-CHECKED = 1 << 28  # ids of a file that are looked at before training; the others while they are read
+CHECKED = 1 << 28  # ids that are looked at before training, in about a second; the others while they are read
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ class ForeignFile:
     @classmethod
     def _hdf5(cls, path: Any) -> "ForeignFile":
         with _open_hdf5(path) as file:
-            flat = [name for name, array in file.items() if getattr(array, "ndim", 0) == 1 and array.dtype.kind in "iu"]
-            if "tokens" not in file and len(flat) != 1:
+            arrays = {name: item for name, item in file.items() if getattr(item, "shape", None) is not None}
+            flat = [name for name, array in arrays.items() if array.ndim == 1 and array.dtype.kind in "iu"]
+            if "tokens" not in arrays and len(flat) != 1:
                 raise UserError(f"{path}: needs one array of ids called tokens, found {', '.join(file) or 'nothing'}")
-            key = "tokens" if "tokens" in file else flat[0]
+            key = "tokens" if "tokens" in arrays else flat[0]
             _check_array(path, file[key].shape, file[key].dtype)
             return cls(path, "h5", file[key].dtype, 0, file[key].shape[0], key)
 
@@ -122,9 +123,12 @@ class ForeignFile:
                     size = min(CHUNK, self.count - at) * self.dtype.itemsize
                     yield np.frombuffer(file.read(size), self.dtype)
 
-    def check_ids(self, ordinary: int, end_of_text: int) -> None:
-        """Raise UserError for an id that is neither below `ordinary` nor `end_of_text`, among the first of a file."""
-        at, limit = 0, CHECKED if isinstance(self.path, Path) else CHUNK
+    def check_ids(self, ordinary: int, end_of_text: int, files: int) -> None:
+        """Raise BadData for an id that is neither below `ordinary` nor `end_of_text`, among the first ones.
+
+        files: number of files that share CHECKED; of a file in a store the first CHUNK ids are looked at.
+        """
+        at, limit = 0, CHECKED // files if isinstance(self.path, Path) else 0
         for ids in self.chunks():
             self._check(ids, at, ordinary, end_of_text)
             at += len(ids)
@@ -178,8 +182,7 @@ def _open_hdf5(path: Any) -> Iterator[Any]:
     except ImportError as error:
         raise UserError(f"{path}: needs the package h5py: pip install -e '.[hdf5]'") from error
     try:
-        file = h5py.File(path if isinstance(path, Path) else path.open("rb"), "r")
-    except OSError as error:
+        with h5py.File(path if isinstance(path, Path) else path.open("rb"), "r") as file:
+            yield file
+    except OSError as error:  # also of a damaged part that is reached later
         raise UserError(f"{path}: cannot be read as HDF5 ({str(error).splitlines()[0]})") from error
-    with file:
-        yield file

@@ -28,15 +28,20 @@ def document_source(data, cache: str, tokenizer=None) -> DocumentSource:
 
     tokenizer: of the model that reads it. Raises UserError where the source needs one and there is none.
     """
-    source = build_source(data, cache)
+    source = read_with(build_source(data, cache), tokenizer)
+    print(f"text: {source.check()}", flush=True)
+    return source
+
+
+def read_with(source: DocumentSource, tokenizer) -> DocumentSource:
+    """Return `source`; one of token ids is read with `tokenizer`. Raises UserError where it needs one and gets none."""
     if gives_ids(source):
         if tokenizer is None:
             raise UserError(
-                "data=tokens holds token ids, no text to train a tokenizer on: take one over, with data=embedded "
-                "stage.pretrained=..., or train one on the text"
+                "data=tokens holds token ids and no text, so it needs a run's tokenizer: init_from=<run>/tokenizer. To "
+                "train one or to write tokens, name the text; data=embedded stage.pretrained=... takes one over"
             )
         source.use(tokenizer)
-    print(f"text: {source.check()}", flush=True)
     return source
 
 

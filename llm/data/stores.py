@@ -149,6 +149,11 @@ class StoredFile:
         """Return the first 8 bytes."""
         return patiently(lambda: self.store.read(self, 0, min(8, self.size)), self.store) if self.size else b""
 
+    def end(self, count: int) -> bytes:
+        """Return the last `count` bytes, of a shorter file all, without a block of it."""
+        start = max(0, self.size - count)
+        return patiently(lambda: self.store.read(self, start, self.size), self.store) if self.size else b""
+
     def open(self, mode: str = "rb", buffering: int = -1) -> io.BufferedReader:
         """Return a reader of the file's bytes."""
         return opened(self.store, self)

@@ -153,13 +153,14 @@ class ForeignTokens(TokenDocuments):
     def use(self, tokenizer) -> None:
         ordinary = len(tokenizer.tokens)
         self.end_of_text = ordinary if self.end_of_text is None else self.end_of_text
-        for file in [*self.shards("train"), *self.shards("val")]:
+        files = [*self.shards("train"), *self.shards("val")]
+        for file in files:
             if file.ordinary not in (None, ordinary):
                 raise UserError(
                     f"{file}: its header says the ids are {file.vocabulary}'s, with {file.ordinary:,} ordinary tokens; "
                     f"the run's tokenizer has {ordinary:,}. Take that one over: stage=tokenizer stage.pretrained="
                 )
-            file.check_ids(ordinary, self.end_of_text)
+            file.check_ids(ordinary, self.end_of_text, len(files))
         super().use(tokenizer)
 
     def check(self) -> str:
@@ -197,14 +198,15 @@ def holds_index(path: str) -> bool:
     """Return whether a path or address is a folder of stage=write_tokens."""
     if not is_address(path) and not Path(path).expanduser().is_dir():
         return False
-    return Path(path).suffix not in SUFFIXES and TokenFolder(path, "data.path").find(INDEX) is not None
+    return Path(path).suffix.lower() not in SUFFIXES and TokenFolder(path, "data.path").find(INDEX) is not None
 
 
 def token_files(paths: Any, key: str) -> Listed:
     """Return the token files that entries of the configuration name. Raises UserError where there are none."""
     entries, files = [paths] if isinstance(paths, str | Path) else list(paths), []
     for entry in entries:
-        files += [(file, name) for file, name in list_files(entry, key).files if Path(name).suffix in SUFFIXES]
+        listed = list_files(entry, key).files
+        files += [(file, name) for file, name in listed if Path(name).suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{key}={shown(paths)}: there is no {INDEX} and no token file ({', '.join(SUFFIXES)})")
     return Listed("files", files)
@@ -228,11 +230,14 @@ def read_index(folder: TokenFolder) -> dict | None:
 
 def write_index(folder: TokenFolder, index: dict) -> None:
     """Write tokens.json. Raises UserError if the folder holds tokens of another text or tokenizer."""
-    present = read_index(folder)
-    if present == index:
-        return
-    if present is not None:
-        what = "tokenizer" if present["tokenizer"] != index["tokenizer"] else "text"
-        raise UserError(f"{folder}: {INDEX} there is of another {what}. Name another folder in {folder.key}")
     with folder.only_one(INDEX):
+        present = read_index(folder)
+        if present == index:
+            return
+        if present is not None:
+            what = "tokenizer" if present["tokenizer"] != index["tokenizer"] else "text"
+            raise UserError(
+                f"{folder}: {INDEX} there is of another {what}, or the text has changed. Name another folder in "
+                f"{folder.key}, or delete that {INDEX}: tokens of files that are as they were are not written again"
+            )
         folder.put(INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n"))

@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,14 +60,20 @@ def is_made_of(record: Record, path) -> bool:
 def read_record(path) -> Record | None:
     """Return the end of a token file; None unless the file is there and complete."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - RECORD.size))
-            mark, token_bytes, tokens, rows, *origin = RECORD.unpack(file.read())
+        size = path.stat().st_size
+        mark, token_bytes, tokens, rows, *origin = RECORD.unpack(_end(path, RECORD.size))
     except (OSError, struct.error):
         return None
     complete_size = token_bytes * tokens + 4 * rows + RECORD.size
     return Record(token_bytes, tokens, rows, Origin(*origin)) if mark == MARK and size == complete_size else None
+
+
+def _end(path, count: int) -> bytes:
+    if not isinstance(path, Path):
+        return path.end(count)
+    with path.open("rb") as file:
+        file.seek(-min(count, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read()
 
 
 def write_token_file(
@@ -157,14 +163,20 @@ class TokenFolder:
             lock.release()
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Have `write(path)` make a file and put it into place, whole or not at all. Raises UserError if that fails."""
-        with self._said(name), tempfile.TemporaryDirectory(dir=None if self.is_far else self.folder) as scratch:
-            new = Path(scratch, name)
-            write(new)
-            if self.is_far:
-                stores.upload(new, f"{self.folder}/{name}", self.key)
-            else:
-                new.replace(self.folder / name)
+        """Have `write(path)` make a file and put it into place, whole or not at all. Raises UserError if that fails.
+
+        Callers hold `only_one(name)`: what a killed process left behind is then written over.
+        """
+        with self._said(name), tempfile.TemporaryDirectory() if self.is_far else nullcontext(self.folder) as scratch:
+            new = Path(scratch, f".{name}.new")
+            try:
+                write(new)
+                if self.is_far:
+                    stores.upload(new, f"{self.folder}/{name}", self.key)
+                else:
+                    new.replace(self.folder / name)
+            finally:
+                new.unlink(missing_ok=True)
 
     @contextmanager
     def _said(self, name: str) -> Iterator[None]:

@@ -149,7 +149,8 @@ class CachedDocuments:
         if self._left_out is not None:
             parts += (self._left_out.identity(),)
         digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
-        return f"{shard.path.name}-{digest[:16]}.tokens"
+        shown = shard.path.name.encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
+        return f"{shown}-{digest[:16]}.tokens"
 
     def _is_current(self, name: str, shard) -> bool:
         """Return whether a shard's cache is complete and made of its text; the text is looked at once."""

@@ -7,9 +7,10 @@ from pathlib import Path
 from llm.config.stages import all_stages
 from llm.data.checking import MARKERS, Checker, Rows
 from llm.data.documents import FileDocuments, Shard
+from llm.data.documents import texts as texts_of
 from llm.data.formats import check_file, read_rows
 from llm.data.records import SHOWN, BadRow
-from llm.data.sources import build_source
+from llm.data.sources import build_source, read_with
 from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
 from llm.run.stage_folder import find_parent
@@ -38,7 +39,7 @@ def run(cfg) -> None:
     checker = Checker((*MARKERS, *SPECIAL_TOKENS), None if tokenizer is None else tokenizer.encode)
     files = []
     for of_text, of_tasks, split in SPLITS:
-        found = texts(cfg, of_text, split) if "text" in parts else iter(())
+        found = texts(cfg, tokenizer, of_text, split) if "text" in parts else iter(())
         for rows, items in [*found, *(tasks(cfg, of_tasks, split) if "tasks" in parts else ())]:
             files.append(rows)
             read(checker, rows, items)
@@ -89,14 +90,14 @@ def read(checker: Checker, rows: Rows, items: Items) -> None:
         rows.unreadable = str(error)
 
 
-def texts(cfg, split: str, shown: str) -> Iterator[tuple[Rows, Items]]:
+def texts(cfg, tokenizer: Tokenizer | None, split: str, shown: str) -> Iterator[tuple[Rows, Items]]:
     """Yield (counts to fill, documents) of every file of text; a source that is not there has a line of its own."""
     try:
-        source = build_source(cfg.data, cfg.paths.data)
+        source = read_with(build_source(cfg.data, cfg.paths.data), tokenizer)
         parts = source.sources.values() if isinstance(source, MixedDocuments) else [source]
         for part in parts:
             if not isinstance(part, FileDocuments):
-                yield Rows(f"data={cfg.data.name}", shown), (text for text, _ in part.iterate(split, loop=False))
+                yield Rows(f"data={cfg.data.name}", shown), texts_of(part, split)
                 continue
             left_out = near_duplicates(part) if split == "train" else {}
             for shard in part.shards(split):

@@ -12,9 +12,10 @@ from llm.data.documents import LocalDocuments, texts
 from llm.data.foreign_tokens import DOCUMENT_IDS, ForeignFile
 from llm.data.loader import StepLayout, TextSteps, sample_balance
 from llm.data.shuffle import Shuffle
+from llm.data.stores import Store
 from llm.data.text_size import passes_over
 from llm.data.token_documents import INDEX, VERSION, read_index, token_source, write_index
-from llm.data.token_files import TokenFolder, read_record
+from llm.data.token_files import RECORD, TokenFolder, read_record
 from llm.data.tokens import CachedDocuments
 from llm.errors import BadData, UserError
 
@@ -117,6 +118,42 @@ def test_a_second_job_writes_what_is_missing_only(text, tmp_path):
     assert write_tokens(text, tmp_path / "tokens") == [False, True, False]
 
 
+def test_what_a_killed_job_left_is_written_over(text, tmp_path):
+    cached = CachedDocuments(LocalDocuments(text), Bytes(), tmp_path / "tokens")
+    name = cached.name_of(cached.text.shards("train")[0])
+    write(tmp_path / f"tokens/.{name}.new", [])
+    assert write_tokens(text, tmp_path / "tokens") == [True] * 3
+    assert not list((tmp_path / "tokens").glob(".*.new"))
+
+    def fails(path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(UserError, match="x: cannot be written .disk full"):
+        cached.folder.put("x", fails)
+    assert not list((tmp_path / "tokens").glob(".*.new"))
+
+
+def test_the_longest_names_have_room(tmp_path):
+    write(tmp_path / "text" / f"{'é' * 123}.jsonl", words(5))
+    write(tmp_path / "text/val.jsonl", words(5))
+    assert write_tokens(tmp_path / "text", tmp_path / "tokens") == [True] * 2
+    assert len(documents(written(tmp_path / "tokens"), loop=False)) == 5
+
+
+def test_the_end_of_a_far_file_is_read_alone(text, tmp_path, s3, monkeypatch):
+    write_tokens(text, tmp_path / "tokens")
+    source, sizes, read = written(put_folder(s3, tmp_path / "tokens", tmp_path.name)), [], Store.read
+
+    def counted(store, file, start, stop):
+        sizes.append(stop - start)
+        return read(store, file, start, stop)
+
+    monkeypatch.setattr(Store, "read", counted)
+    source.check()
+    assert sizes == [RECORD.size] * 3
+
+
 def test_text_that_was_copied_is_recognised_and_changed_text_is_not(text, tmp_path):
     write_tokens(text, tmp_path / "tokens")
     copy = tmp_path / "elsewhere"
@@ -134,7 +171,7 @@ def test_a_folder_of_another_text_or_tokenizer_is_refused(text, tmp_path):
     write_tokens(text, tmp_path / "tokens")
     folder = TokenFolder(tmp_path / "tokens", "data.token_cache")
     index = read_index(folder)
-    with pytest.raises(UserError, match="tokens.json there is of another text"):
+    with pytest.raises(UserError, match="tokens.json there is of another text, .* or delete that tokens.json"):
         write_index(folder, index | {"val": []})
 
     class Other(Bytes):
@@ -256,15 +293,33 @@ def test_arrays_of_other_shapes_and_kinds_are_refused(tmp_path):
         file["a"], file["b"] = np.zeros(3, np.int32), np.zeros(3, np.int32)
     with pytest.raises(UserError, match="needs one array of ids called tokens, found a, b"):
         written(tmp_path)
+    with h5py.File(tmp_path / "train.h5", "w") as file:
+        file.create_group("tokens")
+    with pytest.raises(UserError, match="needs one array of ids called tokens, found tokens"):
+        written(tmp_path)
+
+
+def test_a_damaged_part_of_an_array_is_one_line(tmp_path):
+    import h5py
+
+    save(tmp_path / "val.bin", np.array([1, 2]))
+    with h5py.File(tmp_path / "train.h5", "w") as file:
+        file.create_dataset("tokens", data=np.arange(20_000) % 256, chunks=(500,), compression="gzip")
+    content = bytearray((tmp_path / "train.h5").read_bytes())
+    half = len(content) // 2
+    content[half : half + 2000] = bytes(2000)
+    (tmp_path / "train.h5").write_bytes(content)
+    with pytest.raises(UserError, match="train.h5: cannot be read as HDF5"):
+        documents(written(tmp_path), loop=False)
 
 
 def test_splits_by_names_by_place_and_by_key(tmp_path):
-    for name in ("shard_0.bin", "shard_1.bin", "shard_2.bin"):
+    for name in ("shard_0.bin", "shard_1.BIN", "shard_2.bin"):
         save(tmp_path / name, ids_of(words(3, int(name[6]))))
     by_place = written(tmp_path)
     assert [len(by_place.shards(split)) for split in ("train", "val")] == [2, 1]
     named = token_source(str(tmp_path), None, str(tmp_path / "shard_0.bin"), None, None)
-    assert [str(file).rsplit("_", 1)[1] for file in named.shards("train")] == ["1.bin", "2.bin"]
+    assert [str(file).rsplit("_", 1)[1] for file in named.shards("train")] == ["1.BIN", "2.bin"]
     with pytest.raises(UserError, match="none is left to train on|none is left to validate"):
         token_source(str(tmp_path / "shard_0.bin"), None, None, None, None)
     with pytest.raises(UserError, match="data.path is not set"):

@@ -1,5 +1,7 @@
 """stage=write_tokens: parts by several jobs, again and after a kill; training on the result equals that on text."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import compose
@@ -50,6 +52,19 @@ def test_parts_again_and_a_part_that_is_missing(made, capsys):
     run("data=tokens", "data.path=t", "stage=pretrain", "data.shuffle=3", "max_steps=3")
     weights = [(made / f"runs/{name}/pretrain/model/model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_tokens_are_checked_as_text_is(made, capsys):
+    write_part(0, 1)
+    chars = []
+    for source in (["data=local", "data.path=text"], ["data=tokens", "data.path=t"]):
+        run(*source, "stage=check", "stage.parts=[text]")
+        files = json.loads((made / "runs/data_check.json").read_text())["files"]
+        chars.append({split: sum(f["chars"] for f in files if f["split"] == split) for split in ("train", "held out")})
+    assert chars[0] == chars[1] and all(chars[0].values())
+    with pytest.raises(UserError, match="1 files or tasks that cannot be read"):
+        run("data=tokens", "data.path=t", "stage=check", "stage.parts=[text]", "run=none")
+    assert "data=tokens holds token ids and no text" in capsys.readouterr().out
 
 
 def test_near_duplicates_are_left_out_of_the_files(made, capsys):
