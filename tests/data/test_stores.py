@@ -10,18 +10,22 @@ from itertools import islice
 
 import fsspec
 import pytest
+from conftest import compose
 from data_files import read, words, write
 from hub_server import REPO, Hub, point_to
 from store_server import BUCKET, Breaking, put_folder, s3_server
 
+from llm.config.stages import stage_row
 from llm.data import blocks, download, text_size
 from llm.data.documents import LocalDocuments
 from llm.data.download import shown
 from llm.data.files import find_data_files, list_files
 from llm.data.shuffle import Shuffle
+from llm.data.sources import document_source, is_remote
 from llm.data.stores import Store, StoredFile, upload
 from llm.data.tokens import CachedDocuments
 from llm.errors import BadData, UserError
+from llm.stages.data_check import check_data
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +280,27 @@ def test_credentials_that_are_refused_or_missing(s3, monkeypatch):
     with pytest.raises(UserError, match="no credentials"):
         find_data_files("s3://bucket/x.jsonl", "data.path")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_mixture_reads_stores(s3, tmp_path):
+    write(tmp_path / "rows.jsonl", words(40))
+    address = put_folder(s3, tmp_path, tmp_path.name)
+    far, near = (f"{{path: '{root}/rows.jsonl'}}" for root in (address, tmp_path))
+    key = f"data.sources={{far: {far}, near: {near}}}"
+    source = document_source(compose("train", "experiment=tiny", "data=mixture", key).data, str(tmp_path))
+    documents = [text for text, _ in islice(source.iterate("train"), 60)]
+    assert {documents.count(text) for text in read(LocalDocuments(tmp_path / "rows.jsonl"))[:20]} == {2}
+
+
+@pytest.mark.parametrize("key", ["path", "train", "val"])
+def test_a_dry_run_does_not_look_at_addresses(key, monkeypatch):
+    settings = ("experiment=tiny", "data=local", "data.path=somewhere", f"data.{key}=['s3://bucket/none.txt']")
+    monkeypatch.setattr(Store, "__init__", None)  # whoever looks fails
+    data = compose("train", *settings[:-1], settings[-1] if key != "path" else "data.path=s3://bucket/none.txt")
+    assert is_remote(data.data)
+    data.dry_run = True
+    check_data(data, stage_row("pretrain"))
+    assert not is_remote(compose("train", *settings[:-1]).data)
 
 
 def test_secrets_are_not_shown(capsys):
