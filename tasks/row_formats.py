@@ -84,7 +84,7 @@ class Reading:
         if role is None and name in TOOL_ROLES:
             raise UserError(f"message {number} has role {name!r}: {TOOLS}. {self.way_out()}")
         if role is None:
-            declare = f"; another name of a role is declared by {self.key}.roles={{{name}: user}}"
+            declare = f"; another name of a role is declared by {self.key}.roles={{{name}: <{' or '.join(ROLES)}>}}"
             raise UserError(
                 f"message {number} has role {_short(name)}, expected one of {', '.join(ROLES)}"
                 f"{declare if isinstance(name, str) else ''}"
