@@ -310,8 +310,8 @@ def _read_meta(path: Path) -> dict:
         raise UserError(f"{path}: damaged ({error}); copy it again or train a tokenizer (stage=tokenizer)") from error
     if version != FORMAT_VERSION or specials != list(SPECIAL_TOKENS):
         raise UserError(
-            f"{path}: format_version {version} with {specials} is not what this version of Fathom reads "
-            f"({FORMAT_VERSION} with {list(SPECIAL_TOKENS)}); train the tokenizer again with stage=tokenizer"
+            f"{path}: format_version {str(version)[:40]} with {str(specials)[:200]} is not what this version "
+            f"of Fathom reads ({FORMAT_VERSION} with {list(SPECIAL_TOKENS)}); train the tokenizer again with stage=tokenizer"
         )
     return meta
 
