@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.config.key import ITEMS, SEED, key
+from llm.config.key import ITEMS, SEED, VOCABULARY, key
 from llm.config.registries import TASK_TYPES, TEXT_SOURCES
 
 
@@ -180,6 +180,7 @@ class DataConfig:
     end_of_text: int | None = key(
         "id between documents in token files of others (data=tokens); null = the first behind the tokenizer's tokens",
         low=0,
+        high=VOCABULARY,
     )
     near_duplicates: float | None = key(
         "drop training documents whose share of runs of five words with an earlier or a held-out document is at least "

@@ -24,8 +24,8 @@ class CheckStage(StageConfig):
 class WriteTokensStage(StageConfig):
     """Settings of stage=write_tokens."""
 
-    part: int = key("number of the part of the files that a job writes, from 0", low=0)
-    parts: int = key("parts that the files are dealt to", low=1)
+    part: int = key("number of the part of the files that a job writes, from 0", low=0, high=10**6)
+    parts: int = key("parts that the files are dealt to", low=1, high=10**6)
 
 
 @dataclass

@@ -147,7 +147,7 @@ class TokenFolder:
     def only_one(self, name: str) -> Iterator[None]:
         """Wait until no other process writes `name`; of a store, which has no locks, none of this machine.
 
-        Of several machines the last one wins there, and all write the same. Raises UserError if the disk refuses.
+        Of several machines the last one wins there; their files are equal. Raises UserError if the disk refuses.
         """
         place = self.folder
         if self.is_far:

@@ -311,7 +311,8 @@ def _read_meta(path: Path) -> dict:
     if version != FORMAT_VERSION or specials != list(SPECIAL_TOKENS):
         raise UserError(
             f"{path}: format_version {str(version)[:40]} with {str(specials)[:200]} is not what this version "
-            f"of Fathom reads ({FORMAT_VERSION} with {list(SPECIAL_TOKENS)}); train the tokenizer again with stage=tokenizer"
+            f"of Fathom reads ({FORMAT_VERSION} with {list(SPECIAL_TOKENS)}); train the tokenizer again with "
+            "stage=tokenizer"
         )
     return meta
 

@@ -96,9 +96,9 @@ def test_an_old_key_in_a_file_names_the_file_and_the_new_one(tmp_path, file, tex
 
 
 def test_an_old_key_in_a_reference_names_the_new_one():
-    with pytest.raises(UserError, match=r"max_steps: .*batch.total is now called batch.tokens_per_step"):
+    with pytest.raises(UserError, match=r"max_steps.*: batch.total is now called batch.tokens_per_step"):
         check_overrides("train", ["max_steps=${batch.total}"])
-    with pytest.raises(UserError, match=r"max_steps: .*'quux' not found"):
+    with pytest.raises(UserError, match=r"max_steps.*: .*quux"):
         check_overrides("train", ["max_steps=${quux}"])
 
 
