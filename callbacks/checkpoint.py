@@ -47,16 +47,12 @@ class StepCheckpoint(Periodic):
         if module.is_updating or not module.global_step or collectives.world_size() > 1:
             return
         if isinstance(exception, BadData):
-            self._save_now(trainer, module)
+            self.save_now(trainer, module)
             exception.args = (f"{exception.args[0]} Step {module.global_step} was saved; the same command resumes.",)
         elif is_out_of_memory(exception):
             make_room(trainer, module, exception)
             with suppress(Exception):  # the first error is the one to be told
-                self._save_now(trainer, module)
-
-    def _save_now(self, trainer, module) -> None:
-        self.act(trainer, module, module.global_step)
-        trainer.strategy.checkpoint_io.finish()
+                self.save_now(trainer, module)
 
     def act(self, trainer, module, step) -> None:
         if self.saved != step:
