@@ -19,6 +19,7 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.run.stage_folder import MANIFEST, RunDir
+from llm.utils.files import parse_json
 
 LIST = "mirror.json"
 LOOK_SECONDS = 1.0
@@ -82,7 +83,7 @@ def fetch_stage(store, source: str, stage_dir: Path) -> None:
 def read_list(store, folder: str) -> dict[str, list[int]]:
     """Return mirror.json of a stage at the address, {} where there is none."""
     try:
-        return json.loads(store.cat_file(f"{folder}/{LIST}"))
+        return parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
     except FileNotFoundError:
         return {}
 
