@@ -25,7 +25,7 @@ from llm.errors import UserError
 
 INDEX = "tokens.json"
 VERSION = 1
-FACTS = {"version": int, "tokenizer": str, "vocab_size": int, "whole": bool, "train": list, "val": list}
+FACTS = {"version": int, "fingerprint": str, "vocab_size": int, "whole": bool, "train": list, "val": list}
 
 
 class TokenDocuments:
@@ -81,7 +81,7 @@ class WrittenTokens(TokenDocuments):
         return self.index[split]
 
     def use(self, tokenizer) -> None:
-        if tokenizer.fingerprint != self.index["tokenizer"]:
+        if tokenizer.fingerprint != self.index["fingerprint"]:
             raise UserError(
                 f"{self.where}: its ids are of another tokenizer ({self.index['vocab_size']:,} tokens) than the run's "
                 f"({tokenizer.vocab_size:,}). Name a run with that tokenizer: init_from=<run>/tokenizer"
@@ -235,7 +235,7 @@ def write_index(folder: TokenFolder, index: dict) -> None:
         if present == index:
             return
         if present is not None:
-            what = "tokenizer" if present["tokenizer"] != index["tokenizer"] else "text"
+            what = "tokenizer" if present["fingerprint"] != index["fingerprint"] else "text"
             raise UserError(
                 f"{folder}: {INDEX} there is of another {what}, or the text has changed. Name another folder in "
                 f"{folder.key}, or delete that {INDEX}: tokens of files that are as they were are not written again"

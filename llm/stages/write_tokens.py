@@ -47,7 +47,7 @@ def facts(cached: CachedDocuments, tokenizer: Tokenizer) -> dict:
     """Return what tokens.json says of the tokens; whole: whether `data.shuffle` shuffles the text as one list."""
     return {
         "version": VERSION,
-        "tokenizer": tokenizer.fingerprint,
+        "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "whole": not isinstance(cached.text, HubDocuments) and fits(cached.text.files),
     }

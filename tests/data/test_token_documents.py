@@ -53,7 +53,7 @@ def write_tokens(text, folder, whole=True):
     cached = CachedDocuments(LocalDocuments(text), Bytes(), folder)
     shards = {split: list(cached.text.shards(split)) for split in ("train", "val")}
     index = {split: [cached.name_of(shard) for shard in of] for split, of in shards.items()}
-    facts = {"version": VERSION, "tokenizer": Bytes().fingerprint, "vocab_size": Bytes().vocab_size, "whole": whole}
+    facts = {"version": VERSION, "fingerprint": Bytes().fingerprint, "vocab_size": Bytes().vocab_size, "whole": whole}
     write_index(cached.folder, facts | index)
     return [cached.make(shard) for of in shards.values() for shard in of]
 

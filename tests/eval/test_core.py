@@ -394,8 +394,9 @@ def test_the_real_bundle(nets, tokenizer):
 
 def test_evaluate_writes_scores_table_and_records(nets, tokenizer, bundle, tmp_path):
     stage_dir = RunDir(tmp_path, "demo").stage_dir("pretrain")
-    config = {"stage": {"name": "pretrain"}, "data": {"name": "local"}, "seed": 42, "precision": {"compute": "fp32"}}
+    config = {"stage": {"name": "pretrain"}, "seed": 42, "precision": {"compute": "fp32"}}
     config |= {"trainer": {"accelerator": "cpu"}, "model": {"depth": 1}}
+    config["data"] = {"name": "local", "tasks": {}, "mixture": {}, "eval": []}
     write_manifest(stage_dir, {"stage": "pretrain", "status": "finished", "config": config, "seconds": 1.0})
     save_model_folder(stage_dir / "model", nets("classic"), tokenizer)
     command = ("evaluate.py", "run=demo", f"paths.runs={tmp_path}", "eval=[core]", "eval.max_per_task=6")

@@ -263,8 +263,9 @@ def test_a_model_of_transformers_is_judged_by_all_sections(gpt2, bundle, tasks, 
 
 def test_a_run_judged_by_lm_eval(net, tokenizer, tasks, tmp_path):
     stage_dir = RunDir(tmp_path, "demo").stage_dir("sft")
-    config = {"stage": {"name": "sft"}, "data": {"name": "local"}, "seed": 42, "precision": {"compute": "fp32"}}
+    config = {"stage": {"name": "sft"}, "seed": 42, "precision": {"compute": "fp32"}}
     config |= {"trainer": {"accelerator": "cpu"}, "model": {"depth": 1}}
+    config["data"] = {"name": "local", "tasks": {}, "mixture": {}, "eval": []}
     write_manifest(stage_dir, {"stage": "sft", "status": "finished", "config": config, "seconds": 1.0})
     save_model_folder(stage_dir / "model", net, tokenizer)
     asked = [f"eval.include_path={tasks}", "eval.tasks=[mine_choice,mine_answer]", "eval.max_per_task=6"]

@@ -271,6 +271,7 @@ def add_program(folder, **changes):
         content = json.loads((folder / file).read_text()) | {"auto_map": auto_map} | changes
         (folder / file).write_text(json.dumps(content))
     (folder / "own.py").write_text("raise SystemExit('a program of the folder was run')")
+    (folder / "manifest.json").unlink(missing_ok=True)  # its checksums are those of the files before
 
 
 def test_weights_that_cannot_be_read(gpt2, tmp_path):

@@ -9,9 +9,8 @@ import signal
 import pytest
 from conftest import REPO, run_cli
 from holding import FOLDER, TESTS, held, hold_at
-from processes import HANG, finish, is_alive, offspring_of, start_warm, wait_until
+from processes import finish, is_alive, offspring_of, start_warm, wait_until
 from test_strategies import columns
-from warm import GRACE
 
 from llm.checkpoint.resume import MANIFEST, checkpoint_path
 
@@ -35,7 +34,7 @@ def line(runs, run: str, strategy: str, n: int, *more: str) -> list[str]:
 def start_held(line: list[str], n: int, step: int, folder):
     """Start a training that stands still after a step; return its launcher and its processes once all stand."""
     folder.mkdir()
-    env = {"PYTHONPATH": TESTS, FOLDER: str(folder), GRACE: str(HANG)}
+    env = {"PYTHONPATH": TESTS, FOLDER: str(folder)}
     launcher = start_warm(REPO / "train.py", *line, *hold_at(step), env=env)
     wait_until(lambda: all(held(folder, rank) for rank in range(n)), launcher)
     return launcher, offspring_of(launcher.pid)
