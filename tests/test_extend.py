@@ -256,7 +256,7 @@ def test_recipes_of_training_work_together(trained):
 def test_judge_finds_the_architecture_of_a_run(trained):
     """The run remembers its plugins, and evaluate.py imports those that its command names again."""
     (command,) = COMMANDS.findall(sections()["judge"])
-    named = f"{command.replace('run=tiny', 'run=all')} plugins=[lion,parallel_blocks,csv_text]"
+    named = f"{command.strip().replace('run=tiny', 'run=all')} plugins=[lion,parallel_blocks,csv_text]"
     output = shell(named, trained).stdout
     scores = json.loads((trained / "runs" / "all" / "pretrain" / "eval.json").read_text())
     assert set(scores["judges"]["variety"]) == {"different", "words"} and "variety different" in output
