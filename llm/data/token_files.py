@@ -23,6 +23,7 @@ from llm.errors import UserError, reason_of
 
 RECORD = struct.Struct("<8s5q8s")  # mark, bytes per token, tokens, rows, size and time (ns) of the text, its digest
 MARK = b"fathomT2"
+READ_BYTES = 1 << 20
 
 
 class Origin(NamedTuple):
@@ -104,26 +105,16 @@ def write_token_file(
 def read_token_file(path, start: int = 0) -> Iterator[np.ndarray | None]:
     """Yield the ids (n,) int32 of the rows of a complete token file from row `start` on, None for empty rows.
 
-    A file of this machine is mapped from disk; one of a store is read in blocks from the first wanted row on.
+    The file is read in order, from the first wanted row on.
     """
     record = read_record(path)
-    dtype = np.dtype(np.uint16 if record.token_bytes == 2 else np.int32)
-    with path.open("rb") as file:
-        file.seek(record.token_bytes * record.tokens)
+    size, dtype = record.token_bytes, np.dtype(np.uint16 if record.token_bytes == 2 else np.int32)
+    with path.open("rb", READ_BYTES) as file:
+        file.seek(size * record.tokens)
         lengths = np.frombuffer(file.read(4 * record.rows), np.int32)
-        at = int(lengths[:start].sum())
-        if isinstance(path, Path):
-            tokens = np.asarray(np.memmap(path, dtype, "r", shape=(record.tokens,))) if record.tokens else np.zeros(0)
-        else:
-            file.seek(record.token_bytes * at)
+        file.seek(size * int(lengths[:start].sum()))
         for length in lengths[start:].tolist():
-            if not length:
-                yield None
-            elif isinstance(path, Path):
-                yield tokens[at : at + length].astype(np.int32)
-            else:
-                yield np.frombuffer(file.read(record.token_bytes * length), dtype).astype(np.int32)
-            at += length
+            yield np.frombuffer(file.read(size * length), dtype).astype(np.int32) if length else None
 
 
 class TokenFolder:
