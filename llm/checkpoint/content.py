@@ -1,7 +1,8 @@
 """The content of a model/ folder, `manifest.json`: size, SHA-256 and a fast hash of every file.
 
-SHA-256 is computed once, when the folder is written, and identifies the weights: run.json keeps it. The fast hash
-(xxHash, several GB/s) is compared on every loading, so that a flipped bit is found.
+SHA-256 is computed once, when the folder is written, and identifies the weights: run.json keeps it. The fast hash is
+compared on every loading, so that a flipped bit is found. One core of an AMD EPYC hashes a file in the page cache at
+22 GB/s by xxHash, and at 2 GB/s by SHA-256.
 """
 
 import hashlib
