@@ -19,7 +19,19 @@ REPO, COMMIT = "fathom/test", "0123456789abcdef0123456789abcdef01234567"
 PAGE = 3  # files in one answer of the listing
 
 
-class Hub(ThreadingHTTPServer):
+class InThread:
+    """Mixin of a server that serves in a thread while a `with` block runs."""
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Hub(InThread, ThreadingHTTPServer):
     """`files` of the data set `REPO` by name; `sets`: those of others; `web`: files at plain paths; `gated`: data sets
     whose files are refused. `faults`: (part of a path, what happens), each used once: 500, (429, seconds),
     ("cut", bytes), ("stall", None): nothing more comes until the client gives up, ("wait", function that returns when
@@ -34,14 +46,6 @@ class Hub(ThreadingHTTPServer):
         self.sets, self.web, self.gated = {}, {}, set()
         self.speed, self.open, self.most_open, self.mutex = speed, 0, 0, threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def fault(self, path):
         with self.mutex:

@@ -7,6 +7,8 @@ import threading
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
+from hub_server import InThread
+
 BUCKET = "bucket"
 
 
@@ -49,7 +51,7 @@ def put_folder(client, folder, prefix):
     return f"s3://{BUCKET}/{prefix}"
 
 
-class Breaking(socketserver.ThreadingTCPServer):
+class Breaking(InThread, socketserver.ThreadingTCPServer):
     """Proxy before the server at `url`. The next `cuts` connections end after `after` bytes of what the server sends.
 
     A connection that is not cut lasts as long as its ends want.
@@ -61,14 +63,6 @@ class Breaking(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Connection)
         self.to, self.cuts, self.after = urlsplit(url), cuts, after
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, request, client_address):
         pass  # a client that went away

@@ -15,7 +15,7 @@ OURS = ("<code>", "</code>", "<pre><code>", "<span class=", "</span>")
 
 
 def harmful(text: str) -> list[str]:
-    """What a reader of Markdown takes for an image, a link or HTML that is not ours, in the rendering of a message."""
+    """Return what a reader of Markdown takes for an image, a link or HTML not ours in the rendering of a message."""
     found = []
     for block in READER.parse(markdown(text)):
         for token in (block, *(block.children or ())):
