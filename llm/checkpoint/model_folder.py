@@ -16,15 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llm.checkpoint.content import check_content, weights_sum, write_content
 from llm.config.registries import ARCHITECTURES
 from llm.config.trust import check_named
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
+from llm.run.content import check_content, write_content
 from llm.run.formats import SHAPE
-from llm.run.stage_folder import read_manifest
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import read_json, replaced_folder
 from llm.utils.shapes import text
@@ -79,8 +78,8 @@ def load_model_folder(
 ) -> tuple[GPT, Tokenizer]:
     """Read a saved folder; return the network (fp32 weights, on `device`) and the tokenizer.
 
-    verify: compare every file with the checksum of manifest.json, where there is one. Raises
-    UserError where a file is missing, damaged, or of another model or tokenizer.
+    verify: compare every file with its checksum, see `check_content`. Raises UserError where a file is missing,
+    damaged, or of another model or tokenizer.
     """
     folder = Path(folder)
     config, fingerprint = _read_config(folder)
@@ -94,23 +93,8 @@ def load_model_folder(
     check_size(config, folder / WEIGHTS_FILE)
     net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
-    if verify:  # last: what is wrong with the form of a file says more than its checksum
-        check_content(folder)
-        check_own(folder)
+    check_content(folder, verify)  # last: what is wrong with the form of a file says more than its checksum
     return net.to(device), tokenizer
-
-
-def check_own(folder: Path) -> None:
-    """Raise UserError where the weights are not those that the stage of a model/ folder handed over, by its run.json.
-
-    Stages of older releases kept no sum of their weights, and pass.
-    """
-    known = ((read_manifest(folder.parent) or {}).get("fingerprints") or {}) if folder.name == "model" else {}
-    if known.get("weights") and weights_sum(folder) != known["weights"]:
-        raise UserError(
-            f"{folder}: the weights are not those that this stage handed over (fingerprint "
-            f"{str(weights_sum(folder))[:12]}, run.json says {known['weights'][:12]}); put them back, or train again"
-        )
 
 
 def check_size(config: GPTConfig, path: Path) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from llm.checkpoint.content import wrong_file
 from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError, reason_of
+from llm.run.content import wrong_file
 from llm.run.formats import CHECKSUMS, read_form
 from llm.run.stage_folder import read_manifest, read_metrics, stages_in
 from llm.utils.files import sync_folder, write_json

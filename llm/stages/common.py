@@ -14,6 +14,7 @@ from llm.model.gpt import GPT, build_network
 from llm.optim.build import build_optimizer
 from llm.parallel import collectives
 from llm.parallel.launch import processes
+from llm.run.content import check_content
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
@@ -84,6 +85,7 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
             "null, or give a trained parent by init_from and a larger model.seq_len"
         )
     tokenizer = Tokenizer.load(parent)
+    check_content(parent)
     check_vocab_size(cfg, tokenizer.vocab_size)
     say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
     return tokenizer

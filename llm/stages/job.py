@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from llm import __version__
 from llm.config.stages import Stage
 from llm.data.download import shown
+from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.utils.environment import environment, git_commit
-from llm.utils.files import plain, read_json, write_atomic
+from llm.utils.files import plain, write_atomic
 
 
 @dataclass
@@ -37,9 +38,7 @@ class Job:
             "parent": None if self.parent is None else str(self.parent),
             "parent_id": identity(self.parent),
             "format": FORMAT,
-            "parents": {
-                key: fingerprints(path) for key, path in {"init_from": self.parent, **self.further}.items() if path
-            },
+            "parents": {key: fingerprints(path) for key, path in self.models.items()},
             "config": self.config,
             "commit": git_commit(),
             "environment": environment(),
@@ -48,6 +47,11 @@ class Job:
         }
         if self.further:
             self.manifest["further"] = {key: [str(path), identity(path)] for key, path in self.further.items()}
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Return the model/ folders that the stage starts from, by the key that names them."""
+        return ({} if self.parent is None else {"init_from": self.parent}) | self.further
 
     @property
     def stage_dir(self) -> Path:
@@ -85,18 +89,6 @@ def identity(model: Path | None) -> str | None:
     """Return when the stage of a model/ folder was finished, to tell two trainings apart; None without run.json."""
     manifest = None if model is None else read_manifest(model.parent)
     return None if manifest is None else manifest.get("finished")
-
-
-def fingerprints(model: Path) -> dict[str, str | None]:
-    """Return what identifies the content of a model/ folder: SHA-256 of its weights and the tokenizer's own.
-
-    Of a folder without manifest.json, one of an older release, the weights are left out: that would take minutes.
-    """
-    from llm.checkpoint.content import read_content, weights_sum
-    from llm.tokenizer.bpe import META_FILE
-
-    found = {"tokenizer": (read_json(model / META_FILE) or {}).get("fingerprint")}
-    return found | ({"weights": weights_sum(model)} if read_content(model) else {})
 
 
 def data_fingerprint(config: dict) -> str:

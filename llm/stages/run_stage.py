@@ -23,11 +23,12 @@ from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, mirrored
-from llm.run.stage_folder import RunDir, find_further
+from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
-from llm.stages.job import Job, identity, show_config
+from llm.stages.job import Job, show_config
 from llm.stages.lengthen import lengthens
-from llm.stages.shape import parent_of, take_shape
+from llm.stages.parents import check_parents_unchanged, check_same_parents, find_parents, holds_work
+from llm.stages.shape import take_shape
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -195,21 +196,6 @@ def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
             OmegaConf.update(cfg, key, None)
 
 
-def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None, dict[str, Path]] | None:
-    """Return the model/ folder that the stage starts from, and those that its other keys name by key.
-
-    None where the parent is missing and a dry run can do without one. Raises UserError in all other such cases.
-    """
-    further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
-    models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
-    try:
-        return parent_of(cfg, row, run), models
-    except UserError:
-        if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
-            return None
-        raise
-
-
 def conclude(job: Job, results: dict, seconds: float) -> None:
     """Write run.json and the report in the first process; raises SystemExit where a signal stopped the stage."""
     if launched_rank() > 0:
@@ -233,7 +219,7 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
         return False
     differences = diff_configs(manifest["config"], config, neutral_keys(stage))
     if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
-        check_parent_unchanged(run, stage, manifest)
+        check_parents_unchanged(run, stage, manifest)
         return False
     if differences:
         raise UserError(
@@ -241,51 +227,11 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
             "use run=<new name>, overwrite=true to start it again, or the old values"
         )
     if stage in run.finished():
-        check_parent_unchanged(run, stage, manifest)
+        check_parents_unchanged(run, stage, manifest)
         return True
     if not cfg.resume:
         raise UserError(f"resume=false, but {run.stage_dir(stage)} is unfinished: overwrite=true starts it again")
     return False
-
-
-def holds_work(stage_dir: Path) -> bool:
-    """Return True if a stage got as far as a checkpoint or its result: only then is there something to lose."""
-    return (stage_dir / "model").is_dir() or any(stage_dir.glob("checkpoints/*.ckpt"))
-
-
-def known_parents(manifest: dict) -> dict[str, tuple[str, str | None]]:
-    """Return the model/ folders in a run.json with their identity, by the key that named them."""
-    found = {} if manifest.get("parent") is None else {"init_from": (manifest["parent"], manifest.get("parent_id"))}
-    return found | {key: tuple(pair) for key, pair in (manifest.get("further") or {}).items()}
-
-
-def check_parent_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
-    """Raise UserError where a finished stage is out of date because a parent was trained again."""
-    for path, known in known_parents(manifest).values():
-        if Path(path).is_dir() and identity(Path(path)) != known:
-            raise UserError(
-                f"{run.stage_dir(stage)} was trained from an earlier version of {path}: overwrite=true trains it again "
-                "from the present one"
-            )
-
-
-def check_same_parents(job: Job) -> None:
-    """Raise UserError where an unfinished stage would be resumed from other parents than it began with."""
-    old = job.run.manifest(job.row.name)
-    if old is None or job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
-        return
-    for key, known in (old.get("parents") or {}).items():
-        present = job.manifest["parents"].get(key) or {}
-        for part, value in (known or {}).items():
-            if value is not None and present.get(part, value) != value:
-                raise UserError(
-                    f"{job.stage_dir} was begun from another {part} ({key}: fingerprint {value[:12]}, now "
-                    f"{str(present[part])[:12]}): put the old one back, or overwrite=true starts the stage again"
-                )
-    before, now = known_parents(old), known_parents(job.manifest)
-    for key, (path, known) in before.items():
-        if now.get(key, (None, None))[1] != known:
-            raise UserError(f"{job.stage_dir} was begun from another version of {path}: overwrite=true starts it again")
 
 
 def report(run: RunDir) -> None:

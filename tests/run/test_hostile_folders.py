@@ -24,9 +24,9 @@ from llm.eval.evaluate import saved_config
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.report.report import final_metrics, read_stages
+from llm.run.content import fingerprints
 from llm.run.formats import read_scores
 from llm.run.stage_folder import RunDir, find_stage, read_manifest, read_metrics
-from llm.stages.job import fingerprints
 from llm.stages.shape import shape_in
 from llm.tokenizer.bpe import Tokenizer
 

@@ -13,11 +13,14 @@ import xxhash
 
 from llm.errors import UserError
 from llm.run.formats import CHECKSUMS, read_form
-from llm.utils.files import write_json
+from llm.run.stage_folder import read_manifest
+from llm.tokenizer.bpe import META_FILE
+from llm.utils.files import read_json, write_json
 
 CONTENT = "manifest.json"
 WEIGHTS = "model.safetensors"
 CHUNK = 1 << 22
+OTHER = {"tokenizer": "another tokenizer", "weights": "other weights"}
 
 
 def write_content(folder: Path) -> None:
@@ -46,10 +49,43 @@ def wrong_file(folder: Path) -> str | None:
     return None
 
 
-def check_content(folder: Path) -> None:
-    """Raise UserError where a file of a model/ folder has changed since it was written."""
-    if (problem := wrong_file(folder)) is not None:
+def check_content(folder: Path, verify: bool = True) -> None:
+    """Raise UserError where a model/ folder is not as its stage handed it over.
+
+    verify: compare every file with its checksum in manifest.json. Tokenizer and weights are compared with run.json of
+    their stage in any case, but by what manifest.json says of the weights, where `verify` is False. Folders of older
+    releases lack one of these files or both, and pass.
+    """
+    if verify and (problem := wrong_file(folder)) is not None:
         raise UserError(f"{folder}: {problem}; copy the folder again, or train the stage again")
+    record = read_manifest(folder.parent) if folder.name == "model" else None
+    if problem := other_part(folder, (record or {}).get("fingerprints") or {}, verify):
+        raise UserError(
+            f"{folder} holds {problem} than its stage handed over, by {folder.parent / 'run.json'}; put the files of "
+            "this stage back, or train it again"
+        )
+
+
+def fingerprints(folder: Path, weigh: bool = False) -> dict[str, str | None]:
+    """Return what identifies the content of a model/ folder: `tokenizer` and `weights`, the SHA-256 of each.
+
+    Without manifest.json, as older releases left it, the weights are left out (that would take minutes) but for
+    `weigh=True`. A folder that holds a tokenizer alone has weights None.
+    """
+    found = {"tokenizer": (read_json(folder / META_FILE) or {}).get("fingerprint")}
+    return found | ({"weights": weights_sum(folder)} if weigh or read_content(folder) else {})
+
+
+def other_part(folder: Path, known: dict[str, str | None], weigh: bool = True) -> str | None:
+    """Say in words which part of a model/ folder has not the known fingerprint; None if all parts have theirs.
+
+    weigh: compute the fingerprint of weights that manifest.json does not list; else they are taken to be the same.
+    """
+    present = fingerprints(folder, weigh and bool(known.get("weights")))
+    for part in OTHER:
+        if known.get(part) and present.get(part, known[part]) != known[part]:
+            return f"{OTHER[part]} (fingerprint {str(present[part])[:12]}, not {known[part][:12]})"
+    return None
 
 
 def weights_sum(folder: Path) -> str | None:

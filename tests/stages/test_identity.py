@@ -1,0 +1,152 @@
+"""What a stage begins with is known by its content: nothing else is resumed, evaluated, served or started from."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import compose, run_cli
+from omegaconf import OmegaConf
+
+from llm.checkpoint.model_folder import save_model_folder
+from llm.config.stages import stage_row
+from llm.errors import UserError
+from llm.eval.evaluate import StageSubject
+from llm.model.gpt import GPT
+from llm.run.content import fingerprints, write_content
+from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.scaling.rules import model_config
+from llm.serving.chat import load_chat_model
+from llm.stages.common import load_parent, load_tokenizer
+from llm.stages.job import Job
+from llm.stages.parents import check_same_parents, find_parents
+from llm.tokenizer.bpe import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("composed_once")
+TINY = ("experiment=tiny", "model.depth=1")
+
+
+def config(root, stage, *more):
+    return compose("train", *TINY, f"stage={stage}", f"paths.runs={root}", *more)
+
+
+def job_of(root, stage, *more) -> Job:
+    """The work on a stage of the run `tiny`, after its parents were found and before they are compared."""
+    cfg = config(root, stage, *more)
+    run, row = RunDir(cfg.paths.runs, cfg.run), stage_row(cfg.stage.name)
+    return Job(cfg, row, run, OmegaConf.to_container(cfg, resolve=True), *find_parents(cfg, row, run))
+
+
+def finish(root, stage, seed):
+    """Leave the stage as training does, with initial weights of `seed`."""
+    job, tokenizer = job_of(root, stage), Tokenizer.load(root / "tiny" / "tokenizer" / "model")
+    net = GPT(model_config(job.cfg.model, job.cfg.arch, tokenizer.vocab_size)).init_weights(seed)
+    with torch.no_grad():
+        net.lm_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    save_model_folder(job.stage_dir / "model", net, tokenizer)
+    own = {"status": "finished", "finished": stage, "fingerprints": fingerprints(job.stage_dir / "model")}
+    write_manifest(job.stage_dir, job.manifest | own)
+
+
+def begin(root, stage, *more):
+    """Leave the stage as a training that was killed after its first checkpoint, which is not looked into here."""
+    job = job_of(root, stage, *more)
+    job.begin()
+    (job.stage_dir / "checkpoints").mkdir()
+    (job.stage_dir / "checkpoints" / "step_000002.ckpt").write_bytes(b"")
+
+
+@pytest.fixture
+def runs(tokenizer_runs, tmp_path):
+    """runs/tiny with a finished tokenizer, pretrain and midtrain."""
+    root = shutil.copytree(tokenizer_runs, tmp_path / "runs")
+    finish(root, "pretrain", 0)
+    finish(root, "midtrain", 1)
+    return root
+
+
+def put_other_tokenizer(folder):
+    """Train a tokenizer of the same size on another text into a model/ folder."""
+    size = Tokenizer.load(folder).vocab_size
+    Tokenizer.train([f"{n} other words of another text, said {n * n} times" for n in range(500)], size).save(folder)
+
+
+def put_other_weights(root, listed=True):
+    """Copy the weights of tiny/midtrain over those of tiny/pretrain, with the list of checksums or without it."""
+    for name in ("model.safetensors", *(["manifest.json"] if listed else [])):
+        shutil.copy(root / "tiny/midtrain/model" / name, root / "tiny/pretrain/model" / name)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_unfinished_stage_is_not_resumed_from_another_tokenizer(runs, listed):
+    shutil.rmtree(runs / "tiny" / "pretrain")
+    begin(runs, "pretrain")
+    folder = runs / "tiny" / "tokenizer" / "model"
+    check_same_parents(job_of(runs, "pretrain"))
+    put_other_tokenizer(folder)
+    if listed:
+        write_content(folder)
+    with pytest.raises(UserError, match=f"from another version of {folder}.*another tokenizer.*put that one back, or"):
+        check_same_parents(job_of(runs, "pretrain"))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_unfinished_stage_is_not_resumed_from_other_weights(runs, listed):
+    begin(runs, "sft", "init_from=tiny/pretrain")
+    check_same_parents(job_of(runs, "sft", "init_from=tiny/pretrain"))
+    put_other_weights(runs)
+    if not listed:
+        (runs / "tiny/pretrain/model/manifest.json").unlink()
+    job = job_of(runs, "sft", "init_from=tiny/pretrain")
+    with pytest.raises(UserError, match=f"from another version of {job.parent}.*other weights.*put that one back, or"):
+        check_same_parents(job)
+
+
+def test_a_parent_trained_again_to_the_same_weights_is_the_same_parent(runs):
+    begin(runs, "sft")
+    record = read_manifest(runs / "tiny" / "pretrain")
+    write_manifest(runs / "tiny" / "pretrain", record | {"finished": "later"})
+    check_same_parents(job_of(runs, "sft"))
+
+
+def test_another_parent_ends_the_command_in_one_line_and_changes_nothing(runs):
+    shutil.rmtree(runs / "tiny" / "pretrain")
+    begin(runs, "pretrain")
+    put_other_tokenizer(runs / "tiny" / "tokenizer" / "model")
+    before = read_manifest(runs / "tiny" / "pretrain")
+    done = run_cli("train.py", *TINY, "stage=pretrain", f"paths.runs={runs}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert read_manifest(runs / "tiny" / "pretrain") == before
+
+
+def evaluate(root):
+    cfg = compose("evaluate", "run=tiny", f"paths.runs={root}")
+    cfg.stage = "pretrain"
+    StageSubject(cfg)
+
+
+def serve(root):
+    load_chat_model(root / "tiny" / "pretrain")
+
+
+def start_from(root):
+    load_parent(root / "tiny/pretrain/model", config(root, "sft"))
+
+
+@pytest.mark.parametrize("use", [evaluate, serve, start_from])
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_of_another_stage_are_refused_by(use, listed, runs):
+    use(runs)
+    put_other_weights(runs, listed)
+    with pytest.raises(UserError, match=f"{runs}/tiny/pretrain/model.*(put the files of this|copy the folder again)"):
+        use(runs)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_tokenizer_that_its_stage_did_not_train_is_refused_by_a_fresh_network(listed, runs):
+    folder, cfg = runs / "tiny" / "tokenizer" / "model", config(runs, "pretrain")
+    load_tokenizer(folder, cfg)
+    put_other_tokenizer(folder)
+    if listed:
+        write_content(folder)
+    with pytest.raises(UserError, match=f"{folder}.*(holds another tokenizer .* than its stage|is not what was)"):
+        load_tokenizer(folder, cfg)
