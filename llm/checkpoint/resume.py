@@ -26,7 +26,7 @@ from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError, reason_of
 from llm.run.content import wrong_file
 from llm.run.formats import CHECKSUMS, read_form
-from llm.run.stage_folder import read_manifest, read_metrics, stages_in
+from llm.run.stage_folder import checked_manifest, read_manifest, read_metrics, stages_in
 from llm.utils.files import sync_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -226,6 +226,25 @@ def lacks(checkpoint: Any) -> str | None:
     if isinstance(step, bool) or not isinstance(step, int) or step < 0 or "loops" not in checkpoint:
         return "it does not say after which step it was saved (global_step, loops)"
     return None
+
+
+def origins(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return what the checkpoints of a folder say of the trainings that saved them, as keys of run.json.
+
+    Those of older releases say nothing and are left out, as are those that cannot be read; no tensor is read. Raises
+    UserError for a wrong value.
+    """
+    found = []
+    for _, path in list_checkpoints(folder):
+        try:
+            with zipfile.ZipFile(path) as archive:  # reading the record compares its CRC
+                archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+            origin = load_checkpoint(path)["fathom"]["origin"]
+        except Exception:  # noqa: BLE001  damage is looked for where the checkpoint is to be used
+            continue
+        if origin:
+            found.append((path, checked_manifest(origin, f"{path}: origin")))
+    return found
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:

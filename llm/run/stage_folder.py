@@ -18,8 +18,8 @@ from llm.config.renamed import renamed_manifest
 from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
 from llm.config.trust import check_code
 from llm.errors import UserError
-from llm.run.formats import RUN, read_form
-from llm.utils.files import write_json
+from llm.run.formats import RUN
+from llm.utils.files import read_json, write_json
 
 MANIFEST = "run.json"
 
@@ -88,8 +88,18 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
     None if the stage was never started. Raises UserError where the file cannot be read or has a wrong value.
     """
     path = Path(path)
-    manifest = read_form(path if path.name == MANIFEST else path / MANIFEST, RUN)
-    return None if manifest is None else renamed_manifest(manifest)
+    path = path if path.name == MANIFEST else path / MANIFEST
+    manifest = read_json(path)
+    return None if manifest is None else checked_manifest(manifest, str(path))
+
+
+def checked_manifest(manifest: Any, where: str) -> dict[str, Any]:
+    """Return the content of a run.json, its config under the present names of keys.
+
+    where: the file, for the UserError that a wrong value or a later format raises.
+    """
+    RUN(manifest, where)
+    return renamed_manifest(manifest)
 
 
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.utils.environment import environment, git_commit
 from llm.utils.files import plain, write_atomic
 
+# What a checkpoint repeats of its stage's run.json, to be known by itself.
+ORIGIN = ("format", "stage", "parent", "parent_id", "further", "parents", "config", "commit", "version")
+
 
 @dataclass
 class Job:
@@ -52,6 +55,11 @@ class Job:
     def models(self) -> dict[str, Path]:
         """Return the model/ folders that the stage starts from, by the key that names them."""
         return ({} if self.parent is None else {"init_from": self.parent}) | self.further
+
+    @property
+    def origin(self) -> dict:
+        """Return what checkpoints say of the training that saved them: these keys of run.json, as plain values."""
+        return plain({key: self.manifest[key] for key in ORIGIN if key in self.manifest})
 
     @property
     def stage_dir(self) -> Path:

@@ -6,9 +6,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.config.stages import Stage
 from llm.errors import UserError
+from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.content import other_part
-from llm.run.stage_folder import RunDir, find_further
+from llm.run.stage_folder import MANIFEST, RunDir, find_further
 from llm.stages.job import Job, identity
+from llm.stages.lengthen import HORIZONS
 from llm.stages.shape import parent_of
 
 
@@ -63,14 +65,34 @@ def check_parents_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
             )
 
 
-def check_same_parents(job: Job) -> None:
-    """Raise UserError where an unfinished stage would be resumed from other parents than it began with."""
-    old = job.run.manifest(job.row.name)
-    if old is None or job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
+def check_same_origin(job: Job) -> None:
+    """Raise UserError where an unfinished stage would be resumed from other parents than it began with.
+
+    Likewise where its folder holds a checkpoint that another training has saved. run.json and checkpoints of older
+    releases say less, and pass.
+    """
+    if job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
         return
-    for key, model in job.models.items():
-        if problem := other_than(old, key, model):
-            raise UserError(
-                f"{job.stage_dir} was begun from another version of {model} ({key}), which now {problem}: put that "
-                "one back, or overwrite=true starts the stage again"
-            )
+    from llm.checkpoint.resume import origins
+
+    saved = origins(job.stage_dir / "checkpoints")
+    for path, origin in saved:
+        check_same_settings(job, path, origin)
+    record = job.run.manifest(job.row.name)
+    for path, origin in [*([] if record is None else [(job.stage_dir / MANIFEST, record)]), *saved]:
+        for key, model in job.models.items():
+            if key in known_parents(origin) and (problem := other_than(origin, key, model)):
+                raise UserError(
+                    f"{path}: this stage was begun from another version of {model} ({key}), which now {problem}: put "
+                    "that one back, or overwrite=true starts the stage again"
+                )
+
+
+def check_same_settings(job: Job, path: Path, origin: dict) -> None:
+    """Raise UserError where a training with another configuration has saved a checkpoint; a horizon may differ."""
+    ignored = (*neutral_keys(job.row.name), *HORIZONS)
+    if differences := diff_configs(origin.get("config") or {}, job.config, ignored):
+        raise UserError(
+            f"{path} was saved by a training with another configuration ({describe_differences(differences)}): put "
+            "the checkpoints of this stage back, or overwrite=true starts the stage again"
+        )

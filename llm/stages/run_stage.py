@@ -27,7 +27,7 @@ from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import lengthens
-from llm.stages.parents import check_parents_unchanged, check_same_parents, find_parents, holds_work
+from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, holds_work
 from llm.stages.shape import take_shape
 
 
@@ -120,7 +120,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
     job = Job(cfg, row, run, config, *parents)
-    check_same_parents(job)
+    check_same_origin(job)
     print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror

@@ -59,6 +59,7 @@ class StepModule(L.LightningModule):
         self.scaler = None  # set where the network computes in fp16
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
         self.loss_watch = LossWatch(context.loss_jump)
+        self.origin: dict = {}  # keys of run.json that checkpoints repeat, see Job.origin
         self.is_updating = False  # while weights, optimizer and position are of no one step
 
     @property
@@ -172,6 +173,7 @@ class StepModule(L.LightningModule):
             "tokens": self.progress.tokens,
             "window": self.step_log.state_dict(),
             "recent": list(self.loss_watch.recent),
+            "origin": self.origin,
         }
         if self.scaler is not None:
             checkpoint["fathom"]["scaler"] = self.scaler.state_dict()

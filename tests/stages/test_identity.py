@@ -3,11 +3,13 @@
 import shutil
 
 import pytest
+import small_training
 import torch
 from conftest import compose, run_cli
 from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
+from llm.checkpoint.resume import checkpoint_path, list_checkpoints, load_checkpoint, origins
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.eval.evaluate import StageSubject
@@ -18,7 +20,7 @@ from llm.scaling.rules import model_config
 from llm.serving.chat import load_chat_model
 from llm.stages.common import load_parent, load_tokenizer
 from llm.stages.job import Job
-from llm.stages.parents import check_same_parents, find_parents
+from llm.stages.parents import check_same_origin, find_parents
 from llm.tokenizer.bpe import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("composed_once")
@@ -48,20 +50,31 @@ def finish(root, stage, seed):
 
 
 def begin(root, stage, *more):
-    """Leave the stage as a training that was killed after its first checkpoint, which is not looked into here."""
+    """Leave the stage as a training that was killed after its second checkpoint, without their tensors."""
     job = job_of(root, stage, *more)
     job.begin()
-    (job.stage_dir / "checkpoints").mkdir()
-    (job.stage_dir / "checkpoints" / "step_000002.ckpt").write_bytes(b"")
+    for step in (2, 4):
+        save(job, step, job.origin)
 
 
-@pytest.fixture
-def runs(tokenizer_runs, tmp_path):
-    """runs/tiny with a finished tokenizer, pretrain and midtrain."""
-    root = shutil.copytree(tokenizer_runs, tmp_path / "runs")
+def save(job, step, origin):
+    path = checkpoint_path(job.stage_dir / "checkpoints", step)
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"global_step": step, "fathom": {"origin": origin}}, path)
+
+
+@pytest.fixture(scope="module")
+def runs_once(tokenizer_runs, tmp_path_factory):
+    root = shutil.copytree(tokenizer_runs, tmp_path_factory.mktemp("identity") / "runs")
     finish(root, "pretrain", 0)
     finish(root, "midtrain", 1)
     return root
+
+
+@pytest.fixture
+def runs(runs_once, tmp_path):
+    """runs/tiny with a finished tokenizer, pretrain and midtrain."""
+    return shutil.copytree(runs_once, tmp_path / "runs")
 
 
 def put_other_tokenizer(folder):
@@ -81,31 +94,31 @@ def test_an_unfinished_stage_is_not_resumed_from_another_tokenizer(runs, listed)
     shutil.rmtree(runs / "tiny" / "pretrain")
     begin(runs, "pretrain")
     folder = runs / "tiny" / "tokenizer" / "model"
-    check_same_parents(job_of(runs, "pretrain"))
+    check_same_origin(job_of(runs, "pretrain"))
     put_other_tokenizer(folder)
     if listed:
         write_content(folder)
-    with pytest.raises(UserError, match=f"from another version of {folder}.*another tokenizer.*put that one back, or"):
-        check_same_parents(job_of(runs, "pretrain"))
+    with pytest.raises(UserError, match=f"begun from another version of {folder}.*another tokenizer.*put that"):
+        check_same_origin(job_of(runs, "pretrain"))
 
 
 @pytest.mark.parametrize("listed", [True, False])
 def test_an_unfinished_stage_is_not_resumed_from_other_weights(runs, listed):
     begin(runs, "sft", "init_from=tiny/pretrain")
-    check_same_parents(job_of(runs, "sft", "init_from=tiny/pretrain"))
+    check_same_origin(job_of(runs, "sft", "init_from=tiny/pretrain"))
     put_other_weights(runs)
     if not listed:
         (runs / "tiny/pretrain/model/manifest.json").unlink()
     job = job_of(runs, "sft", "init_from=tiny/pretrain")
-    with pytest.raises(UserError, match=f"from another version of {job.parent}.*other weights.*put that one back, or"):
-        check_same_parents(job)
+    with pytest.raises(UserError, match=f"begun from another version of {job.parent}.*other weights.*put that"):
+        check_same_origin(job)
 
 
 def test_a_parent_trained_again_to_the_same_weights_is_the_same_parent(runs):
     begin(runs, "sft")
     record = read_manifest(runs / "tiny" / "pretrain")
     write_manifest(runs / "tiny" / "pretrain", record | {"finished": "later"})
-    check_same_parents(job_of(runs, "sft"))
+    check_same_origin(job_of(runs, "sft"))
 
 
 def test_another_parent_ends_the_command_in_one_line_and_changes_nothing(runs):
@@ -116,6 +129,55 @@ def test_another_parent_ends_the_command_in_one_line_and_changes_nothing(runs):
     done = run_cli("train.py", *TINY, "stage=pretrain", f"paths.runs={runs}")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert read_manifest(runs / "tiny" / "pretrain") == before
+
+
+def test_checkpoints_tell_without_run_json_what_they_began_from(runs):
+    begin(runs, "sft")
+    (runs / "tiny/sft/run.json").unlink()
+    check_same_origin(job_of(runs, "sft"))
+    shutil.copytree(runs / "tiny/pretrain/model", runs / "tiny/midtrain/model", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="step_000002.ckpt: this stage was begun from another version of .*/midtrain/"):
+        check_same_origin(job_of(runs, "sft"))
+
+
+@pytest.mark.parametrize("change", ["seed=7", "data.mixture.sft.choice=3.0", "optim.matrix_lr=0.5"])
+def test_a_checkpoint_of_another_training_is_not_resumed(runs, change):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 4, job_of(runs, "sft", change).origin)
+    key, value = change.split("=")
+    with pytest.raises(UserError, match=rf"step_000004.ckpt was saved by .*\({key}: {value} -> .*put the checkpoints"):
+        check_same_origin(job_of(runs, "sft"))
+
+
+@pytest.mark.parametrize("change", ["max_steps=2", "save_every=7", "data.workers=1", "batch.micro_batch_size=1"])
+def test_a_checkpoint_of_a_shorter_or_otherwise_placed_training_is_resumed(runs, change):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 4, job_of(runs, "sft", change).origin)
+    check_same_origin(job_of(runs, "sft"))
+
+
+def test_checkpoints_of_older_releases_and_damaged_ones_are_no_reason_to_refuse(runs):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 2, {})
+    (runs / "tiny/sft/checkpoints/step_000006.ckpt").write_bytes(b"half a checkpoint")
+    path = runs / "tiny/sft/checkpoints/step_000004.ckpt"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"seed", b"seeD"))
+    assert origins(path.parent) == []
+    check_same_origin(job_of(runs, "sft"))
+    path.write_bytes(content)
+    assert [file.name for file, _ in origins(path.parent)] == [path.name]
+
+
+def test_real_checkpoints_carry_their_origin_and_resume(tmp_path):
+    module = small_training.make_module()
+    module.origin = {"stage": "pretrain", "config": {"seed": 1}}
+    straight, _ = small_training.fit(tmp_path / "a", module=module)
+    assert [origin for _, origin in origins(tmp_path / "a/checkpoints")] == [module.origin] * 2
+    (_, first), _ = list_checkpoints(tmp_path / "a/checkpoints")
+    assert "origin" in load_checkpoint(first)["fathom"]
+    again, _ = small_training.fit(tmp_path / "b", ckpt=first)
+    assert all(a.equal(b) for a, b in zip(straight.parameters(), again.parameters(), strict=True))
 
 
 def evaluate(root):
