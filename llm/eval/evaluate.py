@@ -35,6 +35,7 @@ from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
 from llm.run.formats import EVALUATED, read_scores
 from llm.run.lock import waiting_lock
+from llm.run.notes import say, stage_notes
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.files import write_json
@@ -354,6 +355,7 @@ class StageSubject(Subject):
         self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
         self.trained_beside = ((read_manifest(self.folder) or {}).get("data") or {}).get("held_out_text")
         net, self.tokenizer = load_model_folder(self.folder / "model")
+        say(*stage_notes(self.folder))
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
         self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)

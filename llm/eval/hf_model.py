@@ -24,6 +24,7 @@ from torch import nn
 from llm.checkpoint.model_folder import CONFIG_FILE, load_model_folder
 from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.run.notes import content_note, say
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import content_text
 from llm.tokenizer.compression import SAMPLE_TEXTS
@@ -398,6 +399,7 @@ def _is_ours(folder: Path) -> bool:
 def _load_ours(name: str, folder: Path, seq_len: int | None, device: str | torch.device) -> tuple[GPT, Tokenizer]:
     """Load a model that Fathom wrote. Raises UserError for damaged files and a longer context than the model has."""
     net, tokenizer = load_model_folder(folder, device)
+    say(content_note(folder))
     _check_context(name, seq_len, net.config.seq_len)
     net.config = replace(net.config, seq_len=seq_len or net.config.seq_len)
     return net.eval(), tokenizer

@@ -14,6 +14,7 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.run.notes import say, stage_notes
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
@@ -51,6 +52,7 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
     stage_dir = Path(stage_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, tokenizer = load_model_folder(stage_dir / "model", device)
+    say(*stage_notes(stage_dir))
     net.compute_dtype = resolve_compute_dtype("auto", device)
     net.to(net.compute_dtype).eval()
     config = net.config

@@ -15,6 +15,7 @@ from llm.optim.build import build_optimizer
 from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.run.content import check_content
+from llm.run.notes import content_note, say
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
@@ -94,6 +95,7 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
 def say_taken(parent: Path, parts: str) -> None:
     """Print in one line which `parts` of its parent a stage starts from; the first process does."""
     if collectives.is_main():
+        say(content_note(parent))
         print(f"taken from {parent}: {parts}", flush=True)
 
 

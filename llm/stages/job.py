@@ -9,13 +9,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from llm import __version__
 from llm.config.stages import Stage
 from llm.data.download import shown
 from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
-from llm.utils.environment import environment, git_commit
+from llm.utils.environment import code_version, environment
 from llm.utils.files import plain, write_atomic
 
 # What a checkpoint repeats of its stage's run.json, to be known by itself.
@@ -43,9 +42,8 @@ class Job:
             "format": FORMAT,
             "parents": {key: fingerprints(path) for key, path in self.models.items()},
             "config": self.config,
-            "commit": git_commit(),
+            **code_version(),
             "environment": environment(),
-            "version": __version__,
             "started": now(),
         }
         if self.further:

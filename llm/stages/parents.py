@@ -6,8 +6,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.config.stages import Stage
 from llm.errors import UserError
+from llm.parallel.env import launched_rank
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.content import other_part
+from llm.run.notes import code_note, say
 from llm.run.stage_folder import MANIFEST, RunDir, find_further
 from llm.stages.job import Job, identity
 from llm.stages.lengthen import HORIZONS
@@ -86,6 +88,20 @@ def check_same_origin(job: Job) -> None:
                     f"{path}: this stage was begun from another version of {model} ({key}), which now {problem}: put "
                     "that one back, or overwrite=true starts the stage again"
                 )
+    if launched_rank() == 0:
+        say(*beginning_notes(job, record or {}, [origin for _, origin in saved]))
+
+
+def beginning_notes(job: Job, record: dict, saved: list[dict]) -> list[str | None]:
+    """Return what should be known of an unfinished stage before it is resumed.
+
+    record: its run.json. saved: the same of its checkpoints, the newest last; it says which code made the weights.
+    """
+    known = [origin.get("parents") or {} for origin in (record, *saved)]
+    unknown = [str(model) for key, model in job.models.items() if not any(parents.get(key) for parents in known)]
+    note = f"{job.stage_dir} keeps no fingerprints (an older release began it): " if unknown else None
+    note = note and f"{note}whether {' and '.join(unknown)} has changed since could not be compared"
+    return [code_note(saved[-1] if saved else record, job.stage_dir), note]
 
 
 def check_same_settings(job: Job, path: Path, origin: dict) -> None:

@@ -22,6 +22,7 @@ from llm.stages.common import load_parent, load_tokenizer
 from llm.stages.job import Job
 from llm.stages.parents import check_same_origin, find_parents
 from llm.tokenizer.bpe import Tokenizer
+from llm.utils import environment
 
 pytestmark = pytest.mark.usefixtures("composed_once")
 TINY = ("experiment=tiny", "model.depth=1")
@@ -61,6 +62,14 @@ def save(job, step, origin):
     path = checkpoint_path(job.stage_dir / "checkpoints", step)
     path.parent.mkdir(exist_ok=True)
     torch.save({"global_step": step, "fathom": {"origin": origin}}, path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_commit():
+    """The source tree may change while tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "git_commit", lambda: "b" * 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +187,76 @@ def test_real_checkpoints_carry_their_origin_and_resume(tmp_path):
     assert "origin" in load_checkpoint(first)["fathom"]
     again, _ = small_training.fit(tmp_path / "b", ckpt=first)
     assert all(a.equal(b) for a, b in zip(straight.parameters(), again.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said and refuses nothing
+
+
+def resume(root):
+    check_same_origin(job_of(root, "sft"))
+
+
+def made_by(root, stage, **code):
+    """Let run.json of a stage name other code."""
+    folder = root / "tiny" / stage
+    write_manifest(folder, read_manifest(folder) | code)
+
+
+@pytest.mark.parametrize("use", ["resume", "evaluate", "serve"])
+def test_other_code_is_named_in_one_line_and_no_reason_to_refuse(use, runs, capsys):
+    begin(runs, "sft")
+    {"resume": resume, "evaluate": evaluate, "serve": serve}[use](runs)
+    assert "note:" not in capsys.readouterr().err
+    made_by(runs, "pretrain", version="0.0.1", commit="a" * 40 + "-dirty")
+    other = job_of(runs, "sft").origin | {"version": "0.0.1", "commit": "a" * 40 + "-dirty"}
+    save(job_of(runs, "sft"), 4, other)
+    {"resume": resume, "evaluate": evaluate, "serve": serve}[use](runs)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"note: {runs}/tiny/")
+    assert "made by other code: Fathom 0.0.1, commit aaaaaaaaaaaa-dirty; this is Fathom " in said
+
+
+def test_code_that_is_not_known_is_not_taken_for_other_code(runs, capsys):
+    for unknown in ({"version": None, "commit": None}, {"commit": None}):
+        made_by(runs, "pretrain", **unknown)
+        serve(runs)
+    assert capsys.readouterr().err == ""
+
+
+def without_fingerprints(root, stage):
+    """Make a stage such as older releases left it."""
+    folder = root / "tiny" / stage
+    record = {key: value for key, value in read_manifest(folder).items() if key not in ("fingerprints", "parents")}
+    write_manifest(folder, record)
+    (folder / "model" / "manifest.json").unlink(missing_ok=True)
+    for step in (2, 4) if (folder / "checkpoints").is_dir() else ():
+        save(job_of(root, stage), step, {})
+
+
+def test_an_old_folder_is_evaluated_served_resumed_and_started_from_with_one_line(runs, capsys):
+    begin(runs, "sft")
+    for stage in ("pretrain", "sft"):
+        without_fingerprints(runs, stage)
+    for use in (evaluate, serve, start_from):
+        use(runs)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{runs}/tiny/pretrain/model: nothing of it could be compared" in said
+        assert "no manifest.json and no fingerprints in run.json" in said
+    resume(runs)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"note: {runs}/tiny/sft keeps no fingerprints" in said
+    assert f"whether {runs}/tiny/midtrain/model has changed since could not be compared" in said
+
+
+def test_of_half_of_the_lists_the_line_says_what_is_left(runs, capsys):
+    (runs / "tiny/pretrain/model/manifest.json").unlink()
+    made_by(runs, "midtrain", fingerprints=None)
+    serve(runs)
+    load_chat_model(runs / "tiny" / "midtrain")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "pretrain/model: only tokenizer and weights could be compared" in first and "(no manifest.json: " in first
+    assert "midtrain/model: not all of it could be compared" in second and "(no fingerprints in run.json: " in second
 
 
 def evaluate(root):
