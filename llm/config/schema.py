@@ -157,6 +157,7 @@ class TrainConfig:
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first (docs/extend.md)")
     trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
+    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
@@ -222,6 +223,7 @@ class EvaluateConfig:
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
+    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
     run: str | None = key("run to evaluate", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
@@ -234,6 +236,7 @@ class ServeConfig:
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
+    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
     run: str | None = key("run to chat with", main=True)
     ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
     prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)

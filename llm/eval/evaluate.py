@@ -354,7 +354,7 @@ class StageSubject(Subject):
         self.data = saved.data if cfg.data is None else cfg.data
         self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
         self.trained_beside = ((read_manifest(self.folder) or {}).get("data") or {}).get("held_out_text")
-        net, self.tokenizer = load_model_folder(self.folder / "model")
+        net, self.tokenizer = load_model_folder(self.folder / "model", verify=cfg.verify)
         say(*stage_notes(self.folder))
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
@@ -444,7 +444,7 @@ class HFSubject(Subject):
             raise UserError(f"{self.folder} holds scores of model={other}; move it away or set another paths.runs")
         super().__init__(cfg)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device)
+        self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device, cfg.verify)
         seq_len = self.net.config.seq_len
         if (other := before.get("seq_len", seq_len)) != seq_len:
             raise UserError(

@@ -359,16 +359,17 @@ def _pieces(token: str) -> bytes:
 
 
 def load_hf(
-    name: str, seq_len: int | None, device: str | torch.device
+    name: str, seq_len: int | None, device: str | torch.device, verify: bool = True
 ) -> tuple[HFNet, HFTokenizer] | tuple[GPT, Tokenizer]:
     """Load model and tokenizer from a folder or the hub, with the weights in the number format of their files.
 
-    Our own classes load a model that Fathom wrote. seq_len: tokens of context to use at most; None = the model's own,
-    up to `LONGEST` for models of others. Raises UserError if the model cannot be had or is no causal language model.
+    Our own classes load a model that Fathom wrote; verify: compare its files with their checksums. seq_len: tokens of
+    context to use at most; None = the model's own, up to `LONGEST` for models of others. Raises UserError if the model
+    cannot be had or is no causal language model.
     """
     folder = _folder(name)
     if _is_ours(folder):
-        return _load_ours(name, folder, seq_len, device)
+        return _load_ours(name, folder, seq_len, device, verify)
     try:
         import transformers
     except ImportError as error:
@@ -396,9 +397,11 @@ def _is_ours(folder: Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("fathom"), dict)
 
 
-def _load_ours(name: str, folder: Path, seq_len: int | None, device: str | torch.device) -> tuple[GPT, Tokenizer]:
+def _load_ours(
+    name: str, folder: Path, seq_len: int | None, device: str | torch.device, verify: bool
+) -> tuple[GPT, Tokenizer]:
     """Load a model that Fathom wrote. Raises UserError for damaged files and a longer context than the model has."""
-    net, tokenizer = load_model_folder(folder, device)
+    net, tokenizer = load_model_folder(folder, device, verify)
     say(content_note(folder))
     _check_context(name, seq_len, net.config.seq_len)
     net.config = replace(net.config, seq_len=seq_len or net.config.seq_len)

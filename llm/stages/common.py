@@ -45,7 +45,7 @@ def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
 
     The context may be longer than the parent's. Raises UserError where the configured model differs otherwise.
     """
-    net, tokenizer = load_model_folder(parent)
+    net, tokenizer = load_model_folder(parent, verify=cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
@@ -86,7 +86,7 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
             "null, or give a trained parent by init_from and a larger model.seq_len"
         )
     tokenizer = Tokenizer.load(parent)
-    check_content(parent)
+    check_content(parent, cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
     say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
     return tokenizer

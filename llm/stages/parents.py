@@ -42,14 +42,14 @@ def known_parents(manifest: dict) -> dict[str, tuple[str, str | None]]:
     return found | {key: tuple(pair) for key, pair in (manifest.get("further") or {}).items()}
 
 
-def other_than(manifest: dict, key: str, model: Path) -> str | None:
+def other_than(manifest: dict, key: str, model: Path, verify: bool = True) -> str | None:
     """Say in words how a model/ folder differs from the one that `key` named when a run.json was written.
 
     Fingerprints decide. Where that folder's weights had none, as of older releases, the end of its training does too.
-    None if the two are the same.
+    None if the two are the same. verify: compute the fingerprint of weights without manifest.json.
     """
     known = (manifest.get("parents") or {}).get(key) or {}
-    if problem := other_part(model, known):
+    if problem := other_part(model, known, verify):
         return f"holds {problem}"
     finished = known_parents(manifest).get(key, (None, None))[1]
     if "weights" not in known and identity(model) != finished:
@@ -83,7 +83,7 @@ def check_same_origin(job: Job) -> None:
     record = job.run.manifest(job.row.name)
     for path, origin in [*([] if record is None else [(job.stage_dir / MANIFEST, record)]), *saved]:
         for key, model in job.models.items():
-            if key in known_parents(origin) and (problem := other_than(origin, key, model)):
+            if key in known_parents(origin) and (problem := other_than(origin, key, model, job.cfg.verify)):
                 raise UserError(
                     f"{path}: this stage was begun from another version of {model} ({key}), which now {problem}: put "
                     "that one back, or overwrite=true starts the stage again"

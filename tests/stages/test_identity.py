@@ -13,10 +13,12 @@ from llm.checkpoint.resume import checkpoint_path, list_checkpoints, load_checkp
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.eval.evaluate import StageSubject
+from llm.eval.hf_model import load_hf
 from llm.model.gpt import GPT
 from llm.run.content import fingerprints, write_content
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.scaling.rules import model_config
+from llm.serving import app
 from llm.serving.chat import load_chat_model
 from llm.stages.common import load_parent, load_tokenizer
 from llm.stages.job import Job
@@ -197,6 +199,10 @@ def resume(root):
     check_same_origin(job_of(root, "sft"))
 
 
+def notes(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: /")]
+
+
 def made_by(root, stage, **code):
     """Let run.json of a stage name other code."""
     folder = root / "tiny" / stage
@@ -207,13 +213,13 @@ def made_by(root, stage, **code):
 def test_other_code_is_named_in_one_line_and_no_reason_to_refuse(use, runs, capsys):
     begin(runs, "sft")
     {"resume": resume, "evaluate": evaluate, "serve": serve}[use](runs)
-    assert "note:" not in capsys.readouterr().err
+    assert notes(capsys) == []
     made_by(runs, "pretrain", version="0.0.1", commit="a" * 40 + "-dirty")
     other = job_of(runs, "sft").origin | {"version": "0.0.1", "commit": "a" * 40 + "-dirty"}
     save(job_of(runs, "sft"), 4, other)
     {"resume": resume, "evaluate": evaluate, "serve": serve}[use](runs)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(f"note: {runs}/tiny/")
+    (said,) = notes(capsys)
+    assert said.startswith(f"note: {runs}/tiny/")
     assert "made by other code: Fathom 0.0.1, commit aaaaaaaaaaaa-dirty; this is Fathom " in said
 
 
@@ -221,7 +227,7 @@ def test_code_that_is_not_known_is_not_taken_for_other_code(runs, capsys):
     for unknown in ({"version": None, "commit": None}, {"commit": None}):
         made_by(runs, "pretrain", **unknown)
         serve(runs)
-    assert capsys.readouterr().err == ""
+    assert notes(capsys) == []
 
 
 def without_fingerprints(root, stage):
@@ -240,12 +246,12 @@ def test_an_old_folder_is_evaluated_served_resumed_and_started_from_with_one_lin
         without_fingerprints(runs, stage)
     for use in (evaluate, serve, start_from):
         use(runs)
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"{runs}/tiny/pretrain/model: nothing of it could be compared" in said
+        (said,) = notes(capsys)
+        assert f"{runs}/tiny/pretrain/model: nothing of it could be compared" in said
         assert "no manifest.json and no fingerprints in run.json" in said
     resume(runs)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"note: {runs}/tiny/sft keeps no fingerprints" in said
+    (said,) = notes(capsys)
+    assert f"note: {runs}/tiny/sft keeps no fingerprints" in said
     assert f"whether {runs}/tiny/midtrain/model has changed since could not be compared" in said
 
 
@@ -254,23 +260,30 @@ def test_of_half_of_the_lists_the_line_says_what_is_left(runs, capsys):
     made_by(runs, "midtrain", fingerprints=None)
     serve(runs)
     load_chat_model(runs / "tiny" / "midtrain")
-    first, second = capsys.readouterr().err.splitlines()
+    first, second = notes(capsys)
     assert "pretrain/model: only tokenizer and weights could be compared" in first and "(no manifest.json: " in first
     assert "midtrain/model: not all of it could be compared" in second and "(no fingerprints in run.json: " in second
 
 
-def evaluate(root):
-    cfg = compose("evaluate", "run=tiny", f"paths.runs={root}")
+def evaluate(root, *more):
+    cfg = compose("evaluate", "run=tiny", f"paths.runs={root}", *more)
     cfg.stage = "pretrain"
     StageSubject(cfg)
 
 
-def serve(root):
-    load_chat_model(root / "tiny" / "pretrain")
+def load_folder(root, *more):
+    cfg = compose("evaluate", *more)
+    load_hf(f"{root}/tiny/pretrain/model", None, "cpu", cfg.verify)
 
 
-def start_from(root):
-    load_parent(root / "tiny/pretrain/model", config(root, "sft"))
+def serve(root, *more):
+    cfg = compose("serve", "run=tiny", "prompt=a", "max_new_tokens=1", f"paths.runs={root}", *more)
+    cfg.stage = "pretrain"
+    app.serve(cfg)
+
+
+def start_from(root, *more):
+    load_parent(root / "tiny/pretrain/model", config(root, "sft", *more))
 
 
 @pytest.mark.parametrize("use", [evaluate, serve, start_from])
@@ -291,3 +304,21 @@ def test_a_tokenizer_that_its_stage_did_not_train_is_refused_by_a_fresh_network(
         write_content(folder)
     with pytest.raises(UserError, match=f"{folder}.*(holds another tokenizer .* than its stage|is not what was)"):
         load_tokenizer(folder, cfg)
+
+
+@pytest.mark.parametrize("use", [evaluate, load_folder, serve, start_from])
+def test_a_flipped_bit_is_found_and_with_verify_false_not_looked_for(use, runs):
+    path = runs / "tiny/pretrain/model/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors is not what was written"):
+        use(runs)
+    use(runs, "verify=false")
+
+
+@pytest.mark.parametrize("use", [evaluate, serve, start_from])
+def test_with_verify_false_other_weights_are_found_by_their_list(use, runs):
+    put_other_weights(runs)
+    with pytest.raises(UserError, match="pretrain/model holds other weights .* than its stage handed over"):
+        use(runs, "verify=false")
