@@ -6,10 +6,14 @@ Values that are used anywhere have a type and a range here; unknown keys pass, a
 from pathlib import Path
 from typing import Any
 
+from llm import __version__
+from llm.errors import UserError
 from llm.utils.files import read_json
 from llm.utils.shapes import Kind, anything, either, listing, mapping, maybe, one_of, real, text, truth, whole
 
-FORMAT = 1  # of run.json and of checkpoints: a release reads its own number and all lower ones
+# Of run.json and of checkpoints. A release reads its own number and all lower ones. It rises when a release writes what
+# the one before would misread; a new key that may be ignored does not count.
+FORMAT = 1
 
 _scalar = maybe(either(truth, text, real()))
 _number = maybe(real())
@@ -128,6 +132,16 @@ SHAPE = mapping(
     },
     needs=("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len", "vocab_size"),
 )
+
+
+def check_format(content: Any, where: str) -> None:
+    """Raise UserError where run.json, or a checkpoint, is of a later release than this one can read."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and not isinstance(found, bool) and found > FORMAT:
+        raise UserError(
+            f"{where}: a later release of Fathom wrote it (format {found}; this one, {__version__}, reads up to "
+            f"{FORMAT}): use that release, or run the stage again under another name"
+        )
 
 
 def read_form(path: str | Path, form: Kind) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from llm.config.renamed import renamed_manifest
 from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
 from llm.config.trust import check_code
 from llm.errors import UserError
-from llm.run.formats import RUN
+from llm.run.formats import RUN, check_format
 from llm.utils.files import read_json, write_json
 
 MANIFEST = "run.json"
@@ -98,6 +98,7 @@ def checked_manifest(manifest: Any, where: str) -> dict[str, Any]:
 
     where: the file, for the UserError that a wrong value or a later format raises.
     """
+    check_format(manifest, where)
     RUN(manifest, where)
     return renamed_manifest(manifest)
 

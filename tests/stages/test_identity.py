@@ -16,6 +16,7 @@ from llm.eval.evaluate import StageSubject
 from llm.eval.hf_model import load_hf
 from llm.model.gpt import GPT
 from llm.run.content import fingerprints, write_content
+from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.scaling.rules import model_config
 from llm.serving import app
@@ -322,3 +323,32 @@ def test_with_verify_false_other_weights_are_found_by_their_list(use, runs):
     put_other_weights(runs)
     with pytest.raises(UserError, match="pretrain/model holds other weights .* than its stage handed over"):
         use(runs, "verify=false")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats of other releases
+
+USES = {"evaluate": evaluate, "serve": serve, "start_from": start_from}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_folder_of_a_later_release_is_refused_whatever_else_it_holds(use, runs):
+    made_by(runs, "pretrain", format=FORMAT + 1, status=["what a later release may write"], config=5)
+    with pytest.raises(UserError, match=rf"pretrain/run.json: a later release .*\(format {FORMAT + 1}; .*: use that"):
+        USES[use](runs)
+
+
+def test_a_later_checkpoint_is_not_resumed(runs):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 6, job_of(runs, "sft").origin | {"format": FORMAT + 1, "parents": 5})
+    with pytest.raises(UserError, match=r"step_000006.ckpt: origin: a later release of Fathom wrote it"):
+        check_same_origin(job_of(runs, "sft"))
+
+
+@pytest.mark.parametrize("number", [None, FORMAT])
+def test_folders_of_this_release_and_without_a_number_are_read(number, runs):
+    folder = runs / "tiny" / "pretrain"
+    record = {key: value for key, value in read_manifest(folder).items() if key != "format"}
+    write_manifest(folder, record if number is None else record | {"format": number})
+    for use in USES.values():
+        use(runs)
