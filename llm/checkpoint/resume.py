@@ -24,9 +24,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError, reason_of
-from llm.run.content import wrong_file
+from llm.run.content import check_content
 from llm.run.formats import CHECKSUMS, read_form
+from llm.run.notes import content_note
 from llm.run.stage_folder import checked_manifest, read_manifest, read_metrics, stages_in
+from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import sync_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -280,11 +282,11 @@ def inspect(run: Path) -> bool:
             holds = contents(path) if problem is None else "DAMAGED: " + problem
             print(f"  checkpoints/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {saved}  {holds}")
             sound = sound and problem is None
-        for path in sorted((stage / "model").glob("*.safetensors")):
-            problem = damaged_weights(path)
-            if problem is None and (wrong := wrong_file(path.parent)) is not None:
-                problem = f"DAMAGED: {wrong}"
-            print(f"  model/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
+        if (model := stage / "model").is_dir():
+            problem = damaged_model(model)
+            size = sum(path.stat().st_size for path in model.iterdir())
+            state = problem or content_note(model) or "every file is as it was written"
+            print(f"  model/  {size / 1e6:10.1f} MB  {'DAMAGED: ' if problem else ''}{state}")
             sound = sound and problem is None
     return sound
 
@@ -298,6 +300,16 @@ def contents(path: Path) -> str:
     return f"sound; {weights / 1e6:.1f} M weights, {groups} optimizer groups, data positions of {processes}"
 
 
+def damaged_model(folder: Path) -> str | None:
+    """Say in words how a model/ folder is damaged, or not that of its stage; None if nothing of the kind is found."""
+    try:
+        Tokenizer.load(folder)
+        check_content(folder)
+    except UserError as error:
+        return str(error)
+    return next(filter(None, map(damaged_weights, sorted(folder.glob("*.safetensors")))), None)
+
+
 def damaged_weights(path: Path) -> str | None:
     """Say in words how a safetensors file is damaged; None if all tensors can be read and are finite."""
     from safetensors import SafetensorError, safe_open
@@ -306,8 +318,8 @@ def damaged_weights(path: Path) -> str | None:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        return f"DAMAGED: {error}"
-    return f"not finite: {', '.join(names[:5])}" if names else None
+        return f"{path.name}: {error}"
+    return f"{path.name} has values that are not finite: {', '.join(names[:5])}" if names else None
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from conftest import compose, run_cli
 from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
-from llm.checkpoint.resume import checkpoint_path, list_checkpoints, load_checkpoint, origins
+from llm.checkpoint.resume import checkpoint_path, inspect, list_checkpoints, load_checkpoint, origins
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.eval.evaluate import StageSubject
@@ -352,3 +352,47 @@ def test_folders_of_this_release_and_without_a_number_are_read(number, runs):
     write_manifest(folder, record if number is None else record | {"format": number})
     for use in USES.values():
         use(runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make inspect
+
+
+def inspected(root, capsys) -> dict[str, str]:
+    """What `make inspect` says of the model/ folder of every stage of the run, and whether it finds all sound."""
+    is_sound, said, stage = inspect(root / "tiny"), {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("tiny/"):
+            stage = line.partition(":")[0].removeprefix("tiny/")
+        elif "  model/" in line:
+            said[stage] = line
+    return said | {"sound": is_sound}
+
+
+def test_inspect_tells_sound_models_from_others(runs, capsys):
+    said = inspected(runs, capsys)
+    assert said.pop("sound") and list(said) == ["tokenizer", "pretrain", "midtrain"]
+    assert all(line.endswith("every file is as it was written") for line in said.values())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.tiktoken"])
+def test_inspect_names_the_file_with_a_flipped_bit(name, runs, capsys):
+    path = runs / "tiny/pretrain/model" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    said = inspected(runs, capsys)
+    assert not said["sound"] and "DAMAGED: " in said["pretrain"] and name in said["pretrain"]
+    assert "every file" in said["tokenizer"] and "every file" in said["midtrain"]
+
+
+def test_inspect_says_what_was_swapped_or_is_not_listed(runs, capsys):
+    put_other_weights(runs)
+    put_other_tokenizer(runs / "tiny/tokenizer/model")
+    (runs / "tiny/midtrain/model/manifest.json").unlink()
+    said = inspected(runs, capsys)
+    assert not said["sound"] and "DAMAGED" not in said["midtrain"] and "no manifest.json" in said["midtrain"]
+    assert "DAMAGED: " in said["pretrain"] and "holds other weights" in said["pretrain"]
+    assert "DAMAGED: " in said["tokenizer"] and "is not what was written" in said["tokenizer"]
+    without_fingerprints(runs, "midtrain")
+    assert "nothing of it could be compared" in inspected(runs, capsys)["midtrain"]
