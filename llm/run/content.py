@@ -14,11 +14,11 @@ import xxhash
 from llm.errors import UserError
 from llm.run.formats import CHECKSUMS, read_form
 from llm.run.stage_folder import read_manifest
-from llm.tokenizer.bpe import META_FILE
 from llm.utils.files import read_json, write_json
 
 CONTENT = "manifest.json"
 WEIGHTS = "model.safetensors"
+TOKENIZER = "fathom_tokenizer.json"  # holds the fingerprint of the tokenizer (llm.tokenizer.bpe)
 CHUNK = 1 << 22
 OTHER = {"tokenizer": "another tokenizer", "weights": "other weights"}
 
@@ -72,14 +72,14 @@ def fingerprints(folder: Path, weigh: bool = False) -> dict[str, str | None]:
     Without manifest.json, as older releases left it, the weights are left out (that would take minutes) but for
     `weigh=True`. A folder that holds a tokenizer alone has weights None.
     """
-    found = {"tokenizer": (read_json(folder / META_FILE) or {}).get("fingerprint")}
+    found = {"tokenizer": (read_json(folder / TOKENIZER) or {}).get("fingerprint")}
     return found | ({"weights": weights_sum(folder)} if weigh or read_content(folder) else {})
 
 
 def other_part(folder: Path, known: dict[str, str | None], weigh: bool = True) -> str | None:
     """Say in words which part of a model/ folder has not the known fingerprint; None if all parts have theirs.
 
-    weigh: compute the fingerprint of weights that manifest.json does not list; else they are taken to be the same.
+    weigh: compute the fingerprint of weights that manifest.json does not list; otherwise these pass.
     """
     present = fingerprints(folder, weigh and bool(known.get("weights")))
     for part in OTHER:

@@ -23,7 +23,7 @@ def stage_notes(stage_dir: Path) -> tuple[str | None, str | None]:
 def code_note(record: dict[str, Any], where: Path) -> str | None:
     """Say that other code made a stage or saved a checkpoint; None if it is the present code, or not known.
 
-    record: run.json, or what a checkpoint repeats of it. Two states of one commit with changes count as the same.
+    record: run.json, or what a checkpoint repeats of it. Two states of one commit with changes count as equal.
     """
     now = code_version()
     if not any(record.get(key) and now[key] and record[key] != now[key] for key in now):

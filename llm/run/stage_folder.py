@@ -255,15 +255,22 @@ def _has_work(row: Stage, cfg: Any) -> bool:
 
 
 def find_parent(
-    runs_root: str | Path, run: str, stage: str, init_from: str | None = None, before: str | None = None
+    runs_root: str | Path,
+    run: str,
+    stage: str,
+    init_from: str | None = None,
+    before: str | None = None,
+    asking: str | None = None,
 ) -> Path | None:
     """Return the model/ folder that a stage starts from; None for the tokenizer, which starts from text.
 
     By default that of the stage `before` (see `stage_before`; None: the row's first parent) in the same run.
     `init_from` is a run (its stage `before`), a run/stage, or a folder. Raises UserError with the finished stages and
     the override to use.
+
+    asking: the stage that messages name, where it takes what `stage` would start from.
     """
-    here, row = RunDir(runs_root, run), stage_row(stage)
+    here, row = RunDir(runs_root, run), replace(stage_row(stage), name=asking or stage)
     if not row.parents:
         if init_from is not None:
             raise UserError(f"init_from={init_from}: stage={stage} starts from text, so remove this key")

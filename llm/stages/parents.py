@@ -46,7 +46,7 @@ def other_than(manifest: dict, key: str, model: Path, verify: bool = True) -> st
     """Say in words how a model/ folder differs from the one that `key` named when a run.json was written.
 
     Fingerprints decide. Where that folder's weights had none, as of older releases, the end of its training does too.
-    None if the two are the same. verify: compute the fingerprint of weights without manifest.json.
+    None if it does not. verify: compute the fingerprint of weights without manifest.json.
     """
     known = (manifest.get("parents") or {}).get(key) or {}
     if problem := other_part(model, known, verify):
@@ -68,10 +68,9 @@ def check_parents_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
 
 
 def check_same_origin(job: Job) -> None:
-    """Raise UserError where an unfinished stage would be resumed from other parents than it began with.
+    """Raise UserError where an unfinished stage would be resumed from other parents or another training's checkpoint.
 
-    Likewise where its folder holds a checkpoint that another training has saved. run.json and checkpoints of older
-    releases say less, and pass.
+    run.json and checkpoints of older releases say less, and pass.
     """
     if job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
         return
@@ -95,7 +94,7 @@ def check_same_origin(job: Job) -> None:
 def beginning_notes(job: Job, record: dict, saved: list[dict]) -> list[str | None]:
     """Return what should be known of an unfinished stage before it is resumed.
 
-    record: its run.json. saved: the same of its checkpoints, the newest last; it says which code made the weights.
+    record: run.json. saved: what the checkpoints repeat of it, the newest last, which says what code made the weights.
     """
     known = [origin.get("parents") or {} for origin in (record, *saved)]
     unknown = [str(model) for key, model in job.models.items() if not any(parents.get(key) for parents in known)]
