@@ -22,7 +22,7 @@ from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.lock import one_writer
-from llm.run.mirror import fetch, mirrored
+from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, show_config
@@ -124,7 +124,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
     print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
-    with mirrored(mirror, run, row.name):
+    with mirrored(mirror, run, row.name, job.models.values()):
         results = runner(row)(job)
         if results is not None:  # None: a dry run
             conclude(job, results, time.perf_counter() - begin)
@@ -141,11 +141,17 @@ def own_run(cfg: DictConfig, row: Stage) -> RunDir:
 
 
 def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
-    """Fetch a run from its mirror where this stage is not here: in rank 0, or in the launcher before it starts any."""
+    """Fetch a run from its mirror where this stage is not here, and the runs of its parents where those are not.
+
+    That is done by rank 0, or by the launcher before it starts any.
+    """
     if cfg.save_mirror is None or cfg.dry_run or LAUNCHER in os.environ:
         return
-    if launched_rank() == 0 and run.manifest(row.name) is None:
-        fetch(cfg.save_mirror, run)
+    if launched_rank() == 0:
+        if run.manifest(row.name) is None:
+            fetch(cfg.save_mirror, run)
+        for value in filter(None, (OmegaConf.select(cfg, key) for key in ("init_from", *row.other_parents))):
+            fetch_named(cfg.save_mirror, run.root, value)
     if is_launched() and row.parallel:
         from llm.parallel import collectives
 
