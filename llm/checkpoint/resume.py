@@ -9,6 +9,7 @@ step waits for a copy of the state in host memory. A thread does checksum, disk 
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -241,7 +242,7 @@ def origins(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
         try:
             with zipfile.ZipFile(path) as archive:  # reading the record compares its CRC
                 archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-            origin = load_checkpoint(path)["fathom"]["origin"]
+            origin = json.loads(json.dumps(load_checkpoint(path)["fathom"]["origin"]))  # of plain values only
         except Exception:  # noqa: BLE001  damage is looked for where the checkpoint is to be used
             continue
         if origin:

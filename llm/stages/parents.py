@@ -60,7 +60,7 @@ def other_than(manifest: dict, key: str, model: Path, verify: bool = True) -> st
 def check_parents_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
     """Raise UserError where a finished stage is out of date because a parent was trained again."""
     for key, (path, _) in known_parents(manifest).items():
-        if Path(path).is_dir() and (problem := other_than(manifest, key, Path(path))):
+        if path and Path(path).is_dir() and (problem := other_than(manifest, key, Path(path))):
             raise UserError(
                 f"{run.stage_dir(stage)} was trained from an earlier version of {path}, which now {problem}: "
                 "overwrite=true trains it again from the present one"
