@@ -67,6 +67,7 @@ class Case:
         return ", ".join(filter(None, parts))
 
 
+TIME = "half an hour on two free cores, with --quick a quarter of an hour; hours on a busy machine"
 DDP, FSDP = ("strategy=ddp",), ("strategy=fsdp",)
 TEXT = ("data=local", "data.path={files}/text", "data.packing=best_fit", "data.token_cache={files}/cache-{run}")
 SHUFFLED = ("data=local", "data.path={files}/text", "data.packing=stream", "data.shuffle=5")
@@ -228,7 +229,7 @@ def conclude(faults: list[Fault]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"Expected time: {TIME}.")
     parser.add_argument("--kills", type=int, default=100, help="stops in all, beside chains (default: 100)")
     parser.add_argument("--seed", type=int, help="of all that is random; default: a new one, which is printed")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="is emptied (default: runs/chaos)")

@@ -173,8 +173,8 @@ def end_of(process: subprocess.Popen) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         processes.kill_marked(mark)
         raise Failed("hang", f"{' '.join(process.args[2:])}: {process.communicate()[0][-SHOWN:]}") from None
-    if "Traceback (most recent call last)" in out:
-        raise Failed("traceback", out[-2 * SHOWN :])
+    if (at := out.find("Traceback (most recent call last)")) >= 0:
+        raise Failed("traceback", out[at:][: 3 * SHOWN])
     end = time.monotonic() + GRACE
     while processes.marked(mark):
         if time.monotonic() > end:
