@@ -69,6 +69,8 @@ class Case:
 
 TIME = "half an hour on two free cores, with --quick a quarter of an hour; hours on a busy machine"
 DDP, FSDP = ("strategy=ddp",), ("strategy=fsdp",)
+STRATEGIES = {"muon": (), "ddp": DDP, "fsdp": FSDP}
+THREE = ("batch.tokens_per_step=1536",)  # a multiple of what three processes take at once
 TEXT = ("data=local", "data.path={files}/text", "data.packing=best_fit", "data.token_cache={files}/cache-{run}")
 SHUFFLED = ("data=local", "data.path={files}/text", "data.packing=stream", "data.shuffle=5")
 A, B = "a:{path:{files}/text/a.jsonl,weight:2}", "b:{path:{files}/text/b.jsonl,weight:1}"
@@ -92,8 +94,9 @@ CASES = (
     Case("midtrain", 2, (*CHATS, *FSDP), "local, fsdp"),
     *(Case("grpo", n, QUIZ, "local") for n in (1, 2)),
     Case("grpo", 2, (*QUIZ, *FSDP), "local, fsdp"),
-    *(Case("pretrain", n, s, w, chain=True) for n, s, w in ((1, (), ""), (2, (), "muon"), (3, (), "muon"))),
-    *(Case("pretrain", n, s, w, chain=True) for s, w in ((DDP, "ddp"), (FSDP, "fsdp")) for n in (2, 3)),
+    Case("pretrain", 1, chain=True),
+    *(Case("pretrain", 2, s, word, chain=True) for word, s in STRATEGIES.items()),
+    *(Case("pretrain", 3, (*s, *THREE), word, chain=True) for word, s in STRATEGIES.items()),
     *(Case(stage, 2, FSDP, "fsdp") for stage in STAGES[1:]),
     *(Case(stage, n) for n in (1, 2) for stage in STAGES[1:]),
 )
