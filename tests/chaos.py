@@ -183,18 +183,19 @@ def damage(folder: Path, how: str | None, rng: random.Random) -> list[str]:
 
 
 def tables(faults: list[Fault]) -> str:
-    """Return two tables: kinds of trainings and faults, and ways of stopping and damaging, by their outcomes."""
-    texts = []
-    for word, of in (("training or fault", lambda fault: fault.kind), ("way", lambda fault: fault.way)):
-        lines = [f"| {word} | faults | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * (1 + len(OUTCOMES))]
-        counts = {name: Counter() for name in dict.fromkeys(map(of, faults))} | {"**all**": Counter()}
-        for fault in faults:
-            counts[of(fault)][fault.outcome] += 1
-            counts["**all**"][fault.outcome] += 1
-        for name, found in counts.items():
-            lines.append(f"| {name} | {found.total()} | {' | '.join(str(found[o]) for o in OUTCOMES)} |")
-        texts.append("\n".join(lines))
-    return "\n\n".join(texts)
+    """Return two tables: outcomes by kind of training or fault, and by way of stopping and damaging trainings."""
+    ways = [fault for fault in faults if fault.way.startswith(("SIG", "damaged"))]
+    kinds = table("training or fault", [(fault.kind, fault.outcome) for fault in faults])
+    return f"{kinds}\n\n{table('way', [(fault.way, fault.outcome) for fault in ways])}"
+
+
+def table(word: str, pairs: list[tuple[str, str]]) -> str:
+    """Return a table of (name, outcome) pairs, counted."""
+    lines = [f"| {word} | faults | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * (1 + len(OUTCOMES))]
+    for name in (*dict.fromkeys(name for name, _ in pairs), "**all**"):
+        found = Counter(outcome for other, outcome in pairs if name in (other, "**all**"))
+        lines.append(f"| {name} | {found.total()} | {' | '.join(str(found[outcome]) for outcome in OUTCOMES)} |")
+    return "\n".join(lines)
 
 
 class Record:
