@@ -13,10 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
-from llm.config.saved import kind_of_schema
-from llm.config.schema import root_schema
 from llm.config.stages import stage_row
-from llm.config.trust import check_plain, check_trusted
 from llm.data.documents import text_id, texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
@@ -27,13 +24,14 @@ from llm.eval.core_bundle import load_bundle
 from llm.eval.hf_model import load_hf
 from llm.eval.judges import judges
 from llm.eval.samples import draw_samples, questions, text_prompts
+from llm.eval.saved import saved_config
 from llm.eval.task_scores import chat_core, evaluate_task
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
-from llm.run.formats import EVALUATED, read_scores
+from llm.run.formats import read_scores
 from llm.run.lock import waiting_lock
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
@@ -344,7 +342,8 @@ class StageSubject(Subject):
     def __init__(self, cfg: DictConfig):
         self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
         self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
-        config = saved_config(self.folder, with_data=cfg.data is None)
+        reads_data = bool(cfg.eval.bpb or cfg.eval.chat or cfg.eval.samples or cfg.eval.judges)
+        config = saved_config(self.folder, cfg.paths.data if cfg.data is None and reads_data else None)
         if cfg.eval.seq_len is not None:
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
@@ -451,26 +450,6 @@ class HFSubject(Subject):
             )
         self.is_chat = getattr(self.tokenizer, "has_chat_format", True)  # every tokenizer of ours has one
         self.facts = {"model": self.title, "seq_len": seq_len}
-
-
-def saved_config(stage_dir: Path, with_data: bool) -> dict[str, Any]:
-    """Return the parts of the configuration in run.json that an evaluation needs, checked and without interpolation.
-
-    with_data: the saved data is read, so that the code and addresses it names must be trusted. Raises UserError that
-    names the file and the key.
-    """
-    where, config = f"{stage_dir / 'run.json'}: config", (read_manifest(stage_dir) or {}).get("config")
-    if not config:
-        raise UserError(f"{stage_dir / 'run.json'} has no config: the stage was not written by train.py")
-    EVALUATED(config, where)
-    needed = {name: config[name] for name in ("seed", "stage", "data", "trainer", "precision")}
-    schema = root_schema("train").__dataclass_fields__["data"].type
-    kind_of_schema(schema)(config["data"], f"{where}.data")
-    for name, part in needed.items():
-        check_plain(part, f"{where}.{name}")
-    if with_data:
-        check_trusted(config["data"], f"{where}.data", schema)
-    return needed
 
 
 def same_data(data: Any, other: Any, is_chat: bool) -> bool:

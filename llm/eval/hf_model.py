@@ -32,7 +32,9 @@ from llm.tokenizer.pretrained import BYTE_OF
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
-NO_CODE = {"trust_remote_code": False}  # without it, transformers asks on a terminal whether to run a model's program
+# Without the first, transformers asks on a terminal whether to run a model's program. The second: a file in the folder
+# may name another model of the hub, such as the one that an adapter is for.
+NO_CODE = {"trust_remote_code": False, "local_files_only": True}
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
 LOGITS = 1 << 24  # numbers in the logits held at a time
 

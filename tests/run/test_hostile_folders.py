@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
 from llm.checkpoint.resume import CheckpointWriter, newest_checkpoint
 from llm.errors import UserError
-from llm.eval.evaluate import saved_config
+from llm.eval.saved import saved_config
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.report.report import final_metrics, read_stages
@@ -100,7 +100,7 @@ LOADERS = {
     "read_stages": lambda folder: [final_metrics(facts) for facts in read_stages(folder.parent)[0].values()],
     "find_stage": lambda folder: find_stage(folder.parent.parent, "demo"),
     "stages": lambda folder: RunDir(folder.parent.parent, "demo").finished(),
-    "saved_config": lambda folder: saved_config(folder, with_data=True),
+    "saved_config": lambda folder: saved_config(folder, str(folder)),
     "shape_in": lambda folder: shape_in(folder / "model"),
     "load_model_folder": lambda folder: load_model_folder(folder / "model"),
     "unverified": lambda folder: load_model_folder(folder / "model", verify=False),
