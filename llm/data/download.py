@@ -29,6 +29,7 @@ from typing import Any
 from llm.errors import UserError, reason_of
 from llm.utils.files import read_json, sync, sync_folder, write_json
 from llm.utils.format import in_bytes
+from llm.utils.shapes import listing, mapping, maybe, text, whole
 
 log = logging.getLogger(__name__)
 TRIES = 6
@@ -46,6 +47,12 @@ class HubFile:
     size: int
     sha256: str | None
     blob: str
+
+
+_file = mapping(
+    {"name": text, "size": whole(), "sha256": maybe(text), "blob": text}, needs=("name", "size", "sha256", "blob")
+)
+LISTING = mapping({"commit": text, "files": listing(_file)}, needs=("commit", "files"))  # files.json
 
 
 class Remote:
@@ -150,7 +157,7 @@ class WebFile(Remote):
     def is_here(self) -> bool:
         """Return True if the whole file has been fetched."""
         source = read_json(self.root / "source.json")
-        return source is not None and self.path.is_file() and self.path.stat().st_size == source["size"]
+        return source is not None and self.path.is_file() and self.path.stat().st_size == source.get("size")
 
     def fetch(self) -> Path:
         """Return the file's path; fetch the file first if it is missing or incomplete."""
@@ -200,8 +207,9 @@ class HubFolder(HubRepo):
                 with self.lock("files.json"):
                     if not path.exists():
                         write_json(path, patiently(self._listing, self))
-            listing = read_json(path)
-            self._commit, self._files = listing["commit"], [HubFile(**file) for file in listing["files"]]
+            found = read_json(path)
+            LISTING(found, str(path))
+            self._commit, self._files = found["commit"], [HubFile(**file) for file in found["files"]]
         return self._files
 
     def matching(self, pattern: str) -> list[HubFile]:

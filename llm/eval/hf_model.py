@@ -6,7 +6,6 @@ Fathom wrote is loaded by Fathom's own classes.
 """
 
 import inspect
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import content_text
 from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
+from llm.utils.files import read_json
 
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
@@ -391,10 +391,9 @@ def load_hf(
 def _is_ours(folder: Path) -> bool:
     """Return True if Fathom wrote the model in `folder`: config.json has a section `fathom`."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+        return isinstance((read_json(folder / CONFIG_FILE) or {}).get("fathom"), dict)
+    except UserError:  # those of others may hold what standard JSON does not
         return False
-    return isinstance(content, dict) and isinstance(content.get("fathom"), dict)
 
 
 def _load_ours(name: str, folder: Path, seq_len: int | None, device: str | torch.device) -> tuple[GPT, Tokenizer]:

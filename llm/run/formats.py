@@ -99,6 +99,7 @@ SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores))
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
 CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}))
+MIRRORED = mapping(others=listing(whole(), (2, 2)))  # mirror.json: bytes and time of change, by file
 
 _factor = real(-1e6, 1e6)
 # What a saved shape may be: limits far above any model, so that a wrong number fills no memory before it is noticed.

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm.errors import UserError
+from llm.run.formats import MIRRORED
 from llm.run.stage_folder import MANIFEST, RunDir
 from llm.utils.files import parse_json
 
@@ -83,9 +84,11 @@ def fetch_stage(store, source: str, stage_dir: Path) -> None:
 def read_list(store, folder: str) -> dict[str, list[int]]:
     """Return mirror.json of a stage at the address, {} where there is none."""
     try:
-        return parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
+        listed = parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
     except FileNotFoundError:
         return {}
+    MIRRORED(listed, f"{folder}/{LIST}")
+    return listed
 
 
 @contextlib.contextmanager
