@@ -46,6 +46,7 @@ HF_PARTS = (
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
+FLOATS = ("F64", "F32", "F16", "BF16")  # number formats in which weights may be saved
 VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
 
 
@@ -237,7 +238,9 @@ def _load_weights(net: GPT, path: Path) -> None:
             for theirs, name in expected.items():
                 target = state[name]
                 rows = net.config.vocab_size if name.startswith(VOCAB_PARAMS) else len(target)
-                shape = tuple(file.get_slice(theirs).get_shape())
+                shape, kind = tuple(file.get_slice(theirs).get_shape()), file.get_slice(theirs).get_dtype()
+                if kind not in FLOATS:
+                    raise UserError(f"{path}: tensor {theirs} holds {kind}, but must hold {', '.join(FLOATS)}; {fix}")
                 if shape != (rows, *target.shape[1:]):
                     raise UserError(
                         f"{path}: tensor {theirs} has shape {shape}, but {CONFIG_FILE} says "

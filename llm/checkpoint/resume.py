@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -228,15 +229,32 @@ def lacks(checkpoint: Any) -> str | None:
     return None
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is."""
-    listed = checksums(folder)
+def newest_checkpoint(folder: Path, misfit: Callable[[Any], str | None] | None = None) -> tuple[int, Path] | None:
+    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is.
+
+    misfit: says in words why one cannot be used, which is skipped too. Raises UserError where that leaves none: it is
+    not this program's to throw away.
+    """
+    listed, misfits = checksums(folder), []
     for _, path in reversed(list_checkpoints(folder)):
         problem = damage(path, listed)
         if problem is None:
-            return load_checkpoint(path)["global_step"], path
+            checkpoint = load_checkpoint(path)
+            problem = None if misfit is None else misfit(checkpoint)
+            if problem is None:
+                return checkpoint["global_step"], path
+            misfits.append(f"{path}: {problem}")
         log.warning("%s is damaged (%s): using the checkpoint before it", path, problem)
+    if misfits:
+        raise UserError(f"{misfits[0]}; no other checkpoint can be used: restore it, or set overwrite=true")
     return None
+
+
+def set_aside(folder: Path, used: tuple[int, Path] | None) -> None:
+    """Rename the checkpoints that were skipped for the one `used`: they would count among the newest that are kept."""
+    paths = [path for _, path in list_checkpoints(folder)]
+    for path in paths if used is None else paths[paths.index(used[1]) + 1 :]:
+        path.replace(path.with_suffix(".damaged"))
 
 
 # ---- looking at a run -----------------------------------------------------------------------------------------------
