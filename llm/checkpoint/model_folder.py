@@ -26,7 +26,7 @@ from llm.model.gpt import GPT, build_network
 from llm.run.formats import SHAPE
 from llm.run.stage_folder import read_manifest
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import read_json, replaced_folder
+from llm.utils.files import check_ordinary, read_json, replaced_folder
 from llm.utils.shapes import text
 
 WEIGHTS_FILE = "model.safetensors"
@@ -118,6 +118,7 @@ def check_size(config: GPTConfig, path: Path) -> None:
     """Raise UserError where a file of weights is far too small for a shape: no memory is taken for such a network."""
     described = num_params(replace(config, vocab_multiple=1))["total"]
     try:
+        check_ordinary(path)
         with safe_open(path, framework="pt") as file:
             found = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:

@@ -90,7 +90,7 @@ _steps_done = "epoch_loop.manual_optimization.optim_step_progress"
 _progress = ("epoch_loop.batch_progress", _steps_done, "epoch_progress")
 _done = mapping({"total": mapping({"completed": COUNT}, others=counts, needs=("completed",))}, needs=("total",))
 _position = mapping(
-    {"cursor": maybe(cursor), "packer": packing, "balance": mapping(others=COUNT), "step": COUNT}, others=plain
+    {"cursor": maybe(cursor), "packer": packing, "balance": mapping(others=number), "step": COUNT}, others=plain
 )
 _window: dict[str, Kind] = {"nats": number, "trained": COUNT, "metrics": mapping(others=listing(number))}
 _fathom: dict[str, Kind] = {

@@ -28,7 +28,7 @@ from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError, reason_of
 from llm.run.formats import CHECKSUMS, read_form
 from llm.run.stage_folder import read_manifest, read_metrics, stages_in
-from llm.utils.files import sync_folder, write_json
+from llm.utils.files import check_ordinary, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -42,7 +42,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """List the complete checkpoints of a folder as (step, path), oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("*.ckpt")
+        if (match := NAME.fullmatch(path.name)) and path.is_file()
+    ]
     return sorted(found)
 
 
@@ -197,6 +201,8 @@ def damage(path: Path, listed: dict[str, dict]) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     return f"not in the manifest, and the CRC of {name} is wrong"
+        elif not zipfile.is_zipfile(path):  # before hours over a file full of holes
+            return "it is no checkpoint"
         else:
             if (size := path.stat().st_size) != entry["bytes"]:
                 return f"{size} bytes instead of {entry['bytes']}"
@@ -302,9 +308,10 @@ def damaged_weights(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_ordinary(path)
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         return f"DAMAGED: {error}"
     return f"not finite: {', '.join(names[:5])}" if names else None
 

@@ -1,5 +1,6 @@
 """Score a finished stage or a model of Hugging Face, and keep the scores in an eval.json: the work of `evaluate.py`."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,7 +25,7 @@ from llm.eval.core_bundle import load_bundle
 from llm.eval.hf_model import load_hf
 from llm.eval.judges import judges
 from llm.eval.samples import draw_samples, questions, text_prompts
-from llm.eval.saved import saved_config
+from llm.eval.saved import saved_config, saved_keys
 from llm.eval.task_scores import chat_core, evaluate_task
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
@@ -78,9 +79,10 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     own = judges(cfg.eval, subject)
     scores, merged = dict(subject.facts), {}
     for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
-        found = (own | measure)[section]()
-        if not subject.is_own_data:
-            found = {"other_data": {subject.data_name: found}}
+        with saved_keys(subject.folder) if cfg.data is None else contextlib.nullcontext():
+            found = (own | measure)[section]()
+            if not subject.is_own_data:
+                found = {"other_data": {subject.data_name: found}}
         warn_of_change(subject.folder / "eval.json", found)
         scores = combined(scores, found)
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)

@@ -1,10 +1,12 @@
 """The configuration of a saved run, checked before an evaluation uses any of it."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from llm.config.saved import kind_of_schema
 from llm.config.schema import root_schema
@@ -36,6 +38,19 @@ def saved_config(stage_dir: Path, cache: str | None) -> dict[str, Any]:
     if cache is not None:
         check_trusted(config["data"], f"{where}.data", schema, partial(was_fetched, cache))
     return needed
+
+
+@contextlib.contextmanager
+def saved_keys(stage_dir: Path) -> Iterator[None]:
+    """Turn a key of the saved configuration that is missing, or has no such value, into a UserError with its file."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key, reason = error.full_key or error.key, str(error).splitlines()[0]
+        reason = "is missing" if isinstance(error, ConfigAttributeError | ConfigKeyError) else f"is wrong ({reason})"
+        raise UserError(
+            f"{stage_dir / 'run.json'}: config: {key} {reason}; restore the file, or give other data (data=...)"
+        ) from error
 
 
 def was_fetched(cache: str, group: Mapping[str, Any]) -> bool:

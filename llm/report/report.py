@@ -177,7 +177,7 @@ def _metrics_table(stages: dict[str, dict]) -> str:
     tasks = task_names(stages.values())
     known = ["loss", "bpb", "bpb_text", "reward"]
     found = list(dict.fromkeys(key for metrics in columns.values() for key in metrics))
-    passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: int(key[5:]))
+    passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: (len(key), key))
     other = [key for key in found if key not in {*known, *tasks, *passes}]
     order = [key for key in (*known, *other, *tasks, *passes) if key in found]
     rows = []
@@ -205,7 +205,7 @@ def _scored(stages: dict[str, dict]) -> list[str]:
         parts = [("", scores), *((f" ({title})", own) for title, own in (scores.get("other_data") or {}).items())]
         for suffix, part in parts:
             for name, origin in (part.get("scored") or {}).items():
-                amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin['tokens']:,} tokens"
+                amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin.get('tokens', 0):,} tokens"
                 task = (part.get("chat") or {}).get(name.removeprefix("chat/"))
                 number = percent(task["accuracy"]) if task else value(part[name]) if name in part else "-"
                 where = f"{origin['data']}: {origin['source']}"

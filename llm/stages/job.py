@@ -62,14 +62,14 @@ class Job:
         if self.cfg.overwrite and self.stage_dir.exists():
             shutil.rmtree(self.stage_dir)
         old = read_manifest(self.stage_dir) or {}
-        kept = {key: old[key] for key in ("started", "seconds", "horizons") if key in old}
+        kept = {key: old[key] for key in ("started", "seconds", "horizons") if old.get(key) is not None}
         write_manifest(self.stage_dir, self.manifest | kept)
         self.manifest |= {key: kept[key] for key in kept if key != "seconds"}
         write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
 
     def finish(self, results: dict, seconds: float) -> int | None:
         """Write run.json after `seconds` of work; returns the signal that stopped the stage, None if it is finished."""
-        earlier = (read_manifest(self.stage_dir) or {}).get("seconds", 0.0)
+        earlier = (read_manifest(self.stage_dir) or {}).get("seconds") or 0.0
         self.manifest |= {"seconds": earlier + seconds} | results
         if self.manifest["status"] != "running":
             write_manifest(self.stage_dir, self.manifest)

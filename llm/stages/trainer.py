@@ -39,6 +39,10 @@ def fit(trainer, built, stage_dir: Path) -> None:
         print(f"resuming at step {step} of {built.module.context.total_steps}", flush=True)
     left_out = (read_form(stage_dir / ROLLBACKS, FORM) or {}).get("left_out", {})
     built.data.left_out = left_out.get(str(step), 0)
+    if built.data.left_out > built.module.context.total_steps:
+        raise UserError(
+            f"{stage_dir / ROLLBACKS}: left_out.{step} is {built.data.left_out}, more than the stage's steps"
+        )
     with restoring(built.module, path):
         trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
 
