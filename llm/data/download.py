@@ -14,7 +14,6 @@ import hashlib
 import logging
 import queue
 import random
-import re
 import shutil
 import sys
 import threading
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError, reason_of
+from llm.utils.addresses import without_secrets as shown
 from llm.utils.files import read_json, sync, sync_folder, write_json
 from llm.utils.format import in_bytes
 from llm.utils.shapes import listing, mapping, maybe, text, whole
@@ -167,7 +167,7 @@ class WebFile(Remote):
                 patiently(lambda: self._download(part), self)
                 with open(part, "rb") as content:
                     sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-                facts = {"url": self.url, "size": part.stat().st_size, "sha256": sha256}
+                facts = {"url": shown(self.url), "size": part.stat().st_size, "sha256": sha256}
                 part.replace(self.path)
                 write_json(self.root / "source.json", facts)
         return self.path
@@ -406,15 +406,6 @@ def status_of(error: Exception) -> int | None:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, at most 200 characters, without secrets in addresses."""
     return shown(str(error).strip().partition("\n")[0])[:200]
-
-
-def shown(entries: object) -> str:
-    """Return entries of the configuration as text, without what may be secret in an address.
-
-    Left out are `user:password@`, and in addresses of the web all from `?` on.
-    """
-    text = re.sub(r"(://)[^/@\s'\"]*@", r"\1", str(entries))
-    return re.sub(r"(https?://[^?\s'\"]*)\?[^\s'\",\]]*", r"\1", text)
 
 
 def retry_after(error: Exception) -> float:

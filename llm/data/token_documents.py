@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from llm.data.documents import Cursor, in_order, share
-from llm.data.download import shown
 from llm.data.files import Listed, list_files
 from llm.data.foreign_tokens import SUFFIXES, ForeignFile
 from llm.data.shuffle import Shuffle
@@ -22,6 +21,7 @@ from llm.data.stores import is_address
 from llm.data.token_files import TokenFolder, read_record, read_token_file
 from llm.data.tokens import Ids
 from llm.errors import UserError, reason_of
+from llm.utils.addresses import without_secrets as shown
 from llm.utils.files import MOST_BYTES, parse_json
 from llm.utils.shapes import Kind, listing, mapping, text, truth, whole
 

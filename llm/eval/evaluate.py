@@ -36,6 +36,7 @@ from llm.run.formats import read_scores
 from llm.run.lock import waiting_lock
 from llm.run.stage_folder import find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
+from llm.utils.addresses import without_secrets
 from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
@@ -141,7 +142,7 @@ def data_title(data: Any) -> str:
     """Return `local data/novels` or `hub owner/name`: the option of `data` and where its text comes from."""
     place = next((data[key] for key in ("val", "path", "repo", "train") if data.get(key)), None)
     place = place if place is None or isinstance(place, str) else ",".join(map(str, place))
-    return f"{data.name} {place}" if place else str(data.name)
+    return without_secrets(f"{data.name} {place}" if place else data.name)
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -304,7 +305,9 @@ class Subject:
             files = spec.get("test") if spec.source in ("local", "hub") else None
             scored[f"chat/{name}"] = {
                 "data": data_title(self.data),
-                "source": " ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part),
+                "source": without_secrets(
+                    " ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part)
+                ),
                 "rows": result["n"],
             }
             note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""

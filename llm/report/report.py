@@ -24,6 +24,7 @@ from llm.run.config_diff import flatten
 from llm.run.formats import read_scores
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
 from llm.tokenizer.chat_format import readable
+from llm.utils.addresses import without_secrets
 from llm.utils.environment import environment
 from llm.utils.files import write_atomic
 from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
@@ -57,7 +58,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts += ["## Numbers of each stage", _numbers(stages)]
     parts += ["## Configuration", *_configuration(stages)]
     parts += ["## Environment", *_environment(stages)]
-    write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_atomic(folder / "report.md", without_secrets("\n\n".join(parts)) + "\n")
     return folder / "report.md"
 
 

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from llm.config.stages import row_or_stranger, unread_keys
+from llm.utils.addresses import public
 from llm.utils.files import plain
 
 ABSENT = "(absent)"
@@ -43,8 +44,9 @@ def diff_configs(
     """Return differing keys as (dotted key, old value, new value), sorted; a missing key shows as `ABSENT`.
 
     `ignore` holds dotted keys or shell patterns; a match covers everything below it. Pass `neutral_keys(stage)`.
+    Secrets in addresses are not kept with a run, so they neither differ nor are shown.
     """
-    before, after, patterns = flatten(plain(old)), flatten(plain(new)), tuple(ignore)
+    before, after, patterns = flatten(public(plain(old))), flatten(public(plain(new))), tuple(ignore)
     if before.get("max_steps") and after.get("max_steps"):
         patterns += ("stage.epochs",)  # not read beside max_steps; older versions saved 1 where null is the default now
     differences = []

@@ -20,6 +20,7 @@ from typing import Any
 from llm.errors import UserError
 from llm.run.formats import MIRRORED
 from llm.run.stage_folder import MANIFEST, RunDir
+from llm.utils.addresses import without_secrets
 from llm.utils.files import parse_json
 
 LIST = "mirror.json"
@@ -170,7 +171,7 @@ class Mirror(threading.Thread):
 
     @staticmethod
     def say(text: str) -> None:
-        print(f"mirror: {text}", file=sys.stderr, flush=True)
+        print(f"mirror: {without_secrets(text)}", file=sys.stderr, flush=True)
 
 
 def files_in(stage_dir: Path) -> dict[str, list[int]]:

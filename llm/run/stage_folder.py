@@ -19,6 +19,7 @@ from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
 from llm.config.trust import check_code
 from llm.errors import UserError, reason_of
 from llm.run.formats import RUN, read_form
+from llm.utils.addresses import public
 from llm.utils.files import read_bytes, write_json
 
 MANIFEST = "run.json"
@@ -94,9 +95,9 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
-    """Write run.json into a stage folder (or to the file itself), atomically and synced to disk."""
+    """Write run.json into a stage folder (or to the file itself), atomically and synced to disk, without secrets."""
     path = Path(path)
-    write_json(path if path.name == MANIFEST else path / MANIFEST, manifest)
+    write_json(path if path.name == MANIFEST else path / MANIFEST, public(manifest))
 
 
 def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:

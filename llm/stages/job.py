@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm import __version__
 from llm.config.stages import Stage
-from llm.data.download import shown
 from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.utils.addresses import public
 from llm.utils.environment import environment, git_commit
 from llm.utils.files import plain, read_json, write_atomic
 
@@ -25,7 +25,7 @@ class Job:
     cfg: DictConfig
     row: Stage
     run: RunDir
-    config: dict  # the resolved configuration as run.json keeps it
+    config: dict  # the resolved configuration
     parent: Path | None
     further: dict[str, Path] = field(default_factory=dict)  # by key of `Stage.other_parents`
     manifest: dict = field(init=False)
@@ -65,7 +65,7 @@ class Job:
         kept = {key: old[key] for key in ("started", "seconds", "horizons") if old.get(key) is not None}
         write_manifest(self.stage_dir, self.manifest | kept)
         self.manifest |= {key: kept[key] for key in kept if key != "seconds"}
-        write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+        write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(public(self.config)))
 
     def finish(self, results: dict, seconds: float) -> int | None:
         """Write run.json after `seconds` of work; returns the signal that stopped the stage, None if it is finished."""
@@ -101,7 +101,7 @@ def fingerprints(model: Path) -> dict[str, str | None]:
 
 def data_fingerprint(config: dict) -> str:
     """Return a SHA-256 over the selection of data in a resolved configuration."""
-    return hashlib.sha256(json.dumps(plain(config.get("data")), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(public(config.get("data"))), sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:
@@ -114,7 +114,7 @@ def show_config(cfg, derived: dict) -> None:
 
     What may be secret in addresses is not printed.
     """
-    print(shown(OmegaConf.to_yaml(cfg, resolve=True)))
+    print(OmegaConf.to_yaml(public(OmegaConf.to_container(cfg, resolve=True))))
     print("derived:")
     for key, value in derived.items():
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"

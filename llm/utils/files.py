@@ -131,11 +131,11 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     A pipe in the place of a file of a run would wait for ever, and a device or a file with holes would fill the memory.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        check_ordinary(path, os.fstat(file.fileno()).st_mode)
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise UserError(f"{path} is larger than {most_bytes:,} bytes; {MEND}")
-    return content
+        state = os.fstat(file.fileno())
+        check_ordinary(path, state.st_mode)
+        if state.st_size <= most_bytes and len(content := file.read(most_bytes + 1)) <= most_bytes:
+            return content
+    raise UserError(f"{path} is larger than {most_bytes:,} bytes; {MEND}")
 
 
 def check_ordinary(path: Path, mode: int | None = None) -> None:
