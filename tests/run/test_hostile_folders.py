@@ -205,6 +205,8 @@ def test_mutated_folders_are_read_or_refused_in_one_line(sound, tmp_path, guarde
             seen.add(kind)
             if kind not in ("read", "refused in one line"):
                 wrong.append(f"folder {number}, {done}, {name}: {kind[:300]}")
+                with capsys.disabled():
+                    print(f"\n{wrong[-1][:600]}", file=sys.stderr, flush=True)
         outcomes["refused in one line by a loader" if "refused in one line" in seen else "read by all"] += 1
         capsys.readouterr()
         with contextlib.suppress(OSError):
