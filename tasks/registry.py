@@ -122,7 +122,7 @@ def has_split(name: str, spec, split: str) -> bool:
 
     A folder or glob of `train` also gives the files that are held out by their names.
     """
-    if spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words":
+    if spec.source in GENERATED or spec.get(split) is not None or task_class(spec).reads == "words":
         return True
     return split == "test" and spec.source == "local" and bool(_held_out_by_name(name, spec))
 

@@ -25,7 +25,7 @@ from llm.model.gpt import GPT, build_network
 from llm.run.content import check_content, write_content
 from llm.run.formats import SHAPE
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import read_json, replaced_folder
+from llm.utils.files import check_ordinary, read_json, replaced_folder
 from llm.utils.shapes import text
 
 WEIGHTS_FILE = "model.safetensors"
@@ -45,6 +45,7 @@ HF_PARTS = (
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
+FLOATS = ("F64", "F32", "F16", "BF16")  # number formats in which weights may be saved
 VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
 
 
@@ -101,6 +102,7 @@ def check_size(config: GPTConfig, path: Path) -> None:
     """Raise UserError where a file of weights is far too small for a shape: no memory is taken for such a network."""
     described = num_params(replace(config, vocab_multiple=1))["total"]
     try:
+        check_ordinary(path)
         with safe_open(path, framework="pt") as file:
             found = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -221,7 +223,9 @@ def _load_weights(net: GPT, path: Path) -> None:
             for theirs, name in expected.items():
                 target = state[name]
                 rows = net.config.vocab_size if name.startswith(VOCAB_PARAMS) else len(target)
-                shape = tuple(file.get_slice(theirs).get_shape())
+                shape, kind = tuple(file.get_slice(theirs).get_shape()), file.get_slice(theirs).get_dtype()
+                if kind not in FLOATS:
+                    raise UserError(f"{path}: tensor {theirs} holds {kind}, but must hold {', '.join(FLOATS)}; {fix}")
                 if shape != (rows, *target.shape[1:]):
                     raise UserError(
                         f"{path}: tensor {theirs} has shape {shape}, but {CONFIG_FILE} says "

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from llm.run.formats import CHECKSUMS, read_form
 from llm.run.notes import content_note
 from llm.run.stage_folder import checked_manifest, read_manifest, read_metrics, stages_in
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import sync_folder, write_json
+from llm.utils.files import check_ordinary, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -44,7 +45,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """List the complete checkpoints of a folder as (step, path), oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("*.ckpt")
+        if (match := NAME.fullmatch(path.name)) and path.is_file()
+    ]
     return sorted(found)
 
 
@@ -199,6 +204,8 @@ def damage(path: Path, listed: dict[str, dict]) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     return f"not in the manifest, and the CRC of {name} is wrong"
+        elif not zipfile.is_zipfile(path):  # before hours over a file full of holes
+            return "it is no checkpoint"
         else:
             if (size := path.stat().st_size) != entry["bytes"]:
                 return f"{size} bytes instead of {entry['bytes']}"
@@ -250,15 +257,32 @@ def origins(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is."""
-    listed = checksums(folder)
+def newest_checkpoint(folder: Path, misfit: Callable[[Any], str | None] | None = None) -> tuple[int, Path] | None:
+    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is.
+
+    misfit: says in words why one cannot be used, which is skipped too. Raises UserError where that leaves none: it is
+    not this program's to throw away.
+    """
+    listed, misfits = checksums(folder), []
     for _, path in reversed(list_checkpoints(folder)):
         problem = damage(path, listed)
         if problem is None:
-            return load_checkpoint(path)["global_step"], path
+            checkpoint = load_checkpoint(path)
+            problem = None if misfit is None else misfit(checkpoint)
+            if problem is None:
+                return checkpoint["global_step"], path
+            misfits.append(f"{path}: {problem}")
         log.warning("%s is damaged (%s): using the checkpoint before it", path, problem)
+    if misfits:
+        raise UserError(f"{misfits[0]}; no other checkpoint can be used: restore it, or set overwrite=true")
     return None
+
+
+def set_aside(folder: Path, used: tuple[int, Path] | None) -> None:
+    """Rename the checkpoints that were skipped for the one `used`: they would count among the newest that are kept."""
+    paths = [path for _, path in list_checkpoints(folder)]
+    for path in paths if used is None else paths[paths.index(used[1]) + 1 :]:
+        path.replace(path.with_suffix(".damaged"))
 
 
 # ---- looking at a run -----------------------------------------------------------------------------------------------
@@ -316,9 +340,10 @@ def damaged_weights(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_ordinary(path)
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         return f"{path.name}: {error}"
     return f"{path.name} has values that are not finite: {', '.join(names[:5])}" if names else None
 

@@ -6,7 +6,6 @@ Fathom wrote is loaded by Fathom's own classes.
 """
 
 import inspect
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +28,14 @@ from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import content_text
 from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
+from llm.utils.files import read_json
 
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
-NO_CODE = {"trust_remote_code": False}  # without it, transformers asks on a terminal whether to run a model's program
+# Without the first, transformers asks on a terminal whether to run a model's program. The second: a file in the folder
+# may name another model of the hub, such as the one that an adapter is for.
+NO_CODE = {"trust_remote_code": False, "local_files_only": True}
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
 LOGITS = 1 << 24  # numbers in the logits held at a time
 
@@ -391,10 +393,9 @@ def load_hf(
 def _is_ours(folder: Path) -> bool:
     """Return True if Fathom wrote the model in `folder`: config.json has a section `fathom`."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+        return isinstance((read_json(folder / CONFIG_FILE) or {}).get("fathom"), dict)
+    except UserError:  # those of others may hold what standard JSON does not
         return False
-    return isinstance(content, dict) and isinstance(content.get("fathom"), dict)
 
 
 def _load_ours(

@@ -90,8 +90,12 @@ def other_part(folder: Path, known: dict[str, str | None], weigh: bool = True) -
 
 def weights_sum(folder: Path) -> str | None:
     """Return the SHA-256 of the weights in a model/ folder: by its manifest, else of the file; None without weights."""
-    if (listed := read_content(folder).get(WEIGHTS)) is not None:
-        return listed.get("sha256")
+    if content := read_content(folder):
+        if WEIGHTS not in content and (folder / WEIGHTS).exists():
+            raise UserError(
+                f"{folder / CONTENT}: {WEIGHTS} is missing; copy the folder again, or train the stage again"
+            )
+        return content.get(WEIGHTS, {}).get("sha256")
     return _sums(folder / WEIGHTS, full=True)["sha256"] if (folder / WEIGHTS).is_file() else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from llm import __version__
 from llm.errors import UserError
 from llm.utils.files import read_json
-from llm.utils.shapes import Kind, anything, either, listing, mapping, maybe, one_of, real, text, truth, whole
+from llm.utils.shapes import Kind, either, listing, mapping, maybe, one_of, real, text, truth, whole
 
 # Of run.json and of checkpoints. A release reads its own number and all lower ones. It rises when a release writes what
 # the one before would misread; a new key that may be ignored does not count.
@@ -18,7 +18,6 @@ FORMAT = 1
 _scalar = maybe(either(truth, text, real()))
 _number = maybe(real())
 _group = maybe(mapping())
-_numbers = maybe(mapping(others=maybe(either(real(), text, anything))))
 _entry = maybe(mapping(others=_group))
 
 CONFIG = mapping(
@@ -53,6 +52,20 @@ EVALUATED = mapping(
     needs=("seed", "stage", "data", "trainer", "precision"),
 )
 
+_counts = mapping(others=real())
+_read = mapping(
+    {"held_out_text": maybe(text), "read": _counts, "expected": _counts, "skipped": _counts, "unit": text}
+    | {"near_duplicates": maybe(_counts)}
+)
+_gpu = mapping({"name": text, "memory_gb": real(0)}, needs=("name", "memory_gb"))
+
+
+def _parent(value: Any, where: str) -> None:
+    """Take the path of a model/ folder, and its identity or null."""
+    listing(maybe(text), (2, 2))(value, where)
+    text(value[0], f"{where}[0]")
+
+
 RUN = mapping(
     {
         "format": whole(1, FORMAT),
@@ -60,12 +73,12 @@ RUN = mapping(
         "status": one_of("running", "interrupted", "finished"),
         "parent": maybe(text),
         "parent_id": maybe(text),
-        "further": maybe(mapping(others=listing(maybe(text), (2, 2)))),
+        "further": maybe(mapping(others=_parent)),
         "fingerprints": maybe(mapping(others=maybe(text))),
         "parents": maybe(mapping(others=maybe(mapping(others=maybe(text))))),
         "config": maybe(CONFIG),
         "commit": maybe(text),
-        "environment": _group,
+        "environment": maybe(mapping({"gpus": maybe(listing(_gpu))})),
         "version": maybe(text),
         "started": maybe(text),
         "finished": maybe(text),
@@ -76,17 +89,22 @@ RUN = mapping(
         "signal": maybe(whole(0, 255)),
         "horizons": maybe(listing(whole())),
         "metrics": maybe(mapping(others=_scalar)),
-        "derived": maybe(mapping(others=_scalar)),
+        "derived": maybe(
+            mapping(
+                {"steps": whole(1), "packing": text, "text_passes": _number, "text_tokens": maybe(whole())},
+                others=_scalar,
+            )
+        ),
         "weights": maybe(mapping({"step": whole(), "bpb": _number})),
-        "data": maybe(mapping({"held_out_text": maybe(text)})),
+        "data": maybe(_read),
     }
 )
 
 _task = mapping({"accuracy": _number, "stderr": _number, "n": maybe(whole()), "subjects": _entry}, needs=("accuracy",))
 _sample = mapping({"prompt": text, "completion": text}, needs=("prompt", "completion"))
 _scored = mapping(
-    {"data": maybe(text), "source": maybe(text), "tokens": maybe(whole()), "fingerprint": maybe(text)}
-    | {"text": maybe(text)}
+    {"data": text, "source": text, "tokens": whole(), "rows": whole(), "fingerprint": maybe(text), "text": maybe(text)},
+    needs=("data", "source"),
 )
 _scores: dict[str, Kind] = {
     **dict.fromkeys(("bpb", "bpb_text", "chatcore", "core"), _number),
@@ -102,7 +120,8 @@ _scores: dict[str, Kind] = {
 SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores)))})
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
-CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}))
+CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}, needs=("bytes",)))
+MIRRORED = mapping(others=listing(whole(), (2, 2)))  # mirror.json: bytes and time of change, by file
 
 _factor = real(-1e6, 1e6)
 # What a saved shape may be: limits far above any model, so that a wrong number fills no memory before it is noticed.

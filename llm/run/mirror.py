@@ -18,7 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm.errors import UserError
+from llm.run.formats import MIRRORED
 from llm.run.stage_folder import MANIFEST, RunDir
+from llm.utils.addresses import without_secrets
 from llm.utils.files import parse_json
 
 LIST = "mirror.json"
@@ -83,9 +85,11 @@ def fetch_stage(store, source: str, stage_dir: Path) -> None:
 def read_list(store, folder: str) -> dict[str, list[int]]:
     """Return mirror.json of a stage at the address, {} where there is none."""
     try:
-        return parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
+        listed = parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
     except FileNotFoundError:
         return {}
+    MIRRORED(listed, f"{folder}/{LIST}")
+    return listed
 
 
 def fetch_named(address: str, root: str | Path, value: str) -> None:
@@ -199,7 +203,7 @@ class Mirror(threading.Thread):
 
     @staticmethod
     def say(text: str) -> None:
-        print(f"mirror: {text}", file=sys.stderr, flush=True)
+        print(f"mirror: {without_secrets(text)}", file=sys.stderr, flush=True)
 
 
 def files_in(stage_dir: Path, left_out: tuple[str, ...] = ()) -> dict[str, list[int]]:

@@ -17,11 +17,13 @@ from llm.config.plugins import load_plugins
 from llm.config.renamed import renamed_manifest
 from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
 from llm.config.trust import check_code
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from llm.run.formats import RUN, check_format
-from llm.utils.files import read_json, write_json
+from llm.utils.addresses import public
+from llm.utils.files import read_bytes, read_json, write_json
 
 MANIFEST = "run.json"
+MOST_METRICS = 1 << 29  # bytes of metrics.csv: a million rows have 200 MB
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ def checked_manifest(manifest: Any, where: str) -> dict[str, Any]:
 
 
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
-    """Write run.json into a stage folder (or to the file itself), atomically and synced to disk."""
+    """Write run.json into a stage folder (or to the file itself), atomically and synced to disk, without secrets."""
     path = Path(path)
-    write_json(path if path.name == MANIFEST else path / MANIFEST, manifest)
+    write_json(path if path.name == MANIFEST else path / MANIFEST, public(manifest))
 
 
 def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
@@ -117,7 +119,10 @@ def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
     path = Path(stage_dir) / "metrics.csv"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    try:
+        lines = read_bytes(path, MOST_METRICS).decode("utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error, path)}") from error
     rows: dict[int, dict[str, float]] = {}
     try:
         for cells in csv.DictReader(line for line in lines if line.endswith("\n")):

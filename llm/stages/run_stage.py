@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.saved import kind_of_schema
 from llm.config.stages import Stage, load_object, stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
@@ -184,11 +185,11 @@ def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
     From before `data.shuffle` existed: its packing, epochs and tokens per step stay; nothing is shuffled, no pass is
     left out, the last weights count. Of data=own, from before it read files of any name: its two files stay.
     """
-    old = {} if manifest is None or cfg.overwrite else manifest["config"]
+    old = {} if manifest is None or cfg.overwrite else manifest.get("config") or {}
     for name, task in ((old.get("data") or {}).get("tasks") or {}).items():
         folder = cfg.data.tasks[name].train if name in cfg.data.tasks else None
         two = {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"}
-        if folder is not None and two.items() <= task.items():
+        if folder is not None and two.items() <= (task or {}).items():
             cfg.data.tasks[name].update(two)
     if not old.get("data") or "shuffle" in old["data"]:
         return
@@ -196,6 +197,9 @@ def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
         group, name = key.split(".")
         known = (old.get(group) or {}).get(name)
         if known is not None and name in cfg[group] and cfg[group][name] == by_rule:
+            kind_of_schema(OmegaConf.get_type(cfg[group]))(
+                {name: known}, f"{cfg.run}/{cfg.stage.name}/run.json: config.{group}"
+            )
             OmegaConf.update(cfg, key, known)
     for key in ("data.shuffle", "stage.max_passes", "stage.keep_best"):
         if OmegaConf.select(cfg, key) is not None:
@@ -223,6 +227,10 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
     manifest = run.manifest(stage)
     if manifest is None or cfg.overwrite or not holds_work(run.stage_dir(stage)):
         return False
+    if not manifest.get("config"):
+        raise UserError(
+            f"{run.stage_dir(stage) / 'run.json'}: config is missing; restore the file, or overwrite=true starts again"
+        )
     differences = diff_configs(manifest["config"], config, neutral_keys(stage))
     if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
         check_parents_unchanged(run, stage, manifest)

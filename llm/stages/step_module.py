@@ -60,6 +60,7 @@ class StepModule(L.LightningModule):
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
         self.loss_watch = LossWatch(context.loss_jump)
         self.origin: dict = {}  # keys of run.json that checkpoints repeat, see Job.origin
+        self.has_begun = False  # the first step since this process loaded a checkpoint, if any
         self.is_updating = False  # while weights, optimizer and position are of no one step
 
     @property
@@ -80,6 +81,7 @@ class StepModule(L.LightningModule):
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
+        self.has_begun = True
         optimizer = self.optimizers()
         self.apply_schedules(optimizer.param_groups)
         own = batch.get("metrics", {})
