@@ -40,7 +40,8 @@ from llm.run.content import fingerprints
 from llm.run.formats import BEST, ROLLBACKS, read_form, read_scores
 from llm.run.stage_folder import RunDir, find_parent, find_stage, read_manifest, read_metrics
 from llm.stages.job import identity
-from llm.stages.run_stage import is_finished, keep_old_defaults, known_parents
+from llm.stages.parents import known_parents
+from llm.stages.run_stage import is_finished, keep_old_defaults
 from llm.stages.shape import shape_in
 from llm.stages.trainer import needed
 from llm.tokenizer.bpe import Tokenizer
