@@ -59,7 +59,10 @@ def check_content(folder: Path, verify: bool = True) -> None:
     if verify and (problem := wrong_file(folder)) is not None:
         raise UserError(f"{folder}: {problem}; copy the folder again, or train the stage again")
     record = read_manifest(folder.parent) if folder.name == "model" else None
-    if problem := other_part(folder, (record or {}).get("fingerprints") or {}, verify):
+    known = (record or {}).get("fingerprints") or {}
+    if problem := other_part(folder, known, verify):
+        if verify and problem.startswith(OTHER["weights"]) and _has_weights(folder, known["weights"]):
+            raise UserError(f"{folder / CONTENT} is damaged, the weights are not; copy it again, or delete it")
         raise UserError(
             f"{folder} holds {problem} than its stage handed over, by {folder.parent / 'run.json'}; put the files of "
             "this stage back, or train it again"
@@ -97,6 +100,11 @@ def weights_sum(folder: Path) -> str | None:
             )
         return content.get(WEIGHTS, {}).get("sha256")
     return _sums(folder / WEIGHTS, full=True)["sha256"] if (folder / WEIGHTS).is_file() else None
+
+
+def _has_weights(folder: Path, known: str) -> bool:
+    path = folder / WEIGHTS
+    return path.is_file() and _sums(path, full=True)["sha256"] == known
 
 
 def _sums(path: Path, full: bool) -> dict[str, Any]:

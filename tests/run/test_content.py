@@ -56,6 +56,15 @@ def test_weights_of_another_stage_are_found(run, with_manifest):
         load_model_folder(ours)
 
 
+def test_a_damaged_list_is_told_from_other_weights(run):
+    path = run / "sft" / "model" / "manifest.json"
+    listed = json.loads(path.read_text())
+    listed["model.safetensors"]["sha256"] = "0" + listed["model.safetensors"]["sha256"][1:-1] + "x"
+    path.write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="model/manifest.json is damaged, the weights are not"):
+        load_model_folder(path.parent)
+
+
 def test_folders_without_manifest_load(run):
     folder = run / "sft" / "model"
     (folder / "manifest.json").unlink()
