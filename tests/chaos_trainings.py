@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -35,11 +36,12 @@ OUTCOMES = {
     "unreadable": "a restart found no checkpoint to go on from, though one had been written",
     "silent": "status 0 where a refusal or a remark was due",
     "traceback": "Python's, instead of an error line",
-    "hang": "no end in a quarter of an hour",
+    "hang": "no end within an hour, of what takes seconds",
     "left behind": "a process was still there a minute after the end",
     "wrong end": "another status or text than the one that was due",
 }
 CLOCK = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
+HANG = 3600.0  # seconds; a machine that is only busy takes less
 GRACE = 60.0  # seconds in which what a training has started must end too
 SHOWN = 1200  # last characters of an output that are kept of a failure
 
@@ -104,7 +106,7 @@ class Trainings:
 
     def left_alone(self, stage: str, n: int, *settings: str) -> tuple[str, float]:
         """Return name and seconds of a training that nothing happens to; it is run once."""
-        run = name_of("straight", stage, str(n), *settings)
+        run = name_of("straight", stage, str(n), f"{zlib.crc32(' '.join(settings).encode()):08x}" if settings else "")
         with self.locks[run]:
             if run not in self.seconds:
                 begin = time.monotonic()
@@ -155,7 +157,7 @@ def refused(trainings: Trainings, text: str, *line, env: dict[str, str] | None =
 
 def name_of(*parts: str) -> str:
     """Return the name of a run from some words."""
-    return re.sub("[^a-z0-9]+", "-", "-".join(parts).replace("{files}", "").lower()).strip("-")
+    return re.sub("[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def names_of_checkpoints(stage_dir: Path) -> set[str]:
@@ -169,7 +171,7 @@ def end_of(process: subprocess.Popen) -> tuple[int, str]:
     """
     mark = next(mark for one, mark in processes.started if one is process)
     try:
-        out, _ = process.communicate(timeout=processes.HANG)
+        out, _ = process.communicate(timeout=HANG)
     except subprocess.TimeoutExpired:
         processes.kill_marked(mark)
         raise Failed("hang", f"{' '.join(process.args[2:])}: {process.communicate()[0][-SHOWN:]}") from None
