@@ -23,13 +23,13 @@ COMMANDS = int(os.environ.get("FATHOM_COMMANDS", 60))
 SEED = int(os.environ.get("FATHOM_SEED", random.SystemRandom().randrange(10**6)))
 HANG = 10  # seconds beyond a sound folder's
 BUSY = 3  # times as long as then the machine may take now
-TINY = ("experiment=tiny", "run=demo", "paths.runs=runs", "trainer=cpu")
-STAGES = ("tokenizer", "pretrain", "sft")
+TINY = ("experiment=tiny", "paths.runs=runs", "trainer=cpu")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft")
 KINDS = {
     "evaluate": ("evaluate.py", "run=demo", "paths.runs=runs", "eval=[bpb,chat,samples]", "eval.max_per_task=2"),
     "serve": ("serve.py", "run=demo", "paths.runs=runs", "ui=cli", "max_new_tokens=4"),
-    "resume": ("train.py", *TINY, "stage=sft"),
-    "init_from": ("train.py", *TINY, "stage=midtrain", "init_from=demo/pretrain", "max_steps=1"),
+    "resume": ("train.py", *TINY, "run=demo", "stage=sft"),
+    "init_from": ("train.py", *TINY, "run=other", "stage=midtrain", "init_from=demo/pretrain", "max_steps=1"),
     "inspect": ("-m", "llm.checkpoint", "runs/demo"),
     "report": ("-m", "llm.report", "runs/demo"),
     "table": ("-m", "llm.report", "--table", "--runs", "runs"),
@@ -93,7 +93,7 @@ def base(tmp_path_factory):
     (folder / "code" / f"{CODE}.py").write_text(PAYLOAD)
     for stage in STAGES:
         done = subprocess.run(
-            [sys.executable, str(REPO / "train.py"), *TINY, f"stage={stage}"],
+            [sys.executable, str(REPO / "train.py"), *TINY, "run=demo", f"stage={stage}"],
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
