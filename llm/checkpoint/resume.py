@@ -283,15 +283,23 @@ def inspect(run: Path) -> bool:
         for _, path in list_checkpoints(stage / "checkpoints"):
             problem, saved = damage(path, listed), listed.get(path.name, {}).get("saved", "not in the manifest")
             holds = contents(path) if problem is None else "DAMAGED: " + problem
-            print(f"  checkpoints/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {saved}  {holds}")
+            print(f"  checkpoints/{path.name}  {size_of(path) / 1e6:10.1f} MB  {saved}  {holds}")
             sound = sound and problem is None
         for path in sorted((stage / "model").glob("*.safetensors")):
             problem = damaged_weights(path)
             if problem is None and (wrong := wrong_file(path.parent)) is not None:
                 problem = f"DAMAGED: {wrong}"
-            print(f"  model/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
+            print(f"  model/{path.name}  {size_of(path) / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
             sound = sound and problem is None
     return sound
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; 0 where there is none, as behind a broken link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def contents(path: Path) -> str:
