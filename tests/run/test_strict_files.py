@@ -51,6 +51,13 @@ def test_values_nest_to_a_limit():
             parse_json(nested(depth), "run.json")
 
 
+@pytest.mark.parametrize("content", [rb'{"a": "\ud800"}', rb'{"\udfff": 1}', rb'{"a": [{"b": ["\ud800x"]}]}'])
+def test_half_a_character_is_no_text(content):
+    with pytest.raises(UserError, match="run.json cannot be read .*surrogates not allowed"):
+        parse_json(content, "run.json")
+    assert parse_json(rb'{"a": "\ud83d\ude00 \u00e9"}', "run.json") == {"a": "😀 é"}
+
+
 @pytest.fixture
 def begun(tmp_path):
     """Return a function that starts the stage sft of a run whose run.json is changed; returns whether it is done."""
