@@ -1,7 +1,9 @@
-"""Tasks of a saved configuration with values of wrong kinds: one line that names the key."""
+"""Tasks and text of a saved configuration with values of wrong kinds: one line that names the key."""
 
 import pytest
+from omegaconf import OmegaConf
 
+from llm.data.sources import build_source
 from llm.errors import UserError
 from tasks import Cache, build_task
 
@@ -27,3 +29,17 @@ def test_wrong_values_are_one_line(tmp_path, change, words):
     with pytest.raises(UserError, match=words) as refused:
         build_task("t", spec, "test", Cache(tmp_path))
     assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "data,key",
+    [
+        ({"name": "local", "path": "x", "train": 5}, "data.train"),
+        ({"name": "local", "path": "x", "val": [1]}, "data.val"),
+        ({"name": "mixture", "sources": {"a": {"path": "x", "val": {"b": 1}}}}, "data.sources.a.val"),
+        ({"name": "tokens", "path": "x", "val": True}, "data.val"),
+    ],
+)
+def test_wrong_entries_of_text_are_one_line(data, key):
+    with pytest.raises(UserError, match=f"{key}=.*must be a text, or a list of texts"):
+        build_source(OmegaConf.create(data), "cache")
