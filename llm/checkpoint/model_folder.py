@@ -196,7 +196,7 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
         raise UserError(f"{path}: no `fathom` section, so Fathom did not write this model; use a Fathom model folder")
     if ours.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version {ours.get('format_version')!r}, but this version of Fathom reads "
+            f"{path}: format_version {str(ours.get('format_version'))[:40]}, but this version of Fathom reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
         )
     SHAPE(ours.get("model"), f"{path}: fathom.model")

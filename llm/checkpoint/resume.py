@@ -305,15 +305,23 @@ def inspect(run: Path) -> bool:
         for _, path in list_checkpoints(stage / "checkpoints"):
             problem, saved = damage(path, listed), listed.get(path.name, {}).get("saved", "not in the manifest")
             holds = contents(path) if problem is None else "DAMAGED: " + problem
-            print(f"  checkpoints/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {saved}  {holds}")
+            print(f"  checkpoints/{path.name}  {size_of(path) / 1e6:10.1f} MB  {saved}  {holds}")
             sound = sound and problem is None
         if (model := stage / "model").is_dir():
             problem = damaged_model(model)
-            size = sum(path.stat().st_size for path in model.iterdir())
+            size = sum(size_of(path) for path in model.iterdir())
             state = problem or content_note(model) or "every file is as it was written"
             print(f"  model/  {size / 1e6:10.1f} MB  {'DAMAGED: ' if problem else ''}{state}")
             sound = sound and problem is None
     return sound
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; 0 where there is none, as behind a broken link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def contents(path: Path) -> str:

@@ -152,7 +152,8 @@ def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]
     for task, result in (scores.get("lm_eval") or {}).items():
         for metric, number in result.items():
             if metric not in ("n", "shots") and not metric.endswith("_stderr"):
-                merged[f"lm_eval/{task}/{metric}"] = (number, result.get(f"{metric}_stderr"))
+                error = result.get(f"{metric}_stderr")  # lm-eval writes a text where there is none
+                merged[f"lm_eval/{task}/{metric}"] = (number, error if isinstance(error, int | float) else None)
     return merged
 
 

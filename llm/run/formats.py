@@ -100,7 +100,10 @@ RUN = mapping(
     }
 )
 
-_task = mapping({"accuracy": _number, "stderr": _number, "n": maybe(whole()), "subjects": _entry}, needs=("accuracy",))
+_task = mapping(
+    {"accuracy": real(), "stderr": _number, "n": maybe(whole()), "subjects": _entry, "baseline": maybe(real(0, 0.999))},
+    needs=("accuracy",),
+)
 _sample = mapping({"prompt": text, "completion": text}, needs=("prompt", "completion"))
 _scored = mapping(
     {"data": text, "source": text, "tokens": whole(), "rows": whole(), "fingerprint": maybe(text), "text": maybe(text)},
@@ -108,16 +111,16 @@ _scored = mapping(
 )
 _scores: dict[str, Kind] = {
     **dict.fromkeys(("bpb", "bpb_text", "chatcore", "core"), _number),
-    "chat": maybe(mapping(others=_task)),
-    "core_tasks": maybe(mapping(others=mapping({"accuracy": _number, "centered": _number, "stderr": _number}))),
-    "lm_eval": maybe(mapping(others=mapping(others=_scalar))),
-    "samples": maybe(listing(_sample)),
-    "scored": maybe(mapping(others=_scored)),
-    "judges": maybe(mapping(others=mapping())),
+    "chat": mapping(others=_task),
+    "core_tasks": mapping(others=mapping({"accuracy": _number, "centered": _number, "stderr": _number})),
+    "lm_eval": mapping(others=mapping(others=_scalar)),
+    "samples": listing(_sample),
+    "scored": mapping(others=_scored),
+    "judges": mapping(others=mapping()),
     "model": text,
     "seq_len": whole(1),
 }
-SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores)))})
+SCORES = mapping(_scores | {"other_data": mapping(others=mapping(_scores))})
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
 CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}, needs=("bytes",)))

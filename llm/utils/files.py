@@ -157,7 +157,7 @@ def parse_json(content: bytes, path: str | Path) -> Any:
         value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
         )
-        _check_depth(value)
+        _check_values(value)
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
@@ -172,12 +172,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
-    """Raise RecursionError for a value with more than `DEEPEST` levels."""
+def _check_values(value: Any) -> None:
+    """Raise RecursionError for a value with more than `DEEPEST` levels, ValueError for half a UTF-16 pair in a text."""
     level, depth = [value], 0
     while level:
         if (depth := depth + 1) > DEEPEST:
             raise RecursionError
+        for text in (text for part in level for text in (part if isinstance(part, dict) else (part,))):
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
         inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
         level = [item for items in inner for item in items]
 

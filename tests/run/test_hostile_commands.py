@@ -1,7 +1,7 @@
 """Mutated run folders handed to real commands: one line or right behaviour, in time, without network or execution.
 
-COMMANDS of them, drawn by FATHOM_SEED (else by chance, and printed), each in a process of its own. A hook in every
-process notes connections to other machines, look-ups of names and imports of what the folders name. The time limit is
+COMMANDS of them, drawn by FATHOM_SEED (else by chance, and printed), each in a process of its own. Each process
+notes connections to other machines, look-ups of names and imports of what the folders name. The time limit is
 that of the same command on a sound folder, measured on this machine, and 10 s more.
 """
 
@@ -18,34 +18,24 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 from hostile import CODE, mutate
+from processes import finish, start_warm
 
+ENTRY = REPO / "tests" / "hostile_entry.py"
 COMMANDS = int(os.environ.get("FATHOM_COMMANDS", 60))
 SEED = int(os.environ.get("FATHOM_SEED", random.SystemRandom().randrange(10**6)))
 HANG = 10  # seconds beyond a sound folder's
 BUSY = 3  # times as long as then the machine may take now
-TINY = ("experiment=tiny", "run=demo", "paths.runs=runs", "trainer=cpu")
-STAGES = ("tokenizer", "pretrain", "sft")
+TINY = ("experiment=tiny", "paths.runs=runs", "trainer=cpu")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft")
 KINDS = {
     "evaluate": ("evaluate.py", "run=demo", "paths.runs=runs", "eval=[bpb,chat,samples]", "eval.max_per_task=2"),
     "serve": ("serve.py", "run=demo", "paths.runs=runs", "ui=cli", "max_new_tokens=4"),
-    "resume": ("train.py", *TINY, "stage=sft"),
-    "init_from": ("train.py", *TINY, "stage=midtrain", "init_from=demo/pretrain", "max_steps=1"),
+    "resume": ("train.py", *TINY, "run=demo", "stage=sft"),
+    "init_from": ("train.py", *TINY, "run=other", "stage=midtrain", "init_from=demo/pretrain", "max_steps=1"),
     "inspect": ("-m", "llm.checkpoint", "runs/demo"),
     "report": ("-m", "llm.report", "runs/demo"),
     "table": ("-m", "llm.report", "--table", "--runs", "runs"),
 }
-HOOK = """
-import os, sys
-def note(event, args):
-    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "::1"):
-        tried(event, args[1])
-    if event == "socket.getaddrinfo" and args[0] not in (None, "", "localhost", "127.0.0.1", os.uname().nodename):
-        tried(event, args[0])
-def tried(event, what):
-    with open(os.environ["HOSTILE_NOTES"], "a") as file:
-        file.write(f"{event} {what}\\n")
-sys.addaudithook(note)
-"""
 PAYLOAD = """
 import os
 with open(os.environ["HOSTILE_NOTES"], "a") as file:
@@ -56,21 +46,21 @@ def run(*args, **options): pass
 
 def command(kind: str, folder: Path, limit: float) -> tuple[int | None, str, float]:
     """Run a command in a folder with `runs`; return (status, None where it hung; what it printed; seconds)."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder / 'code'}:{REPO}", "PYTHONUNBUFFERED": "1"}
-    env |= {"HOSTILE_NOTES": str(folder / "notes"), "HF_HOME": str(folder / "home"), "FATHOM_CACHE": str(folder)}
+    (folder / "stdin").write_text("Who are you?\n/quit\n")
+    env = {"PYTHONPATH": f"{folder / 'code'}:{REPO}", "HF_HOME": str(folder / "home")}
+    env |= {"HOSTILE_NOTES": str(folder / "notes"), "HOSTILE_STDIN": str(folder / "stdin")}
     first, *rest = KINDS[kind]
-    line = [sys.executable, *([first] if first == "-m" else [str(REPO / first)]), *rest]
+    line = [*([first] if first == "-m" else [str(REPO / first)]), *rest]
     start = time.monotonic()
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.PIPE}
-    with subprocess.Popen(
-        line, cwd=folder, env=env, text=True, errors="replace", start_new_session=True, **streams
-    ) as process:
-        try:
-            text, _ = process.communicate("Who are you?\n/quit\n", timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            return None, process.communicate()[0], time.monotonic() - start
-    return process.returncode, text, time.monotonic() - start
+    program = start_warm(ENTRY, *line, cwd=folder, env=env, stderr=subprocess.STDOUT)
+    status: int | None = None
+    try:
+        text, _ = program.communicate(limit)
+        status = program.returncode
+    except subprocess.TimeoutExpired:
+        program.kill()
+        text, _ = program.communicate()
+    return status, text or "", time.monotonic() - start
 
 
 def prepare(base: Path, folder: Path, kind: str) -> None:
@@ -89,17 +79,10 @@ def base(tmp_path_factory):
     """A folder with a sound run, and the seconds that each kind of command takes with it."""
     folder, seconds = tmp_path_factory.mktemp("base"), {}
     (folder / "code").mkdir()
-    (folder / "code" / "sitecustomize.py").write_text(HOOK)
     (folder / "code" / f"{CODE}.py").write_text(PAYLOAD)
     for stage in STAGES:
-        done = subprocess.run(
-            [sys.executable, str(REPO / "train.py"), *TINY, f"stage={stage}"],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        [done] = finish(start_warm(REPO / "train.py", *TINY, "run=demo", f"stage={stage}", cwd=folder))
+        assert done[0] == 0, done[2]
     for kind in KINDS:
         prepare(folder, work := folder.parent / f"sound-{kind}", kind)
         status, text, seconds[kind] = command(kind, work, 900)
