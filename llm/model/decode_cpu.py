@@ -1,8 +1,8 @@
 """The whole decode step on a CPU as one call into our own C++ kernel, decode_cpu.cpp.
 
 A model of this size is bound by the hundreds of small operators of a step, not by its arithmetic. `DecodeStep` packs
-the matrices of a network once and then computes embedding, all blocks over the key/value cache and logits for any number
-of tokens. A token's numbers do not depend on the tokens beside it. Packed matrices are a copy in the compute dtype;
+the matrices of a network once and then computes embedding, all blocks over the key/value cache and logits for any
+number of tokens. A token's numbers do not depend on the tokens beside it. Packed matrices are a copy in the compute dtype;
 tables (embeddings, positions, value embeddings) are read in place.
 """
 

@@ -1,7 +1,7 @@
 """Builds the project's own kernels, small C++ files without torch's headers, and loads them by ctypes.
 
-A kernel is compiled once for a machine, in a few seconds, and kept in `$FATHOM_DATA/kernels` (`~/.cache/fathom/kernels`).
-The name of the file is a hash of the sources, the compiler and the processor. Kernels are optional: without a compiler,
+A kernel is compiled once for a machine, in a few seconds, and kept in `$FATHOM_DATA/kernels`, by default
+`~/.cache/fathom/kernels`. The name of the file is a hash of the sources, the compiler and the processor. Kernels are optional: without a compiler,
 with `FATHOM_KERNELS=off`, or where compiling fails, callers compute with torch.
 """
 
