@@ -3,6 +3,7 @@
 // A panel holds NR outputs: for every input its NR weights side by side, in pairs of inputs where the processor
 // multiplies pairs of bf16 numbers. A sum runs over the inputs in order, whatever the number of rows.
 #pragma once
+#include "cpu_team.h"
 #include "cpu_vector.h"
 
 constexpr int NR = 4 * VL;               // outputs of a panel

@@ -2,7 +2,6 @@
 //
 // Nothing here depends on how many rows are computed together: every sum runs in one fixed order.
 #pragma once
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -168,22 +167,3 @@ inline float dot<bf16, bf16>(const bf16* a, const bf16* b, int64_t n) {
     return result;
 }
 #endif
-
-// ---- threads: the pool of torch's own OpenMP runtime, so that no second one waits beside it
-
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
-using Barrier = void (*)();                                            // GOMP_barrier
-
-// Threads in one parallel region. `share` hands out the items of a phase, one after the other to whoever is free, and
-// returns when all are done. What an item computes must not depend on the thread.
-struct Team {
-    std::atomic<int64_t>* counters;  // one per phase, zero at the start
-    Barrier barrier;                 // null: one thread
-
-    template <class F>
-    void share(int64_t items, F f) {
-        for (int64_t i; (i = counters->fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
-        counters++;
-        if (barrier) barrier();
-    }
-};

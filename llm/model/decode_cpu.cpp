@@ -86,7 +86,7 @@ struct Pass {
     std::vector<int64_t> groups;  // first token of each group that reads its prefix together, and the end of the last
     const int64_t d, kv_dim;
 
-    Pass(const Model& model, const Batch& batch, unsigned threads)
+    Pass(const Model& model, const Batch& batch, int64_t threads)
         : m(model), b(batch), s(model, batch.capacity, batch.scratch), team{}, d(model.head_dim),
           kv_dim(model.n_kv_head * model.head_dim) {
         const int64_t most = std::clamp<int64_t>(b.n * m.n_kv_head / (4 * threads), 1, 64);
@@ -350,29 +350,10 @@ struct Pass {
 
 // ---- what Python calls
 
-static Parallel parallel_region = nullptr;
-static Barrier region_barrier = nullptr;
-
-template <class Work>  // work(team), by `threads` threads; `phases` calls of Team::share at most
-static void in_parallel(int64_t phases, unsigned threads, Work work) {
-    std::vector<std::atomic<int64_t>> counters(phases);
-    struct Job {
-        Work& work;
-        Team team;
-    } job{work, {counters.data(), nullptr}};
-    if (threads < 2 || !parallel_region) return work(job.team);
-    job.team.barrier = region_barrier;
-    auto body = [](void* p) {
-        Team team = static_cast<Job*>(p)->team;
-        static_cast<Job*>(p)->work(team);
-    };
-    parallel_region(body, &job, threads, 0);
-}
-
 template <class T>
-static void run(const Model& m, const Batch& b, unsigned threads) {
+static void run(const Model& m, const Batch& b, int64_t threads) {
     const Pass<T> pass(m, b, threads);
-    in_parallel(9 * m.n_layer + 8, threads, [&](Team& team) {
+    in_parallel(9 * m.n_layer + 8, threads, [&](Team team) {
         Pass<T> own(pass);
         own.team = team;
         own.run();
@@ -394,8 +375,6 @@ static int64_t first_outside(const Model& m, const Batch& b) {
 
 extern "C" {
 
-void set_team(Parallel region, Barrier barrier) { parallel_region = region, region_barrier = barrier; }
-
 int64_t struct_bytes(int64_t which) {
     return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : which == 2 ? sizeof(Model)
          : which == 3 ? sizeof(Prefix) : sizeof(Batch);
@@ -413,7 +392,7 @@ int64_t scratch_bytes(const Model* m, int64_t capacity) {
 void pack(const void* source, int64_t from_bf16, int64_t n, int64_t k, void* packed, int64_t to_bf16, int64_t at,
           int64_t threads) {
     auto work = [&](auto* from, auto* to) {
-        in_parallel(1, unsigned(threads), [&](Team& team) {
+        in_parallel(1, threads, [&](Team team) {
             const int64_t first = at / NR;
             team.share(panels(at + n) - first, [&](int64_t j) { pack_panel(from, n, k, to, at, first + j); });
         });
@@ -426,7 +405,7 @@ void pack(const void* source, int64_t from_bf16, int64_t n, int64_t k, void* pac
 int64_t decode(const Model* m, const Batch* b, int64_t threads) {
     const int64_t wrong = first_outside(*m, *b);
     if (wrong >= 0) return wrong;
-    m->is_bf16 ? run<bf16>(*m, *b, unsigned(threads)) : run<float>(*m, *b, unsigned(threads));
+    m->is_bf16 ? run<bf16>(*m, *b, threads) : run<float>(*m, *b, threads);
     return -1;
 }
 }

@@ -2,8 +2,8 @@
 
 A model of this size is bound by the hundreds of small operators of a step, not by its arithmetic. `DecodeStep` packs
 the matrices of a network once and then computes embedding, all blocks over the key/value cache and logits for any
-number of tokens. A token's numbers do not depend on the tokens beside it. Packed matrices are a copy in the compute dtype;
-tables (embeddings, positions, value embeddings) are read in place.
+number of tokens. A token's numbers do not depend on the tokens beside it. Packed matrices are a copy in the compute
+dtype; tables (embeddings, positions, value embeddings) are read in place.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from llm.model.config import SMEAR_CHANNELS
 from llm.model.gpt import GPT, Block, Linear
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_vector.h"))
+HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
 
 
@@ -70,15 +70,13 @@ class _Batch(Structure):
 def load() -> ctypes.CDLL | None:
     """Return the kernel's library, compiled if need be; None where it cannot be had."""
     lib = native.library(SOURCE, *HEADERS)
-    if lib is not None and not hasattr(lib, "is_ready"):
+    if lib is not None and not hasattr(lib, "is_ready"):  # ctypes keeps what is set here
         for name in ("struct_bytes", "packed_numbers", "scratch_bytes", "decode"):
             getattr(lib, name).restype = c_int64
         lib.packed_numbers.argtypes = [c_int64] * 3
         lib.scratch_bytes.argtypes = [c_void_p, c_int64]
         lib.decode.argtypes = [c_void_p, c_void_p, c_int64]
         lib.pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64]
-        lib.set_team.argtypes = [c_void_p, c_void_p]
-        lib.set_team(*native.parallel_functions())
         structs = (_Matrix, _Layer, _Model, _Prefix, _Batch)
         assert all(lib.struct_bytes(c_int64(i)) == ctypes.sizeof(struct) for i, struct in enumerate(structs))
         lib.is_ready = True

@@ -1,8 +1,8 @@
 """Builds the project's own kernels, small C++ files without torch's headers, and loads them by ctypes.
 
 A kernel is compiled once for a machine, in a few seconds, and kept in `$FATHOM_DATA/kernels`, by default
-`~/.cache/fathom/kernels`. The name of the file is a hash of the sources, the compiler and the processor. Kernels are optional: without a compiler,
-with `FATHOM_KERNELS=off`, or where compiling fails, callers compute with torch.
+`~/.cache/fathom/kernels`. The name of the file is a hash of the sources, the compiler and the processor. Kernels are
+optional: without a compiler, with `FATHOM_KERNELS=off`, or where compiling fails, callers compute with torch.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ def library(source: Path, *headers: Path) -> ctypes.CDLL | None:
             if not is_whole(path):
                 path.unlink(missing_ok=True)
                 build(compiler, source, path)
-            return ctypes.CDLL(str(path))
+            return _with_team(ctypes.CDLL(str(path)))
         except (OSError, subprocess.SubprocessError) as error:
             print(f"kernels: {compiler} cannot build {source.name} ({_first_line(error)})", file=sys.stderr)
     return None
@@ -94,7 +94,13 @@ def build(compiler: str, source: Path, path: Path) -> None:
         print(f"kernels: compiled {source.name} in {seconds:.1f} s, once for this machine ({path.parent})", flush=True)
 
 
-@cache
+def _with_team(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell a library where its threads come from (cpu_team.h); return it."""
+    lib.set_team.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    lib.set_team(*parallel_functions())
+    return lib
+
+
 def parallel_functions() -> tuple[int, int]:
     """Return the addresses of GOMP_parallel and GOMP_barrier in the OpenMP runtime that torch has loaded; 0 for none.
 
