@@ -20,6 +20,7 @@ from llm.model.gpt import GPT, Block, Linear
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
+TEAM_FROM = 1 << 24  # multiplications from which waiting for each other 30 times pays for several threads
 
 
 class _Matrix(Structure):
@@ -234,7 +235,8 @@ class DecodeStep:
         logits = torch.empty(n_outputs, c.vocab_size)
         b.n, b.n_outputs, b.logits = n, n_outputs, logits.data_ptr()
         self._reserve(max(n, n_outputs))
-        threads = torch.get_num_threads()
+        work = (n + 2) * sum(packed.numel() for *_, packed in self._packed)  # reading the weights counts as two tokens
+        threads = torch.get_num_threads() if work >= TEAM_FROM else 1
         wrong = self._lib.decode(ctypes.byref(self._model), ctypes.byref(b), threads)
         if wrong >= 0:
             row = wrong if rows is None else int(rows[wrong])
