@@ -264,6 +264,8 @@ class DecodeStep:
         b.n_prefixes, b.prefixes = len(prefixes), (_Prefix * len(prefixes))(*map(self._prefix, prefixes))
 
     def _prefix(self, prefix) -> _Prefix:
+        if prefix is None:  # a free place in the list
+            return _Prefix(None, None, 0, -1)
         c, room = self.net.config, prefix.k.size(2)
         shape = (c.n_layer, c.n_kv_head, room, c.head_dim)
         k, v = (self._address("prefix", t, self.dtype, shape) for t in (prefix.k, prefix.v))

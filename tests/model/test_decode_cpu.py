@@ -243,6 +243,7 @@ def test_nan_reaches_the_logits():
         {"prefix": torch.tensor([0, 1])},
         {"prefix": torch.tensor([-2, 0])},
         {"prefix": torch.tensor([0])},
+        {"prefix": torch.tensor([1, 0])},  # a free place in the list of prefixes
         {"length": 254},  # position 256 lies behind the context
         {"length": 300},  # more than the prefix has room for
         {"dtype": torch.bfloat16},
@@ -254,7 +255,7 @@ def test_what_lies_outside_of_memory_is_refused_before_anything_is_written(wrong
     net = make_net(MODERN)
     cache = Slots(net, 2, 8, wrong.get("prefix", torch.tensor([0, -1])))
     shape = (3, 4, 256, 16)
-    cache.prefixes = [Prefix(torch.zeros(shape), torch.zeros(shape), wrong.get("length", 5))]
+    cache.prefixes = [Prefix(torch.zeros(shape), torch.zeros(shape), wrong.get("length", 5)), None]
     cache.k = wrong.get("k", cache.k.to(wrong.get("dtype", torch.float32)))
     given = {"ids": torch.tensor([1, 2]), "at": torch.tensor([2, 3])} | wrong
     given = {name: given.get(name) for name in ("ids", "at", "rows", "outputs")}
