@@ -7,7 +7,6 @@ dtype; tables (embeddings, positions, value embeddings) are read in place.
 """
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -109,7 +108,7 @@ class DecodeStep:
     def __init__(self, net: GPT, lib: ctypes.CDLL):
         self.net, self._lib, self.dtype = net, lib, net.compute_dtype
         self._kept: list[torch.Tensor] = []  # what the structs point to
-        self._packed: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # weight, first column, packed matrix
+        self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
         self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
         self.refresh()
 
@@ -122,7 +121,7 @@ class DecodeStep:
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the network's weights again, after they have changed. Packed matrices keep their memory."""
-        self._old = iter([packed for *_, packed in self._packed])
+        self._old = iter(self._packed)
         self._kept, self._packed = [], []
         net, c = self.net, self.net.config
         self._layers = (_Layer * c.n_layer)(*(self._layer(i, block) for i, block in enumerate(net.transformer.h)))
@@ -136,6 +135,7 @@ class DecodeStep:
         m.scale, m.middle = net.transformer.h[0].attn.scale, c.n_layer // 2 if c.backout else -1
         m.wte, m.head = self._table(net.transformer.wte), self._matrix(c.vocab_size, net.head_weight)
         m.final_norm, m.norm_eps = self._norm(net.final_norm), getattr(net.final_norm, "eps", 0.0)
+        self._n_packed = sum(packed.numel() for packed in self._packed)
         if m.is_gpt2:
             m.wpe = self._table(net.transformer.wpe)
         else:
@@ -179,7 +179,7 @@ class DecodeStep:
             from_bf16 = source.dtype == torch.bfloat16
             self._lib.pack(source.data_ptr(), from_bf16, rows, k, packed.data_ptr(), is_bf16, at, threads)
             at += rows
-        self._packed.append((weights[0], n, packed))
+        self._packed.append(packed)
         return _Matrix(packed.data_ptr(), None, n, k)
 
     def _norm(self, module):
@@ -224,18 +224,16 @@ class DecodeStep:
         context, before anything is written.
         """
         n, b, c = len(ids), self._batch, self.net.config
-        lists = {"ids": (ids, n), "at": (at, n), "rows": (rows, n), "outputs": (outputs, None)}
-        lists["prefix"] = (cache.prefix, len(cache.prefix)) if getattr(cache, "prefix", None) is not None else (None, 0)
-        for name, (tensor, size) in lists.items():
+        n_outputs = n if outputs is None else len(outputs)
+        for name, tensor, size in (("ids", ids, n), ("at", at, n), ("rows", rows, n), ("outputs", outputs, n_outputs)):
             setattr(b, name, None if tensor is None else self._address(name, tensor, torch.int64, (size,)))
         self._describe(b, cache)
-        n_outputs = n if outputs is None else len(outputs)
         if outputs is not None and n_outputs and not 0 <= int(outputs.min()) <= int(outputs.max()) < n:
             raise ValueError(f"outputs must be numbers of tokens, below {n}")
         logits = torch.empty(n_outputs, c.vocab_size)
         b.n, b.n_outputs, b.logits = n, n_outputs, logits.data_ptr()
         self._reserve(max(n, n_outputs))
-        work = (n + 2) * sum(packed.numel() for *_, packed in self._packed)  # reading the weights counts as two tokens
+        work = (n + 2) * self._n_packed  # reading the weights counts as two tokens
         threads = torch.get_num_threads() if work >= TEAM_FROM else 1
         wrong = self._lib.decode(ctypes.byref(self._model), ctypes.byref(b), threads)
         if wrong >= 0:
@@ -258,9 +256,9 @@ class DecodeStep:
         b.last_embed = None
         if c.smear:
             b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, (b.cache_rows, c.n_embd))
-        if b.prefix and len(cache.prefix) < b.cache_rows:
-            raise ValueError(f"{len(cache.prefix)} prefix numbers for {b.cache_rows} rows")
-        prefixes: Sequence = cache.prefixes if b.prefix else ()
+        b.prefix, prefixes = None, ()
+        if cache.prefix is not None:
+            b.prefix, prefixes = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), cache.prefixes
         b.n_prefixes, b.prefixes = len(prefixes), (_Prefix * len(prefixes))(*map(self._prefix, prefixes))
 
     def _prefix(self, prefix) -> _Prefix:
@@ -275,9 +273,8 @@ class DecodeStep:
 
     @staticmethod
     def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple) -> int:
-        """Return a tensor's address. Raises ValueError unless dtype and shape (None: any) fit and it is contiguous."""
-        fits = tensor.dim() == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-        if not fits or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        """Return the address of a contiguous tensor. Raises ValueError for another shape, dtype or device."""
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} instead of {shape} {dtype}, contiguous")
         return tensor.data_ptr()
 

@@ -203,11 +203,11 @@ def test_only_the_asked_for_tokens_have_logits():
 def test_refresh_follows_the_weights_in_the_memory_that_there_is():
     net, other = make_net(MODERN), make_net(MODERN, seed=1)
     step, ids = DecodeStep.for_net(net), torch.randint(0, 301, (2, 5))
-    packed = [matrix.data_ptr() for *_, matrix in step._packed]
+    packed = [matrix.data_ptr() for matrix in step._packed]
     net.load_state_dict(other.state_dict())
     step.refresh()
     assert torch.equal(write(step, Slots(net, 2, 5), ids), write(DecodeStep.for_net(other), Slots(other, 2, 5), ids))
-    assert packed == [matrix.data_ptr() for *_, matrix in step._packed]
+    assert packed == [matrix.data_ptr() for matrix in step._packed]
 
 
 @torch.inference_mode()
