@@ -332,10 +332,11 @@ struct Pass {
     void end() {
         team.share(b.n_outputs, [&](int64_t j) {
             const int64_t i = b.outputs ? b.outputs[j] : j;
-            T *x = s.x + i * s.c, *middle = s.middle + i * s.c;
+            const T *x = s.x + i * s.c, *middle = s.middle + i * s.c;
+            T* y = s.x0 + j * s.c;
             if (m.middle >= 0)
-                each(x, m.n_embd, [&](auto get) { return get(x) - rounded<T>(m.backout * get(middle)); });
-            norm(x, m.final_norm, s.normed + j * s.c);
+                each(y, m.n_embd, [&](auto get) { return get(x) - rounded<T>(m.backout * get(middle)); });
+            norm(m.middle >= 0 ? y : x, m.final_norm, s.normed + j * s.c);
         });
         product(team, s.normed, b.n_outputs, s.c, m.head, [&](int64_t j, int64_t at, int64_t width, const float* y) {
             each(b.logits + j * m.vocab + at, width, [&](auto get) {

@@ -15,6 +15,7 @@ import torch
 from llm.model import native
 from llm.model.config import SMEAR_CHANNELS
 from llm.model.gpt import GPT, Block, Linear
+from llm.model.kv_cache import Prefix, SlotCache
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
@@ -204,23 +205,28 @@ class DecodeStep:
     def _number(self, tensor: torch.Tensor) -> float:
         return tensor.detach().to(self.dtype).item()
 
-    def __call__(self, cache, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, cache: SlotCache, ids: torch.Tensor) -> torch.Tensor:
         """Feed row i of the cache its next token ids[i]; return the logits (n, V) fp32 behind them.
 
         Keys, values and `last_embed` are written; the caller advances `lengths`. See `extend`.
         """
         return self.extend(cache, ids, cache.lengths[: len(ids)])
 
-    def extend(self, cache, ids: torch.Tensor, at: torch.Tensor, rows=None, outputs=None) -> torch.Tensor:
+    def extend(
+        self,
+        cache: SlotCache,
+        ids: torch.Tensor,
+        at: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        outputs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute new tokens ids (n,) and return the logits (len(outputs), V) fp32 behind some of them.
 
         at: (n,) place of each token among its row's own tokens; rows: (n,) its row of the cache, None = token i belongs
         to row i; outputs: (m,) tokens whose logits are wanted, None = all. The tokens of one row stand side by side, in
         order; those of rows with one prefix too, where possible. All are int64 tensors.
 
-        cache: k and v (L, rows, Hkv, S, D) with the channels of a head side by side; `last_embed` (rows, C) if the
-        model smears; `prefix` (rows,) int64, the number of each row's shared prefix or -1, or None; `prefixes`, with k
-        and v (L, Hkv, P, D) contiguous and `length`. Raises ValueError for a token outside of vocabulary, cache or
+        cache: a SlotCache of the network's shapes. Raises ValueError for a token outside of vocabulary, cache or
         context, before anything is written.
         """
         n, b, c = len(ids), self._batch, self.net.config
@@ -244,7 +250,7 @@ class DecodeStep:
             )
         return logits
 
-    def _describe(self, b: _Batch, cache) -> None:
+    def _describe(self, b: _Batch, cache: SlotCache) -> None:
         """Fill in the addresses of a cache. Raises ValueError for one of another shape or dtype."""
         c, k, v = self.net.config, cache.k, cache.v
         layers, b.cache_rows, heads, b.room, width = k.shape
@@ -256,12 +262,10 @@ class DecodeStep:
         b.last_embed = None
         if c.smear:
             b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, (b.cache_rows, c.n_embd))
-        b.prefix, prefixes = None, ()
-        if cache.prefix is not None:
-            b.prefix, prefixes = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), cache.prefixes
-        b.n_prefixes, b.prefixes = len(prefixes), (_Prefix * len(prefixes))(*map(self._prefix, prefixes))
+        b.prefix, n = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), len(cache.prefixes)
+        b.n_prefixes, b.prefixes = n, (_Prefix * n)(*map(self._prefix, cache.prefixes))
 
-    def _prefix(self, prefix) -> _Prefix:
+    def _prefix(self, prefix: Prefix | None) -> _Prefix:
         if prefix is None:  # a free place in the list
             return _Prefix(None, None, 0, -1)
         c, room = self.net.config, prefix.k.size(2)
