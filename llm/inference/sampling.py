@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from llm.errors import UserError
+from llm.inference import sample_cpu
 
 GREEDY_BELOW = 1e-6  # lower temperatures are greedy: logits divided by them soon exceed every number
 BROKEN = -1  # in place of a token id: the logits were no numbers
@@ -131,13 +132,19 @@ class Sampler:
     def __init__(self, settings: Sequence[SamplingParams], device: torch.device):
         self.is_greedy = all(params.is_greedy for params in settings)  # then no draws are needed
         kinds: dict[tuple, list[int]] = {}
+        has_kernel = device.type == "cpu" and sample_cpu.is_available()
         for row, params in enumerate(settings):
+            if has_kernel and params.min_p == 0:
+                kinds.setdefault(("kernel",), []).append(row)
+                continue
             kind = (0, False, False) if params.is_greedy else (params.top_k, params.top_p < 1, params.min_p > 0)
             kinds.setdefault((params.is_greedy, *kind), []).append(row)
         self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._groups = [
-            _Group(None if len(kinds) == 1 else rows, [settings[row] for row in rows], device, self.dtype)
-            for rows in kinds.values()
+            (_KernelGroup if kind == ("kernel",) else _Group)(
+                None if len(kinds) == 1 else rows, [settings[row] for row in rows], device, self.dtype
+            )
+            for kind, rows in kinds.items()
         ]
 
     def draw(self, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
@@ -149,8 +156,23 @@ class Sampler:
             return self._groups[0].draw(logits, draws)
         ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         for group in self._groups:
-            ids[group.rows] = group.draw(logits[group.rows], draws[group.rows])
+            ids[group.rows] = group.draw(logits[group.rows], None if draws is None else draws[group.rows])
         return ids
+
+
+class _KernelGroup:
+    """Rows of a batch that our own kernel draws on a CPU, whatever their temperature, top_k and top_p."""
+
+    def __init__(self, rows: list[int] | None, settings: Sequence[SamplingParams], device, dtype: torch.dtype):
+        self.rows = None if rows is None else torch.tensor(rows)
+        self._temperature = torch.tensor([0.0 if one.is_greedy else one.temperature for one in settings])
+        self._top_k = torch.tensor([one.top_k for one in settings])
+        self._top_p = torch.tensor([one.top_p for one in settings], dtype=dtype)
+
+    def draw(self, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """Return token ids (B,); draws may be None if all rows are greedy."""
+        draws = torch.zeros(len(logits), dtype=self._top_p.dtype) if draws is None else draws
+        return sample_cpu.sample_rows(logits.float(), self._temperature, self._top_k, self._top_p, draws)
 
 
 class _Group:
