@@ -131,20 +131,17 @@ class Sampler:
 
     def __init__(self, settings: Sequence[SamplingParams], device: torch.device):
         self.is_greedy = all(params.is_greedy for params in settings)  # then no draws are needed
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        if device.type == "cpu" and sample_cpu.is_available():
+            self._groups = [_KernelGroup(settings)]
+            return
         kinds: dict[tuple, list[int]] = {}
-        has_kernel = device.type == "cpu" and sample_cpu.is_available()
         for row, params in enumerate(settings):
-            if has_kernel and params.min_p == 0:
-                kinds.setdefault(("kernel",), []).append(row)
-                continue
             kind = (0, False, False) if params.is_greedy else (params.top_k, params.top_p < 1, params.min_p > 0)
             kinds.setdefault((params.is_greedy, *kind), []).append(row)
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._groups = [
-            (_KernelGroup if kind == ("kernel",) else _Group)(
-                None if len(kinds) == 1 else rows, [settings[row] for row in rows], device, self.dtype
-            )
-            for kind, rows in kinds.items()
+            _Group(None if len(kinds) == 1 else rows, [settings[row] for row in rows], device, self.dtype)
+            for rows in kinds.values()
         ]
 
     def draw(self, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
@@ -161,18 +158,19 @@ class Sampler:
 
 
 class _KernelGroup:
-    """Rows of a batch that our own kernel draws on a CPU, whatever their temperature, top_k and top_p."""
+    """All rows of a batch on a CPU, drawn by our own kernel whatever their settings."""
 
-    def __init__(self, rows: list[int] | None, settings: Sequence[SamplingParams], device, dtype: torch.dtype):
-        self.rows = None if rows is None else torch.tensor(rows)
+    def __init__(self, settings: Sequence[SamplingParams]):
         self._temperature = torch.tensor([0.0 if one.is_greedy else one.temperature for one in settings])
         self._top_k = torch.tensor([one.top_k for one in settings])
-        self._top_p = torch.tensor([one.top_p for one in settings], dtype=dtype)
+        self._top_p = torch.tensor([one.top_p for one in settings], dtype=torch.float64)
+        self._min_p = torch.tensor([one.min_p for one in settings], dtype=torch.float64)
 
     def draw(self, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         """Return token ids (B,); draws may be None if all rows are greedy."""
-        draws = torch.zeros(len(logits), dtype=self._top_p.dtype) if draws is None else draws
-        return sample_cpu.sample_rows(logits.float(), self._temperature, self._top_k, self._top_p, draws)
+        draws = torch.zeros(len(logits), dtype=torch.float64) if draws is None else draws
+        settings = self._temperature, self._top_k, self._top_p, self._min_p
+        return sample_cpu.sample_rows(logits.float(), *settings, draws)
 
 
 class _Group:
