@@ -7,20 +7,18 @@ from outside: the fonts are the system's and Gradio's analytics are off.
 
 import itertools
 import re
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import gradio as gr
-from starlette.middleware import Middleware
+from fastapi import FastAPI
 
 from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Message, Reply, stream_reply
-from llm.serving.guard import Guard, check_names
 from llm.tokenizer.chat_format import split_calls
 
-__all__ = ["build", "check_names", "launch", "serve"]
+__all__ = ["build", "mount"]
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
 MAX_MESSAGE = 8_000  # characters
@@ -54,36 +52,16 @@ _ESCAPES = (
 )
 
 
-def serve(model: ChatModel, params: SamplingParams, host: str, port: int, public_names: Sequence[str] = ()) -> None:
-    """Serve the chat until Ctrl-C."""
-    demo = build(model, params)
-    launch(demo, host, port, public_names)
-    print(f"{model.name}: {model.summary}")
-    for note in model.notes:
-        print(note)
-    print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C ends the server)", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("\nserver ended")
-    finally:
-        demo.close(verbose=False)
-
-
-def launch(demo: gr.Blocks, host: str, port: int, public_names: Sequence[str] = ()) -> None:
-    """Start the server in the background of this process, behind a guard (llm.serving.guard)."""
+def mount(app: FastAPI, demo: gr.Blocks) -> None:
+    """Put the page at `/` of an application, whose own routes come first."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    demo.queue(max_size=32).launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
+    gr.mount_gradio_app(
+        app,
+        demo.queue(max_size=32),
+        path="/",
         footer_links=[],
         run_history=False,
-        app_kwargs={"middleware": [Middleware(Guard, host=host, public_names=public_names)]},
-        state_session_capacity=MAX_VISITORS,
+        ssr_mode=False,
         theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts),
         css=CSS,
     )

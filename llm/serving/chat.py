@@ -16,6 +16,7 @@ from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
+HF = "hf:"  # names of models that are no run's begin with it
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
 
 Message = dict[str, Any]
@@ -40,8 +41,8 @@ class Reply:
     done: bool = False
 
 
-def load_chat_model(stage_dir: str | Path) -> ChatModel:
-    """The model of a finished stage on the best device there is, with weights in the dtype it computes in."""
+def load_chat_model(stage_dir: str | Path, device: str | None = None) -> ChatModel:
+    """Load the model of a finished stage, by default on the best device there is, in the dtype it computes in."""
     import torch
 
     from llm.checkpoint.model_folder import load_model_folder
@@ -49,7 +50,7 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
     from llm.model.linear import resolve_compute_dtype
 
     stage_dir = Path(stage_dir)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net, tokenizer = load_model_folder(stage_dir / "model", device)
     net.compute_dtype = resolve_compute_dtype("auto", device)
     net.to(net.compute_dtype).eval()

@@ -1,4 +1,4 @@
-"""Guard before the browser chat's server: whom it answers, the routes that are open, what the page may load.
+"""Guard before the server: whom it answers, the routes that are open, what the page may load.
 
 A page of any site can send requests to a server on this computer, and by a name that its owner points at 127.0.0.1
 (DNS rebinding) it could even read the answers. The names in `Host` and `Origin` tell such requests from one's own.
@@ -22,7 +22,8 @@ OPEN_ROUTES = {
     *(f"{API}/{name}" for name in ("info", "startup-events", "theme.css", "app_id", "login_check")),
     *(f"{API}/{name}" for name in ("queue/join", "queue/data", "cancel", "reset")),
 }
-OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}/call/", f"{API}/run/", f"{API}/heartbeat/")
+OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}/call/", f"{API}/run/", f"{API}/heartbeat/", "/v1/")
+API_ROUTES = {"/health", "/stats", "/metrics", "/openapi.json", "/chat/completions"}  # beside those below /v1/
 PAGE_HEADERS = {
     # Gradio's page has scripts and styles in its HTML; everything else comes from the server itself.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
@@ -41,13 +42,20 @@ class Guard:
     """ASGI middleware that refuses foreign names, closed routes and large bodies, and adds headers to answers.
 
     host: address that the server listens on. public_names: further names of the server. Names are checked where the
-    address is this computer's own (loopback) or names are given; else any name may be one of the server's.
+    address is this computer's own (loopback) or names are given; else any name may be one of the server's. origins:
+    of pages on other servers that may ask this one, as in https://chat.example.org; "*" for all.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], host: str, public_names: Iterable[str]):
-        self.app = app
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        host: str,
+        public_names: Iterable[str],
+        origins: Iterable[str] = (),
+    ):
+        self.app, self.origins = app, frozenset(origins)
         self.names = {host.lower(), *(name.lower() for name in public_names)}
-        self.checks_names = len(self.names) > 1 or _is_loopback(_address(host))
+        self.checks_names = len(self.names) > 1 or is_own_address(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by the guarded application where nothing speaks against it."""
@@ -72,7 +80,7 @@ class Guard:
                 403, f"{name!r} is no name of this server; if it should be one, start it with public_names=[...]"
             )
         path = scope["path"].rstrip("/") or "/"
-        if path not in OPEN_ROUTES and not path.startswith(OPEN_FOLDERS):
+        if path not in OPEN_ROUTES | API_ROUTES and not path.startswith(OPEN_FOLDERS):
             return _text(404, "no such page")
         return None
 
@@ -87,6 +95,8 @@ class Guard:
             if not self._is_own(_name_and_port(f"//{host}")[0]):
                 return host
         for origin in headers.getlist("origin"):
+            if self.origins & {origin, "*"}:
+                continue
             name, port = _name_and_port(origin)
             if not self._is_own(name) or (_is_loopback(name) and port != _name_and_port(f"//{hosts[0]}")[1]):
                 return origin
@@ -112,6 +122,11 @@ def _name_and_port(address: str) -> tuple[str, int | None]:
         return (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
         return "", None
+
+
+def is_own_address(host: str) -> bool:
+    """Return True where only this computer itself reaches an address that a server listens on."""
+    return _is_loopback(_address(host))
 
 
 def _is_loopback(name: str) -> bool:

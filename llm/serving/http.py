@@ -1,0 +1,100 @@
+"""Server of a model over HTTP: workers, API and page put together, from start to end."""
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.errors import UserError
+from llm.inference.sampling import SamplingParams
+from llm.serving.api.server import build_app, guard_app, run
+from llm.serving.api.service import Service
+from llm.serving.chat import ChatModel
+from llm.serving.guard import check_names, is_own_address
+from llm.serving.pool import Pool, Source
+from llm.serving.remote import RemoteEngine
+from llm.tokenizer.bpe import Tokenizer
+
+
+def serve(cfg: Any, model: str, params: SamplingParams) -> None:
+    """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>.
+
+    Raises UserError where nothing can listen, or the model cannot be loaded.
+    """
+    check_names(cfg.public_names)
+    if cfg.ui == "gradio" and cfg.api.key and not is_own_address(cfg.host):
+        raise UserError(
+            f"api.key with ui=gradio and host={cfg.host}: the page asks for no key; use ui=api, or host=127.0.0.1"
+        )
+    with listen(cfg.host, cfg.port) as bound:
+        asyncio.run(_serve(cfg, Source(model, tuple(cfg.plugins), tuple(cfg.trust)), params, bound))
+    print("\nserver ended", flush=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address. Raises UserError where nothing can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"host={host} port={port}: cannot listen there ({reason}); choose another port, or port=0 for any free one"
+        ) from error
+    return bound
+
+
+async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
+    """Start the workers, build the application, serve."""
+    devices, threads = worker_devices(cfg.workers)
+    pool = Pool(source, devices, rows=cfg.api.rows, queue=cfg.api.queue, threads=threads)
+    await pool.start()
+    try:
+        tokenizer, facts = load_tokenizer(source.model), pool.facts
+        defaults = {"temperature": params.temperature, "top_k": params.top_k, "max_new_tokens": params.max_new_tokens}
+        service = Service(pool, tokenizer, facts["name"], defaults, cfg.api.timeout)
+        app = build_app(service, cfg.api.key, cfg.api.origins)
+        if cfg.ui == "gradio":
+            from llm.serving import browser
+
+            engine = RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), cfg.api.timeout)
+            model = ChatModel(engine, facts["name"], facts["summary"], tuple(facts["notes"]))
+            browser.mount(app, browser.build(model, params))
+        guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
+        _announce(cfg, facts, bound.getsockname()[1])
+        await run(app, pool, bound, cfg.api.drain)
+    finally:
+        await pool.close()
+
+
+def _announce(cfg: Any, facts: dict[str, Any], port: int) -> None:
+    """Print what is served, and where."""
+    address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
+    lines = [f"{facts['name']}: {facts['summary']}", *facts["notes"]]
+    lines.append(f"API at {address}/v1   model: {facts['name']}")
+    if cfg.ui == "gradio":
+        lines.append(f"chat at {address}   (Ctrl-C ends the server)")
+    print("\n".join(lines), flush=True)
+
+
+def worker_devices(workers: int | str) -> tuple[list[str], int | None]:
+    """Return the device of each worker, and the threads that each may use on a CPU (None: as torch finds)."""
+    n_gpus = torch.cuda.device_count()
+    n = max(n_gpus, 1) if workers == "auto" else int(workers)
+    if n_gpus:
+        return [f"cuda:{index % n_gpus}" for index in range(n)], None
+    return ["cpu"] * n, max(1, (os.cpu_count() or 1) // n) if n > 1 else None
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    """Return the tokenizer of a stage folder, without the weights beside it."""
+    return Tokenizer.load(Path(model) / "model")
