@@ -55,6 +55,7 @@ _ESCAPES = (
 def mount(app: FastAPI, demo: gr.Blocks) -> None:
     """Put the page at `/` of an application, whose own routes come first."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    demo.state_session_capacity = MAX_VISITORS
     gr.mount_gradio_app(
         app,
         demo.queue(max_size=32),

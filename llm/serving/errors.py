@@ -62,6 +62,11 @@ def unavailable(message: str, seconds: int) -> ApiError:
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(seconds)})
 
 
+def too_slow() -> ApiError:
+    """Return the failure (504) of a request that took too long; asking again would take as long."""
+    return ApiError(504, "the answer took too long", code="timeout", headers={"x-should-retry": "false"})
+
+
 def clean(text: str) -> str:
     """Return text that UTF-8 can hold: a client may have sent half a surrogate pair."""
     return text.encode("utf-8", "replace").decode()

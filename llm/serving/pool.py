@@ -1,6 +1,6 @@
 """Workers of the server: started, watched and started again; requests go to the one that has least to do.
 
-All of it runs in the server's event loop. A worker's process (llm.serving.worker) tells what its engine did, and a `Job`
+All of it runs in the server's event loop. A worker's process (llm.serving.worker) tells what its engine did; a `Job`
 keeps that until whoever asked takes it. A worker that dies is replaced after a pause; its jobs fail with an `ApiError`.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import llm
 from llm.errors import UserError
 from llm.serving import frames
-from llm.serving.errors import ApiError, bad, too_busy, unavailable
+from llm.serving.errors import ApiError, bad, too_busy, too_slow, unavailable
 
 PREFIX_TOKENS = 32  # requests that begin with the same tokens go to one worker, which has their keys in its cache
 PREFIXES = 4_096  # that are remembered
@@ -146,9 +146,7 @@ class Batch:
             async with asyncio.timeout(self.deadline - time.monotonic()):
                 await self.news.wait()
         except TimeoutError:
-            raise ApiError(
-                504, "the answer took too long", code="timeout", headers={"x-should-retry": "false"}
-            ) from None
+            raise too_slow() from None
         self.news.clear()
 
 
