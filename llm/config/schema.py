@@ -230,7 +230,7 @@ class EvaluateConfig:
 class ApiConfig:
     """Config group `api` of serve.py: the HTTP API and its workers."""
 
-    key: str | None = key(
+    access_key: str | None = key(
         "key that requests must bring (Authorization: Bearer KEY); null = none is asked for; "
         "default: the environment variable FATHOM_API_KEY"
     )

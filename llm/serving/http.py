@@ -25,9 +25,9 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
     Raises UserError where nothing can listen, or the model cannot be loaded.
     """
     check_names(cfg.public_names)
-    if cfg.ui == "gradio" and cfg.api.key and not is_own_address(cfg.host):
+    if cfg.ui == "gradio" and cfg.api.access_key and not is_own_address(cfg.host):
         raise UserError(
-            f"api.key with ui=gradio and host={cfg.host}: the page asks for no key; use ui=api, or host=127.0.0.1"
+            f"api.access_key with ui=gradio and host={cfg.host}: the page asks for no key; use ui=api or host=127.0.0.1"
         )
     with listen(cfg.host, cfg.port) as bound:
         asyncio.run(_serve(cfg, Source(model, tuple(cfg.plugins), tuple(cfg.trust)), params, bound))
@@ -62,7 +62,7 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
         tokenizer, facts = load_tokenizer(source.model), pool.facts
         defaults = {"temperature": params.temperature, "top_k": params.top_k, "max_new_tokens": params.max_new_tokens}
         service = Service(pool, tokenizer, facts["name"], defaults, cfg.api.timeout)
-        app = build_app(service, cfg.api.key, cfg.api.origins)
+        app = build_app(service, cfg.api.access_key, cfg.api.origins)
         if cfg.ui == "gradio":
             from llm.serving import browser
 

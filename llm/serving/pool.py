@@ -239,14 +239,13 @@ class Pool:
             raise too_busy(self._wait_seconds())
         batch = Batch(time.monotonic() + timeout)
         for prompt in prompts:
-            worker, first = self._choose(prompt), None
+            worker = self._choose(prompt)
             for sample in range(n):
                 job = Job(next(self._numbers), worker, prompt, batch.news)
                 worker.jobs[job.number] = job
                 batch.jobs.append(job)
-                told = {"prompt": prompt, "params": params, "sample": sample, "first": first, "form": form}
+                told = {"prompt": prompt, "params": params, "sample": sample, "form": form}
                 worker.send(("submit", job.number, told))
-                first = job.number if first is None else first
         return batch
 
     def cancel(self, batch: Batch) -> None:

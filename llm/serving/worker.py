@@ -52,6 +52,7 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from llm.config.plugins import load_plugins
     from llm.config.trust import trust
     from llm.inference.engine import Engine
+    from llm.inference.sampling import SamplingParams
     from llm.serving.chat import load_chat_model
 
     trust([*source["trust"], *source["plugins"]])
@@ -59,8 +60,9 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if source["threads"]:
         torch.set_num_threads(source["threads"])
     model = load_chat_model(source["model"], source["device"])
-    engine = Engine(model.engine.net, model.engine.tokenizer, max_rows=source["rows"])
+    engine = Engine(model.engine.net, model.engine.tokenizer, max_rows=source["rows"], frozen=True)
     facts = {"name": model.name, "summary": model.summary, "notes": model.notes, "device": str(engine.net.device)}
+    engine.generate([[engine.tokenizer.bos_id]], SamplingParams(max_new_tokens=2))  # or the first answer would be slow
     return engine, facts | {"seq_len": engine.net.config.seq_len, "vocab_size": engine.net.config.vocab_size}
 
 
@@ -112,7 +114,6 @@ class Loop:
                 params,
                 sample=job["sample"],
                 constraint=self._constraint(job["form"], params, len(job["prompt"])),
-                prefix_of=self._requests.get(job["first"]),
             )
         except (UserError, ValueError) as error:
             self._send(("refused", number, str(error)))
@@ -140,9 +141,9 @@ class Loop:
     def _report(self, events: list[Any]) -> list[tuple]:
         """Return the engine's events as (number, token or None, forced, logprob, top, finish_reason).
 
-        Reports first what a prompt was found to be, once a request has its first event.
+        Reports first what was found out about a prompt, once a request has its first event.
         """
-        told = []
+        told: list[tuple] = []
         for event in events:
             request = event.request
             number = self._numbers.get(request.id)
@@ -151,10 +152,10 @@ class Loop:
             if number not in self._told:
                 self._told.add(number)
                 self._send(("prompt", number, request.prompt_logprobs, request.cached_tokens))
-            ended = event.finish_reason == "stop" and event.id == request.stop_id
-            told.append(
-                (number, None if ended else event.id, event.forced, event.logprob, event.top, event.finish_reason)
-            )
+            if request.error is not None:
+                self._send(("refused", number, request.error))
+            else:
+                told.append((number, *event[1:]))
             if event.finish_reason is not None:
                 self._forget(number)
         return told

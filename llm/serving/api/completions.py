@@ -37,7 +37,9 @@ async def create(body: CompletionRequest, request: Request) -> Response:
         more["logprobs"] = 0  # by which the best are found
     if body.echo and body.logprobs is not None:
         more["prompt_logprobs"] = body.logprobs
-    batch = service.submit(prompts, service.params(body, max(limit, 1), **more), n_samples, form)
+    elif limit == 0:
+        more["prompt_logprobs"] = 0  # the engine's way to read a prompt alone
+    batch = service.submit(prompts, service.params(body, limit, **more), n_samples, form)
     answer = CompletionAnswer(service, batch, body, n_samples)
 
     def end() -> None:
@@ -119,8 +121,6 @@ class CompletionAnswer:
 
     def _push(self, index: int, events: Sequence[Event]) -> tuple[Delta, str | None]:
         """Add events of a job; return the growth of its text and why it ended, None where it goes on."""
-        if self.body.max_tokens == 0:  # the engine generates at least one token
-            return Delta(), "length" if events and events[-1].finish_reason else None
         text = self.texts[index]
         delta = text.push(events)
         if not events or events[-1].finish_reason is None:

@@ -1,10 +1,13 @@
-"""Text of an answer as it grows: whole characters, cut before a stop text, calculator calls apart from the answer."""
+"""Text of an answer as it grows: whole characters, cut before a stop text, calculator calls apart from the answer.
 
-import codecs
+A text is held back while it may be the beginning of a stop text (`llm.inference.text`).
+"""
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from llm.inference.text import TextStream
 from llm.serving.pool import Event
 from llm.tokenizer.chat_format import PART_MARKS
 
@@ -30,53 +33,55 @@ class Delta:
 
 
 class AnswerText:
-    """Fold of a row's events into deltas.
-
-    Bytes of an unfinished character wait for the rest of it, and text that may begin a stop text for what follows.
-    """
+    """Fold of a row's events into deltas; special tokens have no text."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops = tokenizer, stops
-        self.is_cut = False  # a stop text was found, and nothing behind it counts
         self.n_call_tokens = 0
-        self._special = tokenizer.special_ids
-        self._marks = _marks(tokenizer)
+        self._special, self._marks = tokenizer.special_ids, _marks(tokenizer)
+        self._text, self._calls = TextStream(tokenizer, stops, keep_stop=False), TextStream(tokenizer)
         self._kind, self._line_open = "text", False
-        self._decoders = {kind: _decoder() for kind in ("text", "call")}
-        self._held, self._sent, self._ends = "", 0, []  # text not sent yet; characters sent; (end, TokenInfo) not sent
+        self._sent, self._ends = 0, []  # characters of text returned; (end in characters, TokenInfo) not returned
+
+    @property
+    def is_cut(self) -> bool:
+        """True once a stop text was found: nothing behind it counts."""
+        return self._text.is_cut
 
     def push(self, events: Iterable[Event]) -> Delta:
         """Add events and return what they let be said."""
-        call = ""
+        text, call = "", ""
         for event in events:
-            if event.id is None or self.is_cut:
-                continue
             if event.id in self._marks:
                 call += self._switch(self._marks[event.id])
                 self.n_call_tokens += 1
-            elif event.id in self._special:
+            elif event.id is None or event.id in self._special:
                 continue
-            elif self._kind == "text":
-                self._held += self._decoders["text"].decode(self.tokenizer.decode_bytes([event.id]))
-                info = TokenInfo(event.id, event.logprob, event.top or [])
-                self._ends.append((self._sent + len(self._held), info))
-                self._cut()
-            else:
-                call += self._decoders["call"].decode(self.tokenizer.decode_bytes([event.id]))
+            elif self._kind != "text":
+                call += self._calls.push(event.id)
                 self.n_call_tokens += 1
-        return self._release(len(self._held) if self.is_cut else len(self._held) - self._n_waiting(), call)
+            elif not self.is_cut:
+                text += self._said(self._text.push(event.id))
+                info = TokenInfo(event.id, event.logprob, event.top or [])
+                self._ends.append((self._sent + self._text.n_waiting, info))
+        return Delta(text, call, self._certain())
 
     def finish(self) -> Delta:
         """Return what still waits: bytes that never became a character stand as U+FFFD."""
-        if not self.is_cut:
-            self._held += self._decoders["text"].decode(b"", final=True)
-            self._cut()
-        return self._release(len(self._held), self._decoders["call"].decode(b"", final=True))
+        return Delta(self._said(self._text.flush()), self._calls.flush(), self._certain())
+
+    def _said(self, text: str) -> str:
+        self._sent += len(text)
+        return text
+
+    def _certain(self) -> list[TokenInfo]:
+        """Return the tokens whose text has been returned; those behind a stop text never are."""
+        n = sum(end <= self._sent for end, _ in self._ends)
+        found, self._ends = self._ends[:n], [] if self.is_cut else self._ends[n:]
+        return [info for _, info in found]
 
     def _switch(self, kind: str) -> str:
         """Begin another kind of text; return what separates calls from their results and from each other."""
         before, self._kind = self._kind, kind
-        self._held += self._decoders["text"].decode(b"", final=True)
         if kind == "python_output":
             self._line_open = True
             return " = "
@@ -87,30 +92,6 @@ class AnswerText:
             self._line_open = False
             return "\n"
         return ""
-
-    def _cut(self) -> None:
-        """Cut the text where the first stop text begins."""
-        places = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self._held, self.is_cut = self._held[: min(places)], True
-            end = self._sent + len(self._held)
-            self._ends = [one for one in self._ends if one[0] <= end]
-
-    def _n_waiting(self) -> int:
-        """Return the number of last characters that may begin a stop text."""
-        longest = max((len(stop) for stop in self.stops), default=1) - 1
-        for n in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-n:]) for stop in self.stops):
-                return n
-        return 0
-
-    def _release(self, n: int, call: str) -> Delta:
-        """Return the first n held characters, and the tokens that end in them."""
-        text, self._held = self._held[:n], self._held[n:]
-        self._sent += n
-        sent = [info for end, info in self._ends if end <= self._sent]
-        self._ends = self._ends[len(sent) :]
-        return Delta(text, call, sent)
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -130,7 +111,3 @@ def _marks(tokenizer: Any) -> dict[int, str]:
     for kind, (start, end) in PART_MARKS.items():
         marks[tokenizer.special_id(start)], marks[tokenizer.special_id(end)] = kind, "text"
     return marks
-
-
-def _decoder() -> Any:
-    return codecs.getincrementaldecoder("utf-8")(errors="replace")
