@@ -1,7 +1,7 @@
 """Answers of a given form: a JSON object, a JSON schema, a regular expression, one of some texts (package llguidance).
 
 A `Constraint` says which tokens may come next in one row. Near the end of the row's room it also sees to it that the
-form is completed: it takes the shortest way out that it knows, once the rest of the room is only just enough for it.
+form is completed: it takes a short way out once little more room is left than that needs.
 """
 
 import json
@@ -14,13 +14,13 @@ import torch
 
 from llm.errors import UserError
 
-WATCHED = 256  # last tokens of a row's room before which the way out is looked for
-SLACK = 2  # tokens of room beyond the shortest way out that is known
-LONGEST_WAY = 512  # tokens; a form that takes more cannot be completed
+MARGINS = (2, 64)  # tokens of room that are left when the way out is taken: at least, and at most an eighth of it
+LONGEST_WAY = 512  # tokens; a form that takes more is not completed in time
 OBJECT = {"type": "object"}
 COMPACT = {"whitespace_flexible": False}  # a model that has learnt nothing would write spaces for ever
-# What ends a form soonest comes first: closed containers and strings, then the shortest values.
-WAYS_OUT = ("}", "]", '"', "0", ":", ",", "null", "true", "false", "{", "[")
+# What ends a form of JSON soonest comes first. Inside a string, where both braces are letters, that is its end.
+AROUND_STRINGS = ("}", "]", '"', "0", ":", ",", "null", "true", "false", "{", "[")
+IN_STRINGS = ('"', "0")
 
 _tokenizers: dict[int, Any] = {}
 
@@ -40,9 +40,15 @@ class Constraint:
         if problem := self._matcher.get_error():
             raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
         self._vocab_size, self._ends = tokenizer.vocab_size, sorted(tokenizer.stop_ids)
-        self._ways_out = [ids[0] for text in WAYS_OUT if len(ids := tokenizer.encode(text)) == 1]
-        self._lengths = _lengths(tokenizer)
-        self._room, self._way = room, []
+        self._around, self._inside = (
+            [ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1]
+            for texts in (AROUND_STRINGS if form["type"].startswith("json") else (), IN_STRINGS)
+        )
+        self._braces = [tokenizer.encode(brace)[0] for brace in "{}"]
+        self._lengths = tokenizer.token_bytes()
+        self._room, self._margin = room, max(MARGINS[0], min(MARGINS[1], room // 8))
+        self._look_at = room  # room with which the way out is looked for next
+        self._way: list[int] | None = None  # the rest of it, once it is taken
 
     @property
     def is_done(self) -> bool:
@@ -52,16 +58,21 @@ class Constraint:
     def allowed(self) -> torch.Tensor:
         """Return which tokens may come next, as booleans (V,)."""
         mask = self._mask(self._matcher)
-        if self._room <= WATCHED:
-            self._way = self._way_out(mask)
-            if self._way and len(self._way) + SLACK >= self._room:
-                mask[:] = False
-                mask[self._way[0]] = True
+        if self._way is None and self._room <= self._look_at:
+            way = self._way_out(mask)
+            spare = self._room - len(way) - self._margin
+            self._way = way if way and spare <= 0 else None
+            self._look_at = self._room - max(1, spare // 8)  # a token rarely makes the way out much longer
+        if self._way:
+            mask[:] = False
+            mask[self._way[0]] = True
         return torch.from_numpy(mask)
 
     def accept(self, token: int) -> None:
         """Note the token that the row has gained."""
         self._room -= 1
+        if self._way:
+            self._way.pop(0)
         if token not in self._ends:
             self._matcher.consume_token(token)
 
@@ -74,22 +85,27 @@ class Constraint:
 
     def _way_out(self, mask: np.ndarray) -> list[int]:
         """Return the tokens of a short way to a complete form; [] where none is found."""
-        if self._way and mask[self._way[0]] and len(self._way) + SLACK < self._room - 1:
-            return self._way
-        matcher, way = self._matcher.deep_copy(), []
+        matcher, way, before = self._matcher.deep_copy(), [], mask
         while len(way) < LONGEST_WAY:
             if mask[self._ends].any() or matcher.is_stopped():
                 return [*way, self._ends[0]]
-            token = next((one for one in self._ways_out if mask[one]), None)
-            if token is None:
-                allowed = np.flatnonzero(mask)
-                if not len(allowed):
-                    return []
-                token = int(allowed[np.argmin(self._lengths[allowed])])
-            way.append(token)
-            matcher.consume_token(token)
-            mask = self._mask(matcher)
+            if not mask.any():
+                return []
+            way.append(self._next(mask, before))
+            matcher.consume_token(way[-1])
+            before, mask = mask, self._mask(matcher)
         return []
+
+    def _next(self, mask: np.ndarray, before: np.ndarray) -> int:
+        """Return the token of a way out where `mask` is allowed, and `before` was one token earlier.
+
+        Beside JSON's own signs, a token that has just become possible leads out of a repetition, as @ in [a-z]+@.
+        """
+        for token in self._inside if mask[self._braces].all() else self._around:
+            if mask[token]:
+                return token
+        allowed = np.flatnonzero(new if (new := mask & ~before).any() else mask)
+        return int(allowed[np.argmin(self._lengths[allowed])])
 
 
 def _grammar(form: Mapping[str, Any]) -> str:
@@ -135,11 +151,6 @@ class _Vocabulary:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
-
-
-def _lengths(tokenizer: Any) -> np.ndarray:
-    """Return the bytes of every token, for the choice of the shortest one."""
-    return tokenizer.token_bytes()
 
 
 def _first_line(text: str) -> str:
