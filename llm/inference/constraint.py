@@ -19,7 +19,7 @@ LONGEST_WAY = 512  # tokens; a form that takes more is not completed in time
 OBJECT = {"type": "object"}
 COMPACT = {"whitespace_flexible": False}  # a model that has learnt nothing would write spaces for ever
 # What ends a form of JSON soonest comes first. Inside a string, where both braces are letters, that is its end.
-AROUND_STRINGS = ("}", "]", '"', "0", ":", ",", "null", "true", "false", "{", "[")
+AROUND_STRINGS = ("}", "]", ",", '"', "0", ":", "null", "true", "false", "{", "[")
 IN_STRINGS = ('"', "0")
 
 _tokenizers: dict[int, Any] = {}

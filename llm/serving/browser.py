@@ -8,17 +8,20 @@ from outside: the fonts are the system's and Gradio's analytics are off.
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 
 from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Message, Reply, stream_reply
+from llm.serving.guard import Guard
 from llm.tokenizer.chat_format import split_calls
 
-__all__ = ["build", "mount"]
+__all__ = ["build", "launch", "mount"]
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
 MAX_MESSAGE = 8_000  # characters
@@ -54,18 +57,30 @@ _ESCAPES = (
 
 def mount(app: FastAPI, demo: gr.Blocks) -> None:
     """Put the page at `/` of an application, whose own routes come first."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     demo.state_session_capacity = MAX_VISITORS
-    gr.mount_gradio_app(
-        app,
-        demo.queue(max_size=32),
-        path="/",
-        footer_links=[],
-        run_history=False,
+    gr.mount_gradio_app(app, demo.queue(max_size=32), path="/", ssr_mode=False, **_looks())
+
+
+def launch(demo: gr.Blocks, host: str, port: int, public_names: Sequence[str] = ()) -> None:
+    """Start a server of the page alone in the background of this process, behind a guard (llm.serving.guard)."""
+    demo.queue(max_size=32).launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
         ssr_mode=False,
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts),
-        css=CSS,
+        app_kwargs={"middleware": [Middleware(Guard, host=host, public_names=public_names)]},
+        state_session_capacity=MAX_VISITORS,
+        **_looks(),
     )
+
+
+def _looks() -> dict[str, Any]:
+    """Return the options of Gradio that say how the page looks."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts)
+    return {"footer_links": [], "run_history": False, "theme": theme, "css": CSS}
 
 
 def build(model: ChatModel, params: SamplingParams) -> gr.Blocks:

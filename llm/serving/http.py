@@ -70,8 +70,7 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
             model = ChatModel(engine, facts["name"], facts["summary"], tuple(facts["notes"]))
             browser.mount(app, browser.build(model, params))
         guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
-        _announce(cfg, facts, bound.getsockname()[1])
-        await run(app, pool, bound, cfg.api.drain)
+        await run(app, pool, bound, cfg.api.drain, lambda: _announce(cfg, facts, bound.getsockname()[1]))
     finally:
         await pool.close()
 

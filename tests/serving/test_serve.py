@@ -18,6 +18,7 @@ from serving_run import make_run, start_process
 from llm.errors import UserError
 from llm.inference.engine import Engine, TokenEvent
 from llm.inference.sampling import SamplingParams
+from llm.parallel.launch import free_port
 from llm.serving import app, terminal
 from llm.serving.chat import ChatModel, Reply, fit_prompt, load_chat_model, stream_reply
 from llm.tokenizer.bpe import Tokenizer
@@ -225,7 +226,7 @@ def test_terminal_text_only_grows_at_its_end():
 
 def test_prompt_is_answered_once(runs, capsys):
     def config(**values):
-        keys = {"run": None, "stage": None, "ui": "gradio", "prompt": None, "host": "127.0.0.1", "port": 0, "seed": 1}
+        keys = {"run": None, "stage": None, "model": None, "ui": "gradio", "prompt": None, "seed": 1}
         sampling = {"temperature": 0.0, "top_k": 50, "max_new_tokens": 100}
         return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), **{**keys, **sampling, **values})
 
@@ -249,12 +250,20 @@ def test_prompt_is_answered_once(runs, capsys):
     ):
         with pytest.raises(UserError, match=message):
             app.serve(config(**wrong))
+
+
+def test_a_port_that_is_taken_is_told():
+    pytest.importorskip("fastapi")
+    from llm.serving.http import listen
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port}: cannot listen there"):
-            app.serve(config(port=port))
+            listen("127.0.0.1", port)
+    with listen("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
 
 
 def test_a_base_model_is_announced(runs, tmp_path):
@@ -374,7 +383,7 @@ def test_browser_chat_over_http(runs):
     from llm.serving import browser
 
     demo = browser.build(load_chat_model(runs / "tiny" / "sft"), GREEDY)
-    port = app.usable_port("127.0.0.1", 0)
+    port = free_port()
     browser.launch(demo, "127.0.0.1", port)
     clients = [Client(f"http://127.0.0.1:{port}", verbose=False) for _ in range(2)]
     try:

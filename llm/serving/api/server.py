@@ -59,17 +59,27 @@ def _key_check(key: str | None) -> Callable:
 
 
 class _Server(uvicorn.Server):
-    """Server that leaves signals to `run`."""
+    """Server that says when it answers, and leaves signals to `run`."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]):
+        super().__init__(config)
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_start()
 
     def capture_signals(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
 
-async def run(app: FastAPI, pool: Pool, bound: socket.socket, drain_seconds: float) -> None:
-    """Serve until SIGTERM (after the answers under way) or Ctrl-C (at once)."""
+async def run(
+    app: FastAPI, pool: Pool, bound: socket.socket, drain_seconds: float, on_start: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM (after the answers under way) or Ctrl-C (at once); call `on_start` once it answers."""
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
     config.timeout_graceful_shutdown = END_SECONDS
-    server, loop, draining = _Server(config), asyncio.get_running_loop(), set()
+    server, loop, draining = _Server(config, on_start), asyncio.get_running_loop(), set()
 
     def drain() -> None:
         if not draining:
