@@ -12,6 +12,7 @@ from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.serving.api.server import build_app, guard_app, run
 from llm.serving.api.service import Service
+from llm.serving.api.watch import log_to_stderr
 from llm.serving.chat import ChatModel
 from llm.serving.guard import check_names, is_own_address
 from llm.serving.pool import Pool, Source
@@ -62,7 +63,8 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
         tokenizer, facts = load_tokenizer(source.model), pool.facts
         defaults = {"temperature": params.temperature, "top_k": params.top_k, "max_new_tokens": params.max_new_tokens}
         service = Service(pool, tokenizer, facts["name"], defaults, cfg.api.timeout)
-        app = build_app(service, cfg.api.access_key, cfg.api.origins)
+        log_to_stderr()
+        app = build_app(service, cfg.api.access_key, cfg.api.origins, cfg.api.log)
         if cfg.ui == "gradio":
             from llm.serving import browser
 

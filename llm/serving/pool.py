@@ -60,7 +60,7 @@ class Job:
         self.number, self.worker, self.prompt = number, worker, prompt
         self.events: deque[Event] = deque()
         self.prompt_logprobs: list | None = None
-        self.cached, self.n_tokens = 0, 0
+        self.cached, self.ids = 0, []  # ids: of the answer so far
         self.finish_reason: str | None = None
         self.error: ApiError | None = None
         self.is_accepted = False
@@ -86,7 +86,8 @@ class Job:
         """Keep a token that the worker reports, or the end."""
         self.last = time.monotonic()
         self.first = self.first or self.last
-        self.n_tokens += event.id is not None
+        if event.id is not None:
+            self.ids.append(event.id)
         self.events.append(event)
         self.finish_reason = event.finish_reason
         self._news.set()

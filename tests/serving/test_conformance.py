@@ -1,10 +1,13 @@
 """Conformance: the real `openai` client, and raw HTTP, against one real server with a tiny model."""
 
 import json
+import os
 import re
+import signal
 
 import httpx
 import openai
+import processes
 import pytest
 from processes import HANG
 from serving_run import ServerProcess, make_run
@@ -562,3 +565,118 @@ def test_a_body_that_is_too_large_is_refused(server):
 def test_the_server_survives_all_of_it(server, client):
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
     assert ask(client, "Who are you?").choices[0].message.content == ME
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses
+
+
+def respond(client, given, **more):
+    return client.responses.create(model=MODEL, input=given, **more)
+
+
+def test_a_response_has_openais_form(client):
+    answer = respond(client, "Who are you?")
+    assert answer.object == "response" and answer.id.startswith("resp") and answer.status == "completed"
+    assert answer.output_text == ME and answer.output[0].role == "assistant" and answer.output[0].type == "message"
+    assert answer.usage.output_tokens == len(ME) and answer.usage.total_tokens > len(ME) and answer.store is False
+
+
+def test_input_may_be_messages(client):
+    messages = [
+        *user("Greet me."),
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Grüße! 你好 😀"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Again."}]},
+    ]
+    assert respond(client, messages).output_text == "Привет 👋"
+
+
+def test_instructions_come_first(client):
+    lengths = [
+        respond(client, "Hi", instructions=text, max_output_tokens=1).usage.input_tokens for text in (None, "Go")
+    ]
+    assert lengths[1] == lengths[0] + len("Go\n\n")
+
+
+def test_an_answer_may_be_incomplete(client):
+    answer = respond(client, "Sing.", max_output_tokens=6)
+    assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.output_text == "la la "
+
+
+def test_reasoning_is_an_item(client):
+    answer = respond(client, APPLES)
+    assert answer.output_text == SUM and answer.output[1].type == "reasoning"
+    assert answer.output[1].content[0].text == "12+7 = 19\n"
+
+
+def test_a_response_has_a_form(client):
+    form = {"type": "json_schema", "name": "w", "schema": WEATHER["function"]["parameters"]}
+    answer = respond(client, "Sing.", text={"format": form}, temperature=1.5, max_output_tokens=80)
+    assert set(json.loads(answer.output_text)) == {"city", "days"} and answer.text.format.name == "w"
+
+
+def test_a_response_is_streamed_as_events(client):
+    events = list(respond(client, APPLES, stream=True))
+    assert [one.sequence_number for one in events] == list(range(len(events)))
+    kinds = [one.type for one in events]
+    assert kinds[:4] == [
+        *("response.created", "response.in_progress"),
+        *("response.output_item.added", "response.content_part.added"),
+    ]
+    assert kinds[-1] == "response.completed" and kinds.count("response.output_item.done") == 2
+    text = "".join(one.delta for one in events if one.type == "response.output_text.delta")
+    assert text == SUM == events[-1].response.output_text and events[-1].response.usage.output_tokens
+
+
+def test_the_clients_own_stream_of_responses(client):
+    with client.responses.stream(model=MODEL, input="Who are you?") as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == ME
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"store": True}, {"previous_response_id": "resp_1"}, {"tools": [{"type": "web_search"}]}, {"input": []}, {"x": 1}],
+)
+def test_what_responses_cannot_do_is_refused(server, change):
+    answer = httpx.post(f"{server.url}/v1/responses", json={"model": MODEL, "input": "x"} | change, timeout=HANG)
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers and the end: these tests change the server, so they come last
+
+
+def test_a_worker_that_is_killed_is_replaced(server, client):
+    def workers():
+        return [pid for pid in processes.children_of(server.process.pid) if pid not in seen]
+
+    seen: list[int] = []
+    (worker,) = workers()
+    stream = ask(client, "Sing.", stream=True, max_tokens=700)
+    next(stream)
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="worker"):
+        for _ in stream:
+            pass
+    processes.wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200)
+    seen.append(worker)
+    assert len(workers()) == 1 and ask(client, "Who are you?").choices[0].message.content == ME
+    assert httpx.get(f"{server.url}/stats").json()["workers"][0]["restarts"] == 1
+
+
+def test_answers_under_way_are_finished_on_sigterm(server, client):
+    workers = processes.children_of(server.process.pid)
+    stream = ask(client, "Sing.", stream=True, max_tokens=600)
+    chunks = [next(stream)]
+    server.process.send_signal(signal.SIGTERM)
+    processes.wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+    with pytest.raises(openai.InternalServerError) as error:
+        ask(client, "Who are you?")
+    assert error.value.status_code == 503 and error.value.response.headers["retry-after"]
+    chunks += stream
+    assert streamed(chunks) == ("la " * 200)[:600] and chunks[-1].choices[0].finish_reason == "length"
+    assert server.process.wait(timeout=HANG) == 0
+    assert not any(processes.is_alive(pid) for pid in workers)

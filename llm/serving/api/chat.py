@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llm.serving.api.conversation import chat_prompt, instructions_of, turns
 from llm.serving.api.requests import ChatRequest
 from llm.serving.api.service import Service, finite, form_of, new_id, service_of, usage_of
-from llm.serving.api.stream import DONE, EventStream, event, unless_gone
+from llm.serving.api.stream import DONE, event
 from llm.serving.api.text import AnswerText, Delta, TokenInfo
 from llm.serving.api.tools import ToolWatch, tool_form
 from llm.serving.pool import Batch, Event
@@ -30,25 +30,11 @@ async def create(body: ChatRequest, request: Request) -> Response:
     prompt = chat_prompt(service.tokenizer, found, service.seq_len, limit, body.truncation == "auto")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = service.params(body, limit, use_tools=form is None, logprobs=logprobs)
-    batch = service.submit([prompt], params, body.n or 1, form)
+    batch = service.submit(request, [prompt], params, body.n or 1, form)
     answer = ChatAnswer(service, batch, body, offers_tools)
-
-    def end() -> None:
-        service.pool.cancel(batch)
-
-    if not body.stream:
-        return JSONResponse(await unless_gone(request, answer.whole(), end))
-    await accepted(service, batch)
-    return EventStream(answer.events(), end, service.timeout)
-
-
-async def accepted(service: Service, batch: Batch) -> None:
-    """Wait until workers have taken a batch, which is cancelled where one refuses. Raises ApiError."""
-    try:
-        await batch.until_accepted()
-    except BaseException:
-        service.pool.cancel(batch)
-        raise
+    if body.stream:
+        return await service.stream(batch, answer.events())
+    return await service.whole(request, batch, answer.whole())
 
 
 def answer_form(body: ChatRequest) -> dict[str, Any] | None:

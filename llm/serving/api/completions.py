@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from llm.serving.api.chat import accepted
 from llm.serving.api.conversation import check_room
 from llm.serving.api.requests import MAX_CHOICES, MAX_TOTAL_CHARS, CompletionRequest
 from llm.serving.api.service import Service, finite, form_of, new_id, service_of, usage_of
-from llm.serving.api.stream import DONE, EventStream, event, unless_gone
+from llm.serving.api.stream import DONE, event
 from llm.serving.api.text import AnswerText, Delta, token_text
 from llm.serving.errors import bad
 from llm.serving.pool import Batch, Event, Job
@@ -39,16 +38,11 @@ async def create(body: CompletionRequest, request: Request) -> Response:
         more["prompt_logprobs"] = body.logprobs
     elif limit == 0:
         more["prompt_logprobs"] = 0  # the engine's way to read a prompt alone
-    batch = service.submit(prompts, service.params(body, limit, **more), n_samples, form)
+    batch = service.submit(request, prompts, service.params(body, limit, **more), n_samples, form)
     answer = CompletionAnswer(service, batch, body, n_samples)
-
-    def end() -> None:
-        service.pool.cancel(batch)
-
-    if not body.stream:
-        return JSONResponse(await unless_gone(request, answer.whole(), end))
-    await accepted(service, batch)
-    return EventStream(answer.events(), end, service.timeout)
+    if body.stream:
+        return await service.stream(batch, answer.events())
+    return await service.whole(request, batch, answer.whole())
 
 
 def _prompts(service: Service, body: CompletionRequest, limit: int) -> list[list[int]]:

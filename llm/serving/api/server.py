@@ -13,25 +13,30 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
 from llm.serving import errors
-from llm.serving.api import chat, completions, status
+from llm.serving.api import chat, completions, nanochat, responses, status
 from llm.serving.api.service import Service
+from llm.serving.api.watch import Metrics, Watch
 from llm.serving.guard import Guard
 from llm.serving.pool import Pool
 
-ROUTERS = (chat.router, completions.router, status.router)
+ROUTERS = (chat.router, completions.router, responses.router, nanochat.router, status.router)
 END_SECONDS = 2  # for what is still being sent when the server ends
 
 
-def build_app(service: Service, key: str | None = None, origins: Iterable[str] = ()) -> FastAPI:
-    """Return the application. key: bearer key of requests; origins: of pages elsewhere that may send requests."""
+def build_app(service: Service, key: str | None = None, origins: Iterable[str] = (), log: str = "none") -> FastAPI:
+    """Return the application.
+
+    key: bearer key of requests; origins: of pages elsewhere that may send requests; log: see `Watch`.
+    """
     app = FastAPI(title="Fathom", description=__doc__, version="1", docs_url=None, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.state.metrics = service, Metrics(service.pool)
     errors.install(app)
     guarded = APIRouter(dependencies=[Depends(_key_check(key))])
     for router in ROUTERS:
         guarded.include_router(router)
     app.include_router(guarded)
     app.include_router(status.open_router)
+    app.add_middleware(Watch, service=service, metrics=app.state.metrics, log=log)
     app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     return app
 

@@ -3,13 +3,15 @@
 import importlib.util
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
+from starlette.responses import JSONResponse, Response
 
-from llm.serving.api.requests import CompletionRequest, Sampling, StructuredOutputs
+from llm.serving.api.requests import Sampling, StructuredOutputs
+from llm.serving.api.stream import EventStream, unless_gone
 from llm.serving.errors import ApiError, bad
 from llm.serving.pool import Batch, Job, Pool
 
@@ -65,11 +67,30 @@ class Service:
                 raise bad(f"logit_bias: {key[:40]!r} is no id of a token; they go from 0 to {n - 1}", "logit_bias")
         return {int(key): value for key, value in given.items()}
 
-    def submit(self, prompts: Sequence[Sequence[int]], params: dict[str, Any], n: int, form: Any = None) -> Batch:
-        """Give a request to the workers; see `Pool.submit`. Raises ApiError for more answers than one may ask for."""
+    def submit(
+        self, request: Request, prompts: Sequence[Sequence[int]], params: dict[str, Any], n: int, form: Any = None
+    ) -> Batch:
+        """Give what a request asks for to the workers; see `Pool.submit`. Raises ApiError where it is refused."""
         if form is not None and importlib.util.find_spec("llguidance") is None:
             raise bad("structured answers need the package llguidance on the server: pip install -e '.[structured]'")
-        return self.pool.submit(prompts, params, n=n, form=form, timeout=self.timeout)
+        request.state.batch = self.pool.submit(prompts, params, n=n, form=form, timeout=self.timeout)
+        return request.state.batch
+
+    async def whole(self, request: Request, batch: Batch, answer: Awaitable[dict[str, Any]]) -> Response:
+        """Wait for an answer as long as the client does, and return it as JSON. Raises ApiError where it fails."""
+        try:
+            return JSONResponse(await unless_gone(request, answer))
+        finally:
+            self.pool.cancel(batch)
+
+    async def stream(self, batch: Batch, events: AsyncIterator[bytes], **more: Any) -> Response:
+        """Return an answer as a stream, once workers have taken the batch. Raises ApiError where one refuses it."""
+        try:
+            await batch.until_accepted()
+        except BaseException:
+            self.pool.cancel(batch)
+            raise
+        return EventStream(events, lambda: self.pool.cancel(batch), self.timeout, **more)
 
 
 def service_of(request: Request) -> Service:
@@ -92,7 +113,7 @@ def usage_of(jobs: Sequence[Job], n_prompts: int = 1, n_call_tokens: int | None 
     """Return the tokens that a request used; samples of a prompt share it, so it counts once."""
     per_prompt = len(jobs) // n_prompts
     prompts = jobs[::per_prompt]
-    n_prompt, n_done = sum(len(job.prompt) for job in prompts), sum(job.n_tokens for job in jobs)
+    n_prompt, n_done = sum(len(job.prompt) for job in prompts), sum(len(job.ids) for job in jobs)
     usage: dict[str, Any] = {"prompt_tokens": n_prompt, "completion_tokens": n_done, "total_tokens": n_prompt + n_done}
     usage["prompt_tokens_details"] = {"cached_tokens": sum(job.cached for job in prompts)}
     if n_call_tokens is not None:
@@ -108,8 +129,3 @@ def new_id(kind: str) -> str:
 def finite(logprob: float) -> float:
     """Return a log-probability that JSON can hold: OpenAI writes -9999 for tokens that cannot follow."""
     return max(logprob, -9999.0)
-
-
-def uses_tools(body: CompletionRequest | Sampling, form: Any) -> bool:
-    """Return True where the model may call its calculator: a form has no place for calls."""
-    return form is None

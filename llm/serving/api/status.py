@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from llm.serving.api.service import Service, service_of
@@ -40,6 +41,12 @@ async def health(request: Request) -> Response:
     told = {"status": status, "ready": status == "ok", "num_gpus": len(pool.workers), "available_workers": ready}
     headers = {} if status == "ok" else {"Retry-After": "5"}
     return JSONResponse(told, 200 if status == "ok" else 503, headers)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Return Prometheus' metrics."""
+    return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/stats")

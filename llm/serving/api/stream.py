@@ -24,16 +24,22 @@ def event(data: Any, name: str | None = None) -> bytes:
 class EventStream(Response):
     """Stream of server-sent events. `end` is called once it is over, also where the client has gone.
 
-    seconds: how long the stream may last at most, whatever the client does.
+    seconds: that the stream may last at most, whatever the client does. failed: makes an event of an error.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None], seconds: float):
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        end: Callable[[], None],
+        seconds: float,
+        failed: Callable[[ApiError], bytes] = ApiError.event,
+    ):
         super().__init__()
         del self.headers["content-length"]
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.events, self.end, self.seconds = events, end, seconds + GRACE_SECONDS
+        self.events, self.end, self.seconds, self.failed = events, end, seconds + GRACE_SECONDS, failed
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events until they end or the client goes."""
@@ -56,12 +62,12 @@ class EventStream(Response):
             async for data in self.events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except ApiError as error:
-            await send({"type": "http.response.body", "body": error.event(), "more_body": True})
+            await send({"type": "http.response.body", "body": self.failed(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_gone(request: Request, answer: Awaitable[T], end: Callable[[], None]) -> T:
-    """Wait for an answer, but only as long as the client does. Calls `end` when it is over."""
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """Wait for an answer, but only as long as the client does. Raises ApiError where it has gone."""
     working = asyncio.ensure_future(answer)
     gone = asyncio.create_task(_until_gone(request.receive))
     try:
@@ -73,7 +79,6 @@ async def unless_gone(request: Request, answer: Awaitable[T], end: Callable[[], 
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
-        end()
 
 
 async def _until_gone(receive: Any) -> None:
