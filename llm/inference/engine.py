@@ -16,6 +16,7 @@ from llm.errors import UserError
 from llm.inference.logits import adjusted, log_probs
 from llm.inference.request import Completion, Request, TokenEvent
 from llm.inference.sampling import BROKEN, Sampler, SamplingParams, draw_keys, uniform_draws
+from llm.inference.slot_batch import SlotBatch, default_budget
 from llm.inference.static_batch import StaticBatch
 from llm.inference.text import StopTexts
 from llm.inference.tools import Calculator
@@ -25,20 +26,27 @@ MAX_ROWS = 256
 SCORED_AT_A_TIME = 256  # tokens of a prompt whose logits are held at a time
 
 
+IDLE = {"rows": 0, "cached_tokens": 0, "cache_size": 0, "prefix_hits": 0, "preemptions": 0}
+
+
 class Engine:
     """Generator of text from a model and its tokenizer, used by one thread at a time.
 
-    max_rows: sequences decoded together; others wait. frozen: the weights never change, so that they and the cache are
-    kept while there is nothing to do; otherwise the weights are read anew after every pause.
+    max_rows: sequences decoded together; others wait. budget: tokens of context that the cache may hold, by default
+    what half of the free memory has room for; where it is short, rows wait and are read again. frozen: the weights
+    never change, so that they and what was read are kept while there is nothing to do, and texts that prompts begin
+    with are found again; otherwise the weights are read anew after every pause.
     """
 
-    def __init__(self, net: Any, tokenizer: Any, *, max_rows: int = MAX_ROWS, frozen: bool = False):
-        self.net, self.tokenizer, self.max_rows, self.frozen = net, tokenizer, max_rows, frozen
+    def __init__(
+        self, net: Any, tokenizer: Any, *, max_rows: int = MAX_ROWS, budget: int | None = None, frozen: bool = False
+    ):
+        self.net, self.tokenizer, self.max_rows, self.budget, self.frozen = net, tokenizer, max_rows, budget, frozen
         self._waiting: deque[Request] = deque()
         self._unscored: deque[Request] = deque()  # waiting for `prompt_logprobs`
         self._untold: list[TokenEvent] = []  # what has happened and no step has returned yet
         self._streams: dict[Request, Stream] = {}
-        self._batch: StaticBatch | None = None
+        self._batch: SlotBatch | StaticBatch | None = None
         self._calculator = Calculator(tokenizer) if tokenizer.has_tools else None
         self._sampler: tuple[list[Request], Sampler, np.ndarray] | None = None
         self._was_training = False
@@ -96,12 +104,13 @@ class Engine:
         return bool(self._waiting or self._unscored or (self._batch and self._batch.rows))
 
     def stats(self) -> dict[str, int]:
-        """Return numbers about this moment: rows being decoded, requests waiting, tokens in the cache."""
-        return {
-            "rows": len(self._batch.rows) if self._batch else 0,
-            "waiting": len(self._waiting) + len(self._unscored),
-            "cached_tokens": self._batch.n_cached if self._batch else 0,
-        }
+        """Return numbers about this moment: requests in the batch and waiting, tokens in the cache and its size.
+
+        prefix_hits, preemptions: how many prompts began with a text that was read before, and how many rows had to be
+        read again, since the weights were read.
+        """
+        waiting = {"waiting": len(self._waiting) + len(self._unscored)}
+        return (IDLE if self._batch is None else self._batch.stats()) | waiting
 
     def watch(self, stream: "Stream") -> None:
         """Hand the events of a stream's requests to it, whoever calls `step`."""
@@ -124,13 +133,10 @@ class Engine:
         if self._is_busy:
             self._wake()
             try:
-                if self._batch.rows:
-                    self._extend(*self._batch.decode())
+                self._extend(*self._batch.decode(self._waiting))
                 if self._unscored:
                     self._score_prompt()
-                rows, logits = self._batch.read_prompts(self._waiting)
-                if rows:
-                    self._extend(rows, logits)
+                self._extend(*self._batch.read_prompts(self._waiting))
             except BaseException:
                 self._waiting.extendleft(reversed(self._batch.rows))
                 self._batch = None
@@ -146,7 +152,13 @@ class Engine:
         """Read the weights, if they are not at hand."""
         if self._batch is None:
             self._was_training = self.net.training
-            self._batch = StaticBatch(in_compute_dtype(self.net.eval()), self.max_rows)
+            net = in_compute_dtype(self.net.eval())
+            if getattr(net, "has_slots", False):
+                self._batch = SlotBatch(
+                    net, self.max_rows, self.budget or default_budget(net, self.max_rows), self.frozen
+                )
+            else:
+                self._batch = StaticBatch(net, self.max_rows)
 
     def _rest(self) -> None:
         """Let go of weights and cache where nothing is left to do, unless they are frozen."""
@@ -154,8 +166,10 @@ class Engine:
             self._batch = self._sampler = None
             self.net.train(self._was_training)
 
-    def _extend(self, requests: list[Request], logits: torch.Tensor) -> None:
+    def _extend(self, requests: list[Request], logits: torch.Tensor | None) -> None:
         """Give each request the token that is forced, or drawn from its logits (B, V); end those that are done."""
+        if not requests:
+            return
         ids = self._drawn(requests, adjusted(logits, requests, self.tokenizer.stop_ids)).tolist()
         for row, request in enumerate(requests):
             if request.forced:

@@ -24,10 +24,10 @@ class StaticBatch:
         """Requests that are being decoded, in the order of the logits."""
         return [request for request in self._slots if request]
 
-    @property
-    def n_cached(self) -> int:
-        """Tokens that the cache holds."""
-        return sum(len(request.tokens) for request in self.rows)
+    def stats(self) -> dict[str, int]:
+        """Return numbers for `Engine.stats`."""
+        n = sum(len(request.tokens) for request in self.rows)
+        return {"rows": len(self.rows), "cached_tokens": n, "cache_size": n, "prefix_hits": 0, "preemptions": 0}
 
     def read_prompts(self, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None]:
         """Take requests from `waiting` if there is room; return those whose prompts are read, and logits (B, V)."""
@@ -52,8 +52,10 @@ class StaticBatch:
             logits = logits.repeat_interleave(n, dim=0)
         return taken, logits
 
-    def decode(self) -> tuple[list[Request], torch.Tensor]:
+    def decode(self, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None]:
         """Feed every row its newest token; return the rows and the logits (B, V) behind them."""
+        if not self._slots:
+            return [], None
         self._compact()
         live = [slot for slot, request in enumerate(self._slots) if request]
         self._cache.used = max(len(self._slots[slot].tokens) - 1 for slot in live)

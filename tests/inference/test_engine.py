@@ -10,7 +10,6 @@ from llm.inference.sampling import BROKEN, SamplingParams, draw_keys, sample, un
 from llm.inference.weights import LENGTHS, ROWS, in_compute_dtype, round_up
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.model.kv_cache import KVCache
 from llm.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])  # ids 0..255 are the bytes
@@ -39,10 +38,24 @@ def plain_greedy(net: GPT, prompt: list[int], n: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+class ScriptCache:
+    """Cache of rows that begin together: of each row the first token, the prompt's length, and all tokens' number."""
+
+    def __init__(self):
+        self.used, self.rows = 0, torch.zeros(0, 2, dtype=torch.long)
+        self.lengths = torch.zeros(0, dtype=torch.long)
+
+    def repeat(self, n: int) -> None:
+        self.keep(torch.arange(len(self.lengths)).repeat_interleave(n))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.rows, self.lengths = self.rows[rows], self.lengths[rows]
+
+
 class ScriptNet(torch.nn.Module):
     """Says `scripts[first token of the prompt]`, whatever is sampled, and records what it is fed.
 
-    Like a real model it keeps all it knows of a row in that row's cache.
+    Like a model of others it keeps all it knows of a row in a cache whose rows begin together.
     """
 
     def __init__(self, scripts: list[list[int]], seq_len: int = 64):
@@ -53,19 +66,18 @@ class ScriptNet(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def new_cache(self, batch, max_len):
-        return KVCache(self.config, batch, max_len)
+        return ScriptCache()
 
-    def forward(self, ids, cache: KVCache, lengths=None, last_only=False):
+    def forward(self, ids, cache, lengths=None, last_only=False):
         assert last_only and not torch.is_grad_enabled() and not self.training
-        if cache.used == 0:
-            cache.k[0, :, 0, 0, 0], cache.v[0, :, 0, 0, 0] = ids[:, 0].float(), lengths.float()
+        if len(cache.lengths) == 0:
+            cache.rows, cache.lengths = torch.stack((ids[:, 0], lengths), dim=1), lengths
         else:
             self.fed.append(ids[:, 0].tolist())
-        cache.advance(ids.size(1), lengths)
+            cache.lengths = cache.lengths + 1
         logits = torch.zeros(len(ids), 1, self.config.vocab_size)
-        for row in range(len(ids)):
-            script = self.scripts[int(cache.k[0, row, 0, 0, 0])]
-            at = int(cache.lengths[row] - cache.v[0, row, 0, 0, 0])
+        for row, (first, length) in enumerate(cache.rows.tolist()):
+            script, at = self.scripts[first], int(cache.lengths[row]) - length
             logits[row, 0, script[at] if 0 <= at < len(script) else END] = 100.0
         return logits
 
@@ -279,7 +291,7 @@ def test_sizes_change_no_token(monkeypatch, arch):
     found = []
     for params in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=60, seed=1)):
         for keeps in (False, True):
-            monkeypatch.setattr("llm.inference.static_batch.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
+            monkeypatch.setattr("llm.inference.slot_batch.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
             found.append(Engine(net, TOKENIZER).generate(prompts, params, num_samples=2))
     assert found[0] == found[1] and found[2] == found[3]
     assert len({len(completion.ids) for samples in found[2] for completion in samples}) > 3
