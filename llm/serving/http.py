@@ -13,7 +13,7 @@ from llm.inference.sampling import SamplingParams
 from llm.serving.api.server import build_app, guard_app, run
 from llm.serving.api.service import Service
 from llm.serving.api.watch import log_to_stderr
-from llm.serving.chat import ChatModel
+from llm.serving.chat import HF, ChatModel
 from llm.serving.guard import check_names, is_own_address
 from llm.serving.pool import Pool, Source
 from llm.serving.remote import RemoteEngine
@@ -96,6 +96,10 @@ def worker_devices(workers: int | str) -> tuple[list[str], int | None]:
     return ["cpu"] * n, max(1, (os.cpu_count() or 1) // n) if n > 1 else None
 
 
-def load_tokenizer(model: str) -> Tokenizer:
-    """Return the tokenizer of a stage folder, without the weights beside it."""
+def load_tokenizer(model: str) -> Any:
+    """Return the tokenizer of a stage folder or of hf:<name>, without the weights beside it."""
+    if model.startswith(HF):
+        from llm.checkpoint.hf_model import load_hf_tokenizer
+
+        return load_hf_tokenizer(model.removeprefix(HF))
     return Tokenizer.load(Path(model) / "model")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llm.inference.text import TextStream
+from llm.serving.chat import part_switches
 from llm.serving.pool import Event
-from llm.tokenizer.chat_format import PART_MARKS
 
 
 class TokenInfo(NamedTuple):
@@ -37,7 +37,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self.n_call_tokens = 0
-        self._special, self._marks = tokenizer.special_ids, _marks(tokenizer)
+        self._special, self._marks = tokenizer.special_ids, part_switches(tokenizer)
         self._text, self._calls = TextStream(tokenizer, stops, keep_stop=False), TextStream(tokenizer)
         self._kind, self._line_open = "text", False
         self._sent, self._ends = 0, []  # characters of text returned; (end in characters, TokenInfo) not returned
@@ -101,13 +101,3 @@ def token_text(tokenizer: Any, token: int) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _marks(tokenizer: Any) -> dict[int, str]:
-    """Return the special tokens around calculator calls and results, with the kind of what follows."""
-    if not tokenizer.has_tools:
-        return {}
-    marks = {}
-    for kind, (start, end) in PART_MARKS.items():
-        marks[tokenizer.special_id(start)], marks[tokenizer.special_id(end)] = kind, "text"
-    return marks
