@@ -395,7 +395,7 @@ def load_hf_tokenizer(name: str) -> HFTokenizer | Tokenizer:
 
     config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    return HFTokenizer(tokenizer, config.vocab_size)
+    return HFTokenizer(tokenizer, config.get_text_config().vocab_size)
 
 
 def _is_ours(folder: Path) -> bool:

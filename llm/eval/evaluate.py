@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import load_model_folder
 from llm.config.saved import kind_of_schema
 from llm.config.schema import root_schema
@@ -24,7 +25,6 @@ from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
-from llm.checkpoint.hf_model import load_hf
 from llm.eval.judges import judges
 from llm.eval.samples import draw_samples, questions, text_prompts
 from llm.eval.task_scores import chat_core, evaluate_task
