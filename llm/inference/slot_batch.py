@@ -306,7 +306,9 @@ class SlotBatch:
     ) -> tuple[int, int] | None:
         """Return the size that the cache needs to read texts and to continue them, None where the budget forbids it."""
         own = 0 if self._shares else skip
-        room = own + max(max(map(len, texts)) - skip + 1, self._padded(texts, skip))
+        rest = max(map(len, texts)) - skip
+        last = (rest - 1) // self._chunk * self._chunk  # where the last chunk begins, which may be padded
+        room = own + max(rest + 1, last + self._padded(texts, skip, last))
         rows = max(len(texts), sum(map(len, texts.values())))
         n_stored = sum(len(text) for text, requests in texts.items() if len(requests) != 1)
         if entry is not None and (not entry.uses or skip < len(entry.tokens)):
@@ -361,7 +363,7 @@ class SlotBatch:
         one_pass = SlotPass(self.cache, first, len(parts))
         logits = self.net(ids.to(device), cache=one_pass, lengths=lengths.to(device), last_only=True)[:, 0]
         self.cache.lengths[first : first + len(parts)] += lengths
-        reading.done += n
+        reading.done += int(lengths.max())
         return None if reading.skip + reading.done < max(map(len, reading.texts)) else logits
 
     def _join(self, logits: torch.Tensor, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None]:

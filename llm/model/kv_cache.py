@@ -46,7 +46,7 @@ class SlotCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.prefix = torch.full((rows,), -1)
-        self.prefixes: list[Prefix | None] = []
+        self.prefixes: list[Prefix] = []
         smears = getattr(config, "smear", False)
         self.last_embed = torch.zeros(rows, config.n_embd, device=device, dtype=dtype) if smears else None
         self.seq_len = config.seq_len
@@ -92,18 +92,18 @@ class SlotCache:
             self.prefix[row] = self._index(prefix)
 
     def _index(self, prefix: Prefix) -> int:
-        """Return the place of a prefix in `prefixes`, where it is put if it is not there."""
-        for place in (prefix, None):
-            if place in self.prefixes:
-                self.prefixes[self.prefixes.index(place)] = prefix
-                return self.prefixes.index(prefix)
-        self.prefixes.append(prefix)
-        return len(self.prefixes) - 1
+        """Return the place of a prefix in `prefixes`, at whose end it is put if it is not there."""
+        if prefix not in self.prefixes:
+            self.prefixes.append(prefix)
+        return self.prefixes.index(prefix)
 
     def _forget_prefixes(self) -> None:
-        """Let go of prefixes that no row stands behind."""
-        used = set(self.prefix.tolist())
-        self.prefixes = [one if i in used else None for i, one in enumerate(self.prefixes)]
+        """Let go of prefixes that no row stands behind, and number the others anew."""
+        used = sorted(set(self.prefix.tolist()) - {-1})
+        if len(used) < len(self.prefixes):
+            numbers = torch.full((len(self.prefixes) + 1,), -1)  # the last one is that of no prefix
+            numbers[used] = torch.arange(len(used))
+            self.prefix, self.prefixes = numbers[self.prefix], [self.prefixes[i] for i in used]
 
     def prefix_of(self, row: int) -> Prefix | None:
         """Return the prefix that a row stands behind."""
