@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small matrices are fastest on one thread
 
 import processes  # noqa: E402
 from serving_run import ServerProcess, make_run  # noqa: E402
