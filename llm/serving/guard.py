@@ -105,6 +105,11 @@ def check_names(names: Iterable[str]) -> None:
             )
 
 
+def is_private(host: str, public_names: Iterable[str]) -> bool:
+    """Return True where only people at this computer are served: it listens on itself, and has no other name."""
+    return _is_loopback(_address(host)) and not list(public_names)
+
+
 def _name_and_port(address: str) -> tuple[str, int | None]:
     """Return host name, in small letters, and port of an address; ("", None) for what is none."""
     try:
