@@ -69,7 +69,7 @@ def build(models: Models, params: SamplingParams) -> gr.Blocks:
     with gr.Blocks(title=f"Fathom: {models.first}", fill_height=True, analytics_enabled=False) as demo:
         demo.state_session_capacity = MAX_VISITORS  # `launch` has an argument for it, `mount_gradio_app` has none
         handlers = Handlers(models, params)
-        _Page(handlers).connect()
+        _Page(handlers).connect(demo)
     return demo.queue(max_size=32)
 
 
@@ -88,7 +88,7 @@ class _Page:
                 gr.Markdown("Chats are kept in this browser only.")
         self.title = gr.Markdown(title(model), elem_classes="title")
         self.state = gr.State(Talk.new(model.name))
-        with gr.Row(elem_classes="conversations", equal_height=True, scale=1):
+        with gr.Row(elem_classes="conversations"):
             self.chats = [_chatbot(number, model.examples) for number in (0, 1)]
         self.question = gr.Textbox(
             label="Message",
@@ -120,10 +120,10 @@ class _Page:
                 gr.Slider(0, 200, min(params.top_k, 200), step=1, label="Top-k (0 = all)"),
                 gr.Slider(0.05, 1, params.top_p, step=0.05, label="Top-p (1 = all)"),
                 gr.Slider(1, longest, min(params.max_new_tokens, longest), step=1, label="Max. tokens"),
-                gr.Number(label="Seed (empty = another each time)", precision=0, minimum=0),
+                gr.Textbox(label="Seed", placeholder="empty = another answer each time", min_width=160),
             ]
 
-    def connect(self) -> None:
+    def connect(self, demo: gr.Blocks) -> None:
         """Connect the events. Every way to ask ends in one `answer`."""
         handlers, private = self.handlers, {"api_visibility": "private", "show_progress": "hidden"}
         quick = {"queue": False, **private}
@@ -160,14 +160,15 @@ class _Page:
         first.undo(handlers.undo, [self.question, self.state], [*asked, self.told], **quick)
         whole = [*shown, self.told, self.system, self.title, self.model, self.other]
         first.clear(handlers.clear, self.state, whole, **quick)
-        self.stored.input(handlers.restore, [self.stored, self.state], whole, **quick)
+        self.stored.change(handlers.restore, [self.stored, self.state], whole, **quick)
+        demo.load(handlers.rest, self.state, [self.question, self.told], **quick)  # page.js waits for it
         for chosen in (self.model, self.other):
             chosen.input(handlers.choose, [self.model, self.other, self.state], whole, **private)
 
 
 def _chatbot(number: int, examples: Sequence[str]) -> gr.Chatbot:
     return gr.Chatbot(
-        scale=1,
+        min_width=320,
         elem_id=f"fathom-chat-{number}",
         elem_classes="chat",
         show_label=False,

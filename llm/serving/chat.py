@@ -41,7 +41,8 @@ class Reply:
     @property
     def speed(self) -> str:
         """The length and the speed of the answer in words; "" before its first token."""
-        return f"{self.tokens:,} tokens, {self.tokens / self.seconds:,.0f} per second" if self.seconds else ""
+        tokens = "1 token" if self.tokens == 1 else f"{self.tokens:,} tokens"
+        return f"{tokens}, {self.tokens / self.seconds:,.0f} per second" if self.seconds else ""
 
     def as_message(self) -> Message:
         """Return a copy as the assistant's message of a conversation, with what was to be said about it."""

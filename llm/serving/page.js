@@ -45,14 +45,18 @@
     return first ? text(first.content).replace(/\s+/g, " ").trim().slice(0, 60) : "";
   };
 
-  // The server tells the chat after every answer.
+  // The server tells the chat after every answer, and once when the page is ready: then the chat of before a reload is
+  // taken up again.
   function take(json) {
+    const isFirst = data === null;
     try {
       data = JSON.parse(json);
+      const before = sessionStorage.getItem(CURRENT);
+      if (isFirst && chats().some((one) => one.id === before)) return open(before);
+      sessionStorage.setItem(CURRENT, data.id);
     } catch {
-      return;
+      if (data === null) return; // else storage is turned off
     }
-    sessionStorage.setItem(CURRENT, data.id);
     const others = chats().filter((one) => one.id !== data.id);
     keep(title(data.chat) ? [{ id: data.id, chat: data.chat, time: Date.now() }, ...others] : others);
   }
@@ -186,13 +190,6 @@
     });
     window.addEventListener("storage", (event) => event.key === KEY && showList()); // another tab wrote
     showList();
-    let id = null;
-    try {
-      id = sessionStorage.getItem(CURRENT);
-    } catch {
-      // storage is turned off
-    }
-    if (id && chats().some((one) => one.id === id)) open(id);
     return true;
   }
 

@@ -28,15 +28,15 @@ NONE = "none"  # no second model
 
 @dataclass
 class Talk:
-    """A visitor's conversation. id: its name in the browser's store.
+    """A visitor's conversation. id: its name in the browser's store, "" until the browser is told of it.
 
     is_asked: a question waits for its answer to begin; is_busy: until the answer has ended. turn: number of the last
     question, or of what ended its answer. Handlers change the conversation in place, and an answer that sees another
     turn than its own says no more.
     """
 
-    id: str
     chat: Chat
+    id: str = ""
     is_busy: bool = False
     is_asked: bool = False
     turn: int = 0
@@ -44,7 +44,7 @@ class Talk:
     @classmethod
     def new(cls, *names: str) -> "Talk":
         """Return an empty conversation with one model or two."""
-        return cls(uuid.uuid4().hex, Chat([Thread(name) for name in names]))
+        return cls(Chat([Thread(name) for name in names]))
 
     def begin(self) -> None:
         """Let the last question be answered."""
@@ -68,6 +68,7 @@ class Talk:
 
 def told(talk: Talk) -> str:
     """Return what the browser keeps of a chat, as Markdown that shows its JSON letter by letter."""
+    talk.id = talk.id or uuid.uuid4().hex
     return typed(json.dumps({"id": talk.id, "chat": talk.chat.to_dict()}, ensure_ascii=False))
 
 
@@ -134,7 +135,7 @@ class Handlers:
         top_k: int | None = None,
         top_p: float | None = None,
         max_new_tokens: int | None = None,
-        seed: int | None = None,
+        seed: str | None = None,
         system: str | None = None,
     ) -> Iterator[tuple]:
         """Stream the answer to the last question, of both models at once, as (talk, first chat, second chat)."""
@@ -155,12 +156,15 @@ class Handlers:
 
     def _params(self, temperature, top_k, top_p, max_new_tokens, seed) -> SamplingParams:
         """Return the settings of an answer; None = as the page began. Raises UserError for wrong ones."""
-        whole = {"top_k": top_k, "max_new_tokens": max_new_tokens, "seed": seed}
-        given = {"temperature": temperature, "top_p": top_p} | {
-            name: None if number is None else int(number) for name, number in whole.items()
-        }
         following = self.params.seed + next(self._answers)  # or asking again would give the same answer
-        return replace(self.params, seed=following, **{k: v for k, v in given.items() if v is not None})
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            for name in {"top_k", "max_new_tokens"} & given.keys():
+                given[name] = int(given[name])
+            return replace(self.params, **given, seed=int(seed) if seed and seed.strip() else following)
+        except ValueError:
+            raise UserError(f"Seed {seed[:20]!r}: it must be a whole number, or empty.") from None
 
     def _frames(self, talk: Talk, turn: int, params: SamplingParams) -> Iterator[tuple]:
         """Let the models answer in turns, token by token, until all have ended, or the talk has gone on."""
@@ -212,7 +216,7 @@ class Handlers:
         for thread in chat.threads:
             if thread.model not in self.models.names():
                 thread.model = self.models.first
-        return self._whole(Talk(name, chat), chat.system)
+        return self._whole(Talk(chat, name), chat.system)
 
     def choose(self, model: str, other: str, talk: Talk) -> tuple:
         """Let another model go on with the conversation, or a second one answer beside it."""
