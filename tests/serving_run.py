@@ -77,10 +77,10 @@ def _batch(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, targets
 
 
-def start_process(*args: str, **popen) -> subprocess.Popen:
+def start_process(*args: str, env: dict[str, str] | None = None, **popen) -> subprocess.Popen:
     """`serve.py` in a process that can be interrupted as from a terminal, even if this one ignores Ctrl-C."""
-    environment = {"PYTHONUTF8": "1"}
-    return start(sys.executable, str(REPO / "serve.py"), *args, env=environment, stderr=subprocess.STDOUT, **popen)
+    environment, streams = {"PYTHONUTF8": "1", **(env or {})}, {"stderr": subprocess.STDOUT, **popen}
+    return start(sys.executable, str(REPO / "serve.py"), *args, env=environment, **streams)
 
 
 class ServerProcess:

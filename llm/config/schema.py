@@ -272,8 +272,14 @@ class ServeConfig:
         main=True,
     )
     api: ApiConfig = key("the HTTP API and its workers")
+    offer: str | None = key(
+        "other models to switch to on the page: all = every finished stage in paths.runs, none; null = all where only "
+        "this computer is served, else none",
+        choices=("all", "none"),
+    )
     temperature: float = key("sampling temperature; 0 = always the most likely token", low=0, high=100, main=True)
     top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, high=VOCABULARY, main=True)
+    top_p: float = key("sample among the likeliest tokens, of this probability in all; 1 = all tokens", above=0, high=1)
     max_new_tokens: int = key("length limit of an answer", low=1, high=CONTEXT, main=True)
     seed: int = key("seed of sampling", low=0, high=SEED, main=True)
 

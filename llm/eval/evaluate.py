@@ -35,7 +35,7 @@ from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
 from llm.run.formats import EVALUATED, read_scores
 from llm.run.lock import waiting_lock
-from llm.run.stage_folder import find_stage, read_manifest
+from llm.run.stage_folder import HF, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
@@ -43,7 +43,6 @@ from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import held_out_weights
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
-HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 # Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.

@@ -97,6 +97,7 @@ _scores: dict[str, Kind] = {
 }
 SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores)))})
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
+EXAMPLES = mapping({"questions": listing(text, (0, 20))}, needs=("questions",))  # of model/
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
 CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}))
 

@@ -22,6 +22,7 @@ from llm.run.formats import RUN, read_form
 from llm.utils.files import write_json
 
 MANIFEST = "run.json"
+HF = "hf:"  # names of models that are no run's, but of Hugging Face, begin with it
 
 
 @dataclass(frozen=True)

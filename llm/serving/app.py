@@ -1,31 +1,57 @@
-"""Find the model, then answer once, chat in the terminal or serve it over HTTP: the work of `serve.py`."""
+"""Find the model, then answer once, chat in the terminal or serve it over HTTP: the work of `serve.py`.
 
+What takes long to import comes when it is needed: in a terminal Ctrl-C is in good hands before that (`CtrlC`).
+"""
+
+import sys
 from typing import Any
 
 from llm.errors import UserError
-from llm.inference.sampling import SamplingParams
-from llm.run.stage_folder import find_stage
-from llm.serving import terminal
-from llm.serving.chat import HF, load_chat_model
+from llm.run.stage_folder import HF, find_stage
+from llm.serving.interrupts import CtrlC
 
 SERVER_PACKAGES = ("gradio", "fastapi", "starlette", "uvicorn", "prometheus_client")
 
 
 def serve(cfg: Any) -> None:
     """Chat with the stage that `run` and `stage` name (by default the end of the pipeline), following the config."""
-    params = SamplingParams(
-        temperature=cfg.temperature, top_k=cfg.top_k, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed
-    )
-    model = _model_name(cfg)
-    if cfg.prompt is not None:
-        terminal.answer_once(load_chat_model(model), cfg.prompt, params)
-    elif cfg.ui == "cli":
-        terminal.chat(load_chat_model(model), params)
+    if cfg.prompt is None and cfg.ui == "cli":
+        with CtrlC(patient=sys.stdin.isatty()) as ctrl_c:
+            _chat_in_terminal(cfg, ctrl_c)
+    elif cfg.prompt is not None:
+        _answer_once(cfg)
     else:
+        params, model = sampling(cfg), model_name(cfg)
         _http(cfg.ui).serve(cfg, model, params)
 
 
-def _model_name(cfg: Any) -> str:
+def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
+    from llm.serving import terminal
+    from llm.serving.chat import load_chat_model
+    from llm.serving.models import Models
+
+    params, model = sampling(cfg), model_name(cfg)
+    terminal.chat(Models(load_chat_model(model), cfg.paths.runs), params, ctrl_c)
+
+
+def _answer_once(cfg: Any) -> None:
+    from llm.serving import terminal
+    from llm.serving.chat import load_chat_model
+
+    params, model = sampling(cfg), model_name(cfg)
+    terminal.answer_once(load_chat_model(model), cfg.prompt, params)
+
+
+def sampling(cfg: Any) -> Any:
+    """Return the settings of sampling in the configuration, a `SamplingParams`. Raises UserError for wrong ones."""
+    from llm.inference.sampling import SamplingParams
+
+    return SamplingParams(
+        temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens, seed=cfg.seed
+    )
+
+
+def model_name(cfg: Any) -> str:
     """Return the folder of the stage to serve, or hf:<name>. Raises UserError for names that do not go together."""
     if cfg.model is None:
         return str(find_stage(cfg.paths.runs, cfg.run, cfg.stage))

@@ -5,40 +5,72 @@ over-long message its beginning; the reply says so in its notes instead of faili
 """
 
 import codecs
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm.checkpoint.examples import load_examples
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.run.stage_folder import HF
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
-HF = "hf:"  # names of models that are no run's begin with it
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
+
+LEFT_OUT = "The oldest messages no longer fit the context of {:,} tokens: from here on they are left out."
 
 Message = dict[str, Any]
 
 
+@dataclass
+class Reply:
+    """An answer so far. content: parts as in `llm.tokenizer.chat_format`; notes: what the user should know about it.
+
+    tokens: sampled and forced ones so far; seconds: time that the engine took for them.
+    """
+
+    content: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    done: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> str:
+        """The length and the speed of the answer in words; "" before its first token."""
+        tokens = "1 token" if self.tokens == 1 else f"{self.tokens:,} tokens"
+        return f"{tokens}, {self.tokens / self.seconds:,.0f} per second" if self.seconds else ""
+
+    def as_message(self) -> Message:
+        """Return a copy as the assistant's message of a conversation, with what was to be said about it."""
+        message = {"role": "assistant", "content": [dict(part) for part in self.content]}
+        return message | ({"notes": list(self.notes)} if self.notes else {})
+
+
 @dataclass(frozen=True)
 class ChatModel:
-    """A model to chat with. `notes` are things that its user should know beforehand."""
+    """A model to chat with. `notes` are things that its user should know beforehand; `examples` questions to begin."""
 
     engine: Engine
     name: str  # run/stage
     summary: str
     notes: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the model's context."""
+        return self.engine.net.config.seq_len
 
-@dataclass
-class Reply:
-    """An answer so far. content: parts as in `llm.tokenizer.chat_format`; notes: what the user should know about it."""
-
-    content: list[dict[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    done: bool = False
+    def answer(
+        self, messages: Sequence[Message], params: SamplingParams, reply: Reply | None = None
+    ) -> Iterator[Reply]:
+        """Stream the answer to the last user message, see `stream_reply`."""
+        return stream_reply(self.engine, messages, params, reply)
 
 
 def load_chat_model(model: str | Path, device: str | None = None) -> ChatModel:
@@ -55,12 +87,18 @@ def load_chat_model(model: str | Path, device: str | None = None) -> ChatModel:
     if tokenizer_is_ours(tokenizer):
         net.compute_dtype = resolve_compute_dtype("auto", device)
         net.to(net.compute_dtype)
-    return ChatModel(Engine(net.eval(), tokenizer), name, _summary(net), _notes(model, tokenizer))
+    examples = () if is_hf(model) else tuple(load_examples(Path(model) / "model"))
+    return ChatModel(Engine(net.eval(), tokenizer), name, _summary(net), _notes(model, tokenizer), examples)
+
+
+def is_hf(model: str | Path) -> bool:
+    """Return True for hf:<name>, False for a stage's folder."""
+    return str(model).startswith(HF)
 
 
 def _read_model(model: str | Path, device: str) -> tuple[Any, Any, str]:
     """Return the network and tokenizer of a stage's folder or of hf:<name>, and a name for the model."""
-    if str(model).startswith(HF):
+    if is_hf(model):
         from llm.checkpoint.hf_model import load_hf
 
         return *load_hf(name := str(model).removeprefix(HF), None, device), _name_of_hf(name)
@@ -89,7 +127,7 @@ def _summary(net: Any) -> str:
 
 def _notes(model: str | Path, tokenizer: Any) -> tuple[str, ...]:
     """Return what users of a model should know beforehand."""
-    if not str(model).startswith(HF):
+    if not is_hf(model):
         if stage_row(Path(model).name).is_chat:
             return ()
         return ("This is a base model: it continues text and has not learnt to answer. Finish stage=sft to chat.",)
@@ -103,20 +141,25 @@ def stream_reply(
 ) -> Iterator[Reply]:
     """The answer to the last user message, growing token by token: `reply` (or a new one), yielded each time.
 
-    Only whole characters appear. Closing the iterator stops the generation. Raises UserError, with its first step,
-    where no message is the user's.
+    Only whole characters appear. Closing the iterator stops the generation. That old messages are left out is said
+    once in a conversation (`Message["notes"]`). Raises UserError, with its first step, where no message is the user's.
     """
     reply = Reply() if reply is None else reply
     seq_len = engine.net.config.seq_len
     prompt, notes = fit_prompt(engine.tokenizer, messages, seq_len, params.max_new_tokens)
     builder = _ReplyBuilder(engine.tokenizer, reply.content)
-    reply.notes += notes
+    said = {note for message in messages for note in message.get("notes") or ()}
+    reply.notes += [note for note in notes if note != LEFT_OUT.format(seq_len) or note not in said]
     yield reply
     with engine.stream([prompt], params) as stream:
+        begin = time.perf_counter()
         for events in stream:
+            reply.seconds += time.perf_counter() - begin
+            reply.tokens += len(events)
             for event in events:
                 builder.push(event.id)
             yield reply
+            begin = time.perf_counter()
         builder.flush()
         if stream.finish_reasons == ["length"]:
             left = seq_len - len(prompt)
@@ -152,10 +195,7 @@ def fit_prompt(
     if fitting is None:
         return _cut_last_message(tokenizer, system, messages[starts[-1]], budget)
     start, prompt = fitting
-    dropped = start - len(system)
-    if not dropped:
-        return prompt, []
-    return prompt, [f"The oldest {dropped} messages no longer fit the context of {seq_len:,} tokens and were left out."]
+    return prompt, [LEFT_OUT.format(seq_len)] if start > len(system) else []
 
 
 def _cut_last_message(tokenizer, system: list[Message], message: Message, budget: int) -> tuple[list[int], list[str]]:

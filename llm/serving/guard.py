@@ -57,7 +57,7 @@ class Guard:
     ):
         self.app, self.origins = app, frozenset(origins)
         self.names = {host.lower(), *(name.lower() for name in public_names)}
-        self.checks_names = len(self.names) > 1 or is_own_address(host)
+        self.checks_names = len(self.names) > 1 or _is_loopback(_address(host))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by the guarded application where nothing speaks against it."""
@@ -117,6 +117,11 @@ def check_names(names: Iterable[str]) -> None:
             )
 
 
+def is_private(host: str, public_names: Iterable[str]) -> bool:
+    """Return True where only people at this computer are served: it listens on itself, and has no other name."""
+    return _is_loopback(_address(host)) and not list(public_names)
+
+
 def _name_and_port(address: str) -> tuple[str, int | None]:
     """Return host name, in small letters, and port of an address; ("", None) for what is none."""
     try:
@@ -124,11 +129,6 @@ def _name_and_port(address: str) -> tuple[str, int | None]:
         return (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
         return "", None
-
-
-def is_own_address(host: str) -> bool:
-    """Return True where only this computer itself reaches an address that a server listens on."""
-    return _is_loopback(_address(host))
 
 
 def _is_loopback(name: str) -> bool:

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import torch
 
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
+from llm.run.stage_folder import HF
 from llm.serving.api.server import build_app, guard_app, run
 from llm.serving.api.service import Service
 from llm.serving.api.watch import log_to_stderr
-from llm.serving.chat import HF, ChatModel
-from llm.serving.guard import check_names, is_own_address
+from llm.serving.chat import ChatModel, is_hf
+from llm.serving.guard import check_names, is_private
 from llm.serving.pool import Pool, Source
-from llm.serving.remote import RemoteEngine
+from llm.serving.remote import RemoteEngine, RemoteModels
 from llm.tokenizer.bpe import Tokenizer
+
+PAGE_ANSWERS = 16  # that the page may have under way; each takes a thread
 
 
 def serve(cfg: Any, model: str, params: SamplingParams) -> None:
@@ -26,9 +31,9 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
     Raises UserError where nothing can listen, or the model cannot be loaded.
     """
     check_names(cfg.public_names)
-    if cfg.ui == "gradio" and cfg.api.access_key and not is_own_address(cfg.host):
+    if cfg.ui == "gradio" and cfg.api.access_key and not is_private(cfg.host, cfg.public_names):
         raise UserError(
-            f"api.access_key with ui=gradio and host={cfg.host}: the page asks for no key; use ui=api or host=127.0.0.1"
+            "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
         )
     with listen(cfg.host, cfg.port) as bound:
         asyncio.run(_serve(cfg, Source(model, tuple(cfg.plugins), tuple(cfg.trust)), params, bound))
@@ -57,31 +62,41 @@ def listen(host: str, port: int) -> socket.socket:
 async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
     """Start the workers, build the application, serve."""
     devices, threads = worker_devices(cfg.workers)
-    pool = Pool(source, devices, rows=cfg.api.rows, queue=cfg.api.queue, threads=threads)
-    await pool.start()
+    pools: list[Pool] = []
+
+    async def start(model: str, devices: Sequence[str] = devices[:1]) -> ChatModel:
+        """Start workers for a model; return the model that answers through them."""
+        pool = Pool(replace(source, model=model), devices, rows=cfg.api.rows, queue=cfg.api.queue, threads=threads)
+        await pool.start()
+        pools.append(pool)
+        facts, tokenizer = pool.facts, load_tokenizer(model)
+        engine = RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), cfg.api.timeout)
+        return ChatModel(engine, facts["name"], facts["summary"], facts["notes"], facts["examples"])
+
     try:
-        tokenizer, facts = load_tokenizer(source.model), pool.facts
-        defaults = {"temperature": params.temperature, "top_k": params.top_k, "max_new_tokens": params.max_new_tokens}
-        service = Service(pool, tokenizer, facts["name"], defaults, cfg.api.timeout)
+        first = await start(source.model, devices)
+        defaults = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+        defaults["max_new_tokens"] = params.max_new_tokens
+        service = Service(pools[0], first.engine.tokenizer, first.name, defaults, cfg.api.timeout)
         log_to_stderr()
         app = build_app(service, cfg.api.access_key, cfg.api.origins, cfg.api.log)
         if cfg.ui == "gradio":
             from llm.serving import browser
 
-            engine = RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), cfg.api.timeout)
-            model = ChatModel(engine, facts["name"], facts["summary"], tuple(facts["notes"]))
-            browser.mount(app, browser.build(model, params))
+            others = cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
+            models = RemoteModels(first, cfg.paths.runs if others else None, start, min(cfg.api.rows, PAGE_ANSWERS))
+            browser.mount(app, browser.build(models, params))
         guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
-        await run(app, pool, bound, cfg.api.drain, lambda: _announce(cfg, facts, bound.getsockname()[1]))
+        await run(app, pools, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1]))
     finally:
-        await pool.close()
+        for pool in pools:
+            await pool.close()
 
 
-def _announce(cfg: Any, facts: dict[str, Any], port: int) -> None:
+def _announce(cfg: Any, model: ChatModel, port: int) -> None:
     """Print what is served, and where."""
     address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
-    lines = [f"{facts['name']}: {facts['summary']}", *facts["notes"]]
-    lines.append(f"API at {address}/v1   model: {facts['name']}")
+    lines = [f"{model.name}: {model.summary}", *model.notes, f"API at {address}/v1   model: {model.name}"]
     if cfg.ui == "gradio":
         lines.append(f"chat at {address}   (Ctrl-C ends the server)")
     print("\n".join(lines), flush=True)
@@ -98,7 +113,7 @@ def worker_devices(workers: int | str) -> tuple[list[str], int | None]:
 
 def load_tokenizer(model: str) -> Any:
     """Return the tokenizer of a stage folder or of hf:<name>, without the weights beside it."""
-    if model.startswith(HF):
+    if is_hf(model):
         from llm.checkpoint.hf_model import load_hf_tokenizer
 
         return load_hf_tokenizer(model.removeprefix(HF))

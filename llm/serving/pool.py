@@ -257,7 +257,8 @@ class Pool:
                 job.fail(ApiError(499, "the request was cancelled", code="cancelled"))
 
     def fail_all(self) -> None:
-        """End all jobs with an error: the server ends."""
+        """Take no more jobs and end all there are with an error: the server ends."""
+        self.is_draining = True
         for worker in self.workers:
             for job in list(worker.jobs.values()):
                 worker.send(("abort", job.number))

@@ -1,4 +1,4 @@
-"""Engine for the page: the interface of `llm.inference.engine.Engine` that a chat uses, answered by the workers.
+"""Models of the page: the engine's interface that a chat uses, answered by the workers.
 
 The page runs in threads beside the server's event loop; what it asks for goes through the loop's `Pool`, so that the
 page and the API share queue, workers and caches.
@@ -6,14 +6,17 @@ page and the API share queue, workers and caches.
 
 import asyncio
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
+from llm.run.stage_folder import find_stage
+from llm.serving.chat import ChatModel
 from llm.serving.errors import ApiError
+from llm.serving.models import Models
 from llm.serving.pool import Batch, Event, Pool
 
 
@@ -69,3 +72,26 @@ class RemoteStream:
             if batch is not None:
                 self.engine.pool.cancel(batch)
             self._news.put(None)
+
+
+class RemoteModels(Models):
+    """Models of the page: the first one is the server's own, others get a worker when they are chosen.
+
+    at_once: answers that the page may have under way. start: loads a stage's folder in a worker of its own.
+    """
+
+    def __init__(self, first: ChatModel, root: str | None, start: Callable[[str], Awaitable[ChatModel]], at_once: int):
+        super().__init__(first, root)
+        self.at_once, self._own, self._start = at_once, first, start
+
+    def _load(self, name: str) -> ChatModel:
+        """Load a model in a worker, for a thread beside the server's loop. Raises UserError where that fails."""
+        if name == self.first:
+            return self._own
+        folder = find_stage(self.root, *name.split("/"))
+        return asyncio.run_coroutine_threadsafe(self._start(str(folder)), self._own.engine.loop).result()
+
+    def _unload(self, model: ChatModel) -> None:
+        """End the worker of a model, unless it is the server's own."""
+        if model is not self._own:
+            asyncio.run_coroutine_threadsafe(model.engine.pool.close(), self._own.engine.loop)

@@ -61,7 +61,8 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         torch.set_num_threads(source["threads"])
     model = load_chat_model(source["model"], source["device"])
     engine = Engine(model.engine.net, model.engine.tokenizer, max_rows=source["rows"], frozen=True)
-    facts = {"name": model.name, "summary": model.summary, "notes": model.notes, "device": str(engine.net.device)}
+    facts = {"device": str(engine.net.device), "examples": model.examples}
+    facts |= {"name": model.name, "summary": model.summary, "notes": model.notes}
     engine.generate([[engine.tokenizer.bos_id]], SamplingParams(max_new_tokens=2))  # or the first answer would be slow
     return engine, facts | {"seq_len": engine.net.config.seq_len, "vocab_size": engine.net.config.vocab_size}
 

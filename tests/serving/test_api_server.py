@@ -52,7 +52,8 @@ def scripted(ids: list[int] | None = None, n_workers: int = 1, rows: int = 2, qu
 
 def served(pool: Pool, timeout: float = 600, **options):
     """An application over a pool, with its guard."""
-    service = Service(pool, TOKENIZER, "a/b", {"temperature": 0.5, "top_k": 7, "max_new_tokens": 50}, timeout)
+    defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50}
+    service = Service(pool, TOKENIZER, "a/b", defaults, timeout)
     app = build_app(service, **options)
     guard_app(app, "127.0.0.1", (), options.get("origins", ()))
     return app
@@ -198,7 +199,12 @@ def test_settings_reach_the_engine():
     own = {"seed": -1, "stop": ["a", ""], "logit_bias": {"5": 1}, "top_p": 0, "min_tokens": 2, "logprobs": True}
     requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9))
     plain, full = (message[2]["params"] for message in pool.workers[0].writer.heard)
-    assert (plain["temperature"], plain["top_k"], plain["max_new_tokens"]) == (0.5, 7, 50) and plain["use_tools"]
+    assert (plain["temperature"], plain["top_k"], plain["top_p"], plain["max_new_tokens"]) == (
+        0.5,
+        7,
+        0.9,
+        50,
+    ) and plain["use_tools"]
     assert full["seed"] == 2**63 - 1 and full["stop"] == ("a",) and full["logit_bias"] == ((5, 1),)
     assert 0 < full["top_p"] < 1e-6 and full["logprobs"] == 4 and full["max_new_tokens"] == 9
 

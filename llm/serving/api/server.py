@@ -79,7 +79,7 @@ class _Server(uvicorn.Server):
 
 
 async def run(
-    app: FastAPI, pool: Pool, bound: socket.socket, drain_seconds: float, on_start: Callable[[], None]
+    app: FastAPI, pools: list[Pool], bound: socket.socket, drain_seconds: float, on_start: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM (after the answers under way) or Ctrl-C (at once); call `on_start` once it answers."""
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
@@ -88,11 +88,12 @@ async def run(
 
     def drain() -> None:
         if not draining:
-            draining.add(loop.create_task(_drain(pool, server, drain_seconds)))
+            draining.add(loop.create_task(_drain(pools, server, drain_seconds)))
 
     def end() -> None:
-        pool.is_draining = server.should_exit = True
-        pool.fail_all()
+        server.should_exit = True
+        for pool in pools:
+            pool.fail_all()
 
     loop.add_signal_handler(signal.SIGTERM, drain)
     loop.add_signal_handler(signal.SIGINT, end)
@@ -105,11 +106,13 @@ async def run(
             loop.remove_signal_handler(name)
 
 
-async def _drain(pool: Pool, server: uvicorn.Server, seconds: float) -> None:
+async def _drain(pools: list[Pool], server: uvicorn.Server, seconds: float) -> None:
     """Refuse new requests, wait for those under way at most `seconds`, and let the server end."""
-    pool.is_draining = True
     end = time.monotonic() + seconds
-    while pool.outstanding and time.monotonic() < end:
+    for pool in pools:
+        pool.is_draining = True
+    while any(pool.outstanding for pool in pools) and time.monotonic() < end:
         await asyncio.sleep(0.05)
-    pool.fail_all()
+    for pool in pools:
+        pool.fail_all()
     server.should_exit = True

@@ -20,7 +20,7 @@ GREEDY_SHARE = 1e-9  # top_p of a request for 0: the most likely token alone
 
 @dataclass
 class Service:
-    """Model behind the routes. defaults: temperature, top_k and max_new_tokens of requests that say nothing."""
+    """Model behind the routes. defaults: temperature, top_k, top_p and max_new_tokens of requests that say nothing."""
 
     pool: Pool
     tokenizer: Any
@@ -54,7 +54,7 @@ class Service:
             "ignore_eos": body.ignore_eos,
             "min_new_tokens": body.min_tokens,
         }
-        params = {"temperature": self.defaults["temperature"], "top_k": self.defaults["top_k"]}
+        params = {name: self.defaults[name] for name in ("temperature", "top_k", "top_p")}
         params |= {name: value for name, value in given.items() if value is not None}
         params["seed"] = secrets.randbits(63) if body.seed is None else body.seed & (2**63 - 1)
         params["logit_bias"] = tuple(sorted(self._bias(body.logit_bias or {}).items()))
