@@ -271,6 +271,11 @@ class ServeConfig:
         high=256,
         main=True,
     )
+    compute: str = key(
+        "number format of a trained model's weights: auto = bf16 where it is fast, fp32 = answers that do not depend "
+        "on what else is being answered",
+        choices=("auto", "fp32", "bf16"),
+    )
     api: ApiConfig = key("the HTTP API and its workers")
     offer: str | None = key(
         "other models to switch to on the page: all = every finished stage in paths.runs, none; null = all where only "

@@ -31,7 +31,7 @@ def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
     from llm.serving.models import Models
 
     params, model = sampling(cfg), model_name(cfg)
-    terminal.chat(Models(load_chat_model(model), cfg.paths.runs), params, ctrl_c)
+    terminal.chat(Models(load_chat_model(model, compute=cfg.compute), cfg.paths.runs), params, ctrl_c)
 
 
 def _answer_once(cfg: Any) -> None:
@@ -39,7 +39,7 @@ def _answer_once(cfg: Any) -> None:
     from llm.serving.chat import load_chat_model
 
     params, model = sampling(cfg), model_name(cfg)
-    terminal.answer_once(load_chat_model(model), cfg.prompt, params)
+    terminal.answer_once(load_chat_model(model, compute=cfg.compute), cfg.prompt, params)
 
 
 def sampling(cfg: Any) -> Any:

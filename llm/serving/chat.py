@@ -73,10 +73,10 @@ class ChatModel:
         return stream_reply(self.engine, messages, params, reply)
 
 
-def load_chat_model(model: str | Path, device: str | None = None) -> ChatModel:
+def load_chat_model(model: str | Path, device: str | None = None, compute: str = "auto") -> ChatModel:
     """Load a finished stage's folder, or hf:<name>, by default to the best device there is.
 
-    A network of ours computes in the number format that is fast there; others keep that of their files.
+    compute: number format of a network of ours, see `resolve_compute_dtype`; others keep that of their files.
     """
     import torch
 
@@ -85,7 +85,7 @@ def load_chat_model(model: str | Path, device: str | None = None) -> ChatModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net, tokenizer, name = _read_model(model, device)
     if tokenizer_is_ours(tokenizer):
-        net.compute_dtype = resolve_compute_dtype("auto", device)
+        net.compute_dtype = resolve_compute_dtype(compute, device)
         net.to(net.compute_dtype)
     examples = () if is_hf(model) else tuple(load_examples(Path(model) / "model"))
     return ChatModel(Engine(net.eval(), tokenizer), name, _summary(net), _notes(model, tokenizer), examples)

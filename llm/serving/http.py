@@ -36,7 +36,7 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
             "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
         )
     with listen(cfg.host, cfg.port) as bound:
-        asyncio.run(_serve(cfg, Source(model, tuple(cfg.plugins), tuple(cfg.trust)), params, bound))
+        asyncio.run(_serve(cfg, Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust)), params, bound))
     print("\nserver ended", flush=True)
 
 

@@ -33,9 +33,10 @@ END_SECONDS = 5.0  # a worker that has lost its socket ends by itself in this ti
 
 @dataclass(frozen=True)
 class Source:
-    """Source of a worker's model: a stage folder or hf:<name>, and whose code it may import."""
+    """Source of a worker's model: a stage folder or hf:<name>, its number format, and whose code it may import."""
 
     model: str
+    compute: str = "auto"
     plugins: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
 

@@ -3,60 +3,16 @@
 import asyncio
 import json
 import logging
-import pickle
 
 import httpx
 import pytest
 
 pytest.importorskip("fastapi")
 
-from llm.serving.api.server import build_app, guard_app  # noqa: E402
-from llm.serving.api.service import Service  # noqa: E402
+from scripted_pool import BODY, scripted, served  # noqa: E402
+
 from llm.serving.errors import unavailable  # noqa: E402
-from llm.serving.pool import SLACK, Pool, Source  # noqa: E402
-from llm.tokenizer.bpe import Tokenizer  # noqa: E402
-
-TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
-FACTS = {"name": "a/b", "summary": "a model", "notes": (), "device": "cpu", "seq_len": 400, "vocab_size": 265}
-BODY = {"model": "a/b", "messages": [{"role": "user", "content": "Hi"}]}
-
-
-class Script:
-    """Worker's end of a pool: answers every job with `ids`, all at once, or never (None)."""
-
-    def __init__(self, pool: Pool, worker, ids: list[int] | None):
-        self.pool, self.worker, self.ids, self.heard = pool, worker, ids, []
-
-    def write(self, data: bytes) -> None:
-        kind, *rest = message = pickle.loads(data[4:])
-        self.heard.append(message)
-        if kind == "submit":
-            self.pool._hear(self.worker, ("accepted", rest[0]))
-            if self.ids is not None:
-                self.answer(rest[0], self.ids)
-
-    def answer(self, number: int, ids: list[int]) -> None:
-        events = [(number, token, False, None, None, None) for token in ids]
-        self.pool._hear(self.worker, ("prompt", number, None, 3))
-        self.pool._hear(self.worker, ("tokens", [*events, (number, None, False, None, None, "stop")]))
-
-
-def scripted(ids: list[int] | None = None, n_workers: int = 1, rows: int = 2, queue: int = 1) -> Pool:
-    """A pool whose workers follow a script instead of being processes."""
-    pool = Pool(Source("a/b"), ["cpu"] * n_workers, rows=rows, queue=queue)
-    pool._facts = FACTS
-    for worker in pool.workers:
-        worker.facts, worker.writer = FACTS, Script(pool, worker, ids)
-    return pool
-
-
-def served(pool: Pool, timeout: float = 600, **options):
-    """An application over a pool, with its guard."""
-    defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50}
-    service = Service(pool, TOKENIZER, "a/b", defaults, timeout)
-    app = build_app(service, **options)
-    guard_app(app, "127.0.0.1", (), options.get("origins", ()))
-    return app
+from llm.serving.pool import SLACK  # noqa: E402
 
 
 def requests(app, *steps):
@@ -199,12 +155,8 @@ def test_settings_reach_the_engine():
     own = {"seed": -1, "stop": ["a", ""], "logit_bias": {"5": 1}, "top_p": 0, "min_tokens": 2, "logprobs": True}
     requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9))
     plain, full = (message[2]["params"] for message in pool.workers[0].writer.heard)
-    assert (plain["temperature"], plain["top_k"], plain["top_p"], plain["max_new_tokens"]) == (
-        0.5,
-        7,
-        0.9,
-        50,
-    ) and plain["use_tools"]
+    defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50, "use_tools": True}
+    assert plain == plain | defaults
     assert full["seed"] == 2**63 - 1 and full["stop"] == ("a",) and full["logit_bias"] == ((5, 1),)
     assert 0 < full["top_p"] < 1e-6 and full["logprobs"] == 4 and full["max_new_tokens"] == 9
 

@@ -33,8 +33,8 @@ def test_local_completions_scores_as_the_model_in_memory_does(net, tokenizer, tm
         tasks = ["mine_choice", "mine_answer", "mine_text"]
         return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **more)
 
-    in_memory = evaluate(HarnessModel(load_chat_model(stage).engine, 8))
-    with ServerProcess(tmp_path / "runs", "ui=api", "api.log=none") as server:
+    in_memory = evaluate(HarnessModel(load_chat_model(stage, compute="fp32").engine, 8))
+    with ServerProcess(tmp_path / "runs", "ui=api", "api.log=none", "compute=fp32") as server:
         arguments = {
             "model": "tiny/sft",
             "base_url": f"{server.url}/v1/completions",
@@ -47,7 +47,7 @@ def test_local_completions_scores_as_the_model_in_memory_does(net, tokenizer, tm
     for task, scores in in_memory["results"].items():
         for metric, score in scores.items():
             if isinstance(score, float):
-                assert over_http["results"][task][metric] == pytest.approx(score, rel=0.02), (task, metric)
+                assert over_http["results"][task][metric] == pytest.approx(score, rel=1e-4), (task, metric)
     for ours, theirs in zip(*(run["samples"]["mine_choice"] for run in (in_memory, over_http)), strict=True):
         for one, other in zip(ours["filtered_resps"], theirs["filtered_resps"], strict=True):
-            assert float(other[0]) == pytest.approx(float(one[0]), rel=0.02, abs=0.1) and other[1] == one[1]
+            assert float(other[0]) == pytest.approx(float(one[0]), rel=1e-4) and other[1] == one[1]
