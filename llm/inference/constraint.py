@@ -91,21 +91,23 @@ class Constraint:
                 return [*way, self._ends[0]]
             if not mask.any():
                 return []
-            way.append(self._next(mask, before))
+            way.append(self._next(mask, before, way))
             matcher.consume_token(way[-1])
             before, mask = mask, self._mask(matcher)
         return []
 
-    def _next(self, mask: np.ndarray, before: np.ndarray) -> int:
-        """Return the token of a way out where `mask` is allowed, and `before` was one token earlier.
+    def _next(self, mask: np.ndarray, before: np.ndarray, way: list[int]) -> int:
+        """Return the token that goes on with a way out where `mask` is allowed, and `before` was one token earlier.
 
-        Beside JSON's own signs, a token that has just become possible leads out of a repetition, as @ in [a-z]+@.
+        Beside JSON's own signs, a token that has just become possible leads out of a repetition, as @ in [a-z]+@, and
+        one that is not yet on the way leads on sooner than one that is.
         """
         for token in self._inside if mask[self._braces].all() else self._around:
             if mask[token]:
                 return token
         allowed = np.flatnonzero(new if (new := mask & ~before).any() else mask)
-        return int(allowed[np.argmin(self._lengths[allowed])])
+        used = np.bincount(way, minlength=self._vocab_size)[allowed]
+        return int(allowed[np.lexsort((self._lengths[allowed], used))[0]])
 
 
 def _grammar(form: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from llm.serving.api.conversation import chat_prompt, instructions_of, turns
+from llm.serving.api.conversation import instructions_of, prompt_of, turns
 from llm.serving.api.requests import ChatRequest
 from llm.serving.api.service import Service, finite, form_of, new_id, service_of, usage_of
 from llm.serving.api.stream import DONE, event
@@ -27,7 +27,7 @@ async def create(body: ChatRequest, request: Request) -> Response:
     offers_tools = bool(body.tools) and body.tool_choice != "none"
     found = turns(body.messages, instructions_of(body.tools) if offers_tools else "")
     limit = body.max_completion_tokens or body.max_tokens or service.defaults["max_new_tokens"]
-    prompt = chat_prompt(service.tokenizer, found, service.seq_len, limit, body.truncation == "auto")
+    prompt = await prompt_of(service, found, limit, body.truncation)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = service.params(body, limit, use_tools=form is None, logprobs=logprobs)
     batch = service.submit(request, [prompt], params, body.n or 1, form)

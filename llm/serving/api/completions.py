@@ -1,5 +1,6 @@
 """Route /v1/completions: continuations of texts or ids, with echo, logprobs and best_of, as lm-eval asks for them."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts = _prompts(service, body, limit)
+    prompts = await asyncio.to_thread(_prompts, service, body, limit)
     n_samples = body.best_of or body.n or 1
     if len(prompts) * n_samples > MAX_CHOICES:
         raise bad(f"a request may ask for {MAX_CHOICES} completions, over all its prompts", "n")
@@ -49,7 +50,7 @@ def _prompts(service: Service, body: CompletionRequest, limit: int) -> list[list
     """Return the ids of every prompt. Raises ApiError for ids that do not exist and prompts that do not fit."""
     given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     given = [given] if isinstance(given[0], int) else given
-    if sum(len(one) for one in given) > MAX_TOTAL_CHARS * (1 if isinstance(given[0], str) else len(given)):
+    if sum(len(one) for one in given if isinstance(one, str)) > MAX_TOTAL_CHARS:
         raise bad(f"prompts may have {MAX_TOTAL_CHARS:,} characters", "prompt", "string_above_max_length")
     n = service.pool.facts["vocab_size"]
     prompts = []

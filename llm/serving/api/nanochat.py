@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from llm.serving.api.conversation import chat_prompt, turns
+from llm.serving.api.conversation import prompt_of, turns
 from llm.serving.api.requests import MAX_CHARS, MAX_MESSAGES, Body, Sampling, Tokens
 from llm.serving.api.service import service_of
 from llm.serving.api.stream import event
@@ -38,7 +38,7 @@ async def create(body: NanochatRequest, request: Request) -> Response:
     """Answer a conversation, as a stream; the oldest messages are left out where they do not fit."""
     service = service_of(request)
     limit = body.max_tokens or service.defaults["max_new_tokens"]
-    prompt = chat_prompt(service.tokenizer, turns(body.messages), service.seq_len, limit, truncate=True)
+    prompt = await prompt_of(service, turns(body.messages), limit, "auto")
     asked = Sampling(model=service.name, temperature=body.temperature, top_k=body.top_k)
     batch = service.submit(request, [prompt], service.params(asked, limit), 1)
     return await service.stream(batch, _events(service.tokenizer, batch))

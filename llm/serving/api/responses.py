@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from starlette.responses import Response
 
 from llm.serving.api.chat import Choice, answer_form
-from llm.serving.api.conversation import chat_prompt, turns
+from llm.serving.api.conversation import prompt_of, turns
 from llm.serving.api.requests import (
     MAX_MESSAGES,
     TRUNCATIONS,
@@ -132,7 +132,7 @@ async def create(body: ResponseRequest, request: Request) -> Response:
         raise bad(f"input: {error.errors()[0]['msg']}", "input", "invalid_value") from error
     form = answer_form(chat)
     limit = chat.max_completion_tokens or service.defaults["max_new_tokens"]
-    prompt = chat_prompt(service.tokenizer, turns(chat.messages), service.seq_len, limit, chat.truncation == "auto")
+    prompt = await prompt_of(service, turns(chat.messages), limit, chat.truncation)
     params = service.params(chat, limit, use_tools=form is None)
     batch = service.submit(request, [prompt], params, 1, form)
     answer = ResponseAnswer(service, batch, body, Choice(service, chat, offers_tools=False), params)

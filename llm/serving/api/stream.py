@@ -53,8 +53,10 @@ class EventStream(Response):
         finally:
             for task in (sending, gone):
                 task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
+            outcome, _ = await asyncio.gather(sending, gone, return_exceptions=True)
             self.end()
+        if isinstance(outcome, Exception):  # a mistake of ours: it belongs into the server's log
+            raise outcome
 
     async def _send(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
