@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import load_model_folder
 from llm.config.stages import stage_row
 from llm.data.documents import text_id, texts
@@ -22,7 +23,6 @@ from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
-from llm.eval.hf_model import load_hf
 from llm.eval.judges import judges
 from llm.eval.samples import draw_samples, questions, text_prompts
 from llm.eval.saved import saved_config, saved_keys
@@ -35,7 +35,7 @@ from llm.run.config_diff import ABSENT, diff_configs
 from llm.run.formats import read_scores
 from llm.run.lock import waiting_lock
 from llm.run.notes import say, stage_notes
-from llm.run.stage_folder import find_stage, read_manifest
+from llm.run.stage_folder import HF, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.files import write_json
@@ -45,7 +45,6 @@ from tasks.registry import held_out_weights
 from tasks.snippets import run_snippet
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
-HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 # Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.

@@ -29,6 +29,11 @@ def write_content(folder: Path) -> None:
     write_json(folder / CONTENT, {path.name: _sums(path, full=True) for path in files})
 
 
+def list_file(folder: Path, name: str) -> None:
+    """Add a file that was written later to manifest.json, or put its new sums there."""
+    write_json(folder / CONTENT, read_content(folder) | {name: _sums(folder / name, full=True)})
+
+
 def read_content(folder: Path) -> dict[str, dict[str, Any]]:
     """Return manifest.json of a model/ folder; {} for one of an older release or another program."""
     return read_form(folder / CONTENT, CHECKSUMS) or {}

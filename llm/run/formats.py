@@ -122,6 +122,7 @@ _scores: dict[str, Kind] = {
 }
 SCORES = mapping(_scores | {"other_data": mapping(others=mapping(_scores))})
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
+EXAMPLES = mapping({"questions": listing(text, (0, 20))}, needs=("questions",))  # of model/
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
 CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}, needs=("bytes",)))
 MIRRORED = mapping(others=listing(whole(), (2, 2)))  # mirror.json: bytes and time of change, by file

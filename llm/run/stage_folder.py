@@ -24,6 +24,7 @@ from llm.utils.files import read_bytes, read_json, write_json
 
 MANIFEST = "run.json"
 MOST_METRICS = 1 << 29  # bytes of metrics.csv: a million rows have 200 MB
+HF = "hf:"  # names of models that are no run's, but of Hugging Face, begin with it
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,12 @@ def eval_tasks(cfg) -> dict:
     if not cfg.stage.chat_every:
         return {}
     names = cfg.data.eval if cfg.stage.chat_tasks is None else cfg.stage.chat_tasks
-    return {name: build_task(name, cfg.data.tasks[name], "test", task_cache(cfg), cfg.data.bad_rows) for name in names}
+    return {name: held_out_task(cfg, name) for name in names}
+
+
+def held_out_task(cfg, name: str):
+    """Return the held-out rows of a task of `data.tasks`. Raises UserError where there are none."""
+    return build_task(name, cfg.data.tasks[name], "test", task_cache(cfg), cfg.data.bad_rows)
 
 
 def task_cache(cfg) -> Cache:

@@ -89,6 +89,7 @@ class Tokenizer:
         )
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos_id = self._special_ids["<|bos|>"]
+        self.special_ids = frozenset(self._special_ids.values())
         self.stop_ids = frozenset({self.bos_id, self._special_ids["<|assistant_end|>"]})  # end a completion
         self.fingerprint = _fingerprint(self.tokens, pattern)
 

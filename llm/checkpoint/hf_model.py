@@ -1,4 +1,4 @@
-"""Causal language models of transformers, behind the interface by which Fathom's own are evaluated.
+"""Causal language models of transformers, behind the interface by which Fathom's own are evaluated and served.
 
 `HFNet` stands for a `GPT` (scores, engine), `HFTokenizer` for a `Tokenizer`, so `model=hf:<name>` is judged by the code
 that judges a run. Weights are read from safetensors files only, and code in a repository is not run. A folder that
@@ -308,7 +308,7 @@ class HFTokenizer:
         characters: their bits per byte would be those of another text. A space that some put before a text counts.
         """
         sizes = np.array([len(one) for one in self._bytes], dtype=np.int32)
-        sizes[[i for i in self._special if i < len(sizes)]] = 0
+        sizes[[i for i in self.special_ids if i < len(sizes)]] = 0
         for kind, text in SAMPLE_TEXTS.items():
             found, expected = int(sizes[self.encode(text)].sum()), len(text.encode())
             if found not in (expected, expected + 1):
@@ -319,7 +319,7 @@ class HFTokenizer:
         return sizes
 
     @cached_property
-    def _special(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         """Ids of special tokens."""
         added = self.hf.added_tokens_decoder.items()
         return frozenset({*self.hf.all_special_ids, *(i for i, token in added if token.special)})
@@ -388,6 +388,18 @@ def load_hf(
         )
     stops = getattr(model.generation_config, "eos_token_id", None)
     return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
+
+
+def load_hf_tokenizer(name: str) -> HFTokenizer | Tokenizer:
+    """Load the tokenizer of a model folder or of the hub, without the weights beside it. Raises UserError for none."""
+    folder = _folder(name)
+    if _is_ours(folder):
+        return Tokenizer.load(folder)
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    return HFTokenizer(tokenizer, config.get_text_config().vocab_size)
 
 
 def _is_ours(folder: Path) -> bool:
