@@ -264,10 +264,11 @@ class Handlers:
             threads[1:], threads[0].model = [], self.models.first
         two = len(threads) == 2
         examples = [{"text": text} for text in models[0].examples]
-        first = gr.Chatbot(display(threads[0].messages), examples=examples, label=models[0].name, show_label=two)
-        second = gr.Chatbot(visible=False)
+        shown = [display(thread.messages) for thread in threads]
+        first = gr.update(value=shown[0], examples=examples, label=models[0].name, show_label=two)
+        second = gr.update(visible=False)
         if two:
-            second = gr.Chatbot(display(threads[1].messages), visible=True, label=models[1].name, show_label=True)
+            second = gr.update(value=shown[1], visible=True, label=models[1].name, show_label=True)
         other = models[1].name if two else NONE
         system = gr.skip() if system is None else system
         return talk, first, second, told(talk), system, title(*models), models[0].name, other
@@ -286,4 +287,4 @@ def _message(reply: Reply) -> Message:
 
 def _box(talk: Talk, **box):
     """Return what changes in the question box: its button, and the text if there is a new one."""
-    return gr.Textbox(submit_btn=False if talk.is_busy else "Send", stop_btn="Stop" if talk.is_busy else False, **box)
+    return gr.update(submit_btn=False if talk.is_busy else "Send", stop_btn="Stop" if talk.is_busy else False, **box)
