@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.run.stage_folder import RunDir, find_stage, list_runs
+from llm.run.stage_folder import RunDir, find_stage, list_runs, readable_stages
 from llm.serving.chat import ChatModel, load_chat_model
 
 KEPT = 2  # models in memory: as many as are compared side by side
@@ -15,7 +15,8 @@ KEPT = 2  # models in memory: as many as are compared side by side
 class Models:
     """Chat models by name, run/stage: the one that is there, and finished stages, of which `KEPT` stay in memory.
 
-    root: folder of runs whose finished stages are offered too; None = only the first model is. verify: see `load_chat_model`.
+    root: folder of runs whose finished stages are offered too; None = only the first model is. verify: compare
+    every file of a model with its checksum.
     """
 
     at_once = 1  # answers that may be under way: an engine belongs to one thread at a time
@@ -54,9 +55,5 @@ class Models:
 
 
 def _servable(run: RunDir) -> list[str]:
-    """Return the names of a run's finished models, the most advanced first; of a damaged run none."""
-    try:
-        stages = [stage for stage in run.finished() if row_or_stranger(stage).servable]
-    except UserError:
-        return []
-    return [f"{run.name}/{stage}" for stage in reversed(stages)]
+    """Return the names of a run's finished models, the most advanced first."""
+    return [f"{run.name}/{stage}" for stage in reversed(readable_stages(run)) if row_or_stranger(stage).servable]
