@@ -34,6 +34,7 @@ from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
+from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
 
@@ -121,7 +122,7 @@ def _complain(mistake: str) -> int:
     if launched_rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE_SECONDS)
-    print("error:", re.sub(r"\s*\n\s*", " ", mistake.strip()), file=sys.stderr)
+    print("error:", re.sub(r"\s*\n\s*", " ", without_secrets(mistake.strip())), file=sys.stderr)
     return USER_ERROR
 
 
@@ -135,7 +136,7 @@ def _report(failure: _JobFailed) -> int:
         if is_out_of_memory(failure.cause):
             end(status)  # without what libraries do at exit, which would fail too
         return status
-    traceback.print_exception(failure.cause)
+    print(without_secrets("".join(traceback.format_exception(failure.cause))), end="", file=sys.stderr)
     if where:
         print(f"error: {where}", file=sys.stderr)
     return FAILED

@@ -16,14 +16,14 @@ def serve(cfg) -> None:
     )
     stage_dir = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
     if cfg.prompt is not None:
-        terminal.answer_once(load_chat_model(stage_dir), cfg.prompt, params)
+        terminal.answer_once(load_chat_model(stage_dir, cfg.verify), cfg.prompt, params)
     elif cfg.ui == "cli":
-        terminal.chat(load_chat_model(stage_dir), params)
+        terminal.chat(load_chat_model(stage_dir, cfg.verify), params)
     else:
         port = usable_port(cfg.host, cfg.port)
         browser = _browser_chat()
         browser.check_names(cfg.public_names)
-        browser.serve(load_chat_model(stage_dir), params, cfg.host, port, cfg.public_names)
+        browser.serve(load_chat_model(stage_dir, cfg.verify), params, cfg.host, port, cfg.public_names)
 
 
 def usable_port(host: str, port: int) -> int:

@@ -14,6 +14,7 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.run.notes import say, stage_notes
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
@@ -40,8 +41,11 @@ class Reply:
     done: bool = False
 
 
-def load_chat_model(stage_dir: str | Path) -> ChatModel:
-    """The model of a finished stage on the best device there is, with weights in the dtype it computes in."""
+def load_chat_model(stage_dir: str | Path, verify: bool = True) -> ChatModel:
+    """The model of a finished stage on the best device there is, with weights in the dtype it computes in.
+
+    verify: compare every file with its checksum.
+    """
     import torch
 
     from llm.checkpoint.model_folder import load_model_folder
@@ -50,7 +54,8 @@ def load_chat_model(stage_dir: str | Path) -> ChatModel:
 
     stage_dir = Path(stage_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net, tokenizer = load_model_folder(stage_dir / "model", device)
+    net, tokenizer = load_model_folder(stage_dir / "model", device, verify)
+    say(*stage_notes(stage_dir))
     net.compute_dtype = resolve_compute_dtype("auto", device)
     net.to(net.compute_dtype).eval()
     config = net.config

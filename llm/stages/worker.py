@@ -5,7 +5,6 @@ python -m llm.stages.worker <config.json> <folder for errors>
 Users call train.py instead.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llm.config.trust import trust_command
 from llm.errors import UserError, system_problem
 from llm.parallel.env import begin, end, launched_rank, lost_another
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.files import read_json
 from llm.utils.streams import keep_going, open_streams
 
 
@@ -29,7 +29,7 @@ def main() -> None:
 
     from llm.stages.run_stage import run_stage
 
-    cfg = OmegaConf.create(json.loads(Path(config).read_text(encoding="utf-8")))
+    cfg = OmegaConf.create(read_json(Path(config)))
     OmegaConf.set_struct(cfg, True)
     try:
         trust_command(cfg)
