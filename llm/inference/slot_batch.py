@@ -160,11 +160,11 @@ class SlotBatch:
     # -----------------------------------------------------------------------------------------------------------------
     # Rows that leave
 
-    def leave(self, request: Request) -> None:
-        """Take a request out of the cache, whether it is decoded or being read."""
+    def leave(self, request: Request, comes_back: bool = False) -> None:
+        """Take a request out of the cache, whether it is decoded or being read; comes_back: what was read is kept."""
         if request in self._rows:
             row = self._rows.index(request)
-            if self.remembers:
+            if self.remembers or comes_back:
                 self._remember(row)
             self._drop(row)
             return

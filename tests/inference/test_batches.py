@@ -1,6 +1,7 @@
 """Every composition of a batch gives what the plain forward gives: joins, ends, aborts, short budgets, shared texts."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -221,3 +222,58 @@ def test_in_bf16_the_log_probabilities_stay_close_to_those_of_the_plain_pass():
     gap, own = torch.cat(gaps), torch.cat(spread)
     assert abs(float(gap.mean())) < max(1e-3, 4 * float(own.std()) / len(own) ** 0.5)
     assert gap.abs().mean() < 2 * own.abs().mean()
+
+
+def test_a_row_that_waits_for_a_tool_stalls_no_other(monkeypatch):
+    """A call is forced by a bias; its result comes only after the other row has ended."""
+    net, come = sharp_net("modern", 4), threading.Event()
+    start, end = (TOKENIZER.special_id(f"python_{name}") for name in ("start", "end"))
+    calls = []
+
+    def run_code(text: str) -> str:
+        calls.append(text)
+        assert come.wait(60)
+        return "42"
+
+    engine = Engine(net, TOKENIZER, run_code=run_code)
+    script = Script([start, ord("h"), ord("i"), end])
+    caller = engine.submit([BOS, 5], SamplingParams(temperature=0.0, max_new_tokens=12), constraint=script)
+    other = engine.submit([BOS, 6], SamplingParams(temperature=0.0, max_new_tokens=20))
+    while not other.is_done:
+        engine.step()
+    assert calls == ["hi"] and len(caller.ids) == 4 and engine.has_work and engine.stats()["rows"] == 0
+    come.set()
+    run(engine)
+    forced = [TOKENIZER.special_id("output_start"), *b"42", TOKENIZER.special_id("output_end")]
+    assert caller.ids[4:8] == forced and caller.mask == [1] * 4 + [0] * 4 + [1] * 4 and len(caller.ids) == 12
+    rest = Request([*caller.prompt, *caller.ids[:8]], caller.params)
+    rest.ids = caller.ids[8:]
+    check(net, rest)
+    check(net, other)
+
+
+def test_a_tool_that_fails_has_no_result_and_an_aborted_request_gets_none():
+    net = sharp_net("classic", 4)
+    start, end = (TOKENIZER.special_id(f"python_{name}") for name in ("start", "end"))
+    engine = Engine(net, TOKENIZER, run_code=lambda text: 1 / 0)
+    params = SamplingParams(temperature=0.0, max_new_tokens=6)
+    kept, gone = (engine.submit([BOS, i], params, constraint=Script([start, ord("h"), end])) for i in range(2))
+    while len(gone.ids) < 3:
+        engine.step()
+    engine.abort(gone)
+    run(engine)
+    assert kept.mask == [1] * 6 and kept.finish_reason == "length" and len(gone.ids) == 3
+
+
+class Script:
+    """Constraint that lets a row say a script first, then anything but special tokens."""
+
+    def __init__(self, script: list[int]):
+        self.left, self.is_done = list(script), False
+
+    def allowed(self) -> torch.Tensor:
+        allowed = torch.arange(TOKENIZER.vocab_size) < BOS
+        return torch.arange(TOKENIZER.vocab_size) == self.left[0] if self.left else allowed
+
+    def accept(self, token: int) -> None:
+        self.left = self.left[1:]
