@@ -197,7 +197,8 @@ class Engine:
             call = self._accept(request, ids[row], *found.get(row, (None, None)))
             if call is not None:
                 self._send_away(request, call)
-            elif request.is_done:
+        for request in reversed(requests):  # the last rows first, so that few have to be moved
+            if request.is_done:
                 self._batch.leave(request)
 
     def _drawn(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
@@ -238,7 +239,8 @@ class Engine:
         is_last: bool = False,
     ) -> None:
         """Append a token to a request's text; end the request if it has to."""
-        request.timings.mark("first_token")
+        if not request.ids:
+            request.timings.mark("first_token")
         request.ids.append(token)
         request.mask.append(0 if forced else 1)
         request.room -= 1
