@@ -22,6 +22,7 @@ from llm.inference.static_batch import StaticBatch
 from llm.inference.text import StopTexts
 from llm.inference.tools import Runner, Tools
 from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
+from llm.model import decode_cpu
 
 MAX_ROWS = 256
 TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
@@ -166,7 +167,9 @@ class Engine:
         """Read the weights, if they are not at hand."""
         if self._batch is None:
             self._was_training = self.net.training
-            net = in_compute_dtype(self.net.eval())
+            net = self.net.eval()
+            if not decode_cpu.computes(net):  # our kernel packs the weights as they are
+                net = in_compute_dtype(net)
             if getattr(net, "has_slots", False):
                 self._batch = SlotBatch(
                     net, self.max_rows, self.budget or default_budget(net, self.max_rows), self.frozen
@@ -197,7 +200,8 @@ class Engine:
             call = self._accept(request, ids[row], *found.get(row, (None, None)))
             if call is not None:
                 self._send_away(request, call)
-            elif request.is_done:
+        for request in reversed(requests):  # the last rows first, so that few have to be moved
+            if request.is_done:
                 self._batch.leave(request)
 
     def _drawn(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
@@ -238,7 +242,8 @@ class Engine:
         is_last: bool = False,
     ) -> None:
         """Append a token to a request's text; end the request if it has to."""
-        request.timings.mark("first_token")
+        if not request.ids:
+            request.timings.mark("first_token")
         request.ids.append(token)
         request.mask.append(0 if forced else 1)
         request.room -= 1

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -74,6 +75,12 @@ class SamplingParams:
         for one, bias in self.logit_bias:
             if not _is_whole(one, 0) or math.isnan(bias) or bias == math.inf:
                 raise UserError(f"logit_bias: ({one}, {bias}) must be a token id and a number; -inf forbids a token")
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """True if logits are changed before a token is drawn from them."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias or self.min_new_tokens or any(penalties))
 
     @property
     def is_greedy(self) -> bool:

@@ -8,11 +8,11 @@ On a CPU our own kernel computes all passes where it can. Elsewhere shapes are f
 few sizes where half precision on a CPU would keep code for each.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,13 +46,22 @@ class Reading:
     done: int = 0
 
 
+def free_memory() -> int:
+    """Return the bytes of the host's memory that are free or can be freed; 8 GB where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 8 << 30
+
+
 def default_budget(net, max_rows: int) -> int:
     """Return the tokens that half of the free memory has room for, enough for one row and at most for all."""
     config, size = net.config, net.compute_dtype.itemsize
     if net.device.type == "cuda":
         free = torch.cuda.mem_get_info(net.device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        free = free_memory()
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * size
     return max(config.seq_len, min(max_rows * config.seq_len, free // 2 // per_token))
 

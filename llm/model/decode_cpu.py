@@ -99,6 +99,11 @@ def supports(net) -> bool:
     )
 
 
+def computes(net) -> bool:
+    """Return whether the kernel is there and computes what a network computes. May compile for some seconds."""
+    return supports(net) and load() is not None
+
+
 class DecodeStep:
     """The network's pass over new tokens with a cache, by the C++ kernel.
 
@@ -116,8 +121,7 @@ class DecodeStep:
     @classmethod
     def for_net(cls, net) -> "DecodeStep | None":
         """Return the step of a network, or None where only torch can compute it. May compile for some seconds."""
-        lib = load() if supports(net) else None
-        return None if lib is None else cls(net, lib)
+        return cls(net, load()) if computes(net) else None
 
     @torch.no_grad()
     def refresh(self) -> None:
