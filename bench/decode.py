@@ -1,16 +1,19 @@
 """Tokens per second of sampling, and how many times those of a plain loop: one stream, many samples, an RL load.
 
     python bench/decode.py [--depth 4] [--vocab 8192] [--prompt 128] [--tokens 64] [--repeats 3] [--arch modern]
-                           [--dtype auto]
+                           [--dtype auto] [--clock wall]
 
 The engine writes 1, 16 and 64 samples of one prompt, and the load of a step of reinforcement learning: 16 samples of
 each of 16 prompts, twice as many tokens. The plain loop stands for what people write by hand, in fp32: it computes one
 prompt, copies its keys and values for every sample, and feeds one token per row and step to PyTorch's attention. It
-takes prompt after prompt. Both ways take turns in one process; weights are random, and nobody ends a turn. Prints a
-table and a last line of JSON; `ratio_...` is engine over plain loop.
+takes prompt after prompt. Both ways take turns in one process; weights are random, and nobody ends a turn. On a busy
+machine `OMP_NUM_THREADS=1` with `--clock cpu` gives ratios of computing times. Prints a table and a last line of JSON;
+`ratio_...` is engine over plain loop.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
+import time
+
 import torch
 import torch.nn.functional as F
 
@@ -109,7 +112,7 @@ class PlainLoop:
 def main() -> None:
     """Run all loads both ways and print rates and ratios."""
     numbers = {"depth": 4, "vocab": 8192, "prompt": 128, "tokens": 64, "repeats": 3}
-    args = _bench.arguments(__doc__, numbers, arch="modern")
+    args = _bench.arguments(__doc__, numbers, arch="modern", clock="wall")
     cfg = compose("train", [f"model=d{args.depth}", "model.seq_len=512", f"arch={args.arch}", "arch.window_pattern=L"])
     torch.manual_seed(0)
     net = GPT(model_config(cfg.model, cfg.arch, args.vocab)).init_weights(0).to(_bench.DEVICE)
@@ -123,7 +126,8 @@ def main() -> None:
         steps[f"plain_{name}"] = lambda s=some, n=samples, t=tokens: [plain.generate(p, n, t) for p in s]
         steps[f"engine_{name}"] = lambda s=some, n=samples, p=params: engine.generate(s, p, n)
         written[name] = n_prompts * samples * tokens
-    seconds = _bench.alternating(steps, args.repeats, warmup=1)
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+    seconds = _bench.alternating(steps, args.repeats, warmup=1, clock=clock)
     result = vars(args) | {f"{name}_tok_s": written[name.split("_")[1]] / s for name, s in seconds.items()}
     result |= {f"ratio_{name}": seconds[f"plain_{name}"] / seconds[f"engine_{name}"] for name in LOADS}
     _bench.show(result | {"matmul_gflops": _bench.matmul_rate(args.dtype) / 1e9, "copy_gb_s": _bench.copy_rate() / 1e9})

@@ -198,6 +198,7 @@ class EvalConfig:
     )
     ks: list[int] | None = key("values of k of pass@k; null = 1 and num_samples", low=1, high=10**4)
     temperature: float = key("sampling temperature of drawn answers", above=0, high=100)
+    python: bool = key("run the Python that a model writes between its python markers, in the sandbox")
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
     core_tasks: list[str] | None = key("tasks of eval.bundle to measure; null = all, whose mean is CORE")
     tasks: list[str] | None = key(

@@ -41,6 +41,7 @@ from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import held_out_weights
+from tasks.snippets import run_snippet
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
@@ -228,7 +229,7 @@ class Subject:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.net, self.tokenizer)
+        return Engine(self.net, self.tokenizer, run_code=run_snippet if self.options.python else None)
 
     @cached_property
     def source(self) -> Any:

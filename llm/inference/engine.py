@@ -7,6 +7,7 @@ every step as it happens (chat). A step costs one forward pass, one vectorised d
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from llm.inference.sampling import BROKEN, Sampler, SamplingParams, draw_keys, u
 from llm.inference.slot_batch import SlotBatch, default_budget
 from llm.inference.static_batch import StaticBatch
 from llm.inference.text import StopTexts
-from llm.inference.tools import Calculator
+from llm.inference.tools import Runner, Tools
 from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
 
 MAX_ROWS = 256
+TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
 SCORED_AT_A_TIME = 256  # tokens of a prompt whose logits are held at a time
 
 
@@ -35,11 +37,20 @@ class Engine:
     max_rows: sequences decoded together; others wait. budget: tokens of context that the cache may hold, by default
     what half of the free memory has room for; where it is short, rows wait and are read again. frozen: the weights
     never change, so that they and what was read are kept while there is nothing to do, and texts that prompts begin
-    with are found again; otherwise the weights are read anew after every pause.
+    with are found again; otherwise the weights are read anew after every pause. run_code: function from Python that a
+    model has written between its python markers to its output; the calculator alone answers without it. Rows that wait
+    for it leave the batch meanwhile.
     """
 
     def __init__(
-        self, net: Any, tokenizer: Any, *, max_rows: int = MAX_ROWS, budget: int | None = None, frozen: bool = False
+        self,
+        net: Any,
+        tokenizer: Any,
+        *,
+        max_rows: int = MAX_ROWS,
+        budget: int | None = None,
+        frozen: bool = False,
+        run_code: Runner | None = None,
     ):
         self.net, self.tokenizer, self.max_rows, self.budget, self.frozen = net, tokenizer, max_rows, budget, frozen
         self._waiting: deque[Request] = deque()
@@ -47,7 +58,9 @@ class Engine:
         self._untold: list[TokenEvent] = []  # what has happened and no step has returned yet
         self._streams: dict[Request, Stream] = {}
         self._batch: SlotBatch | StaticBatch | None = None
-        self._calculator = Calculator(tokenizer) if tokenizer.has_tools else None
+        self._tools = Tools(tokenizer, run_code) if tokenizer.has_tools else None
+        self._away: dict[Future, Request] = {}  # requests that wait for a tool
+        self._threads: ThreadPoolExecutor | None = None
         self._sampler: tuple[list[Request], Sampler, np.ndarray] | None = None
         self._was_training = False
 
@@ -85,11 +98,11 @@ class Engine:
         """End a request at any time, also one that has ended already; its row is free before the next step."""
         if request.is_done:
             return
+        self._away = {future: other for future, other in self._away.items() if other is not request}
         for queue in (self._waiting, self._unscored):
             if request in queue:
                 queue.remove(request)
-                break
-        else:
+        if self._batch is not None and request in self._batch.rows:
             self._batch.leave(request)
         request.finish("abort")
         self._rest()
@@ -101,7 +114,7 @@ class Engine:
 
     @property
     def _is_busy(self) -> bool:
-        return bool(self._waiting or self._unscored or (self._batch and self._batch.rows))
+        return bool(self._waiting or self._unscored or self._away or (self._batch and self._batch.rows))
 
     def stats(self) -> dict[str, int]:
         """Return numbers about this moment: requests in the batch and waiting, tokens in the cache and its size.
@@ -133,6 +146,7 @@ class Engine:
         if self._is_busy:
             self._wake()
             try:
+                self._take_back()
                 self._extend(*self._batch.decode(self._waiting))
                 if self._unscored:
                     self._score_prompt()
@@ -180,7 +194,10 @@ class Engine:
             likely = [requests[row].params.logprobs for row in asking]
             found = dict(zip(asking, log_probs(logits[asking], [ids[row] for row in asking], likely), strict=True))
         for row, request in enumerate(requests):
-            self._accept(request, ids[row], *found.get(row, (None, None)))
+            call = self._accept(request, ids[row], *found.get(row, (None, None)))
+            if call is not None:
+                self._send_away(request, call)
+        for request in reversed(requests):  # the last rows first, so that few have to be moved
             if request.is_done:
                 self._batch.leave(request)
 
@@ -196,17 +213,34 @@ class Engine:
             draws = torch.from_numpy(draws).to(logits.device, sampler.dtype)
         return sampler.draw(logits, draws)
 
-    def _accept(self, request: Request, token: int, logprob: float | None, top: list | None) -> None:
-        """Give a request one token, and end it where it is done."""
-        params, forced = request.params, bool(request.forced)
-        if forced:
-            request.forced.popleft()
+    def _accept(self, request: Request, token: int, logprob: float | None, top: list | None) -> str | None:
+        """Give a request one token, and end it where it is done; return the tool call to be run that it has closed."""
+        if request.forced:
+            self._write(request, request.forced.popleft(), True, logprob, top)
         elif token == BROKEN:
-            return self._fail(request)
-        elif token in self.tokenizer.stop_ids and not params.ignore_eos:
+            self._fail(request)
+        elif token in self.tokenizer.stop_ids and not request.params.ignore_eos:
             request.stop_id = token
-            return self._end(request, "stop")
-        request.timings.mark("first_token")
+            self._end(request, "stop")
+        else:
+            is_last = self._is_last(request, token)
+            self._write(request, token, False, logprob, top, is_last)
+            if self._tools and request.params.use_tools and not request.is_done:
+                return self._tools.observe(request, token)
+        return None
+
+    def _write(
+        self,
+        request: Request,
+        token: int,
+        forced: bool,
+        logprob: float | None = None,
+        top: list | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """Append a token to a request's text; end the request if it has to."""
+        if not request.ids:
+            request.timings.mark("first_token")
         request.ids.append(token)
         request.mask.append(0 if forced else 1)
         request.room -= 1
@@ -214,23 +248,44 @@ class Engine:
             request.logprobs.append(logprob)
             request.top.append(top)
         stop = request.stops.push(token) if request.stops else None
-        if stop and len(request.ids) >= params.min_new_tokens:
+        if stop and len(request.ids) >= request.params.min_new_tokens:
             request.stop_text = stop
-            request.finish("stop")
-        elif not forced and self._is_last(request, token):
+        if request.stop_text or is_last:
             request.finish("stop")
         elif request.room == 0:
             request.finish("length")
         self._untold.append(TokenEvent(request, token, forced, logprob, top, request.finish_reason))
 
-    def _is_last(self, request: Request, token: int) -> bool:
-        """Let the constraint and the tools of a request see a sampled token; True if the constraint is fulfilled."""
-        if self._calculator and request.params.use_tools:
-            self._calculator.observe(request, token)
+    @staticmethod
+    def _is_last(request: Request, token: int) -> bool:
+        """Let the constraint of a request see a sampled token; True if it is fulfilled."""
         if request.constraint is None:
             return False
         request.constraint.accept(token)
         return request.constraint.is_done
+
+    def _send_away(self, request: Request, call: str) -> None:
+        """Run a tool call in a thread; its row leaves the batch until the result is there."""
+        self._batch.leave(request, comes_back=True)
+        self._threads = self._threads or ThreadPoolExecutor(thread_name_prefix="tools")
+        self._away[self._threads.submit(self._tools.run, call)] = request
+
+    def _take_back(self) -> None:
+        """Write the results of tool calls that have come, and let their requests go on.
+
+        A tool that fails gives no result, and the model goes on by itself. Waits a moment if there is no other work.
+        """
+        if not self._away:
+            return
+        is_idle = not (self._waiting or self._unscored or self._batch.rows)
+        done, _ = wait(self._away, TOOL_WAIT if is_idle else 0, FIRST_COMPLETED)
+        for future in done:
+            request = self._away.pop(future)
+            for token in [] if future.exception() else self._tools.written(future.result()):
+                if not request.is_done:
+                    self._write(request, token, True)
+            if not request.is_done:
+                self._waiting.appendleft(request)
 
     def _fail(self, request: Request) -> None:
         """End a request that no token can be drawn for."""

@@ -14,7 +14,9 @@ def adjusted(logits: torch.Tensor, requests: Sequence[Request], stop_ids: Collec
 
     The argument itself where no request changes anything.
     """
-    rows = [row for row, request in enumerate(requests) if _changes_logits(request)]
+    rows = [
+        row for row, request in enumerate(requests) if request.constraint is not None or request.params.changes_logits
+    ]
     if not rows:
         return logits
     logits = logits.float().clone()
@@ -28,20 +30,6 @@ def adjusted(logits: torch.Tensor, requests: Sequence[Request], stop_ids: Collec
         if request.constraint is not None:
             own.masked_fill_(~request.constraint.allowed().to(own.device), -torch.inf)
     return logits
-
-
-def _changes_logits(request: Request) -> bool:
-    params = request.params
-    return (
-        request.constraint is not None
-        or bool(params.logit_bias)
-        or _has_penalties(params)
-        or len(request.ids) < params.min_new_tokens
-    )
-
-
-def _has_penalties(params) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 def _penalise(logits: torch.Tensor, request: Request) -> None:

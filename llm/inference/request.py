@@ -70,7 +70,7 @@ class Request:
         self.timings = Timings()
         self.room = 0  # tokens it may still gain
         self.forced: deque[int] = deque()  # tokens that a tool has written and the model has not yet been fed
-        self.tool_state: Any = None
+        self.call: list[int] | None = None  # tokens of a tool call that is not yet closed
         self.stops: Any = None  # watches for the texts of `params.stop`
 
     @property

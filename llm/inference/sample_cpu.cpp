@@ -47,6 +47,7 @@ struct Row {
     std::vector<Token> some;
     int64_t vocab;
     float best;
+    double min_p;  // tokens whose weight is less are not drawn
 
     // Divides by the temperature and finds the largest; returns whether all are numbers and one is the largest.
     bool read(const float* logits, int64_t n, float temperature) {
@@ -67,7 +68,9 @@ struct Row {
         return std::isfinite(best);
     }
 
-    // Fills in the weights of all tokens; returns their sum.
+    double cut(double w) const { return w < min_p ? 0.0 : w; }
+
+    // Fills in the weights of all tokens, those below min_p included; returns their sum.
     double weigh() {
         weight.resize(z.size());
         vd total{};
@@ -86,7 +89,12 @@ struct Row {
     double weigh(float value) const { return exp(vd{} + (double(value) - double(best)))[0]; }
 
     int64_t draw_from_all(double draw) {
-        double left = draw * weigh();
+        double total = weigh();
+        if (min_p > 0) {
+            total = 0;
+            for (double& w : weight) total += w = cut(w);
+        }
+        double left = draw * total;
         int64_t last = 0;
         for (int64_t at = 0; at < int64_t(z.size()); at += PART) {
             double part = 0;
@@ -140,7 +148,7 @@ struct Row {
         weight.clear();
         for (const Token& token : some) weight.push_back(weigh(token.z)), total += weight.back();
         size_t n = 0;
-        for (; n < some.size() && (n == 0 || kept < top_p * total); n++) kept += weight[n];
+        for (; n < some.size() && (n == 0 || kept < top_p * total) && cut(weight[n]) > 0; n++) kept += weight[n];
         return pick(n, draw * kept);
     }
 
@@ -166,13 +174,13 @@ struct Row {
             if (bucket(best - z[i]) == index) some.push_back({z[i], i});
         std::sort(some.begin(), some.end());
         weight.clear();
-        for (const Token& token : some) weight.push_back(weigh(token.z));
+        for (const Token& token : some) weight.push_back(cut(weigh(token.z)));
     }
 
     int64_t draw_from_top_p(double top_p, double draw) {
         const double total = weigh(), goal = top_p * total;
         double sums[BUCKETS] = {}, before = 0;
-        for (int64_t i = 0; i < vocab; i++) sums[bucket(best - z[i])] += weight[i];
+        for (int64_t i = 0; i < vocab; i++) sums[bucket(best - z[i])] += cut(weight[i]);
         int64_t end = 0;
         while (end < BUCKETS - 1 && before + sums[end] < goal) before += sums[end++];
         open(end);
@@ -193,13 +201,14 @@ struct Row {
 struct Settings {  // of every row
     const float* temperature;  // 0: the most likely token
     const int64_t* top_k;      // 0: all
-    const double *top_p, *draws;
+    const double *top_p, *min_p, *draws;
 };
 
 static int64_t sample_row(Row& row, const float* logits, int64_t vocab, const Settings& s, int64_t i) {
     const bool is_greedy = s.temperature[i] <= 0;
     if (!row.read(logits, vocab, is_greedy ? 1.0f : s.temperature[i])) return BROKEN;
     if (is_greedy) return std::find(row.z.begin(), row.z.end(), row.best) - row.z.begin();
+    row.min_p = s.min_p[i];
     if (s.top_k[i] > 0 && s.top_k[i] < vocab) {
         row.find_best(s.top_k[i]);
         return row.draw_from_best(s.top_p[i], s.draws[i]);

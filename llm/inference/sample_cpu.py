@@ -18,7 +18,7 @@ TEAM_FROM = 1 << 16  # logits from which several threads share the rows
 
 
 class _Settings(Structure):
-    _fields_ = [(name, c_void_p) for name in ("temperature", "top_k", "top_p", "draws")]
+    _fields_ = [(name, c_void_p) for name in ("temperature", "top_k", "top_p", "min_p", "draws")]
 
 
 def is_available() -> bool:
@@ -27,16 +27,22 @@ def is_available() -> bool:
 
 
 def sample_rows(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    draws: torch.Tensor,
 ) -> torch.Tensor:
     """Return one token id (B,) per row of fp32 `logits` (B, V) on the CPU, by inversion at `draws` (B,) in [0, 1).
 
-    temperature: (B,) fp32, 0 = the most likely token; top_k: (B,) int64, 0 = all; top_p, draws: (B,) fp64. A row whose
-    logits hold NaN or no largest number gets -1. Raises ValueError for other shapes or dtypes.
+    temperature: (B,) fp32, 0 = the most likely token; top_k: (B,) int64, 0 = all; top_p, min_p, draws: (B,) fp64. min_p
+    leaves the tokens that are at least so many times as likely as the best one. A row whose logits hold NaN or no
+    largest number gets -1. Raises ValueError for other shapes or dtypes.
     """
     n, vocab = logits.shape
-    rows = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "draws": draws}
-    for (name, tensor), dtype in zip(rows.items(), (torch.float32, torch.int64, *[torch.float64] * 2), strict=True):
+    rows = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "draws": draws}
+    for (name, tensor), dtype in zip(rows.items(), (torch.float32, torch.int64, *[torch.float64] * 3), strict=True):
         if tensor.shape != (n,) or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} instead of ({n},) {dtype}, contiguous")
     if logits.dtype != torch.float32 or logits.stride(1) != 1 or logits.device.type != "cpu":

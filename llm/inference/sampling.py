@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from llm.errors import UserError
+from llm.inference import sample_cpu
 
 GREEDY_BELOW = 1e-6  # lower temperatures are greedy: logits divided by them soon exceed every number
 BROKEN = -1  # in place of a token id: the logits were no numbers
@@ -74,6 +76,12 @@ class SamplingParams:
             if not _is_whole(one, 0) or math.isnan(bias) or bias == math.inf:
                 raise UserError(f"logit_bias: ({one}, {bias}) must be a token id and a number; -inf forbids a token")
 
+    @cached_property
+    def changes_logits(self) -> bool:
+        """True if logits are changed before a token is drawn from them."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias or self.min_new_tokens or any(penalties))
+
     @property
     def is_greedy(self) -> bool:
         """True if the most likely token is always taken, so that nothing is drawn."""
@@ -130,11 +138,14 @@ class Sampler:
 
     def __init__(self, settings: Sequence[SamplingParams], device: torch.device):
         self.is_greedy = all(params.is_greedy for params in settings)  # then no draws are needed
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        if device.type == "cpu" and sample_cpu.is_available():
+            self._groups = [_KernelGroup(settings)]
+            return
         kinds: dict[tuple, list[int]] = {}
         for row, params in enumerate(settings):
             kind = (0, False, False) if params.is_greedy else (params.top_k, params.top_p < 1, params.min_p > 0)
             kinds.setdefault((params.is_greedy, *kind), []).append(row)
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._groups = [
             _Group(None if len(kinds) == 1 else rows, [settings[row] for row in rows], device, self.dtype)
             for rows in kinds.values()
@@ -149,8 +160,24 @@ class Sampler:
             return self._groups[0].draw(logits, draws)
         ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         for group in self._groups:
-            ids[group.rows] = group.draw(logits[group.rows], draws[group.rows])
+            ids[group.rows] = group.draw(logits[group.rows], None if draws is None else draws[group.rows])
         return ids
+
+
+class _KernelGroup:
+    """All rows of a batch on a CPU, drawn by our own kernel whatever their settings."""
+
+    def __init__(self, settings: Sequence[SamplingParams]):
+        self._temperature = torch.tensor([0.0 if one.is_greedy else one.temperature for one in settings])
+        self._top_k = torch.tensor([one.top_k for one in settings])
+        self._top_p = torch.tensor([one.top_p for one in settings], dtype=torch.float64)
+        self._min_p = torch.tensor([one.min_p for one in settings], dtype=torch.float64)
+
+    def draw(self, logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """Return token ids (B,); draws may be None if all rows are greedy."""
+        draws = torch.zeros(len(logits), dtype=torch.float64) if draws is None else draws
+        settings = self._temperature, self._top_k, self._top_p, self._min_p
+        return sample_cpu.sample_rows(logits.float(), *settings, draws)
 
 
 class _Group:

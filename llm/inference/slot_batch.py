@@ -4,21 +4,24 @@ Prompts are read in chunks between decode steps. Tokens that prompts share are r
 those that a prompt has in common with a text of the store. Where the cache grows beyond its budget, the youngest rows
 make room, and are read again later.
 
-Shapes are few: prompts and batches are padded to a few sizes where half precision on a CPU would keep code for each.
+On a CPU our own kernel computes all passes where it can. Elsewhere shapes are few: prompts and batches are padded to a
+few sizes where half precision on a CPU would keep code for each.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from llm.inference.prefixes import LEAST_SHARED, Entry, PrefixStore, common
 from llm.inference.request import Request
 from llm.inference.weights import LENGTHS, ROWS, keeps_shapes, round_up
+from llm.model.decode_cpu import DecodeStep
 from llm.model.kv_cache import Prefix, SlotPass
 
 PLACES = (64, 4)  # sizes of the cache's rows, for `round_up`
@@ -43,13 +46,22 @@ class Reading:
     done: int = 0
 
 
+def free_memory() -> int:
+    """Return the bytes of the host's memory that are free or can be freed; 8 GB where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 8 << 30
+
+
 def default_budget(net, max_rows: int) -> int:
     """Return the tokens that half of the free memory has room for, enough for one row and at most for all."""
     config, size = net.config, net.compute_dtype.itemsize
     if net.device.type == "cuda":
         free = torch.cuda.mem_get_info(net.device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        free = free_memory()
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * size
     return max(config.seq_len, min(max_rows * config.seq_len, free // 2 // per_token))
 
@@ -70,7 +82,8 @@ class SlotBatch:
         self._reading: Reading | None = None
         self._shares = net.device.type == "cpu"  # elsewhere rows copy what they share: a step has fewer, larger kernels
         self._chunk = CHUNK if self._shares else CHUNK_ELSEWHERE
-        self._keeps_shapes = keeps_shapes(net.device, net.compute_dtype)
+        self._kernel = DecodeStep.for_net(net)
+        self._keeps_shapes = self._kernel is None and keeps_shapes(net.device, net.compute_dtype)
 
     @property
     def rows(self) -> list[Request]:
@@ -99,12 +112,13 @@ class SlotBatch:
         if not self._rows:
             return [], None
         self._make_place(waiting)
-        n = len(self._rows)
-        padded = round_up(n, *ROWS) if self._keeps_shapes else n
-        ids = torch.zeros(padded, 1, dtype=torch.long)
-        ids[:n, 0] = torch.tensor([request.ids[-1] for request in self._rows])
-        one_pass = SlotPass(self.cache, 0, padded, live=n)
-        logits = self.net(ids.to(self.net.device), cache=one_pass, last_only=True)[:n, 0]
+        n, newest = len(self._rows), torch.tensor([request.ids[-1] for request in self._rows])
+        if self._kernel:
+            logits = self._kernel(self.cache, newest)
+        else:
+            padded = round_up(n, *ROWS) if self._keeps_shapes else n
+            ids = F.pad(newest, (0, padded - n)).unsqueeze(1).to(self.net.device)
+            logits = self.net(ids, cache=SlotPass(self.cache, 0, padded, live=n), last_only=True)[:n, 0]
         self.cache.lengths[:n] += 1
         return list(self._rows), logits
 
@@ -155,11 +169,11 @@ class SlotBatch:
     # -----------------------------------------------------------------------------------------------------------------
     # Rows that leave
 
-    def leave(self, request: Request) -> None:
-        """Take a request out of the cache, whether it is decoded or being read."""
+    def leave(self, request: Request, comes_back: bool = False) -> None:
+        """Take a request out of the cache, whether it is decoded or being read; comes_back: what was read is kept."""
         if request in self._rows:
             row = self._rows.index(request)
-            if self.remembers:
+            if self.remembers or comes_back:
                 self._remember(row)
             self._drop(row)
             return
@@ -291,10 +305,10 @@ class SlotBatch:
         """
         text, found = np.array(first), []
         for request in islice(waiting, 1, COMPARED):
-            n = min(common(text, np.array(request.tokens)), len(request.tokens) - 1)
-            if skip + LEAST_SHARED <= n < len(first):
-                found.append(n)
-        return min(found, default=0)
+            other = np.array(request.tokens)
+            if not np.array_equal(text, other):
+                found.append(min(common(text, other), len(text) - 1, len(other) - 1))
+        return min((n for n in found if n >= skip + LEAST_SHARED), default=0)
 
     def _padded(self, texts: Iterable[Sequence[int]], skip: int, done: int = 0) -> int:
         """Return the tokens per row of the next pass over texts, of which `skip` + `done` tokens are there already."""
@@ -350,18 +364,20 @@ class SlotBatch:
 
     def _read_chunk(self, reading: Reading) -> torch.Tensor | None:
         """Read the next tokens of all texts; return the logits (texts, V) behind their ends, None before the last."""
-        begin, n, device = (
-            reading.skip + reading.done,
-            self._padded(reading.texts, reading.skip, reading.done),
-            self.net.device,
-        )
-        parts = [text[begin : begin + self._chunk] for text in reading.texts]
-        ids = torch.zeros(len(parts), n, dtype=torch.long)
-        for i, part in enumerate(parts):
-            ids[i, : len(part)] = torch.tensor(part)
-        first, lengths = len(self._rows), torch.tensor([len(part) for part in parts])
-        one_pass = SlotPass(self.cache, first, len(parts))
-        logits = self.net(ids.to(device), cache=one_pass, lengths=lengths.to(device), last_only=True)[:, 0]
+        begin, first = reading.skip + reading.done, len(self._rows)
+        parts = [torch.tensor(text[begin : begin + self._chunk]) for text in reading.texts]
+        lengths = torch.tensor([len(part) for part in parts])
+        if self._kernel:
+            own = self.cache.lengths[first : first + len(parts)]
+            at = torch.cat([start + torch.arange(n) for start, n in zip(own, lengths, strict=True)])
+            rows = torch.arange(first, first + len(parts)).repeat_interleave(lengths)
+            logits = self._kernel.extend(self.cache, torch.cat(parts), at, rows, lengths.cumsum(0) - 1)
+        else:
+            ids = torch.zeros(len(parts), self._padded(reading.texts, reading.skip, reading.done), dtype=torch.long)
+            for i, part in enumerate(parts):
+                ids[i, : len(part)] = part
+            one_pass, device = SlotPass(self.cache, first, len(parts)), self.net.device
+            logits = self.net(ids.to(device), cache=one_pass, lengths=lengths.to(device), last_only=True)[:, 0]
         self.cache.lengths[first : first + len(parts)] += lengths
         reading.done += int(lengths.max())
         return None if reading.skip + reading.done < max(map(len, reading.texts)) else logits

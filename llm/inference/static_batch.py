@@ -63,8 +63,11 @@ class StaticBatch:
         logits = self.net(ids, cache=self._cache, last_only=True)[:, 0]
         return self.rows, logits if len(live) == len(logits) else logits[live]
 
-    def leave(self, request: Request) -> None:
-        """End a row; its place stays in the batch until `decode` finds enough such places."""
+    def leave(self, request: Request, comes_back: bool = False) -> None:
+        """End a row, or let it be read again later (comes_back).
+
+        Its place stays in the batch until `decode` finds enough such places.
+        """
         slot = self._slots.index(request)
         self._slots[slot] = None
         self._cache.lengths[slot] = 0  # until it leaves, the slot writes at the start of its own cache row

@@ -30,7 +30,7 @@ struct Model {
     const Layer* layers;
 };
 
-struct Prefix {  // keys and values (n_layer, n_kv_head, room, head_dim), of which `length` positions count
+struct Prefix {  // keys and values (n_layer, n_kv_head, room, head_dim), of which `length` places count; -1: not there
     const void *k, *v;
     int64_t room, length;
 };
@@ -85,6 +85,7 @@ struct Pass {
     Team team;
     std::vector<int64_t> groups;  // first token of each group that reads its prefix together, and the end of the last
     const int64_t d, kv_dim;
+    static constexpr int64_t LINE = 64 / sizeof(T);  // numbers of a cache line
 
     Pass(const Model& model, const Batch& batch, int64_t threads)
         : m(model), b(batch), s(model, batch.capacity, batch.scratch), team{}, d(model.head_dim),
@@ -230,7 +231,10 @@ struct Pass {
     void see(Softmax& state, const T* q, const T* k, const T* v, int64_t stride, int64_t count) const {
         alignas(64) float p[BLOCK];
         const int64_t end = (count + VL - 1) / VL * VL;
-        for (int64_t j = 0; j < count; j++) p[j] = m.scale * dot(q, k + j * stride, d);
+        for (int64_t j = 0; j < count; j++) {
+            for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(v + j * stride + c);
+            p[j] = m.scale * dot(q, k + j * stride, d);
+        }
         vf most = all(state.largest), sums{};
         for (int64_t j = count; j < end; j++) p[j] = -std::numeric_limits<float>::infinity();
         for (int64_t j = 0; j < end; j += VL) most = load(p + j) > most ? load(p + j) : most;
@@ -328,10 +332,11 @@ struct Pass {
     void end() {
         team.share(b.n_outputs, [&](int64_t j) {
             const int64_t i = b.outputs ? b.outputs[j] : j;
-            T *x = s.x + i * s.c, *middle = s.middle + i * s.c;
+            const T *x = s.x + i * s.c, *middle = s.middle + i * s.c;
+            T* y = s.x0 + j * s.c;
             if (m.middle >= 0)
-                each(x, m.n_embd, [&](auto get) { return get(x) - rounded<T>(m.backout * get(middle)); });
-            norm(x, m.final_norm, s.normed + j * s.c);
+                each(y, m.n_embd, [&](auto get) { return get(x) - rounded<T>(m.backout * get(middle)); });
+            norm(m.middle >= 0 ? y : x, m.final_norm, s.normed + j * s.c);
         });
         product(team, s.normed, b.n_outputs, s.c, m.head, [&](int64_t j, int64_t at, int64_t width, const float* y) {
             each(b.logits + j * m.vocab + at, width, [&](auto get) {
@@ -367,7 +372,7 @@ static int64_t first_outside(const Model& m, const Batch& b) {
         if (row < 0 || row >= b.cache_rows || b.ids[i] < 0 || b.ids[i] >= m.table_rows) return i;
         if (at < 0 || at >= b.room) return i;
         const int64_t prefix = b.prefix ? b.prefix[row] : -1;
-        if (prefix < -1 || prefix >= b.n_prefixes) return i;
+        if (prefix < -1 || prefix >= b.n_prefixes || (prefix >= 0 && b.prefixes[prefix].length < 0)) return i;
         if (at + (prefix < 0 ? 0 : b.prefixes[prefix].length) >= m.seq_len) return i;
     }
     return -1;

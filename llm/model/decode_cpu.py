@@ -7,7 +7,6 @@ dtype; tables (embeddings, positions, value embeddings) are read in place.
 """
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from llm.model import native
 from llm.model.config import SMEAR_CHANNELS
 from llm.model.gpt import GPT, Block, Linear
+from llm.model.kv_cache import Prefix, SlotCache
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
@@ -109,7 +109,7 @@ class DecodeStep:
     def __init__(self, net: GPT, lib: ctypes.CDLL):
         self.net, self._lib, self.dtype = net, lib, net.compute_dtype
         self._kept: list[torch.Tensor] = []  # what the structs point to
-        self._packed: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # weight, first column, packed matrix
+        self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
         self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
         self.refresh()
 
@@ -122,7 +122,7 @@ class DecodeStep:
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the network's weights again, after they have changed. Packed matrices keep their memory."""
-        self._old = iter([packed for *_, packed in self._packed])
+        self._old = iter(self._packed)
         self._kept, self._packed = [], []
         net, c = self.net, self.net.config
         self._layers = (_Layer * c.n_layer)(*(self._layer(i, block) for i, block in enumerate(net.transformer.h)))
@@ -136,6 +136,7 @@ class DecodeStep:
         m.scale, m.middle = net.transformer.h[0].attn.scale, c.n_layer // 2 if c.backout else -1
         m.wte, m.head = self._table(net.transformer.wte), self._matrix(c.vocab_size, net.head_weight)
         m.final_norm, m.norm_eps = self._norm(net.final_norm), getattr(net.final_norm, "eps", 0.0)
+        self._n_packed = sum(packed.numel() for packed in self._packed)
         if m.is_gpt2:
             m.wpe = self._table(net.transformer.wpe)
         else:
@@ -179,7 +180,7 @@ class DecodeStep:
             from_bf16 = source.dtype == torch.bfloat16
             self._lib.pack(source.data_ptr(), from_bf16, rows, k, packed.data_ptr(), is_bf16, at, threads)
             at += rows
-        self._packed.append((weights[0], n, packed))
+        self._packed.append(packed)
         return _Matrix(packed.data_ptr(), None, n, k)
 
     def _norm(self, module):
@@ -204,38 +205,41 @@ class DecodeStep:
     def _number(self, tensor: torch.Tensor) -> float:
         return tensor.detach().to(self.dtype).item()
 
-    def __call__(self, cache, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, cache: SlotCache, ids: torch.Tensor) -> torch.Tensor:
         """Feed row i of the cache its next token ids[i]; return the logits (n, V) fp32 behind them.
 
         Keys, values and `last_embed` are written; the caller advances `lengths`. See `extend`.
         """
         return self.extend(cache, ids, cache.lengths[: len(ids)])
 
-    def extend(self, cache, ids: torch.Tensor, at: torch.Tensor, rows=None, outputs=None) -> torch.Tensor:
+    def extend(
+        self,
+        cache: SlotCache,
+        ids: torch.Tensor,
+        at: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        outputs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute new tokens ids (n,) and return the logits (len(outputs), V) fp32 behind some of them.
 
         at: (n,) place of each token among its row's own tokens; rows: (n,) its row of the cache, None = token i belongs
         to row i; outputs: (m,) tokens whose logits are wanted, None = all. The tokens of one row stand side by side, in
         order; those of rows with one prefix too, where possible. All are int64 tensors.
 
-        cache: k and v (L, rows, Hkv, S, D) with the channels of a head side by side; `last_embed` (rows, C) if the
-        model smears; `prefix` (rows,) int64, the number of each row's shared prefix or -1, or None; `prefixes`, with k
-        and v (L, Hkv, P, D) contiguous and `length`. Raises ValueError for a token outside of vocabulary, cache or
+        cache: a SlotCache of the network's shapes. Raises ValueError for a token outside of vocabulary, cache or
         context, before anything is written.
         """
         n, b, c = len(ids), self._batch, self.net.config
-        lists = {"ids": (ids, n), "at": (at, n), "rows": (rows, n), "outputs": (outputs, None)}
-        lists["prefix"] = (cache.prefix, len(cache.prefix)) if getattr(cache, "prefix", None) is not None else (None, 0)
-        for name, (tensor, size) in lists.items():
+        n_outputs = n if outputs is None else len(outputs)
+        for name, tensor, size in (("ids", ids, n), ("at", at, n), ("rows", rows, n), ("outputs", outputs, n_outputs)):
             setattr(b, name, None if tensor is None else self._address(name, tensor, torch.int64, (size,)))
         self._describe(b, cache)
-        n_outputs = n if outputs is None else len(outputs)
         if outputs is not None and n_outputs and not 0 <= int(outputs.min()) <= int(outputs.max()) < n:
             raise ValueError(f"outputs must be numbers of tokens, below {n}")
         logits = torch.empty(n_outputs, c.vocab_size)
         b.n, b.n_outputs, b.logits = n, n_outputs, logits.data_ptr()
         self._reserve(max(n, n_outputs))
-        work = (n + 2) * sum(packed.numel() for *_, packed in self._packed)  # reading the weights counts as two tokens
+        work = (n + 2) * self._n_packed  # reading the weights counts as two tokens
         threads = torch.get_num_threads() if work >= TEAM_FROM else 1
         wrong = self._lib.decode(ctypes.byref(self._model), ctypes.byref(b), threads)
         if wrong >= 0:
@@ -246,7 +250,7 @@ class DecodeStep:
             )
         return logits
 
-    def _describe(self, b: _Batch, cache) -> None:
+    def _describe(self, b: _Batch, cache: SlotCache) -> None:
         """Fill in the addresses of a cache. Raises ValueError for one of another shape or dtype."""
         c, k, v = self.net.config, cache.k, cache.v
         layers, b.cache_rows, heads, b.room, width = k.shape
@@ -258,12 +262,12 @@ class DecodeStep:
         b.last_embed = None
         if c.smear:
             b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, (b.cache_rows, c.n_embd))
-        if b.prefix and len(cache.prefix) < b.cache_rows:
-            raise ValueError(f"{len(cache.prefix)} prefix numbers for {b.cache_rows} rows")
-        prefixes: Sequence = cache.prefixes if b.prefix else ()
-        b.n_prefixes, b.prefixes = len(prefixes), (_Prefix * len(prefixes))(*map(self._prefix, prefixes))
+        b.prefix, n = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), len(cache.prefixes)
+        b.n_prefixes, b.prefixes = n, (_Prefix * n)(*map(self._prefix, cache.prefixes))
 
-    def _prefix(self, prefix) -> _Prefix:
+    def _prefix(self, prefix: Prefix | None) -> _Prefix:
+        if prefix is None:  # a free place in the list
+            return _Prefix(None, None, 0, -1)
         c, room = self.net.config, prefix.k.size(2)
         shape = (c.n_layer, c.n_kv_head, room, c.head_dim)
         k, v = (self._address("prefix", t, self.dtype, shape) for t in (prefix.k, prefix.v))
@@ -273,9 +277,8 @@ class DecodeStep:
 
     @staticmethod
     def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple) -> int:
-        """Return a tensor's address. Raises ValueError unless dtype and shape (None: any) fit and it is contiguous."""
-        fits = tensor.dim() == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-        if not fits or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        """Return the address of a contiguous tensor. Raises ValueError for another shape, dtype or device."""
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} instead of {shape} {dtype}, contiguous")
         return tensor.data_ptr()
 

@@ -91,7 +91,8 @@ def build(compiler: str, source: Path, path: Path) -> None:
             file.write(hashlib.sha256(output.read_bytes()).digest())
         os.replace(output, path)
     if (seconds := time.monotonic() - start) > TOLD_FROM:
-        print(f"kernels: compiled {source.name} in {seconds:.1f} s, once for this machine ({path.parent})", flush=True)
+        done = f"kernels: compiled {source.name} in {seconds:.1f} s, once for this machine ({path.parent})"
+        print(done, file=sys.stderr, flush=True)  # stdout may hold an answer that a program reads
 
 
 def _with_team(lib: ctypes.CDLL) -> ctypes.CDLL:

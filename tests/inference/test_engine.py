@@ -282,6 +282,7 @@ def test_sizes_are_few_and_close():
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
 def test_sizes_change_no_token(monkeypatch, arch):
     """Prompts of other lengths than the sizes, some near the end of the context, rows that end one by one."""
+    monkeypatch.setattr("llm.inference.slot_batch.DecodeStep.for_net", lambda net: None)
     config = GPTConfig(2, 2, 2, 16, 32, 90, TOKENIZER.vocab_size, arch=arch, smear=arch == "modern")
     net, generator = GPT(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -297,8 +298,9 @@ def test_sizes_change_no_token(monkeypatch, arch):
     assert len({len(completion.ids) for samples in found[2] for completion in samples}) > 3
 
 
-def test_half_precision_on_a_cpu_meets_few_shapes():
+def test_half_precision_on_a_cpu_meets_few_shapes(monkeypatch):
     """Every shape that a product meets leaves code in memory: conversations of 90 lengths have three."""
+    monkeypatch.setattr("llm.inference.slot_batch.DecodeStep.for_net", lambda net: None)  # torch's own products
     net = tiny_net(seq_len=100)
     shapes = {torch.bfloat16: set(), torch.float32: set()}
     for dtype, met in shapes.items():

@@ -1,7 +1,7 @@
 """The decode kernel against the network's plain forward, and a row alone against itself in a batch, bit for bit."""
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from llm.model import decode_cpu, native
 from llm.model.config import GPTConfig
 from llm.model.decode_cpu import DecodeStep
 from llm.model.gpt import GPT
+from llm.model.kv_cache import Prefix, SlotCache
 
 pytestmark = pytest.mark.skipif(decode_cpu.load() is None, reason="there is no C++ compiler")
 
@@ -29,31 +30,14 @@ FORMS = {
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@dataclass
-class Prefix:
-    """Keys and values (L, Hkv, P, D) that rows share."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    length: int
-
-
-@dataclass
-class Slots:
-    """Cache of rows with their own lengths, and of prefixes."""
-
-    net: GPT
-    rows: int
-    room: int
-    prefix: torch.Tensor | None = None
-    prefixes: list[Prefix] = field(default_factory=list)
-
-    def __post_init__(self):
-        c, dtype = self.net.config, self.net.compute_dtype
-        shape = (c.n_layer, self.rows, c.n_kv_head, self.room, c.head_dim)
-        self.k, self.v = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))  # what nobody may read
-        self.lengths = torch.zeros(self.rows, dtype=torch.int64)
-        self.last_embed = torch.zeros(self.rows, c.n_embd, dtype=dtype)
+def make_cache(net: GPT, rows: int, room: int, behind: Sequence[Prefix | None] = ()) -> SlotCache:
+    """Return a cache whose free places hold NaN, which nobody may read; row i stands behind the prefix `behind[i]`."""
+    cache = SlotCache(net.config, rows, room, dtype=net.compute_dtype)
+    cache.k.fill_(float("nan"))
+    cache.v.fill_(float("nan"))
+    for row, prefix in enumerate(behind):
+        cache.start(row, prefix)
+    return cache
 
 
 def make_net(options: dict, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
@@ -75,7 +59,7 @@ def logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
 
 
-def write(step: DecodeStep, cache: Slots, ids: torch.Tensor) -> torch.Tensor:
+def write(step: DecodeStep, cache: SlotCache, ids: torch.Tensor) -> torch.Tensor:
     """Feed ids (B, T) token by token; return logits (B, T, V)."""
     logits = []
     for column in ids.T:
@@ -84,18 +68,12 @@ def write(step: DecodeStep, cache: Slots, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(logits, dim=1)
 
 
-def feed(step: DecodeStep, cache: Slots, row: int, ids: torch.Tensor) -> torch.Tensor:
+def feed(step: DecodeStep, cache: SlotCache, row: int, ids: torch.Tensor) -> torch.Tensor:
     """Feed one row some tokens (T,) at once; return their logits (T, V)."""
     at = cache.lengths[row] + torch.arange(len(ids))
     logits = step.extend(cache, ids, at, rows=torch.full_like(at, row))
     cache.lengths[row] += len(ids)
     return logits
-
-
-def as_prefix(cache: Slots, row: int) -> Prefix:
-    """Return a row's tokens as a prefix, with some room behind them that nobody may read."""
-    used = int(cache.lengths[row]) + 3
-    return Prefix(cache.k[:, row, :, :used].contiguous(), cache.v[:, row, :, :used].contiguous(), used - 3)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,7 +82,9 @@ def test_decode_in_fp32_gives_the_logprobs_of_the_training_forward(form):
     net = make_net(FORMS[form])
     length = 250 if net.windows[0] else 150
     ids = torch.randint(0, 301, (2, length))
-    gap = (logprobs(write(DecodeStep.for_net(net), Slots(net, 2, length), ids), ids) - logprobs(net(ids), ids)).abs()
+    gap = (
+        logprobs(write(DecodeStep.for_net(net), make_cache(net, 2, length), ids), ids) - logprobs(net(ids), ids)
+    ).abs()
     assert gap.max() < 5e-5 and gap.mean() < 1e-5
 
 
@@ -113,7 +93,7 @@ def test_decode_in_fp32_gives_the_logprobs_of_the_training_forward(form):
 def test_decode_in_bf16_rounds_as_the_training_forward_does(form):
     net = make_net(FORMS[form], torch.bfloat16)
     ids = torch.randint(0, 301, (8, 200))
-    step, cache, plain = DecodeStep.for_net(net), Slots(net, 8, 200), logprobs(net(ids), ids)
+    step, cache, plain = DecodeStep.for_net(net), make_cache(net, 8, 200), logprobs(net(ids), ids)
     ours = logprobs(torch.stack([feed(step, cache, row, ids[row]) for row in range(8)]), ids)
     net.compute_dtype = torch.float32
     exact = logprobs(net(ids), ids)
@@ -134,20 +114,19 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
     n_prefixes, rows = draw.randint(1, 3), draw.randint(1, 9)
     torch.manual_seed(seed)
     shared = [torch.randint(0, vocab, (draw.randint(1, 140),)) for _ in range(n_prefixes)]
-    first = Slots(net, n_prefixes, 140)
+    first = make_cache(net, n_prefixes, 140)
     for i, ids in enumerate(shared):
         half = draw.randint(0, len(ids))
         for part in (ids[:half], ids[half:]):
             if len(part):
                 feed(step, first, i, part)
-    prefix = torch.tensor([draw.randint(-1, n_prefixes - 1) for _ in range(rows)])
-    cache = Slots(net, rows, 90, prefix, [as_prefix(first, i) for i in range(n_prefixes)])
-    lasts = [first.last_embed[p] if p >= 0 else torch.zeros(net.config.n_embd) for p in prefix.tolist()]
-    cache.last_embed = torch.stack(lasts)
+    prefixes = [None, *map(first.snapshot, range(n_prefixes))]
+    choice = [draw.randint(0, n_prefixes) for _ in range(rows)]
+    cache = make_cache(net, rows, 90, [prefixes[i] for i in choice])
     ids = torch.randint(0, vocab, (rows, 80))
     logits = write(step, cache, ids)
-    for row, p in enumerate(prefix.tolist()):
-        whole = torch.cat((shared[p], ids[row])) if p >= 0 else ids[row]
+    for row, i in enumerate(choice):
+        whole = torch.cat((shared[i - 1], ids[row])) if i else ids[row]
         torch.testing.assert_close(logits[row], net(whole[None])[0, -80:], rtol=1e-4, atol=1e-4)
 
 
@@ -156,20 +135,16 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
 @torch.inference_mode()
 def test_a_row_alone_has_the_bits_that_it_has_in_a_batch_of_64(form, dtype):
     net = make_net(FORMS[form], dtype)
-    step, shared = DecodeStep.for_net(net), Slots(net, 2, 200)
+    step, shared = DecodeStep.for_net(net), make_cache(net, 2, 200)
     for row, length in enumerate((150, 70)):
         feed(step, shared, row, torch.randint(0, 301, (length,)))
-    prefixes = [as_prefix(shared, row) for row in range(2)]
-    prefix = torch.tensor([0] * 20 + [1] * 20 + [-1] * 24)
-    batch = Slots(net, 64, 80, prefix, prefixes)
-    batch.last_embed[:20], batch.last_embed[20:40] = shared.last_embed[0], shared.last_embed[1]
+    behind = [shared.snapshot(0)] * 20 + [shared.snapshot(1)] * 20 + [None] * 24
     ids = torch.randint(0, 301, (64, 70))
-    together = write(step, batch, ids)
+    together = write(step, make_cache(net, 64, 80, behind), ids)
     for row in (0, 19, 33, 63):
-        alone = Slots(net, 1, 70, prefix[row : row + 1].clone(), prefixes)
-        alone.last_embed[0] = shared.last_embed[max(0, int(prefix[row]))]
+        alone = make_cache(net, 1, 70, behind[row : row + 1])
         assert torch.equal(write(step, alone, ids[row : row + 1])[0], together[row])
-    at_once = Slots(net, 1, 70)
+    at_once = make_cache(net, 1, 70)
     assert torch.equal(feed(step, at_once, 0, ids[63]), together[63])
 
 
@@ -182,7 +157,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(write(step, Slots(net, 7, 12), ids))
+            results.append(write(step, make_cache(net, 7, 12), ids))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -193,37 +168,39 @@ def test_only_the_asked_for_tokens_have_logits():
     net = make_net(MODERN)
     step, ids = DecodeStep.for_net(net), torch.randint(0, 301, (30,))
     at, rows = torch.arange(30) % 15, torch.arange(30) // 15  # two rows, 15 tokens each
-    every = step.extend(Slots(net, 2, 15), ids, at, rows)
-    some = step.extend(Slots(net, 2, 15), ids, at, rows, torch.tensor([29, 14]))
-    none = step.extend(Slots(net, 2, 15), ids, at, rows, torch.tensor([], dtype=torch.int64))
-    assert torch.equal(some, every[[29, 14]]) and none.shape == (0, 301)
+    every = step.extend(make_cache(net, 2, 15), ids, at, rows)
+    some = step.extend(make_cache(net, 2, 15), ids, at, rows, torch.tensor([29, 14, 29]))
+    none = step.extend(make_cache(net, 2, 15), ids, at, rows, torch.tensor([], dtype=torch.int64))
+    assert torch.equal(some, every[[29, 14, 29]]) and none.shape == (0, 301)
 
 
 @torch.inference_mode()
 def test_refresh_follows_the_weights_in_the_memory_that_there_is():
     net, other = make_net(MODERN), make_net(MODERN, seed=1)
     step, ids = DecodeStep.for_net(net), torch.randint(0, 301, (2, 5))
-    packed = [matrix.data_ptr() for *_, matrix in step._packed]
+    packed = [matrix.data_ptr() for matrix in step._packed]
     net.load_state_dict(other.state_dict())
     step.refresh()
-    assert torch.equal(write(step, Slots(net, 2, 5), ids), write(DecodeStep.for_net(other), Slots(other, 2, 5), ids))
-    assert packed == [matrix.data_ptr() for *_, matrix in step._packed]
+    assert torch.equal(
+        write(step, make_cache(net, 2, 5), ids), write(DecodeStep.for_net(other), make_cache(other, 2, 5), ids)
+    )
+    assert packed == [matrix.data_ptr() for matrix in step._packed]
 
 
 @torch.inference_mode()
 def test_weights_in_bf16_give_the_bits_of_weights_in_fp32_that_are_rounded_when_used():
     net = make_net(MODERN, torch.bfloat16)
     ids = torch.randint(0, 301, (2, 9))
-    rounded_when_used = write(DecodeStep.for_net(net), Slots(net, 2, 9), ids)
+    rounded_when_used = write(DecodeStep.for_net(net), make_cache(net, 2, 9), ids)
     net.to(torch.bfloat16)
-    assert torch.equal(write(DecodeStep.for_net(net), Slots(net, 2, 9), ids), rounded_when_used)
+    assert torch.equal(write(DecodeStep.for_net(net), make_cache(net, 2, 9), ids), rounded_when_used)
 
 
 @torch.inference_mode()
 def test_nan_reaches_the_logits():
     net = make_net({})
     net.transformer.h[0].mlp.c_fc.weight.data[5, 5] = float("nan")
-    assert DecodeStep.for_net(net)(Slots(net, 1, 4), torch.tensor([3])).isnan().all()
+    assert DecodeStep.for_net(net)(make_cache(net, 1, 4), torch.tensor([3])).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -243,6 +220,7 @@ def test_nan_reaches_the_logits():
         {"prefix": torch.tensor([0, 1])},
         {"prefix": torch.tensor([-2, 0])},
         {"prefix": torch.tensor([0])},
+        {"prefix": torch.tensor([1, 0])},  # a free place in the list of prefixes
         {"length": 254},  # position 256 lies behind the context
         {"length": 300},  # more than the prefix has room for
         {"dtype": torch.bfloat16},
@@ -252,9 +230,9 @@ def test_nan_reaches_the_logits():
 )
 def test_what_lies_outside_of_memory_is_refused_before_anything_is_written(wrong):
     net = make_net(MODERN)
-    cache = Slots(net, 2, 8, wrong.get("prefix", torch.tensor([0, -1])))
-    shape = (3, 4, 256, 16)
-    cache.prefixes = [Prefix(torch.zeros(shape), torch.zeros(shape), wrong.get("length", 5))]
+    cache, shape = make_cache(net, 2, 8), (3, 4, 256, 16)
+    cache.prefix = wrong.get("prefix", torch.tensor([0, -1]))
+    cache.prefixes = [Prefix(torch.zeros(shape), torch.zeros(shape), wrong.get("length", 5)), None]
     cache.k = wrong.get("k", cache.k.to(wrong.get("dtype", torch.float32)))
     given = {"ids": torch.tensor([1, 2]), "at": torch.tensor([2, 3])} | wrong
     given = {name: given.get(name) for name in ("ids", "at", "rows", "outputs")}
