@@ -141,6 +141,14 @@ def list_runs(runs_root: str | Path) -> list[RunDir]:
     return [run for run in runs if run.stages()]
 
 
+def readable_stages(run: RunDir) -> list[str]:
+    """Return the finished stages of one run among many; none where a run.json of it is damaged."""
+    try:
+        return run.finished()
+    except UserError:
+        return []
+
+
 def _natural(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
@@ -351,7 +359,7 @@ def _state(run: RunDir, stage: str) -> str:
 def _existing(root: str | Path, run: str | None = None, limit: int = 12) -> str:
     """Return one sentence listing finished stages, those of `run` first."""
     runs = sorted(list_runs(root), key=lambda candidate: candidate.name != run)
-    found = [f"{candidate.name}/{stage}" for candidate in runs for stage in candidate.finished()]
+    found = [f"{candidate.name}/{stage}" for candidate in runs for stage in readable_stages(candidate)]
     if not found:
         return f"There are no finished stages in {root}."
     more = f" and {len(found) - limit} more" if len(found) > limit else ""

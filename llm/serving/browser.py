@@ -106,17 +106,17 @@ class _Page:
         )
         with gr.Row():
             self.sampling = [
-                gr.Slider(0, 2, min(params.temperature, 2), step=0.05, label="Temperature"),
-                gr.Slider(0, 200, min(params.top_k, 200), step=1, label="Top-k (0 = all)"),
-                gr.Slider(0.05, 1, params.top_p, step=0.05, label="Top-p (1 = all)"),
-                gr.Slider(1, longest, min(params.max_new_tokens, longest), step=1, label="Max. tokens"),
-                gr.Textbox(label="Seed", placeholder="empty = another answer each time", min_width=160),
+                gr.Slider(0, 2, min(params.temperature, 2), step=0.05, label="Temperature", min_width=220),
+                gr.Slider(0, 200, min(params.top_k, 200), step=1, label="Top-k, 0 = all", min_width=220),
+                gr.Slider(0.05, 1, params.top_p, step=0.05, label="Top-p, 1 = all", min_width=220),
+                gr.Slider(1, longest, min(params.max_new_tokens, longest), step=1, label="Max. tokens", min_width=220),
+                gr.Textbox(label="Seed", placeholder="empty = another answer each time", min_width=220),
             ]
 
     def connect(self, demo: gr.Blocks) -> None:
         """Connect the events. Every way to ask ends in one `answer`."""
         handlers, private = self.handlers, {"api_visibility": "private", "show_progress": "hidden"}
-        quick = {"queue": False, **private}
+        quick = {"concurrency_limit": None, **private}  # in the queue all the same: only there gr.Warning is shown
         shown = [self.state, *self.chats]
         asked = [self.question, *shown]
         first = self.chats[0]
@@ -125,7 +125,7 @@ class _Page:
                 handlers.ask,
                 [self.question, self.state],
                 asked,
-                queue=False,
+                concurrency_limit=None,
                 api_name="ask",
                 show_progress="hidden",
             ),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.run.stage_folder import RunDir, find_stage, list_runs
+from llm.run.stage_folder import RunDir, find_stage, list_runs, readable_stages
 from llm.serving.chat import ChatModel, load_chat_model
 
 KEPT = 2  # models in memory: as many as are compared side by side
@@ -54,9 +54,5 @@ class Models:
 
 
 def _servable(run: RunDir) -> list[str]:
-    """Return the names of a run's finished models, the most advanced first; of a damaged run none."""
-    try:
-        stages = [stage for stage in run.finished() if row_or_stranger(stage).servable]
-    except UserError:
-        return []
-    return [f"{run.name}/{stage}" for stage in reversed(stages)]
+    """Return the names of a run's finished models, the most advanced first."""
+    return [f"{run.name}/{stage}" for stage in reversed(readable_stages(run)) if row_or_stranger(stage).servable]

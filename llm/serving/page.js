@@ -4,6 +4,7 @@
   const KEY = "fathom.chats";
   const CURRENT = "fathom.chat"; // in sessionStorage: the chat of this tab, also after a reload
   const MOST = 50;
+  const MOST_TYPED = 8_000; // MAX_MESSAGE of talk.py
   const MOST_CHARACTERS = 2_000_000; // of all chats; a browser gives 5 MB
   let data = null; // {id, chat} as the server last told it
 
@@ -178,6 +179,31 @@
       element("fathom-question")?.querySelector("textarea")?.focus();
     }
   });
+
+  // A message that is too long is said so where it was typed or pasted. It stays as it is, and is not sent.
+  const typed = (event) => event.target.closest?.("#fathom-question")?.querySelector("textarea");
+  const isTooLong = (box) => box && box.value.length > MOST_TYPED;
+
+  document.addEventListener("input", (event) => {
+    const box = typed(event);
+    if (!box) return;
+    const hint = element("fathom-length") ?? make("div", { id: "fathom-length", role: "status" });
+    if (!hint.parentElement) element("fathom-question").prepend(hint);
+    const [length, most] = [box.value.length, MOST_TYPED].map((n) => n.toLocaleString("en"));
+    hint.textContent = isTooLong(box) ? `The message has ${length} characters, ${most} are possible.` : "";
+  });
+
+  function holdBack(event) {
+    if (!isTooLong(typed(event))) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+  }
+
+  const isSend = (event) => event.target.closest?.(".submit-button") !== null;
+  document.addEventListener("click", (event) => isSend(event) && holdBack(event), true);
+  for (const kind of ["keydown", "keypress"]) {
+    document.addEventListener(kind, (event) => event.key === "Enter" && !event.shiftKey && holdBack(event), true);
+  }
 
   function start() {
     const told = element("fathom-data");

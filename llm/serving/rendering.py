@@ -15,7 +15,7 @@ _ESCAPES = (
     (re.compile(r"^(?=#{1,6} *-?\$?\d)", re.MULTILINE), r"\\"),  # "#### 12" is a result, not a heading
 )
 
-_SIGNS = re.compile(r"^ |[!-/:-@\[-`{-~\n\t]")  # what may mean something to a reader of Markdown or HTML
+_SIGNS = re.compile(r"^ | $|[!-/:-@\[-`{-~\n\t]")  # what may mean something to a reader of Markdown or HTML
 
 
 def display(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -72,8 +72,10 @@ def told(talk: Talk) -> str:
     return typed(json.dumps({"id": talk.id, "chat": talk.chat.to_dict()}, ensure_ascii=False))
 
 
-def title(model: ChatModel) -> str:
-    """Return the head of the page in Markdown: name, shape and notes of a model."""
+def title(model: ChatModel, *others: ChatModel) -> str:
+    """Return the head of the page in Markdown: name, shape and notes of a model, or the names of two."""
+    if others:
+        return f"## {' and '.join(escape(one.name) for one in (model, *others))}"
     return "\n\n".join((f"## {escape(model.name)}", model.summary, *model.notes))
 
 
@@ -159,12 +161,11 @@ class Handlers:
         following = self.params.seed + next(self._answers)  # or asking again would give the same answer
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
         given = {name: value for name, value in given.items() if value is not None}
-        try:
-            for name in {"top_k", "max_new_tokens"} & given.keys():
-                given[name] = int(given[name])
-            return replace(self.params, **given, seed=int(seed) if seed and seed.strip() else following)
-        except ValueError:
-            raise UserError(f"Seed {seed[:20]!r}: it must be a whole number, or empty.") from None
+        given |= {name: int(given[name]) for name in ("top_k", "max_new_tokens") if name in given}
+        seed = (seed or "").strip() or str(following)
+        if not seed.isdecimal():
+            raise UserError(f"Seed {seed[:20]}: it must be a whole number, or empty.")
+        return replace(self.params, **given, seed=int(seed))
 
     def _frames(self, talk: Talk, turn: int, params: SamplingParams) -> Iterator[tuple]:
         """Let the models answer in turns, token by token, until all have ended, or the talk has gone on."""
@@ -263,14 +264,14 @@ class Handlers:
             threads[1:], threads[0].model = [], self.models.first
         two = len(threads) == 2
         examples = [{"text": text} for text in models[0].examples]
-        first = gr.Chatbot(display(threads[0].messages), examples=examples, label=models[0].name, show_label=two)
-        second = gr.Chatbot(visible=False)
+        shown = [display(thread.messages) for thread in threads]
+        first = gr.update(value=shown[0], examples=examples, label=models[0].name, show_label=two)
+        second = gr.update(visible=False)
         if two:
-            second = gr.Chatbot(display(threads[1].messages), visible=True, label=models[1].name, show_label=True)
-        head = "\n\n".join(title(model) for model in dict.fromkeys(models))
+            second = gr.update(value=shown[1], visible=True, label=models[1].name, show_label=True)
         other = models[1].name if two else NONE
         system = gr.skip() if system is None else system
-        return talk, first, second, told(talk), system, head, models[0].name, other
+        return talk, first, second, told(talk), system, title(*models), models[0].name, other
 
 
 def is_busy(talk: Talk) -> bool:
@@ -286,4 +287,4 @@ def _message(reply: Reply) -> Message:
 
 def _box(talk: Talk, **box):
     """Return what changes in the question box: its button, and the text if there is a new one."""
-    return gr.Textbox(submit_btn=False if talk.is_busy else "Send", stop_btn="Stop" if talk.is_busy else False, **box)
+    return gr.update(submit_btn=False if talk.is_busy else "Send", stop_btn="Stop" if talk.is_busy else False, **box)

@@ -1,6 +1,5 @@
 """Serving: replies and their limits, the terminal chat, the browser chat's server and serve.py as real processes."""
 
-import itertools
 import random
 import re
 import socket
@@ -8,16 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import HANG
 from scripted_engine import TOKENIZER, ScriptedEngine, assistant, user
 from serving_run import make_run
 
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
-from llm.parallel.launch import free_port
 from llm.serving import app
-from llm.serving.chat import LEFT_OUT, ChatModel, Reply, fit_prompt, load_chat_model, stream_reply
+from llm.serving.chat import LEFT_OUT, Reply, fit_prompt, load_chat_model, stream_reply
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=200)
@@ -234,91 +231,6 @@ def test_a_base_model_is_announced(runs, tmp_path):
     model = load_chat_model(stage)
     assert model.name == "tiny/pretrain" and "base model" in model.notes[0]
     assert load_chat_model(runs / "tiny" / "sft").notes == ()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Browser
-
-
-def test_browser_rendering():
-    from llm.serving.browser import markdown
-
-    assert markdown("**bold**, 2*3*4 and 5 * 6") == r"**bold**, 2\*3\*4 and 5 * 6"
-    assert markdown("<b>x</b> `i` a\\b") == r"\<b>x\</b> `i` a\\b"
-    assert markdown("so\n#### 12\n# Title\n#### Title") == "so\n\\#### 12\n# Title\n#### Title"
-    assert markdown("a\n```py\n<a*b*c>\n#### 1\n```\n<") == "a\n\n```py\n<a*b*c>\n#### 1\n```\n\n\\<"
-    assert markdown("  ~~~\n  x\n `````\n ~~~~ \n") == "\n\n``````\nx\n`````\n``````\n\n"
-    assert markdown("`<b>` `_a|b_`") == "<code>&#60;b&#62;</code> <code>&#95;a&#124;b&#95;</code>"
-    call = [{"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}, {"type": "text", "text": "6"}]
-    assert markdown(call) == '<span class="tool" title="calculator">2&#42;3 &#61; 6</span>6'
-    assert markdown(call[:1]) == '<span class="tool" title="calculator">2&#42;3</span>'
-    assert markdown("a", ["<note>"]) == 'a\n\n<span class="note">&#60;note&#62;</span>'
-
-
-def test_browser_conversation_steps(runs):
-    import gradio as gr
-
-    from llm.serving import browser
-
-    model = load_chat_model(runs / "tiny" / "sft")
-    handlers = browser._Handlers(model, GREEDY)
-    emptied, messages, shown = handlers.ask(APPLES, [])
-    assert emptied == "" and messages == [user(APPLES)] and shown == [user(APPLES)]
-    *_, (answered, shown) = handlers.answer(messages, 0.0, 50, 100)
-    assert [part["type"] for part in answered[1]["content"]] == ["text", "python", "python_output", "text"]
-    assert ">12&#43;7 &#61; 19</span>19 apples.\n\\#### 19" in shown[1]["content"]
-    assert list(handlers.answer(answered, 0.0, 50, 100)) == []  # nothing is asked
-
-    hot = [next(reversed(list(handlers.answer(messages, 2.0, 0, 40))))[1] for _ in range(2)]
-    assert hot[0] != hot[1]  # another answer each time
-    assert handlers.again(answered) == (messages, [user(APPLES)])
-    assert handlers.undo(answered) == (APPLES, [], [])
-    assert handlers.undo([]) == ("", [], [])
-    asked_while_waiting = handlers.ask("Greet me.", messages)
-    assert asked_while_waiting[1] == [user("Greet me.")]  # the unanswered question makes room
-    for question, history in (("  ", []), ("x" * (browser.MAX_MESSAGE + 1), []), ("x", [user("x")] * 600)):
-        with pytest.raises(gr.Error):
-            handlers.ask(question, history)
-
-
-def test_stopping_in_the_browser_closes_the_engine(runs, monkeypatch):
-    from llm.serving import browser
-
-    engine = ScriptedEngine(list(b"a long answer"))
-    monkeypatch.setattr(browser, "FRAME_SECONDS", 0.0)
-    handlers = browser._Handlers(ChatModel(engine, "a/b", ""), GREEDY)
-    answer = handlers.answer([user("x")], 0.0, 0, 10)
-    next(answer), next(answer)
-    assert not engine.closed
-    answer.close()
-    assert engine.closed
-
-
-@pytest.mark.filterwarnings("ignore")  # from inside gradio
-def test_browser_chat_over_http(runs):
-    from gradio_client import Client
-
-    from llm.serving import browser
-
-    demo = browser.build(load_chat_model(runs / "tiny" / "sft"), GREEDY)
-    port = free_port()
-    browser.launch(demo, "127.0.0.1", port)
-    clients = [Client(f"http://127.0.0.1:{port}", verbose=False) for _ in range(2)]
-    try:
-        frames = []
-        for client, question in zip(clients, ("Who are you?", "Sing."), strict=True):
-            _, shown = client.submit(question, api_name="/ask").result(timeout=HANG)
-            assert [message["role"] for message in shown] == ["user"]  # a conversation for each visitor
-            job = client.submit(0.0, 50, 300, api_name="/answer")
-            job.result(timeout=HANG)
-            frames.append(["".join(p["text"] for p in shown[-1]["content"]) for shown in job.outputs()])
-        assert frames[0][-1] == "I am Fathom, a small language model. Ask me **anything**!"
-        assert len(frames[1]) > 3 and all(b.startswith(a) for a, b in itertools.pairwise(frames[1]))
-        assert frames[1][-2].startswith("la la la ")
-    finally:
-        for client in clients:
-            client.close()
-        demo.close(verbose=False)
 
 
 def test_threads_of_the_server_leave_gradients_on(runs):
