@@ -16,6 +16,7 @@ from processes import HANG, REPO, start
 from llm.checkpoint.model_folder import save_model_folder
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
+from llm.run.content import fingerprints
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import render_conversation
 
@@ -57,6 +58,7 @@ def make_run(root: Path, run: str = "tiny", stage: str = "sft", seq_len: int = 7
     stage_dir = root / run / stage
     save_model_folder(stage_dir / "model", net, tokenizer)
     manifest = {"stage": stage, "status": "finished", "parent": None, "metrics": {"loss": loss.item()}}
+    manifest["fingerprints"] = fingerprints(stage_dir / "model")
     (stage_dir / "run.json").write_text(json.dumps(manifest))
     return stage_dir
 

@@ -31,7 +31,8 @@ def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
     from llm.serving.models import Models
 
     params, model = sampling(cfg), model_name(cfg)
-    terminal.chat(Models(load_chat_model(model, compute=cfg.compute), cfg.paths.runs), params, ctrl_c)
+    first = load_chat_model(model, compute=cfg.compute, verify=cfg.verify)
+    terminal.chat(Models(first, cfg.paths.runs, cfg.verify), params, ctrl_c)
 
 
 def _answer_once(cfg: Any) -> None:
@@ -39,7 +40,7 @@ def _answer_once(cfg: Any) -> None:
     from llm.serving.chat import load_chat_model
 
     params, model = sampling(cfg), model_name(cfg)
-    terminal.answer_once(load_chat_model(model, compute=cfg.compute), cfg.prompt, params)
+    terminal.answer_once(load_chat_model(model, compute=cfg.compute, verify=cfg.verify), cfg.prompt, params)
 
 
 def sampling(cfg: Any) -> Any:

@@ -16,6 +16,7 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.run.notes import say, stage_notes
 from llm.run.stage_folder import HF
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
@@ -73,17 +74,20 @@ class ChatModel:
         return stream_reply(self.engine, messages, params, reply)
 
 
-def load_chat_model(model: str | Path, device: str | None = None, compute: str = "auto") -> ChatModel:
+def load_chat_model(
+    model: str | Path, device: str | None = None, compute: str = "auto", verify: bool = True
+) -> ChatModel:
     """Load a finished stage's folder, or hf:<name>, by default to the best device there is.
 
-    compute: number format of a network of ours, see `resolve_compute_dtype`; others keep that of their files.
+    compute: number format of a network of ours, see `resolve_compute_dtype`; others keep that of their files. verify:
+    compare every file of a folder of ours with its checksum.
     """
     import torch
 
     from llm.model.linear import resolve_compute_dtype
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net, tokenizer, name = _read_model(model, device)
+    net, tokenizer, name = _read_model(model, device, verify)
     if tokenizer_is_ours(tokenizer):
         net.compute_dtype = resolve_compute_dtype(compute, device)
         net.to(net.compute_dtype)
@@ -96,16 +100,18 @@ def is_hf(model: str | Path) -> bool:
     return str(model).startswith(HF)
 
 
-def _read_model(model: str | Path, device: str) -> tuple[Any, Any, str]:
+def _read_model(model: str | Path, device: str, verify: bool) -> tuple[Any, Any, str]:
     """Return the network and tokenizer of a stage's folder or of hf:<name>, and a name for the model."""
     if is_hf(model):
         from llm.checkpoint.hf_model import load_hf
 
-        return *load_hf(name := str(model).removeprefix(HF), None, device), _name_of_hf(name)
+        return *load_hf(name := str(model).removeprefix(HF), None, device, verify), _name_of_hf(name)
     from llm.checkpoint.model_folder import load_model_folder
 
     stage_dir = Path(model)
-    return *load_model_folder(stage_dir / "model", device), f"{stage_dir.parent.name}/{stage_dir.name}"
+    net, tokenizer = load_model_folder(stage_dir / "model", device, verify)
+    say(*stage_notes(stage_dir))
+    return net, tokenizer, f"{stage_dir.parent.name}/{stage_dir.name}"
 
 
 def _name_of_hf(name: str) -> str:

@@ -36,7 +36,8 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
             "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
         )
     with listen(cfg.host, cfg.port) as bound:
-        asyncio.run(_serve(cfg, Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust)), params, bound))
+        source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify)
+        asyncio.run(_serve(cfg, source, params, bound))
     print("\nserver ended", flush=True)
 
 

@@ -33,12 +33,16 @@ END_SECONDS = 5.0  # a worker that has lost its socket ends by itself in this ti
 
 @dataclass(frozen=True)
 class Source:
-    """Source of a worker's model: a stage folder or hf:<name>, its number format, and whose code it may import."""
+    """Source of a worker's model: a stage folder or hf:<name>, its number format, and whose code it may import.
+
+    verify: compare every file of the model with its checksum.
+    """
 
     model: str
     compute: str = "auto"
     plugins: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
+    verify: bool = True
 
 
 class Event(NamedTuple):

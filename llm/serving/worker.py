@@ -59,7 +59,7 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     load_plugins(source["plugins"])
     if source["threads"]:
         torch.set_num_threads(source["threads"])
-    model = load_chat_model(source["model"], source["device"], source["compute"])
+    model = load_chat_model(source["model"], source["device"], source["compute"], source["verify"])
     engine = Engine(model.engine.net, model.engine.tokenizer, max_rows=source["rows"], frozen=True)
     facts = {"device": str(engine.net.device), "examples": model.examples}
     facts |= {"name": model.name, "summary": model.summary, "notes": model.notes}

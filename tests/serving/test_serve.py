@@ -186,7 +186,7 @@ def test_prompt_is_answered_once(runs, capsys):
     def config(**values):
         keys = {"run": None, "stage": None, "model": None, "ui": "gradio", "prompt": None, "compute": "auto", "seed": 1}
         sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "max_new_tokens": 100}
-        return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), **{**keys, **sampling, **values})
+        return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), verify=True, **{**keys, **sampling, **values})
 
     app.serve(config(prompt=APPLES))  # the only run and its best stage are the default
     assert capsys.readouterr().out == "Ava has 12 + 7 = [12+7 = 19]19 apples.\n#### 19\n"
