@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
+from llm.parallel.launch import free_port  # noqa: E402
 from llm.serving.chat import load_chat_model  # noqa: E402
 from llm.serving.guard import MAX_BODY, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
 from llm.serving.models import Models  # noqa: E402
