@@ -11,7 +11,7 @@ import processes
 import pytest
 from processes import REPO
 
-pytest.register_assert_rewrite("judging")
+pytest.register_assert_rewrite("judging", "openai_server")
 # Before torch is imported anywhere: many small matrices on few cores are fastest on one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

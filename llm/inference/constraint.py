@@ -22,6 +22,8 @@ COMPACT = {"whitespace_flexible": False}  # a model that has learnt nothing woul
 AROUND_STRINGS = ("}", "]", ",", '"', "0", ":", "null", "true", "false", "{", "[")
 IN_STRINGS = ('"', "0")
 
+CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[ \t\n\r\f\v]"}
+
 _tokenizers: dict[int, Any] = {}
 
 
@@ -120,10 +122,15 @@ def _grammar(form: Mapping[str, Any]) -> str:
         case "json_schema":
             return LLMatcher.grammar_from_json_schema(json.dumps(form["schema"]), overrides=COMPACT)
         case "regex":
-            return LLMatcher.grammar_from_regex(form["regex"])
+            return LLMatcher.grammar_from_regex(_ascii_classes(form["regex"]))
         case "choice":
             return LLMatcher.grammar_from_regex("|".join(_escaped(text) for text in form["choice"]))
     raise UserError(f"an answer of the form {form['type']!r} is not known")
+
+
+def _ascii_classes(regex: str) -> str:
+    """Return a regular expression whose \\d, \\w and \\s stand for ASCII signs, and not for those of every script."""
+    return re.sub(r"\\(.)", lambda found: CLASSES.get(found[1], found[0]), regex, flags=re.DOTALL)
 
 
 def _escaped(text: str) -> str:

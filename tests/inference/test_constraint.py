@@ -36,6 +36,7 @@ FORMS = {
         re.compile(r"[a-z]+@[a-z]+\.(com|org)").fullmatch,
     ),
     "words": ({"type": "regex", "regex": r"(yes|no)( [a-z]+)+\."}, re.compile(r"(yes|no)( [a-z]+)+\.").fullmatch),
+    "date": ({"type": "regex", "regex": r"\d{4}-[\d]{2}\\"}, re.compile(r"[0-9]{4}-[0-9]{2}\\").fullmatch),
     "choice": ({"type": "choice", "choice": ["yes", "no (never)*"]}, ("yes", "no (never)*").__contains__),
 }
 

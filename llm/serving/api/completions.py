@@ -27,7 +27,7 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts = await asyncio.to_thread(_prompts, service, body, limit)
+    prompts, added = await asyncio.to_thread(_prompts, service, body, limit)
     n_samples = body.best_of or body.n or 1
     if len(prompts) * n_samples > MAX_CHOICES:
         raise bad(f"a request may ask for {MAX_CHOICES} completions, over all its prompts", "n")
@@ -40,34 +40,47 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     elif limit == 0:
         more["prompt_logprobs"] = 0  # the engine's way to read a prompt alone
     batch = service.submit(request, prompts, service.params(body, limit, **more), n_samples, form)
-    answer = CompletionAnswer(service, batch, body, n_samples)
+    answer = CompletionAnswer(service, batch, body, n_samples, added)
     if body.stream:
         return await service.stream(batch, answer.events())
     return await service.whole(request, batch, answer.whole())
 
 
-def _prompts(service: Service, body: CompletionRequest, limit: int) -> list[list[int]]:
-    """Return the ids of every prompt. Raises ApiError for ids that do not exist and prompts that do not fit."""
+def _prompts(service: Service, body: CompletionRequest, limit: int) -> tuple[list[list[int]], list[int]]:
+    """Return the ids of every prompt, and how many of the first ones are ours: the token that begins every text.
+
+    Raises ApiError for ids that do not exist and prompts that do not fit.
+    """
     given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     given = [given] if isinstance(given[0], int) else given
     if sum(len(one) for one in given if isinstance(one, str)) > MAX_TOTAL_CHARS:
         raise bad(f"prompts may have {MAX_TOTAL_CHARS:,} characters", "prompt", "string_above_max_length")
-    n = service.pool.facts["vocab_size"]
-    prompts = []
+    n, tokenizer = service.pool.facts["vocab_size"], service.tokenizer
+    begin = tokenizer.encode_prompt("a")[: -len(tokenizer.encode("a"))]  # of every text, [] for some models of others
+    prompts, added = [], []
     for one in given:
-        ids = service.tokenizer.encode_prompt(one) if isinstance(one, str) else one
+        if isinstance(one, str):
+            ids = tokenizer.encode_prompt(one)
+            is_ours = not one.startswith(tokenizer.decode(begin)) if begin else False
+        else:
+            is_ours = bool(begin) and one[: len(begin)] != begin
+            ids = begin + one if is_ours else one
         if wrong := [token for token in ids if not 0 <= token < n]:
             raise bad(f"prompt: {wrong[0]} is no id of a token; they go from 0 to {n - 1}", "prompt")
         check_room(len(ids), service.seq_len, "prompt", min(limit, 1))
         prompts.append(list(ids))
-    return prompts
+        added.append(len(begin) if is_ours else 0)
+    return prompts, added
 
 
 class CompletionAnswer:
-    """Answer to a completion request: choices of all prompts, in the order of the prompts."""
+    """Answer to a completion request: choices of all prompts, in the order of the prompts.
 
-    def __init__(self, service: Service, batch: Batch, body: CompletionRequest, n_samples: int):
-        self.service, self.batch, self.body, self.n_samples = service, batch, body, n_samples
+    added: tokens before each prompt that are ours, so that an echo does not show them.
+    """
+
+    def __init__(self, service: Service, batch: Batch, body: CompletionRequest, n_samples: int, added: Sequence[int]):
+        self.service, self.batch, self.body, self.n_samples, self.added = service, batch, body, n_samples, added
         self.texts = [AnswerText(service.tokenizer, body.stops()) for _ in batch.jobs]
         self.offsets = [0] * len(batch.jobs)
         self.head = {
@@ -132,10 +145,10 @@ class CompletionAnswer:
         place, given = index // self.n_samples, self.body.prompt
         if isinstance(given, list) and isinstance(given[0], str):
             given = given[place]
-        text = given if isinstance(given, str) else self.service.tokenizer.decode(job.prompt)
-        found = job.prompt_logprobs or [None] * len(job.prompt)
-        tokens = [(token, *(one or (None, None))) for token, one in zip(job.prompt, found, strict=True)]
-        return text, tokens
+        shown = job.prompt[self.added[place] :]
+        text = given if isinstance(given, str) else self.service.tokenizer.decode(shown)
+        found = (job.prompt_logprobs or [None] * len(job.prompt))[self.added[place] :]
+        return text, [(token, *(one or (None, None))) for token, one in zip(shown, found, strict=True)]
 
     def _choice(self, place: int, index: int, echo: Any, delta: Delta, reason: str | None) -> dict[str, Any]:
         tokens = list(echo[1]) if echo else []

@@ -1,0 +1,144 @@
+"""Refusals: what is wrong with a request is told with the status, the form and the field that OpenAI's API would."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+
+from scripted_pool import scripted, served  # noqa: E402
+
+MODEL = "a/b"
+JSON = {"content-type": "application/json"}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def ask(method: str, path: str, **more) -> httpx.Response:
+    """The answer of an API whose model always says "ok"."""
+
+    async def run():
+        transport = httpx.ASGITransport(served(scripted([*b"ok"])))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(run())
+
+
+def post(path: str, **more) -> httpx.Response:
+    return ask("POST", path, **more)
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+REFUSED = [
+    ({"model": "gpt-4o"}, 404, "model_not_found", "model"),
+    ({"temperature": 2.5}, 400, "invalid_value", "temperature"),
+    ({"temperature": "0.5"}, 400, "invalid_value", "temperature"),
+    ({"top_p": 1.5}, 400, "invalid_value", "top_p"),
+    ({"top_k": 201}, 400, "invalid_value", "top_k"),
+    ({"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+    ({"max_tokens": 5000}, 400, "invalid_value", "max_tokens"),
+    ({"n": 0}, 400, "invalid_value", "n"),
+    ({"n": 129}, 400, "invalid_value", "n"),
+    ({"stop": ["a"] * 17}, 400, "invalid_value", None),
+    ({"logit_bias": {"265": 1}}, 400, None, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, 400, None, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, 400, "invalid_value", "logit_bias.1"),
+    ({"top_logprobs": 2}, 400, "invalid_value", None),
+    ({"stream_options": {"include_usage": True}}, 400, "invalid_value", None),
+    ({"tool_choice": "required"}, 400, "invalid_value", None),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, None, "tool_choice"),
+    ({"store": True}, 400, "invalid_value", "store"),
+    ({"reasoning_effort": "high"}, 400, "unknown_parameter", "reasoning_effort"),
+    ({"functions": []}, 400, "unknown_parameter", "functions"),
+    ({"modalities": ["audio"]}, 400, "invalid_value", None),
+    ({"messages": []}, 400, "invalid_value", "messages"),
+    ({"messages": [{"role": "user", "content": "x"}] * 501}, 400, "invalid_value", "messages"),
+    ({"messages": user("x" * 8001)}, 400, "string_above_max_length", "messages.0.content"),
+    ({"messages": user("x" * 8000) * 5}, 400, "string_above_max_length", "messages.4.content"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, None, "messages"),
+    ({"messages": [{"role": "system", "content": "x"}]}, 400, None, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_value", "messages.0"),
+    ({"messages": [{"role": "user"}]}, 400, None, "messages.0.user.content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        400,
+        "invalid_value",
+        None,
+    ),
+    ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
+    ({"response_format": {"type": "json_schema"}}, 400, None, "response_format.json_schema.json_schema"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "code", "param"), REFUSED)
+def test_what_is_wrong_is_refused_in_openais_form(change, status, code, param):
+    body = {"model": MODEL, "messages": user("Who are you?")} | change
+    answer = post("/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == status and set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"] == "invalid_request_error"
+    assert (code is None or error["code"] == code) and (param is None or error["param"] == param)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": [265]},
+        {"prompt": [-1]},
+        {"prompt": "x" * 32001},
+        {"prompt": "x" * 400},
+        {"prompt": ["a"] * 100, "n": 2},
+        {"best_of": 1, "n": 2},
+        {"best_of": 2, "stream": True},
+        {"max_tokens": 0},
+        {"suffix": "x"},
+        {"logprobs": True},
+        {"messages": []},
+    ],
+)
+def test_wrong_completions_are_refused(change):
+    body = {"model": MODEL, "prompt": "x"} | change
+    answer = post("/v1/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000])
+def test_a_body_that_is_no_request_is_refused(body):
+    answer = post("/v1/chat/completions", content=body, headers=JSON)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_half_a_surrogate_pair_does_no_harm():
+    body = json.dumps({"model": MODEL, "messages": user("\ud800"), "max_tokens": 9}).encode()
+    answer = post("/v1/chat/completions", content=body, headers=JSON)
+    assert answer.status_code == 200
+    body = json.dumps({"model": "\ud800", "messages": user("x"), "\ud800": 1}).encode()
+    answer = post("/v1/chat/completions", content=body, headers=JSON)
+    assert answer.status_code == 400
+
+
+def test_unknown_paths_and_methods_have_openais_form():
+    assert ask("GET", "/v1/nothing").json()["error"]["message"]
+    answer = ask("GET", "/v1/chat/completions")
+    assert answer.status_code == 405 and answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_refused():
+    answer = post("/v1/chat/completions", content=b" " * (2 << 20))
+    assert answer.status_code == 413 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"store": True}, {"previous_response_id": "resp_1"}, {"tools": [{"type": "web_search"}]}, {"input": []}, {"x": 1}],
+)
+def test_what_responses_cannot_do_is_refused(change):
+    answer = post("/v1/responses", json={"model": MODEL, "input": "x"} | change)
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
