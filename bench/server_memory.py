@@ -5,7 +5,7 @@
 
 A model with random weights is served by `serve.py` in a process of its own. A visitor asks questions of 1 to 400
 characters over HTTP and reads answers of 1 to 8 tokens; every 10 turns another visitor comes. Every 10 turns the
-resident memory of the server is read. Prints the largest distance from its value after the warm-up, and a last line of
+resident memory of the server and of its workers is read. Prints the largest distance from its value after the warm-up, and a last line of
 JSON. `--beside` draws the numbers of an earlier run, such as one of another version, into the same plot.
 """
 
@@ -91,7 +91,7 @@ def measure(runs: Path, turns: int, rng: random.Random) -> Iterator[tuple[int, f
                     visitor = Client(url, verbose=False)
                 question = "".join(rng.choices("abcdefgh ", k=rng.randint(1, 400))) + "?"
                 visitor.predict(question, api_name="/ask")
-                visitor.predict(1.0, 50, rng.randint(1, 8), api_name="/answer")
+                visitor.predict(1.0, 50, 1.0, rng.randint(1, 8), api_name="/answer")
                 if turn % EVERY == 0:
                     visitor.close()
                     mib = resident(server.pid)
@@ -103,9 +103,11 @@ def measure(runs: Path, turns: int, rng: random.Random) -> Iterator[tuple[int, f
 
 
 def resident(pid: int) -> float:
-    """Return the MiB of memory that a process holds (Linux)."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Return the MiB of memory that a process and its children hold (Linux)."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
+    children = [int(child) for thread in process.glob("task/*/children") for child in thread.read_text().split()]
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 + sum(map(resident, children))
 
 
 def read(path: Path) -> list[tuple[int, float]]:
