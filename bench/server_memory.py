@@ -5,8 +5,9 @@
 
 A model with random weights is served by `serve.py` in a process of its own. A visitor asks questions of 1 to 400
 characters over HTTP and reads answers of 1 to 8 tokens; every 10 turns another visitor comes. Every 10 turns the
-resident memory of the server and of its workers is read. Prints the largest distance from its value after the warm-up, and a last line of
-JSON. `--beside` draws the numbers of an earlier run, such as one of another version, into the same plot.
+resident memory of the server and of its workers is read. Prints the largest distance from its value after the
+warm-up, and a last line of JSON. `--beside` draws the numbers of an earlier run, such as one of another version, into
+the same plot.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
