@@ -386,7 +386,7 @@ def test_browser_chat_over_http(runs):
             job.result(timeout=HANG)
             frames.append(["".join(p["text"] for p in shown[-1]["content"]) for shown in job.outputs()])
         assert frames[0][-1] == "I am Fathom, a small language model. Ask me **anything**!"
-        assert len(frames[1]) > 3 and all(b.startswith(a) for a, b in itertools.pairwise(frames[1]))
+        assert len(frames[1]) > 1 and all(b.startswith(a) for a, b in itertools.pairwise(frames[1]))
         assert frames[1][-2].startswith("la la la ")
     finally:
         for client in clients:
