@@ -117,7 +117,7 @@ struct Row {
     void find_best(int64_t k) {
         const size_t room = 2 * k + 64;
         auto shorten = [&] {
-            if (int64_t(some.size()) > k) {
+            if (int64_t(some.size()) >= k) {
                 std::nth_element(some.begin(), some.begin() + (k - 1), some.end());
                 some.resize(k);
             }

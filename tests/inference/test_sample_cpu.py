@@ -39,7 +39,7 @@ def hard_logits(vocab: int, scale: float, generator: torch.Generator) -> torch.T
 @pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 257, 1000, 4096])
 def test_the_kernel_draws_the_ids_of_the_definition(vocab):
     generator = torch.Generator().manual_seed(vocab)
-    cuts = (0, 1, 7, 500), (1.0, 0.99, 0.9, 0.5, 1e-3), (0.0, 0.1)
+    cuts = (0, 1, 7, 64, 500), (1.0, 0.99, 0.9, 0.5, 1e-3), (0.0, 0.1)
     for scale, temperature, top_k, top_p, min_p in itertools.product((0.3, 6.0), (0.0, 0.3, 1.0, 2.0), *cuts):
         logits = hard_logits(vocab, scale, generator)
         draws = torch.rand(16, dtype=torch.float64, generator=generator)
