@@ -33,6 +33,16 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held, self._ended = "", False
 
+    @property
+    def is_cut(self) -> bool:
+        """True once a stop text has ended the text."""
+        return self._ended
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of characters that may be the beginning of a stop text."""
+        return len(self._held)
+
     def push(self, token: int) -> str:
         """Return the text that is certain with this token and was not before."""
         return self._certain(self._decoder.decode(self.tokenizer.decode_bytes([token])))

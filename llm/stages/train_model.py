@@ -1,22 +1,30 @@
 """Runs a stage that makes a model: build it, train it, and hand the network over in model/."""
 
+import contextlib
 import signal
+import warnings
 from pathlib import Path
 
 from callbacks.best import hand_over_best
+from llm.checkpoint.examples import save_examples
 from llm.checkpoint.model_folder import save_model_folder
 from llm.checkpoint.resume import list_checkpoints
 from llm.config.stages import Stage, load_object
 from llm.data.balance import Reading, describe, total
 from llm.errors import BadLoss, UserError, is_out_of_memory
+from llm.eval.examples import choose_examples
+from llm.inference.engine import Engine
+from llm.model.gpt import GPT
 from llm.parallel import collectives
 from llm.parallel.env import SIGHUP, SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
+from llm.stages.common import held_out_task
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
+from llm.stages.step_module import StageContext
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -30,8 +38,7 @@ def run(job: Job) -> dict | None:
     cfg = job.cfg
     quiet_lightning()
     check_devices(cfg)
-    build = builder(job.row)
-    built = build(cfg, job.parent)
+    built = build(job)
     show_config(cfg, built.derived)
     if built.reading is not None:
         job.manifest["data"] = built.reading.to_dict()
@@ -59,9 +66,16 @@ def run(job: Job) -> dict | None:
             saved = list_checkpoints(job.stage_dir / "checkpoints")
             rows = built.derived["micro_batches"]
             raise UserError(out_of_memory(cfg, rows, error, saved[-1][0] if saved else None)) from None
-        built = build(cfg, job.parent)
+        built = build(job)
         trainer, stop = build_trainer(cfg, job.stage_dir, built)
     return hand_over(job, built, trainer, stop.signum)
+
+
+def build(job: Job):
+    """Build the stage; its checkpoints will say which training saved them."""
+    built = builder(job.row)(job.cfg, job.parent)
+    built.module.origin = job.origin
+    return built
 
 
 def builder(row: Stage):
@@ -90,9 +104,27 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         if handed is None:
             save_model_folder(job.stage_dir / "model", net, module.context.tokenizer)
         results["weights"] = handed or {"step": trainer.global_step}
+        if job.row.is_chat and handed is None:
+            add_examples(job, module.context, net)
         if line := best_line(read_metrics(job.stage_dir), results["weights"]):
             print(line, flush=True)
     return results
+
+
+def add_examples(job: Job, context: StageContext, net: GPT) -> None:
+    """Ask `net` held-out questions of the tasks in `data.eval`, and keep some that it answers right in model/.
+
+    Tasks without held-out rows here are passed over. A failure must not cost a finished stage.
+    """
+    cfg, tasks = job.cfg, {}
+    try:
+        for name in cfg.data.eval:
+            with contextlib.suppress(UserError):
+                tasks[name] = context.eval_tasks.get(name) or held_out_task(cfg, name)
+        questions = choose_examples(Engine(net, context.tokenizer), tasks, context.prompts)
+        save_examples(job.stage_dir / "model", questions)
+    except Exception as error:
+        warnings.warn(f"no example questions were chosen: {error}", stacklevel=2)
 
 
 def balance_of(built) -> dict[str, dict]:

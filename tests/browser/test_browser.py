@@ -10,9 +10,14 @@ import pytest
 from processes import run
 from serving_run import ServerProcess, make_run
 
+from llm.checkpoint.examples import save_examples
+
 HERE = Path(__file__).parent
 SEQ_LEN = 2048  # room for a song of seconds, to be stopped
-SCREENSHOTS = ("1-start", "2-calculator", "3-markdown", "4-context", "5-phone", "6-hostile")
+LOOKS = tuple(f"{width} {scheme}" for width in ("desktop", "phone") for scheme in ("light", "dark"))
+SCREENSHOTS = ("1-start", "2-calculator", "3-markdown", "4-context", "6-hostile", "7-chats", "8-settings")
+SCREENSHOTS += ("9-side-by-side", *(f"5-{look.replace(' ', '-')}" for look in LOOKS))
+ANYTHING = "I am Fathom, a small language model. Ask me anything!"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,8 @@ def seen(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("browser")
     screenshots = Path(os.environ.get("FATHOM_SCREENSHOTS", folder))
     screenshots.mkdir(parents=True, exist_ok=True)
-    make_run(folder / "runs", seq_len=SEQ_LEN)
+    save_examples(make_run(folder / "runs", seq_len=SEQ_LEN) / "model", ["Who are you?", "Greet me."])
+    make_run(folder / "runs", stage="midtrain", seq_len=SEQ_LEN)
     with ServerProcess(folder / "runs", "temperature=0", f"max_new_tokens={SEQ_LEN}") as server:
         done = run("node", str(HERE / "chat.mjs"), server.url, str(screenshots), chromium)
     assert server.process.returncode == 0 and server.output.endswith("server ended\n"), server.output
@@ -43,14 +49,28 @@ def seen(tmp_path_factory) -> dict:
 @pytest.mark.slow
 def test_the_page_says_what_it_serves_and_loads_nothing_from_outside(seen):
     assert "tiny/sft" in seen["title"] and seen["heading"] == "tiny/sft"
-    assert seen["sliders"] == 3
     assert seen["external"] == [] and seen["errors"] == []
-    assert seen["mobileOverflow"] == 0
+    assert seen["overflows"] == dict.fromkeys(LOOKS, 0)
+
+
+@pytest.mark.slow
+def test_settings_are_folded_and_examples_come_first_by_the_keyboard(seen):
+    assert seen["visibleSliders"] == 0 and seen["seed"]
+    examples = ["Select example 1: Who are you?", "Select example 2: Greet me."]
+    assert seen["tabOrder"][:6] == ["Toggle Sidebar", *examples, "Message", "Send", "Settings"]
+
+
+@pytest.mark.slow
+def test_an_empty_box_asks_nothing_and_a_message_that_is_too_long_stays(seen):
+    assert seen["empty"] == {"toasts": 0, "value": ""}
+    assert seen["tooLong"]["hint"] == "The message has 8,001 characters, 8,000 are possible."
+    assert (seen["tooLong"]["length"], seen["tooLong"]["questions"]) == (8001, 0)
 
 
 @pytest.mark.slow
 def test_questions_are_answered_with_visible_calculator_calls(seen):
-    assert seen["example"] == "I am Fathom, a small language model. Ask me anything!"
+    assert seen["example"] == ANYTHING
+    assert re.fullmatch(r"\d+ tokens, [\d,]+ per second", seen["speed"])
     assert seen["calls"] == ["12+7 = 19"]
     assert re.fullmatch(r"Ava has 12 \+ 7 = 12\+7 = 19\s*19 apples\.\n#### 19", seen["calculator"])
     assert seen["unicode"] == "Grüße! 你好 😀"
@@ -58,11 +78,12 @@ def test_questions_are_answered_with_visible_calculator_calls(seen):
 
 
 @pytest.mark.slow
-def test_images_and_html_appear_as_they_were_written(seen):
+def test_what_was_typed_is_shown_copied_and_edited_to_the_letter(seen):
     """The record of requests to other servers, which another test looks at, is empty too."""
-    assert seen["hostile"]["images"] == 0
-    assert "![a](http://evil.example/a.png) <img src=http://evil.example/b.png>" in seen["hostile"]["text"]
-    assert "<img src=http://evil.example/c.png>" in seen["hostile"]["text"].split("\n", 1)[1]
+    hostile = seen["hostile"]
+    assert hostile["images"] == 0
+    assert hostile["text"] == hostile["copied"] == hostile["edited"] == hostile["asked"]
+    assert seen["copied"] == "Ava has 12 + 7 = [12+7 = 19]19 apples.\n#### 19"
 
 
 @pytest.mark.slow
@@ -73,6 +94,18 @@ def test_regenerate_takes_the_new_temperature_and_undo_gives_the_question_back(s
 
 
 @pytest.mark.slow
+def test_an_edited_question_is_answered_in_its_place_and_a_reload_keeps_the_chat(seen):
+    assert seen["edited"] == seen["reloaded"] == {"questions": ["Who are you?"], "answer": ANYTHING}
+
+
+@pytest.mark.slow
+def test_a_chat_is_exported(seen):
+    (thread,) = seen["exported"]["threads"]
+    assert thread["model"] == "tiny/sft" and thread["messages"][0] == {"role": "user", "content": "Who are you?"}
+    assert seen["exportedText"].startswith("# tiny/sft\n\nYou: Who are you?\n\ntiny/sft: I am Fathom")
+
+
+@pytest.mark.slow
 def test_answers_stream_and_stop(seen):
     assert seen["frames"] > 3
     assert seen["stopped"]["text"] == "la la la "
@@ -80,6 +113,13 @@ def test_answers_stream_and_stop(seen):
 
 
 @pytest.mark.slow
-def test_a_full_context_is_a_note_and_no_crash(seen):
-    assert seen["overflow"][0].startswith("Your message of 5,000 tokens is longer than the model can read")
-    assert re.fullmatch(rf"The oldest \d messages no longer fit the context of {SEQ_LEN:,} tokens .*", seen["dropped"])
+def test_a_full_context_is_a_note_said_once_and_no_crash(seen):
+    assert any(note.startswith("Your message of 5,000 tokens is longer than") for note in seen["overflow"])
+    assert len(seen["dropped"]) == 1 and f"the context of {SEQ_LEN:,} tokens" in seen["dropped"][0]
+
+
+@pytest.mark.slow
+def test_two_stages_answer_side_by_side(seen):
+    both = seen["sideBySide"]
+    assert both["heading"] == "tiny/sft and tiny/midtrain" and both["question"] == "Greet me."
+    assert both["first"] == both["second"] == seen["unicode"]

@@ -35,7 +35,7 @@ from llm.utils.files import read_json
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
-from llm.eval.hf_model import load_hf  # noqa: E402
+from llm.checkpoint.hf_model import load_hf  # noqa: E402
 
 REAL_BUNDLE = SHARED / "data" / "eval_bundle"
 REAL_FILES = {

@@ -14,9 +14,10 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
-from llm.serving import app  # noqa: E402
+from llm.parallel.launch import free_port  # noqa: E402
 from llm.serving.chat import load_chat_model  # noqa: E402
-from llm.serving.guard import MAX_BODY, OPEN_ROUTES, Guard, check_names  # noqa: E402
+from llm.serving.guard import MAX_BODY, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
+from llm.serving.models import Models  # noqa: E402
 
 PORT = 7860
 
@@ -103,6 +104,11 @@ def test_public_names_are_names():
             check_names(["good.example", wrong])
 
 
+def test_a_server_is_private_where_nobody_else_reaches_it():
+    assert is_private("127.0.0.1", []) and is_private("localhost", []) and is_private("::1", ())
+    assert not is_private("0.0.0.0", []) and not is_private("127.0.0.1", ["chat.example.org"])
+
+
 def test_only_the_routes_of_the_chat_are_open():
     own = OWN[0]
     for path in (*OPEN_ROUTES, "/assets/index.js", "/gradio_api/queue/join/", "/gradio_api/call/ask/1"):
@@ -110,7 +116,7 @@ def test_only_the_routes_of_the_chat_are_open():
     for path in (
         *("/gradio_api/upload", "/gradio_api/upload/", "/upload", "/gradio_api/upload_progress", "/docs", "/assets"),
         *("/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/proxy=http://evil.example", "/monitoring"),
-        *("/gradio_api/component_server", "/gradio_api/stream/x", "/gradio_api/vibe-edit", "/login", "/openapi.json"),
+        *("/gradio_api/component_server", "/gradio_api/stream/x", "/gradio_api/vibe-edit", "/login", "/redoc"),
     ):
         assert answer(own, path=path)["status"] == 404
     assert answer(own, kind="websocket") == {"type": "websocket.close"}
@@ -125,8 +131,8 @@ def test_a_body_has_a_limit_and_arrives_whole():
 def test_the_server_of_the_chat_is_guarded(tmp_path):
     from llm.serving import browser
 
-    demo = browser.build(load_chat_model(make_run(tmp_path, steps=1)), SamplingParams())
-    port = app.usable_port("127.0.0.1", 0)
+    demo = browser.build(Models(load_chat_model(make_run(tmp_path, steps=1))), SamplingParams())
+    port = free_port()
     browser.launch(demo, "127.0.0.1", port)
 
     def ask(method: str, path: str, body=None, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:

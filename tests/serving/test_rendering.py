@@ -7,17 +7,17 @@ import pytest
 pytest.importorskip("gradio")
 markdown_it = pytest.importorskip("markdown_it")  # a reader of Markdown, which rich brings along
 
-from llm.serving.browser import markdown  # noqa: E402
+from llm.serving.rendering import display, markdown, typed  # noqa: E402
 
 IMAGE = "<img src=http://evil.example/a.png>"
 READER = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
 OURS = ("<code>", "</code>", "<pre><code>", "<span class=", "</span>")
 
 
-def harmful(text: str) -> list[str]:
+def harmful(text: str, render=markdown) -> list[str]:
     """Return what a reader of Markdown takes for an image, a link or HTML not ours in the rendering of a message."""
     found = []
-    for block in READER.parse(markdown(text)):
+    for block in READER.parse(render(text)):
         for token in (block, *(block.children or ())):
             is_html = token.type in ("html_inline", "html_block")
             if token.type in ("image", "link_open") or is_html and not token.content.startswith(OURS):
@@ -25,6 +25,16 @@ def harmful(text: str) -> list[str]:
             if is_html and "<img" in token.content:
                 found.append(token.content)
     return found
+
+
+def seen(rendered: str) -> str:
+    """Return the text of a rendering that is one paragraph of plain text, to the letter."""
+    opened, inline, closed = READER.parse(rendered) or [None] * 3
+    if inline is None:
+        return ""
+    assert (opened.type, closed.type) == ("paragraph_open", "paragraph_close")
+    assert {child.type for child in inline.children} <= {"text", "text_special"}, rendered
+    return "".join(child.content for child in inline.children)
 
 
 HOSTILE = {
@@ -56,7 +66,7 @@ def test_the_reader_sees_what_is_not_escaped():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_answers_are_text(name):
-    assert harmful(HOSTILE[name]) == []
+    assert harmful(HOSTILE[name]) == [] == harmful(HOSTILE[name], typed)
     assert "mermaid" not in markdown(HOSTILE[name])
 
 
@@ -85,8 +95,45 @@ def test_no_order_of_marks_opens_a_way():
     for _ in range(1000):
         text = "".join(rng.choices(marks, k=rng.randint(2, 14)))
         assert harmful(text) == [], text
+        assert seen(typed(text)) == text.replace("\r\n", "\n").replace("\r", "\n"), text
 
 
 def test_a_block_that_is_closed_keeps_its_language_and_text():
     code = "for i in range(3):\n    print(i < 2, a[i])\n"
     assert markdown(f"so\n```python\n{code}```\n") == f"so\n\n```python\n{code}```\n\n"
+
+
+def test_answers_are_markdown_without_html():
+    assert markdown("**bold**, 2*3*4 and 5 * 6") == r"**bold**, 2\*3\*4 and 5 * 6"
+    assert markdown("<b>x</b> `i` a\\b") == r"\<b>x\</b> `i` a\\b"
+    assert markdown("so\n#### 12\n# Title\n#### Title") == "so\n\\#### 12\n# Title\n#### Title"
+    assert markdown("a\n```py\n<a*b*c>\n#### 1\n```\n<") == "a\n\n```py\n<a*b*c>\n#### 1\n```\n\n\\<"
+    assert markdown("  ~~~\n  x\n `````\n ~~~~ \n") == "\n\n``````\nx\n`````\n``````\n\n"
+    assert markdown("`<b>` `_a|b_`") == "<code>&#60;b&#62;</code> <code>&#95;a&#124;b&#95;</code>"
+    call = [{"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}, {"type": "text", "text": "6"}]
+    assert markdown(call) == '<span class="tool" title="calculator">2&#42;3 &#61; 6</span>6'
+    assert markdown(call[:1]) == '<span class="tool" title="calculator">2&#42;3</span>'
+    assert markdown("a", ["<note>"]) == 'a\n\n<span class="note">&#60;note&#62;</span>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# no title",
+        "1. one\n2. two",
+        "*a* _b_ `c` ~~d~~",
+        "    x  y\n\n\tz",
+        "a\n---",
+        "&amp; &#42; www.example.org",
+        "| a |\n|-|",
+    ],
+)
+def test_what_was_typed_is_shown_to_the_letter(text):
+    assert seen(typed(text)) == text
+    assert seen(display([{"role": "user", "content": text}])[0]["content"]) == text
+
+
+def test_notes_and_the_speed_stand_below_an_answer():
+    message = {"role": "assistant", "content": "a", "notes": ["cut"], "speed": "3 tokens, 9 per second"}
+    (shown,) = display([message])
+    assert shown["content"].startswith('a\n\n<span class="note">cut</span>') and "9 per second" in shown["content"]

@@ -1,63 +1,24 @@
 """Serving: replies and their limits, the terminal chat, the browser chat's server and serve.py as real processes."""
 
-import codecs
-import itertools
 import random
 import re
-import signal
 import socket
-import subprocess
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import HANG
-from serving_run import make_run, start_process
+from scripted_engine import TOKENIZER, ScriptedEngine, assistant, user
+from serving_run import make_run
 
 from llm.errors import UserError
-from llm.inference.engine import Engine, TokenEvent
+from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
-from llm.serving import app, terminal
-from llm.serving.chat import ChatModel, Reply, fit_prompt, load_chat_model, stream_reply
-from llm.tokenizer.bpe import Tokenizer
+from llm.serving import app
+from llm.serving.chat import LEFT_OUT, Reply, fit_prompt, load_chat_model, stream_reply
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 
-TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=200)
 APPLES = "Ava has 12 apples. She buys 7 more. How many?"
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-class ScriptedEngine:
-    """Streams given token ids and records the prompt, and whether the stream was closed."""
-
-    def __init__(self, ids: list[int], seq_len: int = 400, finish_reason: str = "stop"):
-        self.ids, self.finish_reason, self.closed = ids, finish_reason, False
-        self.tokenizer, self.net = TOKENIZER, SimpleNamespace(config=SimpleNamespace(seq_len=seq_len))
-
-    def stream(self, prompts, params):
-        (self.prompt,), self.params = prompts, params
-        return self
-
-    def __enter__(self):
-        self.finish_reasons = [None]
-        return self
-
-    def __exit__(self, *exc):
-        self.closed = True
-
-    def __iter__(self):
-        for token in self.ids:
-            yield [TokenEvent(0, token, False)]
-        self.finish_reasons = [self.finish_reason]
 
 
 def reply_ids(content) -> list[int]:
@@ -166,8 +127,24 @@ def test_the_oldest_turns_go_first_and_the_system_message_stays():
         assert len(prompt) <= 150  # a quarter of the context is left for the answer
         kept = next(k for k in range(0, 19, 2) if prompt == render_prompt(TOKENIZER, [*head, *messages[k:]]))
         assert len(render_prompt(TOKENIZER, [*head, *messages[kept - 2 :]])) > 150  # no more would have fitted
-        assert note == f"The oldest {kept} messages no longer fit the context of 200 tokens and were left out."
+        assert note == LEFT_OUT.format(200)
         assert (b"Be brief." in TOKENIZER.decode_bytes(prompt)) == bool(n_system)
+
+
+def test_that_old_messages_are_left_out_is_said_once():
+    engine, messages, notes = ScriptedEngine(TOKENIZER.encode("ok"), seq_len=200), turns(10), []
+    for _ in range(3):
+        *_, reply = stream_reply(engine, messages, GREEDY)
+        notes.append(reply.notes)
+        messages = [*messages, reply.as_message(), user("and?")]
+    assert notes == [[LEFT_OUT.format(200)], [], []]
+
+
+def test_a_reply_knows_its_length_and_speed():
+    replies = stream_reply(ScriptedEngine(TOKENIZER.encode("four")), [user("x")], GREEDY)
+    assert next(replies).speed == ""
+    *_, reply = replies
+    assert reply.tokens == 4 and reply.seconds > 0 and re.fullmatch(r"4 tokens, [\d,]+ per second", reply.speed)
 
 
 def test_a_short_answer_leaves_more_room_for_the_conversation():
@@ -202,32 +179,14 @@ def test_no_conversation_crashes_the_engine(runs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Terminal
-
-
-def test_terminal_text_only_grows_at_its_end():
-    content = [
-        {"type": "text", "text": "a "},
-        {"type": "python", "text": "1+1"},
-        {"type": "python_output", "text": "2"},
-        {"type": "python", "text": "1/0"},
-        {"type": "text", "text": " b "},
-        {"type": "python_output", "text": "5"},
-        {"type": "python", "text": "2*2"},
-    ]
-    engine, shown = ScriptedEngine(reply_ids(content)), ""
-    for reply in stream_reply(engine, [user("x")], GREEDY):
-        text = terminal.plain_text(reply)
-        assert text.startswith(shown)
-        shown = text
-    assert shown == "a [1+1 = 2][1/0] b [5][2*2]"
+# One answer
 
 
 def test_prompt_is_answered_once(runs, capsys):
     def config(**values):
-        keys = {"run": None, "stage": None, "ui": "gradio", "prompt": None, "host": "127.0.0.1", "port": 0, "seed": 1}
-        sampling = {"temperature": 0.0, "top_k": 50, "max_new_tokens": 100}
-        return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), **{**keys, **sampling, **values})
+        keys = {"run": None, "stage": None, "model": None, "ui": "gradio", "prompt": None, "compute": "auto", "seed": 1}
+        sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "max_new_tokens": 100}
+        return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), verify=True, **{**keys, **sampling, **values})
 
     app.serve(config(prompt=APPLES))  # the only run and its best stage are the default
     assert capsys.readouterr().out == "Ava has 12 + 7 = [12+7 = 19]19 apples.\n#### 19\n"
@@ -249,12 +208,20 @@ def test_prompt_is_answered_once(runs, capsys):
     ):
         with pytest.raises(UserError, match=message):
             app.serve(config(**wrong))
+
+
+def test_a_port_that_is_taken_is_told():
+    pytest.importorskip("fastapi")
+    from llm.serving.http import listen
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port}: cannot listen there"):
-            app.serve(config(port=port))
+            listen("127.0.0.1", port)
+    with listen("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
 
 
 def test_a_base_model_is_announced(runs, tmp_path):
@@ -264,134 +231,6 @@ def test_a_base_model_is_announced(runs, tmp_path):
     model = load_chat_model(stage)
     assert model.name == "tiny/pretrain" and "base model" in model.notes[0]
     assert load_chat_model(runs / "tiny" / "sft").notes == ()
-
-
-def read_until(process, pattern: str, seen: str = "") -> str:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    while not re.search(pattern, seen):
-        chunk = process.stdout.buffer.read1(4096)
-        assert chunk, f"waited in vain for {pattern!r}: {seen}"
-        seen += decoder.decode(chunk)
-    return seen
-
-
-def test_terminal_chat_as_a_process(runs):
-    process = start_process(f"paths.runs={runs}", "run=tiny", "ui=cli", "temperature=0", stdin=subprocess.PIPE)
-    watchdog = threading.Timer(HANG, process.kill)  # then reading ends and the test fails
-    watchdog.start()
-    try:
-
-        def say(line: str, pattern: str) -> str:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            return read_until(process, pattern)
-
-        assert "tiny/sft: 2 layers" in read_until(process, r"\n> $")
-        assert "[12+7 = 19]19 apples.\n#### 19\n" in say(APPLES, r"\n> $")
-        assert "forgotten" in say("/clear", r"\n> $")
-        assert "Grüße! 你好 😀\n" in say("Greet me.", r"\n> $")
-        assert "Grüße! 你好 😀\n" in say("/again", r"\n> $")
-        assert "Привет 👋\n" in say("Again.", r"\n> $")  # it remembers the turn before
-        assert "temperature = 0.5" in say("/temperature 0.5", r"\n> $")
-        assert "temperature=-1.0 must be" in say("/temperature -1", r"\n> $")
-        assert "needs a number" in say("/top_k many", r"\n> $")
-        assert "/quit" in say("/help", r"\n> $")
-        say("/temperature 0", r"\n> $")
-        say("/clear", r"\n> $")
-        say("Sing.", "la la la ")
-        process.send_signal(signal.SIGINT)
-        assert "(stopped)" in read_until(process, r"\n> $")
-        assert "I am Fathom" in say("/clear\nWho are you?", r"anything[^>]*> $")
-        process.stdin.close()
-        assert process.wait(timeout=HANG) == 0
-    finally:
-        watchdog.cancel()
-        process.kill()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Browser
-
-
-def test_browser_rendering():
-    from llm.serving.browser import markdown
-
-    assert markdown("**bold**, 2*3*4 and 5 * 6") == r"**bold**, 2\*3\*4 and 5 * 6"
-    assert markdown("<b>x</b> `i` a\\b") == r"\<b>x\</b> `i` a\\b"
-    assert markdown("so\n#### 12\n# Title\n#### Title") == "so\n\\#### 12\n# Title\n#### Title"
-    assert markdown("a\n```py\n<a*b*c>\n#### 1\n```\n<") == "a\n\n```py\n<a*b*c>\n#### 1\n```\n\n\\<"
-    assert markdown("  ~~~\n  x\n `````\n ~~~~ \n") == "\n\n``````\nx\n`````\n``````\n\n"
-    assert markdown("`<b>` `_a|b_`") == "<code>&#60;b&#62;</code> <code>&#95;a&#124;b&#95;</code>"
-    call = [{"type": "python", "text": "2*3"}, {"type": "python_output", "text": "6"}, {"type": "text", "text": "6"}]
-    assert markdown(call) == '<span class="tool" title="calculator">2&#42;3 &#61; 6</span>6'
-    assert markdown(call[:1]) == '<span class="tool" title="calculator">2&#42;3</span>'
-    assert markdown("a", ["<note>"]) == 'a\n\n<span class="note">&#60;note&#62;</span>'
-
-
-def test_browser_conversation_steps(runs):
-    import gradio as gr
-
-    from llm.serving import browser
-
-    model = load_chat_model(runs / "tiny" / "sft")
-    handlers = browser._Handlers(model, GREEDY)
-    emptied, messages, shown = handlers.ask(APPLES, [])
-    assert emptied == "" and messages == [user(APPLES)] and shown == [user(APPLES)]
-    *_, (answered, shown) = handlers.answer(messages, 0.0, 50, 100)
-    assert [part["type"] for part in answered[1]["content"]] == ["text", "python", "python_output", "text"]
-    assert ">12&#43;7 &#61; 19</span>19 apples.\n\\#### 19" in shown[1]["content"]
-    assert list(handlers.answer(answered, 0.0, 50, 100)) == []  # nothing is asked
-
-    hot = [next(reversed(list(handlers.answer(messages, 2.0, 0, 40))))[1] for _ in range(2)]
-    assert hot[0] != hot[1]  # another answer each time
-    assert handlers.again(answered) == (messages, [user(APPLES)])
-    assert handlers.undo(answered) == (APPLES, [], [])
-    assert handlers.undo([]) == ("", [], [])
-    asked_while_waiting = handlers.ask("Greet me.", messages)
-    assert asked_while_waiting[1] == [user("Greet me.")]  # the unanswered question makes room
-    for question, history in (("  ", []), ("x" * (browser.MAX_MESSAGE + 1), []), ("x", [user("x")] * 600)):
-        with pytest.raises(gr.Error):
-            handlers.ask(question, history)
-
-
-def test_stopping_in_the_browser_closes_the_engine(runs, monkeypatch):
-    from llm.serving import browser
-
-    engine = ScriptedEngine(list(b"a long answer"))
-    monkeypatch.setattr(browser, "FRAME_SECONDS", 0.0)
-    handlers = browser._Handlers(ChatModel(engine, "a/b", ""), GREEDY)
-    answer = handlers.answer([user("x")], 0.0, 0, 10)
-    next(answer), next(answer)
-    assert not engine.closed
-    answer.close()
-    assert engine.closed
-
-
-@pytest.mark.filterwarnings("ignore")  # from inside gradio
-def test_browser_chat_over_http(runs):
-    from gradio_client import Client
-
-    from llm.serving import browser
-
-    demo = browser.build(load_chat_model(runs / "tiny" / "sft"), GREEDY)
-    port = app.usable_port("127.0.0.1", 0)
-    browser.launch(demo, "127.0.0.1", port)
-    clients = [Client(f"http://127.0.0.1:{port}", verbose=False) for _ in range(2)]
-    try:
-        frames = []
-        for client, question in zip(clients, ("Who are you?", "Sing."), strict=True):
-            _, shown = client.submit(question, api_name="/ask").result(timeout=HANG)
-            assert [message["role"] for message in shown] == ["user"]  # a conversation for each visitor
-            job = client.submit(0.0, 50, 300, api_name="/answer")
-            job.result(timeout=HANG)
-            frames.append(["".join(p["text"] for p in shown[-1]["content"]) for shown in job.outputs()])
-        assert frames[0][-1] == "I am Fathom, a small language model. Ask me **anything**!"
-        assert len(frames[1]) > 3 and all(b.startswith(a) for a, b in itertools.pairwise(frames[1]))
-        assert frames[1][-2].startswith("la la la ")
-    finally:
-        for client in clients:
-            client.close()
-        demo.close(verbose=False)
 
 
 def test_threads_of_the_server_leave_gradients_on(runs):

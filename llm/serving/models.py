@@ -1,0 +1,59 @@
+"""Models that a chat can switch to: the finished stages of the runs folder, loaded when they are wanted."""
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from llm.config.stages import row_or_stranger
+from llm.errors import UserError
+from llm.run.stage_folder import RunDir, find_stage, list_runs, readable_stages
+from llm.serving.chat import ChatModel, load_chat_model
+
+KEPT = 2  # models in memory: as many as are compared side by side
+
+
+class Models:
+    """Chat models by name, run/stage: the one that is there, and finished stages, of which `KEPT` stay in memory.
+
+    root: folder of runs whose finished stages are offered too; None = only the first model is. verify: compare
+    every file of a model with its checksum.
+    """
+
+    at_once = 1  # answers that may be under way: an engine belongs to one thread at a time
+
+    def __init__(self, first: ChatModel, root: str | Path | None = None, verify: bool = True):
+        self.first, self.root, self.verify = first.name, root, verify
+        self._loaded = OrderedDict({first.name: first})
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Return the names of all models there are now: of the first one's run, then of the other runs."""
+        own = self.first.partition("/")[0]
+        found = [name for run in list_runs(self.root) for name in _servable(run)] if self.root is not None else []
+        found.sort(key=lambda name: name.partition("/")[0] != own)
+        return list(dict.fromkeys([self.first, *found]))
+
+    def get(self, name: str) -> ChatModel:
+        """Return a model, loaded if it was not. Raises UserError for a name that is not offered, or will not load."""
+        with self._lock:
+            if name not in self._loaded:
+                if name not in self.names():
+                    raise UserError(f"there is no model {name[:80]!r} here; choose one of {', '.join(self.names())}")
+                model = self._load(name)
+                while len(self._loaded) >= KEPT:
+                    self._unload(self._loaded.popitem(last=False)[1])
+                self._loaded[name] = model
+            self._loaded.move_to_end(name)
+            return self._loaded[name]
+
+    def _load(self, name: str) -> ChatModel:
+        """Load a model that is offered. Raises UserError where it cannot be loaded."""
+        return load_chat_model(find_stage(self.root, *name.split("/")), verify=self.verify)
+
+    def _unload(self, model: ChatModel) -> None:
+        """Let go of what a model holds beside this process's memory: nothing."""
+
+
+def _servable(run: RunDir) -> list[str]:
+    """Return the names of a run's finished models, the most advanced first."""
+    return [f"{run.name}/{stage}" for stage in reversed(readable_stages(run)) if row_or_stranger(stage).servable]
