@@ -389,7 +389,7 @@ class Stream:
 
     @property
     def finish_reasons(self) -> list[str | None]:
-        """Why each row has ended, None while it goes on."""
+        """Return why each row has ended, None while it goes on."""
         return [request.finish_reason for request in self.requests]
 
     def __iter__(self) -> Iterator[list[TokenEvent]]:

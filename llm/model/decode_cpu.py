@@ -116,6 +116,7 @@ class DecodeStep:
         self._kept: list[torch.Tensor] = []  # what the structs point to
         self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
         self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
+        self._threads = native.Threads(TEAM_FROM)
         self.refresh()
 
     @classmethod
@@ -244,8 +245,8 @@ class DecodeStep:
         b.n, b.n_outputs, b.logits = n, n_outputs, logits.data_ptr()
         self._reserve(max(n, n_outputs))
         work = (n + 2) * self._n_packed  # reading the weights counts as two tokens
-        threads = torch.get_num_threads() if work >= TEAM_FROM else 1
-        wrong = self._lib.decode(ctypes.byref(self._model), ctypes.byref(b), threads)
+        model, batch = ctypes.byref(self._model), ctypes.byref(b)
+        wrong = self._threads.run(work, lambda threads: self._lib.decode(model, batch, threads))
         if wrong >= 0:
             row = wrong if rows is None else int(rows[wrong])
             raise ValueError(
