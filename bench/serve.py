@@ -100,6 +100,7 @@ def measure(root: Path, model: Path, args: argparse.Namespace) -> dict[str, floa
                     found["lone"].append(lone)
         finally:
             server.terminate()
+            server.communicate()  # it says that it has ended
     rate = _bench.median(found["engine"])
     http, first = (_bench.median([one[i] for one in found["all"]]) for i in (0, 1))
     lone, lone_first = (_bench.median([one[i] for one in found["lone"]]) for i in (0, 1))
