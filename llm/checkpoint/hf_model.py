@@ -206,7 +206,7 @@ class HFCache:
         self.states: Any = None
         self.mask = torch.zeros(batch, 0, dtype=torch.long, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # true tokens per row
-        self.used = 0  # for `llm.inference.engine`; this cache grows by itself
+        self.used = 0  # for `llm.inference.static_batch`; this cache grows by itself
 
     def repeat(self, n: int) -> None:
         """Repeat every row n times, copies side by side."""

@@ -22,6 +22,7 @@ from llm.inference.static_batch import StaticBatch
 from llm.inference.text import StopTexts
 from llm.inference.tools import Runner, Tools
 from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
+from llm.model import decode_cpu
 
 MAX_ROWS = 256
 TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
@@ -166,7 +167,9 @@ class Engine:
         """Read the weights, if they are not at hand."""
         if self._batch is None:
             self._was_training = self.net.training
-            net = in_compute_dtype(self.net.eval())
+            net = self.net.eval()
+            if not decode_cpu.computes(net):  # our kernel packs the weights as they are
+                net = in_compute_dtype(net)
             if getattr(net, "has_slots", False):
                 self._batch = SlotBatch(
                     net, self.max_rows, self.budget or default_budget(net, self.max_rows), self.frozen
@@ -386,7 +389,7 @@ class Stream:
 
     @property
     def finish_reasons(self) -> list[str | None]:
-        """Why each row has ended, None while it goes on."""
+        """Return why each row has ended, None while it goes on."""
         return [request.finish_reason for request in self.requests]
 
     def __iter__(self) -> Iterator[list[TokenEvent]]:

@@ -14,7 +14,7 @@ from llm.model import native
 
 SOURCE = Path(__file__).with_name("sample_cpu.cpp")
 HEADERS = tuple(SOURCE.parent.with_name("model") / name for name in ("cpu_team.h", "cpu_vector.h"))
-TEAM_FROM = 1 << 16  # logits from which several threads share the rows
+THREADS = native.Threads(1 << 16)  # logits from which several threads may share the rows
 
 
 class _Settings(Structure):
@@ -52,7 +52,6 @@ def sample_rows(
     lib.sample.restype = None
     ids = torch.empty(n, dtype=torch.int64)
     settings = _Settings(*(tensor.data_ptr() for tensor in rows.values()))
-    threads = torch.get_num_threads() if n > 1 and n * vocab >= TEAM_FROM else 1
-    address = logits.data_ptr()
-    lib.sample(address, n, vocab, logits.stride(0), ctypes.byref(settings), ids.data_ptr(), threads)
+    given = logits.data_ptr(), n, vocab, logits.stride(0), ctypes.byref(settings), ids.data_ptr()
+    THREADS.run(n * vocab if n > 1 else 0, lambda threads: lib.sample(*given, threads))
     return ids

@@ -46,6 +46,14 @@ class Reading:
     done: int = 0
 
 
+def shares_texts(device: torch.device) -> bool:
+    """Return True where rows attend to a text that they share in its one place. Elsewhere each row gets a copy.
+
+    With copies a step on a GPU is one attention per layer, where many texts would need one each.
+    """
+    return device.type == "cpu"
+
+
 def free_memory() -> int:
     """Return the bytes of the host's memory that are free or can be freed; 8 GB where the system does not tell."""
     try:
@@ -80,8 +88,8 @@ class SlotBatch:
         self._rows: list[Request] = []  # row i of the cache
         self._behind: list[Entry | None] = []  # text of the store that row i stands behind
         self._reading: Reading | None = None
-        self._shares = net.device.type == "cpu"  # elsewhere rows copy what they share: a step has fewer, larger kernels
-        self._chunk = CHUNK if self._shares else CHUNK_ELSEWHERE
+        self._shares = shares_texts(net.device)
+        self._chunk = CHUNK if net.device.type == "cpu" else CHUNK_ELSEWHERE
         self._kernel = DecodeStep.for_net(net)
         self._keeps_shapes = self._kernel is None and keeps_shapes(net.device, net.compute_dtype)
 

@@ -99,6 +99,11 @@ def supports(net) -> bool:
     )
 
 
+def computes(net) -> bool:
+    """Return whether the kernel is there and computes what a network computes. May compile for some seconds."""
+    return supports(net) and load() is not None
+
+
 class DecodeStep:
     """The network's pass over new tokens with a cache, by the C++ kernel.
 
@@ -111,13 +116,13 @@ class DecodeStep:
         self._kept: list[torch.Tensor] = []  # what the structs point to
         self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
         self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
+        self._threads = native.Threads(TEAM_FROM)
         self.refresh()
 
     @classmethod
     def for_net(cls, net) -> "DecodeStep | None":
         """Return the step of a network, or None where only torch can compute it. May compile for some seconds."""
-        lib = load() if supports(net) else None
-        return None if lib is None else cls(net, lib)
+        return cls(net, load()) if computes(net) else None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -240,8 +245,8 @@ class DecodeStep:
         b.n, b.n_outputs, b.logits = n, n_outputs, logits.data_ptr()
         self._reserve(max(n, n_outputs))
         work = (n + 2) * self._n_packed  # reading the weights counts as two tokens
-        threads = torch.get_num_threads() if work >= TEAM_FROM else 1
-        wrong = self._lib.decode(ctypes.byref(self._model), ctypes.byref(b), threads)
+        model, batch = ctypes.byref(self._model), ctypes.byref(b)
+        wrong = self._threads.run(work, lambda threads: self._lib.decode(model, batch, threads))
         if wrong >= 0:
             row = wrong if rows is None else int(rows[wrong])
             raise ValueError(

@@ -14,13 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-w")
 DIGEST = hashlib.sha256().digest_size  # bytes of the checksum behind the end of a library; loaders do not read them
+TRIAL = 4  # calls of a kernel in a row by which a number of threads is judged
 TOLD_FROM = 1.0  # seconds of compiling from which a line says so
 
 
@@ -115,6 +120,45 @@ def parallel_functions() -> tuple[int, int]:
     except (OSError, AttributeError):
         return 0, 0
     return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in found)
+
+
+class Threads:
+    """Choice between one thread and all of torch's for the calls of a kernel, by how long calls took lately.
+
+    On an idle machine all are faster. Where other processes want the cores too, threads that wait for each other many
+    times a call are slower than one, up to ten times. Both are tried now and then; what is computed does not depend on
+    it. least_work: work of a call, in any unit, below which one thread is always enough.
+    """
+
+    def __init__(self, least_work: int):
+        self.least_work, self.uses_all = least_work, True
+        self._is_trial, self._patience, self._left = False, TRIAL, TRIAL
+        self._costs = deque(maxlen=16), deque(maxlen=16)  # seconds per work: of the choice, and of what is tried
+
+    def run(self, work: int, call: Callable[[int], Any]) -> Any:
+        """Return call(number of threads)."""
+        threads = torch.get_num_threads()
+        if threads == 1 or work < self.least_work:
+            return call(1)
+        start = time.perf_counter()
+        result = call(threads if self.uses_all != self._is_trial else 1)
+        self._note((time.perf_counter() - start) / work)
+        return result
+
+    def _note(self, cost: float) -> None:
+        """Take down what a call cost; after a trial keep or change the choice, and begin one after a while."""
+        self._costs[self._is_trial].append(cost)
+        self._left -= 1
+        if self._left:
+            return
+        if self._is_trial:
+            chosen, tried = map(fmean, self._costs)
+            self._patience = TRIAL if tried < chosen else min(2 * self._patience, 256 * TRIAL)
+            self.uses_all ^= tried < chosen
+            self._costs[0].clear()
+            self._costs[1].clear()
+        self._is_trial = not self._is_trial
+        self._left = TRIAL if self._is_trial else self._patience
 
 
 @cache

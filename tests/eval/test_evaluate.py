@@ -41,7 +41,7 @@ def settings(runs, sections, **more):
     """The composed configuration of conf/evaluate.yaml, as run_app hands it over."""
     chosen = {name: name in sections for name in ("bpb", "chat", "core", "lm_eval", "samples")}
     options = {"tokens": 2048, "max_per_task": 4, "max_new_tokens": 8, "batch_size": 4, "bundle": None}
-    options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8, "seq_len": None}
+    options |= {"core_tasks": None, "num_samples": 1, "ks": None, "temperature": 0.8, "python": False, "seq_len": None}
     options |= {"tasks": None, "num_fewshot": None, "include_path": None, "chat_template": False, "judges": {}}
     config = {
         "run": "demo",

@@ -94,3 +94,30 @@ def test_kernels_can_be_turned_off(source, monkeypatch):
 
 def test_threads_come_from_the_runtime_of_torch():
     assert all(native.parallel_functions())
+
+
+def test_the_number_of_threads_follows_what_calls_take(monkeypatch):
+    clock, seconds, used = [0.0], {1: 1.0, 2: 0.6}, []
+
+    def call(threads: int) -> int:
+        used.append(threads)
+        clock[0] += seconds[threads]
+        return len(used)
+
+    monkeypatch.setattr(native.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native.time, "perf_counter", lambda: clock[0])
+    threads = native.Threads(least_work=100)
+    assert [threads.run(100, call) for _ in range(400)] == list(range(1, 401))
+    assert used.count(2) > 360 and 1 in used  # an idle machine
+    seconds[2] = 10.0  # a busy one
+    used.clear()
+    for _ in range(4000):
+        threads.run(100, call)
+    assert used[2500:].count(2) < 30 and 2 in used[2500:]
+    seconds[2] = 0.6
+    for _ in range(4000):
+        threads.run(100, call)
+    assert threads.uses_all
+    used.clear()
+    threads.run(99, call)
+    assert used == [1]  # too little to share

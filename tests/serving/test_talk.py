@@ -314,7 +314,7 @@ def test_the_page_over_http(tmp_path):
             job.result(timeout=HANG)
             frames.append(["".join(p["text"] for p in first[-1]["content"]) for first, _ in job.outputs()])
         assert frames[0][-1].startswith("I am Fathom, a small language model. Ask me **anything**!\n\n<span class=")
-        assert len(frames[1]) > 3 and frames[1][-2].startswith("la la la ")
+        assert len(frames[1]) > 1 and frames[1][-2].startswith("la la la ")
     finally:
         for client in clients:
             client.close()

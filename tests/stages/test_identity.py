@@ -6,9 +6,9 @@ import pytest
 import small_training
 import torch
 from conftest import compose, run_cli
-from llm.eval.hf_model import load_hf
 from omegaconf import OmegaConf
 
+from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import save_model_folder
 from llm.checkpoint.resume import checkpoint_path, inspect, list_checkpoints, load_checkpoint, origins
 from llm.config.stages import stage_row
