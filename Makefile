@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench check-data gpu-check chaos table report inspect show-data clean
+.PHONY: help setup demo test test-full browser check bench bench-serve soak check-data gpu-check chaos table report inspect show-data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,8 +52,8 @@ test: $(STAMP) ## the tests that need no more than minutes (FATHOM_SHARED=folder
 test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
 	$(PYTEST)
 
-# Killing a hundred trainings takes a quarter of an hour or more. The full disk needs the right to mount a tmpfs.
-chaos: $(STAMP) ## kill, starve and damage real trainings; compare with trainings left alone (ARGS="--kills 20 --seed 7")
+# The full disk needs the right to mount a tmpfs.
+chaos: $(STAMP) ## kill, starve and damage real trainings, in half an hour; compare with ones left alone (ARGS="--quick")
 	$(PY) tests/chaos.py $(ARGS)
 
 # What the browser test drives. It is left out, and pytest says so, where these cannot be had.
@@ -72,6 +72,12 @@ check: $(STAMP) ## style (ruff check, ruff format) and the floors of the package
 
 bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
 	@for script in $(filter-out bench/gpu_check.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+
+bench-serve: $(STAMP) ## 32 streams over HTTP beside the engine alone, and transformers serve where it is there
+	$(PY) bench/serve.py $(ARGS)
+
+soak: $(STAMP) ## 64 clients for 10 minutes: cancels, bad requests, slow readers (ARGS="--seconds 60")
+	$(PY) tests/soak.py $(ARGS)
 
 # Exits with 1 if something is not equal to its reference or a part crashed.
 # An environment that has what it needs is used as it is: a GPU machine may lack the network that `setup` wants.

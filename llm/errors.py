@@ -66,9 +66,15 @@ def reason_of(error: BaseException, path: str | os.PathLike) -> str:
 
     The number may stand in the text alone, as libraries written in Rust and Arrow give it, or in the error's cause.
     """
+    known = system_reason(error, path)
+    return known or (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def system_reason(error: BaseException, path: str | os.PathLike) -> str | None:
+    """Return what the system's error number of an error means, and what mends it; None for an error without one."""
     number = _errno_of(error)
     if number not in REASONS:
-        return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        return None
     reason = REASONS[number].format(place=_device(path) if number in FULL else "")
     return f"{reason}; {ADVICE[number]}" if number in ADVICE else reason
 

@@ -3,7 +3,6 @@
 `tasks/sandbox/` is what runs there, one process tree per program; docs/evaluation.md says what holds and what does not.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,10 +15,15 @@ from pathlib import Path
 from typing import IO
 
 from llm.errors import UserError
+from llm.utils.files import parse_json
+from llm.utils.shapes import mapping, one_of, text, truth
 from tasks.sandbox.messages import framed
 
 RUNNER = [sys.executable, "-I", "-S", "-B", str(Path(__file__).with_name("sandbox"))]
 VERDICTS = ("pass", "fail", "error", "timeout", "killed")
+ANSWER = mapping(
+    {"verdict": one_of(*VERDICTS), "detail": text, "held": mapping(others=truth)}, needs=("verdict", "detail")
+)
 PROTECTIONS = {
     "namespaces": "namespaces (own files, processes and network)",
     "landlock": "Landlock (files)",
@@ -117,8 +121,10 @@ def _ask_runner(command: list[str], question: bytes, output: tuple[int, int], se
             runner.kill()
             raise
     try:
-        return json.loads(answer)
-    except ValueError:
+        found = parse_json(answer, "the sandbox's answer")
+        ANSWER(found, "the sandbox's answer")
+        return found
+    except UserError:
         last = (errors.decode(errors="replace").strip().splitlines() or [f"status {runner.returncode}"])[-1]
         return {"verdict": "killed", "detail": f"the sandbox was ended: {last}"}
 

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from llm.data.download import WebFile, shown
+from llm.data.download import WebFile
 from llm.data.files import Listed, format_of, kind_of, list_files, open_bytes, zip_members
 from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
 from llm.data.stores import is_address
 from llm.errors import UserError, reason_of
+from llm.utils.addresses import without_secrets as shown
 from tasks.hub import Cache
 from tasks.rows import RowCheck
 

@@ -19,6 +19,7 @@ import numpy as np
 from llm.data.download import HubRepo, first_line, hub_folder, patiently
 from llm.errors import UserError
 from llm.utils.files import read_json, sync, write_json
+from llm.utils.shapes import mapping, whole
 from tasks.rows import RowCheck
 
 CHECKED = 1000  # rows that are checked before anything runs; the others are when they are read
@@ -59,7 +60,9 @@ class HubTask(HubRepo):
             with self.lock("rows") as part:
                 if not self.is_here():
                     self._fetch(part)
-        return read_json(self.root / FACTS)["rows"]
+        facts = read_json(self.root / FACTS)
+        mapping({"rows": mapping(others=whole())}, needs=("rows",))(facts, str(self.root / FACTS))
+        return facts["rows"]
 
     def load(self, split: str, which: str):
         """Return the rows of `split`, a split, a slice of it (`train[:10%]`) or a sum, as a `datasets.Dataset`.

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import NoneType
 from typing import Any
 
 from llm.config.registries import TASK_TYPES
 from llm.config.stages import chat_mixtures
 from llm.data.download import Remote, WebFile
 from llm.data.stores import is_address
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 from tasks.base import Task
 from tasks.columns import ColumnReader, Columns
 from tasks.files import FileRows, count_rows, existing, find_files, is_web, named_for, read_words
@@ -63,6 +64,9 @@ def build_task(
         raise UserError(f"{where}.encoding={spec['encoding']}: only rows of local files have an encoding")
     if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
+    for given in SPLITS:
+        if not all(isinstance(entry, str) for entry in _entries(spec.get(given))):
+            raise UserError(f"{where}.{given}={str(spec.get(given))[:80]}: must be a text, or a list of texts")
     try:
         if task.reads == "words":
             return _word_task(task, name, spec, split, options, cache)
@@ -72,6 +76,13 @@ def build_task(
         if text.startswith(where):
             raise
         raise UserError(f"{key}: {text}") from None
+    except OSError as error:
+        name = str(error.filename or spec.get(split))[:80]
+        raise UserError(f"{where}.{split}: {name}: {reason_of(error, name)}") from error
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        if not options:
+            raise
+        raise UserError(f"{where}.options={str(options)[:80]}: type={kind} cannot use them ({error})") from error
 
 
 def build_mixture(
@@ -122,7 +133,7 @@ def has_split(name: str, spec, split: str) -> bool:
 
     A folder or glob of `train` also gives the files that are held out by their names.
     """
-    if spec.source in GENERATED or spec[split] is not None or task_class(spec).reads == "words":
+    if spec.source in GENERATED or spec.get(split) is not None or task_class(spec).reads == "words":
         return True
     return split == "test" and spec.source == "local" and bool(_held_out_by_name(name, spec))
 
@@ -297,6 +308,11 @@ def _held_out_by_name(name: str, spec: Mapping[str, Any]) -> list:
 def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:
     size = spec.get("size" if split == "train" else "test_size")
     return task.sizes[split] if size is None else size
+
+
+def _entries(value: Any) -> list:
+    """Return what a split names; of no text and no list that value itself."""
+    return [value] if isinstance(value, Mapping) or not isinstance(value, Sequence | NoneType) else _as_list(value)
 
 
 def _as_list(value: Any) -> list:

@@ -16,6 +16,7 @@ from processes import HANG, REPO, start
 from llm.checkpoint.model_folder import save_model_folder
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
+from llm.run.content import fingerprints
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import render_conversation
 
@@ -57,6 +58,7 @@ def make_run(root: Path, run: str = "tiny", stage: str = "sft", seq_len: int = 7
     stage_dir = root / run / stage
     save_model_folder(stage_dir / "model", net, tokenizer)
     manifest = {"stage": stage, "status": "finished", "parent": None, "metrics": {"loss": loss.item()}}
+    manifest["fingerprints"] = fingerprints(stage_dir / "model")
     (stage_dir / "run.json").write_text(json.dumps(manifest))
     return stage_dir
 
@@ -84,16 +86,16 @@ def start_process(*args: str, env: dict[str, str] | None = None, **popen) -> sub
 
 
 class ServerProcess:
-    """The browser chat of a run as a real server on a free port; Ctrl-C ends it."""
+    """Page and API of a run as a real server on a free port; Ctrl-C ends it."""
 
-    def __init__(self, runs: Path, *args: str):
-        self.process = start_process(f"paths.runs={runs}", "run=tiny", "port=0", *args)
+    def __init__(self, runs: Path, *args: str, **popen):
+        self.process = start_process(f"paths.runs={runs}", "run=tiny", "port=0", *args, **popen)
         self.output = ""
 
     def __enter__(self) -> "ServerProcess":
         for line in self.process.stdout:
             self.output += line
-            if found := re.search(r"chat at (http://\S+)", line):
+            if found := re.search(r"API at (http://\S+)/v1", line):
                 self.url = found[1]
                 return self
         raise AssertionError(f"the server did not start: {self.output}")

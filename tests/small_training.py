@@ -62,11 +62,14 @@ class Numbers:
             self.next += 1
 
 
+def make_module(total=STEPS) -> StepModule:
+    return StepModule(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), total, 8))
+
+
 def fit(
     folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1, minutes=None
 ):
-    context = StageContext("pretrain", None, torch.ones(70), total, 8)
-    module = module or StepModule(net(), OPTIM, STAGE, context)
+    module = module or make_module(total)
     checkpoint = StepCheckpoint(save_every, folder / "checkpoints", minutes)
     stop = CleanStop(checkpoint)
     trainer = L.Trainer(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm.checkpoint.content import list_file
+from llm.run.content import list_file
 from llm.run.formats import EXAMPLES, read_form
 from llm.utils.files import write_json
 

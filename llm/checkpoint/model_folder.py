@@ -16,17 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llm.checkpoint.content import check_content, weights_sum, write_content
 from llm.config.registries import ARCHITECTURES
 from llm.config.trust import check_named
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
+from llm.run.content import check_content, write_content
 from llm.run.formats import SHAPE
-from llm.run.stage_folder import read_manifest
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import read_json, replaced_folder
+from llm.utils.files import check_ordinary, read_json, replaced_folder
 from llm.utils.shapes import text
 
 WEIGHTS_FILE = "model.safetensors"
@@ -46,6 +45,7 @@ HF_PARTS = (
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
+FLOATS = ("F64", "F32", "F16", "BF16")  # number formats in which weights may be saved
 VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
 
 
@@ -79,8 +79,8 @@ def load_model_folder(
 ) -> tuple[GPT, Tokenizer]:
     """Read a saved folder; return the network (fp32 weights, on `device`) and the tokenizer.
 
-    verify: compare every file with the checksum of manifest.json, where there is one. Raises
-    UserError where a file is missing, damaged, or of another model or tokenizer.
+    verify: compare every file with its checksum, see `check_content`. Raises UserError where a file is missing,
+    damaged, or of another model or tokenizer.
     """
     folder = Path(folder)
     config, fingerprint = _read_config(folder)
@@ -94,29 +94,15 @@ def load_model_folder(
     check_size(config, folder / WEIGHTS_FILE)
     net = build_network(config)
     _load_weights(net, folder / WEIGHTS_FILE)
-    if verify:  # last: what is wrong with the form of a file says more than its checksum
-        check_content(folder)
-        check_own(folder)
+    check_content(folder, verify)  # last: what is wrong with the form of a file says more than its checksum
     return net.to(device), tokenizer
-
-
-def check_own(folder: Path) -> None:
-    """Raise UserError where the weights are not those that the stage of a model/ folder handed over, by its run.json.
-
-    Stages of older releases kept no sum of their weights, and pass.
-    """
-    known = ((read_manifest(folder.parent) or {}).get("fingerprints") or {}) if folder.name == "model" else {}
-    if known.get("weights") and weights_sum(folder) != known["weights"]:
-        raise UserError(
-            f"{folder}: the weights are not those that this stage handed over (fingerprint "
-            f"{str(weights_sum(folder))[:12]}, run.json says {known['weights'][:12]}); put them back, or train again"
-        )
 
 
 def check_size(config: GPTConfig, path: Path) -> None:
     """Raise UserError where a file of weights is far too small for a shape: no memory is taken for such a network."""
     described = num_params(replace(config, vocab_multiple=1))["total"]
     try:
+        check_ordinary(path)
         with safe_open(path, framework="pt") as file:
             found = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -210,7 +196,7 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
         raise UserError(f"{path}: no `fathom` section, so Fathom did not write this model; use a Fathom model folder")
     if ours.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version {ours.get('format_version')!r}, but this version of Fathom reads "
+            f"{path}: format_version {str(ours.get('format_version'))[:40]}, but this version of Fathom reads "
             f"{FORMAT_VERSION}; use the version that wrote it, or train the stage again"
         )
     SHAPE(ours.get("model"), f"{path}: fathom.model")
@@ -237,7 +223,9 @@ def _load_weights(net: GPT, path: Path) -> None:
             for theirs, name in expected.items():
                 target = state[name]
                 rows = net.config.vocab_size if name.startswith(VOCAB_PARAMS) else len(target)
-                shape = tuple(file.get_slice(theirs).get_shape())
+                shape, kind = tuple(file.get_slice(theirs).get_shape()), file.get_slice(theirs).get_dtype()
+                if kind not in FLOATS:
+                    raise UserError(f"{path}: tensor {theirs} holds {kind}, but must hold {', '.join(FLOATS)}; {fix}")
                 if shape != (rows, *target.shape[1:]):
                     raise UserError(
                         f"{path}: tensor {theirs} has shape {shape}, but {CONFIG_FILE} says "

@@ -9,11 +9,13 @@ step waits for a copy of the state in host memory. A thread does checksum, disk 
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +24,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from llm.checkpoint.content import wrong_file
 from llm.config.renamed import renamed_checkpoint
 from llm.errors import UserError, reason_of
+from llm.run.content import check_content
 from llm.run.formats import CHECKSUMS, read_form
-from llm.run.stage_folder import read_manifest, read_metrics, stages_in
-from llm.utils.files import sync_folder, write_json
+from llm.run.notes import content_note
+from llm.run.stage_folder import checked_manifest, read_manifest, read_metrics, stages_in
+from llm.tokenizer.bpe import Tokenizer
+from llm.utils.files import check_ordinary, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -41,7 +45,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """List the complete checkpoints of a folder as (step, path), oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("*.ckpt") if (match := NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("*.ckpt")
+        if (match := NAME.fullmatch(path.name)) and path.is_file()
+    ]
     return sorted(found)
 
 
@@ -196,6 +204,8 @@ def damage(path: Path, listed: dict[str, dict]) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     return f"not in the manifest, and the CRC of {name} is wrong"
+        elif not zipfile.is_zipfile(path):  # before hours over a file full of holes
+            return "it is no checkpoint"
         else:
             if (size := path.stat().st_size) != entry["bytes"]:
                 return f"{size} bytes instead of {entry['bytes']}"
@@ -228,15 +238,51 @@ def lacks(checkpoint: Any) -> str | None:
     return None
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is."""
-    listed = checksums(folder)
+def origins(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return what the checkpoints of a folder say of the trainings that saved them, as keys of run.json.
+
+    Those of older releases say nothing and are left out, as are those that cannot be read; no tensor is read. Raises
+    UserError for a wrong value.
+    """
+    found = []
+    for _, path in list_checkpoints(folder):
+        try:
+            with zipfile.ZipFile(path) as archive:  # reading the record compares its CRC
+                archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+            origin = json.loads(json.dumps(load_checkpoint(path)["fathom"]["origin"]))  # of plain values only
+        except Exception:  # noqa: BLE001  damage is looked for where the checkpoint is to be used
+            continue
+        if origin:
+            found.append((path, checked_manifest(origin, f"{path}: origin")))
+    return found
+
+
+def newest_checkpoint(folder: Path, misfit: Callable[[Any], str | None] | None = None) -> tuple[int, Path] | None:
+    """Find the newest sound checkpoint, as (step, path); damaged ones are skipped with a warning. None if none is.
+
+    misfit: says in words why one cannot be used, which is skipped too. Raises UserError where that leaves none: it is
+    not this program's to throw away.
+    """
+    listed, misfits = checksums(folder), []
     for _, path in reversed(list_checkpoints(folder)):
         problem = damage(path, listed)
         if problem is None:
-            return load_checkpoint(path)["global_step"], path
+            checkpoint = load_checkpoint(path)
+            problem = None if misfit is None else misfit(checkpoint)
+            if problem is None:
+                return checkpoint["global_step"], path
+            misfits.append(f"{path}: {problem}")
         log.warning("%s is damaged (%s): using the checkpoint before it", path, problem)
+    if misfits:
+        raise UserError(f"{misfits[0]}; no other checkpoint can be used: restore it, or set overwrite=true")
     return None
+
+
+def set_aside(folder: Path, used: tuple[int, Path] | None) -> None:
+    """Rename the checkpoints that were skipped for the one `used`: they would count among the newest that are kept."""
+    paths = [path for _, path in list_checkpoints(folder)]
+    for path in paths if used is None else paths[paths.index(used[1]) + 1 :]:
+        path.replace(path.with_suffix(".damaged"))
 
 
 # ---- looking at a run -----------------------------------------------------------------------------------------------
@@ -259,15 +305,23 @@ def inspect(run: Path) -> bool:
         for _, path in list_checkpoints(stage / "checkpoints"):
             problem, saved = damage(path, listed), listed.get(path.name, {}).get("saved", "not in the manifest")
             holds = contents(path) if problem is None else "DAMAGED: " + problem
-            print(f"  checkpoints/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {saved}  {holds}")
+            print(f"  checkpoints/{path.name}  {size_of(path) / 1e6:10.1f} MB  {saved}  {holds}")
             sound = sound and problem is None
-        for path in sorted((stage / "model").glob("*.safetensors")):
-            problem = damaged_weights(path)
-            if problem is None and (wrong := wrong_file(path.parent)) is not None:
-                problem = f"DAMAGED: {wrong}"
-            print(f"  model/{path.name}  {path.stat().st_size / 1e6:10.1f} MB  {problem or 'all tensors can be read'}")
+        if (model := stage / "model").is_dir():
+            problem = damaged_model(model)
+            size = sum(size_of(path) for path in model.iterdir())
+            state = problem or content_note(model) or "every file is as it was written"
+            print(f"  model/  {size / 1e6:10.1f} MB  {'DAMAGED: ' if problem else ''}{state}")
             sound = sound and problem is None
     return sound
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; 0 where there is none, as behind a broken link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def contents(path: Path) -> str:
@@ -279,16 +333,27 @@ def contents(path: Path) -> str:
     return f"sound; {weights / 1e6:.1f} M weights, {groups} optimizer groups, data positions of {processes}"
 
 
+def damaged_model(folder: Path) -> str | None:
+    """Say in words how a model/ folder is damaged, or not that of its stage; None if nothing of the kind is found."""
+    try:
+        Tokenizer.load(folder)
+        check_content(folder)
+    except UserError as error:
+        return str(error)
+    return next(filter(None, map(damaged_weights, sorted(folder.glob("*.safetensors")))), None)
+
+
 def damaged_weights(path: Path) -> str | None:
     """Say in words how a safetensors file is damaged; None if all tensors can be read and are finite."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_ordinary(path)
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        return f"DAMAGED: {error}"
-    return f"not finite: {', '.join(names[:5])}" if names else None
+    except (OSError, SafetensorError, UserError) as error:
+        return f"{path.name}: {error}"
+    return f"{path.name} has values that are not finite: {', '.join(names[:5])}" if names else None
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ An entry point is two lines: `run_app("train", "llm.stages.run_stage.run_stage")
 job starts, so that `--help` and a mistake in the command line do not wait for torch.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
+from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
 
@@ -102,7 +104,6 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
             check_overrides(config_name, argv)
             argv = without_groups(config_name, whole_mixtures(config_name, argv))
         if launcher(argv) != "basic":
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on the exception of a job
             print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
         sys.argv[1:] = argv
         _hydra(config_name, _job(target, swept_overrides(argv)))
@@ -121,7 +122,7 @@ def _complain(mistake: str) -> int:
     if launched_rank() > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE_SECONDS)
-    print("error:", re.sub(r"\s*\n\s*", " ", mistake.strip()), file=sys.stderr)
+    print("error:", re.sub(r"\s*\n\s*", " ", without_secrets(mistake.strip())), file=sys.stderr)
     return USER_ERROR
 
 
@@ -135,7 +136,7 @@ def _report(failure: _JobFailed) -> int:
         if is_out_of_memory(failure.cause):
             end(status)  # without what libraries do at exit, which would fail too
         return status
-    traceback.print_exception(failure.cause)
+    print(without_secrets("".join(traceback.format_exception(failure.cause))), end="", file=sys.stderr)
     if where:
         print(f"error: {where}", file=sys.stderr)
     return FAILED
@@ -145,20 +146,36 @@ def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
     """Compose the configuration and call `job` with it, once or for every job of a sweep.
 
     Hydra's sweeper insists on writing its own configuration to a file; a temporary folder takes it. Processes started
-    by a job find the folder in the environment and use the same one.
+    by a job find the folder in the environment and use the same one. Raises UserError where Hydra fails at a value of a
+    key of its own.
     """
     import hydra
 
     from llm.config.schema import register
 
     register(config_folders(sys.argv[1:]))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on exceptions and prints none
+    own = [arg for arg in sys.argv[1:] if re.match(r"[+~]*hydra[./]", arg)]
     main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
-    if "FATHOM_SWEEP_DIR" in os.environ:
-        main()
-        return
-    with tempfile.TemporaryDirectory(prefix="fathom_sweep_") as folder:
-        os.environ["FATHOM_SWEEP_DIR"] = folder
-        main()
+    with contextlib.ExitStack() as stack:
+        if "FATHOM_SWEEP_DIR" not in os.environ:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom_sweep_"))
+            os.environ["FATHOM_SWEEP_DIR"] = folder
+        try:
+            main()
+        except Exception as error:  # not of the job: _JobFailed is none
+            if isinstance(error, UserError) or not own:
+                raise
+            raise UserError(f"{' '.join(own)}: Hydra cannot use this ({_root_of(error)}); leave it out") from error
+
+
+def _root_of(error: BaseException) -> str:
+    """Return the first line of what an error came of, or its type."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {reason_of(error, error.filename)}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:

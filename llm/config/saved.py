@@ -1,5 +1,6 @@
 """The kind of values (llm.utils.shapes) that a schema describes, for configurations read from a saved run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import UnionType
@@ -16,6 +17,10 @@ def kind_of_schema(schema: type, needs: tuple[str, ...] = ()) -> Kind:
 
 def _kind(wanted: Any, facts: Mapping[str, Any]) -> Kind:
     low, high, choices = facts.get("low"), facts.get("high"), facts.get("choices")
+    if (above := facts.get("above")) is not None:
+        low = above + 1 if wanted is int else math.nextafter(above, math.inf)
+    if (below := facts.get("below")) is not None:
+        high = below - 1 if wanted is int else math.nextafter(below, -math.inf)
     if get_origin(wanted) in (Union, UnionType):
         inner = [one for one in get_args(wanted) if one is not type(None)]
         kind = _kind(inner[0], facts) if len(inner) == 1 else anything

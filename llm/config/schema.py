@@ -156,7 +156,8 @@ class TrainConfig:
     estimate: EstimateConfig = key("what dry_run tells about a GPU")
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first (docs/extend.md)")
-    trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
+    trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
+    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
@@ -198,6 +199,7 @@ class EvalConfig:
     )
     ks: list[int] | None = key("values of k of pass@k; null = 1 and num_samples", low=1, high=10**4)
     temperature: float = key("sampling temperature of drawn answers", above=0, high=100)
+    python: bool = key("run the Python that a model writes between its python markers, in the sandbox")
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
     core_tasks: list[str] | None = key("tasks of eval.bundle to measure; null = all, whose mean is CORE")
     tasks: list[str] | None = key(
@@ -221,9 +223,29 @@ class EvaluateConfig:
     data: DataConfig | None = key("data to evaluate on; null = what the run was trained with")
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
-    trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
+    trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
+    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
     run: str | None = key("run to evaluate", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
+
+
+@dataclass
+class ApiConfig:
+    """Config group `api` of serve.py: the HTTP API and its workers."""
+
+    access_key: str | None = key(
+        "key that requests must bring (Authorization: Bearer KEY); null = none is asked for; "
+        "default: the environment variable FATHOM_API_KEY"
+    )
+    rows: int = key("sequences that a worker decodes together", low=1, high=4096)
+    queue: int = key("sequences that may wait beyond those; further requests are refused (429)", low=0, high=10**6)
+    timeout: float = key("seconds that a request may take", above=0, high=10**6)
+    drain: float = key("seconds that answers under way have after SIGTERM", low=0, high=10**6)
+    origins: list[str] = key("addresses of web pages elsewhere that may send requests, as in https://chat.example.org")
+    log: str = key(
+        "log of requests, a line of JSON each, to stderr; text = with messages and answers",
+        choices=("none", "requests", "text"),
+    )
 
 
 @dataclass
@@ -233,15 +255,32 @@ class ServeConfig:
     stage: Any = key("stage to chat with; null = the last finished one of the pipeline", main=True, no_group=True)
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
-    trust: list[str] = key("code and addresses that saved runs name and may use: modules, package.module.Name, URLs")
+    trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
+    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
     run: str | None = key("run to chat with", main=True)
-    ui: str = key("gradio = in the browser, cli = in the terminal", choices=("gradio", "cli"), main=True)
-    prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)
-    host: str = key("address that the browser chat listens on", main=True)
-    port: int = key("port that the browser chat listens on", low=0, high=65535, main=True)
-    public_names: list[str] = key(
-        "further names by which browsers reach the browser chat, as behind a proxy or a tunnel"
+    model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
+    ui: str = key(
+        "gradio = a page and the HTTP API, api = the HTTP API alone, cli = in the terminal",
+        choices=("gradio", "api", "cli"),
+        main=True,
     )
+    prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)
+    host: str = key("address that the server listens on", main=True)
+    port: int = key("port that the server listens on; 0 = any free one", low=0, high=65535, main=True)
+    public_names: list[str] = key("further names by which the server is reached, as behind a proxy or a tunnel")
+    workers: Any = key(
+        "processes with a copy of the model each; auto = one per GPU, or one on a CPU",
+        words=("auto",),
+        low=1,
+        high=256,
+        main=True,
+    )
+    compute: str = key(
+        "number format of a trained model's weights: auto = bf16 where it is fast, fp32 = answers that do not depend "
+        "on what else is being answered",
+        choices=("auto", "fp32", "bf16"),
+    )
+    api: ApiConfig = key("the HTTP API and its workers")
     offer: str | None = key(
         "other models to switch to on the page: all = every finished stage in paths.runs, none; null = all where only "
         "this computer is served, else none",

@@ -19,13 +19,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm.data.download import shown
 from llm.data.files import ZipMember, find_data_files, format_of
 from llm.data.formats import Column, check_file, count_rows, read_rows
 from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
 from llm.data.stores import StoredFile
 from llm.errors import BadData, UserError
+from llm.utils.addresses import without_secrets as shown
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most

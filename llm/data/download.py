@@ -14,7 +14,6 @@ import hashlib
 import logging
 import queue
 import random
-import re
 import shutil
 import sys
 import threading
@@ -27,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError, reason_of
+from llm.utils.addresses import without_secrets as shown
 from llm.utils.files import read_json, sync, sync_folder, write_json
 from llm.utils.format import in_bytes
+from llm.utils.shapes import listing, mapping, maybe, text, whole
 
 log = logging.getLogger(__name__)
 TRIES = 6
@@ -46,6 +47,12 @@ class HubFile:
     size: int
     sha256: str | None
     blob: str
+
+
+_file = mapping(
+    {"name": text, "size": whole(), "sha256": maybe(text), "blob": text}, needs=("name", "size", "sha256", "blob")
+)
+LISTING = mapping({"commit": text, "files": listing(_file)}, needs=("commit", "files"))  # files.json
 
 
 class Remote:
@@ -150,7 +157,7 @@ class WebFile(Remote):
     def is_here(self) -> bool:
         """Return True if the whole file has been fetched."""
         source = read_json(self.root / "source.json")
-        return source is not None and self.path.is_file() and self.path.stat().st_size == source["size"]
+        return source is not None and self.path.is_file() and self.path.stat().st_size == source.get("size")
 
     def fetch(self) -> Path:
         """Return the file's path; fetch the file first if it is missing or incomplete."""
@@ -160,7 +167,7 @@ class WebFile(Remote):
                 patiently(lambda: self._download(part), self)
                 with open(part, "rb") as content:
                     sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-                facts = {"url": self.url, "size": part.stat().st_size, "sha256": sha256}
+                facts = {"url": shown(self.url), "size": part.stat().st_size, "sha256": sha256}
                 part.replace(self.path)
                 write_json(self.root / "source.json", facts)
         return self.path
@@ -200,8 +207,9 @@ class HubFolder(HubRepo):
                 with self.lock("files.json"):
                     if not path.exists():
                         write_json(path, patiently(self._listing, self))
-            listing = read_json(path)
-            self._commit, self._files = listing["commit"], [HubFile(**file) for file in listing["files"]]
+            found = read_json(path)
+            LISTING(found, str(path))
+            self._commit, self._files = found["commit"], [HubFile(**file) for file in found["files"]]
         return self._files
 
     def matching(self, pattern: str) -> list[HubFile]:
@@ -398,15 +406,6 @@ def status_of(error: Exception) -> int | None:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, at most 200 characters, without secrets in addresses."""
     return shown(str(error).strip().partition("\n")[0])[:200]
-
-
-def shown(entries: object) -> str:
-    """Return entries of the configuration as text, without what may be secret in an address.
-
-    Left out are `user:password@`, and in addresses of the web all from `?` on.
-    """
-    text = re.sub(r"(://)[^/@\s'\"]*@", r"\1", str(entries))
-    return re.sub(r"(https?://[^?\s'\"]*)\?[^\s'\",\]]*", r"\1", text)
 
 
 def retry_after(error: Exception) -> float:

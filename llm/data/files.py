@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llm.data.download import shown
 from llm.data.stores import StoredFile, is_address, listed
 from llm.errors import UserError, reason_of
+from llm.utils.addresses import without_secrets as shown
 
 CODE = (
     "py c h cc cpp hpp cu java js jsx ts tsx go rs rb php cs swift kt scala r jl lua pl sh sql hs ml ex clj f90 m tex "
@@ -209,7 +209,11 @@ def find_data_files(paths: str | Path | Sequence, key: str) -> Found:
     if folders:
         larger = [path for path in rest if kind_of(path.name) in CLASSES[1]]
         what = kept if _size(larger) <= _size(kept) else files
-        check_one_kind(what, f"{key}={shown(paths)}: the folder", f"{key}='{shown(entries[0]).rstrip('/')}/**/*%s'")
+        check_one_kind(
+            what,
+            f"{key}={shown(paths)}: the folder",
+            f"{key}='{shown(entries[0]).rstrip('/')}/**/*%s'",
+        )
     left.update(_suffix(path.name) for path in rest)
     return Found(kept, _left_out(left), [found[path] for path in kept], len(kept) == 1 and kept[0] in named)
 

@@ -16,6 +16,7 @@ from llm.data.records import (
     READ_ROWS,
     BadRow,
     arrow_batches,
+    broken,
     count_lines,
     damage,
     is_json_lines,
@@ -24,11 +25,10 @@ from llm.data.records import (
     parse,
     read_records,
     seekable,
-    short,
     too_long,
     undecodable,
 )
-from llm.errors import BadData, UserError
+from llm.errors import UserError
 
 READ_BYTES = 1 << 26  # parquet: bytes decoded at a time, where rows are long
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
@@ -171,7 +171,7 @@ def _open_parquet(path: Path, opened, column: Column):
         file = pq.ParquetFile(opened)
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({short(error)}). Fetch the file again.") from error
+        raise broken(path, error, "row 0") from error
     _check_column(schema, column, path)
     return file
 
@@ -192,7 +192,7 @@ def _parquet_rows(path: Path, column: Column, start: int) -> Iterator[Row]:
             try:
                 batch = next(batches, None)
             except (pa.ArrowException, OSError) as error:
-                raise BadData(f"{path}: damaged after row {row:,} ({short(error)}). Fetch it again.") from error
+                raise broken(path, error, f"row {row:,}") from error
             if batch is None:
                 return
             yield from _texts(batch, column, path, row, max(0, start - row))

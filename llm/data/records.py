@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from llm.data.files import PLAIN_TEXT, ZipMember, format_of, open_bytes
-from llm.errors import BadData, UserError
+from llm.errors import BadData, UserError, system_reason
 from llm.utils.format import in_bytes
 
 DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
@@ -76,7 +76,19 @@ def damage(path, position):
     except UnicodeDecodeError as error:
         raise BadData(f"{path}: {undecodable(error)}, after {position()}.") from None
     except DAMAGE as error:
-        raise BadData(f"{path}: damaged after {position()} ({short(error)}). Fetch it again.") from error
+        raise broken(path, error, position()) from error
+
+
+def broken(path, error: Exception, place: str) -> BadData:
+    """Return the error of a file that cannot be read on after `place`, such as "line 12": the system's reason, if any.
+
+    All else that a library says of a file, in words of its own, is damage.
+    """
+    if (reason := system_reason(error, path)) is not None:
+        return BadData(f"{path}: cannot be read after {place}: {reason}.")
+    form = format_of(path)
+    what = "the file ends too early" if isinstance(error, EOFError) else f"no {form.compression or form.kind} follows"
+    return BadData(f"{path}: damaged after {place} ({what}). Fetch it again.")
 
 
 def undecodable(error: UnicodeDecodeError) -> str:
@@ -177,11 +189,6 @@ def too_long() -> str:
     return f"longer than {in_bytes(DOCUMENT_BYTES)}. Cut it into documents"
 
 
-def short(error: Exception) -> str:
-    """Return the first line of an error, at most 160 characters."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
-
-
 # ---- json -----------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +210,12 @@ def parse(line: str | BadRow, path, number: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"{path}: line {number:,}", f"not valid JSON ({short(error)})")
+        return BadRow(f"{path}: line {number:,}", f"not valid JSON ({json_problem(error)})")
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Return why a text is no JSON, at most 160 characters."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0][:160]
 
 
 def is_json_lines(path, encoding: str = "utf-8") -> bool:
@@ -279,7 +291,7 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
             except (ValueError, RecursionError) as error:
                 if ended or len(text) - at > DOCUMENT_BYTES:
                     raise UserError(
-                        f"{path}: row {number + 1:,} is not valid JSON ({short(error)}). Correct it."
+                        f"{path}: row {number + 1:,} is not valid JSON ({json_problem(error)}). Correct it."
                     ) from None
                 value = None
             else:
@@ -362,7 +374,7 @@ def _parquet(path, encoding: str) -> Iterator[Any]:
                         number += 1
                         yield row
         except (pa.ArrowException, OSError) as error:
-            raise BadData(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+            raise broken(path, error, f"row {number:,}") from error
 
 
 def _arrow(path, encoding: str) -> Iterator[Any]:
@@ -392,7 +404,7 @@ def arrow_batches(path) -> Iterator:
                 yield batch
                 number += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise BadData(f"{path}: damaged after row {number:,} ({short(error)}). Fetch it again.") from error
+            raise broken(path, error, f"row {number:,}") from error
 
 
 def _dicts(batch, path, before: int) -> Iterator[Any]:

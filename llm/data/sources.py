@@ -1,6 +1,6 @@
 """Build the source of text that a data configuration names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llm.config.check import structured
 from llm.config.data_schema import SourceSpec
@@ -59,12 +59,21 @@ def build_source(data, cache: str) -> DocumentSource:
                 f"data.{name}={data[name]} is not read by this option of data; leave it out or choose "
                 f"data={' or data='.join(sources)}"
             )
+    for name in ("train", "val"):
+        check_entries(data.get(name), f"data.{name}")
     source = build(data, cache)
     if data.get("near_duplicates") is not None and data.name in BUILT_IN:
         from llm.data.near_duplicates import leave_out
 
         leave_out(source, data.near_duplicates, cache)
     return source
+
+
+def check_entries(value, key: str) -> None:
+    """Raise UserError where a key that names text is neither null, a text nor a list of texts."""
+    entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if value is not None and not all(isinstance(entry, str) for entry in entries):
+        raise UserError(f"{key}={str(value)[:80]}: must be a text, or a list of texts")
 
 
 def is_remote(data) -> bool:
@@ -112,6 +121,8 @@ def mixture_source(data, cache: str) -> DocumentSource:
     built = {}
     for name, source in sources.items():
         key = f"data.sources.{name}"
+        for part in ("train", "val"):
+            check_entries(source.get(part), f"{key}.{part}")
         if (source.path is None) == (source.repo is None):
             raise UserError(f"{key}: set either path (files) or repo (a data set on the hub)")
         kind = "path" if source.repo is None else "repo"

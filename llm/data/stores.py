@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llm.data.blocks import opened
-from llm.data.download import chain, first_line, patiently, shown
+from llm.data.download import chain, first_line, patiently
 from llm.errors import BadData, UserError
+from llm.utils.addresses import without_secrets as shown
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:// is a drive
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> extra of pyproject.toml

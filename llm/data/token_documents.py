@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from llm.data.documents import Cursor, in_order, share
-from llm.data.download import shown
 from llm.data.files import Listed, list_files
 from llm.data.foreign_tokens import SUFFIXES, ForeignFile
 from llm.data.shuffle import Shuffle
@@ -21,11 +20,21 @@ from llm.data.splits import divide
 from llm.data.stores import is_address
 from llm.data.token_files import TokenFolder, read_record, read_token_file
 from llm.data.tokens import Ids
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
+from llm.utils.addresses import without_secrets as shown
+from llm.utils.files import MOST_BYTES, parse_json
+from llm.utils.shapes import Kind, listing, mapping, text, truth, whole
 
 INDEX = "tokens.json"
 VERSION = 1
-FACTS = {"version": int, "fingerprint": str, "vocab_size": int, "whole": bool, "train": list, "val": list}
+FACTS: dict[str, Kind] = {
+    "version": whole(VERSION, VERSION),
+    "fingerprint": text,
+    "vocab_size": whole(1),
+    "whole": truth,
+    "train": listing(text),
+    "val": listing(text),
+}
 
 
 class TokenDocuments:
@@ -218,13 +227,13 @@ def read_index(folder: TokenFolder) -> dict | None:
         return None
     try:
         with file.open("rb") as opened:
-            index = json.loads(opened.read())
-        wrong = [name for name, kind in FACTS.items() if not isinstance(index[name], kind)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{INDEX}: cannot be read ({error!r}). Write it again: stage=write_tokens") from error
-    if wrong or index["version"] != VERSION:
-        problem = f"{', '.join(wrong) or 'version'} is wrong"
-        raise UserError(f"{folder}/{INDEX}: {problem}. Write it again: stage=write_tokens")
+            index = parse_json(opened.read(MOST_BYTES), f"{folder}/{INDEX}")
+        mapping(FACTS, needs=tuple(FACTS))(index, f"{folder}/{INDEX}")
+    except OSError as error:
+        reason = reason_of(error, f"{folder}/{INDEX}")
+        raise UserError(f"{folder}/{INDEX}: cannot be read ({reason}). Write it again: stage=write_tokens") from error
+    except UserError as error:
+        raise UserError(f"{error}: stage=write_tokens") from error
     return index
 
 

@@ -20,7 +20,7 @@ import torch
 
 from llm.eval.core_bundle import CoreTask, prompts
 from llm.eval.task_scores import score
-from llm.inference.engine import in_compute_dtype
+from llm.inference.weights import in_compute_dtype
 from llm.parallel import collectives
 from llm.utils.files import write_atomic
 from llm.utils.format import duration, percent, print_table, value

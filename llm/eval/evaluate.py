@@ -1,5 +1,6 @@
 """Score a finished stage or a model of Hugging Face, and keep the scores in an eval.json: the work of `evaluate.py`."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,11 +13,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import load_model_folder
-from llm.config.saved import kind_of_schema
-from llm.config.schema import root_schema
 from llm.config.stages import stage_row
-from llm.config.trust import check_plain, check_trusted
 from llm.data.documents import text_id, texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.sources import document_source
@@ -24,26 +23,28 @@ from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
-from llm.eval.hf_model import load_hf
 from llm.eval.judges import judges
 from llm.eval.samples import draw_samples, questions, text_prompts
+from llm.eval.saved import saved_config, saved_keys
 from llm.eval.task_scores import chat_core, evaluate_task
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.report.report import build_report
 from llm.run.config_diff import ABSENT, diff_configs
-from llm.run.formats import EVALUATED, read_scores
+from llm.run.formats import read_scores
 from llm.run.lock import waiting_lock
-from llm.run.stage_folder import find_stage, read_manifest
+from llm.run.notes import say, stage_notes
+from llm.run.stage_folder import HF, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
+from llm.utils.addresses import without_secrets
 from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import held_out_weights
+from tasks.snippets import run_snippet
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
-HF = "hf:"  # what model= begins with
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 # Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.
@@ -80,9 +81,10 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     own = judges(cfg.eval, subject)
     scores, merged = dict(subject.facts), {}
     for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
-        found = (own | measure)[section]()
-        if not subject.is_own_data:
-            found = {"other_data": {subject.data_name: found}}
+        with saved_keys(subject.folder) if cfg.data is None else contextlib.nullcontext():
+            found = (own | measure)[section]()
+            if not subject.is_own_data:
+                found = {"other_data": {subject.data_name: found}}
         warn_of_change(subject.folder / "eval.json", found)
         scores = combined(scores, found)
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
@@ -141,7 +143,7 @@ def data_title(data: Any) -> str:
     """Return `local data/novels` or `hub owner/name`: the option of `data` and where its text comes from."""
     place = next((data[key] for key in ("val", "path", "repo", "train") if data.get(key)), None)
     place = place if place is None or isinstance(place, str) else ",".join(map(str, place))
-    return f"{data.name} {place}" if place else str(data.name)
+    return without_secrets(f"{data.name} {place}" if place else data.name)
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
@@ -229,7 +231,7 @@ class Subject:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.net, self.tokenizer)
+        return Engine(self.net, self.tokenizer, run_code=run_snippet if self.options.python else None)
 
     @cached_property
     def source(self) -> Any:
@@ -304,7 +306,9 @@ class Subject:
             files = spec.get("test") if spec.source in ("local", "hub") else None
             scored[f"chat/{name}"] = {
                 "data": data_title(self.data),
-                "source": " ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part),
+                "source": without_secrets(
+                    " ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part)
+                ),
                 "rows": result["n"],
             }
             note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""
@@ -344,7 +348,8 @@ class StageSubject(Subject):
     def __init__(self, cfg: DictConfig):
         self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
         self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
-        config = saved_config(self.folder, with_data=cfg.data is None)
+        reads_data = bool(cfg.eval.bpb or cfg.eval.chat or cfg.eval.samples or cfg.eval.judges)
+        config = saved_config(self.folder, cfg.paths.data if cfg.data is None and reads_data else None)
         if cfg.eval.seq_len is not None:
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
@@ -353,7 +358,8 @@ class StageSubject(Subject):
         self.data = saved.data if cfg.data is None else cfg.data
         self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
         self.trained_beside = ((read_manifest(self.folder) or {}).get("data") or {}).get("held_out_text")
-        net, self.tokenizer = load_model_folder(self.folder / "model")
+        net, self.tokenizer = load_model_folder(self.folder / "model", verify=cfg.verify)
+        say(*stage_notes(self.folder))
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
         self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
@@ -442,7 +448,7 @@ class HFSubject(Subject):
             raise UserError(f"{self.folder} holds scores of model={other}; move it away or set another paths.runs")
         super().__init__(cfg)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device)
+        self.net, self.tokenizer = load_hf(name, cfg.eval.seq_len, device, cfg.verify)
         seq_len = self.net.config.seq_len
         if (other := before.get("seq_len", seq_len)) != seq_len:
             raise UserError(
@@ -451,26 +457,6 @@ class HFSubject(Subject):
             )
         self.is_chat = getattr(self.tokenizer, "has_chat_format", True)  # every tokenizer of ours has one
         self.facts = {"model": self.title, "seq_len": seq_len}
-
-
-def saved_config(stage_dir: Path, with_data: bool) -> dict[str, Any]:
-    """Return the parts of the configuration in run.json that an evaluation needs, checked and without interpolation.
-
-    with_data: the saved data is read, so that the code and addresses it names must be trusted. Raises UserError that
-    names the file and the key.
-    """
-    where, config = f"{stage_dir / 'run.json'}: config", (read_manifest(stage_dir) or {}).get("config")
-    if not config:
-        raise UserError(f"{stage_dir / 'run.json'} has no config: the stage was not written by train.py")
-    EVALUATED(config, where)
-    needed = {name: config[name] for name in ("seed", "stage", "data", "trainer", "precision")}
-    schema = root_schema("train").__dataclass_fields__["data"].type
-    kind_of_schema(schema)(config["data"], f"{where}.data")
-    for name, part in needed.items():
-        check_plain(part, f"{where}.{name}")
-    if with_data:
-        check_trusted(config["data"], f"{where}.data", schema)
-    return needed
 
 
 def same_data(data: Any, other: Any, is_chat: bool) -> bool:

@@ -25,8 +25,9 @@ from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, ma
 from llm.errors import UserError
 from llm.eval.core import CHUNK, Row, score_rows
 from llm.eval.task_scores import batches_by_length
-from llm.inference.engine import Engine, in_compute_dtype
+from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.inference.weights import in_compute_dtype
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 from llm.utils.files import write_atomic
 from llm.utils.format import print_table, value

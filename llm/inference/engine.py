@@ -1,322 +1,416 @@
-"""Batched generation: one prefill, then one token per row and step, with calculator calls inside the text.
+"""The engine: requests for text share one batch, whatever their prompts, lengths, settings and ends are.
 
-Prompts of different lengths share a batch, and finished rows leave it. `Engine.stream` yields every step as it happens
-(chat), `Engine.generate` collects completions (evaluation, reinforcement learning). A step costs one forward pass, one
-vectorised draw and one copy of B ids to the host.
-
-On a CPU, half precision keeps 0.7 MB of generated code for every shape of a product that it has met. There lengths and
-batches are rounded up to a few sizes, so that a server's memory stays flat.
+`submit` hands in a request, each `step` gives every row of the batch one token and reads prompts of new rows.
+`generate` and `stream` stand on top of them: completions of many prompts (evaluation, reinforcement learning), and
+every step as it happens (chat). A step costs one forward pass, one vectorised draw and one copy of B ids to the host.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
+import numpy as np
 import torch
 
 from llm.errors import UserError
-from llm.inference.calculator import calculate
-from llm.inference.sampling import BROKEN, SamplingParams, sample, uniform_draws
+from llm.inference.logits import adjusted, log_probs
+from llm.inference.request import Completion, Request, TokenEvent
+from llm.inference.sampling import BROKEN, Sampler, SamplingParams, draw_keys, uniform_draws
+from llm.inference.slot_batch import SlotBatch, default_budget
+from llm.inference.static_batch import StaticBatch
+from llm.inference.text import StopTexts
+from llm.inference.tools import Runner, Tools
+from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
 
-LENGTHS = (32, 8)  # sizes of prompts, for `round_up`: 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...
-ROWS = (1, 4)  # sizes of batches that rows have left: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
-COMPACT_BELOW = 0.75  # finished rows stay until the live share is this small, because leaving copies the cache
-
-
-class TokenEvent(NamedTuple):
-    """One token that a row gained; `forced` = written by the calculator, not sampled."""
-
-    row: int
-    id: int
-    forced: bool
+MAX_ROWS = 256
+TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
+SCORED_AT_A_TIME = 256  # tokens of a prompt whose logits are held at a time
 
 
-@dataclass
-class Completion:
-    """Completion of a prompt. mask: 1 = sampled, 0 = forced by the calculator.
-
-    finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`, which is kept) or
-    "length" (max_new_tokens or the context is used up). stop_id: the sampled token that ended the turn, which is not
-    among the ids; None where none did.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    finish_reason: str = "length"
-    stop_id: int | None = None
+IDLE = {"rows": 0, "cached_tokens": 0, "cache_size": 0, "prefix_hits": 0, "preemptions": 0}
 
 
 class Engine:
-    """Generator of text from a model and its tokenizer.
+    """Generator of text from a model and its tokenizer, used by one thread at a time.
 
-    Each call reads the weights anew, so training may go on in between.
+    max_rows: sequences decoded together; others wait. budget: tokens of context that the cache may hold, by default
+    what half of the free memory has room for; where it is short, rows wait and are read again. frozen: the weights
+    never change, so that they and what was read are kept while there is nothing to do, and texts that prompts begin
+    with are found again; otherwise the weights are read anew after every pause. run_code: function from Python that a
+    model has written between its python markers to its output; the calculator alone answers without it. Rows that wait
+    for it leave the batch meanwhile.
     """
 
-    def __init__(self, net, tokenizer):
-        self.net, self.tokenizer = net, tokenizer
+    def __init__(
+        self,
+        net: Any,
+        tokenizer: Any,
+        *,
+        max_rows: int = MAX_ROWS,
+        budget: int | None = None,
+        frozen: bool = False,
+        run_code: Runner | None = None,
+    ):
+        self.net, self.tokenizer, self.max_rows, self.budget, self.frozen = net, tokenizer, max_rows, budget, frozen
+        self._waiting: deque[Request] = deque()
+        self._unscored: deque[Request] = deque()  # waiting for `prompt_logprobs`
+        self._untold: list[TokenEvent] = []  # what has happened and no step has returned yet
+        self._streams: dict[Request, Stream] = {}
+        self._batch: SlotBatch | StaticBatch | None = None
+        self._tools = Tools(tokenizer, run_code) if tokenizer.has_tools else None
+        self._away: dict[Future, Request] = {}  # requests that wait for a tool
+        self._threads: ThreadPoolExecutor | None = None
+        self._sampler: tuple[list[Request], Sampler, np.ndarray] | None = None
+        self._was_training = False
 
-    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1) -> "TokenStream":
-        """Return an iterator over decode steps, each a list of TokenEvent; closing it frees the cache.
+    # -----------------------------------------------------------------------------------------------------------------
+    # Requests
 
-        Row `i * num_samples + j` is sample j of prompt i. Raises ValueError for an empty prompt.
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, *, sample: int = 0, constraint: Any = None
+    ) -> Request:
+        """Hand in a prompt (token ids) to be continued, and return its request, which grows by every `step`.
+
+        sample: number that with `params.seed` decides what is drawn. constraint: object with `allowed()`, a bool tensor
+        (V,) of tokens that may come next, `accept(id)` and `is_done`. A prompt that leaves no room in the context ends
+        at the next step, with finish_reason "length". Raises ValueError for an empty prompt, UserError for a
+        `logit_bias` of tokens that the model does not have.
         """
-        return TokenStream(self.net, self.tokenizer, prompts, params, num_samples)
+        if not len(prompt):
+            raise ValueError("the prompt is empty: it needs at least its <|bos|> token")
+        vocab = self.net.config.vocab_size
+        if wrong := [one for one, _ in params.logit_bias if one >= vocab]:
+            raise UserError(f"logit_bias: token {wrong[0]} is not among the model's {vocab:,}")
+        request = Request(prompt, params, sample, constraint)
+        request.room = min(params.max_new_tokens, self.net.config.seq_len - len(prompt))
+        request.stops = StopTexts(self.tokenizer, params.stop) if params.stop else None
+        if params.prompt_logprobs is not None and len(prompt) <= self.net.config.seq_len:
+            self._unscored.append(request)
+        elif request.room > 0:
+            self._waiting.append(request)
+        else:
+            self._end(request, "length")
+        return request
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1
-    ) -> list[list[Completion]]:
-        """Return the completions as [prompt][sample], all decoded in one batch.
+    @torch.inference_mode()
+    def abort(self, request: Request) -> None:
+        """End a request at any time, also one that has ended already; its row is free before the next step."""
+        if request.is_done:
+            return
+        self._away = {future: other for future, other in self._away.items() if other is not request}
+        for queue in (self._waiting, self._unscored):
+            if request in queue:
+                queue.remove(request)
+        if self._batch is not None and request in self._batch.rows:
+            self._batch.leave(request)
+        request.finish("abort")
+        self._rest()
 
-        A prompt that leaves no room in the context gets an empty completion with finish_reason "length". Raises
+    @property
+    def has_work(self) -> bool:
+        """True while a step would do something."""
+        return bool(self._untold) or self._is_busy
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._waiting or self._unscored or self._away or (self._batch and self._batch.rows))
+
+    def stats(self) -> dict[str, int]:
+        """Return numbers about this moment: requests in the batch and waiting, tokens in the cache and its size.
+
+        prefix_hits, preemptions: how many prompts began with a text that was read before, and how many rows had to be
+        read again, since the weights were read.
+        """
+        waiting = {"waiting": len(self._waiting) + len(self._unscored)}
+        return (IDLE if self._batch is None else self._batch.stats()) | waiting
+
+    def watch(self, stream: "Stream") -> None:
+        """Hand the events of a stream's requests to it, whoever calls `step`."""
+        self._streams |= dict.fromkeys(stream.requests, stream)
+
+    def unwatch(self, stream: "Stream") -> None:
+        """Hand a stream no more events."""
+        for request in stream.requests:
+            self._streams.pop(request, None)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """Give every row one token and read prompts of waiting requests; return what happened, [] if nothing is left.
+
+        If it raises, rows that were being decoded wait to be read again.
+        """
+        if self._is_busy:
+            self._wake()
+            try:
+                self._take_back()
+                self._extend(*self._batch.decode(self._waiting))
+                if self._unscored:
+                    self._score_prompt()
+                self._extend(*self._batch.read_prompts(self._waiting))
+            except BaseException:
+                self._waiting.extendleft(reversed(self._batch.rows))
+                self._batch = None
+                raise
+        self._rest()
+        events, self._untold = self._untold, []
+        for event in events:
+            if event.request in self._streams:
+                self._streams[event.request].pending.append(event)
+        return events
+
+    def _wake(self) -> None:
+        """Read the weights, if they are not at hand."""
+        if self._batch is None:
+            self._was_training = self.net.training
+            net = in_compute_dtype(self.net.eval())
+            if getattr(net, "has_slots", False):
+                self._batch = SlotBatch(
+                    net, self.max_rows, self.budget or default_budget(net, self.max_rows), self.frozen
+                )
+            else:
+                self._batch = StaticBatch(net, self.max_rows)
+
+    def _rest(self) -> None:
+        """Let go of weights and cache where nothing is left to do, unless they are frozen."""
+        if not (self._is_busy or self.frozen or self._batch is None):
+            self._batch = self._sampler = None
+            self.net.train(self._was_training)
+
+    def _extend(self, requests: list[Request], logits: torch.Tensor | None) -> None:
+        """Give each request the token that is forced, or drawn from its logits (B, V); end those that are done."""
+        if not requests:
+            return
+        ids = self._drawn(requests, adjusted(logits, requests, self.tokenizer.stop_ids)).tolist()
+        for row, request in enumerate(requests):
+            if request.forced:
+                ids[row] = request.forced[0]
+        asking = [row for row, r in enumerate(requests) if r.params.logprobs is not None and ids[row] != BROKEN]
+        found: dict[int, Any] = {}
+        if asking:
+            likely = [requests[row].params.logprobs for row in asking]
+            found = dict(zip(asking, log_probs(logits[asking], [ids[row] for row in asking], likely), strict=True))
+        for row, request in enumerate(requests):
+            call = self._accept(request, ids[row], *found.get(row, (None, None)))
+            if call is not None:
+                self._send_away(request, call)
+            elif request.is_done:
+                self._batch.leave(request)
+
+    def _drawn(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
+        """Return a token id (B,) per request, by its own settings and random numbers."""
+        if self._sampler is None or self._sampler[0] != requests:
+            keys = draw_keys([r.params.seed for r in requests], [r.sample for r in requests])
+            self._sampler = list(requests), Sampler([r.params for r in requests], logits.device), keys
+        _, sampler, keys = self._sampler
+        draws = None
+        if not sampler.is_greedy:
+            draws = uniform_draws(keys, [len(request.ids) for request in requests])
+            draws = torch.from_numpy(draws).to(logits.device, sampler.dtype)
+        return sampler.draw(logits, draws)
+
+    def _accept(self, request: Request, token: int, logprob: float | None, top: list | None) -> str | None:
+        """Give a request one token, and end it where it is done; return the tool call to be run that it has closed."""
+        if request.forced:
+            self._write(request, request.forced.popleft(), True, logprob, top)
+        elif token == BROKEN:
+            self._fail(request)
+        elif token in self.tokenizer.stop_ids and not request.params.ignore_eos:
+            request.stop_id = token
+            self._end(request, "stop")
+        else:
+            is_last = self._is_last(request, token)
+            self._write(request, token, False, logprob, top, is_last)
+            if self._tools and request.params.use_tools and not request.is_done:
+                return self._tools.observe(request, token)
+        return None
+
+    def _write(
+        self,
+        request: Request,
+        token: int,
+        forced: bool,
+        logprob: float | None = None,
+        top: list | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """Append a token to a request's text; end the request if it has to."""
+        request.timings.mark("first_token")
+        request.ids.append(token)
+        request.mask.append(0 if forced else 1)
+        request.room -= 1
+        if logprob is not None:
+            request.logprobs.append(logprob)
+            request.top.append(top)
+        stop = request.stops.push(token) if request.stops else None
+        if stop and len(request.ids) >= request.params.min_new_tokens:
+            request.stop_text = stop
+        if request.stop_text or is_last:
+            request.finish("stop")
+        elif request.room == 0:
+            request.finish("length")
+        self._untold.append(TokenEvent(request, token, forced, logprob, top, request.finish_reason))
+
+    @staticmethod
+    def _is_last(request: Request, token: int) -> bool:
+        """Let the constraint of a request see a sampled token; True if it is fulfilled."""
+        if request.constraint is None:
+            return False
+        request.constraint.accept(token)
+        return request.constraint.is_done
+
+    def _send_away(self, request: Request, call: str) -> None:
+        """Run a tool call in a thread; its row leaves the batch until the result is there."""
+        self._batch.leave(request, comes_back=True)
+        self._threads = self._threads or ThreadPoolExecutor(thread_name_prefix="tools")
+        self._away[self._threads.submit(self._tools.run, call)] = request
+
+    def _take_back(self) -> None:
+        """Write the results of tool calls that have come, and let their requests go on.
+
+        A tool that fails gives no result, and the model goes on by itself. Waits a moment if there is no other work.
+        """
+        if not self._away:
+            return
+        is_idle = not (self._waiting or self._unscored or self._batch.rows)
+        done, _ = wait(self._away, TOOL_WAIT if is_idle else 0, FIRST_COMPLETED)
+        for future in done:
+            request = self._away.pop(future)
+            for token in [] if future.exception() else self._tools.written(future.result()):
+                if not request.is_done:
+                    self._write(request, token, True)
+            if not request.is_done:
+                self._waiting.appendleft(request)
+
+    def _fail(self, request: Request) -> None:
+        """End a request that no token can be drawn for."""
+        request.error = "the network gives NaN for the next token: its weights or their precision are broken"
+        if request.constraint is not None or request.params.logit_bias:
+            request.error = "no token is allowed by the constraint and logit_bias, or the network gives NaN"
+        self._end(request, "error")
+
+    def _end(self, request: Request, reason: str) -> None:
+        """End a request without a further token; the step tells."""
+        request.finish(reason)
+        self._untold.append(TokenEvent(request, None, finish_reason=reason))
+
+    def _score_prompt(self) -> None:
+        """Compute the log-probabilities of the next prompt that wants them, and let its request go on."""
+        request = self._unscored.popleft()
+        request.prompt_logprobs = self._plain_log_probs(request.prompt, request.params.prompt_logprobs)
+        if request.room > 0:
+            self._waiting.append(request)
+        else:
+            self._end(request, "length")
+
+    def _plain_log_probs(self, ids: Sequence[int], n_likely: int) -> list:
+        """Return [None, (log-probability, most likely tokens) of ids[1], ...] by one pass without a cache."""
+        net, n = self._batch.net, len(ids)
+        length = min(round_up(n, *LENGTHS), net.config.seq_len) if keeps_shapes(net.device, net.compute_dtype) else n
+        padded = torch.tensor([[*ids, *[0] * (length - n)]], device=net.device)
+        hidden, found = net.hidden(padded)[0, : n - 1], [None]
+        for start in range(0, n - 1, SCORED_AT_A_TIME):
+            part = hidden[start : start + SCORED_AT_A_TIME]
+            after = ids[start + 1 : start + 1 + len(part)]
+            found += log_probs(net.logits(part), after, [n_likely] * len(part))
+        return found
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Whole completions
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], num_samples: int = 1
+    ) -> "Stream":
+        """Return an iterator over steps, each a list of TokenEvent with a token; closing it ends what is not done.
+
+        `event.row` is `i * num_samples + j` for sample j of prompt i. params: for all prompts, or one for each. Raises
         ValueError for an empty prompt.
         """
-        done = [Completion() for _ in range(len(prompts) * num_samples)]
+        return Stream(self, prompts, params, num_samples)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], num_samples: int = 1
+    ) -> list[list[Completion]]:
+        """Return the completions as [prompt][sample].
+
+        A prompt that leaves no room in the context gets an empty completion with finish_reason "length". Raises
+        ValueError for an empty prompt, UserError where the network no longer gives numbers.
+        """
         with self.stream(prompts, params, num_samples) as stream:
-            for events in stream:
-                for row, token, forced in events:
-                    completion = done[row]
-                    completion.ids.append(token)
-                    completion.mask.append(0 if forced else 1)
-            for completion, reason, stop_id in zip(done, stream.finish_reasons, stream.ended_by, strict=True):
-                completion.finish_reason, completion.stop_id = reason, stop_id
+            for _ in stream:
+                pass
+            done = [request.completion() for request in stream.requests]
         return [done[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
 
+    def score(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token of `continuation` behind `prompt` (at least one token).
 
-class TokenStream:
-    """Decoding of one batch, step by step; `finish_reasons[row]` is None until the row has ended.
+        Raises ValueError for an empty prompt and for more tokens than the context holds.
+        """
+        ids, seq_len = [*prompt, *continuation], self.net.config.seq_len
+        if len(ids) > seq_len:
+            raise ValueError(f"{len(ids)} tokens do not fit the model's context of {seq_len}")
+        params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
+        with self.stream([ids], params) as stream:
+            for _ in stream:
+                pass
+            found = stream.requests[0].prompt_logprobs
+        return [one[0] for one in found[len(prompt) :]]
 
-    `ended_by[row]` is the token that ended the row's turn, None where none has.
+
+class Stream:
+    """Steps of some requests of an engine, others' steps left out; `requests` holds them.
 
     It is a class and not a generator function, because a `with torch.inference_mode()` around a yield would leak into
     the consumer's code.
     """
 
-    def __init__(self, net, tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams, num_samples: int = 1):
+    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params, num_samples: int):
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
         if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
             raise ValueError(f"prompt {empty[0]} is empty: a prompt needs at least its <|bos|> token")
-        self.params, self.seq_len = params, net.config.seq_len
-        self.finish_reasons: list[str | None] = [None] * (len(prompts) * num_samples)
-        self.ended_by: list[int | None] = [None] * len(self.finish_reasons)
-        self._training, self._net = net.training, net
-        self._compute_net = None
-        self._keeps_shapes = keeps_shapes(net.device, net.compute_dtype)
-        self._tools = _Calculator(tokenizer) if params.use_tools and tokenizer.has_tools else None
-        self._stops = tokenizer.stop_ids
-        self._stop_texts = _StopTexts(tokenizer, params.stop) if params.stop else None
-        self._prompts: list[Sequence[int]] = []  # those with room for at least one token
-        self._slots: list[_Row | None] = []  # by place in the batch; None = finished, waiting to leave
-        for i, prompt in enumerate(prompts):
-            room = min(params.max_new_tokens, self.seq_len - len(prompt))
-            rows = range(i * num_samples, (i + 1) * num_samples)
-            if room > 0:
-                self._prompts.append(prompt)
-                self._slots += [_Row(row, len(prompt), room) for row in rows]
-            else:
-                self.finish_reasons[rows.start : rows.stop] = ["length"] * num_samples
-        self._num_samples = num_samples
-        self._step = 0
-        self._cache = None
+        settings = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        self.engine, self.pending = engine, []
+        self.requests = [
+            engine.submit(prompt, own, sample=i * num_samples + j)
+            for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True))
+            for j in range(num_samples)
+        ]
+        engine.watch(self)
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        """Why each row has ended, None while it goes on."""
+        return [request.finish_reason for request in self.requests]
 
     def __iter__(self) -> Iterator[list[TokenEvent]]:
         return self
 
-    def __enter__(self) -> "TokenStream":
+    def __enter__(self) -> "Stream":
         return self
 
     def __exit__(self, *exc) -> None:
         self.close()
 
     def close(self) -> None:
-        """End now and free the cache; may be called at any time, and more than once."""
-        self._slots = []
-        self._cache = self._compute_net = self._draws = None
-        if self._net is not None:
-            self._net.train(self._training)
-            self._net = None
+        """End now what is not done; may be called at any time, and more than once."""
+        for request in self.requests:
+            self.engine.abort(request)
+        self.engine.unwatch(self)
 
-    @torch.inference_mode()
     def __next__(self) -> list[TokenEvent]:
-        while any(self._slots):
-            logits = self._prefill() if self._cache is None else self._decode()
-            draws = None if self._draws is None else self._draws[self._step]
-            sampled = sample(logits, self.params, draws)
-            events = self._accept(sampled)
-            self._step += 1
-            self._compact()
-            if events:
+        while self.pending or not all(request.is_done for request in self.requests):
+            if not self.pending:
+                self.engine.step()
+            events, self.pending = self.pending, []
+            if failed := [event.request.error for event in events if event.request.error]:
+                self.close()
+                raise UserError(failed[0])
+            if events := [event for event in events if event.id is not None]:
                 return events
         self.close()
         raise StopIteration
-
-    def _prefill(self) -> torch.Tensor:
-        """Return the logits (rows, V) behind all prompts, each computed once and repeated for its samples."""
-        net = self._net.eval()
-        self._compute_net = in_compute_dtype(net)
-        device, slots = net.device, self._slots
-        lengths = [len(prompt) for prompt in self._prompts]
-        longest = max(lengths)
-        if self._keeps_shapes:
-            longest = min(round_up(longest, *LENGTHS), self.seq_len)
-        ids = torch.zeros(len(lengths), longest, dtype=torch.long)
-        for i, prompt in enumerate(self._prompts):
-            ids[i, : len(prompt)] = torch.as_tensor(prompt)
-        max_len = max(longest, *(row.length + row.room for row in slots))
-        self._cache = net.new_cache(len(lengths), max_len)
-        true_lengths = torch.tensor(lengths, device=device)
-        logits = self._compute_net(ids.to(device), cache=self._cache, lengths=true_lengths, last_only=True)[:, 0]
-        if self._num_samples > 1:
-            self._cache.repeat(self._num_samples)
-            logits = logits.repeat_interleave(self._num_samples, dim=0)
-        self._draws = self._make_draws(device)
-        return logits
-
-    def _make_draws(self, device: torch.device) -> torch.Tensor | None:
-        """Return the random numbers (steps, rows) of the whole call, on the device; None if decoding is greedy."""
-        if self.params.is_greedy:
-            return None
-        n_steps = max(row.room for row in self._slots)
-        draws = uniform_draws(self.params.seed, n_steps, len(self.finish_reasons))
-        rows = [row.index for row in self._slots]
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        return torch.from_numpy(draws[:, rows]).to(device, dtype)
-
-    def _decode(self) -> torch.Tensor:
-        """Feed every row its newest token and return the logits (rows, V) behind it."""
-        self._cache.used = max(row.length - 1 for row in self._slots if row)
-        return self._compute_net(self._next_ids, cache=self._cache, last_only=True)[:, 0]
-
-    def _accept(self, sampled: torch.Tensor) -> list[TokenEvent]:
-        """Give each live row its forced or sampled token, and end the rows that are done.
-
-        Raises UserError where the network no longer gives numbers.
-        """
-        events, ids, replaced = [], sampled.tolist(), False
-        for slot, row in enumerate(self._slots):
-            if row is None:
-                continue
-            token, forced = ids[slot], False
-            if token == BROKEN:
-                raise UserError("the network gives NaN for the next token: its weights or their precision are broken")
-            if row.forced:
-                token, forced = row.forced.popleft(), True
-                ids[slot], replaced = token, True
-            elif token in self._stops:
-                self.ended_by[row.index] = token
-                self._finish(slot, "stop")
-                continue
-            elif self._tools:
-                self._tools.observe(row, token)
-            events.append(TokenEvent(row.index, token, forced))
-            row.length += 1
-            row.room -= 1
-            if self._stop_texts and self._stop_texts.ended(row, token):
-                self._finish(slot, "stop")
-            elif row.room == 0:
-                self._finish(slot, "length")
-        self._next_ids = (torch.tensor(ids, device=sampled.device) if replaced else sampled).unsqueeze(1)
-        return events
-
-    def _finish(self, slot: int, reason: str) -> None:
-        """End the row in `slot` with a finish_reason; the slot stays in the batch until `_compact`."""
-        self.finish_reasons[self._slots[slot].index] = reason
-        self._slots[slot] = None
-        self._cache.lengths[slot] = 0  # until it leaves, the slot writes at the start of its own cache row
-
-    def _compact(self) -> None:
-        """Let finished rows leave the batch once they are a quarter of it; some stay to fill one of a few sizes."""
-        keep = [slot for slot, row in enumerate(self._slots) if row]
-        if not keep or len(keep) > COMPACT_BELOW * len(self._slots):
-            return
-        if self._keeps_shapes:
-            finished = [slot for slot, row in enumerate(self._slots) if not row]
-            keep = sorted(keep + finished[: round_up(len(keep), *ROWS) - len(keep)])
-            if len(keep) == len(self._slots):
-                return
-        self._slots = [self._slots[slot] for slot in keep]
-        rows = torch.tensor(keep, device=self._next_ids.device)
-        self._cache.keep(rows)
-        self._next_ids = self._next_ids[rows]
-        if self._draws is not None:
-            self._draws = self._draws[:, rows]
-
-
-class _Row:
-    """Sequence in the making: its place among the results, tokens so far, tokens it may still gain, tool state."""
-
-    __slots__ = ("index", "length", "room", "forced", "expression", "tail")
-
-    def __init__(self, index: int, length: int, room: int):
-        self.index, self.length, self.room = index, length, room
-        self.forced: deque[int] = deque()
-        self.expression: list[int] | None = None  # tokens since <|python_start|>
-        self.tail = b""  # end of its text, where a stop text may have begun
-
-
-class _StopTexts:
-    """Detector of the texts that end a completion. It looks at bytes, because a text may begin within a token."""
-
-    def __init__(self, tokenizer, texts: Sequence[str]):
-        self.tokenizer, self.texts = tokenizer, [text.encode() for text in texts if text]
-        self.keep = max(map(len, self.texts), default=1) - 1
-
-    def ended(self, row: _Row, token: int) -> bool:
-        """Add a token to a row's text and return True if a stop text is complete."""
-        text = row.tail + self.tokenizer.decode_bytes([token])
-        row.tail = text[max(0, len(text) - self.keep) :]
-        return any(stop in text for stop in self.texts)
-
-
-class _Calculator:
-    """Calculator calls: when a row closes its python markers, queue the result to be written into that row.
-
-    An expression that cannot be calculated queues nothing, and the model goes on by itself.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        names = ("python_start", "python_end", "output_start", "output_end")
-        self.start, self.end, self.output_start, self.output_end = (
-            tokenizer.special_id(f"<|{name}|>") for name in names
-        )
-
-    def observe(self, row: _Row, token: int) -> None:
-        """Follow one sampled token of a row."""
-        if token == self.start:
-            row.expression = []
-        elif row.expression is None:
-            return
-        elif token != self.end:
-            row.expression.append(token)
-        else:
-            result = calculate(self.tokenizer.decode(row.expression))
-            row.expression = None
-            if result is not None:
-                row.forced.extend((self.output_start, *self.tokenizer.encode(result), self.output_end))
-
-
-def keeps_shapes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True where every new shape of a product leaves generated code in memory: half precision on a CPU."""
-    return device.type == "cpu" and dtype != torch.float32
-
-
-def round_up(n: int, least: int, parts: int) -> int:
-    """Round n up to one of few sizes: a multiple of `least` or of 1/parts of the next power of two, the larger one."""
-    step = max(least, (1 << (n - 1).bit_length()) // parts)
-    return -(-n // step) * step
-
-
-def in_compute_dtype(net):
-    """Return the net, or a copy with weights in its compute dtype, so that no pass casts all weights again.
-
-    The results are equal, because the net casts each weight before it multiplies.
-    """
-    if next(net.parameters()).dtype == net.compute_dtype:
-        return net
-    with torch.device("meta"):
-        copy = type(net)(net.config)
-    copy.load_state_dict({name: weight.to(net.compute_dtype) for name, weight in net.state_dict().items()}, assign=True)
-    copy.compute_dtype = net.compute_dtype
-    return copy.to(net.device).eval()

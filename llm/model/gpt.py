@@ -26,7 +26,7 @@ from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import relu_squared
 from llm.model.fused_ops import rms_norm as norm
-from llm.model.kv_cache import AttentionOptions, KVCache, SharedPrefixCache
+from llm.model.kv_cache import AttentionOptions, SharedPrefixPass, SlotCache, SlotPass
 from llm.model.linear import Linear
 
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def forward(self, x, value_embed, rotary, mask, backend, cache: KVCache | SharedPrefixCache | None, positions):
+    def forward(self, x, value_embed, rotary, mask, backend, cache: SlotPass | SharedPrefixPass | None, positions):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
         if value_embed is not None:
@@ -123,6 +123,7 @@ class GPT(nn.Module):
 
     block_class = Block
     can_share_prefix = True  # `continue_prefixes` works
+    has_slots = True  # `new_cache` gives a cache whose rows come and go
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -238,7 +239,7 @@ class GPT(nn.Module):
         self.training_attention = choose_backend(asked, device, *shape)
         return self.training_attention
 
-    def embed(self, x: torch.Tensor, cache: KVCache | None, at, starts: torch.Tensor | None) -> torch.Tensor:
+    def embed(self, x: torch.Tensor, cache: SlotPass | None, at, starts: torch.Tensor | None) -> torch.Tensor:
         """Return the input of the first block (B, T, n_embd) for rows of the embedding of that shape.
 
         at: positions of the tokens; starts: (B, T) true where a document begins, if documents are kept apart.
@@ -247,7 +248,7 @@ class GPT(nn.Module):
             return (x + self.transformer.wpe.weight[at]).to(self.compute_dtype)
         x = norm(x.to(self.compute_dtype))
         if self.config.smear:
-            first = torch.zeros_like(x[:, :1]) if cache is None or cache.used == 0 else cache.last_embed
+            first = torch.zeros_like(x[:, :1]) if cache is None else cache.last_embed
             before = torch.cat((first, x[:, :-1]), dim=1)
             if starts is not None:
                 before = before.masked_fill(starts.unsqueeze(-1), 0)
@@ -257,6 +258,10 @@ class GPT(nn.Module):
             x = x + self.smear_scalar.to(x.dtype) * gate * before
         return x
 
+    def smear_input(self, token: int) -> torch.Tensor:
+        """Return the embedding (n_embd,) of a token of which a part is mixed into the token behind it."""
+        return norm(self.transformer.wte.weight[token].to(self.compute_dtype))
+
     def forward_blocks(
         self,
         x: torch.Tensor,
@@ -264,7 +269,7 @@ class GPT(nn.Module):
         starts: torch.Tensor | None,
         masks: dict,
         backend: str,
-        cache: KVCache | None = None,
+        cache: SlotPass | None = None,
     ) -> torch.Tensor:
         """Run all blocks on rows of the embedding (B, T, n_embd); return the normed output of the last one.
 
@@ -294,7 +299,7 @@ class GPT(nn.Module):
             x = x - self.backout_scalar.to(x.dtype) * middle
         return self.final_norm(x)
 
-    def hidden(self, ids: torch.Tensor, cache: KVCache | None = None, is_training: bool = False) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, cache: SlotPass | None = None, is_training: bool = False) -> torch.Tensor:
         """Return the normed output (B, T, n_embd) of the last block for ids (B, T). Does not advance the cache.
 
         is_training: use the attention backend and the compiled blocks that were chosen for training steps. Raises
@@ -315,9 +320,9 @@ class GPT(nn.Module):
             return self.training_forward_blocks(x, values, starts, masks, backend)
         return self.forward_blocks(x, values, starts, masks, backend, cache)
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """Return an empty cache for `batch` rows of at most `max_len` tokens."""
-        return KVCache(self.config, batch, max_len, device=self.device, dtype=self.compute_dtype)
+    def new_cache(self, rows: int, room: int) -> SlotCache:
+        """Return an empty cache for `rows` rows of at most `room` tokens each."""
+        return SlotCache(self.config, rows, room, device=self.device, dtype=self.compute_dtype)
 
     def continue_prefixes(
         self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor
@@ -328,12 +333,14 @@ class GPT(nn.Module):
         are those at the last token of the prefix and at every token of the continuation.
         """
         cache = self.new_cache(*prefixes.shape)
-        hidden = self.hidden(prefixes, cache)
-        cache.advance(prefixes.size(1), lengths)
+        one_pass = SlotPass(cache, 0, len(prefixes))
+        hidden = self.hidden(prefixes, one_pass)
+        one_pass.advance(prefixes.size(1), lengths)
+        cache.lengths = lengths.cpu()
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].unsqueeze(1)
         hidden = last.repeat_interleave(n, dim=0)
         if rest.size(1):
-            hidden = torch.cat((hidden, self.hidden(rest, SharedPrefixCache(cache, n, self.config.seq_len))), dim=1)
+            hidden = torch.cat((hidden, self.hidden(rest, SharedPrefixPass(cache, n, self.config.seq_len))), dim=1)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -348,7 +355,7 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         reduction: str = "mean",
         token_weights: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: SlotPass | None = None,
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
     ) -> torch.Tensor:
@@ -356,7 +363,8 @@ class GPT(nn.Module):
 
         ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T));
         token_weights: (B, T), factors of the tokens' losses.
-        cache: continue every row behind its cached tokens; lengths: (B,) true tokens per row of right-padded ids.
+        cache: continue every row behind its cached tokens, of which the caller keeps count; lengths: (B,) true tokens
+        per row of right-padded ids.
         last_only: return logits (B, 1, V) at each row's last true token only.
         """
         is_training = targets is not None and cache is None and torch.is_grad_enabled()

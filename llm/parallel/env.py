@@ -15,6 +15,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, SIGUSR1)
 if signal.getsignal(SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, which is to stay so
     STOP_SIGNALS += (SIGHUP,)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
+# What gloo, NCCL and torch's store say of a process that has gone.
+LOST = re.compile(r"Connection (closed|reset|refused)[^.]*|Broken pipe|remote process exited[^.]*|failed to recv[^.]*")
 LAUNCHER = "FATHOM_LAUNCHER"  # the process number of our own launcher, for the processes that it has started
 
 
@@ -70,6 +72,12 @@ def begin() -> None:
     die_with_parent(int(launcher) if launcher else None)
     if launched_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
+
+
+def lost_another(error: BaseException) -> str | None:
+    """Return in torch's words that another process could not be reached; None for an error of any other kind."""
+    found = LOST.search(str(error)) if isinstance(error, RuntimeError) else None
+    return found and found[0]
 
 
 def end(status: int) -> NoReturn:

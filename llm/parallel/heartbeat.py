@@ -15,6 +15,8 @@ import threading
 import time
 
 from llm.parallel import collectives
+from llm.utils.files import MOST_BYTES, parse_json
+from llm.utils.shapes import listing, whole
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0
@@ -69,7 +71,9 @@ def silent_processes(register: Register | None, address: tuple[str, int]) -> lis
         return register.silent()
     with socket.create_connection(address, timeout=BEAT_SECONDS) as call:
         call.sendall(f"{collectives.rank()}\n".encode())
-        return json.loads(call.makefile().read())
+        answer = parse_json(call.makefile("rb").read(MOST_BYTES), "the answer of rank 0")
+    listing(whole())(answer, "the answer of rank 0")
+    return answer
 
 
 def watch(register: Register | None, address: tuple[str, int]) -> None:

@@ -24,6 +24,7 @@ from llm.run.config_diff import flatten
 from llm.run.formats import read_scores
 from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
 from llm.tokenizer.chat_format import readable
+from llm.utils.addresses import without_secrets
 from llm.utils.environment import environment
 from llm.utils.files import write_atomic
 from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
@@ -57,7 +58,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts += ["## Numbers of each stage", _numbers(stages)]
     parts += ["## Configuration", *_configuration(stages)]
     parts += ["## Environment", *_environment(stages)]
-    write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_atomic(folder / "report.md", without_secrets("\n\n".join(parts)) + "\n")
     return folder / "report.md"
 
 
@@ -151,7 +152,8 @@ def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]
     for task, result in (scores.get("lm_eval") or {}).items():
         for metric, number in result.items():
             if metric not in ("n", "shots") and not metric.endswith("_stderr"):
-                merged[f"lm_eval/{task}/{metric}"] = (number, result.get(f"{metric}_stderr"))
+                error = result.get(f"{metric}_stderr")  # lm-eval writes a text where there is none
+                merged[f"lm_eval/{task}/{metric}"] = (number, error if isinstance(error, int | float) else None)
     return merged
 
 
@@ -177,7 +179,7 @@ def _metrics_table(stages: dict[str, dict]) -> str:
     tasks = task_names(stages.values())
     known = ["loss", "bpb", "bpb_text", "reward"]
     found = list(dict.fromkeys(key for metrics in columns.values() for key in metrics))
-    passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: int(key[5:]))
+    passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: (len(key), key))
     other = [key for key in found if key not in {*known, *tasks, *passes}]
     order = [key for key in (*known, *other, *tasks, *passes) if key in found]
     rows = []
@@ -205,7 +207,7 @@ def _scored(stages: dict[str, dict]) -> list[str]:
         parts = [("", scores), *((f" ({title})", own) for title, own in (scores.get("other_data") or {}).items())]
         for suffix, part in parts:
             for name, origin in (part.get("scored") or {}).items():
-                amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin['tokens']:,} tokens"
+                amount_scored = f"{origin['rows']} rows" if "rows" in origin else f"{origin.get('tokens', 0):,} tokens"
                 task = (part.get("chat") or {}).get(name.removeprefix("chat/"))
                 number = percent(task["accuracy"]) if task else value(part[name]) if name in part else "-"
                 where = f"{origin['data']}: {origin['source']}"

@@ -4,14 +4,17 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from llm.config.check import SHOWN, shown
 from llm.config.stages import row_or_stranger, unread_keys
+from llm.utils.addresses import public
 from llm.utils.files import plain
 
 ABSENT = "(absent)"
+MOST = 12  # differing keys that an error names
 # Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
 NEUTRAL_KEYS = (
     *("run", "plugins", "trust", "resume", "overwrite", "dry_run", "paths", "log_every", "save_*", "keep_last"),
-    "watch",
+    *("watch", "verify"),
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
     "stage.extend",
@@ -43,8 +46,9 @@ def diff_configs(
     """Return differing keys as (dotted key, old value, new value), sorted; a missing key shows as `ABSENT`.
 
     `ignore` holds dotted keys or shell patterns; a match covers everything below it. Pass `neutral_keys(stage)`.
+    Secrets in addresses are not kept with a run, so they neither differ nor are shown.
     """
-    before, after, patterns = flatten(plain(old)), flatten(plain(new)), tuple(ignore)
+    before, after, patterns = flatten(public(plain(old))), flatten(public(plain(new))), tuple(ignore)
     if before.get("max_steps") and after.get("max_steps"):
         patterns += ("stage.epochs",)  # not read beside max_steps; older versions saved 1 where null is the default now
     differences = []
@@ -62,9 +66,7 @@ def _covers(pattern: str, key: str) -> bool:
 
 
 def describe_differences(differences: list[tuple[str, Any, Any]]) -> str:
-    """Return `seed: 42 -> 43; model.depth: 4 -> 6`, the form used in error messages."""
-    return "; ".join(f"{key}: {_show(old)} -> {_show(new)}" for key, old, new in differences)
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
+    """Return `seed: 42 -> 43; model.depth: 4 -> 6`, the form used in error messages: one line, cut where it is long."""
+    shown_ones = (f"{key[:SHOWN]}: {shown(old)} -> {shown(new)}" for key, old, new in differences[:MOST])
+    more = f"; and {len(differences) - MOST} more" if len(differences) > MOST else ""
+    return "; ".join(shown_ones) + more

@@ -6,15 +6,18 @@ Values that are used anywhere have a type and a range here; unknown keys pass, a
 from pathlib import Path
 from typing import Any
 
+from llm import __version__
+from llm.errors import UserError
 from llm.utils.files import read_json
-from llm.utils.shapes import Kind, anything, either, listing, mapping, maybe, one_of, real, text, truth, whole
+from llm.utils.shapes import Kind, either, listing, mapping, maybe, one_of, real, text, truth, whole
 
-FORMAT = 1  # of run.json and of checkpoints: a release reads its own number and all lower ones
+# Of run.json and of checkpoints. A release reads its own number and all lower ones. It rises when a release writes what
+# the one before would misread; a new key that may be ignored does not count.
+FORMAT = 1
 
 _scalar = maybe(either(truth, text, real()))
 _number = maybe(real())
 _group = maybe(mapping())
-_numbers = maybe(mapping(others=maybe(either(real(), text, anything))))
 _entry = maybe(mapping(others=_group))
 
 CONFIG = mapping(
@@ -49,6 +52,20 @@ EVALUATED = mapping(
     needs=("seed", "stage", "data", "trainer", "precision"),
 )
 
+_counts = mapping(others=real())
+_read = mapping(
+    {"held_out_text": maybe(text), "read": _counts, "expected": _counts, "skipped": _counts, "unit": text}
+    | {"near_duplicates": maybe(_counts)}
+)
+_gpu = mapping({"name": text, "memory_gb": real(0)}, needs=("name", "memory_gb"))
+
+
+def _parent(value: Any, where: str) -> None:
+    """Take the path of a model/ folder, and its identity or null."""
+    listing(maybe(text), (2, 2))(value, where)
+    text(value[0], f"{where}[0]")
+
+
 RUN = mapping(
     {
         "format": whole(1, FORMAT),
@@ -56,12 +73,12 @@ RUN = mapping(
         "status": one_of("running", "interrupted", "finished"),
         "parent": maybe(text),
         "parent_id": maybe(text),
-        "further": maybe(mapping(others=listing(maybe(text), (2, 2)))),
+        "further": maybe(mapping(others=_parent)),
         "fingerprints": maybe(mapping(others=maybe(text))),
         "parents": maybe(mapping(others=maybe(mapping(others=maybe(text))))),
         "config": maybe(CONFIG),
         "commit": maybe(text),
-        "environment": _group,
+        "environment": maybe(mapping({"gpus": maybe(listing(_gpu))})),
         "version": maybe(text),
         "started": maybe(text),
         "finished": maybe(text),
@@ -72,34 +89,43 @@ RUN = mapping(
         "signal": maybe(whole(0, 255)),
         "horizons": maybe(listing(whole())),
         "metrics": maybe(mapping(others=_scalar)),
-        "derived": maybe(mapping(others=_scalar)),
+        "derived": maybe(
+            mapping(
+                {"steps": whole(1), "packing": text, "text_passes": _number, "text_tokens": maybe(whole())},
+                others=_scalar,
+            )
+        ),
         "weights": maybe(mapping({"step": whole(), "bpb": _number})),
-        "data": maybe(mapping({"held_out_text": maybe(text)})),
+        "data": maybe(_read),
     }
 )
 
-_task = mapping({"accuracy": _number, "stderr": _number, "n": maybe(whole()), "subjects": _entry}, needs=("accuracy",))
+_task = mapping(
+    {"accuracy": real(), "stderr": _number, "n": maybe(whole()), "subjects": _entry, "baseline": maybe(real(0, 0.999))},
+    needs=("accuracy",),
+)
 _sample = mapping({"prompt": text, "completion": text}, needs=("prompt", "completion"))
 _scored = mapping(
-    {"data": maybe(text), "source": maybe(text), "tokens": maybe(whole()), "fingerprint": maybe(text)}
-    | {"text": maybe(text)}
+    {"data": text, "source": text, "tokens": whole(), "rows": whole(), "fingerprint": maybe(text), "text": maybe(text)},
+    needs=("data", "source"),
 )
 _scores: dict[str, Kind] = {
     **dict.fromkeys(("bpb", "bpb_text", "chatcore", "core"), _number),
-    "chat": maybe(mapping(others=_task)),
-    "core_tasks": maybe(mapping(others=mapping({"accuracy": _number, "centered": _number, "stderr": _number}))),
-    "lm_eval": maybe(mapping(others=mapping(others=_scalar))),
-    "samples": maybe(listing(_sample)),
-    "scored": maybe(mapping(others=_scored)),
-    "judges": maybe(mapping(others=mapping())),
+    "chat": mapping(others=_task),
+    "core_tasks": mapping(others=mapping({"accuracy": _number, "centered": _number, "stderr": _number})),
+    "lm_eval": mapping(others=mapping(others=_scalar)),
+    "samples": listing(_sample),
+    "scored": mapping(others=_scored),
+    "judges": mapping(others=mapping()),
     "model": text,
     "seq_len": whole(1),
 }
-SCORES = mapping(_scores | {"other_data": maybe(mapping(others=mapping(_scores)))})
+SCORES = mapping(_scores | {"other_data": mapping(others=mapping(_scores))})
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
 EXAMPLES = mapping({"questions": listing(text, (0, 20))}, needs=("questions",))  # of model/
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
-CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}))
+CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}, needs=("bytes",)))
+MIRRORED = mapping(others=listing(whole(), (2, 2)))  # mirror.json: bytes and time of change, by file
 
 _factor = real(-1e6, 1e6)
 # What a saved shape may be: limits far above any model, so that a wrong number fills no memory before it is noticed.
@@ -129,6 +155,16 @@ SHAPE = mapping(
     },
     needs=("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len", "vocab_size"),
 )
+
+
+def check_format(content: Any, where: str) -> None:
+    """Raise UserError where run.json, or a checkpoint, is of a later release than this one can read."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and not isinstance(found, bool) and found > FORMAT:
+        raise UserError(
+            f"{where}: a later release of Fathom wrote it (format {found}; this one, {__version__}, reads up to "
+            f"{FORMAT}): use that release, or run the stage again under another name"
+        )
 
 
 def read_form(path: str | Path, form: Kind) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from llm.errors import UserError
+from llm.errors import UserError, reason_of
 
 try:
     import fcntl
@@ -48,7 +48,8 @@ def one_writer(stage_dir: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno not in (*NO_LOCKS, *READ_ONLY):
-            raise UserError(f"{path}: cannot be locked ({error.strerror}); set paths.runs to another folder") from error
+            reason = reason_of(error, path)
+            raise UserError(f"{path}: cannot be locked ({reason}); set paths.runs to another folder") from error
         fd = None
         if error.errno in NO_LOCKS:
             print(f"note: {path.parent} has no file locks: start each stage once only", file=sys.stderr)

@@ -13,12 +13,14 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llm.errors import UserError
+from llm.run.formats import MIRRORED
 from llm.run.stage_folder import MANIFEST, RunDir
+from llm.utils.addresses import without_secrets
 from llm.utils.files import parse_json
 
 LIST = "mirror.json"
@@ -83,18 +85,45 @@ def fetch_stage(store, source: str, stage_dir: Path) -> None:
 def read_list(store, folder: str) -> dict[str, list[int]]:
     """Return mirror.json of a stage at the address, {} where there is none."""
     try:
-        return parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
+        listed = parse_json(store.cat_file(f"{folder}/{LIST}"), f"{folder}/{LIST}")
     except FileNotFoundError:
         return {}
+    MIRRORED(listed, f"{folder}/{LIST}")
+    return listed
+
+
+def fetch_named(address: str, root: str | Path, value: str) -> None:
+    """Fetch the run in which a parent lies that is not here: `value` is <run>, <run>/<stage> or a folder below `root`.
+
+    Other folders are left to those who look for them.
+    """
+    path = Path(value)
+    name, *stage = (path.relative_to(root) if path.is_relative_to(root) else path).parts or (".",)
+    try:
+        run = RunDir(root, name)
+    except UserError:
+        return
+    if not ((run.path / stage[0] / MANIFEST).is_file() if stage else run.stages()):
+        fetch(address, run)
 
 
 @contextlib.contextmanager
-def mirrored(address: str | None, run: RunDir, stage: str) -> Iterator[None]:
-    """Keep a copy of a stage folder at the address while the block runs, and at its end one of what it left."""
+def mirrored(address: str | None, run: RunDir, stage: str, parents: Iterable[Path] = ()) -> Iterator[None]:
+    """Keep a copy of a stage folder at the address while the block runs, and at its end one of what it left.
+
+    parents: the model/ folders that the stage starts from. Their stages are copied too, without checkpoints: nobody
+    can resume without them.
+    """
     if address is None:
         yield
         return
-    mirror = Mirror(f"{address.rstrip('/')}/{run.name}/{stage}", run.path / stage)
+    address = address.rstrip("/")
+    mirror = Mirror(f"{address}/{run.name}/{stage}", run.path / stage)
+    for folder in (model.parent for model in parents):
+        if folder.resolve().parent.parent == Path(run.root).resolve() and (folder / MANIFEST).is_file():
+            mirror.parents.append(Mirror(f"{address}/{folder.parent.name}/{folder.name}", folder, ("checkpoints",)))
+        else:
+            mirror.say(f"{folder / 'model'} is no stage of a run in {run.root}, so it is not copied: resuming needs it")
     mirror.start()
     try:
         yield
@@ -103,10 +132,14 @@ def mirrored(address: str | None, run: RunDir, stage: str) -> Iterator[None]:
 
 
 class Mirror(threading.Thread):
-    """Thread that makes `address` like the folder `stage_dir` whenever a checkpoint is complete, and at the end."""
+    """Thread that makes `address` like the folder `stage_dir` whenever a checkpoint is complete, and at the end.
 
-    def __init__(self, address: str, stage_dir: Path):
+    left_out: parts of the folder that are neither copied nor removed at the address.
+    """
+
+    def __init__(self, address: str, stage_dir: Path, left_out: tuple[str, ...] = ()):
         super().__init__(name="fathom-mirror", daemon=True)
+        self.left_out, self.parents = left_out, []
         self.store, self.root = open_store(address)
         self.address, self.stage_dir, self.failures = address, stage_dir, 0
         self.listed: dict[str, list[int]] | None = None
@@ -125,6 +158,9 @@ class Mirror(threading.Thread):
     def try_copy(self) -> bool:
         """Copy what is new; returns whether that went well, else the failure is counted and said."""
         try:
+            while self.parents:
+                self.parents[0].copy()
+                del self.parents[0]
             self.copy()
         except Exception as error:  # noqa: BLE001  a store can fail in any way, and no way may end a training
             self.failures += 1
@@ -136,7 +172,7 @@ class Mirror(threading.Thread):
         """Make the address like the folder: new files, then mirror.json, then the end of what is here no more."""
         if self.listed is None:
             self.listed = read_list(self.store, self.root)
-        listed, found = dict(self.listed), files_in(self.stage_dir)
+        listed, found = dict(self.listed), files_in(self.stage_dir, self.left_out)
         if MANIFEST not in found:  # not begun yet, or deleted by somebody: the copy may be all that there is
             return
         for name, state in found.items():
@@ -150,7 +186,7 @@ class Mirror(threading.Thread):
                 if (self.stage_dir / name).exists():
                     raise
                 listed.pop(name, None)  # a checkpoint that was replaced by a newer one meanwhile
-        gone = listed.keys() - found.keys()
+        gone = {name for name in listed.keys() - found.keys() if name.split("/")[0] not in self.left_out}
         listed = {name: state for name, state in listed.items() if name not in gone}
         self.store.pipe_file(f"{self.root}/{LIST}", json.dumps(listed).encode())
         self.listed = listed
@@ -167,16 +203,19 @@ class Mirror(threading.Thread):
 
     @staticmethod
     def say(text: str) -> None:
-        print(f"mirror: {text}", file=sys.stderr, flush=True)
+        print(f"mirror: {without_secrets(text)}", file=sys.stderr, flush=True)
 
 
-def files_in(stage_dir: Path) -> dict[str, list[int]]:
-    """Return {path in the folder: [bytes, time of change in ns]}, checkpoints first, without temporary files."""
+def files_in(stage_dir: Path, left_out: tuple[str, ...] = ()) -> dict[str, list[int]]:
+    """Return {path in the folder: [bytes, time of change in ns]}, checkpoints first, without temporary files.
+
+    left_out: names in the folder that do not count, with all below them.
+    """
     found = {}
     for path in sorted(stage_dir.rglob("*"), key=lambda path: (path.suffix != ".ckpt", path)):
         parts = path.relative_to(stage_dir).parts
         with contextlib.suppress(FileNotFoundError):
-            if not any(part.startswith(".") for part in parts) and path.is_file():
+            if parts[0] not in left_out and not any(part.startswith(".") for part in parts) and path.is_file():
                 state = path.stat()
                 found["/".join(parts)] = [state.st_size, state.st_mtime_ns]
     return found

@@ -17,11 +17,14 @@ from llm.config.plugins import load_plugins
 from llm.config.renamed import renamed_manifest
 from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
 from llm.config.trust import check_code
-from llm.errors import UserError
-from llm.run.formats import RUN, read_form
-from llm.utils.files import write_json
+from llm.errors import UserError, reason_of
+from llm.run.formats import RUN, check_format
+from llm.utils.addresses import public
+from llm.utils.files import read_bytes, read_json, write_json
 
 MANIFEST = "run.json"
+MOST_METRICS = 1 << 29  # bytes of metrics.csv: a million rows have 200 MB
+HF = "hf:"  # names of models that are no run's, but of Hugging Face, begin with it
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,25 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
     None if the stage was never started. Raises UserError where the file cannot be read or has a wrong value.
     """
     path = Path(path)
-    manifest = read_form(path if path.name == MANIFEST else path / MANIFEST, RUN)
-    return None if manifest is None else renamed_manifest(manifest)
+    path = path if path.name == MANIFEST else path / MANIFEST
+    manifest = read_json(path)
+    return None if manifest is None else checked_manifest(manifest, str(path))
+
+
+def checked_manifest(manifest: Any, where: str) -> dict[str, Any]:
+    """Return the content of a run.json, its config under the present names of keys.
+
+    where: the file, for the UserError that a wrong value or a later format raises.
+    """
+    check_format(manifest, where)
+    RUN(manifest, where)
+    return renamed_manifest(manifest)
 
 
 def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
-    """Write run.json into a stage folder (or to the file itself), atomically and synced to disk."""
+    """Write run.json into a stage folder (or to the file itself), atomically and synced to disk, without secrets."""
     path = Path(path)
-    write_json(path if path.name == MANIFEST else path / MANIFEST, manifest)
+    write_json(path if path.name == MANIFEST else path / MANIFEST, public(manifest))
 
 
 def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
@@ -106,7 +120,10 @@ def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
     path = Path(stage_dir) / "metrics.csv"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    try:
+        lines = read_bytes(path, MOST_METRICS).decode("utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error, path)}") from error
     rows: dict[int, dict[str, float]] = {}
     try:
         for cells in csv.DictReader(line for line in lines if line.endswith("\n")):
@@ -252,15 +269,22 @@ def _has_work(row: Stage, cfg: Any) -> bool:
 
 
 def find_parent(
-    runs_root: str | Path, run: str, stage: str, init_from: str | None = None, before: str | None = None
+    runs_root: str | Path,
+    run: str,
+    stage: str,
+    init_from: str | None = None,
+    before: str | None = None,
+    asking: str | None = None,
 ) -> Path | None:
     """Return the model/ folder that a stage starts from; None for the tokenizer, which starts from text.
 
     By default that of the stage `before` (see `stage_before`; None: the row's first parent) in the same run.
     `init_from` is a run (its stage `before`), a run/stage, or a folder. Raises UserError with the finished stages and
     the override to use.
+
+    asking: the stage that messages name, where it takes what `stage` would start from.
     """
-    here, row = RunDir(runs_root, run), stage_row(stage)
+    here, row = RunDir(runs_root, run), replace(stage_row(stage), name=asking or stage)
     if not row.parents:
         if init_from is not None:
             raise UserError(f"init_from={init_from}: stage={stage} starts from text, so remove this key")

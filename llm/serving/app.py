@@ -1,17 +1,19 @@
-"""Find the model, then answer once, chat in the terminal or open the browser chat: the work of `serve.py`.
+"""Find the model, then answer once, chat in the terminal or serve it over HTTP: the work of `serve.py`.
 
 What takes long to import comes when it is needed: in a terminal Ctrl-C is in good hands before that (`CtrlC`).
 """
 
-import socket
 import sys
+from typing import Any
 
 from llm.errors import UserError
-from llm.run.stage_folder import find_stage
+from llm.run.stage_folder import HF, find_stage
 from llm.serving.interrupts import CtrlC
 
+SERVER_PACKAGES = ("gradio", "fastapi", "starlette", "uvicorn", "prometheus_client")
 
-def serve(cfg) -> None:
+
+def serve(cfg: Any) -> None:
     """Chat with the stage that `run` and `stage` name (by default the end of the pipeline), following the config."""
     if cfg.prompt is None and cfg.ui == "cli":
         with CtrlC(patient=sys.stdin.isatty()) as ctrl_c:
@@ -19,41 +21,29 @@ def serve(cfg) -> None:
     elif cfg.prompt is not None:
         _answer_once(cfg)
     else:
-        _chat_in_browser(cfg)
+        params, model = sampling(cfg), model_name(cfg)
+        _http(cfg.ui).serve(cfg, model, params)
 
 
-def _chat_in_terminal(cfg, ctrl_c: CtrlC) -> None:
+def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
     from llm.serving import terminal
     from llm.serving.chat import load_chat_model
     from llm.serving.models import Models
 
-    params, stage_dir = sampling(cfg), find_stage(cfg.paths.runs, cfg.run, cfg.stage)
-    terminal.chat(Models(load_chat_model(stage_dir), cfg.paths.runs), params, ctrl_c)
+    params, model = sampling(cfg), model_name(cfg)
+    first = load_chat_model(model, compute=cfg.compute, verify=cfg.verify)
+    terminal.chat(Models(first, cfg.paths.runs, cfg.verify), params, ctrl_c)
 
 
-def _answer_once(cfg) -> None:
+def _answer_once(cfg: Any) -> None:
     from llm.serving import terminal
     from llm.serving.chat import load_chat_model
 
-    params, stage_dir = sampling(cfg), find_stage(cfg.paths.runs, cfg.run, cfg.stage)
-    terminal.answer_once(load_chat_model(stage_dir), cfg.prompt, params)
+    params, model = sampling(cfg), model_name(cfg)
+    terminal.answer_once(load_chat_model(model, compute=cfg.compute, verify=cfg.verify), cfg.prompt, params)
 
 
-def _chat_in_browser(cfg) -> None:
-    from llm.serving.chat import load_chat_model
-    from llm.serving.guard import check_names, is_private
-    from llm.serving.models import Models
-
-    params, stage_dir = sampling(cfg), find_stage(cfg.paths.runs, cfg.run, cfg.stage)
-    port = usable_port(cfg.host, cfg.port)
-    browser = _browser_chat()
-    check_names(cfg.public_names)
-    others = cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
-    models = Models(load_chat_model(stage_dir), cfg.paths.runs if others else None)
-    browser.serve(models, params, cfg.host, port, cfg.public_names)
-
-
-def sampling(cfg):
+def sampling(cfg: Any) -> Any:
     """Return the settings of sampling in the configuration, a `SamplingParams`. Raises UserError for wrong ones."""
     from llm.inference.sampling import SamplingParams
 
@@ -62,27 +52,28 @@ def sampling(cfg):
     )
 
 
-def usable_port(host: str, port: int) -> int:
-    """Return the port itself, or a free one for 0. Raises UserError if nothing can listen there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
-            probe.bind(address)
-            return probe.getsockname()[1]
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"host={host} port={port}: cannot listen there ({reason}); choose another port, or port=0 for any free one"
-        ) from error
+def model_name(cfg: Any) -> str:
+    """Return the folder of the stage to serve, or hf:<name>. Raises UserError for names that do not go together."""
+    if cfg.model is None:
+        return str(find_stage(cfg.paths.runs, cfg.run, cfg.stage))
+    if not str(cfg.model).startswith(HF):
+        raise UserError(f"model={cfg.model}: write hf:<folder> or hf:<owner>/<name>; runs are served by run=")
+    for key in ("run", "stage"):
+        if cfg[key] is not None:
+            raise UserError(f"model={cfg.model} {key}={cfg[key]}: give either a model or a run")
+    return str(cfg.model)
 
 
-def _browser_chat():
-    """Import the Gradio module, only when it is wanted: it takes seconds, and is an optional part."""
+def _http(ui: str) -> Any:
+    """Import the server, only when it is wanted: it takes seconds, and its packages are an optional part."""
     try:
-        from llm.serving import browser
+        if ui == "gradio":
+            from llm.serving import browser  # noqa: F401  so that a missing package is told before a model is loaded
+        from llm.serving import http
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
             raise
-        raise UserError("ui=gradio needs the package gradio: pip install -e '.[serve]', or chat with ui=cli") from error
-    return browser
+        raise UserError(
+            f"ui={ui} needs the package {error.name}: pip install -e '.[serve]', or chat with ui=cli"
+        ) from error
+    return http

@@ -7,20 +7,20 @@ is loaded from outside: the fonts are the system's and Gradio's analytics are of
 `eval`, which the guard's Content-Security-Policy forbids.
 """
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from llm.inference.sampling import SamplingParams
-from llm.serving.guard import Guard, check_names
+from llm.serving.guard import Guard
 from llm.serving.models import Models
 from llm.serving.rendering import markdown
 from llm.serving.talk import MAX_MESSAGE, NONE, Handlers, Talk, title
 
-__all__ = ["MAX_MESSAGE", "PAGE", "build", "check_names", "launch", "markdown", "serve"]
+__all__ = ["MAX_MESSAGE", "PAGE", "build", "launch", "markdown", "mount"]
 
 MAX_VISITORS = 50  # conversations in memory; the one that waited longest is forgotten first
 HERE = Path(__file__).parent
@@ -35,19 +35,9 @@ PAGE = {
 }
 
 
-def serve(models: Models, params: SamplingParams, host: str, port: int, public_names: Sequence[str] = ()) -> None:
-    """Serve the chat until Ctrl-C."""
-    demo = build(models, params)
-    launch(demo, host, port, public_names)
-    model = models.get(models.first)
-    print("\n".join((f"{model.name}: {model.summary}", *model.notes)))
-    print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C ends the server)", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("\nserver ended")
-    finally:
-        demo.close(verbose=False)
+def mount(app: FastAPI, demo: gr.Blocks) -> None:
+    """Put the page at `/` of an application, whose own routes come first."""
+    gr.mount_gradio_app(app, demo, path="/", **PAGE)
 
 
 def launch(demo: gr.Blocks, host: str, port: int, public_names: Sequence[str] = ()) -> None:

@@ -16,6 +16,8 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.run.notes import say, stage_notes
+from llm.run.stage_folder import HF
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
@@ -72,29 +74,72 @@ class ChatModel:
         return stream_reply(self.engine, messages, params, reply)
 
 
-def load_chat_model(stage_dir: str | Path) -> ChatModel:
-    """The model of a finished stage on the best device there is, with weights in the dtype it computes in."""
+def load_chat_model(
+    model: str | Path, device: str | None = None, compute: str = "auto", verify: bool = True
+) -> ChatModel:
+    """Load a finished stage's folder, or hf:<name>, by default to the best device there is.
+
+    compute: number format of a network of ours, see `resolve_compute_dtype`; others keep that of their files. verify:
+    compare every file of a folder of ours with its checksum.
+    """
     import torch
 
-    from llm.checkpoint.model_folder import load_model_folder
-    from llm.model.config import num_params
     from llm.model.linear import resolve_compute_dtype
 
-    stage_dir = Path(stage_dir)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net, tokenizer = load_model_folder(stage_dir / "model", device)
-    net.compute_dtype = resolve_compute_dtype("auto", device)
-    net.to(net.compute_dtype).eval()
-    config = net.config
-    summary = (
-        f"{config.n_layer} layers, {num_params(config)['total'] / 1e6:,.1f} M parameters, "
-        f"context of {config.seq_len:,} tokens"
-    )
-    notes = ()
-    if not stage_row(stage_dir.name).is_chat:
-        notes = ("This is a base model: it continues text and has not learnt to answer. Finish stage=sft to chat.",)
-    name, examples = f"{stage_dir.parent.name}/{stage_dir.name}", load_examples(stage_dir / "model")
-    return ChatModel(Engine(net, tokenizer), name, summary, notes, tuple(examples))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net, tokenizer, name = _read_model(model, device, verify)
+    if tokenizer_is_ours(tokenizer):
+        net.compute_dtype = resolve_compute_dtype(compute, device)
+        net.to(net.compute_dtype)
+    examples = () if is_hf(model) else tuple(load_examples(Path(model) / "model"))
+    return ChatModel(Engine(net.eval(), tokenizer), name, _summary(net), _notes(model, tokenizer), examples)
+
+
+def is_hf(model: str | Path) -> bool:
+    """Return True for hf:<name>, False for a stage's folder."""
+    return str(model).startswith(HF)
+
+
+def _read_model(model: str | Path, device: str, verify: bool) -> tuple[Any, Any, str]:
+    """Return the network and tokenizer of a stage's folder or of hf:<name>, and a name for the model."""
+    if is_hf(model):
+        from llm.checkpoint.hf_model import load_hf
+
+        return *load_hf(name := str(model).removeprefix(HF), None, device, verify), _name_of_hf(name)
+    from llm.checkpoint.model_folder import load_model_folder
+
+    stage_dir = Path(model)
+    net, tokenizer = load_model_folder(stage_dir / "model", device, verify)
+    say(*stage_notes(stage_dir))
+    return net, tokenizer, f"{stage_dir.parent.name}/{stage_dir.name}"
+
+
+def _name_of_hf(name: str) -> str:
+    """Return the name of a model of the hub, or the last part of a folder's path."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def tokenizer_is_ours(tokenizer: Any) -> bool:
+    """Return True for a tokenizer that Fathom has trained, False for one of transformers."""
+    return not hasattr(tokenizer, "hf")
+
+
+def _summary(net: Any) -> str:
+    """Return the size of a network in words."""
+    n_params = sum(weight.numel() for weight in net.parameters())
+    depth = f"{net.config.n_layer} layers, " if hasattr(net.config, "n_layer") else ""
+    return f"{depth}{n_params / 1e6:,.1f} M parameters, context of {net.config.seq_len:,} tokens"
+
+
+def _notes(model: str | Path, tokenizer: Any) -> tuple[str, ...]:
+    """Return what users of a model should know beforehand."""
+    if not is_hf(model):
+        if stage_row(Path(model).name).is_chat:
+            return ()
+        return ("This is a base model: it continues text and has not learnt to answer. Finish stage=sft to chat.",)
+    if getattr(tokenizer, "has_chat_format", True):  # every tokenizer of ours has one
+        return ()
+    return ("This model has no chat format: questions are written into a text for it to continue.",)
 
 
 def stream_reply(
@@ -176,21 +221,25 @@ def _cut_last_message(tokenizer, system: list[Message], message: Message, budget
     return render_prompt(tokenizer, [{"role": "user", "content": ""}]), [note.format("0")]
 
 
+def part_switches(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens around calculator calls and results, each with the kind of what follows."""
+    switches = {}
+    for kind, (start, end) in PART_MARKS.items() if tokenizer.has_tools else ():
+        switches[tokenizer.special_id(start)], switches[tokenizer.special_id(end)] = kind, "text"
+    return switches
+
+
 class _ReplyBuilder:
     """Folds token ids into content parts. Bytes of an unfinished character wait for the rest of it."""
 
     def __init__(self, tokenizer, content: list[dict[str, str]]):
         self.tokenizer, self.content = tokenizer, content
         self._kind = "text"
-        self._switch = {}  # special token -> kind of what follows it
-        for kind, (start, end) in PART_MARKS.items():
-            self._switch[tokenizer.special_id(start)] = kind
-            self._switch[tokenizer.special_id(end)] = "text"
-        self._first_special = tokenizer.bos_id
+        self._switch = part_switches(tokenizer)
         self._new_decoder()
 
     def push(self, token: int) -> None:
-        if token < self._first_special:
+        if token not in self.tokenizer.special_ids:
             self._add(self._decoder.decode(self.tokenizer.decode_bytes([token])))
         elif token in self._switch:
             self.flush()

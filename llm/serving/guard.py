@@ -1,4 +1,4 @@
-"""Guard before the browser chat's server: whom it answers, the routes that are open, what the page may load.
+"""Guard before the server: whom it answers, the routes that are open, what the page may load.
 
 A page of any site can send requests to a server on this computer, and by a name that its owner points at 127.0.0.1
 (DNS rebinding) it could even read the answers. The names in `Host` and `Origin` tell such requests from one's own.
@@ -11,9 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
 from llm.errors import UserError
+from llm.serving.errors import ApiError
 
 MAX_BODY = 1 << 20  # bytes of a request: a message has at most some thousand characters
 API = "/gradio_api"
@@ -23,6 +24,8 @@ OPEN_ROUTES = {
     *(f"{API}/{name}" for name in ("queue/join", "queue/data", "cancel", "reset")),
 }
 OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}/call/", f"{API}/run/", f"{API}/heartbeat/")
+API_ROUTES = {"/health", "/stats", "/metrics", "/openapi.json", "/chat/completions"}
+API_FOLDERS = ("/v1/",)
 PAGE_HEADERS = {
     # Gradio's page has scripts and styles in its HTML; everything else comes from the server itself.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
@@ -41,11 +44,18 @@ class Guard:
     """ASGI middleware that refuses foreign names, closed routes and large bodies, and adds headers to answers.
 
     host: address that the server listens on. public_names: further names of the server. Names are checked where the
-    address is this computer's own (loopback) or names are given; else any name may be one of the server's.
+    address is this computer's own (loopback) or names are given; else any name may be one of the server's. origins:
+    of pages on other servers that may ask this one, as in https://chat.example.org; "*" for all.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], host: str, public_names: Iterable[str]):
-        self.app = app
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        host: str,
+        public_names: Iterable[str],
+        origins: Iterable[str] = (),
+    ):
+        self.app, self.origins = app, frozenset(origins)
         self.names = {host.lower(), *(name.lower() for name in public_names)}
         self.checks_names = len(self.names) > 1 or _is_loopback(_address(host))
 
@@ -54,26 +64,26 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        refusal = self._problem(scope)
         if scope["type"] != "http":  # the chat needs no websocket
             await send({"type": "websocket.close"})
         elif refusal is not None:
             await refusal(scope, receive, send)
         elif (body := await _read(receive)) is None:
-            await _text(413, f"a request may have {MAX_BODY:,} bytes")(scope, receive, send)
+            await _refusal(scope, 413, f"a request may have {MAX_BODY:,} bytes")(scope, receive, send)
         else:
             await self.app(scope, _replay(body, receive), _with_headers(send))
 
-    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+    def _problem(self, scope: Scope) -> Response | None:
         """Return the answer to a request that is not served; None for one that is."""
         headers = Headers(scope=scope)
         if self.checks_names and (name := self._foreign_name(headers)) is not None:
-            return _text(
-                403, f"{name!r} is no name of this server; if it should be one, start it with public_names=[...]"
+            return _refusal(
+                scope, 403, f"{name!r} is no name of this server; if it should be one, start it with public_names=[...]"
             )
         path = scope["path"].rstrip("/") or "/"
-        if path not in OPEN_ROUTES and not path.startswith(OPEN_FOLDERS):
-            return _text(404, "no such page")
+        if path not in OPEN_ROUTES | API_ROUTES and not path.startswith(OPEN_FOLDERS + API_FOLDERS):
+            return _refusal(scope, 404, "no such page")
         return None
 
     def _foreign_name(self, headers: Headers) -> str | None:
@@ -87,6 +97,8 @@ class Guard:
             if not self._is_own(_name_and_port(f"//{host}")[0]):
                 return host
         for origin in headers.getlist("origin"):
+            if self.origins & {origin, "*"}:
+                continue
             name, port = _name_and_port(origin)
             if not self._is_own(name) or (_is_loopback(name) and port != _name_and_port(f"//{hosts[0]}")[1]):
                 return origin
@@ -135,7 +147,10 @@ def _address(host: str) -> str:
         return host
 
 
-def _text(status: int, text: str) -> PlainTextResponse:
+def _refusal(scope: Scope, status: int, text: str) -> Response:
+    """Return the answer to a request that is refused: in the form of the API's errors on its routes, else as text."""
+    if scope["path"].startswith(API_FOLDERS) or scope["path"] in API_ROUTES:
+        return ApiError(status, text).response()
     return PlainTextResponse(f"{text}\n", status)
 
 

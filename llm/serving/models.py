@@ -15,13 +15,14 @@ KEPT = 2  # models in memory: as many as are compared side by side
 class Models:
     """Chat models by name, run/stage: the one that is there, and finished stages, of which `KEPT` stay in memory.
 
-    root: folder of runs whose finished stages are offered too; None = only the first model is.
+    root: folder of runs whose finished stages are offered too; None = only the first model is. verify: compare
+    every file of a model with its checksum.
     """
 
     at_once = 1  # answers that may be under way: an engine belongs to one thread at a time
 
-    def __init__(self, first: ChatModel, root: str | Path | None = None):
-        self.first, self.root = first.name, root
+    def __init__(self, first: ChatModel, root: str | Path | None = None, verify: bool = True):
+        self.first, self.root, self.verify = first.name, root, verify
         self._loaded = OrderedDict({first.name: first})
         self._lock = threading.Lock()
 
@@ -38,12 +39,19 @@ class Models:
             if name not in self._loaded:
                 if name not in self.names():
                     raise UserError(f"there is no model {name[:80]!r} here; choose one of {', '.join(self.names())}")
-                model = load_chat_model(find_stage(self.root, *name.split("/")))
+                model = self._load(name)
                 while len(self._loaded) >= KEPT:
-                    self._loaded.popitem(last=False)
+                    self._unload(self._loaded.popitem(last=False)[1])
                 self._loaded[name] = model
             self._loaded.move_to_end(name)
             return self._loaded[name]
+
+    def _load(self, name: str) -> ChatModel:
+        """Load a model that is offered. Raises UserError where it cannot be loaded."""
+        return load_chat_model(find_stage(self.root, *name.split("/")), verify=self.verify)
+
+    def _unload(self, model: ChatModel) -> None:
+        """Let go of what a model holds beside this process's memory: nothing."""
 
 
 def _servable(run: RunDir) -> list[str]:

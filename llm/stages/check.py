@@ -71,7 +71,7 @@ def find_tokenizer(cfg) -> Tokenizer | None:
     run = cfg.run or f"d{cfg.model.depth}"
     stage = next(row.name for row in all_stages() if row.takes == "tokenizer")
     try:
-        return Tokenizer.load(find_parent(cfg.paths.runs, run, stage, cfg.init_from))
+        return Tokenizer.load(find_parent(cfg.paths.runs, run, stage, cfg.init_from, asking=cfg.stage.name))
     except UserError:
         if cfg.init_from is not None:
             raise

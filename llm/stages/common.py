@@ -14,6 +14,8 @@ from llm.model.gpt import GPT, build_network
 from llm.optim.build import build_optimizer
 from llm.parallel import collectives
 from llm.parallel.launch import processes
+from llm.run.content import check_content
+from llm.run.notes import content_note, say
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
@@ -43,7 +45,7 @@ def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
 
     The context may be longer than the parent's. Raises UserError where the configured model differs otherwise.
     """
-    net, tokenizer = load_model_folder(parent)
+    net, tokenizer = load_model_folder(parent, verify=cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
@@ -84,6 +86,7 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
             "null, or give a trained parent by init_from and a larger model.seq_len"
         )
     tokenizer = Tokenizer.load(parent)
+    check_content(parent, cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
     say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
     return tokenizer
@@ -92,6 +95,7 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
 def say_taken(parent: Path, parts: str) -> None:
     """Print in one line which `parts` of its parent a stage starts from; the first process does."""
     if collectives.is_main():
+        say(content_note(parent))
         print(f"taken from {parent}: {parts}", flush=True)
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from llm import __version__
 from llm.config.stages import Stage
-from llm.data.download import shown
+from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
-from llm.utils.environment import environment, git_commit
-from llm.utils.files import plain, read_json, write_atomic
+from llm.utils.addresses import public
+from llm.utils.environment import code_version, environment
+from llm.utils.files import plain, write_atomic
+
+# What a checkpoint repeats of its stage's run.json, to be known by itself.
+ORIGIN = ("format", "stage", "parent", "parent_id", "further", "parents", "config", "commit", "version")
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Job:
     cfg: DictConfig
     row: Stage
     run: RunDir
-    config: dict  # the resolved configuration as run.json keeps it
+    config: dict  # the resolved configuration
     parent: Path | None
     further: dict[str, Path] = field(default_factory=dict)  # by key of `Stage.other_parents`
     manifest: dict = field(init=False)
@@ -37,17 +40,24 @@ class Job:
             "parent": None if self.parent is None else str(self.parent),
             "parent_id": identity(self.parent),
             "format": FORMAT,
-            "parents": {
-                key: fingerprints(path) for key, path in {"init_from": self.parent, **self.further}.items() if path
-            },
+            "parents": {key: fingerprints(path) for key, path in self.models.items()},
             "config": self.config,
-            "commit": git_commit(),
+            **code_version(),
             "environment": environment(),
-            "version": __version__,
             "started": now(),
         }
         if self.further:
             self.manifest["further"] = {key: [str(path), identity(path)] for key, path in self.further.items()}
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Return the model/ folders that the stage starts from, by the key that names them."""
+        return ({} if self.parent is None else {"init_from": self.parent}) | self.further
+
+    @property
+    def origin(self) -> dict:
+        """Return what checkpoints say of the training that saved them: keys of run.json as plain values, no secrets."""
+        return public(plain({key: self.manifest[key] for key in ORIGIN if key in self.manifest}))
 
     @property
     def stage_dir(self) -> Path:
@@ -62,14 +72,14 @@ class Job:
         if self.cfg.overwrite and self.stage_dir.exists():
             shutil.rmtree(self.stage_dir)
         old = read_manifest(self.stage_dir) or {}
-        kept = {key: old[key] for key in ("started", "seconds", "horizons") if key in old}
+        kept = {key: old[key] for key in ("started", "seconds", "horizons") if old.get(key) is not None}
         write_manifest(self.stage_dir, self.manifest | kept)
         self.manifest |= {key: kept[key] for key in kept if key != "seconds"}
-        write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+        write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(public(self.config)))
 
     def finish(self, results: dict, seconds: float) -> int | None:
         """Write run.json after `seconds` of work; returns the signal that stopped the stage, None if it is finished."""
-        earlier = (read_manifest(self.stage_dir) or {}).get("seconds", 0.0)
+        earlier = (read_manifest(self.stage_dir) or {}).get("seconds") or 0.0
         self.manifest |= {"seconds": earlier + seconds} | results
         if self.manifest["status"] != "running":
             write_manifest(self.stage_dir, self.manifest)
@@ -87,21 +97,9 @@ def identity(model: Path | None) -> str | None:
     return None if manifest is None else manifest.get("finished")
 
 
-def fingerprints(model: Path) -> dict[str, str | None]:
-    """Return what identifies the content of a model/ folder: SHA-256 of its weights and the tokenizer's own.
-
-    Of a folder without manifest.json, one of an older release, the weights are left out: that would take minutes.
-    """
-    from llm.checkpoint.content import read_content, weights_sum
-    from llm.tokenizer.bpe import META_FILE
-
-    found = {"tokenizer": (read_json(model / META_FILE) or {}).get("fingerprint")}
-    return found | ({"weights": weights_sum(model)} if read_content(model) else {})
-
-
 def data_fingerprint(config: dict) -> str:
     """Return a SHA-256 over the selection of data in a resolved configuration."""
-    return hashlib.sha256(json.dumps(plain(config.get("data")), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(public(config.get("data"))), sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:
@@ -114,7 +112,7 @@ def show_config(cfg, derived: dict) -> None:
 
     What may be secret in addresses is not printed.
     """
-    print(shown(OmegaConf.to_yaml(cfg, resolve=True)))
+    print(OmegaConf.to_yaml(public(OmegaConf.to_container(cfg, resolve=True))))
     print("derived:")
     for key, value in derived.items():
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"

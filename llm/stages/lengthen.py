@@ -18,7 +18,7 @@ def lengthens(manifest: dict, differences: list[tuple[str, Any, Any]], cfg: Any)
     """Return whether a finished stage with this run.json goes on, by the keys in which the configuration differs."""
     keys = {key for key, _, _ in differences}
     if keys == {"max_steps"} and cfg.max_steps is not None:
-        return cfg.max_steps > manifest.get("steps", cfg.max_steps)
+        return cfg.max_steps > (manifest.get("steps") or cfg.max_steps)
     return "extend" in cfg.stage and cfg.stage.extend and keys <= HORIZONS
 
 
@@ -30,11 +30,13 @@ def begin_longer(job: Any, built: Any) -> None:
     old = None if job.cfg.overwrite else read_manifest(job.stage_dir)
     if old is None or old.get("status") != "finished" or not (job.stage_dir / "model").is_dir():
         return
-    steps, total = old["steps"], built.module.context.total_steps
+    steps, total = old.get("steps"), built.module.context.total_steps
+    if steps is None:
+        raise UserError(f"{job.stage_dir / 'run.json'}: steps is missing; restore the file, or set overwrite=true")
     if total <= steps:
         raise UserError(f"{job.title} has {steps} steps already, and the new horizon is {total}: set a larger one")
     check_checkpoint(job.stage_dir, steps)
-    job.manifest["horizons"] = old.get("horizons", [steps])
+    job.manifest["horizons"] = old.get("horizons") or [steps]
     rate = built.module.lr_frac(steps)
     print(
         f"lengthened from {steps} to {total} steps: weights, optimizer and data go on from step {steps}; the schedule "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.saved import kind_of_schema
 from llm.config.stages import Stage, load_object, stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
@@ -22,12 +23,13 @@ from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.lock import one_writer
-from llm.run.mirror import fetch, mirrored
-from llm.run.stage_folder import RunDir, find_further
+from llm.run.mirror import fetch, fetch_named, mirrored
+from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
-from llm.stages.job import Job, identity, show_config
+from llm.stages.job import Job, show_config
 from llm.stages.lengthen import lengthens
-from llm.stages.shape import parent_of, take_shape
+from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, holds_work
+from llm.stages.shape import take_shape
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -119,11 +121,11 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
     job = Job(cfg, row, run, config, *parents)
-    check_same_parents(job)
+    check_same_origin(job)
     print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
-    with mirrored(mirror, run, row.name):
+    with mirrored(mirror, run, row.name, job.models.values()):
         results = runner(row)(job)
         if results is not None:  # None: a dry run
             conclude(job, results, time.perf_counter() - begin)
@@ -140,11 +142,17 @@ def own_run(cfg: DictConfig, row: Stage) -> RunDir:
 
 
 def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
-    """Fetch a run from its mirror where this stage is not here: in rank 0, or in the launcher before it starts any."""
+    """Fetch a run from its mirror where this stage is not here, and the runs of its parents where those are not.
+
+    That is done by rank 0, or by the launcher before it starts any.
+    """
     if cfg.save_mirror is None or cfg.dry_run or LAUNCHER in os.environ:
         return
-    if launched_rank() == 0 and run.manifest(row.name) is None:
-        fetch(cfg.save_mirror, run)
+    if launched_rank() == 0:
+        if run.manifest(row.name) is None:
+            fetch(cfg.save_mirror, run)
+        for value in filter(None, (OmegaConf.select(cfg, key) for key in ("init_from", *row.other_parents))):
+            fetch_named(cfg.save_mirror, run.root, value)
     if is_launched() and row.parallel:
         from llm.parallel import collectives
 
@@ -177,11 +185,11 @@ def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
     From before `data.shuffle` existed: its packing, epochs and tokens per step stay; nothing is shuffled, no pass is
     left out, the last weights count. Of data=own, from before it read files of any name: its two files stay.
     """
-    old = {} if manifest is None or cfg.overwrite else manifest["config"]
+    old = {} if manifest is None or cfg.overwrite else manifest.get("config") or {}
     for name, task in ((old.get("data") or {}).get("tasks") or {}).items():
         folder = cfg.data.tasks[name].train if name in cfg.data.tasks else None
         two = {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"}
-        if folder is not None and two.items() <= task.items():
+        if folder is not None and two.items() <= (task or {}).items():
             cfg.data.tasks[name].update(two)
     if not old.get("data") or "shuffle" in old["data"]:
         return
@@ -189,25 +197,13 @@ def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
         group, name = key.split(".")
         known = (old.get(group) or {}).get(name)
         if known is not None and name in cfg[group] and cfg[group][name] == by_rule:
+            kind_of_schema(OmegaConf.get_type(cfg[group]))(
+                {name: known}, f"{cfg.run}/{cfg.stage.name}/run.json: config.{group}"
+            )
             OmegaConf.update(cfg, key, known)
     for key in ("data.shuffle", "stage.max_passes", "stage.keep_best"):
         if OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, None)
-
-
-def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None, dict[str, Path]] | None:
-    """Return the model/ folder that the stage starts from, and those that its other keys name by key.
-
-    None where the parent is missing and a dry run can do without one. Raises UserError in all other such cases.
-    """
-    further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
-    models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
-    try:
-        return parent_of(cfg, row, run), models
-    except UserError:
-        if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
-            return None
-        raise
 
 
 def conclude(job: Job, results: dict, seconds: float) -> None:
@@ -231,9 +227,13 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
     manifest = run.manifest(stage)
     if manifest is None or cfg.overwrite or not holds_work(run.stage_dir(stage)):
         return False
+    if not manifest.get("config"):
+        raise UserError(
+            f"{run.stage_dir(stage) / 'run.json'}: config is missing; restore the file, or overwrite=true starts again"
+        )
     differences = diff_configs(manifest["config"], config, neutral_keys(stage))
     if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
-        check_parent_unchanged(run, stage, manifest)
+        check_parents_unchanged(run, stage, manifest)
         return False
     if differences:
         raise UserError(
@@ -241,51 +241,11 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
             "use run=<new name>, overwrite=true to start it again, or the old values"
         )
     if stage in run.finished():
-        check_parent_unchanged(run, stage, manifest)
+        check_parents_unchanged(run, stage, manifest)
         return True
     if not cfg.resume:
         raise UserError(f"resume=false, but {run.stage_dir(stage)} is unfinished: overwrite=true starts it again")
     return False
-
-
-def holds_work(stage_dir: Path) -> bool:
-    """Return True if a stage got as far as a checkpoint or its result: only then is there something to lose."""
-    return (stage_dir / "model").is_dir() or any(stage_dir.glob("checkpoints/*.ckpt"))
-
-
-def known_parents(manifest: dict) -> dict[str, tuple[str, str | None]]:
-    """Return the model/ folders in a run.json with their identity, by the key that named them."""
-    found = {} if manifest.get("parent") is None else {"init_from": (manifest["parent"], manifest.get("parent_id"))}
-    return found | {key: tuple(pair) for key, pair in (manifest.get("further") or {}).items()}
-
-
-def check_parent_unchanged(run: RunDir, stage: str, manifest: dict) -> None:
-    """Raise UserError where a finished stage is out of date because a parent was trained again."""
-    for path, known in known_parents(manifest).values():
-        if Path(path).is_dir() and identity(Path(path)) != known:
-            raise UserError(
-                f"{run.stage_dir(stage)} was trained from an earlier version of {path}: overwrite=true trains it again "
-                "from the present one"
-            )
-
-
-def check_same_parents(job: Job) -> None:
-    """Raise UserError where an unfinished stage would be resumed from other parents than it began with."""
-    old = job.run.manifest(job.row.name)
-    if old is None or job.cfg.overwrite or job.cfg.dry_run or not holds_work(job.stage_dir):
-        return
-    for key, known in (old.get("parents") or {}).items():
-        present = job.manifest["parents"].get(key) or {}
-        for part, value in (known or {}).items():
-            if value is not None and present.get(part, value) != value:
-                raise UserError(
-                    f"{job.stage_dir} was begun from another {part} ({key}: fingerprint {value[:12]}, now "
-                    f"{str(present[part])[:12]}): put the old one back, or overwrite=true starts the stage again"
-                )
-    before, now = known_parents(old), known_parents(job.manifest)
-    for key, (path, known) in before.items():
-        if now.get(key, (None, None))[1] != known:
-            raise UserError(f"{job.stage_dir} was begun from another version of {path}: overwrite=true starts it again")
 
 
 def report(run: RunDir) -> None:

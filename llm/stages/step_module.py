@@ -59,6 +59,8 @@ class StepModule(L.LightningModule):
         self.scaler = None  # set where the network computes in fp16
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
         self.loss_watch = LossWatch(context.loss_jump)
+        self.origin: dict = {}  # keys of run.json that checkpoints repeat, see Job.origin
+        self.has_begun = False  # the first step since this process loaded a checkpoint, if any
         self.is_updating = False  # while weights, optimizer and position are of no one step
 
     @property
@@ -79,6 +81,7 @@ class StepModule(L.LightningModule):
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
+        self.has_begun = True
         optimizer = self.optimizers()
         self.apply_schedules(optimizer.param_groups)
         own = batch.get("metrics", {})
@@ -172,6 +175,7 @@ class StepModule(L.LightningModule):
             "tokens": self.progress.tokens,
             "window": self.step_log.state_dict(),
             "recent": list(self.loss_watch.recent),
+            "origin": self.origin,
         }
         if self.scaler is not None:
             checkpoint["fathom"]["scaler"] = self.scaler.state_dict()

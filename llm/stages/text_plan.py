@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from llm.data.packing import PACKINGS
 from llm.data.text_size import passes_over
 from llm.errors import UserError
 from llm.run.stage_folder import RunDir
@@ -72,8 +73,12 @@ def _begun(cfg, planned: int) -> TextPlan | None:
     planned: steps by the configuration, to which stage.extend=true lengthens the run.
     """
     kept = _kept(cfg)
-    if "packing" not in kept:
+    if not {"packing", "steps"} <= kept.keys():
         return None
+    if kept["packing"] not in PACKINGS:
+        raise UserError(
+            f"run.json: derived.packing is {kept['packing'][:60]!r}, but must be one of {', '.join(PACKINGS)}"
+        )
     steps, passes = cfg.max_steps or (planned if cfg.stage.get("extend") else kept["steps"]), kept.get("text_passes")
     passes = None if passes is None else passes * steps / kept["steps"]
     return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)
@@ -83,9 +88,9 @@ def _kept(cfg) -> dict:
     """Return the derived values in the run.json of a run that is resumed, {} where none is."""
     run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
-    return (
-        (run.manifest(cfg.stage.name) or {}).get("derived", {}) if begun and not (cfg.overwrite or cfg.dry_run) else {}
-    )
+    if not begun or cfg.overwrite or cfg.dry_run:
+        return {}
+    return (run.manifest(cfg.stage.name) or {}).get("derived") or {}
 
 
 def left_out(cfg, source) -> dict:

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from llm.checkpoint.content import write_content
 from llm.data.documents import DocumentSource, texts
 from llm.data.sources import document_source
+from llm.run.content import write_content
 from llm.stages.job import Job, show_config
 from llm.tokenizer.bpe import Tokenizer, checked_pattern, split_pattern, train_tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, named_encoder

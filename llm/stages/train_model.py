@@ -38,8 +38,7 @@ def run(job: Job) -> dict | None:
     cfg = job.cfg
     quiet_lightning()
     check_devices(cfg)
-    build = builder(job.row)
-    built = build(cfg, job.parent)
+    built = build(job)
     show_config(cfg, built.derived)
     if built.reading is not None:
         job.manifest["data"] = built.reading.to_dict()
@@ -67,9 +66,16 @@ def run(job: Job) -> dict | None:
             saved = list_checkpoints(job.stage_dir / "checkpoints")
             rows = built.derived["micro_batches"]
             raise UserError(out_of_memory(cfg, rows, error, saved[-1][0] if saved else None)) from None
-        built = build(cfg, job.parent)
+        built = build(job)
         trainer, stop = build_trainer(cfg, job.stage_dir, built)
     return hand_over(job, built, trainer, stop.signum)
+
+
+def build(job: Job):
+    """Build the stage; its checkpoints will say which training saved them."""
+    built = builder(job.row)(job.cfg, job.parent)
+    built.module.origin = job.origin
+    return built
 
 
 def builder(row: Stage):

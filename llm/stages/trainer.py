@@ -1,7 +1,10 @@
 """Build Lightning's Trainer for a stage, and fit."""
 
+import contextlib
 import logging
+import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from hydra.utils import instantiate
 
 from llm.config.check import shown
 from llm.config.stages import stage_row
-from llm.errors import BadLoss, UserError
+from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
 from llm.utils.files import write_json
@@ -19,16 +22,68 @@ ROLLBACKS = "rollbacks.json"
 
 def fit(trainer, built, stage_dir: Path) -> None:
     """Train from the newest checkpoint on, or from the start, without the data that a roll-back left out."""
-    from llm.checkpoint.resume import newest_checkpoint
+    from llm.checkpoint.resume import newest_checkpoint, set_aside
     from llm.parallel import collectives
 
-    newest = newest_checkpoint(stage_dir / "checkpoints") if collectives.is_main() else None
-    step, path = collectives.broadcast_object(newest or (0, None))
+    newest, problem = None, None
+    if collectives.is_main():
+        try:
+            newest = newest_checkpoint(stage_dir / "checkpoints", lambda saved: needed(built.module).misfit(saved))
+            set_aside(stage_dir / "checkpoints", newest)
+        except UserError as error:  # for all processes
+            problem = str(error)
+    (step, path), problem = collectives.broadcast_object((newest or (0, None), problem))
+    if problem is not None:
+        raise UserError(problem)
     if path is not None:
         print(f"resuming at step {step} of {built.module.context.total_steps}", flush=True)
     left_out = (read_form(stage_dir / ROLLBACKS, FORM) or {}).get("left_out", {})
     built.data.left_out = left_out.get(str(step), 0)
-    trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
+    if built.data.left_out > built.module.context.total_steps:
+        raise UserError(
+            f"{stage_dir / ROLLBACKS}: left_out.{step} is {built.data.left_out}, more than the stage's steps"
+        )
+    with restoring(built.module, path):
+        trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
+
+
+def needed(module) -> Any:
+    """Return what a checkpoint must hold for a stage: the tensors of its network and of its optimizer."""
+    import torch
+
+    from llm.checkpoint.parts import Needed, facts
+    from llm.optim.build import build_optimizer
+    from llm.optim.optimizer import rule_of
+
+    always = ("kind", "lr", "weight_decay", "decays", "initial_lr", "initial_decay", "params")
+    groups = build_optimizer(module.net, module.optim_config).param_groups
+    return Needed(
+        module.context.total_steps,
+        facts(module.state_dict()),
+        [{name: group[name] for name in (*always, *rule_of(group).needs)} for group in groups],
+        [
+            facts(rule_of(group).new_state(group, torch.empty_like(parameter, device="meta")))
+            for group in groups
+            for parameter in group["params"]
+        ],
+    )
+
+
+@contextlib.contextmanager
+def restoring(module, path: Path | None) -> Iterator[None]:
+    """Say in one line that a checkpoint cannot be used: what goes wrong between its loading and the first step."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        if path is None or module.has_begun or isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        reason = (
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}, {Path(last.filename).name}:{last.lineno}"
+        )
+        raise UserError(
+            f"{path}: the stage cannot go on from it ({reason}); delete it, and the same command uses the one before"
+        ) from error
 
 
 def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:

@@ -5,15 +5,15 @@ python -m llm.stages.worker <config.json> <folder for errors>
 Users call train.py instead.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from llm.config.plugins import load_plugins
 from llm.config.trust import trust_command
 from llm.errors import UserError, system_problem
-from llm.parallel.env import begin, end, launched_rank
+from llm.parallel.env import begin, end, launched_rank, lost_another
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.files import read_json
 from llm.utils.streams import keep_going, open_streams
 
 
@@ -29,7 +29,7 @@ def main() -> None:
 
     from llm.stages.run_stage import run_stage
 
-    cfg = OmegaConf.create(json.loads(Path(config).read_text(encoding="utf-8")))
+    cfg = OmegaConf.create(read_json(Path(config)))
     OmegaConf.set_struct(cfg, True)
     try:
         trust_command(cfg)
@@ -37,6 +37,9 @@ def main() -> None:
         run_stage(cfg)
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else system_problem(error)
+        if text is None and (reason := lost_another(error)):  # the launcher says who ended
+            print(f"process {launched_rank()} has lost another one ({reason})", file=sys.stderr)
+            end(1)
         if text is None:
             raise
         (Path(folder) / f"error_{launched_rank():04d}").write_text(text, encoding="utf-8")

@@ -25,7 +25,8 @@ def run(cfg) -> None:
     if not folder:
         raise UserError("data.token_cache is not set: name the folder, or the address, that the tokens go to")
     folder = Path(cfg.paths.runs) / "token_cache" if folder is True else folder
-    tokenizer = Tokenizer.load(find_parent(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}", "pretrain", cfg.init_from))
+    name = cfg.run or f"d{cfg.model.depth}"
+    tokenizer = Tokenizer.load(find_parent(cfg.paths.runs, name, "pretrain", cfg.init_from, asking=cfg.stage.name))
     cached = CachedDocuments(document_source(cfg.data, cfg.paths.data), tokenizer, folder, is_final=True)
     shards = {split: list(cached.text.shards(split)) for split in ("train", "val")}
     mine = [shard for number, shard in enumerate([*shards["train"], *shards["val"]]) if number % parts == part]

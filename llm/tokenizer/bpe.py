@@ -20,7 +20,7 @@ import tiktoken
 
 from llm.errors import UserError, reason_of
 from llm.tokenizer.hf_files import write_hf_tokenizer
-from llm.utils.files import parse_json
+from llm.utils.files import parse_json, read_bytes
 
 # Order and position (after the merges) are those of nanochat.
 SPECIAL_TOKENS = (
@@ -89,6 +89,7 @@ class Tokenizer:
         )
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.bos_id = self._special_ids["<|bos|>"]
+        self.special_ids = frozenset(self._special_ids.values())
         self.stop_ids = frozenset({self.bos_id, self._special_ids["<|assistant_end|>"]})  # end a completion
         self.fingerprint = _fingerprint(self.tokens, pattern)
 
@@ -289,7 +290,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _read_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({reason_of(error, path)}); a tokenizer folder holds {RANKS_FILE} and "

@@ -1,12 +1,12 @@
 """Vocabularies trained elsewhere, with our special tokens behind them: tiktoken's and tokenizer.json files."""
 
-import json
 from pathlib import Path
 
 from llm.errors import UserError
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS, read_hf_tokenizer, tiktoken_encoding
 from llm.tokenizer.hf_files import byte_alphabet
+from llm.utils.files import parse_json
 
 BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -42,7 +42,7 @@ def load_pretrained(name: str) -> Tokenizer:
 
 
 def _from_hf(name: str, text: str) -> Tokenizer:
-    content = json.loads(text)
+    content = parse_json(text.encode(), name)
     model, pattern = content["model"], _pattern_of(content["pre_tokenizer"])
     if model["type"] != "BPE" or model.get("byte_fallback") or pattern is None:
         raise UserError(

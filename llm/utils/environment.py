@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from llm import __version__
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -55,6 +57,11 @@ def die_with_parent(parent: int | None = None) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def code_version() -> dict[str, str | None]:
+    """Return what names the present code: `version` of the package and `commit` of the source tree."""
+    return {"version": __version__, "commit": git_commit()}
 
 
 def git_commit() -> str | None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from llm.errors import UserError, reason_of
 
 MEND = "restore it, or delete it and run the stage again"
 MOST_BYTES = 1 << 26  # of a JSON file of a run: the largest real ones, eval.json with samples, have a few MB
+DEEPEST = 64  # mappings and lists one in the other
 
 
 @contextmanager
@@ -112,18 +114,38 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any] | None
     The file may come from anybody: it is read up to `most_bytes`, and strictly (see `parse_json`).
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(most_bytes + 1)
+        content = read_bytes(path, most_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason_of(error, path)}") from error
-    if len(content) > most_bytes:
-        raise UserError(f"{path} is larger than {most_bytes:,} bytes; {MEND}")
     value = parse_json(content, path)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}; delete it and run again")
     return value
+
+
+def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """Return the content of an ordinary file. Raises OSError, and UserError for a larger or another kind of file.
+
+    A pipe in the place of a file of a run would wait for ever, and a device or a file with holes would fill the memory.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        state = os.fstat(file.fileno())
+        check_ordinary(path, state.st_mode)
+        if state.st_size <= most_bytes and len(content := file.read(most_bytes + 1)) <= most_bytes:
+            return content
+    raise UserError(f"{path} is larger than {most_bytes:,} bytes; {MEND}")
+
+
+def check_ordinary(path: Path, mode: int | None = None) -> None:
+    """Raise UserError where a path is neither an ordinary file nor a folder: opening a pipe would wait for ever.
+
+    mode: of the file, where it is open already. Raises OSError where there is nothing.
+    """
+    mode = os.stat(path).st_mode if mode is None else mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a pipe, a socket or a device, but must be a file; {MEND}")
 
 
 def parse_json(content: bytes, path: str | Path) -> Any:
@@ -132,9 +154,11 @@ def parse_json(content: bytes, path: str | Path) -> Any:
     Raises UserError that names the file, for any content.
     """
     try:
-        return json.loads(
+        value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
         )
+        _check_values(value)
+        return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path} cannot be read ({reason}); {MEND}") from error
@@ -146,6 +170,19 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:80]!r} stands there twice")
     return found
+
+
+def _check_values(value: Any) -> None:
+    """Raise RecursionError for a value with more than `DEEPEST` levels, ValueError for half a UTF-16 pair in a text."""
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > DEEPEST:
+            raise RecursionError
+        for text in (text for part in level for text in (part if isinstance(part, dict) else (part,))):
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
+        inner = (part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list))
+        level = [item for items in inner for item in items]
 
 
 def _no_number(name: str) -> Any:

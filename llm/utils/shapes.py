@@ -122,4 +122,4 @@ def listing(kind: Kind, lengths: tuple[int, int] = (0, MOST_ENTRIES)) -> Kind:
 
 def _below(where: str, name: str) -> str:
     """Return the place of a key: `run.json: config.seed` in the object `run.json: config`."""
-    return f"{where}.{name[:80]}" if ": " in where else f"{where}: {name[:80]}"
+    return f"{where}.{str(name)[:80]}" if ": " in where else f"{where}: {str(name)[:80]}"

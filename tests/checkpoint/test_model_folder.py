@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -190,6 +191,11 @@ DAMAGES = {
     "missing tensor": (_edit_weights(lambda t: t.pop("lm_head.weight")), "tensor lm_head.weight is missing"),
     "extra tensor": (_edit_weights(lambda t: t.update(gate=torch.ones(1))), "tensor gate is not of this model"),
     "wrong shape": (_edit_config(lambda c: c["fathom"]["model"].update(n_kv_head=1)), "k_proj.weight has shape"),
+    "whole numbers": (
+        _edit_weights(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()})),
+        "tensor lm_head.weight holds I32, but must hold F64, F32",
+    ),
+    "a pipe": (lambda f: ((f / WEIGHTS_FILE).unlink(), os.mkfifo(f / WEIGHTS_FILE)), "is a pipe, a socket or a device"),
     "pickle": (lambda f: torch.save({"w": torch.ones(2)}, f / WEIGHTS_FILE), "model.safetensors: cannot be read"),
 }
 

@@ -280,6 +280,22 @@ def test_a_single_job_fails_without_job_names(entry, tmp_path):
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.parametrize(
+    "value,said",
+    [
+        ("hydra.job.chdir=foo", "'foo' is not a valid bool"),
+        ("hydra.run.dir=/proc/x", "/proc/x: no such file or folder"),
+        ("hydra.run.dir=${oc.env:NOPE_X}", "Environment variable 'NOPE_X' not found"),
+        ("++hydra.job_logging.root.level=NOPE", "Unknown level: 'NOPE'"),
+    ],
+)
+def test_a_wrong_value_of_a_key_of_hydra_is_one_line(entry, value, said):
+    result = entry("UserError('x')", "stage=pretrain", value)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {value}: Hydra cannot use this (") and said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The entry points as processes
 

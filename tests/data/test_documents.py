@@ -1,6 +1,10 @@
 """Document sources: shards and splits, cursors, ranks, text files, bad input."""
 
+import errno
+import gzip
 import json
+import re
+import zlib
 from collections import Counter
 
 import pyarrow as pa
@@ -11,6 +15,7 @@ from omegaconf import OmegaConf
 
 from llm.data.documents import LocalDocuments, texts
 from llm.data.embedded_documents import EmbeddedDocuments
+from llm.data.records import broken
 from llm.data.sources import build_source
 from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
@@ -214,7 +219,7 @@ def corrupt_parquet(path):
 BAD_FILES = {  # name of the training file -> how it is made, what the error says, whether check() finds it
     "cut.parquet": (
         lambda p: p.write_bytes(write(p, words(99)).read_bytes()[:-50]),
-        "cut.parquet: cannot be read",
+        r"cut.parquet: damaged after row 0 \(no parquet follows\)",
         True,
     ),
     "zero.parquet": (lambda p: p.write_bytes(b""), "zero.parquet is empty", True),
@@ -269,6 +274,24 @@ def test_bad_files_are_named_with_their_row(tmp_path, name):
         LocalDocuments(tmp_path).check()
         assert not cheap
         read(LocalDocuments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error,said",
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot be read after line 3: the device reports an error."),
+        (OSError("Failed to open. Detail: [errno 24] Too many open files"), "after line 3: too many open files"),
+        (EOFError("Compressed file ended before ..."), r"damaged after line 3 \(the file ends too early\). Fetch it"),
+        (zlib.error("Error -3 while decompressing data"), r"damaged after line 3 \(no gz follows\). Fetch it again."),
+    ],
+)
+def test_a_broken_read_is_explained_in_words_of_ours(tmp_path, error, said):
+    """Words of libraries stay in the cause; only damage asks to fetch the file again."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"x"))
+    problem = str(broken(path, error, "line 3"))
+    assert re.search(said, problem) and str(error) not in problem
+    assert ("Fetch" in problem) == ("damaged" in problem)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])

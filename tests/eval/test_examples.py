@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm.checkpoint.content import read_content, write_content, wrong_file
 from llm.checkpoint.examples import EXAMPLES_FILE, load_examples, save_examples
 from llm.errors import UserError
 from llm.eval.examples import LONGEST, MOST, TIMES, choose_examples
 from llm.inference.engine import Completion
+from llm.run.content import read_content, write_content, wrong_file
 from llm.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])

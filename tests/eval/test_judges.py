@@ -35,7 +35,7 @@ from llm.utils.files import read_json
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
-from llm.eval.hf_model import load_hf  # noqa: E402
+from llm.checkpoint.hf_model import load_hf  # noqa: E402
 
 REAL_BUNDLE = SHARED / "data" / "eval_bundle"
 REAL_FILES = {
@@ -147,7 +147,7 @@ def test_few_shapes_change_no_token_of_a_gpt2(gpt2, monkeypatch):
     net, tokens = load_hf(str(gpt2), None, "cpu")
     prompts, found = [[tokens.bos_id, *range(5, 5 + n)] for n in (0, 3, 31, 40, 120)], []
     for keeps in (False, True):
-        monkeypatch.setattr("llm.inference.engine.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
+        monkeypatch.setattr("llm.inference.static_batch.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
         found.append(Engine(net, tokens).generate(prompts, SamplingParams(0.0, max_new_tokens=20), 2))
     assert found[0] == found[1] and any(completion.ids for (completion, _) in found[0])
 

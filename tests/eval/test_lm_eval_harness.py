@@ -26,7 +26,7 @@ from llm.utils.files import read_json
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 
-from llm.eval.hf_model import load_hf  # noqa: E402
+from llm.checkpoint.hf_model import load_hf  # noqa: E402
 from llm.eval.lm_eval_harness import Harness, HarnessModel, answer_text, sampling_params  # noqa: E402
 
 pytest_plugins = ["judging"]  # its fixtures

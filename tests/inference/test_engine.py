@@ -1,14 +1,15 @@
 """Sampling and the engine: equal to the plain forward, independent of the batch, stops, limits, calculator calls."""
 
+import numpy as np
 import pytest
 import torch
 
 from llm.errors import UserError
-from llm.inference.engine import LENGTHS, ROWS, Engine, in_compute_dtype, round_up
-from llm.inference.sampling import BROKEN, SamplingParams, sample, uniform_draws
+from llm.inference.engine import Engine
+from llm.inference.sampling import BROKEN, SamplingParams, draw_keys, sample, uniform_draws
+from llm.inference.weights import LENGTHS, ROWS, in_compute_dtype, round_up
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.model.kv_cache import KVCache
 from llm.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])  # ids 0..255 are the bytes
@@ -37,10 +38,24 @@ def plain_greedy(net: GPT, prompt: list[int], n: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+class ScriptCache:
+    """Cache of rows that begin together: of each row the first token, the prompt's length, and all tokens' number."""
+
+    def __init__(self):
+        self.used, self.rows = 0, torch.zeros(0, 2, dtype=torch.long)
+        self.lengths = torch.zeros(0, dtype=torch.long)
+
+    def repeat(self, n: int) -> None:
+        self.keep(torch.arange(len(self.lengths)).repeat_interleave(n))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.rows, self.lengths = self.rows[rows], self.lengths[rows]
+
+
 class ScriptNet(torch.nn.Module):
     """Says `scripts[first token of the prompt]`, whatever is sampled, and records what it is fed.
 
-    Like a real model it keeps all it knows of a row in that row's cache.
+    Like a model of others it keeps all it knows of a row in a cache whose rows begin together.
     """
 
     def __init__(self, scripts: list[list[int]], seq_len: int = 64):
@@ -51,19 +66,18 @@ class ScriptNet(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def new_cache(self, batch, max_len):
-        return KVCache(self.config, batch, max_len)
+        return ScriptCache()
 
-    def forward(self, ids, cache: KVCache, lengths=None, last_only=False):
+    def forward(self, ids, cache, lengths=None, last_only=False):
         assert last_only and not torch.is_grad_enabled() and not self.training
-        if cache.used == 0:
-            cache.k[0, :, 0, 0, 0], cache.v[0, :, 0, 0, 0] = ids[:, 0].float(), lengths.float()
+        if len(cache.lengths) == 0:
+            cache.rows, cache.lengths = torch.stack((ids[:, 0], lengths), dim=1), lengths
         else:
             self.fed.append(ids[:, 0].tolist())
-        cache.advance(ids.size(1), lengths)
+            cache.lengths = cache.lengths + 1
         logits = torch.zeros(len(ids), 1, self.config.vocab_size)
-        for row in range(len(ids)):
-            script = self.scripts[int(cache.k[0, row, 0, 0, 0])]
-            at = int(cache.lengths[row] - cache.v[0, row, 0, 0, 0])
+        for row, (first, length) in enumerate(cache.rows.tolist()):
+            script, at = self.scripts[first], int(cache.lengths[row]) - length
             logits[row, 0, script[at] if 0 <= at < len(script) else END] = 100.0
         return logits
 
@@ -73,18 +87,27 @@ class ScriptNet(torch.nn.Module):
 
 
 def test_draws_depend_on_seed_row_and_step_only():
-    draws = uniform_draws(7, n_steps=50, n_rows=40)
-    assert (uniform_draws(7, n_steps=10, n_rows=8) == draws[:10, :8]).all()
+    def drawn(seed, n_steps, n_rows):
+        return uniform_draws(draw_keys([seed] * n_rows, range(n_rows)), np.arange(n_steps)[:, None])
+
+    draws = drawn(7, n_steps=50, n_rows=40)
+    assert (drawn(7, n_steps=10, n_rows=8) == draws[:10, :8]).all()
     assert len(set(draws.ravel())) == draws.size
     assert draws.min() >= 0 and draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.02
-    assert (uniform_draws(8, 50, 40) != draws).all()
-    assert uniform_draws(-1, 2, 2).shape == (2, 2)  # any whole number is a seed
+    assert (drawn(8, 50, 40) != draws).all()
+    assert drawn(-1, 2, 2).shape == drawn(2**80, 2, 2).shape == (2, 2)  # any whole number is a seed
+    assert drawn(3, 2, 2).ravel().tolist() == [  # whatever else changes
+        0.35250333470841544,
+        0.284979128439496,
+        0.9868697100661743,
+        0.21630845634958806,
+    ]
 
 
 def test_sample_follows_the_distribution():
     logits = torch.tensor([1.0, 3.0, -2.0, 2.0, 0.0])
-    draws = torch.from_numpy(uniform_draws(0, 1, 50_000)[0])
+    draws = torch.from_numpy(uniform_draws(draw_keys([0] * 50_000, range(50_000)), 0))
     for temperature in (1.0, 0.5):
         ids = sample(logits.expand(50_000, -1), SamplingParams(temperature=temperature), draws)
         shares = torch.bincount(ids, minlength=5) / 50_000
@@ -93,7 +116,7 @@ def test_sample_follows_the_distribution():
 
 def test_top_k_and_top_p_cut_the_tail():
     logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log().expand(5_000, -1)
-    draws = torch.from_numpy(uniform_draws(0, 1, 5_000)[0])
+    draws = torch.from_numpy(uniform_draws(draw_keys([0] * 5_000, range(5_000)), 0))
 
     def drawn(**params) -> set[int]:
         return set(sample(logits, SamplingParams(**params), draws).tolist())
@@ -218,11 +241,12 @@ def test_stream_gives_the_same_tokens_step_by_step():
 
 def test_closing_a_stream_frees_the_cache_and_training_goes_on():
     net = tiny_net().train()
-    stream = Engine(net, TOKENIZER).stream([[BOS, *b"one"]], SamplingParams(max_new_tokens=6))
+    engine = Engine(net, TOKENIZER)
+    stream = engine.stream([[BOS, *b"one"]], SamplingParams(max_new_tokens=6))
     next(stream)
-    assert not net.training and stream._cache is not None
+    assert not net.training and engine.stats()["cached_tokens"] > 0
     stream.close()
-    assert net.training and stream._cache is None
+    assert net.training and engine.stats()["cached_tokens"] == 0
     assert list(stream) == []
     ids = torch.tensor([[BOS, *b"text"]])
     net(ids[:, :-1], targets=ids[:, 1:]).backward()  # nothing of inference mode is left in the network
@@ -258,6 +282,7 @@ def test_sizes_are_few_and_close():
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
 def test_sizes_change_no_token(monkeypatch, arch):
     """Prompts of other lengths than the sizes, some near the end of the context, rows that end one by one."""
+    monkeypatch.setattr("llm.inference.slot_batch.DecodeStep.for_net", lambda net: None)
     config = GPTConfig(2, 2, 2, 16, 32, 90, TOKENIZER.vocab_size, arch=arch, smear=arch == "modern")
     net, generator = GPT(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -267,14 +292,15 @@ def test_sizes_change_no_token(monkeypatch, arch):
     found = []
     for params in (GREEDY, SamplingParams(temperature=1.0, max_new_tokens=60, seed=1)):
         for keeps in (False, True):
-            monkeypatch.setattr("llm.inference.engine.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
+            monkeypatch.setattr("llm.inference.slot_batch.keeps_shapes", lambda device, dtype, keeps=keeps: keeps)
             found.append(Engine(net, TOKENIZER).generate(prompts, params, num_samples=2))
     assert found[0] == found[1] and found[2] == found[3]
     assert len({len(completion.ids) for samples in found[2] for completion in samples}) > 3
 
 
-def test_half_precision_on_a_cpu_meets_few_shapes():
+def test_half_precision_on_a_cpu_meets_few_shapes(monkeypatch):
     """Every shape that a product meets leaves code in memory: conversations of 90 lengths have three."""
+    monkeypatch.setattr("llm.inference.slot_batch.DecodeStep.for_net", lambda net: None)  # torch's own products
     net = tiny_net(seq_len=100)
     shapes = {torch.bfloat16: set(), torch.float32: set()}
     for dtype, met in shapes.items():
@@ -360,7 +386,7 @@ def test_finished_rows_leave_the_batch():
 
 
 def test_batches_that_rows_leave_have_few_sizes(monkeypatch):
-    monkeypatch.setattr("llm.inference.engine.keeps_shapes", lambda device, dtype: True)
+    monkeypatch.setattr("llm.inference.static_batch.keeps_shapes", lambda device, dtype: True)
     scripts = [[65 + i % 26] * (2 * i + 1) for i in range(30)]
     net = ScriptNet(scripts)
     completions = Engine(net, TOKENIZER).generate([[i] for i in range(30)], SamplingParams(max_new_tokens=60))

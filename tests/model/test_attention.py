@@ -15,7 +15,7 @@ from llm.model import attention, attention_cpu
 from llm.model.attention import attention_masks, banded_attention, causal_attention, choose_backend
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.model.kv_cache import cached_attention
+from llm.model.kv_cache import attention_with_weight
 
 SCALE = 0.3
 
@@ -320,11 +320,17 @@ def test_a_window_keeps_less_memory_than_a_mask():
     assert saved(windowed, 4096) < 0.2 * saved(lambda q, k, v: masked(q, k, v, 512), 4096)
 
 
-def test_cached_attention_sees_the_window_only():
-    tensors, _ = inputs(30, torch.float32)
-    q, k, v = (t.detach() for t in tensors)
-    whole = masked(q, k, v, 8)
-    at = torch.tensor([[29], [17]])
-    query = q[torch.arange(2).unsqueeze(1), at]
-    got = cached_attention(query, k, v, at, SCALE, 8)
-    torch.testing.assert_close(got[:, 0], torch.stack([whole[0, 29], whole[1, 17]]), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attentions_over_parts_of_the_keys_are_put_together_by_their_weights(dtype):
+    q, k, v = (torch.randn(2, n, h, 16, dtype=dtype).transpose(1, 2) for n, h in ((5, 4), (30, 2), (30, 2)))
+    seen = torch.rand(2, 5, 30) < 0.5
+    seen[1, 3, :12] = False  # a query that sees nothing of the first part
+    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.unsqueeze(1), scale=0.3, enable_gqa=True)
+    parts = [
+        attention_with_weight(q.transpose(1, 2), k[:, :, part], v[:, :, part], seen[..., part], 0.3)
+        for part in (slice(0, 12), slice(12, 30))
+    ]
+    weights = torch.stack([weight for _, weight in parts]).softmax(dim=0).unsqueeze(-1)
+    got = sum(y * weight for (y, _), weight in zip(parts, weights, strict=True))
+    torch.testing.assert_close(got, whole.transpose(1, 2), atol=1e-5, rtol=1e-5)
+    assert parts[0][1][1, 3].eq(-torch.inf).all()

@@ -9,7 +9,7 @@ import torch
 from llm.model.attention import apply_rotary, rotary_tables
 from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
-from llm.model.kv_cache import KVCache
+from llm.model.kv_cache import SlotCache, SlotPass
 from llm.model.linear import resolve_compute_dtype
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
@@ -296,31 +296,61 @@ def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head
     ids = torch.randint(0, 70, (3, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         full = net(ids)
-        cache = KVCache(c, 3, 24)
+        cache = SlotCache(c, 3, 24)
         prompt = torch.stack(
             [torch.where(torch.arange(9) < n, row[:9], 0) for n, row in zip(lengths, ids, strict=True)]
         )
-        got = [net(prompt, cache=cache, lengths=lengths, last_only=True)[:, 0]]
+        got = [net(prompt, cache=SlotPass(cache, 0, 3), lengths=lengths, last_only=True)[:, 0]]
         for s in range(6):
-            got.append(net(ids.gather(1, (lengths + s).unsqueeze(1)), cache=cache)[:, 0])
+            cache.lengths = lengths + s
+            new = ids.gather(1, (lengths + s).unsqueeze(1))
+            got.append(net(new, cache=SlotPass(cache, 0, 3))[:, 0])
     for s, logits in enumerate(got):
         want = torch.stack([full[b, lengths[b] - 1 + s] for b in range(3)])
         torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["classic", "modern"])
-def test_cache_rows_can_be_copied_and_dropped(arch):
-    c = config(**ARCHS[arch])
-    net, ids = random_net(c), torch.randint(0, 70, (2, 6))
+@pytest.mark.parametrize("is_copied", [False, True])
+@pytest.mark.parametrize("n_kv_head", [4, 1])
+@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(arch, n_kv_head, is_copied, monkeypatch):
+    """Rows 0, 2 behind one prefix of 7 tokens, row 1 behind another of 3, row 3 behind none."""
+    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+    c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
+    net = random_net(c)
+    ids = torch.randint(0, 70, (4, 24), generator=torch.Generator().manual_seed(3))
+    ids[2, :7] = ids[0, :7]
+    behind = [7, 3, 7, 0]
     with torch.no_grad():
-        cache = KVCache(c, 2, 10)
-        net(ids, cache=cache)
-        cache.repeat(2)  # rows 0 0 1 1
-        cache.keep(torch.tensor([3, 0]))
-        new = torch.tensor([[5], [6]])
-        got = net(new, cache=cache)[:, 0]
-        want = net(torch.cat((ids[[1, 0]], new), 1))[:, -1]
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        full = net(ids)
+        cache = SlotCache(c, 2, 8)
+        for row, (source, n) in enumerate(((0, 7), (1, 3))):
+            net(ids[source : source + 1, :n], cache=SlotPass(cache, row, 1))
+            cache.lengths[row] = n
+        first, second = cache.snapshot(0), cache.snapshot(1)
+        cache.resize(6, 32)
+        for row, prefix in enumerate((first, second, first, None)):
+            cache.start(row, prefix, is_copied)
+        for done, n in ((0, 5), (5, 4)):  # chunks of five and four tokens, then one by one
+            at = torch.tensor(behind) + done
+            chunk = ids.gather(1, at.unsqueeze(1) + torch.arange(n))
+            got = net(chunk, cache=SlotPass(cache, 0, 4))
+            want = full.gather(1, (at.unsqueeze(1) + torch.arange(n)).unsqueeze(-1).expand(-1, -1, full.size(-1)))
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            cache.lengths[:4] += n
+        cache.move(3, 4)
+        cache.move(1, 3)
+        cache.move(4, 1)
+        order = [0, 3, 2, 1]
+        for s in range(4):
+            at = (torch.tensor(behind) + 9 + s)[order]
+            padded = torch.cat((ids[order].gather(1, at.unsqueeze(1)), torch.zeros(2, 1, dtype=torch.long)))
+            got = net(padded, cache=SlotPass(cache, 0, 6, live=4))[:4, 0]
+            torch.testing.assert_close(got, full[torch.tensor(order), at], atol=1e-5, rtol=1e-5)
+            cache.lengths[:4] += 1
+        assert [cache.prefix_of(row) is None for row in range(6)] == [is_copied, True, is_copied, is_copied, True, True]
+        whole = cache.snapshot(2)
+        assert whole.length == 7 + 9 + 4
 
 
 def test_cache_overflow_and_long_input_are_errors():
@@ -328,10 +358,11 @@ def test_cache_overflow_and_long_input_are_errors():
     net = GPT(c).init_weights(0)
     with pytest.raises(ValueError, match="9 tokens do not fit"):
         net(torch.zeros(1, 9, dtype=torch.long))
-    cache = KVCache(c, 1, 4)
-    net(torch.zeros(1, 4, dtype=torch.long), cache=cache)
+    cache = SlotCache(c, 1, 4)
+    net(torch.zeros(1, 4, dtype=torch.long), cache=SlotPass(cache, 0, 1))
+    cache.lengths[0] = 4
     with pytest.raises(ValueError, match="full"):
-        net(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+        net(torch.zeros(1, 1, dtype=torch.long), cache=SlotPass(cache, 0, 1))
 
 
 def test_rotation_keeps_length_and_depends_on_distance_only():

@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from llm.parallel import agent
 from llm.parallel.agent import Agent, cause, first_failure
+from llm.parallel.env import lost_another
 from llm.parallel.launch import free_port
 
 TINY = ("experiment=tiny", "batch.tokens_per_step=1024", "trainer=cpu", "precision.compute=fp32", "compile=false")
@@ -58,6 +59,7 @@ def test_a_killed_process_is_started_again_and_no_bit_differs(root, tmp_path):
     release(tmp_path)
     ((status, out, err),) = finish(launcher)
     assert status == 0 and "was ended by SIGKILL: restart 1 of 3 from step 6" in err, err
+    assert "Traceback" not in err, "the other process told of its failed collective"
     assert "resuming at step 6 of 14" in out and "killed/pretrain finished" in out
     assert not any(map(is_alive, workers))
     assert weights(root, "killed") == weights(root, "straight")
@@ -130,6 +132,21 @@ def test_no_reasons(one):
     assert not one.may_restart(KILLED)
     one.received, one._remaining_restarts = [], 0
     assert not one.may_restart(KILLED)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[gloo/transport/tcp/pair.cc:537] Read error [::1]:24: Connection reset by peer. This is", "reset by peer"),
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2458", "closed by peer"),
+        ("ncclRemoteError: remote process exited or there was a network error.", "remote process exited or"),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_a_collective_without_the_other_process_is_told_from_a_mistake_of_the_program(text, reason):
+    said = lost_another(RuntimeError(text))
+    assert said is None if reason is None else reason in said
+    assert lost_another(ConnectionError(text)) is None
 
 
 def test_the_failure_that_is_told_is_the_one_that_came_first():

@@ -12,7 +12,7 @@ from holding import FOLDER, TESTS, held, hold_at
 from processes import start_warm, wait_until
 
 from llm.errors import UserError
-from llm.run.mirror import Mirror, fetch, mirrored, read_list
+from llm.run.mirror import Mirror, fetch, fetch_named, mirrored, read_list
 from llm.run.stage_folder import RunDir
 
 
@@ -94,6 +94,53 @@ def test_only_what_changed_is_copied_and_what_is_gone_is_removed(run, address, m
     mirror.copy()
     assert sent == ["step_000006.ckpt", "manifest.json"]
     assert at(address) == sorted(name.replace("000002", "000006") for name in FILES)
+
+
+@pytest.fixture
+def parent(run):
+    """A finished stage `pretrain` of the run `base`, with its checkpoint."""
+    folder = Path(run.root) / "base" / "pretrain"
+    for name in ("run.json", "model/model.safetensors", "checkpoints/step_000002.ckpt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_the_parent_in_another_run_is_copied_without_checkpoints_and_fetched(run, address, parent, tmp_path):
+    with mirrored(address, run, "pretrain", [parent / "model"]):
+        pass
+    store = fsspec.filesystem("memory")
+    found = {path.removeprefix("/bucket/runs/base/pretrain/") for path in store.find("/bucket/runs/base")}
+    assert found == {"run.json", "model/model.safetensors", "mirror.json"} and at(address) == FILES
+    for value in ("base/pretrain", "base", str(tmp_path / "new/base/pretrain/model")):
+        fetch_named(address, tmp_path / "new", value)
+        assert (tmp_path / "new/base/pretrain/model/model.safetensors").is_file()
+        shutil.rmtree(tmp_path / "new")
+
+
+def test_what_is_no_parent_of_the_mirror_is_not_looked_for(address, tmp_path):
+    for value in ("elsewhere", "/some/folder/model", "../other/model", "nanochat:d20", "."):
+        fetch_named(address, tmp_path, value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_copying_a_parent_leaves_the_checkpoints_of_its_own_mirror(run, address, parent):
+    whole = Mirror(f"{address}/base/pretrain", parent)
+    whole.copy()
+    (parent / "run.json").write_text('{"seconds": 1}')
+    with mirrored(address, run, "pretrain", [parent / "model"]):
+        pass
+    store = fsspec.filesystem("memory")
+    assert store.exists("/bucket/runs/base/pretrain/checkpoints/step_000002.ckpt")
+    assert store.cat_file("/bucket/runs/base/pretrain/run.json") == b'{"seconds": 1}'
+    assert len(read_list(store, "/bucket/runs/base/pretrain")) == 3
+
+
+def test_a_parent_outside_of_all_runs_is_said(run, address, tmp_path, capsys):
+    with mirrored(address, run, "pretrain", [tmp_path / "elsewhere" / "model"]):
+        pass
+    assert f"mirror: {tmp_path}/elsewhere/model is no stage of a run in" in capsys.readouterr().err
+    assert at(address) == FILES
 
 
 def test_a_folder_that_was_deleted_does_not_empty_its_copy(run, address):

@@ -132,7 +132,7 @@ def test_a_key_names_a_further_model(polish, tmp_path):
 
 
 def test_further_models_are_found_before_work_and_must_not_change(monkeypatch, tmp_path):
-    from llm.stages.run_stage import check_parent_unchanged, find_parents, known_parents
+    from llm.stages.parents import check_parents_unchanged, find_parents, known_parents
 
     monkeypatch.setattr(stages, "_TABLE", dict(stages._TABLE))
     register_stage(Stage(**ROW, other_parents=("stage.teacher", "stage.judge")))
@@ -143,10 +143,10 @@ def test_further_models_are_found_before_work_and_must_not_change(monkeypatch, t
     assert find_parents(cfg, stage_row("polish"), run) == (sft, {"stage.teacher": teacher})
     known = {"parent": str(sft), "parent_id": None, "further": {"stage.teacher": [str(teacher), None]}}
     assert known_parents(known) == {"init_from": (str(sft), None), "stage.teacher": (str(teacher), None)}
-    check_parent_unchanged(run, "polish", known)
+    check_parents_unchanged(run, "polish", known)
     write_manifest(tmp_path / "big" / "sft", {"status": "finished", "finished": "later"})
     with pytest.raises(UserError, match="trained from an earlier version of .*big/sft/model"):
-        check_parent_unchanged(run, "polish", known)
+        check_parents_unchanged(run, "polish", known)
     cfg.stage.teacher = "bigg"
     with pytest.raises(UserError, match="stage.teacher=bigg is neither a run nor a folder"):
         find_parents(cfg, stage_row("polish"), run)

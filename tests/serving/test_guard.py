@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
-from llm.serving import app  # noqa: E402
+from llm.parallel.launch import free_port  # noqa: E402
 from llm.serving.chat import load_chat_model  # noqa: E402
 from llm.serving.guard import MAX_BODY, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
 from llm.serving.models import Models  # noqa: E402
@@ -116,7 +116,7 @@ def test_only_the_routes_of_the_chat_are_open():
     for path in (
         *("/gradio_api/upload", "/gradio_api/upload/", "/upload", "/gradio_api/upload_progress", "/docs", "/assets"),
         *("/gradio_api/file=/etc/passwd", "/file=/etc/passwd", "/gradio_api/proxy=http://evil.example", "/monitoring"),
-        *("/gradio_api/component_server", "/gradio_api/stream/x", "/gradio_api/vibe-edit", "/login", "/openapi.json"),
+        *("/gradio_api/component_server", "/gradio_api/stream/x", "/gradio_api/vibe-edit", "/login", "/redoc"),
     ):
         assert answer(own, path=path)["status"] == 404
     assert answer(own, kind="websocket") == {"type": "websocket.close"}
@@ -132,7 +132,7 @@ def test_the_server_of_the_chat_is_guarded(tmp_path):
     from llm.serving import browser
 
     demo = browser.build(Models(load_chat_model(make_run(tmp_path, steps=1))), SamplingParams())
-    port = app.usable_port("127.0.0.1", 0)
+    port = free_port()
     browser.launch(demo, "127.0.0.1", port)
 
     def ask(method: str, path: str, body=None, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:

@@ -184,9 +184,9 @@ def test_no_conversation_crashes_the_engine(runs):
 
 def test_prompt_is_answered_once(runs, capsys):
     def config(**values):
-        keys = {"run": None, "stage": None, "ui": "gradio", "prompt": None, "host": "127.0.0.1", "port": 0, "seed": 1}
+        keys = {"run": None, "stage": None, "model": None, "ui": "gradio", "prompt": None, "compute": "auto", "seed": 1}
         sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "max_new_tokens": 100}
-        return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), **{**keys, **sampling, **values})
+        return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), verify=True, **{**keys, **sampling, **values})
 
     app.serve(config(prompt=APPLES))  # the only run and its best stage are the default
     assert capsys.readouterr().out == "Ava has 12 + 7 = [12+7 = 19]19 apples.\n#### 19\n"
@@ -208,12 +208,20 @@ def test_prompt_is_answered_once(runs, capsys):
     ):
         with pytest.raises(UserError, match=message):
             app.serve(config(**wrong))
+
+
+def test_a_port_that_is_taken_is_told():
+    pytest.importorskip("fastapi")
+    from llm.serving.http import listen
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port}: cannot listen there"):
-            app.serve(config(port=port))
+            listen("127.0.0.1", port)
+    with listen("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
 
 
 def test_a_base_model_is_announced(runs, tmp_path):

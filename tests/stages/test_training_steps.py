@@ -338,7 +338,7 @@ def test_a_rollout_trains_the_token_that_ended_an_answer_and_tells_of_its_signal
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     end_id, says = tokenizer.special_id(end), iter([ord("x"), tokenizer.special_id(end)] * 100)
     monkeypatch.setattr(
-        "llm.inference.engine.sample", lambda logits, params, draws: torch.full((logits.size(0),), next(says))
+        "llm.inference.engine.Sampler.draw", lambda self, logits, draws: torch.full((logits.size(0),), next(says))
     )
     stage = SimpleNamespace(prompts_per_step=1, samples_per_prompt=2, temperature=1.0, top_k=0, max_new_tokens=4)
     model = GPT(GPTConfig(1, 1, 1, 8, 8, seq_len=16, vocab_size=tokenizer.vocab_size)).init_weights(0)

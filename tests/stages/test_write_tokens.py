@@ -110,3 +110,8 @@ def test_token_files_of_others_train_with_their_tokenizer(made, capsys):
     (made / "big.bin").write_bytes(np.array([end + 7], np.uint16).tobytes())
     with pytest.raises(UserError, match="is none of the .* ordinary tokens"):
         run("data=tokens", "data.train=big.bin", "data.val=val.bin", "stage=pretrain", "run=c", "overwrite=true")
+
+
+def test_without_a_tokenizer_the_message_names_this_stage(tmp_path):
+    with pytest.raises(UserError, match="stage=write_tokens of run=a starts from a/tokenizer, which is missing"):
+        run("stage=write_tokens", f"data.token_cache={tmp_path}/t", f"paths.runs={tmp_path}")

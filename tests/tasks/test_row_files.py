@@ -153,7 +153,7 @@ def test_an_array_of_long_rows_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("rows.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)[:-9], "damaged after line .*Fetch it again"),
         ("rows.jsonl.xz", lzma.compress(lines(ROWS))[:-30], "damaged after line .*Fetch it again"),
         ("rows.jsonl.zst", PACKINGS[".zst"](lines(ROWS))[:-30], "damaged after line .*Fetch it again"),
-        ("rows.jsonl", b'{"messages": ' + b"[" * 100_000 + b"\n", "not valid JSON .maximum recursion"),
+        ("rows.jsonl", b'{"messages": ' + b"[" * 100_000 + b"\n", "not valid JSON .nested too deeply"),
         ("rows.jsonl", b"\xff\xfe{\x00", "not UTF-8 text: convert"),
     ],
 )

@@ -6,12 +6,11 @@ import shutil
 import pytest
 import torch
 
-from llm.checkpoint.content import weights_sum, wrong_file
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
 from llm.errors import UserError
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.stages.job import fingerprints
+from llm.run.content import fingerprints, weights_sum, wrong_file
 from llm.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
@@ -53,8 +52,17 @@ def test_weights_of_another_stage_are_found(run, with_manifest):
         shutil.copy(theirs / "manifest.json", ours)
     else:
         (ours / "manifest.json").unlink()
-    with pytest.raises(UserError, match="the weights are not those that this stage handed over"):
+    with pytest.raises(UserError, match="holds other weights .* than its stage handed over"):
         load_model_folder(ours)
+
+
+def test_a_damaged_list_is_told_from_other_weights(run):
+    path = run / "sft" / "model" / "manifest.json"
+    listed = json.loads(path.read_text())
+    listed["model.safetensors"]["sha256"] = "0" + listed["model.safetensors"]["sha256"][1:-1] + "x"
+    path.write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="model/manifest.json is damaged, the weights are not"):
+        load_model_folder(path.parent)
 
 
 def test_folders_without_manifest_load(run):

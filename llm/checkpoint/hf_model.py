@@ -1,4 +1,4 @@
-"""Causal language models of transformers, behind the interface by which Fathom's own are evaluated.
+"""Causal language models of transformers, behind the interface by which Fathom's own are evaluated and served.
 
 `HFNet` stands for a `GPT` (scores, engine), `HFTokenizer` for a `Tokenizer`, so `model=hf:<name>` is judged by the code
 that judges a run. Weights are read from safetensors files only, and code in a repository is not run. A folder that
@@ -6,7 +6,6 @@ Fathom wrote is loaded by Fathom's own classes.
 """
 
 import inspect
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,15 +23,19 @@ from torch import nn
 from llm.checkpoint.model_folder import CONFIG_FILE, load_model_folder
 from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.run.notes import content_note, say
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import content_text
 from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
+from llm.utils.files import read_json
 
 CALCULATOR_MARKS = ("python_start", "python_end", "output_start", "output_end")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
-NO_CODE = {"trust_remote_code": False}  # without it, transformers asks on a terminal whether to run a model's program
+# Without the first, transformers asks on a terminal whether to run a model's program. The second: a file in the folder
+# may name another model of the hub, such as the one that an adapter is for.
+NO_CODE = {"trust_remote_code": False, "local_files_only": True}
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
 LOGITS = 1 << 24  # numbers in the logits held at a time
 
@@ -305,7 +308,7 @@ class HFTokenizer:
         characters: their bits per byte would be those of another text. A space that some put before a text counts.
         """
         sizes = np.array([len(one) for one in self._bytes], dtype=np.int32)
-        sizes[[i for i in self._special if i < len(sizes)]] = 0
+        sizes[[i for i in self.special_ids if i < len(sizes)]] = 0
         for kind, text in SAMPLE_TEXTS.items():
             found, expected = int(sizes[self.encode(text)].sum()), len(text.encode())
             if found not in (expected, expected + 1):
@@ -316,7 +319,7 @@ class HFTokenizer:
         return sizes
 
     @cached_property
-    def _special(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
         """Ids of special tokens."""
         added = self.hf.added_tokens_decoder.items()
         return frozenset({*self.hf.all_special_ids, *(i for i, token in added if token.special)})
@@ -358,16 +361,17 @@ def _pieces(token: str) -> bytes:
 
 
 def load_hf(
-    name: str, seq_len: int | None, device: str | torch.device
+    name: str, seq_len: int | None, device: str | torch.device, verify: bool = True
 ) -> tuple[HFNet, HFTokenizer] | tuple[GPT, Tokenizer]:
     """Load model and tokenizer from a folder or the hub, with the weights in the number format of their files.
 
-    Our own classes load a model that Fathom wrote. seq_len: tokens of context to use at most; None = the model's own,
-    up to `LONGEST` for models of others. Raises UserError if the model cannot be had or is no causal language model.
+    Our own classes load a model that Fathom wrote; verify: compare its files with their checksums. seq_len: tokens of
+    context to use at most; None = the model's own, up to `LONGEST` for models of others. Raises UserError if the model
+    cannot be had or is no causal language model.
     """
     folder = _folder(name)
     if _is_ours(folder):
-        return _load_ours(name, folder, seq_len, device)
+        return _load_ours(name, folder, seq_len, device, verify)
     try:
         import transformers
     except ImportError as error:
@@ -386,18 +390,32 @@ def load_hf(
     return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
 
 
+def load_hf_tokenizer(name: str) -> HFTokenizer | Tokenizer:
+    """Load the tokenizer of a model folder or of the hub, without the weights beside it. Raises UserError for none."""
+    folder = _folder(name)
+    if _is_ours(folder):
+        return Tokenizer.load(folder)
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    return HFTokenizer(tokenizer, config.get_text_config().vocab_size)
+
+
 def _is_ours(folder: Path) -> bool:
     """Return True if Fathom wrote the model in `folder`: config.json has a section `fathom`."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
+        return isinstance((read_json(folder / CONFIG_FILE) or {}).get("fathom"), dict)
+    except UserError:  # those of others may hold what standard JSON does not
         return False
-    return isinstance(content, dict) and isinstance(content.get("fathom"), dict)
 
 
-def _load_ours(name: str, folder: Path, seq_len: int | None, device: str | torch.device) -> tuple[GPT, Tokenizer]:
+def _load_ours(
+    name: str, folder: Path, seq_len: int | None, device: str | torch.device, verify: bool
+) -> tuple[GPT, Tokenizer]:
     """Load a model that Fathom wrote. Raises UserError for damaged files and a longer context than the model has."""
-    net, tokenizer = load_model_folder(folder, device)
+    net, tokenizer = load_model_folder(folder, device, verify)
+    say(content_note(folder))
     _check_context(name, seq_len, net.config.seq_len)
     net.config = replace(net.config, seq_len=seq_len or net.config.seq_len)
     return net.eval(), tokenizer

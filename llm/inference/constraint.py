@@ -1,0 +1,159 @@
+"""Answers of a given form: a JSON object, a JSON schema, a regular expression, one of some texts (package llguidance).
+
+A `Constraint` says which tokens may come next in one row. Near the end of the row's room it also sees to it that the
+form is completed: it takes a short way out once little more room is left than that needs.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm.errors import UserError
+
+MARGINS = (2, 64)  # tokens of room that are left when the way out is taken: at least, and at most an eighth of it
+LONGEST_WAY = 512  # tokens; a form that takes more is not completed in time
+OBJECT = {"type": "object"}
+COMPACT = {"whitespace_flexible": False}  # a model that has learnt nothing would write spaces for ever
+# What ends a form of JSON soonest comes first. Inside a string, where both braces are letters, that is its end.
+AROUND_STRINGS = ("}", "]", ",", '"', "0", ":", "null", "true", "false", "{", "[")
+IN_STRINGS = ('"', "0")
+
+_tokenizers: dict[int, Any] = {}
+
+
+class Constraint:
+    """Form that one row must have; the engine asks `allowed`, and reports each token by `accept`.
+
+    form: {"type": "json_object"}, {"type": "json_schema", "schema"}, {"type": "regex", "regex"} or {"type": "choice",
+    "choice": texts}. room: tokens that the row may gain. Raises UserError for a form that is none.
+    """
+
+    def __init__(self, tokenizer: Any, form: Mapping[str, Any], room: int):
+        import llguidance
+
+        self._llm_tokenizer = _for_llguidance(tokenizer)
+        self._matcher = llguidance.LLMatcher(self._llm_tokenizer, _grammar(form), log_level=0)
+        if problem := self._matcher.get_error():
+            raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
+        self._vocab_size, self._ends = tokenizer.vocab_size, sorted(tokenizer.stop_ids)
+        self._around, self._inside = (
+            [ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1]
+            for texts in (AROUND_STRINGS if form["type"].startswith("json") else (), IN_STRINGS)
+        )
+        self._braces = [tokenizer.encode(brace)[0] for brace in "{}"]
+        self._lengths = tokenizer.token_bytes()
+        self._room, self._margin = room, max(MARGINS[0], min(MARGINS[1], room // 8))
+        self._look_at = room  # room with which the way out is looked for next
+        self._way: list[int] | None = None  # the rest of it, once it is taken
+
+    @property
+    def is_done(self) -> bool:
+        """Return True once nothing can follow."""
+        return self._matcher.is_stopped()
+
+    def allowed(self) -> torch.Tensor:
+        """Return which tokens may come next, as booleans (V,)."""
+        mask = self._mask(self._matcher)
+        if self._way is None and self._room <= self._look_at:
+            way = self._way_out(mask)
+            spare = self._room - len(way) - self._margin
+            self._way = way if way and spare <= 0 else None
+            self._look_at = self._room - max(1, spare // 8)  # a token rarely makes the way out much longer
+        if self._way:
+            mask[:] = False
+            mask[self._way[0]] = True
+        return torch.from_numpy(mask)
+
+    def accept(self, token: int) -> None:
+        """Note the token that the row has gained."""
+        self._room -= 1
+        if self._way:
+            self._way.pop(0)
+        if token not in self._ends:
+            self._matcher.consume_token(token)
+
+    def _mask(self, matcher: Any) -> np.ndarray:
+        """Return the tokens that may come next, booleans (V,); the ends of a turn where the form is complete."""
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+        mask[self._ends] = matcher.is_accepting()
+        return mask
+
+    def _way_out(self, mask: np.ndarray) -> list[int]:
+        """Return the tokens of a short way to a complete form; [] where none is found."""
+        matcher, way, before = self._matcher.deep_copy(), [], mask
+        while len(way) < LONGEST_WAY:
+            if mask[self._ends].any() or matcher.is_stopped():
+                return [*way, self._ends[0]]
+            if not mask.any():
+                return []
+            way.append(self._next(mask, before, way))
+            matcher.consume_token(way[-1])
+            before, mask = mask, self._mask(matcher)
+        return []
+
+    def _next(self, mask: np.ndarray, before: np.ndarray, way: list[int]) -> int:
+        """Return the token that goes on with a way out where `mask` is allowed, and `before` was one token earlier.
+
+        Beside JSON's own signs, a token that has just become possible leads out of a repetition, as @ in [a-z]+@, and
+        one that is not yet on the way leads on sooner than one that is.
+        """
+        for token in self._inside if mask[self._braces].all() else self._around:
+            if mask[token]:
+                return token
+        allowed = np.flatnonzero(new if (new := mask & ~before).any() else mask)
+        used = np.bincount(way, minlength=self._vocab_size)[allowed]
+        return int(allowed[np.lexsort((self._lengths[allowed], used))[0]])
+
+
+def _grammar(form: Mapping[str, Any]) -> str:
+    """Return a form as a grammar of llguidance. Raises UserError for a kind of form that does not exist."""
+    from llguidance import LLMatcher
+
+    match form["type"]:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema(OBJECT, overrides=COMPACT)
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(json.dumps(form["schema"]), overrides=COMPACT)
+        case "regex":
+            return LLMatcher.grammar_from_regex(form["regex"])
+        case "choice":
+            return LLMatcher.grammar_from_regex("|".join(_escaped(text) for text in form["choice"]))
+    raise UserError(f"an answer of the form {form['type']!r} is not known")
+
+
+def _escaped(text: str) -> str:
+    """Return a regular expression for a text, in a group of its own."""
+    return "(" + re.sub(r"[^\w\s]", lambda sign: "\\" + sign[0], text, flags=re.ASCII) + ")"
+
+
+def _for_llguidance(tokenizer: Any) -> Any:
+    """Return llguidance's own form of a tokenizer, made once for each."""
+    import llguidance
+
+    if id(tokenizer) not in _tokenizers:
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+        _tokenizers[id(tokenizer)] = tokenizer, llguidance.LLTokenizer(wrapper, n_vocab=tokenizer.vocab_size)
+    return _tokenizers[id(tokenizer)][1]
+
+
+class _Vocabulary:
+    """Tokenizer as llguidance wants it: the bytes of every token, the special ones, and the ids of a text."""
+
+    def __init__(self, tokenizer: Any):
+        self.eos_token_id = min(tokenizer.stop_ids)
+        self.bos_token_id = tokenizer.bos_id
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300]

@@ -1,0 +1,68 @@
+"""Changes of logits that a request asks for, and the log-probabilities of tokens."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from llm.inference.request import Request
+
+Likely = list[tuple[int, float]]  # token ids and log-probabilities, the most likely first
+
+
+def adjusted(logits: torch.Tensor, requests: Sequence[Request], stop_ids: Collection[int]) -> torch.Tensor:
+    """Return the logits (B, V) that each request draws from: penalties, then biases, then what is not allowed.
+
+    The argument itself where no request changes anything.
+    """
+    rows = [row for row, request in enumerate(requests) if _changes_logits(request)]
+    if not rows:
+        return logits
+    logits = logits.float().clone()
+    for row in rows:
+        request, own = requests[row], logits[row]
+        _penalise(own, request)
+        for one, bias in request.params.logit_bias:
+            own[one] += bias
+        if len(request.ids) < request.params.min_new_tokens and stop_ids:
+            own[list(stop_ids)] = -torch.inf
+        if request.constraint is not None:
+            own.masked_fill_(~request.constraint.allowed().to(own.device), -torch.inf)
+    return logits
+
+
+def _changes_logits(request: Request) -> bool:
+    params = request.params
+    return (
+        request.constraint is not None
+        or bool(params.logit_bias)
+        or _has_penalties(params)
+        or len(request.ids) < params.min_new_tokens
+    )
+
+
+def _has_penalties(params) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _penalise(logits: torch.Tensor, request: Request) -> None:
+    """Change the logits (V,) of one row in place by its penalties; see `SamplingParams`."""
+    params = request.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(request.tokens, device=logits.device).unique()
+        own = logits[seen]
+        logits[seen] = torch.where(own > 0, own / params.repetition_penalty, own * params.repetition_penalty)
+    if request.ids and (params.presence_penalty or params.frequency_penalty):
+        said, times = torch.tensor(request.ids, device=logits.device).unique(return_counts=True)
+        logits[said] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def log_probs(logits: torch.Tensor, ids: Sequence[int], n_likely: Sequence[int]) -> list[tuple[float, Likely]]:
+    """Return per row of logits (B, V) the log-probability of its id, and its `n_likely` most likely tokens."""
+    everything = logits.float().log_softmax(dim=-1)
+    chosen = everything.gather(1, torch.tensor(ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(n_likely), logits.size(-1))
+    if not most:
+        return [(own, []) for own in chosen]
+    values, order = (t.tolist() for t in everything.topk(most))
+    likely = [list(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(order, values, n_likely, strict=True)]
+    return list(zip(chosen, likely, strict=True))

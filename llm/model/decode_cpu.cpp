@@ -1,0 +1,416 @@
+// One pass of the network over a few new tokens: embedding, all blocks over the key/value cache, logits.
+//
+// It stands in for `GPT.forward` with a cache, without gradients, on a CPU. Numbers are rounded to the compute type T
+// (float or bf16) where the torch model rounds. No sum depends on which other tokens are computed in the same call.
+// llm/model/decode_cpu.py owns all memory and describes it by the structs below, field by field.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpu_product.h"
+
+struct Layer {
+    Matrix qkv, out, fc, proj;
+    const float *norm_1[2], *norm_2[2];  // LayerNorm's weight and bias, null: RMSNorm
+    const void* values;                  // value embeddings (vocabulary, kv_dim), null: none
+    const float* gate;                   // (n_kv_head, gate_channels)
+    int64_t window;                      // earlier positions that are seen; -1: all
+    float residual, x0;
+};
+
+struct Model {
+    int64_t n_layer, n_head, n_kv_head, head_dim, n_embd, vocab, table_rows, seq_len;
+    int64_t is_bf16, has_bf16_tables, is_gpt2, has_scalars, gate_channels, smear_channels, middle;  // middle -1: none
+    float scale, softcap, gate_range, smear, backout, norm_eps;  // softcap 0: none
+    const void *wte, *wpe;                                       // tables, in their own type
+    const float *cos, *sin;                                      // (seq_len, head_dim / 2)
+    const float* smear_gate;                                     // (smear_channels,), null: none
+    const float* final_norm[2];
+    Matrix head;
+    const Layer* layers;
+};
+
+struct Prefix {  // keys and values (n_layer, n_kv_head, room, head_dim), of which `length` places count; -1: not there
+    const void *k, *v;
+    int64_t room, length;
+};
+
+struct Batch {
+    int64_t n;                // new tokens
+    int64_t capacity;         // tokens that the scratch memory has room for
+    const int64_t* ids;       // (n,)
+    const int64_t* rows;      // (n,) row of the cache of each token, null: token i belongs to row i
+    const int64_t* at;        // (n,) place of each token among its row's own tokens
+    const int64_t* prefix;    // (cache rows,) prefix of every row, -1: none; null: no row has one
+    const Prefix* prefixes;
+    int64_t n_prefixes, cache_rows, room;
+    void *k, *v;              // cache; its strides in numbers follow
+    int64_t layer_stride, row_stride, head_stride, place_stride;
+    void* last_embed;         // (cache rows, n_embd) of the compute type; null: no smear
+    const int64_t* outputs;   // (n_outputs,) tokens whose logits are asked for, null: those of all
+    int64_t n_outputs;
+    float* logits;            // (n_outputs, vocab)
+    void* scratch;
+};
+
+constexpr int64_t BLOCK = 64;  // keys whose scores are held at a time
+constexpr float FLOAT_EPS = std::numeric_limits<float>::epsilon();
+
+static int64_t wide(int64_t n) { return (n + 31) / 32 * 32; }  // whole cache lines, zeros behind the row's end
+
+// Memory of one call, in numbers of T: every part has room for `capacity` tokens.
+template <class T>
+struct Scratch {
+    T *x, *x0, *middle, *before, *normed, *qkv, *attended, *inner;
+    int64_t c, all_heads, heads, four_c, total;
+
+    Scratch(const Model& m, int64_t capacity, void* memory)
+        : c(wide(m.n_embd)), all_heads(wide((m.n_head + 2 * m.n_kv_head) * m.head_dim)),
+          heads(wide(m.n_head * m.head_dim)), four_c(wide(4 * m.n_embd)), total(0) {
+        auto part = [&](int64_t width) {
+            T* start = static_cast<T*>(memory) + total;
+            total += capacity * width;
+            return start;
+        };
+        x = part(c), x0 = part(c), middle = part(c), before = part(c), normed = part(c);
+        qkv = part(all_heads), attended = part(heads), inner = part(four_c);
+    }
+};
+
+template <class T>
+struct Pass {
+    const Model& m;
+    const Batch& b;
+    const Scratch<T> s;
+    Team team;
+    std::vector<int64_t> groups;  // first token of each group that reads its prefix together, and the end of the last
+    const int64_t d, kv_dim;
+    static constexpr int64_t LINE = 64 / sizeof(T);  // numbers of a cache line
+
+    Pass(const Model& model, const Batch& batch, int64_t threads)
+        : m(model), b(batch), s(model, batch.capacity, batch.scratch), team{}, d(model.head_dim),
+          kv_dim(model.n_kv_head * model.head_dim) {
+        const int64_t most = std::clamp<int64_t>(b.n * m.n_kv_head / (4 * threads), 1, 64);
+        for (int64_t i = 0; i < b.n; i++)
+            if (i == 0 || prefix(i) < 0 || prefix(i) != prefix(i - 1) || i - groups.back() >= most) groups.push_back(i);
+        groups.push_back(b.n);
+    }
+
+    int64_t row(int64_t i) const { return b.rows ? b.rows[i] : i; }
+    int64_t prefix(int64_t i) const { return b.prefix ? b.prefix[row(i)] : -1; }
+    int64_t before(int64_t i) const { return prefix(i) < 0 ? 0 : b.prefixes[prefix(i)].length; }
+    int64_t position(int64_t i) const { return before(i) + b.at[i]; }
+    T* place(void* cache, int64_t layer, int64_t i, int64_t head) const {
+        return static_cast<T*>(cache) + layer * b.layer_stride + row(i) * b.row_stride + head * b.head_stride;
+    }
+
+    // ---- parts of a row
+
+    void norm(const T* x, const float* const weight[2], T* y) const {
+        const int64_t n = m.n_embd;
+        if (!weight[0]) return rms_norm(x, n, y);
+        vf v{};
+        float total = 0, square = 0;
+        int64_t i = 0;
+        for (; i + VL <= n; i += VL) v += load(x + i);
+        for (total = sum(v); i < n; i++) total += to_float(x[i]);
+        const float mean = total / n;
+        v = vf{};
+        for (i = 0; i + VL <= n; i += VL) v += (load(x + i) - mean) * (load(x + i) - mean);
+        for (square = sum(v); i < n; i++) square += (to_float(x[i]) - mean) * (to_float(x[i]) - mean);
+        const float scale = 1.0f / std::sqrt(square / n + m.norm_eps);
+        each(y, n, [&](auto get) { return (get(x) - mean) * scale * get(weight[0]) + get(weight[1]); });
+    }
+
+    static void rms_norm(const T* x, int64_t n, T* y) {
+        float square = 0;
+        vf v{};
+        int64_t i = 0;
+        for (; i + VL <= n; i += VL) v += load(x + i) * load(x + i);
+        for (square = sum(v); i < n; i++) square += to_float(x[i]) * to_float(x[i]);
+        const float scale = 1.0f / std::sqrt(square / n + FLOAT_EPS);
+        each(y, n, [&](auto get) { return get(x) * scale; });
+    }
+
+    template <class F>
+    void with_table(const void* table, int64_t row, int64_t width, F f) const {
+        if (m.has_bf16_tables)
+            f(static_cast<const bf16*>(table) + row * width);
+        else
+            f(static_cast<const float*>(table) + row * width);
+    }
+
+    float channel_gate(const T* x, const float* weight, int64_t channels) const {
+        const float z = rounded<T>(dot(x, weight, channels));
+        return rounded<T>(sigmoid(all(z))[0]);
+    }
+
+    // ---- phases
+
+    void embed(int64_t i, T* x, T* normed) const {
+        const int64_t n = m.n_embd;
+        with_table(m.wte, b.ids[i], n, [&](auto token) {
+            if (m.is_gpt2)
+                with_table(m.wpe, position(i), n, [&](auto at) { each(x, n, [&](auto get) { return get(token) + get(at); }); });
+            else
+                each(normed, n, [&](auto get) { return get(token); });
+        });
+        if (!m.is_gpt2) rms_norm(normed, n, x);
+    }
+
+    // Adds to a token some of the embedding of the token before it, which `earlier` holds (null: there is none).
+    void smear(const T* own, const T* earlier, T* x) const {
+        const float gate = rounded<T>(m.smear * channel_gate(own, m.smear_gate, m.smear_channels));
+        if (!earlier) return void(std::copy(own, own + m.n_embd, x));
+        each(x, m.n_embd, [&](auto get) { return get(own) + rounded<T>(gate * get(earlier)); });
+    }
+
+    void begin() {
+        T* target = m.smear_gate ? s.before : s.x;
+        team.share(b.n, [&](int64_t i) { embed(i, target + i * s.c, s.normed + i * s.c); });
+        if (!m.smear_gate) return;
+        const int64_t n = m.n_embd;
+        T* last = static_cast<T*>(b.last_embed);
+        team.share(b.n, [&](int64_t i) {
+            const bool follows = i > 0 && row(i - 1) == row(i);
+            const T* earlier = follows ? s.before + (i - 1) * s.c : position(i) > 0 ? last + row(i) * n : nullptr;
+            smear(s.before + i * s.c, earlier, s.x + i * s.c);
+        });
+        team.share(b.n, [&](int64_t i) {
+            if (i + 1 == b.n || row(i + 1) != row(i)) std::copy_n(s.before + i * s.c, n, last + row(i) * n);
+        });
+    }
+
+    void enter(const Layer& layer, bool first) {
+        const float r = layer.residual, a = layer.x0;
+        team.share(b.n, [&](int64_t i) {
+            T *x = s.x + i * s.c, *x0 = s.x0 + i * s.c;
+            if (first) std::copy_n(x, m.n_embd, x0);
+            if (m.has_scalars)
+                each(x, m.n_embd, [&](auto get) { return rounded<T>(r * get(x)) + rounded<T>(a * get(x0)); });
+            norm(x, layer.norm_1, s.normed + i * s.c);
+        });
+    }
+
+    // Rotates and norms a head by the angles of a position.
+    void rotate(T* head, int64_t at) const {
+        const float *cos = m.cos + at * (d / 2), *sin = m.sin + at * (d / 2);
+        T turned[1024], *low = head, *high = head + d / 2;
+        each(turned, d / 2, [&](auto get) { return rounded<T>(get(low) * get(cos)) + rounded<T>(get(high) * get(sin)); });
+        each(turned + d / 2, d / 2,
+             [&](auto get) { return rounded<T>(get(high) * get(cos)) - rounded<T>(get(low) * get(sin)); });
+        rms_norm(turned, d, head);
+    }
+
+    // Finishes queries, keys and values of a token and stores the latter two in the cache.
+    void remember(const Layer& layer, int64_t index, int64_t i) const {
+        T *q = s.qkv + i * s.all_heads, *k = q + m.n_head * d, *v = k + kv_dim;
+        const T* x = s.normed + i * s.c;
+        for (int64_t h = 0; h < m.n_kv_head && layer.values; h++) {
+            const float gate =
+                rounded<T>(m.gate_range * channel_gate(x, layer.gate + h * m.gate_channels, m.gate_channels));
+            with_table(layer.values, b.ids[i], kv_dim, [&](auto table) {
+                T* head = v + h * d;
+                auto value = table + h * d;
+                each(head, d, [&](auto get) { return get(head) + rounded<T>(gate * rounded<T>(get(value))); });
+            });
+        }
+        for (int64_t h = 0; h < m.n_head + m.n_kv_head && !m.is_gpt2; h++) rotate(q + h * d, position(i));
+        for (int64_t h = 0; h < m.n_kv_head; h++) {
+            std::copy_n(k + h * d, d, place(b.k, index, i, h) + b.at[i] * b.place_stride);
+            std::copy_n(v + h * d, d, place(b.v, index, i, h) + b.at[i] * b.place_stride);
+        }
+    }
+
+    struct Softmax {  // of one query over the keys so far: largest score, sum of e^(score - largest), weighted values
+        float largest, total;
+        float* values;
+    };
+
+    // Lets a query see `count` <= BLOCK more keys.
+    void see(Softmax& state, const T* q, const T* k, const T* v, int64_t stride, int64_t count) const {
+        alignas(64) float p[BLOCK];
+        const int64_t end = (count + VL - 1) / VL * VL;
+        for (int64_t j = 0; j < count; j++) {
+            for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(v + j * stride + c);
+            p[j] = m.scale * dot(q, k + j * stride, d);
+        }
+        vf most = all(state.largest), sums{};
+        for (int64_t j = count; j < end; j++) p[j] = -std::numeric_limits<float>::infinity();
+        for (int64_t j = 0; j < end; j += VL) most = load(p + j) > most ? load(p + j) : most;
+        const float top = largest(most), shrink = exp1(state.largest - top);
+        for (int64_t j = 0; j < end; j += VL) store(p + j, exp(load(p + j) - top));
+        for (int64_t j = count; j < end; j++) p[j] = 0;
+        for (int64_t j = 0; j < end; j += VL) sums += load(p + j);
+        state.largest = top, state.total = state.total * shrink + sum(sums);
+        int64_t c = 0;
+        for (; c + 4 * VL <= d; c += 4 * VL) add_values<4>(state.values + c, p, v + c, stride, count, shrink);
+        for (; c + VL <= d; c += VL) add_values<1>(state.values + c, p, v + c, stride, count, shrink);
+        for (; c < d; c++) {
+            float value = state.values[c] * shrink;
+            for (int64_t j = 0; j < count; j++) value += p[j] * to_float(v[j * stride + c]);
+            state.values[c] = value;
+        }
+    }
+
+    template <int N>
+    static void add_values(float* sums, const float* p, const T* v, int64_t stride, int64_t count, float shrink) {
+        vf total[N];
+        for (int c = 0; c < N; c++) total[c] = load(sums + c * VL) * shrink;
+        for (int64_t j = 0; j < count; j++)
+            for (int c = 0; c < N; c++) total[c] += p[j] * load(v + j * stride + c * VL);
+        for (int c = 0; c < N; c++) store(sums + c * VL, total[c]);
+    }
+
+    // Attention of a group of tokens with one prefix, for the query heads of one key/value head.
+    void attend(const Layer& layer, int64_t index, int64_t group, int64_t head) const {
+        const int64_t first = groups[group], end = groups[group + 1], per_kv = m.n_head / m.n_kv_head;
+        thread_local std::vector<float> memory;
+        memory.assign((end - first) * per_kv * d, 0.0f);
+        std::vector<Softmax> states((end - first) * per_kv);
+        for (size_t j = 0; j < states.size(); j++)
+            states[j] = {-std::numeric_limits<float>::infinity(), 0, memory.data() + j * d};
+        auto query = [&](int64_t i, int64_t h) { return s.qkv + i * s.all_heads + (head * per_kv + h) * d; };
+        auto start = [&](int64_t i) { return layer.window < 0 ? 0 : std::max<int64_t>(0, position(i) - layer.window); };
+        if (prefix(first) >= 0) {
+            const Prefix& p = b.prefixes[prefix(first)];
+            const int64_t from = (index * m.n_kv_head + head) * p.room * d;
+            const T *k = static_cast<const T*>(p.k) + from, *v = static_cast<const T*>(p.v) + from;
+            for (int64_t at = 0; at < p.length; at += BLOCK)
+                for (int64_t i = first; i < end; i++) {
+                    const int64_t low = std::max(at, start(i)), count = std::min(at + BLOCK, p.length) - low;
+                    for (int64_t h = 0; h < per_kv && count > 0; h++)
+                        see(states[(i - first) * per_kv + h], query(i, h), k + low * d, v + low * d, d, count);
+                }
+        }
+        for (int64_t i = first; i < end; i++) {
+            const T *k = place(b.k, index, i, head), *v = place(b.v, index, i, head);
+            const int64_t stride = b.place_stride;
+            for (int64_t at = std::max<int64_t>(0, start(i) - before(i)); at <= b.at[i]; at += BLOCK)
+                for (int64_t h = 0; h < per_kv; h++)
+                    see(states[(i - first) * per_kv + h], query(i, h), k + at * stride, v + at * stride, stride,
+                        std::min(BLOCK, b.at[i] + 1 - at));
+            for (int64_t h = 0; h < per_kv; h++) {
+                const Softmax& state = states[(i - first) * per_kv + h];
+                const float scale = 1.0f / state.total;
+                each(s.attended + i * s.heads + (head * per_kv + h) * d, d,
+                     [&](auto get) { return get(static_cast<const float*>(state.values)) * scale; });
+            }
+        }
+    }
+
+    // Adds the product with a matrix to the residual stream.
+    void add(const T* a, int64_t stride, const Matrix& w) {
+        product(team, a, b.n, stride, w, [&](int64_t i, int64_t at, int64_t width, const float* y) {
+            T* x = s.x + i * s.c + at;
+            each(x, width, [&](auto get) { return get(static_cast<const T*>(x)) + rounded<T>(get(y)); });
+        });
+    }
+
+    void block(const Layer& layer, int64_t index) {
+        enter(layer, index == 0);
+        product(team, s.normed, b.n, s.c, layer.qkv, [&](int64_t i, int64_t at, int64_t width, const float* y) {
+            each(s.qkv + i * s.all_heads + at, width, [&](auto get) { return get(y); });
+        });
+        team.share(b.n, [&](int64_t i) { remember(layer, index, i); });
+        team.share((groups.size() - 1) * m.n_kv_head,
+                   [&](int64_t j) { attend(layer, index, j / m.n_kv_head, j % m.n_kv_head); });
+        add(s.attended, s.heads, layer.out);
+        team.share(b.n, [&](int64_t i) { norm(s.x + i * s.c, layer.norm_2, s.normed + i * s.c); });
+        product(team, s.normed, b.n, s.c, layer.fc, [&](int64_t i, int64_t at, int64_t width, const float* y) {
+            each(s.inner + i * s.four_c + at, width, [&](auto get) {
+                const vf h = rounded<T>(get(y)), positive = h < 0.0f ? vf{} : h;
+                const vf u = 0.7978845608f * (h + 0.044715f * h * h * h);
+                return m.is_gpt2 ? h * sigmoid(2.0f * u) : positive * positive;
+            });
+        });
+        add(s.inner, s.four_c, layer.proj);
+        if (index == m.middle)
+            team.share(b.n, [&](int64_t i) { std::copy_n(s.x + i * s.c, m.n_embd, s.middle + i * s.c); });
+    }
+
+    void end() {
+        team.share(b.n_outputs, [&](int64_t j) {
+            const int64_t i = b.outputs ? b.outputs[j] : j;
+            const T *x = s.x + i * s.c, *middle = s.middle + i * s.c;
+            T* y = s.x0 + j * s.c;
+            if (m.middle >= 0)
+                each(y, m.n_embd, [&](auto get) { return get(x) - rounded<T>(m.backout * get(middle)); });
+            norm(m.middle >= 0 ? y : x, m.final_norm, s.normed + j * s.c);
+        });
+        product(team, s.normed, b.n_outputs, s.c, m.head, [&](int64_t j, int64_t at, int64_t width, const float* y) {
+            each(b.logits + j * m.vocab + at, width, [&](auto get) {
+                const vf z = rounded<T>(get(y));
+                return m.softcap > 0 ? m.softcap * tanh(z / m.softcap) : z;
+            });
+        });
+    }
+
+    void run() {
+        begin();
+        for (int64_t i = 0; i < m.n_layer; i++) block(m.layers[i], i);
+        if (b.n_outputs) end();
+    }
+};
+
+// ---- what Python calls
+
+template <class T>
+static void run(const Model& m, const Batch& b, int64_t threads) {
+    const Pass<T> pass(m, b, threads);
+    in_parallel(9 * m.n_layer + 8, threads, [&](Team team) {
+        Pass<T> own(pass);
+        own.team = team;
+        own.run();
+    });
+}
+
+// Number of the first token that would read or write outside the memory, or -1.
+static int64_t first_outside(const Model& m, const Batch& b) {
+    for (int64_t i = 0; i < b.n; i++) {
+        const int64_t row = b.rows ? b.rows[i] : i, at = b.at[i];
+        if (row < 0 || row >= b.cache_rows || b.ids[i] < 0 || b.ids[i] >= m.table_rows) return i;
+        if (at < 0 || at >= b.room) return i;
+        const int64_t prefix = b.prefix ? b.prefix[row] : -1;
+        if (prefix < -1 || prefix >= b.n_prefixes || (prefix >= 0 && b.prefixes[prefix].length < 0)) return i;
+        if (at + (prefix < 0 ? 0 : b.prefixes[prefix].length) >= m.seq_len) return i;
+    }
+    return -1;
+}
+
+extern "C" {
+
+int64_t struct_bytes(int64_t which) {
+    return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : which == 2 ? sizeof(Model)
+         : which == 3 ? sizeof(Prefix) : sizeof(Batch);
+}
+
+int64_t packed_numbers(int64_t n, int64_t k, int64_t is_bf16) {
+    return panels(n) * NR * (is_bf16 ? padded<bf16>(k) : padded<float>(k));
+}
+
+int64_t scratch_bytes(const Model* m, int64_t capacity) {
+    return m->is_bf16 ? 2 * Scratch<bf16>(*m, capacity, nullptr).total : 4 * Scratch<float>(*m, capacity, nullptr).total;
+}
+
+// Packs `source` (n, k) into the columns from `at` on.
+void pack(const void* source, int64_t from_bf16, int64_t n, int64_t k, void* packed, int64_t to_bf16, int64_t at,
+          int64_t threads) {
+    auto work = [&](auto* from, auto* to) {
+        in_parallel(1, threads, [&](Team team) {
+            const int64_t first = at / NR;
+            team.share(panels(at + n) - first, [&](int64_t j) { pack_panel(from, n, k, to, at, first + j); });
+        });
+    };
+    auto into = [&](auto* from) { to_bf16 ? work(from, static_cast<bf16*>(packed)) : work(from, static_cast<float*>(packed)); };
+    from_bf16 ? into(static_cast<const bf16*>(source)) : into(static_cast<const float*>(source));
+}
+
+// Computes the batch. Returns -1, or the number of a token that lies outside of what there is; then nothing is written.
+int64_t decode(const Model* m, const Batch* b, int64_t threads) {
+    const int64_t wrong = first_outside(*m, *b);
+    if (wrong >= 0) return wrong;
+    m->is_bf16 ? run<bf16>(*m, *b, threads) : run<float>(*m, *b, threads);
+    return -1;
+}
+}

@@ -1,0 +1,291 @@
+"""The whole decode step on a CPU as one call into our own C++ kernel, decode_cpu.cpp.
+
+A model of this size is bound by the hundreds of small operators of a step, not by its arithmetic. `DecodeStep` packs
+the matrices of a network once and then computes embedding, all blocks over the key/value cache and logits for any
+number of tokens. A token's numbers do not depend on the tokens beside it. Packed matrices are a copy in the compute
+dtype; tables (embeddings, positions, value embeddings) are read in place.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from llm.model import native
+from llm.model.config import SMEAR_CHANNELS
+from llm.model.gpt import GPT, Block, Linear
+from llm.model.kv_cache import Prefix, SlotCache
+
+SOURCE = Path(__file__).with_name("decode_cpu.cpp")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
+MAX_HEAD = 1024  # channels of a head that the kernel has room for
+TEAM_FROM = 1 << 24  # multiplications from which waiting for each other 30 times pays for several threads
+
+
+class _Matrix(Structure):
+    _fields_ = [("weights", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("qkv", "out", "fc", "proj")),
+        *((name, c_void_p * 2) for name in ("norm_1", "norm_2")),
+        *((name, c_void_p) for name in ("values", "gate")),
+        ("window", c_int64),
+        *((name, c_float) for name in ("residual", "x0")),
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((n, c_int64) for n in "n_layer n_head n_kv_head head_dim n_embd vocab table_rows seq_len".split()),
+        *((n, c_int64) for n in "is_bf16 has_bf16_tables is_gpt2 has_scalars gate_channels".split()),
+        *((n, c_int64) for n in "smear_channels middle".split()),
+        *((n, c_float) for n in "scale softcap gate_range smear backout norm_eps".split()),
+        *((n, c_void_p) for n in "wte wpe cos sin smear_gate".split()),
+        ("final_norm", c_void_p * 2),
+        ("head", _Matrix),
+        ("layers", POINTER(_Layer)),
+    ]
+
+
+class _Prefix(Structure):
+    _fields_ = [("k", c_void_p), ("v", c_void_p), ("room", c_int64), ("length", c_int64)]
+
+
+class _Batch(Structure):
+    _fields_ = [
+        *((n, c_int64) for n in "n capacity".split()),
+        *((n, c_void_p) for n in "ids rows at prefix".split()),
+        ("prefixes", POINTER(_Prefix)),
+        *((n, c_int64) for n in "n_prefixes cache_rows room".split()),
+        *((n, c_void_p) for n in "k v".split()),
+        *((n, c_int64) for n in "layer_stride row_stride head_stride place_stride".split()),
+        *((n, c_void_p) for n in "last_embed outputs".split()),
+        ("n_outputs", c_int64),
+        *((n, c_void_p) for n in "logits scratch".split()),
+    ]
+
+
+def load() -> ctypes.CDLL | None:
+    """Return the kernel's library, compiled if need be; None where it cannot be had."""
+    lib = native.library(SOURCE, *HEADERS)
+    if lib is not None and not hasattr(lib, "is_ready"):  # ctypes keeps what is set here
+        for name in ("struct_bytes", "packed_numbers", "scratch_bytes", "decode"):
+            getattr(lib, name).restype = c_int64
+        lib.packed_numbers.argtypes = [c_int64] * 3
+        lib.scratch_bytes.argtypes = [c_void_p, c_int64]
+        lib.decode.argtypes = [c_void_p, c_void_p, c_int64]
+        lib.pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64]
+        structs = (_Matrix, _Layer, _Model, _Prefix, _Batch)
+        assert all(lib.struct_bytes(c_int64(i)) == ctypes.sizeof(struct) for i, struct in enumerate(structs))
+        lib.is_ready = True
+    return lib
+
+
+def supports(net) -> bool:
+    """Return whether the kernel computes what a network computes: one of our own forms, whole, on a CPU."""
+    weights = {type(p.data) for p in net.parameters()}, {p.dtype for p in net.parameters()}
+    return (
+        type(net) is GPT
+        and net.config.arch in ("classic", "modern", "gpt2")
+        and all(type(block) is Block for block in net.transformer.h)
+        and net.device.type == "cpu"
+        and net.compute_dtype in (torch.float32, torch.bfloat16)
+        and weights[0] == {torch.Tensor}
+        and weights[1] in ({torch.float32}, {torch.bfloat16})
+        and net.config.head_dim <= MAX_HEAD
+    )
+
+
+class DecodeStep:
+    """The network's pass over new tokens with a cache, by the C++ kernel.
+
+    It reads weights when it is made and in `refresh`. Memory: a copy of all matrices in the compute dtype, and
+    scratch for the largest batch so far. One thread calls it at a time.
+    """
+
+    def __init__(self, net: GPT, lib: ctypes.CDLL):
+        self.net, self._lib, self.dtype = net, lib, net.compute_dtype
+        self._kept: list[torch.Tensor] = []  # what the structs point to
+        self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
+        self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
+        self.refresh()
+
+    @classmethod
+    def for_net(cls, net) -> "DecodeStep | None":
+        """Return the step of a network, or None where only torch can compute it. May compile for some seconds."""
+        lib = load() if supports(net) else None
+        return None if lib is None else cls(net, lib)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the network's weights again, after they have changed. Packed matrices keep their memory."""
+        self._old = iter(self._packed)
+        self._kept, self._packed = [], []
+        net, c = self.net, self.net.config
+        self._layers = (_Layer * c.n_layer)(*(self._layer(i, block) for i, block in enumerate(net.transformer.h)))
+        self._model = m = _Model(layers=self._layers)
+        for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len"):
+            setattr(m, name, getattr(c, name))
+        m.vocab, m.table_rows, m.softcap = c.vocab_size, c.padded_vocab_size, c.softcap or 0.0
+        m.is_bf16, m.is_gpt2 = self.dtype == torch.bfloat16, c.arch == "gpt2"
+        m.has_bf16_tables = net.transformer.wte.weight.dtype == torch.bfloat16
+        m.has_scalars, m.gate_channels, m.gate_range = c.residual_scalars, c.gate_channels, c.gate_range
+        m.scale, m.middle = net.transformer.h[0].attn.scale, c.n_layer // 2 if c.backout else -1
+        m.wte, m.head = self._table(net.transformer.wte), self._matrix(c.vocab_size, net.head_weight)
+        m.final_norm, m.norm_eps = self._norm(net.final_norm), getattr(net.final_norm, "eps", 0.0)
+        self._n_packed = sum(packed.numel() for packed in self._packed)
+        if m.is_gpt2:
+            m.wpe = self._table(net.transformer.wpe)
+        else:
+            m.cos, m.sin = self._numbers(net.cos), self._numbers(net.sin)
+        if c.smear:
+            m.smear_channels, m.smear_gate = SMEAR_CHANNELS, self._numbers(net.smear_gate.weight)
+            m.smear = self._number(net.smear_scalar)
+        if c.backout:
+            m.backout = self._number(net.backout_scalar)
+
+    def _layer(self, index: int, block: Block) -> _Layer:
+        attn, mlp, net, c = block.attn, block.mlp, self.net, self.net.config
+        layer = _Layer(norm_1=self._norm(block.norm_1), norm_2=self._norm(block.norm_2))
+        layer.qkv = self._linear(attn.c_q, attn.c_k, attn.c_v)
+        layer.out, layer.fc, layer.proj = map(self._linear, (attn.c_proj, mlp.c_fc, mlp.c_proj))
+        layer.window = -1 if attn.window is None else attn.window
+        if c.has_value_embed(index):
+            layer.values = self._table(net.value_embeds[str(index)])
+            layer.gate = self._numbers(attn.ve_gate.weight)
+        if c.residual_scalars:
+            layer.residual, layer.x0 = self._number(net.resid_scalars[index]), self._number(net.x0_scalars[index])
+        return layer
+
+    def _linear(self, *layers: Linear) -> _Matrix:
+        """Describe linear layers with one input as one matrix."""
+        weights = [layer.weight for layer in layers]
+        matrix = self._matrix(sum(map(len, weights)), *weights)
+        if layers[0].bias is not None:
+            matrix.bias = self._numbers(torch.cat([layer.bias for layer in layers]))
+        return matrix
+
+    def _matrix(self, n: int, *weights: torch.Tensor) -> _Matrix:
+        """Pack weights (n_i, k), one below the other; of the last only the rows up to n in all."""
+        k, is_bf16, threads = weights[0].size(1), self.dtype == torch.bfloat16, torch.get_num_threads()
+        packed = next(self._old, None)
+        if packed is None:
+            packed = torch.zeros(self._lib.packed_numbers(n, k, is_bf16), dtype=self.dtype)
+        at = 0
+        for weight in weights:
+            rows, source = min(len(weight), n - at), weight.detach().contiguous()
+            from_bf16 = source.dtype == torch.bfloat16
+            self._lib.pack(source.data_ptr(), from_bf16, rows, k, packed.data_ptr(), is_bf16, at, threads)
+            at += rows
+        self._packed.append(packed)
+        return _Matrix(packed.data_ptr(), None, n, k)
+
+    def _norm(self, module):
+        """Return the addresses of a LayerNorm's weight and bias, none for RMSNorm."""
+        weight = getattr(module, "weight", None)
+        return (c_void_p * 2)(*([] if weight is None else (self._numbers(weight), self._numbers(module.bias))))
+
+    def _table(self, embedding) -> int:
+        """Return the address of a table, which stays where it is."""
+        weight = embedding.weight.detach()
+        if not weight.is_contiguous():
+            raise ValueError(f"an embedding of shape {tuple(weight.shape)} is not contiguous")
+        self._kept.append(weight)
+        return weight.data_ptr()
+
+    def _numbers(self, tensor: torch.Tensor) -> int:
+        """Return the address of an fp32 copy of a tensor's numbers, rounded to the compute dtype."""
+        copy = tensor.detach().to(self.dtype, copy=True).float().contiguous()
+        self._kept.append(copy)
+        return copy.data_ptr()
+
+    def _number(self, tensor: torch.Tensor) -> float:
+        return tensor.detach().to(self.dtype).item()
+
+    def __call__(self, cache: SlotCache, ids: torch.Tensor) -> torch.Tensor:
+        """Feed row i of the cache its next token ids[i]; return the logits (n, V) fp32 behind them.
+
+        Keys, values and `last_embed` are written; the caller advances `lengths`. See `extend`.
+        """
+        return self.extend(cache, ids, cache.lengths[: len(ids)])
+
+    def extend(
+        self,
+        cache: SlotCache,
+        ids: torch.Tensor,
+        at: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        outputs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute new tokens ids (n,) and return the logits (len(outputs), V) fp32 behind some of them.
+
+        at: (n,) place of each token among its row's own tokens; rows: (n,) its row of the cache, None = token i belongs
+        to row i; outputs: (m,) tokens whose logits are wanted, None = all. The tokens of one row stand side by side, in
+        order; those of rows with one prefix too, where possible. All are int64 tensors.
+
+        cache: a SlotCache of the network's shapes. Raises ValueError for a token outside of vocabulary, cache or
+        context, before anything is written.
+        """
+        n, b, c = len(ids), self._batch, self.net.config
+        n_outputs = n if outputs is None else len(outputs)
+        for name, tensor, size in (("ids", ids, n), ("at", at, n), ("rows", rows, n), ("outputs", outputs, n_outputs)):
+            setattr(b, name, None if tensor is None else self._address(name, tensor, torch.int64, (size,)))
+        self._describe(b, cache)
+        if outputs is not None and n_outputs and not 0 <= int(outputs.min()) <= int(outputs.max()) < n:
+            raise ValueError(f"outputs must be numbers of tokens, below {n}")
+        logits = torch.empty(n_outputs, c.vocab_size)
+        b.n, b.n_outputs, b.logits = n, n_outputs, logits.data_ptr()
+        self._reserve(max(n, n_outputs))
+        work = (n + 2) * self._n_packed  # reading the weights counts as two tokens
+        threads = torch.get_num_threads() if work >= TEAM_FROM else 1
+        wrong = self._lib.decode(ctypes.byref(self._model), ctypes.byref(b), threads)
+        if wrong >= 0:
+            row = wrong if rows is None else int(rows[wrong])
+            raise ValueError(
+                f"token {wrong} (id {int(ids[wrong])}, place {int(at[wrong])} of row {row}) lies outside of the "
+                f"vocabulary of {c.padded_vocab_size}, the cache of {b.cache_rows} x {b.room} or the context"
+            )
+        return logits
+
+    def _describe(self, b: _Batch, cache: SlotCache) -> None:
+        """Fill in the addresses of a cache. Raises ValueError for one of another shape or dtype."""
+        c, k, v = self.net.config, cache.k, cache.v
+        layers, b.cache_rows, heads, b.room, width = k.shape
+        same = k.shape == v.shape and k.stride() == v.stride() and k.dtype == v.dtype == self.dtype
+        if not (same and (layers, heads, width) == (c.n_layer, c.n_kv_head, c.head_dim) and k.stride(4) == 1):
+            raise ValueError(f"cache of shape {tuple(k.shape)} and {k.dtype} does not fit the model")
+        b.k, b.v = k.data_ptr(), v.data_ptr()
+        b.layer_stride, b.row_stride, b.head_stride, b.place_stride = k.stride()[:4]
+        b.last_embed = None
+        if c.smear:
+            b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, (b.cache_rows, c.n_embd))
+        b.prefix, n = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), len(cache.prefixes)
+        b.n_prefixes, b.prefixes = n, (_Prefix * n)(*map(self._prefix, cache.prefixes))
+
+    def _prefix(self, prefix: Prefix | None) -> _Prefix:
+        if prefix is None:  # a free place in the list
+            return _Prefix(None, None, 0, -1)
+        c, room = self.net.config, prefix.k.size(2)
+        shape = (c.n_layer, c.n_kv_head, room, c.head_dim)
+        k, v = (self._address("prefix", t, self.dtype, shape) for t in (prefix.k, prefix.v))
+        if not 0 <= prefix.length <= room:
+            raise ValueError(f"a prefix of {prefix.length} tokens in memory for {room}")
+        return _Prefix(k, v, room, prefix.length)
+
+    @staticmethod
+    def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple) -> int:
+        """Return the address of a contiguous tensor. Raises ValueError for another shape, dtype or device."""
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} instead of {shape} {dtype}, contiguous")
+        return tensor.data_ptr()
+
+    def _reserve(self, n: int) -> None:
+        """Make room in the scratch memory for n tokens."""
+        if n > self._batch.capacity or not len(self._scratch):
+            self._batch.capacity = max(n, 16)
+            size = self._lib.scratch_bytes(ctypes.byref(self._model), self._batch.capacity)
+            self._scratch = torch.zeros(size, dtype=torch.uint8)
+            self._batch.scratch = self._scratch.data_ptr()

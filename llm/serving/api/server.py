@@ -1,0 +1,118 @@
+"""Application with all routes, and the server that runs it: start, drain, end."""
+
+import asyncio
+import contextlib
+import hmac
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+
+from llm.serving import errors
+from llm.serving.api import chat, completions, nanochat, responses, status
+from llm.serving.api.service import Service
+from llm.serving.api.watch import Metrics, Watch
+from llm.serving.guard import Guard
+from llm.serving.pool import Pool
+
+ROUTERS = (chat.router, completions.router, responses.router, nanochat.router, status.router)
+END_SECONDS = 2  # for what is still being sent when the server ends
+
+
+def build_app(service: Service, key: str | None = None, origins: Iterable[str] = (), log: str = "none") -> FastAPI:
+    """Return the application.
+
+    key: bearer key of requests; origins: of pages elsewhere that may send requests; log: see `Watch`.
+    """
+    app = FastAPI(title="Fathom", description=__doc__, version="1", docs_url=None, redoc_url=None)
+    app.state.service, app.state.metrics = service, Metrics(service.pool)
+    errors.install(app)
+    guarded = APIRouter(dependencies=[Depends(_key_check(key))])
+    for router in ROUTERS:
+        guarded.include_router(router)
+    app.include_router(guarded)
+    app.include_router(status.open_router)
+    app.add_middleware(Watch, service=service, metrics=app.state.metrics, log=log)
+    app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def guard_app(app: FastAPI, host: str, public_names: Iterable[str], origins: Iterable[str]) -> None:
+    """Put the guard before an application whose routes and middleware are complete."""
+    app.add_middleware(Guard, host=host, public_names=public_names, origins=origins)
+
+
+def _key_check(key: str | None) -> Callable:
+    async def check(request: Request) -> None:
+        """Raise ApiError for a request without the key."""
+        if key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if not hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
+            raise errors.ApiError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    return check
+
+
+class _Server(uvicorn.Server):
+    """Server that says when it answers, and leaves signals to `run`."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]):
+        super().__init__(config)
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_start()
+
+    def capture_signals(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+async def run(
+    app: FastAPI, pools: list[Pool], bound: socket.socket, drain_seconds: float, on_start: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM (after the answers under way) or Ctrl-C (at once); call `on_start` once it answers."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
+    config.timeout_graceful_shutdown = END_SECONDS
+    server, loop, draining = _Server(config, on_start), asyncio.get_running_loop(), set()
+
+    def drain() -> None:
+        if not draining:
+            draining.add(loop.create_task(_drain(pools, server, drain_seconds)))
+
+    def end() -> None:
+        server.should_exit = True
+        for pool in pools:
+            pool.fail_all()
+
+    loop.add_signal_handler(signal.SIGTERM, drain)
+    loop.add_signal_handler(signal.SIGINT, end)
+    try:
+        await server.serve(sockets=[bound])
+    finally:
+        for task in draining:
+            task.cancel()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(name)
+
+
+async def _drain(pools: list[Pool], server: uvicorn.Server, seconds: float) -> None:
+    """Refuse new requests, wait for those under way at most `seconds`, and let the server end."""
+    end = time.monotonic() + seconds
+    for pool in pools:
+        pool.is_draining = True
+    while any(pool.outstanding for pool in pools) and time.monotonic() < end:
+        await asyncio.sleep(0.05)
+    for pool in pools:
+        pool.fail_all()
+    server.should_exit = True

@@ -1,0 +1,103 @@
+"""Text of an answer as it grows: whole characters, cut before a stop text, calculator calls apart from the answer.
+
+A text is held back while it may be the beginning of a stop text (`llm.inference.text`).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from llm.inference.text import TextStream
+from llm.serving.chat import part_switches
+from llm.serving.pool import Event
+
+
+class TokenInfo(NamedTuple):
+    """Token of the answer's text. top: the likeliest (id, logprob) pairs at its place."""
+
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Delta:
+    """Growth of an answer. text: of the answer; call: calculator calls, as in `12*3 = 36`; tokens: of `text`."""
+
+    text: str = ""
+    call: str = ""
+    tokens: list[TokenInfo] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.call or self.tokens)
+
+
+class AnswerText:
+    """Fold of a row's events into deltas; special tokens have no text."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
+        self.n_call_tokens = 0
+        self._special, self._marks = tokenizer.special_ids, part_switches(tokenizer)
+        self._text, self._calls = TextStream(tokenizer, stops, keep_stop=False), TextStream(tokenizer)
+        self._kind, self._line_open = "text", False
+        self._sent, self._ends = 0, []  # characters of text returned; (end in characters, TokenInfo) not returned
+
+    @property
+    def is_cut(self) -> bool:
+        """True once a stop text was found: nothing behind it counts."""
+        return self._text.is_cut
+
+    def push(self, events: Iterable[Event]) -> Delta:
+        """Add events and return what they let be said."""
+        text, call = "", ""
+        for event in events:
+            if event.id in self._marks:
+                call += self._switch(self._marks[event.id])
+                self.n_call_tokens += 1
+            elif event.id is None or event.id in self._special:
+                continue
+            elif self._kind != "text":
+                call += self._calls.push(event.id)
+                self.n_call_tokens += 1
+            elif not self.is_cut:
+                text += self._said(self._text.push(event.id))
+                info = TokenInfo(event.id, event.logprob, event.top or [])
+                self._ends.append((self._sent + self._text.n_waiting, info))
+        return Delta(text, call, self._certain())
+
+    def finish(self) -> Delta:
+        """Return what still waits: bytes that never became a character stand as U+FFFD."""
+        return Delta(self._said(self._text.flush()), self._calls.flush(), self._certain())
+
+    def _said(self, text: str) -> str:
+        self._sent += len(text)
+        return text
+
+    def _certain(self) -> list[TokenInfo]:
+        """Return the tokens whose text has been returned; those behind a stop text never are."""
+        n = sum(end <= self._sent for end, _ in self._ends)
+        found, self._ends = self._ends[:n], [] if self.is_cut else self._ends[n:]
+        return [info for _, info in found]
+
+    def _switch(self, kind: str) -> str:
+        """Begin another kind of text; return what separates calls from their results and from each other."""
+        before, self._kind = self._kind, kind
+        if kind == "python_output":
+            self._line_open = True
+            return " = "
+        if kind == "python":
+            end, self._line_open = "\n" if self._line_open else "", True
+            return end
+        if before == "python_output":
+            self._line_open = False
+            return "\n"
+        return ""
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Return a token as text; one that is no whole characters as `bytes:\\xe4\\xbd`, as OpenAI writes it."""
+    raw = tokenizer.decode_bytes([token])
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

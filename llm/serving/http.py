@@ -1,0 +1,121 @@
+"""Server of a model over HTTP: workers, API and page put together, from start to end."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.errors import UserError
+from llm.inference.sampling import SamplingParams
+from llm.run.stage_folder import HF
+from llm.serving.api.server import build_app, guard_app, run
+from llm.serving.api.service import Service
+from llm.serving.api.watch import log_to_stderr
+from llm.serving.chat import ChatModel, is_hf
+from llm.serving.guard import check_names, is_private
+from llm.serving.pool import Pool, Source
+from llm.serving.remote import RemoteEngine, RemoteModels
+from llm.tokenizer.bpe import Tokenizer
+
+PAGE_ANSWERS = 16  # that the page may have under way; each takes a thread
+
+
+def serve(cfg: Any, model: str, params: SamplingParams) -> None:
+    """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>.
+
+    Raises UserError where nothing can listen, or the model cannot be loaded.
+    """
+    check_names(cfg.public_names)
+    if cfg.ui == "gradio" and cfg.api.access_key and not is_private(cfg.host, cfg.public_names):
+        raise UserError(
+            "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
+        )
+    with listen(cfg.host, cfg.port) as bound:
+        source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify)
+        asyncio.run(_serve(cfg, source, params, bound))
+    print("\nserver ended", flush=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address. Raises UserError where nothing can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"host={host} port={port}: cannot listen there ({reason}); choose another port, or port=0 for any free one"
+        ) from error
+    return bound
+
+
+async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
+    """Start the workers, build the application, serve."""
+    devices, threads = worker_devices(cfg.workers)
+    pools: list[Pool] = []
+
+    async def start(model: str, devices: Sequence[str] = devices[:1]) -> ChatModel:
+        """Start workers for a model; return the model that answers through them."""
+        pool = Pool(replace(source, model=model), devices, rows=cfg.api.rows, queue=cfg.api.queue, threads=threads)
+        await pool.start()
+        pools.append(pool)
+        facts, tokenizer = pool.facts, load_tokenizer(model)
+        engine = RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), cfg.api.timeout)
+        return ChatModel(engine, facts["name"], facts["summary"], facts["notes"], facts["examples"])
+
+    try:
+        first = await start(source.model, devices)
+        defaults = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+        defaults["max_new_tokens"] = params.max_new_tokens
+        service = Service(pools[0], first.engine.tokenizer, first.name, defaults, cfg.api.timeout)
+        log_to_stderr()
+        app = build_app(service, cfg.api.access_key, cfg.api.origins, cfg.api.log)
+        if cfg.ui == "gradio":
+            from llm.serving import browser
+
+            others = cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
+            models = RemoteModels(first, cfg.paths.runs if others else None, start, min(cfg.api.rows, PAGE_ANSWERS))
+            browser.mount(app, browser.build(models, params))
+        guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
+        await run(app, pools, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1]))
+    finally:
+        for pool in pools:
+            await pool.close()
+
+
+def _announce(cfg: Any, model: ChatModel, port: int) -> None:
+    """Print what is served, and where."""
+    address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
+    lines = [f"{model.name}: {model.summary}", *model.notes, f"API at {address}/v1   model: {model.name}"]
+    if cfg.ui == "gradio":
+        lines.append(f"chat at {address}   (Ctrl-C ends the server)")
+    print("\n".join(lines), flush=True)
+
+
+def worker_devices(workers: int | str) -> tuple[list[str], int | None]:
+    """Return the device of each worker, and the threads that each may use on a CPU (None: as torch finds)."""
+    n_gpus = torch.cuda.device_count()
+    n = max(n_gpus, 1) if workers == "auto" else int(workers)
+    if n_gpus:
+        return [f"cuda:{index % n_gpus}" for index in range(n)], None
+    return ["cpu"] * n, max(1, (os.cpu_count() or 1) // n) if n > 1 else None
+
+
+def load_tokenizer(model: str) -> Any:
+    """Return the tokenizer of a stage folder or of hf:<name>, without the weights beside it."""
+    if is_hf(model):
+        from llm.checkpoint.hf_model import load_hf_tokenizer
+
+        return load_hf_tokenizer(model.removeprefix(HF))
+    return Tokenizer.load(Path(model) / "model")

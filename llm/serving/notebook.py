@@ -1,0 +1,131 @@
+"""A finished model in three lines, for notebooks and scripts: chat with it, continue texts, score them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+from llm.inference.engine import Engine
+from llm.inference.sampling import SamplingParams
+from llm.inference.text import TextStream
+from llm.inference.warm_up import interrupt_held_back, warm_up
+
+DEFAULTS = {"temperature": 0.6, "top_k": 50}  # of `serve.py` too
+
+Chat = str | Sequence[dict[str, Any]]  # a question, or messages with role and content
+
+
+class Model:
+    """A trained model with its tokenizer. Settings of all methods are those of `SamplingParams`, such as seed.
+
+    engine: what it generates with, for finer work; name: run/stage.
+    """
+
+    def __init__(self, engine: Engine, name: str):
+        self.engine, self.name = engine, name
+
+    def __repr__(self) -> str:
+        return f"llm.load({self.name!r})"
+
+    def chat(self, messages: Chat, stream: bool = False, **settings: Any) -> str | Iterator[str]:
+        """Return the answer to a question or to messages, as [{"role": "user", "content": "..."}, ...].
+
+        stream: return an iterator over pieces of the answer instead, as they are written. Calls of tools and their
+        results are left out. Raises UserError for messages without a user's, and for unknown settings.
+        """
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        pieces = self._answer(messages, _params(settings))
+        return pieces if stream else "".join(pieces)
+
+    def _answer(self, messages: Sequence[dict], params: SamplingParams) -> Iterator[str]:
+        from llm.serving.chat import stream_reply
+
+        shown = ""
+        for reply in stream_reply(self.engine, messages, params):
+            text = "".join(part["text"] for part in reply.content if part["type"] == "text")
+            if len(text) > len(shown):
+                yield text[len(shown) :]
+                shown = text
+
+    def generate(
+        self, prompt: str, n: int = 1, best_of: int | None = None, stream: bool = False, **settings: Any
+    ) -> str | list[str] | Iterator[str]:
+        """Return the continuation of a text, or a list of `n` of them.
+
+        best_of: draw so many and keep the `n` whose tokens are likeliest on average. stream: return an iterator over
+        pieces of one continuation. Raises UserError for unknown settings, and for best_of below n.
+        """
+        params, ids = _params(settings), self._ids(prompt)
+        if stream:
+            if n != 1 or best_of not in (None, 1):
+                raise UserError(f"stream=True gives one continuation, not n={n}, best_of={best_of}")
+            return self._pieces(ids, params)
+        drawn = n if best_of is None else best_of
+        if not 1 <= n <= drawn:
+            raise UserError(f"n={n} must be at least 1, and at most best_of={drawn}")
+        settings = settings if drawn == n else settings | {"logprobs": settings.get("logprobs") or 0}
+        (samples,) = self.engine.generate([ids], _params(settings), num_samples=drawn)
+        if drawn > n:
+            samples = sorted(samples, key=lambda s: -sum(s.logprobs) / max(1, len(s.logprobs)))[:n]
+        texts = [self._text(sample.ids, params) for sample in samples]
+        return texts[0] if n == 1 else texts
+
+    def score(self, prompt: str, continuation: str) -> float:
+        """Return the log-probability in nats of a text behind another one: larger is likelier.
+
+        Raises UserError where both together do not fit the context.
+        """
+        tokenizer, seq_len = self.engine.tokenizer, self._seq_len
+        ids, rest = [tokenizer.bos_id, *tokenizer.encode(prompt)], tokenizer.encode(continuation)
+        if len(ids) + len(rest) > seq_len:
+            raise UserError(f"{len(ids) + len(rest):,} tokens do not fit the model's context of {seq_len:,}")
+        return sum(self.engine.score(ids, rest))
+
+    @property
+    def _seq_len(self) -> int:
+        return self.engine.net.config.seq_len
+
+    def _ids(self, prompt: str) -> list[int]:
+        """Return the ids of a text; of one that leaves no room in the context, its end."""
+        tokenizer = self.engine.tokenizer
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)[-(self._seq_len - 2) :]]
+
+    def _text(self, ids: Sequence[int], params: SamplingParams) -> str:
+        text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
+        return "".join(map(text.push, ids)) + text.flush()
+
+    def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[str]:
+        text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
+        with self.engine.stream([ids], params) as steps:
+            for events in steps:
+                if piece := "".join(text.push(event.id) for event in events):
+                    yield piece
+        if rest := text.flush():
+            yield rest
+
+
+def load(path: str | Path) -> Model:
+    """Load the model of a run (its last finished stage), or of a stage's folder such as runs/demo/sft.
+
+    It writes a few tokens at once, so that the first answer is not slow. Raises UserError where there is no model.
+    """
+    from llm.run.stage_folder import find_stage
+    from llm.serving.chat import load_chat_model
+
+    with interrupt_held_back():
+        folder, stage = Path(path).absolute(), None
+        if (folder / "model").is_dir():
+            folder, stage = folder.parent, folder.name
+        found = load_chat_model(find_stage(folder.parent, folder.name, stage))
+        model = Model(Engine(found.engine.net, found.engine.tokenizer, frozen=True), found.name)
+        warm_up(model.engine)
+    return model
+
+
+def _params(settings: dict[str, Any]) -> SamplingParams:
+    """Return settings as SamplingParams; a stop text may stand alone. Raises UserError for names that do not exist."""
+    known = SamplingParams.__dataclass_fields__
+    if unknown := [name for name in settings if name not in known]:
+        raise UserError(f"{unknown[0]}: no such setting; there are {', '.join(known)}")
+    stop = settings.get("stop", ())
+    return SamplingParams(**DEFAULTS | settings | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})

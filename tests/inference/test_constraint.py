@@ -1,0 +1,87 @@
+"""Constraints: whatever is drawn among the allowed tokens, the text has the form, also where the room is short."""
+
+import json
+import random
+import re
+
+import pytest
+
+pytest.importorskip("llguidance")
+
+from llm.errors import UserError  # noqa: E402
+from llm.inference.constraint import Constraint  # noqa: E402
+from llm.tokenizer.bpe import Tokenizer  # noqa: E402
+
+TEXT = "the red fox of the hill has 12 apples, and 3 friends. {}[]"
+ITEM = {"type": "object", "properties": {"k": {"type": "string", "minLength": 3}, "v": {"enum": ["red", 2, None]}}}
+ITEM |= {"required": ["k", "v"], "additionalProperties": False}
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "items": {"type": "array", "items": ITEM}}}
+SCHEMA |= {"required": ["name", "items"], "additionalProperties": False}
+
+
+def is_item(value) -> bool:
+    return set(value) == {"k", "v"} and len(value["k"]) >= 3 and value["v"] in ("red", 2, None)
+
+
+def fits_schema(text: str) -> bool:
+    value = json.loads(text)
+    return set(value) == {"name", "items"} and isinstance(value["name"], str) and all(map(is_item, value["items"]))
+
+
+FORMS = {
+    "object": ({"type": "json_object"}, lambda text: isinstance(json.loads(text), dict)),
+    "schema": ({"type": "json_schema", "schema": SCHEMA}, fits_schema),
+    "mail": (
+        {"type": "regex", "regex": r"[a-z]+@[a-z]+\.(com|org)"},
+        re.compile(r"[a-z]+@[a-z]+\.(com|org)").fullmatch,
+    ),
+    "words": ({"type": "regex", "regex": r"(yes|no)( [a-z]+)+\."}, re.compile(r"(yes|no)( [a-z]+)+\.").fullmatch),
+    "choice": ({"type": "choice", "choice": ["yes", "no (never)*"]}, ("yes", "no (never)*").__contains__),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return Tokenizer([bytes([b]) for b in range(256)]), Tokenizer.train([TEXT * 20], 300)
+
+
+def drawn(tokenizer, form: dict, room: int, rng: random.Random) -> str:
+    """The text of tokens drawn evenly among those that are allowed, as the engine ends it."""
+    constraint, ids = Constraint(tokenizer, form, room), []
+    while len(ids) < room:
+        token = rng.choice(constraint.allowed().nonzero().flatten().tolist())
+        if token in tokenizer.stop_ids:
+            break
+        ids.append(token)
+        constraint.accept(token)
+        if constraint.is_done:
+            break
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_any_draw_has_the_form(name, tokenizers):
+    form, fits = FORMS[name]
+    rng = random.Random(0)
+    for tokenizer in tokenizers:
+        for room in (60, 60, 90, 200):
+            text = drawn(tokenizer, form, room, rng)
+            assert fits(text), text
+
+
+def test_only_the_end_follows_a_complete_form(tokenizers):
+    tokenizer = tokenizers[0]
+    constraint = Constraint(tokenizer, {"type": "regex", "regex": "ab?"}, 10)
+    constraint.accept(ord("a"))
+    assert set(constraint.allowed().nonzero().flatten().tolist()) == {ord("b"), *tokenizer.stop_ids}
+    assert not constraint.is_done
+    constraint.accept(ord("b"))
+    assert constraint.is_done
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "regex", "regex": "("}, {"type": "json_schema", "schema": {"type": "nonsense"}}, {"type": "xml"}]
+)
+def test_a_form_that_is_none_is_told(form, tokenizers):
+    with pytest.raises(UserError, match="form"):
+        Constraint(tokenizers[0], form, 10)

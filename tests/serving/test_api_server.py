@@ -1,0 +1,231 @@
+"""The API around the model: queue, limits, key, timeouts, cancels, drain, log and metrics, with scripted workers."""
+
+import asyncio
+import json
+import logging
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+
+from scripted_pool import BODY, scripted, served  # noqa: E402
+
+from llm.serving.errors import unavailable  # noqa: E402
+from llm.serving.pool import SLACK  # noqa: E402
+
+
+def requests(app, *steps):
+    """Answers to requests (method, path, options), sent one after the other."""
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:1") as client:
+            return [await client.request(method, path, **options) for method, path, options in steps]
+
+    return asyncio.run(run())
+
+
+def chat(**change):
+    return ("POST", "/v1/chat/completions", {"json": BODY | change})
+
+
+def test_a_full_queue_answers_429_with_a_time():
+    async def run():
+        pool = scripted(None)
+        transport = httpx.ASGITransport(served(pool))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1") as client:
+            waiting = [asyncio.create_task(client.post("/v1/chat/completions", json=BODY)) for _ in range(3)]
+            while pool.outstanding < 3:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/v1/chat/completions", json=BODY)
+            script = pool.workers[0].writer
+            for message in list(script.heard):
+                script.answer(message[1], [*b"ok"])
+            return refused, await asyncio.gather(*waiting), await client.post("/v1/models")
+
+    refused, answered, _ = asyncio.run(run())
+    assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.json()["error"]["type"] == "rate_limit_error" and refused.json()["error"]["code"] == "queue_full"
+    assert [answer.json()["choices"][0]["message"]["content"] for answer in answered] == ["ok"] * 3
+
+
+def test_a_large_request_is_taken_where_nothing_else_runs():
+    (answer,) = requests(served(scripted([*b"ok"])), chat(n=20))
+    assert len(answer.json()["choices"]) == 20
+
+
+def test_draining_answers_503_with_a_time_and_says_so():
+    pool = scripted([*b"ok"])
+    pool.is_draining = True
+    refused, health = requests(served(pool), chat(), ("GET", "/health", {}))
+    assert refused.status_code == health.status_code == 503 and refused.headers["retry-after"]
+    assert health.json()["status"] == "draining" and health.headers["retry-after"]
+
+
+def test_without_a_ready_worker_503():
+    pool = scripted([*b"ok"])
+    pool.workers[0].facts = None
+    refused, health = requests(served(pool), chat(), ("GET", "/health", {}))
+    assert refused.status_code == health.status_code == 503 and health.json()["status"] == "starting"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_fails_and_is_cancelled(stream):
+    pool = scripted(None)
+    (answer,) = requests(served(pool, timeout=0.05), chat(stream=stream))
+    error = json.loads(answer.text.rstrip().rpartition("\n\n")[2].removeprefix("data: "))
+    assert error["error"]["code"] == "timeout" and answer.status_code == (200 if stream else 504)
+    assert pool.outstanding == 0 and pool.workers[0].writer.heard[-1][0] == "abort"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_its_place(stream):
+    async def run():
+        pool = scripted(None)
+        app, sent = served(pool), []
+        body = json.dumps(BODY | {"stream": stream}).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            while not pool.outstanding:
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        scope |= {"query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1", "raw_path": b""}
+        await app(scope, receive, send)
+        return pool
+
+    pool = asyncio.run(run())
+    assert pool.outstanding == 0 and [message[0] for message in pool.workers[0].writer.heard] == ["submit", "abort"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_that_dies_fails_its_requests(stream):
+    async def run():
+        pool = scripted(None)
+        transport = httpx.ASGITransport(served(pool))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:1") as client:
+            asking = asyncio.create_task(client.post("/v1/chat/completions", json=BODY | {"stream": stream}))
+            while not pool.outstanding:
+                await asyncio.sleep(0.01)
+            if stream:
+                pool._hear(pool.workers[0], ("tokens", [(0, ord("x"), False, None, None, None)]))
+            for job in pool.workers[0].jobs.values():
+                job.fail(unavailable("the worker of this request ended; try again", 1))
+            return await asking
+
+    answer = asyncio.run(run())
+    if stream:
+        assert '"content":"x"' in answer.text and '"code": "unavailable"' in answer.text.split("\n\n")[-2]
+    else:
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+
+
+def test_a_key_is_asked_for():
+    app = served(scripted([*b"ok"]), key="secret")
+    right, wrong = {"authorization": "Bearer secret"}, {"authorization": "Bearer sécret".encode()}
+    steps = [("GET", path, {"headers": h}) for path in ("/v1/models", "/stats", "/metrics") for h in ({}, wrong, right)]
+    codes = [answer.status_code for answer in requests(app, *steps, ("GET", "/health", {}))]
+    assert codes == [401, 401, 200] * 3 + [200]
+    (refused,) = requests(app, chat())
+    assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_pages_elsewhere_may_ask_where_they_are_named():
+    asked = {"headers": {"origin": "https://chat.example.org"}}
+    (refused,) = requests(served(scripted()), ("GET", "/v1/models", asked))
+    assert refused.status_code == 403 and refused.json()["error"]["type"] == "permission_error"
+    (answer,) = requests(served(scripted(), origins=["https://chat.example.org"]), ("GET", "/v1/models", asked))
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://chat.example.org"
+    preflight = {"headers": asked["headers"] | {"access-control-request-method": "POST"}}
+    app = served(scripted(), origins=["https://chat.example.org"], key="secret")
+    (answer,) = requests(app, ("OPTIONS", "/v1/chat/completions", preflight))
+    assert answer.status_code == 200 and "POST" in answer.headers["access-control-allow-methods"]
+
+
+def test_settings_reach_the_engine():
+    pool = scripted([*b"ok"])
+    own = {"seed": -1, "stop": ["a", ""], "logit_bias": {"5": 1}, "top_p": 0, "min_tokens": 2, "logprobs": True}
+    requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9))
+    plain, full = (message[2]["params"] for message in pool.workers[0].writer.heard)
+    defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50, "use_tools": True}
+    assert plain == plain | defaults
+    assert full["seed"] == 2**63 - 1 and full["stop"] == ("a",) and full["logit_bias"] == ((5, 1),)
+    assert 0 < full["top_p"] < 1e-6 and full["logprobs"] == 4 and full["max_new_tokens"] == 9
+
+
+def test_requests_with_one_beginning_go_to_one_worker_unless_it_is_busy():
+    async def run():
+        pool = scripted(None, n_workers=2, rows=100)
+        params, same, other = {}, list(range(50)), list(range(1, 51))
+        homes = [pool.submit([same], params).jobs[0].worker.index for _ in range(SLACK + 1)]
+        assert set(homes) == {0} and pool.submit([other], params).jobs[0].worker.index == 1
+        pool.submit([same], params)
+        assert pool.submit([same], params).jobs[0].worker.index == 1  # the first has too much more to do
+        pool.workers[1].facts = None
+        assert pool.submit([other], params).jobs[0].worker.index == 0
+
+    asyncio.run(run())
+
+
+def test_the_log_tells_what_happened_but_not_what_was_said(caplog):
+    with caplog.at_level(logging.INFO, "fathom.requests"):
+        requests(served(scripted([*b"secret"]), log="requests"), chat(), chat(temperature=9), chat(stream=True))
+        told = [json.loads(record.getMessage()) for record in caplog.records]
+        assert [one["status"] for one in told] == [200, 400, 200] and "secret" not in caplog.text
+        assert told[0]["path"] == "/v1/chat/completions" and told[0]["generated_tokens"] == 6
+        assert told[0]["ends"] == ["stop"] and told[0]["cached_tokens"] == 3 and told[0]["seconds"] >= 0
+        caplog.clear()
+        requests(served(scripted([*b"secret"]), log="text"), chat())
+        assert json.loads(caplog.records[0].getMessage())["answers"] == ["secret"]
+        caplog.clear()
+        requests(served(scripted([*b"secret"]), log="none"), chat())
+        assert not caplog.records
+
+
+def test_metrics_count_requests_and_tokens():
+    pool = scripted([*b"four"])
+    pool.workers[0].stats = {"rows": 1, "waiting": 2}
+    *_, metrics, stats = requests(
+        served(pool), chat(), chat(), chat(n=0), ("GET", "/metrics", {}), ("GET", "/stats", {})
+    )
+    assert metrics.headers["content-type"].startswith("text/plain")
+    for line in (
+        'fathom_requests_total{path="/v1/chat/completions",status="200"} 2.0',
+        'fathom_requests_total{path="/v1/chat/completions",status="400"} 1.0',
+        "fathom_generated_tokens_total 8.0",
+        "fathom_first_token_seconds_count 2.0",
+        'fathom_worker_engine_waiting{worker="0"} 2.0',
+        'fathom_worker_ready{worker="0"} 1.0',
+    ):
+        assert line in metrics.text
+    assert stats.json()["workers"][0]["engine"] == {"rows": 1, "waiting": 2} and stats.json()["total_workers"] == 1
+
+
+def test_nanochats_form_of_a_stream():
+    app = served(scripted([*"Grüße".encode()]))
+    good = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.5, "top_k": 5, "max_tokens": 9}
+    (answer,) = requests(app, ("POST", "/chat/completions", {"json": good}))
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.strip().split("\n\n")]
+    assert events[-1] == {"done": True} and "".join(one["token"] for one in events[:-1]) == "Grüße"
+    assert all(one["gpu"] == 0 for one in events[:-1])
+    long = [{"role": role, "content": "x" * 100} for role in ("user", "assistant") * 9][:-1]
+    wrong = [
+        {"messages": []},
+        {"messages": [{"role": "system", "content": "x"}]},
+        {"messages": [{"role": "user", "content": ""}]},
+        {"messages": [{"role": "user", "content": "x" * 8001}]},
+        {"messages": [{"role": "user", "content": "x" * 8000}] * 5},
+        good | {"temperature": 2.1},
+        good | {"top_k": 201},
+        good | {"max_tokens": 4097},
+    ]
+    answers = requests(app, *(("POST", "/chat/completions", {"json": body}) for body in ({"messages": long}, *wrong)))
+    assert [answer.status_code for answer in answers] == [200, *[400] * len(wrong)]

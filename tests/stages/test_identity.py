@@ -1,0 +1,398 @@
+"""What a stage begins with is known by its content: nothing else is resumed, evaluated, served or started from."""
+
+import shutil
+
+import pytest
+import small_training
+import torch
+from conftest import compose, run_cli
+from omegaconf import OmegaConf
+
+from llm.checkpoint.model_folder import save_model_folder
+from llm.checkpoint.resume import checkpoint_path, inspect, list_checkpoints, load_checkpoint, origins
+from llm.config.stages import stage_row
+from llm.errors import UserError
+from llm.eval.evaluate import StageSubject
+from llm.eval.hf_model import load_hf
+from llm.model.gpt import GPT
+from llm.run.content import fingerprints, write_content
+from llm.run.formats import FORMAT
+from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.scaling.rules import model_config
+from llm.serving import app
+from llm.serving.chat import load_chat_model
+from llm.stages.common import load_parent, load_tokenizer
+from llm.stages.job import Job
+from llm.stages.parents import check_same_origin, find_parents
+from llm.tokenizer.bpe import Tokenizer
+from llm.utils import environment
+
+pytestmark = pytest.mark.usefixtures("composed_once")
+TINY = ("experiment=tiny", "model.depth=1")
+
+
+def config(root, stage, *more):
+    return compose("train", *TINY, f"stage={stage}", f"paths.runs={root}", *more)
+
+
+def job_of(root, stage, *more) -> Job:
+    """The work on a stage of the run `tiny`, after its parents were found and before they are compared."""
+    cfg = config(root, stage, *more)
+    run, row = RunDir(cfg.paths.runs, cfg.run), stage_row(cfg.stage.name)
+    return Job(cfg, row, run, OmegaConf.to_container(cfg, resolve=True), *find_parents(cfg, row, run))
+
+
+def finish(root, stage, seed):
+    """Leave the stage as training does, with initial weights of `seed`."""
+    job, tokenizer = job_of(root, stage), Tokenizer.load(root / "tiny" / "tokenizer" / "model")
+    net = GPT(model_config(job.cfg.model, job.cfg.arch, tokenizer.vocab_size)).init_weights(seed)
+    with torch.no_grad():
+        net.lm_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    save_model_folder(job.stage_dir / "model", net, tokenizer)
+    own = {"status": "finished", "finished": stage, "fingerprints": fingerprints(job.stage_dir / "model")}
+    write_manifest(job.stage_dir, job.manifest | own)
+
+
+def begin(root, stage, *more):
+    """Leave the stage as a training that was killed after its second checkpoint, without their tensors."""
+    job = job_of(root, stage, *more)
+    job.begin()
+    for step in (2, 4):
+        save(job, step, job.origin)
+
+
+def save(job, step, origin):
+    path = checkpoint_path(job.stage_dir / "checkpoints", step)
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"global_step": step, "fathom": {"origin": origin}}, path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_commit():
+    """The source tree may change while tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "git_commit", lambda: "b" * 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs_once(tokenizer_runs, tmp_path_factory):
+    root = shutil.copytree(tokenizer_runs, tmp_path_factory.mktemp("identity") / "runs")
+    finish(root, "pretrain", 0)
+    finish(root, "midtrain", 1)
+    return root
+
+
+@pytest.fixture
+def runs(runs_once, tmp_path):
+    """runs/tiny with a finished tokenizer, pretrain and midtrain."""
+    return shutil.copytree(runs_once, tmp_path / "runs")
+
+
+def put_other_tokenizer(folder):
+    """Train a tokenizer of the same size on another text into a model/ folder."""
+    size = Tokenizer.load(folder).vocab_size
+    Tokenizer.train([f"{n} other words of another text, said {n * n} times" for n in range(500)], size).save(folder)
+
+
+def put_other_weights(root, listed=True):
+    """Copy the weights of tiny/midtrain over those of tiny/pretrain, with the list of checksums or without it."""
+    for name in ("model.safetensors", *(["manifest.json"] if listed else [])):
+        shutil.copy(root / "tiny/midtrain/model" / name, root / "tiny/pretrain/model" / name)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_unfinished_stage_is_not_resumed_from_another_tokenizer(runs, listed):
+    shutil.rmtree(runs / "tiny" / "pretrain")
+    begin(runs, "pretrain")
+    folder = runs / "tiny" / "tokenizer" / "model"
+    check_same_origin(job_of(runs, "pretrain"))
+    put_other_tokenizer(folder)
+    if listed:
+        write_content(folder)
+    with pytest.raises(UserError, match=f"begun from another version of {folder}.*another tokenizer.*put that"):
+        check_same_origin(job_of(runs, "pretrain"))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_unfinished_stage_is_not_resumed_from_other_weights(runs, listed):
+    begin(runs, "sft", "init_from=tiny/pretrain")
+    check_same_origin(job_of(runs, "sft", "init_from=tiny/pretrain"))
+    put_other_weights(runs)
+    if not listed:
+        (runs / "tiny/pretrain/model/manifest.json").unlink()
+    job = job_of(runs, "sft", "init_from=tiny/pretrain")
+    with pytest.raises(UserError, match=f"begun from another version of {job.parent}.*other weights.*put that"):
+        check_same_origin(job)
+
+
+def test_a_parent_trained_again_to_the_same_weights_is_the_same_parent(runs):
+    begin(runs, "sft")
+    record = read_manifest(runs / "tiny" / "pretrain")
+    write_manifest(runs / "tiny" / "pretrain", record | {"finished": "later"})
+    check_same_origin(job_of(runs, "sft"))
+
+
+def test_another_parent_ends_the_command_in_one_line_and_changes_nothing(runs):
+    shutil.rmtree(runs / "tiny" / "pretrain")
+    begin(runs, "pretrain")
+    put_other_tokenizer(runs / "tiny" / "tokenizer" / "model")
+    before = read_manifest(runs / "tiny" / "pretrain")
+    done = run_cli("train.py", *TINY, "stage=pretrain", f"paths.runs={runs}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert read_manifest(runs / "tiny" / "pretrain") == before
+
+
+def test_checkpoints_tell_without_run_json_what_they_began_from(runs):
+    begin(runs, "sft")
+    (runs / "tiny/sft/run.json").unlink()
+    check_same_origin(job_of(runs, "sft"))
+    shutil.copytree(runs / "tiny/pretrain/model", runs / "tiny/midtrain/model", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="step_000002.ckpt: this stage was begun from another version of .*/midtrain/"):
+        check_same_origin(job_of(runs, "sft"))
+
+
+@pytest.mark.parametrize("change", ["seed=7", "data.mixture.sft.choice=3.0", "optim.matrix_lr=0.5"])
+def test_a_checkpoint_of_another_training_is_not_resumed(runs, change):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 4, job_of(runs, "sft", change).origin)
+    key, value = change.split("=")
+    with pytest.raises(UserError, match=rf"step_000004.ckpt was saved by .*\({key}: {value} -> .*put the checkpoints"):
+        check_same_origin(job_of(runs, "sft"))
+
+
+@pytest.mark.parametrize("change", ["max_steps=2", "save_every=7", "data.workers=1", "batch.micro_batch_size=1"])
+def test_a_checkpoint_of_a_shorter_or_otherwise_placed_training_is_resumed(runs, change):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 4, job_of(runs, "sft", change).origin)
+    check_same_origin(job_of(runs, "sft"))
+
+
+def test_checkpoints_of_older_releases_and_damaged_ones_are_no_reason_to_refuse(runs):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 2, {})
+    (runs / "tiny/sft/checkpoints/step_000006.ckpt").write_bytes(b"half a checkpoint")
+    path = runs / "tiny/sft/checkpoints/step_000004.ckpt"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"seed", b"seeD"))
+    assert origins(path.parent) == []
+    check_same_origin(job_of(runs, "sft"))
+    path.write_bytes(content)
+    assert [file.name for file, _ in origins(path.parent)] == [path.name]
+
+
+def test_real_checkpoints_carry_their_origin_and_resume(tmp_path):
+    module = small_training.make_module()
+    module.origin = {"stage": "pretrain", "config": {"seed": 1}}
+    straight, _ = small_training.fit(tmp_path / "a", module=module)
+    assert [origin for _, origin in origins(tmp_path / "a/checkpoints")] == [module.origin] * 2
+    (_, first), _ = list_checkpoints(tmp_path / "a/checkpoints")
+    assert "origin" in load_checkpoint(first)["fathom"]
+    again, _ = small_training.fit(tmp_path / "b", ckpt=first)
+    assert all(a.equal(b) for a, b in zip(straight.parameters(), again.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said and refuses nothing
+
+
+def resume(root):
+    check_same_origin(job_of(root, "sft"))
+
+
+def notes(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: /")]
+
+
+def made_by(root, stage, **code):
+    """Let run.json of a stage name other code."""
+    folder = root / "tiny" / stage
+    write_manifest(folder, read_manifest(folder) | code)
+
+
+@pytest.mark.parametrize("use", ["resume", "evaluate", "serve"])
+def test_other_code_is_named_in_one_line_and_no_reason_to_refuse(use, runs, capsys):
+    begin(runs, "sft")
+    {"resume": resume, "evaluate": evaluate, "serve": serve}[use](runs)
+    assert notes(capsys) == []
+    made_by(runs, "pretrain", version="0.0.1", commit="a" * 40 + "-dirty")
+    other = job_of(runs, "sft").origin | {"version": "0.0.1", "commit": "a" * 40 + "-dirty"}
+    save(job_of(runs, "sft"), 4, other)
+    {"resume": resume, "evaluate": evaluate, "serve": serve}[use](runs)
+    (said,) = notes(capsys)
+    assert said.startswith(f"note: {runs}/tiny/")
+    assert "made by other code: Fathom 0.0.1, commit aaaaaaaaaaaa-dirty; this is Fathom " in said
+
+
+def test_code_that_is_not_known_is_not_taken_for_other_code(runs, capsys):
+    for unknown in ({"version": None, "commit": None}, {"commit": None}):
+        made_by(runs, "pretrain", **unknown)
+        serve(runs)
+    assert notes(capsys) == []
+
+
+def without_fingerprints(root, stage):
+    """Make a stage such as older releases left it."""
+    folder = root / "tiny" / stage
+    record = {key: value for key, value in read_manifest(folder).items() if key not in ("fingerprints", "parents")}
+    write_manifest(folder, record)
+    (folder / "model" / "manifest.json").unlink(missing_ok=True)
+    for step in (2, 4) if (folder / "checkpoints").is_dir() else ():
+        save(job_of(root, stage), step, {})
+
+
+def test_an_old_folder_is_evaluated_served_resumed_and_started_from_with_one_line(runs, capsys):
+    begin(runs, "sft")
+    for stage in ("pretrain", "sft"):
+        without_fingerprints(runs, stage)
+    for use in (evaluate, serve, start_from):
+        use(runs)
+        (said,) = notes(capsys)
+        assert f"{runs}/tiny/pretrain/model: nothing of it could be compared" in said
+        assert "no manifest.json and no fingerprints in run.json" in said
+    resume(runs)
+    (said,) = notes(capsys)
+    assert f"note: {runs}/tiny/sft keeps no fingerprints" in said
+    assert f"whether {runs}/tiny/midtrain/model has changed since could not be compared" in said
+
+
+def test_of_half_of_the_lists_the_line_says_what_is_left(runs, capsys):
+    (runs / "tiny/pretrain/model/manifest.json").unlink()
+    made_by(runs, "midtrain", fingerprints=None)
+    serve(runs)
+    load_chat_model(runs / "tiny" / "midtrain")
+    first, second = notes(capsys)
+    assert "pretrain/model: only tokenizer and weights could be compared" in first and "(no manifest.json: " in first
+    assert "midtrain/model: not all of it could be compared" in second and "(no fingerprints in run.json: " in second
+
+
+def evaluate(root, *more):
+    cfg = compose("evaluate", "run=tiny", f"paths.runs={root}", *more)
+    cfg.stage = "pretrain"
+    StageSubject(cfg)
+
+
+def load_folder(root, *more):
+    cfg = compose("evaluate", *more)
+    load_hf(f"{root}/tiny/pretrain/model", None, "cpu", cfg.verify)
+
+
+def serve(root, *more):
+    cfg = compose("serve", "run=tiny", "prompt=a", "max_new_tokens=1", f"paths.runs={root}", *more)
+    cfg.stage = "pretrain"
+    app.serve(cfg)
+
+
+def start_from(root, *more):
+    load_parent(root / "tiny/pretrain/model", config(root, "sft", *more))
+
+
+@pytest.mark.parametrize("use", [evaluate, serve, start_from])
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_of_another_stage_are_refused_by(use, listed, runs):
+    use(runs)
+    put_other_weights(runs, listed)
+    with pytest.raises(UserError, match=f"{runs}/tiny/pretrain/model.*(put the files of this|copy the folder again)"):
+        use(runs)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_tokenizer_that_its_stage_did_not_train_is_refused_by_a_fresh_network(listed, runs):
+    folder, cfg = runs / "tiny" / "tokenizer" / "model", config(runs, "pretrain")
+    load_tokenizer(folder, cfg)
+    put_other_tokenizer(folder)
+    if listed:
+        write_content(folder)
+    with pytest.raises(UserError, match=f"{folder}.*(holds another tokenizer .* than its stage|is not what was)"):
+        load_tokenizer(folder, cfg)
+
+
+@pytest.mark.parametrize("use", [evaluate, load_folder, serve, start_from])
+def test_a_flipped_bit_is_found_and_with_verify_false_not_looked_for(use, runs):
+    path = runs / "tiny/pretrain/model/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors is not what was written"):
+        use(runs)
+    use(runs, "verify=false")
+
+
+@pytest.mark.parametrize("use", [evaluate, serve, start_from])
+def test_with_verify_false_other_weights_are_found_by_their_list(use, runs):
+    put_other_weights(runs)
+    with pytest.raises(UserError, match="pretrain/model holds other weights .* than its stage handed over"):
+        use(runs, "verify=false")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats of other releases
+
+USES = {"evaluate": evaluate, "serve": serve, "start_from": start_from}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_folder_of_a_later_release_is_refused_whatever_else_it_holds(use, runs):
+    made_by(runs, "pretrain", format=FORMAT + 1, status=["what a later release may write"], config=5)
+    with pytest.raises(UserError, match=rf"pretrain/run.json: a later release .*\(format {FORMAT + 1}; .*: use that"):
+        USES[use](runs)
+
+
+def test_a_later_checkpoint_is_not_resumed(runs):
+    begin(runs, "sft")
+    save(job_of(runs, "sft"), 6, job_of(runs, "sft").origin | {"format": FORMAT + 1, "parents": 5})
+    with pytest.raises(UserError, match=r"step_000006.ckpt: origin: a later release of Fathom wrote it"):
+        check_same_origin(job_of(runs, "sft"))
+
+
+@pytest.mark.parametrize("number", [None, FORMAT])
+def test_folders_of_this_release_and_without_a_number_are_read(number, runs):
+    folder = runs / "tiny" / "pretrain"
+    record = {key: value for key, value in read_manifest(folder).items() if key != "format"}
+    write_manifest(folder, record if number is None else record | {"format": number})
+    for use in USES.values():
+        use(runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make inspect
+
+
+def inspected(root, capsys) -> dict[str, str]:
+    """What `make inspect` says of the model/ folder of every stage of the run, and whether it finds all sound."""
+    is_sound, said, stage = inspect(root / "tiny"), {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("tiny/"):
+            stage = line.partition(":")[0].removeprefix("tiny/")
+        elif "  model/" in line:
+            said[stage] = line
+    return said | {"sound": is_sound}
+
+
+def test_inspect_tells_sound_models_from_others(runs, capsys):
+    said = inspected(runs, capsys)
+    assert said.pop("sound") and list(said) == ["tokenizer", "pretrain", "midtrain"]
+    assert all(line.endswith("every file is as it was written") for line in said.values())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja", "tokenizer.tiktoken"])
+def test_inspect_names_the_file_with_a_flipped_bit(name, runs, capsys):
+    path = runs / "tiny/pretrain/model" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    said = inspected(runs, capsys)
+    assert not said["sound"] and "DAMAGED: " in said["pretrain"] and name in said["pretrain"]
+    assert "every file" in said["tokenizer"] and "every file" in said["midtrain"]
+
+
+def test_inspect_says_what_was_swapped_or_is_not_listed(runs, capsys):
+    put_other_weights(runs)
+    put_other_tokenizer(runs / "tiny/tokenizer/model")
+    (runs / "tiny/midtrain/model/manifest.json").unlink()
+    said = inspected(runs, capsys)
+    assert not said["sound"] and "DAMAGED" not in said["midtrain"] and "no manifest.json" in said["midtrain"]
+    assert "DAMAGED: " in said["pretrain"] and "holds other weights" in said["pretrain"]
+    assert "DAMAGED: " in said["tokenizer"] and "is not what was written" in said["tokenizer"]
+    without_fingerprints(runs, "midtrain")
+    assert "nothing of it could be compared" in inspected(runs, capsys)["midtrain"]
