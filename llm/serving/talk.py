@@ -1,4 +1,4 @@
-"""What the visitors of the page do to their conversations: ask, answer, edit, undo, choose models, take up old chats.
+"""Conversations of the page's visitors: ask, answer, edit, undo, choose models, take up old chats.
 
 Nothing here builds the page; `Handlers` returns values for its components, in the order that browser.py names them.
 """
@@ -142,13 +142,15 @@ class Handlers:
     ) -> Iterator[tuple]:
         """Stream the answer to the last question, of both models at once, as (talk, first chat, second chat)."""
         if not talk.is_asked:
+            yield UNCHANGED[1:]  # a generator that yields nothing would leave empty chats
             return
         talk.is_asked, turn = False, talk.turn
         try:
+            yield talk, *views(talk)
             params = self._params(temperature, top_k, top_p, max_new_tokens, seed)
-            talk.chat.system = system or ""
-            if len(talk.chat.system) > MAX_MESSAGE:
+            if len(system or "") > MAX_MESSAGE:
                 raise UserError(f"The system prompt has {len(system):,} characters, {MAX_MESSAGE:,} are possible.")
+            talk.chat.system = system or ""
             yield from self._frames(talk, turn, params)
         except UserError as error:
             gr.Warning(html.escape(str(error)))

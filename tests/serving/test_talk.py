@@ -23,6 +23,7 @@ from llm.serving.saved_chat import Chat, Thread  # noqa: E402
 from llm.serving.talk import MAX_MESSAGE, NONE, UNCHANGED, Handlers, Talk, told  # noqa: E402
 from llm.tokenizer.chat_format import render_prompt  # noqa: E402
 
+NOTHING = [UNCHANGED[1:]]  # frames of an answer to nothing; without any, Gradio would empty the chats
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=200)
 
 
@@ -85,19 +86,19 @@ def test_a_question_is_answered_frame_by_frame(handlers, monkeypatch):
     visitor = Talk.new("run/sft")
     box, _, shown, _ = handlers.ask("Who?", visitor)
     assert (box["value"], box["stop_btn"], shown) == ("", "Stop", [user("Who&#63;")])
-    frames = [first[-1]["content"].partition("\n")[0] for _, first, _ in handlers.answer(visitor)]
+    frames = [first[-1]["content"].partition("\n")[0] for _, first, _ in list(handlers.answer(visitor))[1:]]
     assert frames[-1] == "I am run/sft" and len(frames) > 5
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(frames))
     box, _ = handlers.rest(visitor)
     assert box["submit_btn"] == "Send" and not visitor.is_busy
     assert "tokens" in visitor.chat.threads[0].messages[-1]["speed"]
-    assert list(handlers.answer(visitor)) == []  # nothing is asked
+    assert list(handlers.answer(visitor)) == NOTHING  # is asked, so nothing changes
 
 
 def test_an_empty_box_asks_nothing_and_warns_of_nothing(handlers, warned):
     visitor = asked(handlers, "one")
     for empty in ("", "  \n"):
-        assert handlers.ask(empty, visitor) is UNCHANGED and list(handlers.answer(visitor)) == []
+        assert handlers.ask(empty, visitor) is UNCHANGED and list(handlers.answer(visitor)) == NOTHING
     assert said(visitor.chat.threads[0].messages) == ["one", "I am run/sft"] and warned == []
 
 
@@ -118,7 +119,7 @@ def test_while_an_answer_is_on_its_way_nothing_else_is_done(handlers, warned):
     next(answer)
     assert handlers.ask("two", visitor) is UNCHANGED and handlers.again(visitor) is UNCHANGED
     handlers.undo("", visitor), handlers.choose("run/pretrain", NONE, visitor)
-    assert len(warned) == 4 and list(handlers.answer(visitor)) == []
+    assert len(warned) == 4 and list(handlers.answer(visitor)) == NOTHING
     assert said(list(answer)[-1][0].chat.threads[0].messages) == ["one", "I am run/sft"]
 
 
@@ -135,7 +136,7 @@ def test_a_stopped_answer_stays_and_has_no_last_word(handlers, monkeypatch):
     visitor, engine = Talk.new("run/sft"), handlers.models.get("run/sft").engine
     handlers.ask("one", visitor)
     answer = handlers.answer(visitor)
-    next(answer), next(answer), next(answer)
+    next(answer), next(answer), next(answer), next(answer)
     box, _ = handlers.stop(visitor)
     assert box["submit_btn"] == "Send" and not engine.closed
     handlers.undo("", visitor)
@@ -298,9 +299,10 @@ def test_the_page_offers_the_examples_of_the_model_and_everything_has_a_label():
 
 
 @pytest.mark.filterwarnings("ignore")  # from inside gradio
-def test_the_page_over_http(tmp_path):
+def test_the_page_over_http(tmp_path, monkeypatch):
     from gradio_client import Client
 
+    monkeypatch.setattr(talk, "FRAME_SECONDS", 0.0)
     demo = browser.build(Models(load_chat_model(make_run(tmp_path))), GREEDY)
     port = free_port()
     browser.launch(demo, "127.0.0.1", port)
@@ -329,7 +331,7 @@ def test_stopping_in_the_browser_closes_the_engine(monkeypatch):
     handlers, visitor = Handlers(models, GREEDY), Talk.new("run/sft")
     handlers.ask("x", visitor)
     answer = handlers.answer(visitor)
-    next(answer), next(answer)
+    next(answer), next(answer), next(answer)
     assert not engine.closed
     answer.close()
     assert engine.closed and not visitor.is_busy
