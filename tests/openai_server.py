@@ -27,10 +27,10 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server of a model that has learnt a few conversations by heart."""
+    """A server of a model that has learnt a few conversations by heart, with page and API."""
     root = tmp_path_factory.mktemp("runs")
     make_run(root)
-    with ServerProcess(root, "ui=api", "temperature=0", "api.log=none") as running:
+    with ServerProcess(root, "temperature=0", "api.log=none") as running:
         yield running
 
 

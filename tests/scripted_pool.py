@@ -35,7 +35,7 @@ class Script:
 def scripted(ids: list[int] | None = None, n_workers: int = 1, rows: int = 2, queue: int = 1) -> Pool:
     """A pool whose workers follow a script instead of being processes."""
     pool = Pool(Source("a/b"), ["cpu"] * n_workers, rows=rows, queue=queue)
-    pool._facts = FACTS
+    pool.facts = FACTS
     for worker in pool.workers:
         worker.facts, worker.writer = FACTS, Script(pool, worker, ids)
     return pool

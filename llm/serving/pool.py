@@ -190,16 +190,12 @@ class Pool:
         self.source, self.rows, self.queue, self.threads = source, rows, queue, threads
         self.workers = [Worker(index, device) for index, device in enumerate(devices)]
         self.is_draining = False
+        self.facts: dict[str, Any] = {}  # about the model that every worker has loaded
         self.seconds = 1.0  # a job takes, lately
         self._numbers = itertools.count()
         self._homes: OrderedDict[tuple, Worker] = OrderedDict()
         self._tasks: list[asyncio.Task] = []
         self._started: list[asyncio.Future] = []
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Facts about the model that every worker has loaded."""
-        return self._facts
 
     @property
     def outstanding(self) -> int:
@@ -212,7 +208,7 @@ class Pool:
         self._started = [loop.create_future() for _ in self.workers]
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self.workers]
         try:
-            self._facts = (await asyncio.gather(*self._started))[0]
+            self.facts = (await asyncio.gather(*self._started))[0]
         except BaseException:
             await self.close()
             raise

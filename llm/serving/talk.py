@@ -1,4 +1,4 @@
-"""What the visitors of the page do to their conversations: ask, answer, edit, undo, choose models, take up old chats.
+"""Conversations of the page's visitors: ask, answer, edit, undo, choose models, take up old chats.
 
 Nothing here builds the page; `Handlers` returns values for its components, in the order that browser.py names them.
 """

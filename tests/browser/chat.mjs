@@ -208,7 +208,7 @@ async function reloaded() {
   await idle();
   await until("two chats in the list", async () => (await page.locator("#fathom-chats .pick").count()) >= 2);
   await screenshot("7-chats");
-  await button("Who are you?").click();
+  await button("Who are you?").first().click();
   await until("the older chat", async () => (await questions.allInnerTexts()).join() === "Who are you?");
   const download = page.waitForEvent("download");
   await button("Export as JSON").click();

@@ -13,7 +13,8 @@ from serving_run import ServerProcess, make_run
 from llm.checkpoint.examples import save_examples
 
 HERE = Path(__file__).parent
-SEQ_LEN = 2048  # room for a song of seconds, to be stopped
+SEQ_LEN = 4096  # room for a song of seconds, to be stopped
+SLOWLY = {"FATHOM_KERNELS": "off"}  # torch takes these seconds
 LOOKS = tuple(f"{width} {scheme}" for width in ("desktop", "phone") for scheme in ("light", "dark"))
 SCREENSHOTS = ("1-start", "2-calculator", "3-markdown", "4-context", "6-hostile", "7-chats", "8-settings")
 SCREENSHOTS += ("9-side-by-side", *(f"5-{look.replace(' ', '-')}" for look in LOOKS))
@@ -36,7 +37,7 @@ def seen(tmp_path_factory) -> dict:
     screenshots.mkdir(parents=True, exist_ok=True)
     save_examples(make_run(folder / "runs", seq_len=SEQ_LEN) / "model", ["Who are you?", "Greet me."])
     make_run(folder / "runs", stage="midtrain", seq_len=SEQ_LEN)
-    with ServerProcess(folder / "runs", "temperature=0", f"max_new_tokens={SEQ_LEN}") as server:
+    with ServerProcess(folder / "runs", "temperature=0", f"max_new_tokens={SEQ_LEN}", env=SLOWLY) as server:
         done = run("node", str(HERE / "chat.mjs"), server.url, str(screenshots), chromium)
     assert server.process.returncode == 0 and server.output.endswith("server ended\n"), server.output
     assert done.returncode == 0, done.stderr

@@ -163,6 +163,23 @@ def test_the_clients_own_stream_of_responses(client):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The page beside the API
+
+
+def test_the_page_asks_the_same_workers(server):
+    gradio_client = pytest.importorskip("gradio_client")
+    visitor = gradio_client.Client(server.url, verbose=False)
+    try:
+        visitor.predict("Greet me.", api_name="/ask")
+        shown = visitor.predict(0.0, 50, 1.0, 40, "", "", api_name="/answer")
+        assert "Grüße! 你好 😀" in str(shown)
+    finally:
+        visitor.close()
+    assert httpx.get(server.url).headers["content-security-policy"].startswith("default-src 'self'")
+    assert httpx.get(f"{server.url}/stats").json()["requests"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Workers and the end: these tests change the server, so they come last
 
 

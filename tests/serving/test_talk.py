@@ -299,9 +299,10 @@ def test_the_page_offers_the_examples_of_the_model_and_everything_has_a_label():
 
 
 @pytest.mark.filterwarnings("ignore")  # from inside gradio
-def test_the_page_over_http(tmp_path):
+def test_the_page_over_http(tmp_path, monkeypatch):
     from gradio_client import Client
 
+    monkeypatch.setattr(talk, "FRAME_SECONDS", 0.0)
     demo = browser.build(Models(load_chat_model(make_run(tmp_path))), GREEDY)
     port = free_port()
     browser.launch(demo, "127.0.0.1", port)

@@ -6,7 +6,6 @@ import pytest
 import small_training
 import torch
 from conftest import compose, run_cli
-from llm.eval.hf_model import load_hf
 from omegaconf import OmegaConf
 
 from llm.checkpoint.hf_model import load_hf

@@ -50,7 +50,7 @@ def answer_form(body: ChatRequest) -> dict[str, Any] | None:
 
 
 class Choice:
-    """One of the answers of a request: its text so far and what it holds back."""
+    """Answer of a request among others: its text so far and what it holds back."""
 
     def __init__(self, service: Service, body: ChatRequest, offers_tools: bool):
         self.text = AnswerText(service.tokenizer, body.stops())

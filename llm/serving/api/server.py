@@ -51,8 +51,8 @@ def _key_check(key: str | None) -> Callable:
         """Raise ApiError for a request without the key."""
         if key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), key.encode()):
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode()):
             raise errors.ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
