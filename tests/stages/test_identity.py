@@ -8,12 +8,12 @@ import torch
 from conftest import compose, run_cli
 from omegaconf import OmegaConf
 
+from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import save_model_folder
 from llm.checkpoint.resume import checkpoint_path, inspect, list_checkpoints, load_checkpoint, origins
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.eval.evaluate import StageSubject
-from llm.eval.hf_model import load_hf
 from llm.model.gpt import GPT
 from llm.run.content import fingerprints, write_content
 from llm.run.formats import FORMAT
