@@ -33,13 +33,19 @@ OUT_OF_MEMORY = re.compile(
     "failed to map segment|could not create a primitive",
     re.IGNORECASE,
 )
+ENOUGH = 300  # characters of a value that an error repeats
+ENDLESS = re.compile(r"\S{1025,}")  # longer than the longest path in use
 
 
 class UserError(ValueError):
     """A wrong config value, file or combination. The text names the key or file, the value and the fix.
 
-    Entry points print it as one `error: ...` line without a traceback and exit with status 2.
+    Entry points print it as one `error: ...` line without a traceback and exit with status 2. Of a value without blanks
+    that is longer than any path, as a foreign file may hold, only the beginning is repeated.
     """
+
+    def __init__(self, text: object = ""):
+        super().__init__(ENDLESS.sub(lambda word: f"{word[0][:ENOUGH]}...", str(text)))
 
 
 class BadData(UserError):

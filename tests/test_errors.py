@@ -11,6 +11,12 @@ from llm.errors import UserError, is_out_of_memory, memory_detail, reason_of, sy
 from llm.utils.files import read_json, replaced_folder, write_atomic
 
 
+def test_of_a_value_without_end_only_the_beginning_is_repeated():
+    text = f"data.train={'x' * 5000} is not read; leave it out"
+    assert str(UserError(text)) == f"data.train={'x' * 289}... is not read; leave it out"
+    assert str(UserError(path := f"/{'folder/' * 100}x: no permission")) == path
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [
