@@ -20,7 +20,7 @@ from llm.model.kv_cache import Prefix, SlotCache
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
-TEAM_FROM = 1 << 24  # multiplications from which waiting for each other 30 times pays for several threads
+THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 
 
 class _Matrix(Structure):
@@ -116,7 +116,6 @@ class DecodeStep:
         self._kept: list[torch.Tensor] = []  # what the structs point to
         self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
         self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
-        self._threads = native.Threads(TEAM_FROM)
         self.refresh()
 
     @classmethod
@@ -246,7 +245,7 @@ class DecodeStep:
         self._reserve(max(n, n_outputs))
         work = (n + 2) * self._n_packed  # reading the weights counts as two tokens
         model, batch = ctypes.byref(self._model), ctypes.byref(b)
-        wrong = self._threads.run(work, lambda threads: self._lib.decode(model, batch, threads))
+        wrong = THREADS.run(work, lambda threads: self._lib.decode(model, batch, threads))
         if wrong >= 0:
             row = wrong if rows is None else int(rows[wrong])
             raise ValueError(
