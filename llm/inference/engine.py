@@ -153,8 +153,8 @@ class Engine:
                     self._score_prompt()
                 self._extend(*self._batch.read_prompts(self._waiting))
             except BaseException:
-                self._waiting.extendleft(reversed(self._batch.rows))
-                self._batch = None
+                self._waiting.extendleft(reversed([r for r in self._batch.rows if not r.is_done]))
+                self._let_go()
                 raise
         self._rest()
         events, self._untold = self._untold, []
@@ -171,17 +171,19 @@ class Engine:
             if not decode_cpu.computes(net):  # our kernel packs the weights as they are
                 net = in_compute_dtype(net)
             if getattr(net, "has_slots", False):
-                self._batch = SlotBatch(
-                    net, self.max_rows, self.budget or default_budget(net, self.max_rows), self.frozen
-                )
+                budget = self.budget or default_budget(net, self.max_rows)
+                self._batch = SlotBatch(net, self.max_rows, budget, self.frozen)
             else:
                 self._batch = StaticBatch(net, self.max_rows)
 
     def _rest(self) -> None:
         """Let go of weights and cache where nothing is left to do, unless they are frozen."""
         if not (self._is_busy or self.frozen or self._batch is None):
-            self._batch = self._sampler = None
-            self.net.train(self._was_training)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._batch = self._sampler = None
+        self.net.train(self._was_training)
 
     def _extend(self, requests: list[Request], logits: torch.Tensor | None) -> None:
         """Give each request the token that is forced, or drawn from its logits (B, V); end those that are done."""
@@ -226,7 +228,11 @@ class Engine:
             request.stop_id = token
             self._end(request, "stop")
         else:
-            is_last = self._is_last(request, token)
+            try:
+                is_last = self._is_last(request, token)
+            except Exception as error:  # of whoever wrote the constraint; other requests go on
+                request.error = f"the constraint fails: {error}"
+                return self._end(request, "error")
             self._write(request, token, False, logprob, top, is_last)
             if self._tools and request.params.use_tools and not request.is_done:
                 return self._tools.observe(request, token)
@@ -292,9 +298,10 @@ class Engine:
 
     def _fail(self, request: Request) -> None:
         """End a request that no token can be drawn for."""
-        request.error = "the network gives NaN for the next token: its weights or their precision are broken"
-        if request.constraint is not None or request.params.logit_bias:
+        if request.error is None and (request.constraint is not None or request.params.logit_bias):
             request.error = "no token is allowed by the constraint and logit_bias, or the network gives NaN"
+        elif request.error is None:
+            request.error = "the network gives NaN for the next token: its weights or their precision are broken"
         self._end(request, "error")
 
     def _end(self, request: Request, reason: str) -> None:
@@ -304,8 +311,9 @@ class Engine:
 
     def _score_prompt(self) -> None:
         """Compute the log-probabilities of the next prompt that wants them, and let its request go on."""
-        request = self._unscored.popleft()
+        request = self._unscored[0]
         request.prompt_logprobs = self._plain_log_probs(request.prompt, request.params.prompt_logprobs)
+        self._unscored.popleft()
         if request.room > 0:
             self._waiting.append(request)
         else:

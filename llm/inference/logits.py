@@ -28,8 +28,17 @@ def adjusted(logits: torch.Tensor, requests: Sequence[Request], stop_ids: Collec
         if len(request.ids) < request.params.min_new_tokens and stop_ids:
             own[list(stop_ids)] = -torch.inf
         if request.constraint is not None:
-            own.masked_fill_(~request.constraint.allowed().to(own.device), -torch.inf)
+            own.masked_fill_(~_allowed(request).to(own.device), -torch.inf)
     return logits
+
+
+def _allowed(request: Request) -> torch.Tensor:
+    """Return the tokens (V,) that the constraint of a request allows; none if it fails, which `request.error` tells."""
+    try:
+        return request.constraint.allowed()
+    except Exception as error:  # of whoever wrote the constraint; other requests go on
+        request.error = f"the constraint fails: {error}"
+        return torch.zeros(1, dtype=torch.bool)
 
 
 def _penalise(logits: torch.Tensor, request: Request) -> None:

@@ -150,6 +150,16 @@ def test_a_constraint_that_allows_nothing_is_an_error_of_its_request_alone():
     assert len(free.ids) == 12
 
 
+@pytest.mark.parametrize("method", ["allowed", "accept"])
+def test_a_constraint_that_fails_ends_its_request_alone(method):
+    engine, faulty = Engine(tiny_net(), TOKENIZER), Counting()
+    setattr(faulty, method, lambda *args: 1 / 0)
+    stuck, free = engine.submit([BOS], SamplingParams(), constraint=faulty), engine.submit([BOS], GREEDY)
+    finish(engine)
+    assert (stuck.finish_reason, stuck.ids) == ("error", []) and stuck.error == "the constraint fails: division by zero"
+    assert len(free.ids) == 12 and free.error is None
+
+
 def test_stop_texts_are_said_and_kept_or_left_out():
     net = ScriptNet([list(b"one two three")])
     for keep in (True, False):
