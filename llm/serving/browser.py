@@ -139,7 +139,7 @@ class _Page:
             answered = way.then(
                 handlers.answer,
                 [self.state, *self.sampling, self.system],
-                shown,
+                self.chats,  # not the state: a late frame would bring a chat back that was left meanwhile
                 concurrency_id="engine",
                 concurrency_limit=handlers.models.at_once,
                 **{"show_progress": "hidden", **visible},

@@ -5,6 +5,7 @@
   const CURRENT = "fathom.chat"; // in sessionStorage: the chat of this tab, also after a reload
   const MOST = 50;
   const MOST_TYPED = 8_000; // MAX_MESSAGE of talk.py
+  const MOST_SENT = 1_000_000; // bytes; the server takes a little more (MAX_BODY of guard.py)
   const MOST_CHARACTERS = 2_000_000; // of all chats; a browser gives 5 MB
   let data = null; // {id, chat} as the server last told it
 
@@ -58,15 +59,19 @@
     } catch {
       if (data === null) return; // else storage is turned off
     }
+    // Gradio names every message by its Markdown source, with our escapes in it; its text is a better name.
+    for (const shown of document.querySelectorAll(".chat [data-testid][aria-label]")) shown.removeAttribute("aria-label");
     const others = chats().filter((one) => one.id !== data.id);
     keep(title(data.chat) ? [{ id: data.id, chat: data.chat, time: Date.now() }, ...others] : others);
   }
 
-  // A chat goes to the server as the text of a hidden box; one without messages is a new chat.
+  // A chat goes to the server as the text of a hidden box; where there is none of this id, a new one begins.
   function open(id) {
     const found = chats().find((one) => one.id === id);
+    const content = JSON.stringify(found ? { id: found.id, chat: found.chat } : { time: Date.now() });
+    if (new Blob([content]).size > MOST_SENT) return alert("This chat has become too long to be taken up again.");
     const box = element("fathom-stored").querySelector("textarea");
-    box.value = JSON.stringify(found ? { id: found.id, chat: found.chat } : { time: Date.now() });
+    box.value = content;
     box.dispatchEvent(new Event("input", { bubbles: true }));
   }
 

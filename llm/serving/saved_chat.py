@@ -1,6 +1,5 @@
 """Chats as JSON: what `/save` writes, what the page keeps in the browser and exports, and what both read again."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from llm.errors import UserError
 from llm.serving.chat import Message
 from llm.tokenizer.chat_format import PART_TYPES, validate_conversation
-from llm.utils.files import parse_json, read_json, write_json
+from llm.utils.files import read_json, write_json
 from llm.utils.shapes import either, listing, mapping, one_of, text
 
 MOST_MESSAGES = 500
@@ -56,16 +55,6 @@ def chat_from(value: Any, where: str) -> Chat:
             validate_conversation(thread, where, complete=False)
     threads = [Thread(thread["model"], thread["messages"]) for thread in value["threads"]]
     return Chat(threads, value["system"])
-
-
-def chat_from_text(content: str, where: str) -> Chat:
-    """Return the chat in a JSON text. Raises UserError for anything else."""
-    return chat_from(parse_json(content.encode("utf-8", "replace"), where), where)
-
-
-def text_of(chat: Chat) -> str:
-    """Return the chat as one line of JSON."""
-    return json.dumps(chat.to_dict(), ensure_ascii=False)
 
 
 def load_chat(path: Path) -> Chat:

@@ -91,7 +91,7 @@ UNCHANGED = tuple(gr.skip() for _ in range(4))  # for (box, talk, first chat, se
 class Handlers:
     """Actions of the page. `params` are the settings that it begins with.
 
-    What asks returns (box, talk, first chat, second chat), what changes the chat as a whole (talk, first chat, second
+    What asks returns (box, talk, first chat, second chat); what changes the chat as a whole (talk, first chat, second
     chat, what the browser keeps, system prompt, title, model, second model).
     """
 
@@ -140,13 +140,13 @@ class Handlers:
         seed: str | None = None,
         system: str | None = None,
     ) -> Iterator[tuple]:
-        """Stream the answer to the last question, of both models at once, as (talk, first chat, second chat)."""
+        """Stream the answer to the last question, of both models at once, as (first chat, second chat)."""
         if not talk.is_asked:
-            yield UNCHANGED[1:]  # a generator that yields nothing would leave empty chats
+            yield UNCHANGED[2:]  # a generator that yields nothing would leave empty chats
             return
         talk.is_asked, turn = False, talk.turn
         try:
-            yield talk, *views(talk)
+            yield views(talk)
             params = self._params(temperature, top_k, top_p, max_new_tokens, seed)
             if len(system or "") > MAX_MESSAGE:
                 raise UserError(f"The system prompt has {len(system):,} characters, {MAX_MESSAGE:,} are possible.")
@@ -187,7 +187,7 @@ class Handlers:
                         threads[number].messages.append(_message(reply))
                         begun.add(number)
                 if not replies or time.monotonic() >= next_frame:
-                    yield talk, *views(talk)
+                    yield views(talk)
                     next_frame = time.monotonic() + FRAME_SECONDS
         finally:
             for stream in replies.values():

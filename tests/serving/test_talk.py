@@ -23,7 +23,7 @@ from llm.serving.saved_chat import Chat, Thread  # noqa: E402
 from llm.serving.talk import MAX_MESSAGE, NONE, UNCHANGED, Handlers, Talk, told  # noqa: E402
 from llm.tokenizer.chat_format import render_prompt  # noqa: E402
 
-NOTHING = [UNCHANGED[1:]]  # frames of an answer to nothing; without any, Gradio would empty the chats
+NOTHING = [UNCHANGED[2:]]  # frames of an answer to nothing; without any, Gradio would empty the chats
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=200)
 
 
@@ -86,7 +86,7 @@ def test_a_question_is_answered_frame_by_frame(handlers, monkeypatch):
     visitor = Talk.new("run/sft")
     box, _, shown, _ = handlers.ask("Who?", visitor)
     assert (box["value"], box["stop_btn"], shown) == ("", "Stop", [user("Who&#63;")])
-    frames = [first[-1]["content"].partition("\n")[0] for _, first, _ in list(handlers.answer(visitor))[1:]]
+    frames = [first[-1]["content"].partition("\n")[0] for first, _ in list(handlers.answer(visitor))[1:]]
     assert frames[-1] == "I am run/sft" and len(frames) > 5
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(frames))
     box, _ = handlers.rest(visitor)
@@ -120,7 +120,8 @@ def test_while_an_answer_is_on_its_way_nothing_else_is_done(handlers, warned):
     assert handlers.ask("two", visitor) is UNCHANGED and handlers.again(visitor) is UNCHANGED
     handlers.undo("", visitor), handlers.choose("run/pretrain", NONE, visitor)
     assert len(warned) == 4 and list(handlers.answer(visitor)) == NOTHING
-    assert said(list(answer)[-1][0].chat.threads[0].messages) == ["one", "I am run/sft"]
+    list(answer)
+    assert said(visitor.chat.threads[0].messages) == ["one", "I am run/sft"]
 
 
 def test_an_unanswered_question_makes_room(handlers):
@@ -142,6 +143,16 @@ def test_a_stopped_answer_stays_and_has_no_last_word(handlers, monkeypatch):
     handlers.undo("", visitor)
     assert list(answer) == [] and engine.closed
     assert visitor.chat.threads[0].messages == []
+
+
+def test_a_new_chat_ends_the_answer_of_the_old_one(handlers, monkeypatch):
+    monkeypatch.setattr(talk, "FRAME_SECONDS", 0.0)
+    visitor = Talk.new("run/sft")
+    handlers.ask("one", visitor)
+    answer = handlers.answer(visitor)
+    next(answer), next(answer)
+    fresh, first, *_ = handlers.clear(visitor)
+    assert list(answer) == [] and first["value"] == [] and fresh.chat.threads[0].messages == []
 
 
 def test_settings_reach_the_engine_and_wrong_ones_are_said(handlers, warned):
@@ -198,7 +209,7 @@ def test_two_models_answer_side_by_side(handlers):
     *_, other = handlers.choose("run/sft", "run/pretrain", visitor)
     assert other == "run/pretrain"
     handlers.ask("two", visitor)
-    *_, (_, first, second) = handlers.answer(visitor)
+    *_, (first, second) = handlers.answer(visitor)
     assert [said(thread.messages)[-2:] for thread in visitor.chat.threads] == [
         ["two", "I am run/sft"],
         ["two", "I am run/pretrain"],

@@ -14,6 +14,7 @@ from processes import finish, start_warm, wait_until
 
 from llm.data.balance import Balance
 from llm.errors import UserError
+from llm.run.content import read_content, wrong_file
 from llm.stages.run_stage import run_stage
 
 CHAT = ("midtrain", "sft")
@@ -93,6 +94,8 @@ def test_every_stage_leaves_its_files(tiny_runs, stage):
         assert record["parent"] is None and "| val " in (folder / "compression.md").read_text()
         return
     assert {"model.safetensors", "config.json", "generation_config.json"} <= names
+    assert ("examples.json" in names) == (stage != "pretrain") and wrong_file(folder / "model") is None
+    assert set(read_content(folder / "model")) == names - {"manifest.json"}
     assert record["parent"].endswith(f"{STAGES[STAGES.index(stage) - 1]}/model")
     table = metrics(tiny_runs, stage)
     assert list(table[0])[0] == "step" and int(table[-1]["step"]) == record["steps"] > 0
