@@ -59,8 +59,8 @@ def model_name(cfg: Any) -> str:
     if not str(cfg.model).startswith(HF):
         raise UserError(f"model={cfg.model}: write hf:<folder> or hf:<owner>/<name>; runs are served by run=")
     for key in ("run", "stage"):
-        if cfg[key] is not None:
-            raise UserError(f"model={cfg.model} {key}={cfg[key]}: give either a model or a run")
+        if getattr(cfg, key) is not None:
+            raise UserError(f"model={cfg.model} {key}={getattr(cfg, key)}: give either a model or a run")
     return str(cfg.model)
 
 
