@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import logging
 import signal
 import socket
 import time
@@ -95,6 +96,7 @@ async def run(
         for pool in pools:
             pool.fail_all()
 
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     loop.add_signal_handler(signal.SIGTERM, drain)
     loop.add_signal_handler(signal.SIGINT, end)
     try:
@@ -104,6 +106,12 @@ async def run(
             task.cancel()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(name)
+        logging.getLogger("uvicorn.error").removeFilter(_is_no_cancellation)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Return False for the traceback of a stream that the ending server has cut off: an open page holds one."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 async def _drain(pools: list[Pool], server: uvicorn.Server, seconds: float) -> None:
