@@ -284,9 +284,10 @@ class SlotBatch:
             return None
         first = tuple(waiting[0].tokens)
         entry, skip = self.store.find(first)
-        if (n := self._shared_by_others(first, skip, waiting)) and (
-            reading := self._begin({first[:n]: []}, entry, skip)
-        ):
+        if self._rows and not self._planned_size({first: [waiting[0]]}, entry, skip):
+            return None  # not even the first one fits
+        n = self._shared_by_others(first, skip, waiting)
+        if n and (reading := self._begin({first[:n]: []}, entry, skip)):
             return reading
         texts: Texts = {}
         for request in islice(waiting, self.max_rows - len(self._rows)):
@@ -323,9 +324,7 @@ class SlotBatch:
         n = min(max(map(len, texts)) - skip - done, self._chunk)
         return min(round_up(n, *LENGTHS), self.net.config.seq_len - skip - done) if self._keeps_shapes else n
 
-    def _planned_size(
-        self, texts: dict[tuple, list[Request]], entry: Entry | None, skip: int
-    ) -> tuple[int, int] | None:
+    def _planned_size(self, texts: Texts, entry: Entry | None, skip: int) -> tuple[int, int] | None:
         """Return the size that the cache needs to read texts and to continue them, None where the budget forbids it."""
         own = 0 if self._shares else skip
         rest = max(map(len, texts)) - skip

@@ -47,6 +47,7 @@ def settings(runs, sections, **more):
         "run": "demo",
         "stage": "sft",
         "model": None,
+        "verify": False,
         "data": None,
         "paths": {"runs": str(runs), "data": str(runs)},
         "eval": options | chosen,
