@@ -27,7 +27,7 @@ PREFIXES = 4_096  # that are remembered
 SLACK = 4  # a worker may have this many rows more than the least loaded one and still be chosen for a prefix
 PAUSES = (1.0, 30.0)  # seconds before a worker that died is started again: at first, and at most
 HEALTHY_SECONDS = 60.0  # a worker that lived this long begins again with the shortest pause
-FRAME_SECONDS = 0.02  # between two looks at what came: tokens of this time are sent together
+FRAME_SECONDS = 0.04  # between two looks at what came: tokens of this time are sent together
 END_SECONDS = 5.0  # a worker that has lost its socket ends by itself in this time
 
 

@@ -21,6 +21,7 @@ from llm.serving.guard import Guard
 from llm.serving.pool import Pool
 
 ROUTERS = (chat.router, completions.router, responses.router, nanochat.router, status.router)
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection: else one would ask just as it is closed
 END_SECONDS = 2  # for what is still being sent when the server ends
 
 
@@ -84,7 +85,7 @@ async def run(
 ) -> None:
     """Serve until SIGTERM (after the answers under way) or Ctrl-C (at once); call `on_start` once it answers."""
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
-    config.timeout_graceful_shutdown = END_SECONDS
+    config.timeout_graceful_shutdown, config.timeout_keep_alive = END_SECONDS, KEEP_ALIVE_SECONDS
     server, loop, draining = _Server(config, on_start), asyncio.get_running_loop(), set()
 
     def drain() -> None:
