@@ -70,7 +70,7 @@ def mutate(stage: Path, draw: random.Random) -> str:
     """Change one file of a stage folder; return what was done, in words."""
     files = [stage / name for name in (*JSON_FILES, *OTHER_FILES) if name != "checkpoint" and (stage / name).is_file()]
     files += [path for _, path in list_checkpoints(stage / "checkpoints")]
-    files = [path for path in files if path.stat().st_size < 1 << 26]  # else an earlier mutation made it of holes
+    files = [path for path in files if not path.is_file() or path.stat().st_size < 1 << 26]  # larger: made of holes
     path = draw.choice(files)
     own = JSON_WAYS if path.suffix == ".json" else ("header",) * 4 if path.suffix == ".safetensors" else ()
     own = ("part",) * 6 if path.suffix == ".ckpt" else own
