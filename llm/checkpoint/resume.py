@@ -9,7 +9,6 @@ step waits for a copy of the state in host memory. A thread does checksum, disk 
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -31,7 +30,7 @@ from llm.run.formats import CHECKSUMS, read_form
 from llm.run.notes import content_note
 from llm.run.stage_folder import checked_manifest, read_manifest, read_metrics, stages_in
 from llm.tokenizer.bpe import Tokenizer
-from llm.utils.files import check_ordinary, sync_folder, write_json
+from llm.utils.files import check_ordinary, plain, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -204,11 +203,11 @@ def damage(path: Path, listed: dict[str, dict]) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     return f"not in the manifest, and the CRC of {name} is wrong"
-        elif not zipfile.is_zipfile(path):  # before hours over a file full of holes
-            return "it is no checkpoint"
         else:
             if (size := path.stat().st_size) != entry["bytes"]:
                 return f"{size} bytes instead of {entry['bytes']}"
+            if not zipfile.is_zipfile(path):  # before hours over a file full of holes
+                return "it is no checkpoint"
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return "its checksum is wrong"
@@ -249,7 +248,7 @@ def origins(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
         try:
             with zipfile.ZipFile(path) as archive:  # reading the record compares its CRC
                 archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-            origin = json.loads(json.dumps(load_checkpoint(path)["fathom"]["origin"]))  # of plain values only
+            origin = plain(load_checkpoint(path)["fathom"]["origin"])
         except Exception:  # noqa: BLE001  damage is looked for where the checkpoint is to be used
             continue
         if origin:

@@ -157,7 +157,9 @@ class TrainConfig:
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first (docs/extend.md)")
     trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
-    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
+    verify: bool = key(
+        "compare every file of a loaded model with the checksum in manifest.json; false = quicker, for giants"
+    )
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
@@ -199,7 +201,7 @@ class EvalConfig:
     )
     ks: list[int] | None = key("values of k of pass@k; null = 1 and num_samples", low=1, high=10**4)
     temperature: float = key("sampling temperature of drawn answers", above=0, high=100)
-    python: bool = key("run the Python that a model writes between its python markers, in the sandbox")
+    python: bool = key("run the Python that a model writes between python markers, in the sandbox")
     bundle: str | None = key("folder or zip of a CORE evaluation bundle", main=True)
     core_tasks: list[str] | None = key("tasks of eval.bundle to measure; null = all, whose mean is CORE")
     tasks: list[str] | None = key(
@@ -224,7 +226,9 @@ class EvaluateConfig:
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
-    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
+    verify: bool = key(
+        "compare every file of a loaded model with the checksum in manifest.json; false = quicker, for giants"
+    )
     run: str | None = key("run to evaluate", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
 
@@ -256,7 +260,9 @@ class ServeConfig:
     paths: PathsConfig = key("folders")
     plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
     trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
-    verify: bool = key("compare every file of a model that is loaded with its checksum; false = quicker, for giants")
+    verify: bool = key(
+        "compare every file of a loaded model with the checksum in manifest.json; false = quicker, for giants"
+    )
     run: str | None = key("run to chat with", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
     ui: str = key(

@@ -1,4 +1,4 @@
-"""Calculator for the expressions that a model writes between its python markers.
+"""Calculator for the expressions that a model writes between python markers.
 
 The text comes from a model, so it is untrusted. It passes a lexical gate and a length limit, then a walk over the
 parsed expression that knows six operators and one string method. Python itself evaluates nothing. No signal or timer is

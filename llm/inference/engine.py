@@ -39,7 +39,7 @@ class Engine:
     what half of the free memory has room for; where it is short, rows wait and are read again. frozen: the weights
     never change, so that they and what was read are kept while there is nothing to do, and texts that prompts begin
     with are found again; otherwise the weights are read anew after every pause. run_code: function from Python that a
-    model has written between its python markers to its output; the calculator alone answers without it. Rows that wait
+    model has written between python markers to its output; the calculator alone answers without it. Rows that wait
     for it leave the batch meanwhile.
     """
 

@@ -58,14 +58,14 @@ def check_content(folder: Path, verify: bool = True) -> None:
     """Raise UserError where a model/ folder is not as its stage handed it over.
 
     verify: compare every file with its checksum in manifest.json. Tokenizer and weights are compared with run.json of
-    their stage in any case, but by what manifest.json says of the weights, where `verify` is False. Folders of older
-    releases lack one of these files or both, and pass.
+    their stage in any case, by what manifest.json says of them where it lists the weights. Folders of older releases
+    lack one of these files or both, and pass.
     """
     if verify and (problem := wrong_file(folder)) is not None:
         raise UserError(f"{folder}: {problem}; copy the folder again, or train the stage again")
     record = read_manifest(folder.parent) if folder.name == "model" else None
     known = (record or {}).get("fingerprints") or {}
-    if problem := other_part(folder, known, verify):
+    if problem := other_part(folder, known):
         if verify and problem.startswith(OTHER["weights"]) and _has_weights(folder, known["weights"]):
             raise UserError(f"{folder / CONTENT} is damaged, the weights are not; copy it again, or delete it")
         raise UserError(

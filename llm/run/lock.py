@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 HELD = "FATHOM_LOCKED"  # paths of the locks that this process or the one that started it holds, by os.pathsep
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # the file system has none
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # who cannot write there does no harm
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # who cannot make a file there does no harm
 MOST_SHOWN = 200  # characters of a holder
 
 _open: set[int] = set()  # file descriptors of the locks held here
@@ -47,7 +47,7 @@ def one_writer(stage_dir: Path) -> Iterator[None]:
             "run=<new name>; overwrite=true does not take a running stage away"
         ) from None
     except OSError as error:
-        if error.errno not in (*NO_LOCKS, *READ_ONLY):
+        if error.errno not in (*NO_LOCKS, *READ_ONLY) or (error.errno in READ_ONLY and path.exists()):
             reason = reason_of(error, path)
             raise UserError(f"{path}: cannot be locked ({reason}); set paths.runs to another folder") from error
         fd = None
@@ -127,14 +127,15 @@ def _locked(path: Path) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            fd = _opened(path)
         except FileNotFoundError:  # the folder went meanwhile, with another's lock
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), os.stat(path)):
-                os.ftruncate(fd, 0)
-                os.write(fd, _myself().encode())
+                if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                    os.ftruncate(fd, 0)
+                    os.write(fd, _myself().encode())
                 _open.add(fd)
                 return fd
         except FileNotFoundError:
@@ -143,6 +144,16 @@ def _locked(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _opened(path: Path) -> int:
+    """Open the file of a lock, made where there is none; of another user's, who lets no other write, to read only."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def _release(path: Path, fd: int | None) -> None:

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+LONGEST = 2_048  # characters of an address; longer words are no address, and would cost time without end
+ENDLESS = re.compile(rf"\S{{{LONGEST + 1},}}")
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,40}://")
 # `user:password@`. A password may hold slashes, but `host:8080/a@b` is a port and a path.
 USER = re.compile(r"(://)(?:[^/\s'\"?#]*|[^/\s'\"?#:@]*:(?!\d+/)[^\s'\"?#@]*)@")
 END = r"(?=[).,:;\]}]*(?:[\s'\"<>]|$))"  # of an address in a sentence
@@ -15,10 +17,17 @@ KEY = re.compile(rf"(://[^?\s'\"]*)\?[^\s'\"=]*=\S*?{END}")  # elsewhere `?` alo
 def without_secrets(value: Any) -> str:
     """Return a value as text, without what may be secret in its addresses.
 
-    Left out are `user:password@`, in addresses of the web all from `?` or `#` on, in others `?name=...`.
+    Left out are `user:password@`, in addresses of the web all from `?` or `#` on, in others `?name=...`, and of a word
+    that is longer than any address all from `://` on.
     """
-    text = USER.sub(r"\1", str(value))
+    text = USER.sub(r"\1", ENDLESS.sub(_beginning, str(value)))
     return KEY.sub(r"\1", QUERY.sub(r"\1", text))
+
+
+def _beginning(word: re.Match) -> str:
+    """Return a long word itself, or what stands before its first `://`."""
+    name, mark, _ = word[0].partition("://")
+    return f"{name}..." if mark else name
 
 
 def public(value: Any) -> Any:

@@ -57,11 +57,17 @@ def duration(seconds: float | None) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
-    """Return a Markdown table; columns in `numeric` are right-aligned, bars and newlines in cells escaped."""
+    """Return a Markdown table; columns in `numeric` are right-aligned, what cells hold stands as text."""
     numeric = set(numeric)
     ruler = ["---:" if number in numeric else "---" for number in range(len(header))]
-    lines = [header, ruler, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    lines = [header, ruler, *(map(_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return text of a cell in one line, without signs that end the cell, move the cursor, or load something."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    return text.replace("|", "\\|").replace("<", "\\<").replace("![", "!\\[")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

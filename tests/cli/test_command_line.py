@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_that_helps(argv, expected):
         ("evaluate", ["+data.tasks.x.type=chat"], "choose data=<option> first (climbmix, embedded, fineweb_edu, hub"),
         ("evaluate", ["optim=adamw"], "unknown key 'optim'"),
         ("evaluate", ["eval.max_per_taks=4"], "'eval.max_per_task'"),
-        ("serve", ["ui=web"], "one of gradio, cli"),
+        ("serve", ["ui=web"], "one of gradio, api, cli"),
         ("serve", ["port=99999"], "at most 65535"),
         ("serve", ["temprature=1"], "'temperature'"),
     ],

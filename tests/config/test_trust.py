@@ -1,6 +1,8 @@
 """What a saved run names is fetched only where the command names it again, Fathom does, or it was fetched before."""
 
+import contextlib
 import json
+import time
 
 import pytest
 from conftest import compose
@@ -108,3 +110,17 @@ def test_trust_covers_what_lies_below_and_no_neighbour():
 def test_secrets_are_left_out_of_addresses(text, shown):
     assert without_secrets(text) == shown == without_secrets(shown)
     assert public({"a": [text], text: 1}) == {"a": [shown], shown: 1}
+
+
+@pytest.mark.parametrize("text", ["://" * 300_000, "https://" * 120_000, "a" * 1_000_000, "x?://a=" * 100_000])
+def test_texts_without_end_cost_little(text):
+    start = time.process_time()
+    assert len(without_secrets(text)) <= len(text)
+    with contextlib.suppress(UserError):
+        check_trusted({"tasks": {"a": {"train": text}}}, "run.json: config.data")
+    assert time.process_time() - start < 10
+
+
+def test_of_a_word_longer_than_any_address_what_may_be_secret_goes():
+    secret = "s3://bucket/" + "x" * 3_000 + "?key=secret"
+    assert without_secrets(f"read {secret} now") == "read s3... now"

@@ -253,3 +253,10 @@ def test_markdown_cells_and_code_blocks_cannot_be_broken_out_of():
     assert markdown_table(["a"], [["x | y\nz"]]).splitlines()[-1] == "| x \\| y z |"
     block = fenced("a ```` b")
     assert block.startswith("`````\n") and block.endswith("\n`````")
+
+
+def test_cells_of_a_table_load_nothing_and_move_no_cursor():
+    row = ["![a](http://127.0.0.1/z)\n# X", "\x1b[31mred", "a|b <img src=x>"]
+    assert markdown_table(["a", "b", "c"], [row]).splitlines()[2] == (
+        "| !\\[a](http://127.0.0.1/z) # X |  [31mred | a\\|b \\<img src=x> |"
+    )

@@ -77,3 +77,14 @@ def test_a_manifest_of_somebody_else_names_files_of_the_folder_only(run, name):
     folder = run / "sft" / "model"
     (folder / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "a", "xxh3": "b"}}))
     assert wrong_file(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_weights_of_another_stage_are_found_without_their_list_too(run, content):
+    shutil.copy(run / "pretrain" / "model" / "model.safetensors", run / "sft" / "model" / "model.safetensors")
+    (run / "sft" / "model" / "manifest.json").unlink()
+    if content is not None:
+        (run / "sft" / "model" / "manifest.json").write_text(content)
+    for verify in (True, False):
+        with pytest.raises(UserError, match="other weights"):
+            load_model_folder(run / "sft" / "model", verify=verify)

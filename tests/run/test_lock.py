@@ -1,5 +1,6 @@
 """One writer for each stage folder: locks of real processes, released by death, shared within a job."""
 
+import errno
 import os
 import signal
 import sys
@@ -106,6 +107,22 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     with one_writer(tmp_path / "sft"), waiting_lock(tmp_path / ".eval.json.lock"):
         pass
     assert "has no file locks: start each stage once only" in capsys.readouterr().err
+
+
+def test_the_lock_of_another_user_holds_though_it_cannot_be_written(tmp_path, monkeypatch):
+    """Opening to write is refused here as it is to another user: root, who may run this, is refused nothing."""
+    stage, real = tmp_path / "demo" / "sft", os.open
+
+    def refuse(path, flags, *mode, **more):
+        if flags & os.O_RDWR and str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *mode, **more)
+
+    first = hold(stage)
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=f"is being written by process {first.pid} on"), one_writer(stage):
+        pass
+    assert is_locked(stage)
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):

@@ -28,6 +28,8 @@ ALLOWED = {
     ("tasks/sandbox/judge.py", "exec"): "the program that is judged, in the sandbox",
     ("tasks/files.py", "pickle.loads"): "rows that the same process has put into a nameless file",
     ("llm/data/near_duplicates.py", "np.load"): "arrays in the cache, without objects",
+    ("llm/serving/api/tools.py", "json.loads"): "calls of functions that a model writes; what is none stays text",
+    ("llm/serving/frames.py", "pickle.loads"): "messages of a server's own workers, over a socket pair",
     ("llm/checkpoint/resume.py", "torch.load"): "checkpoints, weights_only=True",
     ("llm/checkpoint/nanochat.py", "torch.load"): "checkpoints of nanochat, weights_only=True",
 }
