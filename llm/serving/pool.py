@@ -176,8 +176,12 @@ class Worker:
 
     def send(self, message: tuple) -> None:
         """Send a message; it waits in memory while the worker is busy."""
+        self.send_packed(frames.pack(message))
+
+    def send_packed(self, data: bytes) -> None:
+        """Send a message that `frames.pack` has made."""
         if self.writer is not None:
-            self.writer.write(frames.pack(message))
+            self.writer.write(data)
 
 
 class Pool:
@@ -231,8 +235,8 @@ class Pool:
     ) -> Batch:
         """Give n samples of each prompt to workers. params: fields of SamplingParams; form: of a structured answer.
 
-        timeout: seconds until whoever waits gets an error. Raises ApiError where the queue is full or no worker is
-        there.
+        timeout: seconds until whoever waits gets an error. Raises ApiError where the queue is full, no worker is
+        there, or the form cannot be sent.
         """
         if self.is_draining:
             raise unavailable("the server is shutting down", 5)
@@ -240,14 +244,21 @@ class Pool:
         if self.outstanding and self.outstanding + n * len(prompts) > capacity:
             raise too_busy(self._wait_seconds())
         batch = Batch(time.monotonic() + timeout)
-        for prompt in prompts:
-            worker = self._choose(prompt)
-            for sample in range(n):
-                job = Job(next(self._numbers), worker, prompt, batch.news)
-                worker.jobs[job.number] = job
-                batch.jobs.append(job)
-                told = {"prompt": prompt, "params": params, "sample": sample, "form": form}
-                worker.send(("submit", job.number, told))
+        try:
+            for prompt in prompts:
+                worker = self._choose(prompt)
+                for sample in range(n):
+                    job = Job(next(self._numbers), worker, prompt, batch.news)
+                    told = {"prompt": prompt, "params": params, "sample": sample, "form": form}
+                    data = frames.pack(("submit", job.number, told))  # before the job takes a place: it may fail
+                    worker.jobs[job.number] = job
+                    batch.jobs.append(job)
+                    worker.send_packed(data)
+        except BaseException as error:
+            self.cancel(batch)
+            if isinstance(error, RecursionError):
+                raise bad("the form of the answer is nested too deeply") from None
+            raise
         return batch
 
     def cancel(self, batch: Batch) -> None:
