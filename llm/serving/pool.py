@@ -305,7 +305,10 @@ class Pool:
         started, pause = self._started[worker.index], PAUSES[0]
         while True:
             begun = time.monotonic()
-            failure = await self._live(worker, started)
+            try:
+                failure = await self._live(worker, started)
+            except Exception as error:  # such as a system that has no memory or no process left
+                failure = f"{type(error).__name__}: {error}"
             if not started.done():  # the first start: whoever waits for it gets the reason
                 started.set_exception(UserError(failure or f"worker {worker.index} ended while it loaded the model"))
                 return
