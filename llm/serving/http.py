@@ -28,9 +28,10 @@ PAGE_ANSWERS = 16  # that the page may have under way; each takes a thread
 def serve(cfg: Any, model: str, params: SamplingParams) -> None:
     """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>.
 
-    Raises UserError where nothing can listen, or the model cannot be loaded.
+    Raises UserError where nothing can listen, the key is blank, or the model cannot be loaded.
     """
     check_names(cfg.public_names)
+    check_key(cfg.api.access_key)
     if cfg.ui == "gradio" and cfg.api.access_key and not is_private(cfg.host, cfg.public_names):
         raise UserError(
             "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
@@ -39,6 +40,14 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
         source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify)
         asyncio.run(_serve(cfg, source, params, bound))
     print("\nserver ended", flush=True)
+
+
+def check_key(key: str | None) -> None:
+    """Raise UserError for a key of nothing but spaces, which every client would have; None asks for no key."""
+    if key is not None and not key.strip():
+        raise UserError(
+            "api.access_key is empty (FATHOM_API_KEY= sets it so): give it a secret, or unset it to ask for no key"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
