@@ -224,6 +224,13 @@ class Pool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def retire(self) -> None:
+        """Take no more jobs, wait for the end of those under way, and end the workers."""
+        self.is_draining = True
+        while self.outstanding:
+            await asyncio.sleep(FRAME_SECONDS)
+        await self.close()
+
     def submit(
         self,
         prompts: Sequence[Sequence[int]],
