@@ -357,7 +357,9 @@ class Pool:
                 await asyncio.shield(_end(worker.process))
 
     def _load_message(self, worker: Worker) -> dict[str, Any]:
-        return asdict(self.source) | {"device": worker.device, "rows": self.rows, "threads": self.threads}
+        sharers = sum(other.device == worker.device for other in self.workers)  # of the device's memory
+        told = {"device": worker.device, "rows": self.rows, "threads": self.threads, "sharers": sharers}
+        return asdict(self.source) | told
 
     def _hear(self, worker: Worker, message: tuple) -> None:
         """Give what a worker says to the jobs that it is about."""

@@ -61,7 +61,9 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if source["threads"]:
         torch.set_num_threads(source["threads"])
     model = load_chat_model(source["model"], source["device"], source["compute"], source["verify"])
-    engine = Engine(model.engine.net, model.engine.tokenizer, max_rows=source["rows"], frozen=True)
+    engine = Engine(
+        *(model.engine.net, model.engine.tokenizer), max_rows=source["rows"], sharers=source["sharers"], frozen=True
+    )
     facts = {"device": str(engine.net.device), "examples": model.examples}
     facts |= {"name": model.name, "summary": model.summary, "notes": model.notes}
     engine.generate([[engine.tokenizer.bos_id]], SamplingParams(max_new_tokens=2))  # or the first answer would be slow

@@ -50,3 +50,8 @@ def test_a_process_that_cannot_be_started_again_is_tried_again(no_process, capsy
 
     asyncio.run(run())
     assert "Cannot allocate memory" in capsys.readouterr().err
+
+
+def test_a_worker_is_told_how_many_share_its_device():
+    pool = Pool(Source("a/b"), ["cuda:0", "cuda:1", "cuda:0"], rows=1, queue=1)
+    assert [pool._load_message(worker)["sharers"] for worker in pool.workers] == [2, 1, 2]
