@@ -20,6 +20,7 @@ from llm.serving import frames
 from llm.utils.environment import RETURN_SECONDS, return_memory
 
 STATS_SECONDS = 1.0  # between reports of the engine's state
+TAKE_SECONDS = 0.05  # for messages between two steps: to compile the form of an answer takes long
 
 
 def main(fd: int) -> None:
@@ -100,16 +101,19 @@ class Loop:
             os._exit(0)  # the server has gone
 
     def _take(self) -> None:
-        """Carry out all messages that wait; without work, wait for one."""
-        while True:
+        """Carry out messages that wait, in `TAKE_SECONDS`, for rows under way wait too; without work, wait for one."""
+        spent = 0.0
+        while spent < TAKE_SECONDS:
             try:
                 message = self.inbox.get(block=not self.engine.has_work, timeout=STATS_SECONDS)
             except queue.Empty:
                 return
+            begun = time.monotonic()
             if message[0] == "submit":
                 self._submit(*message[1:])
             elif message[0] == "abort" and (request := self._forget(message[1])) is not None:
                 self.engine.abort(request)
+            spent += time.monotonic() - begun
 
     def _submit(self, number: int, job: dict[str, Any]) -> None:
         from llm.inference.sampling import SamplingParams

@@ -1,6 +1,9 @@
 """Pool of workers: what becomes of its places when processes cannot be started."""
 
 import asyncio
+import queue
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +14,7 @@ from scripted_pool import scripted  # noqa: E402
 from llm.errors import UserError  # noqa: E402
 from llm.serving import pool as pools  # noqa: E402
 from llm.serving.pool import Pool, Source  # noqa: E402
+from llm.serving.worker import TAKE_SECONDS, Loop  # noqa: E402
 
 
 @pytest.fixture
@@ -55,3 +59,16 @@ def test_a_process_that_cannot_be_started_again_is_tried_again(no_process, capsy
 def test_a_worker_is_told_how_many_share_its_device():
     pool = Pool(Source("a/b"), ["cuda:0", "cuda:1", "cuda:0"], rows=1, queue=1)
     assert [pool._load_message(worker)["sharers"] for worker in pool.workers] == [2, 1, 2]
+
+
+def test_a_worker_goes_on_with_its_rows_between_messages_that_take_long(monkeypatch):
+    inbox = queue.SimpleQueue()
+    for number in range(3):
+        inbox.put(("submit", number, {}))
+    loop = Loop(SimpleNamespace(has_work=True), None, inbox)
+    monkeypatch.setattr(loop, "_submit", lambda number, job: time.sleep(2 * TAKE_SECONDS))
+    loop._take()
+    assert inbox.qsize() == 2
+    monkeypatch.setattr(loop, "_submit", lambda number, job: None)
+    loop._take()
+    assert inbox.empty()

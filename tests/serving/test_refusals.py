@@ -72,6 +72,7 @@ REFUSED = [
         "invalid_value",
         None,
     ),
+    ({"structured_outputs": {"choice": ["x" * 100] * 81}}, 400, "invalid_value", "structured_outputs"),
     ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
     ({"response_format": {"type": "json_schema"}}, 400, None, "response_format.json_schema.json_schema"),
 ]

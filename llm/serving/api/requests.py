@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_MESSAGES = 500
-MAX_CHARS = 8_000  # of one message
+MAX_CHARS = 8_000  # of one message, or of the texts to choose from
 MAX_TOTAL_CHARS = 32_000  # of all messages, or of all prompts
 MAX_TOKENS = 4_096
 MAX_CHOICES = 128  # of one request, over all its prompts
@@ -191,6 +191,8 @@ class StructuredOutputs(Body):
     def _one(self) -> "StructuredOutputs":
         if sum(one is not None for one in (self.regex, self.choice, self.json_)) != 1:
             raise ValueError("structured_outputs takes exactly one of regex, choice, json")
+        if sum(map(len, self.choice or ())) > MAX_CHARS:
+            raise ValueError(f"structured_outputs.choice has more than {MAX_CHARS} characters")
         return self
 
 
