@@ -193,7 +193,7 @@ class Pool:
     def __init__(self, source: Source, devices: Sequence[str], *, rows: int, queue: int, threads: int | None = None):
         self.source, self.rows, self.queue, self.threads = source, rows, queue, threads
         self.workers = [Worker(index, device) for index, device in enumerate(devices)]
-        self.is_draining = False
+        self.is_draining, self.why = False, "the server is shutting down"
         self.facts: dict[str, Any] = {}  # about the model that every worker has loaded
         self.seconds = 1.0  # a job takes, lately
         self._numbers = itertools.count()
@@ -226,7 +226,7 @@ class Pool:
 
     async def retire(self) -> None:
         """Take no more jobs, wait for the end of those under way, and end the workers."""
-        self.is_draining = True
+        self.is_draining, self.why = True, "the model has made room for another; ask again"
         while self.outstanding:
             await asyncio.sleep(FRAME_SECONDS)
         await self.close()
@@ -246,7 +246,7 @@ class Pool:
         there, or the form cannot be sent.
         """
         if self.is_draining:
-            raise unavailable("the server is shutting down", 5)
+            raise unavailable(self.why, 5)
         capacity = len(self.workers) * self.rows + self.queue
         if self.outstanding and self.outstanding + n * len(prompts) > capacity:
             raise too_busy(self._wait_seconds())

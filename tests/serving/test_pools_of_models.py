@@ -12,6 +12,7 @@ from scripted_pool import TOKENIZER, scripted  # noqa: E402
 from llm.errors import UserError  # noqa: E402
 from llm.serving import http, remote  # noqa: E402
 from llm.serving.chat import ChatModel  # noqa: E402
+from llm.serving.errors import ApiError  # noqa: E402
 from llm.serving.pool import Pool, Source  # noqa: E402
 from llm.serving.remote import RemoteEngine, RemoteModels  # noqa: E402
 
@@ -70,7 +71,9 @@ def test_answers_under_way_end_before_their_worker(monkeypatch):
             jobs[name] = pool, pool.submit([[1]], {})
         await asyncio.to_thread(models.get, "a/e")
         await asyncio.sleep(0.1)
-        assert not ended and jobs["a/c"][0].is_draining
+        assert not ended
+        with pytest.raises(ApiError, match="made room for another"):
+            jobs["a/c"][0].submit([[1]], {})
         pool, batch = jobs["a/c"]
         pool.workers[0].writer.answer(batch.jobs[0].number, [*b"ok"])
         async with asyncio.timeout(10):
