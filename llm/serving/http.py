@@ -13,7 +13,7 @@ import torch
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.run.stage_folder import HF
-from llm.serving.api.server import build_app, guard_app, run
+from llm.serving.api.server import build_app, check_key, guard_app, run
 from llm.serving.api.service import Service
 from llm.serving.api.watch import log_to_stderr
 from llm.serving.chat import ChatModel, is_hf
@@ -40,14 +40,6 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
         source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify)
         asyncio.run(_serve(cfg, source, params, bound))
     print("\nserver ended", flush=True)
-
-
-def check_key(key: str | None) -> None:
-    """Raise UserError for a key of nothing but spaces, which every client would have; None asks for no key."""
-    if key is not None and not key.strip():
-        raise UserError(
-            "api.access_key is empty (FATHOM_API_KEY= sets it so): give it a secret, or unset it to ask for no key"
-        )
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from scripted_pool import TOKENIZER, scripted  # noqa: E402
+from scripted_pool import TOKENIZER, scripted, served  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
 from llm.serving import http, remote  # noqa: E402
@@ -22,8 +22,10 @@ CFG = SimpleNamespace(workers=1, api=SimpleNamespace(rows=2, queue=1, timeout=60
 @pytest.mark.parametrize("key", ["", "  "])
 def test_a_blank_key_is_refused_before_the_start(key):
     cfg = SimpleNamespace(public_names=[], ui="api", host="127.0.0.1", api=SimpleNamespace(access_key=key))
-    with pytest.raises(UserError, match="api.access_key is empty"):
+    with pytest.raises(UserError, match="api.access_key is blank"):
         http.serve(cfg, "a/b", None)
+    with pytest.raises(UserError, match="api.access_key is blank"):
+        served(scripted(), key=key)
 
 
 def page(monkeypatch) -> tuple[RemoteModels, list[str]]:
