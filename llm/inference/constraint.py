@@ -6,6 +6,7 @@ form is completed: it takes a short way out once little more room is left than t
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,10 @@ IN_STRINGS = ('"', "0")
 
 CLASSES = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[ \t\n\r\f\v]"}
 
+COMPILED = 16  # forms that are kept compiled: samples of one request have the same, and so have many requests
+
 _tokenizers: dict[int, Any] = {}
+_compiled: OrderedDict[tuple[int, str], Any] = OrderedDict()  # matchers by tokenizer and form, the latest used last
 
 
 class Constraint:
@@ -35,12 +39,7 @@ class Constraint:
     """
 
     def __init__(self, tokenizer: Any, form: Mapping[str, Any], room: int):
-        import llguidance
-
-        self._llm_tokenizer = _for_llguidance(tokenizer)
-        self._matcher = llguidance.LLMatcher(self._llm_tokenizer, _grammar(form), log_level=0)
-        if problem := self._matcher.get_error():
-            raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
+        self._matcher = _matcher(tokenizer, form)
         self._vocab_size, self._ends = tokenizer.vocab_size, sorted(tokenizer.stop_ids)
         self._around, self._inside = (
             [ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1]
@@ -110,6 +109,22 @@ class Constraint:
         allowed = np.flatnonzero(new if (new := mask & ~before).any() else mask)
         used = np.bincount(way, minlength=self._vocab_size)[allowed]
         return int(allowed[np.lexsort((self._lengths[allowed], used))[0]])
+
+
+def _matcher(tokenizer: Any, form: Mapping[str, Any]) -> Any:
+    """Return a matcher at the beginning of a form, compiled where none is kept. Raises UserError as `Constraint`."""
+    import llguidance
+
+    key = id(tokenizer), json.dumps(form)
+    matcher = _compiled.pop(key, None)
+    if matcher is None:
+        matcher = llguidance.LLMatcher(_for_llguidance(tokenizer), _grammar(form), log_level=0)
+        if problem := matcher.get_error():
+            raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
+    _compiled[key] = matcher
+    if len(_compiled) > COMPILED:
+        _compiled.popitem(last=False)
+    return matcher.deep_copy()
 
 
 def _grammar(form: Mapping[str, Any]) -> str:

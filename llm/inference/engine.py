@@ -36,11 +36,12 @@ class Engine:
     """Generator of text from a model and its tokenizer, used by one thread at a time.
 
     max_rows: sequences decoded together; others wait. budget: tokens of context that the cache may hold, by default
-    what half of the free memory has room for; where it is short, rows wait and are read again. frozen: the weights
-    never change, so that they and what was read are kept while there is nothing to do, and texts that prompts begin
-    with are found again; otherwise the weights are read anew after every pause. run_code: function from Python that a
-    model has written between python markers to its output; the calculator alone answers without it. Rows that wait
-    for it leave the batch meanwhile.
+    what half of the free memory has room for; where it is short, rows wait and are read again. sharers: engines that
+    divide that half among them, as those of several processes on one device do. frozen: the weights never change, so
+    that they and what was read are kept while there is nothing to do, and texts that prompts begin with are found
+    again; otherwise the weights are read anew after every pause. run_code: function from Python that a model has
+    written between its python markers to its output; the calculator alone answers without it. Rows that wait for it
+    leave the batch meanwhile.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Engine:
         max_rows: int = MAX_ROWS,
         budget: int | None = None,
         frozen: bool = False,
+        sharers: int = 1,
         run_code: Runner | None = None,
     ):
         self.net, self.tokenizer, self.max_rows, self.budget, self.frozen = net, tokenizer, max_rows, budget, frozen
+        self.sharers = sharers
         self._waiting: deque[Request] = deque()
         self._unscored: deque[Request] = deque()  # waiting for `prompt_logprobs`
         self._untold: list[TokenEvent] = []  # what has happened and no step has returned yet
@@ -171,7 +174,7 @@ class Engine:
             if not decode_cpu.computes(net):  # our kernel packs the weights as they are
                 net = in_compute_dtype(net)
             if getattr(net, "has_slots", False):
-                budget = self.budget or default_budget(net, self.max_rows)
+                budget = self.budget or default_budget(net, self.max_rows, self.sharers)
                 self._batch = SlotBatch(net, self.max_rows, budget, self.frozen)
             else:
                 self._batch = StaticBatch(net, self.max_rows)

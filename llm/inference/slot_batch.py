@@ -63,15 +63,18 @@ def free_memory() -> int:
         return 8 << 30
 
 
-def default_budget(net, max_rows: int) -> int:
-    """Return the tokens that half of the free memory has room for, enough for one row and at most for all."""
+def default_budget(net, max_rows: int, sharers: int = 1) -> int:
+    """Return the tokens that half of the free memory has room for, enough for one row and at most for all.
+
+    sharers: engines that use the memory, this one too; each takes its part of that half.
+    """
     config, size = net.config, net.compute_dtype.itemsize
     if net.device.type == "cuda":
         free = torch.cuda.mem_get_info(net.device)[0]
     else:
         free = free_memory()
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * size
-    return max(config.seq_len, min(max_rows * config.seq_len, free // 2 // per_token))
+    return max(config.seq_len, min(max_rows * config.seq_len, free // (2 * sharers) // per_token))
 
 
 class SlotBatch:

@@ -13,7 +13,7 @@ import torch
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.run.stage_folder import HF
-from llm.serving.api.server import build_app, guard_app, run
+from llm.serving.api.server import build_app, check_key, guard_app, run
 from llm.serving.api.service import Service
 from llm.serving.api.watch import log_to_stderr
 from llm.serving.chat import ChatModel, is_hf
@@ -28,9 +28,10 @@ PAGE_ANSWERS = 16  # that the page may have under way; each takes a thread
 def serve(cfg: Any, model: str, params: SamplingParams) -> None:
     """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>.
 
-    Raises UserError where nothing can listen, or the model cannot be loaded.
+    Raises UserError where nothing can listen, the key is blank, or the model cannot be loaded.
     """
     check_names(cfg.public_names)
+    check_key(cfg.api.access_key)
     if cfg.ui == "gradio" and cfg.api.access_key and not is_private(cfg.host, cfg.public_names):
         raise UserError(
             "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
@@ -60,38 +61,64 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
-    """Start the workers, build the application, serve."""
-    devices, threads = worker_devices(cfg.workers)
-    pools: list[Pool] = []
+class Pools:
+    """Workers of all models that are served: the server's own, and those that the page's visitors have chosen."""
 
-    async def start(model: str, devices: Sequence[str] = devices[:1]) -> ChatModel:
-        """Start workers for a model; return the model that answers through them."""
-        pool = Pool(replace(source, model=model), devices, rows=cfg.api.rows, queue=cfg.api.queue, threads=threads)
+    def __init__(self, cfg: Any, source: Source):
+        self.cfg, self.source, self.all = cfg, source, []
+        self.devices, self.threads = worker_devices(cfg.workers)
+
+    async def start(self, model: str, devices: Sequence[str] | None = None) -> ChatModel:
+        """Start workers for a model, by default one; return the model that answers through them.
+
+        Raises UserError where the model or its tokenizer cannot be loaded.
+        """
+        source, api = replace(self.source, model=model), self.cfg.api
+        pool = Pool(source, devices or self.devices[:1], rows=api.rows, queue=api.queue, threads=self.threads)
         await pool.start()
-        pools.append(pool)
-        facts, tokenizer = pool.facts, load_tokenizer(model)
-        engine = RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), cfg.api.timeout)
+        self.all.append(pool)
+        try:
+            tokenizer = await asyncio.to_thread(load_tokenizer, model)
+        except BaseException:
+            await self._end(pool)
+            raise
+        facts, engine = pool.facts, RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), api.timeout)
         return ChatModel(engine, facts["name"], facts["summary"], facts["notes"], facts["examples"])
 
+    async def stop(self, model: ChatModel) -> None:
+        """End the workers of a model after the answers under way."""
+        await self._end(model.engine.pool)
+
+    async def close(self) -> None:
+        """End all workers at once."""
+        for pool in list(self.all):  # one that is being retired leaves the list meanwhile
+            await pool.close()
+
+    async def _end(self, pool: Pool) -> None:
+        await pool.retire()
+        self.all.remove(pool)
+
+
+async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
+    """Start the workers, build the application, serve."""
+    pools = Pools(cfg, source)
     try:
-        first = await start(source.model, devices)
+        first = await pools.start(source.model, pools.devices)
         defaults = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         defaults["max_new_tokens"] = params.max_new_tokens
-        service = Service(pools[0], first.engine.tokenizer, first.name, defaults, cfg.api.timeout)
+        service = Service(first.engine.pool, first.engine.tokenizer, first.name, defaults, cfg.api.timeout)
         log_to_stderr()
         app = build_app(service, cfg.api.access_key, cfg.api.origins, cfg.api.log)
         if cfg.ui == "gradio":
             from llm.serving import browser
 
             others = cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
-            models = RemoteModels(first, cfg.paths.runs if others else None, start, min(cfg.api.rows, PAGE_ANSWERS))
-            browser.mount(app, browser.build(models, params))
+            root, at_once = cfg.paths.runs if others else None, min(cfg.api.rows, PAGE_ANSWERS)
+            browser.mount(app, browser.build(RemoteModels(first, root, pools.start, pools.stop, at_once), params))
         guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
-        await run(app, pools, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1]))
+        await run(app, pools.all, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1]))
     finally:
-        for pool in pools:
-            await pool.close()
+        await pools.close()
 
 
 def _announce(cfg: Any, model: ChatModel, port: int) -> None:

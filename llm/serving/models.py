@@ -40,8 +40,8 @@ class Models:
                 if name not in self.names():
                     raise UserError(f"there is no model {name[:80]!r} here; choose one of {', '.join(self.names())}")
                 model = self._load(name)
-                while len(self._loaded) >= KEPT:
-                    self._unload(self._loaded.popitem(last=False)[1])
+                while (out := self._surplus()) is not None:
+                    self._unload(self._loaded.pop(out))
                 self._loaded[name] = model
             self._loaded.move_to_end(name)
             return self._loaded[name]
@@ -49,6 +49,10 @@ class Models:
     def _load(self, name: str) -> ChatModel:
         """Load a model that is offered. Raises UserError where it cannot be loaded."""
         return load_chat_model(find_stage(self.root, *name.split("/")), verify=self.verify)
+
+    def _surplus(self) -> str | None:
+        """Return the name of the model that must make room for one more; None where there is room."""
+        return next(iter(self._loaded)) if len(self._loaded) >= KEPT else None
 
     def _unload(self, model: ChatModel) -> None:
         """Let go of what a model holds beside this process's memory: nothing."""

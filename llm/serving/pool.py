@@ -176,8 +176,12 @@ class Worker:
 
     def send(self, message: tuple) -> None:
         """Send a message; it waits in memory while the worker is busy."""
+        self.send_packed(frames.pack(message))
+
+    def send_packed(self, data: bytes) -> None:
+        """Send a message that `frames.pack` has made."""
         if self.writer is not None:
-            self.writer.write(frames.pack(message))
+            self.writer.write(data)
 
 
 class Pool:
@@ -189,7 +193,7 @@ class Pool:
     def __init__(self, source: Source, devices: Sequence[str], *, rows: int, queue: int, threads: int | None = None):
         self.source, self.rows, self.queue, self.threads = source, rows, queue, threads
         self.workers = [Worker(index, device) for index, device in enumerate(devices)]
-        self.is_draining = False
+        self.is_draining, self.why = False, "the server is shutting down"
         self.facts: dict[str, Any] = {}  # about the model that every worker has loaded
         self.seconds = 1.0  # a job takes, lately
         self._numbers = itertools.count()
@@ -220,6 +224,13 @@ class Pool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def retire(self) -> None:
+        """Take no more jobs, wait for the end of those under way, and end the workers."""
+        self.is_draining, self.why = True, "the model has made room for another; ask again"
+        while self.outstanding:
+            await asyncio.sleep(FRAME_SECONDS)
+        await self.close()
+
     def submit(
         self,
         prompts: Sequence[Sequence[int]],
@@ -231,23 +242,30 @@ class Pool:
     ) -> Batch:
         """Give n samples of each prompt to workers. params: fields of SamplingParams; form: of a structured answer.
 
-        timeout: seconds until whoever waits gets an error. Raises ApiError where the queue is full or no worker is
-        there.
+        timeout: seconds until whoever waits gets an error. Raises ApiError where the queue is full, no worker is
+        there, or the form cannot be sent.
         """
         if self.is_draining:
-            raise unavailable("the server is shutting down", 5)
+            raise unavailable(self.why, 5)
         capacity = len(self.workers) * self.rows + self.queue
         if self.outstanding and self.outstanding + n * len(prompts) > capacity:
             raise too_busy(self._wait_seconds())
         batch = Batch(time.monotonic() + timeout)
-        for prompt in prompts:
-            worker = self._choose(prompt)
-            for sample in range(n):
-                job = Job(next(self._numbers), worker, prompt, batch.news)
-                worker.jobs[job.number] = job
-                batch.jobs.append(job)
-                told = {"prompt": prompt, "params": params, "sample": sample, "form": form}
-                worker.send(("submit", job.number, told))
+        try:
+            for prompt in prompts:
+                worker = self._choose(prompt)
+                for sample in range(n):
+                    job = Job(next(self._numbers), worker, prompt, batch.news)
+                    told = {"prompt": prompt, "params": params, "sample": sample, "form": form}
+                    data = frames.pack(("submit", job.number, told))  # before the job takes a place: it may fail
+                    worker.jobs[job.number] = job
+                    batch.jobs.append(job)
+                    worker.send_packed(data)
+        except BaseException as error:
+            self.cancel(batch)
+            if isinstance(error, RecursionError):
+                raise bad("the form of the answer is nested too deeply") from None
+            raise
         return batch
 
     def cancel(self, batch: Batch) -> None:
@@ -294,7 +312,10 @@ class Pool:
         started, pause = self._started[worker.index], PAUSES[0]
         while True:
             begun = time.monotonic()
-            failure = await self._live(worker, started)
+            try:
+                failure = await self._live(worker, started)
+            except Exception as error:  # such as a system that has no memory or no process left
+                failure = f"{type(error).__name__}: {error}"
             if not started.done():  # the first start: whoever waits for it gets the reason
                 started.set_exception(UserError(failure or f"worker {worker.index} ended while it loaded the model"))
                 return
@@ -336,7 +357,9 @@ class Pool:
                 await asyncio.shield(_end(worker.process))
 
     def _load_message(self, worker: Worker) -> dict[str, Any]:
-        return asdict(self.source) | {"device": worker.device, "rows": self.rows, "threads": self.threads}
+        sharers = sum(other.device == worker.device for other in self.workers)  # of the device's memory
+        told = {"device": worker.device, "rows": self.rows, "threads": self.threads, "sharers": sharers}
+        return asdict(self.source) | told
 
     def _hear(self, worker: Worker, message: tuple) -> None:
         """Give what a worker says to the jobs that it is about."""

@@ -16,7 +16,7 @@ from llm.inference.sampling import SamplingParams
 from llm.run.stage_folder import find_stage
 from llm.serving.chat import ChatModel
 from llm.serving.errors import ApiError
-from llm.serving.models import Models
+from llm.serving.models import KEPT, Models
 from llm.serving.pool import Batch, Event, Pool
 
 
@@ -77,21 +77,36 @@ class RemoteStream:
 class RemoteModels(Models):
     """Models of the page: the first one is the server's own, others get a worker when they are chosen.
 
-    at_once: answers that the page may have under way. start: loads a stage's folder in a worker of its own.
+    at_once: answers that the page may have under way. start: loads a stage's folder in a worker of its own; stop: ends
+    such a worker once its answers are done.
     """
 
-    def __init__(self, first: ChatModel, root: str | None, start: Callable[[str], Awaitable[ChatModel]], at_once: int):
+    def __init__(
+        self,
+        first: ChatModel,
+        root: str | None,
+        start: Callable[[str], Awaitable[ChatModel]],
+        stop: Callable[[ChatModel], Awaitable[None]],
+        at_once: int,
+    ):
         super().__init__(first, root)
-        self.at_once, self._own, self._start = at_once, first, start
+        self.at_once, self._own, self._start, self._stop = at_once, first, start, stop
 
     def _load(self, name: str) -> ChatModel:
         """Load a model in a worker, for a thread beside the server's loop. Raises UserError where that fails."""
-        if name == self.first:
-            return self._own
         folder = find_stage(self.root, *name.split("/"))
         return asyncio.run_coroutine_threadsafe(self._start(str(folder)), self._own.engine.loop).result()
 
+    def _surplus(self) -> str | None:
+        """Return the name of the model that must make room for one more: one that answers nobody, if there is one.
+
+        The server's own model stays, and does not count.
+        """
+        others = [name for name in self._loaded if name != self.first]
+        if len(others) < KEPT:
+            return None
+        return min(others, key=lambda name: self._loaded[name].engine.pool.outstanding > 0)
+
     def _unload(self, model: ChatModel) -> None:
-        """End the worker of a model, unless it is the server's own."""
-        if model is not self._own:
-            asyncio.run_coroutine_threadsafe(model.engine.pool.close(), self._own.engine.loop)
+        """End the worker of a model after the answers under way, which may be other visitors'."""
+        asyncio.run_coroutine_threadsafe(self._stop(model), self._own.engine.loop)

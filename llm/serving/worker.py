@@ -20,6 +20,7 @@ from llm.serving import frames
 from llm.utils.environment import RETURN_SECONDS, return_memory
 
 STATS_SECONDS = 1.0  # between reports of the engine's state
+TAKE_SECONDS = 0.05  # for messages between two steps: to compile the form of an answer takes long
 
 
 def main(fd: int) -> None:
@@ -61,7 +62,9 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if source["threads"]:
         torch.set_num_threads(source["threads"])
     model = load_chat_model(source["model"], source["device"], source["compute"], source["verify"])
-    engine = Engine(model.engine.net, model.engine.tokenizer, max_rows=source["rows"], frozen=True)
+    engine = Engine(
+        *(model.engine.net, model.engine.tokenizer), max_rows=source["rows"], sharers=source["sharers"], frozen=True
+    )
     facts = {"device": str(engine.net.device), "examples": model.examples}
     facts |= {"name": model.name, "summary": model.summary, "notes": model.notes}
     engine.generate([[engine.tokenizer.bos_id]], SamplingParams(max_new_tokens=2))  # or the first answer would be slow
@@ -98,16 +101,19 @@ class Loop:
             os._exit(0)  # the server has gone
 
     def _take(self) -> None:
-        """Carry out all messages that wait; without work, wait for one."""
-        while True:
+        """Carry out messages that wait, in `TAKE_SECONDS`, for rows under way wait too; without work, wait for one."""
+        spent = 0.0
+        while spent < TAKE_SECONDS:
             try:
                 message = self.inbox.get(block=not self.engine.has_work, timeout=STATS_SECONDS)
             except queue.Empty:
                 return
+            begun = time.monotonic()
             if message[0] == "submit":
                 self._submit(*message[1:])
             elif message[0] == "abort" and (request := self._forget(message[1])) is not None:
                 self.engine.abort(request)
+            spent += time.monotonic() - begun
 
     def _submit(self, number: int, job: dict[str, Any]) -> None:
         from llm.inference.sampling import SamplingParams

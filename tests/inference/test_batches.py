@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_engine import BOS, TOKENIZER
 
+from llm.inference import slot_batch
 from llm.inference.engine import Engine
 from llm.inference.request import Request
 from llm.inference.sampling import SamplingParams
@@ -109,6 +110,15 @@ def test_any_composition_of_a_batch_gives_what_each_request_gets_alone(net, seed
 def run(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
+
+
+def test_engines_on_one_device_divide_its_free_memory(monkeypatch):
+    net = sharp_net("classic", 2)
+    alone = 10_000_000
+    per_token = 2 * net.config.n_layer * net.config.n_kv_head * net.config.head_dim * net.compute_dtype.itemsize
+    monkeypatch.setattr(slot_batch, "free_memory", lambda: 2 * alone * per_token)
+    assert slot_batch.default_budget(net, 10**9) == alone
+    assert slot_batch.default_budget(net, 10**9, sharers=4) == alone // 4
 
 
 def test_a_short_budget_is_kept_by_reading_rows_again():

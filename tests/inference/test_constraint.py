@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from llm.errors import UserError  # noqa: E402
+from llm.inference import constraint  # noqa: E402
 from llm.inference.constraint import Constraint  # noqa: E402
 from llm.tokenizer.bpe import Tokenizer  # noqa: E402
 
@@ -48,14 +49,14 @@ def tokenizers():
 
 def drawn(tokenizer, form: dict, room: int, rng: random.Random) -> str:
     """The text of tokens drawn evenly among those that are allowed, as the engine ends it."""
-    constraint, ids = Constraint(tokenizer, form, room), []
+    row, ids = Constraint(tokenizer, form, room), []
     while len(ids) < room:
-        token = rng.choice(constraint.allowed().nonzero().flatten().tolist())
+        token = rng.choice(row.allowed().nonzero().flatten().tolist())
         if token in tokenizer.stop_ids:
             break
         ids.append(token)
-        constraint.accept(token)
-        if constraint.is_done:
+        row.accept(token)
+        if row.is_done:
             break
     return tokenizer.decode(ids)
 
@@ -86,3 +87,17 @@ def test_only_the_end_follows_a_complete_form(tokenizers):
 def test_a_form_that_is_none_is_told(form, tokenizers):
     with pytest.raises(UserError, match="form"):
         Constraint(tokenizers[0], form, 10)
+
+
+def test_a_form_is_compiled_once_and_its_rows_are_apart(tokenizers, monkeypatch):
+    tokenizer, made = tokenizers[0], []
+    grammar = constraint._grammar
+    monkeypatch.setattr(constraint, "_grammar", lambda form: made.append(form) or grammar(form))
+    rows = [Constraint(tokenizer, {"type": "choice", "choice": ["ab", "cd"]}, 10) for _ in range(3)]
+    for row, letter in zip(rows, b"ac", strict=False):
+        row.accept(letter)
+    assert [row.allowed().nonzero().flatten().tolist() for row in rows] == [[*b"b"], [*b"d"], [*b"ac"]]
+    for i in range(constraint.COMPILED):
+        Constraint(tokenizer, {"type": "choice", "choice": [str(i)]}, 10)
+    Constraint(tokenizer, {"type": "choice", "choice": ["ab", "cd"]}, 10)
+    assert len(made) == constraint.COMPILED + 2 and len(constraint._compiled) <= constraint.COMPILED

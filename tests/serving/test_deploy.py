@@ -8,6 +8,7 @@ import yaml
 from processes import REPO
 
 from llm.cli.overrides import check_overrides
+from llm.model import native
 
 DEPLOY = REPO / "deploy"
 
@@ -42,3 +43,11 @@ def test_answers_have_longer_to_end_than_the_server_gives_them():
 @pytest.mark.parametrize("key", ["KillMode=mixed", "EnvironmentFile=-/etc/fathom.env"])
 def test_the_unit_ends_the_server_before_its_workers_and_keeps_the_key_in_a_file(key):
     assert key in (DEPLOY / "fathom.service").read_text()
+
+
+def test_the_units_kernels_are_kept_where_it_may_write(monkeypatch):
+    text = (DEPLOY / "fathom.service").read_text()
+    cache = "/var/cache/" + re.search(r"^CacheDirectory=(\S+)$", text, re.MULTILINE)[1]
+    for setting in re.search(r"^Environment=(.*)$", text, re.MULTILINE)[1].split():
+        monkeypatch.setenv(*setting.split("=", 1))
+    assert str(native.folder()).startswith(f"{cache}/")

@@ -10,6 +10,8 @@ pytest.importorskip("fastapi")
 
 from scripted_pool import scripted, served  # noqa: E402
 
+from llm.serving.errors import ApiError  # noqa: E402
+
 MODEL = "a/b"
 JSON = {"content-type": "application/json"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -70,6 +72,7 @@ REFUSED = [
         "invalid_value",
         None,
     ),
+    ({"structured_outputs": {"choice": ["x" * 100] * 81}}, 400, "invalid_value", "structured_outputs"),
     ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
     ({"response_format": {"type": "json_schema"}}, 400, None, "response_format.json_schema.json_schema"),
 ]
@@ -142,3 +145,34 @@ def test_a_body_that_is_too_large_is_refused():
 def test_what_responses_cannot_do_is_refused(change):
     answer = post("/v1/responses", json={"model": MODEL, "input": "x"} | change)
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def nested(depth: int) -> dict:
+    value: dict = {}
+    for _ in range(depth - 1):
+        value = {"not": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        lambda schema: {"structured_outputs": {"json": schema}},
+        lambda schema: {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        lambda schema: {"tools": [{"type": "function", "function": {"name": "x", "parameters": schema}}]},
+    ],
+)
+@pytest.mark.parametrize("depth", [65, 900])
+def test_a_schema_that_is_nested_too_deeply_is_refused(field, depth):
+    answer = post("/v1/chat/completions", json={"model": MODEL, "messages": user("Hi")} | field(nested(depth)))
+    assert answer.status_code == 400 and "nested too deeply" in answer.json()["error"]["message"]
+
+
+def test_a_form_that_cannot_be_sent_takes_no_place():
+    async def run():
+        pool = scripted()
+        with pytest.raises(ApiError) as refusal:
+            pool.submit([[1, 2]], {}, n=2, form=nested(5000))
+        assert refusal.value.status == 400 and pool.outstanding == 0
+
+    asyncio.run(run())

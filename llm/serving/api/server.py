@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
+from llm.errors import UserError
 from llm.serving import errors
 from llm.serving.api import chat, completions, nanochat, responses, status
 from llm.serving.api.service import Service
@@ -29,7 +30,8 @@ END_SECONDS = 2  # for what is still being sent when the server ends
 def build_app(service: Service, key: str | None = None, origins: Iterable[str] = (), log: str = "none") -> FastAPI:
     """Return the application.
 
-    key: bearer key of requests; origins: of pages elsewhere that may send requests; log: see `Watch`.
+    key: bearer key of requests; origins: of pages elsewhere that may send requests; log: see `Watch`. Raises UserError
+    for a blank key.
     """
     app = FastAPI(title="Fathom", description=__doc__, version="1", docs_url=None, redoc_url=None)
     app.state.service, app.state.metrics = service, Metrics(service.pool)
@@ -49,7 +51,15 @@ def guard_app(app: FastAPI, host: str, public_names: Iterable[str], origins: Ite
     app.add_middleware(Guard, host=host, public_names=public_names, origins=origins)
 
 
+def check_key(key: str | None) -> None:
+    """Raise UserError for a key of nothing but spaces, which every client would have; None asks for no key."""
+    if key is not None and not key.strip():
+        raise UserError("api.access_key is blank: give it (or FATHOM_API_KEY) a secret, or unset it to ask for no key")
+
+
 def _key_check(key: str | None) -> Callable:
+    check_key(key)
+
     async def check(request: Request) -> None:
         """Raise ApiError for a request without the key."""
         if key is None:

@@ -1,0 +1,74 @@
+"""Pool of workers: what becomes of its places when processes cannot be started."""
+
+import asyncio
+import queue
+import time
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from scripted_pool import scripted  # noqa: E402
+
+from llm.errors import UserError  # noqa: E402
+from llm.serving import pool as pools  # noqa: E402
+from llm.serving.pool import Pool, Source  # noqa: E402
+from llm.serving.worker import TAKE_SECONDS, Loop  # noqa: E402
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """How often a process was asked for; none can be started."""
+    asked = []
+
+    async def spawn(worker, fd):
+        asked.append(worker.index)
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pools, "_spawn", spawn)
+    monkeypatch.setattr(pools, "PAUSES", (0.0, 0.0))
+    return asked
+
+
+def test_a_process_that_cannot_be_started_ends_the_start(no_process):
+    async def run():
+        async with asyncio.timeout(10):
+            await Pool(Source("a/b"), ["cpu"], rows=1, queue=1).start()
+
+    with pytest.raises(UserError, match="Cannot allocate memory"):
+        asyncio.run(run())
+
+
+def test_a_process_that_cannot_be_started_again_is_tried_again(no_process, capsys):
+    async def run():
+        pool = scripted()
+        pool._started = [asyncio.get_running_loop().create_future()]
+        pool._started[0].set_result({})  # it had been ready
+        task = asyncio.create_task(pool._keep(pool.workers[0]))
+        async with asyncio.timeout(10):
+            while len(no_process) < 3:
+                await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert "Cannot allocate memory" in capsys.readouterr().err
+
+
+def test_a_worker_is_told_how_many_share_its_device():
+    pool = Pool(Source("a/b"), ["cuda:0", "cuda:1", "cuda:0"], rows=1, queue=1)
+    assert [pool._load_message(worker)["sharers"] for worker in pool.workers] == [2, 1, 2]
+
+
+def test_a_worker_goes_on_with_its_rows_between_messages_that_take_long(monkeypatch):
+    inbox = queue.SimpleQueue()
+    for number in range(3):
+        inbox.put(("submit", number, {}))
+    loop = Loop(SimpleNamespace(has_work=True), None, inbox)
+    monkeypatch.setattr(loop, "_submit", lambda number, job: time.sleep(2 * TAKE_SECONDS))
+    loop._take()
+    assert inbox.qsize() == 2
+    monkeypatch.setattr(loop, "_submit", lambda number, job: None)
+    loop._take()
+    assert inbox.empty()

@@ -1,0 +1,110 @@
+"""Models of the page in workers of their own: which one makes room, and what becomes of its answers and its pool."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from scripted_pool import TOKENIZER, scripted, served  # noqa: E402
+
+from llm.errors import UserError  # noqa: E402
+from llm.serving import http, remote  # noqa: E402
+from llm.serving.chat import ChatModel  # noqa: E402
+from llm.serving.errors import ApiError  # noqa: E402
+from llm.serving.pool import Pool, Source  # noqa: E402
+from llm.serving.remote import RemoteEngine, RemoteModels  # noqa: E402
+
+CFG = SimpleNamespace(workers=1, api=SimpleNamespace(rows=2, queue=1, timeout=60))
+
+
+@pytest.mark.parametrize("key", ["", "  "])
+def test_a_blank_key_is_refused_before_the_start(key):
+    cfg = SimpleNamespace(public_names=[], ui="api", host="127.0.0.1", api=SimpleNamespace(access_key=key))
+    with pytest.raises(UserError, match="api.access_key is blank"):
+        http.serve(cfg, "a/b", None)
+    with pytest.raises(UserError, match="api.access_key is blank"):
+        served(scripted(), key=key)
+
+
+def page(monkeypatch) -> tuple[RemoteModels, list[str]]:
+    """Models a/b (the server's own) to a/f over scripted workers, and the names of those that were ended, in order."""
+    ended, loop = [], asyncio.get_running_loop()
+
+    def model(name: str) -> ChatModel:
+        return ChatModel(RemoteEngine(scripted(), TOKENIZER, loop, 60), name, "", (), ())
+
+    async def start(name: str) -> ChatModel:
+        return model(name)
+
+    async def stop(one: ChatModel) -> None:
+        await one.engine.pool.retire()
+        ended.append(one.name)
+
+    monkeypatch.setattr(remote, "find_stage", lambda root, run, stage: f"{run}/{stage}")
+    models = RemoteModels(model("a/b"), None, start, stop, 4)
+    models.names = lambda: ["a/b", "a/c", "a/d", "a/e", "a/f"]
+    return models, ended
+
+
+def test_the_model_that_answers_nobody_makes_room(monkeypatch):
+    async def run():
+        models, ended = page(monkeypatch)
+        busy = await asyncio.to_thread(models.get, "a/c")
+        busy.engine.pool.submit([[1]], {})
+        for name in ("a/d", "a/b", "a/e"):
+            await asyncio.to_thread(models.get, name)
+        async with asyncio.timeout(10):
+            while not ended:
+                await asyncio.sleep(0.01)
+        return ended, await asyncio.to_thread(models.get, "a/c") is busy
+
+    ended, is_there = asyncio.run(run())
+    assert ended == ["a/d"] and is_there
+
+
+def test_answers_under_way_end_before_their_worker(monkeypatch):
+    async def run():
+        models, ended = page(monkeypatch)
+        jobs = {}
+        for name in ("a/c", "a/d"):
+            pool = (await asyncio.to_thread(models.get, name)).engine.pool
+            jobs[name] = pool, pool.submit([[1]], {})
+        await asyncio.to_thread(models.get, "a/e")
+        await asyncio.sleep(0.1)
+        assert not ended
+        with pytest.raises(ApiError, match="made room for another"):
+            jobs["a/c"][0].submit([[1]], {})
+        pool, batch = jobs["a/c"]
+        pool.workers[0].writer.answer(batch.jobs[0].number, [*b"ok"])
+        async with asyncio.timeout(10):
+            await batch.until_done()
+            while not ended:
+                await asyncio.sleep(0.01)
+        return ended, batch.jobs[0].ids
+
+    assert asyncio.run(run()) == (["a/c"], [*b"ok"])
+
+
+def test_a_pool_leaves_the_list_when_its_model_does(monkeypatch):
+    async def ready(pool):
+        pool.facts = {"name": "a/b", "summary": "", "notes": (), "examples": (), "seq_len": 64}
+
+    async def run():
+        pools = http.Pools(CFG, Source("a/b"))
+        await pools.start("a/b")
+        other = await pools.start("a/c")
+        assert len(pools.all) == 2
+        await pools.stop(other)
+        monkeypatch.setattr(http, "load_tokenizer", refuse)
+        with pytest.raises(UserError, match="no tokenizer"):
+            await pools.start("a/d")
+        return [pool.source.model for pool in pools.all]
+
+    def refuse(model):
+        raise UserError("no tokenizer")
+
+    monkeypatch.setattr(Pool, "start", ready)
+    monkeypatch.setattr(http, "load_tokenizer", lambda model: TOKENIZER)
+    assert asyncio.run(run()) == ["a/b"]
