@@ -115,13 +115,36 @@ def test_a_body_that_is_no_request_is_refused(body):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
-def test_half_a_surrogate_pair_does_no_harm():
-    body = json.dumps({"model": MODEL, "messages": user("\ud800"), "max_tokens": 9}).encode()
-    answer = post("/v1/chat/completions", content=body, headers=JSON)
+def nested(depth: int) -> dict:
+    return {"type": "object", "properties": {"x": nested(depth - 1)}} if depth else {}
+
+
+NOT_PLAIN = [
+    ("/v1/chat/completions", {"messages": user("\ud800")}, "surrogate"),
+    ("/v1/chat/completions", {"messages": user("x"), "\ud800": 1}, "surrogate"),
+    ("/v1/chat/completions", {"messages": user("x"), "metadata": {"a": [float("inf")]}}, "number"),
+    ("/v1/chat/completions", {"messages": user("x"), "structured_outputs": {"json": nested(200)}}, "deep"),
+    ("/v1/completions", {"prompt": "\ud800", "echo": True}, "surrogate"),
+    ("/v1/completions", {"prompt": ["a", "\udc00"]}, "surrogate"),
+    ("/v1/responses", {"input": "x", "user": "\ud800"}, "surrogate"),
+    ("/v1/responses", {"input": "x", "instructions": "\ud800"}, "surrogate"),
+    ("/v1/responses", {"input": "x", "metadata": {"\ud800": "a"}, "stream": True}, "surrogate"),
+    ("/v1/responses", {"input": "x", "user": float("nan"), "stream": True}, "number"),
+    ("/chat/completions", {"messages": user("\ud800")}, "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("path", "change", "word"), NOT_PLAIN)
+def test_what_an_answer_could_not_repeat_is_refused(path, change, word):
+    body = ({} if path == "/chat/completions" else {"model": MODEL}) | change
+    answer = post(path, content=json.dumps(body).encode(), headers=JSON)
+    assert answer.status_code == 400 and word in answer.json()["error"]["message"]
+
+
+def test_whole_surrogate_pairs_and_schemas_of_some_depth_are_fine():
+    body = {"model": MODEL, "messages": user("\ud83d\ude00"), "metadata": nested(25)}
+    answer = post("/v1/chat/completions", content=json.dumps(body).encode(), headers=JSON)
     assert answer.status_code == 200
-    body = json.dumps({"model": "\ud800", "messages": user("x"), "\ud800": 1}).encode()
-    answer = post("/v1/chat/completions", content=body, headers=JSON)
-    assert answer.status_code == 400
 
 
 def test_unknown_paths_and_methods_have_openais_form():

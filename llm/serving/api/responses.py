@@ -25,6 +25,7 @@ from llm.serving.api.requests import (
     Share,
     TextFormat,
     Tokens,
+    WholeBody,
 )
 from llm.serving.api.service import Service, new_id, service_of, usage_of
 from llm.serving.api.stream import event
@@ -71,7 +72,7 @@ class StreamOptions(Body):
     include_obfuscation: Hint = None
 
 
-class ResponseRequest(Body):
+class ResponseRequest(WholeBody):
     """Body of /v1/responses."""
 
     model: str
@@ -93,7 +94,7 @@ class ResponseRequest(Body):
     previous_response_id: None = None
     parallel_tool_calls: Hint = None
     service_tier: Literal["auto", "default"] | None = None
-    user: Hint = None
+    user: str | None = None
     safety_identifier: Hint = None
     prompt_cache_key: Hint = None
 
