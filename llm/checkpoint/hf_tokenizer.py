@@ -84,16 +84,26 @@ class HFTokenizer:
         return bool(self.hf.chat_template)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], is_open: bool = False) -> str:
-        """Return messages as text by the model's template, up to where the assistant answers or (is_open) goes on."""
-        return self.hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-        )
+        """Return messages as text by the model's template, up to where the assistant answers or (is_open) goes on.
+
+        Raises UserError for messages that the template refuses, as some do with a system message.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses these messages: {error}") from error
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the ids of messages up to the assistant's answer: by the model's template, else in plain words."""
         texts = [{"role": m["role"], "content": content_text(m["content"])} for m in messages]
         if self.has_chat_format:
-            return self.hf.apply_chat_template(texts, add_generation_prompt=True, return_dict=False)
+            text = self.chat_text(texts)
+            with self._lock:
+                return self.hf(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
         turns = [f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in texts]
         return [self.bos_id, *self.encode("".join(turns) + "Assistant:\n")]
 

@@ -1,0 +1,63 @@
+"""Chat templates of transformers' tokenizers: what they refuse, and requests at one time."""
+
+import threading
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+from llm.checkpoint.hf_tokenizer import HFTokenizer  # noqa: E402
+from llm.errors import UserError  # noqa: E402
+from llm.serving.api.conversation import chat_prompt  # noqa: E402
+from llm.serving.errors import ApiError  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
+)
+QUESTION = [{"role": "user", "content": "Who?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> HFTokenizer:
+    """Return a byte tokenizer with a template whose marks are special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
+    hf.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    hf.chat_template = TEMPLATE
+    return HFTokenizer(hf, len(hf))
+
+
+def test_messages_that_a_template_refuses_are_the_clients_error(tokenizer):
+    with pytest.raises(UserError, match="no system role"):
+        tokenizer.chat_prompt([{"role": "system", "content": "Be brief."}, *QUESTION])
+    with pytest.raises(ApiError) as caught:
+        chat_prompt(tokenizer, [{"role": "system", "content": "Be brief."}, *QUESTION], 100, 10, False)
+    assert caught.value.status == 400
+
+
+def test_a_prompt_is_what_transformers_makes_of_it(tokenizer):
+    expected = tokenizer.hf.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.chat_prompt(QUESTION) == expected and expected[0] == expected[-1] >= 256
+
+
+def test_prompts_made_at_one_time_do_not_disturb_each_other(tokenizer):
+    expected, is_over = tokenizer.chat_prompt(QUESTION), threading.Event()
+
+    def encode() -> None:
+        while not is_over.is_set():
+            tokenizer.encode("<|im_start|>")
+
+    others = [threading.Thread(target=encode) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    try:
+        assert all(tokenizer.chat_prompt(QUESTION) == expected for _ in range(500))
+    finally:
+        is_over.set()
+        for thread in others:
+            thread.join()
