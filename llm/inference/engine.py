@@ -388,11 +388,14 @@ class Stream:
             raise ValueError(f"prompt {empty[0]} is empty: a prompt needs at least its <|bos|> token")
         settings = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         self.engine, self.pending = engine, []
-        self.requests = [
-            engine.submit(prompt, own, sample=i * num_samples + j)
-            for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True))
-            for j in range(num_samples)
-        ]
+        self.requests: list[Request] = []
+        try:
+            for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True)):
+                for j in range(num_samples):
+                    self.requests.append(engine.submit(prompt, own, sample=i * num_samples + j))
+        except BaseException:
+            self.close()  # a refused request must not leave those before it in the engine
+            raise
         engine.watch(self)
 
     @property

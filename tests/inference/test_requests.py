@@ -150,6 +150,13 @@ def test_a_constraint_that_allows_nothing_is_an_error_of_its_request_alone():
     assert len(free.ids) == 12
 
 
+def test_prompts_that_are_refused_together_leave_nothing_in_the_engine():
+    engine, wrong = Engine(tiny_net(), TOKENIZER), SamplingParams(logit_bias=((10**6, 1.0),))
+    with pytest.raises(UserError, match="logit_bias"):
+        engine.stream([[BOS], [BOS]], [GREEDY, wrong], num_samples=2)
+    assert not engine.has_work and engine.stats()["waiting"] == 0
+
+
 @pytest.mark.parametrize("method", ["allowed", "accept"])
 def test_a_constraint_that_fails_ends_its_request_alone(method):
     engine, faulty = Engine(tiny_net(), TOKENIZER), Counting()
