@@ -1,6 +1,7 @@
 """A finished model in three lines, for notebooks and scripts: chat with it, continue texts, score them."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,15 @@ class Model:
 
     def _text(self, ids: Sequence[int], params: SamplingParams) -> str:
         text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
-        return "".join(map(text.push, ids)) + text.flush()
+        pieces = [text.push(token, n >= params.min_new_tokens) for n, token in enumerate(ids, 1)]
+        return "".join(pieces) + text.flush()
 
     def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[str]:
         text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
+        numbers = count(1)
         with self.engine.stream([ids], params) as steps:
             for events in steps:
-                if piece := "".join(text.push(event.id) for event in events):
+                if piece := "".join(text.push(one.id, next(numbers) >= params.min_new_tokens) for one in events):
                     yield piece
         if rest := text.flush():
             yield rest

@@ -180,6 +180,16 @@ def test_stop_texts_are_said_and_kept_or_left_out():
         assert shown + text.flush() == ("one t" if keep else "one")
 
 
+def test_stop_texts_count_from_min_new_tokens_on():
+    engine = Engine(ScriptNet([list(b"one two one two!")]), TOKENIZER)
+    params = SamplingParams(stop=("two", "e", "two one two?"), keep_stop=False, min_new_tokens=5)
+    request = engine.submit([0], params)
+    text = TextStream(TOKENIZER, params.stop, params.keep_stop)
+    shown = [text.push(event.id, n >= 5) for n, event in enumerate(finish(engine), 1)]
+    assert bytes(request.ids) == b"one two" and request.stop_text == "two"
+    assert "".join(shown) + text.flush() == "one " and text.is_cut
+
+
 def test_text_streams_hold_back_what_is_not_certain():
     text = TextStream(TOKENIZER, ("STOP",), keep_stop=False)
     shown = [text.push(one) for one in "aé SSTx".encode()]

@@ -229,3 +229,16 @@ def test_nanochats_form_of_a_stream():
     ]
     answers = requests(app, *(("POST", "/chat/completions", {"json": body}) for body in ({"messages": long}, *wrong)))
     assert [answer.status_code for answer in answers] == [200, *[400] * len(wrong)]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_stop_text_before_min_tokens_does_not_cut_the_answer(streams):
+    change = {"stop": "stop", "min_tokens": 8, "stream": streams}
+    for path, own in (("/v1/chat/completions", BODY), ("/v1/completions", {"model": "a/b", "prompt": "x"})):
+        (answer,) = requests(served(scripted([*b"a stop b stop"])), ("POST", path, {"json": own | change}))
+        told = [answer.text] if not streams else [one for one in answer.text.split("data: ") if one.startswith("{")]
+        choices = [choice for one in told for choice in json.loads(one)["choices"]]
+        texts = [
+            (one.get("delta") or one.get("message") or {"content": one.get("text")}).get("content") for one in choices
+        ]
+        assert "".join(text or "" for text in texts) == "a stop b " and choices[-1]["finish_reason"] == "stop"

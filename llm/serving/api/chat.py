@@ -53,7 +53,7 @@ class Choice:
     """Answer of a request among others: its text so far and what it holds back."""
 
     def __init__(self, service: Service, body: ChatRequest, offers_tools: bool):
-        self.text = AnswerText(service.tokenizer, body.stops())
+        self.text = AnswerText(service.tokenizer, body.stops(), body.min_tokens or 0)
         self.watch = ToolWatch(body) if offers_tools else None
         self.finish_reason: str | None = None
 

@@ -81,7 +81,7 @@ class CompletionAnswer:
 
     def __init__(self, service: Service, batch: Batch, body: CompletionRequest, n_samples: int, added: Sequence[int]):
         self.service, self.batch, self.body, self.n_samples, self.added = service, batch, body, n_samples, added
-        self.texts = [AnswerText(service.tokenizer, body.stops()) for _ in batch.jobs]
+        self.texts = [AnswerText(service.tokenizer, body.stops(), body.min_tokens or 0) for _ in batch.jobs]
         self.offsets = [0] * len(batch.jobs)
         self.head = {
             "id": new_id("cmpl"),
