@@ -253,7 +253,7 @@ class Engine:
         request.ids.append(token)
         request.mask.append(0 if forced else 1)
         request.room -= 1
-        if logprob is not None:
+        if request.params.logprobs is not None:
             request.logprobs.append(logprob)
             request.top.append(top)
         stop = request.stops.push(token) if request.stops else None

@@ -33,21 +33,23 @@ class Completion:
 
     finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`) or "length"
     (max_new_tokens or the context is used up). stop_id: the sampled token that ended the turn, which is not among the
-    ids; None where none did. logprobs: log-probability of each token, where `SamplingParams.logprobs` asks for it.
+    ids; None where none did. logprobs: log-probability of each token, where `SamplingParams.logprobs` asks for it; None
+    for tokens that a tool wrote while the row was not in the batch.
     """
 
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     stop_id: int | None = None
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
 
 
 class Request:
     """Prompt that an engine continues, with everything written so far.
 
     id: a number of its own within the process. ids, mask, logprobs, top: the tokens so far, 1 for each sampled and 0
-    for each forced one, their log-probabilities and the most likely tokens, as `params.logprobs` asks for.
+    for each forced one, their log-probabilities and the most likely tokens, as `params.logprobs` asks for (None for
+    tokens that a tool wrote while the row was not in the batch).
     finish_reason: None while it goes on, then "stop", "length", "abort" or "error". stop_id: the sampled token that
     ended the turn; stop_text: the text of `params.stop` that did. error: why it ended, for "error".
     prompt_logprobs: per token of the prompt (log-probability, most likely tokens), None for the first one.
@@ -59,8 +61,8 @@ class Request:
         self.prompt, self.params, self.sample, self.constraint = list(prompt), params, sample, constraint
         self.ids: list[int] = []
         self.mask: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[list[tuple[int, float]]] = []
+        self.logprobs: list[float | None] = []
+        self.top: list[list[tuple[int, float]] | None] = []
         self.finish_reason: str | None = None
         self.stop_id: int | None = None
         self.stop_text: str | None = None

@@ -86,3 +86,8 @@ def test_only_the_end_follows_a_complete_form(tokenizers):
 def test_a_form_that_is_none_is_told(form, tokenizers):
     with pytest.raises(UserError, match="form"):
         Constraint(tokenizers[0], form, 10)
+
+
+def test_a_tokenizer_that_changes_texts_can_have_forms(tokenizers, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "token_bytes", lambda self: 1 / 0)  # those of others refuse to count a text's bytes
+    assert drawn(Tokenizer(tokenizers[0].tokens), FORMS["choice"][0], 40, random.Random(1)) in ("yes", "no (never)*")

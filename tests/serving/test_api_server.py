@@ -11,8 +11,9 @@ pytest.importorskip("fastapi")
 
 from scripted_pool import BODY, scripted, served  # noqa: E402
 
+from llm.serving.api.completions import _mean_logprob  # noqa: E402
 from llm.serving.errors import unavailable  # noqa: E402
-from llm.serving.pool import SLACK  # noqa: E402
+from llm.serving.pool import SLACK, Event  # noqa: E402
 
 
 def requests(app, *steps):
@@ -159,6 +160,20 @@ def test_settings_reach_the_engine():
     assert plain == plain | defaults
     assert full["seed"] == 2**63 - 1 and full["stop"] == ("a",) and full["logit_bias"] == ((5, 1),)
     assert 0 < full["top_p"] < 1e-6 and full["logprobs"] == 4 and full["max_new_tokens"] == 9
+
+
+def test_a_response_tells_the_settings_that_were_used():
+    app = served(scripted([*b"ok"]))
+    asked = {"model": "a/b", "input": "Hi"}
+    own, given = requests(
+        app, ("POST", "/v1/responses", {"json": asked}), ("POST", "/v1/responses", {"json": asked | {"top_p": 0}})
+    )
+    assert own.json()["top_p"] == 0.9 and own.json()["temperature"] == 0.5 and given.json()["top_p"] == 0
+
+
+def test_tokens_that_a_tool_wrote_do_not_count_for_the_best():
+    events = [Event(1, False, -1.0, [], None), Event(2, True, -9.0, [], None), Event(None, False, None, None, "stop")]
+    assert _mean_logprob(events) == -1.0 and _mean_logprob(events[1:]) == float("-inf")
 
 
 def test_requests_with_one_beginning_go_to_one_worker_unless_it_is_busy():

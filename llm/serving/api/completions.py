@@ -176,5 +176,5 @@ class CompletionAnswer:
 
 def _mean_logprob(events: Sequence[Event]) -> float:
     """Return the mean log-probability of the tokens that a row sampled."""
-    found = [event.logprob for event in events if event.logprob is not None]
+    found = [event.logprob for event in events if event.logprob is not None and not event.forced]
     return sum(found) / len(found) if found else float("-inf")

@@ -227,7 +227,7 @@ class ResponseAnswer:
             "text": {"format": self._format()},
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": self.params["top_p"] if body.top_p is None else body.top_p,
             "truncation": body.truncation or "disabled",
             "usage": self._usage() if is_over else None,
             "user": body.user,
