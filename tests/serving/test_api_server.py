@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("fastapi")
 
 from scripted_pool import BODY, scripted, served  # noqa: E402
 
+from llm.serving.api.chat import ChatAnswer  # noqa: E402
 from llm.serving.api.completions import _mean_logprob  # noqa: E402
 from llm.serving.errors import unavailable  # noqa: E402
 from llm.serving.pool import SLACK, Event  # noqa: E402
@@ -53,6 +55,18 @@ def test_a_full_queue_answers_429_with_a_time():
 def test_a_large_request_is_taken_where_nothing_else_runs():
     (answer,) = requests(served(scripted([*b"ok"])), chat(n=20))
     assert len(answer.json()["choices"]) == 20
+
+
+def test_a_large_answer_is_made_beside_the_loop(monkeypatch):
+    threads, make = [], ChatAnswer.whole
+
+    def noted(self):
+        threads.append(threading.current_thread())
+        return make(self)
+
+    monkeypatch.setattr(ChatAnswer, "whole", noted)
+    (answer,) = requests(served(scripted([*b"ok"])), chat(logprobs=True, top_logprobs=3, n=3, max_tokens=9))
+    assert answer.status_code == 200 and threads[0] is not threading.main_thread()
 
 
 def test_draining_answers_503_with_a_time_and_says_so():

@@ -30,11 +30,12 @@ async def create(body: ChatRequest, request: Request) -> Response:
     prompt = await prompt_of(service, found, limit, body.truncation)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = service.params(body, limit, use_tools=form is None, logprobs=logprobs)
+    service.check_logprobs([limit], body.n or 1, logprobs, "top_logprobs")
     batch = service.submit(request, [prompt], params, body.n or 1, form)
     answer = ChatAnswer(service, batch, body, offers_tools)
     if body.stream:
         return await service.stream(batch, answer.events())
-    return await service.whole(request, batch, answer.whole())
+    return await service.whole(request, batch, answer.whole)
 
 
 def answer_form(body: ChatRequest) -> dict[str, Any] | None:
@@ -85,9 +86,8 @@ class ChatAnswer:
         self.choices = [Choice(service, body, offers_tools) for _ in batch.jobs]
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": service.name}
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for all answers and return the body of the response."""
-        await self.batch.until_done()
+    def whole(self) -> dict[str, Any]:
+        """Return the body of the response."""
         choices = []
         for index, (choice, job) in enumerate(zip(self.choices, self.batch.jobs, strict=True)):
             delta = choice.push(job.take())

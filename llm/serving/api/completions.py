@@ -31,6 +31,8 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     n_samples = body.best_of or body.n or 1
     if len(prompts) * n_samples > MAX_CHOICES:
         raise bad(f"a request may ask for {MAX_CHOICES} completions, over all its prompts", "n")
+    told = [limit + len(prompt) * bool(body.echo) for prompt in prompts]
+    service.check_logprobs(told, n_samples, body.logprobs, "logprobs")
     form = form_of(body.structured_outputs)
     more: dict[str, Any] = {"use_tools": form is None, "logprobs": body.logprobs}
     if n_samples > (body.n or 1) and body.logprobs is None:
@@ -43,7 +45,7 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     answer = CompletionAnswer(service, batch, body, n_samples, added)
     if body.stream:
         return await service.stream(batch, answer.events())
-    return await service.whole(request, batch, answer.whole())
+    return await service.whole(request, batch, answer.whole)
 
 
 def _prompts(service: Service, body: CompletionRequest, limit: int) -> tuple[list[list[int]], list[int]]:
@@ -90,9 +92,8 @@ class CompletionAnswer:
             "model": service.name,
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for all completions and return the body of the response."""
-        await self.batch.until_done()
+    def whole(self) -> dict[str, Any]:
+        """Return the body of the response."""
         choices, n = [], self.body.n or 1
         for first in range(0, len(self.batch.jobs), self.n_samples):
             members = range(first, first + self.n_samples)

@@ -15,6 +15,7 @@ MAX_TOTAL_CHARS = 32_000  # of all messages, or of all prompts
 MAX_TOKENS = 4_096
 MAX_CHOICES = 128  # of one request, over all its prompts
 MAX_STOPS = 16
+MAX_LOGPROBS = 500_000  # of one request: of its tokens and the likeliest ones beside each
 MAX_DEPTH = 64  # of lists and objects within each other
 TRUNCATIONS = Literal["auto", "disabled"]
 

@@ -139,7 +139,7 @@ async def create(body: ResponseRequest, request: Request) -> Response:
     answer = ResponseAnswer(service, batch, body, Choice(service, chat, offers_tools=False), params)
     if body.stream:
         return await service.stream(batch, answer.events(), failed=answer.failed)
-    return await service.whole(request, batch, answer.whole())
+    return await service.whole(request, batch, answer.whole)
 
 
 class ResponseAnswer:
@@ -150,9 +150,8 @@ class ResponseAnswer:
         self.id, self.message_id, self.created = new_id("resp"), new_id("msg"), int(time.time())
         self.text, self.calls, self.n_events = "", "", 0
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for the answer and return the body of the response."""
-        await self.batch.until_done()
+    def whole(self) -> dict[str, Any]:
+        """Return the body of the response."""
         delta = self.choice.push(self.batch.jobs[0].take())
         self.text, self.calls = delta.text, delta.call
         return self._response(self._status)
