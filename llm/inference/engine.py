@@ -248,8 +248,6 @@ class Engine:
         is_last: bool = False,
     ) -> None:
         """Append a token to a request's text; end the request if it has to."""
-        if not request.ids:
-            request.timings.mark("first_token")
         request.ids.append(token)
         request.mask.append(0 if forced else 1)
         request.room -= 1

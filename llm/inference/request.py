@@ -1,6 +1,5 @@
 """Requests for text: what is asked, what has been written so far, and the tokens of a step."""
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,21 +9,6 @@ from typing import Any, NamedTuple
 from llm.inference.sampling import SamplingParams
 
 _numbers = count()
-
-
-@dataclass
-class Timings:
-    """Moments of a request in seconds of `time.monotonic`; None = not yet."""
-
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None  # its prompt began to be read
-    first_token: float | None = None
-    finished: float | None = None
-
-    def mark(self, name: str) -> None:
-        """Note that the moment `name` is now, unless it was noted before."""
-        if getattr(self, name) is None:
-            setattr(self, name, time.monotonic())
 
 
 @dataclass
@@ -53,7 +37,7 @@ class Request:
     finish_reason: None while it goes on, then "stop", "length", "abort" or "error". stop_id: the sampled token that
     ended the turn; stop_text: the text of `params.stop` that did. error: why it ended, for "error".
     prompt_logprobs: per token of the prompt (log-probability, most likely tokens), None for the first one.
-    cached_tokens: tokens of the prompt that were found in the cache. timings: see `Timings`.
+    cached_tokens: tokens of the prompt that were found in the cache.
     """
 
     def __init__(self, prompt: Sequence[int], params: SamplingParams, sample: int = 0, constraint: Any = None):
@@ -69,7 +53,6 @@ class Request:
         self.error: str | None = None
         self.prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] | None = None
         self.cached_tokens = 0
-        self.timings = Timings()
         self.room = 0  # tokens it may still gain
         self.forced: deque[int] = deque()  # tokens that a tool has written and the model has not yet been fed
         self.call: list[int] | None = None  # tokens of a tool call that is not yet closed
@@ -88,7 +71,6 @@ class Request:
     def finish(self, reason: str) -> None:
         """Note why the request has ended."""
         self.finish_reason = reason
-        self.timings.mark("finished")
 
     def completion(self) -> Completion:
         """Return what was written, without the settings and the state."""

@@ -51,7 +51,7 @@ def test_the_last_event_says_why_a_request_ended():
     assert [(e.id, e.finish_reason) for e in events if e.request is first] == [(97, None), (98, None), (None, "stop")]
     assert [(e.id, e.finish_reason) for e in events if e.request is second] == [(120, None), (121, "length")]
     assert [(e.id, e.finish_reason) for e in events if e.request is full] == [(None, "length")]
-    assert first.stop_id == END and first.timings.submitted <= first.timings.first_token <= first.timings.finished
+    assert first.stop_id == END
 
 
 def test_a_request_can_be_aborted_at_any_time():

@@ -60,11 +60,8 @@ class Choice:
 
     def push(self, events: Sequence[Event]) -> Delta:
         """Add events and return what they let be said."""
-        delta = self.text.push(events)
-        if events and events[-1].finish_reason is not None:
-            rest = self.text.finish()
-            delta = Delta(delta.text + rest.text, delta.call + rest.call, delta.tokens + rest.tokens)
-            self.finish_reason = "stop" if self.text.is_cut else events[-1].finish_reason
+        delta, reason = self.text.push_to_end(events)
+        self.finish_reason = reason or self.finish_reason
         if self.watch is None:
             return delta
         delta.text = self.watch.push(delta.text, self.finish_reason is not None)
@@ -115,13 +112,9 @@ class ChatAnswer:
                     for part in call_deltas(place, call):
                         yield self._chunk(index, {"tool_calls": [part]})
                 yield self._chunk(index, {}, finish_reason=choice.finish_reason)
-        if self._tells_usage:
+        if self.body.tells_usage:
             yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
         yield DONE
-
-    @property
-    def _tells_usage(self) -> bool:
-        return bool(self.body.stream_options and self.body.stream_options.include_usage)
 
     def _usage(self) -> dict[str, Any]:
         return usage_of(self.batch.jobs, n_call_tokens=sum(choice.text.n_call_tokens for choice in self.choices))
@@ -130,7 +123,7 @@ class ChatAnswer:
         self, index: int, delta: dict[str, Any], tokens: Sequence[TokenInfo] = (), finish_reason: str | None = None
     ) -> bytes:
         choice = self._choice(index, "delta", delta, tokens, finish_reason)
-        usage = {"usage": None} if self._tells_usage else {}
+        usage = {"usage": None} if self.body.tells_usage else {}
         return event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **usage})
 
     def _choice(

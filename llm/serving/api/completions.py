@@ -100,7 +100,7 @@ class CompletionAnswer:
             events = {index: self.batch.jobs[index].take() for index in members}
             best = sorted(members, key=lambda index: -_mean_logprob(events[index]))[:n] if n < len(members) else members
             for index in best:
-                delta, reason = self._push(index, events[index])
+                delta, reason = self.texts[index].push_to_end(events[index])
                 echo = self._echo(index)
                 choices.append(self._choice(len(choices), index, echo, delta, reason))
         return {**self.head, "choices": choices, "usage": self._usage()}
@@ -111,32 +111,18 @@ class CompletionAnswer:
         async for index, events in self.batch.news_of():
             echo = self._echo(index) if index not in echoed else None
             echoed.add(index)
-            delta, reason = self._push(index, events)
+            delta, reason = self.texts[index].push_to_end(events)
             if delta or echo or reason:
                 yield event(self._tell({**self.head, "choices": [self._choice(index, index, echo, delta, reason)]}))
-        if self._tells_usage:
+        if self.body.tells_usage:
             yield event({**self.head, "choices": [], "usage": self._usage()})
         yield DONE
 
-    @property
-    def _tells_usage(self) -> bool:
-        return bool(self.body.stream_options and self.body.stream_options.include_usage)
-
     def _tell(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        return {**chunk, "usage": None} if self._tells_usage else chunk
+        return {**chunk, "usage": None} if self.body.tells_usage else chunk
 
     def _usage(self) -> dict[str, Any]:
         return usage_of(self.batch.jobs, n_prompts=len(self.batch.jobs) // self.n_samples)
-
-    def _push(self, index: int, events: Sequence[Event]) -> tuple[Delta, str | None]:
-        """Add events of a job; return the growth of its text and why it ended, None where it goes on."""
-        text = self.texts[index]
-        delta = text.push(events)
-        if not events or events[-1].finish_reason is None:
-            return delta, None
-        rest = text.finish()
-        reason = "stop" if text.is_cut else events[-1].finish_reason
-        return Delta(delta.text + rest.text, "", delta.tokens + rest.tokens), reason
 
     def _echo(self, index: int) -> tuple[str, list[tuple[int, float | None, list]]] | None:
         """Return the text of a job's prompt and its tokens with their logprobs, where the request wants them."""

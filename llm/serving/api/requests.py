@@ -249,6 +249,11 @@ class Sampling(WholeBody):
             raise ValueError("stream_options is only allowed where stream is true")
         return self
 
+    @property
+    def tells_usage(self) -> bool:
+        """True where a stream ends by telling how many tokens were used."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def stops(self) -> tuple[str, ...]:
         """Return the stop texts, without empty ones."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []

@@ -69,6 +69,15 @@ class AnswerText:
                 self._ends.append((self._sent + self._text.n_waiting, info))
         return Delta(text, call, self._certain())
 
+    def push_to_end(self, events: Sequence[Event]) -> tuple[Delta, str | None]:
+        """Add events; return the growth of the text, with what waits at its end, and why it ended, None if not yet."""
+        delta = self.push(events)
+        if not events or events[-1].finish_reason is None:
+            return delta, None
+        rest = self.finish()
+        whole = Delta(delta.text + rest.text, delta.call + rest.call, delta.tokens + rest.tokens)
+        return whole, "stop" if self.is_cut else events[-1].finish_reason
+
     def finish(self) -> Delta:
         """Return what still waits: bytes that never became a character stand as U+FFFD."""
         return Delta(self._said(self._text.flush()), self._calls.flush(), self._certain())
