@@ -56,3 +56,9 @@ def test_prompts_made_at_one_time_do_not_disturb_each_other(tokenizer, monkeypat
     tokenizer.encode("Who?")
     tokenizer.encode_prompt("Who?")
     assert calls == [True] * 3
+
+
+def test_half_a_surrogate_pair_is_read_as_an_unknown_character(tokenizer):
+    assert tokenizer.encode("a\ud800") == tokenizer.encode_prompt("a\ud800") == tokenizer.encode("a\ufffd")
+    asked = [[{"role": "user", "content": text}] for text in ("a\ud800", "a\ufffd")]
+    assert tokenizer.chat_prompt(asked[0]) == tokenizer.chat_prompt(asked[1])
