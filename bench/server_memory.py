@@ -13,7 +13,6 @@ the same plot.
 import _bench  # isort: skip  (puts the project on the path)
 import argparse
 import csv
-import os
 import random
 import re
 import subprocess
@@ -104,11 +103,14 @@ def measure(runs: Path, turns: int, rng: random.Random) -> Iterator[tuple[int, f
 
 
 def resident(pid: int) -> float:
-    """Return the MiB of memory that a process and its children hold (Linux)."""
+    """Return the MiB of memory that a process and its children hold, without mapped files (Linux).
+
+    Pages of libraries and other files come and go as the system likes.
+    """
     process = Path(f"/proc/{pid}")
-    pages = int((process / "statm").read_text().split()[1])
+    own = re.search(r"RssAnon:\s*(\d+) kB", (process / "status").read_text())
     children = [int(child) for thread in process.glob("task/*/children") for child in thread.read_text().split()]
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 + sum(map(resident, children))
+    return int(own[1]) / 1024 + sum(map(resident, children))
 
 
 def read(path: Path) -> list[tuple[int, float]]:

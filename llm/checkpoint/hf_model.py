@@ -30,6 +30,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length",
 # Without the first, transformers asks on a terminal whether to run a model's program. The second: a file in the folder
 # may name another model of the hub, such as the one that an adapter is for.
 NO_CODE = {"trust_remote_code": False, "local_files_only": True}
+UNREADABLE = (ValueError, OSError, ImportError, KeyError, RuntimeError)  # raised for files that hold no model
 LONGEST = 2048  # tokens of context by default: a batch of a model's 128,000 would fill any memory
 LOGITS = 1 << 24  # numbers in the logits held at a time
 
@@ -243,8 +244,7 @@ def load_hf(
             f"model=hf:{name}: a token changes what is predicted before it, so this {type(model).__name__} is no "
             "causal language model; name one such as hf:openai-community/gpt2"
         )
-    stops = getattr(model.generation_config, "eos_token_id", None)
-    return net, HFTokenizer(tokenizer, net.config.vocab_size, stops if isinstance(stops, list) else [stops])
+    return net, HFTokenizer(tokenizer, net.config.vocab_size, _stops(model.generation_config))
 
 
 def load_hf_tokenizer(name: str) -> HFTokenizer | Tokenizer:
@@ -254,9 +254,22 @@ def load_hf_tokenizer(name: str) -> HFTokenizer | Tokenizer:
         return Tokenizer.load(folder)
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    return HFTokenizer(tokenizer, config.get_text_config().vocab_size)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        try:
+            settings = transformers.GenerationConfig.from_pretrained(folder)
+        except OSError:  # there are none: transformers takes them from the model's config
+            settings = transformers.GenerationConfig.from_model_config(config)
+    except UNREADABLE as error:
+        raise UserError(f"model=hf:{name}: {_why_not(error)}") from error
+    return HFTokenizer(tokenizer, config.get_text_config().vocab_size, _stops(settings))
+
+
+def _stops(settings: Any) -> list[int | None]:
+    """Return the ids that end a completion by a model's generation settings; None for one that they do not have."""
+    stops = getattr(settings, "eos_token_id", None)
+    return stops if isinstance(stops, list) else [stops]
 
 
 def _is_ours(folder: Path) -> bool:
@@ -295,7 +308,7 @@ def _read(name: str, folder: Path) -> tuple[Any, Any, nn.Module]:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **NO_CODE
         )
-    except (ValueError, OSError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         raise UserError(f"model=hf:{name}: {_why_not(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(

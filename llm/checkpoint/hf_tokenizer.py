@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llm.errors import UserError
+from llm.tokenizer.bpe import without_surrogates
 from llm.tokenizer.chat_format import content_text
 from llm.tokenizer.compression import SAMPLE_TEXTS
 from llm.tokenizer.pretrained import BYTE_OF
@@ -19,8 +20,8 @@ class HFTokenizer:
     """Tokenizer of transformers with the methods of `llm.tokenizer.bpe.Tokenizer` that evaluation uses.
 
     Every sequence begins with `bos_id`: the BOS token or, where there is none, the end of text (as GPT-2 separates its
-    documents). Special tokens written in a text are ordinary text. stops: ids that end a completion. Raises UserError
-    for a tokenizer with neither token.
+    documents). Special tokens written in a text are ordinary text, and lone surrogates become U+FFFD. stops: ids that
+    end a completion. Raises UserError for a tokenizer with neither token.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, stops: Sequence[int] = ()):
@@ -39,8 +40,9 @@ class HFTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, with nothing added around it."""
+        texts = [without_surrogates(text) for text in texts]  # tokenizers raises a TypeError for one
         with self._lock:
-            return self.hf(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            return self.hf(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt with the tokenizer's own additions, and its BOS token if that differs from EOS.
@@ -50,7 +52,9 @@ class HFTokenizer:
         """
         adds = not (self.hf.bos_token and text.startswith(self.hf.bos_token))
         with self._lock:
-            ids = self.hf(text, add_special_tokens=adds, split_special_tokens=False, verbose=False)["input_ids"]
+            ids = self.hf(without_surrogates(text), add_special_tokens=adds, split_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
         own = self.bos_id != self.hf.eos_token_id and ids[:1] != [self.bos_id]
         return [self.bos_id, *ids] if own else ids
 
@@ -84,16 +88,26 @@ class HFTokenizer:
         return bool(self.hf.chat_template)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], is_open: bool = False) -> str:
-        """Return messages as text by the model's template, up to where the assistant answers or (is_open) goes on."""
-        return self.hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-        )
+        """Return messages as text by the model's template, up to where the assistant answers or (is_open) goes on.
+
+        Raises UserError for messages that the template refuses, as some do with a system message.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses these messages: {error}") from error
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the ids of messages up to the assistant's answer: by the model's template, else in plain words."""
         texts = [{"role": m["role"], "content": content_text(m["content"])} for m in messages]
         if self.has_chat_format:
-            return self.hf.apply_chat_template(texts, add_generation_prompt=True, return_dict=False)
+            text = without_surrogates(self.chat_text(texts))
+            with self._lock:
+                return self.hf(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
         turns = [f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in texts]
         return [self.bos_id, *self.encode("".join(turns) + "Assistant:\n")]
 

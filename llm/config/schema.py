@@ -235,7 +235,7 @@ class EvaluateConfig:
 
 @dataclass
 class ApiConfig:
-    """Config group `api` of serve.py: the HTTP API and its workers."""
+    """Config group `api` of serve.py: the HTTP API and worker processes."""
 
     access_key: str | None = key(
         "key that requests must bring (Authorization: Bearer KEY); null = none is asked for; "
@@ -286,7 +286,7 @@ class ServeConfig:
         "on what else is being answered",
         choices=("auto", "fp32", "bf16"),
     )
-    api: ApiConfig = key("the HTTP API and its workers")
+    api: ApiConfig = key("the HTTP API and worker processes")
     offer: str | None = key(
         "other models to switch to on the page: all = every finished stage in paths.runs, none; null = all where only "
         "this computer is served, else none",

@@ -137,7 +137,7 @@ def sampling_params(options: dict[str, Any], task: str | None) -> SamplingParams
     kwargs.pop("temperature", None)
     if unknown := [f"{key}={one}" for key, one in kwargs.items() if (key, one) != ("num_beams", 1)]:
         raise UserError(f"eval.tasks: {task} asks for {unknown[0]} in generation_kwargs, which is not known here")
-    return SamplingParams(temperature, int(top_k), float(top_p), max_new_tokens=length, stop=stop)
+    return SamplingParams(temperature, int(top_k), float(top_p), max_new_tokens=int(length), stop=stop)
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int], stop: Sequence[str] = ()) -> str:

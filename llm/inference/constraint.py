@@ -39,14 +39,22 @@ class Constraint:
     """
 
     def __init__(self, tokenizer: Any, form: Mapping[str, Any], room: int):
+<<<<<<< HEAD
         self._matcher = _matcher(tokenizer, form)
+=======
+        import llguidance
+
+        self._llm_tokenizer, self._lengths = _for_llguidance(tokenizer)
+        self._matcher = llguidance.LLMatcher(self._llm_tokenizer, _grammar(form), log_level=0)
+        if problem := self._matcher.get_error():
+            raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
+>>>>>>> fixb
         self._vocab_size, self._ends = tokenizer.vocab_size, sorted(tokenizer.stop_ids)
         self._around, self._inside = (
             [ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1]
             for texts in (AROUND_STRINGS if form["type"].startswith("json") else (), IN_STRINGS)
         )
         self._braces = [tokenizer.encode(brace)[0] for brace in "{}"]
-        self._lengths = tokenizer.token_bytes()
         self._room, self._margin = room, max(MARGINS[0], min(MARGINS[1], room // 8))
         self._look_at = room  # room with which the way out is looked for next
         self._way: list[int] | None = None  # the rest of it, once it is taken
@@ -153,14 +161,18 @@ def _escaped(text: str) -> str:
     return "(" + re.sub(r"[^\w\s]", lambda sign: "\\" + sign[0], text, flags=re.ASCII) + ")"
 
 
-def _for_llguidance(tokenizer: Any) -> Any:
-    """Return llguidance's own form of a tokenizer, made once for each."""
+def _for_llguidance(tokenizer: Any) -> tuple[Any, np.ndarray]:
+    """Return llguidance's own form of a tokenizer and the bytes of every token, int (V,); made once for each."""
     import llguidance
 
     if id(tokenizer) not in _tokenizers:
-        wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
-        _tokenizers[id(tokenizer)] = tokenizer, llguidance.LLTokenizer(wrapper, n_vocab=tokenizer.vocab_size)
-    return _tokenizers[id(tokenizer)][1]
+        vocabulary = _Vocabulary(tokenizer)
+        wrapper = llguidance.TokenizerWrapper(vocabulary)
+        lengths = np.array([len(token) for token in vocabulary.tokens])
+        lengths[[i for i in vocabulary.special_token_ids if i < len(lengths)]] = 0
+        # The tokenizer is kept too: another one must not get its number.
+        _tokenizers[id(tokenizer)] = tokenizer, llguidance.LLTokenizer(wrapper, n_vocab=len(lengths)), lengths
+    return _tokenizers[id(tokenizer)][1:]
 
 
 class _Vocabulary:

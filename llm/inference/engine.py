@@ -251,12 +251,10 @@ class Engine:
         is_last: bool = False,
     ) -> None:
         """Append a token to a request's text; end the request if it has to."""
-        if not request.ids:
-            request.timings.mark("first_token")
         request.ids.append(token)
         request.mask.append(0 if forced else 1)
         request.room -= 1
-        if logprob is not None:
+        if request.params.logprobs is not None:
             request.logprobs.append(logprob)
             request.top.append(top)
         stop = request.stops.push(token) if request.stops else None
@@ -391,11 +389,14 @@ class Stream:
             raise ValueError(f"prompt {empty[0]} is empty: a prompt needs at least its <|bos|> token")
         settings = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         self.engine, self.pending = engine, []
-        self.requests = [
-            engine.submit(prompt, own, sample=i * num_samples + j)
-            for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True))
-            for j in range(num_samples)
-        ]
+        self.requests: list[Request] = []
+        try:
+            for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True)):
+                for j in range(num_samples):
+                    self.requests.append(engine.submit(prompt, own, sample=i * num_samples + j))
+        except BaseException:
+            self.close()  # a refused request must not leave those before it in the engine
+            raise
         engine.watch(self)
 
     @property

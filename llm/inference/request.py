@@ -1,6 +1,5 @@
 """Requests for text: what is asked, what has been written so far, and the tokens of a step."""
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,45 +12,32 @@ _numbers = count()
 
 
 @dataclass
-class Timings:
-    """Moments of a request in seconds of `time.monotonic`; None = not yet."""
-
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None  # its prompt began to be read
-    first_token: float | None = None
-    finished: float | None = None
-
-    def mark(self, name: str) -> None:
-        """Note that the moment `name` is now, unless it was noted before."""
-        if getattr(self, name) is None:
-            setattr(self, name, time.monotonic())
-
-
-@dataclass
 class Completion:
     """Completion of a prompt. mask: 1 = sampled, 0 = forced by a tool.
 
     finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`) or "length"
     (max_new_tokens or the context is used up). stop_id: the sampled token that ended the turn, which is not among the
-    ids; None where none did. logprobs: log-probability of each token, where `SamplingParams.logprobs` asks for it.
+    ids; None where none did. logprobs: log-probability of each token, where `SamplingParams.logprobs` asks for it; None
+    for tokens that a tool wrote while the row was not in the batch.
     """
 
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     stop_id: int | None = None
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
 
 
 class Request:
     """Prompt that an engine continues, with everything written so far.
 
     id: a number of its own within the process. ids, mask, logprobs, top: the tokens so far, 1 for each sampled and 0
-    for each forced one, their log-probabilities and the most likely tokens, as `params.logprobs` asks for.
+    for each forced one, their log-probabilities and the most likely tokens, as `params.logprobs` asks for (None for
+    tokens that a tool wrote while the row was not in the batch).
     finish_reason: None while it goes on, then "stop", "length", "abort" or "error". stop_id: the sampled token that
     ended the turn; stop_text: the text of `params.stop` that did. error: why it ended, for "error".
     prompt_logprobs: per token of the prompt (log-probability, most likely tokens), None for the first one.
-    cached_tokens: tokens of the prompt that were found in the cache. timings: see `Timings`.
+    cached_tokens: tokens of the prompt that were found in the cache.
     """
 
     def __init__(self, prompt: Sequence[int], params: SamplingParams, sample: int = 0, constraint: Any = None):
@@ -59,15 +45,14 @@ class Request:
         self.prompt, self.params, self.sample, self.constraint = list(prompt), params, sample, constraint
         self.ids: list[int] = []
         self.mask: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[list[tuple[int, float]]] = []
+        self.logprobs: list[float | None] = []
+        self.top: list[list[tuple[int, float]] | None] = []
         self.finish_reason: str | None = None
         self.stop_id: int | None = None
         self.stop_text: str | None = None
         self.error: str | None = None
         self.prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] | None = None
         self.cached_tokens = 0
-        self.timings = Timings()
         self.room = 0  # tokens it may still gain
         self.forced: deque[int] = deque()  # tokens that a tool has written and the model has not yet been fed
         self.call: list[int] | None = None  # tokens of a tool call that is not yet closed
@@ -86,7 +71,6 @@ class Request:
     def finish(self, reason: str) -> None:
         """Note why the request has ended."""
         self.finish_reason = reason
-        self.timings.mark("finished")
 
     def completion(self) -> Completion:
         """Return what was written, without the settings and the state."""

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +90,8 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
 
-def _is_whole(value, low: int) -> bool:
-    return value == int(value) and value >= low
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, Integral) and value >= low
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -360,7 +360,6 @@ class SlotBatch:
         for i, requests in enumerate(texts.values()):
             self.cache.start(len(self._rows) + i, entry and entry.prefix, is_copied=not self._shares)
             for j, request in enumerate(requests):
-                request.timings.mark("started")
                 request.cached_tokens = len(request.prompt) if j else min(skip, len(request.prompt))
         return Reading(list(texts), list(texts.values()), entry, skip)
 

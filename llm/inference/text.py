@@ -14,9 +14,10 @@ class StopTexts:
 
     def push(self, token: int) -> str | None:
         """Add a token to the text and return the stop text that is complete with it, the one that begins first."""
-        text = self._tail + self.tokenizer.decode_bytes([token])
+        new = self.tokenizer.decode_bytes([token])
+        text, n_new = self._tail + new, len(new)
         self._tail = text[max(0, len(text) - self._keep) :]
-        found = [(text.find(stop), stop) for stop in self.texts if stop in text]
+        found = [(place, stop) for stop in self.texts if (place := _find(text, stop, len(text) - n_new)) >= 0]
         return min(found)[1].decode() if found else None
 
 
@@ -43,9 +44,12 @@ class TextStream:
         """Number of characters that may be the beginning of a stop text."""
         return len(self._held)
 
-    def push(self, token: int) -> str:
-        """Return the text that is certain with this token and was not before."""
-        return self._certain(self._decoder.decode(self.tokenizer.decode_bytes([token])))
+    def push(self, token: int, may_end: bool = True) -> str:
+        """Return the text that is certain with this token and was not before.
+
+        may_end: whether a stop text that is complete with this token ends the text; else that one is ordinary text.
+        """
+        return self._certain(self._decoder.decode(self.tokenizer.decode_bytes([token])), may_end)
 
     def flush(self) -> str:
         """Return what still waits, at the end of a completion; bytes without their rest become U+FFFD."""
@@ -53,11 +57,12 @@ class TextStream:
         self._held = ""
         return rest
 
-    def _certain(self, text: str) -> str:
+    def _certain(self, text: str, may_end: bool = True) -> str:
         if self._ended:
             return ""
-        text = self._held + text
-        if found := [text.find(stop) for stop in self._stops if stop in text]:
+        n_held, text = len(self._held), self._held + text
+        found = [_find(text, stop, n_held) for stop in self._stops] if may_end else []
+        if found := [place for place in found if place >= 0]:
             self._ended, self._held = True, ""
             return text[: min(found)]
         longest = max((len(stop) for stop in self._stops), default=1) - 1
@@ -66,3 +71,8 @@ class TextStream:
         )
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _find(text: str | bytes, stop: str | bytes, n_known: int) -> int:
+    """Return where a stop text begins that is complete only behind the first `n_known` places; -1 for none."""
+    return text.find(stop, max(0, n_known - len(stop) + 1))

@@ -107,16 +107,16 @@ def computes(net) -> bool:
 class DecodeStep:
     """The network's pass over new tokens with a cache, by the C++ kernel.
 
-    It reads weights when it is made and in `refresh`. Memory: a copy of all matrices in the compute dtype, and
+    It reads weights when it is made. Memory: a copy of all matrices in the compute dtype, and
     scratch for the largest batch so far. One thread calls it at a time.
     """
 
     def __init__(self, net: GPT, lib: ctypes.CDLL):
         self.net, self._lib, self.dtype = net, lib, net.compute_dtype
         self._kept: list[torch.Tensor] = []  # what the structs point to
-        self._packed: list[torch.Tensor] = []  # the matrices, in the order of `refresh`
+        self._packed: list[torch.Tensor] = []  # the matrices, in the order of `_read`
         self._batch, self._scratch = _Batch(), torch.empty(0, dtype=torch.uint8)
-        self.refresh()
+        self._read()
 
     @classmethod
     def for_net(cls, net) -> "DecodeStep | None":
@@ -124,10 +124,8 @@ class DecodeStep:
         return cls(net, load()) if computes(net) else None
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Read the network's weights again, after they have changed. Packed matrices keep their memory."""
-        self._old = iter(self._packed)
-        self._kept, self._packed = [], []
+    def _read(self) -> None:
+        """Describe the network to the kernel, and pack its matrices."""
         net, c = self.net, self.net.config
         self._layers = (_Layer * c.n_layer)(*(self._layer(i, block) for i, block in enumerate(net.transformer.h)))
         self._model = m = _Model(layers=self._layers)
@@ -175,9 +173,7 @@ class DecodeStep:
     def _matrix(self, n: int, *weights: torch.Tensor) -> _Matrix:
         """Pack weights (n_i, k), one below the other; of the last only the rows up to n in all."""
         k, is_bf16, threads = weights[0].size(1), self.dtype == torch.bfloat16, torch.get_num_threads()
-        packed = next(self._old, None)
-        if packed is None:
-            packed = torch.zeros(self._lib.packed_numbers(n, k, is_bf16), dtype=self.dtype)
+        packed = torch.zeros(self._lib.packed_numbers(n, k, is_bf16), dtype=self.dtype)
         at = 0
         for weight in weights:
             rows, source = min(len(weight), n - at), weight.detach().contiguous()

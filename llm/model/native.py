@@ -38,13 +38,13 @@ def library(source: Path, *headers: Path) -> ctypes.CDLL | None:
     if os.environ.get("FATHOM_KERNELS", "").lower() in ("off", "0", "false"):
         return None
     for compiler in compilers():
-        path = folder() / f"{source.stem}-{key(compiler, source, *headers)}.so"
         try:
+            path = folder() / f"{source.stem}-{key(compiler, source, *headers)}.so"
             if not is_whole(path):
                 path.unlink(missing_ok=True)
                 build(compiler, source, path)
             return _with_team(ctypes.CDLL(str(path)))
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
             print(f"kernels: {compiler} cannot build {source.name} ({_first_line(error)})", file=sys.stderr)
     return None
 

@@ -1,11 +1,13 @@
 """A finished model in three lines, for notebooks and scripts: chat with it, continue texts, score them."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
 from llm.inference.engine import Engine
+from llm.inference.request import Completion
 from llm.inference.sampling import SamplingParams
 from llm.inference.text import TextStream
 from llm.inference.warm_up import interrupt_held_back, warm_up
@@ -66,7 +68,7 @@ class Model:
         settings = settings if drawn == n else settings | {"logprobs": settings.get("logprobs") or 0}
         (samples,) = self.engine.generate([ids], _params(settings), num_samples=drawn)
         if drawn > n:
-            samples = sorted(samples, key=lambda s: -sum(s.logprobs) / max(1, len(s.logprobs)))[:n]
+            samples = sorted(samples, key=_mean_logprob, reverse=True)[:n]
         texts = [self._text(sample.ids, params) for sample in samples]
         return texts[0] if n == 1 else texts
 
@@ -92,13 +94,15 @@ class Model:
 
     def _text(self, ids: Sequence[int], params: SamplingParams) -> str:
         text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
-        return "".join(map(text.push, ids)) + text.flush()
+        pieces = [text.push(token, n >= params.min_new_tokens) for n, token in enumerate(ids, 1)]
+        return "".join(pieces) + text.flush()
 
     def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[str]:
         text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
+        numbers = count(1)
         with self.engine.stream([ids], params) as steps:
             for events in steps:
-                if piece := "".join(text.push(event.id) for event in events):
+                if piece := "".join(text.push(one.id, next(numbers) >= params.min_new_tokens) for one in events):
                     yield piece
         if rest := text.flush():
             yield rest
@@ -120,6 +124,12 @@ def load(path: str | Path) -> Model:
         model = Model(Engine(found.engine.net, found.engine.tokenizer, frozen=True), found.name)
         warm_up(model.engine)
     return model
+
+
+def _mean_logprob(sample: Completion) -> float:
+    """Return the mean log-probability of the tokens that were sampled; 0 where none was."""
+    found = [logprob for logprob, sampled in zip(sample.logprobs, sample.mask, strict=True) if sampled]
+    return sum(found) / max(1, len(found))
 
 
 def _params(settings: dict[str, Any]) -> SamplingParams:

@@ -109,7 +109,7 @@ class Tokenizer:
                 f"need at least {MIN_VOCAB_SIZE}"
             )
         trainer = rustbpe.Tokenizer()
-        pieces = (piece for text in texts for piece in _pieces(_without_surrogates(text)))
+        pieces = (piece for text in texts for piece in _pieces(without_surrogates(text)))
         trainer.train_from_iterator(pieces, vocab_size=vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         possible = len(ranks) + len(SPECIAL_TOKENS)
@@ -145,7 +145,7 @@ class Tokenizer:
         """
         import regex
 
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         ends = (match.end() for match in regex.finditer(self.pattern, text))
         end = next((end for end in ends if end >= chars), len(text))
         return self.encode(text[:end]), end
@@ -164,7 +164,7 @@ class Tokenizer:
 
         Threads can run it in parallel, because tiktoken releases Python's lock.
         """
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
         return np.concatenate([np.array([self.bos_id], np.uint32), *pieces]).view(np.int32)
 
@@ -268,7 +268,7 @@ def _fingerprint(tokens: Sequence[bytes], pattern: str) -> str:
     return digest.hexdigest()
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Replace lone surrogates (from JSON escapes) by U+FFFD as tiktoken does; the trainer stops at them."""
     try:
         text.encode()

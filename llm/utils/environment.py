@@ -13,7 +13,6 @@ from typing import Any
 from llm import __version__
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
-RETURN_SECONDS = 10.0  # between two calls of `return_memory`
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 # Libraries that tell their makers about their use, or run programs of the hub, unless a variable says no.
@@ -46,16 +45,6 @@ def tune_process() -> None:
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
-
-
-def return_memory() -> None:
-    """Give memory that was freed back to the system (glibc), which `tune_process` keeps for the next step.
-
-    A server calls it every `RETURN_SECONDS`: its requests differ in size, and what one of them left fits no other.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -249,7 +249,7 @@ def test_a_row_that_waits_for_a_tool_stalls_no_other(monkeypatch):
 
     engine = Engine(net, TOKENIZER, run_code=run_code)
     script = Script([start, ord("h"), ord("i"), end])
-    caller = engine.submit([BOS, 5], SamplingParams(temperature=0.0, max_new_tokens=12), constraint=script)
+    caller = engine.submit([BOS, 5], SamplingParams(temperature=0.0, max_new_tokens=12, logprobs=0), constraint=script)
     other = engine.submit([BOS, 6], SamplingParams(temperature=0.0, max_new_tokens=20))
     while not other.is_done:
         engine.step()
@@ -258,6 +258,7 @@ def test_a_row_that_waits_for_a_tool_stalls_no_other(monkeypatch):
     run(engine)
     forced = [TOKENIZER.special_id("output_start"), *b"42", TOKENIZER.special_id("output_end")]
     assert caller.ids[4:8] == forced and caller.mask == [1] * 4 + [0] * 4 + [1] * 4 and len(caller.ids) == 12
+    assert [logprob is None for logprob in caller.logprobs] == [False] * 4 + [True] * 4 + [False] * 4
     rest = Request([*caller.prompt, *caller.ids[:8]], caller.params)
     rest.ids = caller.ids[8:]
     check(net, rest)

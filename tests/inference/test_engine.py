@@ -166,6 +166,8 @@ def test_logits_that_are_no_numbers_give_no_token(params, bad):
         ("temperature", float("inf")),
         ("top_k", -1),
         ("top_k", 2.5),
+        ("top_k", 5.0),
+        ("top_k", float("inf")),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("max_new_tokens", 0),

@@ -51,7 +51,7 @@ def test_the_last_event_says_why_a_request_ended():
     assert [(e.id, e.finish_reason) for e in events if e.request is first] == [(97, None), (98, None), (None, "stop")]
     assert [(e.id, e.finish_reason) for e in events if e.request is second] == [(120, None), (121, "length")]
     assert [(e.id, e.finish_reason) for e in events if e.request is full] == [(None, "length")]
-    assert first.stop_id == END and first.timings.submitted <= first.timings.first_token <= first.timings.finished
+    assert first.stop_id == END
 
 
 def test_a_request_can_be_aborted_at_any_time():
@@ -150,6 +150,13 @@ def test_a_constraint_that_allows_nothing_is_an_error_of_its_request_alone():
     assert len(free.ids) == 12
 
 
+def test_prompts_that_are_refused_together_leave_nothing_in_the_engine():
+    engine, wrong = Engine(tiny_net(), TOKENIZER), SamplingParams(logit_bias=((10**6, 1.0),))
+    with pytest.raises(UserError, match="logit_bias"):
+        engine.stream([[BOS], [BOS]], [GREEDY, wrong], num_samples=2)
+    assert not engine.has_work and engine.stats()["waiting"] == 0
+
+
 @pytest.mark.parametrize("method", ["allowed", "accept"])
 def test_a_constraint_that_fails_ends_its_request_alone(method):
     engine, faulty = Engine(tiny_net(), TOKENIZER), Counting()
@@ -171,6 +178,16 @@ def test_stop_texts_are_said_and_kept_or_left_out():
             shown += text.push(event.id)
         assert request.stop_text == " t" and bytes(request.ids) == b"one t"
         assert shown + text.flush() == ("one t" if keep else "one")
+
+
+def test_stop_texts_count_from_min_new_tokens_on():
+    engine = Engine(ScriptNet([list(b"one two one two!")]), TOKENIZER)
+    params = SamplingParams(stop=("two", "e", "two one two?"), keep_stop=False, min_new_tokens=5)
+    request = engine.submit([0], params)
+    text = TextStream(TOKENIZER, params.stop, params.keep_stop)
+    shown = [text.push(event.id, n >= 5) for n, event in enumerate(finish(engine), 1)]
+    assert bytes(request.ids) == b"one two" and request.stop_text == "two"
+    assert "".join(shown) + text.flush() == "one " and text.is_cut
 
 
 def test_text_streams_hold_back_what_is_not_certain():

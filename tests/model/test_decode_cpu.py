@@ -175,19 +175,6 @@ def test_only_the_asked_for_tokens_have_logits():
 
 
 @torch.inference_mode()
-def test_refresh_follows_the_weights_in_the_memory_that_there_is():
-    net, other = make_net(MODERN), make_net(MODERN, seed=1)
-    step, ids = DecodeStep.for_net(net), torch.randint(0, 301, (2, 5))
-    packed = [matrix.data_ptr() for matrix in step._packed]
-    net.load_state_dict(other.state_dict())
-    step.refresh()
-    assert torch.equal(
-        write(step, make_cache(net, 2, 5), ids), write(DecodeStep.for_net(other), make_cache(other, 2, 5), ids)
-    )
-    assert packed == [matrix.data_ptr() for matrix in step._packed]
-
-
-@torch.inference_mode()
 def test_weights_in_bf16_give_the_bits_of_weights_in_fp32_that_are_rounded_when_used():
     net = make_net(MODERN, torch.bfloat16)
     ids = torch.randint(0, 301, (2, 9))

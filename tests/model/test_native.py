@@ -87,6 +87,26 @@ def test_a_compiler_that_fails_is_named_in_one_line(source, capfd):
     assert len(lines) == len(native.compilers()) and "cannot build answer.cpp" in lines[0] and "error" in lines[0]
 
 
+def test_a_compiler_that_cannot_be_started_is_named_in_one_line(source, tmp_path, monkeypatch, capfd):
+    broken = tmp_path / "c++"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    monkeypatch.setattr(native, "compilers", lambda: [str(broken)])
+    assert load(source) is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{broken} cannot build answer.cpp" in line
+
+
+def test_without_a_home_folder_there_is_no_kernel(source, monkeypatch, capfd):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FATHOM_DATA")
+    monkeypatch.setattr(native.Path, "expanduser", homeless)
+    assert load(source) is None
+    assert "home directory" in capfd.readouterr().err
+
+
 def test_kernels_can_be_turned_off(source, monkeypatch):
     monkeypatch.setenv("FATHOM_KERNELS", "off")
     assert load(source) is None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 
 import httpx
 import pytest
@@ -11,8 +12,10 @@ pytest.importorskip("fastapi")
 
 from scripted_pool import BODY, scripted, served  # noqa: E402
 
+from llm.serving.api.chat import ChatAnswer  # noqa: E402
+from llm.serving.api.completions import _mean_logprob  # noqa: E402
 from llm.serving.errors import unavailable  # noqa: E402
-from llm.serving.pool import SLACK  # noqa: E402
+from llm.serving.pool import SLACK, Event  # noqa: E402
 
 
 def requests(app, *steps):
@@ -52,6 +55,18 @@ def test_a_full_queue_answers_429_with_a_time():
 def test_a_large_request_is_taken_where_nothing_else_runs():
     (answer,) = requests(served(scripted([*b"ok"])), chat(n=20))
     assert len(answer.json()["choices"]) == 20
+
+
+def test_a_large_answer_is_made_beside_the_loop(monkeypatch):
+    threads, make = [], ChatAnswer.whole
+
+    def noted(self):
+        threads.append(threading.current_thread())
+        return make(self)
+
+    monkeypatch.setattr(ChatAnswer, "whole", noted)
+    (answer,) = requests(served(scripted([*b"ok"])), chat(logprobs=True, top_logprobs=3, n=3, max_tokens=9))
+    assert answer.status_code == 200 and threads[0] is not threading.main_thread()
 
 
 def test_draining_answers_503_with_a_time_and_says_so():
@@ -161,6 +176,20 @@ def test_settings_reach_the_engine():
     assert 0 < full["top_p"] < 1e-6 and full["logprobs"] == 4 and full["max_new_tokens"] == 9
 
 
+def test_a_response_tells_the_settings_that_were_used():
+    app = served(scripted([*b"ok"]))
+    asked = {"model": "a/b", "input": "Hi"}
+    own, given = requests(
+        app, ("POST", "/v1/responses", {"json": asked}), ("POST", "/v1/responses", {"json": asked | {"top_p": 0}})
+    )
+    assert own.json()["top_p"] == 0.9 and own.json()["temperature"] == 0.5 and given.json()["top_p"] == 0
+
+
+def test_tokens_that_a_tool_wrote_do_not_count_for_the_best():
+    events = [Event(1, False, -1.0, [], None), Event(2, True, -9.0, [], None), Event(None, False, None, None, "stop")]
+    assert _mean_logprob(events) == -1.0 and _mean_logprob(events[1:]) == float("-inf")
+
+
 def test_requests_with_one_beginning_go_to_one_worker_unless_it_is_busy():
     async def run():
         pool = scripted(None, n_workers=2, rows=100)
@@ -229,3 +258,16 @@ def test_nanochats_form_of_a_stream():
     ]
     answers = requests(app, *(("POST", "/chat/completions", {"json": body}) for body in ({"messages": long}, *wrong)))
     assert [answer.status_code for answer in answers] == [200, *[400] * len(wrong)]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_stop_text_before_min_tokens_does_not_cut_the_answer(streams):
+    change = {"stop": "stop", "min_tokens": 8, "stream": streams}
+    for path, own in (("/v1/chat/completions", BODY), ("/v1/completions", {"model": "a/b", "prompt": "x"})):
+        (answer,) = requests(served(scripted([*b"a stop b stop"])), ("POST", path, {"json": own | change}))
+        told = [answer.text] if not streams else [one for one in answer.text.split("data: ") if one.startswith("{")]
+        choices = [choice for one in told for choice in json.loads(one)["choices"]]
+        texts = [
+            (one.get("delta") or one.get("message") or {"content": one.get("text")}).get("content") for one in choices
+        ]
+        assert "".join(text or "" for text in texts) == "a stop b " and choices[-1]["finish_reason"] == "stop"

@@ -41,6 +41,7 @@ def test_the_servers_tokenizer_is_the_workers(gpt2, net, tokenizer, tmp_path):
         for text in ("Apples and stones", "12 é 你好"):
             assert server.encode_prompt(text) == worker.encode_prompt(text)
         assert (server.vocab_size, server.special_ids) == (worker.vocab_size, worker.special_ids)
+        assert server.stop_ids == worker.stop_ids
 
 
 def test_a_name_says_what_it_is_and_stands_alone():
@@ -57,3 +58,5 @@ def test_a_folder_without_a_model_is_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     with pytest.raises(UserError, match="hf:"):
         load_chat_model(f"hf:{tmp_path}")
+    with pytest.raises(UserError, match="hf:"):
+        load_hf_tokenizer(str(tmp_path))

@@ -51,6 +51,7 @@ REFUSED = [
     ({"logit_bias": {"x": 1}}, 400, None, "logit_bias"),
     ({"logit_bias": {"1": 101}}, 400, "invalid_value", "logit_bias.1"),
     ({"top_logprobs": 2}, 400, "invalid_value", None),
+    ({"logprobs": True, "top_logprobs": 20, "n": 100, "max_tokens": 390}, 400, None, "top_logprobs"),
     ({"stream_options": {"include_usage": True}}, 400, "invalid_value", None),
     ({"tool_choice": "required"}, 400, "invalid_value", None),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, None, "tool_choice"),
@@ -99,6 +100,8 @@ def test_what_is_wrong_is_refused_in_openais_form(change, status, code, param):
         {"prompt": "x" * 400},
         {"prompt": ["a"] * 100, "n": 2},
         {"best_of": 1, "n": 2},
+        {"logprobs": 20, "n": 100, "max_tokens": 390},
+        {"prompt": ["x" * 200] * 120, "logprobs": 20, "echo": True, "max_tokens": 0},
         {"best_of": 2, "stream": True},
         {"max_tokens": 0},
         {"suffix": "x"},
@@ -118,13 +121,36 @@ def test_a_body_that_is_no_request_is_refused(body):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
-def test_half_a_surrogate_pair_does_no_harm():
-    body = json.dumps({"model": MODEL, "messages": user("\ud800"), "max_tokens": 9}).encode()
-    answer = post("/v1/chat/completions", content=body, headers=JSON)
+def nested(depth: int) -> dict:
+    return {"type": "object", "properties": {"x": nested(depth - 1)}} if depth else {}
+
+
+NOT_PLAIN = [
+    ("/v1/chat/completions", {"messages": user("\ud800")}, "surrogate"),
+    ("/v1/chat/completions", {"messages": user("x"), "\ud800": 1}, "surrogate"),
+    ("/v1/chat/completions", {"messages": user("x"), "metadata": {"a": [float("inf")]}}, "number"),
+    ("/v1/chat/completions", {"messages": user("x"), "structured_outputs": {"json": nested(200)}}, "deep"),
+    ("/v1/completions", {"prompt": "\ud800", "echo": True}, "surrogate"),
+    ("/v1/completions", {"prompt": ["a", "\udc00"]}, "surrogate"),
+    ("/v1/responses", {"input": "x", "user": "\ud800"}, "surrogate"),
+    ("/v1/responses", {"input": "x", "instructions": "\ud800"}, "surrogate"),
+    ("/v1/responses", {"input": "x", "metadata": {"\ud800": "a"}, "stream": True}, "surrogate"),
+    ("/v1/responses", {"input": "x", "user": float("nan"), "stream": True}, "number"),
+    ("/chat/completions", {"messages": user("\ud800")}, "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("path", "change", "word"), NOT_PLAIN)
+def test_what_an_answer_could_not_repeat_is_refused(path, change, word):
+    body = ({} if path == "/chat/completions" else {"model": MODEL}) | change
+    answer = post(path, content=json.dumps(body).encode(), headers=JSON)
+    assert answer.status_code == 400 and word in answer.json()["error"]["message"]
+
+
+def test_whole_surrogate_pairs_and_schemas_of_some_depth_are_fine():
+    body = {"model": MODEL, "messages": user("\ud83d\ude00"), "metadata": nested(25)}
+    answer = post("/v1/chat/completions", content=json.dumps(body).encode(), headers=JSON)
     assert answer.status_code == 200
-    body = json.dumps({"model": "\ud800", "messages": user("x"), "\ud800": 1}).encode()
-    answer = post("/v1/chat/completions", content=body, headers=JSON)
-    assert answer.status_code == 400
 
 
 def test_unknown_paths_and_methods_have_openais_form():

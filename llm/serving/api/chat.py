@@ -30,11 +30,12 @@ async def create(body: ChatRequest, request: Request) -> Response:
     prompt = await prompt_of(service, found, limit, body.truncation)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = service.params(body, limit, use_tools=form is None, logprobs=logprobs)
+    service.check_logprobs([limit], body.n or 1, logprobs, "top_logprobs")
     batch = service.submit(request, [prompt], params, body.n or 1, form)
     answer = ChatAnswer(service, batch, body, offers_tools)
     if body.stream:
         return await service.stream(batch, answer.events())
-    return await service.whole(request, batch, answer.whole())
+    return await service.whole(request, batch, answer.whole)
 
 
 def answer_form(body: ChatRequest) -> dict[str, Any] | None:
@@ -53,17 +54,14 @@ class Choice:
     """Answer of a request among others: its text so far and what it holds back."""
 
     def __init__(self, service: Service, body: ChatRequest, offers_tools: bool):
-        self.text = AnswerText(service.tokenizer, body.stops())
+        self.text = AnswerText(service.tokenizer, body.stops(), body.min_tokens or 0)
         self.watch = ToolWatch(body) if offers_tools else None
         self.finish_reason: str | None = None
 
     def push(self, events: Sequence[Event]) -> Delta:
         """Add events and return what they let be said."""
-        delta = self.text.push(events)
-        if events and events[-1].finish_reason is not None:
-            rest = self.text.finish()
-            delta = Delta(delta.text + rest.text, delta.call + rest.call, delta.tokens + rest.tokens)
-            self.finish_reason = "stop" if self.text.is_cut else events[-1].finish_reason
+        delta, reason = self.text.push_to_end(events)
+        self.finish_reason = reason or self.finish_reason
         if self.watch is None:
             return delta
         delta.text = self.watch.push(delta.text, self.finish_reason is not None)
@@ -85,9 +83,8 @@ class ChatAnswer:
         self.choices = [Choice(service, body, offers_tools) for _ in batch.jobs]
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": service.name}
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for all answers and return the body of the response."""
-        await self.batch.until_done()
+    def whole(self) -> dict[str, Any]:
+        """Return the body of the response."""
         choices = []
         for index, (choice, job) in enumerate(zip(self.choices, self.batch.jobs, strict=True)):
             delta = choice.push(job.take())
@@ -115,13 +112,9 @@ class ChatAnswer:
                     for part in call_deltas(place, call):
                         yield self._chunk(index, {"tool_calls": [part]})
                 yield self._chunk(index, {}, finish_reason=choice.finish_reason)
-        if self._tells_usage:
+        if self.body.tells_usage:
             yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
         yield DONE
-
-    @property
-    def _tells_usage(self) -> bool:
-        return bool(self.body.stream_options and self.body.stream_options.include_usage)
 
     def _usage(self) -> dict[str, Any]:
         return usage_of(self.batch.jobs, n_call_tokens=sum(choice.text.n_call_tokens for choice in self.choices))
@@ -130,7 +123,7 @@ class ChatAnswer:
         self, index: int, delta: dict[str, Any], tokens: Sequence[TokenInfo] = (), finish_reason: str | None = None
     ) -> bytes:
         choice = self._choice(index, "delta", delta, tokens, finish_reason)
-        usage = {"usage": None} if self._tells_usage else {}
+        usage = {"usage": None} if self.body.tells_usage else {}
         return event({**self.head, "object": "chat.completion.chunk", "choices": [choice], **usage})
 
     def _choice(

@@ -31,6 +31,8 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     n_samples = body.best_of or body.n or 1
     if len(prompts) * n_samples > MAX_CHOICES:
         raise bad(f"a request may ask for {MAX_CHOICES} completions, over all its prompts", "n")
+    told = [limit + len(prompt) * bool(body.echo) for prompt in prompts]
+    service.check_logprobs(told, n_samples, body.logprobs, "logprobs")
     form = form_of(body.structured_outputs)
     more: dict[str, Any] = {"use_tools": form is None, "logprobs": body.logprobs}
     if n_samples > (body.n or 1) and body.logprobs is None:
@@ -43,7 +45,7 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     answer = CompletionAnswer(service, batch, body, n_samples, added)
     if body.stream:
         return await service.stream(batch, answer.events())
-    return await service.whole(request, batch, answer.whole())
+    return await service.whole(request, batch, answer.whole)
 
 
 def _prompts(service: Service, body: CompletionRequest, limit: int) -> tuple[list[list[int]], list[int]]:
@@ -81,7 +83,7 @@ class CompletionAnswer:
 
     def __init__(self, service: Service, batch: Batch, body: CompletionRequest, n_samples: int, added: Sequence[int]):
         self.service, self.batch, self.body, self.n_samples, self.added = service, batch, body, n_samples, added
-        self.texts = [AnswerText(service.tokenizer, body.stops()) for _ in batch.jobs]
+        self.texts = [AnswerText(service.tokenizer, body.stops(), body.min_tokens or 0) for _ in batch.jobs]
         self.offsets = [0] * len(batch.jobs)
         self.head = {
             "id": new_id("cmpl"),
@@ -90,16 +92,15 @@ class CompletionAnswer:
             "model": service.name,
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for all completions and return the body of the response."""
-        await self.batch.until_done()
+    def whole(self) -> dict[str, Any]:
+        """Return the body of the response."""
         choices, n = [], self.body.n or 1
         for first in range(0, len(self.batch.jobs), self.n_samples):
             members = range(first, first + self.n_samples)
             events = {index: self.batch.jobs[index].take() for index in members}
             best = sorted(members, key=lambda index: -_mean_logprob(events[index]))[:n] if n < len(members) else members
             for index in best:
-                delta, reason = self._push(index, events[index])
+                delta, reason = self.texts[index].push_to_end(events[index])
                 echo = self._echo(index)
                 choices.append(self._choice(len(choices), index, echo, delta, reason))
         return {**self.head, "choices": choices, "usage": self._usage()}
@@ -110,32 +111,18 @@ class CompletionAnswer:
         async for index, events in self.batch.news_of():
             echo = self._echo(index) if index not in echoed else None
             echoed.add(index)
-            delta, reason = self._push(index, events)
+            delta, reason = self.texts[index].push_to_end(events)
             if delta or echo or reason:
                 yield event(self._tell({**self.head, "choices": [self._choice(index, index, echo, delta, reason)]}))
-        if self._tells_usage:
+        if self.body.tells_usage:
             yield event({**self.head, "choices": [], "usage": self._usage()})
         yield DONE
 
-    @property
-    def _tells_usage(self) -> bool:
-        return bool(self.body.stream_options and self.body.stream_options.include_usage)
-
     def _tell(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        return {**chunk, "usage": None} if self._tells_usage else chunk
+        return {**chunk, "usage": None} if self.body.tells_usage else chunk
 
     def _usage(self) -> dict[str, Any]:
         return usage_of(self.batch.jobs, n_prompts=len(self.batch.jobs) // self.n_samples)
-
-    def _push(self, index: int, events: Sequence[Event]) -> tuple[Delta, str | None]:
-        """Add events of a job; return the growth of its text and why it ended, None where it goes on."""
-        text = self.texts[index]
-        delta = text.push(events)
-        if not events or events[-1].finish_reason is None:
-            return delta, None
-        rest = text.finish()
-        reason = "stop" if text.is_cut else events[-1].finish_reason
-        return Delta(delta.text + rest.text, "", delta.tokens + rest.tokens), reason
 
     def _echo(self, index: int) -> tuple[str, list[tuple[int, float | None, list]]] | None:
         """Return the text of a job's prompt and its tokens with their logprobs, where the request wants them."""
@@ -176,5 +163,5 @@ class CompletionAnswer:
 
 def _mean_logprob(events: Sequence[Event]) -> float:
     """Return the mean log-probability of the tokens that a row sampled."""
-    found = [event.logprob for event in events if event.logprob is not None]
+    found = [event.logprob for event in events if event.logprob is not None and not event.forced]
     return sum(found) / len(found) if found else float("-inf")

@@ -8,7 +8,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from llm.serving.api.conversation import prompt_of, turns
-from llm.serving.api.requests import MAX_CHARS, MAX_MESSAGES, Body, Sampling, Tokens
+from llm.serving.api.requests import MAX_CHARS, MAX_MESSAGES, Body, Sampling, Tokens, WholeBody
 from llm.serving.api.service import service_of
 from llm.serving.api.stream import event
 from llm.serving.api.text import AnswerText
@@ -24,7 +24,7 @@ class NanochatMessage(Body):
     content: Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]
 
 
-class NanochatRequest(Body):
+class NanochatRequest(WholeBody):
     """Body of /chat/completions."""
 
     messages: Annotated[list[NanochatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]

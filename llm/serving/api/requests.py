@@ -4,6 +4,7 @@ A field that is not listed is refused. `Hint` fields say nothing about the answe
 fine. The fields at the end of a model are not OpenAI's: clients send them as `extra_body`.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -14,7 +15,12 @@ MAX_TOTAL_CHARS = 32_000  # of all messages, or of all prompts
 MAX_TOKENS = 4_096
 MAX_CHOICES = 128  # of one request, over all its prompts
 MAX_STOPS = 16
+<<<<<<< HEAD
 MAX_DEPTH = 64  # of a JSON schema: objects and lists inside each other
+=======
+MAX_LOGPROBS = 500_000  # of one request: of its tokens and the likeliest ones beside each
+MAX_DEPTH = 64  # of lists and objects within each other
+>>>>>>> fixb
 TRUNCATIONS = Literal["auto", "disabled"]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -44,6 +50,43 @@ class Body(BaseModel):
     """Part of a request: types are taken literally, and unknown fields refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class WholeBody(Body):
+    """Body of a request: it holds nothing that the answer could not repeat, or that takes endless recursion."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_plain(cls, given: Any) -> Any:
+        check_plain(given)
+        return given
+
+
+def check_plain(given: Any) -> None:
+    """Raise ValueError for what json.loads reads and JSON or UTF-8 cannot hold, and for values that lie too deep.
+
+    These are NaN, the infinities and half a surrogate pair in a text or a name.
+    """
+    waiting = [(given, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value} is no number of JSON")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise ValueError("a text holds half a surrogate pair, which is no character")
+        if isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise ValueError(f"lists and objects may lie at most {MAX_DEPTH} deep within each other")
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            waiting += [(part, depth + 1) for part in parts]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class TextPart(Body):
@@ -196,7 +239,7 @@ class StructuredOutputs(Body):
         return self
 
 
-class Sampling(Body):
+class Sampling(WholeBody):
     """Fields that both routes have."""
 
     model: str
@@ -225,6 +268,11 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed where stream is true")
         return self
+
+    @property
+    def tells_usage(self) -> bool:
+        """True where a stream ends by telling how many tokens were used."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop texts, without empty ones."""

@@ -25,6 +25,7 @@ from llm.serving.api.requests import (
     Share,
     TextFormat,
     Tokens,
+    WholeBody,
 )
 from llm.serving.api.service import Service, new_id, service_of, usage_of
 from llm.serving.api.stream import event
@@ -71,7 +72,7 @@ class StreamOptions(Body):
     include_obfuscation: Hint = None
 
 
-class ResponseRequest(Body):
+class ResponseRequest(WholeBody):
     """Body of /v1/responses."""
 
     model: str
@@ -93,7 +94,7 @@ class ResponseRequest(Body):
     previous_response_id: None = None
     parallel_tool_calls: Hint = None
     service_tier: Literal["auto", "default"] | None = None
-    user: Hint = None
+    user: str | None = None
     safety_identifier: Hint = None
     prompt_cache_key: Hint = None
 
@@ -138,7 +139,7 @@ async def create(body: ResponseRequest, request: Request) -> Response:
     answer = ResponseAnswer(service, batch, body, Choice(service, chat, offers_tools=False), params)
     if body.stream:
         return await service.stream(batch, answer.events(), failed=answer.failed)
-    return await service.whole(request, batch, answer.whole())
+    return await service.whole(request, batch, answer.whole)
 
 
 class ResponseAnswer:
@@ -149,9 +150,8 @@ class ResponseAnswer:
         self.id, self.message_id, self.created = new_id("resp"), new_id("msg"), int(time.time())
         self.text, self.calls, self.n_events = "", "", 0
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for the answer and return the body of the response."""
-        await self.batch.until_done()
+    def whole(self) -> dict[str, Any]:
+        """Return the body of the response."""
         delta = self.choice.push(self.batch.jobs[0].take())
         self.text, self.calls = delta.text, delta.call
         return self._response(self._status)
@@ -226,7 +226,7 @@ class ResponseAnswer:
             "text": {"format": self._format()},
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": self.params["top_p"] if body.top_p is None else body.top_p,
             "truncation": body.truncation or "disabled",
             "usage": self._usage() if is_over else None,
             "user": body.user,

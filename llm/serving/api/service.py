@@ -1,16 +1,17 @@
 """Model that the routes serve: its workers, tokenizer, name and limits, and how a request becomes jobs."""
 
+import asyncio
 import importlib.util
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
-from llm.serving.api.requests import Sampling, StructuredOutputs
+from llm.serving.api.requests import MAX_LOGPROBS, Sampling, StructuredOutputs
 from llm.serving.api.stream import EventStream, unless_gone
 from llm.serving.errors import ApiError, bad
 from llm.serving.pool import Batch, Job, Pool
@@ -76,10 +77,31 @@ class Service:
         request.state.batch = self.pool.submit(prompts, params, n=n, form=form, timeout=self.timeout)
         return request.state.batch
 
-    async def whole(self, request: Request, batch: Batch, answer: Awaitable[dict[str, Any]]) -> Response:
-        """Wait for an answer as long as the client does, and return it as JSON. Raises ApiError where it fails."""
+    def check_logprobs(self, lengths: Sequence[int], n_samples: int, top: int | None, param: str) -> None:
+        """Raise ApiError for more log-probabilities than an answer may hold.
+
+        lengths: tokens told for a sample of each prompt, at most; top: likeliest ones beside each token, None where no
+        log-probabilities are asked for.
+        """
+        if top is None:
+            return
+        n_tokens = n_samples * sum(min(length, self.seq_len) for length in lengths)
+        if (n := n_tokens * (1 + top)) > MAX_LOGPROBS:
+            raise bad(
+                f"an answer may hold {MAX_LOGPROBS:,} log-probabilities, and this one could have {n:,}: ask for fewer "
+                f"choices, tokens or {param}",
+                param,
+            )
+
+    async def whole(self, request: Request, batch: Batch, answer: Callable[[], dict[str, Any]]) -> Response:
+        """Wait for an answer as long as the client does, and return it as JSON. Raises ApiError where it fails.
+
+        answer: makes the body once all jobs are done. It runs in a thread: many log-probabilities take seconds, in
+        which other answers go on.
+        """
         try:
-            return JSONResponse(await unless_gone(request, answer))
+            await unless_gone(request, batch.until_done())
+            return await asyncio.to_thread(lambda: JSONResponse(answer()))
         finally:
             self.pool.cancel(batch)
 

@@ -33,10 +33,13 @@ class Delta:
 
 
 class AnswerText:
-    """Fold of a row's events into deltas; special tokens have no text."""
+    """Fold of a row's events into deltas; special tokens have no text.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
-        self.n_call_tokens = 0
+    min_tokens: a stop text that is complete before so many tokens does not end the answer, as in the engine.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), min_tokens: int = 0):
+        self.n_call_tokens, self._n_tokens, self._min_tokens = 0, 0, min_tokens
         self._special, self._marks = tokenizer.special_ids, part_switches(tokenizer)
         self._text, self._calls = TextStream(tokenizer, stops, keep_stop=False), TextStream(tokenizer)
         self._kind, self._line_open = "text", False
@@ -51,6 +54,7 @@ class AnswerText:
         """Add events and return what they let be said."""
         text, call = "", ""
         for event in events:
+            self._n_tokens += event.id is not None
             if event.id in self._marks:
                 call += self._switch(self._marks[event.id])
                 self.n_call_tokens += 1
@@ -60,10 +64,19 @@ class AnswerText:
                 call += self._calls.push(event.id)
                 self.n_call_tokens += 1
             elif not self.is_cut:
-                text += self._said(self._text.push(event.id))
+                text += self._said(self._text.push(event.id, self._n_tokens >= self._min_tokens))
                 info = TokenInfo(event.id, event.logprob, event.top or [])
                 self._ends.append((self._sent + self._text.n_waiting, info))
         return Delta(text, call, self._certain())
+
+    def push_to_end(self, events: Sequence[Event]) -> tuple[Delta, str | None]:
+        """Add events; return the growth of the text, with what waits at its end, and why it ended, None if not yet."""
+        delta = self.push(events)
+        if not events or events[-1].finish_reason is None:
+            return delta, None
+        rest = self.finish()
+        whole = Delta(delta.text + rest.text, delta.call + rest.call, delta.tokens + rest.tokens)
+        return whole, "stop" if self.is_cut else events[-1].finish_reason
 
     def finish(self) -> Delta:
         """Return what still waits: bytes that never became a character stand as U+FFFD."""
