@@ -242,7 +242,7 @@ class ApiConfig:
         "default: the environment variable FATHOM_API_KEY"
     )
     rows: int = key("sequences that a worker decodes together", low=1, high=4096)
-    queue: int = key("sequences that may wait beyond those; further requests are refused (429)", low=0, high=10**6)
+    queue: int = key("sequences that may wait; further requests are refused (429)", low=0, high=10**6)
     timeout: float = key("seconds that a request may take", above=0, high=10**6)
     drain: float = key("seconds that answers under way have after SIGTERM", low=0, high=10**6)
     origins: list[str] = key("addresses of web pages elsewhere that may send requests, as in https://chat.example.org")

@@ -39,16 +39,7 @@ class Constraint:
     """
 
     def __init__(self, tokenizer: Any, form: Mapping[str, Any], room: int):
-<<<<<<< HEAD
-        self._matcher = _matcher(tokenizer, form)
-=======
-        import llguidance
-
-        self._llm_tokenizer, self._lengths = _for_llguidance(tokenizer)
-        self._matcher = llguidance.LLMatcher(self._llm_tokenizer, _grammar(form), log_level=0)
-        if problem := self._matcher.get_error():
-            raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
->>>>>>> fixb
+        self._matcher, self._lengths = _matcher(tokenizer, form), _for_llguidance(tokenizer)[1]
         self._vocab_size, self._ends = tokenizer.vocab_size, sorted(tokenizer.stop_ids)
         self._around, self._inside = (
             [ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1]
@@ -126,7 +117,7 @@ def _matcher(tokenizer: Any, form: Mapping[str, Any]) -> Any:
     key = id(tokenizer), json.dumps(form)
     matcher = _compiled.pop(key, None)
     if matcher is None:
-        matcher = llguidance.LLMatcher(_for_llguidance(tokenizer), _grammar(form), log_level=0)
+        matcher = llguidance.LLMatcher(_for_llguidance(tokenizer)[0], _grammar(form), log_level=0)
         if problem := matcher.get_error():
             raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
     _compiled[key] = matcher

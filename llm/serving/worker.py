@@ -47,7 +47,7 @@ def _read_forever(connection: socket.socket, inbox: queue.SimpleQueue) -> None:
 
 
 def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Load the model that `source` describes (llm.serving.app.Source); return its engine and facts about it."""
+    """Load the model that `source` describes (llm.serving.pool.Source); return its engine and facts about it."""
     import torch
 
     from llm.config.plugins import load_plugins

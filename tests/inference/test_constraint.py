@@ -89,7 +89,6 @@ def test_a_form_that_is_none_is_told(form, tokenizers):
         Constraint(tokenizers[0], form, 10)
 
 
-<<<<<<< HEAD
 def test_a_form_is_compiled_once_and_its_rows_are_apart(tokenizers, monkeypatch):
     tokenizer, made = tokenizers[0], []
     grammar = constraint._grammar
@@ -102,8 +101,8 @@ def test_a_form_is_compiled_once_and_its_rows_are_apart(tokenizers, monkeypatch)
         Constraint(tokenizer, {"type": "choice", "choice": [str(i)]}, 10)
     Constraint(tokenizer, {"type": "choice", "choice": ["ab", "cd"]}, 10)
     assert len(made) == constraint.COMPILED + 2 and len(constraint._compiled) <= constraint.COMPILED
-=======
+
+
 def test_a_tokenizer_that_changes_texts_can_have_forms(tokenizers, monkeypatch):
     monkeypatch.setattr(Tokenizer, "token_bytes", lambda self: 1 / 0)  # those of others refuse to count a text's bytes
     assert drawn(Tokenizer(tokenizers[0].tokens), FORMS["choice"][0], 40, random.Random(1)) in ("yes", "no (never)*")
->>>>>>> fixb

@@ -7,7 +7,7 @@ fine. The fields at the end of a model are not OpenAI's: clients send them as `e
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_MESSAGES = 500
 MAX_CHARS = 8_000  # of one message, or of the texts to choose from
@@ -15,12 +15,8 @@ MAX_TOTAL_CHARS = 32_000  # of all messages, or of all prompts
 MAX_TOKENS = 4_096
 MAX_CHOICES = 128  # of one request, over all its prompts
 MAX_STOPS = 16
-<<<<<<< HEAD
-MAX_DEPTH = 64  # of a JSON schema: objects and lists inside each other
-=======
 MAX_LOGPROBS = 500_000  # of one request: of its tokens and the likeliest ones beside each
 MAX_DEPTH = 64  # of lists and objects within each other
->>>>>>> fixb
 TRUNCATIONS = Literal["auto", "disabled"]
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -30,20 +26,6 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Hint = Any
-
-
-def _shallow(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON value. Raises ValueError where objects and lists stand more than `MAX_DEPTH` deep in each other."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
-        level = [inner for inner in level if isinstance(inner, dict | list)]
-        if not level:
-            return value
-    raise ValueError(f"the form of the answer is nested too deeply: more than {MAX_DEPTH} levels")
-
-
-Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class Body(BaseModel):
@@ -76,7 +58,9 @@ def check_plain(given: Any) -> None:
             raise ValueError("a text holds half a surrogate pair, which is no character")
         if isinstance(value, dict | list):
             if depth > MAX_DEPTH:
-                raise ValueError(f"lists and objects may lie at most {MAX_DEPTH} deep within each other")
+                raise ValueError(
+                    f"nested too deeply: lists and objects may lie at most {MAX_DEPTH} deep within each other"
+                )
             parts = [*value, *value.values()] if isinstance(value, dict) else value
             waiting += [(part, depth + 1) for part in parts]
 
@@ -161,7 +145,7 @@ class Function(Body):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: Annotated[str, Field(max_length=MAX_CHARS)] | None = None
-    parameters: Schema | None = None
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
@@ -193,10 +177,10 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    """Schema of response_format."""
+    """dict[str, Any] of response_format."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    schema_: Schema = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -228,7 +212,7 @@ class StructuredOutputs(Body):
 
     regex: Annotated[str, Field(min_length=1, max_length=MAX_CHARS)] | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
-    json_: Schema | None = Field(default=None, alias="json")
+    json_: dict[str, Any] | None = Field(default=None, alias="json")
 
     @model_validator(mode="after")
     def _one(self) -> "StructuredOutputs":
