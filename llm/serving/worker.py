@@ -17,8 +17,9 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.serving import frames
+from llm.utils.environment import return_memory
 
-STATS_SECONDS = 1.0  # between reports of the engine's state
+STATS_SECONDS = 1.0  # between reports of the engine's state, and between two times that memory is given back
 TAKE_SECONDS = 0.05  # for messages between two steps: to compile the form of an answer takes long
 
 
@@ -78,7 +79,7 @@ class Loop:
         self._requests: dict[int, Any] = {}  # the engine's requests by the server's number
         self._numbers: dict[Any, int] = {}  # the server's number by the engine's id
         self._told: set[int] = set()  # numbers of requests whose prompt has been reported
-        self._next_stats = 0.0
+        self._next_stats = self._next_return = 0.0
 
     def run(self) -> None:
         """Work until the process is ended. An error inside the engine ends it: the server starts another worker."""
@@ -89,6 +90,9 @@ class Loop:
             if time.monotonic() >= self._next_stats:
                 self._next_stats = time.monotonic() + STATS_SECONDS
                 self._send(("stats", self.engine.stats()))
+            if not self.engine.has_work and time.monotonic() >= self._next_return:
+                self._next_return = time.monotonic() + STATS_SECONDS
+                return_memory()
 
     def _send(self, message: tuple) -> None:
         try:

@@ -47,6 +47,16 @@ def tune_process() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
+def return_memory() -> None:
+    """Give memory that was freed back to the system (glibc), which `tune_process` keeps for the next step.
+
+    A server has no next step of the same size: what one request left would fit no other, and the rest would grow.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 def die_with_parent(parent: int | None = None) -> None:
     """Ask the system to end this process by SIGTERM when the one that started it ends (Linux only).
 
