@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import threading
@@ -277,9 +278,19 @@ class AtTerminal:
         self.process.kill()
         os.close(self._own)
 
-    def until(self, pattern: str) -> str:
-        """Wait until the screen shows something new that `pattern` finds; return what is new."""
+    def until(self, pattern: str, is_interrupted: bool = False) -> str:
+        """Wait until the screen shows something new that `pattern` finds; return what is new.
+
+        is_interrupted: Ctrl-C is pressed, and again every other second, because Python sees a signal between the
+        writing of a prompt and the wait for keys with the next one only.
+        """
+        if is_interrupted:
+            self.process.send_signal(signal.SIGINT)
         while not re.search(pattern, self.seen):
+            if not select.select([self._own], [], [], 2)[0]:
+                if is_interrupted:
+                    self.process.send_signal(signal.SIGINT)
+                continue
             try:
                 chunk = os.read(self._own, 4096)
             except OSError:  # the process has ended
@@ -307,8 +318,7 @@ def test_the_chat_at_a_terminal(runs, tmp_path):
         chat.say("Sing.", "la la la ")
         chat.process.send_signal(signal.SIGINT)
         assert "(stopped)" in chat.until(r"\n> $")
-        chat.process.send_signal(signal.SIGINT)
-        assert "/quit or Ctrl-D" in chat.until(r"\n> $")
+        assert "/quit or Ctrl-D" in chat.until(r"\n> $", is_interrupted=True)
         chat.say("/clear")
         assert "I am Fathom" in chat.say("Who are you?")
         chat.say("/quit", "")

@@ -177,7 +177,7 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    """dict[str, Any] of response_format."""
+    """JSON schema of response_format."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
