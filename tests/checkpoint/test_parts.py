@@ -25,7 +25,7 @@ PARTS = ("state_dict", "optimizer_states", "StepData", "global_step", "epoch", "
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a stage of 6 steps needs, and its folder of checkpoints of steps 4 and 6."""
+    """Return what a stage of 6 steps needs, and its folder of checkpoints of steps 4 and 6."""
     folder = tmp_path_factory.mktemp("parts")
     module, _ = fit(folder)
     return needed(module), folder / "checkpoints"

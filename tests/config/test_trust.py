@@ -56,12 +56,13 @@ def test_what_a_saved_run_names_is_refused_with_the_way_out(stage_with, data):
 @pytest.mark.parametrize("data", TEXTS)
 def test_what_the_command_names_is_trusted(stage_with, data):
     trust.trust(["evil", "s3://evil", "hf://datasets/evil/text", "https://evil.example/rows.jsonl", "../../evil"])
-    saved_config(stage_with(data), "cache")
+    saved = saved_config(stage_with(data), "cache")["data"]
+    assert {key: saved[key] for key in data} == data
 
 
 @pytest.mark.parametrize("option", ["fineweb_edu", "climbmix", "embedded"])
 def test_our_own_presets_need_no_trust(stage_with, option):
-    saved_config(stage_with({}, f"data={option}"), "cache")
+    assert saved_config(stage_with({}, f"data={option}"), "cache")["data"]["name"]
 
 
 def test_what_was_fetched_before_needs_no_trust(stage_with, tmp_path):

@@ -19,7 +19,7 @@ from llm.serving.worker import TAKE_SECONDS, Loop  # noqa: E402
 
 @pytest.fixture
 def no_process(monkeypatch):
-    """How often a process was asked for; none can be started."""
+    """Let no process start; return a list that grows with every process asked for."""
     asked = []
 
     async def spawn(worker, fd):

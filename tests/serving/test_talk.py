@@ -73,7 +73,7 @@ def asked(handlers, *questions: str, **settings) -> Talk:
 
 
 def kept(visitor: Talk) -> dict:
-    """What the browser keeps, from the Markdown in which it is told."""
+    """Return what the browser keeps, from the Markdown in which it is told."""
     return json.loads(html.unescape(told(visitor)))
 
 

@@ -352,6 +352,7 @@ def test_folders_of_this_release_and_without_a_number_are_read(number, runs):
     write_manifest(folder, record if number is None else record | {"format": number})
     for use in USES.values():
         use(runs)
+    assert read_manifest(folder).get("format") == number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def test_folders_of_this_release_and_without_a_number_are_read(number, runs):
 
 
 def inspected(root, capsys) -> dict[str, str]:
-    """What `make inspect` says of the model/ folder of every stage of the run, and whether it finds all sound."""
+    """Return what `make inspect` says of every stage's model/ folder, and whether it finds all of them sound."""
     is_sound, said, stage = inspect(root / "tiny"), {}, ""
     for line in capsys.readouterr().out.splitlines():
         if line.startswith("tiny/"):
