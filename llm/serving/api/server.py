@@ -20,9 +20,11 @@ from llm.serving.api.service import Service
 from llm.serving.api.watch import Metrics, Watch
 from llm.serving.guard import Guard
 from llm.serving.pool import Pool
+from llm.utils.environment import return_memory
 
 ROUTERS = (chat.router, completions.router, responses.router, nanochat.router, status.router)
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection: else one would ask just as it is closed
+RETURN_SECONDS = 10.0  # between two times that memory is given back
 END_SECONDS = 2  # for what is still being sent when the server ends
 
 
@@ -97,6 +99,7 @@ async def run(
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
     config.timeout_graceful_shutdown, config.timeout_keep_alive = END_SECONDS, KEEP_ALIVE_SECONDS
     server, loop, draining = _Server(config, on_start), asyncio.get_running_loop(), set()
+    tidying = loop.create_task(_return_memory())
 
     def drain() -> None:
         if not draining:
@@ -113,11 +116,18 @@ async def run(
     try:
         await server.serve(sockets=[bound])
     finally:
-        for task in draining:
+        for task in (tidying, *draining):
             task.cancel()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(name)
         logging.getLogger("uvicorn.error").removeFilter(_is_no_cancellation)
+
+
+async def _return_memory() -> None:
+    """Give freed memory back to the system from time to time, until cancelled."""
+    while True:
+        return_memory()
+        await asyncio.sleep(RETURN_SECONDS)
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
