@@ -48,7 +48,18 @@ SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 # Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.
-NO_TEXT = ("workers", "tasks_path", "eval", "rl", "packing", "shuffle", "near_duplicates", "token_cache", "streaming")
+NO_TEXT = (
+    "workers",
+    "tasks_path",
+    "eval",
+    "rl",
+    "packing",
+    "shuffle",
+    "near_duplicates",
+    "token_cache",
+    "streaming",
+    "preferences",
+)
 BY_NAME = ("chat", "core_tasks", "lm_eval", "judges", "scored")  # parts of eval.json in which every name counts alone
 
 

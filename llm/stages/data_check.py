@@ -21,7 +21,12 @@ def check_data(cfg, row: Stage) -> None:
         return
     from tasks.registry import check_files, held_out_weights
 
-    if row.kind == "rl":
+    if row.kind == "preference":
+        names = preferred(cfg)
+        check_files(cfg.data.preferences, names, "train")
+        check_files(cfg.data.preferences, names, "test")
+        trained, held_out = [], []
+    elif row.kind == "rl":
         trained, held_out = rewarded(cfg, row)
     else:
         trained = trained_tasks(cfg, row)
@@ -44,6 +49,18 @@ def trained_tasks(cfg, row: Stage) -> list[str]:
     names = [name for name, repeats in (cfg.data.mixture.get(row.mixture_key) or {}).items() if repeats]
     if not names:
         raise UserError(f"{key} names no task with repeats above 0: nothing to train on")
+    return names
+
+
+def preferred(cfg) -> list[str]:
+    """Return the sources of preferences that a stage trains on. Raises UserError where there are none."""
+    chosen = OmegaConf.select(cfg, "stage.preferences")
+    names = list(cfg.data.preferences) if chosen is None else list(chosen)
+    if not names:
+        raise UserError(
+            f"data.preferences is empty: stage={cfg.stage.name} trains on preferences; describe a source in a data "
+            "option or the experiment (docs/data.md), type=preference"
+        )
     return names
 
 
