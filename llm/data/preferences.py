@@ -55,10 +55,11 @@ def cut_prompt(prompt: list[int], room: int, user_start: int) -> list[int] | Non
 class Usable:
     """Places (source, row) of the rows that fit, in the order of the sources, and counts of what was cut and dropped.
 
-    is_paired: whether all of them are pairs; median: length in ids of the median sequence.
+    limit: ids of a sequence, at most; is_paired: whether all of them are pairs; median: ids of the median sequence.
     """
 
     places: list[tuple[int, int]]
+    limit: int
     is_paired: bool
     cut: int
     dropped: int
@@ -84,7 +85,7 @@ class Usable:
                 f"data.preferences: no answer of the {dropped:,} rows fits into model.seq_len={limit}; take a "
                 "model with a longer context, or shorter answers"
             )
-        return cls(places, is_paired, cut, dropped, int(np.median(lengths)))
+        return cls(places, limit, is_paired, cut, dropped, int(np.median(lengths)))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -129,18 +130,19 @@ class PreferenceSteps:
         self,
         sources: Sequence,
         usable: Usable,
-        render: Callable[[Mapping], Sequences],
+        tokenizer,
         *,
-        per_step: int,
         rows_per_micro: int,
-        seed: int,
+        per_step: int = 1,
+        seed: int = 0,
         rank: int = 0,
         world: int = 1,
         position: dict | None = None,
         labelled: bool = False,
         prepare: Callable[[list[dict], Callable[[], list[dict]]], None] = lambda micro, mismatched: None,
     ):
-        self.sources, self.usable, self.render, self.labelled, self.prepare = sources, usable, render, labelled, prepare
+        self.sources, self.usable, self.tokenizer = sources, usable, tokenizer
+        self.labelled, self.prepare = labelled, prepare
         self.per_step, self.rows_per_micro, self.seed, self.rank, self.world = (
             per_step,
             rows_per_micro,
@@ -177,7 +179,7 @@ class PreferenceSteps:
 
     def batch(self, rows: Sequence[Mapping]) -> dict:
         """Return {"micro", "n_trained": pairs, or labelled answers, "n_tokens"} of some rows."""
-        sequences, labels = [self.render(row) for row in rows], None
+        sequences, labels = [render_row(self.tokenizer, row, self.usable.limit)[0] for row in rows], None
         if self.labelled:
             labels = [label for row in rows for label in ([True, False] if "chosen" in row else [row["label"]])]
             sequences = [[one] for own in sequences for one in own]

@@ -114,6 +114,7 @@ _scores: dict[str, Kind] = {
     "chat": mapping(others=_task),
     "core_tasks": mapping(others=mapping({"accuracy": _number, "centered": _number, "stderr": _number})),
     "lm_eval": mapping(others=mapping(others=_scalar)),
+    "preferences": mapping(others=real()),
     "samples": listing(_sample),
     "scored": mapping(others=_scored),
     "judges": mapping(others=mapping()),

@@ -6,7 +6,7 @@ stage itself reads every row once, before it loads or builds a network.
 
 from omegaconf import OmegaConf
 
-from llm.config.stages import Stage
+from llm.config.stages import CHAT_KINDS, Stage
 from llm.errors import UserError
 
 
@@ -17,7 +17,7 @@ def check_data(cfg, row: Stage) -> None:
 
         if not (cfg.dry_run and is_remote(cfg.data)):
             build_source(cfg.data, cfg.paths.data)
-    if not row.is_chat or cfg.dry_run:  # a dry run does without what it cannot find
+    if row.kind not in CHAT_KINDS or cfg.dry_run:  # a dry run does without what it cannot find
         return
     from tasks.registry import check_files, held_out_weights
 

@@ -16,7 +16,7 @@ from llm.objectives import (
     Answers,
     PreferenceLoss,
     PreferenceSettings,
-    kl_k3,
+    kl_k2,
     masked_mean,
     token_logprobs,
 )
@@ -36,7 +36,8 @@ class PreferenceObjective:
     """Loss of a micro-batch of pairs, or for kto of labelled answers, and sums for metrics.csv.
 
     accuracy: share of pairs, or of kto's answers, on the right side; margin: difference of the rewards that the loss
-    implies; logp_chosen and logp_rejected: of whole answers; kl: of the parent per token (k3), with a reference.
+    implies; logp_chosen and logp_rejected: of whole answers; kl: from the parent, per token of the data's answers
+    (k2), where there is a reference.
     """
 
     def __init__(self, loss: PreferenceLoss, settings: PreferenceSettings):
@@ -68,7 +69,7 @@ class PreferenceObjective:
                 "baseline": baseline * len(labels),
             }
         if loss.has_reference:
-            kl = masked_mean(kl_k3(logprobs.detach(), micro["logprobs_ref"], mask), mask).sum()
+            kl = masked_mean(kl_k2(logprobs.detach(), micro["logprobs_ref"], mask), mask).sum()
             sums["kl"] = kl / 2 if loss.is_paired else kl
         return losses.sum(), sums
 

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from callbacks.preference_eval import PreferenceEval, WinRate
 from llm.data.balance import Reading
 from llm.data.loader import ConversationSteps, StepLayout, validation_batches
-from llm.data.preferences import PreferenceSteps, Sequences, Usable, render_row
+from llm.data.preferences import PreferenceSteps, Usable
 from llm.errors import UserError
 from llm.eval.preferences import Rewards
 from llm.parallel import collectives
@@ -77,12 +76,6 @@ def usable_rows(cfg, tokenizer, sources: tuple[list[Task], list[Task]], labelled
     return Rows(*sources, usable, held_out)
 
 
-def render(tokenizer, limit: int, row) -> Sequences:
-    """Return the sequences of a row that fits."""
-    sequences, _ = render_row(tokenizer, row, limit)
-    return sequences
-
-
 def resolve_step(cfg, config) -> tuple[int, int]:
     """Return (rows of the data in a step, sequences of a micro-batch). Raises UserError for a step without enough."""
     world, per_step = processes(cfg), cfg.stage.pairs_per_step
@@ -121,12 +114,11 @@ def build_stage(
         "world": collectives.world_size(),
         "labelled": labelled,
     }
-    rendered = partial(render, tokenizer, cfg.model.seq_len)
     more = {} if prepare is None else {"prepare": prepare}
     data = StepData(
-        lambda position: PreferenceSteps(rows.train, rows.usable, rendered, position=position, **options, **more)
+        lambda position: PreferenceSteps(rows.train, rows.usable, tokenizer, position=position, **options, **more)
     )
-    batches = PreferenceSteps(rows.held_out, rows.usable_held_out, rendered, **options).fixed()
+    batches = PreferenceSteps(rows.held_out, rows.usable_held_out, tokenizer, **options).fixed()
     callbacks = [PreferenceEval(stage.eval_every, batches, rewards, prepare_held_out)]
     if ruled := ruled_rows(rows, stage.get("eval_examples", 0)):
         callbacks.append(WinRate(stage.eval_every, ruled, parent, stage.max_new_tokens))
