@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import load_model_folder
-from llm.config.stages import stage_row
+from llm.config.stages import CHAT_KINDS, stage_row
 from llm.data.documents import text_id, texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
 from llm.data.preferences import PreferenceSteps, Usable
@@ -373,7 +373,7 @@ class StageSubject(Subject):
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
         saved = OmegaConf.create(config, flags={"allow_objects": False})
-        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
+        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).kind in CHAT_KINDS
         self.data = saved.data if cfg.data is None else cfg.data
         self.is_reward_model = not stage_row(self.name).servable
         self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
@@ -439,11 +439,8 @@ class StageSubject(Subject):
         usable = Usable.of(sources, self.tokenizer, self.net.config.seq_len, self.settings.eval_pairs)
         steps = PreferenceSteps(sources, usable, self.tokenizer, rows_per_micro=self.options.batch_size)
         found = preference_scores(self.net, steps.fixed(), scalar_rewards)
-        low, high = (percent(found[f"accuracy_{side}"]) for side in ("low", "high"))
-        print(
-            f"preferences: accuracy {percent(found['accuracy'])} (95 %: {low} to {high}), {found['n']} pairs",
-            flush=True,
-        )
+        share, low, high = (percent(found[f"accuracy{side}"]) for side in ("", "_low", "_high"))
+        print(f"preferences: accuracy {share} (95 %: {low} to {high}), {found['n']} pairs", flush=True)
         source = {"data": data_title(self.data), "source": f"held-out rows of {', '.join(names)}", "rows": found["n"]}
         return {"preferences": found, "scored": {"preferences": source}}
 

@@ -178,9 +178,10 @@ def best_stages(run: RunDir) -> list[str]:
 def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None, any_model: bool = False) -> Path:
     """Return the folder of the finished model stage to evaluate or serve; imports its trusted plugins.
 
-    any_model: take a stage named by `stage` even if its model generates no text, as a reward model. `stage=None` takes the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the
-    list of what exists, where two stages are equally far, and where a plugin of the stage cannot be imported or is not
-    named by this command.
+    any_model: take a stage named by `stage` even if its model generates no text, as a reward model. `stage=None` takes
+    the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the list of what
+    exists, where two stages are equally far, and where a plugin of the stage cannot be imported or is not named by this
+    command.
     """
     root = Path(runs_root)
     if run is None:
