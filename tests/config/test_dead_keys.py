@@ -19,7 +19,7 @@ from llm.serving import app
 from llm.stages.run_stage import run_stage
 from tasks import Cache, build_task
 
-STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "dpo", "grpo")
 ENTRY_POINTS = ("train", "evaluate", "serve")
 
 
