@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import compose
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
@@ -15,9 +16,10 @@ from llm.errors import UserError
 from llm.eval.evaluate import run_evaluation
 from llm.eval.preferences import compared, interval
 from llm.model.gpt import GPT
-from llm.run.stage_folder import write_manifest
+from llm.run.stage_folder import find_stage, write_manifest
 from llm.scaling.rules import model_config
 from llm.stages.common import load_parent
+from llm.stages.data_check import preferred
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
 
@@ -59,6 +61,7 @@ def runs(tokenizer_runs, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, more", [("reward", ()), ("dpo", ()), ("dpo", ("stage.loss=kto",))])
 def test_a_stage_resumes_exactly(runs, stage, more):
     name = f"{stage}{len(more)}"
@@ -79,6 +82,7 @@ def test_a_stage_resumes_exactly(runs, stage, more):
     assert len(first) == 5 and float(first[0]["preference/margin"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ipo", "orpo", "simpo"])
 def test_every_loss_trains_and_is_measured(runs, loss):
     run_stage(config(runs, loss, "dpo", f"stage.loss={loss}"))
@@ -93,6 +97,7 @@ def test_every_loss_trains_and_is_measured(runs, loss):
     assert (derived["preferences"], derived["preferences_held_out"], derived["rows_dropped"]) == (40, 8, 0)
 
 
+@pytest.mark.slow
 def test_the_first_losses_are_those_of_a_network_that_prefers_nothing(runs):
     found = {}
     for stage, more in (("dpo", ()), ("reward", ()), ("dpo", ("stage.loss=ipo", "stage.beta=0.5"))):
@@ -110,13 +115,13 @@ def test_a_reward_model_is_evaluated_and_cannot_be_served_or_chat(runs):
     run_stage(config(runs, "judge", "reward", "max_steps=2"))
     net, _ = load_model_folder(runs / "judge" / "reward" / "model")
     assert net.config.scalar_head and net.scalar_head.weight.abs().sum() > 0
-    found = run_evaluation(compose("evaluate", "run=judge", "stage=reward", f"paths.runs={runs}"))
+    cfg = compose("evaluate", "run=judge", f"paths.runs={runs}")
+    cfg.stage = "reward"
+    found = run_evaluation(cfg)
     last = metrics(runs, "judge", "reward")[-1]
     assert found["preferences"]["accuracy"] == pytest.approx(float(last["preference/accuracy"]))
     assert "bpb" not in found and "chat" not in found
     assert "| preference/accuracy" in (runs / "judge" / "report.md").read_text()
-    from llm.run.stage_folder import find_stage
-
     with pytest.raises(UserError, match="stage=reward holds no model that generates text"):
         find_stage(runs, "judge", "reward")
 
@@ -141,7 +146,6 @@ def test_a_scalar_head_is_added_and_left_out_by_the_stage(runs):
     [
         ("dpo", ("+data.preferences.politeness.options.unpaired=true",), "stage.loss=dpo: needs pairs"),
         ("reward", ("+data.preferences.politeness.options.unpaired=true",), "stage=reward: needs pairs"),
-        ("dpo", ("data.preferences={}", "stage.preferences=null", "data=own"), "data.preferences is empty"),
         ("dpo", ("model.seq_len=128", "data.preferences.politeness.source=local"), "data.preferences.politeness"),
     ],
 )
@@ -150,6 +154,13 @@ def test_what_cannot_be_trained_on_is_refused(runs, stage, more, words):
         run_stage(config(runs, "refused", stage, *more))
 
 
+def test_data_without_preferences_is_refused():
+    cfg = OmegaConf.create({"stage": {"name": "dpo", "preferences": None}, "data": {"preferences": {}}})
+    with pytest.raises(UserError, match="data.preferences is empty: stage=dpo trains on preferences"):
+        preferred(cfg)
+
+
+@pytest.mark.slow
 def test_kto_takes_single_answers(runs):
     run_stage(config(runs, "single", "dpo", "stage.loss=kto", "+data.preferences.politeness.options.unpaired=true"))
     last = metrics(runs, "single", "dpo")[-1]
