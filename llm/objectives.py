@@ -81,6 +81,13 @@ def overlong_penalty(lengths: torch.Tensor, limits: torch.Tensor, soft: int) -> 
     return ((limits - soft - lengths) / soft).clamp(-1.0, 0.0)
 
 
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the rewards of answers (P, G): as they are, or of (P, G, R) the sum with weights (R,), 1 by default."""
+    if rewards.dim() == 2:
+        return rewards
+    return rewards.sum(-1) if weights is None else (rewards * weights).sum(-1)
+
+
 def _deviation(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Return the unbiased standard deviation along `dim`, kept as an axis of 1; 0 for a single value."""
     if values.size(dim) < 2:
@@ -125,7 +132,7 @@ def advantage_gdpo(rewards: torch.Tensor, weights: torch.Tensor | None = None) -
     """
     parts = rewards.unsqueeze(-1) if rewards.dim() == 2 else rewards
     parts = (parts - parts.mean(dim=1, keepdim=True)) / (_deviation(parts, 1) + STD_FLOOR)
-    total = parts.sum(-1) if weights is None else (parts * weights).sum(-1)
+    total = total_rewards(parts, weights)
     return (total - total.mean()) / (_deviation(total.flatten(), 0) + STD_FLOOR)
 
 
@@ -144,9 +151,7 @@ def group_advantages(name: str, rewards: torch.Tensor, weights: torch.Tensor | N
     """
     if name == "gdpo":
         return advantage_gdpo(rewards, weights)
-    if rewards.dim() == 3:
-        rewards = rewards.sum(-1) if weights is None else (rewards * weights).sum(-1)
-    return ADVANTAGES[name](rewards)
+    return ADVANTAGES[name](total_rewards(rewards, weights))
 
 
 def gae(
@@ -245,6 +250,11 @@ class PolicyLoss:
         high = self.clip_high if clip_high is None else clip_high
         own = (x.masked_fill(~mask, 0.0) for x in (logprobs, logprobs_old, advantages))
         return self.tokens(*own, mask, low, high)
+
+    @property
+    def has_bounds(self) -> bool:
+        """Return whether `clip_low` and `clip_high` mean something to it."""
+        return self.clip_high is not None
 
     def total(self, losses: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the sum of the losses of tokens (B, T) over the units."""

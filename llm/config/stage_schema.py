@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from llm.config.key import CONTEXT, ITEMS, STEPS, VOCABULARY, key
 
+# Names of llm.objectives, which imports torch.
+POLICY_LOSSES = ("reinforce", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "ipo_rl")
+ADVANTAGES = ("centred", "zscore", "rloo", "max_rl", "gdpo")
+CORRECTIONS = ("none", "token_tis", "icepop", "sequence_mask")
+
 
 @dataclass
 class StageConfig:
@@ -155,6 +160,36 @@ class GRPOStage(AssistantStage):
 
     task: str | None = key("task to be rewarded for; null = data.rl")
     reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
+    loss: str = key("form of the policy gradient, see docs/post_training.md", choices=POLICY_LOSSES)
+    advantage: str = key(
+        "comparison of an answer's reward with its group, see docs/post_training.md", choices=ADVANTAGES
+    )
+    clip_low: float | None = key(
+        "bound on the ratio of new to old probabilities: 1 - clip_low; null = the loss's published default",
+        low=0,
+        high=1,
+    )
+    clip_high: float | None = key(
+        "bound on the ratio of new to old probabilities: 1 + clip_high; null = the loss's published default",
+        low=0,
+        high=1000,
+    )
+    kl: float = key("weight of the KL divergence (k3) from the parent's model; 0 = none", low=0, high=1000)
+    correction: str = key(
+        "weights for tokens that sampling and training give different probabilities", choices=CORRECTIONS
+    )
+    updates_per_rollout: int = key("optimizer steps on the answers of one rollout", low=1, high=1000)
+    overlong: int = key(
+        "tokens before the length limit over which the reward falls by up to 1; 0 = none", low=0, high=CONTEXT
+    )
+    filter_equal: str | None = key(
+        "groups of equal rewards: drop = out of the mean, resample = replaced by other questions; null = kept",
+        choices=("drop", "resample"),
+    )
+    curriculum: str | None = key(
+        "pass_rate = leave out questions lately answered rightly by the whole group; null = ask all",
+        choices=("pass_rate",),
+    )
     prompts_per_step: int = key("questions of one step", low=1, high=10**5)
     samples_per_prompt: int = key(
         "answers drawn per question, the group within which rewards are compared", low=2, high=10**4

@@ -29,6 +29,10 @@ class StepLog:
         """Count a step: its summed loss over `trained` tokens, and the numbers that came with its batch."""
         self.nats += nats
         self.trained += trained
+        self.add_numbers(numbers)
+
+    def add_numbers(self, numbers: dict[str, float]) -> None:
+        """Note further numbers of a step, whose means since the last row are logged."""
         for name, value in numbers.items():
             self.numbers.setdefault(name, []).append(value)
 
