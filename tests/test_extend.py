@@ -175,7 +175,7 @@ def test_names_are_registered_once(module):
 
 
 def test_a_reward_of_ones_own_replaces_the_tasks(module, monkeypatch):
-    from llm.stages.grpo import chosen_rewards
+    from llm.stages.rollout_stage import chosen_rewards
 
     brief = module("brief")
     assert chosen_rewards("brief.reward")([{}, {}], ["", "abc"]) == [1.0, 0.25]

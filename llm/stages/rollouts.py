@@ -170,6 +170,7 @@ class RolloutSteps:
     ):
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
         self.rows_per_micro, self.seed, self.score = rows_per_micro, seed, score
+        self.reward_weights = getattr(score, "weights", None)  # of several rewards of each answer
         position = {"step": 0, "balance": {}} if position is None else position
         self.step = position["step"]
         self.balance = Balance.from_dict(position.get("balance", {"partial": 1}))
@@ -278,11 +279,18 @@ class RolloutSteps:
         return groups
 
     def answer_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Return what metrics.csv tells of the answers of this rank's groups, at least one."""
+        """Return what metrics.csv tells of the answers of this rank's groups, at least one.
+
+        The curriculum learns from them: all processes call it together.
+        """
+        scores = objectives.total_rewards(torch.stack([group.scores for group in groups]), self.reward_weights)
+        right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
+        self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         answers = [answer for group in groups for answer in group.answers]
         n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
         finished = sum(answer.is_finished for answer in answers) / n
         return {
+            "reward": scores.mean().item(),
             "response_len": sum(answer.length for answer in answers) / n,
             "finished": finished,
             "truncated": 1 - finished,
