@@ -2,10 +2,17 @@
 
     python bench/serve.py [--depth 4] [--vocab 8192] [--streams 32] [--tokens 128] [--repeats 3] [--transformers 1]
 
-A model with random weights (arch=classic) is saved, and served by `serve.py`. Prompts differ and have 32 to 160 tokens;
-each is continued by `tokens` tokens, greedily. Measured in turns: all prompts in one engine without HTTP, all at once
-over HTTP as streams, and one alone over HTTP. With --transformers 1 the folder is also served by `transformers serve`
-with continuous batching, or without where that fails. Prints a table and a last line of JSON.
+A model with random weights (arch=classic) is saved, and served by `serve.py`. Prompts differ, in every turn anew, and
+have 43 to 220 tokens; each is continued by `tokens` tokens, greedily. Measured in turns: all prompts in one engine
+without HTTP; all at once over HTTP as streams; some alone, one after the other; and `streams` clients that ask one
+question after the other, each while the others read. With --transformers 1 the folder is also served by `transformers
+serve` with continuous batching, or without where that fails. Prints a table and a last line of JSON.
+
+Client, server and worker share the machine. The engine alone has it all: whatever HTTP costs is missing in
+`http_share_of_engine`, the client too, which therefore keeps what comes and reads it when the clock has stopped.
+`http_first_token_to_lone`: where all ask at once, the prompts must all be read, one after the other, by cores that a
+lone request has for itself; it grows with `streams`, and docs/lab_notebook.md computes its floor. Users rarely ask in
+the same millisecond: `steady_first_token_to_lone` is for a question that comes while all others are being answered.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
