@@ -87,7 +87,6 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        gc.freeze()  # looking for garbage among all that was imported would stop every stream for a tenth of a second
         self.on_start()
 
     def capture_signals(self) -> contextlib.AbstractContextManager:
