@@ -212,7 +212,7 @@ class Answer(asyncio.Protocol):
             self.ended.set_exception(error or ConnectionError("the server closed the connection within an answer"))
 
     def read(self) -> tuple[int, float]:
-        """Return the number of tokens and the seconds to the first text.
+        """Return the number of tokens and the seconds to the first text, once the stream has ended.
 
         Of a server that does not tell how many tokens it used, chunks are counted, or characters in pairs if they are
         more. Raises ValueError for an error and for an answer without text.
