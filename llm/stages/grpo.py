@@ -11,7 +11,7 @@ finetuning conversations can be added (PPO-ptx of InstructGPT, arXiv 2203.02155)
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ import torch
 from callbacks.chat_eval import PassAtK
 from callbacks.step_times import StepTimes
 from llm import objectives
-from llm.config.registries import REWARDS
 from llm.data.balance import ANSWERS, Reading, of_rollout
 from llm.errors import UserError
 from llm.eval.samples import questions
@@ -44,13 +43,13 @@ from llm.stages.rollouts import (
     Group,
     Reference,
     RolloutSteps,
-    Score,
     add_old_logprobs,
     counts,
     micro_batches_of,
 )
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, build_task
+from tasks.rewards import Rewards, build_rewards
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
 TRIES = 3  # of stage.filter_equal=resample: further draws for groups without a signal
@@ -122,12 +121,15 @@ class GroupSteps(RolloutSteps):
         """Return the numbers of a step's answers, and let the curriculum and the watch see them."""
         mixed = [has_signal(group) for group in groups]
         silent = not collectives.all_reduce_sum([float(sum(mixed))])[0]
-        scores = objectives.total_rewards(torch.stack([group.scores for group in groups]), self.reward_weights)
+        parts = torch.stack([group.scores for group in groups])
+        scores = objectives.total_rewards(parts, self.reward_weights)
         reward = scores.mean().item()
         self.signal.count(silent, step, reward)
         right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
         self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         shares = {"mixed_groups": sum(mixed) / len(mixed), "no_signal": float(silent)}
+        if self.reward_weights is not None:
+            shares |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
         return {"reward": reward} | self.answer_metrics(groups) | shares
 
 
@@ -225,8 +227,8 @@ def build(cfg, parent: Path) -> BuiltStage:
     train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
-    score = score_of(train, stage.reward)
-    if stage.reward is None and (bare := train.unscored()):
+    score = score_of(train, stage)
+    if "task" in score.names and (bare := train.unscored()):
         raise UserError(
             f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
             f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
@@ -284,26 +286,28 @@ def check_choices(stage) -> None:
         )
 
 
-def score_of(task, reward: str | None) -> Score:
-    """Return the function that scores completions: `stage.reward`, or the task's own for None."""
-    rewards = task.rewards if reward is None else chosen_rewards(reward)
-    return lambda conversations, completions: torch.tensor(rewards(conversations, completions))
+class RewardScore:
+    """Scores of completions as tensors: (N,) by one reward, (N, R) by several, with their `weights` (R,).
 
-
-def chosen_rewards(name: str) -> Callable[[Sequence[dict], Sequence[str]], list[float]]:
-    """Return the reward `stage.reward`, a function of one conversation and its completion, for lists of them.
-
-    Raises UserError for a name that does not exist, and during training for a reward that is not a finite number.
+    names: of the rewards, whose means metrics.csv tells where there are several.
     """
-    reward = REWARDS.get(name, "stage.reward")
 
-    def rewards(conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
-        values = [float(reward(c, text)) for c, text in zip(conversations, completions, strict=True)]
-        if wrong := [value for value in values if not math.isfinite(value)]:
-            raise UserError(f"stage.reward={name}: gave {wrong[0]}; a reward must be a finite number")
-        return values
+    def __init__(self, rewards: Rewards):
+        self.rewards, self.names = rewards, rewards.names
+        self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
 
-    return rewards
+    def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
+        scores = torch.tensor(self.rewards(conversations, completions))
+        return scores if self.weights is not None else scores[:, 0] * self.rewards.weights[0]
+
+
+def score_of(task, stage) -> RewardScore:
+    """Return the function that scores completions: `stage.reward` or `stage.rewards`, by default the task's own."""
+    if stage.reward is not None and stage.rewards:
+        raise UserError(f"stage.reward={stage.reward}: stage.rewards names rewards too; give one of the two")
+    key = "stage.rewards" if stage.rewards else "stage.reward"
+    weights = stage.rewards or {stage.reward or "task": 1.0}
+    return RewardScore(build_rewards(task, weights, stage.reward_options or {}, key))
 
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
