@@ -15,6 +15,7 @@ TASK_TYPES = Registry(
     {
         "multiple_choice": "tasks.multiple_choice.MultipleChoice",
         "gsm8k": "tasks.gsm8k.GSM8K",
+        "second_try": "tasks.hints.SecondTry",
         "humaneval": "tasks.humaneval.HumanEval",
         "exact": "tasks.answers.Exact",
         "keywords": "tasks.answers.Keywords",
@@ -33,7 +34,7 @@ OPTIMIZERS = Registry(
 # kind of a parameter group -> llm.optim.update_rules.ElementwiseRule or MatrixRule
 UPDATE_RULES = Registry("update rule", {"muon": "llm.optim.muon_adamw.MUON", "adamw": "llm.optim.muon_adamw.ADAMW"})
 
-# stage.reward, key of stage.rewards -> subclass of tasks.rewards.Reward, or function (conversation, completion) -> number
+# stage.reward, key of stage.rewards -> tasks.rewards.Reward subclass, or function (conversation, completion) -> number
 REWARDS = Registry(
     "reward",
     {

@@ -48,7 +48,7 @@ from llm.stages.rollouts import (
     micro_batches_of,
 )
 from llm.stages.step_module import StepData, StepModule
-from tasks import Mixture, build_mixture, build_task
+from tasks import Mixture, Task, build_mixture, build_task
 from tasks.rewards import Rewards, build_rewards
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
@@ -227,6 +227,8 @@ def build(cfg, parent: Path) -> BuiltStage:
     train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
+    if stage.turns > 1 and type(train).reply is Task.reply:
+        raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
     score = score_of(train, stage)
     if "task" in score.names and (bare := train.unscored()):
         raise UserError(
