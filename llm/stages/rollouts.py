@@ -175,6 +175,7 @@ class RolloutSteps:
         self.step = position["step"]
         self.balance = Balance.from_dict(position.get("balance", {"partial": 1}))
         self.held: dict | None = position.get("rollout")
+        self.seconds = {"rollout": 0.0, "forward": 0.0}  # of this step: drawing answers, passes of other networks
         self.prompts = self.fitting_prompts()
         order = position.get("questions", {"asked": self.planned(self.step)})
         self.questions = Questions(list(self.prompts), seed, stage.curriculum == "pass_rate", order)
@@ -213,9 +214,8 @@ class RolloutSteps:
 
     def __iter__(self) -> Iterator[dict]:
         while True:
-            seconds = {"rollout": 0.0, "forward": 0.0}
+            self.seconds = dict.fromkeys(self.seconds, 0.0)
             if self.held is None:
-                self.seconds = seconds
                 self.held = self.rollout(self.step)
             batch = dict(self.held)
             if self.rehearsal is not None:
@@ -224,7 +224,7 @@ class RolloutSteps:
             self.step += 1
             if self.step % self.stage.updates_per_rollout == 0:
                 self.held = None
-            yield batch | {"seconds": seconds, "state": self.position()}
+            yield batch | {"seconds": self.seconds, "state": self.position()}
 
     def position(self) -> dict:
         """Return from where these steps go on; what a plain order of questions says by itself is left out."""

@@ -23,6 +23,7 @@ from llm.model.gpt import GPT
 from llm.stages.grpo import GroupSteps, PolicyObjective, check_choices
 from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
 from llm.stages.step_module import StageContext, StepModule
+from llm.stages.step_state import Sums
 from llm.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
@@ -57,6 +58,10 @@ class Task:
         return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]}
 
 
+def all_different(conversations, completions) -> torch.Tensor:
+    return torch.arange(float(len(completions))).square()
+
+
 def by_length(conversations, completions) -> torch.Tensor:
     return torch.tensor([float(len(text)) for text in completions])
 
@@ -72,6 +77,14 @@ def group_steps(network=None, position=None, score=by_length, **changes) -> Grou
 def module_of(network, stage=None) -> StepModule:
     context = StageContext("grpo", None, torch.ones(70), STEPS, 8)
     return StepModule(network, OPTIM, STAGE, context, PolicyObjective(stage or settings()))
+
+
+def numbers_of(module, batch) -> dict[str, float]:
+    """Return what is logged of the passes of a batch."""
+    module.sums = Sums()
+    for micro in batch["micro"]:
+        module.micro_loss(micro)
+    return module.objective_numbers(batch["n_trained"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,27 +203,24 @@ def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
 # Engine and trainer
 
 
-@pytest.mark.parametrize("dtype, mean, largest", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-3, 1.0)])
+@pytest.mark.parametrize("dtype, mean, largest", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-3, 1e-2)])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5}], ids=["whole", "truncated"])
 def test_the_engine_and_the_training_pass_agree(dtype, mean, largest, sampling):
-    """Both tell the network's own distribution, whatever part of it an answer was drawn from."""
+    """Both tell the network's own distribution, whatever part of it an answer was drawn from.
+
+    bf16 rounds to three digits, so its gap grows with the logits; these are small.
+    """
     network = model()
-    with torch.no_grad():  # a trained network is sure of most tokens
-        network.head_weight.mul_(3.0)
+    with torch.no_grad():
+        network.head_weight.mul_(0.1 if dtype == torch.bfloat16 else 1.0)
     network.compute_dtype = dtype
     batch = next(iter(group_steps(network, prompts_per_step=4, samples_per_prompt=4, **sampling)))
-    module = module_of(network)
-    for micro in batch["micro"]:
-        module.micro_loss(micro)
-    numbers = module.objective_numbers(batch["n_trained"])
+    numbers = numbers_of(module_of(network), batch)
     assert numbers["logprob_gap"] <= mean and numbers["logprob_gap_max"] <= largest
     assert numbers["ess"] == pytest.approx(1.0, abs=0.01)
     with torch.no_grad():  # weights that the answers do not come from
-        network.head_weight.mul_(0.9)
-    module.sums = type(module.sums)()
-    for micro in batch["micro"]:
-        module.micro_loss(micro)
-    assert module.objective_numbers(batch["n_trained"])["logprob_gap"] > 10 * mean
+        network.head_weight.mul_(0.5)
+    assert numbers_of(module_of(network), batch)["logprob_gap"] > 10 * mean
 
 
 def test_the_parent_and_the_old_weights_go_with_the_batch():
@@ -226,24 +236,20 @@ def test_the_parent_and_the_old_weights_go_with_the_batch():
         assert torch.equal(micro["logprobs_old"], old.detach()) and not micro["logprobs_old"].requires_grad
         torch.testing.assert_close(micro["logprobs_ref"], objectives.token_logprobs(parent, inputs, targets).detach())
     module = module_of(network, steps.stage)
-    for micro in batch["micro"]:
-        module.micro_loss(micro)
-    numbers = module.objective_numbers(batch["n_trained"])
+    numbers = numbers_of(module, batch)
     assert numbers["kl"] > 1e-4 and numbers["clip_low"] == numbers["clip_high"] == 0
     with torch.no_grad():
         network.head_weight.mul_(1.5)
-    for micro in batch["micro"]:
-        module.micro_loss(micro)
-    assert module.objective_numbers(batch["n_trained"])["clip_high"] > 0
+    assert numbers_of(module, batch)["clip_high"] > 0
 
 
 @pytest.mark.parametrize("name", objectives.POLICY_LOSSES)
 def test_every_loss_counts_a_step_by_its_own_unit(name):
-    steps = group_steps(loss=name)
+    steps = group_steps(score=all_different, loss=name)
     batch = next(iter(steps))
     sampled = sum(int((micro["targets"] >= 0).sum()) for micro in batch["micro"])
     wanted = {"tokens": sampled, "sequences": 6, "places": 6 * 6}[objectives.POLICY_LOSSES[name].unit]
-    assert batch["n_trained"] == wanted  # no two answers are alike here, so all are in the passes
+    assert batch["n_trained"] == wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,7 +334,7 @@ def same(a: dict, b: dict) -> bool:
     """Return whether two batches train the same numbers."""
     pairs = zip(a["micro"], b["micro"], strict=True)
     micro = all(m.keys() == n.keys() and all(torch.equal(m[k], n[k]) for k in m) for m, n in pairs)
-    return micro and all(a[k] == b[k] for k in ("n_trained", "n_tokens", "state")) if False else micro
+    return micro and all(a[k] == b[k] for k in ("n_trained", "n_tokens"))
 
 
 def test_a_rollout_serves_several_updates_and_goes_on_after_a_kill():
@@ -356,7 +362,7 @@ def test_a_rollout_serves_several_updates_and_goes_on_after_a_kill():
 def test_a_rollout_is_dealt_out_anew_to_another_number_of_processes():
     states = []
     for seed in (1, 2):
-        steps = group_steps(model(seed), loss="dapo", updates_per_rollout=2)
+        steps = group_steps(model(seed), score=all_different, loss="dapo", updates_per_rollout=2)
         steps.rows_per_micro = 2
         states.append(next(iter(steps))["state"])
     whole = [micro for state in states for micro in state["rollout"]["micro"]]
