@@ -27,6 +27,7 @@ from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.parallel.strategy import full_model
+from llm.run.stage_folder import RunDir
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -38,6 +39,7 @@ from llm.stages.common import (
     task_cache,
 )
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.rollout_log import RolloutLog
 from llm.stages.rollouts import (
     RIGHT,
     Group,
@@ -58,11 +60,12 @@ TRIES = 3  # of stage.filter_equal=resample: further draws for groups without a 
 class GroupSteps(RolloutSteps):
     """Steps whose answers are compared within their question.
 
-    reference: the parent's network, if the loss has a KL term.
+    reference: the parent's network, if the loss has a KL term. log: keeps answers for the report.
     """
 
-    def __init__(self, *args, reference: Reference | None = None, **more):
+    def __init__(self, *args, reference: Reference | None = None, log: RolloutLog | None = None, **more):
         super().__init__(*args, **more)
+        self.log = log
         self.reference, self.signal = reference, SignalWatch(self.task.name)
         self.loss = objectives.POLICY_LOSSES[self.stage.loss]
         self.reward_weights = getattr(self.score, "weights", None)  # of several rewards of each answer
@@ -71,6 +74,8 @@ class GroupSteps(RolloutSteps):
         asked = self.ask(self.share(self.questions.take(self.stage.prompts_per_step)), step)
         asked, kept = self.filtered(asked, step)
         advantages = self.advantages(kept)
+        if self.log is not None:
+            self.log.add(step, self.log_rows(kept, advantages))
         answers = [answer for group in kept for answer in group.answers]
         ids, masks = [a.ids for a in answers], [a.mask for a in answers]
         n_sampled, n_tokens = counts(ids, masks)
@@ -107,6 +112,19 @@ class GroupSteps(RolloutSteps):
         found = objectives.group_advantages(self.stage.advantage, torch.stack(rewards), self.reward_weights)
         first = sum(len(part) for part in every[: collectives.rank()])
         return found[first : first + len(groups)].flatten().tolist()
+
+    def log_rows(self, groups: list[Group], advantages: list[float]) -> list[dict]:
+        """Return what `RolloutLog` keeps of each answer."""
+        rows, names = [], getattr(self.score, "names", ["reward"])
+        totals = [objectives.total_rewards(group.rewards[None], self.reward_weights)[0] for group in groups]
+        answers = [(i, j, answer) for i, group in enumerate(groups) for j, answer in enumerate(group.answers)]
+        for (i, j, answer), advantage in zip(answers, advantages, strict=True):
+            scores = groups[i].scores[j].view(-1).tolist()
+            row = {"ids": answer.ids, "mask": answer.mask, "n_prompt": len(self.prompts[groups[i].question])}
+            row |= {"question": groups[i].question, "rewards": dict(zip(names, scores, strict=True))}
+            row |= {"reward": totals[i][j].item(), "advantage": advantage, "length": answer.length}
+            rows.append(row | {"finish": "stop" if answer.is_finished else "length"})
+        return rows
 
     def add_logprobs(self, micro: list[dict]) -> None:
         """Add what the loss needs of other networks: the parent, and this one before its updates."""
@@ -258,11 +276,13 @@ def build(cfg, parent: Path) -> BuiltStage:
         stage.eval_every, test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
     )
 
-    reference = Reference(net) if stage.kl else None
+    reference, log = Reference(net) if stage.kl else None, None
+    if stage.keep_rollouts and collectives.is_main():
+        log = RolloutLog(RunDir(cfg.paths.runs, cfg.run).stage_dir(stage.name), stage.keep_rollouts, tokenizer)
 
     def loader(position: dict | None) -> RolloutSteps:
         where = engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position
-        return GroupSteps(*where, score, rehearsal, reference=reference)
+        return GroupSteps(*where, score, rehearsal, reference=reference, log=log)
 
     module = StepModule(net, cfg.optim, stage, context, PolicyObjective(stage))
     reading = Reading(ANSWERS, facts={"questions": len(train)}, parts=[train])
