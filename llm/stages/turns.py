@@ -30,11 +30,11 @@ class Turns(Completion):
     def replied(self, answer: str, text: str, ids: Sequence[int]) -> "Turns":
         """Return these turns with the end of the model's, which was sampled, and the tokens of the task's reply."""
         ended = [] if self.stop_id is None else [self.stop_id]
-        n = len(ids)
+        n, has_logprobs = len(ids), bool(self.logprobs) or self.stop_logprob is not None  # an answer may be empty
         return Turns(
             [*self.ids, *ended, *ids],
             [*self.mask, *[1] * len(ended), *[0] * n],
-            logprobs=[*self.logprobs, *[self.stop_logprob] * len(ended), *[None] * n] if self.logprobs else [],
+            logprobs=[*self.logprobs, *[self.stop_logprob] * len(ended), *[None] * n] if has_logprobs else [],
             last=self.last,
             earlier=[*self.earlier, (answer, text)],
         )
