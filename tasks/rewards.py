@@ -5,7 +5,6 @@ number. Tests try to earn each without deserving it (tests/tasks/test_reward_gam
 """
 
 import inspect
-import json
 import math
 import re
 import unicodedata
@@ -234,6 +233,15 @@ def build_rewards(
     key: the place in the configuration that names them. Raises UserError for names and options that do not exist, and
     where the task's first row could earn nothing.
     """
+    for name, mapping in ((key, weights), ("stage.reward_options", options)):
+        if not isinstance(mapping, Mapping):
+            raise UserError(f"{name}={str(mapping)[:80]}: must be a mapping of rewards by name, {{number: ...}}")
+    for name, weight in weights.items():
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not math.isfinite(weight):
+            raise UserError(f"{key}.{name}={weight}: must be a number, the weight of the reward")
+        if not isinstance(options.get(name) or {}, Mapping):
+            raise UserError(f"stage.reward_options.{name}={options[name]}: must be a mapping of options")
     if not weights:
         raise UserError(f"{key} is empty: name a reward and its weight, as in {key}={{number: 1.0, format: 0.2}}")
     if other := [name for name in options if name not in weights]:
@@ -251,14 +259,22 @@ def _built(name: str, task: Task, options: Mapping[str, Any], key: str) -> Calla
     try:
         inspect.signature(kind).bind(task, **options)
     except TypeError as error:
-        raise UserError(f"{where}={json.dumps(dict(options))[:80]}: the reward {name} {error}") from error
+        raise UserError(f"{where}={str(dict(options))[:80]}: the reward {name} {error}") from error
     try:
-        reward = kind(task, **options)
+        reward = kind(task, **plain_options(options))
         if len(task):
             reward.check(task[0])
     except UserError as error:
         raise UserError(f"{key}: {name}: {error}") from error
     return reward
+
+
+def plain_options(value: Any) -> Any:
+    """Return mappings and lists of a composed configuration as plain ones."""
+    if isinstance(value, Mapping):
+        return {key: plain_options(inner) for key, inner in value.items()}
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return [plain_options(inner) for inner in value] if is_list else value
 
 
 def _finite(name: str, values: Sequence[Any], wanted: int) -> list[float]:
