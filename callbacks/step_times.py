@@ -18,14 +18,14 @@ class StepTimes(L.Callback):
         self.end, self.paused = time.perf_counter(), module.progress.paused_seconds
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        self.begin = time.perf_counter()
+        self.begin, self.paused_before = time.perf_counter(), module.progress.paused_seconds
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize()
         now, paused = time.perf_counter(), module.progress.paused_seconds
         whole = max(now - self.end - (paused - self.paused), 1e-9)
-        training = now - self.begin
+        training = now - self.begin - (paused - self.paused_before)
         rollout, update = batch["seconds"]["rollout"] / whole, (training + batch["seconds"]["forward"]) / whole
         self.end, self.paused = now, paused
         shares = {"rollout_share": rollout, "update_share": update, "rest_share": max(1 - rollout - update, 0.0)}
