@@ -11,7 +11,7 @@ finetuning conversations can be added (PPO-ptx of InstructGPT, arXiv 2203.02155)
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ import torch
 from callbacks.chat_eval import PassAtK
 from callbacks.step_times import StepTimes
 from llm import objectives
-from llm.config.registries import REWARDS
 from llm.data.balance import ANSWERS, Reading, of_rollout
 from llm.errors import UserError
 from llm.eval.samples import questions
@@ -28,6 +27,7 @@ from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.parallel.strategy import full_model
+from llm.run.stage_folder import RunDir
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -39,18 +39,19 @@ from llm.stages.common import (
     task_cache,
 )
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.rollout_log import RolloutLog
 from llm.stages.rollouts import (
     RIGHT,
     Group,
     Reference,
     RolloutSteps,
-    Score,
     add_old_logprobs,
     counts,
     micro_batches_of,
 )
 from llm.stages.step_module import StepData, StepModule
-from tasks import Mixture, build_mixture, build_task
+from tasks import Mixture, Task, build_mixture, build_task
+from tasks.rewards import Rewards, build_rewards
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
 TRIES = 3  # of stage.filter_equal=resample: further draws for groups without a signal
@@ -59,11 +60,12 @@ TRIES = 3  # of stage.filter_equal=resample: further draws for groups without a 
 class GroupSteps(RolloutSteps):
     """Steps whose answers are compared within their question.
 
-    reference: the parent's network, if the loss has a KL term.
+    reference: the parent's network, if the loss has a KL term. log: keeps answers for the report.
     """
 
-    def __init__(self, *args, reference: Reference | None = None, **more):
+    def __init__(self, *args, reference: Reference | None = None, log: RolloutLog | None = None, **more):
         super().__init__(*args, **more)
+        self.log = log
         self.reference, self.signal = reference, SignalWatch(self.task.name)
         self.loss = objectives.POLICY_LOSSES[self.stage.loss]
         self.reward_weights = getattr(self.score, "weights", None)  # of several rewards of each answer
@@ -72,6 +74,8 @@ class GroupSteps(RolloutSteps):
         asked = self.ask(self.share(self.questions.take(self.stage.prompts_per_step)), step)
         asked, kept = self.filtered(asked, step)
         advantages = self.advantages(kept)
+        if self.log is not None:
+            self.log.add(step, self.log_rows(kept, advantages))
         answers = [answer for group in kept for answer in group.answers]
         ids, masks = [a.ids for a in answers], [a.mask for a in answers]
         n_sampled, n_tokens = counts(ids, masks)
@@ -109,6 +113,19 @@ class GroupSteps(RolloutSteps):
         first = sum(len(part) for part in every[: collectives.rank()])
         return found[first : first + len(groups)].flatten().tolist()
 
+    def log_rows(self, groups: list[Group], advantages: list[float]) -> list[dict]:
+        """Return what `RolloutLog` keeps of each answer."""
+        rows, names = [], getattr(self.score, "names", ["reward"])
+        totals = [objectives.total_rewards(group.rewards[None], self.reward_weights)[0] for group in groups]
+        answers = [(i, j, answer) for i, group in enumerate(groups) for j, answer in enumerate(group.answers)]
+        for (i, j, answer), advantage in zip(answers, advantages, strict=True):
+            scores = groups[i].scores[j].view(-1).tolist()
+            row = {"ids": answer.ids, "mask": answer.mask, "n_prompt": len(self.prompts[groups[i].question])}
+            row |= {"question": groups[i].question, "rewards": dict(zip(names, scores, strict=True))}
+            row |= {"reward": totals[i][j].item(), "advantage": advantage, "length": answer.length}
+            rows.append(row | {"finish": "stop" if answer.is_finished else "length"})
+        return rows
+
     def add_logprobs(self, micro: list[dict]) -> None:
         """Add what the loss needs of other networks: the parent, and this one before its updates."""
         begin, net = time.perf_counter(), self.engine.net
@@ -122,12 +139,15 @@ class GroupSteps(RolloutSteps):
         """Return the numbers of a step's answers, and let the curriculum and the watch see them."""
         mixed = [has_signal(group) for group in groups]
         silent = not collectives.all_reduce_sum([float(sum(mixed))])[0]
-        scores = objectives.total_rewards(torch.stack([group.scores for group in groups]), self.reward_weights)
+        parts = torch.stack([group.scores for group in groups])
+        scores = objectives.total_rewards(parts, self.reward_weights)
         reward = scores.mean().item()
         self.signal.count(silent, step, reward)
         right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
         self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         shares = {"mixed_groups": sum(mixed) / len(mixed), "no_signal": float(silent)}
+        if self.reward_weights is not None:
+            shares |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
         return {"reward": reward} | self.answer_metrics(groups) | shares
 
 
@@ -225,8 +245,10 @@ def build(cfg, parent: Path) -> BuiltStage:
     train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
-    score = score_of(train, stage.reward)
-    if stage.reward is None and (bare := train.unscored()):
+    if stage.turns > 1 and type(train).reply is Task.reply:
+        raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
+    score = score_of(train, stage)
+    if "task" in score.names and (bare := train.unscored()):
         raise UserError(
             f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
             f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
@@ -254,11 +276,13 @@ def build(cfg, parent: Path) -> BuiltStage:
         stage.eval_every, test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
     )
 
-    reference = Reference(net) if stage.kl else None
+    reference, log = Reference(net) if stage.kl else None, None
+    if stage.keep_rollouts and collectives.is_main():
+        log = RolloutLog(RunDir(cfg.paths.runs, cfg.run).stage_dir(stage.name), stage.keep_rollouts, tokenizer)
 
     def loader(position: dict | None) -> RolloutSteps:
         where = engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position
-        return GroupSteps(*where, score, rehearsal, reference=reference)
+        return GroupSteps(*where, score, rehearsal, reference=reference, log=log)
 
     module = StepModule(net, cfg.optim, stage, context, PolicyObjective(stage))
     reading = Reading(ANSWERS, facts={"questions": len(train)}, parts=[train])
@@ -284,26 +308,28 @@ def check_choices(stage) -> None:
         )
 
 
-def score_of(task, reward: str | None) -> Score:
-    """Return the function that scores completions: `stage.reward`, or the task's own for None."""
-    rewards = task.rewards if reward is None else chosen_rewards(reward)
-    return lambda conversations, completions: torch.tensor(rewards(conversations, completions))
+class RewardScore:
+    """Scores of completions as tensors: (N,) by one reward, (N, R) by several, with their `weights` (R,).
 
-
-def chosen_rewards(name: str) -> Callable[[Sequence[dict], Sequence[str]], list[float]]:
-    """Return the reward `stage.reward`, a function of one conversation and its completion, for lists of them.
-
-    Raises UserError for a name that does not exist, and during training for a reward that is not a finite number.
+    names: of the rewards, whose means metrics.csv tells where there are several.
     """
-    reward = REWARDS.get(name, "stage.reward")
 
-    def rewards(conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
-        values = [float(reward(c, text)) for c, text in zip(conversations, completions, strict=True)]
-        if wrong := [value for value in values if not math.isfinite(value)]:
-            raise UserError(f"stage.reward={name}: gave {wrong[0]}; a reward must be a finite number")
-        return values
+    def __init__(self, rewards: Rewards):
+        self.rewards, self.names = rewards, rewards.names
+        self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
 
-    return rewards
+    def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
+        scores = torch.tensor(self.rewards(conversations, completions))
+        return scores if self.weights is not None else scores[:, 0] * self.rewards.weights[0]
+
+
+def score_of(task, stage) -> RewardScore:
+    """Return the function that scores completions: `stage.reward` or `stage.rewards`, by default the task's own."""
+    if stage.reward is not None and stage.rewards:
+        raise UserError(f"stage.reward={stage.reward}: stage.rewards names rewards too; give one of the two")
+    key = "stage.rewards" if stage.rewards else "stage.reward"
+    weights = stage.rewards or {stage.reward or "task": 1.0}
+    return RewardScore(build_rewards(task, weights, stage.reward_options or {}, key))
 
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:

@@ -21,6 +21,7 @@ from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
+from llm.stages.turns import answer_in_turns, judged, last_answer
 from llm.tokenizer.chat_format import render_prompt
 
 # (conversations, completions) -> rewards (N,), or (N, R) for R rewards of each; `weights` (R,), if it has them.
@@ -257,15 +258,20 @@ class RolloutSteps:
         )
         prompts, begin = [self.prompts[i] for i in questions], time.perf_counter()
         engine = Engine(full_model(self.engine.net), self.engine.tokenizer)
-        drawn = engine.generate(prompts, params, stage.samples_per_prompt)
+        if stage.turns > 1:
+            conversations, how = [self.task[i] for i in questions], (params, stage.samples_per_prompt)
+            drawn = answer_in_turns(engine, prompts, conversations, *how, self.task.reply, stage.turns)
+        else:
+            drawn = engine.generate(prompts, params, stage.samples_per_prompt)
         self.seconds["rollout"] += time.perf_counter() - begin
         return self.rewarded(questions, drawn) if questions else []
 
     def rewarded(self, questions: Sequence[int], drawn: Sequence[Sequence[Completion]]) -> list[Group]:
         """Return the completions of each question with their rewards; all of them are scored in one call."""
         stage, seq_len = self.stage, self.engine.net.config.seq_len
-        conversations = [self.task[i] for i, samples in zip(questions, drawn, strict=True) for _ in samples]
-        texts = [self.engine.tokenizer.decode(sample.ids) for samples in drawn for sample in samples]
+        pairs = [(self.task[i], sample) for i, samples in zip(questions, drawn, strict=True) for sample in samples]
+        conversations = [judged(conversation, sample) for conversation, sample in pairs]
+        texts = [self.engine.tokenizer.decode(sample.ids[last_answer(sample) :]) for _, sample in pairs]
         scores, groups = self.score(conversations, texts).split(stage.samples_per_prompt), []
         for question, samples, own in zip(questions, drawn, scores, strict=True):
             prompt = self.prompts[question]
