@@ -42,7 +42,7 @@ def trl_loss(name, new, old, ref, rho, advantages, mask, kl):
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         _metrics={"train": Metrics()},
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
         _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.zeros_like(new), None),
     )
     trainer.args.steps_per_generation = 1

@@ -1,6 +1,7 @@
 """Typed schemas of the config group `stage`: the keys of each stage of training."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from llm.config.key import CONTEXT, ITEMS, STEPS, VOCABULARY, key
 
@@ -159,7 +160,15 @@ class GRPOStage(AssistantStage):
     """Settings of stage=grpo."""
 
     task: str | None = key("task to be rewarded for; null = data.rl")
-    reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
+    reward: str | None = key(
+        "reward of an answer: a name of docs/post_training.md or package.module.function; null = as the task scores it"
+    )
+    rewards: Any = key(
+        "several rewards by name with their weights, instead of stage.reward: {number: 1.0, format: 0.2}"
+    )
+    reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
+    turns: int = key("answers of the model in one conversation, at most, where the task replies", low=1, high=100)
+    keep_rollouts: int = key("steps whose answers rollouts.jsonl keeps for the report; 0 = none", low=0, high=1000)
     loss: str = key("form of the policy gradient, see docs/post_training.md", choices=POLICY_LOSSES)
     advantage: str = key(
         "comparison of an answer's reward with its group, see docs/post_training.md", choices=ADVANTAGES

@@ -44,6 +44,7 @@ class GroupSteps(RolloutSteps):
         asked = self.ask(self.share(self.questions.take(self.stage.prompts_per_step)), step)
         asked, kept = self.filtered(asked, step)
         advantages = self.advantages(kept)
+        self.log_answers(step, kept, advantages)
         answers = [answer for group in kept for answer in group.answers]
         ids, masks = [a.ids for a in answers], [a.mask for a in answers]
         n_sampled, n_tokens = counts(ids, masks)

@@ -1,6 +1,5 @@
 """Parts that the stages of reinforcement learning share: their task, its rewards, rehearsal, and the built stage."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +8,14 @@ import torch
 from callbacks.chat_eval import PassAtK
 from callbacks.step_times import StepTimes
 from llm import objectives
-from llm.config.registries import REWARDS
 from llm.data.balance import ANSWERS, Reading
 from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.parallel import collectives
 from llm.parallel.launch import processes
+from llm.run.stage_folder import RunDir
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -26,10 +26,26 @@ from llm.stages.common import (
     task_cache,
 )
 from llm.stages.micro_batch import resolve_rows
-from llm.stages.rollouts import RolloutSteps, Score
+from llm.stages.rollout_log import RolloutLog
+from llm.stages.rollouts import RolloutSteps
 from llm.stages.step_module import Objective, StepData, StepModule
-from tasks import Mixture, build_mixture, build_task
-from tasks.base import Task
+from tasks import Mixture, Task, build_mixture, build_task
+from tasks.rewards import Rewards, build_rewards
+
+
+class RewardScore:
+    """Scores of completions as tensors: (N,) by one reward, (N, R) by several, with their `weights` (R,).
+
+    names: of the rewards, whose means metrics.csv tells where there are several.
+    """
+
+    def __init__(self, rewards: Rewards):
+        self.rewards, self.names = rewards, rewards.names
+        self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
+
+    def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
+        scores = torch.tensor(self.rewards(conversations, completions))
+        return scores if self.weights is not None else scores[:, 0] * self.rewards.weights[0]
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class RewardedTask:
 
     train: Task
     test: Task
-    score: Score
+    score: RewardScore
     rehearsal: Mixture | None
     eval_tasks: dict[str, Task]
 
@@ -60,8 +76,10 @@ def read_task(cfg) -> RewardedTask:
     train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
-    score = score_of(train, stage.reward)
-    if stage.reward is None and (bare := train.unscored()):
+    if stage.turns > 1 and type(train).reply is Task.reply:
+        raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
+    score = score_of(train, stage)
+    if "task" in score.names and (bare := train.unscored()):
         raise UserError(
             f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
             f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
@@ -94,10 +112,12 @@ def build_stage(
     pass_at_k = PassAtK(
         stage.eval_every, task.test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
     )
-    engine = Engine(net, tokenizer)
+    engine, log = Engine(net, tokenizer), None
+    if stage.keep_rollouts and collectives.is_main():
+        log = RolloutLog(RunDir(cfg.paths.runs, cfg.run).stage_dir(stage.name), stage.keep_rollouts, tokenizer)
 
     def loader(position: dict | None) -> RolloutSteps:
-        return steps(engine, task.train, stage, rows, cfg.seed, position, task.score, task.rehearsal)
+        return steps(engine, task.train, stage, rows, cfg.seed, position, task.score, task.rehearsal, log)
 
     module = StepModule(net, cfg.optim, stage, context, objective)
     reading = Reading(ANSWERS, facts={"questions": len(task.train)}, parts=[task.train])
@@ -137,26 +157,13 @@ def check_overlong(stage) -> None:
         )
 
 
-def score_of(task, reward: str | None) -> Score:
-    """Return the function that scores completions: `stage.reward`, or the task's own for None."""
-    rewards = task.rewards if reward is None else chosen_rewards(reward)
-    return lambda conversations, completions: torch.tensor(rewards(conversations, completions))
-
-
-def chosen_rewards(name: str) -> Callable[[Sequence[dict], Sequence[str]], list[float]]:
-    """Return the reward `stage.reward`, a function of one conversation and its completion, for lists of them.
-
-    Raises UserError for a name that does not exist, and during training for a reward that is not a finite number.
-    """
-    reward = REWARDS.get(name, "stage.reward")
-
-    def rewards(conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
-        values = [float(reward(c, text)) for c, text in zip(conversations, completions, strict=True)]
-        if wrong := [value for value in values if not math.isfinite(value)]:
-            raise UserError(f"stage.reward={name}: gave {wrong[0]}; a reward must be a finite number")
-        return values
-
-    return rewards
+def score_of(task, stage) -> RewardScore:
+    """Return the function that scores completions: `stage.reward` or `stage.rewards`, by default the task's own."""
+    if stage.reward is not None and stage.rewards:
+        raise UserError(f"stage.reward={stage.reward}: stage.rewards names rewards too; give one of the two")
+    key = "stage.rewards" if stage.rewards else "stage.reward"
+    weights = stage.rewards or {stage.reward or "task": 1.0}
+    return RewardScore(build_rewards(task, weights, stage.reward_options or {}, key))
 
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:

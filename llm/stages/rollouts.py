@@ -21,6 +21,8 @@ from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
+from llm.stages.rollout_log import RolloutLog
+from llm.stages.turns import answer_in_turns, judged, last_answer
 from llm.tokenizer.chat_format import render_prompt
 
 # (conversations, completions) -> rewards (N,), or (N, R) for R rewards of each; `weights` (R,), if it has them.
@@ -154,7 +156,8 @@ class RolloutSteps:
 
     Draws depend on the seed, the step, the rank and the try alone. A rollout serves `stage.updates_per_rollout` steps;
     between them its micro-batches are part of the position, because the weights that drew them are gone.
-    score: gives the rewards. rehearsal: conversations of which `stage.rehearsal` are trained on in every step.
+    score: gives the rewards. rehearsal: conversations of which `stage.rehearsal` are trained on in every step. log:
+    keeps answers for the report.
     """
 
     def __init__(
@@ -167,9 +170,10 @@ class RolloutSteps:
         position: dict | None,
         score: Score,
         rehearsal=None,
+        log: RolloutLog | None = None,
     ):
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
-        self.rows_per_micro, self.seed, self.score = rows_per_micro, seed, score
+        self.rows_per_micro, self.seed, self.score, self.log = rows_per_micro, seed, score, log
         self.reward_weights = getattr(score, "weights", None)  # of several rewards of each answer
         position = {"step": 0, "balance": {}} if position is None else position
         self.step = position["step"]
@@ -258,15 +262,20 @@ class RolloutSteps:
         )
         prompts, begin = [self.prompts[i] for i in questions], time.perf_counter()
         engine = Engine(full_model(self.engine.net), self.engine.tokenizer)
-        drawn = engine.generate(prompts, params, stage.samples_per_prompt)
+        if stage.turns > 1:
+            conversations, how = [self.task[i] for i in questions], (params, stage.samples_per_prompt)
+            drawn = answer_in_turns(engine, prompts, conversations, *how, self.task.reply, stage.turns)
+        else:
+            drawn = engine.generate(prompts, params, stage.samples_per_prompt)
         self.seconds["rollout"] += time.perf_counter() - begin
         return self.rewarded(questions, drawn) if questions else []
 
     def rewarded(self, questions: Sequence[int], drawn: Sequence[Sequence[Completion]]) -> list[Group]:
         """Return the completions of each question with their rewards; all of them are scored in one call."""
         stage, seq_len = self.stage, self.engine.net.config.seq_len
-        conversations = [self.task[i] for i, samples in zip(questions, drawn, strict=True) for _ in samples]
-        texts = [self.engine.tokenizer.decode(sample.ids) for samples in drawn for sample in samples]
+        pairs = [(self.task[i], sample) for i, samples in zip(questions, drawn, strict=True) for sample in samples]
+        conversations = [judged(conversation, sample) for conversation, sample in pairs]
+        texts = [self.engine.tokenizer.decode(sample.ids[last_answer(sample) :]) for _, sample in pairs]
         scores, groups = self.score(conversations, texts).split(stage.samples_per_prompt), []
         for question, samples, own in zip(questions, drawn, scores, strict=True):
             prompt = self.prompts[question]
@@ -283,13 +292,14 @@ class RolloutSteps:
 
         The curriculum learns from them: all processes call it together.
         """
-        scores = objectives.total_rewards(torch.stack([group.scores for group in groups]), self.reward_weights)
+        parts = torch.stack([group.scores for group in groups])
+        scores = objectives.total_rewards(parts, self.reward_weights)
         right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
         self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         answers = [answer for group in groups for answer in group.answers]
         n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
         finished = sum(answer.is_finished for answer in answers) / n
-        return {
+        numbers = {
             "reward": scores.mean().item(),
             "response_len": sum(answer.length for answer in answers) / n,
             "finished": finished,
@@ -297,6 +307,24 @@ class RolloutSteps:
             "entropy": -sum(map(math.fsum, (answer.logprobs for answer in answers))) / max(n_sampled, 1),
             "rollout_tok_per_s": n_sampled / max(self.seconds["rollout"], 1e-9),
         }
+        if self.reward_weights is not None:
+            numbers |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
+        return numbers
+
+    def log_answers(self, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> None:
+        """Keep the answers of a step, and an advantage of each, for the report."""
+        if self.log is None:
+            return
+        rows, names = [], getattr(self.score, "names", ["reward"])
+        totals = [objectives.total_rewards(group.rewards[None], self.reward_weights)[0] for group in groups]
+        answers = [(i, j, answer) for i, group in enumerate(groups) for j, answer in enumerate(group.answers)]
+        for (i, j, answer), advantage in zip(answers, advantages, strict=True):
+            scores = groups[i].scores[j].view(-1).tolist()
+            row = {"ids": answer.ids, "mask": answer.mask, "n_prompt": len(self.prompts[groups[i].question])}
+            row |= {"question": groups[i].question, "rewards": dict(zip(names, scores, strict=True))}
+            row |= {"reward": totals[i][j].item(), "advantage": advantage, "length": answer.length}
+            rows.append(row | {"finish": "stop" if answer.is_finished else "length"})
+        self.log.add(step, rows)
 
     def rehearse(self, step: int, n_trained: int) -> tuple[list[dict], int]:
         """Micro-batches of the step's finetuning conversations and their number of tokens.
