@@ -352,7 +352,7 @@ class GPT(nn.Module):
 
     def scalar_outputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the fp32 numbers (B, T) of the scalar head for outputs of the last block (B, T, n_embd)."""
-        numbers = F.linear(hidden.float(), self.scalar_head.weight).squeeze(-1)
+        numbers = F.linear(hidden.to(self.scalar_head.weight.dtype), self.scalar_head.weight).squeeze(-1)
         if torch.is_grad_enabled():  # processes that train together want a gradient of every parameter
             numbers = numbers + 0.0 * self.head_weight[:1].sum()
         return numbers

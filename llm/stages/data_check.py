@@ -54,7 +54,7 @@ def trained_tasks(cfg, row: Stage) -> list[str]:
 
 def preferred(cfg) -> list[str]:
     """Return the sources of preferences that a stage trains on. Raises UserError where there are none."""
-    chosen = OmegaConf.select(cfg, "stage.preferences")
+    chosen = cfg.stage.preferences
     names = list(cfg.data.preferences) if chosen is None else list(chosen)
     if not names:
         raise UserError(
