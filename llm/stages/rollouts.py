@@ -141,13 +141,19 @@ class Reference:
 
 
 def add_old_logprobs(net, micro: list[dict]) -> None:
-    """Add `logprobs_old` (B, T), by the very pass that training makes, to each micro-batch.
+    """Add `logprobs_old` (B, T), and `values_old` of a network with a scalar head, to each micro-batch.
 
-    The first update of a rollout then has ratios of exactly 1. Memory is used as in training, without a backward pass.
+    They come from the very pass that training makes, so that the first update of a rollout has ratios of exactly 1.
+    Memory is used as in training, without a backward pass.
     """
     for one in micro:
+        inputs, targets = one["inputs"].to(net.device), one["targets"].to(net.device)
         with torch.enable_grad():
-            found = objectives.token_logprobs(net, one["inputs"].to(net.device), one["targets"].to(net.device))
+            if net.config.scalar_head:
+                found, values = objectives.token_logprobs_and_values(net, inputs, targets)
+                one["values_old"] = values.detach().cpu()
+            else:
+                found = objectives.token_logprobs(net, inputs, targets)
         one["logprobs_old"] = found.detach().cpu()
 
 
