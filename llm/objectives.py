@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 LOG_RATIO_LIMIT = 20.0  # beyond it exp() leaves what fp32 sums can hold
 STD_FLOOR = 1e-4  # added to the standard deviation of a group's rewards
@@ -340,3 +341,142 @@ def value_loss(
 def effective_share(weights_sum: float, squares_sum: float, count: float) -> float:
     """Return (sum w)^2 / (n sum w^2), the share of n weighted tokens that count: 1 for equal weights, 0 for none."""
     return weights_sum**2 / (count * squares_sum) if count and squares_sum else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preferences: losses of pairs of answers, of labelled answers, and of a reward model
+#
+# (N,) holds one number per pair. l_c and l_r are log-probabilities of the chosen and the rejected answer, summed over
+# the tokens of each, d = l - l_ref, and a bar over a letter is the mean per token in place of the sum.
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Log-probabilities of N answers: sums over tokens (N,) by the network and the reference, and token counts (N,)."""
+
+    logps: torch.Tensor
+    tokens: torch.Tensor
+    logps_ref: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, logprobs: torch.Tensor, mask: torch.Tensor, logprobs_ref: torch.Tensor | None = None) -> "Answers":
+        """Sum log-probabilities of tokens (N, T), and those of a reference if there is one, where `mask` is true."""
+        ref = None if logprobs_ref is None else masked_sum(logprobs_ref, mask)
+        return cls(masked_sum(logprobs, mask), mask.sum(-1).clamp(min=1), ref)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> "Answers":
+        """Return some of the answers."""
+        ref = None if self.logps_ref is None else self.logps_ref[rows]
+        return Answers(self.logps[rows], self.tokens[rows], ref)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean log-probability of the tokens of each answer (N,)."""
+        return self.logps / self.tokens
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        """Return d = l - l_ref of each answer (N,)."""
+        return self.logps - self.logps_ref
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """Numbers of the preference losses; each loss reads those that its formula names."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # share of pairs whose labels are thought to be swapped
+    gamma: float = 1.0  # simpo: margin that the rewards are to keep
+    odds_weight: float = 0.1  # orpo: lambda, the weight of the odds ratio beside the cross-entropy
+    desirable_weight: float = 1.0  # kto
+    undesirable_weight: float = 1.0  # kto
+
+
+def _smoothed(margin: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Return -(1 - e) log s(margin) - e log s(-margin), s the sigmoid: the loss of labels of which e are wrong."""
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def dpo_loss(chosen: Answers, rejected: Answers, settings: PreferenceSettings) -> torch.Tensor:
+    """Return -log s(beta (d_c - d_r)) per pair (DPO, arXiv 2305.18290); with label_smoothing conservative DPO."""
+    return _smoothed(settings.beta * (chosen.ratio - rejected.ratio), settings.label_smoothing)
+
+
+def ipo_loss(chosen: Answers, rejected: Answers, settings: PreferenceSettings) -> torch.Tensor:
+    """Return (mean d_c - mean d_r - 1 / (2 beta))^2 per pair, means per token (IPO, arXiv 2310.12036; TRL's form)."""
+    gap = chosen.ratio / chosen.tokens - rejected.ratio / rejected.tokens
+    return (gap - 1 / (2 * settings.beta)).square()
+
+
+def log_odds(mean: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) of mean log-probabilities log p (N,), of which none is taken above -1e-6."""
+    mean = mean.clamp(max=-1e-6)  # an answer that is certain has no odds
+    return mean - torch.log(-torch.expm1(mean))
+
+
+def orpo_loss(chosen: Answers, rejected: Answers, settings: PreferenceSettings) -> torch.Tensor:
+    """Return -mean l_c - lambda log s(log odds_c - log odds_r) per pair, without reference (ORPO, arXiv 2403.07691)."""
+    gap = log_odds(chosen.mean) - log_odds(rejected.mean)
+    return -chosen.mean - settings.odds_weight * F.logsigmoid(gap)
+
+
+def simpo_loss(chosen: Answers, rejected: Answers, settings: PreferenceSettings) -> torch.Tensor:
+    """Return -log s(beta (mean l_c - mean l_r) - gamma) per pair, without reference (SimPO, arXiv 2405.14734)."""
+    margin = settings.beta * (chosen.mean - rejected.mean) - settings.gamma
+    return _smoothed(margin, settings.label_smoothing)
+
+
+def kto_loss(
+    answers: Answers, labels: torch.Tensor, baseline: torch.Tensor, settings: PreferenceSettings
+) -> torch.Tensor:
+    """Return the losses (N,) of answers that are desirable where `labels` (N,) is true (KTO, arXiv 2402.01306).
+
+    w_d (1 - s(beta (d - z))) for desirable answers, w_u (1 - s(beta (z - d))) for others. baseline: z, the KL
+    divergence from the reference, at least 0, of answers to other questions than their own; without gradient.
+    """
+    gain = settings.beta * (answers.ratio - baseline)
+    good = settings.desirable_weight * torch.sigmoid(-gain)
+    return torch.where(labels, good, settings.undesirable_weight * torch.sigmoid(gain))
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """One loss of preferences: its function, what it needs, and the reward that it implies for an answer.
+
+    loss: of pairs (chosen, rejected, settings), or of labelled answers (kto). has_reference: whether a frozen copy of
+    the parent is compared with. per_token: whether the implied reward is a mean over tokens. beta: published default.
+    """
+
+    loss: Callable[..., torch.Tensor]
+    has_reference: bool = True
+    is_paired: bool = True
+    per_token: bool = False
+    beta: float = 0.1
+
+    def rewards(self, answers: Answers, beta: float) -> torch.Tensor:
+        """Return the implied rewards (N,) of answers: beta d, or without a reference beta mean l."""
+        if not self.has_reference:
+            return beta * answers.mean
+        return beta * (answers.ratio / answers.tokens if self.per_token else answers.ratio)
+
+
+PREFERENCE_LOSSES = {
+    "dpo": PreferenceLoss(dpo_loss),
+    "ipo": PreferenceLoss(ipo_loss, per_token=True),
+    "orpo": PreferenceLoss(orpo_loss, has_reference=False, per_token=True, beta=1.0),
+    "kto": PreferenceLoss(kto_loss, is_paired=False),
+    "simpo": PreferenceLoss(simpo_loss, has_reference=False, per_token=True, beta=2.0),
+}
+
+
+def reward_loss(chosen: torch.Tensor, rejected: torch.Tensor, centre: float = 0.0) -> torch.Tensor:
+    """Return -log s(r_c - r_r) + centre (r_c + r_r)^2 per pair of rewards (N,) (Bradley-Terry; arXiv 2203.02155).
+
+    The second term keeps the rewards near 0, which the first alone leaves open (arXiv 2312.09244).
+    """
+    return -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected).square()
+
+
+def last_values(values: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Return the numbers (B,) of `values` (B, T) at the places `last` (B,)."""
+    return values.gather(1, last.unsqueeze(1)).squeeze(1)

@@ -9,7 +9,7 @@ from llm.errors import UserError
 from llm.tokenizer.chat_format import PART_MARKS, content_text
 
 UNSURE = ("timeout", "killed")  # verdicts that a busy machine may give to a right answer
-KINDS = ("categorical", "generative", "chat")
+KINDS = ("categorical", "generative", "chat", "preference")
 CHAT_KEYS = ("fields", "roles", "ignore", "merge_neighbours", "empty_answers", "false_labels")  # of a task's config
 BESIDE_QUESTION = ("system", "system_prompt", "context", "passage", "history", "input", "tools", "functions")
 # Calculator calls and results in the text of an answer; the last one may have been cut off.
@@ -63,7 +63,7 @@ class Task:
     only; `check_row` and `check_test_row` where rows can be wrong. Class attributes:
 
     kind: "categorical" (the answer is one of `conversation["letters"]`, scored by the letters' logits), "generative"
-    (scored on the generated text) or "chat" (training only).
+    (scored on the generated text), "chat" (training only) or "preference" (of `data.preferences`).
     reads: "rows" (of .jsonl files or of the hub) or "words" (a .txt list, from which items are drawn).
     generated: source ("embedded", "template") -> kind of rows of `llm.data.embedded` that stand in for files.
     sizes: number of rows per split that are generated where the configuration says null.
@@ -158,7 +158,7 @@ class Task:
     def check(cls, row: dict, where: str, split: str) -> None:
         """Raise UserError for a row of `split` ("train" or "test") that cannot be used, or that nobody can answer."""
         (cls.check_test_row if split == "test" else cls.check_row)(row, where)
-        if cls.kind != "chat" and not cls.judges_slowly and (split == "test" or cls.is_scored(row)):
+        if cls.kind not in ("chat", "preference") and not cls.judges_slowly and (split == "test" or cls.is_scored(row)):
             cls.check_reference(row, where)
 
     def __len__(self) -> int:

@@ -63,19 +63,19 @@ class ChatReader:
         if not self.reading.fields and takes_turns(row):  # nothing to mend or refuse
             return row
         if isinstance(row, list):
-            return {"messages": self._tidy(read_messages(row, self.reading, "the row"))}
+            return {"messages": self.tidied(read_messages(row, self.reading, "the row"))}
         if not isinstance(row, Mapping):
             raise UserError(f"a row must be a JSON object (or a list of messages), found {type(row).__name__}")
-        row = self._renamed(row)
+        row = self.renamed(row)
         form = format_of(row)
         if form is None:
             raise UserError(self._no_conversation(row))
         messages = form.read(row, self.reading)
         self.reading.check_keys(row, (*form.needs, *form.uses, *self.keeps), "the row")
         self._check_label(row)
-        return {"messages": self._tidy(messages)} | {key: row[key] for key in self.keeps if row.get(key) is not None}
+        return {"messages": self.tidied(messages)} | {key: row[key] for key in self.keeps if row.get(key) is not None}
 
-    def _renamed(self, row: Mapping) -> Mapping:
+    def renamed(self, row: Mapping) -> Mapping:
         """Return the row with the columns of `fields` under the names of the table."""
         fields = self.reading.fields
         if not fields:
@@ -119,7 +119,7 @@ class ChatReader:
             f"with {self.reading.key}.false_labels=drop"
         )
 
-    def _tidy(self, messages: list[dict]) -> list[dict]:
+    def tidied(self, messages: list[dict]) -> list[dict]:
         """Return the messages with neighbours joined and without an empty system message; look for empty ones."""
         if messages and messages[0]["role"] == "system" and _is_blank(messages[0]["content"]):
             messages = messages[1:]

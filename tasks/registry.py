@@ -43,7 +43,7 @@ def build_task(
     shows ten; "skip" leaves them out. The task's `skipped` counts what was left out, by reason. Raises `UserError` for
     a wrong spec and for missing or empty data, too.
     """
-    where, spec = f"data.tasks.{name}", _without_share(name, spec)
+    where, spec = place(name, spec), _without_share(name, spec)
     kind, source, task = spec.get("type"), spec.get("source"), task_class(spec, where)
     if source not in SOURCES:
         raise UserError(f"{where}.source={source} does not exist: choose one of {', '.join(SOURCES)}")
@@ -128,6 +128,41 @@ def bad_rows(data) -> str:
     return data.get("bad_rows") or "stop"
 
 
+def place(name: str, spec: Mapping[str, Any]) -> str:
+    """Return the place of a task in the configuration, data.tasks.<name> or data.preferences.<name>."""
+    return f"data.{'preferences' if spec.get('type') == 'preference' else 'tasks'}.{name}"
+
+
+def all_specs(data) -> dict[str, Mapping[str, Any]]:
+    """Return the configurations of all tasks and sources of preferences by name."""
+    return {**data.tasks, **(data.get("preferences") or {})}
+
+
+def build_preferences(
+    data, names: Sequence[str], split: str, cache: Cache | None = None, bad_rows: str = "stop"
+) -> list[Task]:
+    """Build the sources `names` of `data.preferences` that have rows of a split.
+
+    Raises UserError where none has, or one does not exist.
+    """
+    specs = data.get("preferences") or {}
+    if unknown := [name for name in names if name not in specs]:
+        raise UserError(
+            f"stage.preferences names {unknown[0]!r}, which is not in data.preferences ({', '.join(specs)})"
+        )
+    found = [
+        build_task(name, specs[name], split, cache, bad_rows)
+        for name in names
+        if split == "train" or has_split(name, specs[name], split)
+    ]
+    if not found:
+        raise UserError(
+            "none of the sources of data.preferences has held-out rows: set data.preferences.<name>.test for one of "
+            "them, to files or to a share of its rows, as in data.preferences.<name>.test=5%"
+        )
+    return found
+
+
 def has_split(name: str, spec, split: str) -> bool:
     """Return whether the task `name` can give rows of a split: generated ones always can, others if the split is named.
 
@@ -146,7 +181,7 @@ def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], sp
     for name in names:
         if name not in tasks or tasks[name].get("source") != "local":
             continue
-        key, spec = f"data.tasks.{name}.{split}", _without_share(name, tasks[name])
+        key, spec = f"{place(name, tasks[name])}.{split}", _without_share(name, tasks[name])
         suffixes = (".txt",) if task_class(spec).reads == "words" else ()
         for entry in _as_list(cut(_plain(spec.get(split)), key)[0]):
             if not is_address(entry):
@@ -155,7 +190,7 @@ def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], sp
 
 def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
     """Return what a task takes from the network: a data set of the hub, files of the web, or nothing."""
-    key = f"data.tasks.{name}"
+    key = place(name, spec)
     if spec.get("source") == "hub":
         return [_hub_task(key, spec, cache)]
     entries = {entry: f"{key}.{split}" for split in SPLITS for entry in _as_list(spec.get(split)) if is_web(entry)}
@@ -165,7 +200,8 @@ def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:
 def fetched_tasks(data) -> dict[str, list[str]]:
     """Return the tasks that a stage or evaluation may read from the network, with the splits of each that it reads."""
     cache = Cache("", may_fetch=False)
-    return {name: splits for name, splits in used_tasks(data).items() if remotes(name, data.tasks[name], cache)}
+    specs = all_specs(data)
+    return {name: splits for name, splits in used_tasks(data).items() if remotes(name, specs[name], cache)}
 
 
 def used_tasks(data) -> dict[str, list[str]]:
@@ -176,6 +212,8 @@ def used_tasks(data) -> dict[str, list[str]]:
     rl = [data.rl] if data.rl else []
     reads = {"train": {*trained, *rl}, "test": {*held_out, *data.eval, *rl}}
     used = {name: [split for split in SPLITS if name in reads[split]] for name in data.tasks}
+    preferred = data.get("preferences") or {}
+    used |= {n: [split for split in SPLITS if split == "train" or has_split(n, preferred[n], split)] for n in preferred}
     return {name: splits for name, splits in used.items() if splits}
 
 
@@ -196,7 +234,7 @@ def _row_task(
     cache: Cache | None,
     bad_rows: str,
 ) -> Task:
-    limit, key, columns = spec.get("limit"), f"data.tasks.{name}", Columns.of(spec, f"data.tasks.{name}")
+    limit, key, columns = spec.get("limit"), place(name, spec), Columns.of(spec, place(name, spec))
     if spec["source"] in GENERATED:
         return task(task.generate(spec["source"], split, _size(task, spec, split), **options), name, stop=limit)
     reader = task.row_reader(spec, key)
@@ -211,7 +249,7 @@ def _row_task(
 
 def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> FileRows:
     """Return the rows of a split's files, or the part of them that the split names."""
-    key, files, limit = f"data.tasks.{name}", _files(name, spec, split, cache), spec.get("limit")
+    key, files, limit = place(name, spec), _files(name, spec, split, cache), spec.get("limit")
     part, encoding = cut(_plain(spec.get(split)), f"{key}.{split}")[1], spec.get("encoding") or "utf-8"
     held_out, held_part = cut(_plain(spec.get("test")), f"{key}.test")
     shared = []
@@ -234,8 +272,8 @@ def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck,
 
 def _hub_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck, cache: Cache | None) -> HubRows:
     if cache is None:
-        raise ValueError(f"data.tasks.{name}: a task of the hub needs a cache")
-    source, rows = _hub_task(f"data.tasks.{name}", spec, cache), spec.get(split)
+        raise ValueError(f"{place(name, spec)}: a task of the hub needs a cache")
+    source, rows = _hub_task(place(name, spec), spec, cache), spec.get(split)
     if not isinstance(rows, str):
         raise UserError(
             f"{source.key}.{split}={rows}: with source=hub write a split of {source.repo}, such as {split} or "
@@ -266,7 +304,7 @@ def _word_task(
         words = read_words(_files(name, spec, split, cache))
     else:
         entries = _plain(spec.get("train") or spec.get("test") or [])
-        files = find_files(entries, f"data.tasks.{name}.train", cache=cache)
+        files = find_files(entries, f"{place(name, spec)}.train", cache=cache)
         words = words_of_split(read_words(files), split)
         if not words:
             raise UserError(f"data.tasks.{name}: no word of the list falls to the {split} split; give a longer list")
@@ -275,22 +313,22 @@ def _word_task(
 
 def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) -> list:
     """Return the files of a split; those of the test are left out of the training split."""
-    key = f"data.tasks.{name}.{split}"
+    key = f"{place(name, spec)}.{split}"
     suffixes = (".txt",) if task_class(spec).reads == "words" else ()
     if spec.get(split) is None:
         if split == "test" and (held_out := _held_out_by_name(name, spec)):
             return held_out
         raise UserError(f"{key} is null: name the files of this split (words: .txt), or leave the task out")
     exclude, (entries, _) = [], cut(_plain(spec[split]), key)
-    held_out, part = cut(_plain(spec.get("test")), f"data.tasks.{name}.test")
+    held_out, part = cut(_plain(spec.get("test")), f"{place(name, spec)}.test")
     if split == "train" and held_out is not None and part is None:
-        exclude = find_files(held_out, f"data.tasks.{name}.test", (), cache, "test", suffixes)
+        exclude = find_files(held_out, f"{place(name, spec)}.test", (), cache, "test", suffixes)
     return find_files(entries, key, exclude, cache, split, suffixes)
 
 
 def _without_share(name: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a spec whose `test` is no share: null where names in `train` hold files out, else a cut of its rows."""
-    share, key = spec.get("test"), f"data.tasks.{name}"
+    share, key = spec.get("test"), place(name, spec)
     if not is_share(share) or spec.get("source") != "local":
         return spec
     if task_class(spec).reads == "words":
@@ -302,7 +340,7 @@ def _without_share(name: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
 def _held_out_by_name(name: str, spec: Mapping[str, Any]) -> list:
     """Return the files among those of `train` whose names say that they are held out, where `test` is null."""
     entries = [entry for entry in _as_list(spec.get("train")) if not is_web(entry)]
-    return [path for entry in entries for path in named_for(entry, "test", f"data.tasks.{name}.train")]
+    return [path for entry in entries for path in named_for(entry, "test", f"{place(name, spec)}.train")]
 
 
 def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:

@@ -10,6 +10,7 @@ from llm.utils.environment import die_with_parent
 die_with_parent()
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -22,27 +23,34 @@ from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.objectives import PREFERENCE_LOSSES, PreferenceSettings
 from llm.parallel import collectives
 from llm.parallel.env import end
 from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
+from llm.stages.dpo import PreferenceObjective
+from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
-KINDS = ("pretrain", "sft", "grpo")
+KINDS = ("pretrain", "sft", "grpo", "reward", "dpo")
+UNEVEN = ("grpo", "reward", "dpo")  # in the lengths and numbers of micro-batches
 
 
 def micro_batch(kind: str, step: int, number: int) -> dict:
-    """Rows of one length, all trained; with uneven masks; or of uneven lengths, with weights."""
+    """Rows of one length, all trained; with uneven masks; or of uneven lengths, with weights, or as a pair."""
     g = torch.Generator().manual_seed(1000 * step + number)
-    length = 24 if kind != "grpo" else 8 + int(torch.randint(0, 16, (), generator=g))
+    length = 24 if kind not in UNEVEN else 8 + int(torch.randint(0, 16, (), generator=g))
     ids = torch.randint(0, VOCAB, (2, length + 1), generator=g)
     micro = {"inputs": ids[:, :-1], "targets": ids[:, 1:].clone()}
     if kind != "pretrain":
         micro["targets"][torch.rand(micro["targets"].shape, generator=g) < 0.2 * number] = -1
     if kind == "grpo":
         micro["weights"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
+    if kind in ("reward", "dpo"):
+        micro["last"] = torch.full((2,), length - 1)
+        micro["logprobs_ref"] = -6 * torch.rand(2, length, generator=g)
     return micro
 
 
@@ -55,9 +63,9 @@ class Steps:
 
     def __iter__(self):
         while True:
-            numbers = range(collectives.rank(), MICRO - (self.kind == "grpo"), collectives.world_size())
+            numbers = range(collectives.rank(), MICRO - (self.kind in UNEVEN), collectives.world_size())
             micro = [micro_batch(self.kind, self.step, number) for number in numbers]
-            trained = sum(int((m["targets"] >= 0).sum()) for m in micro)
+            trained = sum(int((m["targets"] >= 0).sum()) for m in micro) if "last" not in micro[0] else len(micro)
             self.step += 1
             yield {
                 "micro": micro,
@@ -67,13 +75,22 @@ class Steps:
             }
 
 
+OBJECTIVES = {
+    "reward": RewardObjective(centre=0.1),
+    "dpo": PreferenceObjective(PREFERENCE_LOSSES["dpo"], PreferenceSettings()),
+}
+
+
 def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tuple[StepModule, L.Trainer]:
     cfg = compose(
         "train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4"
     )
-    net = GPT(model_config(cfg.model, cfg.arch, VOCAB)).init_weights(1).double()
+    config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind == "reward")
+    net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
-    module = StepModule(net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64))
+    module = StepModule(
+        net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         **layout_of_processes(),

@@ -365,8 +365,9 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
         raise UserError(f"{line}: {name!r} cannot be {verb}, {above or 'the top level'} has a fixed set of keys")
     if adds and name.startswith("data.") and cfg.data is None:
         raise UserError(f"{line}: choose data=<option> first ({', '.join(group_options('data'))})")
-    if adds and name.startswith("data.tasks.") and name.split(".")[2] not in cfg.data.tasks:
-        raise UserError(f"{line}: describe a new task in a file of conf/data/ or conf/experiment/")
+    for group, what in (("tasks", "task"), ("preferences", "source of preferences")):
+        if adds and name.startswith(f"data.{group}.") and name.split(".")[2] not in cfg.data[group]:
+            raise UserError(f"{line}: describe a new {what} in a file of conf/data/ or conf/experiment/")
     if adds:
         _update(config_name, cfg, name, value, add=True)
 

@@ -144,11 +144,27 @@ def check_task_names(data: Any, stage: Any = None) -> None:
             raise UserError(f"data.mixture.{name}: there is no chat stage of this name ({', '.join(stages)})")
     places = {f"data.mixture.{name}": list(weights) for name, weights in data.mixture.items()}
     places |= {"data.rl": [data.rl] if data.rl else [], "data.eval": list(data.eval)}
+    check_preferences(data, stage)
     places["stage.chat_tasks"] = list(getattr(stage, "chat_tasks", None) or [])
     for place, names in places.items():
         for name in names:
             if name not in data.tasks:
                 raise UserError(f"{place}: there is no task {name!r} in data.tasks ({', '.join(data.tasks)})")
+
+
+def check_preferences(data: Any, stage: Any) -> None:
+    """Raise `UserError` for preferences among the tasks or the reverse, and names that are in both or in none."""
+    preferences = data.get("preferences") or {}
+    for group, specs, wanted in (("tasks", data.tasks, False), ("preferences", preferences, True)):
+        for name, spec in specs.items():
+            if spec is not None and (spec.get("type") == "preference") != wanted:
+                place = "data.preferences" if group == "tasks" else "data.tasks"
+                raise UserError(f"data.{group}.{name}.type={spec.get('type')}: rows of this type belong into {place}")
+    if both := sorted(set(preferences) & set(data.tasks)):
+        raise UserError(f"data.preferences.{both[0]}: data.tasks has this name too; choose another")
+    for name in getattr(stage, "preferences", None) or []:
+        if name not in preferences:
+            raise UserError(f"stage.preferences: there is no {name!r} in data.preferences ({', '.join(preferences)})")
 
 
 def _violation(value: Any, stated: Mapping[str, Any]) -> str | None:

@@ -195,6 +195,7 @@ class DataConfig:
         "documents for validation: generated, or the last ones of the last file", low=1, high=ITEMS
     )
     tasks: dict[str, TaskSpec] = key("all tasks by name")
+    preferences: dict[str, TaskSpec] = key("sources of preferences by name, type=preference: stages reward and dpo")
     mixture: MixtureConfig = key("conversations that the chat stages train on")
     rl: str | None = key("task that grpo trains on")
     eval: list[str] = key("tasks of chat evaluations")

@@ -21,6 +21,7 @@ TASK_TYPES = Registry(
         "keywords": "tasks.answers.Keywords",
         "identity": "tasks.chat.Identity",
         "chat": "tasks.chat.Chat",
+        "preference": "tasks.preferences.Preferences",
         "simple_spelling": "tasks.spelling.SimpleSpelling",
         "spelling_bee": "tasks.spelling.SpellingBee",
     },

@@ -117,6 +117,45 @@ class ChatStage(AssistantStage):
 
 
 @dataclass
+class PreferenceStage(ModelStage):
+    """Settings of stages that train on preferences."""
+
+    preferences: list[str] | None = key("sources of data.preferences to train on; null = all")
+    pairs_per_step: int = key("rows of preferences of one step", low=1, high=10**6)
+    epochs: float = key("horizon: passes over the preferences (max_steps comes first)", above=0, high=10**6)
+    eval_pairs: int = key("held-out rows of preferences in one evaluation, at most", low=1, high=ITEMS)
+
+
+@dataclass
+class RewardStage(PreferenceStage):
+    """Settings of stage=reward."""
+
+    centre: float = key("weight of the square of both rewards' sum, which keeps rewards near 0", low=0, high=1000)
+
+
+@dataclass
+class DPOStage(PreferenceStage, AssistantStage):
+    """Settings of stage=dpo."""
+
+    loss: str = key("loss of preferences: docs/post_training.md", choices=("dpo", "ipo", "orpo", "kto", "simpo"))
+    beta: float | None = key(
+        "weight of the log-probabilities in the loss; null = 0.1, orpo 1, simpo 2", above=0, high=1000
+    )
+    label_smoothing: float = key("dpo, simpo: share of pairs whose labels may be swapped", low=0, below=0.5)
+    gamma: float = key("simpo: margin between the two rewards that is aimed at", low=0, high=1000)
+    odds_weight: float = key("orpo: weight of the odds ratio beside the cross-entropy (lambda)", low=0, high=1000)
+    desirable_weight: float = key("kto: weight of good answers", low=0, high=1000)
+    undesirable_weight: float = key("kto: weight of bad answers", low=0, high=1000)
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1, high=10**12)
+    eval_examples: int = key(
+        "held-out prompts answered freely and compared with the parent's answers, where a rule can judge",
+        low=0,
+        high=ITEMS,
+    )
+    max_new_tokens: int = key("length limit of a free answer", low=1, high=CONTEXT)
+
+
+@dataclass
 class GRPOStage(AssistantStage):
     """Settings of stage=grpo."""
 

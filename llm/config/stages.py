@@ -19,13 +19,14 @@ MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
 # Kind of stage -> patterns of config keys that such a stage does not read. "" stands for a plugin that is not loaded.
 KINDS: dict[str, tuple[str, ...]] = {
     "data": (),
-    "tokenizer": (*TASKS, *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
-    "text": TASKS,
-    "chat": (*TEXT, "data.rl"),
-    "rl": (*TEXT, "data.mixture", "batch.tokens_per_step", "compile"),
+    "tokenizer": (*TASKS, "data.preferences", *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
+    "text": (*TASKS, "data.preferences"),
+    "chat": (*TEXT, "data.rl", "data.preferences"),
+    "rl": (*TEXT, "data.mixture", "data.preferences", "batch.tokens_per_step", "compile"),
+    "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile"),
     "": (),
 }
-CHAT_KINDS = ("chat", "rl")
+CHAT_KINDS = ("chat", "rl", "preference")
 TAKES = ("nothing", "tokenizer", "weights")
 UNKNOWN_RANK = 1_000_000
 
@@ -59,7 +60,7 @@ class Stage:
     @property
     def is_chat(self) -> bool:
         """True if its model answers questions and does not only continue texts."""
-        return self.kind in CHAT_KINDS
+        return self.kind in CHAT_KINDS and self.servable
 
     @property
     def reads_text(self) -> bool:
@@ -135,6 +136,29 @@ _BUILTIN = (
         schema=f"{_SCHEMA}.ChatStage",
         build=f"{_STAGES}.finetune.build",
         parents=("midtrain", "pretrain"),
+    ),
+    Stage(
+        name="reward",
+        rank=35,
+        kind="preference",
+        schema=f"{_SCHEMA}.RewardStage",
+        build=f"{_STAGES}.reward.build",
+        parents=("sft",),
+        fixed_shapes=False,
+        servable=False,  # its head of one number is trained, not its words
+        mixture="sft",
+        no_curves=("loss",),  # of pairs
+    ),
+    Stage(
+        name="dpo",
+        rank=38,
+        kind="preference",
+        schema=f"{_SCHEMA}.DPOStage",
+        build=f"{_STAGES}.dpo.build",
+        parents=("sft",),
+        fixed_shapes=False,
+        mixture="sft",  # drift is measured on it
+        no_curves=("loss",),  # of pairs
     ),
     Stage(
         name="grpo",

@@ -15,15 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import load_model_folder
-from llm.config.stages import stage_row
+from llm.config.stages import CHAT_KINDS, stage_row
 from llm.data.documents import text_id, texts
 from llm.data.loader import ConversationSteps, StepLayout, TextSteps, validation_batches
+from llm.data.preferences import PreferenceSteps, Usable
 from llm.data.sources import document_source
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
 from llm.eval.judges import judges
+from llm.eval.preferences import preference_scores, scalar_rewards
 from llm.eval.samples import draw_samples, questions, text_prompts
 from llm.eval.saved import saved_config, saved_keys
 from llm.eval.task_scores import chat_core, evaluate_task
@@ -41,14 +43,25 @@ from llm.utils.addresses import without_secrets
 from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
 from tasks import Cache, bad_rows, build_task, held_out_mixture
-from tasks.registry import held_out_weights
+from tasks.registry import build_preferences, held_out_weights
 from tasks.snippets import run_snippet
 
 SECTIONS = ("bpb", "chat", "core", "lm_eval", "samples")
 TEXT_SAMPLE_TOKENS = 64  # a text has no end of turn to stop at
 QUESTIONS_PER_TASK = 2
 # Keys of `data` that do not change what a stage is measured on: held-out text is always packed in one way and order.
-NO_TEXT = ("workers", "tasks_path", "eval", "rl", "packing", "shuffle", "near_duplicates", "token_cache", "streaming")
+NO_TEXT = (
+    "workers",
+    "tasks_path",
+    "eval",
+    "rl",
+    "packing",
+    "shuffle",
+    "near_duplicates",
+    "token_cache",
+    "streaming",
+    "preferences",
+)
 BY_NAME = ("chat", "core_tasks", "lm_eval", "judges", "scored")  # parts of eval.json in which every name counts alone
 
 
@@ -79,6 +92,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
     measure |= {"core": subject.core, "lm_eval": subject.lm_eval}
     own = judges(cfg.eval, subject)
+    if subject.is_reward_model:  # it writes no text
+        wanted, own = [], {"preferences": subject.preferences}
     scores, merged = dict(subject.facts), {}
     for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
         with saved_keys(subject.folder) if cfg.data is None else contextlib.nullcontext():
@@ -173,6 +188,9 @@ def score_rows(scores: dict[str, Any]) -> list[list[str]]:
         rows += [[f"  {key}", percent(result[key]), "", ""] for key in passes]
         for subject, own in result.get("subjects", {}).items():
             rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
+    for key, number in scores.get("preferences", {}).items():
+        shown = percent(number) if key.startswith("accuracy") else value(number)
+        rows.append([f"preferences {key}", shown, "", ""])
     if "chatcore" in scores:
         rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
     for judge, own in scores.get("judges", {}).items():
@@ -194,6 +212,7 @@ class Subject:
     is_chat: bool  # answers questions, and does not only continue texts
     folder: Path
     title: str
+    is_reward_model = False  # gives answers a number and writes none
     is_own_data = True  # scores are measured on the held-out part of what the stage was trained on
 
     def __init__(self, cfg: DictConfig):
@@ -346,7 +365,7 @@ class StageSubject(Subject):
     """A finished stage of a run. Its data config is the one saved in run.json unless `data=` gives another."""
 
     def __init__(self, cfg: DictConfig):
-        self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
+        self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage, any_model=True)
         self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
         reads_data = bool(cfg.eval.bpb or cfg.eval.chat or cfg.eval.samples or cfg.eval.judges)
         config = saved_config(self.folder, cfg.paths.data if cfg.data is None and reads_data else None)
@@ -354,8 +373,9 @@ class StageSubject(Subject):
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
         super().__init__(cfg)
         saved = OmegaConf.create(config, flags={"allow_objects": False})
-        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).is_chat
+        self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).kind in CHAT_KINDS
         self.data = saved.data if cfg.data is None else cfg.data
+        self.is_reward_model = not stage_row(self.name).servable
         self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
         self.trained_beside = ((read_manifest(self.folder) or {}).get("data") or {}).get("held_out_text")
         net, self.tokenizer = load_model_folder(self.folder / "model", verify=cfg.verify)
@@ -410,6 +430,19 @@ class StageSubject(Subject):
         text = self._measured(bpb_text=(self.source.check(), self._text_steps()))
         is_other = self.has_own_settings and not self.has_own_text
         return combined(found, {"other_data": {self.data_name: text}} if is_other else text)
+
+    def preferences(self) -> dict[str, dict]:
+        """Return {"preferences": {"accuracy", ...}} of a reward model on held-out pairs, see `preference_scores`."""
+        chosen = self.settings.get("preferences")
+        names = list(self.data.get("preferences") or {}) if chosen is None else chosen
+        sources = build_preferences(self.data, names, "test", Cache(self.cache), bad_rows(self.data))
+        usable = Usable.of(sources, self.tokenizer, self.net.config.seq_len, self.settings.eval_pairs)
+        steps = PreferenceSteps(sources, usable, self.tokenizer, rows_per_micro=self.options.batch_size)
+        found = preference_scores(self.net, steps.fixed(), scalar_rewards)
+        share, low, high = (percent(found[f"accuracy{side}"]) for side in ("", "_low", "_high"))
+        print(f"preferences: accuracy {share} (95 %: {low} to {high}), {found['n']} pairs", flush=True)
+        source = {"data": data_title(self.data), "source": f"held-out rows of {', '.join(names)}", "rows": found["n"]}
+        return {"preferences": found, "scored": {"preferences": source}}
 
     def chat(self) -> dict[str, dict]:
         """Return the scores of chat tasks; nothing for a stage that has not seen a conversation."""

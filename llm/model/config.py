@@ -37,6 +37,7 @@ UNSTATED = MappingProxyType(
         "embedding_std": 1.0,
         "head_std": 0.0,
         "fc_scale": 1.0,
+        "scalar_head": False,
     }
 )
 
@@ -76,6 +77,7 @@ class GPTConfig:
     embedding_std: float = UNSTATED["embedding_std"]  # standard deviation of the initial embedding
     head_std: float = UNSTATED["head_std"]  # standard deviation of the initial head
     fc_scale: float = UNSTATED["fc_scale"]  # factor on the initial weights of the MLP's first layer
+    scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -163,6 +165,8 @@ def num_params(config: GPTConfig) -> dict[str, int]:
         counts["smear_gate"] = SMEAR_CHANNELS
     if scalars := 2 * c.n_layer * c.residual_scalars + c.smear + c.backout:
         counts["scalars"] = scalars
+    if c.scalar_head:
+        counts["scalar_head"] = c.n_embd
     return counts | {"total": sum(counts.values())}
 
 

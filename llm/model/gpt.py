@@ -144,6 +144,7 @@ class GPT(nn.Module):
             self.transformer["wpe"] = _table(config.seq_len, config.n_embd)
         self.final_norm = make_norm(config)
         self.lm_head = None if config.tied else Linear(config.n_embd, config.padded_vocab_size)
+        self.scalar_head = Linear(config.n_embd, 1) if config.scalar_head else None
         self.value_embeds = nn.ModuleDict(
             {
                 str(layer): _table(config.padded_vocab_size, kv_dim)
@@ -186,6 +187,8 @@ class GPT(nn.Module):
         gpt2: N(0, 0.02), projections N(0, 0.02 / sqrt(2 n_layer)), positions N(0, 0.01), biases 0.
         """
         c, generator = self.config, torch.Generator().manual_seed(seed)
+        if self.scalar_head is not None:
+            self.scalar_head.weight.zero_()
         if c.arch == "gpt2":
             self._init_gpt2(generator)
             return self
@@ -343,6 +346,17 @@ class GPT(nn.Module):
             hidden = torch.cat((hidden, self.hidden(rest, SharedPrefixPass(cache, n, self.config.seq_len))), dim=1)
         return hidden
 
+    def scalars(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the fp32 number (B, T) that the scalar head gives to each token of ids (B, T)."""
+        return self(ids, scalars=True)
+
+    def scalar_outputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the fp32 numbers (B, T) of the scalar head for outputs of the last block (B, T, n_embd)."""
+        numbers = F.linear(hidden.to(self.scalar_head.weight.dtype), self.scalar_head.weight).squeeze(-1)
+        if torch.is_grad_enabled():  # processes that train together want a gradient of every parameter
+            numbers = numbers + 0.0 * self.head_weight[:1].sum()
+        return numbers
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return soft-capped fp32 logits (..., V) over the true vocabulary; the padding of the head is cut off."""
         return softcapped(
@@ -358,8 +372,9 @@ class GPT(nn.Module):
         cache: SlotPass | None = None,
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
+        scalars: bool = False,
     ) -> torch.Tensor:
-        """Return logits (B, T, V), or with `targets` the cross-entropy in nats.
+        """Return logits (B, T, V), or with `targets` the cross-entropy in nats, or with `scalars` those (B, T).
 
         ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T))
         | both (see `linear_cross_entropy`); token_weights: (B, T), factors of the tokens' losses.
@@ -367,13 +382,15 @@ class GPT(nn.Module):
         per row of right-padded ids.
         last_only: return logits (B, 1, V) at each row's last true token only.
         """
-        is_training = targets is not None and cache is None and torch.is_grad_enabled()
+        is_training = (targets is not None or scalars) and cache is None and torch.is_grad_enabled()
         hidden = self.hidden(ids, cache, is_training)
         if cache is not None:
             cache.advance(ids.size(1), lengths)
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
+        if scalars:
+            return self.scalar_outputs(hidden)
         if targets is None:
             return self.logits(hidden)
         true_head = self.head_weight[: self.config.vocab_size]

@@ -76,6 +76,7 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     }
     places = {
         "lm_head.": "head",
+        "scalar_head.": "head",
         "transformer.wte.": "embedding",
         "transformer.wpe.": "embedding",
         "value_embeds.": "value_embeds",

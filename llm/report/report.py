@@ -162,7 +162,7 @@ def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]
 
 
 def _is_share(metric: str, tasks: Iterable[str]) -> bool:
-    return metric in tasks or metric.startswith("pass@")
+    return metric in tasks or metric.startswith(("pass@", "preference/accuracy", "preference/win_rate"))
 
 
 def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:

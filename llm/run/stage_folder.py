@@ -175,12 +175,13 @@ def best_stages(run: RunDir) -> list[str]:
     return [row.name for row in usable if row.rank == usable[-1].rank]
 
 
-def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None) -> Path:
+def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None, any_model: bool = False) -> Path:
     """Return the folder of the finished model stage to evaluate or serve; imports its trusted plugins.
 
-    `stage=None` takes the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the
-    list of what exists, where two stages are equally far, and where a plugin of the stage cannot be imported or is not
-    named by this command.
+    any_model: take a stage named by `stage` even if its model generates no text, as a reward model. `stage=None` takes
+    the one furthest along the pipeline, `run=None` the only run there is. Raises UserError with the list of what
+    exists, where two stages are equally far, and where a plugin of the stage cannot be imported or is not named by this
+    command.
     """
     root = Path(runs_root)
     if run is None:
@@ -195,11 +196,11 @@ def find_stage(runs_root: str | Path, run: str | None, stage: str | None = None)
         for problem in missing:
             print(f"note: {run}/{stage} is used, but not all stages of this run are known ({problem})", file=sys.stderr)
     load_trusted(folder.path / stage)
-    _check_usable(folder, stage, missing)
+    _check_usable(folder, stage, missing, any_model)
     return folder.path / stage
 
 
-def _check_usable(run: RunDir, stage: str, missing: list[str]) -> None:
+def _check_usable(run: RunDir, stage: str, missing: list[str], any_model: bool) -> None:
     """Raise UserError where the stage is unknown, has no model that generates text, or is not finished."""
     row, existing = row_or_stranger(stage), _existing(run.root, run.name)
     if not row.kind and not _holds_stage(run.path / stage):
@@ -210,7 +211,7 @@ def _check_usable(run: RunDir, stage: str, missing: list[str]) -> None:
             f"stage={stage} of run={run.name} is not in the table of stages: name the plugin that registers it, "
             f"plugins=[<module>]{''.join(f' ({problem})' for problem in missing)}"
         )
-    if not row.servable:
+    if not row.servable and not (any_model and row.makes_model):
         raise UserError(f"stage={stage} holds no model that generates text; choose another. {existing}")
     if stage not in run.finished():
         raise UserError(f"stage={stage} of run={run.name} is {_state(run, stage)}. {existing}")

@@ -21,7 +21,7 @@ from llm.utils.format import percent, print_table
 from tasks.base import Task
 from tasks.files import FileRows
 from tasks.hub import HubRows
-from tasks.registry import build_task, used_tasks
+from tasks.registry import all_specs, build_task, place, used_tasks
 from tasks.rows import BadRows
 
 PARTS = ("text", "tasks")
@@ -130,7 +130,7 @@ def tasks(cfg, split: str, shown: str) -> Iterator[tuple[Rows, Items]]:
     for name, splits in used_tasks(cfg.data).items():
         if split not in splits:
             continue
-        key = f"data.tasks.{name}"
+        key = place(name, all_specs(cfg.data)[name])
         try:
             task, bad = read_task(cfg, name, split)
         except UserError as error:
@@ -147,7 +147,7 @@ def read_task(cfg, name: str, split: str) -> tuple[Task | None, dict[str, Iterab
 
     Raises UserError for a task that cannot be built.
     """
-    spec = cfg.data.tasks[name]
+    spec = all_specs(cfg.data)[name]
     try:
         task = build_task(name, spec, split, task_cache(cfg), "skip")
         found = task.rows if isinstance(task.rows, FileRows | HubRows) else None

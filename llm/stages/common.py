@@ -40,10 +40,11 @@ def holds_weights(parent: Path) -> bool:
     return (parent / WEIGHTS_FILE).is_file()
 
 
-def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
+def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Tokenizer]:
     """Load network and tokenizer of the parent's model/ folder, and print what was taken.
 
-    The context may be longer than the parent's. Raises UserError where the configured model differs otherwise.
+    scalar_head: whether the network is to have one; a new one is zero, one that is not wanted is left out. The context
+    may be longer than the parent's. Raises UserError where the configured model differs otherwise.
     """
     net, tokenizer = load_model_folder(parent, verify=cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
@@ -51,6 +52,8 @@ def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
     if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
         net = with_longer_context(net, wanted)
     check_same_model(wanted, net.config, parent)
+    if net.config.scalar_head != scalar_head:
+        net = with_scalar_head(net, scalar_head)
     c = net.config
     say_taken(
         parent,
@@ -73,6 +76,17 @@ def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
         how = f"rope_base={wanted.rope_base:g}, rope_scaling={wanted.rope_scaling or 'null'}"
         print(f"context made longer from {old.seq_len} to {wanted.seq_len} tokens ({how})", flush=True)
     return longer
+
+
+def with_scalar_head(net: GPT, wanted: bool) -> GPT:
+    """Return a network with the weights of `net` and a scalar head of zeros, or without its scalar head."""
+    other = build_network(replace(net.config, scalar_head=wanted))
+    weights = net.state_dict()
+    weights.pop("scalar_head.weight", None)
+    if wanted:
+        weights["scalar_head.weight"] = torch.zeros(1, net.config.n_embd)
+    other.load_state_dict(weights)
+    return other
 
 
 def load_tokenizer(parent: Path, cfg) -> Tokenizer:
@@ -122,7 +136,10 @@ CONFIG_KEYS = {
 
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
-    a, b = (c.to_dict() | {"bos_id": c.bos_id is not None, "rope_original": None} for c in (wanted, found))
+    a, b = (
+        c.to_dict() | {"bos_id": c.bos_id is not None, "rope_original": None, "scalar_head": False}
+        for c in (wanted, found)
+    )
     differing = [
         f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
         for k in a

@@ -6,7 +6,7 @@ stage itself reads every row once, before it loads or builds a network.
 
 from omegaconf import OmegaConf
 
-from llm.config.stages import Stage
+from llm.config.stages import CHAT_KINDS, Stage
 from llm.errors import UserError
 
 
@@ -17,11 +17,16 @@ def check_data(cfg, row: Stage) -> None:
 
         if not (cfg.dry_run and is_remote(cfg.data)):
             build_source(cfg.data, cfg.paths.data)
-    if not row.is_chat or cfg.dry_run:  # a dry run does without what it cannot find
+    if row.kind not in CHAT_KINDS or cfg.dry_run:  # a dry run does without what it cannot find
         return
     from tasks.registry import check_files, held_out_weights
 
-    if row.kind == "rl":
+    if row.kind == "preference":
+        names = preferred(cfg)
+        check_files(cfg.data.preferences, names, "train")
+        check_files(cfg.data.preferences, names, "test")
+        trained, held_out = [], []
+    elif row.kind == "rl":
         trained, held_out = rewarded(cfg, row)
     else:
         trained = trained_tasks(cfg, row)
@@ -44,6 +49,18 @@ def trained_tasks(cfg, row: Stage) -> list[str]:
     names = [name for name, repeats in (cfg.data.mixture.get(row.mixture_key) or {}).items() if repeats]
     if not names:
         raise UserError(f"{key} names no task with repeats above 0: nothing to train on")
+    return names
+
+
+def preferred(cfg) -> list[str]:
+    """Return the sources of preferences that a stage trains on. Raises UserError where there are none."""
+    chosen = cfg.stage.preferences
+    names = list(cfg.data.preferences) if chosen is None else list(chosen)
+    if not names:
+        raise UserError(
+            f"data.preferences is empty: stage={cfg.stage.name} trains on preferences; describe a source in a data "
+            "option or the experiment (docs/data.md), type=preference"
+        )
     return names
 
 

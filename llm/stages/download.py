@@ -8,7 +8,7 @@ from llm.stages.common import task_cache
 from llm.utils.format import in_bytes
 from tasks.base import Task
 from tasks.hub import HubRows
-from tasks.registry import build_task, fetched_tasks, remotes
+from tasks.registry import all_specs, build_task, fetched_tasks, place, remotes
 
 
 def run(cfg) -> None:
@@ -33,7 +33,7 @@ def run(cfg) -> None:
             part.folder.fetch_all(part.remote)
             print(f"text: {part.check()}", flush=True)
     for name, splits in tasks.items():
-        spec, cache = cfg.data.tasks[name], task_cache(cfg)
+        spec, cache = all_specs(cfg.data)[name], task_cache(cfg)
         if cfg.dry_run:
             for remote in remotes(name, spec, cache):
                 print(f"{remote} " + (f"is in {remote.root}" if remote.is_here() else "is to be fetched"), flush=True)
@@ -42,7 +42,7 @@ def run(cfg) -> None:
         for task in parts.values():
             check_rows(task)
         rows = [f"{len(task):,} {split}" for split, task in parts.items()]
-        print(f"data.tasks.{name}: {', '.join(rows)}", flush=True)
+        print(f"{place(name, spec)}: {', '.join(rows)}", flush=True)
 
 
 def check_rows(task: Task) -> None:

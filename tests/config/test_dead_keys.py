@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import product
 
 import pytest
 from conftest import REPO, compose
@@ -19,7 +20,7 @@ from llm.serving import app
 from llm.stages.run_stage import run_stage
 from tasks import Cache, build_task
 
-STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "dpo", "grpo")
 ENTRY_POINTS = ("train", "evaluate", "serve")
 
 
@@ -66,11 +67,12 @@ def sources_and_tasks(folder) -> list[tuple]:
         return build_source(config.data, str(folder / "cache")).check()
 
     def read_tasks(config):
-        for source in ("local", "hub"):
-            spec = config.data.tasks.smalltalk
-            spec.source, spec.repo, spec.train = source, "people/talk", "train"
+        specs = {"smalltalk": config.data.tasks.smalltalk, "politeness": config.data.preferences.politeness}
+        for source, name in product(("local", "hub"), specs):
+            spec = specs[name]
+            spec.source, spec.repo, spec.train, spec.options = source, "people/talk", "train", {}
             try:
-                build_task("smalltalk", spec, "train", Cache(folder / "cache", may_fetch=False))
+                build_task(name, spec, "train", Cache(folder / "cache", may_fetch=False))
             except UserError:
                 continue  # what is missing was asked for
 

@@ -48,7 +48,7 @@ def finish(root, run, stage, **config):
         ({"name": "my-stage"}, "plain word"),
         ({"name": "polish_val"}, "plain word"),
         ({"parents": ("sfft",)}, "parents name 'sfft'"),
-        ({"kind": "speech"}, "kind='speech', must be one of data, tokenizer, text, chat, rl"),
+        ({"kind": "speech"}, "kind='speech', must be one of data, tokenizer, text, chat, rl, preference"),
         ({"takes": "all"}, "takes='all', must be one of nothing, tokenizer, weights"),
         ({"takes": "nothing"}, "contradict"),
         ({"rank": 30}, "rank=30 must be above that of a parent"),
@@ -62,7 +62,7 @@ def test_a_row_that_cannot_be_is_refused(monkeypatch, change, words):
 
 
 def test_rows_are_in_the_order_of_the_pipeline(polish):
-    assert stage_names() == ["tokenizer", "pretrain", "midtrain", "sft", "polish", "grpo"]
+    assert stage_names() == ["tokenizer", "pretrain", "midtrain", "sft", "reward", "polish", "dpo", "grpo"]
     register_stage(polish)  # a module that is imported twice
     with pytest.raises(UserError, match="stage=poolish does not exist; choose one of download, check, .*plugins="):
         stage_row("poolish")
@@ -206,10 +206,11 @@ def test_the_plugins_of_a_run_are_imported_before_its_stage_is_looked_up(tmp_pat
 
 OWN = (
     "llm/config/stages.py",
-    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo")),
+    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo", "dpo")),
+    "llm/objectives.py",  # losses are called like the stages that made them known
 )
 NAMES = frozenset(stage_names(in_run=False))
-COMMON = frozenset({"tokenizer", "download", "check"})  # words that also mean other things than a stage
+COMMON = frozenset({"tokenizer", "download", "check", "reward"})  # words that also mean other things than a stage
 
 
 def named_stages(node: ast.AST) -> set[str]:

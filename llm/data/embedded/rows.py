@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llm.data.embedded.dialogues import choice_row, identity_row, smalltalk_row
 from llm.data.embedded.persona import persona_row
+from llm.data.embedded.preferences import preference_row
 from llm.data.embedded.problems import draw_problem
 from llm.data.embedded.programs import program_row
 from llm.data.embedded.splits import check_split, collect, generator
@@ -33,8 +34,15 @@ KINDS: dict[str, tuple[Callable[..., dict], Callable[[dict], str]]] = {
     "persona": (persona_row, lambda row: "|".join(m["content"] for m in row["messages"])),
     "smalltalk": (smalltalk_row, lambda row: "|".join(m["content"] for m in row["messages"])),
     "programs": (program_row, lambda row: row["task_id"]),
+    "preferences": (preference_row, lambda row: "|".join(map(str, row.values()))),
 }
-OPTIONS = {"arithmetic": draw_problem, "choice": choice_row, "identity": identity_row, "persona": persona_row}
+OPTIONS = {
+    "arithmetic": draw_problem,
+    "choice": choice_row,
+    "identity": identity_row,
+    "persona": persona_row,
+    "preferences": preference_row,
+}
 
 
 def options_of(kind: str) -> tuple[str, ...]:
@@ -45,15 +53,15 @@ def options_of(kind: str) -> tuple[str, ...]:
 
 
 def rows(kind: str, split: str, n: int, seed: int = 0, **options) -> list[dict]:
-    """Return `n` different rows of a kind: choice, arithmetic, words, identity, persona, smalltalk or programs.
+    """Return `n` different rows of a kind of `KINDS`: choice, arithmetic, words, identity, persona, smalltalk, ...
 
     A shorter list is a prefix of a longer one. Train and test are disjoint by construction: identity and persona by the
-    question that is scored, the others by a hash of the fact with its options, the problem, word, chat or function
-    name.
+    question that is scored, the others by a hash of the fact with its options, the problem, word, chat, function name
+    or pair of answers.
 
     Options: arithmetic takes steps, distractors, max_number; choice takes shuffle; identity takes assistant, maker;
-    persona takes name, maker, description, facts. Raises UserError for an unknown kind, split or option, and if the
-    world holds fewer than `n` rows.
+    persona takes name, maker, description, facts; preferences take rule, unpaired.
+    Raises UserError for an unknown kind, split or option, and if the world holds fewer than `n` rows.
     """
     if kind not in KINDS:
         raise UserError(f"the embedded world has no rows of kind {kind!r}: choose one of {', '.join(KINDS)}")
