@@ -22,6 +22,16 @@ NEUTRAL_KEYS = (
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )
 
+# What stages did before these keys existed: runs without them are equal to runs with these values.
+BEFORE_KEYS = {
+    "stage.loss": "reinforce",
+    "stage.advantage": "centred",
+    "stage.correction": "none",
+    "stage.kl": 0.0,
+    "stage.updates_per_rollout": 1,
+    "stage.overlong": 0,
+}
+
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn a nested mapping into {dotted key: leaf}; an empty mapping stays as a leaf."""
@@ -53,7 +63,7 @@ def diff_configs(
         patterns += ("stage.epochs",)  # not read beside max_steps; older versions saved 1 where null is the default now
     differences = []
     for key in sorted(before.keys() | after.keys()):
-        pair = (before.get(key, ABSENT), after.get(key, ABSENT))
+        pair = (before.get(key, BEFORE_KEYS.get(key, ABSENT)), after.get(key, ABSENT))
         off = ABSENT in pair and all(value is False or value in (None, ABSENT, {}) for value in pair)
         unset = off or all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
         if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import compose
+from omegaconf import OmegaConf
 from small_training import CONFIG, OPTIM, STAGE, STEPS, fit, net, rows, step_batch
 
 from callbacks.step_times import StepTimes
@@ -20,6 +21,7 @@ from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
+from llm.run.config_diff import BEFORE_KEYS, diff_configs
 from llm.stages.grpo import GroupSteps, PolicyObjective, check_choices
 from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
 from llm.stages.step_module import StageContext, StepModule
@@ -390,6 +392,14 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
     stage = compose("train", "stage=grpo", "stage.max_new_tokens=6", *(f"stage.{k}={v}" for k, v in changes.items()))
     with pytest.raises(UserError, match=message):
         check_choices(stage.stage)
+
+
+def test_a_run_from_before_the_keys_is_one_with_their_defaults():
+    new = OmegaConf.to_container(compose("train", "stage=grpo").stage)
+    old = {key: value for key, value in new.items() if f"stage.{key}" not in BEFORE_KEYS}
+    assert len(old) == len(new) - len(BEFORE_KEYS)
+    assert diff_configs({"stage": old}, {"stage": new}) == []
+    assert diff_configs({"stage": old}, {"stage": new | {"kl": 0.1}}) == [("stage.kl", 0.0, 0.1)]
 
 
 def test_the_schema_names_what_there_is():
