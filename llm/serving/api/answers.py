@@ -102,7 +102,7 @@ class ChatMessage(Answer):
 
 
 class ChatChoice(Answer):
-    """One of the answers that a request asked for."""
+    """Answer among those that a request asked for."""
 
     index: int
     message: ChatMessage
@@ -131,7 +131,7 @@ class TextLogprobs(Answer):
 
 
 class TextChoice(Answer):
-    """One of the texts that a request asked for."""
+    """Text among those that a request asked for."""
 
     index: int
     text: str
