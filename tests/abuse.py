@@ -47,7 +47,7 @@ def main() -> int:
         with log.open("w") as stderr, ServerProcess(Path(folder), "ui=api", "max_new_tokens=50", stderr=stderr) as one:
             counts, failed, seed = Counter(), 0, args.seed
             while sum(counts.values()) < args.requests:
-                failed += abuse(str(Path(program).absolute()), one.url, seed) != 0
+                failed += abuse(str(Path(program).absolute()), one.url, seed, folder) != 0
                 counts, seed = counted(log), seed + 1
     for (path, status), n in sorted(counts.items()):
         print(f"{path:24} {status} {n:8,}")
@@ -57,11 +57,11 @@ def main() -> int:
     return int(told["failed"])
 
 
-def abuse(program: str, url: str, seed: int) -> int:
-    """Let Schemathesis send a round of requests; return its exit status."""
+def abuse(program: str, url: str, seed: int, folder: str) -> int:
+    """Let Schemathesis send a round of requests, and keep its notes in a folder; return its exit status."""
     options = (*OPTIONS, f"--max-examples={EXAMPLES}", f"--seed={seed}", "--generation-database=none")
     env = os.environ | {"SCHEMATHESIS_HOOKS": "abuse_hooks", "PYTHONPATH": str(HERE)}
-    return subprocess.run([program, "run", f"{url}/openapi.json", *options], env=env, cwd=HERE).returncode
+    return subprocess.run([program, "run", f"{url}/openapi.json", *options], env=env, cwd=folder).returncode
 
 
 def counted(log: Path) -> Counter:
