@@ -10,7 +10,7 @@ from llm.model import decode_cpu, native
 from llm.model.config import GPTConfig
 from llm.model.decode_cpu import DecodeStep
 from llm.model.gpt import GPT
-from llm.model.kv_cache import Prefix, SlotCache
+from llm.model.kv_cache import Prefix, PrefixPart, SlotCache
 
 pytestmark = pytest.mark.skipif(decode_cpu.load() is None, reason="there is no C++ compiler")
 
@@ -38,9 +38,10 @@ def seed():
 
 def make_cache(net: GPT, rows: int, room: int, behind: Sequence[Prefix | None] = ()) -> SlotCache:
     """Return a cache whose free places hold NaN, which nobody may read; row i stands behind the prefix `behind[i]`."""
-    cache = SlotCache(net.config, rows, room, dtype=net.compute_dtype)
-    cache.k.fill_(float("nan"))
-    cache.v.fill_(float("nan"))
+    cache = SlotCache(net.config, rows, room, dtype=net.compute_dtype, spare=decode_cpu.SPARE)
+    for part in cache.parts:
+        part.k.fill_(float("nan"))
+        part.v.fill_(float("nan"))
     for row, prefix in enumerate(behind):
         cache.start(row, prefix)
     return cache
@@ -210,8 +211,10 @@ def test_nan_reaches_the_logits():
         {"prefix": torch.tensor([1, 0])},  # a free place in the list of prefixes
         {"length": 254},  # position 256 lies behind the context
         {"length": 300},  # more than the prefix has room for
+        {"first": 1},  # a layer without a window needs all tokens
         {"dtype": torch.bfloat16},
         {"k": torch.zeros(3, 2, 4, 8, 12)},
+        {"places": 7},
     ],
     ids=str,
 )
@@ -219,13 +222,14 @@ def test_what_lies_outside_of_memory_is_refused_before_anything_is_written(wrong
     net = make_net(MODERN)
     cache, shape = make_cache(net, 2, 8), (3, 4, 256, 16)
     cache.prefix = wrong.get("prefix", torch.tensor([0, -1]))
-    cache.prefixes = [Prefix(torch.zeros(shape), torch.zeros(shape), wrong.get("length", 5)), None]
-    cache.k = wrong.get("k", cache.k.to(wrong.get("dtype", torch.float32)))
+    part, shared = cache.parts[0], PrefixPart(torch.zeros(shape), torch.zeros(shape), wrong.get("first", 0), None)
+    cache.prefixes = [Prefix([shared], wrong.get("length", 5)), None]
+    part.k = wrong.get("k", part.k[:, :, :, : wrong.get("places", 8)].to(wrong.get("dtype", torch.float32)))
     given = {"ids": torch.tensor([1, 2]), "at": torch.tensor([2, 3])} | wrong
     given = {name: given.get(name) for name in ("ids", "at", "rows", "outputs")}
     with pytest.raises(ValueError):
         DecodeStep.for_net(net).extend(cache, **given)
-    assert cache.v.isnan().all() and not cache.last_embed.any()
+    assert part.v.isnan().all() and not cache.last_embed.any()
 
 
 class OtherNetwork(GPT):

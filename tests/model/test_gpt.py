@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from llm.model.attention import apply_rotary, rotary_tables
+from llm.model.cached_attention import SlotPass
 from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
-from llm.model.kv_cache import SlotCache, SlotPass
+from llm.model.kv_cache import SlotCache
 from llm.model.linear import resolve_compute_dtype
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
