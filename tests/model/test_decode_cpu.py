@@ -23,6 +23,7 @@ FORMS = {
     "classic GQA": {"n_kv_head": 2},
     "modern": MODERN,
     "modern windows": MODERN | {"window_pattern": "SSL", "seq_len": 512, "n_kv_head": 1},
+    "modern small windows": MODERN | {"window_pattern": "SSL", "window_divisor": 16, "n_kv_head": 2},
     "modern long context": MODERN | {"rope_scaling": "yarn", "rope_original": 64},
     "gpt2": {"arch": "gpt2", "tied": True, "softcap": None},
     "gpt2 untied GQA": {"arch": "gpt2", "n_kv_head": 2},
@@ -31,9 +32,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    """Draw equal token ids in every run."""
+def seed(monkeypatch):
+    """Draw equal token ids in every run; windows may be small."""
     torch.manual_seed(0)
+    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
 
 
 def make_cache(net: GPT, rows: int, room: int, behind: Sequence[Prefix | None] = ()) -> SlotCache:
@@ -115,6 +117,7 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
     heads = draw.randint(1, 3)
     options = dict(FORMS[draw.choice(list(FORMS))])
     options |= dict(n_layer=draw.randint(1, 4), n_kv_head=heads, n_head=heads * draw.randint(1, 3))
+    options |= dict(window_pattern=draw.choice(("L", "SL", "SSL")), window_divisor=draw.choice((8, 32)))
     options |= dict(head_dim=2 * draw.randint(1, 30), n_embd=draw.randint(24, 150), vocab_size=draw.randint(3, 400))
     net = make_net(options, seed=seed)
     step, vocab = DecodeStep.for_net(net), options["vocab_size"]
@@ -137,7 +140,7 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["modern windows", "classic GQA", "gpt2"])
+@pytest.mark.parametrize("form", ["modern windows", "modern small windows", "classic GQA", "gpt2"])
 @torch.inference_mode()
 def test_a_row_alone_has_the_bits_that_it_has_in_a_batch_of_64(form, dtype):
     net = make_net(FORMS[form], dtype)
