@@ -185,6 +185,48 @@ def test_the_history_of_a_chat_and_a_common_beginning_are_not_read_again():
         check(net, request)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_behind_a_long_text_windows_are_gone_and_its_beginning_is_kept_from_the_second_time_on(kernel, monkeypatch):
+    if not kernel:
+        without_kernel(monkeypatch)
+    monkeypatch.setattr("llm.inference.slot_batch.SPARE", 1)
+    net, draw = sharp_net("modern", 4, window=8), random.Random(1)
+    engine, params = Engine(net, TOKENIZER, frozen=True), SamplingParams(temperature=0.0, max_new_tokens=8)
+    system, requests = [BOS, *draw.choices(range(256), k=30)], []
+    for i in range(4):
+        requests.append(engine.submit([*system, *[i] * 20], params))
+        run(engine)
+    history = engine.submit([*requests[0].tokens, 4, 5], params)
+    run(engine)
+    assert [request.cached_tokens for request in requests] == [0, len(system), len(system), len(system)]
+    assert history.cached_tokens == len(requests[0].tokens) - 1
+    for request in (*requests, history):
+        check(net, request)
+
+
+def test_a_window_saves_memory_that_more_rows_may_use(monkeypatch):
+    monkeypatch.setattr("llm.inference.slot_batch.SPARE", 8)
+    net, draw = sharp_net("classic", 4, window=8), random.Random(0)
+    cache = net.new_cache(2, SEQ_LEN, spare=1)
+    assert cache.cost(8) == 8 and cache.cost(SEQ_LEN) == (9 + 9 + SEQ_LEN) / 3
+    numbers = sum(part.k.numel() + part.v.numel() for part in cache.parts)
+    per_token = 2 * net.config.n_layer * net.config.n_kv_head * net.config.head_dim
+    assert numbers == 2 * cache.cost(SEQ_LEN) * per_token
+    engine = Engine(net, TOKENIZER, max_rows=8, budget=SEQ_LEN)
+    requests = [
+        engine.submit([BOS, *draw.choices(range(256), k=9)], SamplingParams(temperature=0.0, max_new_tokens=70))
+        for _ in range(2)
+    ]
+    most = 0
+    while engine.has_work:
+        engine.step()
+        most = max(most, engine.stats()["cache_size"])
+        assert engine.stats()["preemptions"] == 0
+    assert most <= SEQ_LEN
+    for request in requests:
+        check(net, request)
+
+
 def test_waiting_prompts_with_a_common_beginning_read_it_once():
     net, draw = sharp_net("modern", 2), random.Random(2)
     shots = [BOS, *draw.choices(range(256), k=50)]

@@ -354,6 +354,22 @@ def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(ar
         assert whole.length == 7 + 9 + 4
 
 
+@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch, monkeypatch):
+    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+    net = random_net(config(depth=3, **(ARCHS[arch] | {"window_pattern": "SSL", "window_divisor": 8})))
+    assert net.windows[0] == 4
+    draw = torch.Generator().manual_seed(2)
+    prefixes, rest = (torch.randint(0, 70, shape, generator=draw) for shape in ((2, 17), (6, 5)))
+    lengths = torch.tensor([17, 6])
+    with torch.no_grad():
+        got = net.continue_prefixes(prefixes, lengths, 3, rest)
+        for i, tail in enumerate(rest):
+            n = lengths[i // 3]
+            whole = torch.cat((prefixes[i // 3, :n], tail)).unsqueeze(0)
+            torch.testing.assert_close(got[i], net.hidden(whole)[0, n - 1 :], atol=1e-5, rtol=1e-5)
+
+
 def test_cache_overflow_and_long_input_are_errors():
     c = config(seq_len=8)
     net = GPT(c).init_weights(0)
