@@ -261,22 +261,18 @@ struct Pass {
     struct Keys {  // `count` <= BLOCK keys and values side by side; from the one with number `split` on, `back` earlier
         const T *k, *v;
         int64_t stride, count, split, back;
-
-        template <class F>
-        void each(F f) const {  // f(number, offset)
-            for (int64_t j = 0; j < split; j++) f(j, j * stride);
-            for (int64_t j = split; j < count; j++) f(j, (j - back) * stride);
-        }
     };
 
     // Lets a query see more keys.
     void see(Softmax& state, const T* q, const Keys& keys) const {
         alignas(64) float p[BLOCK];
-        const int64_t count = keys.count, end = (count + VL - 1) / VL * VL;
-        keys.each([&](int64_t j, int64_t offset) {
-            for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(keys.v + offset + c);
-            p[j] = m.scale * dot(q, keys.k + offset, d);
-        });
+        const int64_t stride = keys.stride, count = keys.count, end = (count + VL - 1) / VL * VL;
+        const T *k = keys.k, *v = keys.v;
+        for (int64_t j = 0, stop = keys.split; j < count; stop = count, k -= keys.back * stride, v -= keys.back * stride)
+            for (; j < stop; j++) {
+                for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(v + j * stride + c);
+                p[j] = m.scale * dot(q, k + j * stride, d);
+            }
         vf most = all(state.largest), sums{};
         for (int64_t j = count; j < end; j++) p[j] = -std::numeric_limits<float>::infinity();
         for (int64_t j = 0; j < end; j += VL) most = load(p + j) > most ? load(p + j) : most;
@@ -286,11 +282,12 @@ struct Pass {
         for (int64_t j = 0; j < end; j += VL) sums += load(p + j);
         state.largest = top, state.total = state.total * shrink + sum(sums);
         int64_t c = 0;
-        for (; c + 4 * VL <= d; c += 4 * VL) add_values<4>(state.values, p, keys, c, shrink);
-        for (; c + VL <= d; c += VL) add_values<1>(state.values, p, keys, c, shrink);
+        for (; c + 4 * VL <= d; c += 4 * VL) add_values<4>(state.values + c, p, keys, c, shrink);
+        for (; c + VL <= d; c += VL) add_values<1>(state.values + c, p, keys, c, shrink);
         for (; c < d; c++) {
             float value = state.values[c] * shrink;
-            keys.each([&](int64_t j, int64_t offset) { value += p[j] * to_float(keys.v[offset + c]); });
+            for (int64_t j = 0; j < count; j++)
+                value += p[j] * to_float(keys.v[(j < keys.split ? j : j - keys.back) * stride + c]);
             state.values[c] = value;
         }
     }
@@ -298,16 +295,19 @@ struct Pass {
     template <int N>
     static void add_values(float* sums, const float* p, const Keys& keys, int64_t at, float shrink) {
         vf total[N];
-        for (int c = 0; c < N; c++) total[c] = load(sums + at + c * VL) * shrink;
-        keys.each([&](int64_t j, int64_t offset) {
-            for (int c = 0; c < N; c++) total[c] += p[j] * load(keys.v + offset + at + c * VL);
-        });
-        for (int c = 0; c < N; c++) store(sums + at + c * VL, total[c]);
+        const int64_t stride = keys.stride;
+        const T* v = keys.v + at;
+        for (int c = 0; c < N; c++) total[c] = load(sums + c * VL) * shrink;
+        for (int64_t j = 0, stop = keys.split; j < keys.count; stop = keys.count, v -= keys.back * stride)
+            for (; j < stop; j++)
+                for (int c = 0; c < N; c++) total[c] += p[j] * load(v + j * stride + c * VL);
+        for (int c = 0; c < N; c++) store(sums + c * VL, total[c]);
     }
 
     // Attention of the tokens of a turn in a group with one prefix, for the query heads of one key/value head.
     void attend(const Layer& layer, int64_t group, int64_t head, int64_t now) const {
         const int64_t first = groups[group], end = groups[group + 1], per_kv = m.n_head / m.n_kv_head;
+        if (turn(layer, end - 1) < now || turn(layer, first) > now) return;  // a group in order, as most are
         thread_local std::vector<float> memory;
         memory.assign((end - first) * per_kv * d, 0.0f);
         std::vector<Softmax> states((end - first) * per_kv);
