@@ -4,8 +4,9 @@ Prompts are read in chunks between decode steps. Tokens that prompts share are r
 those that a prompt has in common with a text of the store. Where the cache grows beyond its budget, the youngest rows
 make room, and are read again later.
 
-On a CPU our own kernel computes all passes where it can. Elsewhere shapes are few: prompts and batches are padded to a
-few sizes where half precision on a CPU would keep code for each.
+On a CPU our own kernel computes all passes where it can. On a GPU decode steps are recorded and replayed
+(`llm.inference.step_graph`). Elsewhere shapes are few: prompts and batches are padded to a few sizes where half
+precision on a CPU would keep code for each.
 """
 
 from collections import deque
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from llm.inference.prefixes import LEAST_SHARED, Entry, PrefixStore, common
 from llm.inference.request import Request
+from llm.inference.step_graph import BUCKETS, REACHES, StepGraphs, is_used, plain_step
 from llm.inference.weights import LENGTHS, ROWS, keeps_shapes, round_up
 from llm.model.cached_attention import SlotPass
 from llm.model.decode_cpu import SPARE, DecodeStep
@@ -82,13 +83,16 @@ class SlotBatch:
     """Rows decoded together, from a cache of `net.new_cache`.
 
     max_rows: rows at most; budget: tokens that cache and store may hold (a lone row may exceed it, so that every
-    request comes to its end); remembers: whether the texts of rows that have ended go into the store.
+    request comes to its end); remembers: whether the texts of rows that have ended go into the store; compiles: whether
+    torch compiles the steps that are recorded on a GPU.
     """
 
-    def __init__(self, net, max_rows: int, budget: int, remembers: bool):
+    def __init__(self, net, max_rows: int, budget: int, remembers: bool, compiles: bool = False):
         self.net, self.max_rows, self.budget, self.remembers = net, max_rows, budget, remembers
         self._kernel = DecodeStep.for_net(net)
-        self.cache = net.new_cache(1, min(PLACES[0], net.config.seq_len), spare=SPARE if self._kernel else 1)
+        self.graphs = None if self._kernel or not is_used(net.device) else StepGraphs(net, compiles)
+        self._row_sizes, self._places = (BUCKETS, REACHES) if self.graphs else (ROWS, PLACES)
+        self.cache = net.new_cache(1, min(self._places[0], net.config.seq_len), spare=SPARE if self._kernel else 1)
         self.store, self.preemptions = PrefixStore(), 0
         self._rows: list[Request] = []  # row i of the cache
         self._behind: list[Entry | None] = []  # text of the store that row i stands behind
@@ -127,10 +131,10 @@ class SlotBatch:
         n, newest = len(self._rows), torch.tensor([request.ids[-1] for request in self._rows])
         if self._kernel:
             logits = self._kernel(self.cache, newest)
+        elif self.graphs:
+            logits = self.graphs.step(self.cache, newest)
         else:
-            padded = round_up(n, *ROWS) if self._keeps_shapes else n
-            ids = F.pad(newest, (0, padded - n)).unsqueeze(1).to(self.net.device)
-            logits = self.net(ids, cache=SlotPass(self.cache, 0, padded, live=n), last_only=True)[:n, 0]
+            logits = plain_step(self.net, self.cache, newest, round_up(n, *ROWS) if self._keeps_shapes else n)
         self.cache.lengths[:n] += 1
         return list(self._rows), logits
 
@@ -162,7 +166,7 @@ class SlotBatch:
         One direction becomes smaller where the budget asks for it. stored: cost of what will be added to the store.
         """
         available = self.budget - self.store.needed - stored
-        least = round_up(rows, *ROWS), min(round_up(room, *PLACES), self.net.config.seq_len)
+        least = round_up(rows, *self._row_sizes), min(round_up(room, *self._places), self.net.config.seq_len)
         larger = max(rows, self.cache.rows), max(room, self.cache.room)
         if larger != (self.cache.rows, self.cache.room):
             larger = max(least[0], self.cache.rows), max(least[1], self.cache.room)
@@ -170,7 +174,7 @@ class SlotBatch:
 
     def _alone(self, room: int) -> tuple[int, int]:
         """Return the size of a cache for a lone row, which has its place whatever the budget is."""
-        return 1, min(round_up(room, *PLACES), self.net.config.seq_len)
+        return 1, min(round_up(room, *self._places), self.net.config.seq_len)
 
     def _resize(self, size: tuple[int, int]) -> None:
         """Give the cache a size, and the store what is left of the budget."""

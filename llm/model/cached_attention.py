@@ -1,5 +1,9 @@
 """Attention of new tokens over a key/value cache: the passes that a network's blocks are given as `cache`."""
 
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -207,6 +211,79 @@ def attention_with_weight(q, k, v, mask: torch.Tensor | None, scale: float) -> t
         y, weight = y.masked_fill(blind.unsqueeze(-1), 0), weight.masked_fill(blind, -torch.inf)
     y = y.view(B, heads, repeats, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
     return y, weight.view(B, heads, repeats, T).permute(0, 3, 1, 2).reshape(B, T, H)
+
+
+class StepPass:
+    """One new token behind each of rows [0, n) of a SlotCache, computed without a look at any number on the host.
+
+    Shapes alone decide which operations run, so that they can be recorded once and replayed. lengths: (n,) int64,
+    tokens that the rows hold; live: () int64, how many of the rows count; both lie on the device and are read when the
+    operations run. reach: no row has a token behind its first `reach` places. way: "flash" or "sdpa", see `ways`. No
+    row stands behind a prefix. Raises ValueError where windows have spare places: which ones count is then not plain.
+    """
+
+    def __init__(self, cache: SlotCache, lengths: torch.Tensor, live: torch.Tensor, reach: int, way: str):
+        if any(part.most is not None and part.most != part.window + 1 for part in cache.parts):
+            raise ValueError("the cache's windows have spare places: make it with spare=1")
+        self.cache, self.lengths, self.live, self.reach, self.way = cache, lengths, live, reach, way
+        self.n = len(lengths)
+        self.last_embed = None if cache.last_embed is None else cache.last_embed[: self.n].unsqueeze(1)
+        self.fed: torch.Tensor | None = None  # embeddings (n, 1, C) of the tokens just fed, if the model smears
+
+    def expect(self, lengths: None) -> None:
+        """Do nothing: there is no padding behind a single token."""
+
+    def positions(self, n_new: int) -> torch.Tensor:
+        """Return the positions (n, 1) of the new tokens."""
+        return self.lengths.clamp(max=self.cache.seq_len - 1).unsqueeze(1)
+
+    def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
+        """Store keys and values (n, 1, Hkv, D) of new tokens; return the attention (n, 1, H, D) of their queries."""
+        number, index = self.cache.where[layer]
+        part = self.cache.parts[number]
+        keys, values = part.k[index, : self.n], part.v[index, : self.n]  # (n, Hkv, S, D)
+        rows, places = torch.arange(self.n, device=keys.device), self.lengths % keys.size(2)
+        keys[rows, :, places], values[rows, :, places] = k[:, 0].to(keys.dtype), v[:, 0].to(keys.dtype)
+        end = min(keys.size(2), self.reach)  # of a window's places all count once they are full
+        keys, values = keys[:, :, :end], values[:, :, :end]
+        if self.way == "flash":
+            return _flash_one(q, keys, values, (self.lengths + 1).clamp(max=end), options.scale)
+        seen = torch.arange(end, device=keys.device) <= self.lengths.unsqueeze(1)  # (n, end)
+        grouped = q.view(self.n, keys.size(1), -1, q.size(3))  # query heads of one key/value head are as rows of it
+        mask = seen[:, None, None]
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale).view_as(q)
+
+    def advance(self, n_new: int) -> None:
+        """Keep the embedding of every live row's token."""
+        if self.fed is not None:
+            counts = (torch.arange(self.n, device=self.live.device) < self.live).unsqueeze(1)
+            kept = self.cache.last_embed[: self.n]
+            kept.copy_(torch.where(counts, self.fed[:, 0].to(kept.dtype), kept))
+            self.fed = None
+
+
+def ways(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Return the attentions that `StepPass` may use, best first: FlashAttention 3 with a cache, torch with a mask."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    half = dtype in (torch.bfloat16, torch.float16)
+    flash = hopper and half and head_dim % 8 == 0 and head_dim <= 256 and flash_with_cache() is not None
+    return ["flash", "sdpa"] if flash else ["sdpa"]
+
+
+@cache
+def flash_with_cache() -> Callable | None:
+    """Return FlashAttention 3 over a key/value cache, from the wheel flash_attn_3; None where it is not there."""
+    with suppress(ImportError, OSError, RuntimeError):  # not installed, or made for another version of torch
+        return import_module("flash_attn_interface").flash_attn_with_kvcache
+    return None
+
+
+def _flash_one(q, keys, values, counts: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the attention (n, 1, H, D) of q over the first `counts` (n,) of keys and values (n, Hkv, S, D)."""
+    lengths = counts.to(torch.int32)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    y = flash_with_cache()(q, keys, values, cache_seqlens=lengths, softmax_scale=scale, causal=True)
+    return y[0] if isinstance(y, tuple) else y
 
 
 class SharedPrefixPass:

@@ -102,7 +102,7 @@ class SlotCache:
         self.where = {  # number of the part that holds a layer, and the layer's number there
             layer: (i, j) for i, layers in enumerate(windows.values()) for j, layer in enumerate(layers)
         }
-        self.room = room
+        self.room, self.version = room, 0  # version: grows whenever buffers are replaced
         for part in self.parts:
             shape = (len(part.layers), rows, config.n_kv_head, part.places(room), config.head_dim)
             part.k, part.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -141,7 +141,7 @@ class SlotCache:
                 kept = min(places, old.size(3))
                 new[:, :n, :, :kept] = old[:, :n, :, :kept]
                 setattr(part, name, new)
-        self.room = room
+        self.room, self.version = room, self.version + 1
         self.lengths = torch.cat((self.lengths[:n], self.lengths.new_zeros(rows - n)))
         self.prefix = torch.cat((self.prefix[:n], self.prefix.new_full((rows - n,), -1)))
         if self.last_embed is not None:

@@ -104,6 +104,11 @@ def test_any_composition_of_a_batch_gives_what_each_request_gets_alone(kind, see
         without_kernel(monkeypatch)
     if seed % 3 == 1:
         monkeypatch.setattr("llm.inference.slot_batch.shares_texts", lambda device: False)  # as on a GPU
+    if seed % 6 == 1:
+        monkeypatch.setattr("llm.inference.slot_batch.is_used", lambda device: True)  # graphs
+        monkeypatch.setattr("llm.inference.step_graph.RECORD_AFTER", draw.choice((1, 2)))
+        monkeypatch.setattr("llm.inference.slot_batch.REACHES", (8, 1))
+        monkeypatch.setattr("llm.inference.step_graph.REACHES", (8, 1))
     monkeypatch.setattr("llm.inference.slot_batch.CHUNK", draw.choice((8, 24, 512)))
     if draw.random() < 0.3:
         monkeypatch.setattr("llm.inference.slot_batch.keeps_shapes", lambda device, dtype: True)
