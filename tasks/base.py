@@ -190,6 +190,13 @@ class Task:
         """Return the reward of each completion for reinforcement learning: 1.0 for a right one, else 0.0."""
         return [float(verdict == "pass") for verdict in self.verdicts(conversations, completions)]
 
+    def reply(self, conversation: dict, completion: str) -> str | None:
+        """Return what the task says to an answer, after which the model answers again; None to end the conversation.
+
+        `conversation["earlier"]` has the pairs (answer, reply) before this answer, as it has for the judging methods.
+        """
+        return None
+
 
 def visible(text: str) -> str:
     """Return the text of an answer without calculator calls and their results."""

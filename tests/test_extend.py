@@ -175,13 +175,13 @@ def test_names_are_registered_once(module):
 
 
 def test_a_reward_of_ones_own_replaces_the_tasks(module, monkeypatch):
-    from llm.stages.grpo import chosen_rewards
+    from tasks.rewards import build_rewards
 
     brief = module("brief")
-    assert chosen_rewards("brief.reward")([{}, {}], ["", "abc"]) == [1.0, 0.25]
+    assert build_rewards([], {"brief.reward": 1.0}, {})([{}, {}], ["", "abc"]) == [[1.0], [0.25]]
     monkeypatch.setattr(brief, "reward", lambda conversation, completion: float("nan"))
-    with pytest.raises(UserError, match="stage.reward=brief.reward: gave nan; a reward must be a finite number"):
-        chosen_rewards("brief.reward")([{}], [""])
+    with pytest.raises(UserError, match="reward brief.reward: gave nan; a reward must be a finite number"):
+        build_rewards([], {"brief.reward": 1.0}, {})([{}], [""])
 
 
 def tiny_matrices() -> list[torch.nn.Parameter]:

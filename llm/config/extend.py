@@ -59,5 +59,9 @@ def register_source(name: str, build: str | Callable, schema: type | None = None
 
 
 def register_reward(name: str, reward: str | Callable) -> None:
-    """Make `stage.reward=<name>` a function (conversation, completion) -> number that rewards answers in grpo."""
+    """Make `stage.reward=<name>`, and `<name>` in stage.rewards, reward answers.
+
+    reward: a function (conversation, completion) -> number, or a subclass of `tasks.rewards.Reward`, which may have
+    options.
+    """
     REWARDS.register(name, reward)

@@ -15,6 +15,7 @@ TASK_TYPES = Registry(
     {
         "multiple_choice": "tasks.multiple_choice.MultipleChoice",
         "gsm8k": "tasks.gsm8k.GSM8K",
+        "second_try": "tasks.hints.SecondTry",
         "humaneval": "tasks.humaneval.HumanEval",
         "exact": "tasks.answers.Exact",
         "keywords": "tasks.answers.Keywords",
@@ -33,8 +34,20 @@ OPTIMIZERS = Registry(
 # kind of a parameter group -> llm.optim.update_rules.ElementwiseRule or MatrixRule
 UPDATE_RULES = Registry("update rule", {"muon": "llm.optim.muon_adamw.MUON", "adamw": "llm.optim.muon_adamw.ADAMW"})
 
-# stage.reward -> function (conversation, completion) -> number; empty: without one the task itself rewards
-REWARDS = Registry("reward", {})
+# stage.reward, key of stage.rewards -> tasks.rewards.Reward subclass, or function (conversation, completion) -> number
+REWARDS = Registry(
+    "reward",
+    {
+        "task": "tasks.rewards.TaskReward",
+        "number": "tasks.rewards.NumberReward",
+        "tag": "tasks.rewards.TagReward",
+        "format": "tasks.rewards.FormatReward",
+        "code": "tasks.rewards.CodeReward",
+        "json": "tasks.rewards.JsonReward",
+        "length": "tasks.rewards.LengthReward",
+        "language": "tasks.rewards.LanguageReward",
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """Typed schemas of the config group `stage`: the keys of each stage of training."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from llm.config.key import CONTEXT, ITEMS, STEPS, VOCABULARY, key
+
+# Names of llm.objectives, which imports torch.
+POLICY_LOSSES = ("reinforce", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "ipo_rl")
+ADVANTAGES = ("centred", "zscore", "rloo", "max_rl", "gdpo")
+CORRECTIONS = ("none", "token_tis", "icepop", "sequence_mask")
 
 
 @dataclass
@@ -115,7 +121,45 @@ class GRPOStage(AssistantStage):
     """Settings of stage=grpo."""
 
     task: str | None = key("task to be rewarded for; null = data.rl")
-    reward: str | None = key("function that rewards an answer, package.module.function; null = as the task scores it")
+    reward: str | None = key(
+        "reward of an answer: a name of docs/post_training.md or package.module.function; null = as the task scores it"
+    )
+    rewards: Any = key(
+        "several rewards by name with their weights, instead of stage.reward: {number: 1.0, format: 0.2}"
+    )
+    reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
+    turns: int = key("answers of the model in one conversation, at most, where the task replies", low=1, high=100)
+    keep_rollouts: int = key("steps whose answers rollouts.jsonl keeps for the report; 0 = none", low=0, high=1000)
+    loss: str = key("form of the policy gradient, see docs/post_training.md", choices=POLICY_LOSSES)
+    advantage: str = key(
+        "comparison of an answer's reward with its group, see docs/post_training.md", choices=ADVANTAGES
+    )
+    clip_low: float | None = key(
+        "bound on the ratio of new to old probabilities: 1 - clip_low; null = the loss's published default",
+        low=0,
+        high=1,
+    )
+    clip_high: float | None = key(
+        "bound on the ratio of new to old probabilities: 1 + clip_high; null = the loss's published default",
+        low=0,
+        high=1000,
+    )
+    kl: float = key("weight of the KL divergence (k3) from the parent's model; 0 = none", low=0, high=1000)
+    correction: str = key(
+        "weights for tokens that sampling and training give different probabilities", choices=CORRECTIONS
+    )
+    updates_per_rollout: int = key("optimizer steps on the answers of one rollout", low=1, high=1000)
+    overlong: int = key(
+        "tokens before the length limit over which the reward falls by up to 1; 0 = none", low=0, high=CONTEXT
+    )
+    filter_equal: str | None = key(
+        "groups of equal rewards: drop = out of the mean, resample = replaced by other questions; null = kept",
+        choices=("drop", "resample"),
+    )
+    curriculum: str | None = key(
+        "pass_rate = leave out questions lately answered rightly by the whole group; null = ask all",
+        choices=("pass_rate",),
+    )
     prompts_per_step: int = key("questions of one step", low=1, high=10**5)
     samples_per_prompt: int = key(
         "answers drawn per question, the group within which rewards are compared", low=2, high=10**4

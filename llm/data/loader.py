@@ -351,7 +351,7 @@ def positions_for(positions: list[dict | None], world: int) -> list[dict | None]
     if len(positions) == world:
         return positions
     if any(position is None or "packer" not in position for position in positions):
-        return _balanced(positions, [positions[0]] * world)  # not begun, or one position for all ranks
+        return _balanced(positions, _without_documents(positions, world))
     cursors, packers = ([position[key] for position in positions] for key in ("cursor", "packer"))
     behind = min(cursors, key=lambda cursor: cursor["index"])
     cursor = behind | {"consumed": [*behind.get("consumed", []), [cursor["index"] for cursor in cursors]]}
@@ -361,6 +361,23 @@ def positions_for(positions: list[dict | None], world: int) -> list[dict | None]
         for rank in range(world)
     ]
     return _balanced(positions, moved)
+
+
+def _without_documents(positions: list[dict | None], world: int) -> list[dict | None]:
+    """Return positions that are equal on all ranks for `world` of them; what is left of a rollout is dealt out anew."""
+    first = positions[0]
+    if not first or "rollout" not in first:
+        return [first] * world
+    held = [position["rollout"] for position in positions]
+    micro = [one for rollout in held for one in rollout["micro"]]
+    idle = {name: torch.full_like(t, -1) if name == "targets" else torch.zeros_like(t) for name, t in micro[0].items()}
+    means = {name: sum(one["metrics"][name] for one in held) / len(held) for name in held[0]["metrics"]}
+    dealt = []
+    for rank in range(world):
+        totals = {name: sum(one[name] for one in held) for name in ("n_trained", "n_tokens")}
+        own = {name: n // world + (rank < n % world) for name, n in totals.items()}
+        dealt.append(first | {"rollout": own | {"micro": micro[rank::world] or [idle], "metrics": means}})
+    return dealt
 
 
 def _balanced(before: list[dict | None], after: list[dict | None]) -> list[dict | None]:

@@ -229,7 +229,7 @@ class Engine:
         elif token == BROKEN:
             self._fail(request)
         elif token in self.tokenizer.stop_ids and not request.params.ignore_eos:
-            request.stop_id = token
+            request.stop_id, request.stop_logprob = token, logprob
             self._end(request, "stop")
         else:
             try:

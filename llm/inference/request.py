@@ -18,7 +18,7 @@ class Completion:
     finish_reason: "stop" (the model ended its turn, or wrote a text of `SamplingParams.stop`) or "length"
     (max_new_tokens or the context is used up). stop_id: the sampled token that ended the turn, which is not among the
     ids; None where none did. logprobs: log-probability of each token, where `SamplingParams.logprobs` asks for it; None
-    for tokens that a tool wrote while the row was not in the batch.
+    for tokens that a tool wrote while the row was not in the batch. stop_logprob: the number for `stop_id`.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -26,6 +26,7 @@ class Completion:
     finish_reason: str = "length"
     stop_id: int | None = None
     logprobs: list[float | None] = field(default_factory=list)
+    stop_logprob: float | None = None
 
 
 class Request:
@@ -35,7 +36,8 @@ class Request:
     for each forced one, their log-probabilities and the most likely tokens, as `params.logprobs` asks for (None for
     tokens that a tool wrote while the row was not in the batch).
     finish_reason: None while it goes on, then "stop", "length", "abort" or "error". stop_id: the sampled token that
-    ended the turn; stop_text: the text of `params.stop` that did. error: why it ended, for "error".
+    ended the turn, stop_logprob its log-probability; stop_text: the text of `params.stop` that did.
+    error: why it ended, for "error".
     prompt_logprobs: per token of the prompt (log-probability, most likely tokens), None for the first one.
     cached_tokens: tokens of the prompt that were found in the cache.
     """
@@ -49,6 +51,7 @@ class Request:
         self.top: list[list[tuple[int, float]] | None] = []
         self.finish_reason: str | None = None
         self.stop_id: int | None = None
+        self.stop_logprob: float | None = None
         self.stop_text: str | None = None
         self.error: str | None = None
         self.prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] | None = None
@@ -74,7 +77,8 @@ class Request:
 
     def completion(self) -> Completion:
         """Return what was written, without the settings and the state."""
-        return Completion(self.ids, self.mask, self.finish_reason or "length", self.stop_id, self.logprobs)
+        reason = self.finish_reason or "length"
+        return Completion(self.ids, self.mask, reason, self.stop_id, self.logprobs, self.stop_logprob)
 
 
 class TokenEvent(NamedTuple):

@@ -67,13 +67,13 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     reduction: str = "sum",
     kernel=chunk_loss,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return the cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`.
 
     hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
     trained, loss 0; softcap: None = no cap; token_weights: (...) factors of the tokens' losses; reduction: sum | mean
-    (over trained tokens) | none; kernel: `chunk_loss`, or `fused_chunk_loss` compiled. Returns an fp32 scalar, or
-    losses with the shape of `targets`.
+    (over trained tokens) | none | both; kernel: `chunk_loss`, or `fused_chunk_loss` compiled. Returns an fp32 scalar,
+    or losses with the shape of `targets`; for both the sum, and losses without factors and without gradient.
     """
     flat, goals = hidden.flatten(0, -2), targets.flatten()
     factors = None if token_weights is None else token_weights.flatten()
@@ -85,13 +85,19 @@ def linear_cross_entropy(
     weight = weight.to(flat.dtype)
     if reduction == "none":
         losses = _TokenLosses.apply(flat, weight, goals, softcap)
-        losses = losses if factors is None else losses * factors
-        if trained is not None:
-            losses = torch.zeros(targets.numel()).index_put((trained,), losses)
-        return losses.view_as(targets)
+        return _put_back(losses if factors is None else losses * factors, trained, targets)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad, kernel)
+    total, losses = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad, kernel)
+    if reduction == "both":
+        return total, _put_back(losses, trained, targets)
     return total / (goals >= 0).sum() if reduction == "mean" else total
+
+
+def _put_back(losses: torch.Tensor, trained: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """Return losses (n,) of the flat positions `trained` in the shape of `targets`, 0 elsewhere; None = of all."""
+    if trained is not None:
+        losses = torch.zeros(targets.numel()).index_put((trained,), losses)
+    return losses.view_as(targets)
 
 
 def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel=chunk_loss):
@@ -134,10 +140,11 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel):
         losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel)
         ctx.weight_dtype = weight.dtype
-        return losses.sum() if factors is None else (losses * factors).sum()
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() if factors is None else (losses * factors).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         d_hidden, d_weight = ctx.gradients
         return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), *(None,) * 5
 

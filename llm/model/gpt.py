@@ -363,8 +363,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Return logits (B, T, V), or with `targets` the cross-entropy in nats.
 
-        ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T));
-        token_weights: (B, T), factors of the tokens' losses.
+        ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T))
+        | both (see `linear_cross_entropy`); token_weights: (B, T), factors of the tokens' losses.
         cache: continue every row behind its cached tokens, of which the caller keeps count; lengths: (B,) true tokens
         per row of right-padded ids.
         last_only: return logits (B, 1, V) at each row's last true token only.

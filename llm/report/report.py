@@ -19,6 +19,7 @@ from llm import __version__
 from llm.config.stages import row_or_stranger, stage_names
 from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
+from llm.report.rollouts_page import write_page
 from llm.run.best_score import best_line
 from llm.run.config_diff import flatten
 from llm.run.formats import read_scores
@@ -44,6 +45,8 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     stages, problems = read_stages(folder)
     if not stages and not problems:
         raise UserError(f"{folder} has no stage with a run.json: nothing to report; run a stage with train.py first")
+    pages, damaged = _rollout_pages(folder, stages)
+    problems += damaged
     curves = _draw(folder, stages, redraw)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
@@ -54,6 +57,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
     parts += _data(stages)
     parts += ["## Curves", *curves] if curves else []
+    parts += ["## Rollouts", *pages] if pages else []
     parts += ["## Samples", *_samples(stages)] if any(s["eval"].get("samples") for s in stages.values()) else []
     parts += ["## Numbers of each stage", _numbers(stages)]
     parts += ["## Configuration", *_configuration(stages)]
@@ -252,6 +256,19 @@ def _draw(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
     rows = {stage: facts["rows"] for stage, facts in stages.items()}
     figures = draw_curves(folder / "report", folder.name, rows, redraw)
     return [f"![{caption}]({path.relative_to(folder).as_posix()})" for caption, path in figures]
+
+
+def _rollout_pages(folder: Path, stages: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Write the page of every stage that kept rollouts; return links to them, and problems, a line each."""
+    links, problems = [], []
+    for stage in stages:
+        try:
+            page = write_page(folder / stage)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        links += [f"[Answers of {stage} with their rewards]({page.relative_to(folder).as_posix()})"] if page else []
+    return links, problems
 
 
 def _samples(stages: dict[str, dict]) -> list[str]:

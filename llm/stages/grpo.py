@@ -1,30 +1,33 @@
-"""Reinforcement learning with verifiable rewards: on-policy REINFORCE with a group baseline.
+"""Reinforcement learning with verifiable rewards: the GRPO family, by two keys.
 
-Per step: draw several answers per question from the current network (calculator included), reward each by its task,
-advantage = reward - mean of the question's answers (GRPO of arXiv 2402.03300 without the division by the standard
-deviation, the KL term and the ratio clip: with one update per rollout the ratio is 1). The loss is the sum over sampled
-tokens of -advantage * log p, divided by the number of sampled tokens of the step. So that what is not rewarded is not
-forgotten, the loss of some finetuning conversations can be added (PPO-ptx of InstructGPT, arXiv 2203.02155).
+Per rollout: draw several answers per question from the current network (calculator included), reward each, and compare
+the rewards within the question: `stage.advantage`. `stage.loss` says how the advantages weigh the tokens; the formulas
+are in `llm.objectives`. The defaults are on-policy REINFORCE with a group baseline: advantage = reward - mean of the
+question's answers (GRPO of arXiv 2402.03300 without the division by the standard deviation, the KL term and the ratio
+clip: with one update per rollout the ratio is 1), and the loss is the sum over sampled tokens of -advantage * log p,
+divided by the number of sampled tokens of the step. So that what is not rewarded is not forgotten, the loss of some
+finetuning conversations can be added (PPO-ptx of InstructGPT, arXiv 2203.02155).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from callbacks.chat_eval import PassAtK
-from llm.config.registries import REWARDS
-from llm.data.balance import ANSWERS, Balance, Reading, of_rollout
-from llm.data.conversations import of_conversations, render
+from callbacks.step_times import StepTimes
+from llm import objectives
+from llm.data.balance import ANSWERS, Reading, of_rollout
 from llm.errors import UserError
 from llm.eval.samples import questions
-from llm.inference.engine import Completion, Engine
+from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.parallel.strategy import full_model
+from llm.run.stage_folder import RunDir
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -36,141 +39,177 @@ from llm.stages.common import (
     task_cache,
 )
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.rollout_log import RolloutLog
+from llm.stages.rollouts import (
+    RIGHT,
+    Group,
+    Reference,
+    RolloutSteps,
+    add_old_logprobs,
+    counts,
+    micro_batches_of,
+)
 from llm.stages.step_module import StepData, StepModule
-from llm.tokenizer.chat_format import render_prompt
-from tasks import Mixture, build_mixture, build_task
+from tasks import Mixture, Task, build_mixture, build_task
+from tasks.rewards import Rewards, build_rewards
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
-Rewards = Callable[[Sequence[dict], Sequence[str]], list[float]]
+TRIES = 3  # of stage.filter_equal=resample: further draws for groups without a signal
 
 
-class RolloutSteps:
-    """Step batches made of fresh samples. Never runs ahead: every batch comes from the weights of its own step.
+class GroupSteps(RolloutSteps):
+    """Steps whose answers are compared within their question.
 
-    Questions are visited in a permutation per epoch; draws depend on (seed, step) alone, so the position is one number.
-    rewards: (conversations, completions) -> a number each; None = the task's own.
-    rehearsal: conversations of which `stage.rehearsal` are trained on beside the answers of every step.
+    reference: the parent's network, if the loss has a KL term. log: keeps answers for the report.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        task,
-        stage,
-        rows_per_micro: int,
-        seed: int,
-        position: dict | None,
-        rehearsal=None,
-        rewards: Rewards | None = None,
-    ):
-        self.rewards = rewards
-        self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
-        self.rows_per_micro, self.seed = rows_per_micro, seed
-        self.step = 0 if position is None else position["step"]
-        self.signal = SignalWatch(task.name)
-        counted = {} if position is None else position.get("balance", {"partial": 1})
-        self.balance = Balance.from_dict(counted)
-        limit = engine.net.config.seq_len - 1
-        self.prompts = {}
-        for i in range(len(task)):
-            prompt = render_prompt(engine.tokenizer, task[i])
-            if len(prompt) < limit:
-                self.prompts[i] = prompt
-        if len(self.prompts) < stage.prompts_per_step:
-            raise UserError(
-                f"stage.prompts_per_step={stage.prompts_per_step}: only {len(self.prompts)} questions of {task.name} "
-                f"leave room for an answer within model.seq_len={engine.net.config.seq_len}"
-            )
-        if (too_long := len(task) - len(self.prompts)) and collectives.is_main():
-            print(
-                f"WARNING: {too_long:,} of {len(task):,} questions leave no room for an answer: not asked", flush=True
-            )
-
-    def __len__(self) -> int:
-        return 10**9
-
-    def skip(self, steps: int) -> None:
-        """Leave out the questions of so many steps."""
-        self.step += steps
-
-    def __iter__(self) -> Iterator[dict]:
-        while True:
-            batch = self.rollout(self.step)
-            self.step += 1
-            yield batch | {"state": {"step": self.step, "balance": self.balance.to_dict()}}
-
-    def questions_of(self, step: int) -> list[int]:
-        """Return this rank's task indices of a step: consecutive ones of an endless sequence of shuffled epochs."""
-        usable, n = list(self.prompts), self.stage.prompts_per_step
-        chosen = []
-        for k in range(step * n, (step + 1) * n):
-            epoch, place = divmod(k, len(usable))
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(usable))
-            chosen.append(usable[order[place]])
-        return self.share(chosen)
-
-    @staticmethod
-    def share(items: Sequence) -> Sequence:
-        """Return the part of a step's items that falls to this rank."""
-        return items[collectives.rank() :: collectives.world_size()]
+    def __init__(self, *args, reference: Reference | None = None, log: RolloutLog | None = None, **more):
+        super().__init__(*args, **more)
+        self.log = log
+        self.reference, self.signal = reference, SignalWatch(self.task.name)
+        self.loss = objectives.POLICY_LOSSES[self.stage.loss]
+        self.reward_weights = getattr(self.score, "weights", None)  # of several rewards of each answer
 
     def rollout(self, step: int) -> dict:
-        stage, indices = self.stage, self.questions_of(step)
-        params = SamplingParams(
-            temperature=stage.temperature,
-            top_k=stage.top_k,
-            max_new_tokens=stage.max_new_tokens,
-            seed=(self.seed + 1_009 * collectives.rank()) * 1_000_003 + step,
-        )
-        prompts = [self.prompts[i] for i in indices]
-        engine = Engine(full_model(self.engine.net), self.engine.tokenizer)
-        groups = engine.generate(prompts, params, stage.samples_per_prompt)
-        conversations = [self.task[i] for i in indices]
-        decode = self.engine.tokenizer.decode
-        asked = [c for c, group in zip(conversations, groups, strict=True) for _ in group]
-        answers = [decode(sample.ids) for group in groups for sample in group]
-        rewards = torch.tensor((self.rewards or self.task.rewards)(asked, answers)).view(len(groups), -1)
-        sequences = [sequence(prompt, s) for prompt, group in zip(prompts, groups, strict=True) for s in group]
-        micro, n_trained, n_tokens = micro_batches_of(
-            sequences, group_advantages(rewards).flatten(), self.rows_per_micro
-        )
-        samples = [s for group in groups for s in group]
-        finished = [s.finish_reason == "stop" for s in samples]
-        self.balance += of_rollout(sequences, group_advantages(rewards).flatten().tolist(), finished)
-        if self.rehearsal is not None:
-            extra, n_extra = self.rehearse(step, n_trained)
-            micro, n_tokens = micro + extra, n_tokens + n_extra
-        mixed = rewards.std(dim=1) > 0  # only these groups give a gradient
-        silent = not collectives.all_reduce_sum([float(mixed.sum())])[0]
-        self.signal.count(silent, step, rewards.mean().item())
-        metrics = {
-            "reward": rewards.mean().item(),
-            "response_len": sum(len(s.ids) for s in samples) / len(samples),
-            "finished": sum(finished) / len(samples),
-            "mixed_groups": mixed.float().mean().item(),
-            "no_signal": float(silent),
+        asked = self.ask(self.share(self.questions.take(self.stage.prompts_per_step)), step)
+        asked, kept = self.filtered(asked, step)
+        advantages = self.advantages(kept)
+        if self.log is not None:
+            self.log.add(step, self.log_rows(kept, advantages))
+        answers = [answer for group in kept for answer in group.answers]
+        ids, masks = [a.ids for a in answers], [a.mask for a in answers]
+        n_sampled, n_tokens = counts(ids, masks)
+        trained = [bool(advantage) or self.reference is not None for advantage in advantages]
+        columns = {"advantages": advantages, "logprobs_engine": [a.logprobs for a in answers]}
+        micro = micro_batches_of(ids, masks, self.rows_per_micro, trained, **columns)
+        self.add_logprobs(micro)
+        self.balance += of_rollout(list(zip(ids, masks, strict=True)), trained, [a.is_finished for a in answers])
+        return {
+            "micro": micro,
+            "n_trained": max(self.loss.units(n_sampled, len(answers), self.stage.max_new_tokens), 1),
+            "n_tokens": n_tokens,
+            "metrics": self.metrics(asked, step),
         }
-        return {"micro": micro, "n_trained": n_trained, "n_tokens": n_tokens, "metrics": metrics}
 
-    def rehearse(self, step: int, n_trained: int) -> tuple[list[dict], int]:
-        """Micro-batches of the step's finetuning conversations and their number of tokens.
+    def filtered(self, asked: list[Group], step: int) -> tuple[list[Group], list[Group]]:
+        """Return all groups asked for, and those that are trained on: `stage.filter_equal`."""
+        how = self.stage.filter_equal
+        new = asked
+        for attempt in range(1, TRIES + 1 if how == "resample" else 1):
+            (missing,) = collectives.all_reduce_sum([sum(not has_signal(group) for group in new)])
+            if not missing:
+                break
+            new = self.ask(self.share(self.questions.take(int(missing))), step, attempt)
+            asked = asked + new
+        return asked, asked if how is None else [group for group in asked if has_signal(group)]
 
-        Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`.
-        """
-        n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
-        rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
-        rendered = [render(self.engine.tokenizer, row, limit) for row in rows]
-        sequences = [(one.document.ids.tolist(), one.document.mask.astype(int).tolist()) for one in rendered]
-        self.balance += of_conversations(rendered)
-        micro, n_rehearsed, n_tokens = micro_batches_of(sequences, torch.ones(len(rows)), self.rows_per_micro)
-        for batch in micro:
-            batch["weights"] *= self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
-        return micro, n_tokens
+    def advantages(self, groups: list[Group]) -> list[float]:
+        """Return one advantage per answer; gdpo compares with the answers of all processes."""
+        every = collectives.all_gather_object([group.rewards for group in groups])
+        rewards = [one for part in every for one in part]
+        if not rewards:
+            return []
+        found = objectives.group_advantages(self.stage.advantage, torch.stack(rewards), self.reward_weights)
+        first = sum(len(part) for part in every[: collectives.rank()])
+        return found[first : first + len(groups)].flatten().tolist()
+
+    def log_rows(self, groups: list[Group], advantages: list[float]) -> list[dict]:
+        """Return what `RolloutLog` keeps of each answer."""
+        rows, names = [], getattr(self.score, "names", ["reward"])
+        totals = [objectives.total_rewards(group.rewards[None], self.reward_weights)[0] for group in groups]
+        answers = [(i, j, answer) for i, group in enumerate(groups) for j, answer in enumerate(group.answers)]
+        for (i, j, answer), advantage in zip(answers, advantages, strict=True):
+            scores = groups[i].scores[j].view(-1).tolist()
+            row = {"ids": answer.ids, "mask": answer.mask, "n_prompt": len(self.prompts[groups[i].question])}
+            row |= {"question": groups[i].question, "rewards": dict(zip(names, scores, strict=True))}
+            row |= {"reward": totals[i][j].item(), "advantage": advantage, "length": answer.length}
+            rows.append(row | {"finish": "stop" if answer.is_finished else "length"})
+        return rows
+
+    def add_logprobs(self, micro: list[dict]) -> None:
+        """Add what the loss needs of other networks: the parent, and this one before its updates."""
+        begin, net = time.perf_counter(), self.engine.net
+        if self.reference is not None:
+            self.reference.add(micro, net.device, net.compute_dtype)
+        if self.stage.updates_per_rollout > 1:
+            add_old_logprobs(full_model(net), micro)
+        self.seconds["forward"] += time.perf_counter() - begin
+
+    def metrics(self, groups: list[Group], step: int) -> dict[str, float]:
+        """Return the numbers of a step's answers, and let the curriculum and the watch see them."""
+        mixed = [has_signal(group) for group in groups]
+        silent = not collectives.all_reduce_sum([float(sum(mixed))])[0]
+        parts = torch.stack([group.scores for group in groups])
+        scores = objectives.total_rewards(parts, self.reward_weights)
+        reward = scores.mean().item()
+        self.signal.count(silent, step, reward)
+        right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
+        self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
+        shares = {"mixed_groups": sum(mixed) / len(mixed), "no_signal": float(silent)}
+        if self.reward_weights is not None:
+            shares |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
+        return {"reward": reward} | self.answer_metrics(groups) | shares
 
 
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Subtract from rewards (questions, samples) the mean of each question's samples."""
-    return rewards - rewards.mean(dim=1, keepdim=True)
+def has_signal(group: Group) -> bool:
+    """Return whether the answers of a group were rewarded differently: only then do they give a gradient."""
+    return bool((group.rewards != group.rewards[:1]).any())
+
+
+class PolicyObjective:
+    """Loss of a micro-batch of answers, by `stage.loss`, `stage.correction` and `stage.kl`; see `llm.objectives`.
+
+    Rehearsed conversations, which have no advantages, count by their weighted cross-entropy. The numbers of its
+    `summary` are means over the answers' tokens that went through the network.
+    """
+
+    def __init__(self, stage):
+        self.loss, self.stage = objectives.POLICY_LOSSES[stage.loss], stage
+        self.from_engine = stage.loss == "ipo_rl"  # its ratio is to what the engine drew from
+        self.is_plain = stage.loss == "reinforce" and stage.correction == "none" and not stage.kl
+
+    def __call__(self, net, micro: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        inputs, targets, advantages = micro["inputs"], micro["targets"], micro.get("advantages")
+        if advantages is None:
+            return net(inputs, targets, reduction="sum", token_weights=micro.get("weights")), {}
+        mask, engine = targets >= 0, micro["logprobs_engine"]
+        if self.is_plain:  # the weights are known beforehand: one pass through the head
+            total, losses = net(inputs, targets, reduction="both", token_weights=advantages)
+            return total, self.sums(-losses, -losses, engine, mask)
+        logprobs = objectives.token_logprobs(net, inputs, targets)
+        old = micro.get("logprobs_old", logprobs.detach())
+        bounds = self.stage.clip_low, self.stage.clip_high
+        losses, low, high = self.loss(logprobs, engine if self.from_engine else old, advantages, mask, *bounds)
+        losses = losses * objectives.correction_weights(self.stage.correction, old, engine, mask)
+        sums = self.sums(logprobs.detach(), old, engine, mask)
+        if self.loss.has_bounds:
+            sums |= {"clip_low": low.sum(), "clip_high": high.sum()}
+        if self.stage.kl:
+            kl = objectives.kl_k3(logprobs, micro["logprobs_ref"], mask)
+            losses = losses + self.stage.kl * kl
+            sums["kl"] = kl.detach().sum()
+        return self.loss.total(losses, mask), sums
+
+    @staticmethod
+    def sums(logprobs, old, engine, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return sums over the tokens (B, T): the gap of engine and trainer, and the weights of the answers now."""
+        gap = objectives.log_ratio(old, engine, mask).abs()
+        weights = objectives.log_ratio(logprobs, engine, mask).exp() * mask
+        return {
+            "tokens": mask.sum(),
+            "logprob_gap": gap.sum(),
+            "logprob_gap_max": gap.max(),
+            "weights": weights.sum(),
+            "squares": weights.square().sum(),
+        }
+
+    @staticmethod
+    def summary(sums: dict[str, float], n_trained: float) -> dict[str, float]:
+        """Return the numbers of a step: means over its tokens, the largest gap, and the effective sample size."""
+        tokens = sums.pop("tokens")
+        ess = objectives.effective_share(sums.pop("weights"), sums.pop("squares"), tokens)
+        shares = {name: value if name.endswith("_max") else value / max(tokens, 1) for name, value in sums.items()}
+        return shares | {"ess": ess}
 
 
 class SignalWatch:
@@ -192,40 +231,9 @@ class SignalWatch:
             )
 
 
-def sequence(prompt: Sequence[int], sample: Completion) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of prompt and completion, mask 1 on sampled tokens; the one that ended it is one of them."""
-    ids, mask = [*prompt, *sample.ids], [0] * len(prompt) + list(sample.mask)
-    if sample.stop_id is not None:
-        ids.append(sample.stop_id)
-        mask.append(1)
-    return ids, mask
-
-
-def micro_batches_of(sequences, advantages: torch.Tensor, rows: int) -> tuple[list[dict], int, int]:
-    """Return micro-batches of `rows` right-padded sequences of similar length, and all (trained, real) token counts.
-
-    A sequence without advantage has no gradient and is left out of the passes, though not out of the counts; if none
-    has any, the shortest one stands for them, so that the step is an ordinary one.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
-    n_trained, n_tokens = sum(sum(mask[1:]) for _, mask in sequences), sum(len(ids) - 1 for ids, _ in sequences)
-    order, micro = [i for i in order if advantages[i] != 0] or order[-1:], []
-    for start in range(0, len(order), rows):
-        part = order[start : start + rows]
-        length = len(sequences[part[0]][0]) - 1
-        inputs = torch.zeros(len(part), length, dtype=torch.long)
-        targets = torch.full((len(part), length), -1)
-        for row, i in enumerate(part):
-            ids, mask = (torch.tensor(x) for x in sequences[i])
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
-        weights = advantages[part].unsqueeze(1).expand_as(targets).contiguous()
-        micro.append({"inputs": inputs, "targets": targets, "weights": weights})
-    return micro, n_trained, n_tokens
-
-
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
+    check_choices(cfg.stage)
     stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
     if name is None:
         raise UserError(
@@ -237,8 +245,10 @@ def build(cfg, parent: Path) -> BuiltStage:
     train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
     if train.kind != "generative":
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
-    rewards = None if stage.reward is None else chosen_rewards(stage.reward)
-    if rewards is None and (bare := train.unscored()):
+    if stage.turns > 1 and type(train).reply is Task.reply:
+        raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
+    score = score_of(train, stage)
+    if "task" in score.names and (bare := train.unscored()):
         raise UserError(
             f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
             f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
@@ -266,28 +276,60 @@ def build(cfg, parent: Path) -> BuiltStage:
         stage.eval_every, test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
     )
 
+    reference, log = Reference(net) if stage.kl else None, None
+    if stage.keep_rollouts and collectives.is_main():
+        log = RolloutLog(RunDir(cfg.paths.runs, cfg.run).stage_dir(stage.name), stage.keep_rollouts, tokenizer)
+
     def loader(position: dict | None) -> RolloutSteps:
-        return RolloutSteps(engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position, rehearsal, rewards)
+        where = engine, train, stage, cfg.batch.micro_batch_size, cfg.seed, position
+        return GroupSteps(*where, score, rehearsal, reference=reference, log=log)
 
-    data = StepData(loader)
+    module = StepModule(net, cfg.optim, stage, context, PolicyObjective(stage))
     reading = Reading(ANSWERS, facts={"questions": len(train)}, parts=[train])
-    return BuiltStage(StepModule(net, cfg.optim, stage, context), data, derived, [pass_at_k], reading)
+    return BuiltStage(module, StepData(loader), derived, [pass_at_k, StepTimes()], reading)
 
 
-def chosen_rewards(name: str) -> Rewards:
-    """Return the reward `stage.reward`, a function of one conversation and its completion, for lists of them.
+def check_choices(stage) -> None:
+    """Raise UserError for settings of the loss that contradict each other."""
+    loss = objectives.POLICY_LOSSES[stage.loss]
+    bounds = [name for name in ("clip_low", "clip_high") if stage[name] is not None]
+    if bounds and not loss.has_bounds:
+        raise UserError(f"stage.{bounds[0]}={stage[bounds[0]]}: stage.loss={stage.loss} clips nothing; set it to null")
+    if stage.updates_per_rollout > 1 and not loss.has_ratio:
+        raise UserError(
+            f"stage.updates_per_rollout={stage.updates_per_rollout}: stage.loss={stage.loss} takes answers to be the "
+            "current weights'; choose a loss with a ratio, such as grpo, or 1 update"
+        )
+    if stage.correction != "none" and stage.loss == "ipo_rl":
+        raise UserError(f"stage.correction={stage.correction}: stage.loss=ipo_rl corrects by itself; set it to none")
+    if stage.overlong >= stage.max_new_tokens:
+        raise UserError(
+            f"stage.overlong={stage.overlong}: must be smaller than stage.max_new_tokens={stage.max_new_tokens}"
+        )
 
-    Raises UserError for a name that does not exist, and during training for a reward that is not a finite number.
+
+class RewardScore:
+    """Scores of completions as tensors: (N,) by one reward, (N, R) by several, with their `weights` (R,).
+
+    names: of the rewards, whose means metrics.csv tells where there are several.
     """
-    reward = REWARDS.get(name, "stage.reward")
 
-    def rewards(conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
-        values = [float(reward(c, text)) for c, text in zip(conversations, completions, strict=True)]
-        if wrong := [value for value in values if not math.isfinite(value)]:
-            raise UserError(f"stage.reward={name}: gave {wrong[0]}; a reward must be a finite number")
-        return values
+    def __init__(self, rewards: Rewards):
+        self.rewards, self.names = rewards, rewards.names
+        self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
 
-    return rewards
+    def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
+        scores = torch.tensor(self.rewards(conversations, completions))
+        return scores if self.weights is not None else scores[:, 0] * self.rewards.weights[0]
+
+
+def score_of(task, stage) -> RewardScore:
+    """Return the function that scores completions: `stage.reward` or `stage.rewards`, by default the task's own."""
+    if stage.reward is not None and stage.rewards:
+        raise UserError(f"stage.reward={stage.reward}: stage.rewards names rewards too; give one of the two")
+    key = "stage.rewards" if stage.rewards else "stage.reward"
+    weights = stage.rewards or {stage.reward or "task": 1.0}
+    return RewardScore(build_rewards(task, weights, stage.reward_options or {}, key))
 
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:

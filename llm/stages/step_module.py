@@ -8,6 +8,7 @@ zeros. With several processes the step is that of all their batches together.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, 
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy
 from llm.stages.loss_scaler import LossScaler
-from llm.stages.step_state import LossWatch, Progress, StepLog, Votes
+from llm.stages.step_state import LossWatch, Progress, StepLog, Sums, Votes
 from llm.stages.warm_start import take_state
 
 
@@ -48,11 +49,21 @@ class StageContext:
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
 
 
-class StepModule(L.LightningModule):
-    """Trains a GPT on step batches with a learning rate and momentum that are pure functions of `global_step`."""
+# (net, micro-batch) -> the summed loss over its units, and sums to be logged, tensors () without gradient by name.
+Objective = Callable[[GPT, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
-    def __init__(self, net: GPT, optim, stage, context: StageContext):
+
+class StepModule(L.LightningModule):
+    """Trains a GPT on step batches with a learning rate and momentum that are pure functions of `global_step`.
+
+    objective: what is minimised instead of the cross-entropy. Its loss and its sums are divided by the step's
+    `n_trained` units, unless it has a method `summary(sums, n_trained)` that makes other numbers of the sums; of a
+    name that ends in _max the largest is taken in place of the sum. Both are over all micro-batches of all processes.
+    """
+
+    def __init__(self, net: GPT, optim, stage, context: StageContext, objective: Objective | None = None):
         super().__init__()
+        self.objective, self.sums = objective, Sums()
         self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
         self.automatic_optimization = False
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
@@ -77,7 +88,14 @@ class StepModule(L.LightningModule):
             take_state(self.trainer, self.context.optimizer_state)
 
     def micro_loss(self, micro: dict) -> torch.Tensor:
-        """Return the summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss."""
+        """Return the summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss.
+
+        With an objective: its loss, whose sums are added to those of the step.
+        """
+        if self.objective is not None:
+            loss, sums = self.objective(self.net, micro)
+            self.sums.add(sums)
+            return loss
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
@@ -96,14 +114,24 @@ class StepModule(L.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         means = (value / collectives.world_size() for value in metrics)
-        self.step_log.add_step(nats, int(n_trained), dict(zip(own, means, strict=True)))
+        numbers = dict(zip(own, means, strict=True)) | self.objective_numbers(max(n_trained, 1))
+        self.step_log.add_step(nats, int(n_trained), numbers)
         self.progress.tokens += int(n_tokens)
         self.trainer.datamodule.position = batch["state"]
         self.is_updating = False
 
+    def objective_numbers(self, n_trained: float) -> dict[str, float]:
+        """Return the numbers to be logged of what the objective has summed in a step of `n_trained` units."""
+        if self.objective is None:
+            return {}
+        sums = self.sums.total()
+        if own := getattr(self.objective, "summary", None):
+            return own(sums, n_trained)
+        return {name: value if name.endswith("_max") else value / n_trained for name, value in sums.items()}
+
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
         """Run forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
-        ddp, losses = self.trainer.model, []
+        ddp, losses, self.sums = self.trainer.model, [], Sums()
         if isinstance(self.net, FSDPModule):
             micro_batches = pad_micro_batches(micro_batches)
         for i, micro in enumerate(micro_batches):

@@ -8,7 +8,10 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from llm.errors import BadLoss
+from llm.parallel import collectives
 
 
 @dataclass
@@ -26,6 +29,10 @@ class StepLog:
         """Count a step: its summed loss over `trained` tokens, and the numbers that came with its batch."""
         self.nats += nats
         self.trained += trained
+        self.add_numbers(numbers)
+
+    def add_numbers(self, numbers: dict[str, float]) -> None:
+        """Note further numbers of a step, whose means since the last row are logged."""
         for name, value in numbers.items():
             self.numbers.setdefault(name, []).append(value)
 
@@ -73,6 +80,27 @@ class Votes:
     def count(self, sums: list[float]) -> None:
         """Take the sums of what all processes have cast."""
         self.stop_count, self.checkpoint_count = (int(number) for number in sums)
+
+
+class Sums:
+    """Adds up numbers of a step over micro-batches and processes; of a name that ends in _max the largest is kept."""
+
+    def __init__(self):
+        self._values: dict[str, torch.Tensor] = {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add numbers, tensors () on the device, of one micro-batch."""
+        for name, value in values.items():
+            old = self._values.get(name)
+            both = torch.maximum if name.endswith("_max") else torch.add
+            self._values[name] = value if old is None else both(old, value)
+
+    def total(self) -> dict[str, float]:
+        """Return the numbers of all processes together."""
+        numbers = torch.stack([value.float() for value in self._values.values()]).tolist() if self._values else []
+        every = collectives.all_gather_object(dict(zip(self._values, numbers, strict=True)))
+        names = dict.fromkeys(name for one in every for name in one)
+        return {n: (max if n.endswith("_max") else sum)(one[n] for one in every if n in one) for n in names}
 
 
 class LossWatch:

@@ -272,3 +272,13 @@ def test_text_prompts_are_unfinished_beginnings_of_documents():
         "unused a b c",
     ]
     assert text_prompts(documents, n=2, n_words=3) == ["one two three", "six seven. Eight"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_sample(n):
+    from itertools import combinations
+
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            draws = list(combinations([True] * right + [False] * (n - right), k))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)

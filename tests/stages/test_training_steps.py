@@ -5,7 +5,6 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from processes import run_python
@@ -16,18 +15,11 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.progress import Progress
 from callbacks.watch import LossGuard
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
-from llm.data.conversations import Rendered
-from llm.data.packing import Document
 from llm.errors import UserError
-from llm.inference.engine import Completion, Engine
-from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
 from llm.parallel.env import STOP_SIGNALS
-from llm.stages.grpo import RolloutSteps, group_advantages, micro_batches_of, sequence
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.micro_batch import check_fits, out_of_memory
 from llm.stages.step_module import StageContext, StepModule
-from llm.tokenizer.bpe import Tokenizer
 
 
 def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys, monkeypatch):
@@ -320,124 +312,3 @@ def test_progress_lines_show_what_was_logged(tmp_path, capsys):
     fit(tmp_path, extra=[Progress(1)])
     out = capsys.readouterr().out
     assert "pretrain step 6/6" in out and "loss" in out and "ETA" in out
-
-
-# Rollouts
-
-
-def test_sequence_trains_sampled_tokens_and_the_end_of_turn():
-    sample = Completion([7, 8, 9], [1, 0, 1], "stop", stop_id=5)
-    assert sequence([1, 2], sample) == ([1, 2, 7, 8, 9, 5], [0, 0, 1, 0, 1, 1])
-    for ended in (Completion([7, 8, 9], [1, 0, 1], "length"), Completion([7, 8, 9], [1, 0, 1], "stop")):  # by a text
-        assert sequence([1, 2], ended) == ([1, 2, 7, 8, 9], [0, 0, 1, 0, 1])
-
-
-@pytest.mark.parametrize("end", ["<|bos|>", "<|assistant_end|>"])
-def test_a_rollout_trains_the_token_that_ended_an_answer_and_tells_of_its_signal(monkeypatch, capsys, end):
-    """The engine's answer is a letter and an end; the reward is 1 for all of them, so no group has a signal."""
-    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
-    end_id, says = tokenizer.special_id(end), iter([ord("x"), tokenizer.special_id(end)] * 100)
-    monkeypatch.setattr(
-        "llm.inference.engine.Sampler.draw", lambda self, logits, draws: torch.full((logits.size(0),), next(says))
-    )
-    stage = SimpleNamespace(prompts_per_step=1, samples_per_prompt=2, temperature=1.0, top_k=0, max_new_tokens=4)
-    model = GPT(GPTConfig(1, 1, 1, 8, 8, seq_len=16, vocab_size=tokenizer.vocab_size)).init_weights(0)
-    rewards = iter([[1.0, 0.0]] + [[1.0, 1.0]] * 11)
-    steps = RolloutSteps(
-        Engine(model, tokenizer), Questions(), stage, 2, 1, None, rewards=lambda asked, answers: next(rewards)
-    )
-    batch = steps.rollout(0)
-    assert batch["metrics"]["no_signal"] == 0 and batch["metrics"]["mixed_groups"] == 1
-    targets = batch["micro"][0]["targets"]
-    assert [row[row >= 0].tolist() for row in targets] == [[ord("x"), end_id]] * 2
-    assert [steps.rollout(step)["metrics"]["no_signal"] for step in range(1, 12)] == [1.0] * 11
-    told = [line for line in capsys.readouterr().out.splitlines() if "no signal" in line]
-    assert len(told) == 2 and told[0].startswith("grpo: no signal in 5 steps in a row, up to step 6: all answers")
-    assert "of questions had the same reward (mean 1.000)" in told[0] and "in 10 steps" in told[1]
-
-
-def test_advantages_are_centred_per_question():
-    got = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
-    torch.testing.assert_close(got, torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0]]))
-
-
-def test_micro_batches_give_the_gradient_of_the_policy_loss():
-    """Against the definition: sum over sampled tokens of -advantage * log p, over the number of sampled tokens."""
-    g = torch.Generator().manual_seed(0)
-    sequences, advantages = [], torch.tensor([0.5, -0.5, 0.25, -0.25, 0.0])
-    for n in (3, 7, 5, 8, 4):
-        ids = torch.randint(0, 70, (n,), generator=g).tolist()
-        sequences.append((ids, [0, 0] + [1] * (n - 2)))
-    micro, n_trained, n_tokens = micro_batches_of(sequences, advantages, rows=2)
-    assert n_trained == sum(len(ids) - 2 for ids, _ in sequences) and n_tokens == sum(len(i) - 1 for i, _ in sequences)
-    module = StepModule(net(), OPTIM, STAGE, StageContext("grpo", None, torch.ones(70), STEPS, 8))
-    for m in micro:
-        (module.micro_loss(m) / n_trained).backward()
-    got = [p.grad.clone() for p in module.net.parameters()]
-    module.net.zero_grad()
-    loss = torch.zeros(())
-    for (ids, mask), advantage in zip(sequences, advantages, strict=True):
-        logprobs = torch.log_softmax(module.net(torch.tensor([ids[:-1]]))[0], -1)
-        for t in range(1, len(ids)):
-            if mask[t]:
-                loss = loss - advantage * logprobs[t - 1, ids[t]]
-    (loss / n_trained).backward()
-    for a, p in zip(got, module.net.parameters(), strict=True):
-        torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
-
-
-def test_answers_without_advantage_are_counted_but_not_passed_through():
-    sequences = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 5, 6], [0, 0, 1]), ([1, 7], [0, 1])]
-    micro, n_trained, n_tokens = micro_batches_of(sequences, torch.tensor([0.0, 0.5, -0.5]), rows=8)
-    assert (len(micro), n_trained, n_tokens) == (1, 4, 6) and micro[0]["inputs"].shape == (2, 2)
-    micro, n_trained, _ = micro_batches_of(sequences, torch.zeros(3), rows=8)
-    assert n_trained == 4 and len(micro) == 1 and not micro[0]["weights"].any()
-
-
-class Questions:
-    """A task of numbered questions whose answers are judged by their length."""
-
-    name, kind = "questions", "generative"
-
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, i):
-        return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]}
-
-
-def test_questions_are_visited_once_per_epoch_and_position_restores(monkeypatch):
-    monkeypatch.setattr("llm.stages.grpo.render_prompt", lambda tokenizer, c: [int(c["messages"][0]["content"])])
-    stage = SimpleNamespace(prompts_per_step=2)
-    engine = SimpleNamespace(net=SimpleNamespace(config=CONFIG), tokenizer=None)
-    loader = RolloutSteps(engine, Questions(), stage, 2, seed=1, position=None)
-    order = np.array([loader.questions_of(step) for step in range(5)]).flatten()
-    assert sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4] and list(order[:5]) != list(order[5:])
-    assert RolloutSteps(engine, Questions(), stage, 2, seed=1, position={"step": 3}).step == 3
-    with pytest.raises(UserError, match="stage.prompts_per_step=9"):
-        RolloutSteps(engine, Questions(), SimpleNamespace(prompts_per_step=9), 2, 1, None)
-
-
-def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
-    """One step's gradient = that of the rewarded answers + weight x that of the rehearsed rows' mean loss."""
-    rows = [([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])]
-    monkeypatch.setattr("llm.stages.grpo.render_prompt", lambda tokenizer, c: [1])
-
-    def rendered(tokenizer, row, limit):
-        ids, mask = rows[row]
-        return Rendered(Document(np.array(ids), np.array(mask, bool)), len(ids), False, 1, 1, False)
-
-    monkeypatch.setattr("llm.stages.grpo.render", rendered)
-    stage = SimpleNamespace(prompts_per_step=2, rehearsal=2, rehearsal_weight=0.5)
-    engine = SimpleNamespace(net=net(), tokenizer=None)
-    steps = RolloutSteps(engine, Questions(), stage, 1, seed=1, position=None, rehearsal=[0, 1, 2])
-    assert [len(steps.rehearse(step, 10)[0]) for step in range(3)] == [2, 2, 2]
-    micro, n_tokens = steps.rehearse(1, n_trained=10)  # rows 2 and 0: two passes of one row
-    assert n_tokens == 1 + 3 and steps.balance.missing == 0 and steps.balance.trained == 13
-    module = StepModule(engine.net, OPTIM, STAGE, StageContext("grpo", None, torch.ones(70), STEPS, 8))
-    got = sum(module.micro_loss(m) for m in micro) / 10
-    wanted = torch.zeros(())
-    for ids, mask in (rows[2], rows[0]):
-        targets = torch.tensor([[i if trained else -1 for i, trained in zip(ids[1:], mask[1:], strict=True)]])
-        wanted = wanted + engine.net(torch.tensor([ids[:-1]]), targets, reduction="sum")
-    torch.testing.assert_close(got, 0.5 * wanted / 3)

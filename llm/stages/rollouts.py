@@ -1,0 +1,351 @@
+"""Rollouts: questions in their order, answers drawn from the current network, micro-batches made of them.
+
+A stage of reinforcement learning subclasses `RolloutSteps`, whose `rollout` says what is made of the answers.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm import objectives
+from llm.data.balance import Balance
+from llm.data.conversations import of_conversations, render
+from llm.errors import UserError
+from llm.inference.engine import Completion, Engine
+from llm.inference.sampling import SamplingParams
+from llm.parallel import collectives
+from llm.parallel.strategy import full_model
+from llm.stages.turns import answer_in_turns, judged, last_answer
+from llm.tokenizer.chat_format import render_prompt
+
+# (conversations, completions) -> rewards (N,), or (N, R) for R rewards of each; `weights` (R,), if it has them.
+Score = Callable[[Sequence[dict], Sequence[str]], torch.Tensor]
+RIGHT = 1.0  # reward of a right answer, by which the curriculum goes
+NEXT_TRY = 15_485_863  # between the seeds of a step's tries
+
+
+@dataclass
+class Answer:
+    """One sampled answer with its prompt. mask: 1 on sampled tokens; logprobs: the engine's, 0 on all others.
+
+    length: tokens behind the prompt, without the one that ended the turn; room: how many there might have been.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    logprobs: list[float]
+    is_finished: bool
+    length: int
+    room: int
+
+    @property
+    def n_sampled(self) -> int:
+        """Number of sampled tokens, which are trained on."""
+        return sum(self.mask)
+
+
+@dataclass
+class Group:
+    """Answers to one question of the task, with what they scored and what they are rewarded by, (G,) or (G, R).
+
+    The reward is the score less the penalty for answers that are too long, which goes to the first of R rewards.
+    """
+
+    question: int
+    answers: list[Answer]
+    scores: torch.Tensor
+    rewards: torch.Tensor
+
+
+def answer_of(prompt: Sequence[int], sample: Completion, room: int) -> Answer:
+    """Return prompt and completion as an answer; the sampled token that ended the turn is one of its tokens."""
+    own = [0.0 if not mask or p is None else p for p, mask in zip(sample.logprobs, sample.mask, strict=True)]
+    ids, mask = [*prompt, *sample.ids], [0] * len(prompt) + list(sample.mask)
+    logprobs = [0.0] * len(prompt) + own
+    if sample.stop_id is not None:
+        ids.append(sample.stop_id)
+        mask.append(1)
+        logprobs.append(sample.stop_logprob)
+    return Answer(ids, mask, logprobs, sample.finish_reason == "stop", len(sample.ids), room)
+
+
+class Questions:
+    """The order of a task's questions: epochs without an end, each shuffled anew by `seed`.
+
+    With `skip_solved`, a question whose last answers were all right in r epochs in a row is left out for the next r.
+    """
+
+    def __init__(self, usable: Sequence[int], seed: int, skip_solved: bool = False, state: dict | None = None):
+        self.usable, self.seed, self.skip_solved = list(usable), seed, skip_solved
+        self.asked = 0  # places of the order that are behind us
+        self.solved: dict[int, list[int]] = {}  # question -> epochs in a row that it was right, the last of them
+        self._order: tuple[int, np.ndarray] | None = None
+        if state is not None:
+            self.asked, self.solved = state["asked"], {q: list(known) for q, known in state.get("solved", {}).items()}
+
+    def take(self, n: int) -> list[int]:
+        """Return the next `n` questions. Where a whole epoch is to be left out, nothing is."""
+        chosen: list[int] = []
+        left_out = 0
+        while len(chosen) < n:
+            epoch, place = divmod(self.asked, len(self.usable))
+            question = self.usable[self.order(epoch)[place]]
+            self.asked += 1
+            streak, last = self.solved.get(question, (0, 0))
+            if streak and epoch <= last + streak and left_out < len(self.usable):
+                left_out += 1
+            else:
+                chosen.append(question)
+        return chosen
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the places of the usable questions in the order of an epoch."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.usable))
+        return self._order[1]
+
+    def learn(self, results: Sequence[tuple[int, bool]]) -> None:
+        """Take note of questions and whether all their answers were right; call it with those of all processes."""
+        if not self.skip_solved:
+            return
+        epoch = (self.asked - 1) // len(self.usable)
+        for question, right in results:
+            streak = self.solved.pop(question, [0, 0])[0]
+            if right:
+                self.solved[question] = [streak + 1, epoch]
+
+    def state_dict(self) -> dict:
+        return {"asked": self.asked} | ({"solved": self.solved} if self.solved else {})
+
+
+class Reference:
+    """Frozen copy of the network as it was given, whose log-probabilities go with the micro-batches."""
+
+    def __init__(self, net):
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def add(self, micro: list[dict], device: torch.device, dtype: torch.dtype) -> None:
+        """Add `logprobs_ref` (B, T) to each micro-batch, computed on `device` in `dtype`."""
+        self.net.to(device).compute_dtype = dtype
+        for one in micro:
+            found = objectives.token_logprobs(self.net, one["inputs"].to(device), one["targets"].to(device))
+            one["logprobs_ref"] = found.cpu()
+
+
+def add_old_logprobs(net, micro: list[dict]) -> None:
+    """Add `logprobs_old` (B, T), by the very pass that training makes, to each micro-batch.
+
+    The first update of a rollout then has ratios of exactly 1. Memory is used as in training, without a backward pass.
+    """
+    for one in micro:
+        with torch.enable_grad():
+            found = objectives.token_logprobs(net, one["inputs"].to(net.device), one["targets"].to(net.device))
+        one["logprobs_old"] = found.detach().cpu()
+
+
+class RolloutSteps:
+    """Step batches made of fresh samples. Never runs ahead: every rollout comes from the weights of its own step.
+
+    Draws depend on the seed, the step, the rank and the try alone. A rollout serves `stage.updates_per_rollout` steps;
+    between them its micro-batches are part of the position, because the weights that drew them are gone.
+    score: gives the rewards. rehearsal: conversations of which `stage.rehearsal` are trained on in every step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        task,
+        stage,
+        rows_per_micro: int,
+        seed: int,
+        position: dict | None,
+        score: Score,
+        rehearsal=None,
+    ):
+        self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
+        self.rows_per_micro, self.seed, self.score = rows_per_micro, seed, score
+        position = {"step": 0, "balance": {}} if position is None else position
+        self.step = position["step"]
+        self.balance = Balance.from_dict(position.get("balance", {"partial": 1}))
+        self.held: dict | None = position.get("rollout")
+        self.seconds = {"rollout": 0.0, "forward": 0.0}  # of this step: drawing answers, passes of other networks
+        self.prompts = self.fitting_prompts()
+        order = position.get("questions", {"asked": self.planned(self.step)})
+        self.questions = Questions(list(self.prompts), seed, stage.curriculum == "pass_rate", order)
+
+    def fitting_prompts(self) -> dict[int, list[int]]:
+        """Return the prompts that leave room for an answer, by question. UserError where they are fewer than a step."""
+        limit, prompts = self.engine.net.config.seq_len - 1, {}
+        for i in range(len(self.task)):
+            prompt = render_prompt(self.engine.tokenizer, self.task[i])
+            if len(prompt) < limit:
+                prompts[i] = prompt
+        if len(prompts) < self.stage.prompts_per_step:
+            raise UserError(
+                f"stage.prompts_per_step={self.stage.prompts_per_step}: only {len(prompts)} questions of "
+                f"{self.task.name} leave room for an answer within model.seq_len={limit + 1}"
+            )
+        if (too_long := len(self.task) - len(prompts)) and collectives.is_main():
+            print(
+                f"WARNING: {too_long:,} of {len(self.task):,} questions leave no room for an answer: not asked",
+                flush=True,
+            )
+        return prompts
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def planned(self, step: int) -> int:
+        """Return how many questions the steps before `step` ask, where none is left out or asked in addition."""
+        return -(-step // self.stage.updates_per_rollout) * self.stage.prompts_per_step
+
+    def skip(self, steps: int) -> None:
+        """Leave out the questions of so many steps."""
+        self.questions.asked += self.planned(self.step + steps) - self.planned(self.step)
+        self.step += steps
+        self.held = None
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            self.seconds = dict.fromkeys(self.seconds, 0.0)
+            if self.held is None:
+                self.held = self.rollout(self.step)
+            batch = dict(self.held)
+            if self.rehearsal is not None:
+                extra, n_extra = self.rehearse(self.step, batch["n_trained"])
+                batch |= {"micro": batch["micro"] + extra, "n_tokens": batch["n_tokens"] + n_extra}
+            self.step += 1
+            if self.step % self.stage.updates_per_rollout == 0:
+                self.held = None
+            yield batch | {"seconds": self.seconds, "state": self.position()}
+
+    def position(self) -> dict:
+        """Return from where these steps go on; what a plain order of questions says by itself is left out."""
+        position: dict[str, Any] = {"step": self.step, "balance": self.balance.to_dict()}
+        order = self.questions.state_dict()
+        if order != {"asked": self.planned(self.step)}:
+            position["questions"] = copy.deepcopy(order)
+        return position if self.held is None else position | {"rollout": self.held}
+
+    def rollout(self, step: int) -> dict:
+        """Return what a rollout drawn at `step` gives to each of its updates: micro, n_trained, n_tokens, metrics."""
+        raise NotImplementedError
+
+    @staticmethod
+    def share(items: Sequence) -> Sequence:
+        """Return the part of a step's items that falls to this rank."""
+        return items[collectives.rank() :: collectives.world_size()]
+
+    def ask(self, questions: Sequence[int], step: int, attempt: int = 0) -> list[Group]:
+        """Return the answers of the current network to this rank's questions, with their rewards.
+
+        attempt: number of the try within the step, which draws other answers. All processes call it together.
+        """
+        stage = self.stage
+        params = SamplingParams(
+            temperature=stage.temperature,
+            top_k=stage.top_k,
+            max_new_tokens=stage.max_new_tokens,
+            seed=(self.seed + 1_009 * collectives.rank()) * 1_000_003 + step + NEXT_TRY * attempt,
+            logprobs=0,
+        )
+        prompts, begin = [self.prompts[i] for i in questions], time.perf_counter()
+        engine = Engine(full_model(self.engine.net), self.engine.tokenizer)
+        if stage.turns > 1:
+            conversations, how = [self.task[i] for i in questions], (params, stage.samples_per_prompt)
+            drawn = answer_in_turns(engine, prompts, conversations, *how, self.task.reply, stage.turns)
+        else:
+            drawn = engine.generate(prompts, params, stage.samples_per_prompt)
+        self.seconds["rollout"] += time.perf_counter() - begin
+        return self.rewarded(questions, drawn) if questions else []
+
+    def rewarded(self, questions: Sequence[int], drawn: Sequence[Sequence[Completion]]) -> list[Group]:
+        """Return the completions of each question with their rewards; all of them are scored in one call."""
+        stage, seq_len = self.stage, self.engine.net.config.seq_len
+        pairs = [(self.task[i], sample) for i, samples in zip(questions, drawn, strict=True) for sample in samples]
+        conversations = [judged(conversation, sample) for conversation, sample in pairs]
+        texts = [self.engine.tokenizer.decode(sample.ids[last_answer(sample) :]) for _, sample in pairs]
+        scores, groups = self.score(conversations, texts).split(stage.samples_per_prompt), []
+        for question, samples, own in zip(questions, drawn, scores, strict=True):
+            prompt = self.prompts[question]
+            room = min(stage.max_new_tokens, seq_len - len(prompt))
+            lengths = torch.tensor([float(len(sample.ids)) for sample in samples])
+            rewards = own.clone()
+            first = rewards if rewards.dim() == 1 else rewards[:, 0]
+            first += objectives.overlong_penalty(lengths, torch.tensor(room), stage.overlong)
+            groups.append(Group(question, [answer_of(prompt, sample, room) for sample in samples], own, rewards))
+        return groups
+
+    def answer_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return what metrics.csv tells of the answers of this rank's groups, at least one."""
+        answers = [answer for group in groups for answer in group.answers]
+        n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
+        finished = sum(answer.is_finished for answer in answers) / n
+        return {
+            "response_len": sum(answer.length for answer in answers) / n,
+            "finished": finished,
+            "truncated": 1 - finished,
+            "entropy": -sum(map(math.fsum, (answer.logprobs for answer in answers))) / max(n_sampled, 1),
+            "rollout_tok_per_s": n_sampled / max(self.seconds["rollout"], 1e-9),
+        }
+
+    def rehearse(self, step: int, n_trained: int) -> tuple[list[dict], int]:
+        """Micro-batches of the step's finetuning conversations and their number of tokens.
+
+        Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`.
+        """
+        n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
+        rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
+        rendered = [render(self.engine.tokenizer, row, limit) for row in rows]
+        ids = [one.document.ids.tolist() for one in rendered]
+        masks = [one.document.mask.astype(int).tolist() for one in rendered]
+        self.balance += of_conversations(rendered)
+        n_rehearsed, n_tokens = counts(ids, masks)
+        weight = self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
+        return micro_batches_of(ids, masks, self.rows_per_micro, weights=[weight] * len(rows)), n_tokens
+
+
+def counts(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Return the numbers of trained and of all tokens that rows of `ids` have as targets."""
+    return sum(sum(mask[1:]) for mask in masks), sum(len(row) - 1 for row in ids)
+
+
+def micro_batches_of(
+    ids: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]],
+    rows: int,
+    keep: Sequence[bool] | None = None,
+    **columns: Sequence,
+) -> list[dict]:
+    """Return micro-batches of `rows` right-padded sequences of similar length: inputs, targets and the columns, (B, T).
+
+    masks: 1 on trained tokens. keep: sequences that have a gradient, all by default; others are left out of the passes.
+    If none is kept, the shortest one stands for them, so that the step is an ordinary one; without any sequence it is a
+    row of one token that is not trained. columns: per sequence a number, or one for each of its ids.
+    """
+    if not ids:
+        empty = {"inputs": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -1)}
+        return [empty | {name: torch.zeros(1, 1) for name in columns}]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    order, micro = [i for i in order if keep is None or keep[i]] or order[-1:], []
+    for start in range(0, len(order), rows):
+        part = order[start : start + rows]
+        shape = len(part), len(ids[part[0]]) - 1
+        batch = {"inputs": torch.zeros(shape, dtype=torch.long), "targets": torch.full(shape, -1)}
+        batch |= {name: torch.zeros(shape) for name in columns}
+        for row, i in enumerate(part):
+            own, mask, end = torch.tensor(ids[i]), torch.tensor(masks[i]), len(ids[i]) - 1
+            batch["inputs"][row, :end] = own[:-1]
+            batch["targets"][row, :end] = torch.where(mask[1:] == 1, own[1:], -1)
+            for name, values in columns.items():
+                is_list = isinstance(values[i], Sequence)
+                batch[name][row, : end if is_list else None] = torch.tensor(values[i][1:] if is_list else values[i])
+        micro.append(batch)
+    return micro

@@ -1,0 +1,84 @@
+"""Rewards by name, with weights and options: what can be wrong is told before a run."""
+
+import pytest
+import torch
+
+from llm.errors import UserError
+from tasks.base import Task, dialogue
+from tasks.rewards import Rewards, build_rewards
+
+QUESTION = {"messages": dialogue("What is 6 times 7?", "#### 42")}
+
+
+class Sums(Task):
+    def conversation(self, row, index):
+        return QUESTION
+
+    def evaluate(self, conversation, completion):
+        return completion == "42"
+
+
+TASK = Sums([{}], "sums")
+
+
+def test_several_rewards_are_a_row_each():
+    rewards = build_rewards(TASK, {"task": 2, "format": 0.5, "length": -0.1}, {"length": {"words": 1}})
+    assert rewards.names == ["task", "format", "length"] and rewards.weights == [2.0, 0.5, -0.1]
+    found = rewards([QUESTION] * 2, ["42", "<answer>42</answer>"])
+    assert found == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "words"),
+    [
+        ({}, {}, "stage.rewards is empty"),
+        ({"numbr": 1}, {}, "stage.rewards=numbr does not exist; did you mean number"),
+        ({"task": 1}, {"length": {}}, "stage.reward_options.length: stage.rewards names no such reward"),
+        ({"length": 1}, {}, "stage.reward_options.length=.*missing a required argument: 'words'"),
+        ({"length": 1}, {"length": {"words": 0}}, "length: words=0: must be a whole number"),
+        ({"length": 1}, {"length": {"word": 3}}, "stage.reward_options.length"),
+        ({"language": 1}, {"language": {"language": "xx"}}, "language=xx does not exist"),
+        ({"language": 1}, {}, "give either script"),
+        ({"json": 1}, {"json": {"schema": {"type": "objekt"}}}, "schema is no JSON schema"),
+        ({"task": "x"}, {}, "stage.rewards.task=x: must be a number"),
+        ({"task": float("nan")}, {}, "stage.rewards.task=nan: must be a number"),
+        ("task", {}, "stage.rewards=task: must be a mapping"),
+        ({"length": 1}, {"length": 3}, "stage.reward_options.length=3: must be a mapping"),
+        ({"code": 1}, {}, "the rows of sums have no 'prompt'"),
+    ],
+)
+def test_wrong_settings_are_one_line(weights, options, words):
+    with pytest.raises(UserError, match=words) as refused:
+        build_rewards(TASK, weights, options)
+    assert "\n" not in str(refused.value)
+
+
+def test_number_needs_numbers():
+    class Names(Sums):
+        def conversation(self, row, index):
+            return {"messages": dialogue("Who?", "Ada")}
+
+    with pytest.raises(UserError, match="stage.rewards: number: the answers of names are no numbers, such as 'Ada'"):
+        build_rewards(Names([{}], "names"), {"number": 1.0}, {})
+
+
+@pytest.mark.parametrize(("values", "words"), [([float("inf")], "gave inf"), ([], "gave 0 numbers for 1 answers")])
+def test_a_reward_must_give_a_number_for_each_answer(values, words):
+    with pytest.raises(UserError, match=f"reward odd: {words}"):
+        Rewards({"odd": lambda conversations, completions: values}, {"odd": 1.0})([{}], ["x"])
+
+
+def test_scores_of_the_stage_have_the_weights():
+    from types import SimpleNamespace
+
+    from llm.stages.grpo import score_of
+
+    stage = SimpleNamespace(reward=None, rewards={"task": 1.0, "number": 0.5}, reward_options=None)
+    score = score_of(TASK, stage)
+    assert torch.equal(score.weights, torch.tensor([1.0, 0.5]))
+    assert torch.equal(score([QUESTION], ["42"]), torch.tensor([[1.0, 1.0]]))
+    stage.rewards = None
+    assert torch.equal(score_of(TASK, stage)([QUESTION] * 2, ["42", "#### 42"]), torch.tensor([1.0, 0.0]))
+    stage.rewards, stage.reward = {"task": 1.0}, "number"
+    with pytest.raises(UserError, match=r"stage.reward=number: stage.rewards names rewards too"):
+        score_of(TASK, stage)
