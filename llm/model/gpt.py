@@ -22,11 +22,12 @@ from llm.model.attention import (
     plain_backend,
     rotary_tables,
 )
+from llm.model.cached_attention import AttentionOptions, SharedPrefixPass, SlotPass
 from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import relu_squared
 from llm.model.fused_ops import rms_norm as norm
-from llm.model.kv_cache import AttentionOptions, SharedPrefixPass, SlotCache, SlotPass
+from llm.model.kv_cache import SlotCache
 from llm.model.linear import Linear
 
 
@@ -323,9 +324,9 @@ class GPT(nn.Module):
             return self.training_forward_blocks(x, values, starts, masks, backend)
         return self.forward_blocks(x, values, starts, masks, backend, cache)
 
-    def new_cache(self, rows: int, room: int) -> SlotCache:
-        """Return an empty cache for `rows` rows of at most `room` tokens each."""
-        return SlotCache(self.config, rows, room, device=self.device, dtype=self.compute_dtype)
+    def new_cache(self, rows: int, room: int, spare: int = 1) -> SlotCache:
+        """Return an empty cache for `rows` rows of at most `room` tokens each; spare: see `SlotCache`."""
+        return SlotCache(self.config, rows, room, device=self.device, dtype=self.compute_dtype, spare=spare)
 
     def continue_prefixes(
         self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor
@@ -337,8 +338,9 @@ class GPT(nn.Module):
         """
         cache = self.new_cache(*prefixes.shape)
         one_pass = SlotPass(cache, 0, len(prefixes))
+        one_pass.expect(lengths)
         hidden = self.hidden(prefixes, one_pass)
-        one_pass.advance(prefixes.size(1), lengths)
+        one_pass.advance(prefixes.size(1))
         cache.lengths = lengths.cpu()
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].unsqueeze(1)
         hidden = last.repeat_interleave(n, dim=0)
@@ -383,9 +385,11 @@ class GPT(nn.Module):
         last_only: return logits (B, 1, V) at each row's last true token only.
         """
         is_training = (targets is not None or scalars) and cache is None and torch.is_grad_enabled()
+        if cache is not None:
+            cache.expect(lengths)
         hidden = self.hidden(ids, cache, is_training)
         if cache is not None:
-            cache.advance(ids.size(1), lengths)
+            cache.advance(ids.size(1))
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
