@@ -16,12 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.checkpoint.adapter import save_adapter
 from llm.config.registries import ARCHITECTURES
 from llm.config.trust import check_named
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
+from llm.model.lora import merged
 from llm.run.content import check_content, write_content
 from llm.run.formats import SHAPE
 from llm.tokenizer.bpe import Tokenizer
@@ -52,6 +54,7 @@ VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first 
 def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer) -> None:
     """Write network (fp32 weights) and tokenizer. An older folder is replaced once the new one is complete.
 
+    Of a network with an adapter, the weights are merged, and the adapter stands beside them.
     Raises UserError where the disk refuses (full, read-only), which leaves the old folder as it was; ValueError where
     the tokenizer has another vocabulary than the network.
     """
@@ -63,14 +66,17 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         _write_json(new / CONFIG_FILE, hf_config(config, tokenizer))
         _write_json(new / GENERATION_FILE, generation_config(tokenizer))
         tensors = {}
-        for name, value in net.state_dict().items():
+        for name, value in merged(net).state_dict().items():
             rows = config.vocab_size if name.startswith(VOCAB_PARAMS) else len(value)
             tensors[file_name(name, config)] = value[:rows].detach().to("cpu", torch.float32).contiguous()
         try:
             save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+            if net.lora is not None:
+                save_adapter(new, net, lambda name: file_name(name, config))
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it readable by its owner only
+        for path in new.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+            shutil.copymode(new / CONFIG_FILE, path)
         write_content(new)
 
 
