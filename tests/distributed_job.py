@@ -22,6 +22,7 @@ from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.model.lora import LoRA, add_adapter
 from llm.parallel import collectives
 from llm.parallel.env import end
 from llm.parallel.process_group import join
@@ -30,7 +31,7 @@ from llm.scaling.rules import model_config
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
-KINDS = ("pretrain", "sft", "grpo")
+KINDS = ("pretrain", "sft", "grpo", "lora")
 
 
 def micro_batch(kind: str, step: int, number: int) -> dict:
@@ -73,6 +74,8 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     )
     net = GPT(model_config(cfg.model, cfg.arch, VOCAB)).init_weights(1).double()
     net.compute_dtype = torch.float64
+    if kind == "lora":
+        add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
     module = StepModule(net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64))
     trainer = L.Trainer(
         accelerator="cpu",

@@ -1,9 +1,9 @@
 """The adapter in a model folder: `adapter.safetensors` and `adapter.json`, beside the merged weights.
 
-A stage with `model.lora.rank` leaves both. The names of the tensors are those that PEFT gives to an adapter of a Hugging
-Face model: `base_model.model.<module>.lora_A.weight` (rank, in) and `...lora_B.weight` (out, rank), where <module> is
-its name in model.safetensors. Of tables PEFT keeps the transposes, under the names lora_embedding_B and
-lora_embedding_A in this order. `adapter.json` holds rank, alpha, targets, and of what model the adapter is.
+A stage with `model.lora.rank` leaves both. The names of the tensors are those that PEFT gives to an adapter of a
+Hugging Face model: `base_model.model.<module>.lora_A.weight` (rank, in) and `...lora_B.weight` (out, rank), where
+<module> is its name in model.safetensors. Of tables PEFT keeps the transposes: its lora_embedding_B is the transpose of
+our A, its lora_embedding_A that of our B. `adapter.json` holds rank, alpha, targets, rate, and the base's fingerprint.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,7 @@ from llm.scaling.rules import adam_lr_scale
 
 LORA_BETAS, LORA_EPS = (0.9, 0.999), 1e-8  # AdamW's own
 
+
 def build_optimizer(
     net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0, optimizer: type = GroupOptimizer
 ) -> GroupOptimizer:
