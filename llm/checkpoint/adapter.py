@@ -6,14 +6,15 @@ Hugging Face model: `base_model.model.<module>.lora_A.weight` (rank, in) and `..
 our A, its lora_embedding_A that of our B. `adapter.json` holds rank, alpha, targets, rate, and the base's fingerprint.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.checkpoint.names import file_name, rows_kept
 from llm.errors import UserError, reason_of
+from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, adapter_weights, add_adapter
 from llm.run.formats import ADAPTER, read_form
@@ -25,11 +26,12 @@ PREFIX, SUFFIX = "base_model.model.", ".weight"
 VERSION = 1
 
 
-def save_adapter(folder: Path, net: GPT, rename: Callable[[str], str]) -> None:
-    """Write the adapter of a network into a folder. rename: gives the name of a weight in model.safetensors."""
+def save_adapter(folder: Path, net: GPT) -> None:
+    """Write the adapter of a network into a folder."""
     lora, tensors = net.lora, {}
     for name, weight in adapter_weights(net).items():
-        tensors[_file_name(name, rename)] = weight.detach().to("cpu", torch.float32).contiguous()
+        kept = weight[: rows_kept(name, weight, net.config)]
+        tensors[adapter_name(name, net.config)] = kept.detach().to("cpu", torch.float32).contiguous()
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     content = {"format_version": VERSION, "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
     write_json(folder / ADAPTER_CONFIG, content | {"lr": lora.lr, "base": lora.base})
@@ -46,14 +48,16 @@ def read_adapter(folder: Path) -> LoRA:
     return LoRA(content["rank"], content["alpha"], tuple(content["targets"]), content["lr"], content["base"])
 
 
-def load_adapter(folder: Path, net: GPT, rename: Callable[[str], str]) -> GPT:
+def load_adapter(folder: Path, net: GPT) -> GPT:
     """Give a network, which must be the base, the adapter of a model folder; returns the network.
 
     The caller compares `LoRA.base` with the base's fingerprint. Raises UserError where the file does not fit.
     """
     path = folder / ADAPTER_FILE
     add_adapter(net, read_adapter(folder))
-    expected = {_file_name(name, rename): weight for name, weight in adapter_weights(net).items()}
+    expected = {}
+    for name, weight in adapter_weights(net).items():
+        expected[adapter_name(name, net.config)] = weight[: rows_kept(name, weight, net.config)]
     try:
         check_ordinary(path)
         with safe_open(path, framework="pt") as file:
@@ -68,6 +72,7 @@ def load_adapter(folder: Path, net: GPT, rename: Callable[[str], str]) -> GPT:
     return net
 
 
-def _file_name(name: str, rename: Callable[[str], str]) -> str:
+def adapter_name(name: str, config: GPTConfig) -> str:
+    """Return the name in adapter.safetensors of an adapter's matrix."""
     module, _, part = name.rpartition(".")
-    return PREFIX + rename(f"{module}.weight").removesuffix(SUFFIX) + f".{part}{SUFFIX}"
+    return PREFIX + file_name(f"{module}.weight", config).removesuffix(SUFFIX) + f".{part}{SUFFIX}"
