@@ -44,7 +44,8 @@ def holds_weights(parent: Path) -> bool:
 def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
     """Load network and tokenizer of the parent's model/ folder, and print what was taken.
 
-    The context may be longer than the parent's. Raises UserError where the configured model differs otherwise.
+    The context may be longer than the parent's, and document masks may be switched. Raises UserError where the
+    configured model differs otherwise.
     """
     net, tokenizer = load_model_folder(parent, verify=cfg.verify)
     check_adapter(cfg)
@@ -52,6 +53,8 @@ def load_parent(parent: Path, cfg) -> tuple[GPT, Tokenizer]:
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
         net = with_longer_context(net, wanted)
+    if (wanted.bos_id is None) != (net.config.bos_id is None):
+        net = with_document_masks(net, wanted)
     check_same_model(wanted, net.config, parent)
     c = net.config
     say_taken(
@@ -107,6 +110,16 @@ def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
         how = f"rope_base={wanted.rope_base:g}, rope_scaling={wanted.rope_scaling or 'null'}"
         print(f"context made longer from {old.seq_len} to {wanted.seq_len} tokens ({how})", flush=True)
     return longer
+
+
+def with_document_masks(net: GPT, wanted: GPTConfig) -> GPT:
+    """Return a network with the weights of `net` that keeps the documents of a row apart, or not, as `wanted` does."""
+    other = build_network(replace(net.config, bos_id=wanted.bos_id))
+    other.load_state_dict(net.state_dict())
+    if collectives.is_main():
+        how = "a token sees the whole row" if wanted.bos_id is None else "a token sees its own document only"
+        print(f"document masks switched: from this stage on {how}", flush=True)
+    return other
 
 
 def load_tokenizer(parent: Path, cfg) -> Tokenizer:

@@ -126,3 +126,19 @@ def test_model_folder_holds_merged_weights_and_the_adapter(tokenizer_runs, tmp_p
         names = set(file.keys())
     assert "base_model.model.model.layers.0.mlp.fc1.lora_A.weight" in names
     assert "base_model.model.lm_head.lora_B.weight" in names
+
+
+def test_document_masks_begin_with_any_stage(runs, capsys):  # noqa: F811
+    """They add no weights, so the parent's fit."""
+    parent = runs / "tiny/pretrain/model"
+    base, _ = load_parent(parent, job_of(runs, "midtrain").cfg)
+    masked, _ = load_parent(parent, job_of(runs, "midtrain", "arch.document_masks=true").cfg)
+    assert base.config.bos_id is None and masked.config.bos_id is not None
+    assert "document masks switched" in capsys.readouterr().out
+    with torch.no_grad():  # attention writes nothing at first
+        for found in (base, masked):
+            found.transformer.h[0].attn.c_proj.weight.normal_(generator=torch.Generator().manual_seed(0))
+    bos = masked.config.bos_id
+    row, begun = torch.tensor([[bos, 1, 2, bos, 3, 4]]), torch.tensor([[bos, 3, 4]])
+    torch.testing.assert_close(masked(row)[:, 3:], masked(begun), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(base(row)[:, 3:], base(begun), atol=1e-1)
