@@ -160,7 +160,7 @@ class RolloutSteps:
         n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
         rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
         rendered = [render(self.engine.tokenizer, row, limit) for row in rows]
-        sequences = [(one.document.ids.tolist(), one.document.mask.astype(int).tolist()) for one in rendered]
+        sequences = [(one.document.ids.tolist(), (one.document.mask > 0).astype(int).tolist()) for one in rendered]
         self.balance += of_conversations(rendered)
         micro, n_rehearsed, n_tokens = micro_batches_of(sequences, torch.ones(len(rows)), self.rows_per_micro)
         for batch in micro:
