@@ -59,8 +59,8 @@ IGNORED = frozenset(
 class Format:
     """One format of rows: the keys that it needs, the other keys that it uses, and how it becomes messages.
 
-    read(row, reading): the messages, a list of {"role", "content"} and, where its weight is not 1, "train": that weight,
-    False for 0.
+    read(row, reading): the messages, a list of {"role", "content"} and, where the weight is not 1, "train": the weight,
+    or False for 0.
     """
 
     name: str

@@ -21,6 +21,7 @@ from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
 from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
 from tasks import Cache, build_task
 
@@ -142,6 +143,19 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
     check_vocab_size(cfg, tokenizer.vocab_size)
     say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
     return tokenizer
+
+
+def optimizer_state(cfg, parent: Path, net: GPT) -> dict | None:
+    """Return the optimizer state that training begins with: the parent's if stage.warm_start, else None."""
+    if not cfg.stage.warm_start:
+        return None
+    if not holds_weights(parent):
+        raise UserError(f"stage.warm_start=true: {parent} holds no weights; name a model with init_from=<run>/pretrain")
+    if cfg.model.lora.rank:
+        raise UserError("stage.warm_start=true: an adapter begins with a fresh optimizer; set stage.warm_start=false")
+    state = parent_optimizer(parent, net, cfg.optim)
+    say_taken(parent, "optimizer state (stage.warm_start=true)")
+    return state
 
 
 def say_taken(parent: Path, parts: str) -> None:

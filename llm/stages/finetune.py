@@ -23,6 +23,7 @@ from llm.stages.common import (
     learning_rates,
     load_parent,
     model_facts,
+    optimizer_state,
     step_context,
     steps_layout,
     task_cache,
@@ -65,6 +66,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         val_batches=val_batches,
         eval_tasks=chat_tasks,
         prompts=questions(held_out),
+        optimizer_state=optimizer_state(cfg, parent, net),
         **scales,
     )
     derived = model_facts(net.config, cfg, total, tokens, layout.micro_per_step)
