@@ -2,15 +2,24 @@
 
     python bench/serve.py [--depth 4] [--vocab 8192] [--streams 32] [--tokens 128] [--repeats 3] [--transformers 1]
 
-A model with random weights (arch=classic) is saved, and served by `serve.py`. Prompts differ and have 32 to 160 tokens;
-each is continued by `tokens` tokens, greedily. Measured in turns: all prompts in one engine without HTTP, all at once
-over HTTP as streams, and one alone over HTTP. With --transformers 1 the folder is also served by `transformers serve`
-with continuous batching, or without where that fails. Prints a table and a last line of JSON.
+A model with random weights (arch=classic) is saved, and served by `serve.py`. Prompts differ, in every turn anew, and
+have 43 to 220 tokens; each is continued by `tokens` tokens, greedily. Measured in turns: all prompts in one engine
+without HTTP; all at once over HTTP as streams; some alone, one after the other; and `streams` clients that ask one
+question after the other, each while the others read. With --transformers 1 the folder is also served by `transformers
+serve` with continuous batching, or without where that fails. Prints a table and a last line of JSON.
+
+Client, server and worker share the machine. The engine alone has it all: whatever HTTP costs is missing in
+`http_share_of_engine`, the client too, which therefore keeps what comes and reads it when the clock has stopped.
+`http_first_token_to_lone`: where all ask at once, the prompts must all be read, one after the other, by cores that a
+lone request has for itself; it grows with `streams`, and docs/lab_notebook.md computes its floor. Users rarely ask in
+the same millisecond: `steady_first_token_to_lone` is for a question that comes while all others are being answered.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
 import argparse
 import asyncio
+import functools
+import gc
 import itertools
 import json
 import random
@@ -21,11 +30,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
-import httpx
+import httptools
 
 REPO = Path(__file__).resolve().parent.parent
+MODEL = "bench/sft"
+LONE = 8  # prompts that are asked alone, one after the other
 LETTERS = [chr(code) for code in range(33, 127)]
 SEQ_LEN = 512
 
@@ -65,9 +77,9 @@ def save_model(root: Path, args: argparse.Namespace) -> Path:
     return stage / "model"
 
 
-def prompts_of(args: argparse.Namespace) -> list[str]:
-    """Return texts of 32 to 160 tokens."""
-    rng = random.Random(0)
+def prompts_of(args: argparse.Namespace, seed: int) -> list[str]:
+    """Return texts of 43 to 220 tokens, others for every seed: what a server has read it need not read again."""
+    rng = random.Random(seed)
     return ["".join(rng.choices(LETTERS, k=2 * rng.randint(32, 160))) for _ in range(args.streams)]
 
 
@@ -79,39 +91,48 @@ def measure(root: Path, model: Path, args: argparse.Namespace) -> dict[str, floa
 
     loaded = load_chat_model(model.parent)
     engine = Engine(loaded.engine.net, loaded.engine.tokenizer, max_rows=args.streams, frozen=True)
-    prompts = prompts_of(args)
-    ids = [engine.tokenizer.encode_prompt(prompt) for prompt in prompts]
     params = SamplingParams(temperature=0.0, max_new_tokens=args.tokens, ignore_eos=True, use_tools=False)
-    found: dict[str, list] = {"engine": [], "all": [], "lone": []}
+    found: list[dict[str, float]] = []
     options = ["run=bench", f"paths.runs={root}", "port=0", "ui=api", f"api.rows={args.streams}", "api.log=none"]
     with subprocess.Popen(
         [sys.executable, str(REPO / "serve.py"), *options], stdout=subprocess.PIPE, text=True
     ) as server:
         try:
+            gc.freeze()  # or looking for garbage among torch's objects would cost the client more than its work
             lines = iter(server.stdout.readline, "")
             url = next(match[1] for line in lines if (match := re.search(r"API at (http://\S+)/v1", line)))
             for turn in range(args.repeats + 1):
-                seconds = _bench.seconds_of(lambda: engine.generate(ids, params))
-                every = asyncio.run(streams(url, "bench/sft", prompts, args.tokens, {"ignore_eos": True}))
-                lone = asyncio.run(streams(url, "bench/sft", prompts[:1], args.tokens, {"ignore_eos": True}))
+                prompts = prompts_of(args, 3 * turn)
+                ids = [engine.tokenizer.encode_prompt(prompt) for prompt in prompts]
+                seconds = _bench.seconds_of(functools.partial(engine.generate, ids, params))
+                one = {"engine_tok_s": args.streams * args.tokens / seconds}
+                one |= asyncio.run(over_http(url, turn, args))
                 if turn:  # the first is a warm-up
-                    found["engine"].append(args.streams * args.tokens / seconds)
-                    found["all"].append(every)
-                    found["lone"].append(lone)
+                    found.append(one)
         finally:
             server.terminate()
             server.communicate()  # it says that it has ended
-    rate = _bench.median(found["engine"])
-    http, first = (_bench.median([one[i] for one in found["all"]]) for i in (0, 1))
-    lone, lone_first = (_bench.median([one[i] for one in found["lone"]]) for i in (0, 1))
+    result = {name: _bench.median([one[name] for one in found]) for name in found[0]}
+    result["http_share_of_engine"] = result["http_tok_s"] / result["engine_tok_s"]
+    for name in ("http", "steady"):
+        result[f"{name}_first_token_to_lone"] = result[f"{name}_first_token_s"] / result["lone_first_token_s"]
+    return result
+
+
+async def over_http(url: str, turn: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return what streams reach that begin together, one after the other, and while others are under way."""
+    together, alone, spread = (prompts_of(args, 3 * turn + i) for i in range(3))
+    more = {"ignore_eos": True}
+    rate, first = await streams(url, MODEL, together, args.tokens, more)
+    lone = [await streams(url, MODEL, [prompt], args.tokens, more) for prompt in alone[:LONE]]
+    lone_rate, lone_first = (sum(values) / len(lone) for values in zip(*lone, strict=True))
+    steady_first = await steady(url, MODEL, spread, args.tokens, more)
     return {
-        "engine_tok_s": rate,
-        "http_tok_s": http,
-        "http_share_of_engine": http / rate,
-        "http_first_token_s": first,
-        "lone_tok_s": lone,
+        "http_tok_s": rate,
+        "lone_tok_s": lone_rate,
         "lone_first_token_s": lone_first,
-        "first_token_to_lone": first / lone_first,
+        "http_first_token_s": first,
+        "steady_first_token_s": steady_first,
     }
 
 
@@ -131,14 +152,14 @@ def measure_transformers(model: Path, args: argparse.Namespace) -> dict[str, flo
                 url = f"http://127.0.0.1:{port}"
                 wait(url, server)
                 # It ends answers where the model does, which random weights do not; max_tokens ends them.
-                rates = [asyncio.run(streams(url, str(model), prompts_of(args), args.tokens, {})) for _ in range(2)]
+                rates = [asyncio.run(streams(url, str(model), prompts_of(args, i), args.tokens, {})) for i in range(2)]
                 mode = "continuous batching" if more else "default"
                 return {
                     "transformers": mode,
                     "transformers_tok_s": rates[1][0],
                     "transformers_first_token_s": rates[1][1],
                 }
-            except (httpx.HTTPError, RuntimeError, ValueError, KeyError) as error:
+            except (OSError, RuntimeError, ValueError, KeyError) as error:
                 problem = repr(error)[:200]
             finally:
                 server.terminate()
@@ -151,45 +172,114 @@ def wait(url: str, server: subprocess.Popen) -> None:
         if server.poll() is not None:
             raise RuntimeError(f"the server ended with {server.returncode}")
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
-        except httpx.HTTPError:
+        except OSError:
             time.sleep(0.5)
     raise RuntimeError("the server never answered")
 
 
+class Answer(asyncio.Protocol):
+    """Answer to one request on a connection of its own: the pieces of its body, and when each came.
+
+    It does nothing else while the clock runs: whatever the client computes, the server beside it cannot.
+    """
+
+    def __init__(self, request: bytes, begun: float, ended: asyncio.Future):
+        self.request, self.begun, self.ended, self.now = request, begun, ended, begun
+        self.parser, self.pieces = httptools.HttpResponseParser(self), []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Send the request."""
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came."""
+        self.now = time.perf_counter()
+        self.parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a piece of the body."""
+        self.pieces.append((self.now, body))
+
+    def on_message_complete(self) -> None:
+        """Note that the answer is whole."""
+        self.ended.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Let whoever waits know that no more will come."""
+        if not self.ended.done():
+            self.ended.set_exception(error or ConnectionError("the server closed the connection within an answer"))
+
+    def read(self) -> tuple[int, float]:
+        """Return the number of tokens and the seconds to the first text, once the stream has ended.
+
+        Of a server that does not tell how many tokens it used, chunks are counted, or characters in pairs if they are
+        more. Raises ValueError for an error and for an answer without text.
+        """
+        if self.parser.get_status_code() != 200:
+            raise ValueError(b"".join(body for _, body in self.pieces).decode()[:200])
+        first, chunks, n_chars, used, rest = None, 0, 0, None, b""
+        for now, body in self.pieces:
+            *lines, rest = (rest + body).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data: {"):
+                    continue
+                chunk = json.loads(line.removeprefix(b"data: "))
+                used = (chunk.get("usage") or {}).get("completion_tokens", used)
+                if text := "".join(choice.get("text") or "" for choice in chunk.get("choices", ())):
+                    first = first or now - self.begun
+                    chunks, n_chars = chunks + 1, n_chars + len(text)
+        if first is None:
+            raise ValueError("a stream without text")
+        return used or max(chunks, n_chars // 2), first
+
+
+async def stream(url: str, model: str, prompt: str, tokens: int, more: dict) -> Answer:
+    """Read one stream to its end."""
+    begun, (host, port) = time.perf_counter(), url.removeprefix("http://").split(":")
+    asked = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, **more}
+    if more:
+        asked["stream_options"] = {"include_usage": True}
+    body, loop = json.dumps(asked).encode(), asyncio.get_running_loop()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    request, ended = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, loop.create_future()
+    transport, answer = await loop.create_connection(lambda: Answer(request, begun, ended), host, int(port))
+    try:
+        async with asyncio.timeout(600):
+            await ended
+    finally:
+        transport.close()
+    return answer
+
+
 async def streams(url: str, model: str, prompts: list[str], tokens: int, more: dict) -> tuple[float, float]:
     """Ask for the continuation of all prompts at once; return tokens per second and the mean time to the first."""
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
-        start = time.perf_counter()
-        found = await asyncio.gather(*(stream(client, model, prompt, tokens, more) for prompt in prompts))
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    answers = await asyncio.gather(*(stream(url, model, prompt, tokens, more) for prompt in prompts))
+    seconds = time.perf_counter() - start
+    found = [answer.read() for answer in answers]
     return sum(n for n, _ in found) / seconds, sum(first for _, first in found) / len(found)
 
 
-async def stream(client: httpx.AsyncClient, model: str, prompt: str, tokens: int, more: dict) -> tuple[int, float]:
-    """Read one stream; return its number of tokens and the seconds to its first text.
+async def steady(url: str, model: str, prompts: list[str], tokens: int, more: dict) -> float:
+    """Let one client per prompt ask three questions, one after the other; return the mean time to the first token.
 
-    Of a server that does not tell how many tokens it used, chunks are counted, or characters in pairs if they are more.
+    Answers have half to one and a half times `tokens`, so that clients ask at times of their own while the others
+    read theirs. Counted is the second question: at the first all begin together, behind it some clients have gone.
     """
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, **more}
-    begun, first, chunks, n_chars, used = time.perf_counter(), None, 0, 0, None
-    if more:
-        body["stream_options"] = {"include_usage": True}
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            used = (chunk.get("usage") or {}).get("completion_tokens", used)
-            if any(choice.get("text") for choice in chunk.get("choices", ())):
-                first = first or time.perf_counter() - begun
-                chunks += 1
-                n_chars += sum(len(choice["text"]) for choice in chunk["choices"])
-    if first is None:
-        raise ValueError("a stream without text")
-    return used or max(chunks, n_chars // 2), first
+    rng, answers = random.Random(0), []
+    lengths = [[rng.randint(tokens // 2, 3 * tokens // 2) for _ in range(3)] for _ in prompts]
+
+    async def client(prompt: str, lengths: list[int]) -> None:
+        for turn, n in enumerate(lengths):
+            other = prompt[2 * turn :] + prompt[: 2 * turn]  # of equal length
+            answer = await stream(url, model, other, n, more)
+            if turn == 1:
+                answers.append(answer)
+
+    await asyncio.gather(*map(client, prompts, lengths))
+    return sum(answer.read()[1] for answer in answers) / len(answers)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from llm.config.said import note_settings
 from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
-from llm.parallel.env import adopt_slurm, begin, end, is_launched, launched_rank
+from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
@@ -61,13 +61,14 @@ def run_app(config_name: str, target: Target) -> NoReturn:
 
     `target` is a function that takes the composed configuration, or its dotted name. Exit status: 0, 2 after a
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
-    job ends a sweep, and the sweep says which one it was.
+    job ends a sweep, and the sweep says which one it was. A stop signal ends it by one line and status 128 + signal.
     """
     keep_private()
     open_streams()
     tune_process()
     try:
-        status = _run(config_name, target, sys.argv[1:])
+        with heard_signals():
+            status = _run(config_name, target, sys.argv[1:])
         sys.stdout.flush()
         status = status or (FAILED if is_lost() else 0)
     except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit

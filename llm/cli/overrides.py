@@ -49,6 +49,8 @@ def _check_all(config_name: str, argv: Sequence[str], args: Any) -> None:
     folders = config_folders(argv)
     overrides = parse(args.overrides)
     _check_launcher(launcher(argv), overrides)
+    for override in overrides:
+        _check_plugin_of_hydra(override)
     overrides = [o for o in overrides if not re.match(r"hydra[./]", o.key_or_group)]
     if not args.multirun:
         for override in overrides:
@@ -214,6 +216,14 @@ def _check_launcher(name: str, overrides: list[Any]) -> None:
         raise UserError(f"hydra/launcher={name}: there is no sbatch here; run this where jobs are submitted")
     if any(o.key_or_group == "stage" and o.is_sweep_override() for o in overrides):
         raise UserError(f"hydra/launcher={name} starts all jobs at once, but stages follow each other: give one stage")
+
+
+def _check_plugin_of_hydra(override: Any) -> None:
+    """Raise UserError for a value in the place of a launcher's settings: Hydra looks at them in a sweep only."""
+    name = override.key_or_group
+    if name in ("hydra.launcher", "hydra.sweeper") and not all(isinstance(v, dict) for v in _values(override)):
+        group = name.replace(".", "/")
+        raise UserError(f"{override.input_line}: choose one by name, {group}=<name>; its settings are {name}.<key>")
 
 
 def _values(override: Any) -> list[Any]:

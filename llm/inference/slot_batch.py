@@ -9,7 +9,7 @@ few sizes where half precision on a CPU would keep code for each.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -298,8 +298,7 @@ class SlotBatch:
             if texts and text not in texts and self.store.find(text) != (entry, skip):
                 continue
             more = texts | {text: [*texts.get(text, []), request]}
-            is_small = self._padded(more, skip) * len(more) <= self._chunk
-            if texts and not (is_small and self._planned_size(more, entry, skip)):
+            if texts and not (self._pass_size(more, skip) <= self._chunk and self._planned_size(more, entry, skip)):
                 break
             texts = more
         reading = self._begin(texts, entry, skip)
@@ -321,6 +320,12 @@ class SlotBatch:
             if not np.array_equal(text, other):
                 found.append(min(common(text, other), len(text) - 1, len(other) - 1))
         return min((n for n in found if n >= skip + LEAST_SHARED), default=0)
+
+    def _pass_size(self, texts: Collection[Sequence[int]], skip: int) -> int:
+        """Return the tokens of a pass over whole texts behind their first `skip`. Our kernel needs no padding."""
+        if self._kernel:
+            return sum(len(text) - skip for text in texts)
+        return self._padded(texts, skip) * len(texts)
 
     def _padded(self, texts: Iterable[Sequence[int]], skip: int, done: int = 0) -> int:
         """Return the tokens per row of the next pass over texts, of which `skip` + `done` tokens are there already."""

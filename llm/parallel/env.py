@@ -1,9 +1,12 @@
 """Facts about the processes of a training that the environment tells, before any of them meet."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 from llm.errors import UserError
@@ -72,6 +75,37 @@ def begin() -> None:
     die_with_parent(int(launcher) if launcher else None)
     if launched_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
+
+
+@contextlib.contextmanager
+def heard_signals() -> Iterator[None]:
+    """End the process with one line and status 128 + signal on a stop signal inside the block; Ctrl-C stays as it is.
+
+    That is for the time in which nothing is to be saved: a training, a launcher and a server put handlers of their own
+    over this one. One of several processes does without: its launcher speaks, and it may wait for the others inside
+    torch, where Python hears nothing.
+    """
+    if is_launched() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(signum: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked child ends as if nothing had been set
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        os.write(2, f"interrupted by {signal.Signals(signum).name}\n".encode())  # print may be under way
+        raise SystemExit(128 + signum)
+
+    chosen = [s for s in STOP_SIGNALS if s != signal.SIGINT and signal.getsignal(s) == signal.SIG_DFL]
+    for signum in chosen:
+        signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        for signum in chosen:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def lost_another(error: BaseException) -> str | None:

@@ -76,6 +76,7 @@ RUN = mapping(
         "further": maybe(mapping(others=_parent)),
         "fingerprints": maybe(mapping(others=maybe(text))),
         "parents": maybe(mapping(others=maybe(mapping(others=maybe(text))))),
+        "texts": maybe(listing(listing(text, (2, 2)))),
         "config": maybe(CONFIG),
         "commit": maybe(text),
         "environment": maybe(mapping({"gpus": maybe(listing(_gpu))})),

@@ -7,6 +7,7 @@ is loaded from outside: the fonts are the system's and Gradio's analytics are of
 `eval`, which the guard's Content-Security-Policy forbids.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from llm.serving.talk import MAX_MESSAGE, NONE, Handlers, Talk, title
 __all__ = ["MAX_MESSAGE", "PAGE", "build", "launch", "markdown", "mount"]
 
 MAX_VISITORS = 50  # conversations in memory; the one that waited longest is forgotten first
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # Gradio keeps 10,000 otherwise, four of every turn
 HERE = Path(__file__).parent
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 PAGE = {

@@ -27,7 +27,7 @@ PREFIXES = 4_096  # that are remembered
 SLACK = 4  # a worker may have this many rows more than the least loaded one and still be chosen for a prefix
 PAUSES = (1.0, 30.0)  # seconds before a worker that died is started again: at first, and at most
 HEALTHY_SECONDS = 60.0  # a worker that lived this long begins again with the shortest pause
-FRAME_SECONDS = 0.04  # between two looks at what came: tokens of this time are sent together
+POLL_SECONDS = 0.05  # between two looks whether the answers of a pool that ends are done
 END_SECONDS = 5.0  # a worker that has lost its socket ends by itself in this time
 
 
@@ -119,6 +119,11 @@ class Batch:
         self.jobs: list[Job] = []
         self.deadline, self.news = deadline, asyncio.Event()
 
+    @property
+    def is_over(self) -> bool:
+        """Return True once all jobs have ended and all that they gained was taken."""
+        return all(job.is_done and not job.has_news for job in self.jobs)
+
     async def until_accepted(self) -> None:
         """Wait until workers have taken all jobs. Raises ApiError where one refuses or dies, or time is over."""
         while not all(job.is_accepted or job.is_done for job in self.jobs):
@@ -145,7 +150,6 @@ class Batch:
                 if self.jobs[index].has_news:
                     yield index, self.jobs[index].take()
             left = [index for index in left if not self.jobs[index].is_done or self.jobs[index].has_news]
-            await asyncio.sleep(FRAME_SECONDS if left else 0)
 
     async def _wait(self) -> None:
         try:
@@ -228,7 +232,7 @@ class Pool:
         """Take no more jobs, wait for the end of those under way, and end the workers."""
         self.is_draining, self.why = True, "the model has made room for another; ask again"
         while self.outstanding:
-            await asyncio.sleep(FRAME_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
         await self.close()
 
     def submit(
@@ -367,7 +371,7 @@ class Pool:
         if kind == "tokens":
             for number, *event in rest[0]:
                 if (job := worker.jobs.get(number)) is not None:
-                    job.add(Event(*event))
+                    job.add(Event._make(event))
                     if job.is_done:
                         del worker.jobs[number]
                         self.seconds += 0.05 * (job.last - job.begun - self.seconds)

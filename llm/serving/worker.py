@@ -4,8 +4,12 @@
 ("load", source), ("submit", id, job), ("abort", id). From the worker: ("ready", facts) or ("failed", text), then
 ("accepted", id), ("refused", id, text), ("tokens", [event, ...]), ("prompt", id, logprobs, cached), ("stats", dict).
 An event is (id, token or None, forced, logprob, top, finish_reason). The process ends when the socket does.
+
+The first token of a request is told at once, and so is its end; the others of `FRAME_SECONDS` are told together. Each
+message wakes the server, which on a CPU takes one of the cores that the next step computes with.
 """
 
+import gc
 import os
 import queue
 import signal
@@ -20,6 +24,7 @@ from llm.serving import frames
 from llm.utils.environment import return_memory
 
 STATS_SECONDS = 1.0  # between reports of the engine's state, and between two times that memory is given back
+FRAME_SECONDS = 0.04  # between two reports of tokens that are neither the first of a request nor the last
 TAKE_SECONDS = 0.05  # for messages between two steps: to compile the form of an answer takes long
 
 
@@ -36,6 +41,8 @@ def main(fd: int) -> None:
     except UserError as error:
         connection.sendall(frames.pack(("failed", str(error))))
         return
+    gc.collect()
+    gc.freeze()  # looking for garbage among all that was imported would stop every row for a tenth of a second
     connection.sendall(frames.pack(("ready", facts)))
     Loop(engine, connection, inbox).run()
 
@@ -78,27 +85,35 @@ class Loop:
         self.engine, self.connection, self.inbox = engine, connection, inbox
         self._requests: dict[int, Any] = {}  # the engine's requests by the server's number
         self._numbers: dict[Any, int] = {}  # the server's number by the engine's id
-        self._told: set[int] = set()  # numbers of requests whose prompt has been reported
-        self._next_stats = self._next_return = 0.0
+        self._events: dict[int, list[tuple]] = {}  # not told yet, by the server's number; of those that have begun
+        self._out: list[bytes] = []  # messages to be sent
+        self._next_frame = self._next_stats = self._next_return = 0.0
 
     def run(self) -> None:
         """Work until the process is ended. An error inside the engine ends it: the server starts another worker."""
         while True:
             self._take()
-            if events := self.engine.step():
-                self._send(("tokens", self._report(events)))
+            self._flush()
+            self._report(self.engine.step())
             if time.monotonic() >= self._next_stats:
                 self._next_stats = time.monotonic() + STATS_SECONDS
                 self._send(("stats", self.engine.stats()))
+            self._flush()
             if not self.engine.has_work and time.monotonic() >= self._next_return:
                 self._next_return = time.monotonic() + STATS_SECONDS
                 return_memory()
 
     def _send(self, message: tuple) -> None:
-        try:
-            self.connection.sendall(frames.pack(message))
-        except OSError:
-            os._exit(0)  # the server has gone
+        self._out.append(frames.pack(message))
+
+    def _flush(self) -> None:
+        """Give all messages to the socket at once."""
+        if self._out:
+            data, self._out = b"".join(self._out), []
+            try:
+                self.connection.sendall(data)
+            except OSError:
+                os._exit(0)  # the server has gone
 
     def _take(self) -> None:
         """Carry out messages that wait, in `TAKE_SECONDS`, for rows under way wait too; without work, wait for one."""
@@ -146,30 +161,44 @@ class Loop:
         request = self._requests.pop(number, None)
         if request is not None:
             del self._numbers[request.id]
-            self._told.discard(number)
+            self._events.pop(number, None)
         return request
 
-    def _report(self, events: list[Any]) -> list[tuple]:
-        """Return the engine's events as (number, token or None, forced, logprob, top, finish_reason).
+    def _report(self, events: list[Any]) -> None:
+        """Send what the engine's events let be told now, and keep the others.
 
-        Reports first what was found out about a prompt, once a request has its first event.
+        Before the first event of a request goes what was found out about its prompt, behind the last one its error.
         """
-        told: list[tuple] = []
+        told, failed = [], []
         for event in events:
             request = event.request
             number = self._numbers.get(request.id)
             if number is None:  # aborted meanwhile
                 continue
-            if number not in self._told:
-                self._told.add(number)
+            if is_first := number not in self._events:
+                self._events[number] = []
                 self._send(("prompt", number, request.prompt_logprobs, request.cached_tokens))
-            if request.error is not None:
-                self._send(("refused", number, request.error))
+            if request.error is None:
+                self._events[number].append((number, *event[1:]))
             else:
-                told.append((number, *event[1:]))
+                failed.append(("refused", number, request.error))
+            if is_first or event.finish_reason is not None:
+                told += self._taken(number)
             if event.finish_reason is not None:
                 self._forget(number)
-        return told
+        if time.monotonic() >= self._next_frame:
+            self._next_frame = time.monotonic() + FRAME_SECONDS
+            for number in self._events:
+                told += self._taken(number)
+        if told:
+            self._send(("tokens", told))
+        for message in failed:
+            self._send(message)
+
+    def _taken(self, number: int) -> list[tuple]:
+        """Return the events of a request that have not been told, which now are."""
+        events, self._events[number] = self._events[number], []
+        return events
 
 
 if __name__ == "__main__":

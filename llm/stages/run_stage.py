@@ -30,6 +30,7 @@ from llm.stages.job import Job, show_config
 from llm.stages.lengthen import lengthens
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, holds_work
 from llm.stages.shape import take_shape
+from llm.stages.texts import check_same_texts
 
 
 def run_stage(cfg: DictConfig) -> None:
@@ -122,6 +123,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         return
     job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
+    check_same_texts(job)
     print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror

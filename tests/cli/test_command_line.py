@@ -1,6 +1,9 @@
 """The command line: mistakes are one line that helps, sweeps stop where they fail, nothing heavy is imported."""
 
+import contextlib
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from llm.cli.sweep import separate_run
 from llm.config.check import check_values
 from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
+from llm.parallel.env import heard_signals
 
 pytestmark = pytest.mark.usefixtures("composed_once")
 
@@ -31,6 +35,9 @@ MISTAKES = [
     (["model=d5x"], ["model=d5x does not exist", "model=d5", "d64"]),
     (["model=d0"], ["model=d0 does not exist", "model=d1"]),
     (["model=20"], ["model=20 does not exist", "model=d20"]),
+    (["stage=pretrain", "hydra.launcher=3"], ["hydra.launcher=3: choose one by name, hydra/launcher=<name>"]),
+    (["stage=pretrain", "hydra.sweeper=5"], ["hydra.sweeper=5: choose one by name, hydra/sweeper=<name>"]),
+    (["-m", "stage=pretrain,midtrain", "++hydra.sweeper=null"], ["++hydra.sweeper=null: choose one by name"]),
     (["stage=sfft"], ["stage=sft", "tokenizer"]),
     (["-m", "stage=tokenizer,pretrian"], ["stage=pretrian does not exist", "stage=pretrain"]),
     (["-m", "model=d2,d4", "stage=pretrain", "max_step=3"], ["'max_step'", "'max_steps'"]),
@@ -278,6 +285,27 @@ def test_a_single_job_fails_without_job_names(entry, tmp_path):
     result = entry("UserError('x')", "stage=midtrain")
     assert (result.returncode, result.stderr) == (2, "error: x\n")
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=lambda signum: signum.name)
+def test_a_stop_signal_where_nothing_is_to_be_saved_is_one_line(entry, tmp_path, signum):
+    result = entry(f"__import__('signal').raise_signal({int(signum)})", *SWEEP)
+    assert (result.returncode, result.stderr) == (128 + signum, f"interrupted by {signum.name}\n")
+    assert re.findall(r"ran .*", result.stdout) == ["ran pretrain 9", "ran midtrain 9"], "a later job began"
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_signals_are_as_before_after_a_command_and_a_forked_child_ends_by_them():
+    """A child that would raise instead would run what its parent has left to do."""
+    before = signal.getsignal(signal.SIGTERM)
+    with heard_signals():
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(

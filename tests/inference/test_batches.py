@@ -290,3 +290,13 @@ class Script:
 
     def accept(self, token: int) -> None:
         self.left = self.left[1:]
+
+
+def test_prompts_of_different_lengths_share_a_pass_that_needs_no_padding(monkeypatch):
+    monkeypatch.setattr("llm.inference.slot_batch.CHUNK", 64)
+    engine = Engine(sharp_net("classic", 4), TOKENIZER)
+    if not slot_batch.DecodeStep.for_net(engine.net):
+        pytest.skip("our kernel cannot be built here")
+    requests = [engine.submit([BOS, *[i] * n], SamplingParams(max_new_tokens=9)) for i, n in enumerate((39, 9, 9))]
+    engine.step()
+    assert [len(request.ids) for request in requests] == [1, 1, 1]  # 60 tokens; padded they would be 120

@@ -271,3 +271,27 @@ def test_a_stop_text_before_min_tokens_does_not_cut_the_answer(streams):
             (one.get("delta") or one.get("message") or {"content": one.get("text")}).get("content") for one in choices
         ]
         assert "".join(text or "" for text in texts) == "a stop b " and choices[-1]["finish_reason"] == "stop"
+
+
+def test_the_end_of_a_stream_is_one_write():
+    async def run():
+        app, sent = served(scripted([*b"ok"])), []
+        body = {"model": "a/b", "prompt": "Hi", "stream": True, "stream_options": {"include_usage": True}}
+        messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive():
+            return messages.pop() if messages else await asyncio.sleep(60)
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        scope |= {"query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1", "raw_path": b""}
+        await app(scope, receive, send)
+        return sent
+
+    start, *bodies = asyncio.run(run())
+    assert start["status"] == 200 and [message["more_body"] for message in bodies] == [False]
+    *chunks, usage, done = bodies[0]["body"].decode().split("\n\n")[:-1]
+    assert len(chunks) == 1 and '"usage":{"prompt_tokens":' in usage and done == "data: [DONE]"

@@ -1,6 +1,7 @@
-"""Pool of workers: what becomes of its places when processes cannot be started."""
+"""Pool of workers: what becomes of its places when processes cannot be started, and when a worker tells tokens."""
 
 import asyncio
+import pickle
 import queue
 import time
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ pytest.importorskip("fastapi")
 from scripted_pool import scripted  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
+from llm.inference.request import TokenEvent  # noqa: E402
 from llm.serving import pool as pools  # noqa: E402
 from llm.serving.pool import Pool, Source  # noqa: E402
 from llm.serving.worker import TAKE_SECONDS, Loop  # noqa: E402
@@ -72,3 +74,42 @@ def test_a_worker_goes_on_with_its_rows_between_messages_that_take_long(monkeypa
     monkeypatch.setattr(loop, "_submit", lambda number, job: None)
     loop._take()
     assert inbox.empty()
+
+
+class Wire:
+    """Socket of a worker that keeps what is sent."""
+
+    def __init__(self):
+        self.messages = []
+
+    def sendall(self, data: bytes) -> None:
+        while data:
+            end = 4 + int.from_bytes(data[:4], "big")
+            self.messages.append(pickle.loads(data[4:end]))
+            data = data[end:]
+
+
+def test_a_worker_tells_first_tokens_and_ends_at_once_and_the_others_together():
+    wire, request = Wire(), SimpleNamespace(id=5, prompt_logprobs=None, cached_tokens=2, error=None)
+    loop = Loop(None, wire, queue.SimpleQueue())
+    loop._requests, loop._numbers = {1: request}, {5: 1}
+
+    def told(*events: TokenEvent) -> list[tuple]:
+        wire.messages = []
+        loop._report(list(events))
+        loop._flush()
+        return wire.messages
+
+    loop._next_frame = time.monotonic() + 600
+    first = ("tokens", [(1, 7, False, None, None, None)])
+    assert told(TokenEvent(request, 7)) == [("prompt", 1, None, 2), first]
+    assert told(TokenEvent(request, 8)) == told(TokenEvent(request, 9)) == []
+    loop._next_frame = 0
+    assert [event[1] for event in told(TokenEvent(request, 10))[0][1]] == [8, 9, 10]
+    loop._next_frame = time.monotonic() + 600
+    assert told(TokenEvent(request, 11)) == []
+    request.error = "the network gives NaN"
+    tokens, refused = told(TokenEvent(request, None, finish_reason="error"))
+    assert [event[1] for event in tokens[1]] == [11]
+    assert refused == ("refused", 1, "the network gives NaN")
+    assert not loop._events and not loop._requests

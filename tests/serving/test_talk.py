@@ -311,6 +311,7 @@ def test_the_page_offers_the_examples_of_the_model_and_everything_has_a_label():
 
 @pytest.mark.filterwarnings("ignore")  # from inside gradio
 def test_the_page_over_http(tmp_path, monkeypatch):
+    """Two visitors get their own answers; Gradio keeps no long list of what they did."""
     from gradio_client import Client
 
     monkeypatch.setattr(talk, "FRAME_SECONDS", 0.0)
@@ -328,6 +329,7 @@ def test_the_page_over_http(tmp_path, monkeypatch):
             frames.append(["".join(p["text"] for p in first[-1]["content"]) for first, _ in job.outputs()])
         assert frames[0][-1].startswith("I am Fathom, a small language model. Ask me **anything**!\n\n<span class=")
         assert len(frames[1]) > 1 and frames[1][-2].startswith("la la la ")
+        assert 0 < len(demo._queue.event_analytics) <= demo._queue.ANALYTICS_MAX_EVENTS <= 100
     finally:
         for client in clients:
             client.close()

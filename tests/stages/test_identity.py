@@ -24,6 +24,7 @@ from llm.serving.chat import load_chat_model
 from llm.stages.common import load_parent, load_tokenizer
 from llm.stages.job import Job
 from llm.stages.parents import check_same_origin, find_parents
+from llm.stages.texts import check_same_texts
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils import environment
 
@@ -124,6 +125,41 @@ def test_an_unfinished_stage_is_not_resumed_from_other_weights(runs, listed):
     job = job_of(runs, "sft", "init_from=tiny/pretrain")
     with pytest.raises(UserError, match=f"begun from another version of {job.parent}.*other weights.*put that"):
         check_same_origin(job)
+
+
+def change_second(folder):
+    (folder / "b.txt").write_text("Another story, of fewer words.\n")
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (change_second, "b.txt has changed"),
+        (lambda folder: (folder / "b.txt").write_text("b" + (folder / "b.txt").read_text()[1:]), "b.txt has changed"),
+        (lambda folder: (folder / "c.txt").unlink(), "c.txt is missing"),
+        (lambda folder: shutil.copy(folder / "b.txt", folder / "d.txt"), "d.txt is new"),
+        (lambda folder: (folder / "a.txt").rename(folder / "aa.txt"), "aa.txt is in the place of a.txt"),
+    ],
+    ids=["size", "content", "missing", "new", "name"],
+)
+def test_an_unfinished_stage_is_not_resumed_with_other_text(runs, tmp_path, change, said):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"The story of {name}, told again and again.\n" * 9)
+    more = ("data=local", f"data.path={folder}", "init_from=tiny/tokenizer", "run=other")
+    job = job_of(runs, "pretrain", *more)
+    check_same_texts(job)
+    job.begin()
+    save(job, 2, job.origin)
+    (folder / "a.txt").touch()  # a copy has other times
+    check_same_texts(job_of(runs, "pretrain", *more))
+    change(folder)
+    with pytest.raises(UserError, match=rf"begun with other text: {said}\. Put the files back, or overwrite=true"):
+        check_same_texts(job_of(runs, "pretrain", *more))
+    check_same_texts(job_of(runs, "pretrain", *more, "overwrite=true"))
+    write_manifest(job.stage_dir, {key: value for key, value in job.manifest.items() if key != "texts"})
+    check_same_texts(job_of(runs, "pretrain", *more))  # an older release began it
 
 
 def test_a_parent_trained_again_to_the_same_weights_is_the_same_parent(runs):

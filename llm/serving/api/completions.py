@@ -1,6 +1,5 @@
 """Route /v1/completions: continuations of texts or ids, with echo, logprobs and best_of, as lm-eval asks for them."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from llm.serving.api.conversation import check_room
+from llm.serving.api.conversation import aside, check_room
 from llm.serving.api.requests import MAX_CHOICES, MAX_TOTAL_CHARS, CompletionRequest
 from llm.serving.api.service import Service, finite, form_of, new_id, service_of, usage_of
 from llm.serving.api.stream import DONE, event
@@ -27,7 +26,7 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts, added = await asyncio.to_thread(_prompts, service, body, limit)
+    prompts, added = await aside(_size(body.prompt), _prompts, service, body, limit)
     n_samples = body.best_of or body.n or 1
     if len(prompts) * n_samples > MAX_CHOICES:
         raise bad(f"a request may ask for {MAX_CHOICES} completions, over all its prompts", "n")
@@ -46,6 +45,11 @@ async def create(body: CompletionRequest, request: Request) -> Response:
     if body.stream:
         return await service.stream(batch, answer.events())
     return await service.whole(request, batch, answer.whole)
+
+
+def _size(prompt: str | list) -> int:
+    """Return the characters of all prompts, or their ids."""
+    return sum(map(len, prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]))
 
 
 def _prompts(service: Service, body: CompletionRequest, limit: int) -> tuple[list[list[int]], list[int]]:

@@ -112,7 +112,7 @@ class Service:
         except BaseException:
             self.pool.cancel(batch)
             raise
-        return EventStream(events, lambda: self.pool.cancel(batch), self.timeout, **more)
+        return EventStream(events, lambda: self.pool.cancel(batch), lambda: batch.is_over, self.timeout, **more)
 
 
 def service_of(request: Request) -> Service:

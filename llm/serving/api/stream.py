@@ -24,7 +24,8 @@ def event(data: Any, name: str | None = None) -> bytes:
 class EventStream(Response):
     """Stream of server-sent events. `end` is called once it is over, also where the client has gone.
 
-    seconds: that the stream may last at most, whatever the client does. failed: makes an event of an error.
+    is_over: tells whether all events that are left are there already, so that one write takes them. seconds: that the
+    stream may last at most, whatever the client does. failed: makes an event of an error.
     """
 
     media_type = "text/event-stream"
@@ -33,13 +34,15 @@ class EventStream(Response):
         self,
         events: AsyncIterator[bytes],
         end: Callable[[], None],
+        is_over: Callable[[], bool],
         seconds: float,
         failed: Callable[[ApiError], bytes] = ApiError.event,
     ):
         super().__init__()
         del self.headers["content-length"]
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.events, self.end, self.seconds, self.failed = events, end, seconds + GRACE_SECONDS, failed
+        self.events, self.end, self.is_over, self.failed = events, end, is_over, failed
+        self.seconds = seconds + GRACE_SECONDS
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events until they end or the client goes."""
@@ -60,12 +63,16 @@ class EventStream(Response):
 
     async def _send(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        held = b""
         try:
             async for data in self.events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                held += data
+                if not self.is_over():
+                    await send({"type": "http.response.body", "body": held, "more_body": True})
+                    held = b""
         except ApiError as error:
-            await send({"type": "http.response.body", "body": self.failed(error), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            held += self.failed(error)
+        await send({"type": "http.response.body", "body": held, "more_body": False})
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
