@@ -15,7 +15,7 @@ class LoRAConfig:
     )
     alpha: float | None = key("the adapters' product is multiplied by alpha / rank; null = 32", above=0, high=10**6)
     lr: float | None = key(
-        "peak learning rate of adapters (AdamW), which stage.lr_frac does not change; null = 0.002", above=0, high=10**6
+        "peak learning rate of adapters (AdamW), which stage.lr_frac does not change; null = 0.005", above=0, high=10**6
     )
     targets: list[str] | None = key(
         "matrices with an adapter; null = attention and mlp",

@@ -16,7 +16,7 @@ from llm.model.gpt import GPT, with_weights
 from llm.model.linear import LowRank
 
 ALPHA = 32.0  # with alpha fixed, the best rate hardly depends on the rank
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 5e-3  # of networks of some million parameters (docs/post_training.md)
 # Name of a target -> what names of its modules end with; a target that ends with a dot is a list of tables.
 TARGETS = {
     "attention": (".attn.c_q", ".attn.c_k", ".attn.c_v", ".attn.c_proj"),
@@ -78,9 +78,9 @@ def add_adapter(net: GPT, lora: LoRA, seed: int = 0) -> GPT:
 
 @torch.no_grad()
 def merged(net: GPT) -> GPT:
-    """Return the network, or where it has an adapter a copy without one that computes the same.
+    """Return the network, or where it has an adapter a copy of equal outputs, with the products added to the weights.
 
-    The sum of weights and products is made in fp32, the format of the weights. Other weights are shared, not copied.
+    The sums are made in fp32, the format of the weights. Other weights are shared, not copied.
     """
     if getattr(net, "lora", None) is None:
         return net
