@@ -23,6 +23,7 @@ from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.model.lora import LoRA, add_adapter
 from llm.objectives import PREFERENCE_LOSSES, PreferenceSettings
 from llm.parallel import collectives
 from llm.parallel.env import end
@@ -34,7 +35,7 @@ from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo")
+KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "lora")
 UNEVEN = ("grpo", "reward", "dpo")  # in the lengths and numbers of micro-batches
 
 
@@ -88,6 +89,8 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind == "reward")
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
+    if kind == "lora":
+        add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
     module = StepModule(
         net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
     )

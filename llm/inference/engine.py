@@ -23,6 +23,7 @@ from llm.inference.text import StopTexts
 from llm.inference.tools import Runner, Tools
 from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
 from llm.model import decode_cpu
+from llm.model.lora import merged
 
 MAX_ROWS = 256
 TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
@@ -171,7 +172,7 @@ class Engine:
         """Read the weights, if they are not at hand."""
         if self._batch is None:
             self._was_training = self.net.training
-            net = self.net.eval()
+            net = merged(self.net.eval())
             if not decode_cpu.computes(net):  # our kernel packs the weights as they are
                 net = in_compute_dtype(net)
             if getattr(net, "has_slots", False):

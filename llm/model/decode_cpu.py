@@ -99,6 +99,7 @@ def supports(net) -> bool:
         type(net) is GPT
         and net.config.arch in ("classic", "modern", "gpt2")
         and all(type(block) is Block for block in net.transformer.h)
+        and net.lora is None
         and net.device.type == "cpu"
         and net.compute_dtype in (torch.float32, torch.bfloat16)
         and weights[0] == {torch.Tensor}

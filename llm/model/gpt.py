@@ -28,7 +28,7 @@ from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import relu_squared
 from llm.model.fused_ops import rms_norm as norm
 from llm.model.kv_cache import SlotCache
-from llm.model.linear import Linear
+from llm.model.linear import Linear, Table
 
 
 class LayerNorm(nn.LayerNorm):
@@ -125,6 +125,7 @@ class GPT(nn.Module):
     block_class = Block
     can_share_prefix = True  # `continue_prefixes` works
     has_slots = True  # `new_cache` gives a cache whose rows come and go
+    lora = None  # the shape of its adapter, a llm.model.lora.LoRA
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -137,18 +138,18 @@ class GPT(nn.Module):
         kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
-                "wte": _table(config.padded_vocab_size, config.n_embd),
+                "wte": Table(config.padded_vocab_size, config.n_embd),
                 "h": nn.ModuleList(self.block_class(config, layer) for layer in range(config.n_layer)),
             }
         )
         if config.arch == "gpt2":
-            self.transformer["wpe"] = _table(config.seq_len, config.n_embd)
+            self.transformer["wpe"] = Table(config.seq_len, config.n_embd)
         self.final_norm = make_norm(config)
         self.lm_head = None if config.tied else Linear(config.n_embd, config.padded_vocab_size)
         self.scalar_head = Linear(config.n_embd, 1) if config.scalar_head else None
         self.value_embeds = nn.ModuleDict(
             {
-                str(layer): _table(config.padded_vocab_size, kv_dim)
+                str(layer): Table(config.padded_vocab_size, kv_dim)
                 for layer in range(config.n_layer)
                 if config.has_value_embed(layer)
             }
@@ -175,7 +176,7 @@ class GPT(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """Weight (padded vocabulary, n_embd) of the head: its own matrix, or the embedding if they are tied."""
-        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+        return (self.transformer.wte if self.lm_head is None else self.lm_head).merged_weight()
 
     @torch.no_grad()
     def init_weights(self, seed: int = 42) -> "GPT":
@@ -314,8 +315,8 @@ class GPT(nn.Module):
         tables = (
             self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
         )
-        values = [None if table is None else F.embedding(ids, table.weight) for table in tables]
-        x = F.embedding(ids, self.transformer.wte.weight)
+        values = [None if table is None else table(ids) for table in tables]
+        x = self.transformer.wte(ids)
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
@@ -402,9 +403,13 @@ class GPT(nn.Module):
         return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction, kernel)
 
 
-def _table(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding whose weights are left to `GPT.init_weights`."""
-    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+def with_weights(net: GPT, weights: dict[str, torch.Tensor]) -> GPT:
+    """Return a network of the same shape, for generation, that holds the tensors `weights` by name; none is copied."""
+    with torch.device("meta"):
+        copy = type(net)(net.config)
+    copy.load_state_dict(weights, assign=True)
+    copy.compute_dtype = net.compute_dtype
+    return copy.to(net.device).eval()
 
 
 # Numbers are drawn on the CPU, so that every device starts from equal weights.
