@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench bench-serve soak check-data gpu-check chaos table report inspect show-data clean
+.PHONY: help setup demo test test-full browser check bench bench-serve soak abuse check-data gpu-check chaos table report inspect show-data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,15 @@ bench-serve: $(STAMP) ## 32 streams over HTTP beside the engine alone, and trans
 
 soak: $(STAMP) ## 64 clients for 10 minutes: cancels, bad requests, slow readers (ARGS="--seconds 60")
 	$(PY) tests/soak.py $(ARGS)
+
+# Schemathesis has packages of its own, which ours need not fit.
+SCHEMATHESIS := $(VENV)/schemathesis/bin/schemathesis
+$(SCHEMATHESIS):
+	$(PYTHON) -m venv $(VENV)/schemathesis
+	$(VENV)/schemathesis/bin/pip install --disable-pip-version-check $(PIP_ARGS) 'schemathesis>=4,<5'
+
+abuse: $(STAMP) $(SCHEMATHESIS) ## 10,000 requests made from the server's own /openapi.json (ARGS="--requests 1000")
+	$(PY) tests/abuse.py --schemathesis $(SCHEMATHESIS) $(ARGS)
 
 # Exits with 1 if something is not equal to its reference or a part crashed.
 # An environment that has what it needs is used as it is: a GPU machine may lack the network that `setup` wants.

@@ -20,46 +20,106 @@ WORDS = "the fox sees a red apple near some old house and four friends of hers e
 # ---- Decoding -------------------------------------------------------------------------------------------------------
 
 
-def decode(found, small: bool) -> None:
-    """Time a decode step of d20 at several batch sizes against the bytes that it must read, and trace some steps."""
-    from _gpu_profile import traced
+TARGETS = "batch_1_share_of_copy_rate >= 0.6, batch_64_over_batch_1 >= 20"
+
+
+def decode(found, small: bool, compiles: bool = False) -> None:
+    """Time a decode step of d20 at several batch sizes against the bytes that it must read, and trace some steps.
+
+    compiles: torch compiles the steps before they are recorded. The first batch is timed without recordings too.
+    """
     from generation import Numbers
 
-    from llm.cli.overrides import compose
+    from llm.inference import slot_batch
     from llm.inference.engine import Engine
-    from llm.inference.sampling import SamplingParams
+
+    depth, vocab, length, steps, sizes = (2, 300, 16, 8, (1, 4)) if small else (20, 32768, 512, 48, (1, 64, 256))
+    if small and compiles:
+        return found.note(left_out="a CPU compiles a step for a minute or two")
+    recorded_steps_are_the_plain_ones(found, compiles)
+    net = network(depth, vocab, torch.float32 if small else torch.bfloat16)
+    rate = _bench.copy_rate()
+    found.note(copy_bytes_per_s=rate, context=length, targets=TARGETS)
+    engine = Engine(net, Numbers(), frozen=True, compiles=compiles)
+    for size in sizes[:2] if compiles else sizes:
+        time_steps(found, f"batch_{size}", engine, size, length, steps, rate, size == sizes[0])
+    rates = [found.values[f"batch_{size}_tok_per_s"] for size in sizes[:2]]
+    found.note(**{f"batch_{sizes[1]}_over_batch_{sizes[0]}": rates[1] / rates[0]})
+    if not compiles:
+        slot_batch.is_used = lambda device: False  # this process ends with the part
+        time_steps(found, "batch_1_plain", Engine(net, Numbers(), frozen=True), 1, length, steps, rate, False)
+
+
+def network(depth: int, vocab: int, dtype: torch.dtype):
+    """Return a modern network of random weights and 2,048 tokens of context that computes in a dtype."""
+    from llm.cli.overrides import compose
     from llm.model.gpt import GPT
     from llm.scaling.rules import model_config
 
-    depth, vocab, length, steps, sizes = (2, 300, 16, 4, (1, 4)) if small else (20, 32768, 512, 48, (1, 64, 256))
     cfg = compose("train", [f"model=d{depth}", "model.seq_len=2048"])
     net = GPT(model_config(cfg.model, cfg.arch, vocab)).init_weights(0).to(_bench.DEVICE)
-    net.compute_dtype = torch.float32 if small else torch.bfloat16
-    engine, rate = Engine(net, Numbers()), _bench.copy_rate()
-    found.note(copy_bytes_per_s=rate, context=length)
-    prompts = torch.randint(1, vocab, (max(sizes), length), generator=torch.Generator().manual_seed(0)).tolist()
-    for size in sizes:
-        for turn in ("warm", "timed", "traced"):
-            params = SamplingParams(temperature=0.0, max_new_tokens=2 * steps)
-            with engine.stream(prompts[:size], params) as stream:
-                begin = time.perf_counter()
+    net.compute_dtype = dtype
+    return net
+
+
+def time_steps(found, name: str, engine, size: int, length: int, steps: int, rate: float, traces: bool) -> None:
+    """Note the seconds of a step of `size` rows of `length` tokens, and their share of the rate (bytes per second)."""
+    from _gpu_profile import traced
+
+    from llm.inference.sampling import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_new_tokens=2 * steps)
+    for i, turn in enumerate(("warm", "timed", "traced") if traces else ("warm", "timed")):
+        draw = torch.Generator().manual_seed(1000 * size + i)  # no prompt twice: the engine would know its keys
+        prompts = torch.randint(1, engine.net.config.vocab_size, (size, length), generator=draw).tolist()
+        with engine.stream(prompts, params) as stream:
+            begin = time.perf_counter()
+            next(stream)
+            first = time.perf_counter() - begin
+            for _ in range(steps // 2):
                 next(stream)
-                first = time.perf_counter() - begin
-                for _ in range(steps // 2):
+            if turn == "traced":
+                with traced() as trace:
                     next(stream)
-                if turn == "traced" and size == sizes[0]:
-                    with traced() as trace:
-                        next(stream)
-                    found.note(**{f"batch_1_{key}": value for key, value in trace.summary(4).items()})
-                begin = time.perf_counter()
-                for _ in range(steps):
-                    next(stream)
-                seconds = (time.perf_counter() - begin) / steps
-            if turn == "timed":
-                floor = bytes_of_a_step(net.config, size, length + steps) / rate
-                found.note(**{f"batch_{size}_first_token_ms": 1000 * first, f"batch_{size}_step_ms": 1000 * seconds})
-                found.note(**{f"batch_{size}_tok_per_s": size / seconds, f"batch_{size}_floor_ms": 1000 * floor})
-                found.note(**{f"batch_{size}_share_of_copy_rate": floor / seconds})
+                found.note(**{f"{name}_{key}": value for key, value in trace.summary(4).items()})
+            begin = time.perf_counter()
+            for _ in range(steps):
+                next(stream)
+            seconds = (time.perf_counter() - begin) / steps
+        if turn == "timed":
+            floor = bytes_of_a_step(engine.net.config, size, length + steps) / rate
+            found.note(**{f"{name}_first_token_ms": 1000 * first, f"{name}_step_ms": 1000 * seconds})
+            found.note(**{f"{name}_tok_per_s": size / seconds, f"{name}_floor_ms": 1000 * floor})
+            found.note(**{f"{name}_share_of_copy_rate": floor / seconds})
+
+
+@torch.inference_mode()
+def recorded_steps_are_the_plain_ones(found, compiles: bool, starts: tuple[int, ...] = (0, 252, 508)) -> None:
+    """Check recorded steps of three of four rows in fp32 against plain steps over a cache of their own.
+
+    starts: tokens that the rows hold before some steps; each brings a size of its own, and the last ones a full window.
+    """
+    from llm.inference.step_graph import RECORD_AFTER, StepGraphs, plain_step
+
+    net, draw = network(2, 300, torch.float32).eval(), torch.Generator().manual_seed(0)
+    for weight in net.parameters():
+        weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
+    graphs, caches, error = StepGraphs(net, compiles), [net.new_cache(4, 1024) for _ in range(2)], 0.0
+    for parts in zip(*(one.parts for one in caches), strict=True):
+        for name in ("k", "v"):
+            numbers = torch.randn(getattr(parts[0], name).shape, generator=draw)
+            for part in parts:
+                getattr(part, name).copy_(numbers)
+    for start in starts:
+        for step in range(RECORD_AFTER + 8):
+            newest = torch.randint(0, 300, (3,), generator=draw)
+            for one in caches:
+                one.lengths[:3] = start + step
+            logits = graphs.step(caches[0], newest), plain_step(net, caches[1], newest)
+            error = max(error, float((logits[0] - logits[1]).abs().max() / logits[1].abs().max()))
+    found.note(recorded_sizes=len(graphs.recorded), attention=", ".join(graphs.ways) or "none")
+    found.check("recorded_and_plain_logits", error, 1e-3)
+    found.check("sizes_not_recorded", float(len(starts) - len(graphs.recorded)), 0.0)
 
 
 def bytes_of_a_step(config, batch: int, length: int, size: int = 2) -> float:

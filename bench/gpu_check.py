@@ -50,8 +50,9 @@ PARTS = (
     Part("step_d20", "_gpu_training:step", 130, {"depth": 20}),
     Part("fp8", "_gpu_training:fp8", 80),
     Part("micro_batch", "_gpu_training:micro_batch", 60),
-    Part("decode", "_gpu_running:decode", 60),
+    Part("decode", "_gpu_running:decode", 80),
     Part("core", "_gpu_running:core", 50),
+    Part("decode_compiled", "_gpu_running:decode", 150, {"compiles": True}),
     Part("resume", "_gpu_running:resume", 110, measures=False),
     Part("demo", "_gpu_running:demo", 110, measures=False),
 )

@@ -1,4 +1,4 @@
-"""Where the time of a step of reinforcement learning goes."""
+"""Times of the parts of a step of reinforcement learning."""
 
 import time
 

@@ -163,7 +163,7 @@ def check_chat(conversation: dict, where: str) -> None:
 def _join(group: list[dict]) -> dict:
     """Return neighbouring messages of one role as one."""
     if len({message.get("train", True) for message in group}) > 1:
-        raise UserError("neighbouring answers of which one is trained and one has weight 0 cannot be joined")
+        raise UserError("neighbouring answers of different weights cannot be joined")
     contents = [message["content"] for message in group]
     if all(isinstance(content, str) for content in contents):
         return group[0] | {"content": "\n\n".join(contents)}

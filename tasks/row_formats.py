@@ -16,7 +16,7 @@ from llm.errors import UserError
 ROLES = ("system", "user", "assistant")
 FROM_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 TOOL_ROLES = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation")
-SWITCHES = ("weight", "train", "loss")  # of a message: 0 or false = it is read, but not trained
+SWITCHES = ("weight", "train", "loss")  # of a message: 0 or false = it is read, but not trained; 0.5 = half as much
 
 TOOLS = "the model has no tools but its calculator (parts of type python), so the call or its result would be lost"
 PREFERENCE = (
@@ -59,7 +59,8 @@ IGNORED = frozenset(
 class Format:
     """One format of rows: the keys that it needs, the other keys that it uses, and how it becomes messages.
 
-    read(row, reading): the messages, a list of {"role", "content"} and, where it is not trained, "train": False.
+    read(row, reading): the messages, a list of {"role", "content"} and, where the weight is not 1, "train": the weight,
+    or False for 0.
     """
 
     name: str
@@ -169,8 +170,8 @@ def _message(message: Any, number: int, reading: Reading) -> dict:
     if not holders:
         raise UserError(f"{where} ({role}): content must be a string or a list of parts, found nothing")
     content = _content(message[holders[0]], role, where, reading)
-    silent = role == "assistant" and not _is_trained(message, where)
-    return {"role": role, "content": content} | ({"train": False} if silent else {})
+    weight = _weight(message, where) if role == "assistant" else 1.0
+    return {"role": role, "content": content} | ({} if weight == 1 else {"train": weight or False})
 
 
 _ROLE = {role: role for role in ROLES}
@@ -189,19 +190,19 @@ def _content(content: Any, role: str, where: str, reading: Reading) -> Any:
     return parts
 
 
-def _is_trained(message: Mapping, where: str) -> bool:
-    trained = True
+def _weight(message: Mapping, where: str) -> float:
+    """Return the factor on the loss of a message, from 0 to 1: the product of those that its keys give."""
+    weight = 1.0
     for key in SWITCHES:
         value = message.get(key)
         if value is None:
             continue
-        if value not in (0, 1) or isinstance(value, str):
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(
-                f"{key!r} of {where} is {_short(value)}: 0 or false (not trained) and 1 or true are known, no weights "
-                "between"
+                f"{key!r} of {where} is {_short(value)}: must be a number from 0 (not trained) to 1, false or true"
             )
-        trained = trained and bool(value)
-    return trained
+        weight *= value
+    return weight
 
 
 def _lists(key: str) -> Callable[[dict, Reading], list]:

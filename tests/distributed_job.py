@@ -24,6 +24,7 @@ from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.model.lora import LoRA, add_adapter
 from llm.objectives import PREFERENCE_LOSSES, PreferenceSettings
 from llm.parallel import collectives
 from llm.parallel.env import end
@@ -36,7 +37,7 @@ from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo")
+KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "lora")
 UNEVEN = ("grpo", "reward", "dpo", "ppo")  # in the lengths and numbers of micro-batches
 
 
@@ -96,6 +97,8 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
+    if kind == "lora":
+        add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
     module = StepModule(
         net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
     )

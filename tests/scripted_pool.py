@@ -41,10 +41,10 @@ def scripted(ids: list[int] | None = None, n_workers: int = 1, rows: int = 2, qu
     return pool
 
 
-def served(pool: Pool, timeout: float = 600, **options):
+def served(pool: Pool, timeout: float = 600, truncates: bool = False, **options):
     """An application over a pool, with its guard."""
     defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50}
-    service = Service(pool, TOKENIZER, "a/b", defaults, timeout)
+    service = Service(pool, TOKENIZER, "a/b", defaults, timeout, truncates)
     app = build_app(service, **options)
     guard_app(app, "127.0.0.1", (), options.get("origins", ()))
     return app

@@ -16,12 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm.checkpoint.adapter import save_adapter
+from llm.checkpoint.names import file_name, rows_kept
 from llm.config.registries import ARCHITECTURES
 from llm.config.trust import check_named
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
+from llm.model.lora import merged
 from llm.run.content import check_content, write_content
 from llm.run.formats import SHAPE
 from llm.tokenizer.bpe import Tokenizer
@@ -34,24 +37,13 @@ GENERATION_FILE = "generation_config.json"
 FORMAT_VERSION = 1
 MEND = "copy the file again, or train the stage again"
 
-# Fathom's name of a part -> its name in Hugging Face's NanoChat.
-HF_PARTS = (
-    ("transformer.wte.", "model.embed_tokens."),
-    ("transformer.h.", "model.layers."),
-    (".attn.c_q.", ".self_attn.q_proj."),
-    (".attn.c_k.", ".self_attn.k_proj."),
-    (".attn.c_v.", ".self_attn.v_proj."),
-    (".attn.c_proj.", ".self_attn.o_proj."),
-    (".mlp.c_fc.", ".mlp.fc1."),
-    (".mlp.c_proj.", ".mlp.fc2."),
-)
 FLOATS = ("F64", "F32", "F16", "BF16")  # number formats in which weights may be saved
-VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
 
 
 def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer) -> None:
     """Write network (fp32 weights) and tokenizer. An older folder is replaced once the new one is complete.
 
+    Of a network with an adapter, the weights are merged, and the adapter stands beside them.
     Raises UserError where the disk refuses (full, read-only), which leaves the old folder as it was; ValueError where
     the tokenizer has another vocabulary than the network.
     """
@@ -63,14 +55,18 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         _write_json(new / CONFIG_FILE, hf_config(config, tokenizer))
         _write_json(new / GENERATION_FILE, generation_config(tokenizer))
         tensors = {}
-        for name, value in net.state_dict().items():
-            rows = config.vocab_size if name.startswith(VOCAB_PARAMS) else len(value)
-            tensors[file_name(name, config)] = value[:rows].detach().to("cpu", torch.float32).contiguous()
+        for name, value in merged(net).state_dict().items():
+            tensors[file_name(name, config)] = (
+                value[: rows_kept(name, value, config)].detach().to("cpu", torch.float32).contiguous()
+            )
         try:
             save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+            if net.lora is not None:
+                save_adapter(new, net)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it readable by its owner only
+        for path in new.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+            shutil.copymode(new / CONFIG_FILE, path)
         write_content(new)
 
 
@@ -117,15 +113,6 @@ def check_size(config: GPTConfig, path: Path) -> None:
 def read_config(folder: str | os.PathLike) -> GPTConfig:
     """Read the shape of the model in `folder`, not its weights. Raises UserError where config.json is not Fathom's."""
     return _read_config(Path(folder))[0]
-
-
-def file_name(name: str, config: GPTConfig) -> str:
-    """Return the name of a parameter in model.safetensors; arch=classic has the names of Hugging Face's NanoChat."""
-    if config.arch != "classic":
-        return name
-    for ours, theirs in HF_PARTS:
-        name = name.replace(ours, theirs)
-    return name
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
@@ -222,7 +209,7 @@ def _load_weights(net: GPT, path: Path) -> None:
                 raise UserError(f"{path}: tensor {unknown[0]} is not of this model ({len(unknown)} in all); {fix}")
             for theirs, name in expected.items():
                 target = state[name]
-                rows = net.config.vocab_size if name.startswith(VOCAB_PARAMS) else len(target)
+                rows = rows_kept(name, target, net.config)
                 shape, kind = tuple(file.get_slice(theirs).get_shape()), file.get_slice(theirs).get_dtype()
                 if kind not in FLOATS:
                     raise UserError(f"{path}: tensor {theirs} holds {kind}, but must hold {', '.join(FLOATS)}; {fix}")

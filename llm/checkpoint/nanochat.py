@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.model_folder import CONFIG_FILE, VOCAB_PARAMS, save_model_folder
+from llm.checkpoint.model_folder import CONFIG_FILE, save_model_folder
+from llm.checkpoint.names import VOCAB_PARAMS
 from llm.checkpoint.nanochat_tokenizer import read_tokenizer
 from llm.errors import UserError, reason_of
 from llm.model.config import WINDOW_MULTIPLE, GPTConfig

@@ -7,6 +7,23 @@ from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
 
 @dataclass
+class LoRAConfig:
+    """Part `model.lora`: an adapter to be trained instead of the model that a stage starts from."""
+
+    rank: int | None = key(
+        "train low-rank adapters of this rank beside frozen weights; null = train all weights", low=1, high=4096
+    )
+    alpha: float | None = key("the adapters' product is multiplied by alpha / rank; null = 32", above=0, high=10**6)
+    lr: float | None = key(
+        "peak learning rate of adapters (AdamW), which stage.lr_frac does not change; null = 0.005", above=0, high=10**6
+    )
+    targets: list[str] | None = key(
+        "matrices with an adapter; null = attention and mlp",
+        choices=("attention", "mlp", "head", "embedding", "value_embeds"),
+    )
+
+
+@dataclass
 class ModelConfig:
     """Config group `model`: the size of the network."""
 
@@ -20,6 +37,7 @@ class ModelConfig:
         low=265,
         high=VOCABULARY,
     )
+    lora: LoRAConfig = key("adapters of the stages that start from a trained model")
 
 
 @dataclass

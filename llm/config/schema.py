@@ -244,6 +244,11 @@ class ApiConfig:
     rows: int = key("sequences that a worker decodes together", low=1, high=4096)
     queue: int = key("sequences that may wait; further requests are refused (429)", low=0, high=10**6)
     timeout: float = key("seconds that a request may take", above=0, high=10**6)
+    truncation: str = key(
+        "conversations that do not fit the context, where a request does not say: disabled = refuse them, "
+        "auto = leave out functions that fill half of the context, then the oldest messages",
+        choices=("disabled", "auto"),
+    )
     drain: float = key("seconds that answers under way have after SIGTERM", low=0, high=10**6)
     origins: list[str] = key("addresses of web pages elsewhere that may send requests, as in https://chat.example.org")
     log: str = key(

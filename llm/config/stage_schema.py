@@ -114,6 +114,12 @@ class ChatStage(AssistantStage):
         high=10**6,
     )
     train_on: str = key("tokens that are trained on", choices=("all", "assistant"))
+    warm_start: bool = key("take the optimizer state of the parent's last checkpoint")
+    neftune_alpha: float | None = key(
+        "strength of uniform noise on the embeddings of training steps (NEFTune), often 5; null = none",
+        above=0,
+        high=10**4,
+    )
 
 
 @dataclass

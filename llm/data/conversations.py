@@ -37,8 +37,9 @@ def render(tokenizer, conversation: dict, row_len: int, train_on: str = "assista
     start, end = (tokenizer.special_id(mark) for mark in ("<|assistant_start|>", "<|assistant_end|>"))
     ends = [i for i, token in enumerate(ids) if token == end and trained[i]]
     begins = [i for i, token in enumerate(ids[: row_len - 1]) if token == start and trained[i + 1]]
+    has_factors = any(0 < factor < 1 for factor in trained[:row_len])
     return Rendered(
-        Document(np.array(ids[:row_len], np.int32), np.array(trained[:row_len], bool)),
+        Document(np.array(ids[:row_len], np.int32), np.array(trained[:row_len], np.float32 if has_factors else bool)),
         len(ids) + beginning.skipped_tokens,
         beginning.skipped_chars > 0,
         len(ends),
@@ -186,7 +187,7 @@ def of_conversations(all_rendered: Sequence[Rendered]) -> Balance:
     """Return the balance of conversations that are trained a row each, without packing."""
     found = Balance()
     for rendered in all_rendered:
-        trained = int(rendered.document.mask[1:].sum())
+        trained = int((rendered.document.mask[1:] > 0).sum())
         count(found, rendered, trained > 0)
         found.trained += trained
         found.masked += len(rendered.document.ids) - trained if trained else 0

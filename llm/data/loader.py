@@ -3,7 +3,8 @@
 A loader turns a feed of tokenised documents (TextSteps) or rendered conversations (ConversationSteps) into packed rows
 and those into steps:
 
-    {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained}, ...],   micro_per_step of them
+    {"micro": [{"inputs": (B, T) int64, "targets": (B, T) int64, -1 = not trained,          micro_per_step of them
+                ["weights": (B, T) fp32, factors of the losses, where a message has one]}, ...],
      "n_trained": targets >= 0 in the step, "n_tokens": all positions,
      "state": a function that returns the position after this step}
 
@@ -142,7 +143,7 @@ class StepLoader:
         rows = self.layout.rows_per_micro * self.layout.micro_per_step
         while True:
             ids = np.full((rows, self.layout.seq_len + 1), self._pad_id(), np.int32)
-            mask = np.zeros(ids.shape, bool)
+            mask = np.zeros(ids.shape, np.float32)
             lost, repeated = packer.lost, packer.repeated
             used = [packer.fill(ids[i], mask[i], feed) for i in range(rows)]
             if not any(used):
@@ -187,17 +188,24 @@ class StepLoader:
         }
 
     def _step(self, ids: np.ndarray, mask: np.ndarray) -> dict:
-        """Split packed rows (rows, T + 1) into micro-batches of inputs and shifted targets."""
-        inputs = torch.from_numpy(ids[:, :-1].astype(np.int64))
-        targets = torch.from_numpy(np.where(mask[:, 1:], ids[:, 1:], -1).astype(np.int64))
+        """Split packed rows (rows, T + 1) into micro-batches of inputs and shifted targets.
+
+        Where a factor on a loss is not 1, all factors of the step are there too, as `weights`.
+        """
+        trained = mask[:, 1:] > 0
+        parts = {
+            "inputs": torch.from_numpy(ids[:, :-1].astype(np.int64)),
+            "targets": torch.from_numpy(np.where(trained, ids[:, 1:], -1).astype(np.int64)),
+        }
+        if (mask[:, 1:] != trained).any():
+            parts["weights"] = torch.from_numpy(mask[:, 1:].copy())
         if self.layout.pin_memory:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        size = self.layout.rows_per_micro
-        parts = zip(inputs.split(size), targets.split(size), strict=True)
+            parts = {name: part.pin_memory() for name, part in parts.items()}
+        split = {name: part.split(self.layout.rows_per_micro) for name, part in parts.items()}
         return {
-            "micro": [{"inputs": x, "targets": y} for x, y in parts],
-            "n_trained": int(mask[:, 1:].sum()),
-            "n_tokens": inputs.numel(),
+            "micro": [dict(zip(split, micro, strict=True)) for micro in zip(*split.values(), strict=True)],
+            "n_trained": int(trained.sum()),
+            "n_tokens": ids.shape[0] * (ids.shape[1] - 1),
         }
 
     def _check_state(self, state: dict) -> None:

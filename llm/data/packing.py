@@ -26,7 +26,10 @@ _ARRIVALS = 1 << 48
 
 
 class Document(NamedTuple):
-    """Token ids (int32) and the mask of those that are trained on as targets (bool; None: all)."""
+    """Token ids (int32) and the mask of those that are trained on as targets (bool; None: all).
+
+    A mask of float32 holds factors of the targets' losses, 0 to 1.
+    """
 
     ids: np.ndarray
     mask: np.ndarray | None = None

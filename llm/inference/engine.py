@@ -23,6 +23,7 @@ from llm.inference.text import StopTexts
 from llm.inference.tools import Runner, Tools
 from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
 from llm.model import decode_cpu
+from llm.model.lora import merged
 
 MAX_ROWS = 256
 TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
@@ -41,7 +42,7 @@ class Engine:
     that they and what was read are kept while there is nothing to do, and texts that prompts begin with are found
     again; otherwise the weights are read anew after every pause. run_code: function from Python that a model has
     written between its python markers to its output; the calculator alone answers without it. Rows that wait for it
-    leave the batch meanwhile.
+    leave the batch meanwhile. compiles: on a GPU, torch compiles the decode step of each size, which takes a minute.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Engine:
         frozen: bool = False,
         sharers: int = 1,
         run_code: Runner | None = None,
+        compiles: bool = False,
     ):
         self.net, self.tokenizer, self.max_rows, self.budget, self.frozen = net, tokenizer, max_rows, budget, frozen
-        self.sharers = sharers
+        self.sharers, self.compiles = sharers, compiles
         self._waiting: deque[Request] = deque()
         self._unscored: deque[Request] = deque()  # waiting for `prompt_logprobs`
         self._untold: list[TokenEvent] = []  # what has happened and no step has returned yet
@@ -170,12 +172,12 @@ class Engine:
         """Read the weights, if they are not at hand."""
         if self._batch is None:
             self._was_training = self.net.training
-            net = self.net.eval()
+            net = merged(self.net.eval())
             if not decode_cpu.computes(net):  # our kernel packs the weights as they are
                 net = in_compute_dtype(net)
             if getattr(net, "has_slots", False):
                 budget = self.budget or default_budget(net, self.max_rows, self.sharers)
-                self._batch = SlotBatch(net, self.max_rows, budget, self.frozen)
+                self._batch = SlotBatch(net, self.max_rows, budget, self.frozen, self.compiles)
             else:
                 self._batch = StaticBatch(net, self.max_rows)
 

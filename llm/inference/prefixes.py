@@ -35,23 +35,36 @@ class PrefixStore:
         return sum(len(entry.tokens) for entry in self._entries)
 
     @property
-    def n_needed(self) -> int:
-        """Tokens of the texts that rows stand behind."""
-        return sum(len(entry.tokens) for entry in self._entries if entry.uses)
+    def cost(self) -> int:
+        """Memory of all texts, in tokens that all layers keep."""
+        return sum(entry.prefix.cost for entry in self._entries)
+
+    @property
+    def needed(self) -> int:
+        """Memory of the texts that rows stand behind, in tokens that all layers keep."""
+        return sum(entry.prefix.cost for entry in self._entries if entry.uses)
 
     def find(self, tokens: Sequence[int]) -> tuple[Entry | None, int]:
         """Return the text that shares the most first tokens with `tokens`, and their number; (None, 0) below a minimum.
 
-        The whole of `tokens` counts only where the logits behind them are known: one must be left to be read.
+        The whole of `tokens` counts only where the logits behind them are known: one must be left to be read. Of a long
+        text few last tokens can be left out where layers with a window keep no more.
         """
         wanted, best, most = np.asarray(tokens), None, LEAST_SHARED - 1
         for entry in self._entries:
             n = common(entry.tokens, wanted)
             if n == len(wanted) and (len(entry.tokens) > n or entry.logits is None):
                 n -= 1
+            if n < entry.prefix.least:
+                continue
             if n > most or (n == most and best is not None and len(entry.tokens) == n):
                 best, most = entry, n
         return (None, 0) if best is None else (best, most)
+
+    def longest_beginning(self, tokens: Sequence[int]) -> int:
+        """Return how many first tokens some text shares with `tokens`, whether or not it can be used from there on."""
+        wanted = np.asarray(tokens)
+        return max((common(entry.tokens, wanted) for entry in self._entries), default=0)
 
     def use(self, entry: Entry) -> None:
         """Note that an entry was used now."""
@@ -59,19 +72,19 @@ class PrefixStore:
         self._entries.append(entry)
 
     def add(self, tokens: Sequence[int], prefix: Prefix, logits: torch.Tensor | None = None) -> Entry:
-        """Put in a text; shorter ones that it begins with and nobody needs are replaced."""
+        """Put in a text; shorter ones that it begins with, can stand in for and nobody needs are replaced."""
         entry = Entry(np.array(tokens), prefix, logits)
         for old in list(self._entries):
-            if not old.uses and len(old.tokens) == common(old.tokens, entry.tokens):
+            if not old.uses and prefix.least <= len(old.tokens) == common(old.tokens, entry.tokens):
                 self._entries.remove(old)
         self._entries.append(entry)
         return entry
 
-    def shrink(self, n_tokens: int) -> None:
-        """Drop texts that no row needs, those used longest ago first, until all have at most `n_tokens` together."""
-        spare, excess = [entry for entry in self._entries if not entry.uses], self.n_tokens - n_tokens
+    def shrink(self, cost: int) -> None:
+        """Drop texts that no row needs, those used longest ago first, until all cost at most `cost` together."""
+        spare, excess = [entry for entry in self._entries if not entry.uses], self.cost - cost
         while spare and (excess > 0 or len(self._entries) > MOST_ENTRIES):
-            excess -= len(spare[0].tokens)
+            excess -= spare[0].prefix.cost
             self._entries.remove(spare.pop(0))
 
 

@@ -4,8 +4,9 @@ Prompts are read in chunks between decode steps. Tokens that prompts share are r
 those that a prompt has in common with a text of the store. Where the cache grows beyond its budget, the youngest rows
 make room, and are read again later.
 
-On a CPU our own kernel computes all passes where it can. Elsewhere shapes are few: prompts and batches are padded to a
-few sizes where half precision on a CPU would keep code for each.
+On a CPU our own kernel computes all passes where it can. On a GPU decode steps are recorded and replayed
+(`llm.inference.step_graph`). Elsewhere shapes are few: prompts and batches are padded to a few sizes where half
+precision on a CPU would keep code for each.
 """
 
 from collections import deque
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from llm.inference.prefixes import LEAST_SHARED, Entry, PrefixStore, common
 from llm.inference.request import Request
+from llm.inference.step_graph import BUCKETS, REACHES, StepGraphs, is_used, plain_step
 from llm.inference.weights import LENGTHS, ROWS, keeps_shapes, round_up
-from llm.model.decode_cpu import DecodeStep
-from llm.model.kv_cache import Prefix, SlotPass
+from llm.model.cached_attention import SlotPass
+from llm.model.decode_cpu import SPARE, DecodeStep
+from llm.model.kv_cache import Prefix
 
 PLACES = (64, 4)  # sizes of the cache's rows, for `round_up`
 COMPARED = 16  # waiting requests that the next one is compared with
@@ -81,19 +83,22 @@ class SlotBatch:
     """Rows decoded together, from a cache of `net.new_cache`.
 
     max_rows: rows at most; budget: tokens that cache and store may hold (a lone row may exceed it, so that every
-    request comes to its end); remembers: whether the texts of rows that have ended go into the store.
+    request comes to its end); remembers: whether the texts of rows that have ended go into the store; compiles: whether
+    torch compiles the steps that are recorded on a GPU.
     """
 
-    def __init__(self, net, max_rows: int, budget: int, remembers: bool):
+    def __init__(self, net, max_rows: int, budget: int, remembers: bool, compiles: bool = False):
         self.net, self.max_rows, self.budget, self.remembers = net, max_rows, budget, remembers
-        self.cache = net.new_cache(1, min(PLACES[0], net.config.seq_len))
+        self._kernel = DecodeStep.for_net(net)
+        self.graphs = None if self._kernel or not is_used(net.device) else StepGraphs(net, compiles)
+        self._row_sizes, self._places = (BUCKETS, REACHES) if self.graphs else (ROWS, PLACES)
+        self.cache = net.new_cache(1, min(self._places[0], net.config.seq_len), spare=SPARE if self._kernel else 1)
         self.store, self.preemptions = PrefixStore(), 0
         self._rows: list[Request] = []  # row i of the cache
         self._behind: list[Entry | None] = []  # text of the store that row i stands behind
         self._reading: Reading | None = None
         self._shares = shares_texts(net.device)
         self._chunk = CHUNK if net.device.type == "cpu" else CHUNK_ELSEWHERE
-        self._kernel = DecodeStep.for_net(net)
         self._keeps_shapes = self._kernel is None and keeps_shapes(net.device, net.compute_dtype)
 
     @property
@@ -107,7 +112,7 @@ class SlotBatch:
         return {
             "rows": len(self.rows),
             "cached_tokens": int(self.cache.lengths.sum()) + self.store.n_tokens,
-            "cache_size": self.cache.rows * self.cache.room + self.store.n_tokens,
+            "cache_size": self.cache.rows * self.cache.cost(self.cache.room) + self.store.cost,
             "prefix_hits": self.store.hits,
             "preemptions": self.preemptions,
         }
@@ -126,10 +131,10 @@ class SlotBatch:
         n, newest = len(self._rows), torch.tensor([request.ids[-1] for request in self._rows])
         if self._kernel:
             logits = self._kernel(self.cache, newest)
+        elif self.graphs:
+            logits = self.graphs.step(self.cache, newest)
         else:
-            padded = round_up(n, *ROWS) if self._keeps_shapes else n
-            ids = F.pad(newest, (0, padded - n)).unsqueeze(1).to(self.net.device)
-            logits = self.net(ids, cache=SlotPass(self.cache, 0, padded, live=n), last_only=True)[:n, 0]
+            logits = plain_step(self.net, self.cache, newest, round_up(n, *ROWS) if self._keeps_shapes else n)
         self.cache.lengths[:n] += 1
         return list(self._rows), logits
 
@@ -155,25 +160,25 @@ class SlotBatch:
         """Return the most tokens of its own that a row has in the cache."""
         return int(self.cache.lengths.max())
 
-    def _new_size(self, rows: int, room: int, n_stored: int = 0) -> tuple[int, int] | None:
+    def _new_size(self, rows: int, room: int, stored: int = 0) -> tuple[int, int] | None:
         """Return the size of a cache that holds `rows` rows of `room` tokens; None where the budget forbids it.
 
-        One direction becomes smaller where the budget asks for it. n_stored: tokens that will be added to the store.
+        One direction becomes smaller where the budget asks for it. stored: cost of what will be added to the store.
         """
-        available = self.budget - self.store.n_needed - n_stored
-        least = round_up(rows, *ROWS), min(round_up(room, *PLACES), self.net.config.seq_len)
+        available = self.budget - self.store.needed - stored
+        least = round_up(rows, *self._row_sizes), min(round_up(room, *self._places), self.net.config.seq_len)
         larger = max(rows, self.cache.rows), max(room, self.cache.room)
         if larger != (self.cache.rows, self.cache.room):
             larger = max(least[0], self.cache.rows), max(least[1], self.cache.room)
-        return next((size for size in (larger, least) if size[0] * size[1] <= available), None)
+        return next((size for size in (larger, least) if size[0] * self.cache.cost(size[1]) <= available), None)
 
     def _alone(self, room: int) -> tuple[int, int]:
         """Return the size of a cache for a lone row, which has its place whatever the budget is."""
-        return 1, min(round_up(room, *PLACES), self.net.config.seq_len)
+        return 1, min(round_up(room, *self._places), self.net.config.seq_len)
 
     def _resize(self, size: tuple[int, int]) -> None:
         """Give the cache a size, and the store what is left of the budget."""
-        self.store.shrink(self.budget - size[0] * size[1])
+        self.store.shrink(self.budget - size[0] * self.cache.cost(size[1]))
         if size != (self.cache.rows, self.cache.room):
             self.cache.resize(*size)
 
@@ -198,9 +203,9 @@ class SlotBatch:
         """Put all that a row has read into the store, if there is room for it."""
         before = self.cache.prefix_of(row)
         n = int(self.cache.lengths[row]) + (before.length if before else 0)
-        spare = self.budget - self.cache.rows * self.cache.room
-        if LEAST_SHARED <= n <= spare - self.store.n_needed:
-            self.store.shrink(spare - n)
+        spare, cost = self.budget - self.cache.rows * self.cache.cost(self.cache.room), self.cache.cost(n)
+        if n >= LEAST_SHARED and cost <= spare - self.store.needed:
+            self.store.shrink(spare - cost)
             self.store.add(self._rows[row].tokens[:n], self.cache.snapshot(row))
 
     def _drop(self, row: int) -> None:
@@ -312,9 +317,10 @@ class SlotBatch:
     def _shared_by_others(self, first: tuple[int, ...], skip: int, waiting: deque[Request]) -> int:
         """Return how many first tokens of the text `first` are worth a reading of their own; 0 = none.
 
-        Others that wait begin with them too, and go on otherwise.
+        Others that wait begin with them too, and go on otherwise; or a text of the store does, but its layers with a
+        window keep its end alone: the next prompt that begins so will find them.
         """
-        text, found = np.array(first), []
+        text, found = np.array(first), [min(self.store.longest_beginning(first), len(first) - 1)]
         for request in islice(waiting, 1, COMPARED):
             other = np.array(request.tokens)
             if not np.array_equal(text, other):
@@ -339,11 +345,11 @@ class SlotBatch:
         last = (rest - 1) // self._chunk * self._chunk  # where the last chunk begins, which may be padded
         room = own + max(rest + 1, last + self._padded(texts, skip, last))
         rows = max(len(texts), sum(map(len, texts.values())))
-        n_stored = sum(len(text) for text, requests in texts.items() if len(requests) != 1)
+        stored = sum(self.cache.cost(len(text)) for text, requests in texts.items() if len(requests) != 1)
         if entry is not None and (not entry.uses or skip < len(entry.tokens)):
-            n_stored += skip
+            stored += self.cache.cost(skip)
         room = min(max(self._longest() + 1, room), self.net.config.seq_len)
-        return self._new_size(len(self._rows) + rows, room, n_stored)
+        return self._new_size(len(self._rows) + rows, room, stored)
 
     def _begin(self, texts: Texts, entry: Entry | None, skip: int) -> Reading | None:
         """Give texts their rows in the cache, behind the first `skip` tokens of a text of the store.
@@ -370,11 +376,8 @@ class SlotBatch:
 
     def _cut(self, entry: Entry, n: int) -> Prefix:
         """Return the first n tokens of a text of the store as a prefix of its own."""
-        k, v = (
-            part[:, :, :n].clone(memory_format=torch.contiguous_format) for part in (entry.prefix.k, entry.prefix.v)
-        )
-        last = None if entry.prefix.last_embed is None else self.net.smear_input(int(entry.tokens[n - 1]))
-        return Prefix(k, v, n, last)
+        smears = entry.prefix.last_embed is not None
+        return entry.prefix.cut(n, self.net.smear_input(int(entry.tokens[n - 1])) if smears else None)
 
     def _read_chunk(self, reading: Reading) -> torch.Tensor | None:
         """Read the next tokens of all texts; return the logits (texts, V) behind their ends, None before the last."""

@@ -6,6 +6,9 @@ batches are rounded up to a few sizes.
 
 import torch
 
+from llm.model.gpt import with_weights
+from llm.model.lora import merged
+
 LENGTHS = (32, 8)  # sizes of prompts, for `round_up`: 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...
 ROWS = (1, 4)  # sizes of batches: 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
 
@@ -24,12 +27,9 @@ def round_up(n: int, least: int, parts: int) -> int:
 def in_compute_dtype(net):
     """Return the net, or a copy with weights in its compute dtype, so that no pass casts all weights again.
 
-    The results are equal, because the net casts each weight before it multiplies.
+    The results are equal, because the net casts each weight before it multiplies. An adapter is merged before.
     """
+    net = merged(net)
     if next(net.parameters()).dtype == net.compute_dtype:
         return net
-    with torch.device("meta"):
-        copy = type(net)(net.config)
-    copy.load_state_dict({name: weight.to(net.compute_dtype) for name, weight in net.state_dict().items()}, assign=True)
-    copy.compute_dtype = net.compute_dtype
-    return copy.to(net.device).eval()
+    return with_weights(net, {name: weight.to(net.compute_dtype) for name, weight in net.state_dict().items()})

@@ -100,10 +100,13 @@ def _put_back(losses: torch.Tensor, trained: torch.Tensor | None, targets: torch
     return losses.view_as(targets)
 
 
-def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel=chunk_loss):
+def _run(
+    hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel=chunk_loss, trains_head: bool = True
+):
     """Return the losses (N,) without factors and, if `with_grad`, the gradients of sum(losses * factors).
 
-    hidden: (N, C); weight: (V, C); goals, factors: (N,). The gradients are those of hidden and weight, else None.
+    hidden: (N, C); weight: (V, C); goals, factors: (N,). The gradients are those of hidden and, if `trains_head`, of
+    weight, else None.
     """
     elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
     chunk = max(MIN_TOKENS, elements // len(weight))
@@ -115,7 +118,7 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool,
     goals = goals.clamp(min=0).unsqueeze(1)
     losses = hidden.new_empty(len(goals), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if with_grad else None
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad and trains_head else None
     for start in range(0, len(goals), chunk):
         rows = slice(start, start + chunk)
         logits = F.linear(hidden[rows], weight)
@@ -128,6 +131,8 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool,
         if not with_grad:
             continue
         torch.mm(logits, weight, out=d_hidden[rows])
+        if d_weight is None:
+            continue
         if d_weight.dtype == logits.dtype:
             d_weight.addmm_(logits.T, hidden[rows])
         else:
@@ -138,7 +143,8 @@ def _run(hidden, weight, goals, factors, softcap: float | None, with_grad: bool,
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, goals, factors, softcap: float | None, with_grad: bool, kernel):
-        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel)
+        trains_head = with_grad and ctx.needs_input_grad[1]
+        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel, trains_head)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() if factors is None else (losses * factors).sum(), losses
@@ -146,7 +152,8 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         d_hidden, d_weight = ctx.gradients
-        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), *(None,) * 5
+        d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
+        return d_hidden * grad.to(d_hidden.dtype), d_weight, *(None,) * 5
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -159,5 +166,6 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, goals = ctx.saved_tensors
-        _, d_hidden, d_weight = _run(hidden, weight, goals, grad, ctx.softcap, with_grad=True)
-        return d_hidden, d_weight.to(weight.dtype), None, None
+        trains_head = ctx.needs_input_grad[1]
+        _, d_hidden, d_weight = _run(hidden, weight, goals, grad, ctx.softcap, True, trains_head=trains_head)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None

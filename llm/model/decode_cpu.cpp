@@ -15,6 +15,7 @@ struct Layer {
     const void* values;                  // value embeddings (vocabulary, kv_dim), null: none
     const float* gate;                   // (n_kv_head, gate_channels)
     int64_t window;                      // earlier positions that are seen; -1: all
+    int64_t part, index;                 // part of the cache that holds it, and its number there
     float residual, x0;
 };
 
@@ -30,9 +31,17 @@ struct Model {
     const Layer* layers;
 };
 
-struct Prefix {  // keys and values (n_layer, n_kv_head, room, head_dim), of which `length` places count; -1: not there
+// Part of the cache: keys and values of layers with one window. A row's own token j lies in place j % places. Where
+// there are fewer places than a row has room for, `spare` more than the window, older tokens are overwritten.
+struct Part {
+    void *k, *v;
+    int64_t places, spare;
+    int64_t layer_stride, row_stride, head_stride, place_stride;  // in numbers
+};
+
+struct PrefixPart {  // keys and values (layers of the part, n_kv_head, room, head_dim) of tokens `first` and later ones
     const void *k, *v;
-    int64_t room, length;
+    int64_t room, first;
 };
 
 struct Batch {
@@ -42,10 +51,10 @@ struct Batch {
     const int64_t* rows;      // (n,) row of the cache of each token, null: token i belongs to row i
     const int64_t* at;        // (n,) place of each token among its row's own tokens
     const int64_t* prefix;    // (cache rows,) prefix of every row, -1: none; null: no row has one
-    const Prefix* prefixes;
-    int64_t n_prefixes, cache_rows, room;
-    void *k, *v;              // cache; its strides in numbers follow
-    int64_t layer_stride, row_stride, head_stride, place_stride;
+    const int64_t* lengths;   // (n_prefixes,) tokens of every prefix, -1: not there
+    const PrefixPart* shared; // (n_prefixes, n_parts)
+    const Part* parts;        // (n_parts,)
+    int64_t n_prefixes, n_parts, cache_rows, room;
     void* last_embed;         // (cache rows, n_embd) of the compute type; null: no smear
     const int64_t* outputs;   // (n_outputs,) tokens whose logits are asked for, null: those of all
     int64_t n_outputs;
@@ -84,6 +93,7 @@ struct Pass {
     const Scratch<T> s;
     Team team;
     std::vector<int64_t> groups;  // first token of each group that reads its prefix together, and the end of the last
+    std::vector<int64_t> starts;  // place among its row's own tokens of the first new token of each token's row
     const int64_t d, kv_dim;
     static constexpr int64_t LINE = 64 / sizeof(T);  // numbers of a cache line
 
@@ -94,14 +104,28 @@ struct Pass {
         for (int64_t i = 0; i < b.n; i++)
             if (i == 0 || prefix(i) < 0 || prefix(i) != prefix(i - 1) || i - groups.back() >= most) groups.push_back(i);
         groups.push_back(b.n);
+        for (int64_t i = 0; i < b.n; i++) starts.push_back(i > 0 && row(i) == row(i - 1) ? starts[i - 1] : b.at[i]);
     }
 
     int64_t row(int64_t i) const { return b.rows ? b.rows[i] : i; }
     int64_t prefix(int64_t i) const { return b.prefix ? b.prefix[row(i)] : -1; }
-    int64_t before(int64_t i) const { return prefix(i) < 0 ? 0 : b.prefixes[prefix(i)].length; }
+    int64_t before(int64_t i) const { return prefix(i) < 0 ? 0 : b.lengths[prefix(i)]; }
     int64_t position(int64_t i) const { return before(i) + b.at[i]; }
-    T* place(void* cache, int64_t layer, int64_t i, int64_t head) const {
-        return static_cast<T*>(cache) + layer * b.layer_stride + row(i) * b.row_stride + head * b.head_stride;
+    T* place(void* cache, const Layer& layer, int64_t i, int64_t head) const {
+        const Part& p = b.parts[layer.part];
+        return static_cast<T*>(cache) + layer.index * p.layer_stride + row(i) * p.row_stride + head * p.head_stride;
+    }
+
+    // Number of the turn in which a token is written and attends. Tokens of one turn overwrite nothing that they see.
+    static int64_t turn(const Part& p, int64_t start, int64_t at) {
+        auto number = [&](int64_t j) { return j < p.places ? 0 : (j - p.places) / p.spare + 1; };
+        return number(at) - number(start);
+    }
+    int64_t turn(const Layer& layer, int64_t i) const { return turn(b.parts[layer.part], starts[i], b.at[i]); }
+    static int64_t turns(const Batch& b, const std::vector<int64_t>& starts, const Part& p) {
+        int64_t most = 0;
+        for (int64_t i = 0; i < b.n; i++) most = std::max(most, turn(p, starts[i], b.at[i]));
+        return most + 1;
     }
 
     // ---- parts of a row
@@ -202,8 +226,8 @@ struct Pass {
         rms_norm(turned, d, head);
     }
 
-    // Finishes queries, keys and values of a token and stores the latter two in the cache.
-    void remember(const Layer& layer, int64_t index, int64_t i) const {
+    // Finishes queries, keys and values of a token.
+    void remember(const Layer& layer, int64_t i) const {
         T *q = s.qkv + i * s.all_heads, *k = q + m.n_head * d, *v = k + kv_dim;
         const T* x = s.normed + i * s.c;
         for (int64_t h = 0; h < m.n_kv_head && layer.values; h++) {
@@ -216,9 +240,16 @@ struct Pass {
             });
         }
         for (int64_t h = 0; h < m.n_head + m.n_kv_head && !m.is_gpt2; h++) rotate(q + h * d, position(i));
+    }
+
+    // Stores keys and values of a token in the cache.
+    void keep(const Layer& layer, int64_t i) const {
+        const Part& p = b.parts[layer.part];
+        const T *k = s.qkv + i * s.all_heads + m.n_head * d, *v = k + kv_dim;
+        const int64_t at = b.at[i] % p.places * p.place_stride;
         for (int64_t h = 0; h < m.n_kv_head; h++) {
-            std::copy_n(k + h * d, d, place(b.k, index, i, h) + b.at[i] * b.place_stride);
-            std::copy_n(v + h * d, d, place(b.v, index, i, h) + b.at[i] * b.place_stride);
+            std::copy_n(k + h * d, d, place(p.k, layer, i, h) + at);
+            std::copy_n(v + h * d, d, place(p.v, layer, i, h) + at);
         }
     }
 
@@ -227,14 +258,21 @@ struct Pass {
         float* values;
     };
 
-    // Lets a query see `count` <= BLOCK more keys.
-    void see(Softmax& state, const T* q, const T* k, const T* v, int64_t stride, int64_t count) const {
+    struct Keys {  // `count` <= BLOCK keys and values side by side; from the one with number `split` on, `back` earlier
+        const T *k, *v;
+        int64_t stride, count, split, back;
+    };
+
+    // Lets a query see more keys.
+    void see(Softmax& state, const T* q, const Keys& keys) const {
         alignas(64) float p[BLOCK];
-        const int64_t end = (count + VL - 1) / VL * VL;
-        for (int64_t j = 0; j < count; j++) {
-            for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(v + j * stride + c);
-            p[j] = m.scale * dot(q, k + j * stride, d);
-        }
+        const int64_t stride = keys.stride, count = keys.count, end = (count + VL - 1) / VL * VL;
+        const T *k = keys.k, *v = keys.v;
+        for (int64_t j = 0, stop = keys.split; j < count; stop = count, k -= keys.back * stride, v -= keys.back * stride)
+            for (; j < stop; j++) {
+                for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(v + j * stride + c);
+                p[j] = m.scale * dot(q, k + j * stride, d);
+            }
         vf most = all(state.largest), sums{};
         for (int64_t j = count; j < end; j++) p[j] = -std::numeric_limits<float>::infinity();
         for (int64_t j = 0; j < end; j += VL) most = load(p + j) > most ? load(p + j) : most;
@@ -244,27 +282,32 @@ struct Pass {
         for (int64_t j = 0; j < end; j += VL) sums += load(p + j);
         state.largest = top, state.total = state.total * shrink + sum(sums);
         int64_t c = 0;
-        for (; c + 4 * VL <= d; c += 4 * VL) add_values<4>(state.values + c, p, v + c, stride, count, shrink);
-        for (; c + VL <= d; c += VL) add_values<1>(state.values + c, p, v + c, stride, count, shrink);
+        for (; c + 4 * VL <= d; c += 4 * VL) add_values<4>(state.values + c, p, keys, c, shrink);
+        for (; c + VL <= d; c += VL) add_values<1>(state.values + c, p, keys, c, shrink);
         for (; c < d; c++) {
             float value = state.values[c] * shrink;
-            for (int64_t j = 0; j < count; j++) value += p[j] * to_float(v[j * stride + c]);
+            for (int64_t j = 0; j < count; j++)
+                value += p[j] * to_float(keys.v[(j < keys.split ? j : j - keys.back) * stride + c]);
             state.values[c] = value;
         }
     }
 
     template <int N>
-    static void add_values(float* sums, const float* p, const T* v, int64_t stride, int64_t count, float shrink) {
+    static void add_values(float* sums, const float* p, const Keys& keys, int64_t at, float shrink) {
         vf total[N];
+        const int64_t stride = keys.stride;
+        const T* v = keys.v + at;
         for (int c = 0; c < N; c++) total[c] = load(sums + c * VL) * shrink;
-        for (int64_t j = 0; j < count; j++)
-            for (int c = 0; c < N; c++) total[c] += p[j] * load(v + j * stride + c * VL);
+        for (int64_t j = 0, stop = keys.split; j < keys.count; stop = keys.count, v -= keys.back * stride)
+            for (; j < stop; j++)
+                for (int c = 0; c < N; c++) total[c] += p[j] * load(v + j * stride + c * VL);
         for (int c = 0; c < N; c++) store(sums + c * VL, total[c]);
     }
 
-    // Attention of a group of tokens with one prefix, for the query heads of one key/value head.
-    void attend(const Layer& layer, int64_t index, int64_t group, int64_t head) const {
+    // Attention of the tokens of a turn in a group with one prefix, for the query heads of one key/value head.
+    void attend(const Layer& layer, int64_t group, int64_t head, int64_t now) const {
         const int64_t first = groups[group], end = groups[group + 1], per_kv = m.n_head / m.n_kv_head;
+        if (turn(layer, end - 1) < now || turn(layer, first) > now) return;  // a group in order, as most are
         thread_local std::vector<float> memory;
         memory.assign((end - first) * per_kv * d, 0.0f);
         std::vector<Softmax> states((end - first) * per_kv);
@@ -273,23 +316,28 @@ struct Pass {
         auto query = [&](int64_t i, int64_t h) { return s.qkv + i * s.all_heads + (head * per_kv + h) * d; };
         auto start = [&](int64_t i) { return layer.window < 0 ? 0 : std::max<int64_t>(0, position(i) - layer.window); };
         if (prefix(first) >= 0) {
-            const Prefix& p = b.prefixes[prefix(first)];
-            const int64_t from = (index * m.n_kv_head + head) * p.room * d;
+            const PrefixPart& p = b.shared[prefix(first) * b.n_parts + layer.part];
+            const int64_t from = ((layer.index * m.n_kv_head + head) * p.room - p.first) * d, length = before(first);
             const T *k = static_cast<const T*>(p.k) + from, *v = static_cast<const T*>(p.v) + from;
-            for (int64_t at = 0; at < p.length; at += BLOCK)
+            auto keys = [&](int64_t low, int64_t count) { return Keys{k + low * d, v + low * d, d, count, count, 0}; };
+            for (int64_t at = p.first / BLOCK * BLOCK; at < length; at += BLOCK)
                 for (int64_t i = first; i < end; i++) {
-                    const int64_t low = std::max(at, start(i)), count = std::min(at + BLOCK, p.length) - low;
-                    for (int64_t h = 0; h < per_kv && count > 0; h++)
-                        see(states[(i - first) * per_kv + h], query(i, h), k + low * d, v + low * d, d, count);
+                    const int64_t low = std::max(at, start(i)), count = std::min(at + BLOCK, length) - low;
+                    for (int64_t h = 0; h < per_kv && count > 0 && turn(layer, i) == now; h++)
+                        see(states[(i - first) * per_kv + h], query(i, h), keys(low, count));
                 }
         }
+        const Part& p = b.parts[layer.part];
+        const int64_t stride = p.place_stride;
         for (int64_t i = first; i < end; i++) {
-            const T *k = place(b.k, index, i, head), *v = place(b.v, index, i, head);
-            const int64_t stride = b.place_stride;
-            for (int64_t at = std::max<int64_t>(0, start(i) - before(i)); at <= b.at[i]; at += BLOCK)
-                for (int64_t h = 0; h < per_kv; h++)
-                    see(states[(i - first) * per_kv + h], query(i, h), k + at * stride, v + at * stride, stride,
-                        std::min(BLOCK, b.at[i] + 1 - at));
+            if (turn(layer, i) != now) continue;
+            const T *k = place(p.k, layer, i, head), *v = place(p.v, layer, i, head);
+            for (int64_t at = std::max<int64_t>(0, start(i) - before(i)); at <= b.at[i]; at += BLOCK) {
+                const int64_t count = std::min(BLOCK, b.at[i] + 1 - at), from = at % p.places;
+                const int64_t split = std::min(count, p.places - from);
+                const Keys keys{k + from * stride, v + from * stride, stride, count, split, p.places};
+                for (int64_t h = 0; h < per_kv; h++) see(states[(i - first) * per_kv + h], query(i, h), keys);
+            }
             for (int64_t h = 0; h < per_kv; h++) {
                 const Softmax& state = states[(i - first) * per_kv + h];
                 const float scale = 1.0f / state.total;
@@ -312,9 +360,17 @@ struct Pass {
         product(team, s.normed, b.n, s.c, layer.qkv, [&](int64_t i, int64_t at, int64_t width, const float* y) {
             each(s.qkv + i * s.all_heads + at, width, [&](auto get) { return get(y); });
         });
-        team.share(b.n, [&](int64_t i) { remember(layer, index, i); });
-        team.share((groups.size() - 1) * m.n_kv_head,
-                   [&](int64_t j) { attend(layer, index, j / m.n_kv_head, j % m.n_kv_head); });
+        const int64_t all = turns(b, starts, b.parts[layer.part]);
+        team.share(b.n, [&](int64_t i) {
+            remember(layer, i);
+            if (turn(layer, i) == 0) keep(layer, i);
+        });
+        for (int64_t now = 0; now < all; now++) {
+            if (now > 0)
+                team.share(b.n, [&](int64_t i) { if (turn(layer, i) == now) keep(layer, i); });
+            team.share((groups.size() - 1) * m.n_kv_head,
+                       [&](int64_t j) { attend(layer, j / m.n_kv_head, j % m.n_kv_head, now); });
+        }
         add(s.attended, s.heads, layer.out);
         team.share(b.n, [&](int64_t i) { norm(s.x + i * s.c, layer.norm_2, s.normed + i * s.c); });
         product(team, s.normed, b.n, s.c, layer.fc, [&](int64_t i, int64_t at, int64_t width, const float* y) {
@@ -358,7 +414,9 @@ struct Pass {
 template <class T>
 static void run(const Model& m, const Batch& b, int64_t threads) {
     const Pass<T> pass(m, b, threads);
-    in_parallel(9 * m.n_layer + 8, threads, [&](Team team) {
+    int64_t phases = 8;
+    for (int64_t i = 0; i < m.n_layer; i++) phases += 7 + 2 * pass.turns(b, pass.starts, b.parts[m.layers[i].part]);
+    in_parallel(phases, threads, [&](Team team) {
         Pass<T> own(pass);
         own.team = team;
         own.run();
@@ -372,8 +430,8 @@ static int64_t first_outside(const Model& m, const Batch& b) {
         if (row < 0 || row >= b.cache_rows || b.ids[i] < 0 || b.ids[i] >= m.table_rows) return i;
         if (at < 0 || at >= b.room) return i;
         const int64_t prefix = b.prefix ? b.prefix[row] : -1;
-        if (prefix < -1 || prefix >= b.n_prefixes || (prefix >= 0 && b.prefixes[prefix].length < 0)) return i;
-        if (at + (prefix < 0 ? 0 : b.prefixes[prefix].length) >= m.seq_len) return i;
+        if (prefix < -1 || prefix >= b.n_prefixes || (prefix >= 0 && b.lengths[prefix] < 0)) return i;
+        if (at + (prefix < 0 ? 0 : b.lengths[prefix]) >= m.seq_len) return i;
     }
     return -1;
 }
@@ -382,7 +440,7 @@ extern "C" {
 
 int64_t struct_bytes(int64_t which) {
     return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : which == 2 ? sizeof(Model)
-         : which == 3 ? sizeof(Prefix) : sizeof(Batch);
+         : which == 3 ? sizeof(Part) : which == 4 ? sizeof(PrefixPart) : sizeof(Batch);
 }
 
 int64_t packed_numbers(int64_t n, int64_t k, int64_t is_bf16) {

@@ -15,11 +15,12 @@ import torch
 from llm.model import native
 from llm.model.config import SMEAR_CHANNELS
 from llm.model.gpt import GPT, Block, Linear
-from llm.model.kv_cache import Prefix, SlotCache
+from llm.model.kv_cache import Part, Prefix, SlotCache, layers_by_window
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
+SPARE = 32  # places of a cache beside those of windows: so many tokens of a row attend at a time in layers with one
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 
 
@@ -32,7 +33,7 @@ class _Layer(Structure):
         *((name, _Matrix) for name in ("qkv", "out", "fc", "proj")),
         *((name, c_void_p * 2) for name in ("norm_1", "norm_2")),
         *((name, c_void_p) for name in ("values", "gate")),
-        ("window", c_int64),
+        *((name, c_int64) for name in ("window", "part", "index")),
         *((name, c_float) for name in ("residual", "x0")),
     ]
 
@@ -50,18 +51,25 @@ class _Model(Structure):
     ]
 
 
-class _Prefix(Structure):
-    _fields_ = [("k", c_void_p), ("v", c_void_p), ("room", c_int64), ("length", c_int64)]
+class _Part(Structure):
+    _fields_ = [
+        *((n, c_void_p) for n in "k v".split()),
+        *((n, c_int64) for n in "places spare layer_stride row_stride head_stride place_stride".split()),
+    ]
+
+
+class _PrefixPart(Structure):
+    _fields_ = [("k", c_void_p), ("v", c_void_p), ("room", c_int64), ("first", c_int64)]
 
 
 class _Batch(Structure):
     _fields_ = [
         *((n, c_int64) for n in "n capacity".split()),
         *((n, c_void_p) for n in "ids rows at prefix".split()),
-        ("prefixes", POINTER(_Prefix)),
-        *((n, c_int64) for n in "n_prefixes cache_rows room".split()),
-        *((n, c_void_p) for n in "k v".split()),
-        *((n, c_int64) for n in "layer_stride row_stride head_stride place_stride".split()),
+        ("lengths", POINTER(c_int64)),
+        ("shared", POINTER(_PrefixPart)),
+        ("parts", POINTER(_Part)),
+        *((n, c_int64) for n in "n_prefixes n_parts cache_rows room".split()),
         *((n, c_void_p) for n in "last_embed outputs".split()),
         ("n_outputs", c_int64),
         *((n, c_void_p) for n in "logits scratch".split()),
@@ -78,7 +86,7 @@ def load() -> ctypes.CDLL | None:
         lib.scratch_bytes.argtypes = [c_void_p, c_int64]
         lib.decode.argtypes = [c_void_p, c_void_p, c_int64]
         lib.pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64]
-        structs = (_Matrix, _Layer, _Model, _Prefix, _Batch)
+        structs = (_Matrix, _Layer, _Model, _Part, _PrefixPart, _Batch)
         assert all(lib.struct_bytes(c_int64(i)) == ctypes.sizeof(struct) for i, struct in enumerate(structs))
         lib.is_ready = True
     return lib
@@ -91,6 +99,7 @@ def supports(net) -> bool:
         type(net) is GPT
         and net.config.arch in ("classic", "modern", "gpt2")
         and all(type(block) is Block for block in net.transformer.h)
+        and net.lora is None
         and net.device.type == "cpu"
         and net.compute_dtype in (torch.float32, torch.bfloat16)
         and weights[0] == {torch.Tensor}
@@ -127,6 +136,9 @@ class DecodeStep:
     def _read(self) -> None:
         """Describe the network to the kernel, and pack its matrices."""
         net, c = self.net, self.net.config
+        windows = layers_by_window(net.windows)
+        self._windows, self._n_layers = list(windows), [len(layers) for layers in windows.values()]
+        self._where = {layer: (i, j) for i, layers in enumerate(windows.values()) for j, layer in enumerate(layers)}
         self._layers = (_Layer * c.n_layer)(*(self._layer(i, block) for i, block in enumerate(net.transformer.h)))
         self._model = m = _Model(layers=self._layers)
         for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len"):
@@ -155,6 +167,7 @@ class DecodeStep:
         layer.qkv = self._linear(attn.c_q, attn.c_k, attn.c_v)
         layer.out, layer.fc, layer.proj = map(self._linear, (attn.c_proj, mlp.c_fc, mlp.c_proj))
         layer.window = -1 if attn.window is None else attn.window
+        layer.part, layer.index = self._where[index]
         if c.has_value_embed(index):
             layer.values = self._table(net.value_embeds[str(index)])
             layer.gate = self._numbers(attn.ve_gate.weight)
@@ -252,28 +265,47 @@ class DecodeStep:
 
     def _describe(self, b: _Batch, cache: SlotCache) -> None:
         """Fill in the addresses of a cache. Raises ValueError for one of another shape or dtype."""
-        c, k, v = self.net.config, cache.k, cache.v
-        layers, b.cache_rows, heads, b.room, width = k.shape
-        same = k.shape == v.shape and k.stride() == v.stride() and k.dtype == v.dtype == self.dtype
-        if not (same and (layers, heads, width) == (c.n_layer, c.n_kv_head, c.head_dim) and k.stride(4) == 1):
-            raise ValueError(f"cache of shape {tuple(k.shape)} and {k.dtype} does not fit the model")
-        b.k, b.v = k.data_ptr(), v.data_ptr()
-        b.layer_stride, b.row_stride, b.head_stride, b.place_stride = k.stride()[:4]
+        b.cache_rows, b.room, b.n_parts = cache.rows, cache.room, len(self._windows)
+        windows = [part.window for part in cache.parts]
+        if windows != self._windows:
+            raise ValueError(f"cache for windows {windows} does not fit the model's {self._windows}")
+        b.parts = (_Part * b.n_parts)(*map(self._part, cache.parts, [cache] * b.n_parts))
         b.last_embed = None
-        if c.smear:
-            b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, (b.cache_rows, c.n_embd))
+        if self.net.config.smear:
+            shape = (b.cache_rows, self.net.config.n_embd)
+            b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, shape)
         b.prefix, n = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), len(cache.prefixes)
-        b.n_prefixes, b.prefixes = n, (_Prefix * n)(*map(self._prefix, cache.prefixes))
+        b.n_prefixes, b.lengths = n, (c_int64 * n)(*(-1 if p is None else p.length for p in cache.prefixes))
+        shared = (one for prefix in cache.prefixes for one in self._prefix(prefix))
+        b.shared = (_PrefixPart * (n * b.n_parts))(*shared)
 
-    def _prefix(self, prefix: Prefix | None) -> _Prefix:
+    def _part(self, part: Part, cache: SlotCache) -> _Part:
+        """Describe a part of a cache. Raises ValueError for one of another shape or dtype."""
+        c, k, v = self.net.config, part.k, part.v
+        layers, rows, heads, places, width = k.shape
+        same = k.shape == v.shape and k.stride() == v.stride() and k.dtype == v.dtype == self.dtype
+        fits = (layers, rows, heads, width) == (len(part.layers), cache.rows, c.n_kv_head, c.head_dim)
+        if not (same and fits and k.stride(4) == 1):
+            raise ValueError(f"cache of shape {tuple(k.shape)} and {k.dtype} does not fit the model")
+        spare = places - (part.window or 0)
+        if places < cache.room and (part.window is None or spare < 1):
+            raise ValueError(f"{places} places of {cache.room} do not hold a window of {part.window}")
+        return _Part(k.data_ptr(), v.data_ptr(), places, spare, *k.stride()[:4])
+
+    def _prefix(self, prefix: Prefix | None) -> list[_PrefixPart]:
+        """Describe the parts of a prefix. Raises ValueError where tokens are missing that windows reach."""
         if prefix is None:  # a free place in the list
-            return _Prefix(None, None, 0, -1)
-        c, room = self.net.config, prefix.k.size(2)
-        shape = (c.n_layer, c.n_kv_head, room, c.head_dim)
-        k, v = (self._address("prefix", t, self.dtype, shape) for t in (prefix.k, prefix.v))
-        if not 0 <= prefix.length <= room:
-            raise ValueError(f"a prefix of {prefix.length} tokens in memory for {room}")
-        return _Prefix(k, v, room, prefix.length)
+            return [_PrefixPart()] * len(self._windows)
+        c, found = self.net.config, []
+        for (k, v, first, _), layers, window in zip(prefix.parts, self._n_layers, self._windows, strict=True):
+            room = k.size(2)
+            shape = (layers, c.n_kv_head, room, c.head_dim)
+            addresses = (self._address("prefix", t, self.dtype, shape) for t in (k, v))
+            reach = 0 if window is None else max(0, prefix.length - window)
+            if not (0 <= first <= reach and first <= prefix.length <= first + room):
+                raise ValueError(f"a prefix of {prefix.length} tokens, of which memory holds {room} from {first} on")
+            found.append(_PrefixPart(*addresses, room, first))
+        return found
 
     @staticmethod
     def _address(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple) -> int:

@@ -22,12 +22,13 @@ from llm.model.attention import (
     plain_backend,
     rotary_tables,
 )
+from llm.model.cached_attention import AttentionOptions, SharedPrefixPass, SlotPass
 from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import relu_squared
 from llm.model.fused_ops import rms_norm as norm
-from llm.model.kv_cache import AttentionOptions, SharedPrefixPass, SlotCache, SlotPass
-from llm.model.linear import Linear
+from llm.model.kv_cache import SlotCache
+from llm.model.linear import Linear, Table
 
 
 class LayerNorm(nn.LayerNorm):
@@ -124,6 +125,7 @@ class GPT(nn.Module):
     block_class = Block
     can_share_prefix = True  # `continue_prefixes` works
     has_slots = True  # `new_cache` gives a cache whose rows come and go
+    lora = None  # the shape of its adapter, a llm.model.lora.LoRA
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -136,18 +138,18 @@ class GPT(nn.Module):
         kv_dim = config.n_kv_head * config.head_dim
         self.transformer = nn.ModuleDict(
             {
-                "wte": _table(config.padded_vocab_size, config.n_embd),
+                "wte": Table(config.padded_vocab_size, config.n_embd),
                 "h": nn.ModuleList(self.block_class(config, layer) for layer in range(config.n_layer)),
             }
         )
         if config.arch == "gpt2":
-            self.transformer["wpe"] = _table(config.seq_len, config.n_embd)
+            self.transformer["wpe"] = Table(config.seq_len, config.n_embd)
         self.final_norm = make_norm(config)
         self.lm_head = None if config.tied else Linear(config.n_embd, config.padded_vocab_size)
         self.scalar_head = Linear(config.n_embd, 1) if config.scalar_head else None
         self.value_embeds = nn.ModuleDict(
             {
-                str(layer): _table(config.padded_vocab_size, kv_dim)
+                str(layer): Table(config.padded_vocab_size, kv_dim)
                 for layer in range(config.n_layer)
                 if config.has_value_embed(layer)
             }
@@ -174,7 +176,7 @@ class GPT(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """Weight (padded vocabulary, n_embd) of the head: its own matrix, or the embedding if they are tied."""
-        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+        return (self.transformer.wte if self.lm_head is None else self.lm_head).merged_weight()
 
     @torch.no_grad()
     def init_weights(self, seed: int = 42) -> "GPT":
@@ -313,8 +315,8 @@ class GPT(nn.Module):
         tables = (
             self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
         )
-        values = [None if table is None else F.embedding(ids, table.weight) for table in tables]
-        x = F.embedding(ids, self.transformer.wte.weight)
+        values = [None if table is None else table(ids) for table in tables]
+        x = self.transformer.wte(ids)
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
@@ -323,9 +325,9 @@ class GPT(nn.Module):
             return self.training_forward_blocks(x, values, starts, masks, backend)
         return self.forward_blocks(x, values, starts, masks, backend, cache)
 
-    def new_cache(self, rows: int, room: int) -> SlotCache:
-        """Return an empty cache for `rows` rows of at most `room` tokens each."""
-        return SlotCache(self.config, rows, room, device=self.device, dtype=self.compute_dtype)
+    def new_cache(self, rows: int, room: int, spare: int = 1) -> SlotCache:
+        """Return an empty cache for `rows` rows of at most `room` tokens each; spare: see `SlotCache`."""
+        return SlotCache(self.config, rows, room, device=self.device, dtype=self.compute_dtype, spare=spare)
 
     def continue_prefixes(
         self, prefixes: torch.Tensor, lengths: torch.Tensor, n: int, rest: torch.Tensor
@@ -337,8 +339,9 @@ class GPT(nn.Module):
         """
         cache = self.new_cache(*prefixes.shape)
         one_pass = SlotPass(cache, 0, len(prefixes))
+        one_pass.expect(lengths)
         hidden = self.hidden(prefixes, one_pass)
-        one_pass.advance(prefixes.size(1), lengths)
+        one_pass.advance(prefixes.size(1))
         cache.lengths = lengths.cpu()
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].unsqueeze(1)
         hidden = last.repeat_interleave(n, dim=0)
@@ -382,9 +385,11 @@ class GPT(nn.Module):
         last_only: return logits (B, 1, V) at each row's last true token only.
         """
         is_training = (targets is not None or scalars) and cache is None and torch.is_grad_enabled()
+        if cache is not None:
+            cache.expect(lengths)
         hidden = self.hidden(ids, cache, is_training)
         if cache is not None:
-            cache.advance(ids.size(1), lengths)
+            cache.advance(ids.size(1))
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
@@ -400,9 +405,13 @@ class GPT(nn.Module):
         return found if numbers is None else (found, numbers)
 
 
-def _table(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding whose weights are left to `GPT.init_weights`."""
-    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+def with_weights(net: GPT, weights: dict[str, torch.Tensor]) -> GPT:
+    """Return a network of the same shape, for generation, that holds the tensors `weights` by name; none is copied."""
+    with torch.device("meta"):
+        copy = type(net)(net.config)
+    copy.load_state_dict(weights, assign=True)
+    copy.compute_dtype = net.compute_dtype
+    return copy.to(net.device).eval()
 
 
 # Numbers are drawn on the CPU, so that every device starts from equal weights.

@@ -1,4 +1,7 @@
-"""Explicit precision: fp32 master weights, one compute dtype, and a `Linear` that casts; no autocast."""
+"""Explicit precision: fp32 master weights, one compute dtype, and a `Linear` that casts; no autocast.
+
+`Linear` and `Table` may hold a low-rank adapter (see `llm.model.lora`).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,27 @@ from llm.model.fp8 import MULTIPLE, fp8_linear, takes_fp8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Linear(nn.Linear):
+class LowRank(nn.Module):
+    """Part of a layer with a matrix `weight` (out, in) to which a product of thin matrices may be added.
+
+    lora_A: (rank, in), lora_B: (out, rank), None without an adapter; lora_scale: factor on their product.
+    """
+
+    lora_scale = 1.0
+
+    def hold_adapter(self) -> None:
+        """Make room for an adapter; names of weights do not change before there is one."""
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+
+    def merged_weight(self) -> torch.Tensor:
+        """Return the weight (out, in) with the adapter's product added, or without an adapter the weight itself."""
+        if self.lora_A is None:
+            return self.weight
+        return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.lora_scale)
+
+
+class Linear(nn.Linear, LowRank):
     """Linear layer that multiplies in the dtype of its input, whatever dtype its weight is stored in.
 
     `GPT.init_weights` fills the weights, so building a layer draws no random numbers.
@@ -20,6 +43,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
+        self.hold_adapter()
 
     def reset_parameters(self) -> None:
         pass
@@ -27,7 +51,24 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fp8 and torch.is_grad_enabled() and takes_fp8(x):
             return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.lora_A is None:
+            return y
+        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)) * self.lora_scale, self.lora_B.to(x.dtype))
+
+
+class Table(nn.Embedding, LowRank):
+    """Embedding table (rows, width) whose weights are left to `GPT.init_weights`."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__(rows, width, _weight=torch.empty(rows, width))
+        self.hold_adapter()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(ids, self.weight)
+        if self.lora_A is None:
+            return rows
+        return rows + F.embedding(ids, self.lora_B) * self.lora_scale @ self.lora_A
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -9,22 +9,39 @@ from llm.optim.muon_adamw import MUON_NEEDS
 from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import adam_lr_scale
 
+LORA_BETAS, LORA_EPS = (0.9, 0.999), 1e-8  # AdamW's own
+
 
 def build_optimizer(
     net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0, optimizer: type = GroupOptimizer
 ) -> GroupOptimizer:
     """Build the optimizer of a GPT that the config group `optim` names, as an `optimizer` (GroupOptimizer or a kind).
 
-    lr_scale multiplies the learning rates of all groups, decay_scale the weight decay of those with `decays`. Raises
-    UserError for a name that does not exist, ValueError where a parameter is not in exactly one group.
+    lr_scale multiplies the learning rates of all groups, decay_scale the weight decay of those with `decays`. A network
+    with an adapter has a group of its own. Raises UserError for a name that does not exist, and where a trained
+    parameter is not in exactly one group.
     """
-    groups = OPTIMIZERS.get(optim.name, "optim.name")(net, optim)
+    if getattr(net, "lora", None) is not None:
+        groups = lora_groups(net)
+    else:
+        groups = OPTIMIZERS.get(optim.name, "optim.name")(net, optim)
+        for group in groups:
+            group["lr"] = group["lr"] * lr_scale
+            if group.get("decays"):
+                group["weight_decay"] = group["weight_decay"] * decay_scale
     check_groups(net, groups)
-    for group in groups:
-        group["lr"] = group["lr"] * lr_scale
-        if group.get("decays"):
-            group["weight_decay"] = group["weight_decay"] * decay_scale
     return optimizer(groups)
+
+
+def lora_groups(net: nn.Module) -> list[dict]:
+    """Return the group of an adapter, whatever optimizer is configured: AdamW without decay, at the adapter's own rate.
+
+    AdamW is what the field trains adapters with. Muon would give all directions of an update one length, also those
+    that hold noise alone, and of the thin matrices all are in use. The rate is taken as it is: rates of another
+    optimizer, and shares of them, say nothing about it.
+    """
+    params = [p for p in net.parameters() if p.requires_grad]
+    return [{"kind": "adamw", "params": params, "lr": net.lora.lr, "betas": LORA_BETAS, "eps": LORA_EPS}]
 
 
 def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
@@ -92,10 +109,11 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def check_groups(net: nn.Module, groups: list[dict]) -> None:
-    """Raise UserError where a parameter of the network is in no group, or in more than one."""
+    """Raise UserError where a trained parameter of the network is in no group, or in more than one."""
     counts: dict[int, int] = {}
     for p in (p for group in groups for p in group["params"]):
         counts[id(p)] = counts.get(id(p), 0) + 1
-    wrong = [f"{name} is in {counts.get(id(p), 0)}" for name, p in net.named_parameters() if counts.get(id(p)) != 1]
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    wrong = [f"{name} is in {counts.get(id(p), 0)}" for name, p in trained if counts.get(id(p)) != 1]
     if wrong:
         raise UserError(f"every parameter must be in one group of the optimizer: {', '.join(wrong[:5])}")

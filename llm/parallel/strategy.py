@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from llm.errors import UserError
 from llm.model.gpt import GPT, build_network
+from llm.model.lora import add_adapter
 from llm.parallel.collectives import world_size
 from llm.parallel.env import is_launched
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
@@ -111,6 +112,8 @@ def full_model(net: GPT) -> GPT:
     if not isinstance(net, FSDPModule):
         return net
     whole = build_network(net.config)
+    if net.lora is not None:
+        add_adapter(whole, net.lora)
     whole.load_state_dict({name: p.full_tensor() for name, p in net.state_dict().items()}, assign=True)
     whole.compute_dtype = net.compute_dtype
     return whole.to(net.device)

@@ -124,6 +124,15 @@ _scores: dict[str, Kind] = {
 }
 SCORES = mapping(_scores | {"other_data": mapping(others=mapping(_scores))})
 BEST = mapping({"step": whole(), "bpb": real()}, needs=("step", "bpb"))
+ADAPTER = mapping(
+    {
+        **dict.fromkeys(("format_version", "rank"), whole(1, 1 << 16)),
+        **dict.fromkeys(("alpha", "lr"), real(1e-12, 1e12)),
+        "targets": listing(one_of("attention", "mlp", "head", "embedding", "value_embeds"), (1, 5)),
+        "base": maybe(text),
+    },
+    needs=("format_version", "rank", "alpha", "lr", "targets", "base"),
+)
 EXAMPLES = mapping({"questions": listing(text, (0, 20))}, needs=("questions",))  # of model/
 ROLLBACKS = mapping({"count": whole(), "left_out": mapping(others=whole())}, needs=("count", "left_out"))
 CHECKSUMS = mapping(others=mapping({"bytes": whole(), "sha256": text, "saved": text, "xxh3": text}, needs=("bytes",)))

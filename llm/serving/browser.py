@@ -1,8 +1,8 @@
 """The chat in the browser (Gradio): its components, and the events between them and `llm.serving.talk`.
 
-`build` makes the page, and `PAGE` holds what belongs to its looks, both for `launch` here and for `mount_gradio_app`.
-The conversation lives in a session of the server, as a `Talk`, with the content parts that the model produced; what the
-browser shows is a rendering of it. After every answer the browser is told the chat, which it keeps (page.js). Nothing
+`build` makes the page, and `mount` puts it into the server's application, with its looks (`PAGE`). The conversation
+lives in a session of the server, as a `Talk`, with the content parts that the model produced; what the browser shows is
+a rendering of it. After every answer the browser is told the chat, which it keeps (page.js). Nothing
 is loaded from outside: the fonts are the system's and Gradio's analytics are off. gr.HTML is of no use here: it needs
 `eval`, which the guard's Content-Security-Policy forbids.
 """
@@ -13,15 +13,10 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.middleware import Middleware
 
 from llm.inference.sampling import SamplingParams
-from llm.serving.guard import Guard
 from llm.serving.models import Models
-from llm.serving.rendering import markdown
-from llm.serving.talk import MAX_MESSAGE, NONE, Handlers, Talk, title
-
-__all__ = ["MAX_MESSAGE", "PAGE", "build", "launch", "markdown", "mount"]
+from llm.serving.talk import NONE, Handlers, Talk, title
 
 MAX_VISITORS = 50  # conversations in memory; the one that waited longest is forgotten first
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # Gradio keeps 10,000 otherwise, four of every turn
@@ -42,24 +37,10 @@ def mount(app: FastAPI, demo: gr.Blocks) -> None:
     gr.mount_gradio_app(app, demo, path="/", **PAGE)
 
 
-def launch(demo: gr.Blocks, host: str, port: int, public_names: Sequence[str] = ()) -> None:
-    """Start the server in the background of this process, behind a guard (llm.serving.guard)."""
-    demo.launch(
-        server_name=host,
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        app_kwargs={"middleware": [Middleware(Guard, host=host, public_names=public_names)]},
-        state_session_capacity=MAX_VISITORS,
-        **PAGE,
-    )
-
-
 def build(models: Models, params: SamplingParams) -> gr.Blocks:
     """Build the page: chats, title, conversation, question box, settings. By the Tab key they follow in this order."""
     with gr.Blocks(title=f"Fathom: {models.first}", fill_height=True, analytics_enabled=False) as demo:
-        demo.state_session_capacity = MAX_VISITORS  # `launch` has an argument for it, `mount_gradio_app` has none
+        demo.state_session_capacity = MAX_VISITORS
         handlers = Handlers(models, params)
         _Page(handlers).connect(demo)
     return demo.queue(max_size=32)
@@ -155,7 +136,7 @@ class _Page:
         self.stored.change(handlers.restore, [self.stored, self.state], whole, **quick)
         demo.load(handlers.rest, self.state, [self.question, self.told], **quick)  # page.js waits for it
         for chosen in (self.model, self.other):
-            chosen.input(handlers.choose, [self.model, self.other, self.state], whole, **private)
+            chosen.input(handlers.choose, [self.model, self.other, self.state], whole, **quick)
 
 
 def _chatbot(number: int, examples: Sequence[str]) -> gr.Chatbot:

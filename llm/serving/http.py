@@ -106,7 +106,10 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
         first = await pools.start(source.model, pools.devices)
         defaults = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         defaults["max_new_tokens"] = params.max_new_tokens
-        service = Service(first.engine.pool, first.engine.tokenizer, first.name, defaults, cfg.api.timeout)
+        engine = first.engine
+        service = Service(
+            engine.pool, engine.tokenizer, first.name, defaults, cfg.api.timeout, truncates=cfg.api.truncation == "auto"
+        )
         log_to_stderr()
         app = build_app(service, cfg.api.access_key, cfg.api.origins, cfg.api.log)
         if cfg.ui == "gradio":

@@ -1,7 +1,7 @@
 """Models that a chat can switch to: the finished stages of the runs folder, loaded when they are wanted."""
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 from llm.config.stages import row_or_stranger
@@ -10,6 +10,10 @@ from llm.run.stage_folder import RunDir, find_stage, list_runs, readable_stages
 from llm.serving.chat import ChatModel, load_chat_model
 
 KEPT = 2  # models in memory: as many as are compared side by side
+
+
+class MadeRoom(UserError):
+    """A model had to make room for another just before it was asked; `Models.get` loads it again."""
 
 
 class Models:
@@ -24,7 +28,9 @@ class Models:
     def __init__(self, first: ChatModel, root: str | Path | None = None, verify: bool = True):
         self.first, self.root, self.verify = first.name, root, verify
         self._loaded = OrderedDict({first.name: first})
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of `_loaded`
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of who loads a model
+        self._places = threading.Semaphore(KEPT)
 
     def names(self) -> list[str]:
         """Return the names of all models there are now: of the first one's run, then of the other runs."""
@@ -34,17 +40,33 @@ class Models:
         return list(dict.fromkeys([self.first, *found]))
 
     def get(self, name: str) -> ChatModel:
-        """Return a model, loaded if it was not. Raises UserError for a name that is not offered, or will not load."""
-        with self._lock:
-            if name not in self._loaded:
-                if name not in self.names():
-                    raise UserError(f"there is no model {name[:80]!r} here; choose one of {', '.join(self.names())}")
+        """Return a model, loaded if it was not. Raises UserError for a name that is not offered, or will not load.
+
+        Who wants a model that is there does not wait for others to be loaded; `KEPT` of them are loaded at a time.
+        """
+        if (model := self._find(name)) is not None:
+            return model
+        if name not in (names := self.names()):
+            raise UserError(f"there is no model {name[:80]!r} here; choose one of {', '.join(names)}")
+        with self._locks[name], self._places:
+            if (model := self._find(name)) is None:  # nobody else has loaded it meanwhile
                 model = self._load(name)
-                while (out := self._surplus()) is not None:
-                    self._unload(self._loaded.pop(out))
-                self._loaded[name] = model
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+                self._keep(name, model)
+        return model
+
+    def _find(self, name: str) -> ChatModel | None:
+        """Return a model that is there, from now on the last one to go; None for any other."""
+        with self._lock:
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+            return self._loaded.get(name)
+
+    def _keep(self, name: str, model: ChatModel) -> None:
+        """Put a model among those that are there; others make room."""
+        with self._lock:
+            while (out := self._surplus()) is not None:
+                self._unload(self._loaded.pop(out))
+            self._loaded[name] = model
 
     def _load(self, name: str) -> ChatModel:
         """Load a model that is offered. Raises UserError where it cannot be loaded."""

@@ -28,6 +28,7 @@ SLACK = 4  # a worker may have this many rows more than the least loaded one and
 PAUSES = (1.0, 30.0)  # seconds before a worker that died is started again: at first, and at most
 HEALTHY_SECONDS = 60.0  # a worker that lived this long begins again with the shortest pause
 POLL_SECONDS = 0.05  # between two looks whether the answers of a pool that ends are done
+SHUTTING_DOWN = "the server is shutting down"
 END_SECONDS = 5.0  # a worker that has lost its socket ends by itself in this time
 
 
@@ -197,7 +198,7 @@ class Pool:
     def __init__(self, source: Source, devices: Sequence[str], *, rows: int, queue: int, threads: int | None = None):
         self.source, self.rows, self.queue, self.threads = source, rows, queue, threads
         self.workers = [Worker(index, device) for index, device in enumerate(devices)]
-        self.is_draining, self.why = False, "the server is shutting down"
+        self.is_draining = self.is_retired = False
         self.facts: dict[str, Any] = {}  # about the model that every worker has loaded
         self.seconds = 1.0  # a job takes, lately
         self._numbers = itertools.count()
@@ -230,7 +231,7 @@ class Pool:
 
     async def retire(self) -> None:
         """Take no more jobs, wait for the end of those under way, and end the workers."""
-        self.is_draining, self.why = True, "the model has made room for another; ask again"
+        self.is_draining = self.is_retired = True
         while self.outstanding:
             await asyncio.sleep(POLL_SECONDS)
         await self.close()
@@ -250,7 +251,7 @@ class Pool:
         there, or the form cannot be sent.
         """
         if self.is_draining:
-            raise unavailable(self.why, 5)
+            raise unavailable("the model has made room for another" if self.is_retired else SHUTTING_DOWN, 5)
         capacity = len(self.workers) * self.rows + self.queue
         if self.outstanding and self.outstanding + n * len(prompts) > capacity:
             raise too_busy(self._wait_seconds())
@@ -285,7 +286,7 @@ class Pool:
         for worker in self.workers:
             for job in list(worker.jobs.values()):
                 worker.send(("abort", job.number))
-                job.fail(unavailable("the server is shutting down", 5))
+                job.fail(unavailable(SHUTTING_DOWN, 5))
             worker.jobs.clear()
 
     def _choose(self, prompt: Sequence[int]) -> Worker:

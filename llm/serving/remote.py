@@ -16,7 +16,7 @@ from llm.inference.sampling import SamplingParams
 from llm.run.stage_folder import find_stage
 from llm.serving.chat import ChatModel
 from llm.serving.errors import ApiError
-from llm.serving.models import KEPT, Models
+from llm.serving.models import KEPT, MadeRoom, Models
 from llm.serving.pool import Batch, Event, Pool
 
 
@@ -34,7 +34,10 @@ class RemoteEngine:
 
 
 class RemoteStream:
-    """Answer of one row; `finish_reasons` is [None] until it has ended. Raises UserError where the server refuses."""
+    """Answer of one row; `finish_reasons` is [None] until it has ended.
+
+    Raises MadeRoom where the workers are gone for another model's sake, UserError where they refuse or fail.
+    """
 
     def __init__(self, engine: RemoteEngine, prompt: Sequence[int], params: SamplingParams):
         self.engine, self.finish_reasons = engine, [None]
@@ -54,7 +57,7 @@ class RemoteStream:
     def __iter__(self) -> Iterator[list[Event]]:
         while (news := self._news.get()) is not None:
             if isinstance(news, Exception):
-                raise UserError(str(news))
+                raise (MadeRoom if self.engine.pool.is_retired else UserError)(str(news))
             self.finish_reasons = [news[-1].finish_reason]
             if events := [event for event in news if event.id is not None]:
                 yield events

@@ -16,13 +16,14 @@ import gradio as gr
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.serving.chat import ChatModel, Message, Reply
-from llm.serving.models import Models
+from llm.serving.models import MadeRoom, Models
 from llm.serving.rendering import display, escape, typed
 from llm.serving.saved_chat import MOST_MESSAGES, Chat, Thread, chat_from
 from llm.utils.files import parse_json
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
 MAX_MESSAGE = 8_000  # characters
+TRIES = 3  # to answer with a model that others make leave again and again
 NONE = "none"  # no second model
 
 
@@ -173,7 +174,7 @@ class Handlers:
         """Let the models answer in turns, token by token, until all have ended, or the talk has gone on."""
         threads, replies = talk.chat.threads, {}
         for number, thread in enumerate(threads):
-            replies[number] = self.models.get(thread.model).answer(talk.chat.prompt(number), params)
+            replies[number] = self._replies(thread.model, talk.chat.prompt(number), params)
         next_frame, begun = 0.0, set()
         try:
             while replies:
@@ -192,6 +193,16 @@ class Handlers:
         finally:
             for stream in replies.values():
                 stream.close()
+
+    def _replies(self, name: str, messages: list[Message], params: SamplingParams) -> Iterator[Reply]:
+        """Let a model answer. One that has made room for another between two steps is loaded again."""
+        for _ in range(TRIES):
+            try:
+                yield from self.models.get(name).answer(messages, params)
+                return
+            except MadeRoom as error:
+                made_room = error
+        raise made_room
 
     def rest(self, talk: Talk) -> tuple:
         """Return the box with its present button, and the chat for the browser to keep."""

@@ -11,15 +11,17 @@ from llm.data.loader import StepLayout
 from llm.errors import UserError
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
 from llm.model.gpt import GPT, build_network
+from llm.model.lora import ALPHA, DEFAULT_TARGETS, LEARNING_RATE, LoRA, add_adapter
 from llm.optim.build import build_optimizer
 from llm.parallel import collectives
 from llm.parallel.launch import processes
-from llm.run.content import check_content
+from llm.run.content import check_content, fingerprints
 from llm.run.notes import content_note, say
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.micro_batch import resolve_rows
 from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
 from tasks import Cache, build_task
 
@@ -44,13 +46,17 @@ def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Toke
     """Load network and tokenizer of the parent's model/ folder, and print what was taken.
 
     scalar_head: whether the network is to have one; a new one is zero, one that is not wanted is left out. The context
-    may be longer than the parent's. Raises UserError where the configured model differs otherwise.
+    may be longer than the parent's, and document masks may be switched. Raises UserError where the configured model
+    differs otherwise.
     """
     net, tokenizer = load_model_folder(parent, verify=cfg.verify)
+    check_adapter(cfg)
     check_vocab_size(cfg, tokenizer.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
         net = with_longer_context(net, wanted)
+    if (wanted.bos_id is None) != (net.config.bos_id is None):
+        net = with_document_masks(net, wanted)
     check_same_model(wanted, net.config, parent)
     if net.config.scalar_head != scalar_head:
         net = with_scalar_head(net, scalar_head)
@@ -60,7 +66,39 @@ def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Toke
         f"weights ({num_params(c)['total']:,} parameters), tokenizer ({tokenizer.vocab_size:,} tokens), shape "
         f"({c.arch}, {c.n_layer} layers, {c.n_embd} wide, context {c.seq_len})",
     )
-    return net, tokenizer
+    return with_adapter(net, parent, cfg), tokenizer
+
+
+def with_adapter(net: GPT, parent: Path, cfg) -> GPT:
+    """Give a network the adapter that `model.lora` asks for, if any; its base is the model folder `parent`.
+
+    Raises UserError for targets that the network lacks.
+    """
+    wanted = cfg.model.lora
+    if not wanted.rank:
+        return net
+    targets = DEFAULT_TARGETS if wanted.targets is None else dict.fromkeys(wanted.targets)
+    base = fingerprints(parent, weigh=True)["weights"]
+    shape = LoRA(wanted.rank, wanted.alpha or ALPHA, tuple(targets), wanted.lr or LEARNING_RATE, base)
+    add_adapter(net, shape, cfg.seed)
+    if collectives.is_main():
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        print(f"adapter of rank {shape.rank} on {', '.join(targets)}: {trained:,} parameters are trained", flush=True)
+    return net
+
+
+def check_adapter(cfg) -> None:
+    """Raise UserError where keys of `model.lora` do not go together, or not with fp8."""
+    wanted = cfg.model.lora
+    given = [name for name in ("alpha", "targets", "lr") if wanted[name] is not None]
+    if given and not wanted.rank:
+        raise UserError(
+            f"model.lora.{given[0]}: there is no adapter without a rank; set model.lora.rank=8, or leave it out"
+        )
+    if wanted.rank and wanted.targets is not None and not wanted.targets:
+        raise UserError("model.lora.targets=[]: an adapter needs a matrix; leave the key out, or name attention or mlp")
+    if wanted.rank and cfg.precision.fp8:
+        raise UserError("model.lora.rank: not tested with fp8; set precision.fp8=false or model.lora.rank=null")
 
 
 def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
@@ -90,21 +128,49 @@ def with_scalar_head(net: GPT, wanted: bool) -> GPT:
     return other.to(net.device)
 
 
+def with_document_masks(net: GPT, wanted: GPTConfig) -> GPT:
+    """Return a network with the weights of `net` that keeps the documents of a row apart, or not, as `wanted` does."""
+    other = build_network(replace(net.config, bos_id=wanted.bos_id))
+    other.load_state_dict(net.state_dict())
+    if collectives.is_main():
+        how = "a token sees the whole row" if wanted.bos_id is None else "a token sees its own document only"
+        print(f"document masks switched: from this stage on {how}", flush=True)
+    return other
+
+
 def load_tokenizer(parent: Path, cfg) -> Tokenizer:
     """Load the tokenizer of the parent's model/ folder for a fresh network, and print what was taken.
 
-    Raises UserError for arch.rope_scaling, which stretches the context of a trained network.
+    Raises UserError for arch.rope_scaling, which stretches the context of a trained network, and for an adapter.
     """
     if cfg.arch.get("rope_scaling"):
         raise UserError(
             f"arch.rope_scaling={cfg.arch.rope_scaling}: a fresh network is trained at its full context; set it to "
             "null, or give a trained parent by init_from and a larger model.seq_len"
         )
+    if cfg.model.lora.rank:
+        raise UserError(
+            f"model.lora.rank={cfg.model.lora.rank}: a fresh network has no weights to keep; set it to null, or give a "
+            "trained parent by init_from"
+        )
     tokenizer = Tokenizer.load(parent)
     check_content(parent, cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
     say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
     return tokenizer
+
+
+def optimizer_state(cfg, parent: Path, net: GPT) -> dict | None:
+    """Return the optimizer state that training begins with: the parent's if stage.warm_start, else None."""
+    if not cfg.stage.warm_start:
+        return None
+    if not holds_weights(parent):
+        raise UserError(f"stage.warm_start=true: {parent} holds no weights; name a model with init_from=<run>/pretrain")
+    if cfg.model.lora.rank:
+        raise UserError("stage.warm_start=true: an adapter begins with a fresh optimizer; set stage.warm_start=false")
+    state = parent_optimizer(parent, net, cfg.optim)
+    say_taken(parent, "optimizer state (stage.warm_start=true)")
+    return state
 
 
 def say_taken(parent: Path, parts: str) -> None:

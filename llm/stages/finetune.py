@@ -6,6 +6,7 @@ The two differ in their configuration alone: the mixture, `stage.train_on`, lear
 from pathlib import Path
 from typing import NamedTuple
 
+from callbacks.noise import EmbeddingNoise
 from llm.config.stages import stage_row
 from llm.data.balance import FEW_STEPS, Reading
 from llm.data.conversations import Forecast, forecast
@@ -22,6 +23,7 @@ from llm.stages.common import (
     learning_rates,
     load_parent,
     model_facts,
+    optimizer_state,
     step_context,
     steps_layout,
     task_cache,
@@ -64,13 +66,15 @@ def build(cfg, parent: Path) -> BuiltStage:
         val_batches=val_batches,
         eval_tasks=chat_tasks,
         prompts=questions(held_out),
+        optimizer_state=optimizer_state(cfg, parent, net),
         **scales,
     )
     derived = model_facts(net.config, cfg, total, tokens, layout.micro_per_step)
     derived |= {"conversations": len(train), "epochs": epochs} | learning_rates(net, cfg, **scales)
     module = StepModule(net, cfg.optim, stage, context)
     data = StepData(lambda position: loader(train, layout, position))
-    return BuiltStage(module, data, derived, reading=reading(train, expected))
+    noise = [] if stage.neftune_alpha is None else [EmbeddingNoise(stage.neftune_alpha, seed)]
+    return BuiltStage(module, data, derived, noise, reading=reading(train, expected))
 
 
 def horizon(cfg, expected: Forecast) -> Horizon:

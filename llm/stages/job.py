@@ -40,7 +40,7 @@ class Job:
             "parent": None if self.parent is None else str(self.parent),
             "parent_id": identity(self.parent),
             "format": FORMAT,
-            "parents": {key: fingerprints(path) for key, path in self.models.items()},
+            "parents": {key: fingerprints(path, self.has_adapter) for key, path in self.models.items()},
             "config": self.config,
             **code_version(),
             "environment": environment(),
@@ -48,6 +48,11 @@ class Job:
         }
         if self.further:
             self.manifest["further"] = {key: [str(path), identity(path)] for key, path in self.further.items()}
+
+    @property
+    def has_adapter(self) -> bool:
+        """Return whether the stage trains an adapter: its checkpoints are worth nothing beside another base."""
+        return bool((self.config["model"].get("lora") or {}).get("rank"))
 
     @property
     def models(self) -> dict[str, Path]:

@@ -39,14 +39,13 @@ from llm.stages.common import (
     load_tokenizer,
     lr_scale,
     model_facts,
-    say_taken,
+    optimizer_state,
     step_context,
     steps_layout,
 )
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import left_out, plan_text
-from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -134,17 +133,6 @@ def check_keeps_best(cfg) -> None:
             "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
             "stage.eval_every=100, or stage.keep_best=null"
         )
-
-
-def optimizer_state(cfg, parent: Path, net: GPT) -> dict | None:
-    """Return the optimizer state that training begins with: the parent's if stage.warm_start, else None."""
-    if not cfg.stage.warm_start:
-        return None
-    if not holds_weights(parent):
-        raise UserError(f"stage.warm_start=true: {parent} holds no weights; name a model with init_from=<run>/pretrain")
-    state = parent_optimizer(parent, net, cfg.optim)
-    say_taken(parent, "optimizer state (stage.warm_start=true)")
-    return state
 
 
 class Text(NamedTuple):

@@ -341,7 +341,7 @@ class RolloutSteps:
         rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
         rendered = [render(self.engine.tokenizer, row, limit) for row in rows]
         ids = [one.document.ids.tolist() for one in rendered]
-        masks = [one.document.mask.astype(int).tolist() for one in rendered]
+        masks = [(one.document.mask > 0).astype(int).tolist() for one in rendered]
         self.balance += of_conversations(rendered)
         n_rehearsed, n_tokens = counts(ids, masks)
         weight = self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)

@@ -21,6 +21,7 @@ from llm.data.loader import positions_for
 from llm.errors import BadLoss
 from llm.model.config import flops_per_token
 from llm.model.gpt import GPT
+from llm.model.lora import is_trained
 from llm.optim.build import build_optimizer
 from llm.optim.optimizer import GroupOptimizer
 from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
@@ -66,6 +67,7 @@ class StepModule(L.LightningModule):
         self.objective, self.sums = objective, Sums()
         self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
         self.automatic_optimization = False
+        self.strict_loading = net.lora is None  # checkpoints hold an adapter without its base
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
         self.scaler = None  # set where the network computes in fp16
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
@@ -199,6 +201,7 @@ class StepModule(L.LightningModule):
         return batch | {"micro": micro}  # the loader's state stays on the host
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["state_dict"] = self.kept(checkpoint["state_dict"])
         checkpoint["fathom"] = {
             "tokens": self.progress.tokens,
             "window": self.step_log.state_dict(),
@@ -207,6 +210,13 @@ class StepModule(L.LightningModule):
         }
         if self.scaler is not None:
             checkpoint["fathom"]["scaler"] = self.scaler.state_dict()
+
+    def kept(self, weights: dict) -> dict:
+        """Return the weights that a checkpoint holds: of a network with an adapter, those that are trained.
+
+        The base is the parent, by its fingerprint in `origin`.
+        """
+        return weights if self.net.lora is None else {name: w for name, w in weights.items() if is_trained(name)}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         state = checkpoint["fathom"]

@@ -59,7 +59,7 @@ def needed(module) -> Any:
     groups = build_optimizer(module.net, module.optim_config).param_groups
     return Needed(
         module.context.total_steps,
-        facts(module.state_dict()),
+        facts(module.kept(module.state_dict())),
         [{name: group[name] for name in (*always, *rule_of(group).needs)} for group in groups],
         [
             facts(rule_of(group).new_state(group, torch.empty_like(parameter, device="meta")))

@@ -57,8 +57,11 @@ def validate_conversation(conversation: Any, where: str = "", complete: bool = T
                 )
         if type(message.get("content")) is not str:
             _validate_content(message.get("content"), role, f"{prefix}message {i + 1} ({role})")
-        if "train" in message and not isinstance(message["train"], bool):
-            raise UserError(f"{prefix}message {i + 1} ({role}): train must be true or false, got {message['train']!r}")
+        if "train" in message and not _is_weight(message["train"]):
+            raise UserError(
+                f"{prefix}message {i + 1} ({role}): train must be true, false or a number between 0 and 1, got "
+                f"{_short(message['train'])}"
+            )
     if len(messages) == first:
         raise UserError(f"{prefix}the conversation has a system message only; add a user message")
     if complete and messages[-1]["role"] != "assistant":
@@ -111,18 +114,18 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 def render_conversation(
     tok: "Tokenizer", conversation: Mapping[str, Any], max_tokens: int | None = None, train_all: bool = False
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[float]]:
     """Return token ids and loss mask, both cut to `max_tokens`. Raises UserError for a malformed conversation.
 
     The mask is 1 on everything the assistant has to produce: its text, its calculator calls with both marks, and the
     end of its turn. It is 0 on bos, user turns, the start of the assistant's turn and calculator output, all of which
-    are 1 with `train_all`. An answer with "train": False is 0 in both cases.
+    are 1 with `train_all`. An answer with "train": False is 0 in both cases, one with "train": 0.5 has 0.5 for 1.
     """
     validate_conversation(conversation, complete=False)
     rest = int(train_all)  # the mask of what the assistant need not produce
     ids, mask = [tok.bos_id], [rest]
 
-    def add(new_ids: list[int], trained: int) -> None:
+    def add(new_ids: list[int], trained: float) -> None:
         ids.extend(new_ids)
         mask.extend([trained] * len(new_ids))
 
@@ -138,7 +141,7 @@ def render_conversation(
                 start, end = PART_MARKS[kind]
                 part_ids = [tok.special_id(start), *part_ids, tok.special_id(end)]
             add(part_ids, (rest if kind == "python_output" else 1) * trained)
-        add([tok.special_id("<|assistant_end|>")], int(trained))
+        add([tok.special_id("<|assistant_end|>")], 1 * trained)
     return ids[:max_tokens], mask[:max_tokens]
 
 
@@ -174,7 +177,12 @@ def _validate_content(content: Any, role: str, where: str) -> None:
             raise UserError(f'{where}: a part is {{"type": {" | ".join(allowed)}, "text": string}}, got {_short(part)}')
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, bool]]:
+def _is_weight(value: Any) -> bool:
+    """Return whether a message may have this value of `train`: a truth, or a factor between 0 and 1 on its loss."""
+    return isinstance(value, bool) or (isinstance(value, float) and 0 < value < 1)
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, float]]:
     """Return (role, content, trained) of user and assistant turns; a system message leads the first user text."""
     turns = [(m["role"], m["content"], m.get("train", True)) for m in messages]
     if messages[0]["role"] != "system":

@@ -21,9 +21,8 @@ SCREENSHOTS += ("9-side-by-side", *(f"5-{look.replace(' ', '-')}" for look in LO
 ANYTHING = "I am Fathom, a small language model. Ask me anything!"
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> dict:
-    """Record of what the browser saw in one session with the chat."""
+def browser_or_skip() -> str:
+    """Path of Chromium; where it or what drives it is missing, the test is skipped."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     missing = [
         *([] if chromium else ["chromium"]),
@@ -32,6 +31,13 @@ def seen(tmp_path_factory) -> dict:
     ]
     if missing:
         pytest.skip(f"no {', no '.join(missing)}: see tests/browser/README.md")
+    return chromium
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict:
+    """Record of what the browser saw in one session with the chat."""
+    chromium = browser_or_skip()
     folder = tmp_path_factory.mktemp("browser")
     screenshots = Path(os.environ.get("FATHOM_SCREENSHOTS", folder))
     screenshots.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from llm.errors import UserError
 from llm.model import attention, attention_cpu
 from llm.model.attention import attention_masks, banded_attention, causal_attention, choose_backend
+from llm.model.cached_attention import attention_with_weight
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.model.kv_cache import attention_with_weight
 
 SCALE = 0.3
 

@@ -10,7 +10,7 @@ from llm.model import decode_cpu, native
 from llm.model.config import GPTConfig
 from llm.model.decode_cpu import DecodeStep
 from llm.model.gpt import GPT
-from llm.model.kv_cache import Prefix, SlotCache
+from llm.model.kv_cache import Prefix, PrefixPart, SlotCache
 
 pytestmark = pytest.mark.skipif(decode_cpu.load() is None, reason="there is no C++ compiler")
 
@@ -23,6 +23,7 @@ FORMS = {
     "classic GQA": {"n_kv_head": 2},
     "modern": MODERN,
     "modern windows": MODERN | {"window_pattern": "SSL", "seq_len": 512, "n_kv_head": 1},
+    "modern small windows": MODERN | {"window_pattern": "SSL", "window_divisor": 16, "n_kv_head": 2},
     "modern long context": MODERN | {"rope_scaling": "yarn", "rope_original": 64},
     "gpt2": {"arch": "gpt2", "tied": True, "softcap": None},
     "gpt2 untied GQA": {"arch": "gpt2", "n_kv_head": 2},
@@ -31,16 +32,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    """Draw equal token ids in every run."""
+def seed(monkeypatch):
+    """Draw equal token ids in every run; windows may be small."""
     torch.manual_seed(0)
+    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
 
 
 def make_cache(net: GPT, rows: int, room: int, behind: Sequence[Prefix | None] = ()) -> SlotCache:
     """Return a cache whose free places hold NaN, which nobody may read; row i stands behind the prefix `behind[i]`."""
-    cache = SlotCache(net.config, rows, room, dtype=net.compute_dtype)
-    cache.k.fill_(float("nan"))
-    cache.v.fill_(float("nan"))
+    cache = SlotCache(net.config, rows, room, dtype=net.compute_dtype, spare=decode_cpu.SPARE)
+    for part in cache.parts:
+        part.k.fill_(float("nan"))
+        part.v.fill_(float("nan"))
     for row, prefix in enumerate(behind):
         cache.start(row, prefix)
     return cache
@@ -114,6 +117,7 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
     heads = draw.randint(1, 3)
     options = dict(FORMS[draw.choice(list(FORMS))])
     options |= dict(n_layer=draw.randint(1, 4), n_kv_head=heads, n_head=heads * draw.randint(1, 3))
+    options |= dict(window_pattern=draw.choice(("L", "SL", "SSL")), window_divisor=draw.choice((8, 32)))
     options |= dict(head_dim=2 * draw.randint(1, 30), n_embd=draw.randint(24, 150), vocab_size=draw.randint(3, 400))
     net = make_net(options, seed=seed)
     step, vocab = DecodeStep.for_net(net), options["vocab_size"]
@@ -136,7 +140,7 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["modern windows", "classic GQA", "gpt2"])
+@pytest.mark.parametrize("form", ["modern windows", "modern small windows", "classic GQA", "gpt2"])
 @torch.inference_mode()
 def test_a_row_alone_has_the_bits_that_it_has_in_a_batch_of_64(form, dtype):
     net = make_net(FORMS[form], dtype)
@@ -210,8 +214,10 @@ def test_nan_reaches_the_logits():
         {"prefix": torch.tensor([1, 0])},  # a free place in the list of prefixes
         {"length": 254},  # position 256 lies behind the context
         {"length": 300},  # more than the prefix has room for
+        {"first": 1},  # a layer without a window needs all tokens
         {"dtype": torch.bfloat16},
         {"k": torch.zeros(3, 2, 4, 8, 12)},
+        {"places": 7},
     ],
     ids=str,
 )
@@ -219,13 +225,14 @@ def test_what_lies_outside_of_memory_is_refused_before_anything_is_written(wrong
     net = make_net(MODERN)
     cache, shape = make_cache(net, 2, 8), (3, 4, 256, 16)
     cache.prefix = wrong.get("prefix", torch.tensor([0, -1]))
-    cache.prefixes = [Prefix(torch.zeros(shape), torch.zeros(shape), wrong.get("length", 5)), None]
-    cache.k = wrong.get("k", cache.k.to(wrong.get("dtype", torch.float32)))
+    part, shared = cache.parts[0], PrefixPart(torch.zeros(shape), torch.zeros(shape), wrong.get("first", 0), None)
+    cache.prefixes = [Prefix([shared], wrong.get("length", 5)), None]
+    part.k = wrong.get("k", part.k[:, :, :, : wrong.get("places", 8)].to(wrong.get("dtype", torch.float32)))
     given = {"ids": torch.tensor([1, 2]), "at": torch.tensor([2, 3])} | wrong
     given = {name: given.get(name) for name in ("ids", "at", "rows", "outputs")}
     with pytest.raises(ValueError):
         DecodeStep.for_net(net).extend(cache, **given)
-    assert cache.v.isnan().all() and not cache.last_embed.any()
+    assert part.v.isnan().all() and not cache.last_embed.any()
 
 
 class OtherNetwork(GPT):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from llm.model.attention import apply_rotary, rotary_tables
+from llm.model.cached_attention import SlotPass
 from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
-from llm.model.kv_cache import SlotCache, SlotPass
+from llm.model.kv_cache import SlotCache
 from llm.model.linear import resolve_compute_dtype
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
@@ -351,6 +352,22 @@ def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(ar
         assert [cache.prefix_of(row) is None for row in range(6)] == [is_copied, True, is_copied, is_copied, True, True]
         whole = cache.snapshot(2)
         assert whole.length == 7 + 9 + 4
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch, monkeypatch):
+    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+    net = random_net(config(depth=3, **(ARCHS[arch] | {"window_pattern": "SSL", "window_divisor": 8})))
+    assert net.windows[0] == 4
+    draw = torch.Generator().manual_seed(2)
+    prefixes, rest = (torch.randint(0, 70, shape, generator=draw) for shape in ((2, 17), (6, 5)))
+    lengths = torch.tensor([17, 6])
+    with torch.no_grad():
+        got = net.continue_prefixes(prefixes, lengths, 3, rest)
+        for i, tail in enumerate(rest):
+            n = lengths[i // 3]
+            whole = torch.cat((prefixes[i // 3, :n], tail)).unsqueeze(0)
+            torch.testing.assert_close(got[i], net.hidden(whole)[0, n - 1 :], atol=1e-5, rtol=1e-5)
 
 
 def test_cache_overflow_and_long_input_are_errors():

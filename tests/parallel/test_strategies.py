@@ -17,7 +17,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from processes import children_of, finish, is_alive, start_warm, wait_until
 
 from llm.checkpoint.model_folder import load_model_folder
-from llm.checkpoint.resume import CheckpointWriter
+from llm.checkpoint.resume import CheckpointWriter, load_checkpoint
 from llm.data.documents import walk
 from llm.data.loader import positions_for
 from llm.data.packing import BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
@@ -36,7 +36,7 @@ def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
     processes = [start_warm(*command, env=env, stdout=subprocess.DEVNULL) for env in environments]
     ended = finish(*processes)
     assert [status for status, *_ in ended] == [0] * n, ended
-    return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else KINDS)}
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else (*KINDS, "lora"))}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,18 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
         shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
         assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
         assert strategy == "fsdp" or results[kind]["noticed"]
+
+
+@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
+def test_processes_train_the_adapter_of_one(trained, strategy):
+    """Its small parts are updated everywhere, so only fsdp keeps state in shares; the base stays as it was."""
+    (folder, alone), (others, results) = trained("auto", 1), trained(strategy, 2)
+    for name, weight in alone["lora"]["weights"].items():
+        torch.testing.assert_close(results["lora"]["weights"][name], weight, atol=1e-7, rtol=0)
+    for path in (folder, others):
+        saved = load_checkpoint(path / "lora" / "step_000010.ckpt")["state_dict"]
+        assert {name.rpartition(".")[2] for name in saved} == {"lora_A", "lora_B"}
+        assert all(weight.any() for name, weight in saved.items() if name.endswith("lora_B"))
 
 
 @pytest.mark.parametrize("n", [2, 3])

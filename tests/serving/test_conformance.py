@@ -1,12 +1,14 @@
 """Conformance of /v1/models and /v1/chat/completions: the real `openai` client against a real server."""
 
+import asyncio
 import json
 import re
+import shutil
 
 import httpx
 import pytest
 from openai_server import APPLES, ME, MODEL, SUM, WEATHER, ask, chunks_of, openai, streamed, user
-from processes import HANG
+from processes import HANG, run
 
 pytest_plugins = ["openai_server"]  # its fixtures
 
@@ -240,6 +242,26 @@ def test_a_stream_is_server_sent_events(server):
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-cache"
     assert re.fullmatch(r"(data: \{.*\}\n\n)+data: \[DONE\]\n\n", answer.text)
+
+
+def test_several_streams_of_the_async_client(server):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=HANG) as client:
+            streams = [await ask(client, question, stream=True) for question in ("Who are you?", "Greet me.")]
+            return [[chunk async for chunk in stream] for stream in streams]
+
+    assert [streamed(chunks) for chunks in asyncio.run(run())] == [ME, "Grüße! 你好 😀"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_curl(server):
+    """The command of the documentation: an answer, and a stream by the side."""
+    url, head = f"{server.url}/v1/chat/completions", ("-H", "Content-Type: application/json")
+    body = {"model": MODEL, "messages": user("Greet me.")}
+    whole = json.loads(run("curl", "-sS", url, *head, "-d", json.dumps(body)).stdout)
+    assert whole["choices"][0]["message"]["content"] == "Grüße! 你好 😀"
+    lines = run("curl", "-sSN", url, *head, "-d", json.dumps(body | {"stream": True})).stdout.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: {") for line in lines[:-2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

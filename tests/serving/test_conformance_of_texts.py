@@ -202,14 +202,16 @@ def test_a_worker_that_is_killed_is_replaced(server, client):
 
 
 def test_answers_under_way_are_finished_on_sigterm(server, client):
-    workers = processes.children_of(server.process.pid)
+    (worker,) = workers = processes.children_of(server.process.pid)
     stream = ask(client, "Sing.", stream=True, max_tokens=600)
     chunks = [next(stream)]
+    os.kill(worker, signal.SIGSTOP)  # else the answer may end before anybody looks
     server.process.send_signal(signal.SIGTERM)
     processes.wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
     with pytest.raises(openai.InternalServerError) as error:
         ask(client, "Who are you?")
     assert error.value.status_code == 503 and error.value.response.headers["retry-after"]
+    os.kill(worker, signal.SIGCONT)
     chunks += stream
     assert streamed(chunks) == ("la " * 200)[:600] and chunks[-1].choices[0].finish_reason == "length"
     assert server.process.wait(timeout=HANG) == 0

@@ -14,7 +14,6 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
-from llm.parallel.launch import free_port  # noqa: E402
 from llm.serving.chat import load_chat_model  # noqa: E402
 from llm.serving.guard import MAX_BODY, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
 from llm.serving.models import Models  # noqa: E402
@@ -129,11 +128,11 @@ def test_a_body_has_a_limit_and_arrives_whole():
 
 @pytest.mark.filterwarnings("ignore")  # from inside gradio
 def test_the_server_of_the_chat_is_guarded(tmp_path):
+    from page_server import page_server
+
     from llm.serving import browser
 
     demo = browser.build(Models(load_chat_model(make_run(tmp_path, steps=1))), SamplingParams())
-    port = free_port()
-    browser.launch(demo, "127.0.0.1", port)
 
     def ask(method: str, path: str, body=None, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
@@ -144,7 +143,7 @@ def test_the_server_of_the_chat_is_guarded(tmp_path):
         finally:
             connection.close()
 
-    try:
+    with page_server(demo) as port:
         status, headers, page = ask("GET", "/")
         assert status == 200 and "default-src 'self'" in headers["Content-Security-Policy"]
         script = re.search(rb'src="\./(assets/[^"]+\.js)"', page)[1].decode()
@@ -155,5 +154,3 @@ def test_the_server_of_the_chat_is_guarded(tmp_path):
         file = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
         assert ask("POST", "/gradio_api/upload", file, **boundary)[0] == 404
         assert ask("POST", "/gradio_api/queue/join", b" " * (MAX_BODY + 1))[0] == 413
-    finally:
-        demo.close(verbose=False)

@@ -10,9 +10,11 @@ pytest.importorskip("fastapi")
 from scripted_pool import TOKENIZER, scripted, served  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
+from llm.inference.sampling import SamplingParams  # noqa: E402
 from llm.serving import http, remote  # noqa: E402
 from llm.serving.chat import ChatModel  # noqa: E402
 from llm.serving.errors import ApiError  # noqa: E402
+from llm.serving.models import MadeRoom  # noqa: E402
 from llm.serving.pool import Pool, Source  # noqa: E402
 from llm.serving.remote import RemoteEngine, RemoteModels  # noqa: E402
 
@@ -28,14 +30,19 @@ def test_a_blank_key_is_refused_before_the_start(key):
         served(scripted(), key=key)
 
 
-def page(monkeypatch) -> tuple[RemoteModels, list[str]]:
-    """Models a/b (the server's own) to a/f over scripted workers, and the names of those that were ended, in order."""
+def page(monkeypatch, loads=None) -> tuple[RemoteModels, list[str]]:
+    """Models a/b (the server's own) to a/f over scripted workers, and the names of those that were ended, in order.
+
+    loads: called with the name of a model before it is there.
+    """
     ended, loop = [], asyncio.get_running_loop()
 
     def model(name: str) -> ChatModel:
         return ChatModel(RemoteEngine(scripted(), TOKENIZER, loop, 60), name, "", (), ())
 
     async def start(name: str) -> ChatModel:
+        if loads is not None:
+            await loads(name)
         return model(name)
 
     async def stop(one: ChatModel) -> None:
@@ -62,6 +69,45 @@ def test_the_model_that_answers_nobody_makes_room(monkeypatch):
 
     ended, is_there = asyncio.run(run())
     assert ended == ["a/d"] and is_there
+
+
+def test_nobody_waits_for_the_model_that_another_has_chosen(monkeypatch):
+    async def run():
+        begun, may_end = [], asyncio.Event()
+
+        async def loads(name):
+            begun.append(name)
+            if name == "a/c":
+                await may_end.wait()
+
+        models, _ = page(monkeypatch, loads)
+        slow = [asyncio.create_task(asyncio.to_thread(models.get, "a/c")) for _ in range(2)]
+        async with asyncio.timeout(60):
+            while not begun:
+                await asyncio.sleep(0.01)
+            others = [await asyncio.to_thread(models.get, name) for name in ("a/b", "a/d")]
+            assert not any(one.done() for one in slow)
+            may_end.set()
+            first, second = await asyncio.gather(*slow)
+        return begun, [one.name for one in others], first is second
+
+    assert asyncio.run(run()) == (["a/c", "a/d"], ["a/b", "a/d"], True)
+
+
+def test_a_model_that_is_gone_says_so_and_comes_again(monkeypatch):
+    async def run():
+        models, _ = page(monkeypatch)
+        old = await asyncio.to_thread(models.get, "a/c")
+        for name in ("a/d", "a/e"):
+            await asyncio.to_thread(models.get, name)
+        async with asyncio.timeout(60):
+            while not old.engine.pool.is_draining:
+                await asyncio.sleep(0.01)
+        with pytest.raises(MadeRoom, match="made room for another"):
+            await asyncio.to_thread(lambda: list(old.engine.stream([[1]], SamplingParams())))
+        return await asyncio.to_thread(models.get, "a/c") is old
+
+    assert asyncio.run(run()) is False
 
 
 def test_answers_under_way_end_before_their_worker(monkeypatch):

@@ -15,10 +15,9 @@ from serving_run import make_run  # noqa: E402
 
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
-from llm.parallel.launch import free_port  # noqa: E402
 from llm.serving import browser, talk  # noqa: E402
-from llm.serving.chat import load_chat_model  # noqa: E402
-from llm.serving.models import KEPT, Models  # noqa: E402
+from llm.serving.chat import Reply, load_chat_model  # noqa: E402
+from llm.serving.models import KEPT, MadeRoom, Models  # noqa: E402
 from llm.serving.saved_chat import Chat, Thread  # noqa: E402
 from llm.serving.talk import MAX_MESSAGE, NONE, UNCHANGED, Handlers, Talk, told  # noqa: E402
 from llm.tokenizer.chat_format import render_prompt  # noqa: E402
@@ -222,6 +221,23 @@ def test_two_models_answer_side_by_side(handlers):
     assert [thread.model for thread in visitor.chat.threads] == ["run/pretrain"]
 
 
+@pytest.mark.parametrize(("times", "answer"), [(1, ["one", "I am run/sft"]), (9, ["one"])])
+def test_a_model_that_made_room_meanwhile_is_loaded_again(handlers, warned, monkeypatch, times, answer):
+    real, asked_for = handlers.models.get, itertools.count()
+
+    class Gone:
+        def answer(self, messages, params):
+            yield Reply()
+            raise MadeRoom("the model has made room for another")
+
+    monkeypatch.setattr(handlers.models, "get", lambda name: Gone() if next(asked_for) < times else real(name))
+    visitor = Talk.new("run/sft")
+    handlers.ask("one", visitor)
+    list(handlers.answer(visitor))
+    assert said(visitor.chat.threads[0].messages)[: len(answer)] == answer and len(warned) == (times > 1)
+    assert not visitor.is_busy
+
+
 def test_a_model_that_is_not_offered_is_not_chosen(handlers, warned):
     visitor = asked(handlers, "one")
     *_, model, _ = handlers.choose("../secret", NONE, visitor)
@@ -313,14 +329,12 @@ def test_the_page_offers_the_examples_of_the_model_and_everything_has_a_label():
 def test_the_page_over_http(tmp_path, monkeypatch):
     """Two visitors get their own answers; Gradio keeps no long list of what they did."""
     from gradio_client import Client
+    from page_server import page_server
 
     monkeypatch.setattr(talk, "FRAME_SECONDS", 0.0)
     demo = browser.build(Models(load_chat_model(make_run(tmp_path))), GREEDY)
-    port = free_port()
-    browser.launch(demo, "127.0.0.1", port)
-    clients = [Client(f"http://127.0.0.1:{port}", verbose=False) for _ in range(2)]
-    try:
-        frames = []
+    with page_server(demo) as port:
+        clients, frames = [Client(f"http://127.0.0.1:{port}", verbose=False) for _ in range(2)], []
         for client, question in zip(clients, ("Who are you?", "Sing."), strict=True):
             _, shown, _ = client.submit(question, api_name="/ask").result(timeout=HANG)
             assert [message["role"] for message in shown] == ["user"]  # a conversation for each visitor
@@ -330,10 +344,8 @@ def test_the_page_over_http(tmp_path, monkeypatch):
         assert frames[0][-1].startswith("I am Fathom, a small language model. Ask me **anything**!\n\n<span class=")
         assert len(frames[1]) > 1 and frames[1][-2].startswith("la la la ")
         assert 0 < len(demo._queue.event_analytics) <= demo._queue.ANALYTICS_MAX_EVENTS <= 100
-    finally:
         for client in clients:
             client.close()
-        demo.close(verbose=False)
 
 
 def test_stopping_in_the_browser_closes_the_engine(monkeypatch):

@@ -153,7 +153,8 @@ REFUSED_ROWS = [
         "'reasoning_content' of message 2.*no place for reasoning",
     ),
     ({"messages": [USER | {"name": "Eve"}, ANSWER]}, "'name' of message 1"),
-    ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "'weight' of message 2 is 0.5"),
+    ({"messages": [USER, ANSWER | {"weight": 1.5}]}, "'weight' of message 2 is 1.5: must be a number from 0"),
+    ({"messages": [USER, ANSWER | {"weight": "0"}]}, "'weight' of message 2 is '0': must be a number from 0"),
     ({"messages": [USER, ANSWER | {"weight": 0}]}, "every answer has weight 0"),
     (
         {"messages": TALK, "system": "S", "mood": "sad", "pace": 3},
@@ -210,10 +211,12 @@ def test_a_bare_list_is_not_told_about_a_key_messages(tmp_path):
     assert "'messages'" not in str(error.value)
 
 
-def test_an_answer_of_weight_0_is_read_and_marked_as_not_trained(tmp_path):
+def test_a_weight_of_an_answer_is_kept_as_what_of_it_is_trained(tmp_path):
     for key, value in (("weight", 0), ("train", False), ("loss", 0)):
         task = build(tmp_path, [USER, ANSWER | {key: value}, USER, ANSWER])
         assert [message.get("train", True) for message in task[0]["messages"]] == [True, False, True, True]
+    task = build(tmp_path, [USER, ANSWER | {"weight": 0.5, "loss": 0.5}, USER, ANSWER])
+    assert [message.get("train", True) for message in task[0]["messages"]] == [True, 0.25, True, True]
 
 
 def test_fields_name_the_columns(tmp_path):
@@ -253,7 +256,7 @@ def test_neighbours_are_joined_where_the_configuration_says_so(tmp_path):
     messages = build(tmp_path, row, merge_neighbours=True)[0]["messages"]
     assert messages[0]["content"] == "Where is the owl?\n\nTell me!"
     assert [p["text"] for p in messages[1]["content"]] == ["In the barn.", "\n\n", "1+1"]
-    with pytest.raises(UserError, match="one is trained and one has weight 0"):
+    with pytest.raises(UserError, match="answers of different weights"):
         build(tmp_path, [*TALK, ANSWER | {"weight": 0}], merge_neighbours=True)
 
 

@@ -205,7 +205,7 @@ def test_an_answer_that_is_not_trained_has_no_trained_token_even_where_all_text_
     everything = [int(not starts[0] <= i < end) for i in range(len(ids))]
     assert render_conversation(tok, talk, train_all=True)[1] == everything
     talk["messages"][1] = talk["messages"][1] | {"train": "no"}
-    with pytest.raises(UserError, match=r"message 2 \(assistant\): train must be true or false, got 'no'"):
+    with pytest.raises(UserError, match=r"message 2 \(assistant\): train must be true, false or a number .* got 'no'"):
         render_conversation(tok, talk)
 
 

@@ -25,9 +25,9 @@ async def create(body: ChatRequest, request: Request) -> Response:
     service.check_model(body.model)
     form = answer_form(body)
     offers_tools = bool(body.tools) and body.tool_choice != "none"
-    found = turns(body.messages, instructions_of(body.tools) if offers_tools else "")
+    found, instructions = turns(body.messages), instructions_of(body.tools) if offers_tools else ""
     limit = body.max_completion_tokens or body.max_tokens or service.defaults["max_new_tokens"]
-    prompt = await prompt_of(service, found, limit, body.truncation)
+    prompt = await prompt_of(service, found, limit, body.truncation, instructions)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = service.params(body, limit, use_tools=form is None, logprobs=logprobs)
     service.check_logprobs([limit], body.n or 1, logprobs, "top_logprobs")

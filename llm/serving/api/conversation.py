@@ -20,8 +20,8 @@ SHORT = 1_000  # characters that are tokenized within 3 ms, whatever they are
 T = TypeVar("T")
 
 
-def turns(messages: Sequence[Message], instructions: str = "") -> list[dict[str, str]]:
-    """Return messages as alternating turns behind at most one system message, which `instructions` end.
+def turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return messages as alternating turns behind at most one system message.
 
     Raises ApiError for texts that are too long, and where no message of a user or tool is the last.
     """
@@ -36,9 +36,6 @@ def turns(messages: Sequence[Message], instructions: str = "") -> list[dict[str,
                 "string_above_max_length",
             )
         _join(found, _role(message, found), text)
-    if instructions:
-        system = found.pop(0)["content"] + BREAK if found and found[0]["role"] == "system" else ""
-        found.insert(0, {"role": "system", "content": system + instructions})
     first = next((turn["role"] for turn in found if turn["role"] != "system"), None)
     if first != "user" or found[-1]["role"] != "user":
         raise bad("messages must begin, after instructions, and end with a message of the user (or a tool)", "messages")
@@ -57,20 +54,30 @@ async def aside(size: int, function: Callable[..., T], *arguments: Any) -> T:
 
 
 async def prompt_of(
-    service: Any, found: Sequence[dict[str, str]], max_tokens: int, truncation: str | None
+    service: Any, found: Sequence[dict[str, str]], max_tokens: int, truncation: str | None, instructions: str = ""
 ) -> list[int]:
     """Return `chat_prompt` of a conversation, made in a thread where it is long."""
-    arguments = service.tokenizer, found, service.seq_len, max_tokens, truncation == "auto"
-    return await aside(sum(len(turn["content"]) for turn in found), chat_prompt, *arguments)
+    size = len(instructions) + sum(len(turn["content"]) for turn in found)
+    truncate = service.truncation(truncation) == "auto"
+    arguments = service.tokenizer, found, service.seq_len, max_tokens, truncate, instructions
+    return await aside(size, chat_prompt, *arguments)
 
 
 def chat_prompt(
-    tokenizer: Any, found: Sequence[dict[str, str]], seq_len: int, max_tokens: int, truncate: bool
+    tokenizer: Any,
+    found: Sequence[dict[str, str]],
+    seq_len: int,
+    max_tokens: int,
+    truncate: bool,
+    instructions: str = "",
 ) -> list[int]:
     """Return the ids of a prompt that leaves room for an answer.
 
-    truncate: leave out the oldest turns where they do not fit (`fit_prompt`). Raises ApiError where they do not fit.
+    instructions: end the system message. truncate: leave out instructions that fill more than half of the context, and
+    the oldest turns where they do not fit (`fit_prompt`). Raises ApiError where they do not fit.
     """
+    if instructions and not (truncate and len(tokenizer.encode(instructions)) > seq_len // 2):
+        found = _instructed(found, instructions)
     try:
         if truncate:
             return fit_prompt(tokenizer, found, seq_len, max_tokens)[0]
@@ -86,7 +93,7 @@ def check_room(n_prompt: int, seq_len: int, param: str, n_needed: int = 1) -> No
     if n_prompt + n_needed > seq_len:
         raise bad(
             f"this model's context has {seq_len:,} tokens, and the prompt has {n_prompt:,}: shorten it"
-            + (', or set truncation="auto" to leave out the oldest messages' if param == "messages" else ""),
+            + (', or set truncation="auto" (the server: api.truncation=auto) for less' if param == "messages" else ""),
             param,
             "context_length_exceeded",
         )
@@ -102,6 +109,13 @@ def instructions_of(tools: Sequence[Tool]) -> str:
         'You may call a function. To do so, answer with nothing but {"name": NAME, "arguments": {...}}. Functions:\n'
         + "\n".join(lines)
     )
+
+
+def _instructed(found: Sequence[dict[str, str]], instructions: str) -> list[dict[str, str]]:
+    """Return turns whose system message ends with instructions."""
+    has_system = found[0]["role"] == "system"
+    text = found[0]["content"] + BREAK + instructions if has_system else instructions
+    return [{"role": "system", "content": text}, *found[has_system:]]
 
 
 def _role(message: Message, found: Sequence[dict[str, str]]) -> str:

@@ -7,7 +7,7 @@ fine. The fields at the end of a model are not OpenAI's: clients send them as `e
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_MESSAGES = 500
 MAX_CHARS = 8_000  # of one message, or of the texts to choose from
@@ -26,6 +26,16 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Hint = Any
+
+
+def _no_number(given: Any) -> Any:
+    """Return a value that is no number. Raises ValueError for 0, which Python holds equal to False."""
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        raise ValueError("must be false")
+    return given
+
+
+No = Annotated[Literal[False], BeforeValidator(_no_number)]
 
 
 class Body(BaseModel):
@@ -276,7 +286,7 @@ class ChatRequest(Sampling):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Hint = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: Hint = None
     safety_identifier: Hint = None

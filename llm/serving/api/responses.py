@@ -22,6 +22,7 @@ from llm.serving.api.requests import (
     Hint,
     JsonObjectFormat,
     JsonSchema,
+    No,
     Share,
     TextFormat,
     Tokens,
@@ -89,8 +90,8 @@ class ResponseRequest(WholeBody):
     tools: Annotated[list, Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     include: Annotated[list, Field(max_length=0)] | None = None
-    background: Literal[False] | None = None
-    store: Literal[False] | None = None
+    background: No | None = None
+    store: No | None = None
     previous_response_id: None = None
     parallel_tool_calls: Hint = None
     service_tier: Literal["auto", "default"] | None = None
@@ -227,7 +228,7 @@ class ResponseAnswer:
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": self.params["top_p"] if body.top_p is None else body.top_p,
-            "truncation": body.truncation or "disabled",
+            "truncation": self.service.truncation(body.truncation),
             "usage": self._usage() if is_over else None,
             "user": body.user,
             "metadata": body.metadata or {},

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from llm.errors import UserError
 from llm.serving import errors
 from llm.serving.api import chat, completions, nanochat, responses, status
+from llm.serving.api.document import describe
 from llm.serving.api.service import Service
 from llm.serving.api.watch import Metrics, Watch
 from llm.serving.guard import Guard
@@ -43,6 +44,7 @@ def build_app(service: Service, key: str | None = None, origins: Iterable[str] =
         guarded.include_router(router)
     app.include_router(guarded)
     app.include_router(status.open_router)
+    describe(app, service.name, key is not None)
     app.add_middleware(Watch, service=service, metrics=app.state.metrics, log=log)
     app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     return app

@@ -21,13 +21,18 @@ GREEDY_SHARE = 1e-9  # top_p of a request for 0: the most likely token alone
 
 @dataclass
 class Service:
-    """Model behind the routes. defaults: temperature, top_k, top_p and max_new_tokens of requests that say nothing."""
+    """Model behind the routes.
+
+    defaults: temperature, top_k, top_p and max_new_tokens of requests that say nothing; truncates: such requests have
+    what does not fit the context left out.
+    """
 
     pool: Pool
     tokenizer: Any
     name: str
     defaults: dict[str, Any]
     timeout: float = 600.0
+    truncates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -41,6 +46,10 @@ class Service:
             raise ApiError(
                 404, f"the model {name!r} does not exist; there is {self.name!r}", param="model", code="model_not_found"
             )
+
+    def truncation(self, asked: str | None) -> str:
+        """Return what becomes of a conversation that does not fit: "auto" or "disabled", as asked for or by default."""
+        return asked or ("auto" if self.truncates else "disabled")
 
     def params(self, body: Sampling, max_tokens: int, **more: Any) -> dict[str, Any]:
         """Return the fields of SamplingParams for a request. Raises ApiError for a token that does not exist."""
