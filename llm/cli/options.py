@@ -52,12 +52,13 @@ def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | N
         distance = abs(int(numbers[0][0]) - int(numbers[1][0])) if all(numbers) else 0
         ratio = difflib.SequenceMatcher(None, word, name).ratio()
         last = name.rpartition(".")[2]
+        deep = 0.3 * max(0, name.count(".") - 1)  # lr is rather optim.matrix_lr than model.lora.lr
         if last != name and "." not in word:
-            ratio = max(ratio, difflib.SequenceMatcher(None, word, last).ratio() - 0.01)
+            ratio = max(ratio, difflib.SequenceMatcher(None, word, last).ratio() - 0.01 - deep)
         if last == word.rpartition(".")[2]:  # in another place, as trainer.strategy for strategy
-            ratio = max(ratio, 0.95)
+            ratio = max(ratio, 0.95 - deep)
         if set(word.split("_")) <= set(last.split("_")):
-            ratio = max(ratio, 0.76 if last.endswith(word) else 0.75)
+            ratio = max(ratio, (0.76 if last.endswith(word) else 0.75) - deep)
         if all(numbers) and re.sub(r"\d+", "", word) == re.sub(r"\d+", "", name):
             ratio = max(ratio, 0.9)
         return ratio, -distance

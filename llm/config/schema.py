@@ -245,7 +245,7 @@ class ApiConfig:
     queue: int = key("sequences that may wait; further requests are refused (429)", low=0, high=10**6)
     timeout: float = key("seconds that a request may take", above=0, high=10**6)
     truncation: str = key(
-        "conversations that do not fit the context, where a request does not say: disabled = refuse them, "
+        "conversations that do not fit the context, where a request does not say: disabled = refuse, "
         "auto = leave out functions that fill half of the context, then the oldest messages",
         choices=("disabled", "auto"),
     )

@@ -170,7 +170,7 @@ class RolloutStage(AssistantStage):
         "reward of an answer: a name of docs/post_training.md or package.module.function; null = as the task scores it"
     )
     rewards: Any = key(
-        "several rewards by name with their weights, instead of stage.reward: {number: 1.0, format: 0.2}"
+        "several rewards and the weight of each, instead of stage.reward: {number: 1.0, format: 0.2}"
     )
     reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
     turns: int = key("answers of the model in one conversation, at most, where the task replies", low=1, high=100)
@@ -202,7 +202,7 @@ class GRPOStage(RolloutStage):
 
     loss: str = key("form of the policy gradient, see docs/post_training.md", choices=POLICY_LOSSES)
     advantage: str = key(
-        "comparison of an answer's reward with its group, see docs/post_training.md", choices=ADVANTAGES
+        "comparison of an answer's reward with the rest of the group, see docs/post_training.md", choices=ADVANTAGES
     )
     clip_low: float | None = key(
         "bound on the ratio of new to old probabilities: 1 - clip_low; null = the loss's published default",

@@ -260,7 +260,7 @@ def test_a_loss_that_jumps_is_bad_only_after_a_while():
     module.loss_watch.check(2.9, 1)
     with pytest.raises(BadLoss, match=r"jumped from 1.000 to 3.100 in step 1, by more than watch.loss_jump=2.0"):
         module.loss_watch.check(3.1, 1)
-    checkpoint = {}
+    checkpoint = {"state_dict": {}}
     module.on_save_checkpoint(checkpoint)
     again = StepModule(net(), OPTIM, STAGE, module.context)
     again.on_load_checkpoint(checkpoint)

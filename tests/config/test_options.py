@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from llm.cli import overrides
 from llm.cli.overrides import CONF, check_overrides, group_options
 from llm.config.schema import VARIANTS
-from llm.config.stages import stage_names
+from llm.config.stages import stage_names, stage_row
 from llm.errors import UserError
 from llm.model.config import UNSTATED
 
@@ -86,8 +86,9 @@ def test_debug_is_tiny_plain_and_looks_often(stage):
     if stage == "tokenizer":
         return
     assert cfg.max_steps <= 20 and cfg.save_every <= 5
-    assert 0 < cfg.stage.eval_every <= 5 and (stage == "grpo" or 0 < cfg.stage.sample_every <= cfg.max_steps)
-    assert stage == "pretrain" or 0 < cfg.stage.chat_every <= cfg.max_steps
+    assert 0 < cfg.stage.eval_every <= 5
+    assert stage_row(stage).kind not in ("text", "chat") or 0 < cfg.stage.sample_every <= cfg.max_steps
+    assert "chat_every" not in cfg.stage or 0 < cfg.stage.chat_every <= cfg.max_steps
 
 
 def test_debug_pretrains_and_logs_every_step(tmp_path):

@@ -17,13 +17,15 @@ from llm.inference.calculator import calculate
 from llm.tokenizer.chat_format import validate_conversation
 
 SIZES = {"choice": (2500, 300), "arithmetic": (2000, 500), "words": (3000, 500), "smalltalk": (2000, 300)}
-SIZES |= {"identity": (1000, 100), "persona": (2000, 300), "programs": (600, 80)}
+SIZES |= {"identity": (1000, 100), "persona": (2000, 300), "programs": (600, 80), "preferences": (2000, 300)}
 
 
 def text_of(kind: str, row: dict) -> str:
     """Return the text that two rows must not share across the splits."""
     if "messages" in row:
         return "|".join(m["content"] for m in row["messages"])
+    if kind == "preferences":  # there are few questions: pairs differ
+        return "|".join(row.values())
     if kind == "choice":
         return row["question"] + "|".join(row["choices"]["text"])
     return row[{"words": "word", "programs": "task_id"}.get(kind, "question")]

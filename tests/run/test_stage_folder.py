@@ -250,6 +250,9 @@ def test_keys_that_a_stage_does_not_read_are_neutral_for_it():
         "pretrain": ["data.path", "optim.matrix_lr"],
         "midtrain": ["optim.matrix_lr"],
         "sft": ["data.mixture.sft.x", "optim.matrix_lr"],
+        "reward": ["optim.matrix_lr"],
+        "dpo": ["optim.matrix_lr"],
+        "ppo": ["optim.matrix_lr"],
         "grpo": ["optim.matrix_lr"],
     }
 
