@@ -169,9 +169,7 @@ class RolloutStage(AssistantStage):
     reward: str | None = key(
         "reward of an answer: a name of docs/post_training.md or package.module.function; null = as the task scores it"
     )
-    rewards: Any = key(
-        "several rewards and the weight of each, instead of stage.reward: {number: 1.0, format: 0.2}"
-    )
+    rewards: Any = key("several rewards and the weight of each, instead of stage.reward: {number: 1.0, format: 0.2}")
     reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
     turns: int = key("answers of the model in one conversation, at most, where the task replies", low=1, high=100)
     keep_rollouts: int = key("steps whose answers rollouts.jsonl keeps for the report; 0 = none", low=0, high=1000)
