@@ -14,7 +14,8 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full browser check bench bench-serve soak abuse check-data gpu-check chaos table report inspect show-data clean
+.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-serve soak abuse check-data gpu-check chaos
+.PHONY: table report inspect show-data clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +47,12 @@ demo: $(STAMP) ## the whole pipeline on the embedded world, in minutes: train, e
 	@echo "Chat:    $(PY) serve.py run=demo              in the browser"
 	@echo "         $(PY) serve.py run=demo ui=cli       in the terminal"
 
+demo-rl: demo ## four methods of post-training from the demo's sft, in a quarter of an hour: a table and a plot
+	$(PY) bench/rl.py --quick $(ARGS)
+
+bench-rl: demo ## all methods with three seeds each, for hours; goes on where it was stopped (ARGS="--methods ppo")
+	$(PY) bench/rl.py $(ARGS)
+
 test: $(STAMP) ## the tests that need no more than minutes (FATHOM_SHARED=folder: with data from outside)
 	$(PYTEST) -m 'not slow'
 
@@ -71,7 +78,7 @@ check: $(STAMP) ## style (ruff check, ruff format) and the floors of the package
 	$(VENV)/bin/lint-imports
 
 bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
-	@for script in $(filter-out bench/gpu_check.py bench/serve.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 bench-serve: $(STAMP) ## 32 streams over HTTP beside the engine alone, and transformers serve where it is there
 	$(PY) bench/serve.py $(ARGS)

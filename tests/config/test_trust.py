@@ -65,6 +65,7 @@ def test_our_own_presets_need_no_trust(stage_with, option):
     assert saved_config(stage_with({}, f"data={option}"), "cache")["data"]["name"]
 
 
+@pytest.mark.slow
 def test_what_was_fetched_before_needs_no_trust(stage_with, tmp_path):
     files = ["evil--text/main/files.json", "tasks/evil--rows/main/default/fathom.json"]
     for name in files:

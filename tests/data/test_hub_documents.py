@@ -226,6 +226,7 @@ def test_a_full_disk_is_seen_before(hub, folder, monkeypatch):
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stage_download_fetches_ahead_and_makes_no_run(hub, tmp_path, capsys):
     args = ["stage=download", "data=mixture", f"data.sources={{web: {{repo: {REPO}, shards: 2}}}}"]
     args += [f"paths.data={tmp_path}/cache", f"paths.runs={tmp_path}/runs"]

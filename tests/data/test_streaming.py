@@ -124,6 +124,7 @@ def test_settings_that_do_not_go_together(hub, tmp_path):
         build_source(OmegaConf.create(mixture), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_network(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
     fill(hub, tmp_path, n=400)

@@ -50,6 +50,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 # Agreement
 
 
+@pytest.mark.slow
 def test_four_judges_agree_on_one_of_our_models(net, tokenizer, folder, bundle, tasks, tmp_path):
     """CORE, lm-eval over our network, both over the exported folder in transformers, lm-eval's own transformers."""
     ours = by_core(net, tokenizer, bundle)
@@ -76,6 +77,7 @@ def test_four_judges_agree_on_one_of_our_models(net, tokenizer, folder, bundle, 
         assert theirs["results"]["mine_choice"][f"{metric},none"] == scores["mine_choice"][metric]
 
 
+@pytest.mark.slow
 def test_a_gpt2_is_judged_as_lm_eval_judges_it(gpt2, bundle, tasks, tmp_path):
     loaded = load_hf(str(gpt2), None, "cpu")
     with_first = by_hf_of_lm_eval(gpt2, tasks, "mine_choice", add_bos_token=True)

@@ -332,6 +332,7 @@ print(*statuses)
 """
 
 
+@pytest.mark.slow
 def test_the_hub(gpt2, bundle, tmp_path):
     """A model of the hub is fetched once; what the hub refuses, and a hub that is away, are one line each."""
     files = {path.name: path.read_bytes() for path in gpt2.iterdir()}

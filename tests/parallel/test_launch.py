@@ -63,6 +63,7 @@ LONG += (*hold_at(5),)
 ODD = ("stage=pretrain", "init_from=tiny/tokenizer", "run=odd", "batch.tokens_per_step=512")
 
 
+@pytest.mark.slow
 def test_torchrun_takes_a_pipeline(tmp_path):
     ((status, out, err),) = finish(torchrun(*PIPELINE, f"paths.runs={tmp_path}"))
     assert status == 0 and out.count("tiny/tokenizer finished") == out.count("tiny/pretrain finished") == 1, err

@@ -65,6 +65,7 @@ def test_a_killed_process_is_started_again_and_no_bit_differs(root, tmp_path):
     assert weights(root, "killed") == weights(root, "straight")
 
 
+@pytest.mark.slow
 def test_a_stage_is_overwritten_once_and_a_single_process_starts_again_too(root, tmp_path):
     """A second start with overwrite=true would begin at step 0."""
     shutil.copytree(root / "straight", root / "again")

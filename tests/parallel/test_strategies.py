@@ -63,8 +63,14 @@ def test_the_checkpoint_under_way_is_awaited_at_the_end(kind, monkeypatch):
     assert awaited == [True]
 
 
-@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(
+    ("n", "strategy"),
+    [
+        *((2, name) for name in ("muon", "ddp", "fsdp")),
+        (3, "muon"),
+        *(pytest.param(3, name, marks=pytest.mark.slow) for name in ("ddp", "fsdp")),
+    ],
+)
 def test_processes_train_the_weights_of_one(trained, n, strategy):
     """20 steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
     (_, alone), (_, results) = trained("auto", 1), trained(strategy, n)

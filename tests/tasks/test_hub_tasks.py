@@ -347,6 +347,7 @@ def settings(tmp_path, hub):
     ]
 
 
+@pytest.mark.slow
 def test_finetuning_from_the_base_model_on_rows_of_the_hub(hub, tmp_path, capsys):
     args = settings(tmp_path, hub)
     for stage in ("tokenizer", "pretrain"):
