@@ -7,7 +7,7 @@ log-probabilities of the network that is trained, l_old for those that it gave t
 for exp(l - l_old), A for advantages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,12 @@ def token_logprobs(net, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Te
     They are of the whole distribution of `net` at temperature 1, and differentiable. Full logits never exist.
     """
     return -net(inputs, targets, reduction="none")
+
+
+def token_logprobs_and_values(net, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the `token_logprobs` (B, T), and what the scalar head says (B, T) before each of them, from one pass."""
+    losses, values = net(inputs, targets, reduction="none", scalars=True)
+    return -losses, values
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -173,15 +179,22 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, shift: bool = True) -> torch.Tensor:
+def whiten(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    shift: bool = True,
+    add_up: Callable[[list[float]], Sequence[float]] = list,
+) -> torch.Tensor:
     """Return values with mean 0 and deviation 1 over all unmasked ones, 0 where masked; shift=False keeps the mean.
 
-    The variance is the unbiased one plus 1e-8; a single value becomes 0, or keeps its mean.
+    The variance is the unbiased one plus 1e-8; a single value becomes 0, or keeps its mean. add_up: adds numbers up
+    over processes, whose values are then whitened together.
     """
-    values, count = values.masked_fill(~mask, 0.0), mask.sum()
-    mean = values.sum() / count.clamp(min=1)
-    variance = (values - mean).square().masked_fill(~mask, 0.0).sum() / (count - 1).clamp(min=1)
-    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    kept = values[mask].double()
+    total, count = add_up([kept.sum().item(), float(len(kept))])
+    mean = total / max(count, 1.0)
+    (squares,) = add_up([(kept - mean).square().sum().item()])
+    white = (values - mean) * (squares / max(count - 1.0, 1.0) + 1e-8) ** -0.5
     return (white if shift else white + mean).masked_fill(~mask, 0.0)
 
 
@@ -323,6 +336,7 @@ POLICY_LOSSES = {
     "sapo": PolicyLoss(_sapo, "sequences"),
     "ipo_rl": PolicyLoss(_ipo_rl, "tokens", 0.3, 0.3),
 }
+PPO_LOSS = PolicyLoss(_grpo, "tokens", 0.2, 0.2)  # whose advantages come from a critic
 
 
 def value_loss(

@@ -12,6 +12,7 @@ die_with_parent()
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -31,12 +32,13 @@ from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
 from llm.stages.dpo import PreferenceObjective
+from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "lora")
-UNEVEN = ("grpo", "reward", "dpo")  # in the lengths and numbers of micro-batches
+KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "lora")
+UNEVEN = ("grpo", "reward", "dpo", "ppo")  # in the lengths and numbers of micro-batches
 
 
 def micro_batch(kind: str, step: int, number: int) -> dict:
@@ -52,6 +54,11 @@ def micro_batch(kind: str, step: int, number: int) -> dict:
     if kind in ("reward", "dpo"):
         micro["last"] = torch.full((2,), length - 1)
         micro["logprobs_ref"] = -6 * torch.rand(2, length, generator=g)
+    if kind == "ppo" and number:  # the first one is rehearsed
+        for name in ("advantages", "returns", "values_old"):
+            micro[name] = torch.randn(2, length, generator=g)
+        for name in ("logprobs_old", "logprobs_engine"):
+            micro[name] = -6 * torch.rand(2, length, generator=g)
     return micro
 
 
@@ -78,6 +85,7 @@ class Steps:
 
 OBJECTIVES = {
     "reward": RewardObjective(centre=0.1),
+    "ppo": ActorCriticObjective(SimpleNamespace(clip=0.2, value_clip=0.2, value_coef=0.1)),
     "dpo": PreferenceObjective(PREFERENCE_LOSSES["dpo"], PreferenceSettings()),
 }
 
@@ -86,7 +94,7 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     cfg = compose(
         "train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4"
     )
-    config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind == "reward")
+    config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
     if kind == "lora":

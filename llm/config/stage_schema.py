@@ -162,8 +162,8 @@ class DPOStage(PreferenceStage, AssistantStage):
 
 
 @dataclass
-class GRPOStage(AssistantStage):
-    """Settings of stage=grpo."""
+class RolloutStage(AssistantStage):
+    """Settings of stages that train on sampled answers."""
 
     task: str | None = key("task to be rewarded for; null = data.rl")
     reward: str | None = key(
@@ -175,6 +175,31 @@ class GRPOStage(AssistantStage):
     reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
     turns: int = key("answers of the model in one conversation, at most, where the task replies", low=1, high=100)
     keep_rollouts: int = key("steps whose answers rollouts.jsonl keeps for the report; 0 = none", low=0, high=1000)
+    updates_per_rollout: int = key("optimizer steps on the answers of one rollout", low=1, high=1000)
+    overlong: int = key(
+        "tokens before the length limit over which the reward falls by up to 1; 0 = none", low=0, high=CONTEXT
+    )
+    curriculum: str | None = key(
+        "pass_rate = leave out questions lately answered rightly by the whole group; null = ask all",
+        choices=("pass_rate",),
+    )
+    prompts_per_step: int = key("questions of one step", low=1, high=10**5)
+    max_new_tokens: int = key("length limit of an answer", low=1, high=CONTEXT)
+    temperature: float = key("sampling temperature of the answers", above=0, high=100)
+    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, high=VOCABULARY)
+    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0, high=10**6)
+    rehearsal: int = key(
+        "conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0, high=10**5
+    )
+    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0, high=1000)
+    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1, high=ITEMS)
+    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1, high=10**4)
+
+
+@dataclass
+class GRPOStage(RolloutStage):
+    """Settings of stage=grpo."""
+
     loss: str = key("form of the policy gradient, see docs/post_training.md", choices=POLICY_LOSSES)
     advantage: str = key(
         "comparison of an answer's reward with its group, see docs/post_training.md", choices=ADVANTAGES
@@ -193,29 +218,23 @@ class GRPOStage(AssistantStage):
     correction: str = key(
         "weights for tokens that sampling and training give different probabilities", choices=CORRECTIONS
     )
-    updates_per_rollout: int = key("optimizer steps on the answers of one rollout", low=1, high=1000)
-    overlong: int = key(
-        "tokens before the length limit over which the reward falls by up to 1; 0 = none", low=0, high=CONTEXT
-    )
     filter_equal: str | None = key(
         "groups of equal rewards: drop = out of the mean, resample = replaced by other questions; null = kept",
         choices=("drop", "resample"),
     )
-    curriculum: str | None = key(
-        "pass_rate = leave out questions lately answered rightly by the whole group; null = ask all",
-        choices=("pass_rate",),
-    )
-    prompts_per_step: int = key("questions of one step", low=1, high=10**5)
     samples_per_prompt: int = key(
         "answers drawn per question, the group within which rewards are compared", low=2, high=10**4
     )
-    max_new_tokens: int = key("length limit of an answer", low=1, high=CONTEXT)
-    temperature: float = key("sampling temperature of the answers", above=0, high=100)
-    top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, high=VOCABULARY)
-    epochs: float = key("horizon: passes over the mixture or the task (max_steps comes first)", above=0, high=10**6)
-    rehearsal: int = key(
-        "conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0, high=10**5
-    )
-    rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0, high=1000)
-    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1, high=ITEMS)
-    eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1, high=10**4)
+
+
+@dataclass
+class PPOStage(RolloutStage):
+    """Settings of stage=ppo."""
+
+    samples_per_prompt: int = key("answers drawn per question", low=1, high=10**4)
+    clip: float = key("bound on the ratio of new to old probabilities: 1 - clip to 1 + clip", above=0, high=1)
+    kl: float = key("weight of the KL divergence (k1) from the parent in the reward; 0 = none", low=0, high=1000)
+    gamma: float = key("discount of rewards per token; 1 = none", above=0, high=1)
+    lam: float = key("lambda of GAE: 1 = advantages from whole answers, 0 = from the next value", low=0, high=1)
+    value_coef: float = key("weight of the critic's loss beside that of the policy", above=0, high=1000)
+    value_clip: float = key("bound on the change of a value by the updates of a rollout", above=0, high=1000)

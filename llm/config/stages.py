@@ -161,6 +161,17 @@ _BUILTIN = (
         no_curves=("loss",),  # of pairs
     ),
     Stage(
+        name="ppo",
+        rank=39,
+        kind="rl",
+        schema=f"{_SCHEMA}.PPOStage",
+        build=f"{_STAGES}.ppo.build",
+        parents=("sft",),
+        fixed_shapes=False,
+        mixture="sft",  # rehearsed on, and validated on
+        no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
+    ),
+    Stage(
         name="grpo",
         rank=40,
         kind="rl",

@@ -355,10 +355,7 @@ class GPT(nn.Module):
 
     def scalar_outputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the fp32 numbers (B, T) of the scalar head for outputs of the last block (B, T, n_embd)."""
-        numbers = F.linear(hidden.to(self.scalar_head.weight.dtype), self.scalar_head.weight).squeeze(-1)
-        if torch.is_grad_enabled():  # processes that train together want a gradient of every parameter
-            numbers = numbers + 0.0 * self.head_weight[:1].sum()
-        return numbers
+        return F.linear(hidden.to(self.scalar_head.weight.dtype), self.scalar_head.weight).squeeze(-1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return soft-capped fp32 logits (..., V) over the true vocabulary; the padding of the head is cut off."""
@@ -376,8 +373,10 @@ class GPT(nn.Module):
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
         scalars: bool = False,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple:
         """Return logits (B, T, V), or with `targets` the cross-entropy in nats, or with `scalars` those (B, T).
+
+        targets and scalars: both, in this order, from one pass.
 
         ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T))
         | both (see `linear_cross_entropy`); token_weights: (B, T), factors of the tokens' losses.
@@ -394,13 +393,16 @@ class GPT(nn.Module):
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
-        if scalars:
-            return self.scalar_outputs(hidden)
+        numbers = self.scalar_outputs(hidden) if scalars else None
+        if numbers is not None and targets is None:
+            # processes that train together want a gradient of every parameter
+            return numbers + 0.0 * self.head_weight[:1].sum() if torch.is_grad_enabled() else numbers
         if targets is None:
             return self.logits(hidden)
         true_head = self.head_weight[: self.config.vocab_size]
         kernel = self.loss_kernel if is_training else chunk_loss
-        return linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction, kernel)
+        found = linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction, kernel)
+        return found if numbers is None else (found, numbers)
 
 
 def with_weights(net: GPT, weights: dict[str, torch.Tensor]) -> GPT:

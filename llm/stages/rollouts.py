@@ -21,6 +21,7 @@ from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
+from llm.stages.rollout_log import RolloutLog
 from llm.stages.turns import answer_in_turns, judged, last_answer
 from llm.tokenizer.chat_format import render_prompt
 
@@ -140,13 +141,19 @@ class Reference:
 
 
 def add_old_logprobs(net, micro: list[dict]) -> None:
-    """Add `logprobs_old` (B, T), by the very pass that training makes, to each micro-batch.
+    """Add `logprobs_old` (B, T), and `values_old` of a network with a scalar head, to each micro-batch.
 
-    The first update of a rollout then has ratios of exactly 1. Memory is used as in training, without a backward pass.
+    They come from the very pass that training makes, so that the first update of a rollout has ratios of exactly 1.
+    Memory is used as in training, without a backward pass.
     """
     for one in micro:
+        inputs, targets = one["inputs"].to(net.device), one["targets"].to(net.device)
         with torch.enable_grad():
-            found = objectives.token_logprobs(net, one["inputs"].to(net.device), one["targets"].to(net.device))
+            if net.config.scalar_head:
+                found, values = objectives.token_logprobs_and_values(net, inputs, targets)
+                one["values_old"] = values.detach().cpu()
+            else:
+                found = objectives.token_logprobs(net, inputs, targets)
         one["logprobs_old"] = found.detach().cpu()
 
 
@@ -155,7 +162,8 @@ class RolloutSteps:
 
     Draws depend on the seed, the step, the rank and the try alone. A rollout serves `stage.updates_per_rollout` steps;
     between them its micro-batches are part of the position, because the weights that drew them are gone.
-    score: gives the rewards. rehearsal: conversations of which `stage.rehearsal` are trained on in every step.
+    score: gives the rewards. rehearsal: conversations of which `stage.rehearsal` are trained on in every step. log:
+    keeps answers for the report.
     """
 
     def __init__(
@@ -168,9 +176,11 @@ class RolloutSteps:
         position: dict | None,
         score: Score,
         rehearsal=None,
+        log: RolloutLog | None = None,
     ):
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
-        self.rows_per_micro, self.seed, self.score = rows_per_micro, seed, score
+        self.rows_per_micro, self.seed, self.score, self.log = rows_per_micro, seed, score, log
+        self.reward_weights = getattr(score, "weights", None)  # of several rewards of each answer
         position = {"step": 0, "balance": {}} if position is None else position
         self.step = position["step"]
         self.balance = Balance.from_dict(position.get("balance", {"partial": 1}))
@@ -284,17 +294,43 @@ class RolloutSteps:
         return groups
 
     def answer_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Return what metrics.csv tells of the answers of this rank's groups, at least one."""
+        """Return what metrics.csv tells of the answers of this rank's groups, at least one.
+
+        The curriculum learns from them: all processes call it together.
+        """
+        parts = torch.stack([group.scores for group in groups])
+        scores = objectives.total_rewards(parts, self.reward_weights)
+        right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
+        self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         answers = [answer for group in groups for answer in group.answers]
         n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
         finished = sum(answer.is_finished for answer in answers) / n
-        return {
+        numbers = {
+            "reward": scores.mean().item(),
             "response_len": sum(answer.length for answer in answers) / n,
             "finished": finished,
             "truncated": 1 - finished,
             "entropy": -sum(map(math.fsum, (answer.logprobs for answer in answers))) / max(n_sampled, 1),
             "rollout_tok_per_s": n_sampled / max(self.seconds["rollout"], 1e-9),
         }
+        if self.reward_weights is not None:
+            numbers |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
+        return numbers
+
+    def log_answers(self, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> None:
+        """Keep the answers of a step, and an advantage of each, for the report."""
+        if self.log is None:
+            return
+        rows, names = [], getattr(self.score, "names", ["reward"])
+        totals = [objectives.total_rewards(group.rewards[None], self.reward_weights)[0] for group in groups]
+        answers = [(i, j, answer) for i, group in enumerate(groups) for j, answer in enumerate(group.answers)]
+        for (i, j, answer), advantage in zip(answers, advantages, strict=True):
+            scores = groups[i].scores[j].view(-1).tolist()
+            row = {"ids": answer.ids, "mask": answer.mask, "n_prompt": len(self.prompts[groups[i].question])}
+            row |= {"question": groups[i].question, "rewards": dict(zip(names, scores, strict=True))}
+            row |= {"reward": totals[i][j].item(), "advantage": advantage, "length": answer.length}
+            rows.append(row | {"finish": "stop" if answer.is_finished else "length"})
+        self.log.add(step, rows)
 
     def rehearse(self, step: int, n_trained: int) -> tuple[list[dict], int]:
         """Micro-batches of the step's finetuning conversations and their number of tokens.

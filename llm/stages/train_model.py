@@ -20,7 +20,7 @@ from llm.parallel.env import SIGHUP, SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
-from llm.stages.common import held_out_task
+from llm.stages.common import held_out_task, with_scalar_head
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
@@ -99,6 +99,8 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         print(f"stopped by {name} at step {step}, checkpoint saved; the same command resumes", flush=True)
         return results | {"status": "interrupted", "signal": int(signum)}
     net = full_model(module.net)
+    if job.row.servable and net.config.scalar_head:
+        net = with_scalar_head(net, False)  # a critic is of no use behind its training
     if collectives.is_main():
         handed = hand_over_best(job.stage_dir) if job.cfg.stage.get("keep_best") else None
         if handed is None:

@@ -71,7 +71,7 @@ def test_a_reward_must_give_a_number_for_each_answer(values, words):
 def test_scores_of_the_stage_have_the_weights():
     from types import SimpleNamespace
 
-    from llm.stages.grpo import score_of
+    from llm.stages.rollout_stage import score_of
 
     stage = SimpleNamespace(reward=None, rewards={"task": 1.0, "number": 0.5}, reward_options=None)
     score = score_of(TASK, stage)

@@ -1,0 +1,174 @@
+"""Parts that the stages of reinforcement learning share: their task, its rewards, rehearsal, and the built stage."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from callbacks.chat_eval import PassAtK
+from callbacks.step_times import StepTimes
+from llm import objectives
+from llm.data.balance import ANSWERS, Reading
+from llm.errors import UserError
+from llm.eval.samples import questions
+from llm.inference.engine import Engine
+from llm.inference.sampling import SamplingParams
+from llm.parallel import collectives
+from llm.parallel.launch import processes
+from llm.run.stage_folder import RunDir
+from llm.stages.common import (
+    BuiltStage,
+    eval_tasks,
+    finetuning_scales,
+    learning_rates,
+    model_facts,
+    step_context,
+    task_cache,
+)
+from llm.stages.micro_batch import resolve_rows
+from llm.stages.rollout_log import RolloutLog
+from llm.stages.rollouts import RolloutSteps
+from llm.stages.step_module import Objective, StepData, StepModule
+from tasks import Mixture, Task, build_mixture, build_task
+from tasks.rewards import Rewards, build_rewards
+
+
+class RewardScore:
+    """Scores of completions as tensors: (N,) by one reward, (N, R) by several, with their `weights` (R,).
+
+    names: of the rewards, whose means metrics.csv tells where there are several.
+    """
+
+    def __init__(self, rewards: Rewards):
+        self.rewards, self.names = rewards, rewards.names
+        self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
+
+    def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
+        scores = torch.tensor(self.rewards(conversations, completions))
+        return scores if self.weights is not None else scores[:, 0] * self.rewards.weights[0]
+
+
+@dataclass(frozen=True)
+class RewardedTask:
+    """The task `stage.task` (or `data.rl`): questions to train on and held-out ones, rewards, rehearsal, other tasks.
+
+    score: gives the rewards. rehearsal: conversations trained on beside the answers, None without `stage.rehearsal`.
+    eval_tasks: held-out tasks by name that the stage is evaluated on.
+    """
+
+    train: Task
+    test: Task
+    score: RewardScore
+    rehearsal: Mixture | None
+    eval_tasks: dict[str, Task]
+
+
+def read_task(cfg) -> RewardedTask:
+    """Read all rows that the stage needs. Raises UserError where they give no reward, or there are none."""
+    stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
+    if name is None:
+        raise UserError(
+            f"data.rl=null: name the task to be rewarded for, stage.task=<one of {', '.join(cfg.data.tasks)}>"
+        )
+    if name not in cfg.data.tasks:
+        raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
+    spec, cache = cfg.data.tasks[name], task_cache(cfg)
+    train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
+    if train.kind != "generative":
+        raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
+    if stage.turns > 1 and type(train).reply is Task.reply:
+        raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
+    score = score_of(train, stage)
+    if "task" in score.names and (bare := train.unscored()):
+        raise UserError(
+            f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
+            f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
+        )
+    rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
+    return RewardedTask(train, test, score, rehearsal, eval_tasks(cfg))
+
+
+def build_stage(
+    cfg, net, tokenizer, task: RewardedTask, objective: Objective, steps: Callable[..., RolloutSteps]
+) -> BuiltStage:
+    """Build the stage that trains `net` by an objective of sampled answers, and measures pass@k on held-out questions.
+
+    steps: makes the loader from the arguments of `RolloutSteps`. Raises UserError for a step smaller than the devices.
+    """
+    stage, world = cfg.stage, processes(cfg)
+    answers = stage.prompts_per_step * stage.samples_per_prompt
+    total = cfg.max_steps or max(1, int(stage.epochs * len(task.train)) // stage.prompts_per_step)
+    for key in ("prompts_per_step", *(["rehearsal"] if stage.rehearsal else [])):
+        if stage[key] < world:
+            raise UserError(f"stage.{key}={stage[key]}: fewer than the {world} devices; raise it or train on fewer")
+    cfg.batch.micro_batch_size = rows = resolve_rows(cfg, net.config, answers // world)
+    scales = finetuning_scales(cfg, None)
+    more = {"eval_tasks": task.eval_tasks, "prompts": questions(task.test)} | scales
+    context = step_context(cfg, tokenizer, total, **more)
+    tokens_per_step = answers * cfg.model.seq_len  # at most
+    derived = model_facts(net.config, cfg, total, tokens_per_step, -(-answers // (rows * world)))
+    derived |= learning_rates(net, cfg, **scales) | {"questions": len(task.train), "samples_per_step": answers}
+    params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
+    pass_at_k = PassAtK(
+        stage.eval_every, task.test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
+    )
+    engine, log = Engine(net, tokenizer), None
+    if stage.keep_rollouts and collectives.is_main():
+        log = RolloutLog(RunDir(cfg.paths.runs, cfg.run).stage_dir(stage.name), stage.keep_rollouts, tokenizer)
+
+    def loader(position: dict | None) -> RolloutSteps:
+        return steps(engine, task.train, stage, rows, cfg.seed, position, task.score, task.rehearsal, log)
+
+    module = StepModule(net, cfg.optim, stage, context, objective)
+    reading = Reading(ANSWERS, facts={"questions": len(task.train)}, parts=[task.train])
+    return BuiltStage(module, StepData(loader), derived, [pass_at_k, StepTimes()], reading)
+
+
+class AnswerObjective:
+    """Base of objectives of sampled answers: what is logged of their tokens that went through the network."""
+
+    @staticmethod
+    def sums(logprobs, old, engine, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return sums over the tokens (B, T): the gap of engine and trainer, and the weights of the answers now."""
+        gap = objectives.log_ratio(old, engine, mask).abs()
+        weights = objectives.log_ratio(logprobs, engine, mask).exp() * mask
+        return {
+            "tokens": mask.sum(),
+            "logprob_gap": gap.sum(),
+            "logprob_gap_max": gap.max(),
+            "weights": weights.sum(),
+            "squares": weights.square().sum(),
+        }
+
+    @staticmethod
+    def summary(sums: dict[str, float], n_trained: float) -> dict[str, float]:
+        """Return the numbers of a step: means over its tokens, the largest gap, and the effective sample size."""
+        tokens = sums.pop("tokens")
+        ess = objectives.effective_share(sums.pop("weights"), sums.pop("squares"), tokens)
+        shares = {name: value if name.endswith("_max") else value / max(tokens, 1) for name, value in sums.items()}
+        return shares | {"ess": ess}
+
+
+def check_overlong(stage) -> None:
+    """Raise UserError where the penalty for long answers would begin before the first token."""
+    if stage.overlong >= stage.max_new_tokens:
+        raise UserError(
+            f"stage.overlong={stage.overlong}: must be smaller than stage.max_new_tokens={stage.max_new_tokens}"
+        )
+
+
+def score_of(task, stage) -> RewardScore:
+    """Return the function that scores completions: `stage.reward` or `stage.rewards`, by default the task's own."""
+    if stage.reward is not None and stage.rewards:
+        raise UserError(f"stage.reward={stage.reward}: stage.rewards names rewards too; give one of the two")
+    key = "stage.rewards" if stage.rewards else "stage.reward"
+    weights = stage.rewards or {stage.reward or "task": 1.0}
+    return RewardScore(build_rewards(task, weights, stage.reward_options or {}, key))
+
+
+def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
+    """Return the mixture of finetuning without the rewarded task: that one is to be learnt from its rewards alone."""
+    weights = {name: repeats for name, repeats in dict(cfg.data.mixture.sft).items() if name != rewarded and repeats}
+    if not weights:
+        raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.sft names no task besides {rewarded}")
+    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)
