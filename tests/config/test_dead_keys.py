@@ -20,7 +20,7 @@ from llm.serving import app
 from llm.stages.run_stage import run_stage
 from tasks import Cache, build_task
 
-STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "distill", "best_of_n", "dpo", "ppo", "grpo")
 ENTRY_POINTS = ("train", "evaluate", "serve")
 
 

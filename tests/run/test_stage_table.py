@@ -61,8 +61,11 @@ def test_a_row_that_cannot_be_is_refused(monkeypatch, change, words):
     assert "polish" not in stage_names()
 
 
+LATER = ("distill", "best_of_n", "dpo", "ppo", "grpo")
+
+
 def test_rows_are_in_the_order_of_the_pipeline(polish):
-    assert stage_names() == ["tokenizer", "pretrain", "midtrain", "sft", "reward", "polish", "dpo", "grpo"]
+    assert stage_names() == ["tokenizer", "pretrain", "midtrain", "sft", "reward", "polish", *LATER]
     register_stage(polish)  # a module that is imported twice
     with pytest.raises(UserError, match="stage=poolish does not exist; choose one of download, check, .*plugins="):
         stage_row("poolish")
@@ -206,7 +209,7 @@ def test_the_plugins_of_a_run_are_imported_before_its_stage_is_looked_up(tmp_pat
 
 OWN = (
     "llm/config/stages.py",
-    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo", "dpo")),
+    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo", "dpo", "ppo", "distill", "best_of_n")),
     "llm/objectives.py",  # losses are called like the stages that made them known
 )
 NAMES = frozenset(stage_names(in_run=False))
