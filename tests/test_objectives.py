@@ -1,6 +1,8 @@
 """Objectives of post-training: hand-computed numbers, loops over single tokens in float64, directions and clipping."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -113,6 +115,26 @@ def test_whitening_ignores_masked_numbers():
     assert o.whiten(values, mask)[~mask].tolist() == [0.0, 0.0]
     torch.testing.assert_close(o.whiten(values, mask, shift=False)[mask].mean(), flat.mean())
     assert not o.whiten(values, torch.zeros_like(mask)).any()
+
+
+def test_processes_whiten_their_values_together():
+    values, mask = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) + 3, torch.ones(4, 6).bool()
+    mask[1, 2:], mask[3] = False, False
+    given, met = [], Barrier(2, timeout=60)
+
+    def add_up(numbers):
+        given.append(numbers)
+        met.wait()
+        total = [sum(pair) for pair in zip(*given[-2:], strict=True)]
+        met.wait()
+        return total
+
+    def whiten(rows):
+        return o.whiten(values[rows], mask[rows], add_up=add_up)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(whiten, (slice(0, 1), slice(1, 4))))
+    torch.testing.assert_close(torch.cat(parts), o.whiten(values, mask))
 
 
 def test_corrections_by_hand():

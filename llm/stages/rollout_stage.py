@@ -8,6 +8,7 @@ import torch
 from callbacks.chat_eval import PassAtK
 from callbacks.step_times import StepTimes
 from llm import objectives
+from llm.config.stages import stage_row
 from llm.data.balance import ANSWERS, Reading
 from llm.errors import UserError
 from llm.eval.samples import questions
@@ -176,7 +177,8 @@ def score_of(task, stage) -> RewardScore:
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
     """Return the mixture of finetuning without the rewarded task: that one is to be learnt from its rewards alone."""
-    weights = {name: repeats for name, repeats in dict(cfg.data.mixture.sft).items() if name != rewarded and repeats}
+    key = stage_row(cfg.stage.name).mixture_key
+    weights = {name: repeats for name, repeats in dict(cfg.data.mixture[key]).items() if name != rewarded and repeats}
     if not weights:
-        raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.sft names no task besides {rewarded}")
+        raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.{key} names no task besides {rewarded}")
     return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)

@@ -209,7 +209,7 @@ def test_the_plugins_of_a_run_are_imported_before_its_stage_is_looked_up(tmp_pat
 
 OWN = (
     "llm/config/stages.py",
-    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo", "dpo", "ppo", "distill", "best_of_n")),
+    *(f"llm/stages/{n}.py" for n in ("check", "download", "tokenizer", "pretrain", "finetune", "grpo", "dpo", "ppo")),
     "llm/objectives.py",  # losses are called like the stages that made them known
 )
 NAMES = frozenset(stage_names(in_run=False))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import compose
 from omegaconf import OmegaConf
+from small_rollouts import TOKENIZER, Task, by_length, model, same, settings
 from small_training import CONFIG, OPTIM, STAGE, STEPS, fit, net, rows, step_batch
 
 from callbacks.step_times import StepTimes
@@ -19,53 +20,15 @@ from llm.data.loader import positions_for
 from llm.data.packing import Document
 from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
-from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
 from llm.run.config_diff import BEFORE_KEYS, diff_configs
 from llm.stages.grpo import GroupSteps, PolicyObjective, check_choices
 from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
 from llm.stages.step_module import StageContext, StepModule
 from llm.stages.step_state import Sums
-from llm.tokenizer.bpe import Tokenizer
-
-TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
-
-
-def settings(**changes) -> SimpleNamespace:
-    """Settings of the stage, its defaults in small."""
-    stage = dict(compose("train", "experiment=tiny", "stage=grpo").stage)
-    small = {"prompts_per_step": 2, "samples_per_prompt": 3, "max_new_tokens": 6, "top_k": 0}
-    return SimpleNamespace(**(stage | small | changes))
-
-
-def model(seed=0) -> GPT:
-    """A network of bytes that is not at its start: every token has its own probability."""
-    network = GPT(GPTConfig(2, 2, 2, 8, 16, seq_len=24, vocab_size=TOKENIZER.vocab_size)).init_weights(seed)
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=g))
-    return network
-
-
-class Task:
-    """Five numbered questions."""
-
-    name, kind = "questions", "generative"
-
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, i):
-        return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}]}
 
 
 def all_different(conversations, completions) -> torch.Tensor:
     return torch.arange(float(len(completions))).square()
-
-
-def by_length(conversations, completions) -> torch.Tensor:
-    return torch.tensor([float(len(text)) for text in completions])
 
 
 def group_steps(network=None, position=None, score=by_length, **changes) -> GroupSteps:
@@ -330,13 +293,6 @@ def test_long_answers_are_rewarded_less():
     several = group_steps(score=lambda asked, answers: torch.ones(len(answers), 2), overlong=4, advantage="gdpo")
     (group,) = several.ask([0], 0)
     assert group.rewards.shape == (3, 2) and group.rewards[:, 1].tolist() == [1.0] * 3 and group.rewards[:, 0].min() < 1
-
-
-def same(a: dict, b: dict) -> bool:
-    """Return whether two batches train the same numbers."""
-    pairs = zip(a["micro"], b["micro"], strict=True)
-    micro = all(m.keys() == n.keys() and all(torch.equal(m[k], n[k]) for k in m) for m, n in pairs)
-    return micro and all(a[k] == b[k] for k in ("n_trained", "n_tokens"))
 
 
 def test_a_rollout_serves_several_updates_and_goes_on_after_a_kill():
