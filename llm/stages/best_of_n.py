@@ -2,9 +2,10 @@
 
 Per rollout: draw `stage.samples_per_prompt` answers to each of `stage.prompts_per_step` questions from the current
 weights, reward them as `llm.stages.grpo` does, keep the best answer to each question, and train on its sampled tokens
-by cross-entropy. Of equally good answers the shortest is kept. Where the best one is rewarded with less than
-`stage.min_reward`, nothing of that question is trained. The loss is the mean over the tokens of the kept answers of
-the step; conversations are rehearsed as in grpo.
+by cross-entropy. Of equally good answers the first one drawn is kept, which is a fair draw among them: the shortest
+would teach to leave out the working. Where the best one is rewarded with less than `stage.min_reward`, nothing of that
+question is trained. The loss is the mean over the tokens of the kept answers of the step; conversations are rehearsed
+as in grpo.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from llm.stages.rollout_stage import AnswerObjective, build_stage, check_overlon
 from llm.stages.rollouts import Group, RolloutSteps
 
 
-def winner(rewards: Sequence[float], lengths: Sequence[int], least: float) -> int | None:
-    """Return which answer is the best: of the highest reward the shortest, then the first; None below `least`."""
-    best = min(range(len(rewards)), key=lambda i: (-rewards[i], lengths[i]))
+def winner(rewards: Sequence[float], least: float) -> int | None:
+    """Return which answer is the best, the first one of equals; None where its reward is below `least`."""
+    best = max(range(len(rewards)), key=rewards.__getitem__)
     return best if rewards[best] >= least else None
 
 
@@ -39,8 +40,8 @@ class BestSteps(RolloutSteps):
         """Return 1 for each kept answer and 0 for all others, and numbers: kept questions, mean reward of the kept."""
         totals = objectives.total_rewards(torch.stack([group.rewards for group in groups]), self.reward_weights)
         weights, kept = [], []
-        for group, rewards in zip(groups, totals.tolist(), strict=True):
-            best = winner(rewards, [answer.length for answer in group.answers], self.stage.min_reward)
+        for rewards in totals.tolist():
+            best = winner(rewards, self.stage.min_reward)
             weights += [float(i == best) for i in range(len(rewards))]
             kept += [] if best is None else [rewards[best]]
         total, n = collectives.all_reduce_sum([sum(kept), float(len(kept))])
