@@ -124,8 +124,7 @@ def with_scalar_head(net: GPT, wanted: bool) -> GPT:
     if wanted:
         weights["scalar_head.weight"] = torch.zeros(1, net.config.n_embd)
     other.load_state_dict(weights)
-    other.compute_dtype = net.compute_dtype
-    return other.to(net.device)
+    return other
 
 
 def with_document_masks(net: GPT, wanted: GPTConfig) -> GPT:

@@ -19,7 +19,7 @@ from llm import objectives
 from llm.data.balance import of_rollout
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
-from llm.stages.common import BuiltStage, load_parent, with_scalar_head
+from llm.stages.common import BuiltStage, load_parent
 from llm.stages.rollout_stage import AnswerObjective, build_stage, check_overlong, read_task
 from llm.stages.rollouts import Reference, RolloutSteps, add_old_logprobs, counts, micro_batches_of
 
@@ -157,7 +157,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network with a critic, rewarded on the task `stage.task` (or `data.rl`)."""
     check_overlong(cfg.stage)
     task = read_task(cfg)
-    net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
+    net, tokenizer = load_parent(parent, cfg, scalar_head=True)  # after all rows were checked
+    torch.nn.init.zeros_(net.scalar_head.weight)  # the parent's would be of a reward model
     steps = partial(CriticSteps, reference=Reference(net) if cfg.stage.kl else None)
-    net = with_scalar_head(net, True)
     return build_stage(cfg, net, tokenizer, task, ActorCriticObjective(cfg.stage), steps)

@@ -29,7 +29,7 @@ def rows_of(micro_batches: Sequence[dict]) -> Iterator[tuple[list[int], list[flo
     """Yield every row as its ids (T + 1) and the weight of each in the loss, 0 = not trained."""
     for micro in micro_batches:
         inputs, targets = micro["inputs"], micro["targets"]
-        weights = micro["weights"] if "weights" in micro else (targets >= 0).float()
+        weights = micro.get("advantages", micro.get("weights", (targets >= 0).float()))
         for x, y, w in zip(inputs, targets, weights, strict=True):
             yield [*x.tolist(), max(int(y[-1]), 0)], [0.0, *(w * (y >= 0)).tolist()]
 

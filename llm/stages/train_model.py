@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from callbacks.best import hand_over_best
@@ -20,7 +21,7 @@ from llm.parallel.env import SIGHUP, SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
-from llm.stages.common import held_out_task, with_scalar_head
+from llm.stages.common import held_out_task
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
@@ -99,8 +100,8 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         print(f"stopped by {name} at step {step}, checkpoint saved; the same command resumes", flush=True)
         return results | {"status": "interrupted", "signal": int(signum)}
     net = full_model(module.net)
-    if job.row.servable and net.config.scalar_head:
-        net = with_scalar_head(net, False)  # a critic is of no use behind its training
+    if job.row.servable and net.config.scalar_head:  # a critic, which is of no use behind its training
+        net.scalar_head, net.config = None, replace(net.config, scalar_head=False)
     if collectives.is_main():
         handed = hand_over_best(job.stage_dir) if job.cfg.stage.get("keep_best") else None
         if handed is None:

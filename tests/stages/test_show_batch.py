@@ -29,7 +29,7 @@ def test_answers_that_are_made_less_likely_are_red(tiny_tokenizer):
     ids = torch.tensor([tiny_tokenizer.encode("one two three")])
     targets = ids[:, 1:].clone()
     targets[0, 0] = -1
-    micro = {"inputs": ids[:, :-1], "targets": targets, "weights": torch.full(targets.shape, -0.5)}
+    micro = {"inputs": ids[:, :-1], "targets": targets, "advantages": torch.full(targets.shape, -0.5)}
     (row,) = rows_of([micro])
     kinds = [kind for kind, _ in pieces(*row, tiny_tokenizer)]
     assert kinds == ["context", "punished"]
