@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 LOG_RATIO_LIMIT = 20.0  # beyond it exp() leaves what fp32 sums can hold
 STD_FLOOR = 1e-4  # added to the standard deviation of a group's rewards
@@ -494,3 +495,64 @@ def reward_loss(chosen: torch.Tensor, rejected: torch.Tensor, centre: float = 0.
 def last_values(values: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """Return the numbers (B,) of `values` (B, T) at the places `last` (B,)."""
     return values.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distillation: distances between the distributions of a student and a teacher
+
+CHUNK_ELEMENTS = 1 << 23  # logits of the student, and as many of the teacher, that are held at a time
+
+
+def distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the divergence (N,) in nats between the distributions of logits (N, V) of a student and a teacher.
+
+    reverse_kl: sum p (log p - log q), p the student's and q the teacher's: avoids what the teacher would not say
+    (MiniLLM, arXiv 2306.08543). forward_kl: sum q (log q - log p): covers all that the teacher would say (Hinton et
+    al., arXiv 1503.02531). Both sums are over the whole vocabulary. Raises ValueError for another name.
+    """
+    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    if name == "reverse_kl":
+        return (student.exp() * (student - teacher)).sum(-1)
+    if name == "forward_kl":
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    raise ValueError(f"no divergence of the name {name}")
+
+
+def chunked_distillation(
+    student: Callable[[torch.Tensor], torch.Tensor],
+    teacher: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    hidden_teacher: torch.Tensor,
+    goals: torch.Tensor,
+    name: str,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `distillation_loss` (N,) and the student's log-probabilities (N,) of `goals` (N,), without gradient.
+
+    student, teacher: heads that make logits (n, V) of rows of hidden (N, C) and hidden_teacher (N, C'). Logits of
+    `chunk` tokens exist at a time, in the backward pass too, which makes them again.
+    """
+
+    def part(x: torch.Tensor, y: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = student(x)
+        with torch.no_grad():
+            others = teacher(y)
+            at_goal = logits.gather(1, goal.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+        return distillation_loss(logits, others, name), at_goal
+
+    parts = zip(hidden.split(chunk), hidden_teacher.split(chunk), goals.split(chunk), strict=True)
+    found = [checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False) for one in parts]
+    losses, logprobs = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(logprobs)
+
+
+def sampled_distillation(
+    logprobs: torch.Tensor, logprobs_teacher: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return losses (B, T) of sampled tokens, 0 where masked, and d = l - l_teacher, within +-20, without gradient.
+
+    -A l with A = -d: the policy gradient of the reverse KL divergence, token by token, of which only the sampled
+    tokens are known ("On-policy distillation", Thinking Machines Lab, 2025).
+    """
+    d = kl_k1(logprobs.detach(), logprobs_teacher, mask)
+    return d * logprobs.masked_fill(~mask, 0.0), d

@@ -23,6 +23,7 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
+from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, add_adapter
 from llm.objectives import PREFERENCE_LOSSES, PreferenceSettings
@@ -31,14 +32,15 @@ from llm.parallel.env import end
 from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
+from llm.stages.distill import DistillObjective
 from llm.stages.dpo import PreferenceObjective
 from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 20, 301, 6
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "lora")
-UNEVEN = ("grpo", "reward", "dpo", "ppo")  # in the lengths and numbers of micro-batches
+KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill", "lora")
+UNEVEN = ("grpo", "reward", "dpo", "ppo", "distill")  # in the lengths and numbers of micro-batches
 
 
 def micro_batch(kind: str, step: int, number: int) -> dict:
@@ -59,6 +61,8 @@ def micro_batch(kind: str, step: int, number: int) -> dict:
             micro[name] = torch.randn(2, length, generator=g)
         for name in ("logprobs_old", "logprobs_engine"):
             micro[name] = -6 * torch.rand(2, length, generator=g)
+    if kind == "distill" and number:  # the first one is rehearsed
+        micro["advantages"] = torch.ones(2, length)
     return micro
 
 
@@ -83,7 +87,16 @@ class Steps:
             }
 
 
+def teacher() -> GPT:
+    """A network of another width and depth."""
+    net = GPT(GPTConfig(3, 1, 1, 32, 32, seq_len=64, vocab_size=VOCAB)).init_weights(2).double()
+    with torch.no_grad():
+        net.lm_head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return net
+
+
 OBJECTIVES = {
+    "distill": DistillObjective(teacher(), "reverse_kl"),
     "reward": RewardObjective(centre=0.1),
     "ppo": ActorCriticObjective(SimpleNamespace(clip=0.2, value_clip=0.2, value_coef=0.1)),
     "dpo": PreferenceObjective(PREFERENCE_LOSSES["dpo"], PreferenceSettings()),

@@ -252,3 +252,68 @@ def test_value_loss_by_hand():
     assert clipped.tolist() == [[True, False, False]]
     losses.sum().backward()
     torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.9, 0.0]]))
+
+
+# ----- distillation
+
+
+def test_divergences_by_hand():
+    student = torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64)  # 1/4 and 3/4
+    teacher = torch.zeros(1, 2, dtype=torch.float64)
+    wanted = {
+        "reverse_kl": 0.25 * math.log(0.5) + 0.75 * math.log(1.5),
+        "forward_kl": 0.5 * math.log(2.0) + 0.5 * math.log(2 / 3),
+    }
+    for name, value in wanted.items():
+        assert o.distillation_loss(student, teacher, name).item() == pytest.approx(value, abs=1e-12)
+        assert o.distillation_loss(student, student + 5.0, name).item() == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="no divergence of the name jeffreys"):
+        o.distillation_loss(student, teacher, "jeffreys")
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunks_have_the_losses_and_the_gradient_of_all_logits_at_once(name, chunk):
+    """Eleven tokens, of hidden sizes 3 and 5, over a vocabulary of 7; a loop over tokens and words in float64."""
+    g = torch.Generator().manual_seed(0)
+    hidden, theirs = torch.randn(11, 3, generator=g).double(), torch.randn(11, 5, generator=g).double()
+    ours, other = torch.randn(7, 3, generator=g).double(), torch.randn(7, 5, generator=g).double()
+    goals, factors = torch.randint(0, 7, (11,), generator=g), torch.randn(11, generator=g).double()
+    largest = []
+
+    def gradients(chunked: bool):
+        x, w = hidden.clone().requires_grad_(), ours.clone().requires_grad_()
+
+        def student(rows):
+            largest.append(len(rows))
+            return rows @ w.T
+
+        if chunked:
+            losses, logprobs = o.chunked_distillation(student, lambda y: y @ other.T, x, theirs, goals, name, chunk)
+            assert not logprobs.requires_grad and max(largest) == min(chunk, 11)
+            by_token = (hidden @ ours.T).log_softmax(1)[range(11), goals]
+            torch.testing.assert_close(logprobs, by_token)
+        else:
+            p, q = student(x).softmax(1), (theirs @ other.T).softmax(1)
+            a, b = (p, q) if name == "reverse_kl" else (q, p)
+            losses = torch.stack([sum(a[i, v] * (a[i, v] / b[i, v]).log() for v in range(7)) for i in range(11)])
+        (losses * factors).sum().backward()
+        return losses.detach(), x.grad, w.grad
+
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_sampled_form_has_the_gradient_of_the_reverse_divergence_on_average():
+    """The mean over all words, each as often as the student says it, is the gradient over the whole vocabulary."""
+    g = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 6, generator=g).double().log_softmax(1)
+    logits = torch.randn(1, 6, generator=g).double().requires_grad_()
+    logprobs = logits.log_softmax(1)
+    losses, d = o.sampled_distillation(logprobs, teacher, torch.ones(1, 6).bool())
+    (by_samples,) = torch.autograd.grad((logprobs.exp().detach() * losses).sum(), logits)
+    (whole,) = torch.autograd.grad(o.distillation_loss(logits, teacher, "reverse_kl").sum(), logits)
+    torch.testing.assert_close(by_samples, whole)
+    assert not d.requires_grad and torch.equal(d, (logprobs - teacher).detach())
+    masked, none = o.sampled_distillation(torch.full((1, 6), math.nan), teacher, torch.zeros(1, 6).bool())
+    assert not masked.any() and not none.any()

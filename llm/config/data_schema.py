@@ -197,5 +197,5 @@ class DataConfig:
     tasks: dict[str, TaskSpec] = key("all tasks by name")
     preferences: dict[str, TaskSpec] = key("sources of preferences by name, type=preference: stages reward and dpo")
     mixture: MixtureConfig = key("conversations that the chat stages train on")
-    rl: str | None = key("task that grpo and ppo train on")
+    rl: str | None = key("task that grpo, ppo, distill and best_of_n train on")
     eval: list[str] = key("tasks of chat evaluations")

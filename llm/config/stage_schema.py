@@ -9,6 +9,7 @@ from llm.config.key import CONTEXT, ITEMS, STEPS, VOCABULARY, key
 POLICY_LOSSES = ("reinforce", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "ipo_rl")
 ADVANTAGES = ("centred", "zscore", "rloo", "max_rl", "gdpo")
 CORRECTIONS = ("none", "token_tis", "icepop", "sequence_mask")
+DIVERGENCES = ("reverse_kl", "forward_kl", "sampled")
 
 
 @dataclass
@@ -236,3 +237,26 @@ class PPOStage(RolloutStage):
     lam: float = key("lambda of GAE: 1 = advantages from whole answers, 0 = from the next value", low=0, high=1)
     value_coef: float = key("weight of the critic's loss beside that of the policy", above=0, high=1000)
     value_clip: float = key("bound on the change of a value by the updates of a rollout", above=0, high=1000)
+
+
+@dataclass
+class DistillStage(RolloutStage):
+    """Settings of stage=distill."""
+
+    teacher: str | None = key("model to learn from: <run>, <run>/<stage> or a folder, with an equal tokenizer")
+    source: str = key(
+        "rollouts = answers that the student draws, data = the conversations of data.mixture.sft",
+        choices=("rollouts", "data"),
+    )
+    divergence: str = key(
+        "distance from the teacher per token: docs/post_training.md; sampled needs source=rollouts", choices=DIVERGENCES
+    )
+    samples_per_prompt: int = key("answers drawn per question", low=1, high=10**4)
+
+
+@dataclass
+class BestOfNStage(RolloutStage):
+    """Settings of stage=best_of_n."""
+
+    samples_per_prompt: int = key("answers drawn per question, the best of which is trained on", low=2, high=10**4)
+    min_reward: float = key("reward below which the best answer to a question is left out", low=-1000, high=1000)

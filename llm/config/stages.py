@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": (*TASKS, "data.preferences", *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
     "text": (*TASKS, "data.preferences"),
     "chat": (*TEXT, "data.rl", "data.preferences"),
-    "rl": (*TEXT, "data.mixture", "data.preferences", "batch.tokens_per_step", "compile"),
+    "rl": (*TEXT, "data.preferences", "batch.tokens_per_step", "compile"),
     "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile"),
     "": (),
 }
@@ -150,6 +150,29 @@ _BUILTIN = (
         no_curves=("loss",),  # of pairs
     ),
     Stage(
+        name="distill",
+        rank=36,
+        kind="rl",
+        schema=f"{_SCHEMA}.DistillStage",
+        build=f"{_STAGES}.distill.build",
+        parents=("sft",),
+        fixed_shapes=False,
+        mixture="sft",  # trained or rehearsed on, and validated on
+        other_parents=("stage.teacher",),
+        no_curves=("loss", "bpb", "core"),
+    ),
+    Stage(
+        name="best_of_n",
+        rank=37,
+        kind="rl",
+        schema=f"{_SCHEMA}.BestOfNStage",
+        build=f"{_STAGES}.best_of_n.build",
+        parents=("sft",),
+        fixed_shapes=False,
+        mixture="sft",  # rehearsed on, and validated on
+        no_curves=("loss", "bpb", "core"),  # of answers that change with the weights
+    ),
+    Stage(
         name="dpo",
         rank=38,
         kind="preference",
@@ -239,7 +262,7 @@ def row_or_stranger(name: str) -> Stage:
 def unread_keys(row: Stage) -> tuple[str, ...]:
     """Return patterns of config keys that cannot change what the stage makes, because it does not read them."""
     others = [f"data.mixture.{name}" for name in chat_mixtures() if name != row.mixture_key]
-    return (*KINDS[row.kind], *row.ignores, *(others if row.kind == "chat" else ()))
+    return (*KINDS[row.kind], *row.ignores, *(others if row.kind in ("chat", "rl") else ()))
 
 
 def load_object(name: str, where: str) -> Any:

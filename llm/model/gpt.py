@@ -8,6 +8,9 @@ positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and
 file knows nothing of training loops, configuration or files.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -373,7 +376,8 @@ class GPT(nn.Module):
         lengths: torch.Tensor | None = None,
         last_only: bool = False,
         scalars: bool = False,
-    ) -> torch.Tensor | tuple:
+        head: Callable[[torch.Tensor], Any] | None = None,
+    ) -> Any:
         """Return logits (B, T, V), or with `targets` the cross-entropy in nats, or with `scalars` those (B, T).
 
         targets and scalars: both, in this order, from one pass.
@@ -383,8 +387,10 @@ class GPT(nn.Module):
         cache: continue every row behind its cached tokens, of which the caller keeps count; lengths: (B,) true tokens
         per row of right-padded ids.
         last_only: return logits (B, 1, V) at each row's last true token only.
+        head: return what this function makes of the output (B, T, n_embd) of the last block, in place of logits. It
+        may call `self.logits`: strategies that divide the weights have gathered them meanwhile.
         """
-        is_training = (targets is not None or scalars) and cache is None and torch.is_grad_enabled()
+        is_training = (targets is not None or scalars or head is not None) and cache is None and torch.is_grad_enabled()
         if cache is not None:
             cache.expect(lengths)
         hidden = self.hidden(ids, cache, is_training)
@@ -393,6 +399,8 @@ class GPT(nn.Module):
         if last_only:
             last = hidden.size(1) - 1 if lengths is None else (lengths - 1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last].unsqueeze(1)
+        if head is not None:
+            return head(hidden)
         numbers = self.scalar_outputs(hidden) if scalars else None
         if numbers is not None and targets is None:
             # processes that train together want a gradient of every parameter

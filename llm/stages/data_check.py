@@ -73,5 +73,5 @@ def rewarded(cfg, row: Stage) -> tuple[list[str], list[str]]:
             "the experiment (docs/data.md) and name it in data.rl"
         )
     rehearsed = [task for task, repeats in (cfg.data.mixture.get(row.mixture_key) or {}).items() if repeats]
-    names = [name] if name else []
-    return names + (rehearsed if OmegaConf.select(cfg, "stage.rehearsal") else []), names
+    names, offline = [name] if name else [], OmegaConf.select(cfg, "stage.source") == "data"
+    return names + (rehearsed if offline or OmegaConf.select(cfg, "stage.rehearsal") else []), names

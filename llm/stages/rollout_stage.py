@@ -90,15 +90,23 @@ def read_task(cfg) -> RewardedTask:
 
 
 def build_stage(
-    cfg, net, tokenizer, task: RewardedTask, objective: Objective, steps: Callable[..., RolloutSteps]
+    cfg,
+    net,
+    tokenizer,
+    task: RewardedTask,
+    objective: Objective,
+    steps: Callable[..., RolloutSteps],
+    steps_per_epoch: int | None = None,
 ) -> BuiltStage:
     """Build the stage that trains `net` by an objective of sampled answers, and measures pass@k on held-out questions.
 
-    steps: makes the loader from the arguments of `RolloutSteps`. Raises UserError for a step smaller than the devices.
+    steps: makes the loader from the arguments of `RolloutSteps`. steps_per_epoch: where a pass is not one through the
+    questions. Raises UserError for a step smaller than the devices.
     """
     stage, world = cfg.stage, processes(cfg)
     answers = stage.prompts_per_step * stage.samples_per_prompt
-    total = cfg.max_steps or max(1, int(stage.epochs * len(task.train)) // stage.prompts_per_step)
+    per_epoch = len(task.train) / stage.prompts_per_step if steps_per_epoch is None else steps_per_epoch
+    total = cfg.max_steps or max(1, int(stage.epochs * per_epoch))
     for key in ("prompts_per_step", *(["rehearsal"] if stage.rehearsal else [])):
         if stage[key] < world:
             raise UserError(f"stage.{key}={stage[key]}: fewer than the {world} devices; raise it or train on fewer")

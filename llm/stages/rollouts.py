@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llm import objectives
-from llm.data.balance import Balance
+from llm.data.balance import Balance, of_rollout
 from llm.data.conversations import of_conversations, render
 from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
@@ -317,6 +317,22 @@ class RolloutSteps:
             numbers |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
         return numbers
 
+    def trained_on(self, answers: Sequence[Answer], weights: Sequence[float]) -> dict:
+        """Return micro, n_trained and n_tokens of answers whose tokens have one weight per answer, as `advantages`.
+
+        Answers of weight 0 are left out of the passes, and do not count as trained.
+        """
+        ids, masks, kept = [a.ids for a in answers], [a.mask for a in answers], [weight != 0 for weight in weights]
+        columns = {"advantages": weights, "logprobs_engine": [a.logprobs for a in answers]}
+        micro = micro_batches_of(ids, masks, self.rows_per_micro, kept, **columns)
+        if self.stage.updates_per_rollout > 1:
+            begin = time.perf_counter()
+            add_old_logprobs(full_model(self.engine.net), micro)
+            self.seconds["forward"] += time.perf_counter() - begin
+        self.balance += of_rollout(list(zip(ids, masks, strict=True)), kept, [a.is_finished for a in answers])
+        n_trained = sum(answer.n_sampled for answer, is_kept in zip(answers, kept, strict=True) if is_kept)
+        return {"micro": micro, "n_trained": max(n_trained, 1), "n_tokens": counts(ids, masks)[1]}
+
     def log_answers(self, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> None:
         """Keep the answers of a step, and an advantage of each, for the report."""
         if self.log is None:
@@ -337,15 +353,30 @@ class RolloutSteps:
 
         Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`.
         """
-        n, limit = self.stage.rehearsal, self.engine.net.config.seq_len + 1
-        rows = [self.rehearsal[k % len(self.rehearsal)] for k in self.share(range(step * n, (step + 1) * n))]
-        rendered = [render(self.engine.tokenizer, row, limit) for row in rows]
-        ids = [one.document.ids.tolist() for one in rendered]
-        masks = [(one.document.mask > 0).astype(int).tolist() for one in rendered]
-        self.balance += of_conversations(rendered)
+        ids, factors, balance = conversations_of(self.rehearsal, self.engine, step, self.stage.rehearsal)
+        masks = trained_tokens(factors)
+        self.balance += balance
         n_rehearsed, n_tokens = counts(ids, masks)
         weight = self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
-        return micro_batches_of(ids, masks, self.rows_per_micro, weights=[weight] * len(rows)), n_tokens
+        return micro_batches_of(ids, masks, self.rows_per_micro, weights=[weight] * len(ids)), n_tokens
+
+
+def conversations_of(mixture: Sequence, engine: Engine, step: int, n: int) -> tuple[list, list, Balance]:
+    """Return ids and factors of the tokens' losses of this rank's part of the `n` conversations of a step; and balance.
+
+    They follow one another through the mixture, again and again; a factor is above 0 on what the assistant says.
+    """
+    limit = engine.net.config.seq_len + 1
+    rows = [mixture[k % len(mixture)] for k in RolloutSteps.share(range(step * n, (step + 1) * n))]
+    rendered = [render(engine.tokenizer, row, limit) for row in rows]
+    documents = [one.document for one in rendered]
+    ids, factors = [one.ids.tolist() for one in documents], [one.mask.astype(float).tolist() for one in documents]
+    return ids, factors, of_conversations(rendered)
+
+
+def trained_tokens(factors: Sequence[Sequence[float]]) -> list[list[int]]:
+    """Return masks that are 1 where factors of losses are above 0."""
+    return [[int(factor > 0) for factor in row] for row in factors]
 
 
 def counts(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -20,7 +20,8 @@ from llm.serving import app
 from llm.stages.run_stage import run_stage
 from tasks import Cache, build_task
 
-STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "distill", "best_of_n", "dpo", "ppo", "grpo")
+OWN_KEYS = {"tokenizer": (), "distill": ("max_steps=1", "stage.teacher=tiny/sft")}
 ENTRY_POINTS = ("train", "evaluate", "serve")
 
 
@@ -53,7 +54,7 @@ def stages(folder) -> list[tuple]:
 
     measured = ("run=tiny", "eval.tokens=512", "eval.max_per_task=2", "eval.max_new_tokens=4", "eval.num_samples=2")
     return [
-        *(train(stage, *([] if stage == "tokenizer" else ["max_steps=1"])) for stage in STAGES),
+        *(train(stage, *OWN_KEYS.get(stage, ("max_steps=1",))) for stage in STAGES),
         train("pretrain", "run=other", "init_from=tiny/tokenizer", "optim=adamw", "arch=gpt2", "dry_run=true"),
         (run_evaluation, compose("evaluate", *measured, f"paths.runs={folder}/runs")),
         (app.serve, compose("serve", "run=tiny", "prompt=Hello", "max_new_tokens=2", f"paths.runs={folder}/runs")),

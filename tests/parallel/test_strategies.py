@@ -25,7 +25,7 @@ from llm.parallel.launch import child_env, free_port
 from llm.parallel.muon_zero2 import BUCKET_BYTES, even_shares
 from llm.parallel.strategy import FSDPStrategy, MuonStrategy, SummingDDPStrategy
 
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo")
+KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill")
 
 
 def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
