@@ -32,11 +32,10 @@ SAMPLES = 4  # drawn answers per item of the gained task
 
 @dataclass(frozen=True)
 class Method:
-    """One way of post-training: a stage and what is set for it. on: what it learns from, by which tables are sorted."""
+    """One way of post-training: a stage and its settings."""
 
     stage: str
     settings: tuple[str, ...] = ()
-    on: str = "rewards"
 
 
 def of_grpo(loss: str, *more: str) -> Method:
@@ -46,7 +45,7 @@ def of_grpo(loss: str, *more: str) -> Method:
 
 def of_pairs(loss: str) -> Method:
     """Return the method of `stage=dpo` with a loss."""
-    return Method("dpo", (f"stage.loss={loss}",), "preferences")
+    return Method("dpo", (f"stage.loss={loss}",))
 
 
 METHODS = {
@@ -63,6 +62,7 @@ METHODS = {
     "ppo": Method("ppo"),
     **{loss: of_pairs(loss) for loss in ("dpo", "ipo", "orpo", "kto", "simpo")},
     "best_of_n": Method("best_of_n"),
+    "distill": Method("distill", ("stage.teacher=demo/grpo",)),
 }
 QUICK = ("reinforce", "ppo", "dpo", "best_of_n")  # of `make demo-rl`
 

@@ -252,8 +252,7 @@ def test_keys_that_a_stage_does_not_read_are_neutral_for_it():
         "sft": ["data.mixture.sft.x", "optim.matrix_lr"],
         "reward": ["optim.matrix_lr"],
         "dpo": ["optim.matrix_lr"],
-        "ppo": ["optim.matrix_lr"],
-        "grpo": ["optim.matrix_lr"],
+        **dict.fromkeys(("ppo", "grpo", "distill", "best_of_n"), ["data.mixture.sft.x", "optim.matrix_lr"]),
     }
 
 
