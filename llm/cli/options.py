@@ -77,7 +77,7 @@ def no_option(group: str, name: Any, options: list[str]) -> str:
 
 def listed(options: list[str]) -> str:
     """Return the names for a message, only the first two and the last where they are many."""
-    return f"{options[0]}, {options[1]} ... {options[-1]}" if len(options) > 12 else ", ".join(options)
+    return f"{options[0]}, {options[1]} ... {options[-1]}" if len(options) > 20 else ", ".join(options)
 
 
 def unknown_key(config_name: str, name: str, candidates: Iterable[str]) -> str:
