@@ -38,7 +38,7 @@ from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
-STEPS, VOCAB, MICRO = 20, 301, 6
+STEPS, VOCAB, MICRO = 12, 301, 6
 KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill", "lora")
 UNEVEN = ("grpo", "reward", "dpo", "ppo", "distill")  # in the lengths and numbers of micro-batches
 
