@@ -1,5 +1,9 @@
 """A network of bytes, a task of five questions and small settings for the stages that train on sampled answers."""
 
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -7,6 +11,7 @@ from conftest import compose
 
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
+from llm.run.stage_folder import write_manifest
 from llm.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
@@ -28,6 +33,16 @@ def model(seed=0, scalar_head=False) -> GPT:
         for p in network.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=g))
     return network
+
+
+def kill(runs: Path, stage: str, steps: Sequence[int]) -> None:
+    """Copy the run `straight` to `killed`, whose stage has neither a result nor the checkpoints of `steps`."""
+    shutil.copytree(runs / "straight", runs / "killed")
+    folder = runs / "killed" / stage
+    shutil.rmtree(folder / "model")
+    for step in steps:
+        (folder / "checkpoints" / f"step_{step:06}.ckpt").unlink(missing_ok=True)
+    write_manifest(folder, json.loads((folder / "run.json").read_text()) | {"status": "running"})
 
 
 class Task:

@@ -165,7 +165,7 @@ def describe(balance: Balance, unit: str) -> list[str]:
     if unit == ANSWERS:
         lines.append(
             f"{b.answers_cut:,} of {b.answers:,} answers cut at stage.max_new_tokens, {b.documents_dropped:,} dropped "
-            "(no signal: all answers to their question were rewarded alike)"
+            "(not trained: all answers to their question were rewarded alike, or another one was kept)"
         )
     elif b.answers:
         lines.append(

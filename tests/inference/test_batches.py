@@ -86,7 +86,7 @@ def lone(net: GPT, request: Request) -> list[int]:
 
 
 def is_tie(net: GPT, request: Request, other: list[int]) -> bool:
-    """Whether the first token in which a sample differs from `other` was drawn at the border of the two."""
+    """Return whether the first token in which a sample differs from `other` was drawn at the border of the two."""
     n = next(i for i, (a, b) in enumerate(zip(request.ids, other, strict=True)) if a != b)
     with torch.no_grad():
         logits = net(torch.tensor([request.prompt + request.ids[:n]]))[0, -1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import compose
 from safetensors.torch import load_file
-from small_rollouts import TOKENIZER, Task, by_length, model, same, settings
+from small_rollouts import TOKENIZER, Task, by_length, kill, model, same, settings
 
 from llm import objectives
 from llm.checkpoint.model_folder import save_model_folder
@@ -175,14 +175,8 @@ def test_a_killed_stage_resumes_exactly_and_comes_nearer_to_its_teacher(runs, so
         run_stage(compose("train", "experiment=tiny", *SMALL, *lines, f"run={name}"))
 
     train("straight")
-    shutil.copytree(runs / "straight", runs / "killed")
-    folder = runs / "killed" / "distill"
-    shutil.rmtree(folder / "model")
-    for step in (2, 3, 4):
-        (folder / "checkpoints" / f"step_{step:06}.ckpt").unlink(missing_ok=True)
-    manifest = json.loads((folder / "run.json").read_text())
-    assert list(manifest["further"]) == ["stage.teacher"]
-    write_manifest(folder, manifest | {"status": "running"})
+    assert list(json.loads((runs / "straight/distill/run.json").read_text())["further"]) == ["stage.teacher"]
+    kill(runs, "distill", (2, 3, 4))
     train("killed")
     a, b = (load_file(runs / name / "distill" / "model" / "model.safetensors") for name in ("straight", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

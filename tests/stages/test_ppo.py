@@ -1,14 +1,13 @@
 """PPO: rewards and advantages of tokens, the loss of policy and critic, how a rollout goes on after a kill."""
 
 import csv
-import json
 import shutil
 
 import pytest
 import torch
 from conftest import compose
 from safetensors.torch import load_file
-from small_rollouts import TOKENIZER, Task, by_length, model, same, settings
+from small_rollouts import TOKENIZER, Task, by_length, kill, model, same, settings
 
 from llm import objectives
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
@@ -199,13 +198,7 @@ def test_a_stage_killed_between_two_updates_resumes_exactly_and_hands_over_no_cr
         run_stage(compose("train", "experiment=tiny", *SMALL, *lines, f"run={name}"))
 
     train("straight")
-    shutil.copytree(runs / "straight", runs / "killed")
-    folder = runs / "killed" / "ppo"
-    shutil.rmtree(folder / "model")
-    for step in (2, 3):
-        (folder / "checkpoints" / f"step_{step:06}.ckpt").unlink(missing_ok=True)
-    manifest = json.loads((folder / "run.json").read_text())
-    write_manifest(folder, manifest | {"status": "running"})
+    kill(runs, "ppo", (2, 3))
     train("killed")
     a, b = (load_file(runs / name / "ppo" / "model" / "model.safetensors") for name in ("straight", "killed"))
     parent = load_file(runs / "tiny" / "sft" / "model" / "model.safetensors")
