@@ -153,10 +153,12 @@ def check_task_names(data: Any, stage: Any = None) -> None:
 
 
 def check_preferences(data: Any, stage: Any) -> None:
-    """Raise `UserError` for preferences among the tasks or the reverse, and names that are in both or in none."""
+    """Raise `UserError` for preferences among the tasks or the reverse, names in both or in none, and no mappings."""
     preferences = data.get("preferences") or {}
     for group, specs, wanted in (("tasks", data.tasks, False), ("preferences", preferences, True)):
         for name, spec in specs.items():
+            if spec is not None and not isinstance(spec, Mapping):
+                raise UserError(f"data.{group}.{name}={shown(spec)}: must be a mapping such as {{type: ..., ...}}")
             if spec is not None and (spec.get("type") == "preference") != wanted:
                 place = "data.preferences" if group == "tasks" else "data.tasks"
                 raise UserError(f"data.{group}.{name}.type={spec.get('type')}: rows of this type belong into {place}")

@@ -31,6 +31,7 @@ DEPTHS = [f"d{depth}" for depth in range(1, 65)]
 # Mistakes
 
 MISTAKES = [
+    (["data=embedded", "data.preferences=${paths}"], ["data.preferences.runs=runs: must be a mapping"]),
     (["stage=pretrain", "modle=d4"], ["'modle'", "'model'", "--help"]),
     (["model=d5x"], ["model=d5x does not exist", "model=d5", "d64"]),
     (["model=d0"], ["model=d0 does not exist", "model=d1"]),
