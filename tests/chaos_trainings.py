@@ -41,6 +41,7 @@ OUTCOMES = {
     "wrong end": "another status or text than the one that was due",
 }
 CLOCK = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
+CLOCK |= {"rollout_share", "update_share", "rest_share", "rollout_tok_per_s", "update_tok_per_s"}
 HANG = 3600.0  # seconds; a machine that is only busy takes less
 GRACE = 60.0  # seconds in which what a training has started must end too
 SHOWN = 1200  # last characters of an output that are kept of a failure
