@@ -4,6 +4,7 @@ Real trainings of a small network with random weights. They are held after a ste
 where the stage has such, and once its checkpoint is on the disk every process is killed.
 """
 
+import csv
 import shutil
 
 import pytest
@@ -42,9 +43,17 @@ CASES = {
     "sampled": ("distill", *ANSWERS, *TAUGHT, "stage.divergence=sampled"),
     "offline": ("distill", *ANSWERS, *TWICE, *TAUGHT, "stage.source=data", "stage.divergence=forward_kl"),
 }
-ALONE = ("reward", "dpo", "ipo", "orpo", "kto", "simpo", "offline")  # draw nothing: as one process, but for rounding
+SEVERAL = [("muon", 2), ("ddp", 2), ("fsdp", 2)]
+STAGES = ("reward", "dpo", "kto", "grpo", "ppo", "best_of_n", "distill", "offline")
+MATRIX = [
+    *((case, "single", 1) for case in CASES),
+    *((case, *how) for case in STAGES for how in SEVERAL),
+    *((case, "fsdp", 3) for case in ("reward", "grpo", "ppo", "distill")),
+]
+ADAPTERS = [("reward", "muon", 2), ("dpo", "ddp", 2), ("ppo", "fsdp", 2), ("grpo", "ddp", 2), ("kto", "fsdp", 2)]
+ADAPTERS += [("distill", "muon", 2), ("best_of_n", "fsdp", 2), ("ppo", "single", 1)]
+DRAWS_NOTHING = ("reward", "dpo", "kto", "offline")  # trains the rows that one process trains
 LORA = ("model.lora.rank=2", "model.lora.targets=[attention,mlp,head,embedding]")
-STRATEGIES = [("single", 1), *((strategy, n) for strategy in ("muon", "ddp", "fsdp") for n in (2, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +100,7 @@ def weights(runs, run: str, stage: str) -> dict[str, torch.Tensor]:
 
 
 def check(runs, tmp_path, case: str, strategy: str, n: int, *more: str) -> None:
-    """A training that is left alone and one that is killed end with the same weights and metrics, and have learnt."""
+    """Train alone and killed: the weights and metrics are the same, and have changed."""
     stage, name = CASES[case][0], "-".join((case, strategy, str(n), *(["lora"] if more else [])))
     straight, stopped = f"{name}-straight", f"{name}-killed"
     train(*line(runs, case, straight, strategy, n, *more))
@@ -104,13 +113,19 @@ def check(runs, tmp_path, case: str, strategy: str, n: int, *more: str) -> None:
     assert table(runs / straight / stage / "metrics.csv") == table(runs / stopped / stage / "metrics.csv")
 
 
-@pytest.mark.parametrize(("strategy", "n"), STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
+def losses(runs, case: str, strategy: str, n: int) -> list[float]:
+    """Losses of the steps of a training that was left alone."""
+    with open(runs / f"{case}-{strategy}-{n}-straight" / CASES[case][0] / "metrics.csv", newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+@pytest.mark.parametrize(("case", "strategy", "n"), MATRIX)
 def test_a_killed_stage_ends_as_one_left_alone(runs, tmp_path, case, strategy, n):
     check(runs, tmp_path, case, strategy, n)
+    if case in DRAWS_NOTHING and (runs / f"{case}-single-1-straight").exists():
+        assert losses(runs, case, strategy, n) == pytest.approx(losses(runs, case, "single", 1), rel=1e-5)
 
 
-@pytest.mark.parametrize(("strategy", "n"), STRATEGIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "strategy", "n"), ADAPTERS)
 def test_so_does_an_adapter(runs, tmp_path, case, strategy, n):
     check(runs, tmp_path, case, strategy, n, *LORA)
