@@ -10,6 +10,7 @@ from llm.utils.environment import die_with_parent
 
 die_with_parent()
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
-STEPS, VOCAB, MICRO = 12, 301, 6
+STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "12")), 301, 6
 EVEN = ("pretrain", "sft", "lora")  # in the lengths and numbers of micro-batches
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 

@@ -30,10 +30,10 @@ MORE = ("policy", "best_of_n", "forward_kl", "sampled", "ipo", "orpo", "kto", "s
 ADAPTERS = tuple(f"{kind}-lora" for kind in ("reward", "dpo", "kto", "ppo", "policy", "distill", "best_of_n"))
 
 
-def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None) -> dict[str, dict]:
+def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None, steps: int = 12) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
-    script, port = REPO / "tests" / "distributed_job.py", free_port()
-    environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [{}]
+    script, port, own = REPO / "tests" / "distributed_job.py", free_port(), {"STEPS": str(steps)}
+    environments = [own | child_env(k, n, port) for k in range(n)] if n > 1 else [own]
     command = (script, strategy, str(folder), ",".join(kinds), *([] if checkpoint is None else [str(checkpoint)]))
     processes = [start_warm(*command, env=env, stdout=subprocess.DEVNULL) for env in environments]
     ended = finish(*processes)
@@ -43,12 +43,12 @@ def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None) 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(strategy, n, *more): folder and results of 12 steps, run once; more: other kinds of steps than usual."""
+    """trained(strategy, n): folder and results of 12 steps, run once; trained(strategy, n, *kinds): 4 of other kinds."""
 
     @cache
-    def run(strategy: str, n: int, *more: str):
+    def run(strategy: str, n: int, *kinds: str):
         folder = tmp_path_factory.mktemp(strategy)
-        return folder, job(n, strategy, folder, *([more] if more else []))
+        return folder, job(n, strategy, folder, kinds, steps=4) if kinds else job(n, strategy, folder)
 
     return run
 
@@ -85,12 +85,13 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
-def test_processes_train_the_weights_of_one_in_every_stage(trained, n, strategy):
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("kinds", [MORE, ADAPTERS], ids=["losses", "adapters"])
+def test_processes_train_the_weights_of_one_in_every_stage(trained, kinds, n, strategy):
     """Further losses, and an adapter of every stage."""
-    (_, alone), (_, results) = trained("auto", 1, *MORE, *ADAPTERS), trained(strategy, n, *MORE, *ADAPTERS)
-    for kind in (*MORE, *ADAPTERS):
+    (_, alone), (_, results) = trained("auto", 1, *kinds), trained(strategy, n, *kinds)
+    for kind in kinds:
         for name, weight in alone[kind]["weights"].items():
             torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0, msg=f"{kind} {name}")
         assert results[kind]["tokens"] == alone[kind]["tokens"]
