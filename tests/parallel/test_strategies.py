@@ -43,7 +43,7 @@ def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None, 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(strategy, n): folder and results of 12 steps, run once; trained(strategy, n, *kinds): 4 of other kinds."""
+    """trained(strategy, n): folder and results of 12 steps, run once; with names of other kinds: 4 steps of these."""
 
     @cache
     def run(strategy: str, n: int, *kinds: str):
