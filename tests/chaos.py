@@ -8,9 +8,9 @@ same command until they end. Weights must be equal bit for bit and metrics.csv r
 Before some of the restarts the newest checkpoint or the manifest is damaged. A chain is stopped three times, each time
 after a new checkpoint. Stages that follow sft are also struck in each of their parts, one after another, at a random
 moment of it: while answers are drawn, in the passes, the update, an evaluation, a checkpoint, a row of metrics.csv.
-Then the faults of tests/chaos_faults.py. The seed is drawn anew each time and printed. Every
-fault is written to faults.jsonl when its outcome is known; `--table` prints the tables of such files. Exits with 1 if
-a fault was neither recovered nor refused.
+Then the faults of tests/chaos_faults.py. The seed is drawn anew each time and printed. Every fault is written to
+faults.jsonl when its outcome is known; `--table` prints the tables of such files. Exits with 1 if a fault was neither
+recovered nor refused.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Case:
         return ", ".join(filter(None, parts))
 
 
-TIME = "half an hour on two free cores, with --quick a quarter of an hour; hours on a busy machine"
+TIME = "45 minutes on two free cores, with --quick 20 minutes; hours on a busy machine"
 DDP, FSDP = ("strategy=ddp",), ("strategy=fsdp",)
 STRATEGIES = {"muon": (), "ddp": DDP, "fsdp": FSDP}
 THREE = ("batch.tokens_per_step=1536",)  # a multiple of what three processes take at once
