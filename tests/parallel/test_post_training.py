@@ -1,31 +1,32 @@
-"""Stages of post-training, killed with several processes: they end as ones that were left alone, under every strategy.
+"""Stages of post-training under every strategy: a killed one ends as one that was left alone, with equal bits.
 
-Real trainings of a small network with random weights. They are held after a step between two updates of a rollout,
-where the stage has such, and once its checkpoint is on the disk every process is killed.
+A network of random weights is trained for five steps with several processes, and once more from the checkpoint of the
+third, which lies between two updates of a rollout where the stage has such. tests/chaos.py kills real trainings.
 """
 
 import csv
+import json
 import shutil
+from functools import cache
 
 import pytest
 import torch
 from chaos_trainings import table
-from conftest import REPO, compose, run_cli
-from holding import FOLDER, TESTS, held, hold_at
-from processes import offspring_of, start_warm, wait_until
+from conftest import REPO, compose
+from processes import finish, start_warm
 from safetensors.torch import load_file
-from test_resume_chains import kill
 
 from llm.checkpoint.model_folder import save_model_folder
-from llm.checkpoint.resume import MANIFEST, checkpoint_path
 from llm.model.gpt import GPT
+from llm.parallel.launch import child_env, free_port
 from llm.run.stage_folder import write_manifest
 from llm.scaling.rules import model_config
 from llm.tokenizer.bpe import Tokenizer
 
 pytestmark = pytest.mark.slow
 SMALL = ("experiment=tiny", "trainer=cpu", "precision.compute=fp32", "save_every=1", "max_steps=5")
-SMALL += ("stage.eval_every=4",)
+SMALL += ("stage.eval_every=4", "keep_last=5", "init_from=tiny/sft")
+STRATEGIES = [("single", 1), *((strategy, n) for strategy in ("muon", "ddp", "fsdp") for n in (2, 3))]
 PAIRS = ("stage.pairs_per_step=6", "stage.preferences=[politeness]", "data.preferences.politeness.size=40")
 PAIRS += ("data.preferences.politeness.test_size=12", "batch.micro_batch_size=4")
 FREE = ("stage.eval_examples=3", "stage.max_new_tokens=8")
@@ -43,17 +44,9 @@ CASES = {
     "sampled": ("distill", *ANSWERS, *TAUGHT, "stage.divergence=sampled"),
     "offline": ("distill", *ANSWERS, *TWICE, *TAUGHT, "stage.source=data", "stage.divergence=forward_kl"),
 }
-SEVERAL = [("muon", 2), ("ddp", 2), ("fsdp", 2)]
-STAGES = ("reward", "dpo", "kto", "grpo", "ppo", "best_of_n", "distill", "offline")
-MATRIX = [
-    *((case, "single", 1) for case in CASES),
-    *((case, *how) for case in STAGES for how in SEVERAL),
-    *((case, "fsdp", 3) for case in ("reward", "grpo", "ppo", "distill")),
-]
-ADAPTERS = [("reward", "muon", 2), ("dpo", "ddp", 2), ("ppo", "fsdp", 2), ("grpo", "ddp", 2), ("kto", "fsdp", 2)]
-ADAPTERS += [("distill", "muon", 2), ("best_of_n", "fsdp", 2), ("ppo", "single", 1)]
-DRAWS_NOTHING = ("reward", "dpo", "kto", "offline")  # trains the rows that one process trains
+DRAWS_NOTHING = ("reward", "dpo", "ipo", "orpo", "kto", "simpo", "offline")  # trains the rows that one process trains
 LORA = ("model.lora.rank=2", "model.lora.targets=[attention,mlp,head,embedding]")
+CASES |= {f"{name}-lora": (*CASES[name], *LORA) for name in ("reward", "kto", "grpo", "ppo", "best_of_n", "distill")}
 
 
 @pytest.fixture(scope="module")
@@ -73,59 +66,52 @@ def runs(tokenizer_runs, tmp_path_factory):
     return root
 
 
-def line(runs, case: str, run: str, strategy: str, n: int, *more: str) -> list[str]:
-    stage, *own = CASES[case]
-    layout = (f"strategy={strategy}", f"trainer.devices={n}", f"paths.runs={runs}", f"run={run}")
-    return [*SMALL, f"stage={stage}", "init_from=tiny/sft", *own, *layout, *more, *hold_at(3)]
+@pytest.fixture(scope="module")
+def trained(runs, tmp_path_factory):
+    """trained(strategy, n): runs/ in which all cases were trained twice by `n` processes, done once."""
 
+    @cache
+    def train(strategy: str, n: int):
+        root, port = shutil.copytree(runs, tmp_path_factory.mktemp(strategy) / "runs"), free_port()
+        layout = (f"strategy={strategy}", f"trainer.devices={n}")
+        lines = {name: [*SMALL, f"stage={stage}", *own, *layout] for name, (stage, *own) in CASES.items()}
+        file = root / "cases.json"
+        file.write_text(json.dumps(lines))
+        environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [{}]
+        command = (REPO / "tests" / "resumed_job.py", str(root), str(file))
+        ended = finish(*(start_warm(*command, env=env) for env in environments))
+        assert [status for status, *_ in ended] == [0] * n, ended
+        return root
 
-def train(*line: str) -> str:
-    done = run_cli("train.py", *line, PYTHONPATH=TESTS)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def killed_after(step: int, n: int, folder, checkpoints, *line: str) -> None:
-    """Train until every process stands behind a step and its checkpoint is on the disk; kill them all."""
-    folder.mkdir()
-    launcher = start_warm(REPO / "train.py", *line, env={"PYTHONPATH": TESTS, FOLDER: str(folder)})
-    wait_until(lambda: all(held(folder, rank) for rank in range(n)), launcher)
-    wait_until(lambda: checkpoint_path(checkpoints, step).name in (checkpoints / MANIFEST).read_text(), launcher)
-    workers = offspring_of(launcher.pid)
-    kill(launcher, [launcher.pid, *workers], workers)
+    return train
 
 
 def weights(runs, run: str, stage: str) -> dict[str, torch.Tensor]:
     return load_file(runs / run / stage / "model" / "model.safetensors")
 
 
-def check(runs, tmp_path, case: str, strategy: str, n: int, *more: str) -> None:
-    """Train alone and killed: the weights and metrics are the same, and have changed."""
-    stage, name = CASES[case][0], "-".join((case, strategy, str(n), *(["lora"] if more else [])))
-    straight, stopped = f"{name}-straight", f"{name}-killed"
-    train(*line(runs, case, straight, strategy, n, *more))
-    killed = line(runs, case, stopped, strategy, n, *more)
-    killed_after(3, n, tmp_path / name, runs / stopped / stage / "checkpoints", *killed)
-    assert "resuming at step 3 of 5" in train(*killed)
-    a, b, parent = (weights(runs, run, of) for run, of in ((straight, stage), (stopped, stage), ("tiny", "sft")))
-    assert all(torch.equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
-    assert any(not torch.equal(a[key], parent[key]) for key in parent)
-    assert table(runs / straight / stage / "metrics.csv") == table(runs / stopped / stage / "metrics.csv")
-
-
-def losses(runs, case: str, strategy: str, n: int) -> list[float]:
+def losses(runs, case: str) -> list[float]:
     """Losses of the steps of a training that was left alone."""
-    with open(runs / f"{case}-{strategy}-{n}-straight" / CASES[case][0] / "metrics.csv", newline="") as file:
+    with open(runs / f"{case}-straight" / CASES[case][0] / "metrics.csv", newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-@pytest.mark.parametrize(("case", "strategy", "n"), MATRIX)
-def test_a_killed_stage_ends_as_one_left_alone(runs, tmp_path, case, strategy, n):
-    check(runs, tmp_path, case, strategy, n)
-    if case in DRAWS_NOTHING and (runs / f"{case}-single-1-straight").exists():
-        assert losses(runs, case, strategy, n) == pytest.approx(losses(runs, case, "single", 1), rel=1e-5)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("strategy", "n"), STRATEGIES)
+def test_a_killed_stage_ends_as_one_left_alone(trained, strategy, n, case):
+    runs, stage = trained(strategy, n), CASES[case][0]
+    straight, killed, parent = (
+        weights(runs, run, of) for run, of in ((f"{case}-straight", stage), (f"{case}-killed", stage), ("tiny", "sft"))
+    )
+    assert straight.keys() == killed.keys() and all(torch.equal(straight[key], killed[key]) for key in straight)
+    assert any(not torch.equal(straight[key], parent[key]) for key in parent)
+    assert table(runs / f"{case}-straight" / stage / "metrics.csv") == table(
+        runs / f"{case}-killed" / stage / "metrics.csv"
+    )
+    assert len(losses(runs, case)) == 5
 
 
-@pytest.mark.parametrize(("case", "strategy", "n"), ADAPTERS)
-def test_so_does_an_adapter(runs, tmp_path, case, strategy, n):
-    check(runs, tmp_path, case, strategy, n, *LORA)
+@pytest.mark.parametrize("case", DRAWS_NOTHING)
+@pytest.mark.parametrize(("strategy", "n"), STRATEGIES[1:])
+def test_stages_that_draw_nothing_make_the_steps_of_one_process(trained, strategy, n, case):
+    assert losses(trained(strategy, n), case) == pytest.approx(losses(trained("single", 1), case), rel=1e-5)
