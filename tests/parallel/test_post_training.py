@@ -7,6 +7,7 @@ third, which lies between two updates of a rollout where the stage has such. tes
 import csv
 import json
 import shutil
+import subprocess
 from functools import cache
 
 import pytest
@@ -35,14 +36,14 @@ ANSWERS += ("stage.reward_options={length: {words: 5}}", "stage.rehearsal=3", "b
 TWICE = ("stage.updates_per_rollout=2",)
 TAUGHT = ("stage.teacher=large/sft", "stage.rehearsal_weight=0.01")
 CASES = {
-    "reward": ("reward", *PAIRS),
-    **{loss: ("dpo", *PAIRS, *FREE, f"stage.loss={loss}") for loss in ("dpo", "ipo", "orpo", "kto", "simpo")},
     "grpo": ("grpo", *ANSWERS, *TWICE, "stage.loss=dapo", "stage.kl=0.1", "stage.filter_equal=resample"),
     "ppo": ("ppo", *ANSWERS, "stage.kl=0.1"),
     "best_of_n": ("best_of_n", *ANSWERS, *TWICE, "stage.min_reward=0"),
     "distill": ("distill", *ANSWERS, *TWICE, *TAUGHT),
     "sampled": ("distill", *ANSWERS, *TAUGHT, "stage.divergence=sampled"),
     "offline": ("distill", *ANSWERS, *TWICE, *TAUGHT, "stage.source=data", "stage.divergence=forward_kl"),
+    "reward": ("reward", *PAIRS),
+    **{loss: ("dpo", *PAIRS, *FREE, f"stage.loss={loss}") for loss in ("dpo", "ipo", "orpo", "kto", "simpo")},
 }
 DRAWS_NOTHING = ("reward", "dpo", "ipo", "orpo", "kto", "simpo", "offline")  # trains the rows that one process trains
 LORA = ("model.lora.rank=2", "model.lora.targets=[attention,mlp,head,embedding]")
@@ -79,7 +80,7 @@ def trained(runs, tmp_path_factory):
         file.write_text(json.dumps(lines))
         environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [{}]
         command = (REPO / "tests" / "resumed_job.py", str(root), str(file))
-        ended = finish(*(start_warm(*command, env=env) for env in environments))
+        ended = finish(*(start_warm(*command, env=env, stdout=subprocess.DEVNULL) for env in environments))
         assert [status for status, *_ in ended] == [0] * n, ended
         return root
 
