@@ -60,7 +60,7 @@ test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a r
 	$(PYTEST)
 
 # The full disk needs the right to mount a tmpfs.
-chaos: $(STAMP) ## kill, starve and damage real trainings, in half an hour; compare with ones left alone (ARGS="--quick")
+chaos: $(STAMP) ## kill, starve and damage real trainings, in 45 minutes; compare with ones left alone (ARGS="--quick")
 	$(PY) tests/chaos.py $(ARGS)
 
 # What the browser test drives. It is left out, and pytest says so, where these cannot be had.

@@ -351,13 +351,15 @@ class RolloutSteps:
     def rehearse(self, step: int, n_trained: int) -> tuple[list[dict], int]:
         """Micro-batches of the step's finetuning conversations and their number of tokens.
 
-        Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`.
+        Their mean loss per trained token counts `stage.rehearsal_weight`, though the step divides by `n_trained`. Both
+        numbers of tokens are those of all processes, which call it together.
         """
         ids, factors, balance = conversations_of(self.rehearsal, self.engine, step, self.stage.rehearsal)
         masks = trained_tokens(factors)
         self.balance += balance
         n_rehearsed, n_tokens = counts(ids, masks)
-        weight = self.stage.rehearsal_weight * n_trained / max(n_rehearsed, 1)
+        trained, rehearsed = collectives.all_reduce_sum([n_trained, n_rehearsed])
+        weight = self.stage.rehearsal_weight * trained / max(rehearsed, 1)
         return micro_batches_of(ids, masks, self.rows_per_micro, weights=[weight] * len(ids)), n_tokens
 
 

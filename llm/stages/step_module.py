@@ -216,7 +216,9 @@ class StepModule(L.LightningModule):
 
         The base is the parent, by its fingerprint in `origin`.
         """
-        return weights if self.net.lora is None else {name: w for name, w in weights.items() if is_trained(name)}
+        if self.net.lora is None:
+            return weights
+        return {name: weight for name, weight in weights.items() if is_trained(name.removeprefix("net."))}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         state = checkpoint["fathom"]

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from llm.config.check import shown
 from llm.config.stages import stage_row
 from llm.errors import BadLoss, UserError, is_out_of_memory
+from llm.parallel.env import lost_another
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
 from llm.utils.files import write_json
@@ -76,6 +77,8 @@ def restoring(module, path: Path | None) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         if path is None or module.has_begun or isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        if lost_another(error):  # a process that died in the first rollout says nothing about the checkpoint
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = (

@@ -162,6 +162,13 @@ def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
         targets = torch.tensor([[i if trained else -1 for i, trained in zip(ids[1:], mask[1:], strict=True)]])
         wanted = wanted + engine.net(torch.tensor([ids[:-1]]), targets, reduction="sum")
     torch.testing.assert_close(got, 0.5 * wanted / 3)
+    of_others = 30, 5  # trained and rehearsed tokens: the weight is one for all processes
+    monkeypatch.setattr(
+        "llm.stages.rollouts.collectives.all_reduce_sum",
+        lambda own: [a + b for a, b in zip(own, of_others, strict=True)],
+    )
+    micro, _ = steps.rehearse(1, n_trained=10)
+    assert {micro[0]["weights"][0, 0].item(), micro[1]["weights"][0, 0].item()} == {0.5 * (10 + 30) / (3 + 5)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, adapter_weights, add_adapter, base_weights, merged
 from llm.run.content import fingerprints
-from llm.stages.common import load_parent, load_tokenizer
+from llm.stages.common import load_parent, load_tokenizer, with_scalar_head
 from llm.stages.parents import check_same_origin
 from llm.stages.step_module import StageContext, StepModule
 from llm.stages.trainer import needed
@@ -45,6 +45,14 @@ def test_an_adapter_resumes_exactly_without_its_base_in_the_checkpoint(tmp_path)
         assert torch.equal(rest.net.state_dict()[name], weight), name
     for name, weight in net().state_dict().items():
         assert torch.equal(base_weights(whole.net)[name], weight), name
+
+
+def test_a_checkpoint_of_an_adapter_holds_the_head_that_is_trained_beside_it():
+    adapted = add_adapter(with_scalar_head(net(), True), LoRA(2))
+    own = StepModule(adapted, OPTIM, STAGE, StageContext("reward", None, torch.ones(70), STEPS, 8))
+    kept = own.kept(own.state_dict())
+    assert set(kept) == {f"net.{name}" for name, p in adapted.named_parameters() if p.requires_grad}
+    assert "net.scalar_head.weight" in kept
 
 
 def test_an_adapter_of_another_rank_does_not_go_on(tmp_path):
