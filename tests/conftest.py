@@ -85,15 +85,32 @@ def compose(config_name: str = "train", *overrides: str):
     return compose_checked(config_name, overrides)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def composed_once():
-    """Composing takes 0.2 s: the checks that begin with the same configuration share it."""
-    from llm.cli import overrides
+    """Composing takes 0.2 s: equal lines are composed once, and every test has a copy of its own.
 
-    cached = functools.cache(overrides.compose)
+    The folder of the runs, which most tests have for themselves, is set in the copy. What a --config-dir holds may
+    change, and so may the stages that plugins add.
+    """
+    from omegaconf import OmegaConf
+
+    from llm.cli import overrides
+    from llm.config.said import note_settings
+    from llm.config.stages import all_stages
+
+    compose_anew = overrides.compose
+    cached = functools.lru_cache(100)(lambda config_name, lines, stages: compose_anew(config_name, lines))
 
     def compose_copy(config_name, lines=(), config_dir=None):
-        return copy.deepcopy(cached(config_name, tuple(lines), config_dir))
+        if config_dir is not None:
+            return compose_anew(config_name, lines, config_dir)
+        folders = [line for line in lines if line.startswith("paths.runs=/")]
+        others = tuple(line for line in lines if line not in folders)
+        cfg = copy.deepcopy(cached(config_name, others, all_stages()))
+        for folder in overrides.parse(folders):
+            OmegaConf.update(cfg, folder.key_or_group, folder.value())
+        note_settings(cfg, overrides.parse(lines))
+        return cfg
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overrides, "compose", compose_copy)

@@ -207,6 +207,9 @@ class Worker:
 
     @staticmethod
     def _run(command: list[str], env: dict[str, str]) -> int:
+        for signum in signal.valid_signals():  # the agent's handlers are gone in a new interpreter
+            if callable(signal.getsignal(signum)):
+                signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         os.setsid()
         set_environment(env)
         sys.argv = command

@@ -94,7 +94,7 @@ def test_processes_train_the_adapter_of_one(trained, strategy):
         assert all(weight.any() for name, weight in saved.items() if name.endswith("lora_B"))
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
     """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""
     results = trained("muon", n)[1]

@@ -7,8 +7,6 @@ from llm.data.balance import Balance
 from llm.data.conversations import Forecast
 from llm.stages.finetune import horizon
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 
 def pass_of(rows, seq_len=512):
     return Forecast(130, 130, rows, seq_len, Balance(documents=130), 20)
