@@ -22,7 +22,6 @@ from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 from llm.parallel.env import heard_signals
 
-
 DEPTHS = [f"d{depth}" for depth in range(1, 65)]
 
 

@@ -15,7 +15,6 @@ from llm.config.stages import stage_names, stage_row
 from llm.errors import UserError
 from llm.model.config import UNSTATED
 
-
 DEPTHS = [f"d{depth}" for depth in range(1, 65)]
 
 

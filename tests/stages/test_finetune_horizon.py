@@ -1,6 +1,5 @@
 """Size of a step and passes of finetuning: by rule, as configured, and the warning of too few steps."""
 
-import pytest
 from conftest import compose
 
 from llm.data.balance import Balance
