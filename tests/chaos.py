@@ -6,7 +6,9 @@ For every case of the table `CASES`: a training that is left alone, and training
 (SIGKILL to all processes of the job, to the launcher or to one process; SIGTERM, SIGHUP) and started again with the
 same command until they end. Weights must be equal bit for bit and metrics.csv row for row, without what the clock says.
 Before some of the restarts the newest checkpoint or the manifest is damaged. A chain is stopped three times, each time
-after a new checkpoint. Then the faults of tests/chaos_faults.py. The seed is drawn anew each time and printed. Every
+after a new checkpoint. Stages that follow sft are also struck in each of their parts, one after another, at a random
+moment of it: while answers are drawn, in the passes, the update, an evaluation, a checkpoint, a row of metrics.csv.
+Then the faults of tests/chaos_faults.py. The seed is drawn anew each time and printed. Every
 fault is written to faults.jsonl when its outcome is known; `--table` prints the tables of such files. Exits with 1 if
 a fault was neither recovered nor refused.
 """
@@ -28,8 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import processes
-from chaos_faults import OTHERS
+import striking
+from chaos_faults import HELD, OTHERS
 from chaos_trainings import (
+    FROM_SFT,
     OUTCOMES,
     SHOWN,
     STAGES,
@@ -60,10 +64,12 @@ class Case:
     settings: tuple[str, ...] = ()
     words: str = ""  # that name the settings
     chain: bool = False  # stopped three times, each time after a new checkpoint
+    struck: bool = False  # in each of its parts, see tests/striking.py
 
     @property
     def name(self) -> str:
-        parts = (self.stage, f"{self.processes} proc.", self.words, "chain of 3" if self.chain else "")
+        how = "chain of 3" if self.chain else "struck" if self.struck else ""
+        parts = (self.stage, f"{self.processes} proc.", self.words, how)
         return ", ".join(filter(None, parts))
 
 
@@ -84,6 +90,7 @@ QUIZ = (
     "data.rl=identity",
     "data.eval=[identity]",
 )
+TWICE = ("stage.updates_per_rollout=2",)
 CASES = (
     Case("pretrain", 1, TEXT, "local, best_fit, token cache"),
     Case("pretrain", 2, (*TEXT, *FSDP), "local, best_fit, token cache, fsdp"),
@@ -99,6 +106,13 @@ CASES = (
     *(Case("pretrain", 3, (*s, *THREE), word, chain=True) for word, s in STRATEGIES.items()),
     *(Case(stage, 2, FSDP, "fsdp") for stage in STAGES[1:]),
     *(Case(stage, n) for n in (1, 2) for stage in STAGES[1:]),
+    *(Case(stage, 1, struck=True) for stage in FROM_SFT),
+    Case("grpo", 1, (*TWICE, "stage.loss=dapo", "stage.kl=0.1"), "two updates, kl", struck=True),
+    Case("dpo", 1, ("stage.loss=kto",), "kto", struck=True),
+    Case("distill", 1, TWICE, "two updates", struck=True),
+    Case("distill", 1, (*TWICE, "stage.source=data"), "data", struck=True),
+    *(Case(stage, 2, struck=True) for stage in ("reward", "ppo")),
+    *(Case(stage, 2, FSDP, "fsdp", struck=True) for stage in ("grpo", "dpo", "distill")),
 )
 
 
@@ -110,7 +124,10 @@ def stops(t: Trainings, case: Case, count: int, rng: random.Random) -> Iterator[
         number += 1
         run, ways = name_of("stopped", case.name, str(number)), []
         try:
-            stop_until_finished(t, case, run, count, seconds, rng, ways)
+            if case.struck:
+                strike(t, case, run, rng, ways)
+            else:
+                stop_until_finished(t, case, run, count, seconds, rng, ways)
             t.compare(case.stage, straight, run)
             outcome, said = "recovered", ""
             shutil.rmtree(t.root / run)
@@ -150,6 +167,21 @@ def stop_until_finished(t: Trainings, case: Case, run: str, count: int, seconds:
         if before and "resuming at step" not in out and "is finished" not in out:
             raise Failed("unreadable", out[-SHOWN:])
         return
+
+
+def strike(t: Trainings, case: Case, run: str, rng: random.Random, ways: list[str]) -> None:
+    """Kill one training in each of its parts and start it again, until it comes to its end. Raises Failed."""
+    calls = {"rollout": 4, "evaluation": 2, "checkpoint": 4}
+    line = (case.stage, run, case.processes, *case.settings, striking.SETTING)
+    for part in rng.sample(sorted(striking.PARTS), len(striking.PARTS)):
+        where = f"{part}:{rng.randint(1, calls.get(part, 5))}:{rng.randint(0, 100)}"
+        status, out = end_of(t.start_warm(*line, env=HELD | {striking.STRIKE: where}))
+        if status not in (0, -signal.SIGKILL, 128 + signal.SIGKILL):
+            raise Failed("wrong end", f"{where}: status {status}: {out[-SHOWN:]}")
+        ways += [f"SIGKILL in the {part}"] if status else []
+    status, out = end_of(t.start_warm(*line, env=HELD))
+    if status:
+        raise Failed("wrong end", f"status {status}: {out[-SHOWN:]}")
 
 
 def stop(t: Trainings, process: subprocess.Popen, run: str, how: str) -> None:
@@ -234,7 +266,7 @@ def conclude(faults: list[Fault]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"Expected time: {TIME}.")
-    parser.add_argument("--kills", type=int, default=100, help="stops in all, beside chains (default: 100)")
+    parser.add_argument("--kills", type=int, default=100, help="stops in all, beside chains and strikes (default: 100)")
     parser.add_argument("--seed", type=int, help="of all that is random; default: a new one, which is printed")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="is emptied (default: runs/chaos)")
     parser.add_argument("--only", nargs="+", default=[""], help="cases and faults whose name holds one of these words")
@@ -249,10 +281,11 @@ def main() -> None:
     processes.mark_all()
     begin, t = time.monotonic(), Trainings(args.folder.resolve())
     cases = [case for case in CASES if not (args.quick and case.processes > 1)]
-    each = max(1, args.kills // sum(not case.chain for case in cases))
+    each = max(1, args.kills // sum(not (case.chain or case.struck) for case in cases))
     others = [(name, function) for name, (function, several) in OTHERS.items() if not (args.quick and several)]
     jobs = [(name, function(t, random.Random(f"{seed} {name}"))) for name, function in others]
-    jobs += [(c.name, stops(t, c, 3 if c.chain else each, random.Random(f"{seed} {c.name}"))) for c in cases]
+    count = {c: len(striking.PARTS) if c.struck else 3 if c.chain else each for c in cases}
+    jobs += [(c.name, stops(t, c, count[c], random.Random(f"{seed} {c.name}"))) for c in cases]
     record = Record(t.root / "faults.jsonl")
     with ThreadPoolExecutor(args.at_once) as pool:
         chosen = [job for job in jobs if any(word in job[0] for word in args.only)]

@@ -9,7 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import processes
-from chaos_trainings import SHOWN, STAGES, STEPS, Failed, Fault, Trainings, end_of, judged, kill, refused, table
+from chaos_trainings import (
+    FROM_SFT,
+    SHOWN,
+    STAGES,
+    STEPS,
+    Failed,
+    Fault,
+    Trainings,
+    end_of,
+    judged,
+    kill,
+    refused,
+    table,
+)
 from holding import FOLDER, TESTS, held, hold_at, release
 
 HELD = {"PYTHONPATH": os.pathsep.join((str(processes.REPO), TESTS))}  # where the callback of tests/holding.py is found
@@ -160,7 +173,7 @@ def restarted_by_itself(t: Trainings, rng: random.Random) -> Iterator[Fault]:
 
 def fewer_processes(t: Trainings, rng: random.Random) -> Iterator[Fault]:
     """Kill one of two processes; the training goes on with one, to the same number of steps."""
-    for stage in STAGES[1:]:
+    for stage in (*STAGES[1:], *FROM_SFT[1:]):
         run = f"fewer-{stage}"
         process = t.start(stage, run, 2)
         t.wait_for_checkpoint(run, stage, process)

@@ -22,12 +22,20 @@ from processes import REPO
 from safetensors.numpy import load_file
 
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
-STEPS = {"pretrain": 60, "midtrain": 60, "sft": 60, "grpo": 24}
+FROM_SFT = ("grpo", "reward", "dpo", "ppo", "distill", "best_of_n")
+STEPS = {"pretrain": 60, "midtrain": 60, "sft": 60, "grpo": 24} | dict.fromkeys(FROM_SFT[1:], 12)
+ANSWERS = ("stage.rehearsal=2", "stage.reward=length", "stage.reward_options={length: {words: 5}}")
+PAIRS = ("stage.preferences=[politeness]", "data.preferences.politeness.size=60")
 OWN_KEYS = {
     "pretrain": ("batch.tokens_per_step=1024",),
     "midtrain": ("batch.tokens_per_step=1024",),
     "sft": ("batch.tokens_per_step=1024",),
     "grpo": ("stage.rehearsal=2",),  # so few rewards teach nothing: without it the weights would stay
+    "ppo": ANSWERS,
+    "best_of_n": (*ANSWERS, "stage.min_reward=0"),
+    "distill": (*ANSWERS, "stage.teacher=tiny/pretrain"),
+    "reward": PAIRS,
+    "dpo": PAIRS,
 }
 OUTCOMES = {
     "recovered": "weights and metrics are those of a training that was left alone",
@@ -41,6 +49,7 @@ OUTCOMES = {
     "wrong end": "another status or text than the one that was due",
 }
 CLOCK = {"tok_per_s", "ms_per_step", "mfu", "data_wait", "seconds"}
+CLOCK |= {"rollout_share", "update_share", "rest_share", "rollout_tok_per_s", "update_tok_per_s"}
 HANG = 3600.0  # seconds; a machine that is only busy takes less
 GRACE = 60.0  # seconds in which what a training has started must end too
 SHOWN = 1200  # last characters of an output that are kept of a failure
@@ -83,7 +92,8 @@ class Trainings:
         """Return the command that trains a stage with `n` processes; of the run `tiny` in a few steps."""
         line = ["experiment=tiny", f"stage={stage}", f"run={run}", "trainer=cpu", f"trainer.devices={n}"]
         if run != "tiny" and stage != "tokenizer":
-            line += [f"init_from=tiny/{STAGES[STAGES.index(stage) - 1]}", f"max_steps={STEPS[stage]}"]
+            parent = "sft" if stage in FROM_SFT else STAGES[STAGES.index(stage) - 1]
+            line += [f"init_from=tiny/{parent}", f"max_steps={STEPS[stage]}"]
             line += ["stage.eval_every=5", "log_every=3"]
         settings = (text.replace("{files}", str(self.files)).replace("{run}", run) for text in more)
         line += [*OWN_KEYS.get(stage, ()), f"paths.runs={self.root}", *settings]
@@ -92,6 +102,11 @@ class Trainings:
     def start(self, *line, env: dict[str, str] | None = None) -> subprocess.Popen:
         """Start a training whose output, both streams, can be read from its stdout."""
         return processes.start(*self.command(*line), stderr=subprocess.STDOUT, env=env)
+
+    def start_warm(self, *line, env: dict[str, str] | None = None):
+        """Start a training in a process that has imported torch already, which saves seconds of computing."""
+        with self.locks["warm"]:
+            return processes.start_warm(*self.command(*line)[1:], stderr=subprocess.STDOUT, env=env)
 
     def status(self, *line, env: dict[str, str] | None = None) -> tuple[int, str]:
         """Return exit status and output of a training that is left alone."""

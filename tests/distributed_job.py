@@ -1,7 +1,8 @@
-"""A process of tests/parallel/test_strategies.py: `distributed_job.py <strategy> <folder> [<checkpoint>]`, launched.
+"""A process of tests/parallel/test_strategies.py: `distributed_job.py <strategy> <folder> <kinds> [<checkpoint>]`.
 
-Trains a small network in fp64 on every kind of step and saves the weights and the checkpoint of half the steps; alone
-on all micro-batches of a step, with others on its share of them. With a checkpoint of `pretrain` it goes on from there.
+Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
+half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
+adapter. With a checkpoint it goes on from there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -32,37 +33,41 @@ from llm.parallel.env import end
 from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.rules import model_config
+from llm.stages.best_of_n import BestObjective
 from llm.stages.distill import DistillObjective
 from llm.stages.dpo import PreferenceObjective
+from llm.stages.grpo import PolicyObjective
 from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 12, 301, 6
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill", "lora")
-UNEVEN = ("grpo", "reward", "dpo", "ppo", "distill")  # in the lengths and numbers of micro-batches
+EVEN = ("pretrain", "sft", "lora")  # in the lengths and numbers of micro-batches
+PAIRED = ("reward", *PREFERENCE_LOSSES)
 
 
 def micro_batch(kind: str, step: int, number: int) -> dict:
     """Rows of one length, all trained; with uneven masks; or of uneven lengths, with weights, or as a pair."""
     g = torch.Generator().manual_seed(1000 * step + number)
-    length = 24 if kind not in UNEVEN else 8 + int(torch.randint(0, 16, (), generator=g))
+    length = 24 if kind in EVEN else 8 + int(torch.randint(0, 16, (), generator=g))
     ids = torch.randint(0, VOCAB, (2, length + 1), generator=g)
     micro = {"inputs": ids[:, :-1], "targets": ids[:, 1:].clone()}
     if kind != "pretrain":
         micro["targets"][torch.rand(micro["targets"].shape, generator=g) < 0.2 * number] = -1
     if kind == "grpo":
         micro["weights"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
-    if kind in ("reward", "dpo"):
+    if kind in PAIRED:
         micro["last"] = torch.full((2,), length - 1)
         micro["logprobs_ref"] = -6 * torch.rand(2, length, generator=g)
-    if kind == "ppo" and number:  # the first one is rehearsed
-        for name in ("advantages", "returns", "values_old"):
+        micro |= (
+            {"labels": torch.tensor([number % 2 == 0, True]), "baseline": torch.tensor(0.2)} if kind == "kto" else {}
+        )
+    if kind in ("ppo", "policy", "distill", "forward_kl", "sampled", "best_of_n") and number:  # the first is rehearsed
+        micro["advantages"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
+        for name in ("returns", "values_old"):
             micro[name] = torch.randn(2, length, generator=g)
-        for name in ("logprobs_old", "logprobs_engine"):
+        for name in ("logprobs_old", "logprobs_engine", "logprobs_ref"):
             micro[name] = -6 * torch.rand(2, length, generator=g)
-    if kind == "distill" and number:  # the first one is rehearsed
-        micro["advantages"] = torch.ones(2, length)
     return micro
 
 
@@ -75,9 +80,9 @@ class Steps:
 
     def __iter__(self):
         while True:
-            numbers = range(collectives.rank(), MICRO - (self.kind in UNEVEN), collectives.world_size())
+            numbers = range(collectives.rank(), MICRO - (self.kind not in EVEN), collectives.world_size())
             micro = [micro_batch(self.kind, self.step, number) for number in numbers]
-            trained = sum(int((m["targets"] >= 0).sum()) for m in micro) if "last" not in micro[0] else len(micro)
+            trained = len(micro) if self.kind in PAIRED else sum(int((m["targets"] >= 0).sum()) for m in micro)
             self.step += 1
             yield {
                 "micro": micro,
@@ -95,22 +100,28 @@ def teacher() -> GPT:
     return net
 
 
+POLICY = {"loss": "dapo", "correction": "token_tis", "kl": 0.05, "clip_low": None, "clip_high": None}
 OBJECTIVES = {
-    "distill": DistillObjective(teacher(), "reverse_kl"),
     "reward": RewardObjective(centre=0.1),
     "ppo": ActorCriticObjective(SimpleNamespace(clip=0.2, value_clip=0.2, value_coef=0.1)),
-    "dpo": PreferenceObjective(PREFERENCE_LOSSES["dpo"], PreferenceSettings()),
+    "policy": PolicyObjective(SimpleNamespace(**POLICY)),
+    "best_of_n": BestObjective(),
+    "distill": DistillObjective(teacher(), "reverse_kl"),
+    "forward_kl": DistillObjective(teacher(), "forward_kl"),
+    "sampled": DistillObjective(teacher(), "sampled"),
+    **{name: PreferenceObjective(loss, PreferenceSettings()) for name, loss in PREFERENCE_LOSSES.items()},
 }
 
 
-def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tuple[StepModule, L.Trainer]:
+def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tuple[StepModule, L.Trainer]:
     cfg = compose(
         "train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4"
     )
+    kind, _, adapter = name.partition("-")
     config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
-    if kind == "lora":
+    if "lora" in (kind, adapter):
         add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
     module = StepModule(
         net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
@@ -124,7 +135,7 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
         max_epochs=-1,
         logger=False,
         use_distributed_sampler=False,
-        callbacks=[StepCheckpoint(STEPS // 2, folder / kind)],
+        callbacks=[StepCheckpoint(STEPS // 2, folder / name)],
         plugins=[CheckpointWriter()],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -166,10 +177,11 @@ def notices_other_weights(module: StepModule) -> bool:
 
 
 def main() -> None:
-    strategy, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (*sys.argv[3:], None)[0]
+    strategy, folder, kinds, checkpoint = (*sys.argv[1:], None)[:4]
+    folder = Path(folder)
     join(on_gpu=False)
     sent = Sent()
-    for kind in KINDS if checkpoint is None else KINDS[:1]:
+    for kind in kinds.split(","):
         sent.numbers = 0
         module, trainer = train(kind, strategy, folder, checkpoint)
         held = sum(t.numel() for state in trainer.optimizers[0].state.values() for t in state.values())

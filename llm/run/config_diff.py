@@ -61,6 +61,8 @@ def diff_configs(
     before, after, patterns = flatten(public(plain(old))), flatten(public(plain(new))), tuple(ignore)
     if before.get("max_steps") and after.get("max_steps"):
         patterns += ("stage.epochs",)  # not read beside max_steps; older versions saved 1 where null is the default now
+    if after.get("stage.rehearsal") == 0 and after.get("stage.source") != "data":
+        patterns += ("data.mixture",)  # answers are trained on, and no conversations
     differences = []
     for key in sorted(before.keys() | after.keys()):
         pair = (before.get(key, BEFORE_KEYS.get(key, ABSENT)), after.get(key, ABSENT))

@@ -26,27 +26,29 @@ from llm.parallel.muon_zero2 import BUCKET_BYTES, even_shares
 from llm.parallel.strategy import FSDPStrategy, MuonStrategy, SummingDDPStrategy
 
 KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill")
+MORE = ("policy", "best_of_n", "forward_kl", "sampled", "ipo", "orpo", "kto", "simpo")
+ADAPTERS = tuple(f"{kind}-lora" for kind in ("reward", "dpo", "kto", "ppo", "policy", "distill", "best_of_n"))
 
 
-def job(n: int, strategy: str, folder, *checkpoint) -> dict[str, dict]:
+def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
     script, port = REPO / "tests" / "distributed_job.py", free_port()
     environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [{}]
-    command = (script, strategy, str(folder), *map(str, checkpoint))
+    command = (script, strategy, str(folder), ",".join(kinds), *([] if checkpoint is None else [str(checkpoint)]))
     processes = [start_warm(*command, env=env, stdout=subprocess.DEVNULL) for env in environments]
     ended = finish(*processes)
     assert [status for status, *_ in ended] == [0] * n, ended
-    return {kind: torch.load(folder / f"{kind}.pt") for kind in (KINDS[:1] if checkpoint else (*KINDS, "lora"))}
+    return {kind: torch.load(folder / f"{kind}.pt") for kind in kinds}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(strategy, n): folder and results of 12 steps, run once."""
+    """trained(strategy, n, *more): folder and results of 12 steps, run once; more: other kinds of steps than usual."""
 
     @cache
-    def run(strategy: str, n: int):
+    def run(strategy: str, n: int, *more: str):
         folder = tmp_path_factory.mktemp(strategy)
-        return folder, job(n, strategy, folder)
+        return folder, job(n, strategy, folder, *([more] if more else []))
 
     return run
 
@@ -82,6 +84,19 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
         assert strategy == "fsdp" or results[kind]["noticed"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
+def test_processes_train_the_weights_of_one_in_every_stage(trained, n, strategy):
+    """Further losses, and an adapter of every stage."""
+    (_, alone), (_, results) = trained("auto", 1, *MORE, *ADAPTERS), trained(strategy, n, *MORE, *ADAPTERS)
+    for kind in (*MORE, *ADAPTERS):
+        for name, weight in alone[kind]["weights"].items():
+            torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0, msg=f"{kind} {name}")
+        assert results[kind]["tokens"] == alone[kind]["tokens"]
+        assert strategy == "fsdp" or results[kind]["noticed"]
+
+
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
 def test_processes_train_the_adapter_of_one(trained, strategy):
     """Its small parts are updated everywhere, so only fsdp keeps state in shares; the base stays as it was."""
@@ -105,7 +120,7 @@ def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
 @pytest.mark.parametrize(("saved", "strategy", "n"), [("fsdp", "auto", 1), ("muon", "fsdp", 2)])
 def test_a_checkpoint_of_one_strategy_goes_on_under_another(trained, saved, strategy, n, tmp_path):
     checkpoint = trained(saved, 2)[0] / "pretrain" / "step_000006.ckpt"
-    weights = job(n, strategy, tmp_path, checkpoint)["pretrain"]["weights"]
+    weights = job(n, strategy, tmp_path, ("pretrain",), checkpoint)["pretrain"]["weights"]
     for name, weight in trained("auto", 1)[1]["pretrain"]["weights"].items():
         torch.testing.assert_close(weights[name], weight, atol=1e-7, rtol=0)
 

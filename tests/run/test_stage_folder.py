@@ -256,6 +256,22 @@ def test_keys_that_a_stage_does_not_read_are_neutral_for_it():
     }
 
 
+@pytest.mark.parametrize(
+    "stage, differs",
+    [
+        ({"rehearsal": 0}, False),
+        ({"rehearsal": 16}, True),
+        ({"rehearsal": 0, "source": "rollouts"}, False),
+        ({"rehearsal": 0, "source": "data"}, True),
+        ({}, True),
+    ],
+)
+def test_the_mixture_is_neutral_where_no_conversations_are_trained_on(stage, differs):
+    old, new = ({"stage": stage, "data": {"mixture": {"sft": {"x": repeats}}}} for repeats in (1, 2))
+    assert diff_configs(old, new) == ([("data.mixture.sft.x", 1, 2)] if differs else [])
+    assert diff_configs({"stage": {"rehearsal": 4}}, {"stage": {"rehearsal": 0}}) == [("stage.rehearsal", 4, 0)]
+
+
 def test_neutral_keys_exist_in_the_configuration():
     """A renamed key must be renamed in the lists too."""
     from hydra import compose, initialize_config_dir
