@@ -132,6 +132,27 @@ def composed_once():
         yield
 
 
+@pytest.fixture(scope="session")
+def draw_figure():
+    """The function that draws a figure of a report, as it is outside of tests."""
+    from llm.report import plots
+
+    return plots._figure
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_figures(draw_figure):
+    """Figures of a report take a second for each stage of the run, which trains for less: here they are empty files.
+
+    tests/report draws them, and so do trainings in processes of their own.
+    """
+    from llm.report import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_figure", lambda path, *args, **options: path.touch())
+        yield
+
+
 @pytest.fixture
 def tiny_config(tmp_path) -> Callable:
     """`tiny_config("sft", "max_steps=2")`: the configuration of a stage of experiment=tiny in a fresh folder."""
