@@ -107,8 +107,6 @@ def composed_once():
     The folder of the runs, which most tests have for themselves, is set in the copy. What a --config-dir holds may
     change, and so may the stages that plugins add.
     """
-    from omegaconf import OmegaConf
-
     from llm.cli import overrides
     from llm.config.said import note_settings
     from llm.config.stages import all_stages
@@ -117,6 +115,8 @@ def composed_once():
     cached = functools.lru_cache(100)(lambda config_name, lines, stages: compose_anew(config_name, lines))
 
     def compose_copy(config_name, lines=(), config_dir=None):
+        from omegaconf import OmegaConf
+
         if config_dir is not None:
             return compose_anew(config_name, lines, config_dir)
         folders = [line for line in lines if line.startswith("paths.runs=/")]
@@ -144,7 +144,7 @@ def draw_figure():
 def empty_figures(draw_figure):
     """Figures of a report take a second for each stage of the run, which trains for less: here they are empty files.
 
-    tests/report draws them, and so do trainings in processes of their own.
+    tests/report draws them, and so do programs in new interpreters.
     """
     from llm.report import plots
 

@@ -2,8 +2,9 @@
 
 Importing takes six seconds of processor time and the first composition one, a copy (os.fork) none. A program started
 so has its own process, standard streams, environment, folder, signals and exit status, as a new interpreter would give
-it, and the processes that `llm.parallel.launch` starts from it are copies again. Tests of what an interpreter does when
-it starts, and one of each kind of job, take a new interpreter: `processes.start` and `run_cli(..., fresh=True)`.
+it, and the processes that `llm.parallel.launch` starts from it are copies again. Figures of its reports are empty. Tests
+of what an interpreter does when it starts, and one of each kind of job, take a new interpreter: `processes.start` and
+`run_cli(..., fresh=True)`.
 """
 
 import atexit
@@ -257,8 +258,10 @@ def main() -> None:
     import llm.parallel.agent  # noqa: F401
     import llm.stages.run_stage  # noqa: F401
     from llm.cli.overrides import compose
+    from llm.report import plots
 
     compose("train", ["experiment=tiny"])  # Hydra's parser is slow at first
+    plots._figure = lambda path, *args, **options: path.touch()  # takes as long as many a training
     gc.collect()
     gc.freeze()  # or every copy would touch, and so copy, all of its memory
     program = serve(socket.socket(fileno=int(sys.argv[1])))
