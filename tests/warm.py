@@ -2,7 +2,7 @@
 
 Importing takes six seconds of processor time and the first composition one, a copy (os.fork) none. A program started
 so has its own process, standard streams, environment, folder, signals and exit status, as a new interpreter would give
-it, and the processes that `llm.parallel.launch` starts from it are copies again. Figures of its reports are empty. Tests
+it, and the processes that `llm.parallel.launch` starts from it are copies again. Figures of reports are empty. Tests
 of what an interpreter does when it starts, and one of each kind of job, take a new interpreter: `processes.start` and
 `run_cli(..., fresh=True)`.
 """
