@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +48,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
+begun = itertools.count(1)
+
+
+def pytest_runtest_setup(item):
+    """Set aside what is there, all that was imported above all: every training in this process looks for garbage when
+    it begins, which takes 0.3 s and more with it. Garbage is set aside too, but for a hundred tests at most.
+    """
+    if next(begun) % 100 == 0:
+        gc.unfreeze()
+        gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
     processes.end_started()
 
@@ -85,18 +100,56 @@ def compose(config_name: str = "train", *overrides: str):
     return compose_checked(config_name, overrides)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def composed_once():
-    """Composing takes 0.2 s: the checks that begin with the same configuration share it."""
-    from llm.cli import overrides
+    """Composing takes 0.2 s: equal lines are composed once, and every test has a copy of its own.
 
-    cached = functools.cache(overrides.compose)
+    The folder of the runs, which most tests have for themselves, is set in the copy. What a --config-dir holds may
+    change, and so may the stages that plugins add.
+    """
+    from llm.cli import overrides
+    from llm.config.said import note_settings
+    from llm.config.stages import all_stages
+
+    compose_anew = overrides.compose
+    cached = functools.lru_cache(100)(lambda config_name, lines, stages: compose_anew(config_name, lines))
 
     def compose_copy(config_name, lines=(), config_dir=None):
-        return copy.deepcopy(cached(config_name, tuple(lines), config_dir))
+        from omegaconf import OmegaConf
+
+        if config_dir is not None:
+            return compose_anew(config_name, lines, config_dir)
+        folders = [line for line in lines if line.startswith("paths.runs=/")]
+        others = tuple(line for line in lines if line not in folders)
+        cfg = copy.deepcopy(cached(config_name, others, all_stages()))
+        for folder in overrides.parse(folders):
+            OmegaConf.update(cfg, folder.key_or_group, folder.value())
+        note_settings(cfg, overrides.parse(lines))
+        return cfg
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overrides, "compose", compose_copy)
+        yield
+
+
+@pytest.fixture(scope="session")
+def draw_figure():
+    """The function that draws a figure of a report, as it is outside of tests."""
+    from llm.report import plots
+
+    return plots._figure
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_figures(draw_figure):
+    """Figures of a report take a second for each stage of the run, which trains for less: here they are empty files.
+
+    tests/report draws them, and so do programs in new interpreters.
+    """
+    from llm.report import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_figure", lambda path, *args, **options: path.touch())
         yield
 
 

@@ -42,7 +42,8 @@ from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
-STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "12")), 301, 6
+STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
+CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
 EVEN = ("pretrain", "sft", "lora")  # in the lengths and numbers of micro-batches
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 
@@ -115,17 +116,14 @@ OBJECTIVES = {
 
 
 def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tuple[StepModule, L.Trainer]:
-    cfg = compose(
-        "train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4"
-    )
     kind, _, adapter = name.partition("-")
-    config = replace(model_config(cfg.model, cfg.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
+    config = replace(model_config(CFG.model, CFG.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
     if "lora" in (kind, adapter):
         add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
     module = StepModule(
-        net, cfg.optim, cfg.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
+        net, CFG.optim, CFG.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
     )
     trainer = L.Trainer(
         accelerator="cpu",

@@ -39,7 +39,8 @@ def test_hangs(tmp_path):
     with open(pids, "a") as file:
         file.write(f"{os.getpid()}\\n")
         if "COPY" in os.environ:
-            job = start_warm(REPO / "tests/distributed_job.py", "ddp", str(tmp_path), env=child_env(1, 2, free_port()))
+            command = (REPO / "tests/distributed_job.py", "ddp", str(tmp_path), "pretrain")
+            job = start_warm(*command, env=child_env(1, 2, free_port()))
             file.write(f"{job.pid}\\n")
     process.wait()
 """
@@ -67,7 +68,7 @@ def test_tests_that_are_ended_leave_no_process(tmp_path, signum, workers):
 def test_a_process_of_a_training_ends_with_the_one_that_started_it(tmp_path):
     """distributed_job.py, which waits for another one that never comes, when its parent is killed."""
     parent = "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(10000)"
-    job = (sys.executable, str(REPO / "tests" / "distributed_job.py"), "ddp", str(tmp_path))
+    job = (sys.executable, str(REPO / "tests" / "distributed_job.py"), "ddp", str(tmp_path), "pretrain")
     started = start(sys.executable, "-c", parent, *job, env=child_env(1, 2, free_port()))
     pid = int(started.stdout.readline())
     wait_until(lambda: "libtorch" in open(f"/proc/{pid}/maps").read())  # it is past its start

@@ -1,9 +1,10 @@
 """Programs that start with torch and Lightning imported already: copies of one process that has imported them.
 
-Importing takes six seconds of processor time, a copy (os.fork) none. A program started so has its own process, standard
-streams, environment, folder, signals and exit status, as a new interpreter would give it, and the processes that
-`llm.parallel.launch` starts from it are copies again. Tests of what an interpreter does when it starts, and one of each
-kind of job, take a new interpreter: `processes.start` and `run_cli(..., fresh=True)`.
+Importing takes six seconds of processor time and the first composition one, a copy (os.fork) none. A program started
+so has its own process, standard streams, environment, folder, signals and exit status, as a new interpreter would give
+it, and the processes that `llm.parallel.launch` starts from it are copies again. Figures of reports are empty. Tests
+of what an interpreter does when it starts, and one of each kind of job, take a new interpreter: `processes.start` and
+`run_cli(..., fresh=True)`.
 """
 
 import atexit
@@ -207,6 +208,9 @@ class Worker:
 
     @staticmethod
     def _run(command: list[str], env: dict[str, str]) -> int:
+        for signum in signal.valid_signals():  # the agent's handlers are gone in a new interpreter
+            if callable(signal.getsignal(signum)):
+                signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
         os.setsid()
         set_environment(env)
         sys.argv = command
@@ -253,7 +257,11 @@ def main() -> None:
     import llm.eval.evaluate  # noqa: F401
     import llm.parallel.agent  # noqa: F401
     import llm.stages.run_stage  # noqa: F401
+    from llm.cli.overrides import compose
+    from llm.report import plots
 
+    compose("train", ["experiment=tiny"])  # Hydra's parser is slow at first
+    plots._figure = lambda path, *args, **options: path.touch()  # takes as long as many a training
     gc.collect()
     gc.freeze()  # or every copy would touch, and so copy, all of its memory
     program = serve(socket.socket(fileno=int(sys.argv[1])))

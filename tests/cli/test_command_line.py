@@ -22,8 +22,6 @@ from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 from llm.parallel.env import heard_signals
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 DEPTHS = [f"d{depth}" for depth in range(1, 65)]
 
 

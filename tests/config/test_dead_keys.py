@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from itertools import product
 
 import pytest
@@ -90,9 +91,10 @@ def read_in_the_source(name: str) -> bool:
     """Return whether `<group>.<key>` stands in the source, for rare work; cfg.<key> at the top."""
     *parents, last = name.split(".")
     owners = {parents[-1]} if parents else {"cfg", "config"}
-    return any((owner, last) in ATTRIBUTES for owner in owners)
+    return any((owner, last) in attributes() for owner in owners)
 
 
+@cache
 def attributes() -> set[tuple[str, str]]:
     """(a, b) of every a.b, x.a.b and x().a.b in the source."""
     found = set()
@@ -104,7 +106,6 @@ def attributes() -> set[tuple[str, str]]:
     return found
 
 
-ATTRIBUTES = attributes()
 YAML = "\n".join(path.read_text() for path in CONF.rglob("*.yaml"))
 # Read before there is a configuration, and by the processes of a training of several.
 ELSEWHERE = {"plugins", "trust"}

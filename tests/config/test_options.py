@@ -15,8 +15,6 @@ from llm.config.stages import stage_names, stage_row
 from llm.errors import UserError
 from llm.model.config import UNSTATED
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 DEPTHS = [f"d{depth}" for depth in range(1, 65)]
 
 

@@ -26,8 +26,6 @@ from llm.errors import UserError
 from llm.run import read_manifest
 from llm.run.config_diff import diff_configs
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 
 def old_names(thing, table: dict[str, str]):
     """`thing` (nested dicts and lists) with the keys of `table` renamed backwards."""

@@ -21,8 +21,6 @@ from llm.config.stages import stage_names
 from llm.errors import UserError
 from llm.run.config_diff import flatten
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 STAGES = stage_names()
 EXPERIMENTS = group_options("experiment")
 

@@ -17,8 +17,6 @@ from llm.config.schema import VARIANTS, known_keys
 from llm.config.stages import load_object, stage_row
 from llm.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 ENTRY_POINTS = ("train", "evaluate", "serve")
 BOUNDS = ("low", "above", "high", "below")
 

@@ -7,8 +7,6 @@ from llm.cli import overrides
 from llm.cli.overrides import check_overrides, whole_mixtures
 from llm.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 
 def mixture(*lines: str, stage: str = "sft", config_dir: str | None = None) -> dict:
     return dict(overrides.compose("train", lines, config_dir).data.mixture[stage])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llm.errors import UserError
-from llm.report import report
+from llm.report import plots, report
 from llm.report.plots import draw_curves, smoothed, spaced
 from llm.report.report import build_report, fenced, runs_table
 from llm.run.stage_folder import RunDir, write_manifest
@@ -47,6 +47,12 @@ def add_stage(root, run, stage, steps=60, status="finished", depth=4, scores=Tru
         samples = [{"prompt": "Who are you?", "completion": f"I am {run}.\n```\ncode | in | it"}]
         write_json(folder / "eval.json", {"bpb": 0.75, "chat": chat, "samples": samples})
     return folder
+
+
+@pytest.fixture
+def figures(draw_figure, monkeypatch):
+    """Draw figures, which are empty files in other tests."""
+    monkeypatch.setattr(plots, "_figure", draw_figure)
 
 
 @pytest.fixture
@@ -104,6 +110,7 @@ def test_report_of_a_whole_run(full_run):
     assert "| params_total | 3,211,264 | 3,211,264 |" in numbers and "| c0ffeec0ff-dirty |" in numbers
 
 
+@pytest.mark.usefixtures("figures")
 def test_figures_exist_where_the_report_links_them(full_run):
     text = build_report(full_run).read_text()
     links = re.findall(r"!\[.+?\]\((.+?)\)", text)
@@ -147,6 +154,7 @@ def test_figures_that_no_longer_apply_are_removed(full_run):
     assert not (full_run / "report" / "reward.png").exists() and (full_run / "report" / "loss.png").exists()
 
 
+@pytest.mark.usefixtures("figures")
 def test_curves_need_no_display_and_few_points_are_enough(tmp_path):
     drawn = draw_curves(tmp_path, "one point", {"pretrain": [{"step": 0, "loss": 3.0}]})
     assert [path.name for _, path in drawn] == ["loss.png"]
@@ -154,6 +162,7 @@ def test_curves_need_no_display_and_few_points_are_enough(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("figures")
 def test_figures_are_kept_on_request_and_drawn_where_missing(tmp_path):
     rows = {"pretrain": [{"step": 0, "loss": 3.0, "bpb": 2.0}]}
     draw_curves(tmp_path, "kept", rows)

@@ -28,8 +28,6 @@ from llm.stages.common import check_same_model
 from llm.stages.micro_batch import largest_trial, resolve_rows
 from llm.stages.pretrain import derived_without_tokenizer, plan
 
-pytestmark = pytest.mark.usefixtures("composed_once")
-
 
 def shape(depth, arch="classic", vocab=65_536, **more):
     cfg = compose("train", f"arch={arch}")

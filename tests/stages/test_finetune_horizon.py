@@ -1,13 +1,10 @@
 """Size of a step and passes of finetuning: by rule, as configured, and the warning of too few steps."""
 
-import pytest
 from conftest import compose
 
 from llm.data.balance import Balance
 from llm.data.conversations import Forecast
 from llm.stages.finetune import horizon
-
-pytestmark = pytest.mark.usefixtures("composed_once")
 
 
 def pass_of(rows, seq_len=512):

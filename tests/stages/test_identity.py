@@ -28,7 +28,6 @@ from llm.stages.texts import check_same_texts
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils import environment
 
-pytestmark = pytest.mark.usefixtures("composed_once")
 TINY = ("experiment=tiny", "model.depth=1")
 
 

@@ -218,7 +218,7 @@ FAST_STOPS = {("pretrain", signal.SIGINT), ("sft", signal.SIGKILL)}
 )
 def test_a_stopped_stage_resumes_to_the_same_weights(tiny_runs, tmp_path, stage, signum, status):
     """Straight run = run that is stopped by a signal and started again with the same command, bit for bit."""
-    steps, parent = 8 if stage == "grpo" else 40, STAGES[STAGES.index(stage) - 1]
+    steps, parent = 8 if stage == "grpo" else 12, STAGES[STAGES.index(stage) - 1]
     args = [f"stage={stage}", f"init_from=tiny/{parent}", f"max_steps={steps}", "save_every=2", *hold_at(5)]
     straight, run = f"straight-{stage}", f"stopped-{stage}-{int(signum)}"
     if not (tiny_runs / straight).exists():

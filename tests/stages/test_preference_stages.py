@@ -23,7 +23,6 @@ from llm.stages.data_check import preferred
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("composed_once")
 SMALL = ("model.depth=1", "precision.compute=fp32", "trainer=cpu", "callbacks=none", "optim=adamw", "save_every=2")
 FEW = (
     "max_steps=4",

@@ -13,7 +13,6 @@ from llm.stages import text_plan
 from llm.stages.run_stage import keep_old_defaults
 from llm.stages.text_plan import TextPlan, plan_text, warnings_of
 
-pytestmark = pytest.mark.usefixtures("composed_once")
 SIZE = 10_000  # tokens of the text
 
 
