@@ -21,12 +21,7 @@ from llm.utils.format import print_table
 
 REPO = Path(__file__).resolve().parent.parent
 SMOOTH = 5  # steps of which the reward is averaged
-COLUMNS = {
-    "logprob_gap": "nats",
-    "ess": "share of the tokens",
-    "reward": "mean of a step",
-    "pass@1": "held-out questions",
-}
+COLUMNS = {"logprob_gap": "nats", "ess": "share of tokens", "reward": f"mean of {SMOOTH} steps", "pass@1": "held out"}
 Rows = list[dict[str, float]]
 
 
