@@ -78,7 +78,7 @@ check: $(STAMP) ## style (ruff check, ruff format) and the floors of the package
 	$(VENV)/bin/lint-imports
 
 bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
-	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 bench-serve: $(STAMP) ## 32 streams over HTTP beside the engine alone, and transformers serve where it is there
 	$(PY) bench/serve.py $(ARGS)

@@ -57,7 +57,7 @@ class PrecisionConfig:
     """Number formats of training."""
 
     compute: str = key(
-        "arithmetic of the network: auto = bf16 where the hardware has it",
+        "arithmetic of the network: auto = bf16 where the hardware has it, but fp32 on a CPU where answers are drawn",
         choices=("auto", "fp32", "bf16", "fp16"),
         main=True,
     )

@@ -63,6 +63,11 @@ class Stage:
         return self.kind in CHAT_KINDS and self.servable
 
     @property
+    def draws_answers(self) -> bool:
+        """True if it trains on answers that its own network draws."""
+        return self.kind == "rl"
+
+    @property
     def reads_text(self) -> bool:
         """True if it reads the documents of `data`."""
         return self.kind in ("tokenizer", "text")

@@ -81,14 +81,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
-def resolve_compute_dtype(choice: str, device: torch.device | str) -> torch.dtype:
+def resolve_compute_dtype(choice: str, device: torch.device | str, draws_answers: bool = False) -> torch.dtype:
     """Return the dtype for `precision.compute` = auto | fp32 | bf16 | fp16; auto takes bf16 where it is fast.
 
-    Raises UserError for any other value.
+    draws_answers: an engine and a training pass have to give every token one probability. In bf16 each rounds it by
+    some thousandths in a way of its own, so on a CPU, where fp32 costs little more, auto takes that. Raises UserError
+    for any other value.
     """
     device = torch.device(device)
     if choice == "auto":
-        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+        in_fp32 = draws_answers and device.type == "cpu"
+        return torch.bfloat16 if has_fast_bf16(device) and not in_fp32 else torch.float32
     if choice not in DTYPES:
         raise UserError(f"precision.compute={choice}: choose one of auto, {', '.join(DTYPES)}")
     return DTYPES[choice]
@@ -101,3 +104,20 @@ def enable_fp8(net) -> int:
     for layer in layers:
         layer.fp8 = True
     return len(layers)
+
+
+def choose_fp32_products(by_onednn: bool) -> None:
+    """Let fp32 products on a CPU go through oneDNN, or through torch's choice, which is MKL.
+
+    oneDNN is twice as fast on processors of AMD. torch goes there only with permission to round to bf16, of which
+    processors with AMX make use: where a trial shows that, the permission is taken back.
+    """
+    torch.set_float32_matmul_precision("medium" if by_onednn else "highest")
+    if by_onednn and not _is_exact():
+        torch.set_float32_matmul_precision("highest")
+
+
+def _is_exact() -> bool:
+    """Return whether a product of numbers that neither bf16 nor TF32 can hold is what fp32 makes of them."""
+    fine = torch.full((128, 128), 1 + 2.0**-12)
+    return bool((fine @ torch.ones(128, 128) == 128 + 2.0**-5).all())

@@ -176,11 +176,13 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
 def prepare_network(cfg, built, trainer) -> None:
     """Set number formats, attention kernel and compilation for the trainer's device, and print what was chosen."""
     from llm.model.compile import compile_training, decide
-    from llm.model.linear import resolve_compute_dtype
+    from llm.model.linear import choose_fp32_products, resolve_compute_dtype
     from llm.parallel.strategy import FSDPStrategy
 
-    net, device = built.module.net, trainer.strategy.root_device
-    net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
+    net, device, row = built.module.net, trainer.strategy.root_device, stage_row(cfg.stage.name)
+    net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device, row.draws_answers)
+    if device.type == "cpu":
+        choose_fp32_products(by_onednn=row.draws_answers)
     is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
     if cfg.precision.fp8:
         if is_fsdp:
@@ -189,7 +191,7 @@ def prepare_network(cfg, built, trainer) -> None:
             )
         print(use_fp8(net, device), flush=True)
     net.activation_checkpointing = cfg.trainer.activation_checkpointing
-    attention = net.set_attention(cfg.attention, device, stage_row(cfg.stage.name).fixed_shapes)
+    attention = net.set_attention(cfg.attention, device, row.fixed_shapes)
     compiled, why = decide(cfg.compile, cfg.stage.name, device, built.module.context.total_steps)
     if compiled:
         compile_training(net, by_block=is_fsdp)

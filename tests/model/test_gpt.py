@@ -11,7 +11,7 @@ from llm.model.cached_attention import SlotPass
 from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
 from llm.model.kv_cache import SlotCache
-from llm.model.linear import resolve_compute_dtype
+from llm.model.linear import choose_fp32_products, resolve_compute_dtype
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
 PUBLISHED = [
@@ -426,3 +426,26 @@ def test_compute_dtype_choice():
     assert resolve_compute_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
     with pytest.raises(ValueError, match="precision.compute=fp8"):
         resolve_compute_dtype("fp8", "cpu")
+
+
+def test_answers_are_drawn_in_fp32_on_a_cpu_unless_bf16_is_asked_for(monkeypatch):
+    monkeypatch.setattr("llm.model.linear.has_fast_bf16", lambda device: True)
+    assert resolve_compute_dtype("auto", "cpu") == torch.bfloat16
+    assert resolve_compute_dtype("auto", "cpu", draws_answers=True) == torch.float32
+    assert resolve_compute_dtype("bf16", "cpu", draws_answers=True) == torch.bfloat16
+    assert resolve_compute_dtype("auto", "cuda", draws_answers=True) == torch.bfloat16
+
+
+def test_fp32_products_go_through_onednn_only_where_it_rounds_nothing(monkeypatch):
+    before, product = torch.get_float32_matmul_precision(), torch.Tensor.__matmul__
+    try:
+        choose_fp32_products(by_onednn=True)
+        x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(x @ x.T, (x.double() @ x.double().T).float(), rtol=0, atol=1e-4)
+        choose_fp32_products(by_onednn=False)
+        assert torch.get_float32_matmul_precision() == "highest"
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a.bfloat16(), b.bfloat16()).float())
+        choose_fp32_products(by_onednn=True)  # of a processor that makes use of the permission to round
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -20,6 +20,7 @@ from llm.data.loader import positions_for
 from llm.data.packing import Document
 from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
+from llm.model.linear import resolve_compute_dtype
 from llm.run.config_diff import BEFORE_KEYS, diff_configs
 from llm.stages.grpo import GroupSteps, PolicyObjective, check_choices
 from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
@@ -193,6 +194,17 @@ def test_the_engine_and_the_training_pass_agree(dtype, mean, largest, sampling):
     with torch.no_grad():  # weights that the answers do not come from
         network.head_weight.mul_(0.5)
     assert numbers_of(module_of(network), batch)["logprob_gap"] > 10 * mean
+
+
+def test_auto_takes_a_number_format_in_which_both_agree():
+    """On a CPU that is fp32, on questions of no known form too: bf16 misses the bound where logits are large."""
+    gaps = []
+    for dtype in (resolve_compute_dtype("auto", "cpu", draws_answers=True), torch.bfloat16):
+        network = model()
+        network.compute_dtype = dtype
+        numbers = numbers_of(module_of(network), next(iter(group_steps(network, samples_per_prompt=4))))
+        gaps.append(numbers["logprob_gap"])
+    assert gaps[0] <= 1e-5 and gaps[1] > 1e-3
 
 
 def test_the_parent_and_the_old_weights_go_with_the_batch():

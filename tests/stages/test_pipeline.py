@@ -103,6 +103,8 @@ def test_every_stage_leaves_its_files(tiny_runs, stage):
     wanted = {"reward", "pass@1"} if stage == "grpo" else {"loss", "bpb"}
     assert wanted | {"lr", "tok_per_s", "ms_per_step", "mfu", "data_wait"} <= set(table[0])
     assert wanted <= set(record["metrics"])
+    if stage == "grpo":  # engine and trainer agree
+        assert all(float(row["logprob_gap"]) <= 1e-5 for row in table if row["logprob_gap"])
 
 
 def test_report_shows_all_stages(tiny_runs):
