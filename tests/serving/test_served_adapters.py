@@ -106,17 +106,17 @@ def test_what_is_no_adapter_of_the_base_is_refused(runs):
 
 def test_files_that_do_not_belong_together_are_refused(runs):
     folder = runs / "fish/sft/model"
-    weights = (folder / "adapter.safetensors").read_bytes()
+    files = {name: (folder / name).read_bytes() for name in ("adapter.json", "adapter.safetensors")}
     change(folder / "adapter.json", rank=3)
     refused(runs, r"adapter.json has \d+ bytes|adapter.json is not what was written", "fish/sft")
     needed = r"has the shape \(2, 64\), but rank 3 beside this base needs \(3, 64\); copy"
     refused(runs, needed, "fish/sft", verify=False)
-    change(folder / "adapter.json", rank=2)
+    (folder / "adapter.json").write_bytes(files["adapter.json"])
     tensors = load_file(folder / "adapter.safetensors")
     tensors.popitem()
     save_file(tensors, folder / "adapter.safetensors")
     refused(runs, "its tensors are not those that adapter.json describes", "fish/sft", verify=False)
-    (folder / "adapter.safetensors").write_bytes(weights[:-4])
+    (folder / "adapter.safetensors").write_bytes(files["adapter.safetensors"][:-4])
     refused(runs, "adapter.safetensors: cannot be read", "fish/sft", verify=False)
     (folder / "adapter.safetensors").unlink()
     refused(runs, "adapter.safetensors is missing", "fish/sft")
