@@ -12,6 +12,7 @@ import torch
 
 from llm.errors import UserError
 from llm.model.gpt import GPT, with_weights
+from llm.model.linear import LowRank
 from llm.model.lora import Adapter, targeted
 
 
@@ -95,6 +96,8 @@ def check_fits(net: GPT, name: str, adapter: Adapter) -> None:
         raise UserError(f"adapters: the base of {name} is still being trained as an adapter; take a finished model")
     wanted, rank = {}, adapter.lora.rank
     for module_name, module in targeted(net, adapter.lora):
+        if not isinstance(module, LowRank):  # of a plugin, which would not add the products
+            raise UserError(f"adapters: {name} changes {module_name}, which is no Linear or Table of llm.model.linear")
         out, width = module.weight.shape
         wanted |= {f"{module_name}.lora_A": (rank, width), f"{module_name}.lora_B": (out, rank)}
     found = {key: tuple(weight.shape) for key, weight in adapter.weights.items()}

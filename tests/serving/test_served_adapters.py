@@ -18,7 +18,7 @@ from llm.serving.adapters import chosen_adapters, load_adapters
 from llm.serving.chat import load_chat_model
 from llm.serving.models import Models
 
-BIRD, FISH = "I am a bird.", "I am a fish, who swims."
+BIRD, FISH = "I am a bird.", "I am a fish."
 ME = [{"role": "user", "content": "Who are you?"}]
 
 
@@ -121,7 +121,7 @@ def test_files_that_do_not_belong_together_are_refused(runs):
     (folder / "adapter.safetensors").unlink()
     refused(runs, "adapter.safetensors is missing", "fish/sft")
     (folder / "manifest.json").unlink()
-    refused(runs, "adapter.safetensors.*(missing|No such file)", "fish/sft")
+    refused(runs, "adapter.safetensors: cannot be read .no such file", "fish/sft")
 
 
 def test_a_stage_with_another_shape_is_refused(runs):
@@ -211,7 +211,7 @@ def test_requests_name_the_base_or_an_adapter():
     }.items():
         for name, adapter in (("a/b", None), ("c/d", "c/d")):
             assert run("POST", path, asked | {"model": name}).json()["model"] == name
-            assert pool.workers[0].writer.heard[-2][2]["adapter"] == adapter
+            assert pool.workers[0].writer.heard[-1][2]["adapter"] == adapter
     refusal = run("POST", "/v1/completions", {"model": "e/f", "prompt": "Hi"})
     assert refusal.status_code == 404 and "there is 'a/b', 'c/d'" in refusal.json()["error"]["message"]
     names = app.openapi()["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"]
@@ -236,7 +236,7 @@ def test_one_server_answers_by_several_adapters_at_once(tmp_path):
 
     base = make_run(tmp_path)
     make_adapter(base, "bird", BIRD)
-    make_adapter(base, "fish", FISH, rank=2, steps=90)
+    make_adapter(base, "fish", FISH, rank=2, steps=120)
     with ServerProcess(tmp_path, "temperature=0", "api.log=none", "compute=fp32") as server:
         found = asyncio.run(ask(server.url))
         stats = httpx.get(f"{server.url}/stats", timeout=600).json()
