@@ -35,8 +35,9 @@ class Adapters:
     """
 
     def __init__(self, net: GPT, adapters: Mapping[str, Adapter], dtype: torch.dtype):
-        self.names, self.rows, self._device = list(adapters), torch.zeros(1, dtype=torch.long), net.device
+        self.names, self._device = list(adapters), net.device
         self._numbers = {name: number for number, name in enumerate(adapters, 1)}
+        self.rows = torch.zeros(1, dtype=torch.long, device=net.device)
         ranks: dict[str, list[int]] = {}
         for number, adapter in enumerate(adapters.values(), 1):
             for name, _ in targeted(net, adapter.lora):

@@ -18,7 +18,7 @@ from llm.model.gpt import GPT, Block, Linear
 from llm.model.kv_cache import Part, Prefix, SlotCache, layers_by_window
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_thin.h", "cpu_vector.h"))
+HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("model", "product", "team", "thin", "vector"))
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
 SPARE = 32  # places of a cache beside those of windows: so many tokens of a row attend at a time in layers with one
 THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them

@@ -55,13 +55,7 @@ def load_adapters(model: str | Path, folders: Mapping[str, str], verify: bool = 
         path = Path(folder)
         _check_base(name, path, base, weights)
         if (path / CONFIG_FILE).is_file():
-            own, wanted = read_config(path).to_dict(), config.to_dict()
-            if other := [key for key in own | wanted if own.get(key) != wanted.get(key)]:
-                key = other[0]
-                raise UserError(
-                    f"adapters: {name} was trained with {key}={own.get(key)}, but {base} has {wanted.get(key)}; serve "
-                    "it by its merged weights, as a model of its own"
-                )
+            _check_shape(name, read_config(path).to_dict(), config.to_dict())
         if verify and (problem := wrong_file(path, (ADAPTER_FILE, ADAPTER_CONFIG))) is not None:
             raise UserError(f"{path}: {problem}; copy the folder again, or train the stage again")
         found[name] = load_adapter(path, net)
@@ -93,6 +87,16 @@ def _check_base(name: str, folder: Path, base: Path, weights: str | None) -> Non
         raise UserError(
             f"adapters: {name} belongs to weights {str(own)[:12]}, but {base} holds {str(weights)[:12]}; serve its base"
             + (f", {parent}" if parent else "")
+        )
+
+
+def _check_shape(name: str, own: dict, wanted: dict) -> None:
+    """Raise UserError where the network of an adapter's stage had another shape than the base's `wanted`."""
+    if other := [key for key in own | wanted if own.get(key) != wanted.get(key)]:
+        key = other[0]
+        raise UserError(
+            f"adapters: {name} was trained with {key}={own.get(key)}, but its base is served with {wanted.get(key)}; "
+            "serve it by its merged weights, as a model of its own (run=, stage=)"
         )
 
 

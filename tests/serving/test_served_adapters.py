@@ -18,7 +18,7 @@ from llm.serving.adapters import chosen_adapters, load_adapters
 from llm.serving.chat import load_chat_model
 from llm.serving.models import Models
 
-BIRD, FISH = "I am a bird.", "I am a fish."
+BIRD, TREE = "I am a bird.", "I am an apple."
 ME = [{"role": "user", "content": "Who are you?"}]
 
 
@@ -28,7 +28,7 @@ def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     base, other = make_run(root, steps=2), make_run(root, "other", steps=1)
     make_adapter(base, "bird", BIRD, steps=10)
-    make_adapter(base, "fish", FISH, rank=2, steps=10)
+    make_adapter(base, "tree", TREE, rank=2, steps=10)
     make_adapter(other, "stray", "Who knows?", steps=1)
     return root
 
@@ -57,7 +57,7 @@ def change(path: Path, **values) -> None:
 
 def test_those_of_the_served_base_are_found_where_other_stages_are_offered(trained, capsys):
     found = chosen(trained, offers_all=True)
-    assert found == {f"{run}/sft": str(trained / run / "sft/model") for run in ("bird", "fish")}
+    assert found == {f"{run}/sft": str(trained / run / "sft/model") for run in ("bird", "tree")}
     assert chosen(trained) == chosen(trained, [], offers_all=True) == {}
     assert chosen_adapters(None, trained, "hf:any/model", offers_all=True) == {}
     assert not capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_those_of_the_served_base_are_found_where_other_stages_are_offered(train
 
 def test_a_damaged_one_that_was_not_asked_for_is_left_out_with_a_line(runs, capsys):
     change(runs / "bird/sft/model/adapter.json", rank=5)
-    assert list(chosen(runs, offers_all=True)) == ["fish/sft"]
+    assert list(chosen(runs, offers_all=True)) == ["tree/sft"]
     line = capsys.readouterr().err
     assert line.startswith("note: bird/sft is not served as an adapter (") and line.count("\n") == 1
 
@@ -93,42 +93,46 @@ def test_what_is_no_adapter_of_the_base_is_refused(runs):
     refused(runs, "adapters: nowhere has no adapter.json .* a stage trained with model.lora.rank", "nowhere")
     refused(runs, "adapters: tiny/sft has no adapter.json", "tiny/sft")
     refused(
-        runs, "adapters: stray/sft belongs to weights .* serve its base, .*other/sft/model", "fish/sft", "stray/sft"
+        runs, "adapters: stray/sft belongs to weights .* serve its base, .*other/sft/model", "tree/sft", "stray/sft"
     )
     change(runs / "bird/sft/run.json", status="running")
     refused(runs, "stage=sft of run=bird is not finished", "bird/sft")
     shutil.copytree(runs / "bird/sft/model", runs / "a/b")
-    shutil.copytree(runs / "fish/sft/model", runs / "c/b")
+    shutil.copytree(runs / "tree/sft/model", runs / "c/b")
     refused(runs, "are both called b; rename a folder", str(runs / "a/b"), str(runs / "c/b"))
     with pytest.raises(UserError, match="adapters with model=hf:any: their base must be a run of yours"):
-        chosen_adapters(["fish/sft"], runs, "hf:any")
+        chosen_adapters(["tree/sft"], runs, "hf:any")
 
 
 def test_files_that_do_not_belong_together_are_refused(runs):
-    folder = runs / "fish/sft/model"
+    folder = runs / "tree/sft/model"
     files = {name: (folder / name).read_bytes() for name in ("adapter.json", "adapter.safetensors")}
     change(folder / "adapter.json", rank=3)
-    refused(runs, r"adapter.json has \d+ bytes|adapter.json is not what was written", "fish/sft")
+    refused(runs, r"adapter.json has \d+ bytes|adapter.json is not what was written", "tree/sft")
     needed = r"has the shape \(2, 64\), but rank 3 beside this base needs \(3, 64\); copy"
-    refused(runs, needed, "fish/sft", verify=False)
+    refused(runs, needed, "tree/sft", verify=False)
     (folder / "adapter.json").write_bytes(files["adapter.json"])
     tensors = load_file(folder / "adapter.safetensors")
     tensors.popitem()
     save_file(tensors, folder / "adapter.safetensors")
-    refused(runs, "its tensors are not those that adapter.json describes", "fish/sft", verify=False)
+    refused(runs, "its tensors are not those that adapter.json describes", "tree/sft", verify=False)
     (folder / "adapter.safetensors").write_bytes(files["adapter.safetensors"][:-4])
-    refused(runs, "adapter.safetensors: cannot be read", "fish/sft", verify=False)
+    refused(runs, "adapter.safetensors: cannot be read", "tree/sft", verify=False)
     (folder / "adapter.safetensors").unlink()
-    refused(runs, "adapter.safetensors is missing", "fish/sft")
+    refused(runs, "adapter.safetensors is missing", "tree/sft")
     (folder / "manifest.json").unlink()
-    refused(runs, "adapter.safetensors: cannot be read .no such file", "fish/sft")
+    refused(runs, "adapter.safetensors: cannot be read .no such file", "tree/sft")
 
 
 def test_a_stage_with_another_shape_is_refused(runs):
     config = json.loads((runs / "bird/sft/model/config.json").read_text())
     config["fathom"]["model"]["seq_len"] = 999
     (runs / "bird/sft/model/config.json").write_text(json.dumps(config))
-    refused(runs, "bird/sft was trained with seq_len=999, but .* has 768; serve it by its merged weights", "bird/sft")
+    refused(
+        runs,
+        "bird/sft was trained with seq_len=999, but its base is served with 768; serve it by its merged weights",
+        "bird/sft",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,11 +147,11 @@ def said(model) -> str:
 def test_a_chat_switches_between_base_and_adapters_of_one_engine(trained):
     first = load_chat_model(base_of(trained), compute="fp32", adapters=chosen(trained, offers_all=True))
     models = Models(first)
-    assert models.names() == ["tiny/sft", "bird/sft", "fish/sft"]
+    assert models.names() == ["tiny/sft", "bird/sft", "tree/sft"]
     for name in models.names():
         assert said(models.get(name)) == said(load_chat_model(trained / name, compute="fp32"))
     assert models.get("bird/sft").engine is first.engine
-    assert "adapter of rank 2" in models.get("fish/sft").summary
+    assert "adapter of rank 2" in models.get("tree/sft").summary
 
 
 def test_adapters_answer_as_their_merged_weights_do(trained):
@@ -172,8 +176,8 @@ def test_a_notebook_loads_adapters_beside_a_model(trained):
     assert len(texts) == 2
     assert {"".join(model.generate("The", stream=True, adapter=name, **settings)) for name in names} == texts
     assert model.score("Who", BIRD, adapter="bird/sft") != model.score("Who", BIRD)
-    with pytest.raises(UserError, match="adapter=fish/sft: the engine has no adapter of this name; there is bird/sft"):
-        model.chat("Who are you?", adapter="fish/sft")
+    with pytest.raises(UserError, match="adapter=tree/sft: the engine has no adapter of this name; there is bird/sft"):
+        model.chat("Who are you?", adapter="tree/sft")
     with pytest.raises(UserError, match="adapters: stray/sft belongs to weights"):
         llm.load(trained / "tiny", adapters=["stray/sft"])
 
@@ -236,11 +240,11 @@ def test_one_server_answers_by_several_adapters_at_once(tmp_path):
 
     base = make_run(tmp_path)
     make_adapter(base, "bird", BIRD)
-    make_adapter(base, "fish", FISH, rank=2, steps=120)
+    make_adapter(base, "tree", TREE, rank=2, steps=120)
     with ServerProcess(tmp_path, "temperature=0", "api.log=none", "compute=fp32") as server:
         found = asyncio.run(ask(server.url))
         stats = httpx.get(f"{server.url}/stats", timeout=600).json()
     (own,) = found.pop("tiny/sft")
-    assert own.startswith("I am Fathom") and found == {"bird/sft": {BIRD}, "fish/sft": {FISH}}
+    assert own.startswith("I am Fathom") and found == {"bird/sft": {BIRD}, "tree/sft": {TREE}}
     assert stats["total_workers"] == 1
-    assert "adapters in the same engine, as models: bird/sft, fish/sft" in server.output
+    assert "adapters in the same engine, as models: bird/sft, tree/sft" in server.output
