@@ -139,9 +139,10 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
 def _announce(cfg: Any, model: ChatModel, port: int) -> None:
     """Print what is served, and where."""
     address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
-    lines = [f"{model.name}: {model.summary}", *model.notes, f"API at {address}/v1   model: {model.name}"]
+    lines = [f"{model.name}: {model.summary}", *model.notes]
     if model.beside:
         lines.append(f"adapters in the same engine, as models: {', '.join(one.name for one in model.beside)}")
+    lines.append(f"API at {address}/v1   model: {model.name}")
     if cfg.ui == "gradio":
         lines.append(f"chat at {address}   (Ctrl-C ends the server)")
     print("\n".join(lines), flush=True)
