@@ -200,12 +200,12 @@ def row_of(name: str, runs: Sequence[dict], parent: dict) -> dict:
 def show(rows: Sequence[dict], parent: dict, args: argparse.Namespace) -> None:
     """Print the table so far, and write it as JSON and as a plot."""
     keys = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict)))
-    start = ["(parent)", *(f"{value:.1f}" for _, value, _ in scores_of(parent))]
+    start = {key: f"{value:.1f}" for key, value, _ in scores_of(parent)}
     print()
     print_table(
         ["method", *keys, "s"],
         [
-            start + [""] * (len(keys) + 2 - len(start)),
+            ["(parent)", *(start.get(key, "") for key in keys), ""],
             *([row["method"], *(told(row.get(key)) for key in keys), f"{row['seconds']:.0f}"] for row in rows),
         ],
     )
