@@ -24,7 +24,7 @@ class ScriptedEngine:
         self.ids, self.finish_reason, self.closed = ids, finish_reason, False
         self.tokenizer, self.net = TOKENIZER, SimpleNamespace(config=SimpleNamespace(seq_len=seq_len))
 
-    def stream(self, prompts, params):
+    def stream(self, prompts, params, adapter=None):
         (self.prompt,), self.params = prompts, params
         return self
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from processes import HANG, REPO, start
 
-from llm.checkpoint.model_folder import save_model_folder
+from llm.checkpoint.model_folder import load_model_folder, save_model_folder
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
+from llm.model.lora import LoRA, add_adapter
 from llm.run.content import fingerprints
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import render_conversation
@@ -46,8 +47,23 @@ def make_run(root: Path, run: str = "tiny", stage: str = "sft", seq_len: int = 7
     torch.manual_seed(0)
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])  # one byte per token: every other character is split
     net = GPT(GPTConfig(2, 2, 2, 32, 64, seq_len, tokenizer.vocab_size)).init_weights(0)
-    ids, targets = _batch(tokenizer)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    loss = _train(net, tokenizer, CONVERSATIONS, steps)
+    return _finish(root / run / stage, net, tokenizer, None, loss)
+
+
+def make_adapter(base: Path, run: str, answer: str, rank: int = 4, steps: int = 60) -> Path:
+    """Train an adapter of the stage folder `base` that answers "Who are you?" otherwise; return its stage folder."""
+    net, tokenizer = load_model_folder(base / "model")
+    add_adapter(net, LoRA(rank, base=fingerprints(base / "model")["weights"]))
+    loss = _train(net, tokenizer, [[("Who are you?", answer)]], steps)
+    return _finish(base.parent.parent / run / "sft", net, tokenizer, str(base / "model"), loss)
+
+
+def _train(net: GPT, tokenizer: Tokenizer, conversations: list, steps: int) -> float:
+    """Learn conversations by heart; return the last loss."""
+    ids, targets = _batch(tokenizer, conversations)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1.0, 2 * (1 - step / steps))
@@ -55,18 +71,22 @@ def make_run(root: Path, run: str = "tiny", stage: str = "sft", seq_len: int = 7
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    stage_dir = root / run / stage
+    return loss.item()
+
+
+def _finish(stage_dir: Path, net: GPT, tokenizer: Tokenizer, parent: str | None, loss: float) -> Path:
+    """Save a trained model as a finished stage; return its folder."""
     save_model_folder(stage_dir / "model", net, tokenizer)
-    manifest = {"stage": stage, "status": "finished", "parent": None, "metrics": {"loss": loss.item()}}
+    manifest = {"stage": stage_dir.name, "status": "finished", "parent": parent, "metrics": {"loss": loss}}
     manifest["fingerprints"] = fingerprints(stage_dir / "model")
     (stage_dir / "run.json").write_text(json.dumps(manifest))
     return stage_dir
 
 
-def _batch(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(tokenizer: Tokenizer, conversations: list) -> tuple[torch.Tensor, torch.Tensor]:
     """All conversations as one padded batch; only the assistant's tokens are trained."""
     rows = []
-    for turns in CONVERSATIONS:
+    for turns in conversations:
         pairs = [(("user", question), ("assistant", answer)) for question, answer in turns]
         messages = [{"role": role, "content": content} for pair in pairs for role, content in pair]
         rows.append(render_conversation(tokenizer, {"messages": messages}, MAX_TRAINED))

@@ -16,7 +16,7 @@ from llm.checkpoint.names import file_name, rows_kept
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.model.lora import LoRA, adapter_weights, add_adapter
+from llm.model.lora import Adapter, LoRA, adapter_weights, targeted
 from llm.run.formats import ADAPTER, read_form
 from llm.utils.files import check_ordinary, write_json
 
@@ -48,28 +48,33 @@ def read_adapter(folder: Path) -> LoRA:
     return LoRA(content["rank"], content["alpha"], tuple(content["targets"]), content["lr"], content["base"])
 
 
-def load_adapter(folder: Path, net: GPT) -> GPT:
-    """Give a network, which must be the base, the adapter of a model folder; returns the network.
+def load_adapter(folder: Path, net: GPT) -> Adapter:
+    """Return the adapter in a model folder for its base `net`, which stays as it is; padding rows of tables are zero.
 
-    The caller compares `LoRA.base` with the base's fingerprint. Raises UserError where the file does not fit.
+    The caller compares `LoRA.base` with the base's fingerprint. Raises UserError where the files do not fit.
     """
-    path = folder / ADAPTER_FILE
-    add_adapter(net, read_adapter(folder))
-    expected = {}
-    for name, weight in adapter_weights(net).items():
-        expected[adapter_name(name, net.config)] = weight[: rows_kept(name, weight, net.config)]
+    path, lora = folder / ADAPTER_FILE, read_adapter(folder)
+    weights = {}
+    for name, module in targeted(net, lora):
+        out, width = module.weight.shape
+        weights |= {f"{name}.lora_A": torch.zeros(lora.rank, width), f"{name}.lora_B": torch.zeros(out, lora.rank)}
+    expected = {adapter_name(name, net.config): w[: rows_kept(name, w, net.config)] for name, w in weights.items()}
     try:
         check_ordinary(path)
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(expected):
                 raise UserError(f"{path}: its tensors are not those that {ADAPTER_CONFIG} describes; copy it again")
             for name, weight in expected.items():
-                if tuple(file.get_slice(name).get_shape()) != tuple(weight.shape):
-                    raise UserError(f"{path}: tensor {name} is not of the shape {tuple(weight.shape)}; copy it again")
+                found = tuple(file.get_slice(name).get_shape())
+                if found != tuple(weight.shape):
+                    raise UserError(
+                        f"{path}: tensor {name} has the shape {found}, but rank {lora.rank} beside this base needs "
+                        f"{tuple(weight.shape)}; copy {ADAPTER_FILE} and {ADAPTER_CONFIG} from one stage again"
+                    )
                 weight.copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error, path)}); copy it again") from error
-    return net
+    return Adapter(lora, weights)
 
 
 def adapter_name(name: str, config: GPTConfig) -> str:

@@ -297,6 +297,11 @@ class ServeConfig:
         "this computer is served, else none",
         choices=("all", "none"),
     )
+    adapters: list[str] | None = key(
+        "stages trained with model.lora.rank beside the served model: run/stage or folders, all in one engine; null = "
+        "where offer=all holds, the finished ones in paths.runs; [] = none",
+        main=True,
+    )
     temperature: float = key("sampling temperature; 0 = always the most likely token", low=0, high=100, main=True)
     top_k: int = key("sample among the k most likely tokens; 0 = all", low=0, high=VOCABULARY, main=True)
     top_p: float = key("sample among the likeliest tokens, of this probability in all; 1 = all tokens", above=0, high=1)

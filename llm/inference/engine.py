@@ -6,7 +6,7 @@ every step as it happens (chat). A step costs one forward pass, one vectorised d
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -23,7 +23,8 @@ from llm.inference.text import StopTexts
 from llm.inference.tools import Runner, Tools
 from llm.inference.weights import LENGTHS, in_compute_dtype, keeps_shapes, round_up
 from llm.model import decode_cpu
-from llm.model.lora import merged
+from llm.model.adapters import check_fits, with_adapters
+from llm.model.lora import Adapter, merged
 
 MAX_ROWS = 256
 TOOL_WAIT = 0.05  # seconds that a step without other work waits for the result of a tool
@@ -43,6 +44,8 @@ class Engine:
     again; otherwise the weights are read anew after every pause. run_code: function from Python that a model has
     written between its python markers to its output; the calculator alone answers without it. Rows that wait for it
     leave the batch meanwhile. compiles: on a GPU, torch compiles the decode step of each size, which takes a minute.
+    adapters: low-rank adapters of the network by name; every request chooses one of them, or none. Raises UserError for
+    one that does not fit.
     """
 
     def __init__(
@@ -56,7 +59,11 @@ class Engine:
         sharers: int = 1,
         run_code: Runner | None = None,
         compiles: bool = False,
+        adapters: Mapping[str, Adapter] | None = None,
     ):
+        self.adapters = dict(adapters or {})
+        for name, adapter in self.adapters.items():
+            check_fits(net, name, adapter)
         self.net, self.tokenizer, self.max_rows, self.budget, self.frozen = net, tokenizer, max_rows, budget, frozen
         self.sharers, self.compiles = sharers, compiles
         self._waiting: deque[Request] = deque()
@@ -75,21 +82,31 @@ class Engine:
     # Requests
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, *, sample: int = 0, constraint: Any = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        sample: int = 0,
+        constraint: Any = None,
+        adapter: str | None = None,
     ) -> Request:
         """Hand in a prompt (token ids) to be continued, and return its request, which grows by every `step`.
 
         sample: number that with `params.seed` decides what is drawn. constraint: object with `allowed()`, a bool tensor
         (V,) of tokens that may come next, `accept(id)` and `is_done`. A prompt that leaves no room in the context ends
-        at the next step, with finish_reason "length". Raises ValueError for an empty prompt, UserError for a
-        `logit_bias` of tokens that the model does not have.
+        at the next step, with finish_reason "length". adapter: name of the one that answers, None for the base. Raises
+        ValueError for an empty prompt, UserError for a `logit_bias` of tokens that the model does not have and for an
+        adapter that the engine does not have.
         """
         if not len(prompt):
             raise ValueError("the prompt is empty: it needs at least its <|bos|> token")
         vocab = self.net.config.vocab_size
         if wrong := [one for one, _ in params.logit_bias if one >= vocab]:
             raise UserError(f"logit_bias: token {wrong[0]} is not among the model's {vocab:,}")
-        request = Request(prompt, params, sample, constraint)
+        if adapter is not None and adapter not in self.adapters:
+            there = ", ".join(self.adapters) or "none at all"
+            raise UserError(f"adapter={adapter}: the engine has no adapter of this name; there is {there}")
+        request = Request(prompt, params, sample, constraint, adapter)
         request.room = min(params.max_new_tokens, self.net.config.seq_len - len(prompt))
         request.stops = StopTexts(self.tokenizer, params.stop) if params.stop else None
         if params.prompt_logprobs is not None and len(prompt) <= self.net.config.seq_len:
@@ -180,8 +197,11 @@ class Engine:
         if self._batch is None:
             self._was_training = self.net.training
             net = merged(self.net.eval())
-            if not decode_cpu.computes(net):  # our kernel packs the weights as they are
+            has_kernel = decode_cpu.computes(net)
+            if not has_kernel:  # our kernel packs the weights as they are
                 net = in_compute_dtype(net)
+            if self.adapters:  # of which it reads the fp32 numbers
+                net = with_adapters(net, self.adapters, torch.float32 if has_kernel else net.compute_dtype)
             if getattr(net, "has_slots", False):
                 budget = self.budget or default_budget(net, self.max_rows, self.sharers)
                 self._batch = SlotBatch(net, self.max_rows, budget, self.frozen, self.compiles)
@@ -322,6 +342,9 @@ class Engine:
     def _score_prompt(self) -> None:
         """Compute the log-probabilities of the next prompt that wants them, and let its request go on."""
         request = self._unscored[0]
+        net = self._batch.net
+        if self.adapters:
+            net.adapters.choose(net.adapters.numbers([request.adapter]))
         request.prompt_logprobs = self._plain_log_probs(request.prompt, request.params.prompt_logprobs)
         self._unscored.popleft()
         if request.room > 0:
@@ -345,30 +368,38 @@ class Engine:
     # Whole completions
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], num_samples: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        num_samples: int = 1,
+        adapter: str | None = None,
     ) -> "Stream":
         """Return an iterator over steps, each a list of TokenEvent with a token; closing it ends what is not done.
 
-        `event.row` is `i * num_samples + j` for sample j of prompt i. params: for all prompts, or one for each. Raises
-        ValueError for an empty prompt.
+        `event.row` is `i * num_samples + j` for sample j of prompt i. params: for all prompts, or one for each.
+        adapter: as in `submit`. Raises ValueError for an empty prompt.
         """
-        return Stream(self, prompts, params, num_samples)
+        return Stream(self, prompts, params, num_samples, adapter)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], num_samples: int = 1
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        num_samples: int = 1,
+        adapter: str | None = None,
     ) -> list[list[Completion]]:
         """Return the completions as [prompt][sample].
 
         A prompt that leaves no room in the context gets an empty completion with finish_reason "length". Raises
         ValueError for an empty prompt, UserError where the network no longer gives numbers.
         """
-        with self.stream(prompts, params, num_samples) as stream:
+        with self.stream(prompts, params, num_samples, adapter) as stream:
             for _ in stream:
                 pass
             done = [request.completion() for request in stream.requests]
         return [done[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))]
 
-    def score(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+    def score(self, prompt: Sequence[int], continuation: Sequence[int], adapter: str | None = None) -> list[float]:
         """Return the log-probability of each token of `continuation` behind `prompt` (at least one token).
 
         Raises ValueError for an empty prompt and for more tokens than the context holds.
@@ -377,7 +408,7 @@ class Engine:
         if len(ids) > seq_len:
             raise ValueError(f"{len(ids)} tokens do not fit the model's context of {seq_len}")
         params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
-        with self.stream([ids], params) as stream:
+        with self.stream([ids], params, adapter=adapter) as stream:
             for _ in stream:
                 pass
             found = stream.requests[0].prompt_logprobs
@@ -391,7 +422,7 @@ class Stream:
     the consumer's code.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params, num_samples: int):
+    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params, num_samples: int, adapter: str | None):
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
         if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
@@ -402,7 +433,8 @@ class Stream:
         try:
             for i, (prompt, own) in enumerate(zip(prompts, settings, strict=True)):
                 for j in range(num_samples):
-                    self.requests.append(engine.submit(prompt, own, sample=i * num_samples + j))
+                    number = i * num_samples + j
+                    self.requests.append(engine.submit(prompt, own, sample=number, adapter=adapter))
         except BaseException:
             self.close()  # a refused request must not leave those before it in the engine
             raise

@@ -14,12 +14,16 @@ MOST_ENTRIES = 256
 
 @dataclass(eq=False)
 class Entry:
-    """Text of the store. logits: (V,) fp32 behind its last token, if they were computed; uses: rows that need it."""
+    """Text of the store. logits: (V,) fp32 behind its last token, if they were computed; uses: rows that need it.
+
+    adapter: name of the one by which it was read, None for the base: keys and values depend on it.
+    """
 
     tokens: np.ndarray
     prefix: Prefix
     logits: torch.Tensor | None = None
     uses: int = 0
+    adapter: str | None = None
 
 
 class PrefixStore:
@@ -44,14 +48,15 @@ class PrefixStore:
         """Memory of the texts that rows stand behind, in tokens that all layers keep."""
         return sum(entry.prefix.cost for entry in self._entries if entry.uses)
 
-    def find(self, tokens: Sequence[int]) -> tuple[Entry | None, int]:
+    def find(self, tokens: Sequence[int], adapter: str | None = None) -> tuple[Entry | None, int]:
         """Return the text that shares the most first tokens with `tokens`, and their number; (None, 0) below a minimum.
 
+        Only texts that the same adapter has read count.
         The whole of `tokens` counts only where the logits behind them are known: one must be left to be read. Of a long
         text few last tokens can be left out where layers with a window keep no more.
         """
         wanted, best, most = np.asarray(tokens), None, LEAST_SHARED - 1
-        for entry in self._entries:
+        for entry in self._read_by(adapter):
             n = common(entry.tokens, wanted)
             if n == len(wanted) and (len(entry.tokens) > n or entry.logits is None):
                 n -= 1
@@ -61,20 +66,32 @@ class PrefixStore:
                 best, most = entry, n
         return (None, 0) if best is None else (best, most)
 
-    def longest_beginning(self, tokens: Sequence[int]) -> int:
+    def longest_beginning(self, tokens: Sequence[int], adapter: str | None = None) -> int:
         """Return how many first tokens some text shares with `tokens`, whether or not it can be used from there on."""
         wanted = np.asarray(tokens)
-        return max((common(entry.tokens, wanted) for entry in self._entries), default=0)
+        return max((common(entry.tokens, wanted) for entry in self._read_by(adapter)), default=0)
+
+    def _read_by(self, adapter: str | None) -> list[Entry]:
+        return [entry for entry in self._entries if entry.adapter == adapter]
 
     def use(self, entry: Entry) -> None:
         """Note that an entry was used now."""
         self._entries.remove(entry)
         self._entries.append(entry)
 
-    def add(self, tokens: Sequence[int], prefix: Prefix, logits: torch.Tensor | None = None) -> Entry:
-        """Put in a text; shorter ones that it begins with, can stand in for and nobody needs are replaced."""
-        entry = Entry(np.array(tokens), prefix, logits)
-        for old in list(self._entries):
+    def add(
+        self,
+        tokens: Sequence[int],
+        prefix: Prefix,
+        logits: torch.Tensor | None = None,
+        adapter: str | None = None,
+    ) -> Entry:
+        """Put in a text that an adapter (None: the base) has read; those that it can stand in for are dropped.
+
+        These are shorter ones, read by the same adapter, that it begins with and no row needs.
+        """
+        entry = Entry(np.array(tokens), prefix, logits, adapter=adapter)
+        for old in self._read_by(adapter):
             if not old.uses and prefix.least <= len(old.tokens) == common(old.tokens, entry.tokens):
                 self._entries.remove(old)
         self._entries.append(entry)

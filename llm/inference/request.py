@@ -39,11 +39,19 @@ class Request:
     ended the turn, stop_logprob its log-probability; stop_text: the text of `params.stop` that did.
     error: why it ended, for "error".
     prompt_logprobs: per token of the prompt (log-probability, most likely tokens), None for the first one.
-    cached_tokens: tokens of the prompt that were found in the cache.
+    cached_tokens: tokens of the prompt that were found in the cache. adapter: name of the one that answers, None for
+    the base.
     """
 
-    def __init__(self, prompt: Sequence[int], params: SamplingParams, sample: int = 0, constraint: Any = None):
-        self.id = next(_numbers)
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        sample: int = 0,
+        constraint: Any = None,
+        adapter: str | None = None,
+    ):
+        self.id, self.adapter = next(_numbers), adapter
         self.prompt, self.params, self.sample, self.constraint = list(prompt), params, sample, constraint
         self.ids: list[int] = []
         self.mask: list[int] = []

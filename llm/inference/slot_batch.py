@@ -38,7 +38,8 @@ class Reading:
     """Prompts that are being read in rows of the cache behind those that are decoded.
 
     texts: different ones; requests: those that continue each, none for a text that only is to be stored. entry, skip:
-    text of the store that all begin with, and how many of its tokens count. done: tokens read behind them.
+    text of the store that all begin with, and how many of its tokens count. done: tokens read behind them. adapter:
+    name of the one that reads all of them, None for the base.
     """
 
     texts: list[tuple[int, ...]]
@@ -46,6 +47,7 @@ class Reading:
     entry: Entry | None
     skip: int
     done: int = 0
+    adapter: str | None = None
 
 
 def shares_texts(device: torch.device) -> bool:
@@ -129,14 +131,20 @@ class SlotBatch:
             return [], None
         self._make_place(waiting)
         n, newest = len(self._rows), torch.tensor([request.ids[-1] for request in self._rows])
+        numbers = self._numbers([request.adapter for request in self._rows])
         if self._kernel:
-            logits = self._kernel(self.cache, newest)
+            logits = self._kernel(self.cache, newest, numbers)
         elif self.graphs:
-            logits = self.graphs.step(self.cache, newest)
+            logits = self.graphs.step(self.cache, newest, numbers)
         else:
-            logits = plain_step(self.net, self.cache, newest, round_up(n, *ROWS) if self._keeps_shapes else n)
+            padded = round_up(n, *ROWS) if self._keeps_shapes else n
+            logits = plain_step(self.net, self.cache, newest, padded, numbers)
         self.cache.lengths[:n] += 1
         return list(self._rows), logits
+
+    def _numbers(self, adapters: Sequence[str | None]) -> torch.Tensor | None:
+        """Return the numbers (n,) of rows' adapters; None where the network has none."""
+        return None if self.net.adapters is None else self.net.adapters.numbers(adapters)
 
     def _make_place(self, waiting: deque[Request]) -> None:
         """See to it that every row can take a token, by a larger cache or by fewer rows."""
@@ -206,7 +214,8 @@ class SlotBatch:
         spare, cost = self.budget - self.cache.rows * self.cache.cost(self.cache.room), self.cache.cost(n)
         if n >= LEAST_SHARED and cost <= spare - self.store.needed:
             self.store.shrink(spare - cost)
-            self.store.add(self._rows[row].tokens[:n], self.cache.snapshot(row))
+            request = self._rows[row]
+            self.store.add(request.tokens[:n], self.cache.snapshot(row), adapter=request.adapter)
 
     def _drop(self, row: int) -> None:
         """Let a row leave. The last row of those behind the same text takes its place, and the last row of all its."""
@@ -261,7 +270,7 @@ class SlotBatch:
         joined, logits = [], []
         while waiting and len(self._rows) < self.max_rows:
             request = waiting[0]
-            entry, n = self.store.find(request.tokens)
+            entry, n = self.store.find(request.tokens, request.adapter)
             if n < len(request.tokens) or not self._add_row(request, entry):
                 break
             waiting.popleft()
@@ -290,26 +299,31 @@ class SlotBatch:
         self._use(entry)
 
     def _next(self, waiting: deque[Request]) -> Reading | None:
-        """Take the prompts out of `waiting` that are read next, as many as a chunk and the budget have room for."""
+        """Take the prompts out of `waiting` that are read next, as many as a chunk and the budget have room for.
+
+        All have one adapter: that of the request that waits longest.
+        """
         if not waiting or len(self._rows) >= self.max_rows:
             return None
-        first = tuple(waiting[0].tokens)
-        entry, skip = self.store.find(first)
+        first, adapter = tuple(waiting[0].tokens), waiting[0].adapter
+        entry, skip = self.store.find(first, adapter)
         if self._rows and not self._planned_size({first: [waiting[0]]}, entry, skip):
             return None  # not even the first one fits
         n = self._shared_by_others(first, skip, waiting)
-        if n and (reading := self._begin({first[:n]: []}, entry, skip)):
+        if n and (reading := self._begin({first[:n]: []}, entry, skip, adapter)):
             return reading
         texts: Texts = {}
         for request in islice(waiting, self.max_rows - len(self._rows)):
             text = tuple(request.tokens)
-            if texts and text not in texts and self.store.find(text) != (entry, skip):
+            if request.adapter != adapter:
+                continue
+            if texts and text not in texts and self.store.find(text, adapter) != (entry, skip):
                 continue
             more = texts | {text: [*texts.get(text, []), request]}
             if texts and not (self._pass_size(more, skip) <= self._chunk and self._planned_size(more, entry, skip)):
                 break
             texts = more
-        reading = self._begin(texts, entry, skip)
+        reading = self._begin(texts, entry, skip, adapter)
         if reading:
             taken = {request for same in reading.requests for request in same}
             kept = [request for request in waiting if request not in taken]
@@ -323,8 +337,11 @@ class SlotBatch:
         Others that wait begin with them too, and go on otherwise; or a text of the store does, but its layers with a
         window keep its end alone: the next prompt that begins so will find them.
         """
-        text, found = np.array(first), [min(self.store.longest_beginning(first), len(first) - 1)]
+        adapter, text = waiting[0].adapter, np.array(first)
+        found = [min(self.store.longest_beginning(first, adapter), len(first) - 1)]
         for request in islice(waiting, 1, COMPARED):
+            if request.adapter != adapter:
+                continue
             other = np.array(request.tokens)
             if not np.array_equal(text, other):
                 found.append(min(common(text, other), len(text) - 1, len(other) - 1))
@@ -354,9 +371,10 @@ class SlotBatch:
         room = min(max(self._longest() + 1, room), self.net.config.seq_len)
         return self._new_size(len(self._rows) + rows, room, stored)
 
-    def _begin(self, texts: Texts, entry: Entry | None, skip: int) -> Reading | None:
+    def _begin(self, texts: Texts, entry: Entry | None, skip: int, adapter: str | None) -> Reading | None:
         """Give texts their rows in the cache, behind the first `skip` tokens of a text of the store.
 
+        adapter: name of the one that reads them.
         Returns None where the budget forbids it; a lone request is always read, if need be without the store.
         """
         size = self._planned_size(texts, entry, skip)
@@ -367,7 +385,7 @@ class SlotBatch:
         if size is None:
             return None
         if entry is not None and skip < len(entry.tokens):
-            entry = self.store.add(entry.tokens[:skip], self._cut(entry, skip))
+            entry = self.store.add(entry.tokens[:skip], self._cut(entry, skip), adapter=adapter)
         self.store.hits += sum(map(len, texts.values())) if entry else 0
         self._use(entry)
         self._resize(size)
@@ -375,12 +393,15 @@ class SlotBatch:
             self.cache.start(len(self._rows) + i, entry and entry.prefix, is_copied=not self._shares)
             for j, request in enumerate(requests):
                 request.cached_tokens = len(request.prompt) if j else min(skip, len(request.prompt))
-        return Reading(list(texts), list(texts.values()), entry, skip)
+        return Reading(list(texts), list(texts.values()), entry, skip, adapter=adapter)
 
     def _cut(self, entry: Entry, n: int) -> Prefix:
         """Return the first n tokens of a text of the store as a prefix of its own."""
-        smears = entry.prefix.last_embed is not None
-        return entry.prefix.cut(n, self.net.smear_input(int(entry.tokens[n - 1])) if smears else None)
+        if entry.prefix.last_embed is None:
+            return entry.prefix.cut(n, None)
+        if self.net.adapters is not None:
+            self.net.adapters.choose(self._numbers([entry.adapter]))
+        return entry.prefix.cut(n, self.net.smear_input(int(entry.tokens[n - 1])))
 
     def _read_chunk(self, reading: Reading) -> torch.Tensor | None:
         """Read the next tokens of all texts; return the logits (texts, V) behind their ends, None before the last."""
@@ -391,12 +412,15 @@ class SlotBatch:
             own = self.cache.lengths[first : first + len(parts)]
             at = torch.cat([start + torch.arange(n) for start, n in zip(own, lengths, strict=True)])
             rows = torch.arange(first, first + len(parts)).repeat_interleave(lengths)
-            logits = self._kernel.extend(self.cache, torch.cat(parts), at, rows, lengths.cumsum(0) - 1)
+            numbers = self._numbers([reading.adapter] * len(at))
+            logits = self._kernel.extend(self.cache, torch.cat(parts), at, rows, lengths.cumsum(0) - 1, numbers)
         else:
             ids = torch.zeros(len(parts), self._padded(reading.texts, reading.skip, reading.done), dtype=torch.long)
             for i, part in enumerate(parts):
                 ids[i, : len(part)] = part
             one_pass, device = SlotPass(self.cache, first, len(parts)), self.net.device
+            if self.net.adapters is not None:
+                self.net.adapters.choose(self._numbers([reading.adapter] * len(parts)))
             logits = self.net(ids.to(device), cache=one_pass, lengths=lengths.to(device), last_only=True)[:, 0]
         self.cache.lengths[first : first + len(parts)] += lengths
         reading.done += int(lengths.max())
@@ -411,7 +435,7 @@ class SlotBatch:
         first, joined, picked, stored = len(self._rows), [], [], {}
         for i, (text, requests) in enumerate(zip(reading.texts, reading.requests, strict=True)):
             if len(requests) != 1:
-                stored[i] = self.store.add(text, self.cache.snapshot(first + i), logits[i])
+                stored[i] = self.store.add(text, self.cache.snapshot(first + i), logits[i], reading.adapter)
                 stored[i].uses += 1  # until its rows stand behind it
                 continue
             if first + i != len(self._rows):

@@ -32,13 +32,18 @@ def is_used(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def plain_step(net, cache: SlotCache, newest: torch.Tensor, padded: int | None = None) -> torch.Tensor:
+def plain_step(
+    net, cache: SlotCache, newest: torch.Tensor, padded: int | None = None, adapters: torch.Tensor | None = None
+) -> torch.Tensor:
     """Feed the first rows of a cache their newest tokens (n,); return the logits (n, V) behind them.
 
-    padded: rows of the batch, n or more. The caller sets the cache's lengths afterwards.
+    padded: rows of the batch, n or more. adapters: (n,) numbers of the rows' adapters, None where the network has none.
+    The caller sets the cache's lengths afterwards.
     """
     n = len(newest)
     rows = padded or n
+    if adapters is not None:
+        net.adapters.choose(F.pad(adapters, (0, rows - n)))
     ids = F.pad(newest, (0, rows - n)).unsqueeze(1).to(net.device)
     return net(ids, cache=SlotPass(cache, 0, rows, live=n), last_only=True)[:n, 0]
 
@@ -95,24 +100,25 @@ class StepGraphs:
         self._version = -1
         self.recorded: dict[tuple[int, int], Recorded] = {}
 
-    def step(self, cache: SlotCache, newest: torch.Tensor) -> torch.Tensor:
+    def step(self, cache: SlotCache, newest: torch.Tensor, adapters: torch.Tensor | None = None) -> torch.Tensor:
         """Feed the first rows of a cache their newest tokens (n,); return the logits (n, V), valid until the next call.
 
-        The caller sets the cache's lengths afterwards.
+        adapters: (n,) numbers of the rows' adapters, None where the network has none. The caller sets the cache's
+        lengths afterwards.
         """
         n = len(newest)
         size = bucket(n, int(cache.lengths[:n].max()) + 1, cache)
         if not self.ways or size[0] > cache.rows or cache.prefixes:
-            return plain_step(self.net, cache, newest)
+            return plain_step(self.net, cache, newest, adapters=adapters)
         if cache.version != self._version:
             self._start_anew(cache)
         recorded = self.recorded.get(size)
         if recorded is None:
             self._met[size] += 1
             if self._met[size] < RECORD_AFTER:
-                return plain_step(self.net, cache, newest)
-            return self._record(size, cache, newest)
-        self._fill(size[0], cache, newest)
+                return plain_step(self.net, cache, newest, adapters=adapters)
+            return self._record(size, cache, newest, adapters)
+        self._fill(size[0], cache, newest, adapters)
         return recorded()[:n]
 
     def _start_anew(self, cache: SlotCache) -> None:
@@ -121,23 +127,28 @@ class StepGraphs:
         self._ids = torch.zeros(cache.rows, 1, dtype=torch.long, device=cache.device)
         self._lengths = torch.zeros(cache.rows, dtype=torch.long, device=cache.device)
         self._live = torch.zeros((), dtype=torch.long, device=cache.device)
+        self._adapters = torch.zeros(cache.rows, dtype=torch.long, device=cache.device)
 
-    def _fill(self, rows: int, cache: SlotCache, newest: torch.Tensor) -> None:
+    def _fill(self, rows: int, cache: SlotCache, newest: torch.Tensor, adapters: torch.Tensor | None) -> None:
         """Write what changes from step to step into the buffers."""
         self._ids[: len(newest), 0].copy_(newest, non_blocking=True)
         self._lengths[:rows].copy_(cache.lengths[:rows], non_blocking=True)
         self._live.fill_(len(newest))
+        if adapters is not None:
+            self._adapters[: len(adapters)].copy_(adapters, non_blocking=True)
 
-    def _record(self, size: tuple[int, int], cache: SlotCache, newest: torch.Tensor) -> torch.Tensor:
+    def _record(
+        self, size: tuple[int, int], cache: SlotCache, newest: torch.Tensor, adapters: torch.Tensor | None
+    ) -> torch.Tensor:
         """Record the step of a size and compare its logits with those of the plain step; return them.
 
         The way of attention that fails is not tried again.
         """
         before = None if cache.last_embed is None else cache.last_embed.clone()
-        wanted = plain_step(self.net, cache, newest)
+        wanted = plain_step(self.net, cache, newest, adapters=adapters)
         for way in list(self.ways):
             try:
-                self._fill(size[0], cache, newest)
+                self._fill(size[0], cache, newest, adapters)
                 self._restore(cache, before)
                 with self._compiling():
                     recorded = Recorded(self._function(size, cache, way), self._memory)
@@ -153,7 +164,7 @@ class StepGraphs:
                 self.recorded[size] = recorded
                 return logits
         self._restore(cache, before)
-        return plain_step(self.net, cache, newest)  # again: a trial may have written wrong keys
+        return plain_step(self.net, cache, newest, adapters=adapters)  # again: a trial may have written wrong keys
 
     def _compiling(self) -> AbstractContextManager:
         """Return a context in which torch compiles as many sizes as there are."""
@@ -168,8 +179,11 @@ class StepGraphs:
         """Return the step of a size as a function without arguments, which reads the buffers."""
         rows, reach = size
         ids, lengths, live, net = self._ids[:rows], self._lengths[:rows], self._live, self.net
+        adapters = self._adapters[:rows]
 
         def step() -> torch.Tensor:
+            if net.adapters is not None:
+                net.adapters.rows = adapters
             return net(ids, cache=StepPass(cache, lengths, live, reach, way), last_only=True)[:, 0]
 
         return torch.compile(step, dynamic=False) if self.compiles else step

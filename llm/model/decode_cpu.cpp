@@ -2,65 +2,12 @@
 //
 // It stands in for `GPT.forward` with a cache, without gradients, on a CPU. Numbers are rounded to the compute type T
 // (float or bf16) where the torch model rounds. No sum depends on which other tokens are computed in the same call.
-// llm/model/decode_cpu.py owns all memory and describes it by the structs below, field by field.
+// llm/model/decode_cpu.py owns all memory and describes it by the structs of cpu_model.h.
 #include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "cpu_product.h"
-
-struct Layer {
-    Matrix qkv, out, fc, proj;
-    const float *norm_1[2], *norm_2[2];  // LayerNorm's weight and bias, null: RMSNorm
-    const void* values;                  // value embeddings (vocabulary, kv_dim), null: none
-    const float* gate;                   // (n_kv_head, gate_channels)
-    int64_t window;                      // earlier positions that are seen; -1: all
-    int64_t part, index;                 // part of the cache that holds it, and its number there
-    float residual, x0;
-};
-
-struct Model {
-    int64_t n_layer, n_head, n_kv_head, head_dim, n_embd, vocab, table_rows, seq_len;
-    int64_t is_bf16, has_bf16_tables, is_gpt2, has_scalars, gate_channels, smear_channels, middle;  // middle -1: none
-    float scale, softcap, gate_range, smear, backout, norm_eps;  // softcap 0: none
-    const void *wte, *wpe;                                       // tables, in their own type
-    const float *cos, *sin;                                      // (seq_len, head_dim / 2)
-    const float* smear_gate;                                     // (smear_channels,), null: none
-    const float* final_norm[2];
-    Matrix head;
-    const Layer* layers;
-};
-
-// Part of the cache: keys and values of layers with one window. A row's own token j lies in place j % places. Where
-// there are fewer places than a row has room for, `spare` more than the window, older tokens are overwritten.
-struct Part {
-    void *k, *v;
-    int64_t places, spare;
-    int64_t layer_stride, row_stride, head_stride, place_stride;  // in numbers
-};
-
-struct PrefixPart {  // keys and values (layers of the part, n_kv_head, room, head_dim) of tokens `first` and later ones
-    const void *k, *v;
-    int64_t room, first;
-};
-
-struct Batch {
-    int64_t n;                // new tokens
-    int64_t capacity;         // tokens that the scratch memory has room for
-    const int64_t* ids;       // (n,)
-    const int64_t* rows;      // (n,) row of the cache of each token, null: token i belongs to row i
-    const int64_t* at;        // (n,) place of each token among its row's own tokens
-    const int64_t* prefix;    // (cache rows,) prefix of every row, -1: none; null: no row has one
-    const int64_t* lengths;   // (n_prefixes,) tokens of every prefix, -1: not there
-    const PrefixPart* shared; // (n_prefixes, n_parts)
-    const Part* parts;        // (n_parts,)
-    int64_t n_prefixes, n_parts, cache_rows, room;
-    void* last_embed;         // (cache rows, n_embd) of the compute type; null: no smear
-    const int64_t* outputs;   // (n_outputs,) tokens whose logits are asked for, null: those of all
-    int64_t n_outputs;
-    float* logits;            // (n_outputs, vocab)
-    void* scratch;
-};
+#include "cpu_model.h"
 
 constexpr int64_t BLOCK = 64;  // keys whose scores are held at a time
 constexpr float FLOAT_EPS = std::numeric_limits<float>::epsilon();
@@ -70,19 +17,20 @@ static int64_t wide(int64_t n) { return (n + 31) / 32 * 32; }  // whole cache li
 // Memory of one call, in numbers of T: every part has room for `capacity` tokens.
 template <class T>
 struct Scratch {
-    T *x, *x0, *middle, *before, *normed, *qkv, *attended, *inner;
-    int64_t c, all_heads, heads, four_c, total;
+    T *x, *x0, *middle, *before, *normed, *qkv, *attended, *inner, *low;
+    int64_t c, all_heads, heads, four_c, low_width, total;
 
     Scratch(const Model& m, int64_t capacity, void* memory)
         : c(wide(m.n_embd)), all_heads(wide((m.n_head + 2 * m.n_kv_head) * m.head_dim)),
-          heads(wide(m.n_head * m.head_dim)), four_c(wide(4 * m.n_embd)), total(0) {
+          heads(wide(m.n_head * m.head_dim)), four_c(wide(4 * m.n_embd)),
+          low_width(wide(m.low * sizeof(float) / sizeof(T))), total(0) {
         auto part = [&](int64_t width) {
             T* start = static_cast<T*>(memory) + total;
             total += capacity * width;
             return start;
         };
         x = part(c), x0 = part(c), middle = part(c), before = part(c), normed = part(c);
-        qkv = part(all_heads), attended = part(heads), inner = part(four_c);
+        qkv = part(all_heads), attended = part(heads), inner = part(four_c), low = part(low_width);
     }
 };
 
@@ -111,6 +59,12 @@ struct Pass {
     int64_t prefix(int64_t i) const { return b.prefix ? b.prefix[row(i)] : -1; }
     int64_t before(int64_t i) const { return prefix(i) < 0 ? 0 : b.lengths[prefix(i)]; }
     int64_t position(int64_t i) const { return before(i) + b.at[i]; }
+    // First of the thin matrices of a token's adapter from the one with number `which` of a layer on; null: it has none.
+    const Thin* thin(int64_t i, int64_t layer, int64_t which) const {
+        if (!b.adapters || !b.adapters[i]) return nullptr;
+        return m.adapters[b.adapters[i] - 1].thin + layer * PER_LAYER + which;
+    }
+    float* low(int64_t i) const { return reinterpret_cast<float*>(s.low + i * s.low_width); }
     T* place(void* cache, const Layer& layer, int64_t i, int64_t head) const {
         const Part& p = b.parts[layer.part];
         return static_cast<T*>(cache) + layer.index * p.layer_stride + row(i) * p.row_stride + head * p.head_stride;
@@ -169,6 +123,34 @@ struct Pass {
         return rounded<T>(sigmoid(all(z))[0]);
     }
 
+    // ---- low-rank adapters
+
+    // Keeps what `count` thin matrices of token i's adapter make of x, in place `slot`.
+    void shrunk(int64_t i, int64_t slot, int64_t layer, int64_t which, int64_t count, const T* x) const {
+        const Thin* w = thin(i, layer, which);
+        float* to = low(slot);
+        for (int64_t j = 0; w && j < count; to += w[j++].rank) shrink(w[j], x, to);
+    }
+
+    // Adds to outputs at .. at + width of a large matrix what the adapter makes of the numbers in place `slot`.
+    void widened(int64_t i, int64_t slot, int64_t layer, int64_t which, int64_t count, int64_t at, int64_t width,
+                 float* y) const {
+        const Thin* w = thin(i, layer, which);
+        const float* from = low(slot);
+        for (int64_t j = 0; w && j < count; from += w[j++].rank) widen(w[j], from, at, width, y);
+    }
+
+    // Adds to a row y (n,) of a table, that of token i, what the adapter has for it.
+    template <class Y>
+    void add_row(int64_t i, int64_t layer, int64_t which, Y* y) const {
+        const Thin* w = thin(i, layer, which);
+        if (!w) return;
+        thread_local std::vector<float> picked;
+        picked.resize(w->rank);
+        for (int64_t r = 0; r < w->rank; r++) picked[r] = w->down[r * w->k + b.ids[i]];
+        widen(*w, picked.data(), 0, w->n, y);
+    }
+
     // ---- phases
 
     void embed(int64_t i, T* x, T* normed) const {
@@ -179,6 +161,7 @@ struct Pass {
             else
                 each(normed, n, [&](auto get) { return get(token); });
         });
+        add_row(i, m.n_layer, EMBEDDING, m.is_gpt2 ? x : normed);
         if (!m.is_gpt2) rms_norm(normed, n, x);
     }
 
@@ -205,14 +188,15 @@ struct Pass {
         });
     }
 
-    void enter(const Layer& layer, bool first) {
+    void enter(const Layer& layer, int64_t index) {
         const float r = layer.residual, a = layer.x0;
         team.share(b.n, [&](int64_t i) {
             T *x = s.x + i * s.c, *x0 = s.x0 + i * s.c;
-            if (first) std::copy_n(x, m.n_embd, x0);
+            if (index == 0) std::copy_n(x, m.n_embd, x0);
             if (m.has_scalars)
                 each(x, m.n_embd, [&](auto get) { return rounded<T>(r * get(x)) + rounded<T>(a * get(x0)); });
             norm(x, layer.norm_1, s.normed + i * s.c);
+            shrunk(i, i, index, QUERIES, 3, s.normed + i * s.c);
         });
     }
 
@@ -227,18 +211,28 @@ struct Pass {
     }
 
     // Finishes queries, keys and values of a token.
-    void remember(const Layer& layer, int64_t i) const {
+    void remember(const Layer& layer, int64_t index, int64_t i) const {
         T *q = s.qkv + i * s.all_heads, *k = q + m.n_head * d, *v = k + kv_dim;
         const T* x = s.normed + i * s.c;
-        for (int64_t h = 0; h < m.n_kv_head && layer.values; h++) {
-            const float gate =
-                rounded<T>(m.gate_range * channel_gate(x, layer.gate + h * m.gate_channels, m.gate_channels));
-            with_table(layer.values, b.ids[i], kv_dim, [&](auto table) {
+        auto mix = [&](auto table) {
+            for (int64_t h = 0; h < m.n_kv_head; h++) {
+                const float gate =
+                    rounded<T>(m.gate_range * channel_gate(x, layer.gate + h * m.gate_channels, m.gate_channels));
                 T* head = v + h * d;
                 auto value = table + h * d;
                 each(head, d, [&](auto get) { return get(head) + rounded<T>(gate * rounded<T>(get(value))); });
+            }
+        };
+        if (layer.values)
+            with_table(layer.values, b.ids[i], kv_dim, [&](auto table) {
+                const Thin* w = thin(i, index, TABLE);
+                if (!w || !w->rank) return mix(table);
+                thread_local std::vector<float> own;
+                own.resize(kv_dim);
+                for (int64_t c = 0; c < kv_dim; c++) own[c] = to_float(table[c]);
+                add_row(i, index, TABLE, own.data());
+                mix(static_cast<const float*>(own.data()));
             });
-        }
         for (int64_t h = 0; h < m.n_head + m.n_kv_head && !m.is_gpt2; h++) rotate(q + h * d, position(i));
     }
 
@@ -347,22 +341,25 @@ struct Pass {
         }
     }
 
-    // Adds the product with a matrix to the residual stream.
-    void add(const T* a, int64_t stride, const Matrix& w) {
-        product(team, a, b.n, stride, w, [&](int64_t i, int64_t at, int64_t width, const float* y) {
+    // Adds the product with a matrix to the residual stream; `which` of a layer's thin matrices go with it.
+    void add(const T* a, int64_t stride, const Matrix& w, int64_t index, int64_t which) {
+        if (b.adapters) team.share(b.n, [&](int64_t i) { shrunk(i, i, index, which, 1, a + i * stride); });
+        product(team, a, b.n, stride, w, [&](int64_t i, int64_t at, int64_t width, float* y) {
+            widened(i, i, index, which, 1, at, width, y);
             T* x = s.x + i * s.c + at;
             each(x, width, [&](auto get) { return get(static_cast<const T*>(x)) + rounded<T>(get(y)); });
         });
     }
 
     void block(const Layer& layer, int64_t index) {
-        enter(layer, index == 0);
-        product(team, s.normed, b.n, s.c, layer.qkv, [&](int64_t i, int64_t at, int64_t width, const float* y) {
+        enter(layer, index);
+        product(team, s.normed, b.n, s.c, layer.qkv, [&](int64_t i, int64_t at, int64_t width, float* y) {
+            widened(i, i, index, QUERIES, 3, at, width, y);
             each(s.qkv + i * s.all_heads + at, width, [&](auto get) { return get(y); });
         });
         const int64_t all = turns(b, starts, b.parts[layer.part]);
         team.share(b.n, [&](int64_t i) {
-            remember(layer, i);
+            remember(layer, index, i);
             if (turn(layer, i) == 0) keep(layer, i);
         });
         for (int64_t now = 0; now < all; now++) {
@@ -371,30 +368,37 @@ struct Pass {
             team.share((groups.size() - 1) * m.n_kv_head,
                        [&](int64_t j) { attend(layer, j / m.n_kv_head, j % m.n_kv_head, now); });
         }
-        add(s.attended, s.heads, layer.out);
-        team.share(b.n, [&](int64_t i) { norm(s.x + i * s.c, layer.norm_2, s.normed + i * s.c); });
-        product(team, s.normed, b.n, s.c, layer.fc, [&](int64_t i, int64_t at, int64_t width, const float* y) {
+        add(s.attended, s.heads, layer.out, index, OUT);
+        team.share(b.n, [&](int64_t i) {
+            norm(s.x + i * s.c, layer.norm_2, s.normed + i * s.c);
+            shrunk(i, i, index, FC, 1, s.normed + i * s.c);
+        });
+        product(team, s.normed, b.n, s.c, layer.fc, [&](int64_t i, int64_t at, int64_t width, float* y) {
+            widened(i, i, index, FC, 1, at, width, y);
             each(s.inner + i * s.four_c + at, width, [&](auto get) {
                 const vf h = rounded<T>(get(y)), positive = h < 0.0f ? vf{} : h;
                 const vf u = 0.7978845608f * (h + 0.044715f * h * h * h);
                 return m.is_gpt2 ? h * sigmoid(2.0f * u) : positive * positive;
             });
         });
-        add(s.inner, s.four_c, layer.proj);
+        add(s.inner, s.four_c, layer.proj, index, PROJ);
         if (index == m.middle)
             team.share(b.n, [&](int64_t i) { std::copy_n(s.x + i * s.c, m.n_embd, s.middle + i * s.c); });
     }
 
     void end() {
+        auto token = [&](int64_t j) { return b.outputs ? b.outputs[j] : j; };
         team.share(b.n_outputs, [&](int64_t j) {
-            const int64_t i = b.outputs ? b.outputs[j] : j;
+            const int64_t i = token(j);
             const T *x = s.x + i * s.c, *middle = s.middle + i * s.c;
             T* y = s.x0 + j * s.c;
             if (m.middle >= 0)
                 each(y, m.n_embd, [&](auto get) { return get(x) - rounded<T>(m.backout * get(middle)); });
             norm(m.middle >= 0 ? y : x, m.final_norm, s.normed + j * s.c);
+            shrunk(i, j, m.n_layer, HEAD, 1, s.normed + j * s.c);
         });
-        product(team, s.normed, b.n_outputs, s.c, m.head, [&](int64_t j, int64_t at, int64_t width, const float* y) {
+        product(team, s.normed, b.n_outputs, s.c, m.head, [&](int64_t j, int64_t at, int64_t width, float* y) {
+            widened(token(j), j, m.n_layer, HEAD, 1, at, width, y);
             each(b.logits + j * m.vocab + at, width, [&](auto get) {
                 const vf z = rounded<T>(get(y));
                 return m.softcap > 0 ? m.softcap * tanh(z / m.softcap) : z;
@@ -415,7 +419,7 @@ template <class T>
 static void run(const Model& m, const Batch& b, int64_t threads) {
     const Pass<T> pass(m, b, threads);
     int64_t phases = 8;
-    for (int64_t i = 0; i < m.n_layer; i++) phases += 7 + 2 * pass.turns(b, pass.starts, b.parts[m.layers[i].part]);
+    for (int64_t i = 0; i < m.n_layer; i++) phases += 9 + 2 * pass.turns(b, pass.starts, b.parts[m.layers[i].part]);
     in_parallel(phases, threads, [&](Team team) {
         Pass<T> own(pass);
         own.team = team;
@@ -429,6 +433,7 @@ static int64_t first_outside(const Model& m, const Batch& b) {
         const int64_t row = b.rows ? b.rows[i] : i, at = b.at[i];
         if (row < 0 || row >= b.cache_rows || b.ids[i] < 0 || b.ids[i] >= m.table_rows) return i;
         if (at < 0 || at >= b.room) return i;
+        if (b.adapters && (b.adapters[i] < 0 || b.adapters[i] > m.n_adapters)) return i;
         const int64_t prefix = b.prefix ? b.prefix[row] : -1;
         if (prefix < -1 || prefix >= b.n_prefixes || (prefix >= 0 && b.lengths[prefix] < 0)) return i;
         if (at + (prefix < 0 ? 0 : b.lengths[prefix]) >= m.seq_len) return i;
@@ -440,7 +445,7 @@ extern "C" {
 
 int64_t struct_bytes(int64_t which) {
     return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Layer) : which == 2 ? sizeof(Model)
-         : which == 3 ? sizeof(Part) : which == 4 ? sizeof(PrefixPart) : sizeof(Batch);
+         : which == 3 ? sizeof(Part) : which == 4 ? sizeof(PrefixPart) : which == 5 ? sizeof(Batch) : sizeof(Thin);
 }
 
 int64_t packed_numbers(int64_t n, int64_t k, int64_t is_bf16) {

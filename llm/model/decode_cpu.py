@@ -18,9 +18,10 @@ from llm.model.gpt import GPT, Block, Linear
 from llm.model.kv_cache import Part, Prefix, SlotCache, layers_by_window
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
-HEADERS = tuple(SOURCE.with_name(name) for name in ("cpu_product.h", "cpu_team.h", "cpu_vector.h"))
+HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("model", "product", "team", "thin", "vector"))
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
 SPARE = 32  # places of a cache beside those of windows: so many tokens of a row attend at a time in layers with one
+THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 
 
@@ -38,6 +39,10 @@ class _Layer(Structure):
     ]
 
 
+class _Thin(Structure):
+    _fields_ = [("down", c_void_p), ("up", c_void_p), *((n, c_int64) for n in "rank k n first".split())]
+
+
 class _Model(Structure):
     _fields_ = [
         *((n, c_int64) for n in "n_layer n_head n_kv_head head_dim n_embd vocab table_rows seq_len".split()),
@@ -48,6 +53,8 @@ class _Model(Structure):
         ("final_norm", c_void_p * 2),
         ("head", _Matrix),
         ("layers", POINTER(_Layer)),
+        ("adapters", POINTER(POINTER(_Thin))),
+        *((n, c_int64) for n in "n_adapters low".split()),
     ]
 
 
@@ -65,7 +72,7 @@ class _PrefixPart(Structure):
 class _Batch(Structure):
     _fields_ = [
         *((n, c_int64) for n in "n capacity".split()),
-        *((n, c_void_p) for n in "ids rows at prefix".split()),
+        *((n, c_void_p) for n in "ids rows at adapters prefix".split()),
         ("lengths", POINTER(c_int64)),
         ("shared", POINTER(_PrefixPart)),
         ("parts", POINTER(_Part)),
@@ -86,7 +93,7 @@ def load() -> ctypes.CDLL | None:
         lib.scratch_bytes.argtypes = [c_void_p, c_int64]
         lib.decode.argtypes = [c_void_p, c_void_p, c_int64]
         lib.pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64]
-        structs = (_Matrix, _Layer, _Model, _Part, _PrefixPart, _Batch)
+        structs = (_Matrix, _Layer, _Model, _Part, _PrefixPart, _Batch, _Thin)
         assert all(lib.struct_bytes(c_int64(i)) == ctypes.sizeof(struct) for i, struct in enumerate(structs))
         lib.is_ready = True
     return lib
@@ -160,6 +167,38 @@ class DecodeStep:
             m.smear = self._number(net.smear_scalar)
         if c.backout:
             m.backout = self._number(net.backout_scalar)
+        if net.adapters is not None:
+            self._read_adapters(m)
+
+    def _read_adapters(self, m: _Model) -> None:
+        """Describe the adapters of the network, whose matrices stay where they are."""
+        adapters, width = self.net.adapters, m.head_dim
+        first = {"attn.c_k": m.n_head * width, "attn.c_v": (m.n_head + m.n_kv_head) * width}  # behind the queries
+        self._thin = []
+        for number in range(1, 1 + len(adapters.names)):
+            found = []
+            for i in range(m.n_layer):
+                found += [self._thin_of(f"transformer.h.{i}.{name}", number, first.get(name, 0)) for name in THIN]
+                found.append(self._thin_of(f"value_embeds.{i}", number, is_table=True))
+            found.append(self._thin_of("transformer.wte", number, is_table=True))
+            found.append(self._thin_of("transformer.wte" if self.net.lm_head is None else "lm_head", number))
+            self._thin.append((_Thin * len(found))(*found))
+        self._adapters = (POINTER(_Thin) * len(self._thin))(*(ctypes.cast(one, POINTER(_Thin)) for one in self._thin))
+        m.adapters, m.n_adapters = self._adapters, len(self._thin)
+        m.low = 3 * max(max(table.ranks) for table in adapters.tables.values())
+
+    def _thin_of(self, name: str, number: int, first: int = 0, is_table: bool = False) -> _Thin:
+        """Describe the matrices that an adapter has for a module, none where it does not change it.
+
+        first: output of the packed matrix where the module's begin. is_table: rows are picked, not multiplied.
+        """
+        table = self.net.adapters.tables.get(name)
+        if table is None or not table.ranks[number]:
+            return _Thin()
+        down, up = (table.up, table.down) if is_table else (table.down, table.up)
+        shape = (down.size(2), up.size(2))
+        addresses = (self._address(name, x[number], torch.float32, x.shape[1:]) for x in (down, up))
+        return _Thin(*addresses, table.ranks[number], *shape, first)
 
     def _layer(self, index: int, block: Block) -> _Layer:
         attn, mlp, net, c = block.attn, block.mlp, self.net, self.net.config
@@ -218,12 +257,12 @@ class DecodeStep:
     def _number(self, tensor: torch.Tensor) -> float:
         return tensor.detach().to(self.dtype).item()
 
-    def __call__(self, cache: SlotCache, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, cache: SlotCache, ids: torch.Tensor, adapters: torch.Tensor | None = None) -> torch.Tensor:
         """Feed row i of the cache its next token ids[i]; return the logits (n, V) fp32 behind them.
 
         Keys, values and `last_embed` are written; the caller advances `lengths`. See `extend`.
         """
-        return self.extend(cache, ids, cache.lengths[: len(ids)])
+        return self.extend(cache, ids, cache.lengths[: len(ids)], adapters=adapters)
 
     def extend(
         self,
@@ -232,19 +271,24 @@ class DecodeStep:
         at: torch.Tensor,
         rows: torch.Tensor | None = None,
         outputs: torch.Tensor | None = None,
+        adapters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute new tokens ids (n,) and return the logits (len(outputs), V) fp32 behind some of them.
 
         at: (n,) place of each token among its row's own tokens; rows: (n,) its row of the cache, None = token i belongs
         to row i; outputs: (m,) tokens whose logits are wanted, None = all. The tokens of one row stand side by side, in
-        order; those of rows with one prefix too, where possible. All are int64 tensors.
+        order; those of rows with one prefix too, where possible. adapters: (n,) number of each token's adapter (see
+        `llm.model.adapters`), 0 or None = none. All are int64 tensors.
 
         cache: a SlotCache of the network's shapes. Raises ValueError for a token outside of vocabulary, cache or
         context, before anything is written.
         """
         n, b, c = len(ids), self._batch, self.net.config
         n_outputs = n if outputs is None else len(outputs)
-        for name, tensor, size in (("ids", ids, n), ("at", at, n), ("rows", rows, n), ("outputs", outputs, n_outputs)):
+        adapters = None if adapters is None or not adapters.any() else adapters
+        given = {"ids": ids, "at": at, "rows": rows, "adapters": adapters, "outputs": outputs}
+        for name, tensor in given.items():
+            size = n_outputs if name == "outputs" else n
             setattr(b, name, None if tensor is None else self._address(name, tensor, torch.int64, (size,)))
         self._describe(b, cache)
         if outputs is not None and n_outputs and not 0 <= int(outputs.min()) <= int(outputs.max()) < n:
@@ -259,7 +303,8 @@ class DecodeStep:
             row = wrong if rows is None else int(rows[wrong])
             raise ValueError(
                 f"token {wrong} (id {int(ids[wrong])}, place {int(at[wrong])} of row {row}) lies outside of the "
-                f"vocabulary of {c.padded_vocab_size}, the cache of {b.cache_rows} x {b.room} or the context"
+                f"vocabulary of {c.padded_vocab_size}, the cache of {b.cache_rows} x {b.room}, the context, or the "
+                f"{self._model.n_adapters} adapters"
             )
         return logits
 

@@ -129,6 +129,7 @@ class GPT(nn.Module):
     can_share_prefix = True  # `continue_prefixes` works
     has_slots = True  # `new_cache` gives a cache whose rows come and go
     lora = None  # the shape of its adapter, a llm.model.lora.LoRA
+    adapters = None  # several, of which each row of a pass has one or none, a llm.model.adapters.Adapters
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -179,7 +180,12 @@ class GPT(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """Weight (padded vocabulary, n_embd) of the head: its own matrix, or the embedding if they are tied."""
-        return (self.transformer.wte if self.lm_head is None else self.lm_head).merged_weight()
+        return self.head_module.merged_weight()
+
+    @property
+    def head_module(self) -> Linear | Table:
+        """Module whose weight the head multiplies by: its own, or the embedding if they are tied."""
+        return self.transformer.wte if self.lm_head is None else self.lm_head
 
     @torch.no_grad()
     def init_weights(self, seed: int = 42) -> "GPT":
@@ -268,7 +274,8 @@ class GPT(nn.Module):
 
     def smear_input(self, token: int) -> torch.Tensor:
         """Return the embedding (n_embd,) of a token of which a part is mixed into the token behind it."""
-        return norm(self.transformer.wte.weight[token].to(self.compute_dtype))
+        row = self.transformer.wte(torch.tensor([[token]], device=self.device))[0, 0]
+        return norm(row.to(self.compute_dtype))
 
     def forward_blocks(
         self,
@@ -362,9 +369,10 @@ class GPT(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return soft-capped fp32 logits (..., V) over the true vocabulary; the padding of the head is cut off."""
-        return softcapped(
-            F.linear(hidden, self.head_weight.to(hidden.dtype))[..., : self.config.vocab_size], self.config.softcap
-        )
+        logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        if self.head_module.by_row is not None:
+            logits = logits + self.head_module.by_row.of_inputs(hidden)
+        return softcapped(logits[..., : self.config.vocab_size], self.config.softcap)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Explicit precision: fp32 master weights, one compute dtype, and a `Linear` that casts; no autocast.
 
-`Linear` and `Table` may hold a low-rank adapter (see `llm.model.lora`).
+`Linear` and `Table` may hold a low-rank adapter (see `llm.model.lora`), or several (`llm.model.adapters`).
 """
 
 import torch
@@ -20,6 +20,7 @@ class LowRank(nn.Module):
     """
 
     lora_scale = 1.0
+    by_row = None  # products of several adapters, an llm.model.adapters.RowProducts
 
     def hold_adapter(self) -> None:
         """Make room for an adapter; names of weights do not change before there is one."""
@@ -52,6 +53,8 @@ class Linear(nn.Linear, LowRank):
         if self.fp8 and torch.is_grad_enabled() and takes_fp8(x):
             return fp8_linear(x, self.weight)
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.by_row is not None:
+            y = y + self.by_row.of_inputs(x)
         if self.lora_A is None:
             return y
         return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)) * self.lora_scale, self.lora_B.to(x.dtype))
@@ -66,6 +69,8 @@ class Table(nn.Embedding, LowRank):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = F.embedding(ids, self.weight)
+        if self.by_row is not None:
+            rows = rows + self.by_row.of_ids(ids)
         if self.lora_A is None:
             return rows
         return rows + F.embedding(ids, self.lora_B) * self.lora_scale @ self.lora_A

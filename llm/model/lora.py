@@ -44,6 +44,14 @@ class LoRA:
         return self.alpha / self.rank
 
 
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Adapter apart from its base: its shape, and `<module>.lora_A` (rank, in), `<module>.lora_B` (out, rank)."""
+
+    lora: LoRA
+    weights: dict[str, torch.Tensor]
+
+
 def targeted(net: GPT, lora: LoRA) -> Iterator[tuple[str, LowRank]]:
     """Yield the modules that an adapter changes, with their names. Raises UserError for a target without modules."""
     for target in lora.targets:

@@ -6,6 +6,7 @@ compared on every loading, so that a flipped bit is found. One core of an AMD EP
 """
 
 import hashlib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,14 @@ def read_content(folder: Path) -> dict[str, dict[str, Any]]:
     return read_form(folder / CONTENT, CHECKSUMS) or {}
 
 
-def wrong_file(folder: Path) -> str | None:
-    """Say in words which file of a model/ folder is not as it was written; None if all are, or none is listed."""
+def wrong_file(folder: Path, names: Container[str] | None = None) -> str | None:
+    """Say in words which file of a model/ folder is not as it was written; None if all are, or none is listed.
+
+    names: the files to look at, None = all.
+    """
     for name, listed in read_content(folder).items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if Path(name).name != name:
             return f"{name[:80]!r} in {CONTENT} is no file of this folder"

@@ -27,11 +27,13 @@ def serve(cfg: Any) -> None:
 
 def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
     from llm.serving import terminal
+    from llm.serving.adapters import chosen_adapters
     from llm.serving.chat import load_chat_model
     from llm.serving.models import Models
 
     params, model = sampling(cfg), model_name(cfg)
-    first = load_chat_model(model, compute=cfg.compute, verify=cfg.verify)
+    adapters = chosen_adapters(cfg.adapters, cfg.paths.runs, model, verify=cfg.verify)
+    first = load_chat_model(model, compute=cfg.compute, verify=cfg.verify, adapters=adapters)
     terminal.chat(Models(first, cfg.paths.runs, cfg.verify), params, ctrl_c)
 
 
@@ -40,6 +42,8 @@ def _answer_once(cfg: Any) -> None:
     from llm.serving.chat import load_chat_model
 
     params, model = sampling(cfg), model_name(cfg)
+    if cfg.adapters:
+        raise UserError("adapters with prompt=: one model answers; leave adapters out, and name its run= and stage=")
     terminal.answer_once(load_chat_model(model, compute=cfg.compute, verify=cfg.verify), cfg.prompt, params)
 
 

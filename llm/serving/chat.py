@@ -6,7 +6,7 @@ over-long message its beginning; the reply says so in its notes instead of faili
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.run.notes import say, stage_notes
 from llm.run.stage_folder import HF
+from llm.serving.adapters import load_adapters
 from llm.tokenizer.chat_format import PART_MARKS, render_prompt
 
 MIN_ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, unless max_new_tokens is less
@@ -54,13 +55,18 @@ class Reply:
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model to chat with. `notes` are things that its user should know beforehand; `examples` questions to begin."""
+    """A model to chat with. `notes` are things that its user should know beforehand; `examples` questions to begin.
+
+    adapter: name of the engine's adapter that answers, None for the base; beside: models of the base's adapters.
+    """
 
     engine: Engine
     name: str  # run/stage
     summary: str
     notes: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
+    adapter: str | None = None
+    beside: tuple["ChatModel", ...] = ()
 
     @property
     def seq_len(self) -> int:
@@ -71,16 +77,21 @@ class ChatModel:
         self, messages: Sequence[Message], params: SamplingParams, reply: Reply | None = None
     ) -> Iterator[Reply]:
         """Stream the answer to the last user message, see `stream_reply`."""
-        return stream_reply(self.engine, messages, params, reply)
+        return stream_reply(self.engine, messages, params, reply, self.adapter)
 
 
 def load_chat_model(
-    model: str | Path, device: str | None = None, compute: str = "auto", verify: bool = True
+    model: str | Path,
+    device: str | None = None,
+    compute: str = "auto",
+    verify: bool = True,
+    adapters: Mapping[str, str] | None = None,
 ) -> ChatModel:
     """Load a finished stage's folder, or hf:<name>, by default to the best device there is.
 
     compute: number format of a network of ours, see `resolve_compute_dtype`; others keep that of their files. verify:
-    compare every file of a folder of ours with its checksum.
+    compare every file of a folder of ours with its checksum. adapters: folders of adapters by name, which become the
+    models `beside`. Raises UserError where one does not fit.
     """
     import torch
 
@@ -92,7 +103,19 @@ def load_chat_model(
         net.compute_dtype = resolve_compute_dtype(compute, device)
         net.to(net.compute_dtype)
     examples = () if is_hf(model) else tuple(load_examples(Path(model) / "model"))
-    return ChatModel(Engine(net.eval(), tokenizer), name, _summary(net), _notes(model, tokenizer), examples)
+    folders = adapters or {}
+    engine = Engine(net.eval(), tokenizer, adapters=load_adapters(model, folders, verify))
+    beside = tuple(_beside(engine, one, Path(folder), tokenizer) for one, folder in folders.items())
+    return ChatModel(engine, name, _summary(net), _notes(model, tokenizer), examples, beside=beside)
+
+
+def _beside(engine: Engine, name: str, folder: Path, tokenizer: Any) -> ChatModel:
+    """Return the model of an adapter of an engine. folder: that of its files, by which notes and examples are found."""
+    adapter = engine.adapters[name]
+    n_params = sum(weight.numel() for weight in adapter.weights.values())
+    summary = f"{_summary(engine.net)}; adapter of rank {adapter.lora.rank}, {n_params / 1e6:,.1f} M parameters"
+    notes = _notes(folder.parent, tokenizer) if folder.name == "model" else ()
+    return ChatModel(engine, name, summary, notes, tuple(load_examples(folder)), adapter=name)
 
 
 def is_hf(model: str | Path) -> bool:
@@ -143,12 +166,17 @@ def _notes(model: str | Path, tokenizer: Any) -> tuple[str, ...]:
 
 
 def stream_reply(
-    engine: Engine, messages: Sequence[Message], params: SamplingParams, reply: Reply | None = None
+    engine: Engine,
+    messages: Sequence[Message],
+    params: SamplingParams,
+    reply: Reply | None = None,
+    adapter: str | None = None,
 ) -> Iterator[Reply]:
     """The answer to the last user message, growing token by token: `reply` (or a new one), yielded each time.
 
     Only whole characters appear. Closing the iterator stops the generation. That old messages are left out is said
-    once in a conversation (`Message["notes"]`). Raises UserError, with its first step, where no message is the user's.
+    once in a conversation (`Message["notes"]`). adapter: name of the engine's adapter that answers, None for the model
+    itself. Raises UserError, with its first step, where no message is the user's.
     """
     reply = Reply() if reply is None else reply
     seq_len = engine.net.config.seq_len
@@ -157,7 +185,7 @@ def stream_reply(
     said = {note for message in messages for note in message.get("notes") or ()}
     reply.notes += [note for note in notes if note != LEFT_OUT.format(seq_len) or note not in said]
     yield reply
-    with engine.stream([prompt], params) as stream:
+    with engine.stream([prompt], params, adapter=adapter) as stream:
         begin = time.perf_counter()
         for events in stream:
             reply.seconds += time.perf_counter() - begin

@@ -13,6 +13,7 @@ import torch
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.run.stage_folder import HF
+from llm.serving.adapters import chosen_adapters
 from llm.serving.api.server import build_app, check_key, guard_app, run
 from llm.serving.api.service import Service
 from llm.serving.api.watch import log_to_stderr
@@ -37,7 +38,8 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
             "api.access_key with ui=gradio: the page asks for no key; use ui=api where not only this computer is served"
         )
     with listen(cfg.host, cfg.port) as bound:
-        source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify)
+        adapters = chosen_adapters(cfg.adapters, cfg.paths.runs, model, _offers_all(cfg), cfg.verify)
+        source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify, tuple(adapters.items()))
         asyncio.run(_serve(cfg, source, params, bound))
     print("\nserver ended", flush=True)
 
@@ -73,7 +75,8 @@ class Pools:
 
         Raises UserError where the model or its tokenizer cannot be loaded.
         """
-        source, api = replace(self.source, model=model), self.cfg.api
+        is_own, api = model == self.source.model, self.cfg.api
+        source = self.source if is_own else replace(self.source, model=model, adapters=())
         pool = Pool(source, devices or self.devices[:1], rows=api.rows, queue=api.queue, threads=self.threads)
         await pool.start()
         self.all.append(pool)
@@ -82,8 +85,9 @@ class Pools:
         except BaseException:
             await self._end(pool)
             raise
-        facts, engine = pool.facts, RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), api.timeout)
-        return ChatModel(engine, facts["name"], facts["summary"], facts["notes"], facts["examples"])
+        engine = RemoteEngine(pool, tokenizer, asyncio.get_running_loop(), api.timeout)
+        beside = (_chat_model(engine, one, adapter=one["name"]) for one in pool.facts.get("beside", ()))
+        return _chat_model(engine, pool.facts, beside=tuple(beside))
 
     async def stop(self, model: ChatModel) -> None:
         """End the workers of a model after the answers under way."""
@@ -97,6 +101,15 @@ class Pools:
     async def _end(self, pool: Pool) -> None:
         await pool.retire()
         self.all.remove(pool)
+
+
+def _chat_model(engine: RemoteEngine, facts: dict[str, Any], **more: Any) -> ChatModel:
+    return ChatModel(engine, facts["name"], facts["summary"], facts["notes"], facts["examples"], **more)
+
+
+def _offers_all(cfg: Any) -> bool:
+    """Return whether other finished stages may be chosen too."""
+    return cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
 
 
 async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
@@ -115,8 +128,7 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
         if cfg.ui == "gradio":
             from llm.serving import browser
 
-            others = cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
-            root, at_once = cfg.paths.runs if others else None, min(cfg.api.rows, PAGE_ANSWERS)
+            root, at_once = cfg.paths.runs if _offers_all(cfg) else None, min(cfg.api.rows, PAGE_ANSWERS)
             browser.mount(app, browser.build(RemoteModels(first, root, pools.start, pools.stop, at_once), params))
         guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
         await run(app, pools.all, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1]))
@@ -127,7 +139,10 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
 def _announce(cfg: Any, model: ChatModel, port: int) -> None:
     """Print what is served, and where."""
     address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
-    lines = [f"{model.name}: {model.summary}", *model.notes, f"API at {address}/v1   model: {model.name}"]
+    lines = [f"{model.name}: {model.summary}", *model.notes]
+    if model.beside:
+        lines.append(f"adapters in the same engine, as models: {', '.join(one.name for one in model.beside)}")
+    lines.append(f"API at {address}/v1   model: {model.name}")
     if cfg.ui == "gradio":
         lines.append(f"chat at {address}   (Ctrl-C ends the server)")
     print("\n".join(lines), flush=True)

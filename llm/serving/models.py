@@ -19,6 +19,7 @@ class MadeRoom(UserError):
 class Models:
     """Chat models by name, run/stage: the one that is there, and finished stages, of which `KEPT` stay in memory.
 
+    Adapters beside the first model are answered by its engine, and stay with it.
     root: folder of runs whose finished stages are offered too; None = only the first model is. verify: compare
     every file of a model with its checksum.
     """
@@ -28,6 +29,7 @@ class Models:
     def __init__(self, first: ChatModel, root: str | Path | None = None, verify: bool = True):
         self.first, self.root, self.verify = first.name, root, verify
         self._loaded = OrderedDict({first.name: first})
+        self._beside = {one.name: one for one in first.beside}
         self._lock = threading.Lock()  # of `_loaded`
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of who loads a model
         self._places = threading.Semaphore(KEPT)
@@ -37,7 +39,7 @@ class Models:
         own = self.first.partition("/")[0]
         found = [name for run in list_runs(self.root) for name in _servable(run)] if self.root is not None else []
         found.sort(key=lambda name: name.partition("/")[0] != own)
-        return list(dict.fromkeys([self.first, *found]))
+        return list(dict.fromkeys([self.first, *self._beside, *found]))
 
     def get(self, name: str) -> ChatModel:
         """Return a model, loaded if it was not. Raises UserError for a name that is not offered, or will not load.
@@ -59,7 +61,7 @@ class Models:
         with self._lock:
             if name in self._loaded:
                 self._loaded.move_to_end(name)
-            return self._loaded.get(name)
+            return self._beside.get(name) or self._loaded.get(name)
 
     def _keep(self, name: str, model: ChatModel) -> None:
         """Put a model among those that are there; others make room."""

@@ -20,7 +20,8 @@ Chat = str | Sequence[dict[str, Any]]  # a question, or messages with role and c
 class Model:
     """A trained model with its tokenizer. Settings of all methods are those of `SamplingParams`, such as seed.
 
-    engine: what it generates with, for finer work; name: run/stage.
+    engine: what it generates with, for finer work; name: run/stage. `adapter` of all methods names one of the adapters
+    that were loaded; None is the model itself.
     """
 
     def __init__(self, engine: Engine, name: str):
@@ -29,28 +30,36 @@ class Model:
     def __repr__(self) -> str:
         return f"llm.load({self.name!r})"
 
-    def chat(self, messages: Chat, stream: bool = False, **settings: Any) -> str | Iterator[str]:
+    def chat(
+        self, messages: Chat, stream: bool = False, adapter: str | None = None, **settings: Any
+    ) -> str | Iterator[str]:
         """Return the answer to a question or to messages, as [{"role": "user", "content": "..."}, ...].
 
         stream: return an iterator over pieces of the answer instead, as they are written. Calls of tools and their
         results are left out. Raises UserError for messages without a user's, and for unknown settings.
         """
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        pieces = self._answer(messages, _params(settings))
+        pieces = self._answer(messages, _params(settings), adapter)
         return pieces if stream else "".join(pieces)
 
-    def _answer(self, messages: Sequence[dict], params: SamplingParams) -> Iterator[str]:
+    def _answer(self, messages: Sequence[dict], params: SamplingParams, adapter: str | None) -> Iterator[str]:
         from llm.serving.chat import stream_reply
 
         shown = ""
-        for reply in stream_reply(self.engine, messages, params):
+        for reply in stream_reply(self.engine, messages, params, adapter=adapter):
             text = "".join(part["text"] for part in reply.content if part["type"] == "text")
             if len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
 
     def generate(
-        self, prompt: str, n: int = 1, best_of: int | None = None, stream: bool = False, **settings: Any
+        self,
+        prompt: str,
+        n: int = 1,
+        best_of: int | None = None,
+        stream: bool = False,
+        adapter: str | None = None,
+        **settings: Any,
     ) -> str | list[str] | Iterator[str]:
         """Return the continuation of a text, or a list of `n` of them.
 
@@ -61,18 +70,18 @@ class Model:
         if stream:
             if n != 1 or best_of not in (None, 1):
                 raise UserError(f"stream=True gives one continuation, not n={n}, best_of={best_of}")
-            return self._pieces(ids, params)
+            return self._pieces(ids, params, adapter)
         drawn = n if best_of is None else best_of
         if not 1 <= n <= drawn:
             raise UserError(f"n={n} must be at least 1, and at most best_of={drawn}")
         settings = settings if drawn == n else settings | {"logprobs": settings.get("logprobs") or 0}
-        (samples,) = self.engine.generate([ids], _params(settings), num_samples=drawn)
+        (samples,) = self.engine.generate([ids], _params(settings), num_samples=drawn, adapter=adapter)
         if drawn > n:
             samples = sorted(samples, key=_mean_logprob, reverse=True)[:n]
         texts = [self._text(sample.ids, params) for sample in samples]
         return texts[0] if n == 1 else texts
 
-    def score(self, prompt: str, continuation: str) -> float:
+    def score(self, prompt: str, continuation: str, adapter: str | None = None) -> float:
         """Return the log-probability in nats of a text behind another one: larger is likelier.
 
         Raises UserError where both together do not fit the context.
@@ -81,7 +90,7 @@ class Model:
         ids, rest = [tokenizer.bos_id, *tokenizer.encode(prompt)], tokenizer.encode(continuation)
         if len(ids) + len(rest) > seq_len:
             raise UserError(f"{len(ids) + len(rest):,} tokens do not fit the model's context of {seq_len:,}")
-        return sum(self.engine.score(ids, rest))
+        return sum(self.engine.score(ids, rest, adapter))
 
     @property
     def _seq_len(self) -> int:
@@ -97,10 +106,10 @@ class Model:
         pieces = [text.push(token, n >= params.min_new_tokens) for n, token in enumerate(ids, 1)]
         return "".join(pieces) + text.flush()
 
-    def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[str]:
+    def _pieces(self, ids: list[int], params: SamplingParams, adapter: str | None) -> Iterator[str]:
         text = TextStream(self.engine.tokenizer, params.stop, params.keep_stop)
         numbers = count(1)
-        with self.engine.stream([ids], params) as steps:
+        with self.engine.stream([ids], params, adapter=adapter) as steps:
             for events in steps:
                 if piece := "".join(text.push(one.id, next(numbers) >= params.min_new_tokens) for one in events):
                     yield piece
@@ -108,20 +117,25 @@ class Model:
             yield rest
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, adapters: Sequence[str] = ()) -> Model:
     """Load the model of a run (its last finished stage), or of a stage's folder such as runs/demo/sft.
 
-    It writes a few tokens at once, so that the first answer is not slow. Raises UserError where there is no model.
+    adapters: stages trained with model.lora.rank beside this very model, as run/stage of the same runs folder, or
+    folders; their names go to `adapter=` of the methods. It writes a few tokens at once, so that the first answer is
+    not slow. Raises UserError where there is no model, and for an adapter of another base.
     """
     from llm.run.stage_folder import find_stage
+    from llm.serving.adapters import chosen_adapters
     from llm.serving.chat import load_chat_model
 
     with interrupt_held_back():
         folder, stage = Path(path).absolute(), None
         if (folder / "model").is_dir():
             folder, stage = folder.parent, folder.name
-        found = load_chat_model(find_stage(folder.parent, folder.name, stage))
-        model = Model(Engine(found.engine.net, found.engine.tokenizer, frozen=True), found.name)
+        base = find_stage(folder.parent, folder.name, stage)
+        found = load_chat_model(base, adapters=chosen_adapters(adapters, folder.parent, str(base)))
+        engine = Engine(found.engine.net, found.engine.tokenizer, frozen=True, adapters=found.engine.adapters)
+        model = Model(engine, found.name)
         warm_up(model.engine)
     return model
 

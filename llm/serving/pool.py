@@ -36,7 +36,7 @@ END_SECONDS = 5.0  # a worker that has lost its socket ends by itself in this ti
 class Source:
     """Source of a worker's model: a stage folder or hf:<name>, its number format, and whose code it may import.
 
-    verify: compare every file of the model with its checksum.
+    verify: compare every file of the model with its checksum. adapters: (name, folder) of those beside the model.
     """
 
     model: str
@@ -44,6 +44,7 @@ class Source:
     plugins: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
     verify: bool = True
+    adapters: tuple[tuple[str, str], ...] = ()
 
 
 class Event(NamedTuple):
@@ -243,12 +244,13 @@ class Pool:
         *,
         n: int = 1,
         form: dict[str, Any] | None = None,
+        adapter: str | None = None,
         timeout: float = 600.0,
     ) -> Batch:
         """Give n samples of each prompt to workers. params: fields of SamplingParams; form: of a structured answer.
 
-        timeout: seconds until whoever waits gets an error. Raises ApiError where the queue is full, no worker is
-        there, or the form cannot be sent.
+        adapter: name of the one that answers, None for the model itself. timeout: seconds until whoever waits gets an
+        error. Raises ApiError where the queue is full, no worker is there, or the form cannot be sent.
         """
         if self.is_draining:
             raise unavailable("the model has made room for another" if self.is_retired else SHUTTING_DOWN, 5)
@@ -258,10 +260,10 @@ class Pool:
         batch = Batch(time.monotonic() + timeout)
         try:
             for prompt in prompts:
-                worker = self._choose(prompt)
+                worker = self._choose(prompt, adapter)
                 for sample in range(n):
                     job = Job(next(self._numbers), worker, prompt, batch.news)
-                    told = {"prompt": prompt, "params": params, "sample": sample, "form": form}
+                    told = {"prompt": prompt, "params": params, "sample": sample, "form": form, "adapter": adapter}
                     data = frames.pack(("submit", job.number, told))  # before the job takes a place: it may fail
                     worker.jobs[job.number] = job
                     batch.jobs.append(job)
@@ -289,13 +291,13 @@ class Pool:
                 job.fail(unavailable(SHUTTING_DOWN, 5))
             worker.jobs.clear()
 
-    def _choose(self, prompt: Sequence[int]) -> Worker:
+    def _choose(self, prompt: Sequence[int], adapter: str | None) -> Worker:
         """Return the worker for a prompt: one that knows its beginning, unless another has much less to do."""
         ready = [worker for worker in self.workers if worker.is_ready]
         if not ready:
             raise unavailable("the model is being loaded again", 5)
         least = min(ready, key=lambda worker: len(worker.jobs))
-        prefix = tuple(prompt[:PREFIX_TOKENS])
+        prefix = (adapter, *prompt[:PREFIX_TOKENS])
         home = self._homes.pop(prefix, least)
         if not home.is_ready or len(home.jobs) > len(least.jobs) + SLACK:
             home = least

@@ -27,10 +27,12 @@ class RemoteEngine:
         self.pool, self.tokenizer, self.loop, self.timeout = pool, tokenizer, loop, timeout
         self.net = SimpleNamespace(config=SimpleNamespace(seq_len=pool.facts["seq_len"]))
 
-    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> "RemoteStream":
+    def stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, adapter: str | None = None
+    ) -> "RemoteStream":
         """Return an iterator over what a prompt's answer gains, as `Engine.stream`."""
         (prompt,) = prompts
-        return RemoteStream(self, prompt, params)
+        return RemoteStream(self, prompt, params, adapter)
 
 
 class RemoteStream:
@@ -39,8 +41,8 @@ class RemoteStream:
     Raises MadeRoom where the workers are gone for another model's sake, UserError where they refuse or fail.
     """
 
-    def __init__(self, engine: RemoteEngine, prompt: Sequence[int], params: SamplingParams):
-        self.engine, self.finish_reasons = engine, [None]
+    def __init__(self, engine: RemoteEngine, prompt: Sequence[int], params: SamplingParams, adapter: str | None = None):
+        self.engine, self.adapter, self.finish_reasons = engine, adapter, [None]
         self._news: queue.SimpleQueue = queue.SimpleQueue()
         self._task = asyncio.run_coroutine_threadsafe(self._run(list(prompt), asdict(params)), engine.loop)
 
@@ -66,7 +68,7 @@ class RemoteStream:
         """Hand on what the workers report, in the server's event loop."""
         batch: Batch | None = None
         try:
-            batch = self.engine.pool.submit([prompt], params, timeout=self.engine.timeout)
+            batch = self.engine.pool.submit([prompt], params, adapter=self.adapter, timeout=self.engine.timeout)
             async for _, events in batch.news_of():
                 self._news.put(events)
         except ApiError as error:

@@ -68,14 +68,23 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     load_plugins(source["plugins"])
     if source["threads"]:
         torch.set_num_threads(source["threads"])
-    model = load_chat_model(source["model"], source["device"], source["compute"], source["verify"])
+    given = source["model"], source["device"], source["compute"], source["verify"]
+    model = load_chat_model(*given, adapters=dict(source["adapters"]))
     engine = Engine(
-        *(model.engine.net, model.engine.tokenizer), max_rows=source["rows"], sharers=source["sharers"], frozen=True
+        *(model.engine.net, model.engine.tokenizer),
+        max_rows=source["rows"],
+        sharers=source["sharers"],
+        frozen=True,
+        adapters=model.engine.adapters,
     )
-    facts = {"device": str(engine.net.device), "examples": model.examples}
-    facts |= {"name": model.name, "summary": model.summary, "notes": model.notes}
+    facts = {"device": str(engine.net.device), **_told(model), "beside": [_told(one) for one in model.beside]}
     engine.generate([[engine.tokenizer.bos_id]], SamplingParams(max_new_tokens=2))  # or the first answer would be slow
     return engine, facts | {"seq_len": engine.net.config.seq_len, "vocab_size": engine.net.config.vocab_size}
+
+
+def _told(model: Any) -> dict[str, Any]:
+    """Return what is said about a chat model."""
+    return {"name": model.name, "summary": model.summary, "notes": model.notes, "examples": model.examples}
 
 
 class Loop:
@@ -139,6 +148,7 @@ class Loop:
                 job["prompt"],
                 params,
                 sample=job["sample"],
+                adapter=job["adapter"],
                 constraint=self._constraint(job["form"], params, len(job["prompt"])),
             )
         except (UserError, ValueError) as error:

@@ -206,6 +206,9 @@ def test_nan_reaches_the_logits():
         {"at": torch.tensor([0, 3, 4])},
         {"rows": torch.tensor([0, 2])},
         {"rows": torch.tensor([-1, 0])},
+        {"adapters": torch.tensor([1, 0])},
+        {"adapters": torch.tensor([0, -1])},
+        {"adapters": torch.tensor([1])},
         {"outputs": torch.tensor([2])},
         {"outputs": torch.tensor([-1])},
         {"prefix": torch.tensor([0, 1])},
@@ -229,7 +232,7 @@ def test_what_lies_outside_of_memory_is_refused_before_anything_is_written(wrong
     cache.prefixes = [Prefix([shared], wrong.get("length", 5)), None]
     part.k = wrong.get("k", part.k[:, :, :, : wrong.get("places", 8)].to(wrong.get("dtype", torch.float32)))
     given = {"ids": torch.tensor([1, 2]), "at": torch.tensor([2, 3])} | wrong
-    given = {name: given.get(name) for name in ("ids", "at", "rows", "outputs")}
+    given = {name: given.get(name) for name in ("ids", "at", "rows", "outputs", "adapters")}
     with pytest.raises(ValueError):
         DecodeStep.for_net(net).extend(cache, **given)
     assert part.v.isnan().all() and not cache.last_embed.any()

@@ -245,7 +245,10 @@ class ResponseObject(Answer):
 
 
 class Model(Answer):
-    """Model that is served. context_window: tokens that a prompt and its answer may have together."""
+    """Model that is served. context_window: tokens that a prompt and its answer may have together.
+
+    parent: of an adapter, the model whose weights it is computed beside.
+    """
 
     id: str
     object: Literal["model"]
@@ -253,6 +256,7 @@ class Model(Answer):
     owned_by: str
     context_window: int
     description: str
+    parent: str = ""
 
 
 class ModelList(Answer):

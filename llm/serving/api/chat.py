@@ -21,8 +21,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def create(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request).named(body.model)
     form = answer_form(body)
     offers_tools = bool(body.tools) and body.tool_choice != "none"
     found, instructions = turns(body.messages), instructions_of(body.tools) if offers_tools else ""

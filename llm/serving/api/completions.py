@@ -23,8 +23,7 @@ router = APIRouter()
 @router.post("/v1/completions")
 async def create(body: CompletionRequest, request: Request) -> Response:
     """Continue texts."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request).named(body.model)
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     prompts, added = await aside(_size(body.prompt), _prompts, service, body, limit)
     n_samples = body.best_of or body.n or 1

@@ -4,6 +4,7 @@
 queue and workers. The names of the model that is served are the only ones that the document lets a request have.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastapi import FastAPI
@@ -57,18 +58,21 @@ ROUTES = {
 }
 
 
-def describe(app: FastAPI, model: str, has_key: bool) -> None:
-    """Let an application whose routes are complete describe itself. model: its name; has_key: requests need a key."""
+def describe(app: FastAPI, models: Sequence[str], has_key: bool) -> None:
+    """Let an application whose routes are complete describe itself.
+
+    models: names that requests may have; has_key: requests need a key.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, model, has_key)
+            app.openapi_schema = _document(app, models, has_key)
         return app.openapi_schema
 
     app.openapi = document
 
 
-def _document(app: FastAPI, model: str, has_key: bool) -> dict[str, Any]:
+def _document(app: FastAPI, models: Sequence[str], has_key: bool) -> dict[str, Any]:
     """Return FastAPI's document with our answers instead of its own."""
     found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     kinds = [(route.answer, "validation") for route in ROUTES.values() if route.answer is not None]
@@ -80,7 +84,7 @@ def _document(app: FastAPI, model: str, has_key: bool) -> dict[str, Any]:
     found["components"]["schemas"] = more["$defs"] | schemas
     for schema in schemas.values():
         if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] |= {"enum": [model]}
+            schema["properties"]["model"] |= {"enum": list(models)}
     if has_key:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in found["paths"].items():
@@ -90,7 +94,7 @@ def _document(app: FastAPI, model: str, has_key: bool) -> dict[str, Any]:
             if has_key and not route.is_open:
                 operation["security"] = [{"key": []}]
             for parameter in operation.get("parameters", ()):
-                parameter["schema"] |= {"enum": [model]}  # the only one is the model's name
+                parameter["schema"] |= {"enum": list(models)}  # the only one is the model's name
     return found
 
 

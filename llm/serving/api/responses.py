@@ -126,8 +126,7 @@ def _joined(content: str | list[InputText]) -> str:
 @router.post("/v1/responses")
 async def create(body: ResponseRequest, request: Request) -> Response:
     """Answer an input."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request).named(body.model)
     try:
         chat = body.chat()
     except ValidationError as error:  # with the instructions, there is a message too many

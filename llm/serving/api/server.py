@@ -44,7 +44,7 @@ def build_app(service: Service, key: str | None = None, origins: Iterable[str] =
         guarded.include_router(router)
     app.include_router(guarded)
     app.include_router(status.open_router)
-    describe(app, service.name, key is not None)
+    describe(app, [one.name for one in service.models()], key is not None)
     app.add_middleware(Watch, service=service, metrics=app.state.metrics, log=log)
     app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     return app

@@ -5,7 +5,7 @@ import importlib.util
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -21,10 +21,10 @@ GREEDY_SHARE = 1e-9  # top_p of a request for 0: the most likely token alone
 
 @dataclass
 class Service:
-    """Model behind the routes.
+    """Model behind the routes, or an adapter of it.
 
     defaults: temperature, top_k, top_p and max_new_tokens of requests that say nothing; truncates: such requests have
-    what does not fit the context left out.
+    what does not fit the context left out. adapter: its name, None for the model itself.
     """
 
     pool: Pool
@@ -34,18 +34,32 @@ class Service:
     timeout: float = 600.0
     truncates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    adapter: str | None = None
 
     @property
     def seq_len(self) -> int:
         """Tokens of the model's context."""
         return self.pool.facts["seq_len"]
 
-    def check_model(self, name: str) -> None:
-        """Raise ApiError for the name of a model that is not served."""
-        if name != self.name:
+    def models(self) -> list["Service"]:
+        """Return the services of all models that requests may name: this one, then its adapters."""
+        names = [facts["name"] for facts in self.pool.facts.get("beside", ())]
+        return [self, *(replace(self, name=name, adapter=name) for name in names)]
+
+    def named(self, name: str) -> "Service":
+        """Return the service of a model. Raises ApiError for one that is not served."""
+        models = {one.name: one for one in self.models()}
+        if name not in models:
+            there = ", ".join(map(repr, models))
             raise ApiError(
-                404, f"the model {name!r} does not exist; there is {self.name!r}", param="model", code="model_not_found"
+                404, f"the model {name!r} does not exist; there is {there}", param="model", code="model_not_found"
             )
+        return models[name]
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is known about the model."""
+        known = self.pool.facts
+        return known if self.adapter is None else next(one for one in known["beside"] if one["name"] == self.adapter)
 
     def truncation(self, asked: str | None) -> str:
         """Return what becomes of a conversation that does not fit: "auto" or "disabled", as asked for or by default."""
@@ -83,7 +97,8 @@ class Service:
         """Give what a request asks for to the workers; see `Pool.submit`. Raises ApiError where it is refused."""
         if form is not None and importlib.util.find_spec("llguidance") is None:
             raise bad("structured answers need the package llguidance on the server: pip install -e '.[structured]'")
-        request.state.batch = self.pool.submit(prompts, params, n=n, form=form, timeout=self.timeout)
+        more = {"form": form, "adapter": self.adapter, "timeout": self.timeout}
+        request.state.batch = self.pool.submit(prompts, params, n=n, **more)
         return request.state.batch
 
     def check_logprobs(self, lengths: Sequence[int], n_samples: int, top: int | None, param: str) -> None:

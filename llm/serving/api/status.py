@@ -15,20 +15,19 @@ open_router = APIRouter()  # answers without a key: load balancers have none
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """List the models."""
-    return {"object": "list", "data": [_model(service_of(request))]}
+    return {"object": "list", "data": [_model(one) for one in service_of(request).models()]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     """Describe a model."""
-    service = service_of(request)
-    service.check_model(name)
-    return _model(service)
+    return _model(service_of(request).named(name))
 
 
 def _model(service: Service) -> dict[str, Any]:
-    facts = service.pool.facts
-    own = {"context_window": facts["seq_len"], "description": facts["summary"]}
+    own = {"context_window": service.seq_len, "description": service.facts()["summary"]}
+    if service.adapter is not None:
+        own["parent"] = service.pool.facts["name"]
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "fathom", **own}
 
 
