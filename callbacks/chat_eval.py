@@ -1,14 +1,14 @@
 """Accuracy on the chat tasks, and pass@k of the task that reinforcement learning trains on; all processes measure."""
 
 from callbacks.cadence import Periodic
-from llm.eval.task_scores import evaluate_pass_at_k, evaluate_task
+from llm.eval.task_scores import chat_core, evaluate_pass_at_k, evaluate_task
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel.strategy import full_model
 
 
 class ChatEval(Periodic):
-    """Logs `chat/<task>`: greedy accuracy on held-out items of every task of `data.eval`."""
+    """Logs `chat/<task>`: greedy accuracy on held-out items of every task of `data.eval`; `chatcore` sums them up."""
 
     def __init__(self, every: int, max_per_task: int | None = None, max_new_tokens: int = 256):
         super().__init__(every)
@@ -16,9 +16,13 @@ class ChatEval(Periodic):
 
     def act(self, trainer, module, step) -> None:
         engine = Engine(full_model(module.net), module.context.tokenizer)
-        for name, task in module.context.eval_tasks.items():
-            result = evaluate_task(engine, task, self.max_per_task, self.max_new_tokens)
-            module.row[f"chat/{name}"] = result["accuracy"]
+        results = {
+            name: evaluate_task(engine, task, self.max_per_task, self.max_new_tokens)
+            for name, task in module.context.eval_tasks.items()
+        }
+        module.row.update({f"chat/{name}": result["accuracy"] for name, result in results.items()})
+        if (overall := chat_core(results)) is not None:
+            module.row["chatcore"] = overall
         module.net.train()
 
 

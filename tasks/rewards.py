@@ -40,6 +40,12 @@ class Reward:
     def check(self, conversation: dict) -> None:
         """Raise UserError where no answer to a conversation of the task could be rewarded."""
 
+    def attach(self, cfg, net, tokenizer) -> None:
+        """Load what the reward needs beside the network `net` that is trained with the configuration `cfg`.
+
+        It is called once, before training. Raises UserError for what does not fit the network or its tokenizer.
+        """
+
     def one(self, conversation: dict, completion: str) -> float:
         """Return the reward of one completion."""
         raise NotImplementedError
@@ -217,6 +223,12 @@ class Rewards:
 
     def __init__(self, rewards: Mapping[str, Callable], weights: Mapping[str, float]):
         self.rewards, self.names, self.weights = dict(rewards), list(rewards), [float(weights[n]) for n in rewards]
+
+    def attach(self, cfg, net, tokenizer) -> None:
+        """Let each reward load what it needs, see `Reward.attach`."""
+        for reward in self.rewards.values():
+            if isinstance(reward, Reward):
+                reward.attach(cfg, net, tokenizer)
 
     def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[list[float]]:
         columns = [

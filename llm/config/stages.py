@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": (*TASKS, "data.preferences", *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
     "text": (*TASKS, "data.preferences"),
     "chat": (*TEXT, "data.rl", "data.preferences"),
-    "rl": (*TEXT, "data.preferences", "batch.tokens_per_step", "compile"),
+    "rl": (*TEXT, "batch.tokens_per_step", "compile"),
     "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile"),
     "": (),
 }
@@ -72,6 +72,7 @@ class Stage:
         return self.mixture or self.name
 
 
+REWARD_MODELS = ("stage.reward_options.reward_model.model", "stage.judge")  # keys of stages that sample answers
 _SCHEMA, _STAGES = "llm.config.stage_schema", "llm.stages"
 _BUILTIN = (
     Stage(
@@ -158,7 +159,7 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # trained or rehearsed on, and validated on
-        other_parents=("stage.teacher",),
+        other_parents=("stage.teacher", *REWARD_MODELS),
         no_curves=("loss", "bpb", "core"),
     ),
     Stage(
@@ -170,6 +171,7 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
+        other_parents=REWARD_MODELS,
         no_curves=("loss", "bpb", "core"),  # of answers that change with the weights
     ),
     Stage(
@@ -181,6 +183,7 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # drift is measured on it
+        other_parents=("stage.judge",),
         no_curves=("loss",),  # of pairs
     ),
     Stage(
@@ -192,6 +195,7 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
+        other_parents=REWARD_MODELS,
         no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
     ),
     Stage(
@@ -203,6 +207,7 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
+        other_parents=REWARD_MODELS,
         no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
     ),
 )

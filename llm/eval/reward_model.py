@@ -1,0 +1,79 @@
+"""A reward model as a judge: a frozen network with a scalar head that gives answers to prompts a number each."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from llm.data.preferences import micro_batches_of, render_row
+from llm.eval.preferences import scalar_rewards
+from llm.tokenizer.chat_format import render_conversation
+from tasks.base import visible
+
+
+class RewardModel:
+    """A frozen reward model; it moves to the device and computes in the format of the network `like`.
+
+    rows: answers that are scored at a time. The network is not trained, and no process needs another one.
+    """
+
+    def __init__(self, net, tokenizer, like, rows: int):
+        self.net, self.tokenizer = net.requires_grad_(False).eval(), tokenizer
+        self.like, self.rows = like, rows
+
+    def __call__(self, conversations: Sequence[Mapping], completions: Sequence[str]) -> list[float]:
+        """Return the reward of each completion as the next answer of its conversation.
+
+        What stands in calls of tools and their results is left out. The turns under "earlier" are part of the prompt.
+        """
+        pairs = zip(conversations, completions, strict=True)
+        return self.scores([asked(conversation) | {"completion": said(text)} for conversation, text in pairs])
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Mapping]) -> list[float]:
+        """Return the reward of each row {"messages": prompt, "completion": messages}, in the order of the rows.
+
+        A row that is longer than the context loses the beginning of its prompt, and then that of its answer.
+        """
+        self.net.to(self.like.device).compute_dtype = self.like.compute_dtype
+        sequences = [self.sequence(row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: -len(sequences[i][0]))  # of `micro_batches_of`: stable, too
+        found: list[float] = []
+        for micro in micro_batches_of([[one] for one in sequences], None, self.rows):
+            moved = {key: value.to(self.net.device) for key, value in micro.items()}
+            found += scalar_rewards(self.net, moved).float().tolist()
+        scores = [0.0] * len(rows)
+        for i, score in zip(order, found, strict=True):
+            scores[i] = score
+        return scores
+
+    def sequence(self, row: Mapping) -> tuple[list[int], list[int]]:
+        """Return the ids of a row and their mask, at most as many as the context holds."""
+        limit = self.net.config.seq_len
+        sequences, _ = render_row(self.tokenizer, row, limit)
+        if sequences is not None:
+            return sequences[0]
+        ids, mask = render_conversation(self.tokenizer, {"messages": [*row["messages"], *row["completion"]]})
+        return ids[:1] + ids[1 - limit :], mask[:1] + mask[1 - limit :]
+
+
+def said(text: str) -> list[dict]:
+    """Return what a reader sees of an answer as the messages of a turn."""
+    return [{"role": "assistant", "content": visible(text)}]
+
+
+def asked(conversation: Mapping) -> dict:
+    """Return {"messages"}: a conversation up to where its last answer begins, with the turns under "earlier"."""
+    messages = list(conversation["messages"])
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    for answer, reply in conversation.get("earlier") or []:
+        messages += [*said(answer), {"role": "user", "content": reply}]
+    return {"messages": messages}
+
+
+def own_answer(conversation: Mapping) -> dict:
+    """Return a row {"messages", "completion"} of a conversation with the answer that its data has: the better one."""
+    for name in ("chosen", "completion"):
+        if name in conversation:
+            return {"messages": conversation["messages"], "completion": conversation[name]}
+    return {"messages": conversation["messages"][:-1], "completion": conversation["messages"][-1:]}
