@@ -57,14 +57,14 @@ class WinRate(Periodic):
         for name, key in (("win_rate", "rule"), ("win_rate_judge", "judge")):
             known = [(now, before) for now, before in pairs if key in now]
             if known:
-                module.row |= rates(known, name, key)
+                module.row.update(rates(known, name, key))
         module.net.train()
 
     def scored(self, net, tokenizer) -> list[dict]:
-        """Return of each answer of a network: its length, and its scores by the rule and by the judge, where known."""
+        """Return of each answer of a network: its text, and its scores by the rule and by the judge, where known."""
         conversations = [conversation for _, conversation in self.rows]
         texts = free_answers(net, tokenizer, conversations, self.max_new_tokens)
-        found = [{"length": len(text)} for text in texts]
+        found: list[dict] = [{"text": text} for text in texts]
         for (source, conversation), text, one in zip(self.rows, texts, found, strict=True):
             if "rule" in conversation:
                 one["rule"] = source.score(conversation, text)
@@ -75,15 +75,19 @@ class WinRate(Periodic):
 
 
 def rates(pairs: Sequence[tuple[dict, dict]], name: str, key: str) -> dict[str, float]:
-    """Return the columns `preference/<name>` of (answer, parent's answer) pairs with scores at `key`."""
+    """Return the columns `preference/<name>` of (answer, parent's answer) pairs with scores at `key`.
+
+    Equal answers are a tie, whatever the rounding of their scores says.
+    """
     now, before = ([pair[side][key] for pair in pairs] for side in (0, 1))
-    won = wins(now, before)
+    equal = [a["text"] == b["text"] for a, b in pairs]
+    won = [0.5 if same else win for same, win in zip(equal, wins(now, before), strict=True)]
     found = score(won)
     columns = {name: found["accuracy"], f"{name}_stderr": found["stderr"]}
     if key == "rule":
         columns["rule"] = math.fsum(now) / len(now)
     else:
-        lengths, others = ([pair[side]["length"] for pair in pairs] for side in (0, 1))
+        lengths, others = ([len(pair[side]["text"]) for pair in pairs] for side in (0, 1))
         longer = [a - b for a, b in zip(lengths, others, strict=True)]
         columns[f"{name}_lc"], columns[f"{name}_lc_stderr"] = length_controlled(won, longer)
         columns |= {"length": math.fsum(lengths) / len(pairs), "length_parent": math.fsum(others) / len(pairs)}

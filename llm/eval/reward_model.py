@@ -32,19 +32,19 @@ class RewardModel:
     def scores(self, rows: Sequence[Mapping]) -> list[float]:
         """Return the reward of each row {"messages": prompt, "completion": messages}, in the order of the rows.
 
-        A row that is longer than the context loses the beginning of its prompt, and then that of its answer.
+        A row that is longer than the context loses the beginning of its prompt, and then that of its answer. Equal rows
+        are scored once: the rounding of a pass depends on its neighbours, and must tell no equal answers apart.
         """
         self.net.to(self.like.device).compute_dtype = self.like.compute_dtype
         sequences = [self.sequence(row) for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: -len(sequences[i][0]))  # of `micro_batches_of`: stable, too
+        keys = [tuple(ids) for ids, _ in sequences]
+        different = sorted(dict(zip(keys, sequences, strict=True)).items(), key=lambda one: -len(one[0]))
         found: list[float] = []
-        for micro in micro_batches_of([[one] for one in sequences], None, self.rows):
+        for micro in micro_batches_of([[one] for _, one in different], None, self.rows):  # it keeps this order
             moved = {key: value.to(self.net.device) for key, value in micro.items()}
             found += scalar_rewards(self.net, moved).float().tolist()
-        scores = [0.0] * len(rows)
-        for i, score in zip(order, found, strict=True):
-            scores[i] = score
-        return scores
+        scores = dict(zip((key for key, _ in different), found, strict=True))
+        return [scores[key] for key in keys]
 
     def sequence(self, row: Mapping) -> tuple[list[int], list[int]]:
         """Return the ids of a row and their mask, at most as many as the context holds."""
