@@ -71,9 +71,16 @@ def asked(conversation: Mapping) -> dict:
     return {"messages": messages}
 
 
-def own_answer(conversation: Mapping) -> dict:
-    """Return a row {"messages", "completion"} of a conversation with the answer that its data has: the better one."""
-    for name in ("chosen", "completion"):
-        if name in conversation:
-            return {"messages": conversation["messages"], "completion": conversation[name]}
-    return {"messages": conversation["messages"][:-1], "completion": conversation["messages"][-1:]}
+def data_answers(conversations: Sequence[Mapping]) -> list[dict]:
+    """Return rows {"messages", "completion"} of better and worse answers that the data gives to conversations.
+
+    Of pairs both answers, of labelled answers each; of tasks the own answer, and that of the next conversation.
+    """
+    rows = []
+    for place, one in enumerate(conversations):
+        names = [name for name in ("chosen", "rejected", "completion") if name in one]
+        own = [one[name] for name in names]
+        if not names:
+            own = [other["messages"][-1:] for other in (one, conversations[(place + 1) % len(conversations)])]
+        rows += [asked(one) | {"completion": messages} for messages in own]
+    return rows

@@ -8,7 +8,7 @@ import torch
 from callbacks.preference_eval import WinRate
 from llm.checkpoint.model_folder import load_model_folder
 from llm.errors import UserError
-from llm.eval.reward_model import RewardModel, own_answer
+from llm.eval.reward_model import RewardModel, data_answers
 from llm.eval.task_scores import spread
 from llm.run.stage_folder import find_further
 from llm.stages.common import say_taken
@@ -16,15 +16,15 @@ from llm.tokenizer.chat_format import render_prompt
 from tasks import Task
 from tasks.rewards import Reward
 
-REFERENCES = 256  # answers of the data that say where 0 and 1 of a normalised reward are
+REFERENCES = 256  # conversations whose answers say where 0 and 1 of a normalised reward are
 
 
 class RewardModelReward(Reward):
     """`reward_model`: the number that a trained reward model gives an answer; no bounds.
 
     model: <run>, <run>/<stage> or a folder of stage=reward. normalise: subtract the mean reward of the answers that the
-    training data has (the better ones of pairs), and divide by their standard deviation: 0 is as good as the data, and
-    weights beside other rewards mean the same for every model. The network stays as it is.
+    training data has, better and worse ones, and divide by their standard deviation. So weights beside other rewards
+    mean the same for every model. The network stays as it is.
     """
 
     range = (float("-inf"), float("inf"))
@@ -53,9 +53,9 @@ class RewardModelReward(Reward):
         return [(reward - mean) / deviation for reward in found]
 
     def reference_scale(self) -> tuple[float, float]:
-        """Return mean and standard deviation of the rewards of at most `REFERENCES` answers of the training data."""
-        rows = [own_answer(self.task[i]) for i in spread(len(self.task), REFERENCES)]
-        rewards = torch.tensor(self.score.scores(rows)).double()
+        """Return mean and standard deviation of the rewards of the data's answers (`data_answers`)."""
+        conversations = [self.task[i] for i in spread(len(self.task), REFERENCES)]
+        rewards = torch.tensor(self.score.scores(data_answers(conversations))).double()
         return rewards.mean().item(), max(rewards.std(correction=0).item(), 1e-6)
 
 

@@ -17,7 +17,7 @@ from llm.checkpoint.model_folder import save_model_folder
 from llm.data.preferences import render_row
 from llm.errors import UserError
 from llm.eval.preferences import length_controlled, wins
-from llm.eval.reward_model import RewardModel, asked, own_answer
+from llm.eval.reward_model import RewardModel, asked, data_answers
 from llm.model.gpt import GPT
 from llm.run.config_diff import diff_configs
 from llm.run.stage_folder import write_manifest
@@ -71,17 +71,21 @@ def test_a_long_prompt_and_then_a_long_answer_lose_their_beginning():
     assert len(ids) == 24 and ids[0] == TOKENIZER.bos_id and TOKENIZER.decode(ids[-3:-1]) == "ab"
 
 
-def test_the_answer_of_the_data_is_the_better_one():
-    pair = {"messages": QUESTION["messages"][:1], "chosen": [{"role": "assistant", "content": "yes"}], "rejected": []}
-    assert own_answer(pair)["completion"] == pair["chosen"]
-    assert own_answer(QUESTION) == {"messages": QUESTION["messages"][:1], "completion": QUESTION["messages"][1:]}
+def test_answers_of_the_data_are_pairs_or_those_of_two_questions():
+    prompt, good, bad = [QUESTION["messages"][:1], *([{"role": "assistant", "content": text}] for text in "yn")]
+    pair, labelled = {"messages": prompt, "chosen": good, "rejected": bad}, {"messages": prompt, "completion": bad}
+    assert [row["completion"] for row in data_answers([pair, labelled])] == [good, bad, bad]
+    other = {"messages": [{"role": "user", "content": "Ho"}, *bad]}
+    rows = data_answers([QUESTION, other])
+    assert [row["messages"] for row in rows] == [prompt, prompt, other["messages"][:1], other["messages"][:1]]
+    assert [row["completion"][0]["content"] for row in rows] == ["ok", "n", "n", "ok"]
 
 
 def test_a_normalised_reward_has_the_answers_of_the_data_around_0():
     plain, normal = (RewardModelReward(Task(), "any", normalise=how) for how in (False, True))
     plain.score = normal.score = judge()
     conversations = [Task()[i] for i in range(5)]
-    own = torch.tensor(normal(conversations, ["x"] * 5)).double()
+    own = torch.tensor(normal(conversations, ["x"] * 5)).double()  # in this task all answers are x
     assert own.mean().abs() < 1e-5 and own.std(correction=0).item() == pytest.approx(1, abs=1e-5)
     a, b = plain(conversations, ["q"] * 5), normal(conversations, ["q"] * 5)
     mean, deviation = normal.scale
