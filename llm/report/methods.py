@@ -63,10 +63,16 @@ def methods_of(folder: Path, stages: Mapping[str, dict], metrics: Mapping[str, M
     """
     if not any(row_or_stranger(name).kind in POST_TRAINING for name in stages):
         return []
+    metrics = {name: _of_text(own) if row_or_stranger(name).kind == "text" else own for name, own in metrics.items()}
     return [
         Method(name, facts, metrics[name], _before(folder, name, facts, stages, metrics))
         for name, facts in stages.items()
     ]
+
+
+def _of_text(metrics: Metrics) -> dict:
+    """Return the metrics of a stage that trains on text, whose bits per byte are those of text."""
+    return {"bpb_text" if key == "bpb" else key: pair for key, pair in metrics.items()}
 
 
 def _before(folder: Path, name: str, facts: Mapping, stages: Mapping, metrics: Mapping[str, Metrics]) -> dict:

@@ -33,6 +33,7 @@ from llm.stages.reward_model import win_rates
 from llm.stages.rollout_log import RolloutLog
 from llm.stages.rollouts import RolloutSteps
 from llm.stages.step_module import Objective, StepData, StepModule
+from llm.stages.turns import draw_in_turns
 from tasks import Mixture, Task, build_mixture, build_task
 from tasks.registry import all_specs, place
 from tasks.rewards import Rewards, build_rewards
@@ -145,8 +146,9 @@ def evaluations(cfg, net, tokenizer, task: RewardedTask) -> list:
     stage, found = cfg.stage, []
     if task.test.kind == "generative":
         params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
-        size = {"batch_size": stage.prompts_per_step}
-        found.append(PassAtK(stage.eval_every, task.test, stage.eval_samples, stage.eval_examples, params, **size))
+        more = {} if stage.turns == 1 else {"draw": draw_in_turns(task.test.reply, stage.turns)}
+        sizes = stage.eval_samples, stage.eval_examples, params, stage.prompts_per_step
+        found.append(PassAtK(stage.eval_every, task.test, *sizes, **more))
     rows = ((task.test, conversation) for conversation in task.test)
     return found + win_rates(cfg, net, tokenizer, rows, task.parent)
 

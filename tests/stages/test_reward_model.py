@@ -48,7 +48,9 @@ def test_the_reward_is_the_number_at_the_end_of_the_turn():
 
 
 def test_what_stands_in_calls_of_tools_earns_nothing():
-    plain, called, forged = scores("a", "a<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>", "a<|output_")
+    plain, called, forged = scores(
+        "a", "a<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>", "a<|output_"
+    )
     assert plain == called and plain != forged
 
 
@@ -121,7 +123,10 @@ def test_the_regression_is_the_maximum_of_its_likelihood():
     longer = torch.randn(200, generator=g).mul(20).round().tolist()
     won = [float(torch.rand(1, generator=g) < 1 / (1 + math.exp(-0.4 - x / 20))) for x in longer]
     rate, _ = length_controlled(won, longer)
-    x, y = torch.tanh(torch.tensor(longer).double() / torch.tensor(longer).double().std(correction=0)), torch.tensor(won)
+    x, y = (
+        torch.tanh(torch.tensor(longer).double() / torch.tensor(longer).double().std(correction=0)),
+        torch.tensor(won),
+    )
     weights = torch.zeros(2).double().requires_grad_()
     descent = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -184,7 +189,10 @@ def config(root, stage, run, *more):
         (("stage.reward_options={reward_model: 3}",), "stage.reward_options.reward_model=3: must be a mapping"),
         (("stage.reward_options=[reward_model]",), "stage.reward_options=.*must be a mapping"),
         (("stage.reward_options={reward_model: {model: tiny/nothing}}",), "there is no stage 'nothing'"),
-        (("stage.reward_options={reward_model: {model: tiny/sft}}",), "is no reward model; train one with stage=reward"),
+        (
+            ("stage.reward_options={reward_model: {model: tiny/sft}}",),
+            "is no reward model; train one with stage=reward",
+        ),
         ((OPTIONS, "stage.judge=tiny/sft"), "stage.judge=tiny/sft: .* is no reward model"),
         ((OPTIONS.replace("reward}", "reward, normalise: 2}"),), "normalise=2: must be true or false"),
         ((OPTIONS, "stage.task=courtesy"), "stage.task=courtesy: not among data.tasks and data.preferences"),
