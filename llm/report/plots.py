@@ -118,7 +118,8 @@ def draw_bars(path: Path, title: str, panels: dict[str, list[tuple[str, float, f
     wide = min(len(panels), 4)
     high, most = -(-len(panels) // wide), max(map(len, panels.values()))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.2 * wide + 0.8, high * (0.9 + 0.3 * most)), dpi=130, layout="constrained")
+        size = max(6.0, 3.2 * wide + 0.8), high * max(2.4, 0.9 + 0.3 * most)
+        figure = Figure(figsize=size, dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=11, fontweight="bold")
         axes = figure.subplots(high, wide, squeeze=False).flatten()
