@@ -160,7 +160,7 @@ _BUILTIN = (
         fixed_shapes=False,
         mixture="sft",  # trained or rehearsed on, and validated on
         other_parents=("stage.teacher", *REWARD_MODELS),
-        no_curves=("loss", "bpb", "core"),
+        no_curves=("loss", "core"),
     ),
     Stage(
         name="best_of_n",
@@ -172,7 +172,7 @@ _BUILTIN = (
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
         other_parents=REWARD_MODELS,
-        no_curves=("loss", "bpb", "core"),  # of answers that change with the weights
+        no_curves=("loss", "core"),  # of answers that change with the weights
     ),
     Stage(
         name="dpo",
@@ -196,7 +196,7 @@ _BUILTIN = (
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
         other_parents=REWARD_MODELS,
-        no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
+        no_curves=("loss", "core"),  # the loss of a policy gradient is no measure of progress
     ),
     Stage(
         name="grpo",
@@ -208,7 +208,7 @@ _BUILTIN = (
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
         other_parents=REWARD_MODELS,
-        no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
+        no_curves=("loss", "core"),  # the loss of a policy gradient is no measure of progress
     ),
 )
 _TABLE: dict[str, Stage] = {}

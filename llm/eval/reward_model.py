@@ -35,6 +35,8 @@ class RewardModel:
         A row that is longer than the context loses the beginning of its prompt, and then that of its answer. Equal rows
         are scored once: the rounding of a pass depends on its neighbours, and must tell no equal answers apart.
         """
+        if not rows:
+            return []
         self.net.to(self.like.device).compute_dtype = self.like.compute_dtype
         sequences = [self.sequence(row) for row in rows]
         keys = [tuple(ids) for ids, _ in sequences]
