@@ -6,7 +6,7 @@ import torch
 
 from llm.data.preferences import micro_batches_of, render_row
 from llm.eval.preferences import scalar_rewards
-from llm.tokenizer.chat_format import render_conversation
+from llm.tokenizer.chat_format import content_text, render_conversation
 from tasks.base import visible
 
 
@@ -84,5 +84,10 @@ def data_answers(conversations: Sequence[Mapping]) -> list[dict]:
         own = [one[name] for name in names]
         if not names:
             own = [other["messages"][-1:] for other in (one, conversations[(place + 1) % len(conversations)])]
-        rows += [asked(one) | {"completion": messages} for messages in own]
+        rows += [asked(one) | {"completion": _as_read(messages)} for messages in own]
     return rows
+
+
+def _as_read(messages: Sequence[Mapping]) -> list[dict]:
+    """Return messages as `said` makes them of texts."""
+    return [{"role": m["role"], "content": visible(content_text(m["content"]))} for m in messages]
