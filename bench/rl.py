@@ -4,10 +4,13 @@
                        [--out bench_rl] [--set experiment=demo] [--quick] [--list]
 
 Every method of `METHODS` starts from the same model and is trained by `train.py`, then measured by `evaluate.py`: on
-arithmetic with four drawn answers per item (pass@1, pass@4), and greedily on the tasks that it could forget. What is
-finished is not done again, so the command goes on where it was stopped. Gains are in points over the parent, which is
-measured by the same commands; the error of a mean is its standard error over seeds, or that of the items where there
-is one seed. Prints a table, writes <out>.json and <out>.png, and ends with a line of JSON.
+arithmetic with four drawn answers per item (pass@1, pass@4), and greedily on the tasks that it could forget. Methods of
+preferences tell besides how many held-out pairs they order rightly, and how often the rule of generated pairs prefers
+their answers to the parent's. What is finished is not done again, so the command goes on where it was stopped. Gains
+are in points over the parent, which is measured by the same commands; the error of a mean is its standard error over
+seeds, or that of the items where there is one seed. Seconds are those of training steps, evaluations and start-up
+aside, of the fastest seed: other work on the machine can only add to them. Prints a table, writes <out>.json, <out>.png
+(gains) and <out>_curves.png (of the first seed, against seconds), and ends with a line of JSON.
 """
 
 import _bench  # isort: skip  # noqa: F401  (puts the project on the path)
@@ -18,24 +21,31 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm.run.stage_folder import read_metrics
 from llm.utils.files import read_json, write_json
 from llm.utils.format import print_table
 
 REPO = Path(__file__).resolve().parent.parent
-GAINED, FORGOTTEN = "arithmetic", ("choice", "spelling", "identity")
+GAINED = "arithmetic"
+FORGOTTEN = {"choice": 480, "spelling": 1000, "identity": 224}  # and how many different rows the embedded world has
 SAMPLES = 4  # drawn answers per item of the gained task
+CURVE = {"pass@1": "pass@1, %", "preference/win_rate": "answers preferred to the parent's, %"}
+EVERY = ("stage.eval_every=10",)  # steps between two points of a curve
+TEACHER = "rl-teacher"  # run of the deeper model, and the settings that make it one
+DEEPER = ("model=d6",)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of post-training: a stage and its settings."""
+    """One way of post-training: a stage and its settings. has_teacher: it learns from a deeper model."""
 
     stage: str
     settings: tuple[str, ...] = ()
+    has_teacher: bool = False
 
 
 def of_grpo(loss: str, *more: str) -> Method:
@@ -60,9 +70,10 @@ METHODS = {
     "rloo": of_grpo("reinforce", "stage.advantage=rloo"),
     "max_rl": of_grpo("reinforce", "stage.advantage=max_rl"),
     "ppo": Method("ppo"),
-    **{loss: of_pairs(loss) for loss in ("dpo", "ipo", "orpo", "kto", "simpo")},
     "best_of_n": Method("best_of_n"),
-    "distill": Method("distill", ("stage.teacher=demo/grpo",)),
+    "distill": Method("distill", has_teacher=True),
+    **{loss: of_pairs(loss) for loss in ("dpo", "ipo", "orpo", "kto", "simpo")},
+    "reward": Method("reward"),
 }
 QUICK = ("reinforce", "ppo", "dpo", "best_of_n")  # of `make demo-rl`
 
@@ -74,11 +85,13 @@ def main() -> None:
         print("\n".join(f"{name:12} stage={m.stage} {' '.join(m.settings)}" for name, m in METHODS.items()))
         return
     parent = measured(args, *args.parent.split("/"))
-    rows = []
+    rows, curves = [], {}
     for name in args.methods:
         runs = [trained(args, name, seed) for seed in args.seeds]
         rows.append(row_of(name, runs, parent))
+        curves[name] = read_metrics(Path(args.runs) / run_of(name, args.seeds[0]) / METHODS[name].stage)
         show(rows, parent, args)
+        draw_curves(args.out.with_name(f"{args.out.name}_curves.png"), curves)
     print(json.dumps({"parent": parent, "methods": rows}))
 
 
@@ -89,8 +102,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS], metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--items", type=int, default=1000, help="items of each task (default: 1000)")
-    parser.add_argument("--out", type=Path, default=Path("bench_rl"), help="<out>.json and <out>.png")
+    parser.add_argument("--items", type=int, default=1000, help="items of a task, where it has so many (default: 1000)")
+    parser.add_argument("--out", type=Path, default=Path("bench_rl"), help="path of the results without their endings")
     parser.add_argument("--set", nargs="*", default=["experiment=demo"], help="settings of every training")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with one seed")
     parser.add_argument("--list", action="store_true", help="print the methods and end")
@@ -100,31 +113,50 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def run_of(name: str, seed: int) -> str:
+    """Return the run that a method is trained in."""
+    return f"rl-{name}-{seed}"
+
+
 def trained(args: argparse.Namespace, name: str, seed: int) -> dict:
     """Train one method with one seed, unless that is done; return what was measured of it."""
-    method, run = METHODS[name], f"rl-{name}-{seed}"
-    settings = [*args.set, f"stage={method.stage}", f"run={run}", f"init_from={args.parent}", f"seed={seed}"]
+    method, run = METHODS[name], run_of(name, seed)
+    settings = [*args.set, f"stage={method.stage}", f"run={run}", f"init_from={args.parent}", f"seed={seed}", *EVERY]
+    if method.has_teacher:
+        settings.append(f"stage.teacher={teacher(args)}")
     command("train.py", f"paths.runs={args.runs}", *settings, *method.settings)
     return measured(args, run, method.stage)
 
 
+def teacher(args: argparse.Namespace) -> str:
+    """Train a deeper model by all stages up to grpo, those that are not finished; return its run/stage."""
+    stages = ("tokenizer", "pretrain", "midtrain", "sft", "grpo")
+    settings = (f"paths.runs={args.runs}", *args.set, *DEEPER, f"run={TEACHER}")
+    for stage in stages:
+        command("train.py", *settings, f"stage={stage}")
+    return f"{TEACHER}/{stages[-1]}"
+
+
 def measured(args: argparse.Namespace, run: str, stage: str) -> dict:
-    """Return the scores of a stage by task, {"accuracy", "stderr", ...}, and `seconds`; measures what is not there."""
+    """Return scores of a stage by task, {"accuracy", "stderr", ...}, and its `metrics`; measures what is not there."""
     folder = Path(args.runs) / run / stage
     file = folder / f"bench_rl_{args.items}.json"
     if not file.exists():
-        tasks = (GAINED, *FORGOTTEN)
-        sizes = [f"data.tasks.{task}.test_size={args.items}" for task in tasks]
-        common = ["evaluate.py", f"paths.runs={args.runs}", f"run={run}", f"stage={stage}", "eval=[chat]"]
-        common += ["data=embedded", *sizes, "eval.max_new_tokens=160", "eval.batch_size=128"]
-        drawn = ("eval.temperature=1.0", f"eval.num_samples={SAMPLES}", f"data.eval=[{GAINED}]")
-        command(*common, *drawn)
-        command(*common, f"data.eval=[{','.join(FORGOTTEN)}]")
-        found = read_json(folder / "eval.json")["other_data"]["embedded"]["chat"]  # test sets of other sizes
-        scores = {task: found[task] for task in tasks}
-        seconds = read_json(folder / "run.json")["seconds"]
-        write_json(file, scores | {"seconds": seconds})
+        scores = {} if stage == "reward" else chat_scores(args, run, stage)
+        write_json(file, scores | {"metrics": read_json(folder / "run.json")["metrics"]})
     return read_json(file)
+
+
+def chat_scores(args: argparse.Namespace, run: str, stage: str) -> dict:
+    """Return the scores of a stage by task, from evaluate.py."""
+    tasks = (GAINED, *FORGOTTEN)
+    sizes = [f"data.tasks.{task}.test_size={min(args.items, FORGOTTEN.get(task, args.items))}" for task in tasks]
+    common = ["evaluate.py", f"paths.runs={args.runs}", f"run={run}", f"stage={stage}", "eval=[chat]"]
+    common += ["data=embedded", *sizes, "eval.max_new_tokens=160", "eval.batch_size=128"]
+    command(*common, "eval.temperature=1.0", f"eval.num_samples={SAMPLES}", f"data.eval=[{GAINED}]")
+    command(*common, f"data.eval=[{','.join(FORGOTTEN)}]")
+    found = read_json(Path(args.runs) / run / stage / "eval.json")["other_data"]["embedded"]["chat"]  # of other sizes
+    return {task: found[task] for task in tasks}
 
 
 def command(script: str, *settings: str) -> None:
@@ -137,55 +169,95 @@ def command(script: str, *settings: str) -> None:
         sys.exit(f"{' '.join(line)}\nended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
+def scores_of(one: dict) -> Iterator[tuple[str, float, float]]:
+    """Yield (name, percent, standard error of the items) of all that was measured of a stage."""
+    for key in ("pass@1", f"pass@{SAMPLES}"):
+        if GAINED in one:
+            yield key, 100 * one[GAINED][key], 100 * one[GAINED]["stderr"]
+    for task in FORGOTTEN:
+        if task in one:
+            yield task, 100 * one[task]["accuracy"], 100 * one[task]["stderr"]
+    if (accuracy := one["metrics"].get("preference/accuracy")) is not None:
+        width = one["metrics"]["preference/accuracy_high"] - one["metrics"]["preference/accuracy_low"]
+        yield "pairs", 100 * accuracy, 100 * width / 3.92  # of the interval of 95 %
+    if (rate := one["metrics"].get("preference/win_rate")) is not None:
+        yield "wins", 100 * rate, 100 * one["metrics"]["preference/win_rate_stderr"]
+
+
 def row_of(name: str, runs: Sequence[dict], parent: dict) -> dict:
-    """Return means and standard errors over seeds, in percent, of a method's scores and of their changes."""
-    row: dict = {"method": name, "seeds": len(runs), "seconds": statistics.mean(run["seconds"] for run in runs)}
-    scores = {key: (GAINED, key) for key in ("pass@1", f"pass@{SAMPLES}")}
-    scores |= {task: (task, "accuracy") for task in FORGOTTEN}
-    for key, (task, score) in scores.items():
-        values = [100 * run[task][score] for run in runs]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 100 * runs[0][task]["stderr"]
-        row[key] = {"mean": statistics.mean(values), "error": error, "before": 100 * parent[task][score]}
+    """Return means and standard errors over seeds, in percent, of a method's scores, beside those of the parent."""
+    row: dict = {"method": name, "seeds": len(runs), "seconds": min(run["metrics"]["seconds"] for run in runs)}
+    start = {key: value for key, value, _ in scores_of(parent)} | {"pairs": 50.0, "wins": 50.0}  # by chance, by itself
+    columns = zip(*map(scores_of, runs), strict=True)
+    for column in columns:
+        (key, _, item_error), values = column[0], [value for _, value, _ in column]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else item_error
+        spread = max(values) - min(values)
+        row[key] = {"mean": statistics.mean(values), "error": error, "spread": spread, "before": start[key]}
     return row
 
 
 def show(rows: Sequence[dict], parent: dict, args: argparse.Namespace) -> None:
     """Print the table so far, and write it as JSON and as a plot."""
-    keys = [key for key in rows[0] if isinstance(rows[0][key], dict)]
+    keys = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], dict)))
+    start = {key: f"{value:.1f}" for key, value, _ in scores_of(parent)}
     print()
     print_table(
         ["method", *keys, "s"],
         [
-            [row["method"], *(f"{row[k]['mean']:.1f} ± {row[k]['error']:.1f}" for k in keys), f"{row['seconds']:.0f}"]
-            for row in [before(rows[0]), *rows]
+            ["(parent)", *(start.get(key, "") for key in keys), ""],
+            *([row["method"], *(told(row.get(key)) for key in keys), f"{row['seconds']:.0f}"] for row in rows),
         ],
     )
     write_json(args.out.with_suffix(".json"), {"parent": parent, "methods": list(rows)})
-    plot(args.out.with_suffix(".png"), rows, keys)
+    draw_gains(args.out.with_suffix(".png"), rows, keys)
 
 
-def before(row: dict) -> dict:
-    """Return the row of the parent, from the scores before a method."""
-    scores = {k: {"mean": v["before"], "error": 0.0} for k, v in row.items() if isinstance(v, dict)}
-    return {"method": "(parent)", "seconds": 0.0} | scores
+def told(score: dict | None) -> str:
+    """Return a score as text, empty where a method has none."""
+    return "" if score is None else f"{score['mean']:.1f} ± {score['error']:.1f}"
 
 
-def plot(path: Path, rows: Sequence[dict], keys: Sequence[str]) -> None:
+def draw_gains(path: Path, rows: Sequence[dict], keys: Sequence[str]) -> None:
     """Draw the changes over the parent, in points: a row of bars per score."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 2.2 * len(keys), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=120)
+    figure = Figure(figsize=(1.5 + 1.6 * len(keys), 1.2 + 0.28 * len(rows)), layout="constrained", dpi=120)
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    names = [row["method"] for row in rows]
+    places = range(len(rows))
     for axes, key in zip(panels, keys, strict=True):
-        changes = [row[key]["mean"] - row[key]["before"] for row in rows]
-        axes.barh(names, changes, xerr=[row[key]["error"] for row in rows], color="#0072B2", ecolor="#7F7F7F")
+        of_key = [(place, row[key]) for place, row in enumerate(rows) if key in row]
+        changes, errors = [one["mean"] - one["before"] for _, one in of_key], [one["error"] for _, one in of_key]
+        axes.barh([place for place, _ in of_key], changes, xerr=errors, color="#0072B2", ecolor="#7F7F7F")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(key, fontsize=9)
         axes.tick_params(labelsize=8)
+    panels[0].set_yticks(places, [row["method"] for row in rows])
     panels[0].invert_yaxis()
-    figure.supxlabel("points over the parent", fontsize=9)
+    figure.supxlabel("points over the parent (pairs: over chance; wins: over a draw)", fontsize=9)
     figure.savefig(path)
+
+
+def draw_curves(path: Path, curves: dict[str, list[dict]]) -> None:
+    """Draw what methods reach against the seconds that they have trained: a panel per metric of `CURVE`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(CURVE), 4.5), layout="constrained", dpi=120)
+    for axes, (key, label) in zip(figure.subplots(1, len(CURVE)), CURVE.items(), strict=True):
+        shown = {name: points for name, rows in curves.items() if len(points := points_of(rows, key)) > 1}
+        for i, (name, points) in enumerate(shown.items()):
+            line = "-" if i < 10 else "--"  # the colours of a panel are ten
+            axes.plot(*zip(*points, strict=True), line, marker=".", label=name, color=f"C{i % 10}")
+        axes.set(xlabel="seconds of training", ylabel=label)
+        axes.grid(alpha=0.3)
+        if shown:
+            axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path)
+
+
+def points_of(rows: Sequence[dict], key: str) -> list[tuple[float, float]]:
+    """Return (seconds, percent) of the rows of metrics.csv that have a metric."""
+    return [(row.get("seconds", 0.0), 100 * row[key]) for row in rows if key in row]
 
 
 if __name__ == "__main__":

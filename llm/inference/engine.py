@@ -1,6 +1,6 @@
 """The engine: requests for text share one batch, whatever their prompts, lengths, settings and ends are.
 
-`submit` hands in a request, each `step` gives every row of the batch one token and reads prompts of new rows.
+`submit` hands in a request; a `step` reads prompts of new rows or gives every row of the batch one token, in turns.
 `generate` and `stream` stand on top of them: completions of many prompts (evaluation, reinforcement learning), and
 every step as it happens (chat). A step costs one forward pass, one vectorised draw and one copy of B ids to the host.
 """
@@ -68,6 +68,7 @@ class Engine:
         self._away: dict[Future, Request] = {}  # requests that wait for a tool
         self._threads: ThreadPoolExecutor | None = None
         self._sampler: tuple[list[Request], Sampler, np.ndarray] | None = None
+        self._reads_next = True  # prompts, where some wait; else the rows are decoded
         self._was_training = False
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -145,18 +146,18 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Give every row one token and read prompts of waiting requests; return what happened, [] if nothing is left.
+        """Read prompts of waiting requests, or give every row one token; return what happened, [] if that is nothing.
 
-        If it raises, rows that were being decoded wait to be read again.
+        The two take turns while there is something to read, so that the first token of a request is told before the
+        others are computed. If it raises, rows that were being decoded wait to be read again.
         """
         if self._is_busy:
             self._wake()
             try:
                 self._take_back()
-                self._extend(*self._batch.decode(self._waiting))
-                if self._unscored:
-                    self._score_prompt()
-                self._extend(*self._batch.read_prompts(self._waiting))
+                read = self._read() if self._reads_next else None
+                self._reads_next = read is None
+                self._extend(*(self._batch.decode(self._waiting) if read is None else read))
             except BaseException:
                 self._waiting.extendleft(reversed([r for r in self._batch.rows if not r.is_done]))
                 self._let_go()
@@ -167,6 +168,12 @@ class Engine:
             if event.request in self._streams:
                 self._streams[event.request].pending.append(event)
         return events
+
+    def _read(self) -> tuple[list[Request], torch.Tensor | None] | None:
+        """Read a part of what waits; return requests whose prompts are read and their logits, None without any."""
+        if self._unscored:
+            self._score_prompt()
+        return self._batch.read_prompts(self._waiting)
 
     def _wake(self) -> None:
         """Read the weights, if they are not at hand."""

@@ -241,15 +241,18 @@ class SlotBatch:
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
 
-    def read_prompts(self, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None]:
-        """Read a chunk of the prompts that wait; return requests whose prompts are read, and the logits (B, V)."""
+    def read_prompts(self, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None] | None:
+        """Read a chunk of the prompts that wait; return requests whose prompts are read, and the logits (B, V).
+
+        Returns None where nothing waits that there is a place for.
+        """
         if self._reading is None:
             known = self._join_known(waiting)
             if known[0]:
                 return known
             self._reading = self._next(waiting)
             if self._reading is None:
-                return [], None
+                return None
         logits = self._read_chunk(self._reading)
         return ([], None) if logits is None else self._join(logits, waiting)
 

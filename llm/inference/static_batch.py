@@ -29,10 +29,13 @@ class StaticBatch:
         n = sum(len(request.tokens) for request in self.rows)
         return {"rows": len(self.rows), "cached_tokens": n, "cache_size": n, "prefix_hits": 0, "preemptions": 0}
 
-    def read_prompts(self, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None]:
-        """Take requests from `waiting` if there is room; return those whose prompts are read, and logits (B, V)."""
+    def read_prompts(self, waiting: deque[Request]) -> tuple[list[Request], torch.Tensor | None] | None:
+        """Take requests from `waiting` if there is room; return those whose prompts are read, and logits (B, V).
+
+        Returns None where there is no room, or nothing waits.
+        """
         if self.rows or not waiting:
-            return [], None
+            return None
         taken = [waiting.popleft() for _ in range(min(len(waiting), self.max_rows))]
         self._slots = list(taken)
         prompts, n = _shared_prompts([request.tokens for request in taken])

@@ -255,10 +255,19 @@ def test_a_long_prompt_is_read_in_chunks_while_others_go_on(monkeypatch):
     while not reader.ids:
         engine.step()
         grown.append(len(talker.ids))
-    assert grown == [2, 3, 4, 5]
+    assert grown == [2, 2, 3, 3, 4, 4, 5, 5]  # steps of both kinds take turns
     run(engine)
     for request in (talker, reader):
         check(net, request)
+
+
+def test_the_first_token_is_told_before_the_others_are_computed():
+    engine = Engine(sharp_net("classic", 4), TOKENIZER)
+    talker = engine.submit([BOS, 1], SamplingParams(temperature=0.0, max_new_tokens=30))
+    engine.step(), engine.step()
+    newcomer = engine.submit([BOS, 2, 3], SamplingParams(temperature=0.0, max_new_tokens=3))
+    assert [event.request for event in engine.step()] == [newcomer]
+    assert [event.request for event in engine.step()] == [talker, newcomer]
 
 
 def test_a_step_that_fails_loses_nothing(monkeypatch):
