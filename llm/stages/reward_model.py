@@ -23,8 +23,8 @@ class RewardModelReward(Reward):
     """`reward_model`: the number that a trained reward model gives an answer; no bounds.
 
     model: <run>, <run>/<stage> or a folder of stage=reward. normalise: subtract the mean reward of the answers that the
-    training data has, better and worse ones, and divide by their standard deviation. So weights beside other rewards
-    mean the same for every model. The network stays as it is.
+    training data has, better and worse ones, and divide by their standard deviation. So a weight beside other rewards
+    does not depend on the model. The network stays as it is.
     """
 
     range = (float("-inf"), float("inf"))
