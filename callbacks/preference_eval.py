@@ -35,8 +35,8 @@ class WinRate(Periodic):
     """Logs how often greedy answers to held-out prompts are better than those of the stage's parent; ties count half.
 
     `preference/win_rate` is by the rules of generated rows, whose mean score is `preference/rule`;
-    `preference/win_rate_judge` is by the reward model `judge`, and `preference/win_rate_judge_lc` what that would be for
-    answers of equal length (`llm.eval.preferences.length_controlled`), beside both mean lengths in characters.
+    `preference/win_rate_judge` is by the reward model `judge`, and `preference/win_rate_judge_lc` what that would be
+    for answers of equal length (`llm.eval.preferences.length_controlled`), beside both mean lengths in characters.
     rows: (source, conversation) pairs; parent: a model folder.
     """
 
