@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from callbacks.cadence import Periodic
 from llm.checkpoint.model_folder import load_model_folder
-from llm.eval.preferences import Rewards, free_scores, preference_scores
+from llm.eval.preferences import Rewards, free_answers, length_controlled, preference_scores, wins
 from llm.eval.task_scores import score
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
@@ -32,30 +32,63 @@ class PreferenceEval(Periodic):
 
 
 class WinRate(Periodic):
-    """Logs `preference/win_rate`: how often a rule finds greedy answers better than those of the stage's parent.
+    """Logs how often greedy answers to held-out prompts are better than those of the stage's parent; ties count half.
 
-    Ties count half; `preference/rule` is the mean score by the rule. rows: (source, row) pairs whose source has one.
+    `preference/win_rate` is by the rules of generated rows, whose mean score is `preference/rule`;
+    `preference/win_rate_judge` is by the reward model `judge`, and `preference/win_rate_judge_lc` what that would be
+    for answers of equal length (`llm.eval.preferences.length_controlled`), beside both mean lengths in characters.
+    rows: (source, conversation) pairs; parent: a model folder.
     """
 
-    def __init__(self, every: int, rows: Sequence[tuple], parent, max_new_tokens: int):
+    def __init__(self, every: int, rows: Sequence[tuple], parent, max_new_tokens: int, judge: Callable | None = None):
         super().__init__(every, at_start=True)
-        self.rows, self.parent, self.max_new_tokens = (
-            rows[collectives.rank() :: collectives.world_size()],
-            parent,
-            max_new_tokens,
-        )
-        self.before: list[float] | None = None
+        self.rows = rows[collectives.rank() :: collectives.world_size()]
+        self.parent, self.max_new_tokens, self.judge = parent, max_new_tokens, judge
+        self.before: list[dict] | None = None
 
     def act(self, trainer, module, step) -> None:
         net, tokenizer = full_model(module.net), module.context.tokenizer
         if self.before is None:
             other, _ = load_model_folder(self.parent, net.device, verify=False)
             other.compute_dtype = net.compute_dtype
-            self.before = free_scores(other, tokenizer, self.rows, self.max_new_tokens)
-        now = free_scores(net, tokenizer, self.rows, self.max_new_tokens)
-        own = [(0.5 + 0.5 * ((a > b) - (a < b)), a) for a, b in zip(now, self.before, strict=True)]
-        every = [one for part in collectives.all_gather_object(own) for one in part]
-        wins = score([win for win, _ in every])
-        module.row["preference/win_rate"], module.row["preference/win_rate_stderr"] = wins["accuracy"], wins["stderr"]
-        module.row["preference/rule"] = math.fsum(value for _, value in every) / len(every)
+            self.before = self.scored(other, tokenizer)
+        own = list(zip(self.scored(net, tokenizer), self.before, strict=True))
+        pairs = [one for part in collectives.all_gather_object(own) for one in part]
+        for name, key in (("win_rate", "rule"), ("win_rate_judge", "judge")):
+            known = [(now, before) for now, before in pairs if key in now]
+            if known:
+                module.row.update(rates(known, name, key))
         module.net.train()
+
+    def scored(self, net, tokenizer) -> list[dict]:
+        """Return of each answer of a network: its text, and its scores by the rule and by the judge, where known."""
+        conversations = [conversation for _, conversation in self.rows]
+        texts = free_answers(net, tokenizer, conversations, self.max_new_tokens)
+        found: list[dict] = [{"text": text} for text in texts]
+        for (source, conversation), text, one in zip(self.rows, texts, found, strict=True):
+            if "rule" in conversation:
+                one["rule"] = source.score(conversation, text)
+        if self.judge is not None:
+            for one, number in zip(found, self.judge(conversations, texts), strict=True):
+                one["judge"] = number
+        return found
+
+
+def rates(pairs: Sequence[tuple[dict, dict]], name: str, key: str) -> dict[str, float]:
+    """Return the columns `preference/<name>` of (answer, parent's answer) pairs with scores at `key`.
+
+    Equal answers are a tie, whatever the rounding of their scores says.
+    """
+    now, before = ([pair[side][key] for pair in pairs] for side in (0, 1))
+    equal = [a["text"] == b["text"] for a, b in pairs]
+    won = [0.5 if same else win for same, win in zip(equal, wins(now, before), strict=True)]
+    found = score(won)
+    columns = {name: found["accuracy"], f"{name}_stderr": found["stderr"]}
+    if key == "rule":
+        columns["rule"] = math.fsum(now) / len(now)
+    else:
+        lengths, others = ([len(pair[side]["text"]) for pair in pairs] for side in (0, 1))
+        longer = [a - b for a, b in zip(lengths, others, strict=True)]
+        columns[f"{name}_lc"], columns[f"{name}_lc_stderr"] = length_controlled(won, longer)
+        columns |= {"length": math.fsum(lengths) / len(pairs), "length_parent": math.fsum(others) / len(pairs)}
+    return {f"preference/{column}": value for column, value in columns.items()}

@@ -68,6 +68,7 @@ class Task:
     generated: source ("embedded", "template") -> kind of rows of `llm.data.embedded` that stand in for files.
     sizes: number of rows per split that are generated where the configuration says null.
     lost: keys of a row that the type does not read although they change its meaning; such rows are refused.
+    answer_forms: values of `answer_form` of a task's configuration that the type has, beside null for its own form.
     judges_slowly: judging an answer takes long enough that the rows' own answers are not judged before a run.
     """
 
@@ -77,6 +78,8 @@ class Task:
     sizes: ClassVar[dict[str, int]] = {"train": 8_000, "test": 500}
     judges_slowly = False
     lost: ClassVar[tuple[str, ...]] = ()
+    answer_forms: ClassVar[tuple[str, ...]] = ()
+    answer_form: str | None = None  # of answers in the data, in the instruction of the prompt and in the reward
 
     def __init__(self, rows: Sequence[dict], name: str, start: int = 0, stop: int | None = None, step: int = 1):
         """Take a lazy slice of `rows`; `name` is the key of the task in data.tasks."""

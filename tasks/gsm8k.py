@@ -1,6 +1,11 @@
-"""Word problems in the GSM8K format: calculator marks become tool calls, the answer stands after `####`."""
+"""Word problems in the GSM8K format: calculator marks become tool calls, the answer stands after `####`.
+
+With `answer_form: think` it stands in `<think>working</think><answer>42</answer>` instead: in the rows to train on, in
+the instruction behind each question, and in what is judged right and rewarded.
+"""
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 from llm.errors import UserError
@@ -8,15 +13,30 @@ from llm.tokenizer.chat_format import content_text
 from tasks.base import BESIDE_QUESTION, Task, dialogue, shortened, visible
 from tasks.files import need
 from tasks.numbers import Number, parse_number, same_number
+from tasks.stated import form_reward, reference, same_answer, tagged
 
+THINK = "Think between <think> and </think>. Then write the number between <answer> and </answer>."  # to the model
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 
 
 def extract_answer(text: str) -> Number | None:
     """Return the number on the line after the last `####`, calculator calls left out; None where there is none."""
+    line = answer_line(text)
+    return parse_number(line) if line else None
+
+
+def answer_line(text: str) -> str:
+    """Return the line after the last `####` of an answer, without calculator calls; "" where there is none."""
     _, marks, answer = MARK.sub("", visible(text)).rpartition("####")
     lines = answer.strip().splitlines() if marks else []
-    return parse_number(lines[0]) if lines else None
+    return lines[0].strip() if lines else ""
+
+
+def thought_through(answer: str) -> list[dict]:
+    """Return the content parts of an answer in the form `<think>working</think><answer>42</answer>`."""
+    working = answer_parts(answer.rpartition("####")[0].rstrip())
+    end = f"</think><answer>{answer_line(answer)}</answer>"
+    return [{"type": "text", "text": "<think>"}, *working, {"type": "text", "text": end}]
 
 
 def answer_parts(answer: str) -> list[dict]:
@@ -40,6 +60,7 @@ class GSM8K(Task):
     kind = "generative"
     lost = BESIDE_QUESTION
     generated: ClassVar[dict[str, str]] = {"embedded": "arithmetic"}
+    answer_forms = ("think",)
 
     @classmethod
     def check_row(cls, row: dict, where: str) -> None:
@@ -50,8 +71,22 @@ class GSM8K(Task):
             raise UserError(f"{where}: the answer does not end with '#### <number>' and one number only, found {end}")
 
     def conversation(self, row: dict, index: int) -> dict:
+        if self.answer_form == "think":
+            return {"messages": dialogue(f"{row['question']}\n{THINK}", thought_through(row["answer"]))}
         return {"messages": dialogue(row["question"], answer_parts(row["answer"]))}
 
+    def number_of(self, text: str) -> Number | None:
+        """Return the number that an answer states where the form of the task has it; None where there is none."""
+        return extract_answer(text) if self.answer_form is None else parse_number(tagged(text) or "")
+
     def evaluate(self, conversation: dict, completion: str) -> bool:
+        if self.answer_form is not None:
+            return same_answer(reference(conversation), tagged(completion))
         own = content_text(conversation["messages"][-1]["content"])
         return same_number(extract_answer(own), extract_answer(completion))
+
+    def rewards(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
+        """Return 1 for each right answer, else 0; with `answer_form: think` also 0.2 for the form."""
+        if self.answer_form is None:
+            return super().rewards(conversations, completions)
+        return [form_reward(*pair) for pair in zip(conversations, completions, strict=True)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llm.tokenizer.chat_format import content_text
-from tasks.gsm8k import GSM8K, extract_answer
+from tasks.gsm8k import GSM8K
 
 HINTED = 0.5  # reward of a right answer behind a hint
 
@@ -16,12 +16,13 @@ class SecondTry(GSM8K):
 
     def reply(self, conversation: dict, completion: str) -> str | None:
         """Return a hint to a wrong answer."""
-        wanted = extract_answer(content_text(conversation["messages"][-1]["content"]))
+        wanted = self.number_of(content_text(conversation["messages"][-1]["content"]))
         if self.evaluate(conversation, completion):
             return None
-        given = extract_answer(completion)
+        given = self.number_of(completion)
         if given is None or len(given.value) != len(wanted.value):
-            return "I see no number. Write it behind ####."
+            where = "behind ####" if self.answer_form is None else "between <answer> and </answer>"
+            return f"I see no number. Write it {where}."
         return f"That is too {'low' if given.value < wanted.value else 'high'}. Try again."
 
     def rewards(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:

@@ -1,7 +1,7 @@
 """Preferences: of two answers to a prompt the better one, or one answer and whether it is good."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from llm.data.embedded.preferences import rule_score
@@ -138,8 +138,17 @@ class Preferences(Task):
         rows = super().generate(source, split, size, **options)
         return [reader.read(row, "row") | {key: row[key] for key in RULE if key in row} for row in rows]
 
+    @classmethod
+    def is_scored(cls, row: dict) -> bool:
+        """Return whether free answers to the row's prompt can be scored: it comes from a rule."""
+        return "rule" in row
+
     def conversation(self, row: dict, index: int) -> dict:
         return row
+
+    def rewards(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
+        """Return what the rules of the rows give each completion, numbers of any range."""
+        return [rule_score(row, text) for row, text in zip(conversations, completions, strict=True)]
 
     def score(self, row: dict, answer: str) -> float | None:
         """Return how good an answer to the row's prompt is by the rule that made the row; None without a rule."""

@@ -36,8 +36,8 @@ def build_task(
     word list); shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other
     columns); limit (use only the first items); options (arguments of a generator, such as steps or maker); fields,
     roles, ignore, merge_neighbours, empty_answers and false_labels (chat rows: `ChatReader`); encoding (of local
-    files of text). A file that both splits name belongs to the test, except that a word list is divided between
-    them.
+    files of text); answer_form (one of the type's `answer_forms`). A file that both splits name belongs to the test,
+    except that a word list is divided between them.
     Local rows are all checked here, before any compute, of a hub data set the first 1,000. cache: where fetched data
     lies; without it nothing is fetched. bad_rows: "stop" raises `UserError` for rows that cannot be used, of which it
     shows ten; "skip" leaves them out. The task's `skipped` counts what was left out, by reason. Raises `UserError` for
@@ -64,13 +64,18 @@ def build_task(
         raise UserError(f"{where}.encoding={spec['encoding']}: only rows of local files have an encoding")
     if source == "hub" and task.reads == "words":
         raise UserError(f"{where}.source=hub: type={kind} takes a list of words: source=local, a .txt file or address")
+    if (form := spec.get("answer_form")) is not None and form not in task.answer_forms:
+        known = f"choose {' or '.join(task.answer_forms)}" if task.answer_forms else "leave it out"
+        raise UserError(f"{where}.answer_form={form}: type={kind} has no such form of answers; {known}")
     for given in SPLITS:
         if not all(isinstance(entry, str) for entry in _entries(spec.get(given))):
             raise UserError(f"{where}.{given}={str(spec.get(given))[:80]}: must be a text, or a list of texts")
     try:
         if task.reads == "words":
             return _word_task(task, name, spec, split, options, cache)
-        return _row_task(task, name, spec, split, options, cache, bad_rows)
+        built = _row_task(task, name, spec, split, options, cache, bad_rows)
+        built.answer_form = form
+        return built
     except UserError as error:
         text, key = str(error), where if source in GENERATED else f"{where}.{split}"
         if text.startswith(where):

@@ -19,9 +19,8 @@ from tasks.base import Task, visible
 from tasks.execution import run_programs
 from tasks.humaneval import program
 from tasks.numbers import parse_number
-from tasks.stated import in_form, reference, same_answer, stated, tagged
+from tasks.stated import FORM, form_reward, reference, same_answer, stated, tagged
 
-FORM = 0.2  # reward for the form of an answer, beside 1.0 for its content
 MAX_CHARS = 100_000  # of a completion that is read as JSON
 
 
@@ -40,6 +39,12 @@ class Reward:
     def check(self, conversation: dict) -> None:
         """Raise UserError where no answer to a conversation of the task could be rewarded."""
 
+    def attach(self, cfg, net, tokenizer) -> None:
+        """Load what the reward needs beside the network `net` that is trained with the configuration `cfg`.
+
+        It is called once, before training. Raises UserError for what does not fit the network or its tokenizer.
+        """
+
     def one(self, conversation: dict, completion: str) -> float:
         """Return the reward of one completion."""
         raise NotImplementedError
@@ -51,6 +56,8 @@ class Reward:
 
 class TaskReward(Reward):
     """`task`: as the task itself rewards, 1 for a right answer and 0 for a wrong one where it says nothing else."""
+
+    range = (float("-inf"), float("inf"))
 
     def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[float]:
         return self.task.rewards(conversations, completions)
@@ -74,18 +81,13 @@ class TagReward(Reward):
         return float(same_answer(reference(conversation), tagged(completion)))
 
 
-class FormatReward(TagReward):
-    """`format`: 1 as `tag` gives it, and 0.2 for the form `<think>...</think><answer>...</answer>`: 0 to 1.2.
-
-    The form counts only with an answer of the wanted kind, so that a number is answered by a number.
-    """
+class FormatReward(Reward):
+    """`format`: 1 as `tag` gives it, and 0.2 for the form `<think>...</think><answer>...</answer>`: 0 to 1.2."""
 
     range = (0.0, 1.0 + FORM)
 
     def one(self, conversation: dict, completion: str) -> float:
-        is_number = parse_number(reference(conversation)) is not None
-        has_form = in_form(completion) and (not is_number or parse_number(tagged(completion) or "") is not None)
-        return super().one(conversation, completion) + FORM * has_form
+        return form_reward(conversation, completion)
 
 
 class CodeReward(Reward):
@@ -217,6 +219,12 @@ class Rewards:
 
     def __init__(self, rewards: Mapping[str, Callable], weights: Mapping[str, float]):
         self.rewards, self.names, self.weights = dict(rewards), list(rewards), [float(weights[n]) for n in rewards]
+
+    def attach(self, cfg, net, tokenizer) -> None:
+        """Let each reward load what it needs, see `Reward.attach`."""
+        for reward in self.rewards.values():
+            if isinstance(reward, Reward):
+                reward.attach(cfg, net, tokenizer)
 
     def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> list[list[float]]:
         columns = [

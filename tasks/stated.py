@@ -14,12 +14,14 @@ MARKS = "####"  # before the answer in the GSM8K form
 _TAG = re.compile(r"<\s*/?\s*(?:think|answer)\b[^<>]*>?", re.IGNORECASE)  # also one that is written otherwise
 _TO_WORK_OUT = re.compile(r"[/^*×÷⁄]|\\[dt]?frac|\d[eE][-+]?\d")
 _MAX_CHARS = 200  # of an answer
+FORM = 0.2  # reward for the form of an answer, beside 1.0 for its content
 
 
 def reference(conversation: dict) -> str:
-    """Return the answer of a conversation's last message: what follows its last `####`, or the whole text."""
-    text = visible(content_text(conversation["messages"][-1]["content"]))
-    return text.rpartition(MARKS)[2].strip()
+    """Return the answer of a conversation's last message: its `<answer>` block, what follows `####`, or all of it."""
+    text = content_text(conversation["messages"][-1]["content"])
+    inside = tagged(text)
+    return visible(text).rpartition(MARKS)[2].strip() if inside is None else inside
 
 
 def stated(completion: str) -> str | None:
@@ -53,6 +55,16 @@ def in_form(completion: str) -> bool:
         return False
     found = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", completion, re.DOTALL)
     return found is not None and all(any(map(str.isalnum, text)) for text in found.groups())
+
+
+def form_reward(conversation: dict, completion: str) -> float:
+    """Return 1 for the right answer in the only `<answer>` block at the end, and `FORM` for the form of `in_form`.
+
+    The form counts only with an answer of the wanted kind, so that a number is answered by a number.
+    """
+    wanted, given = reference(conversation), tagged(completion)
+    fits = parse_number(wanted) is None or parse_number(given or "") is not None
+    return float(same_answer(wanted, given)) + FORM * (fits and in_form(completion))
 
 
 def same_answer(wanted: str, given: str | None) -> bool:

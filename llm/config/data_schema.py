@@ -56,6 +56,13 @@ class TaskSpec:
         default=None,
         metadata={"help": "items of a split that are used, from the first on; null = all", "low": 1, "high": ITEMS},
     )
+    answer_form: str | None = field(
+        default=None,
+        metadata={
+            "help": "gsm8k, second_try: think = <think>...</think><answer>42</answer> in rows, prompt and reward; "
+            "null = #### 42"
+        },
+    )
     fields: Any = field(
         default=None,
         metadata={"help": "chat rows: columns of other names, as in {user: question, assistant: response}"},

@@ -47,6 +47,7 @@ REWARDS = Registry(
         "json": "tasks.rewards.JsonReward",
         "length": "tasks.rewards.LengthReward",
         "language": "tasks.rewards.LanguageReward",
+        "reward_model": "llm.stages.reward_model.RewardModelReward",
     },
 )
 

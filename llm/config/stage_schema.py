@@ -160,18 +160,26 @@ class DPOStage(PreferenceStage, AssistantStage):
         high=ITEMS,
     )
     max_new_tokens: int = key("length limit of a free answer", low=1, high=CONTEXT)
+    judge: str | None = key(
+        "reward model that compares free answers to held-out prompts with the parent's: <run>/<stage> or a folder; "
+        "null = none"
+    )
 
 
 @dataclass
 class RolloutStage(AssistantStage):
     """Settings of stages that train on sampled answers."""
 
-    task: str | None = key("task to be rewarded for; null = data.rl")
+    task: str | None = key("task to be rewarded for, or source of data.preferences that gives prompts; null = data.rl")
     reward: str | None = key(
         "reward of an answer: a name of docs/post_training.md or package.module.function; null = as the task scores it"
     )
     rewards: Any = key("several rewards and the weight of each, instead of stage.reward: {number: 1.0, format: 0.2}")
     reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
+    judge: str | None = key(
+        "reward model that compares free answers to held-out prompts with the parent's: <run>/<stage> or a folder; "
+        "null = none"
+    )
     turns: int = key("answers of the model in one conversation, at most, where the task replies", low=1, high=100)
     keep_rollouts: int = key("steps whose answers rollouts.jsonl keeps for the report; 0 = none", low=0, high=1000)
     updates_per_rollout: int = key("optimizer steps on the answers of one rollout", low=1, high=1000)
@@ -191,7 +199,8 @@ class RolloutStage(AssistantStage):
         "conversations of data.mixture.sft trained on beside the answers, per step; 0 = none", low=0, high=10**5
     )
     rehearsal_weight: float = key("weight of the rehearsed conversations' mean loss per token", above=0, high=1000)
-    eval_examples: int = key("held-out questions of a pass@k evaluation", low=1, high=ITEMS)
+    eval_tokens: int = key("tokens of one evaluation (bits per byte)", low=1, high=10**12)
+    eval_examples: int = key("held-out questions of an evaluation: pass@k, or wins over the parent", low=1, high=ITEMS)
     eval_samples: int = key("answers per question of a pass@k evaluation, the largest k", low=1, high=10**4)
 
 

@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": (*TASKS, "data.preferences", *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
     "text": (*TASKS, "data.preferences"),
     "chat": (*TEXT, "data.rl", "data.preferences"),
-    "rl": (*TEXT, "data.preferences", "batch.tokens_per_step", "compile"),
+    "rl": (*TEXT, "batch.tokens_per_step", "compile"),
     "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile"),
     "": (),
 }
@@ -77,6 +77,7 @@ class Stage:
         return self.mixture or self.name
 
 
+REWARD_MODELS = ("stage.reward_options.reward_model.model", "stage.judge")  # keys of stages that sample answers
 _SCHEMA, _STAGES = "llm.config.stage_schema", "llm.stages"
 _BUILTIN = (
     Stage(
@@ -163,8 +164,8 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # trained or rehearsed on, and validated on
-        other_parents=("stage.teacher",),
-        no_curves=("loss", "bpb", "core"),
+        other_parents=("stage.teacher", *REWARD_MODELS),
+        no_curves=("loss", "core"),
     ),
     Stage(
         name="best_of_n",
@@ -175,7 +176,8 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
-        no_curves=("loss", "bpb", "core"),  # of answers that change with the weights
+        other_parents=REWARD_MODELS,
+        no_curves=("loss", "core"),  # of answers that change with the weights
     ),
     Stage(
         name="dpo",
@@ -186,6 +188,7 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # drift is measured on it
+        other_parents=("stage.judge",),
         no_curves=("loss",),  # of pairs
     ),
     Stage(
@@ -197,7 +200,8 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
-        no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
+        other_parents=REWARD_MODELS,
+        no_curves=("loss", "core"),  # the loss of a policy gradient is no measure of progress
     ),
     Stage(
         name="grpo",
@@ -208,7 +212,8 @@ _BUILTIN = (
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # rehearsed on, and validated on
-        no_curves=("loss", "bpb", "core"),  # the loss of a policy gradient is no measure of progress
+        other_parents=REWARD_MODELS,
+        no_curves=("loss", "core"),  # the loss of a policy gradient is no measure of progress
     ),
 )
 _TABLE: dict[str, Stage] = {}

@@ -1,4 +1,4 @@
-"""Scores of preferences: how often, and by how much, the better answer gets the higher reward; wins by a rule."""
+"""Scores of preferences: how often, and by how much, the better answer gets the higher reward; wins over answers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from llm.tokenizer.chat_format import render_prompt
 
 Rewards = Callable[[torch.nn.Module, dict], torch.Tensor]  # (network, micro-batch) -> a number per sequence (B,)
 Z = 1.96  # of a normal distribution: 95 % lie within
+RIDGE, NEWTON_STEPS = 0.01, 50  # of the logistic regression that controls for length
 FIELDS = ("accuracy", "accuracy_low", "accuracy_high", "margin", "margin_stderr", "n")
 
 
@@ -62,13 +63,41 @@ def interval(share: float, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
 
 
-def free_scores(net, tokenizer, rows: Sequence[tuple], max_new_tokens: int, batch_size: int = 32) -> list[float]:
-    """Return the scores, by their rules, of greedy answers to the prompts of `rows`, (source, row) each."""
-    engine, scores = Engine(net, tokenizer), []
+def free_answers(net, tokenizer, conversations: Sequence[dict], max_new_tokens: int, batch_size: int = 32) -> list[str]:
+    """Return greedy answers to the prompts of conversations."""
+    engine, texts = Engine(net, tokenizer), []
     params = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        answers = engine.generate([render_prompt(tokenizer, row["messages"]) for _, row in part], params)
-        texts = [tokenizer.decode(answer[0].ids) for answer in answers]
-        scores += [source.score(row, text) for (source, row), text in zip(part, texts, strict=True)]
-    return scores
+    for start in range(0, len(conversations), batch_size):
+        prompts = [render_prompt(tokenizer, one["messages"]) for one in conversations[start : start + batch_size]]
+        texts += [tokenizer.decode(answer[0].ids) for answer in engine.generate(prompts, params)]
+    return texts
+
+
+def wins(now: Sequence[float], before: Sequence[float]) -> list[float]:
+    """Return 1 for each pair of scores whose first is the larger one, 0 for the smaller one, and 0.5 for a tie."""
+    return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(now, before, strict=True)]
+
+
+def length_controlled(won: Sequence[float], longer: Sequence[float]) -> tuple[float, float]:
+    """Return the win rate, and its standard error, that answers as long as the others would have had.
+
+    won: of each comparison 1, 0 or 0.5; longer: by how much the answer is longer than the other one. Judges like length
+    for its own sake, so a logistic regression tells the two apart (length-controlled AlpacaEval, arXiv 2404.04475):
+
+        P(win) = s(theta + phi tanh(longer / std(longer)))        rate = s(theta)
+
+    s is the sigmoid. The term of AlpacaEval for the difficulty of each prompt needs many models and is left out. A
+    ridge of `RIDGE` on both numbers keeps them finite where all comparisons are won. The error is that of theta (delta
+    method).
+    """
+    y, x = torch.tensor(won).double(), torch.tensor(longer).double()
+    deviation = x.std(correction=0)
+    x = torch.tanh(x / deviation) if deviation > 0 else torch.zeros_like(x)
+    design, weights = torch.stack([torch.ones_like(x), x], 1), torch.zeros(2).double()
+    for _ in range(NEWTON_STEPS):
+        p = torch.sigmoid(design @ weights)
+        curvature = design.T @ (design * (p * (1 - p)).unsqueeze(1)) + RIDGE * torch.eye(2)
+        weights = weights + torch.linalg.solve(curvature, design.T @ (y - p) - RIDGE * weights)
+    rate = torch.sigmoid(weights[0])
+    error = rate * (1 - rate) * torch.linalg.inv(curvature)[0, 0].sqrt()
+    return rate.item(), error.item()

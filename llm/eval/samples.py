@@ -12,7 +12,7 @@ def questions(mixture, n: int = 4) -> list[dict]:
     firsts = []
     for i in range(min(n, len(mixture))):
         messages = mixture[i]["messages"]
-        end = next(k for k, m in enumerate(messages) if m["role"] == "assistant")
+        end = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
         firsts.append({"messages": messages[:end]})
     return firsts
 

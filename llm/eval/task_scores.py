@@ -7,7 +7,7 @@ processes, which all call the function together and get one result; verdicts dep
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.tokenizer.chat_format import render_prompt
 
+# (engine, conversations, prompts, sampling, n) -> for each prompt n pairs: conversation as it is judged, last answer.
+Draw = Callable[[Any, Sequence[dict], Sequence[list[int]], SamplingParams, int], list[list[tuple[dict, str]]]]
 TOO_LONG = "too_long"  # verdict on a prompt that leaves no room for an answer
 
 
@@ -151,16 +153,38 @@ def _shared_out(n: int, own: dict[int, list[tuple[str, str]]], num_samples: int)
     return [everywhere.get(i, [("", TOO_LONG)] * num_samples) for i in range(n)]
 
 
+def draw_answers(
+    engine: Any,
+    conversations: Sequence[dict],
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    num_samples: int,
+) -> list[list[tuple[dict, str]]]:
+    """Return `num_samples` answers to each prompt, as pairs (conversation, answer)."""
+    drawn = engine.generate(prompts, params, num_samples)
+    return [
+        [(conversation, engine.tokenizer.decode(sample.ids)) for sample in samples]
+        for conversation, samples in zip(conversations, drawn, strict=True)
+    ]
+
+
 def _judged_completions(
-    engine: Any, task: Any, conversations: list[dict], params: SamplingParams, num_samples: int, prompts_per_batch: int
+    engine: Any,
+    task: Any,
+    conversations: list[dict],
+    params: SamplingParams,
+    num_samples: int,
+    prompts_per_batch: int,
+    draw: Draw = draw_answers,
 ) -> list[list[tuple[str, str]]]:
     """Return [(completion, verdict), ...] of each item. Each batch draws with its own seed, from `params.seed` on."""
     prompts, fits = _fitting_prompts(engine, conversations)
     own = {}
     for number, rows in own_batches(fits, prompts, prompts_per_batch):
-        drawn = engine.generate([prompts[i] for i in rows], replace(params, seed=params.seed + number), num_samples)
-        texts = [engine.tokenizer.decode(sample.ids) for samples in drawn for sample in samples]
-        verdicts = task.verdicts([conversations[i] for i in rows for _ in range(num_samples)], texts)
+        asked, seeded = [conversations[i] for i in rows], replace(params, seed=params.seed + number)
+        drawn = draw(engine, asked, [prompts[i] for i in rows], seeded, num_samples)
+        judged, texts = zip(*(pair for pairs in drawn for pair in pairs), strict=True)
+        verdicts = task.verdicts(judged, texts)
         pairs = list(zip(texts, verdicts, strict=True))
         own |= {i: pairs[k * num_samples : (k + 1) * num_samples] for k, i in enumerate(rows)}
     return _shared_out(len(prompts), own, num_samples)
@@ -219,14 +243,15 @@ def evaluate_pass_at_k(
     ks: Sequence[int] | None = None,
     max_items: int | None = None,
     batch_size: int = 8,
+    draw: Draw = draw_answers,
 ) -> dict[str, float]:
     """Return {"pass@k": mean over items} from `num_samples` completions per item.
 
     ks: default 1 and `num_samples`. `batch_size` counts prompts. Each batch draws with its own seed, derived from
-    `params.seed`.
+    `params.seed`. draw: of conversations of several turns each is one sample, which its last answer decides.
     """
     conversations = [task[i] for i in spread(len(task), max_items)]
-    answers = _judged_completions(engine, task, conversations, params, num_samples, batch_size)
+    answers = _judged_completions(engine, task, conversations, params, num_samples, batch_size, draw)
     correct = [sum(verdict == "pass" for _, verdict in item) for item in answers]
     ks = sorted({1, num_samples} if ks is None else set(ks))
     return {f"pass@{k}": mean_pass_at_k(num_samples, correct, k) for k in ks}

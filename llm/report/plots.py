@@ -106,6 +106,42 @@ def _figure(
         temporary.replace(path)
 
 
+def draw_bars(path: Path, title: str, panels: dict[str, list[tuple[str, float, float | None, str]]]) -> None:
+    """Write a figure of one panel of bars for each title of `panels`: (name, value, value before or None, colour).
+
+    A line across a bar is the value before. At most four panels stand beside each other.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wide = min(len(panels), 4)
+    high, most = -(-len(panels) // wide), max(map(len, panels.values()))
+    with matplotlib.rc_context(_STYLE):
+        size = max(6.0, 3.2 * wide + 0.8), high * max(2.4, 0.9 + 0.3 * most)
+        figure = Figure(figsize=size, dpi=130, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title, fontsize=11, fontweight="bold")
+        axes = figure.subplots(high, wide, squeeze=False).flatten()
+        for ax, (name, bars) in zip(axes, panels.items(), strict=False):
+            places = range(len(bars))
+            ax.barh(places, [bar[1] for bar in bars], color=[bar[3] for bar in bars], height=0.65)
+            for place, (_, number, before, _) in zip(places, bars, strict=True):
+                if before is not None:
+                    ax.plot([before, before], [place - 0.42, place + 0.42], color="#000000", linewidth=1.4)
+                ax.annotate(f" {number:.3g}", (max(number, before or number), place), va="center", fontsize=7)
+            ax.set_yticks(places, [bar[0] for bar in bars])
+            ax.invert_yaxis()
+            ax.margins(x=0.18)
+            ax.set_title(name)
+            ax.grid(axis="y", visible=False)
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        temporary = path.with_suffix(".tmp.png")
+        figure.savefig(temporary)
+        temporary.replace(path)
+
+
 def _curve(
     ax: Any, rows: Rows, key: str, colour: str, smooth: bool, marks: bool, scale: float
 ) -> tuple[float, float, str] | None:

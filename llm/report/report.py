@@ -19,6 +19,7 @@ from llm import __version__
 from llm.config.stages import row_or_stranger, stage_names
 from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
+from llm.report.methods import draw_methods, methods_of, methods_table
 from llm.report.rollouts_page import write_page
 from llm.run.best_score import best_line
 from llm.run.config_diff import flatten
@@ -53,6 +54,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts += [f"> **Problem:** {problem}" for problem in problems]
     parts += ["## Stages", _stage_table(stages), _total_time(stages)]
     models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
+    parts += _methods(folder, models, redraw)
     parts += ["## Metrics by stage", _metrics_table(models), *_best(models), *_scored(models)]
     parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
     parts += _data(stages)
@@ -191,6 +193,17 @@ def _metrics_table(stages: dict[str, dict]) -> str:
         show = percent if _is_share(metric, tasks) else value
         rows.append([metric, *(show(*metrics.get(metric, (None, None))) for metrics in columns.values())])
     return markdown_table(["metric", *columns], rows, numeric=range(1, len(columns) + 1))
+
+
+def _methods(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
+    """Section that compares the stages where one of them follows finetuning: a table, and bars."""
+    methods = methods_of(folder, stages, {name: final_metrics(facts) for name, facts in stages.items()})
+    if not methods:
+        return []
+    figure = draw_methods(folder / "report" / "methods.png", folder.name, methods, redraw)
+    shown = [] if figure is None else [f"![Methods of the run]({figure.relative_to(folder).as_posix()})"]
+    note = "In brackets: the difference to the stage that it started from. A black line in the bars is that stage."
+    return ["## Methods", methods_table(methods, task_names(stages.values())), note, *shown]
 
 
 def _best(stages: dict[str, dict]) -> list[str]:

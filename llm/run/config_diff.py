@@ -17,7 +17,7 @@ NEUTRAL_KEYS = (
     *("watch", "verify"),
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
-    "stage.extend",
+    *("stage.extend", "stage.judge"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )
@@ -63,6 +63,9 @@ def diff_configs(
         patterns += ("stage.epochs",)  # not read beside max_steps; older versions saved 1 where null is the default now
     if after.get("stage.rehearsal") == 0 and after.get("stage.source") != "data":
         patterns += ("data.mixture",)  # answers are trained on, and no conversations
+    if "stage.task" in after:  # a stage that samples answers reads the prompts of one source of preferences at most
+        sources = {key.split(".")[2] for key in before.keys() | after.keys() if key.startswith("data.preferences.")}
+        patterns += tuple(f"data.preferences.{name}" for name in sources - {after["stage.task"]})
     differences = []
     for key in sorted(before.keys() | after.keys()):
         pair = (before.get(key, BEFORE_KEYS.get(key, ABSENT)), after.get(key, ABSENT))

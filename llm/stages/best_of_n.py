@@ -63,6 +63,6 @@ class BestObjective(AnswerObjective):
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network, trained on its best answers to the task `stage.task` (or `data.rl`)."""
     check_overlong(cfg.stage)
-    task = read_task(cfg)
+    task = read_task(cfg, parent)
     net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
     return build_stage(cfg, net, tokenizer, task, BestObjective(), BestSteps)

@@ -19,13 +19,11 @@ def check_data(cfg, row: Stage) -> None:
             build_source(cfg.data, cfg.paths.data)
     if row.kind not in CHAT_KINDS or cfg.dry_run:  # a dry run does without what it cannot find
         return
-    from tasks.registry import check_files, held_out_weights
+    from tasks.registry import all_specs, check_files, held_out_weights
 
     if row.kind == "preference":
-        names = preferred(cfg)
-        check_files(cfg.data.preferences, names, "train")
-        check_files(cfg.data.preferences, names, "test")
-        trained, held_out = [], []
+        trained = preferred(cfg)
+        held_out = trained
     elif row.kind == "rl":
         trained, held_out = rewarded(cfg, row)
     else:
@@ -34,8 +32,8 @@ def check_data(cfg, row: Stage) -> None:
     if OmegaConf.select(cfg, "stage.chat_every"):
         chosen = OmegaConf.select(cfg, "stage.chat_tasks")
         held_out = [*held_out, *(cfg.data.eval if chosen is None else chosen)]
-    check_files(cfg.data.tasks, trained, "train")
-    check_files(cfg.data.tasks, held_out, "test")
+    check_files(all_specs(cfg.data), trained, "train")
+    check_files(all_specs(cfg.data), held_out, "test")
 
 
 def trained_tasks(cfg, row: Stage) -> list[str]:
@@ -67,7 +65,7 @@ def preferred(cfg) -> list[str]:
 def rewarded(cfg, row: Stage) -> tuple[list[str], list[str]]:
     """Return the tasks of which `row` reads training and held-out rows; UserError where no task can be rewarded."""
     name = OmegaConf.select(cfg, "stage.task") or cfg.data.rl
-    if not cfg.data.tasks:
+    if not cfg.data.tasks and name not in cfg.data.preferences:
         raise UserError(
             f"data.tasks is empty: stage={row.name} rewards answers to a task; describe one in a data option or "
             "the experiment (docs/data.md) and name it in data.rl"

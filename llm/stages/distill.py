@@ -111,7 +111,7 @@ class DistillObjective(AnswerObjective):
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network as the student of `stage.teacher`, measured on `stage.task` (or `data.rl`)."""
     check_choices(cfg.stage)
-    task, mixture = read_task(cfg), conversations(cfg)
+    task, mixture = read_task(cfg, parent), conversations(cfg)
     net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
     objective: Objective = DistillObjective(load_teacher(cfg, net, tokenizer), cfg.stage.divergence)
     if mixture is None:

@@ -161,7 +161,7 @@ class SignalWatch:
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
     check_choices(cfg.stage)
-    task = read_task(cfg)
+    task = read_task(cfg, parent)
     net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
     steps = partial(GroupSteps, reference=Reference(net) if cfg.stage.kl else None)
     return build_stage(cfg, net, tokenizer, task, PolicyObjective(cfg.stage), steps)

@@ -21,7 +21,7 @@ def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None,
 
     None where the parent is missing and a dry run can do without one. Raises UserError in all other such cases.
     """
-    further = {key: value for key in row.other_parents if (value := OmegaConf.select(cfg, key))}
+    further = further_names(cfg, row)
     models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
     try:
         return parent_of(cfg, row, run), models
@@ -29,6 +29,27 @@ def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None,
         if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
             return None
         raise
+
+
+def further_names(cfg: DictConfig, row: Stage) -> dict[str, str]:
+    """Return what the keys of `Stage.other_parents` that are set name: a run, run/stage or folder, by the key.
+
+    Raises UserError for a value that is no text.
+    """
+    found = {key: value for key in row.other_parents if (value := _selected(cfg, key)) is not None}
+    for key, value in found.items():
+        if not isinstance(value, str) or not value.strip("/ "):
+            raise UserError(f"{key}={str(value)[:80]}: name a model, <run>/<stage> or a folder")
+    return found
+
+
+def _selected(cfg: DictConfig, key: str) -> object:
+    """Return the value at a key, None where the keys above it hold no mapping: those are checked elsewhere."""
+    *above, last = key.split(".")
+    node = OmegaConf.select(cfg, above[0])
+    for name in above[1:]:
+        node = node.get(name) if isinstance(node, DictConfig) else None
+    return node.get(last) if isinstance(node, DictConfig) else None
 
 
 def holds_work(stage_dir: Path) -> bool:

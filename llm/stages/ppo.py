@@ -156,7 +156,7 @@ class ActorCriticObjective(AnswerObjective):
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network with a critic, rewarded on the task `stage.task` (or `data.rl`)."""
     check_overlong(cfg.stage)
-    task = read_task(cfg)
+    task = read_task(cfg, parent)
     net, tokenizer = load_parent(parent, cfg, scalar_head=True)  # after all rows were checked
     torch.nn.init.zeros_(net.scalar_head.weight)  # the parent's would be of a reward model
     steps = partial(CriticSteps, reference=Reference(net) if cfg.stage.kl else None)

@@ -1,13 +1,12 @@
 """Parts that the stages on preferences share: their rows, the size of a step, the steps, and what is evaluated."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from callbacks.preference_eval import PreferenceEval, WinRate
+from callbacks.preference_eval import PreferenceEval
 from llm.data.balance import Reading
-from llm.data.loader import ConversationSteps, StepLayout, validation_batches
 from llm.data.preferences import PreferenceSteps, Usable
 from llm.errors import UserError
 from llm.eval.preferences import Rewards
@@ -15,17 +14,18 @@ from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.stages.common import (
     BuiltStage,
-    evaluates,
     finetuning_scales,
     learning_rates,
     model_facts,
     step_context,
     task_cache,
 )
+from llm.stages.drift import drift_context
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.reward_model import win_rates
 from llm.stages.step_module import Objective, StepData, StepModule
 from tasks.base import Task
-from tasks.registry import build_preferences, held_out_mixture, held_out_weights
+from tasks.registry import build_preferences
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,9 @@ def build_stage(
     )
     batches = PreferenceSteps(rows.held_out, rows.usable_held_out, tokenizer, **options).fixed()
     callbacks = [PreferenceEval(stage.eval_every, batches, rewards, prepare_held_out)]
-    if ruled := ruled_rows(rows, stage.get("eval_examples", 0)):
-        callbacks.append(WinRate(stage.eval_every, ruled, parent, stage.max_new_tokens))
+    callbacks += win_rates(cfg, net, tokenizer, held_out_rows(rows), parent)
     scales = finetuning_scales(cfg, None)
-    chat = {} if chat_tasks is None else chat_context(cfg, tokenizer, chat_tasks)
+    chat = {} if chat_tasks is None else drift_context(cfg, tokenizer, chat_tasks)
     context = step_context(cfg, tokenizer, total, **chat, **scales)
     micro = math.ceil(2 * per_step / (cfg.batch.micro_batch_size * processes(cfg)))
     derived = model_facts(net.config, cfg, total, 2 * per_step * rows.usable.median, micro)
@@ -135,30 +134,6 @@ def build_stage(
     return BuiltStage(module, data, derived, callbacks, reading)
 
 
-def ruled_rows(rows: Rows, most: int) -> list[tuple]:
-    """Return at most `most` held-out (source, row) pairs, evenly spread, whose source says how good an answer is."""
-    found = [(rows.held_out[source], rows.held_out[source][row]) for source, row in rows.usable_held_out.places]
-    found = [(source, row) for source, row in found if "rule" in row]
-    count = min(most, len(found))
-    return [found[i * len(found) // count] for i in range(count)]
-
-
-def chat_context(cfg, tokenizer, chat_tasks: dict) -> dict:
-    """Return what a stage whose model chats is measured by beside preferences: drift on held-out conversations, tasks.
-
-    Bits per byte are those of the mixture of finetuning, as the parent's validation gives them; none without one.
-    """
-    from llm.eval.samples import questions
-
-    more: dict = {"eval_tasks": chat_tasks}
-    name = "sft"
-    if not any(held_out_weights(cfg.data, name).values()):
-        return more
-    held_out = held_out_mixture(cfg.data, name, cfg.seed, task_cache(cfg))
-    more["prompts"] = questions(held_out)
-    if evaluates(cfg):
-        layout = StepLayout(cfg.model.seq_len, cfg.batch.micro_batch_size)
-        steps = ConversationSteps(held_out, tokenizer, layout, seed=cfg.seed, loop=False)
-        rank, world = collectives.rank(), collectives.world_size()
-        more["val_batches"] = validation_batches(steps, cfg.stage.eval_tokens, rank, world)
-    return more
+def held_out_rows(rows: Rows) -> Iterable[tuple]:
+    """Return the held-out rows that fit the context, as (source, row)."""
+    return ((rows.held_out[source], rows.held_out[source][row]) for source, row in rows.usable_held_out.places)

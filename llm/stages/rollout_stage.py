@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,11 +27,15 @@ from llm.stages.common import (
     step_context,
     task_cache,
 )
+from llm.stages.drift import drift_context
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.reward_model import win_rates
 from llm.stages.rollout_log import RolloutLog
 from llm.stages.rollouts import RolloutSteps
 from llm.stages.step_module import Objective, StepData, StepModule
+from llm.stages.turns import draw_in_turns
 from tasks import Mixture, Task, build_mixture, build_task
+from tasks.registry import all_specs, place
 from tasks.rewards import Rewards, build_rewards
 
 
@@ -43,6 +48,7 @@ class RewardScore:
     def __init__(self, rewards: Rewards):
         self.rewards, self.names = rewards, rewards.names
         self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
+        self.attach = rewards.attach
 
     def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
         scores = torch.tensor(self.rewards(conversations, completions))
@@ -53,8 +59,10 @@ class RewardScore:
 class RewardedTask:
     """The task `stage.task` (or `data.rl`): questions to train on and held-out ones, rewards, rehearsal, other tasks.
 
+    A source of preferences may stand for a task: its prompts are the questions.
+
     score: gives the rewards. rehearsal: conversations trained on beside the answers, None without `stage.rehearsal`.
-    eval_tasks: held-out tasks by name that the stage is evaluated on.
+    eval_tasks: held-out tasks by name that the stage is evaluated on. parent: model folder that it starts from.
     """
 
     train: Task
@@ -62,20 +70,21 @@ class RewardedTask:
     score: RewardScore
     rehearsal: Mixture | None
     eval_tasks: dict[str, Task]
+    parent: Path
 
 
-def read_task(cfg) -> RewardedTask:
+def read_task(cfg, parent: Path) -> RewardedTask:
     """Read all rows that the stage needs. Raises UserError where they give no reward, or there are none."""
     stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
     if name is None:
         raise UserError(
             f"data.rl=null: name the task to be rewarded for, stage.task=<one of {', '.join(cfg.data.tasks)}>"
         )
-    if name not in cfg.data.tasks:
-        raise UserError(f"stage.task={name}: not among data.tasks ({', '.join(cfg.data.tasks)})")
-    spec, cache = cfg.data.tasks[name], task_cache(cfg)
-    train, test = (build_task(name, spec, split, cache, cfg.data.bad_rows) for split in ("train", "test"))
-    if train.kind != "generative":
+    specs, cache = all_specs(cfg.data), task_cache(cfg)
+    if name not in specs:
+        raise UserError(f"stage.task={name}: not among data.tasks and data.preferences ({', '.join(specs)})")
+    train, test = (build_task(name, specs[name], split, cache, cfg.data.bad_rows) for split in ("train", "test"))
+    if train.kind not in ("generative", "preference"):
         raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
     if stage.turns > 1 and type(train).reply is Task.reply:
         raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
@@ -83,10 +92,10 @@ def read_task(cfg) -> RewardedTask:
     if "task" in score.names and (bare := train.unscored()):
         raise UserError(
             f"stage.task={name}: {bare:,} of {len(train):,} training rows have nothing to be scored by, such as "
-            f"keywords: give data.tasks.{name}.train rows that do, or a stage.reward"
+            f"keywords: give {place(name, specs[name])}.train rows that do, or a stage.reward"
         )
     rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
-    return RewardedTask(train, test, score, rehearsal, eval_tasks(cfg))
+    return RewardedTask(train, test, score, rehearsal, eval_tasks(cfg), parent)
 
 
 def build_stage(
@@ -112,15 +121,12 @@ def build_stage(
             raise UserError(f"stage.{key}={stage[key]}: fewer than the {world} devices; raise it or train on fewer")
     cfg.batch.micro_batch_size = rows = resolve_rows(cfg, net.config, answers // world)
     scales = finetuning_scales(cfg, None)
-    more = {"eval_tasks": task.eval_tasks, "prompts": questions(task.test)} | scales
+    more = drift_context(cfg, tokenizer, task.eval_tasks) | {"prompts": questions(task.test)} | scales
     context = step_context(cfg, tokenizer, total, **more)
     tokens_per_step = answers * cfg.model.seq_len  # at most
     derived = model_facts(net.config, cfg, total, tokens_per_step, -(-answers // (rows * world)))
     derived |= learning_rates(net, cfg, **scales) | {"questions": len(task.train), "samples_per_step": answers}
-    params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
-    pass_at_k = PassAtK(
-        stage.eval_every, task.test, stage.eval_samples, stage.eval_examples, params, batch_size=stage.prompts_per_step
-    )
+    task.score.attach(cfg, net, tokenizer)
     engine, log = Engine(net, tokenizer), None
     if stage.keep_rollouts and collectives.is_main():
         log = RolloutLog(RunDir(cfg.paths.runs, cfg.run).stage_dir(stage.name), stage.keep_rollouts, tokenizer)
@@ -130,7 +136,21 @@ def build_stage(
 
     module = StepModule(net, cfg.optim, stage, context, objective)
     reading = Reading(ANSWERS, facts={"questions": len(task.train)}, parts=[task.train])
-    return BuiltStage(module, StepData(loader), derived, [pass_at_k, StepTimes()], reading)
+    return BuiltStage(
+        module, StepData(loader), derived, [*evaluations(cfg, net, tokenizer, task), StepTimes()], reading
+    )
+
+
+def evaluations(cfg, net, tokenizer, task: RewardedTask) -> list:
+    """Return the callbacks that measure held-out questions: pass@k, and wins over the parent by rule and judge."""
+    stage, found = cfg.stage, []
+    if task.test.kind == "generative":
+        params = SamplingParams(stage.temperature, stage.top_k, max_new_tokens=stage.max_new_tokens, seed=cfg.seed)
+        more = {} if stage.turns == 1 else {"draw": draw_in_turns(task.test.reply, stage.turns)}
+        sizes = stage.eval_samples, stage.eval_examples, params, stage.prompts_per_step
+        found.append(PassAtK(stage.eval_every, task.test, *sizes, **more))
+    rows = ((task.test, conversation) for conversation in task.test)
+    return found + win_rates(cfg, net, tokenizer, rows, task.parent)
 
 
 class AnswerObjective:

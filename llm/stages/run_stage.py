@@ -28,7 +28,7 @@ from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import lengthens
-from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, holds_work
+from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
 
@@ -153,7 +153,7 @@ def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
     if launched_rank() == 0:
         if run.manifest(row.name) is None:
             fetch(cfg.save_mirror, run)
-        for value in filter(None, (OmegaConf.select(cfg, key) for key in ("init_from", *row.other_parents))):
+        for value in filter(None, (cfg.init_from, *further_names(cfg, row).values())):
             fetch_named(cfg.save_mirror, run.root, value)
     if is_launched() and row.parallel:
         from llm.parallel import collectives

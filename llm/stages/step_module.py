@@ -45,6 +45,7 @@ class StageContext:
     decay_scale: float = 1.0  # on its weight decay
     loss_jump: float = math.inf  # nats above the median of the last steps that no sound training has
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
+    text_batches: list | None = None  # the same of held-out text, beside conversations; None: not measured
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     optimizer_state: dict | None = None  # by number of the parameter, to begin with; None = fresh
     prompts: list = field(default_factory=list)  # text to continue, or chat questions

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from llm.eval.task_scores import Draw
 from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 
@@ -98,3 +99,16 @@ def last_answer(sample: Completion) -> int:
 def judged(conversation: dict, sample: Completion) -> dict:
     """Return a conversation as it is judged: with the turns before its last answer under "earlier"."""
     return conversation | {"earlier": sample.earlier} if isinstance(sample, Turns) and sample.earlier else conversation
+
+
+def draw_in_turns(reply: Reply, turns: int) -> Draw:
+    """Return the function that draws conversations of at most `turns` answers, to be judged by the last one."""
+
+    def draw(engine, conversations, prompts, params, num_samples):
+        drawn = answer_in_turns(engine, prompts, conversations, params, num_samples, reply, turns)
+        return [
+            [(judged(conversation, one), engine.tokenizer.decode(one.ids[last_answer(one) :])) for one in samples]
+            for conversation, samples in zip(conversations, drawn, strict=True)
+        ]
+
+    return draw

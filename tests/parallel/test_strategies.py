@@ -30,7 +30,7 @@ MORE = ("policy", "best_of_n", "forward_kl", "sampled", "ipo", "orpo", "kto", "s
 ADAPTERS = tuple(f"{kind}-lora" for kind in ("reward", "dpo", "kto", "ppo", "policy", "distill", "best_of_n"))
 
 
-def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None, steps: int = 12) -> dict[str, dict]:
+def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None, steps: int = 6) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
     script, port, own = REPO / "tests" / "distributed_job.py", free_port(), {"STEPS": str(steps)}
     environments = [own | child_env(k, n, port) for k in range(n)] if n > 1 else [own]

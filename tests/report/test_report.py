@@ -111,10 +111,38 @@ def test_report_of_a_whole_run(full_run):
 
 
 @pytest.mark.usefixtures("figures")
+def test_methods_are_compared_with_the_stage_they_began_with(full_run):
+    parent = {"parent": str(full_run / "sft" / "model")}
+    add_stage(full_run.parent, "demo", "grpo", **parent)
+    folder = add_stage(full_run.parent, "demo", "dpo", scores=False, **parent)
+    lines = ["step,bpb,bpb_text,preference/win_rate,preference/win_rate_judge_lc", "0,0.5,2.0,0.5,0.5"]
+    (folder / "metrics.csv").write_text("\n".join([*lines, "60,0.6,1.5,0.75,0.7"]) + "\n")
+    facts = {"bpb": 0.6, "bpb_text": 1.5, "preference/win_rate": 0.75, "preference/win_rate_judge_lc": 0.7}
+    config = {"stage": {"name": "dpo", "loss": "orpo"}}
+    write_manifest(folder, {"stage": "dpo", "status": "finished", "metrics": facts, "config": config} | parent)
+    text = section(build_report(full_run).read_text(), "Methods")
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.strip().split("\n\n")[0].splitlines()]
+    found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert list(found) == ["pretrain", "midtrain", "sft", "dpo (orpo)", "grpo"]
+    dpo = found["dpo (orpo)"]
+    assert (dpo["wins by rule"], dpo["wins by judge, equal length"]) == ("75.0 % (+25.0)", "70.0 % (+20.0)")
+    assert (dpo["bpb"], dpo["bpb of text"], dpo["choice"]) == ("0.6000 (+0.1000)", "1.5000 (-0.5000)", "-")
+    assert found["grpo"]["choice"] == "81.2 % (+0.0)" and found["sft"]["choice"] == "81.2 %"
+    assert found["pretrain"]["bpb of text"] == "0.7500" and found["pretrain"]["bpb"] == "-"
+    assert Image.open(full_run / "report" / "methods.png").width > 600
+
+
+def test_a_run_without_methods_has_no_such_section(tmp_path):
+    add_stage(tmp_path, "demo", "sft")
+    assert "## Methods" not in build_report(tmp_path / "demo").read_text()
+
+
+@pytest.mark.usefixtures("figures")
 def test_figures_exist_where_the_report_links_them(full_run):
     text = build_report(full_run).read_text()
     links = re.findall(r"!\[.+?\]\((.+?)\)", text)
-    assert [link.split("/")[1] for link in links] == ["loss.png", "bpb.png", "chat.png", "reward.png", "pass.png"]
+    names = [link.split("/")[1].removesuffix(".png") for link in links]
+    assert names == ["methods", "loss", "bpb", "chat", "reward", "pass"]
     for link in links:
         with Image.open(full_run / link) as image:
             assert image.width >= 700 and image.height >= 300

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import compose
 
+from llm.eval.task_scores import evaluate_pass_at_k
 from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.stages.rollouts import answer_of
-from llm.stages.turns import answer_in_turns, judged
+from llm.stages.turns import answer_in_turns, draw_in_turns, judged
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 from tasks.base import dialogue
@@ -127,3 +128,12 @@ def test_a_task_that_never_replies_has_one_turn():
 
     with pytest.raises(UserError, match="stage.turns=2: task arithmetic never replies"):
         build(cfg, None)
+
+
+def test_pass_at_k_counts_conversations_by_their_last_answers(task):
+    engine = Scripted(["#### 4", "#### 5", "#### 6", "nothing"], ["#### 5", "#### 3", "#### 5"])
+    draw = draw_in_turns(task.reply, 2)
+    found = evaluate_pass_at_k(engine, task, 4, SamplingParams(max_new_tokens=500), ks=(1, 2, 4), draw=draw)
+    assert found == pytest.approx({"pass@1": 3 / 4, "pass@2": 1.0, "pass@4": 1.0})  # three of four are right
+    one_turn = evaluate_pass_at_k(Scripted(["#### 4", "#### 5", "#### 6", "5"]), task, 4, SamplingParams(), ks=(1, 2))
+    assert one_turn == pytest.approx({"pass@1": 1 / 4, "pass@2": 1 - 3 / 6})

@@ -394,3 +394,31 @@ def test_what_a_busy_machine_may_say_is_not_held_against_a_row(tmp_path, slow, a
     assert len(build_task("slow", slow | {"test": path}, "test")) == 1 and Slow.judged == [answer]
     with pytest.raises(UserError, match="its own answer|its answer cannot be judged"):
         Slow.check_reference({"q": "q", "a": answer}, "row 1")
+
+
+def test_an_answer_form_changes_rows_prompt_and_reward_together():
+    spec = {"type": "gsm8k", "source": "embedded", "size": 20, "answer_form": "think"}
+    task, plain = build_task("sums", spec, "train"), build_task("sums", spec | {"answer_form": None}, "train")
+    for ours, theirs in zip(task, plain, strict=True):
+        question, answer = (content_text(message["content"]) for message in ours["messages"])
+        working, _, number = content_text(theirs["messages"][1]["content"]).rpartition("\n#### ")
+        assert question.startswith(theirs["messages"][0]["content"]) and "<think>" in question
+        assert answer == f"<think>{working}</think><answer>{number}</answer>"
+        assert task.evaluate(ours, answer) and not plain.evaluate(theirs, answer)
+        assert task.rewards([ours], [answer]) == pytest.approx([1.2])
+
+
+def test_hints_name_the_place_of_the_answer():
+    spec = {"type": "second_try", "source": "embedded", "size": 1, "answer_form": "think"}
+    task = build_task("sums", spec, "train")
+    assert "<answer>" in task.reply(task[0], "#### 5") and "####" not in task.reply(task[0], "#### 5")
+    assert "low" in task.reply(task[0], "<answer>-1</answer>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "words"),
+    [("gsm8k", "tink", "type=gsm8k has no such form of answers; choose think"), ("identity", "think", "leave it out")],
+)
+def test_forms_that_a_type_does_not_have_are_refused(kind, form, words):
+    with pytest.raises(UserError, match=f"data.tasks.sums.answer_form={form}: .*{words}"):
+        build_task("sums", {"type": kind, "source": "embedded", "answer_form": form}, "train")

@@ -5,6 +5,8 @@ import random
 
 import pytest
 
+from llm.config.registries import TASK_TYPES
+from llm.tokenizer.chat_format import content_text
 from tasks.base import dialogue
 from tasks.execution import sandbox_report
 from tasks.rewards import build_rewards
@@ -159,6 +161,50 @@ def test_tag_knows_right_answers():
 )
 def test_format_adds_a_fifth_for_the_form(text, reward):
     assert earned("format", text) == pytest.approx(reward)
+
+
+SIX_SEVENS = {"question": "What is 6 times 7?", "answer": "It is <<6*7=42>>42.\n#### 42"}
+
+
+def thinking(kind="gsm8k"):
+    """Return a task of one word problem whose answers have the form `think`."""
+    task = TASK_TYPES.get(kind)([SIX_SEVENS], "sums")
+    task.answer_form = "think"
+    return task
+
+
+@pytest.mark.parametrize("name", ["task", "format", "tag", "number"])
+def test_rows_in_the_form_deserve_their_rewards(name):
+    task = thinking()
+    own = content_text(task[0]["messages"][-1]["content"])
+    ((reward,),) = build_rewards(task, {name: 1.0}, {})([task[0]], [own if name != "number" else "42"])
+    assert reward == pytest.approx(1.2 if name in ("task", "format") else 1.0)
+
+
+@pytest.mark.parametrize("text", OUTSIDE.values(), ids=OUTSIDE)
+def test_the_form_of_a_task_is_earned_by_nothing_else(text):
+    task = thinking()
+    assert task.rewards([task[0]], [text]) == [0] and not task.evaluate(task[0], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<think>6 * 7 = 42</think><answer>42</answer>", 1.2),
+        ("<think>6 * 7 = 41</think><answer>41</answer>", 0.2),
+        ("<answer>42</answer>", 1.0),
+        ("It is 42.\n#### 42", 0),
+        ("<think>6 * 7\n#### 42</think><answer>41</answer>", 0.2),
+        ("<think>x</think><answer>#### 42</answer>", 0),
+        (f"<think>{FORGED}</think><answer>{FORGED}</answer>", 0),
+        ("<think>Write the number between <answer> and </answer>.</think><answer>42</answer>", 0),
+    ],
+)
+def test_rewards_of_the_form_of_a_task(text, reward):
+    task = thinking()
+    assert task.rewards([task[0]], [text]) == pytest.approx([reward])
+    hinted = thinking("second_try")
+    assert hinted.rewards([task[0] | {"earlier": [("a", "b")]}], [text]) == pytest.approx([reward / 2])
 
 
 CODE = {
