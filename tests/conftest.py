@@ -88,15 +88,17 @@ def compose(config_name: str = "train", *overrides: str):
 @pytest.fixture(scope="module")
 def composed_once():
     """Composing takes 0.2 s: the checks that begin with the same configuration share it."""
-    from llm.cli import overrides
+    from llm.cli import compose, overrides
+    from llm.cli.options import OURS
 
-    cached = functools.cache(overrides.compose)
+    cached = functools.cache(compose.compose_all)
 
-    def compose_copy(config_name, lines=(), config_dir=None):
-        return copy.deepcopy(cached(config_name, tuple(lines), config_dir))
+    def compose_copy(config_name, lines=(), sources=OURS):
+        return copy.deepcopy(cached(config_name, tuple(lines), sources))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overrides, "compose", compose_copy)
+        for module in (compose, overrides):
+            patch.setattr(module, "compose_all", compose_copy)
         yield
 
 

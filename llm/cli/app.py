@@ -13,20 +13,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
+from llm.cli.compose import find_sources, parse, quote_raw, search_path, whole_mixtures, without_groups
 from llm.cli.help import help_text
-from llm.cli.options import CONF, config_folders
-from llm.cli.overrides import (
-    check_overrides,
-    launcher,
-    no_value,
-    parse,
-    quote_raw,
-    swept_overrides,
-    whole_mixtures,
-    without_groups,
-)
+from llm.cli.overrides import Command, check_overrides, no_value
 from llm.cli.sweep import job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
@@ -101,13 +93,15 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
         argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
         load_plugins(plugins_in(argv))
         argv = quote_raw(config_name, argv)
-        if "--shell-completion" not in argv and "-sc" not in argv:
-            check_overrides(config_name, argv)
-            argv = without_groups(config_name, whole_mixtures(config_name, argv))
-        if launcher(argv) != "basic":
-            print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
-        sys.argv[1:] = argv
-        _hydra(config_name, _job(target, swept_overrides(argv)))
+        if "--shell-completion" in argv or "-sc" in argv:
+            command = Command(*find_sources(config_name, argv), [])
+        else:
+            command = check_overrides(config_name, argv, is_launched=is_launched())
+            argv = without_groups(config_name, whole_mixtures(config_name, command.argv, command.sources))
+            command = replace(command, argv=argv)
+        if command.launcher != "basic":
+            print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
+        _hydra(config_name, command, _job(target, command))
     except UserError as error:
         return _complain(str(error))
     except _JobFailed as failure:
@@ -143,7 +137,7 @@ def _report(failure: _JobFailed) -> int:
     return FAILED
 
 
-def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
+def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> None:
     """Compose the configuration and call `job` with it, once or for every job of a sweep.
 
     Hydra's sweeper insists on writing its own configuration to a file; a temporary folder takes it. Processes started
@@ -154,10 +148,12 @@ def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
 
     from llm.config.schema import register
 
-    register(config_folders(sys.argv[1:]))
+    folders, primary = command.sources.folders, command.sources.primary or config_name
+    register(folders)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on exceptions and prints none
-    own = [arg for arg in sys.argv[1:] if re.match(r"[+~]*hydra[./]", arg)]
-    main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
+    own = [arg for arg in command.argv if re.match(r"[+~]*hydra[./]", arg)]
+    sys.argv[1:] = [*command.argv, *search_path(command.sources)]
+    main = hydra.main(config_path=str(folders[0]), config_name=primary, version_base="1.3")(job)
     with contextlib.ExitStack() as stack:
         if "FATHOM_SWEEP_DIR" not in os.environ:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom_sweep_"))
@@ -179,8 +175,9 @@ def _root_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
+def _job(target: Target, command: Command) -> Callable[[Any], Any]:
     """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep."""
+    swept = command.swept
 
     def job(cfg: Any) -> None:
         title = ""
