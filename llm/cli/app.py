@@ -5,6 +5,7 @@ job starts, so that `--help` and a mistake in the command line do not wait for t
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -19,13 +20,14 @@ from typing import Any, NoReturn
 from llm.cli.compose import find_sources, parse, quote_raw, search_path, whole_mixtures, without_groups
 from llm.cli.help import help_text
 from llm.cli.overrides import Command, check_overrides, no_value
-from llm.cli.sweep import job_title, separate_run
+from llm.cli.sweep import best_of_search, job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
 from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
+from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
@@ -160,9 +162,13 @@ def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> Non
             os.environ["FATHOM_SWEEP_DIR"] = folder
         try:
             main()
+            if command.searches:
+                print(best_of_search(os.environ["FATHOM_SWEEP_DIR"]), flush=True)
         except Exception as error:  # not of the job: _JobFailed is none
             if isinstance(error, UserError) or not own:
                 raise
+            if command.searches and "No trials are completed" in str(error):
+                raise UserError("every trial of this search failed; the lines above say why") from error
             raise UserError(f"{' '.join(own)}: Hydra cannot use this ({_root_of(error)}); leave it out") from error
 
 
@@ -176,10 +182,13 @@ def _root_of(error: BaseException) -> str:
 
 
 def _job(target: Target, command: Command) -> Callable[[Any], Any]:
-    """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep."""
-    swept = command.swept
+    """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep.
 
-    def job(cfg: Any) -> None:
+    In a search a job that fails says why and returns NaN; all others end the sweep.
+    """
+    swept, searches, main_process = command.swept, command.searches, os.getpid()
+
+    def job(cfg: Any) -> Any:
         title = ""
         if swept:
             number, lines = _place_in_sweep(swept)
@@ -192,15 +201,22 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
-            _function(target)(cfg)
+            value = _function(target)(cfg)
         except (Exception, SystemExit) as error:
-            if "SUBMITIT_FOLDER" in os.environ:
+            if type(error).__name__ == "MissingMandatoryValue":
+                error = UserError(no_value(error))
+            if searches and not isinstance(error, SystemExit | NoObjective):
+                _report(_JobFailed("", error))
+                print(f"{title}: failed, counts as NaN", flush=True)
+                return math.nan
+            if "SUBMITIT_FOLDER" in os.environ or os.getpid() != main_process:
                 raise _in_one_line(title, error) from None
             if isinstance(error, SystemExit):
                 raise
-            if type(error).__name__ == "MissingMandatoryValue":
-                error = UserError(no_value(error))
             raise _JobFailed(title, error) from error
+        if searches:
+            print(f"{title}: {cfg.objective}={value:.6g}", flush=True)
+        return value
 
     return job
 
@@ -211,14 +227,16 @@ def _function(target: Target) -> Callable[[Any], None]:
 
 
 def _in_one_line(title: str, error: BaseException) -> UserError:
-    """Shorten an error to what the command that waits for a submitted job is told; the job's own log gets the rest."""
-    import submitit
-
+    """Shorten an error to what the command that waits for a job elsewhere is told; the job's own log gets the rest."""
     if isinstance(error, SystemExit):
         return UserError(f"{title} was stopped (status {error.code}); the same command resumes")
     _report(_JobFailed("", error))
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return UserError(f"{text} [{title}; log: {submitit.JobEnvironment().paths.stderr}]")
+    if "SUBMITIT_FOLDER" in os.environ:
+        import submitit
+
+        title += f"; log: {submitit.JobEnvironment().paths.stderr}"
+    return UserError(f"{text} [{title}]")
 
 
 def _settings() -> list[str]:

@@ -143,6 +143,7 @@ def compose_all(config_name: str, overrides: Sequence[str] = (), sources: Source
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(sources.folders[0]), version_base="1.3"):
+            _prefer_files(sources.folders)
             cfg = hydra.compose(sources.primary or config_name, lines, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OverflowError) as error:
         raise UserError(explain(config_name, error, sources.folders)) from None
@@ -151,6 +152,17 @@ def compose_all(config_name: str, overrides: Sequence[str] = (), sources: Source
         del cfg["hydra"]
     note_settings(cfg, [o for o in parse(overrides) if not o.is_hydra_override()])
     return cfg, own
+
+
+def _prefer_files(folders: Sequence[Path]) -> None:
+    """Forget options of Hydra's plugins that a file in `folders` replaces: Hydra refuses a file of a stored name."""
+    from hydra.core.config_store import ConfigStore
+
+    for group in ("launcher", "sweeper"):
+        stored = ConfigStore.instance().repo.get("hydra", {}).get(group, {})
+        for folder in folders:
+            for file in (folder / "hydra" / group).glob("*.yaml"):
+                stored.pop(file.name, None)
 
 
 def search_path(sources: Sources) -> list[str]:

@@ -30,7 +30,8 @@ def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,
         return f"{_shown(files[0])}: {problem}" if files else problem
     full_key = re.search(r"full_key: (\S+)", text)
     if full_key and full_key[1].startswith("hydra."):
-        return f"{full_key[1]}: {text.strip().splitlines()[-1 if cause is error else 1]} (Hydra's own settings: --cfg hydra)"
+        line = next((one for one in str(cause).splitlines() if one.strip()), type(cause).__name__)
+        return f"{full_key[1]}: {line} (--cfg hydra shows Hydra's own settings)"
     if full_key and (problem := renamed_key(full_key[1])):
         return place + problem
     if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):

@@ -54,24 +54,27 @@ def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched:
     from hydra._internal.utils import get_args_parser
 
     groups, args = config_groups(config_name, sources), get_args_parser().parse_args(argv)
-    of_hydra, lines = [], []
+    of_hydra, lines, on_line = [], [], []
     for line, override in zip(args.overrides, parse(args.overrides), strict=True):
         if override.is_hydra_override():
             check_of_hydra(override)
-            of_hydra.append(line)
+            if override.key_or_group == "hydra.sweeper.params" and override.value():  # OmegaConf fails to merge these
+                on_line += sweep_params(override.value())
+            else:
+                of_hydra.append(line)
         elif override.key_or_group in groups and override.value() is None:
             if groups[override.key_or_group] is not None:  # else nothing is chosen already
                 lines.append(f"~{override.key_or_group}")  # Hydra knows no group=null
         else:
             lines.append(expand_glob(line, override, groups, sources.folders))
+    lines += _params(on_line, lines, groups, sources)
     chosen, values = _sorted_out(config_name, lines, groups, sources)
     first = [lines_of(override)[0] for override in chosen]
     cfg, own = compose_all(config_name, [*first, *of_hydra], sources)
     sweeps, swept = args.multirun or str(own["mode"]).endswith("MULTIRUN"), []
     if sweeps:
-        more = _params(own, lines, groups, sources)
-        lines += more
-        if more:
+        if more := _params(sweep_params(own["sweeper"].get("params")), lines, groups, sources):
+            lines += more
             chosen, values = _sorted_out(config_name, lines, groups, sources)
             cfg = None
         swept = [override for override in (*chosen, *values) if override.is_sweep_override()]
@@ -116,14 +119,12 @@ def _sorted_out(
     return chosen, values
 
 
-def _params(own: Any, lines: Sequence[str], groups: dict[str, Any], sources: Sources) -> list[str]:
-    """Return `hydra.sweeper.params` of Hydra's configuration as settings, without the keys that `lines` give."""
+def _params(params: list[str], lines: Sequence[str], groups: dict[str, Any], sources: Sources) -> list[str]:
+    """Return the settings of `hydra.sweeper.params` with their globs spelt out, without the keys that `lines` give."""
     given = {override.get_key_element() for override in parse(lines)}
-    params = sweep_params(own["sweeper"].get("params"))
-    parsed = [(line, override) for line, override in zip(params, parse(params), strict=True)]
     return [
         expand_glob(line, override, groups, sources.folders)
-        for line, override in parsed
+        for line, override in zip(params, parse(params), strict=True)
         if override.get_key_element() not in given
     ]
 

@@ -88,6 +88,18 @@ def job_title(swept: Sequence[Any], lines: Sequence[str], number: int) -> str:
     return f"job {number + 1} of {total}: {' '.join(lines)}"
 
 
+def best_of_search(folder: str) -> str:
+    """Return a line with the best trial of a search, of which the sweeper writes a file into `folder`."""
+    from omegaconf import OmegaConf
+
+    file = Path(folder) / "optimization_results.yaml"
+    found = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    if "best_value" not in found:
+        return "search finished"
+    values = " ".join(f"{name}={value}" for name, value in found["best_params"].items())
+    return f"\nbest of the search: {found['best_value']:.6g} with {values}"
+
+
 def separate_run(cfg: Any, lines: Sequence[str]) -> None:
     """Name the job's run after its values in the sweep (`lines`), unless the run is swept or its name tells already.
 
