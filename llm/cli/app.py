@@ -184,7 +184,7 @@ def _root_of(error: BaseException) -> str:
 def _job(target: Target, command: Command) -> Callable[[Any], Any]:
     """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep.
 
-    In a search a job that fails says why and returns NaN; all others end the sweep.
+    In a search a job that fails says why, counts as NaN, and the search goes on; other sweeps end there.
     """
     swept, searches, main_process = command.swept, command.searches, os.getpid()
 
@@ -207,7 +207,9 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
                 error = UserError(no_value(error))
             if searches and not isinstance(error, SystemExit | NoObjective):
                 _report(_JobFailed("", error))
-                print(f"{title}: failed, counts as NaN", flush=True)
+                print(f"{title}: failed, its objective is NaN", flush=True)
+                if command.searches == "optuna":  # it cannot be told of a NaN, but takes a job that raises for one
+                    raise UserError(f"{title}: failed") from None
                 return math.nan
             if "SUBMITIT_FOLDER" in os.environ or os.getpid() != main_process:
                 raise _in_one_line(title, error) from None

@@ -197,9 +197,10 @@ def find_sources(config_name: str, argv: Sequence[str]) -> tuple[Sources, list[s
         raise UserError(f"hydra.searchpath={entries}: must be a list of folders, as in [file:///my/conf]")
     between = [_folder(entry, "hydra.searchpath") for entry in entries]
     folders = dict.fromkeys([*first, *between, *last, CONF, *([LOCAL] if LOCAL.is_dir() else [])])
-    if primary and not any((folder / f"{primary}.yaml").is_file() for folder in folders):
+    holders = [folder for folder in folders if (folder / f"{primary or config_name}.yaml").is_file()]
+    if not holders:
         raise UserError(f"--config-name {primary}: there is no {primary}.yaml in {', '.join(map(str, folders))}")
-    return Sources(tuple(folders), primary), rest
+    return Sources(tuple(dict.fromkeys([holders[0], *folders])), primary), rest  # Hydra wants the main file's first
 
 
 def _own_search_path(folders: Sequence[Path], name: str) -> list[Any]:

@@ -30,7 +30,7 @@ class Command:
     argv: list[str]  # what Hydra reads, without the arguments that are in `sources`
     swept: list[Any]  # parsed overrides that have several values; none where it is one job
     launcher: str = "basic"  # starts the jobs of a sweep: option of hydra/launcher
-    searches: bool = False  # whether its sweeper chooses values by what earlier jobs have reached
+    searches: str = ""  # the sweeper, if it chooses values by what earlier jobs have reached
 
 
 def check_overrides(config_name: str, argv: Sequence[str], *, is_launched: bool = False) -> Command:
@@ -86,17 +86,17 @@ def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched:
     launcher, sweeper = kinds["hydra/launcher"] or "basic", kinds["hydra/sweeper"] or "basic"
     check_launcher(launcher, swept)
     check_sweep_kinds(swept, sweeper)
-    searches = sweeps and SEARCHES.match(own["sweeper"]["_target_"]) is not None
+    search = SEARCHES.match(own["sweeper"]["_target_"]) if sweeps else None
     for choice in itertools.product(*(lines_of(override) for override in chosen)):
         cfg = cfg if cfg is not None else compose(config_name, choice, sources)
         _check_values(config_name, cfg, choice, values)
-        if searches:
+        if search:
             check_search(cfg, sweeper, is_launched)
         cfg = None
     if sweeps:
         _check_sweep(config_name, chosen, values, sources)
     flags = [arg for arg in argv if arg not in args.overrides]
-    return Command(sources, [*flags, *of_hydra, *lines], swept, launcher, searches)
+    return Command(sources, [*flags, *of_hydra, *lines], swept, launcher, search[1] if search else "")
 
 
 def _sorted_out(
@@ -111,7 +111,9 @@ def _sorted_out(
         _check_renamed(override)
         name, is_mapping = override.key_or_group, isinstance(values_of(override)[0], dict)
         is_new = override.is_add() and name not in known_keys(config_name) and _is_there(name, sources.folders)
-        (chosen if (name in groups or is_new) and not is_mapping else values).append(override)
+        (chosen if (name in groups or is_new) and not is_mapping and override.package is None else values).append(
+            override
+        )
     for override in chosen:
         _check_group(config_name, override, groups, sources)
     for override in values:

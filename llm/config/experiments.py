@@ -75,17 +75,12 @@ def _extended(entry: Any, name: str) -> list[str]:
 
 
 def _merged(layers: Sequence[tuple[str, bool]], stage: str, folders: Sequence[Path]) -> dict[str, Any]:
-    """Return what the layers set for `stage`, later ones over earlier, with the options that inner ones choose."""
+    """Return what the layers set for `stage`, later ones over earlier. Files for one stage cannot choose options."""
     from omegaconf import OmegaConf
 
-    merged, overrides = OmegaConf.create({}), {}
-    for name, is_stage in layers:
-        content = _read(f"{name}/{stage}" if is_stage else name, folders)
-        entries = content.pop("defaults", None) or []
-        if is_stage and name != layers[-1][0]:
-            overrides |= {key: entry for entry in entries if isinstance(entry, dict) for key in entry}
-        merged = OmegaConf.merge(merged, content)
-    return {"defaults": ["_self_", *overrides.values()], **OmegaConf.to_container(merged)}
+    contents = [_read(f"{name}/{stage}" if is_stage else name, folders) for name, is_stage in layers]
+    plain = [{key: value for key, value in content.items() if key != "defaults"} for content in contents]
+    return OmegaConf.to_container(OmegaConf.merge({}, *plain))
 
 
 def _read(name: str, folders: Sequence[Path]) -> dict[str, Any]:
