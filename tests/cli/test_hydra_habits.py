@@ -29,7 +29,7 @@ FILES = {
     "experiment/mine": "# @package _global_\ndefaults: [inner, {override /callbacks: mine}]\nrun: mine\nmax_steps: 6\n",
     "experiment/mine/pretrain": "keep_last: 9\n",
     "callbacks/mine": "mine: {_target_: my_code.Callback}\n",
-    "search/lr": "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {optim.matrix_lr: 'choice(0.1,0.2)'}}}\n",
+    "search/lr": "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: 'choice(1,2)'}}}\n",
     "data/mytext": "defaults: [_local, _self_]\npath: texts\n",
     "model/wide": "defaults: [_base, _self_]\ndepth: 3\n",
 }
