@@ -323,7 +323,7 @@ def test_signals_are_as_before_after_a_command_and_a_forked_child_ends_by_them()
 def test_a_wrong_value_of_a_key_of_hydra_is_one_line(entry, value, said):
     result = entry("UserError('x')", "stage=pretrain", value)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {value}: Hydra cannot use this (") and said in result.stderr
+    assert result.stderr.startswith(f"error: {value.partition('=')[0]}") and said in result.stderr
     assert result.stderr.count("\n") == 1
 
 
