@@ -15,7 +15,7 @@ LOCAL = CONF / "local"  # users' own defaults and options on this machine
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a command's configuration lies.
+    """Folders and main file of a command's configuration.
 
     folders: of YAML files; where several have a file of one name, the first counts. primary: name of the main file,
     where --config-name gives one.
