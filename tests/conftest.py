@@ -104,31 +104,33 @@ def compose(config_name: str = "train", *overrides: str):
 def composed_once():
     """Composing takes 0.2 s: equal lines are composed once, and every test has a copy of its own.
 
-    The folder of the runs, which most tests have for themselves, is set in the copy. What a --config-dir holds may
+    The folder of the runs, which most tests have for themselves, is set in the copy. What folders of users hold may
     change, and so may the stages that plugins add.
     """
-    from llm.cli import overrides
+    from llm.cli import compose, overrides
+    from llm.cli.options import OURS
     from llm.config.said import note_settings
     from llm.config.stages import all_stages
 
-    compose_anew = overrides.compose
+    compose_anew = compose.compose_all
     cached = functools.lru_cache(100)(lambda config_name, lines, stages: compose_anew(config_name, lines))
 
-    def compose_copy(config_name, lines=(), config_dir=None):
+    def compose_copy(config_name, lines=(), sources=OURS):
         from omegaconf import OmegaConf
 
-        if config_dir is not None:
-            return compose_anew(config_name, lines, config_dir)
+        if sources != OURS:
+            return compose_anew(config_name, lines, sources)
         folders = [line for line in lines if line.startswith("paths.runs=/")]
         others = tuple(line for line in lines if line not in folders)
-        cfg = copy.deepcopy(cached(config_name, others, all_stages()))
-        for folder in overrides.parse(folders):
+        cfg, own = copy.deepcopy(cached(config_name, others, all_stages()))
+        for folder in compose.parse(folders):
             OmegaConf.update(cfg, folder.key_or_group, folder.value())
-        note_settings(cfg, overrides.parse(lines))
-        return cfg
+        note_settings(cfg, compose.parse(lines))
+        return cfg, own
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overrides, "compose", compose_copy)
+        for module in (compose, overrides):
+            patch.setattr(module, "compose_all", compose_copy)
         yield
 
 

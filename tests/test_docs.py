@@ -14,7 +14,8 @@ from pathlib import Path
 import grimp
 import pytest
 
-from llm.cli.overrides import check_overrides, config_groups, group_options, parse
+from llm.cli.compose import parse
+from llm.cli.overrides import check_overrides, config_groups, group_options
 from llm.config.schema import known_keys
 
 ROOT = Path(__file__).resolve().parents[1]

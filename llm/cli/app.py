@@ -5,6 +5,7 @@ job starts, so that `--help` and a mistake in the command line do not wait for t
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -13,27 +14,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
+from llm.cli.compose import find_sources, parse, quote_raw, search_path, whole_mixtures, without_groups
 from llm.cli.help import help_text
-from llm.cli.options import CONF, config_folders
-from llm.cli.overrides import (
-    check_overrides,
-    launcher,
-    no_value,
-    parse,
-    quote_raw,
-    swept_overrides,
-    whole_mixtures,
-    without_groups,
-)
-from llm.cli.sweep import job_title, separate_run
+from llm.cli.overrides import Command, check_overrides, no_value
+from llm.cli.sweep import best_of_search, job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
 from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
+from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
@@ -101,13 +95,15 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
         argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
         load_plugins(plugins_in(argv))
         argv = quote_raw(config_name, argv)
-        if "--shell-completion" not in argv and "-sc" not in argv:
-            check_overrides(config_name, argv)
-            argv = without_groups(config_name, whole_mixtures(config_name, argv))
-        if launcher(argv) != "basic":
-            print(f"hydra/launcher={launcher(argv)} starts the jobs; this command waits for all of them", flush=True)
-        sys.argv[1:] = argv
-        _hydra(config_name, _job(target, swept_overrides(argv)))
+        if "--shell-completion" in argv or "-sc" in argv:
+            command = Command(*find_sources(config_name, argv), [])
+        else:
+            command = check_overrides(config_name, argv, is_launched=is_launched())
+            argv = without_groups(config_name, whole_mixtures(config_name, command.argv, command.sources))
+            command = replace(command, argv=argv)
+        if command.launcher != "basic":
+            print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
+        _hydra(config_name, command, _job(target, command))
     except UserError as error:
         return _complain(str(error))
     except _JobFailed as failure:
@@ -143,7 +139,7 @@ def _report(failure: _JobFailed) -> int:
     return FAILED
 
 
-def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
+def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> None:
     """Compose the configuration and call `job` with it, once or for every job of a sweep.
 
     Hydra's sweeper insists on writing its own configuration to a file; a temporary folder takes it. Processes started
@@ -154,19 +150,25 @@ def _hydra(config_name: str, job: Callable[[Any], None]) -> None:
 
     from llm.config.schema import register
 
-    register(config_folders(sys.argv[1:]))
+    folders, primary = command.sources.folders, command.sources.primary or config_name
+    register(folders)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands on exceptions and prints none
-    own = [arg for arg in sys.argv[1:] if re.match(r"[+~]*hydra[./]", arg)]
-    main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
+    own = [arg for arg in command.argv if re.match(r"[+~]*hydra[./]", arg)]
+    sys.argv[1:] = [*command.argv, *search_path(command.sources)]
+    main = hydra.main(config_path=str(folders[0]), config_name=primary, version_base="1.3")(job)
     with contextlib.ExitStack() as stack:
         if "FATHOM_SWEEP_DIR" not in os.environ:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom_sweep_"))
             os.environ["FATHOM_SWEEP_DIR"] = folder
         try:
             main()
+            if command.searches:
+                print(best_of_search(os.environ["FATHOM_SWEEP_DIR"]), flush=True)
         except Exception as error:  # not of the job: _JobFailed is none
             if isinstance(error, UserError) or not own:
                 raise
+            if command.searches and "No trials are completed" in str(error):
+                raise UserError("every trial of this search failed; the lines above say why") from error
             raise UserError(f"{' '.join(own)}: Hydra cannot use this ({_root_of(error)}); leave it out") from error
 
 
@@ -179,10 +181,14 @@ def _root_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
-    """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep."""
+def _job(target: Target, command: Command) -> Callable[[Any], Any]:
+    """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep.
 
-    def job(cfg: Any) -> None:
+    In a search a job that fails says why, counts as NaN, and the search goes on; other sweeps end there.
+    """
+    swept, searches, main_process = command.swept, command.searches, os.getpid()
+
+    def job(cfg: Any) -> Any:
         title = ""
         if swept:
             number, lines = _place_in_sweep(swept)
@@ -195,15 +201,24 @@ def _job(target: Target, swept: Sequence[Any]) -> Callable[[Any], None]:
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
-            _function(target)(cfg)
+            value = _function(target)(cfg)
         except (Exception, SystemExit) as error:
-            if "SUBMITIT_FOLDER" in os.environ:
+            if type(error).__name__ == "MissingMandatoryValue":
+                error = UserError(no_value(error))
+            if searches and not isinstance(error, SystemExit | NoObjective):
+                _report(_JobFailed("", error))
+                print(f"{title}: failed, its objective is NaN", flush=True)
+                if command.searches == "optuna":  # it cannot be told of a NaN, but takes a job that raises for one
+                    raise UserError(f"{title}: failed") from None
+                return math.nan
+            if "SUBMITIT_FOLDER" in os.environ or os.getpid() != main_process:
                 raise _in_one_line(title, error) from None
             if isinstance(error, SystemExit):
                 raise
-            if type(error).__name__ == "MissingMandatoryValue":
-                error = UserError(no_value(error))
             raise _JobFailed(title, error) from error
+        if searches:
+            print(f"{title}: {cfg.objective}={value:.6g}", flush=True)
+        return value
 
     return job
 
@@ -214,14 +229,16 @@ def _function(target: Target) -> Callable[[Any], None]:
 
 
 def _in_one_line(title: str, error: BaseException) -> UserError:
-    """Shorten an error to what the command that waits for a submitted job is told; the job's own log gets the rest."""
-    import submitit
-
+    """Shorten an error to what the command that waits for a job elsewhere is told; the job's own log gets the rest."""
     if isinstance(error, SystemExit):
         return UserError(f"{title} was stopped (status {error.code}); the same command resumes")
     _report(_JobFailed("", error))
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return UserError(f"{text} [{title}; log: {submitit.JobEnvironment().paths.stderr}]")
+    if "SUBMITIT_FOLDER" in os.environ:
+        import submitit
+
+        title += f"; log: {submitit.JobEnvironment().paths.stderr}"
+    return UserError(f"{text} [{title}]")
 
 
 def _settings() -> list[str]:

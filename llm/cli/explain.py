@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm.cli.hydra_plugins import missing_plugin
 from llm.cli.options import CONF, group_options, no_option, unknown_key
 from llm.config.renamed import renamed_key
 from llm.config.schema import known_keys
@@ -20,12 +21,17 @@ def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,
     if schema := re.search(r"Could not load 'schema/(\w+)/(\w+)'", text):
         return f"{schema[1]}={schema[2]}: no plugin registers its schema; name the module that does: plugins=[<module>]"
     option = re.search(r"Could not find '(.+)/([^/']+)'", text)
+    if option and option[1].startswith("hydra/"):
+        return missing_plugin(option[1], option[2]) or no_option(option[1], option[2], _of_hydra(option[1], folders))
     if option:
         chosen = rf"override +/?{option[1]} *: *{option[2]}\b"
         files = [f for folder in folders for f in folder.rglob("*.yaml") if re.search(chosen, f.read_text("utf-8"))]
         problem = no_option(option[1], option[2], group_options(option[1], folders))
         return f"{_shown(files[0])}: {problem}" if files else problem
     full_key = re.search(r"full_key: (\S+)", text)
+    if full_key and full_key[1].startswith("hydra."):
+        line = next((one for one in str(cause).splitlines() if one.strip()), type(cause).__name__)
+        return f"{full_key[1]}: {line} (--cfg hydra shows Hydra's own settings)"
     if full_key and (problem := renamed_key(full_key[1])):
         return place + problem
     if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
@@ -33,6 +39,14 @@ def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,
     lines = [re.sub(r"^In '[^']+': ", "", line.strip()) for line in text.splitlines()]
     lines = [line for line in lines if line and not line.endswith("while composing config:")]
     return place + (f"{full_key[1]}: " if full_key else "") + (lines[0] if lines else type(error).__name__)
+
+
+def _of_hydra(group: str, folders: Sequence[Path]) -> list[str]:
+    """Return the options of a group of Hydra: files, and those of Hydra and its plugins that are installed."""
+    from hydra.core.config_store import ConfigStore
+
+    stored = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)]
+    return sorted({*stored, *group_options(group, folders)})
 
 
 def _source(name: str, folders: Sequence[Path]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import Field
 from typing import Any
 
-from llm.cli.overrides import CONF, config_groups, group_options
+from llm.cli.options import CONF, config_groups, group_options
 from llm.config.schema import known_keys
 
 EXAMPLES = {

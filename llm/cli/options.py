@@ -2,35 +2,53 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm.config.generated import GENERATED
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+LOCAL = CONF / "local"  # users' own defaults and options on this machine
 
 
-def config_folders(argv: Sequence[str]) -> list[Path]:
-    """Return the folders of configuration files: conf/, then that of --config-dir in `argv` where it is given."""
-    from hydra._internal.utils import get_args_parser
+@dataclass(frozen=True)
+class Sources:
+    """Folders and main file of a command's configuration.
 
-    folder = get_args_parser().parse_args(list(argv)).config_dir
-    return [CONF, *([Path(folder).resolve()] if folder else [])]
+    folders: of YAML files; where several have a file of one name, the first counts. primary: name of the main file,
+    where --config-name gives one.
+    """
+
+    folders: tuple[Path, ...] = (CONF,)
+    primary: str | None = None
 
 
-def config_groups(config_name: str) -> dict[str, Any]:
-    """Return the groups of an entry point with their default options, in the order of its defaults list."""
-    from omegaconf import OmegaConf
+OURS = Sources()
 
-    groups = {}
-    for entry in OmegaConf.to_container(OmegaConf.load(CONF / f"{config_name}.yaml"))["defaults"]:
-        if isinstance(entry, dict):
-            ((name, option),) = entry.items()
-            name = name.removeprefix("optional ")
-            if "@" not in name and name != "hydra":
+
+def config_groups(config_name: str, sources: Sources = OURS) -> dict[str, Any]:
+    """Return the groups of an entry point with their default options, in the order of its defaults list.
+
+    sources: those of a main file of the user's are added, where it brings some.
+    """
+    groups: dict[str, Any] = {}
+    own = [folder / f"{sources.primary or config_name}.yaml" for folder in sources.folders]
+    for file in dict.fromkeys((CONF / f"{config_name}.yaml", next(filter(Path.is_file, own)))):
+        for entry in _defaults_list(file):
+            name, option = next(iter(entry.items())) if isinstance(entry, dict) else ("@", None)
+            name = name.removeprefix("optional ").removeprefix("/")
+            if "@" not in name and name != "hydra" and not name.startswith(("override ", "hydra/")):
                 groups[name] = option
     return groups
+
+
+def _defaults_list(file: Path) -> list[Any]:
+    """Return the defaults list of a YAML file; [] where it has none."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(file)).get("defaults") or []
 
 
 def group_options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:

@@ -4,194 +4,137 @@ Hydra would notice most of these mistakes too, but only say that a key is not in
 composed with the chosen options once, and each override is tried on it.
 """
 
-import importlib.util
 import itertools
-import re
-import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import Field
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.cli.explain import explain
-from llm.cli.options import CONF, config_folders, config_groups, group_options, listed, no_option, unknown_key
-from llm.config.check import as_text, check_model_size, check_task_names, check_values, shown
+from llm.cli.compose import MIXTURE, compose, compose_all, find_sources, parse
+from llm.cli.hydra_plugins import SEARCHES, check_launcher, check_of_hydra, check_search
+from llm.cli.options import CONF, Sources, config_groups, group_options, listed, no_option, unknown_key
+from llm.cli.sweep import check_sweep_kinds, expand_glob, lines_of, sweep_params, values_of
+from llm.config.check import check_model_size, check_task_names, check_values, shown
 from llm.config.renamed import renamed_key
-from llm.config.said import note_settings
 from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
 
 __all__ = ["CONF", "check_overrides", "compose", "config_groups", "group_options"]
 
-MIXTURE = re.compile(r"data\.mixture\.\w+")
-CHOOSE_MIXTURES = ("stage", "data", "mixture", "experiment")  # groups that decide which tasks a mixture has
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that has passed the check."""
+
+    sources: Sources  # where its configuration lies
+    argv: list[str]  # what Hydra reads, without the arguments that are in `sources`
+    swept: list[Any]  # parsed overrides that have several values; none where it is one job
+    launcher: str = "basic"  # starts the jobs of a sweep: option of hydra/launcher
+    searches: str = ""  # the sweeper, if it chooses values by what earlier jobs have reached
 
 
-def check_overrides(config_name: str, argv: Sequence[str]) -> None:
+def check_overrides(config_name: str, argv: Sequence[str], *, is_launched: bool = False) -> Command:
     """Raise `UserError` for the first override in `argv` that cannot be meant, for every job of a sweep.
 
     Groups and their options are compared with the files in `conf/`, keys and values with the composed configuration,
-    so what a data or callbacks file adds is known as well.
+    so what a data or callbacks file adds is known as well. is_launched: whether torchrun or srun started the command.
     """
-    from hydra._internal.utils import get_args_parser
     from omegaconf.errors import MissingMandatoryValue
 
     _check_dashes(argv)
-    args = get_args_parser().parse_args(list(argv))
+    sources, argv = find_sources(config_name, argv)
     try:
-        _check_all(config_name, argv, args)
+        return _check_all(config_name, argv, sources, is_launched)
     except MissingMandatoryValue as error:
         raise UserError(no_value(error)) from None
 
 
-def _check_all(config_name: str, argv: Sequence[str], args: Any) -> None:
-    """Raise UserError for the first override that cannot be meant; args: `argv` as Hydra's own parser reads it."""
-    folders = config_folders(argv)
-    overrides = parse(args.overrides)
-    _check_launcher(launcher(argv), overrides)
-    for override in overrides:
-        _check_plugin_of_hydra(override)
-    overrides = [o for o in overrides if not re.match(r"hydra[./]", o.key_or_group)]
-    if not args.multirun:
-        for override in overrides:
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: several values make a sweep, which needs -m (or --multirun)")
-    for override in overrides:
-        _check_renamed(override)
-    groups = config_groups(config_name)
+def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched: bool) -> Command:
+    """Check `argv`, from which the arguments in `sources` are gone. Raises UserError."""
+    from hydra._internal.utils import get_args_parser
+
+    groups, args = config_groups(config_name, sources), get_args_parser().parse_args(argv)
+    of_hydra, lines, on_line = [], [], []
+    for line, override in zip(args.overrides, parse(args.overrides), strict=True):
+        if override.is_hydra_override():
+            check_of_hydra(override)
+            if override.key_or_group == "hydra.sweeper.params" and override.value():  # OmegaConf fails to merge these
+                on_line += sweep_params(override.value())
+            else:
+                of_hydra.append(line)
+        elif override.key_or_group in groups and override.value() is None:
+            if groups[override.key_or_group] is not None:  # else nothing is chosen already
+                lines.append(f"~{override.key_or_group}")  # Hydra knows no group=null
+        else:
+            lines.append(expand_glob(line, override, groups, sources.folders))
+    lines += _params(on_line, lines, groups, sources)
+    chosen, values = _sorted_out(config_name, lines, groups, sources)
+    first = [lines_of(override)[0] for override in chosen]
+    cfg, own = compose_all(config_name, [*first, *of_hydra], sources)
+    sweeps, swept = args.multirun or str(own["mode"]).endswith("MULTIRUN"), []
+    if sweeps:
+        if more := _params(sweep_params(own["sweeper"].get("params")), lines, groups, sources):
+            lines += more
+            chosen, values = _sorted_out(config_name, lines, groups, sources)
+            cfg = None
+        swept = [override for override in (*chosen, *values) if override.is_sweep_override()]
+        swept.sort(key=lambda override: lines.index(override.input_line))
+    for override in () if sweeps else (*chosen, *values):
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: several values make a sweep, which needs -m (or --multirun)")
+    kinds = own["runtime"]["choices"]
+    launcher, sweeper = kinds["hydra/launcher"] or "basic", kinds["hydra/sweeper"] or "basic"
+    check_launcher(launcher, swept)
+    check_sweep_kinds(swept, sweeper)
+    search = SEARCHES.match(own["sweeper"]["_target_"]) if sweeps else None
+    for choice in itertools.product(*(lines_of(override) for override in chosen)):
+        cfg = cfg if cfg is not None else compose(config_name, choice, sources)
+        _check_values(config_name, cfg, choice, values)
+        if search:
+            check_search(cfg, sweeper, is_launched)
+        cfg = None
+    if sweeps:
+        _check_sweep(config_name, chosen, values, sources)
+    flags = [arg for arg in argv if arg not in args.overrides]
+    return Command(sources, [*flags, *of_hydra, *lines], swept, launcher, search[1] if search else "")
+
+
+def _sorted_out(
+    config_name: str, lines: Sequence[str], groups: dict[str, Any], sources: Sources
+) -> tuple[list[Any], list[Any]]:
+    """Return the parsed overrides that choose options and those that set values. Raises UserError for a name unknown.
+
+    An added group, `+search=lr`, is one whose folder a user has made.
+    """
     chosen, values = [], []
-    for override in overrides:
-        is_group = override.key_or_group in groups and not isinstance(_values(override)[0], dict)
-        (chosen if is_group else values).append(override)
+    for override in parse(lines):
+        _check_renamed(override)
+        name, is_mapping = override.key_or_group, isinstance(values_of(override)[0], dict)
+        is_new = override.is_add() and name not in known_keys(config_name) and _is_there(name, sources.folders)
+        (chosen if (name in groups or is_new) and not is_mapping and override.package is None else values).append(
+            override
+        )
     for override in chosen:
-        _check_group(override, groups, folders)
+        _check_group(config_name, override, groups, sources)
     for override in values:
         _check_first_part(config_name, override, groups)
-    for choice in itertools.product(*(_lines(o) for o in chosen)):
-        _check_values(config_name, choice, values, args.config_dir)
-    if args.multirun:
-        _check_sweep(config_name, chosen, values, args.config_dir)
+    return chosen, values
 
 
-def swept_overrides(argv: Sequence[str]) -> list[Any]:
-    """Return the overrides in `argv` that have several values; none without -m."""
-    from hydra._internal.utils import get_args_parser
-
-    args = get_args_parser().parse_args(list(argv))
-    return [o for o in parse(args.overrides) if o.is_sweep_override()] if args.multirun else []
-
-
-def launcher(argv: Sequence[str]) -> str:
-    """Return the option of `hydra/launcher` in `argv`, which starts the jobs of a sweep; `basic` if none is given."""
-    return next((arg.partition("=")[2] for arg in reversed(argv) if arg.startswith("hydra/launcher=")), "basic")
-
-
-def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
-    """Return `argv` with the values of free-text keys (`prompt=...`) in quotes, in which Hydra reads no grammar."""
-    raw = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("raw")}
-
-    def quote(arg: str) -> str:
-        name, equals, text = arg.partition("=")
-        if not equals or name not in raw or text == "null":
-            return arg
-        return f"{name}={_quoted(text)}"
-
-    return [quote(arg) for arg in argv]
-
-
-def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
-    """Return `argv` with values of `no_group` keys as {name: value}: Hydra takes others for an option of the group."""
-    names = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("no_group")}
-
-    def wrap(arg: str) -> str:
-        name, equals, _ = arg.partition("=")
-        if not equals or name not in names:
-            return arg
-        return f"{name}=" + ",".join(f"{{name: {_quoted(as_text(value))}}}" for value in _values(parse([arg])[0]))
-
-    return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
-
-
-def whole_mixtures(config_name: str, argv: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """Return `argv` with `~data.mixture.sft.<task>` for every task before `data.mixture.sft={...}`.
-
-    So the mapping is the whole mixture; Hydra alone would merge it into the one that is there. Raises UserError in a
-    sweep whose jobs have different tasks in this mixture.
-    """
-    from hydra._internal.utils import get_args_parser
-
-    if not any(_sets_mixture(config_name, arg) for arg in argv):
-        return list(argv)
-    args, groups = get_args_parser().parse_args(list(argv)), config_groups(config_name)
-    overrides = [o for o in parse(args.overrides) if o.key_or_group in groups and o.key_or_group in CHOOSE_MIXTURES]
-    choices = list(itertools.product(*(_lines(o) for o in overrides)))
-    lines, before = [], []
-    for arg in argv:
-        new = [arg]
-        if _sets_mixture(config_name, arg):
-            key = arg.partition("=")[0].lstrip("+")
-            jobs = [[*choice, *before] for choice in choices]
-            tasks = _tasks_of(config_name, key, jobs, config_dir or args.config_dir)
-            new = [*(f"~{key}.{task}" for task in tasks), f"++{arg.lstrip('+')}"]
-        lines += new
-        of_mixtures = [line for line in new if MIXTURE.match(line.lstrip("+~"))]
-        before += [line for line in of_mixtures if not parse([line])[0].is_sweep_override()]
-    return lines
-
-
-def _sets_mixture(config_name: str, arg: str) -> bool:
-    """Return whether an argument gives a mapping for a mixture that exists, as in `data.mixture.sft={chat: 1}`."""
-    name, _, value = arg.partition("=")
-    key = name.lstrip("+")
-    return MIXTURE.fullmatch(key) is not None and value.lstrip().startswith("{") and key in known_keys(config_name)
-
-
-def _tasks_of(config_name: str, key: str, jobs: Sequence[Sequence[str]], config_dir: str | None) -> tuple[str, ...]:
-    """Return the tasks of the mixture `key`; UserError where they differ between the jobs of a sweep."""
-    from omegaconf import OmegaConf
-
-    found = {tuple(OmegaConf.select(compose(config_name, lines, config_dir), key) or ()) for lines in jobs}
-    if len(found) > 1:
-        raise UserError(
-            f"{key}={{...}}: the jobs of this sweep have different tasks in it: give it to a command of each"
-        )
-    return found.pop()
+def _params(params: list[str], lines: Sequence[str], groups: dict[str, Any], sources: Sources) -> list[str]:
+    """Return the settings of `hydra.sweeper.params` with their globs spelt out, without the keys that `lines` give."""
+    given = {override.get_key_element() for override in parse(lines)}
+    return [
+        expand_glob(line, override, groups, sources.folders)
+        for line, override in zip(params, parse(params), strict=True)
+        if override.get_key_element() not in given
+    ]
 
 
 def no_value(error: Exception | str) -> str:
     """Return the error line for a key that is read and has no value: the key, or OmegaConf's MissingMandatoryValue."""
     key = str(getattr(error, "full_key", None) or error).splitlines()[0].removeprefix("Missing mandatory value: ")
     return f"{key} has no value: give it in the option's YAML file or the command line"
-
-
-def _quoted(text: str) -> str:
-    """Quote a text so that it arrives unchanged.
-
-    OmegaConf reads ${...} and Hydra reads quotes; both remove a backslash before them and halve the backslashes before.
-    """
-    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
-
-
-def parse(lines: Sequence[str]) -> list[Any]:
-    """Parse the settings of a command line into Hydra's overrides. Raises UserError for one that cannot be read."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    overrides = []
-    for line in lines:
-        try:
-            overrides.append(parser.parse_override(line))
-        except (HydraException, ValueError):  # of Python: a number of more than 4,300 digits
-            if "=" not in line:
-                raise UserError(f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100") from None
-            name, _, value = line.partition("=")
-            if len(value) > 1000:
-                raise UserError(f"{name}={shown(value)}: too long a value, or one that cannot be read") from None
-            hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
-            raise UserError(f"{line!r} cannot be read: {hint}") from None
-    return overrides
 
 
 def _check_dashes(argv: Sequence[str]) -> None:
@@ -206,41 +149,9 @@ def _check_dashes(argv: Sequence[str]) -> None:
             raise UserError(f"{arg}: no such option; settings have no dashes: {bare}=<value> (list: --help)")
 
 
-def _check_launcher(name: str, overrides: list[Any]) -> None:
-    """Raise UserError for a launcher that is not installed, or that would start a chain of stages all at once."""
-    if name == "basic":
-        return
-    if re.match("slurm|submitit", name) and importlib.util.find_spec("submitit") is None:
-        raise UserError(f"hydra/launcher={name}: needs a package of its own: pip install -e '.[slurm]'")
-    if name.endswith("slurm") and shutil.which("sbatch") is None:
-        raise UserError(f"hydra/launcher={name}: there is no sbatch here; run this where jobs are submitted")
-    if any(o.key_or_group == "stage" and o.is_sweep_override() for o in overrides):
-        raise UserError(f"hydra/launcher={name} starts all jobs at once, but stages follow each other: give one stage")
-
-
-def _check_plugin_of_hydra(override: Any) -> None:
-    """Raise UserError for a value in the place of a launcher's settings: Hydra looks at them in a sweep only."""
-    name = override.key_or_group
-    if name in ("hydra.launcher", "hydra.sweeper") and not all(isinstance(v, dict) for v in _values(override)):
-        group = name.replace(".", "/")
-        raise UserError(f"{override.input_line}: choose one by name, {group}=<name>; its settings are {name}.<key>")
-
-
-def _values(override: Any) -> list[Any]:
-    """Return the values of an override: one, or all of a sweep."""
-    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-
-
-def _lines(override: Any) -> list[str]:
-    """Return the override as a line of text, once for every value of a sweep."""
-    if not override.is_sweep_override():
-        return [override.input_line]
-    return [f"{override.get_key_element()}={text}" for text in override.sweep_string_iterator()]
-
-
 def _check_renamed(override: Any) -> None:
     """Raise UserError where an override, or a key in its mapping, has an old name."""
-    for value in _values(override):
+    for value in values_of(override):
         for name in [override.key_or_group, *(_dotted_keys(value, override.key_or_group))]:
             if problem := renamed_key(name):
                 raise UserError(f"{override.input_line}: {problem}")
@@ -253,28 +164,29 @@ def _dotted_keys(value: Any, prefix: str) -> Iterable[str]:
         yield from _dotted_keys(inner, f"{prefix}.{key}")
 
 
-def _check_group(override: Any, groups: dict[str, Any], folders: list[Path]) -> None:
+def _check_group(config_name: str, override: Any, groups: dict[str, Any], sources: Sources) -> None:
     """Raise UserError where the value of a group is not the name of an option, or a list of names."""
     group = override.key_or_group
-    options = group_options(group, folders)
-    shown = listed(options)
+    options = group_options(group, sources.folders)
     if override.is_delete():
-        raise UserError(f"{override.input_line}: choose one of {shown} instead")
-    if override.is_add() or override.is_force_add():
+        try:
+            check_values(compose(config_name, [f"~{group}"]))
+        except UserError:
+            raise UserError(f"~{group}: something is needed here; choose one of {listed(options)}") from None
+        return
+    if override.is_force_add() or (override.is_add() and group in groups):
         raise UserError(f"{override.input_line}: {group!r} is there already; leave out the '+'")
-    for value in _values(override):
-        if value is None:
-            raise UserError(f"{group}=null: {'leave it out' if groups[group] is None else f'choose one of {shown}'}")
+    for value in values_of(override):
         for name in value if isinstance(value, list) else [value]:
-            if name in options or _is_file(f"{group}/{name}.yaml", folders):
+            if name in options or _is_there(f"{group}/{name}.yaml", sources.folders):
                 continue
             raise UserError(no_option(group, name, options))
 
 
-def _is_file(name: str, folders: list[Path]) -> bool:
-    """Return whether one of the folders has this file; a name that no file can have is none."""
+def _is_there(name: str, folders: Iterable[Path]) -> bool:
+    """Return whether one of the folders has this file or folder; a name that no file can have is none."""
     try:
-        return any((folder / name).is_file() for folder in folders)
+        return any((folder / name).exists() for folder in folders)
     except (OSError, ValueError):
         return False
 
@@ -288,11 +200,10 @@ def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -
         raise UserError(unknown_key(config_name, name, [*groups, *_dotted(compose(config_name), "")]))
 
 
-def _check_values(config_name: str, choice: Sequence[str], values: list[Any], config_dir: str | None) -> None:
-    """Try every value on the configuration composed with the options `choice`."""
-    cfg = compose(config_name, choice, config_dir)
+def _check_values(config_name: str, cfg: Any, choice: Sequence[str], values: list[Any]) -> None:
+    """Try every value on `cfg`, the configuration composed with the options `choice`."""
     for override in values:
-        for value in _values(override):
+        for value in values_of(override):
             _try_override(config_name, cfg, override, value, choice)
             if override.is_sweep_override():
                 check_values(cfg)
@@ -303,15 +214,15 @@ def _check_values(config_name: str, choice: Sequence[str], values: list[Any], co
         check_task_names(cfg.data, cfg.stage)
 
 
-def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_dir: str | None) -> None:
+def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], sources: Sources) -> None:
     """Raise UserError for a key of a swept group that the default option lacks: Hydra composes that option first."""
     swept = [o.key_or_group for o in chosen if o.is_sweep_override()]
-    fixed = [line for o in chosen if not o.is_sweep_override() for line in _lines(o)]
+    fixed = [line for o in chosen if not o.is_sweep_override() for line in lines_of(o)]
     inside = [o for o in values if o.key_or_group.partition(".")[0] in swept and not o.is_sweep_override()]
-    cfg = compose(config_name, fixed, config_dir) if inside else None
+    cfg = compose(config_name, fixed, sources) if inside else None
     for override in inside:
         try:
-            _try_override(config_name, cfg, override, _values(override)[0], fixed)
+            _try_override(config_name, cfg, override, values_of(override)[0], fixed)
         except UserError:
             group = override.key_or_group.partition(".")[0]
             raise UserError(
@@ -320,37 +231,13 @@ def _check_sweep(config_name: str, chosen: list[Any], values: list[Any], config_
             ) from None
 
 
-def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> Any:
-    """Compose the configuration of an entry point. Raises UserError with file and key for a mistake in a YAML file."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from llm.config.schema import register
-
-    folders = [CONF, *([Path(config_dir).resolve()] if config_dir else [])]
-    register(folders)
-    lines = without_groups(config_name, whole_mixtures(config_name, overrides, config_dir))
-    lines += [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose(config_name, lines)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OverflowError) as error:
-        raise UserError(explain(config_name, error, folders)) from None
-    note_settings(cfg, parse(overrides))
-    return cfg
-
-
 def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice: Sequence[str]) -> None:
     """Apply one override to `cfg` as Hydra will, or raise `UserError`."""
     from omegaconf import OmegaConf
 
     name, line = override.key_or_group, override.input_line
     _check_parents(cfg, name)
-    adds = override.is_add() or override.is_force_add()
+    adds = override.is_add() or (override.is_force_add() and not _exists(cfg, name))
     if not adds and not override.is_delete():
         _try_value(config_name, cfg, name, value, choice)
         return
@@ -361,6 +248,8 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
     if override.is_delete() and not _exists(cfg, name):
         raise UserError(_missing(config_name, cfg, name, choice))
     if _is_typed(parent):
+        if override.is_force_add():
+            raise UserError(_missing(config_name, cfg, name, choice))
         verb = "added" if adds else "left out"
         raise UserError(f"{line}: {name!r} cannot be {verb}, {above or 'the top level'} has a fixed set of keys")
     if adds and name.startswith("data.") and cfg.data is None:

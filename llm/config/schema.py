@@ -8,13 +8,14 @@ Nothing heavy is imported here: `train.py --help` and the check of the command l
 """
 
 import copyreg
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 from llm.config.data_schema import DataConfig, MixtureConfig
+from llm.config.experiments import register_extended
 from llm.config.generated import register_generated
 from llm.config.key import CONTEXT, ITEMS, SEED, STEPS, VOCABULARY, key
 from llm.config.model_schema import (
@@ -177,6 +178,10 @@ class TrainConfig:
     log_every: int = key("steps between rows of metrics.csv", low=1, high=STEPS, main=True)
     resume: bool = key("continue an unfinished stage from the last checkpoint", main=True)
     overwrite: bool = key("delete what the stage wrote before and start again", main=True)
+    objective: str | None = key("column of metrics.csv that a search compares jobs by, such as bpb; null = no search")
+    objective_mode: str = key(
+        "which value of the objective's column counts in a search", choices=("last", "min", "max")
+    )
     dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
     seed: int = key("seed of initial weights, data order and sampling", low=0, high=SEED, main=True)
 
@@ -382,10 +387,10 @@ def register_schema(group: str, name: str, schema: type) -> None:
     _known_keys.cache_clear()
 
 
-def register(folders: Iterable[Path] = ()) -> None:
+def register(folders: Sequence[Path] = ()) -> None:
     """Give Hydra the schemas (`schema/train`, `schema/stage/sft`, ...) and the options that no file holds.
 
-    `folders`: conf/ and the folder of --config-dir, whose files take the place of generated options.
+    `folders`: conf/ and those of a user, whose files take the place of generated options.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -398,6 +403,7 @@ def register(folders: Iterable[Path] = ()) -> None:
                 store, f"schema/{group}", name, _with_mixtures(schema, mixtures) if group == "data" else schema, group
             )
     register_generated(store, folders)
+    register_extended(store, folders)
 
 
 def _store(store: Any, group: str, name: str, schema: type, package: str) -> None:

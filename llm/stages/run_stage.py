@@ -24,6 +24,7 @@ from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, fetch_named, mirrored
+from llm.run.objective import objective_of
 from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, show_config
@@ -33,15 +34,17 @@ from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
 
 
-def run_stage(cfg: DictConfig) -> None:
-    """Train the stage that `cfg` describes, resume it, or report that it is done."""
+def run_stage(cfg: DictConfig) -> float | None:
+    """Train the stage that `cfg` describes, resume it, or report that it is done; return its `objective`, if any."""
     row = stage_row(cfg.stage.name)
     if not row.in_run:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every node
             runner(row)(cfg)
         return None
     if not is_launched():
-        return work_on_stage(cfg, row)
+        run = work_on_stage(cfg, row)
+        asked = cfg.objective is not None and not cfg.dry_run
+        return objective_of(run.stage_dir(row.name), cfg.objective, cfg.objective_mode) if asked else None
     import torch
 
     from llm.parallel import collectives
@@ -65,11 +68,12 @@ def runner(row: Stage):
     return load_object(row.run, f"runner of stage={row.name}")
 
 
-def work_on_stage(cfg: DictConfig, row: Stage) -> None:
-    """Run the stage in this process, or launch one process per device and wait for them."""
+def work_on_stage(cfg: DictConfig, row: Stage) -> RunDir:
+    """Run the stage in this process, or launch one process per device and wait for them; return its run."""
     run = own_run(cfg, row)
     with writer(cfg, row, run):
         work_as_writer(cfg, row, run)
+    return run
 
 
 def writer(cfg: DictConfig, row: Stage, run: RunDir) -> contextlib.AbstractContextManager:

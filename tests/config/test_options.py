@@ -9,6 +9,7 @@ from conftest import REPO, compose, run_cli
 from omegaconf import OmegaConf
 
 from llm.cli import overrides
+from llm.cli.options import Sources
 from llm.cli.overrides import CONF, check_overrides, group_options
 from llm.config.schema import VARIANTS
 from llm.config.stages import stage_names, stage_row
@@ -42,7 +43,9 @@ def test_a_file_adds_a_model_or_takes_the_place_of_a_depth(tmp_path):
     (tmp_path / "model/d4.yaml").write_text("defaults: [_base, _self_]\ndepth: 4\nseq_len: 4096\n")
     check_overrides("train", ["--config-dir", str(tmp_path), "model=wide"])
     assert group_options("model", [CONF, tmp_path]) == [*DEPTHS, "wide"]
-    wide, own, d5 = (overrides.compose("train", [f"model={m}"], str(tmp_path)).model for m in ("wide", "d4", "d5"))
+    wide, own, d5 = (
+        overrides.compose("train", [f"model={m}"], Sources((CONF, tmp_path))).model for m in ("wide", "d4", "d5")
+    )
     assert (wide.depth, wide.aspect_ratio, wide.head_dim) == (3, 256, 128)
     assert (own.depth, own.seq_len, d5.depth, d5.seq_len) == (4, 4096, 5, 2048)
     with pytest.raises(UserError, match="model=wdie does not exist; did you mean model=wide"):
@@ -115,7 +118,7 @@ def local(tmp_path):
     def write(name: str, text: str):
         (tmp_path / "local").mkdir(exist_ok=True)
         (tmp_path / f"local/{name}.yaml").write_text(text)
-        return lambda config_name, *lines: overrides.compose(config_name, lines, str(tmp_path))
+        return lambda config_name, *lines: overrides.compose(config_name, lines, Sources((CONF, tmp_path)))
 
     return write
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from llm.checkpoint.resume import list_checkpoints
 from llm.cli import overrides
+from llm.cli.options import CONF, Sources
 from llm.cli.overrides import check_overrides
 from llm.config.renamed import (
     CONFIG_KEYS,
@@ -88,7 +89,9 @@ def test_an_old_key_in_a_file_names_the_file_and_the_new_one(tmp_path, file, tex
     (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 1\n")
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError) as caught:
-        overrides.compose("train", ["stage=sft" if "sft" in file else "stage=pretrain", line], str(tmp_path))
+        overrides.compose(
+            "train", ["stage=sft" if "sft" in file else "stage=pretrain", line], Sources((CONF, tmp_path))
+        )
     message = str(caught.value)
     assert "\n" not in message and file in message and message.endswith(f"{old} is now called {CONFIG_KEYS[old]}")
 

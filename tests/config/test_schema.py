@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from processes import run
 
 from llm.cli import overrides
+from llm.cli.options import Sources
 from llm.cli.overrides import CONF, config_groups, group_options
 from llm.config import schema
 from llm.config.key import key
@@ -73,10 +74,10 @@ def test_a_source_of_text_of_a_plugin_has_keys_of_its_own_and_those_of_every_mix
         "defaults: [/schema/data/site@_here_, _text, _public_tasks, _self_]\nname: local\naddress: x\n"
     )
     for config_name in ("train", "evaluate"):
-        cfg = overrides.compose(config_name, ["data=site", "data.mixture.sft={gsm8k: 2}"], str(tmp_path))
+        cfg = overrides.compose(config_name, ["data=site", "data.mixture.sft={gsm8k: 2}"], Sources((CONF, tmp_path)))
         assert (cfg.data.address, cfg.data.mixture.sft.gsm8k) == ("x", 2)
     with pytest.raises(UserError, match="data.mixture.sftt"):
-        overrides.compose("train", ["data=site", "data.mixture.sftt={gsm8k: 2}"], str(tmp_path))
+        overrides.compose("train", ["data=site", "data.mixture.sftt={gsm8k: 2}"], Sources((CONF, tmp_path)))
 
 
 SIMPLE_GROUPS = sorted(config_groups("train").keys() - {"stage", "model", "experiment"})
@@ -193,7 +194,7 @@ def test_the_command_line_beats_stage_values_beat_experiment_beat_groups(tmp_pat
     (tmp_path / "experiment/mine/sft.yaml").write_text("max_steps: 20\nstage: {lr_frac: 0.5}\n")
 
     def values(*lines):
-        cfg = overrides.compose("train", ["experiment=mine", *lines], str(tmp_path))
+        cfg = overrides.compose("train", ["experiment=mine", *lines], Sources((CONF, tmp_path)))
         return cfg.model.depth, cfg.max_steps, cfg.seed, cfg.stage.lr_frac, cfg.stage.eval_every
 
     assert values("stage=midtrain") == (6, 10, 1, 1.0, 7)

@@ -4,12 +4,18 @@ import pytest
 from conftest import compose, run_cli
 
 from llm.cli import overrides
-from llm.cli.overrides import check_overrides, whole_mixtures
+from llm.cli.compose import find_sources, whole_mixtures
+from llm.cli.overrides import check_overrides
 from llm.errors import UserError
 
 
 def mixture(*lines: str, stage: str = "sft", config_dir: str | None = None) -> dict:
-    return dict(overrides.compose("train", lines, config_dir).data.mixture[stage])
+    return dict(composed(lines, config_dir).data.mixture[stage])
+
+
+def composed(lines, config_dir: str | None):
+    sources, lines = find_sources("train", [*(["--config-dir", config_dir] if config_dir else []), *lines])
+    return overrides.compose("train", lines, sources)
 
 
 def test_a_mapping_on_the_command_line_is_the_whole_mixture():
@@ -101,7 +107,7 @@ def test_an_experiment_a_mixture_option_and_local_defaults_merge(files):
 def test_an_experiment_adds_one_task_and_keeps_the_others(files):
     task = "{type: chat, source: local, train: a.jsonl, test: b.jsonl}"
     folder = files("experiment/mine", f"# @package _global_\ndata: {{tasks: {{poems: {task}}}}}\n")
-    assert len(overrides.compose("train", ["experiment=mine"], folder).data.tasks) == 7
+    assert len(composed(["experiment=mine"], folder).data.tasks) == 7
     assert mixture("experiment=mine", "data.mixture.sft={poems: 1}", config_dir=folder) == {"poems": 1}
 
 
@@ -113,7 +119,7 @@ def test_an_option_of_text_alone_is_complete(files, tmp_path):
     folder = files("data/mytext", f"defaults: [_local, _self_]\npath: {tmp_path}\n")
     for stage in ("tokenizer", "pretrain", "sft"):
         check_overrides("train", ["--config-dir", folder, "data=mytext", f"stage={stage}", "experiment=tiny"])
-    data = overrides.compose("train", ["data=mytext"], folder).data
+    data = composed(["data=mytext"], folder).data
     assert (data.tasks, data.mixture.sft, data.rl, data.eval) == ({}, {}, None, [])
     with pytest.raises(UserError, match=r"no task 'x' in data\.tasks|data.tasks has no task"):
         check_overrides("train", ["--config-dir", folder, "data=mytext", "data.mixture.sft={x: 1}"])
