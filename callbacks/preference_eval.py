@@ -55,7 +55,7 @@ class WinRate(Periodic):
         now = free_scores(net, tokenizer, self.rows, self.max_new_tokens)
         own = [(0.5 + 0.5 * ((a > b) - (a < b)), a) for a, b in zip(now, self.before, strict=True)]
         every = [one for part in collectives.all_gather_object(own) for one in part]
-        wins = score([win for win, _ in every])
+        wins = score([win for win, _ in own])
         module.row["preference/win_rate"], module.row["preference/win_rate_stderr"] = wins["accuracy"], wins["stderr"]
         module.row["preference/rule"] = math.fsum(value for _, value in every) / len(every)
         module.net.train()
