@@ -14,6 +14,9 @@ class CoreEval(Periodic):
         super().__init__(0 if bundle is None else every)
         self.tasks = load_bundle(bundle, max_per_task=max_per_task) if self.every else []
 
+    def names(self, module) -> list[str]:
+        return ["core", *(f"core/{task.name}" for task in self.tasks)] if self.tasks else []
+
     def act(self, trainer, module, step) -> None:
         net, tokenizer = full_model(module.net), module.context.tokenizer
         metric = core_metric(self.tasks)

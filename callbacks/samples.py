@@ -14,6 +14,9 @@ class Samples(Periodic):
         super().__init__(every)
         self.max_new_tokens = max_new_tokens
 
+    def names(self, module) -> tuple:
+        return ()
+
     def act(self, trainer, module, step) -> None:
         net = full_model(module.net)
         if not trainer.is_global_zero:

@@ -40,11 +40,11 @@ class BitsPerByte(Metric):
         nats, targets = nats.to(self.device), targets.to(self.device)
         n_bytes = self.token_bytes[targets.clamp(min=0)] * (targets >= 0)
         self.nats += torch.where(n_bytes > 0, nats, 0.0).sum()
-        self.bytes += n_bytes.sum()
+        self.bytes += n_bytes.sum().long()
 
     def compute(self) -> torch.Tensor:
         """Return bits per byte, ()."""
-        return self.nats / (math.log(2) * self.bytes)
+        return self.nats / (math.log(2) * self.bytes.double())
 
 
 class TaskAccuracy(Metric):
