@@ -23,6 +23,7 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
+from llm.eval.metrics import BitsPerByte, TaskAccuracy, numbers
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, add_adapter
@@ -39,7 +40,7 @@ from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 12, 301, 6
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill", "lora")
+KINDS = ("pretrain", "clipped", "sft", "grpo", "reward", "dpo", "ppo", "distill", "lora")
 UNEVEN = ("grpo", "reward", "dpo", "ppo", "distill")  # in the lengths and numbers of micro-batches
 
 
@@ -49,7 +50,7 @@ def micro_batch(kind: str, step: int, number: int) -> dict:
     length = 24 if kind not in UNEVEN else 8 + int(torch.randint(0, 16, (), generator=g))
     ids = torch.randint(0, VOCAB, (2, length + 1), generator=g)
     micro = {"inputs": ids[:, :-1], "targets": ids[:, 1:].clone()}
-    if kind != "pretrain":
+    if kind not in ("pretrain", "clipped"):
         micro["targets"][torch.rand(micro["targets"].shape, generator=g) < 0.2 * number] = -1
     if kind == "grpo":
         micro["weights"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
@@ -123,6 +124,7 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
         max_steps=STEPS,
         max_epochs=-1,
         logger=False,
+        gradient_clip_val=0.05 if kind == "clipped" else None,
         use_distributed_sampler=False,
         callbacks=[StepCheckpoint(STEPS // 2, folder / kind)],
         plugins=[CheckpointWriter()],
@@ -132,6 +134,18 @@ def train(kind: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     )
     trainer.fit(module, datamodule=StepData(lambda position: Steps(kind, position)), ckpt_path=checkpoint)
     return module, trainer
+
+
+def measured() -> dict[str, float]:
+    """Return metrics of seven items, which the processes share out; the last of many has none."""
+    rights = [True, False, True, True, False, False, True]
+    own = slice(collectives.rank(), None, max(collectives.world_size() - 1, 1))
+    if collectives.world_size() > 1 and collectives.rank() == collectives.world_size() - 1:
+        own = slice(0)
+    accuracy, bits = TaskAccuracy(0.25), BitsPerByte(torch.arange(1, 8))
+    accuracy.update(rights[own])
+    bits.update(torch.arange(1.0, 8.0)[own], torch.arange(7)[own])
+    return numbers(accuracy) | {"bpb": bits.compute().item()}
 
 
 class Sent:
@@ -176,6 +190,7 @@ def main() -> None:
         weights = full_model(module.net).state_dict()
         result = {"weights": weights, "held": collectives.all_gather_object(held), "tokens": module.progress.tokens}
         result["sent"] = sent.numbers / STEPS
+        result["measured"] = measured()
         if collectives.world_size() > 1 and strategy != "fsdp":
             result["noticed"] = all(collectives.all_gather_object(notices_other_weights(module)))
         if collectives.is_main():

@@ -102,9 +102,8 @@ def rule_of(group: dict) -> UpdateRule:
 
 
 def squares(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of the squares of all numbers of some tensors, () in fp32; 0 of none."""
-    norms = [norm.float() for norm in torch._foreach_norm(grads)] if grads else [torch.zeros(())]
-    return torch.stack(norms).square().sum()
+    """Return the sum of the squares of all numbers of some tensors, () in their format; 0 of none."""
+    return torch.stack(torch._foreach_norm(grads)).square().sum() if grads else torch.zeros(())
 
 
 def stacks(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

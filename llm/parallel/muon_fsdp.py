@@ -32,7 +32,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
         if self.max_norm is not None:
             grads = [grad_of(p).to_local() for p in self._params()]
             grads = [grad for grad in grads if grad.numel()]
-            self._clip(grads, total_squares(grads, [], grads[0].device))
+            self._clip(grads, total_squares(grads, [], grads[0]))
         matrices = [part for part in self.parts if isinstance(part, Matrices)]
         gradients = [self._send_gradients(part) for part in matrices]
         for group in self.param_groups:

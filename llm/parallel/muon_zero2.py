@@ -28,11 +28,14 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Arrival = Callable[[], torch.Tensor]  # waits for what was started, returns what arrived
 
 
-def total_squares(own: list[torch.Tensor], everywhere: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return the sum of squares () over all processes: of what is their `own`, and once of what all of them hold."""
-    total = squares(own).to(device)
+def total_squares(own: list[torch.Tensor], everywhere: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares () over all processes: of what is their `own`, and once of what all of them hold.
+
+    like: a tensor of the device and the format of the gradients.
+    """
+    total = squares(own).to(like)
     dist.all_reduce(total)
-    return total + squares(everywhere).to(device)
+    return total + squares(everywhere).to(like)
 
 
 @dataclass
@@ -124,7 +127,7 @@ class ShardedOptimizer(GroupOptimizer):
                 own += split(summed, part.owned[self.rank])
             else:
                 own.append(summed)
-        self._clip([*own, *everywhere], total_squares(own, everywhere, arrived[0].device))
+        self._clip([*own, *everywhere], total_squares(own, everywhere, arrived[0]))
         return [lambda summed=summed: summed for summed in arrived]
 
     def _sum(self, part: Matrices | FlatShard | Small) -> Arrival:

@@ -30,6 +30,7 @@ from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, 
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy
 from llm.stages.device import DeviceOptions, take_over
+from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.step_state import Budget, LossWatch, Progress, StepLog, Sums, Votes
 from llm.stages.warm_start import take_state
@@ -89,6 +90,20 @@ class StepModule(L.LightningModule):
     def row(self) -> dict[str, float | None]:
         """Values of the current step by column of metrics.csv: callbacks add theirs, `MetricsLog` writes them."""
         return self.step_log.row
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, *args, **parts) -> "StepModule":
+        """Return a module with the weights of a checkpoint of a stage, built as its configuration says.
+
+        With `net`, `optim`, `stage` and `context` given it is Lightning's own method.
+        """
+        if args or parts:
+            return super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **parts)
+        saved = saved_module(checkpoint_path)
+        cfg, sizes = saved.cfg, torch.from_numpy(saved.tokenizer.token_bytes())
+        steps = max(saved.step, cfg.max_steps or 1)
+        context = StageContext(cfg.stage.name, saved.tokenizer, sizes, steps, cfg.model.seq_len)
+        return cls(saved.net, cfg.optim, cfg.stage, context)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDPStrategy):

@@ -77,6 +77,7 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
         for name, weight in alone[kind]["weights"].items():
             torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0)
         assert results[kind]["tokens"] == alone[kind]["tokens"]
+        assert results[kind]["measured"] == alone[kind]["measured"]
         shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
         assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
         assert strategy == "fsdp" or results[kind]["noticed"]
