@@ -1,6 +1,7 @@
 """Build Lightning's Trainer for a stage, and fit."""
 
 import contextlib
+import inspect
 import logging
 import traceback
 import warnings
@@ -8,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
 
 from llm.config.check import shown
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
+from llm.utils.addresses import public
 from llm.utils.files import write_json
 
 ROLLBACKS = "rollbacks.json"
@@ -138,7 +141,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
 
     callbacks, stop = build_callbacks(cfg, stage_dir, built)
     rows = next(one.logger for one in callbacks if isinstance(one, MetricsLog))
-    loggers = [instantiate_part(f"logger.{n}", part, save_dir=str(stage_dir)) for n, part in cfg.logger.items()]
+    loggers = loggers_of(cfg, stage_dir, built.derived)
     own = [instantiate_part(f"trainer.plugins.{n}", part) for n, part in cfg.trainer.plugins.items()]
     with told_by_key():
         trainer = L.Trainer(
@@ -198,6 +201,32 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     others = [one for one in chosen.values() if one not in averages]
     first = [processes, checkpoint, stop, *guards, *averages, begin]  # averaged weights are what is evaluated
     return [*first, *others, *own, *speed, log, monitors, ValidationEnd(begin), *display], stop
+
+
+def loggers_of(cfg, stage_dir: Path, derived: dict) -> list:
+    """Return the loggers of the configuration, which are told the whole of it and the derived numbers.
+
+    Each gets `save_dir`, the stage's folder, if it takes one.
+    """
+    from llm.parallel import collectives
+
+    loggers, folder = [], {"save_dir": str(stage_dir)}
+    for name, part in cfg.logger.items():
+        more = folder if takes(part, "save_dir") else {}
+        loggers.append(instantiate_part(f"logger.{name}", part, **more))
+    config = public(OmegaConf.to_container(cfg, resolve=True)) if loggers else {}
+    for logger in loggers if collectives.is_main() else []:
+        logger.log_hyperparams(config | {"derived": derived})
+    return loggers
+
+
+def takes(part, argument: str) -> bool:
+    """Return whether the `_target_` of a part has an argument of this name; also where it cannot be imported."""
+    try:
+        arguments = inspect.signature(get_object(part["_target_"])).parameters.values()
+    except Exception:  # noqa: BLE001  instantiate_part says what is wrong
+        return True
+    return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in arguments)
 
 
 def profiler(name: str | None, stage_dir: Path) -> Any:
