@@ -17,6 +17,11 @@ class ValidationBegin(L.Callback):
     def __init__(self, evaluations: Sequence[Periodic]):
         self.evaluations, self.is_open = evaluations, False
 
+    @property
+    def acts(self) -> bool:
+        """Return whether anything is evaluated at all."""
+        return any(one.every > 0 for one in self.evaluations)
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.is_open = any(one.due(module, module.global_step) for one in self.evaluations)
         if self.is_open:

@@ -163,6 +163,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             enable_model_summary=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
+            limit_val_batches=0,  # our callbacks evaluate, on more than this process's own batches
             inference_mode=False,
             check_val_every_n_epoch=None,
         )
@@ -174,7 +175,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
 
     Compare the processes and save, then evaluate, then measure, then write the row, then show it.
     """
-    from lightning.pytorch.callbacks import ProgressBar, WeightAveraging
+    from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 
     from callbacks.best import BestWeights
     from callbacks.cadence import Periodic
@@ -194,12 +195,15 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
     own = [*built.callbacks, *([BestWeights(stage_dir)] if cfg.stage.get("keep_best") else [])]
     begin = ValidationBegin([one for one in (*chosen.values(), *own) if isinstance(one, Periodic)])
+    for one in chosen.values():  # there are evaluations, though none that Lightning knows of
+        if isinstance(one, ModelCheckpoint) and begin.acts and one._save_on_train_epoch_end is None:
+            one._save_on_train_epoch_end = False
     monitors = MonitorCheck(monitors_of(chosen, [*chosen.values(), *own], begin, built.module), begin)
     if any(isinstance(one, ProgressBar) for one in chosen.values()):
         display = []  # Lightning's bar in the place of ours
     averages = [one for one in chosen.values() if isinstance(one, WeightAveraging)]
     others = [one for one in chosen.values() if one not in averages]
-    first = [processes, checkpoint, stop, *guards, *averages, begin]  # averaged weights are what is evaluated
+    first = [*averages, processes, checkpoint, stop, *guards, begin]  # averaged weights are what is evaluated
     return [*first, *others, *own, *speed, log, monitors, ValidationEnd(begin), *display], stop
 
 
@@ -254,9 +258,8 @@ def monitors_of(chosen: dict[str, Any], callbacks: list, begin, module) -> Any:
     from callbacks.validation import Monitors, known_names
 
     by_key = {f"callbacks.{key}": one.monitor for key, one in chosen.items() if getattr(one, "monitor", None)}
-    evaluates = any(one.every > 0 for one in begin.evaluations)
     for key, one in chosen.items():
-        if isinstance(one, EarlyStopping) and not evaluates:
+        if isinstance(one, EarlyStopping) and not begin.acts:
             raise UserError(f"callbacks.{key}: it looks at {one.monitor} after evaluations; set stage.eval_every=100")
     return Monitors(by_key, known_names(callbacks, module))
 

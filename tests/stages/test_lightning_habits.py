@@ -100,10 +100,11 @@ def test_early_stopping_without_evaluations_is_an_error(config, tmp_path):
 
 
 def test_model_checkpoints_by_monitor_and_by_steps(config, tmp_path):
-    best = callback("ModelCheckpoint", monitor="bpb", dirpath=str(tmp_path / "a" / "best"), save_top_k=1)
+    best = callback("ModelCheckpoint", monitor="bpb", dirpath=str(tmp_path / "a" / "best"), save_top_k=-1)
     every = {"_target_": f"{LIGHTNING}.ModelCheckpoint", "every_n_train_steps": 2, "save_top_k": -1}
     trainer, _ = trained(config, tmp_path / "run", callbacks=best | {"every": every})
-    assert len(list((tmp_path / "a" / "best").glob("*.ckpt"))) == 1
+    after_evaluations = {path.name for path in (tmp_path / "a" / "best").glob("*.ckpt")}
+    assert after_evaluations == {f"epoch=0-step={step}.ckpt" for step in (2, 4, 6)}
     saved = sorted((tmp_path / "run" / "lightning" / "checkpoints").glob("*.ckpt"))
     assert [path.name for path in saved] == [f"epoch=0-step={step}.ckpt" for step in (2, 4, 6)]
     assert torch.load(saved[0], weights_only=True)["global_step"] == 2
