@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import lightning as L
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor
 
 from callbacks.cadence import Periodic
 from llm.errors import UserError
 
+TELLS_LATER = (LearningRateMonitor, DeviceStatsMonitor)  # they name values as they go
 ROWS = ("loss", "lr", "tok_per_s", "ms_per_step", "mfu", "data_wait", "tokens", "flops", "seconds")
 
 
@@ -48,17 +50,13 @@ def fire(trainer: L.Trainer, module: L.LightningModule, *hooks: str) -> None:
 
 @dataclass
 class Monitors:
-    """Values that callbacks look at: by config key, and the names that evaluations and rows are known to give.
-
-    known: None where a part says not beforehand what it logs.
-    """
+    """Values that callbacks look at, by the config key of the callback."""
 
     by_key: Mapping[str, str]
-    known: set[str] | None
 
     def missing(self, names: Iterable[str]) -> str | None:
         """Return an error line for the first monitor that is not among `names`, None if all are."""
-        names = list(names)
+        names = list(names)  # of all values that are logged
         for key, monitor in self.by_key.items():
             if monitor not in names:
                 return f"{key}.monitor={monitor}: this training logs no such value; choose from {', '.join(names)}"
@@ -66,29 +64,23 @@ class Monitors:
 
 
 class MonitorCheck(L.Callback):
-    """Raises UserError for a monitor that never appears: before the first step, or after the first evaluation."""
+    """Raises UserError for a monitor that has not appeared by the first evaluation, or the end."""
 
     def __init__(self, monitors: Monitors, begin: ValidationBegin):
         self.monitors, self.begin, self.is_done = monitors, begin, not monitors.by_key
 
-    def on_train_start(self, trainer, module) -> None:
-        if not self.is_done and self.monitors.known is not None:
-            self.check([*trainer.callback_metrics, *sorted(self.monitors.known - set(trainer.callback_metrics))])
-
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if not self.is_done and (self.begin.is_open or module.global_step == module.context.total_steps):
-            self.check(trainer.callback_metrics)
-
-    def check(self, names: Iterable[str]) -> None:
-        """Raise UserError where a monitor is not among `names`."""
-        if problem := self.monitors.missing(names):
-            raise UserError(problem)
-        self.is_done = True
+            if problem := self.monitors.missing(trainer.callback_metrics):
+                raise UserError(problem)
+            self.is_done = True
 
 
 def known_names(callbacks: Iterable[L.Callback], module) -> set[str] | None:
-    """Return the names of all values that a training will log, None where a callback does not tell."""
+    """Return the names of all values that a training will log, None where a callback does not tell beforehand."""
     names = set(ROWS)
+    if module.objective is not None or any(isinstance(one, TELLS_LATER) for one in callbacks):
+        return None
     for callback in callbacks:
         own = callback.names(module) if isinstance(callback, Periodic) else None
         if own is None and not type(callback).__module__.startswith(("callbacks.", "lightning.")):
@@ -96,4 +88,4 @@ def known_names(callbacks: Iterable[L.Callback], module) -> set[str] | None:
         if own is None and isinstance(callback, Periodic):
             return None
         names.update(own or ())
-    return None if module.objective is not None else names
+    return names

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from llm.errors import UserError
 from llm.model.compile import compile_training, decide
 from llm.model.fp8 import can_fp8
+from llm.model.gpt import GPT
 from llm.model.linear import enable_fp8, resolve_compute_dtype
-from llm.parallel.strategy import FSDPStrategy
 
 
 @dataclass
@@ -24,9 +24,8 @@ class DeviceOptions:
     activation_checkpointing: bool
     fixed_shapes: bool
 
-    def prepare(self, module, device: torch.device) -> None:
-        """Set up the network of a `StepModule` for a device, and print what was chosen."""
-        net, is_fsdp = module.net, isinstance(module.trainer.strategy, FSDPStrategy)
+    def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> None:
+        """Set up the network of a stage of `steps` steps for a device, and print what was chosen."""
         net.compute_dtype = resolve_compute_dtype(self.compute, device)
         if self.fp8:
             if is_fsdp:
@@ -36,7 +35,7 @@ class DeviceOptions:
             print(use_fp8(net, device), flush=True)
         net.activation_checkpointing = self.activation_checkpointing
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
-        compiled, why = decide(self.compile, module.context.name, device, module.context.total_steps)
+        compiled, why = decide(self.compile, stage, device, steps)
         if compiled:
             compile_training(net, by_block=is_fsdp)
         dtype = str(net.compute_dtype).removeprefix("torch.")

@@ -115,11 +115,14 @@ class StepModule(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Make the network ready for the trainer's device: number format, attention kernel, compilation."""
-        device = self.trainer.strategy.root_device
+        self.make_ready(self.trainer)
+
+    def make_ready(self, trainer: L.Trainer) -> None:
+        """Make the network ready for a trainer's device, once: number format, attention kernel, compilation."""
+        device = trainer.strategy.root_device
         if self.context.options is not None and self.device_ready != device:
-            self.device_ready = device
-            self.context.options.prepare(self, device)
+            self.device_ready, is_fsdp = device, isinstance(trainer.strategy, FSDPStrategy)
+            self.context.options.prepare(self.net, device, is_fsdp, self.context.name, self.context.total_steps)
 
     def on_train_start(self) -> None:
         self.budget.start()

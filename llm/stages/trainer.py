@@ -167,6 +167,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             inference_mode=False,
             check_val_every_n_epoch=None,
         )
+    built.module.make_ready(trainer)
     return trainer, stop
 
 
@@ -261,7 +262,10 @@ def monitors_of(chosen: dict[str, Any], callbacks: list, begin, module) -> Any:
     for key, one in chosen.items():
         if isinstance(one, EarlyStopping) and not begin.acts:
             raise UserError(f"callbacks.{key}: it looks at {one.monitor} after evaluations; set stage.eval_every=100")
-    return Monitors(by_key, known_names(callbacks, module))
+    monitors, known = Monitors(by_key), known_names(callbacks, module)
+    if known is not None and (problem := monitors.missing(sorted(known))):
+        raise UserError(problem)
+    return monitors
 
 
 @contextlib.contextmanager

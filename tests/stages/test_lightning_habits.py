@@ -90,7 +90,14 @@ def test_a_monitor_that_never_appears_is_an_error_before_the_first_step(config, 
     options = callback(name, monitor="val_acc")
     with pytest.raises(UserError, match=r"callbacks.mine.monitor=val_acc: .* no such value; choose from .*bpb"):
         trained(config, tmp_path, callbacks=options)
-    assert not list_checkpoints(tmp_path / "checkpoints")
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_monitor_that_has_not_appeared_by_the_first_evaluation_is_an_error(config, tmp_path):
+    options = callback("ModelCheckpoint", monitor="val_acc") | {"other": {"_target_": f"{__name__}.Mine"}}
+    with pytest.raises(UserError, match=r"callbacks.mine.monitor=val_acc: .* choose from .*mine"):
+        trained(config, tmp_path, callbacks=options)
+    assert rows(tmp_path)[-1]["step"] == "2"
 
 
 def test_early_stopping_without_evaluations_is_an_error(config, tmp_path):
