@@ -106,7 +106,7 @@ class StepModule(L.LightningModule):
         return cls(saved.net, cfg.optim, cfg.stage, context)
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net)
 
     def configure_callbacks(self) -> list:

@@ -17,6 +17,7 @@ from llm.checkpoint.resume import list_checkpoints
 from llm.config.renamed import LIGHTNING_KEYS, renamed_key
 from llm.config.schema import known_keys
 from llm.errors import UserError
+from llm.stages.step_module import StepModule
 from llm.stages.trainer import build_trainer
 
 LIGHTNING = "lightning.pytorch.callbacks"
@@ -396,6 +397,17 @@ def test_the_module_decides_its_number_format(config):
     module.context.options = DeviceOptions("bf16", False, "auto", False, False, True)
     L.Trainer(**BY_HAND).fit(module, datamodule=StepData(Numbers))
     assert module.net.compute_dtype == torch.bfloat16
+
+
+def test_checkpoints_make_the_module_again(tmp_path):
+    """By its configuration where a stage has saved it, else with the parts that are given."""
+    module, _ = fit(tmp_path, total=2)
+    _, path = list_checkpoints(tmp_path / "checkpoints")[-1]
+    parts = {"net": make_module().net, "optim": module.optim_config, "stage": module.stage_config}
+    again = StepModule.load_from_checkpoint(path, context=module.context, **parts)
+    assert all(map(torch.equal, module.net.parameters(), again.net.parameters()))
+    with pytest.raises(UserError, match="saved by hand, it knows no configuration; give net, optim"):
+        StepModule.load_from_checkpoint(path)
 
 
 def test_resume_by_ckpt_path(tmp_path):
