@@ -1,4 +1,4 @@
-"""What a resume checkpoint knows of the module that saved it, to make that module again by hand."""
+"""Reading of resume checkpoints by hand: configuration, tokenizer and network of the module that saved one."""
 
 from dataclasses import replace
 from pathlib import Path
