@@ -76,7 +76,9 @@ class MetricsLog(L.Callback):
             self._log(trainer, module, module.global_step)
 
     def _due(self, module, step: int) -> bool:
-        is_last = step == module.context.total_steps or module.trainer.should_stop
+        votes = module.votes  # a signal ends a sitting and not the training
+        is_ended = module.trainer.should_stop and not (votes.stop or votes.stop_count)
+        is_last = step == module.context.total_steps or is_ended
         return step % self.log_every == 0 or is_last or bool(module.row)
 
     def _log(self, trainer, module, step: int) -> None:
