@@ -16,6 +16,9 @@ class BitsPerByte(Periodic):
     def __init__(self, every: int):
         super().__init__(every, at_start=True)
 
+    def names(self, module) -> list[str]:
+        return [] if module.context.val_batches is None or not self.every else ["bpb"]
+
     def act(self, trainer, module, step) -> None:
         context = module.context
         for name, batches in (("bpb", context.val_batches), ("bpb_text", context.text_batches)):

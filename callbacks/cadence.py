@@ -1,6 +1,7 @@
 """`Periodic`: one rule for when callbacks act that do so every so many steps."""
 
 import time
+from collections.abc import Iterable
 
 import lightning as L
 
@@ -17,6 +18,10 @@ class Periodic(L.Callback):
 
     def __init__(self, every: int, at_start: bool = False):
         self.every, self.at_start = every, at_start
+
+    def names(self, module: L.LightningModule) -> Iterable[str] | None:
+        """Return the names of the values that `act` puts into `module.row`, None where they are not known before."""
+        return None
 
     def act(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Do what the callback is for; `step` is the number of steps done."""

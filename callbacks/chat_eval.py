@@ -14,6 +14,9 @@ class ChatEval(Periodic):
         super().__init__(every)
         self.max_per_task, self.max_new_tokens = max_per_task, max_new_tokens
 
+    def names(self, module) -> list[str]:
+        return [f"chat/{name}" for name in module.context.eval_tasks] if self.every else []
+
     def act(self, trainer, module, step) -> None:
         engine = Engine(full_model(module.net), module.context.tokenizer)
         results = {

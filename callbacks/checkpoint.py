@@ -54,6 +54,11 @@ class StepCheckpoint(Periodic):
             with suppress(Exception):  # the first error is the one to be told
                 self.save_now(trainer, module)
 
+    def on_train_end(self, trainer, module) -> None:
+        """Save the step at which a callback ended the training early."""
+        if module.global_step:
+            self.act(trainer, module, module.global_step)
+
     def act(self, trainer, module, step) -> None:
         if self.saved != step:
             trainer.save_checkpoint(checkpoint_path(self.folder, step))

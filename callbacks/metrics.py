@@ -1,14 +1,46 @@
-"""Log of metrics: rows of metrics.csv, and the same rows to TensorBoard or wandb."""
+"""Log of metrics: rows of metrics.csv, which Lightning, its callbacks and all loggers get too."""
 
 import csv
 import io
 from pathlib import Path
 
 import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
 
+from callbacks.progress import FORMATS
 from llm.errors import UserError, reason_of
 from llm.parallel import collectives
 from llm.utils.files import write_atomic
+
+
+class RowLogger(Logger):
+    """Lightning's logger of a stage: what other callbacks log, or `self.log`, waits here for the next row.
+
+    save_dir: folder of the stage, in which callbacks of Lightning put files of their own, below lightning/.
+    """
+
+    name, version = "", "lightning"
+
+    def __init__(self, save_dir: str | Path):
+        super().__init__()
+        self._save_dir, self.values = str(save_dir), {}
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        """Keep values for the next row, but for Lightning's count of epochs, which there are none of here."""
+        self.values.update({name: value for name, value in metrics.items() if name != "epoch"})
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        """Leave hyperparameters to run.json and config.yaml."""
+
+    def take(self) -> dict:
+        """Return the values and begin anew."""
+        values, self.values = self.values, {}
+        return values
 
 
 class MetricsLog(L.Callback):
@@ -19,12 +51,14 @@ class MetricsLog(L.Callback):
     checkpoint is written before its step's row. Rank 0 writes, values of all processes.
     """
 
-    def __init__(self, path: str | Path, log_every: int):
+    def __init__(self, path: str | Path, log_every: int, logger: RowLogger | None = None):
         self.path, self.log_every = Path(path), log_every
+        self.logger = logger or RowLogger(self.path.parent)
         self.columns: list[str] = ["step"]
 
     def on_fit_start(self, trainer, module) -> None:
         steps = {int(row["step"]) for row in self._read()} if trainer.is_global_zero else None
+        module.step_log.is_written = True
         module.step_log.logged_steps = collectives.broadcast_object(steps)
 
     def on_train_start(self, trainer, module) -> None:
@@ -42,14 +76,20 @@ class MetricsLog(L.Callback):
             self._log(trainer, module, module.global_step)
 
     def _due(self, module, step: int) -> bool:
-        return step % self.log_every == 0 or step == module.context.total_steps or bool(module.row)
+        votes = module.votes  # a signal ends a sitting and not the training
+        is_ended = module.trainer.should_stop and not (votes.stop or votes.stop_count)
+        is_last = step == module.context.total_steps or is_ended
+        return step % self.log_every == 0 or is_last or bool(module.row)
 
     def _log(self, trainer, module, step: int) -> None:
         if step > 0:
-            module.row.update({"lr": module.lr_frac(step - 1)} | module.step_log.flush())
+            rate = module.lr_frac(step - 1) if module.rate is None else module.rate
+            module.row.update({"lr": rate} | module.step_log.flush())
         row = module.step_log.take_row()
         values = {name: value for name, value in row.items() if value is not None}
         module.step_log.latest.update(values)
+        publish(trainer, values)
+        row = self.logger.take() | row
         if not trainer.is_global_zero:
             return
         new = [name for name in row if name not in self.columns]
@@ -63,7 +103,8 @@ class MetricsLog(L.Callback):
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {reason_of(error, self.path)}") from error
         for logger in trainer.loggers:
-            logger.log_metrics(values, step)
+            if logger is not self.logger:
+                logger.log_metrics(values, step)
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.is_file():
@@ -79,6 +120,13 @@ class MetricsLog(L.Callback):
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(self.path, text.getvalue())
+
+
+def publish(trainer: L.Trainer, values: dict[str, float]) -> None:
+    """Let Lightning and its callbacks see values of the host: no device is asked."""
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in values.items()})
+    trainer.logged_metrics.update(values)
+    trainer.progress_bar_metrics.update({name: values[name] for name in FORMATS if name in values})
 
 
 def _cell(value: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from callbacks.cadence import Periodic
 from llm.checkpoint.model_folder import load_model_folder
 from llm.eval.preferences import Rewards, free_answers, length_controlled, preference_scores, wins
-from llm.eval.task_scores import score
+from llm.eval.task_scores import own_share, score
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
 
@@ -42,7 +42,7 @@ class WinRate(Periodic):
 
     def __init__(self, every: int, rows: Sequence[tuple], parent, max_new_tokens: int, judge: Callable | None = None):
         super().__init__(every, at_start=True)
-        self.rows = rows[collectives.rank() :: collectives.world_size()]
+        self.rows = own_share(rows)
         self.parent, self.max_new_tokens, self.judge = parent, max_new_tokens, judge
         self.before: list[dict] | None = None
 
@@ -82,7 +82,7 @@ def rates(pairs: Sequence[tuple[dict, dict]], name: str, key: str) -> dict[str, 
     now, before = ([pair[side][key] for pair in pairs] for side in (0, 1))
     equal = [a["text"] == b["text"] for a, b in pairs]
     won = [0.5 if same else win for same, win in zip(equal, wins(now, before), strict=True)]
-    found = score(won)
+    found = score(own_share(won))  # it adds up over processes, each of which has all pairs
     columns = {name: found["accuracy"], f"{name}_stderr": found["stderr"]}
     if key == "rule":
         columns["rule"] = math.fsum(now) / len(now)

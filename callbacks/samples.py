@@ -14,12 +14,27 @@ class Samples(Periodic):
         super().__init__(every)
         self.max_new_tokens = max_new_tokens
 
+    def names(self, module) -> tuple:
+        return ()
+
     def act(self, trainer, module, step) -> None:
         net = full_model(module.net)
         if not trainer.is_global_zero:
             return
         engine = Engine(net, module.context.tokenizer)
-        for sample in draw_samples(engine, module.context.prompts, self.max_new_tokens):
-            answer = readable(sample["completion"])
-            print(f"  step {step} | {sample['prompt']} -> {answer}".replace("\n", " / "), flush=True)
+        samples = draw_samples(engine, module.context.prompts, self.max_new_tokens)
+        texts = [(sample["prompt"], readable(sample["completion"])) for sample in samples]
+        log_texts(trainer.loggers, texts, step)
+        for prompt, answer in texts:
+            print(f"  step {step} | {prompt} -> {answer}".replace("\n", " / "), flush=True)
         module.net.train()
+
+
+def log_texts(loggers, texts: list[tuple[str, str]], step: int) -> None:
+    """Give prompts and answers to loggers that show text: a table in W&B, text in TensorBoard."""
+    for logger in loggers:
+        if hasattr(logger, "log_text"):
+            logger.log_text("samples", columns=["prompt", "answer"], data=[list(one) for one in texts])
+        elif hasattr(show := getattr(logger, "experiment", None), "add_text"):
+            for number, (prompt, answer) in enumerate(texts):
+                show.add_text(f"samples/{number}", f"{prompt} -> {answer}", step)

@@ -125,7 +125,7 @@ def composed_once():
         cfg, own = copy.deepcopy(cached(config_name, others, all_stages()))
         for folder in compose.parse(folders):
             OmegaConf.update(cfg, folder.key_or_group, folder.value())
-        note_settings(cfg, compose.parse(lines))
+        note_settings(cfg, [o for o in compose.parse(lines) if not o.is_hydra_override()])
         return cfg, own
 
     with pytest.MonkeyPatch.context() as patch:

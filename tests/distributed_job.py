@@ -25,6 +25,7 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
+from llm.eval.metrics import BitsPerByte, TaskAccuracy, numbers
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, add_adapter
@@ -44,7 +45,7 @@ from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
-EVEN = ("pretrain", "sft", "lora")  # in the lengths and numbers of micro-batches
+EVEN = ("pretrain", "clipped", "sft", "lora")  # in the lengths and numbers of micro-batches
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 
 
@@ -54,7 +55,7 @@ def micro_batch(kind: str, step: int, number: int) -> dict:
     length = 24 if kind in EVEN else 8 + int(torch.randint(0, 16, (), generator=g))
     ids = torch.randint(0, VOCAB, (2, length + 1), generator=g)
     micro = {"inputs": ids[:, :-1], "targets": ids[:, 1:].clone()}
-    if kind != "pretrain":
+    if kind not in ("pretrain", "clipped"):
         micro["targets"][torch.rand(micro["targets"].shape, generator=g) < 0.2 * number] = -1
     if kind == "grpo":
         micro["weights"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
@@ -133,6 +134,7 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
         max_steps=STEPS,
         max_epochs=-1,
         logger=False,
+        gradient_clip_val=0.05 if kind == "clipped" else None,
         use_distributed_sampler=False,
         callbacks=[StepCheckpoint(STEPS // 2, folder / name)],
         plugins=[CheckpointWriter()],
@@ -142,6 +144,18 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     )
     trainer.fit(module, datamodule=StepData(lambda position: Steps(kind, position)), ckpt_path=checkpoint)
     return module, trainer
+
+
+def measured() -> dict[str, float]:
+    """Return metrics of seven items, which the processes share out; the last of many has none."""
+    rights = [True, False, True, True, False, False, True]
+    own = slice(collectives.rank(), None, max(collectives.world_size() - 1, 1))
+    if collectives.world_size() > 1 and collectives.rank() == collectives.world_size() - 1:
+        own = slice(0)
+    accuracy, bits = TaskAccuracy(0.25), BitsPerByte(torch.arange(1, 8))
+    accuracy.update(rights[own])
+    bits.update(torch.arange(1.0, 8.0)[own], torch.arange(7)[own])
+    return numbers(accuracy) | {"bpb": bits.compute().item()}
 
 
 class Sent:
@@ -187,6 +201,7 @@ def main() -> None:
         weights = full_model(module.net).state_dict()
         result = {"weights": weights, "held": collectives.all_gather_object(held), "tokens": module.progress.tokens}
         result["sent"] = sent.numbers / STEPS
+        result["measured"] = measured()
         if collectives.world_size() > 1 and strategy != "fsdp":
             result["noticed"] = all(collectives.all_gather_object(notices_other_weights(module)))
         if collectives.is_main():

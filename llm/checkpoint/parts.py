@@ -97,6 +97,7 @@ _fathom: dict[str, Kind] = {
     "tokens": COUNT,
     "window": mapping(_window, needs=tuple(_window)),
     "recent": listing(number),
+    "seconds": real(0, 1e15),
     "scaler": mapping({"scale": real(1e-300, 1e300), "good_steps": number}, needs=("scale", "good_steps")),
 }
 _group = mapping({"params": listing(COUNT)}, others=plain, needs=("params",))

@@ -150,7 +150,8 @@ def write_checkpoint(checkpoint: dict, path: Path, keep: int) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(exist_ok=True)  # not the run's folder: one that was deleted stays so
+        is_ours = NAME.fullmatch(path.name) is not None  # and not of a callback with a folder of its own
+        path.parent.mkdir(exist_ok=True, parents=not is_ours)  # not the run's folder: one that was deleted stays so
         with open(temporary, "wb") as file:
             torch.save(checkpoint, hashed := Hashed(file))
             file.flush()

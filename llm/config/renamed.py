@@ -13,12 +13,37 @@ CONFIG_KEYS = {
     "stage.ratio_of": "stage.count_params",
     "optim.equalize": "optim.row_normalize",
 }
+# Keywords of Lightning's Trainer whose place is taken by a key of another name.
+LIGHTNING_KEYS = {
+    "trainer.max_time": "max_minutes",
+    "trainer.max_steps": "max_steps",
+    "trainer.min_steps": "max_steps",
+    "trainer.max_epochs": "stage.epochs or max_steps",
+    "trainer.min_epochs": "stage.epochs or max_steps",
+    "trainer.log_every_n_steps": "log_every",
+    "trainer.accumulate_grad_batches": "batch.tokens_per_step",
+    "trainer.precision": "precision.compute",
+    "trainer.val_check_interval": "stage.eval_every",
+    "trainer.check_val_every_n_epoch": "stage.eval_every",
+    "trainer.limit_val_batches": "stage.eval_tokens",
+    "trainer.limit_train_batches": "max_steps",
+    "trainer.fast_dev_run": "experiment=debug or max_steps=1",
+    "trainer.enable_checkpointing": "save_every",
+    "trainer.enable_progress_bar": "~callbacks.progress",
+    "trainer.gradient_clip_algorithm": "trainer.gradient_clip_val (by norm)",
+    "trainer.default_root_dir": "paths.runs",
+    "trainer.strategy": "strategy",
+    "trainer.logger": "logger",
+    "trainer.callbacks": "callbacks",
+}
 OPTIMIZER_GROUP_KEYS = {"equalize": "row_normalize"}
 CURSOR_KEYS = {"taken": "consumed"}  # of the position of a data loader
 
 
 def renamed_key(name: str) -> str | None:
     """Return the error text for a dotted configuration key that has a new name; None for any other key."""
+    if name in LIGHTNING_KEYS:
+        return f"{name} is set by another key here: {LIGHTNING_KEYS[name]}"
     return f"{name} is now called {CONFIG_KEYS[name]}" if name in CONFIG_KEYS else None
 
 

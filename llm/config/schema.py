@@ -118,6 +118,20 @@ class TrainerConfig:
         low=0,
         high=1000,
     )
+    gradient_clip_val: float | None = key(
+        "largest norm of a step's gradient over all devices, to which longer ones are scaled down; null = any",
+        above=0,
+        high=10**6,
+    )
+    deterministic: bool = key("use kernels of torch that give equal bits each time, or stop where there is none")
+    detect_anomaly: bool = key("stop at the operation whose gradient is not a number; steps take longer")
+    profiler: str | None = key(
+        "where the time of a training goes, a file in the stage's folder; null = not measured",
+        choices=("simple", "advanced", "pytorch"),
+    )
+    overfit_batches: int = key("train on the first steps of data again and again; 0 = on all", low=0, high=10**6)
+    benchmark: bool | None = key("let cuDNN choose its kernels by trying them; null = as torch does")
+    plugins: dict[str, Any] = key("plugins of Lightning: a mapping from a name to a _target_")
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
 
@@ -164,6 +178,12 @@ class TrainConfig:
     run: str | None = key("name of the chain of stages; null = d<depth>", main=True)
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
+    max_minutes: float | None = key(
+        "minutes after which training ends, its learning rate decayed by then; null = by its steps alone",
+        above=0,
+        high=10**7,
+        main=True,
+    )
     save_every: int = key("steps between checkpoints; the last step is always saved", low=1, high=STEPS, main=True)
     save_minutes: float | None = key(
         "minutes after which a checkpoint is saved in any case; null = by save_every alone", above=0, high=10**7

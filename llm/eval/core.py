@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from llm.eval.core_bundle import CoreTask, prompts
-from llm.eval.task_scores import score
+from llm.eval.task_scores import own_share
 from llm.inference.weights import in_compute_dtype
 from llm.parallel import collectives
 from llm.utils.files import write_atomic
@@ -64,33 +64,37 @@ class Scored(NamedTuple):
     greedy: bool
 
 
-def evaluate_core_task(net: Any, tokenizer: Any, task: CoreTask, batch_size: int = 32) -> dict[str, Any]:
-    """Return {"accuracy", "centered", "n", "stderr", "shots", "cut", "records"} of a task.
+def core_metric(tasks: Sequence[CoreTask]) -> Any:
+    """Return the metric, an `llm.eval.metrics.Core`, that `evaluate_core_task` fills task by task."""
+    from llm.eval.metrics import Core  # torchmetrics takes as long to import as torch
+
+    return Core({task.name: task.baseline for task in tasks})
+
+
+def evaluate_core_task(
+    net: Any, tokenizer: Any, task: CoreTask, batch_size: int = 32, metric: Any = None
+) -> dict[str, Any]:
+    """Return {"accuracy", "n", "stderr", "centered", "centered_stderr", "shots", "cut", "records"} of a task.
 
     All processes call it together. batch_size: sequences evaluated together. cut: number of examples whose prompt was
     longer than the model's context and lost its beginning. records: one dict per example, with its scores and verdict.
+    metric: of several tasks, to which the examples are added.
     """
+    from llm.eval.metrics import numbers
+
     was_training = net.training
     twin = in_compute_dtype(net.eval())
     records = []
     for start in range(0, len(task.examples), CHUNK):
         records += _evaluate(twin, tokenizer, task, range(start, min(start + CHUNK, len(task.examples))), batch_size)
     net.train(was_training)
-    result = score([record["correct"] for record in records])
-    return result | {
-        "centered": (result["accuracy"] - task.baseline) / (1 - task.baseline),
-        "centered_stderr": result["stderr"] / (1 - task.baseline),
+    metric = metric or core_metric([task])
+    metric.update(task.name, own_share([record["correct"] for record in records]))
+    return numbers(metric.task(task.name)) | {
         "shots": task.shots_used,
         "cut": sum(record["cut"] > 0 for record in records),
         "records": records,
     }
-
-
-def core_score(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return {"core", "core_stderr"}: the mean of the tasks' centred accuracies, with independent errors."""
-    n = len(results)
-    variance = sum(result["centered_stderr"] ** 2 for result in results.values())
-    return {"core": sum(r["centered"] for r in results.values()) / n, "core_stderr": math.sqrt(variance) / n}
 
 
 def _evaluate(net: Any, tokenizer: Any, task: CoreTask, indices: Sequence[int], batch_size: int) -> list[dict]:
@@ -105,7 +109,7 @@ def _evaluate(net: Any, tokenizer: Any, task: CoreTask, indices: Sequence[int], 
         i for i, own_rows in by_example.items() if is_close(task, [found[i, row.choice] for row in own_rows], margin)
     ]
     rescored: dict[tuple[int, int], Scored] = {}
-    for i in _own_share(close):
+    for i in own_share(close):
         rescored |= {(i, choice): one for choice, one in enumerate(score_plain(net, by_example[i]))}
     found |= _gather(rescored)
     return [
@@ -118,17 +122,12 @@ def score_rows(net: Any, rows: Sequence[Row], batch_size: int) -> dict[tuple[int
     """Return {(example, choice): scores} of all rows, computed by all processes together."""
     found: dict[tuple[int, int], Scored] = {}
     enough = ENOUGH.get(net.device.type, ENOUGH_ELSEWHERE)
-    for groups in _own_share(batches(group(rows), batch_size, enough)):
+    for groups in own_share(batches(group(rows), batch_size, enough)):
         members = [row for one in groups for row in one.rows]
         is_shared = len(groups[0].rows) > 1 and net.can_share_prefix
         scored = score_shared(net, groups) if is_shared else score_plain(net, members)
         found |= {(row.example, row.choice): one for row, one in zip(members, scored, strict=True)}
     return _gather(found)
-
-
-def _own_share(things: Sequence) -> Sequence:
-    """Return this process's share of a sequence."""
-    return things[collectives.rank() :: collectives.world_size()]
 
 
 def _gather(found: dict) -> dict:
@@ -299,11 +298,13 @@ def measure_core(net: Any, tokenizer: Any, tasks: Sequence[CoreTask], options: A
 
     "core" is left out if only some tasks of the bundle were asked for (`eval.core_tasks`).
     """
-    results, rows = {}, []
+    from llm.eval.metrics import numbers
+
+    results, rows, metric = {}, [], core_metric(tasks)
     (folder / "core").mkdir(parents=True, exist_ok=True)
     for task in tasks:
         start = time.perf_counter()
-        result = evaluate_core_task(net, tokenizer, task, options.batch_size)
+        result = evaluate_core_task(net, tokenizer, task, options.batch_size, metric)
         results[task.name] = result
         rows.append({"task": task.name, **result, "seconds": round(time.perf_counter() - start, 2)})
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in result["records"])
@@ -313,7 +314,7 @@ def measure_core(net: Any, tokenizer: Any, tasks: Sequence[CoreTask], options: A
         print(f"{task.name}: {shown} ({result['n']} examples, {took}{notes(task, result)})", flush=True)
     _write_csv(rows, folder / "core.csv")
     _print_table(rows)
-    mean = core_score(results)
+    mean = numbers(metric)
     name = "CORE" if options.core_tasks is None else f"mean of {len(tasks)} tasks"
     print(
         f"{name}: {mean['core']:.4f} ± {mean['core_stderr']:.4f}   details: {folder / 'core.csv'}, {folder / 'core'}/"

@@ -5,7 +5,6 @@ Functions take a network, an engine and tasks, never a configuration, so that ca
 processes, which all call the function together and get one result; verdicts depend on neither.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -55,16 +54,16 @@ def evaluate_task(
         params = sampling or SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
         per_batch = max(1, batch_size // num_samples)
         answers = _judged_completions(engine, task, conversations, params, num_samples, per_batch)
-    shares = [sum(verdict == "pass" for _, verdict in item) / len(item) for item in answers]
+    right = [sum(verdict == "pass" for _, verdict in item) for item in answers]
+    shares = [n / len(item) for n, item in zip(right, answers, strict=True)]
     verdicts = Counter(verdict for item in answers for _, verdict in item)
-    scores = score(shares) | {
+    scores = score(own_share(shares)) | {
         "baseline": _baseline(conversations) if task.kind == "categorical" else 0.0,
         "too_long": sum(item[0][1] == TOO_LONG for item in answers),
         "verdicts": dict(verdicts.most_common()),
     }
     if num_samples > 1:
-        right = [round(share * num_samples) for share in shares]
-        scores |= {f"pass@{k}": mean_pass_at_k(num_samples, right, k) for k in sorted(ks or {1, num_samples})}
+        scores |= pass_at_ks(num_samples, own_share(right), ks)
     scores |= _subject_scores(conversations, shares)
     scores["records"] = [
         record
@@ -81,7 +80,7 @@ def _subject_scores(conversations: Sequence[dict], shares: Sequence[float]) -> d
         by_subject[conversation.get("subject")].append(share)
     if by_subject.keys() == {None}:
         return {}
-    return {"subjects": {str(subject): score(by_subject[subject]) for subject in sorted(by_subject, key=str)}}
+    return {"subjects": {str(one): score(own_share(by_subject[one])) for one in sorted(by_subject, key=str)}}
 
 
 def _records(index: int, conversation: dict, answers: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -92,14 +91,30 @@ def _records(index: int, conversation: dict, answers: list[tuple[str, str]]) -> 
 
 
 def score(shares: Sequence[float]) -> dict[str, float | int]:
-    """Return {"accuracy", "n", "stderr"} of shares of right answers: their mean and its standard error.
+    """Return {"accuracy", "n", "stderr"} of the items of all processes, given this one's shares of right answers."""
+    from llm.eval.metrics import TaskAccuracy, numbers  # torchmetrics takes as long to import as torch
 
-    The standard error of right and wrong answers is sqrt(p (1 - p) / n).
+    metric = TaskAccuracy()
+    metric.update(shares)
+    found = numbers(metric)
+    return {name: found[name] for name in ("accuracy", "n", "stderr")}
+
+
+def pass_at_ks(n: int, right: Sequence[int], ks: Sequence[int] | None) -> dict[str, float]:
+    """Return {"pass@k": mean over the items of all processes}; of this one's, `right` among n answers each are right.
+
+    ks: default 1 and n.
     """
-    n = len(shares)
-    accuracy = sum(shares) / n
-    variance = sum((share - accuracy) ** 2 for share in shares) / n
-    return {"accuracy": accuracy, "n": n, "stderr": math.sqrt(variance / n)}
+    from llm.eval.metrics import PassAtK, numbers
+
+    metric = PassAtK(ks or (1, n))
+    metric.update(n, right)
+    return numbers(metric)
+
+
+def own_share(things: Sequence) -> Sequence:
+    """Return the part of a sequence that this process counts, measures or draws."""
+    return things[collectives.rank() :: collectives.world_size()]
 
 
 def chat_core(results: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -137,8 +152,7 @@ def batches_by_length(rows: Sequence[int], prompts: Sequence[list[int]], batch_s
 
 def own_batches(rows: Sequence[int], prompts: Sequence[list[int]], batch_size: int) -> list[tuple[int, list[int]]]:
     """Return this process's share of the batches, as (number of the batch among all, rows)."""
-    numbered = list(enumerate(batches_by_length(rows, prompts, batch_size)))
-    return numbered[collectives.rank() :: collectives.world_size()]
+    return own_share(list(enumerate(batches_by_length(rows, prompts, batch_size))))
 
 
 def _fitting_prompts(engine: Any, conversations: Sequence[dict]) -> tuple[list[list[int]], list[int]]:
@@ -220,21 +234,6 @@ def _letter_ids(tokenizer: Any, letters: Sequence[str]) -> list[int]:
 # pass@k
 
 
-def pass_at_k(n: int, n_correct: int, k: int) -> float:
-    """Return the chance that at least one of k samples, drawn from n of which `n_correct` are right, is right.
-
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374).
-    """
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} needs 1 <= k <= {n} samples")
-    return 1.0 - math.comb(n - n_correct, k) / math.comb(n, k)
-
-
-def mean_pass_at_k(n: int, correct: Sequence[int], k: int) -> float:
-    """Return the mean pass@k over items, given the number of right ones among n samples of each."""
-    return sum(pass_at_k(n, c, k) for c in correct) / len(correct)
-
-
 def evaluate_pass_at_k(
     engine: Any,
     task: Any,
@@ -253,5 +252,4 @@ def evaluate_pass_at_k(
     conversations = [task[i] for i in spread(len(task), max_items)]
     answers = _judged_completions(engine, task, conversations, params, num_samples, batch_size, draw)
     correct = [sum(verdict == "pass" for _, verdict in item) for item in answers]
-    ks = sorted({1, num_samples} if ks is None else set(ks))
-    return {f"pass@{k}": mean_pass_at_k(num_samples, correct, k) for k in ks}
+    return pass_at_ks(num_samples, own_share(correct), ks)

@@ -38,6 +38,7 @@ class GroupOptimizer(torch.optim.Optimizer):
             if isinstance(rule, MatrixRule) and any(p.ndim != 2 for p in group["params"]):
                 raise UserError(f"a parameter group of kind={group['kind']} takes 2-D matrices only")
         super().__init__(groups, {})
+        self.max_norm: float | None = None  # of all gradients together, to which they are scaled down
 
     def step(self, closure=None):
         """Update all parameters that have a gradient; `closure`, if given, computes the gradients first."""
@@ -56,12 +57,20 @@ class GroupOptimizer(torch.optim.Optimizer):
             state.update({name: value.clone() for name, value in state.items()})
 
     def _update(self) -> None:
+        if self.max_norm is not None:
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self._clip(grads, squares(grads))
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if isinstance(rule_of(group), ElementwiseRule):
                 self._update_pieces(group, [(p, p, p.grad) for p in params])
             else:
                 self._update_matrices(group, params)
+
+    def _clip(self, grads: list[torch.Tensor], total: torch.Tensor) -> None:
+        """Scale gradients in place to a norm of at most `max_norm`; `total` () is the sum of all squares."""
+        factor = (self.max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 
     def _update_pieces(self, group: dict, pieces: Pieces) -> None:
         """Update parameters, or pieces of them, by an elementwise rule."""
@@ -90,6 +99,11 @@ class GroupOptimizer(torch.optim.Optimizer):
 def rule_of(group: dict) -> UpdateRule:
     """Return the rule that updates a parameter group."""
     return UPDATE_RULES.get(group["kind"], "kind")
+
+
+def squares(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of the squares of all numbers of some tensors, () in their format; 0 of none."""
+    return torch.stack(torch._foreach_norm(grads)).square().sum() if grads else torch.zeros(())
 
 
 def stacks(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from llm.optim.optimizer import rule_of, stacks
 from llm.optim.update_rules import MatrixRule
-from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedOptimizer, end_to_end, grad_of
+from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedOptimizer, end_to_end, grad_of, total_squares
 
 
 class FullyShardedOptimizer(ShardedOptimizer):
@@ -29,6 +29,10 @@ class FullyShardedOptimizer(ShardedOptimizer):
     def _update(self) -> None:
         if all(p.grad is None for p in self._params()):
             return  # a step that overflowed, on all processes alike
+        if self.max_norm is not None:
+            grads = [grad_of(p).to_local() for p in self._params()]
+            grads = [grad for grad in grads if grad.numel()]
+            self._clip(grads, total_squares(grads, [], grads[0]))
         matrices = [part for part in self.parts if isinstance(part, Matrices)]
         gradients = [self._send_gradients(part) for part in matrices]
         for group in self.param_groups:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from llm.optim.optimizer import GroupOptimizer, rule_of
+from llm.optim.optimizer import GroupOptimizer, rule_of, squares
 from llm.optim.update_rules import MatrixRule
 from llm.parallel import collectives
 
@@ -26,6 +26,16 @@ BUCKET_BYTES = 1 << 28  # of matrices that travel together, about
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Arrival = Callable[[], torch.Tensor]  # waits for what was started, returns what arrived
+
+
+def total_squares(own: list[torch.Tensor], everywhere: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares () over all processes: of what is their `own`, and once of what all of them hold.
+
+    like: a tensor of the device and the format of the gradients.
+    """
+    total = squares(own).to(like)
+    dist.all_reduce(total)
+    return total + squares(everywhere).to(like)
 
 
 @dataclass
@@ -96,6 +106,8 @@ class ShardedOptimizer(GroupOptimizer):
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return  # a step that overflowed, on all processes alike
         sums, arriving = [self._sum(part) for part in self.parts], []
+        if self.max_norm is not None:
+            sums = self._clipped([summed() for summed in sums])
         for part, summed in zip(self.parts, sums, strict=True):
             if isinstance(part, Small):
                 shares = zip(part.params, part.params, split(summed(), part.params), strict=True)
@@ -104,6 +116,19 @@ class ShardedOptimizer(GroupOptimizer):
                 arriving.append((part, self._update_share(part, summed())))
         for part, whole in arriving:
             self._take(part, whole())
+
+    def _clipped(self, arrived: list[torch.Tensor]) -> list[Arrival]:
+        """Scale the sums of all parts so that the norm over all processes is at most `max_norm`."""
+        own, everywhere = [], []
+        for part, summed in zip(self.parts, arrived, strict=True):
+            if isinstance(part, Small):
+                everywhere.append(summed)
+            elif isinstance(part, Matrices):  # behind them the buffer holds anything
+                own += split(summed, part.owned[self.rank])
+            else:
+                own.append(summed)
+        self._clip([*own, *everywhere], total_squares(own, everywhere, arrived[0]))
+        return [lambda summed=summed: summed for summed in arrived]
 
     def _sum(self, part: Matrices | FlatShard | Small) -> Arrival:
         """Start to sum the gradients of a part: this process's share arrives, or all of a small part."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llm.checkpoint.model_folder import WEIGHTS_FILE, load_model_folder
+from llm.config.stages import stage_row
 from llm.data.balance import Reading
 from llm.data.loader import StepLayout
 from llm.errors import UserError
@@ -19,6 +20,7 @@ from llm.run.content import check_content, fingerprints
 from llm.run.notes import content_note, say
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
+from llm.stages.device import DeviceOptions
 from llm.stages.micro_batch import resolve_rows
 from llm.stages.step_module import StageContext, StepData, StepModule
 from llm.stages.warm_start import parent_optimizer
@@ -287,6 +289,16 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
         total_steps=total_steps,
         seq_len=cfg.model.seq_len,
         loss_jump=cfg.watch.loss_jump,
+        max_minutes=cfg.max_minutes,
+        options=DeviceOptions(
+            cfg.precision.compute,
+            cfg.precision.fp8,
+            cfg.attention,
+            cfg.compile,
+            cfg.trainer.activation_checkpointing,
+            stage_row(cfg.stage.name).fixed_shapes,
+            stage_row(cfg.stage.name).draws_answers,
+        ),
         **more,
     )
 

@@ -17,6 +17,8 @@ from llm import objectives
 from llm.data.balance import Balance, of_rollout
 from llm.data.conversations import of_conversations, render
 from llm.errors import UserError
+from llm.eval.metrics import RewardStatistics
+from llm.eval.metrics import numbers as numbers_of
 from llm.inference.engine import Completion, Engine
 from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
@@ -305,8 +307,12 @@ class RolloutSteps:
         answers = [answer for group in groups for answer in group.answers]
         n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
         finished = sum(answer.is_finished for answer in answers) / n
+        statistics = RewardStatistics(sync_on_compute=False)  # the step joins the processes
+        statistics.update(scores)
+        rewards = numbers_of(statistics)
         numbers = {
-            "reward": scores.mean().item(),
+            "reward": rewards["reward"],
+            "reward_std": rewards["reward_std"],
             "response_len": sum(answer.length for answer in answers) / n,
             "finished": finished,
             "truncated": 1 - finished,

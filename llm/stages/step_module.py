@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 import lightning as L
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm.data.loader import positions_for
 from llm.errors import BadLoss
+from llm.eval.metrics import BitsPerByte
 from llm.model.config import flops_per_token
 from llm.model.gpt import GPT
 from llm.model.lora import is_trained
@@ -27,8 +29,10 @@ from llm.optim.optimizer import GroupOptimizer
 from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy
+from llm.stages.device import DeviceOptions, take_over
+from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
-from llm.stages.step_state import LossWatch, Progress, StepLog, Sums, Votes
+from llm.stages.step_state import Budget, LossWatch, Progress, StepLog, Sums, Votes
 from llm.stages.warm_start import take_state
 
 
@@ -49,6 +53,8 @@ class StageContext:
     eval_tasks: dict = field(default_factory=dict)  # name -> tasks.base.Task
     optimizer_state: dict | None = None  # by number of the parameter, to begin with; None = fresh
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
+    max_minutes: float | None = None  # after which training ends, with its schedules; None = after total_steps
+    options: DeviceOptions | None = None  # how the network is made ready for a device; None = it is ready
 
 
 # (net, micro-batch) -> the summed loss over its units, and sums to be logged, tensors () without gradient by name.
@@ -72,7 +78,11 @@ class StepModule(L.LightningModule):
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
         self.scaler = None  # set where the network computes in fp16
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
-        self.loss_watch = LossWatch(context.loss_jump)
+        self.loss_watch, self.budget = LossWatch(context.loss_jump), Budget(context.max_minutes)
+        self.planned_steps = context.total_steps
+        self.rate: float | None = None  # the share of the learning rates in the last step
+        self.gradient_clip_val: float | None = None  # the Trainer's
+        self.device_ready: torch.device | None = None
         self.origin: dict = {}  # keys of run.json that checkpoints repeat, see Job.origin
         self.has_begun = False  # the first step since this process loaded a checkpoint, if any
         self.is_updating = False  # while weights, optimizer and position are of no one step
@@ -82,11 +92,41 @@ class StepModule(L.LightningModule):
         """Values of the current step by column of metrics.csv: callbacks add theirs, `MetricsLog` writes them."""
         return self.step_log.row
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path, *args, **parts) -> "StepModule":
+        """Return a module with the weights of a checkpoint of a stage, built as its configuration says.
+
+        With `net`, `optim`, `stage` and `context` given it is Lightning's own method.
+        """
+        if args or parts:
+            return super().load_from_checkpoint(checkpoint_path, *args, weights_only=True, **parts)
+        saved = saved_module(checkpoint_path)
+        cfg, sizes = saved.cfg, torch.from_numpy(saved.tokenizer.token_bytes())
+        steps = max(saved.step, cfg.max_steps or 1)
+        context = StageContext(cfg.stage.name, saved.tokenizer, sizes, steps, cfg.model.seq_len)
+        return cls(saved.net, cfg.optim, cfg.stage, context)
+
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.shard(self.net)
 
+    def configure_callbacks(self) -> list:
+        """Take from the Trainer what this module does itself, before Lightning refuses it; adds no callback."""
+        self.gradient_clip_val = take_over(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        self.make_ready(self.trainer)
+
+    def make_ready(self, trainer: L.Trainer) -> None:
+        """Make the network ready for a trainer's device, once: number format, attention kernel, compilation."""
+        device = trainer.strategy.root_device
+        if self.context.options is not None and self.device_ready != device:
+            self.device_ready, is_fsdp = device, isinstance(trainer.strategy, FSDPStrategy)
+            self.context.options.prepare(self.net, device, is_fsdp, self.context.name, self.context.total_steps)
+
     def on_train_start(self) -> None:
+        self.budget.start()
         if self.context.optimizer_state is not None and self.global_step == 0:  # a resumed one has loaded its own
             take_state(self.trainer, self.context.optimizer_state)
 
@@ -111,6 +151,8 @@ class StepModule(L.LightningModule):
         )
         losses = self.passes(batch["micro"], (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
         nats = self.checked_sum(losses, batch, int(n_trained))
+        if self.budget.used >= 1.0:  # all callbacks take this step for the last one
+            self.context.total_steps, self.trainer.should_stop = self.global_step + 1, True
         if self.scaler is not None:
             self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
         self.is_updating = True
@@ -120,8 +162,33 @@ class StepModule(L.LightningModule):
         numbers = dict(zip(own, means, strict=True)) | self.objective_numbers(max(n_trained, 1))
         self.step_log.add_step(nats, int(n_trained), numbers)
         self.progress.tokens += int(n_tokens)
-        self.trainer.datamodule.position = batch["state"]
+        if self.trainer.datamodule is not None:
+            self.trainer.datamodule.position = batch["state"]
         self.is_updating = False
+        if not self.step_log.is_written:  # a Trainer without our callbacks
+            values = {"loss": nats / max(n_trained, 1), "lr": self.rate} | numbers
+            self.log_dict({name: torch.tensor(value) for name, value in values.items()}, prog_bar=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, T, V) of token ids (B, T)."""
+        return self.net(ids.to(self.net.device))
+
+    def on_validation_epoch_start(self) -> None:
+        self.bpb = BitsPerByte(self.context.token_bytes).to(self.device)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Add a batch {"inputs", "targets"} to the bits per byte that are logged as `bpb`."""
+        self.bpb.update(self.net(batch["inputs"], batch["targets"], reduction="none"), batch["targets"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("bpb", self.bpb.compute().float(), prog_bar=True)
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        """Return the most likely next tokens (B, T) of a batch {"inputs"}."""
+        return self.net(batch["inputs"]).argmax(-1)
 
     def objective_numbers(self, n_trained: float) -> dict[str, float]:
         """Return the numbers to be logged of what the objective has summed in a step of `n_trained` units."""
@@ -153,8 +220,10 @@ class StepModule(L.LightningModule):
         The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
         a GPU, and no step can spoil the weights.
         """
-        nats, *votes = collectives.all_reduce_sum([torch.stack(losses).sum().item(), *self.votes.cast()])
+        spent = self.budget.spent() / collectives.world_size()
+        nats, spent, *votes = collectives.all_reduce_sum([torch.stack(losses).sum().item(), spent, *self.votes.cast()])
         self.votes.count(votes)
+        self.budget.used = spent / self.budget.seconds
         if not math.isfinite(nats):
             worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
             where, documents = "on another process", None
@@ -174,12 +243,15 @@ class StepModule(L.LightningModule):
         """Return the learning rate at `step` as a share of the stage's base learning rates."""
         stage = self.stage_config
         shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac)
-        return lr_multiplier(step, self.context.total_steps, *shape)
+        total = self.planned_steps
+        return lr_multiplier(self.budget.place(step, total), total, *shape)
 
     def apply_schedules(self, groups: list[dict]) -> None:
-        step, total, optim = self.global_step, self.context.total_steps, self.optim_config
-        multiplier, decay = self.lr_frac(step), decay_multiplier(optim.decay_schedule, step, total)
-        warmdown = warmdown_progress(step, total, self.stage_config.warmdown_ratio)
+        step, total, optim = self.global_step, self.planned_steps, self.optim_config
+        place = self.budget.place(step, total)
+        multiplier = self.rate = self.lr_frac(step)
+        decay = decay_multiplier(optim.decay_schedule, place, total)
+        warmdown = warmdown_progress(place, total, self.stage_config.warmdown_ratio)
         for group in groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["decays"]:
@@ -195,9 +267,13 @@ class StepModule(L.LightningModule):
         if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
         kind = getattr(self.trainer.strategy, "optimizer_kind", GroupOptimizer)
-        return build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
+        optimizer = build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
+        optimizer.max_norm = self.gradient_clip_val
+        return optimizer
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        if "micro" not in batch:  # one to evaluate
+            return {key: value.to(device) for key, value in batch.items()}
         micro = [{k: v.to(device, non_blocking=True) for k, v in m.items()} for m in batch["micro"]]
         return batch | {"micro": micro}  # the loader's state stays on the host
 
@@ -208,6 +284,7 @@ class StepModule(L.LightningModule):
             "window": self.step_log.state_dict(),
             "recent": list(self.loss_watch.recent),
             "origin": self.origin,
+            "seconds": self.budget.spent(),
         }
         if self.scaler is not None:
             checkpoint["fathom"]["scaler"] = self.scaler.state_dict()
@@ -226,6 +303,7 @@ class StepModule(L.LightningModule):
         self.progress.tokens = state["tokens"]
         self.step_log.load_state_dict(state["window"])
         self.loss_watch.recent.extend(state["recent"])
+        self.budget.before = state.get("seconds", 0.0)
         if "scaler" in state:
             self.scaler = LossScaler()
             self.scaler.load_state_dict(state["scaler"])
@@ -236,6 +314,28 @@ def pad_micro_batches(micro_batches: list[dict]) -> list[dict]:
     inputs = micro_batches[0]["inputs"][:1]
     idle = {"inputs": inputs, "targets": torch.full_like(inputs, -1)}
     return micro_batches + [idle] * (max(collectives.all_gather_object(len(micro_batches))) - len(micro_batches))
+
+
+class FirstSteps:
+    """The first `n` steps of a loader, again and again."""
+
+    def __init__(self, loader, n: int):
+        self.loader, self.n, self.steps = loader, n, None
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __iter__(self):
+        if self.steps is None:
+            self.steps = list(islice(self.loader, self.n))
+        return cycle(self.steps)
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+
+class BatchList(list):
+    """Batches that are made already, which Lightning takes for a loader."""
 
 
 class StepData(L.LightningDataModule):
@@ -250,8 +350,16 @@ class StepData(L.LightningDataModule):
         self.make_loader, self.position, self.loader = make_loader, None, None
         self.left_out = 0  # steps of data at the position that are not trained on
 
+    def val_dataloader(self):
+        """Return the stage's fixed validation batches; none where it does not measure bits per byte."""
+        return BatchList(self.trainer.lightning_module.context.val_batches or [])
+
+    test_dataloader = predict_dataloader = val_dataloader
+
     def train_dataloader(self):
         self.loader = self.make_loader(self.position)
+        if self.trainer is not None and self.trainer.overfit_batches:
+            self.loader = FirstSteps(self.loader, self.trainer.overfit_batches)
         if self.left_out:
             self.loader.skip(self.left_out)
         return self.loader

@@ -5,6 +5,7 @@
 
 import math
 import statistics
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class StepLog:
     logged_steps: set[int] = field(default_factory=set)  # those with a row in metrics.csv when the training began
     nats: float = 0.0  # summed loss since the last row
     trained: int = 0  # tokens with a loss since the last row
+    is_written: bool = False  # by `MetricsLog`: rows go to metrics.csv and to Lightning
     numbers: dict[str, list[float]] = field(default_factory=dict)  # that came with the batches since the last row
 
     def add_step(self, nats: float, trained: int, numbers: dict[str, float]) -> None:
@@ -80,6 +82,29 @@ class Votes:
     def count(self, sums: list[float]) -> None:
         """Take the sums of what all processes have cast."""
         self.stop_count, self.checkpoint_count = (int(number) for number in sums)
+
+
+class Budget:
+    """Wall-clock budget of a training in seconds, over all its sittings: the schedules end when it does.
+
+    used: share that is spent, as all processes agreed in the last step.
+    """
+
+    def __init__(self, minutes: float | None):
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        self.before, self.begun, self.used = 0.0, time.perf_counter(), 0.0
+
+    def start(self) -> None:
+        """Begin to count: the first step is next."""
+        self.begun = time.perf_counter()
+
+    def spent(self) -> float:
+        """Return the seconds that this process has trained, in earlier sittings too."""
+        return self.before + time.perf_counter() - self.begun
+
+    def place(self, step: int, total: int) -> float:
+        """Return the step of `total` that the schedules are at: by the clock where that is further than `step`."""
+        return max(step, min(self.used, 1.0) * total)
 
 
 class Sums:

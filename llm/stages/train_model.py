@@ -99,6 +99,8 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         name, step = SIGNAL_NAMES[signum], trainer.global_step
         print(f"stopped by {name} at step {step}, checkpoint saved; the same command resumes", flush=True)
         return results | {"status": "interrupted", "signal": int(signum)}
+    if trainer.global_step < module.planned_steps and collectives.is_main():
+        print(f"ended at step {trainer.global_step} of {module.planned_steps}: max_minutes or a callback", flush=True)
     net = full_model(module.net)
     if job.row.servable and net.config.scalar_head:  # a critic, which is of no use behind its training
         net.scalar_head, net.config = None, replace(net.config, scalar_head=False)

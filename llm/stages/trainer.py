@@ -1,6 +1,7 @@
 """Build Lightning's Trainer for a stage, and fit."""
 
 import contextlib
+import inspect
 import logging
 import traceback
 import warnings
@@ -8,17 +9,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
 
 from llm.config.check import shown
-from llm.config.stages import stage_row
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.parallel.env import lost_another
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
+from llm.utils.addresses import public
 from llm.utils.files import write_json
 
 ROLLBACKS = "rollbacks.json"
+# Keys of `trainer` that are keywords of Lightning's Trainer.
+PASSED_ON = ("gradient_clip_val", "deterministic", "detect_anomaly", "overfit_batches", "benchmark")
+# Callbacks of Lightning that count batches of their own or change the optimizer, and what to use in their place.
+REFUSED_CALLBACKS = {
+    "GradientAccumulationScheduler": "raise batch.tokens_per_step, whose micro-batches are added up",
+    "StochasticWeightAveraging": "use lightning.pytorch.callbacks.EMAWeightAveraging, or stage.keep_best=bpb",
+    "BatchSizeFinder": "set batch.micro_batch_size=auto",
+    "LearningRateFinder": "sweep over it: train.py -m stage.lr_frac=0.5,1,2",
+    "BaseFinetuning": "set model.lora.rank=8 to train a part of the network",
+    "ModelPruning": "train a smaller model, model=d<depth>",
+}
 
 
 def fit(trainer, built, stage_dir: Path) -> None:
@@ -44,7 +57,7 @@ def fit(trainer, built, stage_dir: Path) -> None:
         raise UserError(
             f"{stage_dir / ROLLBACKS}: left_out.{step} is {built.data.left_out}, more than the stage's steps"
         )
-    with restoring(built.module, path):
+    with restoring(built.module, path), told_by_key():
         trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
 
 
@@ -120,34 +133,44 @@ def check_devices(cfg) -> None:
 def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     """Return Lightning's Trainer and the callback that knows whether a signal ended it.
 
-    The network is made ready for the trainer's device.
+    Raises UserError for what Lightning refuses.
     """
     import lightning as L
+    from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
+    from callbacks.metrics import MetricsLog
     from llm.checkpoint.resume import CheckpointWriter
     from llm.parallel.strategy import cluster_environment, layout_of_processes, make_strategy
 
     callbacks, stop = build_callbacks(cfg, stage_dir, built)
-    trainer = L.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        **layout_of_processes(),
-        strategy=make_strategy(cfg.strategy.name),
-        precision="32-true",
-        max_steps=built.module.context.total_steps,
-        max_epochs=-1,
-        logger=[instantiate_part(f"logger.{n}", part, save_dir=str(stage_dir)) for n, part in cfg.logger.items()],
-        callbacks=callbacks,
-        plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment()],
-        default_root_dir=str(stage_dir),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-        check_val_every_n_epoch=None,
-    )
-    prepare_network(cfg, built, trainer)
+    rows = next(one.logger for one in callbacks if isinstance(one, MetricsLog))
+    loggers = loggers_of(cfg, stage_dir, built.derived)
+    own = [instantiate_part(f"trainer.plugins.{n}", part) for n, part in cfg.trainer.plugins.items()]
+    with told_by_key():
+        trainer = L.Trainer(
+            accelerator=cfg.trainer.accelerator,
+            **{name: cfg.trainer[name] for name in PASSED_ON if cfg.trainer[name] is not None},
+            profiler=profiler(cfg.trainer.profiler, stage_dir),
+            **layout_of_processes(),
+            strategy=make_strategy(cfg.strategy.name),
+            precision="32-true",
+            max_steps=built.module.context.total_steps,
+            max_epochs=-1,
+            logger=[rows, *loggers],
+            log_every_n_steps=cfg.log_every,
+            callbacks=callbacks,
+            plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment(), *own],
+            default_root_dir=str(stage_dir),
+            enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
+            enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,  # our callbacks evaluate, on more than this process's own batches
+            inference_mode=False,
+            check_val_every_n_epoch=None,
+        )
+    built.module.make_ready(trainer)
     return trainer, stop
 
 
@@ -156,62 +179,107 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
 
     Compare the processes and save, then evaluate, then measure, then write the row, then show it.
     """
+    from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
+
     from callbacks.best import BestWeights
+    from callbacks.cadence import Periodic
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.validation import MonitorCheck, ValidationBegin, ValidationEnd
     from callbacks.watch import LossGuard, ProcessWatch
 
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
     stop = CleanStop(checkpoint)
     chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
+    check_callbacks(chosen)
     speed, display = ([chosen.pop(name)] if name in chosen else [] for name in ("throughput", "progress"))
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
     processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
     own = [*built.callbacks, *([BestWeights(stage_dir)] if cfg.stage.get("keep_best") else [])]
-    return [processes, checkpoint, stop, *guards, *chosen.values(), *own, *speed, log, *display], stop
+    begin = ValidationBegin([one for one in (*chosen.values(), *own) if isinstance(one, Periodic)])
+    for one in chosen.values():  # there are evaluations, though none that Lightning knows of
+        if isinstance(one, ModelCheckpoint) and begin.acts and one._save_on_train_epoch_end is None:
+            one._save_on_train_epoch_end = False
+    monitors = MonitorCheck(monitors_of(chosen, [*chosen.values(), *own], begin, built.module), begin)
+    if any(isinstance(one, ProgressBar) for one in chosen.values()):
+        display = []  # Lightning's bar in the place of ours
+    averages = [one for one in chosen.values() if isinstance(one, WeightAveraging)]
+    others = [one for one in chosen.values() if one not in averages]
+    first = [*averages, processes, checkpoint, stop, *guards, begin]  # averaged weights are what is evaluated
+    return [*first, *others, *own, *speed, log, monitors, ValidationEnd(begin), *display], stop
 
 
-def prepare_network(cfg, built, trainer) -> None:
-    """Set number formats, attention kernel and compilation for the trainer's device, and print what was chosen."""
-    from llm.model.compile import compile_training, decide
-    from llm.model.linear import choose_fp32_products, resolve_compute_dtype
-    from llm.parallel.strategy import FSDPStrategy
+def loggers_of(cfg, stage_dir: Path, derived: dict) -> list:
+    """Return the loggers of the configuration, which are told the whole of it and the derived numbers.
 
-    net, device, row = built.module.net, trainer.strategy.root_device, stage_row(cfg.stage.name)
-    net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device, row.draws_answers)
-    if device.type == "cpu":
-        choose_fp32_products(by_onednn=row.draws_answers)
-    is_fsdp = isinstance(trainer.strategy, FSDPStrategy)
-    if cfg.precision.fp8:
-        if is_fsdp:
-            raise UserError(
-                "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
-            )
-        print(use_fp8(net, device), flush=True)
-    net.activation_checkpointing = cfg.trainer.activation_checkpointing
-    attention = net.set_attention(cfg.attention, device, row.fixed_shapes)
-    compiled, why = decide(cfg.compile, cfg.stage.name, device, built.module.context.total_steps)
-    if compiled:
-        compile_training(net, by_block=is_fsdp)
-    dtype = str(net.compute_dtype).removeprefix("torch.")
-    how = "compiled" if compiled else "eager"
-    print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
+    Each gets `save_dir`, the stage's folder, if it takes one.
+    """
+    from llm.parallel import collectives
+
+    loggers, folder = [], {"save_dir": str(stage_dir)}
+    for name, part in cfg.logger.items():
+        more = folder if takes(part, "save_dir") else {}
+        loggers.append(instantiate_part(f"logger.{name}", part, **more))
+    config = public(OmegaConf.to_container(cfg, resolve=True)) if loggers else {}
+    for logger in loggers if collectives.is_main() else []:
+        logger.log_hyperparams(config | {"derived": derived})
+    return loggers
 
 
-def use_fp8(net, device) -> str:
-    """Turn fp8 on where the device has it; returns what was done, in words for the log."""
-    import torch
+def takes(part, argument: str) -> bool:
+    """Return whether the `_target_` of a part has an argument of this name; also where it cannot be imported."""
+    try:
+        arguments = inspect.signature(get_object(part["_target_"])).parameters.values()
+    except Exception:  # noqa: BLE001  instantiate_part says what is wrong
+        return True
+    return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in arguments)
 
-    from llm.model.fp8 import can_fp8
-    from llm.model.linear import enable_fp8
 
-    if net.compute_dtype != torch.bfloat16:
-        raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
-    if not can_fp8(device):
-        return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
-    return f"fp8: {enable_fp8(net)} matrices"
+def profiler(name: str | None, stage_dir: Path) -> Any:
+    """Return Lightning's profiler of a name, which writes into the stage's folder; None without one."""
+    from lightning.pytorch import profilers
+
+    kinds = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
+    return None if name is None else getattr(profilers, kinds[name])(dirpath=str(stage_dir), filename="profile")
+
+
+def check_callbacks(chosen: dict[str, Any]) -> None:
+    """Raise UserError for callbacks of Lightning that cannot work where a batch is a whole optimizer step."""
+    from lightning.pytorch import callbacks as lightning_callbacks
+
+    for key, callback in chosen.items():
+        for name, instead in REFUSED_CALLBACKS.items():
+            if isinstance(callback, getattr(lightning_callbacks, name)):
+                raise UserError(f"callbacks.{key}: {name} does not work with one optimizer step a batch; {instead}")
+
+
+def monitors_of(chosen: dict[str, Any], callbacks: list, begin, module) -> Any:
+    """Return what callbacks of the configuration look at. Raises UserError where nothing is evaluated for them."""
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    from callbacks.validation import Monitors, known_names
+
+    by_key = {f"callbacks.{key}": one.monitor for key, one in chosen.items() if getattr(one, "monitor", None)}
+    for key, one in chosen.items():
+        if isinstance(one, EarlyStopping) and not begin.acts:
+            raise UserError(f"callbacks.{key}: it looks at {one.monitor} after evaluations; set stage.eval_every=100")
+    monitors, known = Monitors(by_key), known_names(callbacks, module)
+    if known is not None and (problem := monitors.missing(sorted(known))):
+        raise UserError(problem)
+    return monitors
+
+
+@contextlib.contextmanager
+def told_by_key() -> Iterator[None]:
+    """Turn what Lightning refuses into one line."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(f"Lightning refuses this: {' '.join(str(error).split())}") from error
 
 
 def instantiate_part(key: str, part, **more):

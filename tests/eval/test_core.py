@@ -21,6 +21,7 @@ from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
 from llm.eval import core
 from llm.eval.core_bundle import CoreTask, load_bundle, prompts, shots
+from llm.eval.metrics import numbers
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.run.stage_folder import RunDir, read_metrics, write_manifest
@@ -158,7 +159,7 @@ def test_decisions_of_a_trained_model(trained, tokenizer, bundle):
     results = decisions(trained, tokenizer, bundle)
     check_same(results, expected, tokenizer)
     assert any(0 < result["accuracy"] < 1 for result in results.values())
-    assert core.core_score(results)["core"] > 0.1
+    assert sum(result["centered"] for result in results.values()) / len(results) > 0.1
 
 
 def test_prompts_beyond_the_context_lose_their_beginning(nets, tokenizer, bundle):
@@ -233,10 +234,14 @@ def test_score_and_its_parts(trained, tokenizer, bundle):
     assert one["accuracy"] == sum(r["correct"] for r in one["records"]) / 20
     assert one["centered"] == pytest.approx((one["accuracy"] - 0.25) / 0.75)
     assert results["continue"]["centered"] == pytest.approx((results["continue"]["accuracy"] - 0.5) / 0.5)
-    mean = core.core_score(results)
-    assert mean["core"] == pytest.approx(sum(r["centered"] for r in results.values()) / len(results))
-    errors = [results["choices"]["stderr"] / 0.75, results["who"]["stderr"]]
-    assert core.core_score({"a": one, "b": results["who"]})["core_stderr"] == pytest.approx(np.hypot(*errors) / 2)
+    metric = core.core_metric(load_bundle(bundle, ["choices", "who"]))
+    for name in metric.names:
+        metric.update(name, [record["correct"] for record in results[name]["records"]])
+    mean = numbers(metric)
+    assert mean["core"] == pytest.approx((one["centered"] + results["who"]["centered"]) / 2)
+    assert mean["core/choices"] == pytest.approx(one["centered"])
+    errors = [one["stderr"] / 0.75, results["who"]["stderr"]]
+    assert mean["core_stderr"] == pytest.approx(np.hypot(*errors) / 2)
 
 
 def test_shared_beginnings_are_computed_once(tokenizer, bundle):

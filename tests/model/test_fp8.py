@@ -8,7 +8,7 @@ from llm.model.config import GPTConfig
 from llm.model.fp8 import can_fp8, fp8_linear, takes_fp8
 from llm.model.gpt import GPT
 from llm.model.linear import enable_fp8
-from llm.stages.trainer import use_fp8
+from llm.stages.device import use_fp8
 
 
 def relative(a, b):

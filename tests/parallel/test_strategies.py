@@ -25,7 +25,7 @@ from llm.parallel.launch import child_env, free_port
 from llm.parallel.muon_zero2 import BUCKET_BYTES, even_shares
 from llm.parallel.strategy import FSDPStrategy, MuonStrategy, SummingDDPStrategy
 
-KINDS = ("pretrain", "sft", "grpo", "reward", "dpo", "ppo", "distill")
+KINDS = ("pretrain", "clipped", "sft", "grpo", "reward", "dpo", "ppo", "distill")
 MORE = ("policy", "best_of_n", "forward_kl", "sampled", "ipo", "orpo", "kto", "simpo")
 ADAPTERS = tuple(f"{kind}-lora" for kind in ("reward", "dpo", "kto", "ppo", "policy", "distill", "best_of_n"))
 
@@ -79,6 +79,7 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
         for name, weight in alone[kind]["weights"].items():
             torch.testing.assert_close(results[kind]["weights"][name], weight, atol=1e-7, rtol=0)
         assert results[kind]["tokens"] == alone[kind]["tokens"]
+        assert results[kind]["measured"] == alone[kind]["measured"]
         shares = [held / alone[kind]["held"][0] for held in results[kind]["held"]]
         assert shares == [1.0] * n if strategy == "ddp" else max(shares) < 1 / n + 0.01
         assert strategy == "fsdp" or results[kind]["noticed"]

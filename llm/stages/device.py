@@ -1,0 +1,79 @@
+"""A network made ready for the device it trains on, and what a Lightning Trainer may ask of its module."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from llm.errors import UserError
+from llm.model.compile import compile_training, decide
+from llm.model.fp8 import can_fp8
+from llm.model.gpt import GPT
+from llm.model.linear import choose_fp32_products, enable_fp8, resolve_compute_dtype
+
+
+@dataclass
+class DeviceOptions:
+    """Choices of the configuration that depend on the device: number formats, attention kernel, compilation.
+
+    draws_answers: whether the stage trains on answers that an engine draws, which must agree with the network.
+    """
+
+    compute: str
+    fp8: bool
+    attention: str
+    compile: Any
+    activation_checkpointing: bool
+    fixed_shapes: bool
+    draws_answers: bool
+
+    def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> None:
+        """Set up the network of a stage of `steps` steps for a device, and print what was chosen."""
+        net.compute_dtype = resolve_compute_dtype(self.compute, device, self.draws_answers)
+        if device.type == "cpu":
+            choose_fp32_products(by_onednn=self.draws_answers)
+        if self.fp8:
+            if is_fsdp:
+                raise UserError(
+                    "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
+                )
+            print(use_fp8(net, device), flush=True)
+        net.activation_checkpointing = self.activation_checkpointing
+        attention = net.set_attention(self.attention, device, self.fixed_shapes)
+        compiled, why = decide(self.compile, stage, device, steps)
+        if compiled:
+            compile_training(net, by_block=is_fsdp)
+        dtype = str(net.compute_dtype).removeprefix("torch.")
+        how = "compiled" if compiled else "eager"
+        print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
+
+
+def use_fp8(net, device) -> str:
+    """Turn fp8 on where the device has it; returns what was done, in words for the log."""
+    if net.compute_dtype != torch.bfloat16:
+        raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
+    if not can_fp8(device):
+        return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
+    return f"fp8: {enable_fp8(net)} matrices"
+
+
+def take_over(trainer) -> float | None:
+    """Return the Trainer's `gradient_clip_val`, which the module's step applies in Lightning's place.
+
+    Raises MisconfigurationException, Lightning's own kind, for settings that contradict one batch = one step.
+    """
+    if trainer.precision not in ("32-true", 32, "32"):
+        raise MisconfigurationException(
+            f"Trainer(precision={trainer.precision!r}): the network decides its number format; leave it out and build "
+            "the stage with precision.compute=bf16 (auto, fp32, fp16)"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): a batch is a whole optimizer step of "
+            "several micro-batches; raise batch.tokens_per_step"
+        )
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        raise MisconfigurationException("Trainer(gradient_clip_algorithm='value'): gradients are clipped by norm only")
+    clip, trainer.gradient_clip_val = trainer.gradient_clip_val or None, None
+    return clip
