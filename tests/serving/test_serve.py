@@ -185,6 +185,7 @@ def test_no_conversation_crashes_the_engine(runs):
 def test_prompt_is_answered_once(runs, capsys):
     def config(**values):
         keys = {"run": None, "stage": None, "model": None, "ui": "gradio", "prompt": None, "compute": "auto", "seed": 1}
+        keys |= {"adapters": None}
         sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "max_new_tokens": 100}
         return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), verify=True, **{**keys, **sampling, **values})
 
