@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.cli.explain import explain
-from llm.cli.options import CONF, LOCAL, OURS, Sources, config_groups
+from llm.cli.options import CONF, LOCAL, OURS, Sources, config_groups, content_of
 from llm.cli.sweep import lines_of, values_of
 from llm.config.check import as_text, shown
 from llm.config.said import note_settings
@@ -205,12 +205,11 @@ def find_sources(config_name: str, argv: Sequence[str]) -> tuple[Sources, list[s
 
 def _own_search_path(folders: Sequence[Path], name: str) -> list[Any]:
     """Return `hydra.searchpath` of a main configuration file of the user's; [] for ours, which has none."""
-    from omegaconf import OmegaConf
-
     file = next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), CONF / f"{name}.yaml")
     if file.parent == CONF:
         return []
-    return list(OmegaConf.select(OmegaConf.load(file), "hydra.searchpath") or [])
+    of_hydra = content_of(file).get("hydra")
+    return of_hydra.get("searchpath") or [] if isinstance(of_hydra, dict) else []
 
 
 def _folder(entry: str, where: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.generated import GENERATED
+from llm.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 LOCAL = CONF / "local"  # users' own defaults and options on this machine
@@ -46,9 +47,23 @@ def config_groups(config_name: str, sources: Sources = OURS) -> dict[str, Any]:
 
 def _defaults_list(file: Path) -> list[Any]:
     """Return the defaults list of a YAML file; [] where it has none."""
-    from omegaconf import OmegaConf
+    found = content_of(file).get("defaults")
+    return found if isinstance(found, list) else []
 
-    return OmegaConf.to_container(OmegaConf.load(file)).get("defaults") or []
+
+def content_of(file: Path) -> dict[str, Any]:
+    """Return what a YAML file holds, ${...} as it stands; {} where that is no mapping. UserError for one without form.
+
+    Whatever else is wrong with it, Hydra says when it composes.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def group_options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:

@@ -130,7 +130,7 @@ class TrainerConfig:
         choices=("simple", "advanced", "pytorch"),
     )
     overfit_batches: int = key("train on the first steps of data again and again; 0 = on all", low=0, high=10**6)
-    benchmark: bool | None = key("let cuDNN choose its kernels by trying them; null = as torch does")
+    benchmark: bool | None = key("let cuDNN try several kernels and take the fastest; null = as torch does")
     plugins: dict[str, Any] = key("plugins of Lightning: a mapping from a name to a _target_")
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
 
@@ -179,7 +179,7 @@ class TrainConfig:
     init_from: str | None = key("start from this run/stage or model folder; null = the stage before", main=True)
     max_steps: int | None = key("optimizer steps; null = the stage's own horizon", low=1, high=STEPS, main=True)
     max_minutes: float | None = key(
-        "minutes after which training ends, its learning rate decayed by then; null = by its steps alone",
+        "minutes after which training ends with a learning rate that has decayed by then; null = no limit",
         above=0,
         high=10**7,
         main=True,

@@ -20,7 +20,9 @@ PARSERS |= {
 }
 ALLOWED = {
     ("llm/utils/files.py", "json.loads"): "parse_json itself",
-    ("llm/cli/options.py", "OmegaConf.load"): "the files of conf/ that Fathom brings",
+    ("llm/cli/options.py", "OmegaConf.load"): "main files of the configuration, in one place",
+    ("llm/config/experiments.py", "OmegaConf.load"): "experiments of the user's; Hydra says what is wrong with them",
+    ("llm/cli/sweep.py", "OmegaConf.load"): "the results that Hydra's sweeper has just written",
     ("llm/data/records.py", "json.loads"): "rows of data, each with its own error",
     ("llm/data/records.py", "json.JSONDecoder"): "rows of data in one array, read piece by piece",
     ("llm/eval/core_bundle.py", "json.loads"): "rows of a CORE bundle, each with its own error",

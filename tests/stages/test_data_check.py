@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import compose
 
+from llm.cli.options import CONF, Sources
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.stages import finetune, grpo, run_stage
@@ -65,7 +66,9 @@ def test_files_of_evaluated_and_rewarded_tasks_count_too(tmp_path):
         ("sft", ["stage.chat_every=1", "stage.chat_tasks=[quiz]"], "test"),
         ("grpo", ["stage.task=quiz"], "train"),
     ]:
-        cfg = overrides.compose("train", ["experiment=quiz", "data=own", f"stage={stage}", *lines, *more], str(folder))
+        cfg = overrides.compose(
+            "train", ["experiment=quiz", "data=own", f"stage={stage}", *lines, *more], Sources((CONF, folder))
+        )
         with pytest.raises(UserError, match=rf"data\.tasks\.quiz\.{split}: no file matches none.jsonl"):
             check_data(cfg, stage_row(stage))
 
@@ -79,7 +82,7 @@ def test_nothing_to_train_on_is_said_first(tmp_path):
     from llm.cli import overrides
 
     for stage, key in (("sft", "data.mixture.sft"), ("midtrain", "data.mixture.midtrain"), ("grpo", "data.rl")):
-        cfg = overrides.compose("train", ["data=mytext", f"stage={stage}"], str(folder))
+        cfg = overrides.compose("train", ["data=mytext", f"stage={stage}"], Sources((CONF, folder)))
         with pytest.raises(UserError, match=rf"^data\.tasks is empty: stage={stage} .*{key}$"):
             check_data(cfg, stage_row(stage))
 

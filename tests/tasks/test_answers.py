@@ -7,6 +7,7 @@ import pytest
 from conftest import SHARED, needs_shared
 
 from llm.cli import overrides
+from llm.cli.options import CONF, Sources
 from llm.errors import UserError
 from llm.eval.task_scores import evaluate_task
 from llm.tokenizer.chat_format import content_text
@@ -329,7 +330,7 @@ tasks:
 eval: [sums]
 """
     )
-    cfg = overrides.compose("train", ["stage=sft", "data=mine"], str(tmp_path))
+    cfg = overrides.compose("train", ["stage=sft", "data=mine"], Sources((CONF, tmp_path)))
     assert len(build_task("sums", cfg.data.tasks.sums, "train")) == 7
 
 
