@@ -18,6 +18,7 @@ from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.run.content import check_content, fingerprints
 from llm.run.notes import content_note, say
+from llm.run.stage_folder import find_further
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
 from llm.stages.device import DeviceOptions
@@ -179,6 +180,28 @@ def say_taken(parent: Path, parts: str) -> None:
     if collectives.is_main():
         say(content_note(parent))
         print(f"taken from {parent}: {parts}", flush=True)
+
+
+def load_further(cfg, key: str, value: str, what: str, net: GPT, tokenizer: Tokenizer) -> tuple[GPT, Path]:
+    """Return the network, and its folder, of another model that `key`=`value` names for a stage that trains `net`.
+
+    what: part that it plays, for messages. Raises UserError for another tokenizer or a context that is too short.
+    """
+    folder = find_further(cfg.paths.runs, cfg.run, cfg.stage.name, key, value)
+    found, its_tokenizer = load_model_folder(folder, verify=cfg.verify)
+    if its_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{key}={value}: {folder} has another tokenizer ({its_tokenizer.vocab_size:,} tokens) than the trained "
+            f"model ({tokenizer.vocab_size:,} tokens); choose a {what} that was trained with an equal one"
+        )
+    c = found.config
+    if c.seq_len < net.config.seq_len:
+        raise UserError(
+            f"{key}={value}: its context of {c.seq_len} tokens is shorter than model.seq_len={net.config.seq_len}; "
+            f"choose another {what}"
+        )
+    say_taken(folder, f"{what} ({c.arch}, {c.n_layer} layers, {c.n_embd} wide)")
+    return found, folder
 
 
 def check_vocab_size(cfg, found: int) -> None:

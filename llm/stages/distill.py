@@ -14,13 +14,11 @@ from pathlib import Path
 import torch
 
 from llm import objectives
-from llm.checkpoint.model_folder import load_model_folder
 from llm.config.stages import stage_row
 from llm.data.balance import Reading
 from llm.errors import UserError
 from llm.model.gpt import GPT
-from llm.run.stage_folder import find_further
-from llm.stages.common import BuiltStage, load_parent, say_taken, task_cache
+from llm.stages.common import BuiltStage, load_further, load_parent, task_cache
 from llm.stages.data_check import trained_tasks
 from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
 from llm.stages.rollouts import RolloutSteps, conversations_of, counts, micro_batches_of, trained_tokens
@@ -153,19 +151,5 @@ def conversations(cfg) -> Mixture | None:
 
 def load_teacher(cfg, net: GPT, tokenizer) -> GPT:
     """Return the network of `stage.teacher`. Raises UserError for another tokenizer or a context that is too short."""
-    stage = cfg.stage
-    folder = find_further(cfg.paths.runs, cfg.run, stage.name, "stage.teacher", stage.teacher)
-    teacher, its_tokenizer = load_model_folder(folder, verify=cfg.verify)
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"stage.teacher={stage.teacher}: {folder} has another tokenizer ({its_tokenizer.vocab_size:,} tokens) than "
-            f"the student ({tokenizer.vocab_size:,} tokens); choose a teacher that was trained with an equal one"
-        )
-    if teacher.config.seq_len < net.config.seq_len:
-        raise UserError(
-            f"stage.teacher={stage.teacher}: its context of {teacher.config.seq_len} tokens is shorter than "
-            f"model.seq_len={net.config.seq_len} of the student; choose another teacher"
-        )
-    c = teacher.config
-    say_taken(folder, f"teacher ({c.arch}, {c.n_layer} layers, {c.n_embd} wide)")
+    teacher, _ = load_further(cfg, "stage.teacher", cfg.stage.teacher, "teacher", net, tokenizer)
     return teacher

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from callbacks.preference_eval import WinRate
-from llm.checkpoint.model_folder import load_model_folder
 from llm.errors import UserError
 from llm.eval.reward_model import RewardModel, data_answers
 from llm.eval.task_scores import spread
-from llm.run.stage_folder import find_further
-from llm.stages.common import say_taken
+from llm.stages.common import load_further
 from llm.tokenizer.chat_format import render_prompt
 from tasks import Task
 from tasks.rewards import Reward
@@ -88,24 +86,11 @@ def load_reward_model(cfg, net, tokenizer, key: str, value: str) -> RewardModel:
 
     Raises UserError for a model without a trained scalar head, another tokenizer, or a context that is too short.
     """
-    folder = find_further(cfg.paths.runs, cfg.run, cfg.stage.name, key, value)
-    judge, its_tokenizer = load_model_folder(folder, verify=cfg.verify)
+    judge, folder = load_further(cfg, key, value, "reward model", net, tokenizer)
     if not judge.config.scalar_head:
         raise UserError(
             f"{key}={value}: {folder} is no reward model; train one with stage=reward, or name <run>/reward"
         )
     if not judge.scalar_head.weight.any():
         raise UserError(f"{key}={value}: {folder} gives every answer the reward 0; train it with stage=reward")
-    if its_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{key}={value}: {folder} has another tokenizer ({its_tokenizer.vocab_size:,} tokens) than the trained "
-            f"model ({tokenizer.vocab_size:,} tokens); choose a reward model that was trained with an equal one"
-        )
-    if judge.config.seq_len < net.config.seq_len:
-        raise UserError(
-            f"{key}={value}: its context of {judge.config.seq_len} tokens is shorter than "
-            f"model.seq_len={net.config.seq_len}; choose another reward model"
-        )
-    c = judge.config
-    say_taken(folder, f"reward model ({c.arch}, {c.n_layer} layers, {c.n_embd} wide)")
     return RewardModel(judge, tokenizer, net, cfg.batch.micro_batch_size)

@@ -157,7 +157,7 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line(runs):
     assert "stage.teacher=huge is neither a run nor a folder" in refusal("stage.teacher=huge")
     network = GPT(replace(model().config, seq_len=128)).init_weights(0)
     save_model_folder(runs / "bytes", network, TOKENIZER)
-    assert "has another tokenizer (265 tokens) than the student" in refusal(f"stage.teacher={runs / 'bytes'}")
+    assert "has another tokenizer (265 tokens) than the trained" in refusal(f"stage.teacher={runs / 'bytes'}")
     tokenizer, cfg = Tokenizer.load(parent), compose("train", "experiment=tiny", *SMALL, "model.seq_len=64")
     short = GPT(model_config(cfg.model, cfg.arch, tokenizer.vocab_size)).init_weights(0)
     save_model_folder(runs / "short", short, tokenizer)

@@ -219,10 +219,10 @@ def test_models_that_do_not_fit_are_refused(runs):
             load_reward_model(cfg, net, tokenizer, "stage.judge", str(runs / "other"))
         return str(refused.value)
 
-    small = replace(model(scalar_head=True).config, seq_len=64)
-    assert "gives every answer the reward 0" in refusal(GPT(small).init_weights(0), TOKENIZER)
+    fitting = replace(model(scalar_head=True).config, seq_len=128, vocab_size=tokenizer.vocab_size)
+    assert "gives every answer the reward 0" in refusal(GPT(fitting).init_weights(0))
     assert "has another tokenizer (265 tokens) than the trained" in refusal(model(scalar_head=True), TOKENIZER)
-    short = GPT(replace(small, vocab_size=tokenizer.vocab_size)).init_weights(0)
+    short = GPT(replace(fitting, seq_len=64)).init_weights(0)
     short.scalar_head.weight.data.fill_(1.0)
     assert "its context of 64 tokens is shorter than model.seq_len=128" in refusal(short)
 
