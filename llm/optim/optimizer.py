@@ -70,7 +70,8 @@ class GroupOptimizer(torch.optim.Optimizer):
     def _clip(self, grads: list[torch.Tensor], total: torch.Tensor) -> None:
         """Scale gradients in place to a norm of at most `max_norm`; `total` () is the sum of all squares."""
         factor = (self.max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        if grads:
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 
     def _update_pieces(self, group: dict, pieces: Pieces) -> None:
         """Update parameters, or pieces of them, by an elementwise rule."""

@@ -30,9 +30,9 @@ class FullyShardedOptimizer(ShardedOptimizer):
         if all(p.grad is None for p in self._params()):
             return  # a step that overflowed, on all processes alike
         if self.max_norm is not None:
-            grads = [grad_of(p).to_local() for p in self._params()]
-            grads = [grad for grad in grads if grad.numel()]
-            self._clip(grads, total_squares(grads, [], grads[0]))
+            local = [grad_of(p).to_local() for p in self._params()]
+            grads = [grad for grad in local if grad.numel()]  # a process of many may have none
+            self._clip(grads, total_squares(grads, [], local[0]))
         matrices = [part for part in self.parts if isinstance(part, Matrices)]
         gradients = [self._send_gradients(part) for part in matrices]
         for group in self.param_groups:
