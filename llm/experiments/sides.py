@@ -1,0 +1,156 @@
+"""The two sides of a comparison: which runs they are, whether they may be compared, and in what they differ."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from llm.config.stages import row_or_stranger
+from llm.errors import UserError
+from llm.experiments.curves import Curve, read_curve
+from llm.experiments.runs import Row, settings, stage_row_of
+from llm.run.config_diff import covers, flatten
+from llm.run.stage_folder import RunDir, list_runs, read_manifest
+
+MOST_NAMED = 6
+# What the numbers of an evaluation are measured on, beside the held-out text itself.
+MEASURED_BY = {"bpb": ("stage.eval_tokens",), "tasks": ("data.tasks", "stage.chat_max_per_task", "stage.core_*")}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Runs of one configuration with different seeds. left_out: (run, why) of those that cannot be compared."""
+
+    name: str
+    stage: str
+    rows: list[Row]
+    curves: list[Curve]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_side(root: str | Path, text: str, stage: str, metric: str) -> Side:
+    """Read the runs that `text` names (see `runs_named`), with the curves of a metric.
+
+    Raises UserError where there is none, where they differ in more than the seed, and where a seed is there twice.
+    """
+    rows = [stage_row_of(RunDir(root, run).path / stage) for run in runs_named(root, text, stage)]
+    _check_one_configuration(text, rows)
+    curves, left_out = [], []
+    for row in rows:
+        curve = read_curve(row, metric)
+        if (reason := _why_not(row, curve, metric)) is None:
+            curves.append(curve)
+        else:
+            left_out.append((row["run"], reason))
+    seeds = [curve.seed for curve in curves if curve.seed is not None]
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if twice is not None:
+        names = " and ".join(curve.run for curve in curves if curve.seed == twice)
+        raise UserError(f"{text}: {names} have the same seed {twice}; give each seed once")
+    return Side(text, stage, rows, curves, left_out)
+
+
+def runs_named(root: str | Path, text: str, stage: str | None = None) -> list[str]:
+    """Return the runs that a text names, separated by commas: each a run, a pattern (`base-*`), or a sweep.
+
+    The name of a sweep is what its runs begin with: `base` for `base-seed=1`, `base-seed=2`. stage: only runs that have
+    it. Raises UserError for a part that no run matches.
+    """
+    runs = [run for run in list_runs(root) if stage is None or (run.path / stage / "run.json").is_file()]
+    names = [run.name for run in runs]
+    found: list[str] = []
+    for part in filter(None, text.split(",")):
+        matched = [name for name in names if name == part] or [name for name in names if fnmatchcase(name, part)]
+        matched = matched or [name for name in names if name.startswith(f"{part}-")]
+        if not matched:
+            known = ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")
+            which = f"with stage {stage} " if stage else ""
+            raise UserError(f"{part}: no run {which}in {root} has this name or begins so ({known or 'there is none'})")
+        found += matched
+    return list(dict.fromkeys(found))
+
+
+def common_stage(root: str | Path, texts: Sequence[str]) -> str:
+    """Return the last stage in the pipeline that all named runs have. Raises UserError where there is none."""
+    shared: list[str] | None = None
+    for run in (RunDir(root, name) for text in texts for name in runs_named(root, text)):
+        stages = [stage for stage in run.stages() if row_or_stranger(stage).makes_model]
+        if stages:  # a run that only holds a tokenizer lends its name to a sweep
+            shared = stages if shared is None else [stage for stage in shared if stage in stages]
+    if not shared:
+        raise UserError(f"{' and '.join(texts)}: the runs have no stage in common; name one with --stage")
+    return shared[-1]
+
+
+def _check_one_configuration(text: str, rows: Sequence[Row]) -> None:
+    first = settings(rows[0])
+    for row in rows[1:]:
+        differing = changed(first, settings(row))
+        if differing or row["stage"] != rows[0]["stage"]:
+            keys = ", ".join(list(differing)[:MOST_NAMED])
+            raise UserError(
+                f"{text}: {rows[0]['run']} and {row['run']} differ in {keys}; one side may differ in the seed only: "
+                "name its runs by a narrower pattern"
+            )
+
+
+def _why_not(row: Row, curve: Curve, metric: str) -> str | None:
+    """Say why a run cannot be compared; None if it can."""
+    reached = f" at step {curve.steps[-1]}" if curve.steps else ""
+    if row["status"] != "finished":
+        return f"{row['status']}{reached}"
+    if not curve.steps:
+        return f"no {metric} was measured"
+    wrong = [step for step, number in zip(curve.steps, curve.values, strict=True) if not abs(number) < float("inf")]
+    return f"{metric} is no number at step {wrong[0]}" if wrong else None
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (before, after)} of what differs in two flat mappings; None stands for an absent key."""
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def differences(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (of A, of B)}: the settings in which the sides differ, beside the seed, and stage and commit."""
+    own = {key: (getattr(a, key), getattr(b, key)) for key in ("stage",) if getattr(a, key) != getattr(b, key)}
+    commits = [sorted({row["commit"] or "unknown" for row in side.rows}) for side in (a, b)]
+    if commits[0] != commits[1]:
+        own["commit"] = tuple(", ".join(commit[:10] for commit in names) for names in commits)
+    return own | changed(settings(a.rows[0]), settings(b.rows[0]))
+
+
+def incomparable(a: Side, b: Side, metric: str) -> list[str]:
+    """Return why numbers of the metric were not measured on the same things, a reason each; [] if they were."""
+    facts = [read_manifest(side.rows[0]["folder"]) or {} for side in (a, b)]
+    reasons = [
+        _differ("tokenizer", [((f.get("parents") or {}).get("init_from") or {}).get("tokenizer") for f in facts])
+    ]
+    flat = [flatten(side.rows[0]["config"]) for side in (a, b)]
+    if metric.startswith("bpb") or metric.endswith("loss"):
+        texts = [(f.get("data") or {}).get("held_out_text") for f in facts]
+        reasons.append(_differ("held-out text", texts))
+        patterns = (*MEASURED_BY["bpb"], *(() if all(texts) else ("data",)))
+    else:
+        patterns = MEASURED_BY["tasks"]
+    for key, pair in changed(*flat).items():
+        if any(covers(pattern, key) for pattern in patterns) and key not in ("data.token_cache", "data.workers"):
+            reasons.append(f"{key} is {pair[0]} and {pair[1]}")
+    return [reason for reason in reasons if reason]
+
+
+def _differ(name: str, pair: Sequence[str | None]) -> str | None:
+    """Say that two fingerprints differ; None where they agree or one is not known."""
+    known = all(pair) and pair[0] != pair[1]
+    return f"the {name} differs ({str(pair[0])[:8]} and {str(pair[1])[:8]})" if known else None
+
+
+def machines(sides: Iterable[Side]) -> set[str]:
+    """Return the machines on which the runs were made, in words."""
+    found = set()
+    for row in (row for side in sides for row in side.rows):
+        place = (read_manifest(row["folder"]) or {}).get("environment") or {}
+        gpus = [gpu["name"] for gpu in place.get("gpus") or []]
+        found.add(" ".join(filter(None, [place.get("cpu"), f"{place.get('cpu_threads')} threads", *gpus])))
+    return found
