@@ -90,7 +90,7 @@ def compare(
     unpaired: bool = False,
     force: bool = False,
 ) -> Comparison:
-    """Return the comparison of the runs that `a` and `b` name in the folder `root`; see `sides.runs_named`.
+    """Return the comparison of the runs that `a` and `b` name in the folder `root`; see `runs.runs_named`.
 
     margin: a number in the unit of the metric, or `0.5%` of A's value. last: evaluations in the mean of the last ones.
     direction: min or max, what is better. noise: spread of single runs, a number, or the name of runs to take it from.
@@ -272,7 +272,14 @@ def as_json(result: Comparison) -> dict[str, Any]:
         found, verdict = asdict(one.found), asdict(one.verdict)
         found["difference"] = found.pop("mean")
         measures.append(
-            {"at": one.at, "point": one.point, "of": one.of, **found, **verdict, "further_seeds": one.further}
+            {
+                "at": one.at,
+                "point": one.point,
+                "of": one.of,
+                **found,
+                **verdict,
+                "further_seeds": one.further and dict(zip("ab", one.further, strict=True)),
+            }
         )
     return plain(
         {

@@ -6,6 +6,7 @@ Small files only, run.json and eval.json; no learning curves, and neither torch 
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llm.run.stage_folder import list_runs, read_manifest
 FACTS = ("run", "stage", "status", "seed", "parent", "steps", "tokens", "flops", "seconds")  # first columns of a row
 ORIGIN = ("depth", "params", "started", "finished", "commit", "folder", "config")  # the last ones
 SEED = re.compile(r"\bseed=\d+")  # in the name of a run that a sweep has made
+MOST_NAMED = 6  # runs or keys that an error names
 
 Row = dict[str, Any]
 
@@ -38,21 +40,23 @@ def stage_rows(
     ISO 8601 in UTC, the folder of the stage, and the nested configuration under today's names of keys, {} where none
     was saved. A fact that a stage lacks is None, a score that it lacks is no key.
 
-    wanted: takes (run, stage) and says whether to read this stage. problem: is called with a line for each stage whose
-    files cannot be read; such a stage has no row.
+    wanted: takes (run, stage) and says whether to read this stage. problem: is called with a line for each file that
+    cannot be read; a stage without a readable run.json has no row.
     """
     for run in list_runs(runs_root):
         for stage in run.stages():
-            folder = run.path / stage
             try:
                 if wanted is None or wanted(run.name, stage):
-                    yield stage_row_of(folder)
+                    yield stage_row_of(run.path / stage, problem)
             except UserError as error:
                 problem(str(error))
 
 
-def stage_row_of(folder: Path) -> Row:
-    """Return the row of one stage folder, see `stage_rows`. Raises UserError where its files cannot be read."""
+def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
+    """Return the row of one stage folder, see `stage_rows`. Raises UserError where its run.json cannot be read.
+
+    A wrong eval.json is a problem, and the row has the scores of the training only.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no run.json: it is not the folder of a stage")
@@ -60,13 +64,38 @@ def stage_row_of(folder: Path) -> Row:
     row: Row = {"run": folder.parent.name, "stage": folder.name, "status": manifest.get("status", "finished")}
     row |= {"seed": config.get("seed"), "parent": "/".join(Path(parent).parts[-3:-1]) if parent else None}
     row |= {name: manifest.get(name) for name in FACTS[len(row) :]}
-    for name, (score, error) in final_metrics(manifest | {"eval": read_scores(folder)}).items():
+    scores: dict[str, Any] = {}
+    try:
+        scores = read_scores(folder)
+    except UserError as wrong:
+        problem(str(wrong))
+    for name, (score, error) in final_metrics(manifest | {"eval": scores}).items():
         row[name] = score
         if error is not None:
             row[f"{name}_stderr"] = error
     depth = derived.get("depth", (config.get("model") or {}).get("depth"))
     times = (manifest.get(name) for name in ("started", "finished", "commit"))
     return row | dict(zip(ORIGIN, (depth, derived.get("params_total"), *times, str(folder), config), strict=True))
+
+
+def runs_named(root: str | Path, text: str, stage: str | None = None) -> list[str]:
+    """Return the runs that a text names, separated by commas: each a run, a pattern (`base-*`), or a sweep.
+
+    The name of a sweep is what its runs begin with: `base` for `base-seed=1`, `base-seed=2`. stage: only runs that have
+    it. Raises UserError for a part that no run matches.
+    """
+    runs = [run for run in list_runs(root) if stage is None or (run.path / stage / "run.json").is_file()]
+    names = [run.name for run in runs]
+    found: list[str] = []
+    for part in filter(None, text.split(",")):
+        matched = [name for name in names if name == part] or [name for name in names if fnmatchcase(name, part)]
+        matched = matched or [name for name in names if name.startswith(f"{part}-")]
+        if not matched:
+            known = ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")
+            which = f"with stage {stage} " if stage else ""
+            raise UserError(f"{part}: no run {which}in {root} has this name or begins so ({known or 'there is none'})")
+        found += matched
+    return list(dict.fromkeys(found))
 
 
 def score_names(rows: Collection[Row]) -> list[str]:

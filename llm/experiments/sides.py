@@ -2,18 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.curves import Curve, read_curve
-from llm.experiments.runs import Row, settings, stage_row_of
+from llm.experiments.runs import MOST_NAMED, Row, runs_named, settings, stage_row_of
 from llm.run.config_diff import covers, flatten
-from llm.run.stage_folder import RunDir, list_runs, read_manifest
+from llm.run.stage_folder import RunDir, read_manifest
 
-MOST_NAMED = 6
 # What the numbers of an evaluation are measured on, beside the held-out text itself.
 MEASURED_BY = {"bpb": ("stage.eval_tokens",), "tasks": ("data.tasks", "stage.chat_max_per_task", "stage.core_*")}
 
@@ -49,26 +47,6 @@ def load_side(root: str | Path, text: str, stage: str, metric: str) -> Side:
         names = " and ".join(curve.run for curve in curves if curve.seed == twice)
         raise UserError(f"{text}: {names} have the same seed {twice}; give each seed once")
     return Side(text, stage, rows, curves, left_out)
-
-
-def runs_named(root: str | Path, text: str, stage: str | None = None) -> list[str]:
-    """Return the runs that a text names, separated by commas: each a run, a pattern (`base-*`), or a sweep.
-
-    The name of a sweep is what its runs begin with: `base` for `base-seed=1`, `base-seed=2`. stage: only runs that have
-    it. Raises UserError for a part that no run matches.
-    """
-    runs = [run for run in list_runs(root) if stage is None or (run.path / stage / "run.json").is_file()]
-    names = [run.name for run in runs]
-    found: list[str] = []
-    for part in filter(None, text.split(",")):
-        matched = [name for name in names if name == part] or [name for name in names if fnmatchcase(name, part)]
-        matched = matched or [name for name in names if name.startswith(f"{part}-")]
-        if not matched:
-            known = ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")
-            which = f"with stage {stage} " if stage else ""
-            raise UserError(f"{part}: no run {which}in {root} has this name or begins so ({known or 'there is none'})")
-        found += matched
-    return list(dict.fromkeys(found))
 
 
 def common_stage(root: str | Path, texts: Sequence[str]) -> str:

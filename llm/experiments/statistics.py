@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import fmean, stdev, variance
+from statistics import NormalDist, fmean, stdev, variance
 
 ALPHA = 0.05
 POWER = 0.8
@@ -91,14 +91,16 @@ def t_tail(t: float, df: float, shift: float = 0.0) -> float:
 
 @lru_cache(maxsize=4096)
 def t_limit(tail: float, df: float) -> float:
-    """Return the t that is exceeded with probability `tail`, below 0.5."""
-    low, high = 0.0, 2.0
-    while t_tail(high, df) > tail:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > tail else (low, middle)
-    return high
+    """Return the t that is exceeded with probability `tail`, below 0.5.
+
+    Newton's steps come from the left, where the normal distribution has its limit: the tail is convex there.
+    """
+    t = step = NormalDist().inv_cdf(1 - tail)
+    while step > 1e-13 * t:
+        density = math.fsum(weight * s * math.exp(-((t * s) ** 2) / 2) for s, weight in _spreads(df)) / math.tau**0.5
+        step = (t_tail(t, df) - tail) / density
+        t += step
+    return t
 
 
 def power_to_differ(shift: float, df: float, alpha: float = ALPHA) -> float:
