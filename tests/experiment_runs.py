@@ -10,16 +10,29 @@ TOKENIZER = "70" * 32
 
 
 def add_run(
-    root, run, seed=1, level=2.0, lr=0.02, steps=100, every=20, seconds=50.0, status="finished", spoil=None, **extra
+    root,
+    run,
+    seed=1,
+    level=2.0,
+    lr=0.02,
+    steps=100,
+    every=20,
+    seconds=50.0,
+    status="finished",
+    until=None,
+    spoil=None,
+    **extra,
 ):
     """Write a pretraining run whose bpb falls to `level`, evaluated every `every` steps; return its stage folder.
 
-    seconds: of all its steps. spoil: {step: text} of cells of bpb to be replaced. extra: keys of run.json.
+    seconds: of all its steps. until: the step at which it stopped, before its end. spoil: {step: text} of cells of bpb to be
+    replaced. extra: keys of run.json.
     """
     folder = RunDir(root, run).path / "pretrain"
     stage = {"name": "pretrain", "eval_every": every, "eval_tokens": 4096}
     config = {"stage": stage, "model": {"depth": 4}, "optim": {"matrix_lr": lr}, "data": {"name": "embedded"}}
     config |= {"seed": seed, "run": run, "max_steps": steps}
+    steps = until or steps
     curve = {step: level + 6 * math.exp(-step / 15) for step in range(0, steps + 1, every)}
     cells = {step: repr(number) for step, number in curve.items()} | (spoil or {})
     facts = {"stage": "pretrain", "status": status, "config": config, "commit": "c0ffee" * 6, "steps": steps}

@@ -41,8 +41,9 @@ def read_curve(row: Row, metric: str) -> Curve:
     rows = read_metrics(Path(row["folder"]), finite=False)
     column = next((name for name in (metric, f"chat/{metric}") if any(name in line for line in rows)), None)
     if column is None:
-        found = [(row["steps"] or 0, row[metric])] if isinstance(row.get(metric), int | float) else []
-        return Curve(row["run"], row["seed"], *(tuple(part) for part in zip(*found, strict=True)) or ((), ()), None)
+        measured = isinstance(row.get(metric), int | float)
+        steps, values = ((row["steps"] or 0,), (row[metric],)) if measured else ((), ())
+        return Curve(row["run"], row["seed"], steps, values, None)
     points = [(int(line["step"]), line[column]) for line in rows if column in line]
     steps, values = zip(*points, strict=True)
     timed = [(line["step"], line["seconds"]) for line in rows if math.isfinite(line.get("seconds", math.nan))]

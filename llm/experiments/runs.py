@@ -19,6 +19,7 @@ from llm.run.stage_folder import list_runs, read_manifest
 
 FACTS = ("run", "stage", "status", "seed", "parent", "steps", "tokens", "flops", "seconds")  # first columns of a row
 ORIGIN = ("depth", "params", "started", "finished", "commit", "folder", "config")  # the last ones
+GROUP = ("seeds", "members")  # of a row that stands for several, see `table.grouped`
 SEED = re.compile(r"\bseed=\d+")  # in the name of a run that a sweep has made
 MOST_NAMED = 6  # runs or keys that an error names
 
@@ -100,7 +101,7 @@ def runs_named(root: str | Path, text: str, stage: str | None = None) -> list[st
 
 def score_names(rows: Collection[Row]) -> list[str]:
     """Return the names of all scores in rows, without those of standard errors, in order of first appearance."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in FACTS and name not in ORIGIN)
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*FACTS, *ORIGIN, *GROUP))
     return [name for name in names if not name.endswith("_stderr")]
 
 

@@ -134,8 +134,9 @@ def ordered(rows: list[Row], by: str, descending: bool = False) -> list[Row]:
 def grouped(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with those in one that differ in nothing but the seed.
 
-    Such a row has their number as `seeds`, means of numbers, as standard errors those over the seeds, and what the
-    names have in common. A second run of a seed is no further seed and stays out, in a row of its own.
+    Such a row has their number as `seeds` and themselves as `members`, means of numbers, as standard errors those over
+    the seeds, and what the names have in common. A second run of a seed is no further seed: it has a row of its own.
+    So has every run without a saved configuration, as its seed is not known.
     """
     groups: dict[Any, list[Row]] = {}
     for row in rows:
@@ -144,12 +145,7 @@ def grouped(rows: Sequence[Row]) -> list[Row]:
         while any(other["seed"] == row["seed"] for other in groups.get((what, again), ())):
             again += 1
         groups.setdefault((what, again), []).append(row)
-    return [_together(group) if len(group) > 1 and group[0]["config"] else group[0] for group in _split(groups)]
-
-
-def _split(groups: dict[Any, list[Row]]) -> list[list[Row]]:
-    """Return the groups; rows without a saved configuration stay alone, as nothing is known of what they share."""
-    return [part for group in groups.values() for part in ([group] if group[0]["config"] else [[r] for r in group])]
+    return [_together(group) if len(group) > 1 else group[0] for group in groups.values()]
 
 
 def _together(rows: Sequence[Row]) -> Row:
@@ -165,7 +161,12 @@ def _together(rows: Sequence[Row]) -> Row:
                 merged[f"{name}_stderr"] = stdev(found) / math.sqrt(len(found))
         else:
             merged[name] = found[0] if found and all(other == found[0] for other in found) else None
-    merged |= {"run": _common_name([row["run"] for row in rows]), "seeds": len(rows), "config": first["config"]}
+    merged |= {
+        "run": _common_name([row["run"] for row in rows]),
+        "seeds": len(rows),
+        "members": rows,
+        "config": first["config"],
+    }
     return merged
 
 
@@ -212,11 +213,9 @@ def layout(rows: Sequence[Row], columns: str | None, diff: bool) -> tuple[list[s
 
 def _is_share(name: str, rows: Sequence[Row]) -> bool:
     """Say whether a score is a share of items: a task of the data, or one that has a standard error over items."""
-    return name.startswith("pass@") or any(
-        name in (_at(row["config"], "data.tasks") or {})
-        or (name in row and "seeds" not in row and f"{name}_stderr" in row)
-        for row in rows
-    )
+    single = [row for one in rows for row in one.get("members", [one])]
+    tasks = (_at(row["config"], "data.tasks") or {} for row in single)
+    return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
 
 
 def as_text(rows: Sequence[Row], columns: str | None = None, diff: bool = False) -> tuple[list[str], list[list[str]]]:
