@@ -25,8 +25,8 @@ def add_run(
 ):
     """Write a pretraining run whose bpb falls to `level`, evaluated every `every` steps; return its stage folder.
 
-    seconds: of all its steps. until: the step at which it stopped, before its end. spoil: {step: text} of cells of bpb to be
-    replaced. extra: keys of run.json.
+    seconds: of all its steps. until: the step at which it stopped, before its end. spoil: {step: text} of cells of bpb
+    to be replaced. extra: keys of run.json.
     """
     folder = RunDir(root, run).path / "pretrain"
     stage = {"name": "pretrain", "eval_every": every, "eval_tokens": 4096}

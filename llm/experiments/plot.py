@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError, reason_of
-from llm.experiments.compare import Comparison
+from llm.experiments.comparison import Comparison
 from llm.report.plots import COLOURS, drawing
 
 LATE = 0.25  # share of the way after which all values lie within the axis: curves begin far above

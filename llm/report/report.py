@@ -1,6 +1,6 @@
 """The report of a run, `runs/<run>/report.md`, from result files, never from logs.
 
-python -m llm.report runs/demo   rebuild one report
+`python -m llm.report runs/demo` builds it anew.
 """
 
 import argparse

@@ -11,7 +11,8 @@ from PIL import Image
 
 from llm.errors import UserError
 from llm.experiments import compare as module
-from llm.experiments.compare import as_json, compare, in_words
+from llm.experiments.compare import as_json, in_words
+from llm.experiments.comparison import compare
 from llm.experiments.curves import Curve, common_seconds, common_steps, read_curve
 from llm.experiments.runs import stage_row_of
 from llm.utils.files import write_json
