@@ -10,6 +10,7 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.experiments.curves import Curve, common_seconds, common_steps
+from llm.experiments.runs import is_share
 from llm.experiments.sides import Side, common_stage, differences, incomparable, load_side, machines
 from llm.experiments.statistics import (
     ALPHA,
@@ -24,8 +25,10 @@ from llm.experiments.statistics import (
 
 MARGIN = 0.005  # of A's value: a tenth more compute lowers the loss by about as much (it falls as compute^-0.05)
 MARGIN_OF_SHARES = 0.01
-LOWER = ("bpb*", "*loss", "ms_per_step", "seconds", "kl")
-HIGHER = ("chat/*", "pass@*", "*core", "reward", "preference/*", "accuracy*", "tok_per_s", "mfu")
+LOWER = ("bpb*", "*loss", "ms_per_step", "kl")
+UNEVEN = 1.1  # longest time over shortest within one side
+RANGE = (("min", min), ("max", max))
+HIGHER = ("*core", "reward", "preference/*", "accuracy*", "tok_per_s", "mfu")
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ def compare(
     force: compare what was not measured on the same things. Raises UserError where no comparison is possible.
     """
     stage = stage or common_stage(root, (a, b))
-    lower = _lower_is_better(metric, direction)
     sides = [load_side(root, text, stage, metric) for text in (a, b)]
+    share = is_share(metric.removeprefix("chat/"), [row for side in sides for row in side.rows])
+    lower = _lower_is_better(metric, share, direction)
     _check(sides, metric, force)
     used = [side.curves for side in sides]
     pairs, notes = _pairs(*used, unpaired)
@@ -96,7 +100,7 @@ def compare(
         raise UserError(f"{a} and {b} have no evaluated step in common: train both with one stage.eval_every")
     end = steps[-1]
     floor = _noise(root, noise, used, stage, metric, lambda curve: curve.at(end))
-    wide = _margin(margin, fmean(curve.at(end) for curve in used[0]), metric, lower)
+    wide = _margin(margin, fmean(curve.at(end) for curve in used[0]), metric, share)
 
     def measure(at: str, point: float, of: str, value: Callable[[Curve], float]) -> Measure:
         found = compare_groups(*([value(c) for c in side] for side in used), pairs is not None, floor)
@@ -121,8 +125,9 @@ def compare(
     return Comparison(*sides, metric, lower, wide, pairs, floor, measures, points, differs, notes)
 
 
-def _lower_is_better(metric: str, direction: str | None) -> bool:
-    if direction is not None:
+def _lower_is_better(metric: str, share: bool, direction: str | None) -> bool:
+    """Say which values are better. share: the metric is a share of right items."""
+    if direction is not None or share:
         return direction == "min"
     for patterns, lower in ((LOWER, True), (HIGHER, False)):
         if any(fnmatchcase(metric, pattern) for pattern in patterns):
@@ -182,10 +187,10 @@ def _noise(
     return Noise(sd, math.inf, "given")
 
 
-def _margin(text: str | None, level: float, metric: str, lower: bool) -> float:
+def _margin(text: str | None, level: float, metric: str, share: bool) -> float:
     """Return the margin in the unit of the metric; `level`: A's value, of which a percentage is taken."""
     if text is None:
-        return MARGIN * abs(level) if lower or not 0 <= level <= 1 else MARGIN_OF_SHARES
+        return MARGIN_OF_SHARES if share else MARGIN * abs(level)
     try:
         number = float(text.removesuffix("%")) * (abs(level) / 100 if text.endswith("%") else 1)
     except ValueError:
@@ -209,9 +214,6 @@ def _point(at: float, used: Sequence[Sequence[Curve]], pairs: Any, value: Callab
     }
     point |= {f"{side}_{name}": pick(part) for side, part in zip("ab", numbers, strict=True) for name, pick in RANGE}
     return point
-
-
-RANGE = (("min", min), ("max", max))
 
 
 def _notes(
@@ -239,4 +241,11 @@ def _notes(
         notes.append("all differences are exactly equal: does the setting that was changed have an effect at all?")
     if len(names := machines(sides)) > 1:
         notes.append(f"seconds are of different machines: {'; '.join(sorted(names))}")
+    for letter, side in zip("AB", sides, strict=True):
+        took = [curve.seconds[curve.steps.index(end)] for curve in side.curves if curve.seconds and end in curve.steps]
+        if took and max(took) > UNEVEN * min(took):
+            notes.append(
+                f"runs of {letter} took {min(took):,.0f} to {max(took):,.0f} s for the same steps: was the machine "
+                "busy? Then equal seconds say little"
+            )
     return notes

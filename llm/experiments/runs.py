@@ -105,6 +105,20 @@ def score_names(rows: Collection[Row]) -> list[str]:
     return [name for name in names if not name.endswith("_stderr")]
 
 
+def is_share(name: str, rows: Collection[Row]) -> bool:
+    """Say whether a score is a share of items: a task of the data, or one that has a standard error over items."""
+    single = [row for one in rows for row in one.get("members", [one])]
+    tasks = (setting(row["config"], "data.tasks") or {} for row in single)
+    return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
+
+
+def setting(config: Any, key: str) -> Any:
+    """Return the value of a dotted key in a nested configuration; None where there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
 def settings(row: Row) -> dict[str, Any]:
     """Return what decides the result of a stage as {dotted key: value}, without the seed.
 

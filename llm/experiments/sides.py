@@ -65,7 +65,7 @@ def _check_one_configuration(text: str, rows: Sequence[Row]) -> None:
     first = settings(rows[0])
     for row in rows[1:]:
         differing = changed(first, settings(row))
-        if differing or row["stage"] != rows[0]["stage"]:
+        if differing:
             keys = ", ".join(list(differing)[:MOST_NAMED])
             raise UserError(
                 f"{text}: {rows[0]['run']} and {row['run']} differ in {keys}; one side may differ in the seed only: "
@@ -91,12 +91,10 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[An
 
 
 def differences(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
-    """Return {key: (of A, of B)}: the settings in which the sides differ, beside the seed, and stage and commit."""
-    own = {key: (getattr(a, key), getattr(b, key)) for key in ("stage",) if getattr(a, key) != getattr(b, key)}
-    commits = [sorted({row["commit"] or "unknown" for row in side.rows}) for side in (a, b)]
-    if commits[0] != commits[1]:
-        own["commit"] = tuple(", ".join(commit[:10] for commit in names) for names in commits)
-    return own | changed(settings(a.rows[0]), settings(b.rows[0]))
+    """Return {key: (of A, of B)}: the commits and settings in which the sides differ, beside the seed."""
+    commits = [sorted({(row["commit"] or "unknown")[:10] for row in side.rows}) for side in (a, b)]
+    shown = tuple(", ".join(names) for names in commits)
+    return ({"commit": shown} if shown[0] != shown[1] else {}) | changed(settings(a.rows[0]), settings(b.rows[0]))
 
 
 def incomparable(a: Side, b: Side, metric: str) -> list[str]:

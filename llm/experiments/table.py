@@ -21,7 +21,18 @@ from typing import Any
 
 from llm.config.stages import row_or_stranger, stage_names
 from llm.errors import UserError
-from llm.experiments.runs import FACTS, ORIGIN, SEED, Row, runs_named, score_names, settings, stage_rows
+from llm.experiments.runs import (
+    FACTS,
+    ORIGIN,
+    SEED,
+    Row,
+    is_share,
+    runs_named,
+    score_names,
+    setting,
+    settings,
+    stage_rows,
+)
 from llm.run.config_diff import flatten
 from llm.utils.files import plain
 from llm.utils.format import amount, percent, print_table, value
@@ -64,18 +75,12 @@ def column(name: str, rows: Sequence[Row], flag: str) -> Getter:
     keys = dict.fromkeys(key for row in rows for key in flatten(row["config"]))
     found = [name] if name in keys else [key for key in keys if key.endswith(f".{name}")]
     if len(found) == 1:
-        return lambda row: _at(row["config"], found[0])
+        return lambda row: setting(row["config"], found[0])
     if found:
         raise UserError(f"{flag} {name}: several keys end so: {', '.join(found[:6])}; name one of them in full")
     known = [*FACTS, *ORIGIN[:-1], *score_names(rows), *keys]
     near = get_close_matches(name, [*known, *(key.rpartition(".")[2] for key in keys)], 3) or score_names(rows)[:6]
     raise UserError(f"{flag} {name}: no run has such a column or key; did you mean {', '.join(dict.fromkeys(near))}?")
-
-
-def _at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def filtered(rows: list[Row], conditions: Sequence[str]) -> list[Row]:
@@ -200,7 +205,7 @@ def layout(rows: Sequence[Row], columns: str | None, diff: bool) -> tuple[list[s
     scores = score_names(rows)
     names = [name.strip() for name in columns.split(",") if name.strip()] if columns else None
     if names is None:
-        shares = [name for name in scores if _is_share(name, rows) and "/" not in name]
+        shares = [name for name in scores if is_share(name, rows) and "/" not in name]
         names = [name for name in (*FIRST, *shares) if any(row.get(name) is not None for row in rows)]
     if diff:
         keys = [key for key in differing(rows) if key not in names]
@@ -211,17 +216,10 @@ def layout(rows: Sequence[Row], columns: str | None, diff: bool) -> tuple[list[s
     return names, [column(name, rows, "--columns") for name in names]
 
 
-def _is_share(name: str, rows: Sequence[Row]) -> bool:
-    """Say whether a score is a share of items: a task of the data, or one that has a standard error over items."""
-    single = [row for one in rows for row in one.get("members", [one])]
-    tasks = (_at(row["config"], "data.tasks") or {} for row in single)
-    return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
-
-
 def as_text(rows: Sequence[Row], columns: str | None = None, diff: bool = False) -> tuple[list[str], list[list[str]]]:
     """Return (header, lines) of a table for people; see `layout`."""
     names, getters = layout(rows, columns, diff)
-    shares = {name for name in names if _is_share(name, rows)}
+    shares = {name for name in names if is_share(name, rows)}
     lines = [
         [_cell(row, name, get(row), name in shares) for name, get in zip(names, getters, strict=True)] for row in rows
     ]

@@ -162,7 +162,7 @@ def test_a_task_of_eval_json_and_shares_are_compared(tmp_path):
             folder = add_run(tmp_path, f"{name}-seed={seed}", seed, lr=0.02 if name == "base" else 0.03)
             task = {"accuracy": level + 0.001 * seed * seed, "n": 100, "stderr": 0.05}
             write_json(folder / "eval.json", {"chat": {"choice": task}})
-    result = compare(tmp_path, "base", "more", metric="choice", direction="max")
+    result = compare(tmp_path, "base", "more", metric="choice")
     assert verdicts(result) == [("steps", "last", "better")] and result.margin == 0.01 and not result.points["seconds"]
     assert result.measures[0].found.stderr == pytest.approx(0.0, abs=1e-12)
 
@@ -172,6 +172,16 @@ def test_runs_of_a_longer_training_are_compared_where_both_have_been(sweeps):
     result = compare(sweeps, "base", "long")
     assert result.measures[0].point == 100
     assert "trained beyond step 100, with another schedule there: long-seed=1, long-seed=2" in result.notes
+
+
+def test_busy_and_different_machines_are_said(sweeps):
+    fast = {"environment": {"cpu": "Other CPU", "cpu_threads": 8, "gpus": [{"name": "Some GPU"}]}}
+    add_sweep(sweeps, "fast", [1, 2, 3], sd=0.002, seconds=30, commit="decade" * 6, **fast)
+    add_run(sweeps, "fast-seed=4", 4, seconds=20, commit="decade" * 6, **fast)
+    result = compare(sweeps, "base", "fast")
+    assert result.differs == {"commit": ("c0ffeec0ff", "decadedeca")}
+    assert "seconds are of different machines: Other CPU 8 threads Some GPU; Test CPU 2 threads" in result.notes
+    assert any(note.startswith("runs of B took 20 to 30 s for the same steps") for note in result.notes)
 
 
 def test_json_holds_what_the_page_says(sweeps, capsys):
