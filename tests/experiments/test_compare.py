@@ -175,7 +175,7 @@ def test_runs_of_a_longer_training_are_compared_where_both_have_been(sweeps):
 
 
 def test_busy_and_different_machines_are_said(sweeps):
-    fast = {"environment": {"cpu": "Other CPU", "cpu_threads": 8, "gpus": [{"name": "Some GPU"}]}}
+    fast = {"environment": {"cpu": "Other CPU", "cpu_threads": 8, "gpus": [{"name": "Some GPU", "memory_gb": 80}]}}
     add_sweep(sweeps, "fast", [1, 2, 3], sd=0.002, seconds=30, commit="decade" * 6, **fast)
     add_run(sweeps, "fast-seed=4", 4, seconds=20, commit="decade" * 6, **fast)
     result = compare(sweeps, "base", "fast")
