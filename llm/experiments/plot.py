@@ -42,7 +42,8 @@ def _sides(ax: Any, points: list[dict[str, Any]], result: Comparison) -> None:
     at = [point["at"] for point in points]
     for letter, side, colour in zip("ab", (result.a, result.b), COLOURS, strict=False):
         low, high = ([point[f"{letter}_{end}"] for point in points] for end in ("min", "max"))
-        name = f"{letter.upper()}: {side.name}" + (f" (band: all {len(side.curves)} runs)" if len(side.curves) > 1 else "")
+        band = f" (band: all {len(side.curves)} runs)" if len(side.curves) > 1 else ""
+        name = f"{letter.upper()}: {side.name}{band}"
         ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.plot(at, [point[letter] for point in points], color=colour, linewidth=1.8, label=name)
     late = [point for point in points if point["at"] >= at[0] + LATE * (at[-1] - at[0])]
