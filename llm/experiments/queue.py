@@ -132,8 +132,8 @@ def show(jobs: Sequence[Job]) -> None:
         end = job.ended or time.time()
         took = duration(end - job.started) if job.started else "-"
         after = " ".join(map(str, job.after)) or "-"
-        lines.append([str(job.id), job.state, after, f"{job.attempts} of {job.most}", took, shlex.join(job.words)])
-    print_table(["job", "state", "after", "failures", "time", "words"], lines)
+        lines.append([str(job.id), shlex.join(job.words), job.state, after, f"{job.attempts} of {job.most}", took])
+    print_table(["job", "words", "state", "after", "failures", "time"], lines)
 
 
 def _parser() -> argparse.ArgumentParser:
