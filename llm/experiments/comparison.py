@@ -26,9 +26,9 @@ from llm.experiments.statistics import (
 MARGIN = 0.005  # of A's value: a tenth more compute lowers the loss by about as much (it falls as compute^-0.05)
 MARGIN_OF_SHARES = 0.01
 LOWER = ("bpb*", "*loss", "ms_per_step", "kl")
+HIGHER = ("*core", "reward", "preference/*", "accuracy*", "tok_per_s", "mfu")
 UNEVEN = 1.1  # longest time over shortest within one side
 RANGE = (("min", min), ("max", max))
-HIGHER = ("*core", "reward", "preference/*", "accuracy*", "tok_per_s", "mfu")
 
 
 @dataclass(frozen=True)

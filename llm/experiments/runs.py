@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.report.report import final_metrics
 from llm.run.config_diff import BEFORE_KEYS, covers, flatten, neutral_keys
@@ -63,7 +64,11 @@ def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
         raise UserError(f"{folder} has no run.json: it is not the folder of a stage")
     config, derived, parent = manifest.get("config") or {}, manifest.get("derived") or {}, manifest.get("parent")
     row: Row = {"run": folder.parent.name, "stage": folder.name, "status": manifest.get("status", "finished")}
-    row |= {"seed": config.get("seed"), "parent": "/".join(Path(parent).parts[-3:-1]) if parent else None}
+    seed = config.get("seed")
+    row |= {
+        "seed": seed if isinstance(seed, int) else None,
+        "parent": "/".join(Path(parent).parts[-3:-1]) if parent else None,
+    }
     row |= {name: manifest.get(name) for name in FACTS[len(row) :]}
     scores: dict[str, Any] = {}
     try:
@@ -79,23 +84,29 @@ def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
     return row | dict(zip(ORIGIN, (depth, derived.get("params_total"), *times, str(folder), config), strict=True))
 
 
-def runs_named(root: str | Path, text: str, stage: str | None = None) -> list[str]:
+def runs_named(root: str | Path, text: str, stages: Collection[str] = ()) -> list[str]:
     """Return the runs that a text names, separated by commas: each a run, a pattern (`base-*`), or a sweep.
 
-    The name of a sweep is what its runs begin with: `base` for `base-seed=1`, `base-seed=2`. stage: only runs that have
-    it. Raises UserError for a part that no run matches.
+    The name of a sweep is what its runs begin with: `base` for `base-seed=1`, `base-seed=2`. Only runs count that have
+    one of `stages`, or, without them, any that trains a model: the tokenizer of `base` may lie in a run of that name.
+    Raises UserError for a part that no run matches.
     """
-    runs = [run for run in list_runs(root) if stage is None or (run.path / stage / "run.json").is_file()]
-    names = [run.name for run in runs]
+
+    def counts(stage: str) -> bool:
+        return stage in stages if stages else row_or_stranger(stage).makes_model
+
+    names = [run.name for run in list_runs(root) if any(map(counts, run.stages()))]
     found: list[str] = []
     for part in filter(None, text.split(",")):
         matched = [name for name in names if name == part] or [name for name in names if fnmatchcase(name, part)]
         matched = matched or [name for name in names if name.startswith(f"{part}-")]
         if not matched:
             known = ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")
-            which = f"with stage {stage} " if stage else ""
+            which = f"with stage {' or '.join(stages)} " if stages else ""
             raise UserError(f"{part}: no run {which}in {root} has this name or begins so ({known or 'there is none'})")
         found += matched
+    if not found:
+        raise UserError(f"{text!r} names no run")
     return list(dict.fromkeys(found))
 
 
@@ -109,6 +120,8 @@ def is_share(name: str, rows: Collection[Row]) -> bool:
     """Say whether a score is a share of items: a task of the data, or one that has a standard error over items."""
     single = [row for one in rows for row in one.get("members", [one])]
     tasks = (setting(row["config"], "data.tasks") or {} for row in single)
+    if name.startswith("lm_eval/"):
+        return "/acc" in name or "/exact_match" in name  # others are perplexities and the like
     return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
 
 

@@ -9,11 +9,12 @@ from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.curves import Curve, read_curve
 from llm.experiments.runs import MOST_NAMED, Row, runs_named, settings, stage_row_of
-from llm.run.config_diff import covers, flatten
+from llm.run.config_diff import NEUTRAL_KEYS, covers, flatten
 from llm.run.stage_folder import RunDir, read_manifest
 
-# What the numbers of an evaluation are measured on, beside the held-out text itself.
-MEASURED_BY = {"bpb": ("stage.eval_tokens",), "tasks": ("data.tasks", "stage.chat_max_per_task", "stage.core_*")}
+# Keys that say what tasks are measured on; for bits per byte `stage.eval_tokens` and the held-out text do.
+MEASURED_BY = ("data.tasks", "data.rl", "stage.task", "stage.chat_max_per_task", "stage.core_*")
+NOT_MEASURED = (*(pattern for pattern in NEUTRAL_KEYS if pattern.startswith("data.")), "data.shuffle", "data.packing")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def load_side(root: str | Path, text: str, stage: str, metric: str) -> Side:
 
     Raises UserError where there is none, where they differ in more than the seed, and where a seed is there twice.
     """
-    rows = [stage_row_of(RunDir(root, run).path / stage) for run in runs_named(root, text, stage)]
+    rows = [stage_row_of(RunDir(root, run).path / stage) for run in runs_named(root, text, [stage])]
     _check_one_configuration(text, rows)
     curves, left_out = [], []
     for row in rows:
@@ -51,11 +52,8 @@ def load_side(root: str | Path, text: str, stage: str, metric: str) -> Side:
 
 def common_stage(root: str | Path, texts: Sequence[str]) -> str:
     """Return the last stage in the pipeline that all named runs have. Raises UserError where there is none."""
-    shared: list[str] | None = None
-    for run in (RunDir(root, name) for text in texts for name in runs_named(root, text)):
-        stages = [stage for stage in run.stages() if row_or_stranger(stage).makes_model]
-        if stages:  # a run that only holds a tokenizer lends its name to a sweep
-            shared = stages if shared is None else [stage for stage in shared if stage in stages]
+    each = [RunDir(root, name).stages() for text in texts for name in runs_named(root, text)]
+    shared = [stage for stage in each[0] if row_or_stranger(stage).makes_model and all(stage in one for one in each)]
     if not shared:
         raise UserError(f"{' and '.join(texts)}: the runs have no stage in common; name one with --stage")
     return shared[-1]
@@ -98,28 +96,30 @@ def differences(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
 
 
 def incomparable(a: Side, b: Side, metric: str) -> list[str]:
-    """Return why numbers of the metric were not measured on the same things, a reason each; [] if they were."""
-    facts = [read_manifest(side.rows[0]["folder"]) or {} for side in (a, b)]
-    reasons = [
-        _differ("tokenizer", [((f.get("parents") or {}).get("init_from") or {}).get("tokenizer") for f in facts])
-    ]
-    flat = [flatten(side.rows[0]["config"]) for side in (a, b)]
+    """Return why numbers of the metric were not measured on the same things, a reason each; [] if they were.
+
+    What an old run does not say counts as equal, but for the held-out text: settings of the data stand for that.
+    """
+    facts = [read_manifest(row["folder"]) or {} for side in (a, b) for row in side.rows]
+    tokenizers = [((fact.get("parents") or {}).get("init_from") or {}).get("tokenizer") for fact in facts]
+    reasons = [_several("tokenizer", tokenizers)]
+    patterns: tuple[str, ...] = MEASURED_BY
     if metric.startswith("bpb") or metric.endswith("loss"):
-        texts = [(f.get("data") or {}).get("held_out_text") for f in facts]
-        reasons.append(_differ("held-out text", texts))
-        patterns = (*MEASURED_BY["bpb"], *(() if all(texts) else ("data",)))
-    else:
-        patterns = MEASURED_BY["tasks"]
-    for key, pair in changed(*flat).items():
-        if any(covers(pattern, key) for pattern in patterns) and key not in ("data.token_cache", "data.workers"):
-            reasons.append(f"{key} is {pair[0]} and {pair[1]}")
+        texts = [(fact.get("data") or {}).get("held_out_text") for fact in facts]
+        reasons.append(_several("held-out text", texts))
+        patterns = ("stage.eval_tokens",) if all(texts) else ("stage.eval_tokens", "data")
+    one, other = (flatten(side.rows[0]["config"]) for side in (a, b))
+    for key, (before, after) in changed(one, other).items():
+        if key in one and key in other and any(covers(pattern, key) for pattern in patterns):
+            if not any(covers(pattern, key) for pattern in NOT_MEASURED):
+                reasons.append(f"{key} is {before} and {after}")
     return [reason for reason in reasons if reason]
 
 
-def _differ(name: str, pair: Sequence[str | None]) -> str | None:
-    """Say that two fingerprints differ; None where they agree or one is not known."""
-    known = all(pair) and pair[0] != pair[1]
-    return f"the {name} differs ({str(pair[0])[:8]} and {str(pair[1])[:8]})" if known else None
+def _several(name: str, fingerprints: Sequence[str | None]) -> str | None:
+    """Say that fingerprints differ; None where those that are known agree."""
+    found = list(dict.fromkeys(filter(None, fingerprints)))
+    return f"the {name} differs ({' and '.join(text[:8] for text in found[:2])})" if len(found) > 1 else None
 
 
 def machines(sides: Iterable[Side]) -> set[str]:

@@ -51,7 +51,7 @@ def read_rows(runs_root: str | Path, names: Sequence[str] = (), stages: Sequence
 
     stages: only these; default: all that train a model. Raises UserError where nothing matches.
     """
-    chosen = set(runs_named(runs_root, ",".join(names))) if names else None
+    chosen = set(runs_named(runs_root, ",".join(names), stages)) if names else None
 
     def wanted(run: str, stage: str) -> bool:
         return (chosen is None or run in chosen) and (stage in stages if stages else row_or_stranger(stage).makes_model)

@@ -15,6 +15,7 @@ from llm.experiments.compare import as_json, in_words
 from llm.experiments.comparison import compare
 from llm.experiments.curves import Curve, common_seconds, common_steps, read_curve
 from llm.experiments.runs import stage_row_of
+from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
 
 
@@ -123,6 +124,23 @@ def test_other_numbers_of_validation_tokens_are_refused(sweeps):
         write_json(folder / "run.json", manifest)
     with pytest.raises(UserError, match="stage.eval_tokens is 4096 and 8192"):
         compare(sweeps, "base", "much")
+
+
+def test_older_runs_without_a_key_or_with_another_tokenizer_within_a_side(sweeps):
+    for seed in (1, 2):
+        folder = add_run(sweeps, f"old-seed={seed}", seed)
+        manifest = json.loads((folder / "run.json").read_text())
+        del manifest["config"]["stage"]["eval_tokens"]
+        write_json(folder / "run.json", manifest)
+    assert compare(sweeps, "base", "old").measures
+    add_run(sweeps, "old-seed=3", 3, parents={"init_from": {"tokenizer": "72" * 32}})
+    with pytest.raises(UserError, match="the tokenizer differs"):
+        compare(sweeps, "base", "old")
+
+
+def test_a_sweep_may_have_the_name_of_the_run_of_its_tokenizer(sweeps):
+    write_manifest(RunDir(sweeps, "base").path / "tokenizer", {"stage": "tokenizer", "status": "finished"})
+    assert len(compare(sweeps, "base", "slow").a.rows) == 4
 
 
 def test_mistakes_are_one_line(sweeps, capsys):
