@@ -19,13 +19,14 @@ LARGEST_EXPONENT = 2.0
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run: N parameters, D tokens, C FLOPs, and the loss on held-out text."""
+    """One finished run: N parameters, D tokens, C FLOPs and the loss on held-out text; the FLOPs that it was given."""
 
     params: float
     tokens: float
     flops: float
     loss: float
     depth: int = 0
+    budget: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def fit_parabola(points: Sequence[Point]) -> Parabola | None:
 def fit_surface(points: Sequence[Point]) -> Surface:
     """Fit the five numbers of the law to runs: least Huber errors of log L, from the best of a grid of exponents.
 
-    Raises ValueError for fewer than six runs, or for runs of one N or one D, which leave a number undetermined.
+    Raises ValueError for fewer than six runs, three N or three D, which leave a number of the law undetermined.
     """
-    if len(points) < 6 or len({p.params for p in points}) < 2 or len({p.tokens for p in points}) < 2:
-        raise ValueError("the law L(N, D) needs six runs or more, of several sizes and numbers of tokens")
+    if len(points) < 6 or len({p.params for p in points}) < 3 or len({p.tokens for p in points}) < 3:
+        raise ValueError("the law L(N, D) needs six runs or more, of three sizes or more")
     params, tokens = np.array([p.params for p in points]), np.array([p.tokens for p in points])
     losses = np.array([p.loss for p in points])
     best = (math.inf, None)

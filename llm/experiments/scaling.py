@@ -1,6 +1,6 @@
 """A miniseries of pretrainings, the scaling laws that it follows, and what they say about a larger model.
 
-python -m llm.experiments.scaling --name laws --depths 2 3 4 --held-out 5 6 --flops 1e13 2e13 4e13 data=local ...
+python -m llm.experiments.scaling --name laws --depths 2,3,4 --held-out 5,6 --flops 1e13,2e13,4e13 data=local ...
 
 Runs that are finished are not run again, so the command goes on where it was stopped.
 """
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llm.cli.overrides import check_overrides
 from llm.errors import UserError
 from llm.experiments.laws import Point, Surface, bootstrap, fit_parabola, fit_surface, interval, predict
 from llm.experiments.scaling_plots import draw_isoflops, draw_law
-from llm.model.config import flops_per_token, scaling_params
+from llm.model.config import GPTConfig, flops_per_token, scaling_params
 from llm.run.stage_folder import RunDir, read_manifest
 from llm.scaling.rules import model_config
 from llm.utils.files import read_json, write_json
@@ -88,16 +89,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
         description="Train models at fixed FLOPs, fit scaling laws to the results and predict larger models.",
     )
     parser.add_argument("--name", required=True, help="name of the series; runs are <name>-d<depth>-<FLOPs>")
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 3, 4], help="depths that the laws are fitted to")
-    parser.add_argument("--held-out", type=int, nargs="+", default=[], help="depths that are run to test predictions")
+    parser.add_argument("--depths", type=_whole, default="2,3,4", help="depths that the laws are fitted to")
+    parser.add_argument("--held-out", type=_whole, default="", help="depths that are run to test predictions")
+    parser.add_argument("--flops", type=_real, required=True, help="training FLOPs of a run, several budgets")
     parser.add_argument(
-        "--flops", type=float, nargs="+", required=True, help="training FLOPs of a run, several budgets"
+        "--predict", default="", metavar="DEPTH:FLOPS,...", help="models whose loss is predicted and not run"
     )
     parser.add_argument(
-        "--predict", nargs="+", default=[], metavar="DEPTH:FLOPS", help="models whose loss is predicted and not run"
-    )
-    parser.add_argument(
-        "--lr-fracs", type=float, nargs="+", default=[], help="factors on all learning rates, compared at every depth"
+        "--lr-fracs", type=_real, default="", help="factors on all learning rates, compared at every depth"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of train.py for all runs")
@@ -112,13 +111,23 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
         raise UserError(f"--held-out {min(both)}: is also one of --depths; a depth is either fitted or held out")
     for option, values in {"--flops": args.flops, "--lr-fracs": args.lr_fracs}.items():
         if any(not 0 < number < float("inf") for number in values):
-            raise UserError(f"{option} {' '.join(f'{x:g}' for x in values)}: all must be positive numbers")
-    wanted = [_wanted(text) for text in args.predict]
+            raise UserError(f"{option} {','.join(f'{x:g}' for x in values)}: all must be positive numbers")
+    wanted = [_wanted(text) for text in filter(None, args.predict.split(","))]
     series = Series(
         args.name, args.depths, args.held_out, sorted(set(args.flops)), args.lr_fracs, args.runs, args.settings
     )
     check_overrides("train", _overrides(series, series.jobs()[0]))
     return series, wanted
+
+
+def _whole(text: str) -> list[int]:
+    """Parse whole numbers with commas between."""
+    return [int(word) for word in text.split(",") if word]
+
+
+def _real(text: str) -> list[float]:
+    """Parse numbers with commas between."""
+    return [float(word) for word in text.split(",") if word]
 
 
 def _wanted(text: str) -> Job:
@@ -172,7 +181,7 @@ def _train_all(series: Series, vocab: int) -> None:
     for job in jobs:
         folder = _folder(series, job)
         if not _is_finished(folder):
-            tokens = job.flops / flops_per_token(_shape(series, job.depth, vocab))
+            tokens = job.flops / flops_per_token(_shape(tuple(series.settings), job.depth, vocab))
             if tokens > text_tokens:
                 reason = f"{amount(tokens)} tokens are more than one pass over {amount(text_tokens)}"
                 series.skipped.append(f"{job.name(series.name)}: {reason}")
@@ -181,7 +190,7 @@ def _train_all(series: Series, vocab: int) -> None:
             _run(_overrides(series, job), folder)
             spent, left = spent + job.flops, left - job.flops
             rest = left / spent * (time.monotonic() - begun)
-            print(f"{job.name(series.name)}: bpb {_point(folder, job.depth).loss:.4f}, about {duration(rest)} left")
+            print(f"{job.name(series.name)}: bpb {_point(folder, job).loss:.4f}, about {duration(rest)} left")
         text_tokens = read_manifest(folder / "run.json")["derived"].get("text_tokens") or text_tokens
     for line in series.skipped:
         print(f"skipped {line}")
@@ -214,25 +223,28 @@ def _folder(series: Series, job: Job) -> Path:
     return RunDir(series.runs, job.name(series.name)).stage_dir("pretrain")
 
 
-def _shape(series: Series, depth: int, vocab: int) -> Any:
-    """Return the shape of the model of a depth."""
-    cfg = compose("train", ["stage=pretrain", *series.settings, f"model=d{depth}"])
+@cache
+def _shape(settings: tuple[str, ...], depth: int, vocab: int) -> GPTConfig:
+    """Return the shape of the model of a depth, with the settings of a series."""
+    cfg = compose("train", ["stage=pretrain", *settings, f"model=d{depth}"])
     return model_config(cfg.model, cfg.arch, vocab)
 
 
-def _point(folder: Path, depth: int) -> Point:
+def _point(folder: Path, job: Job) -> Point:
     """Return what a finished run measured. Raises UserError where it has no bits per byte."""
     facts = read_manifest(folder / "run.json")
     if facts["metrics"].get("bpb") is None:
         raise UserError(f"{folder}: no bpb was measured; set stage.eval_every above 0 and keep callbacks.bpb")
     derived = facts["derived"]
-    return Point(derived["params_scaling"], facts["tokens"], facts["flops"], facts["metrics"]["bpb"], depth)
+    return Point(
+        derived["params_scaling"], facts["tokens"], facts["flops"], facts["metrics"]["bpb"], job.depth, job.flops
+    )
 
 
 def _points(series: Series, depths: Sequence[int]) -> list[Point]:
     """Return the finished runs of these depths with the learning rates of the rule."""
     jobs = [job for job in series.jobs() if job.depth in depths and job.lr_frac == 1]
-    return [_point(folder, job.depth) for job in jobs if _is_finished(folder := _folder(series, job))]
+    return [_point(folder, job) for job in jobs if _is_finished(folder := _folder(series, job))]
 
 
 def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
@@ -252,7 +264,7 @@ def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
         laws = bootstrap(points, law)
         asked = [(p.depth, p.params, p.tokens, p.loss) for p in held]
         for job in wanted:
-            shape = _shape(series, job.depth, vocab)
+            shape = _shape(tuple(series.settings), job.depth, vocab)
             asked.append((job.depth, scaling_params(shape), job.flops / flops_per_token(shape), None))
         result |= _law(points, law, laws) | {"predictions": list(_predictions(points, law, laws, asked))}
         draw_law(folder / "law.png", points, held, law)
@@ -265,23 +277,14 @@ def _isoflops(series: Series, points: list[Point]) -> Iterator[dict[str, Any]]:
     """Print the best tokens and parameters of every budget; yield them as mappings."""
     rows = []
     for flops in series.flops:
-        same = [p for p in points if abs(p.flops / flops - 1) < 0.05]
+        same = [p for p in points if p.budget == flops]
         best = fit_parabola(same)
-        if best is None:
-            rows.append([budget(flops), str(len(same)), "no minimum", "", ""])
+        if best is None or not best.is_inside:
+            rows.append([budget(flops), str(len(same)), "no minimum among the runs", "", ""])
             continue
-        params = _params_at(same, best.tokens)
-        note = "" if best.is_inside else " (beyond the runs)"
-        rows.append(
-            [
-                budget(flops),
-                str(len(same)),
-                amount(best.tokens) + note,
-                f"{best.tokens / params:.3g}",
-                f"{best.loss:.4f}",
-            ]
-        )
-        yield asdict(best) | {"flops": flops, "params": params, "tokens_per_param": best.tokens / params}
+        ratio = best.tokens / _params_at(same, best.tokens)
+        rows.append([budget(flops), str(len(same)), amount(best.tokens), f"{ratio:.3g}", f"{best.loss:.4f}"])
+        yield asdict(best) | {"flops": flops, "tokens_per_param": ratio}
     print_table(["FLOPs", "runs", "best tokens", "tokens per parameter", "bpb"], rows, "Best size at equal FLOPs")
 
 
@@ -301,9 +304,12 @@ def _law(points: list[Point], law: Surface, laws: list[Surface]) -> dict[str, An
     flops = max(p.flops for p in points)
     ratios = [drawn.best_tokens(flops, per_param) ** 2 * per_param / flops for drawn in (law, *laws)]
     low, high = interval(ratios[1:])
-    rows.append([f"tokens per parameter at {budget(flops)} FLOPs", f"{ratios[0]:.3g}", f"{low:.3g} to {high:.3g}"])
+    rows.append([f"tokens per parameter at {flops:.3g} FLOPs", f"{ratios[0]:.3g}", f"{low:.3g} to {high:.3g}"])
     print_table(["number", "fit", "95 % interval"], rows, "L(N, D) = E + A / N^a + B / D^b, in bits per byte")
-    print(f"for a longer training at this scale: stage.tokens_per_param={ratios[0]:.3g} stage.count_params=matrices")
+    if high < 10 * low:
+        print(f"for a training of this size: stage.tokens_per_param={ratios[0]:.3g} stage.count_params=matrices")
+    else:
+        print("these runs do not tell the best tokens per parameter: its interval spans more than a factor of ten")
     return {"law": asdict(law), "intervals": bounds, "tokens_per_param": ratios[0], "tokens_per_param_in": [low, high]}
 
 
@@ -332,7 +338,7 @@ def _rates(series: Series) -> dict[str, Any]:
     for depth in sorted(series.depths + series.held_out):
         jobs = {frac: Job(depth, min(series.flops), frac) for frac in fracs}
         losses = {
-            frac: _point(_folder(series, job), depth).loss
+            frac: _point(_folder(series, job), job).loss
             for frac, job in jobs.items()
             if _is_finished(_folder(series, job))
         }
@@ -347,7 +353,8 @@ def _rates(series: Series) -> dict[str, Any]:
     print_table(header, rows, f"Bits per byte by factor on all learning rates, at {budget(min(series.flops))} FLOPs")
     places = [fracs.index(frac) for frac in best.values() if frac is not None]
     steps = max(places) - min(places)
-    print(f"rates transfer over depth: the best factors lie {steps} grid step(s) apart (one or none is asked for)")
+    verdict = "rates transfer over depth" if steps <= 1 else "rates do not transfer over depth"
+    print(f"{verdict}: grid steps between the best factors: {steps} (at most 1 is asked for)")
     return {"bpb": table, "best": best, "grid_steps_apart": steps}
 
 

@@ -13,9 +13,9 @@ def draw_isoflops(path: Path, points: Sequence[Point]) -> None:
     """Draw the loss over training tokens, one curve per budget in FLOPs, with its parabola and minimum."""
     with figure(path, 6.4, 4.2) as drawn:
         ax = drawn.subplots()
-        budgets = sorted({float(f"{p.flops:.1e}") for p in points})
+        budgets = sorted({p.budget for p in points})
         for colour, flops in zip(_cycle(len(budgets)), budgets, strict=True):
-            same = sorted((p for p in points if abs(p.flops / flops - 1) < 0.05), key=lambda p: p.tokens)
+            same = sorted((p for p in points if p.budget == flops), key=lambda p: p.tokens)
             tokens = [p.tokens for p in same]
             ax.plot(tokens, [p.loss for p in same], "o", color=colour, label=f"{flops:.2g} FLOPs")
             for p in same:
