@@ -1,4 +1,4 @@
-"""The queue of experiments: `python -m llm.experiments.queue add|run|list|show|cancel|pause|resume|retry|move|clear`.
+"""The queue of experiments: `python -m llm.experiments.queue add|run|list|show|ledger|cancel|...`, see docs/agent.md.
 
 python -m llm.experiments.queue add -m experiment=tiny stage=pretrain optim.matrix_lr=0.01,0.02 seed=1,2
 python -m llm.experiments.queue run
@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,10 +22,10 @@ from llm.cli.overrides import check_overrides
 from llm.cli.sweep import lines_of, separate_run
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.experiments.queue_store import NewJob, Queue
+from llm.experiments.queue_store import Job, NewJob, Queue
 from llm.experiments.worker import METRIC, log_of, waiting, work
 from llm.run.stage_folder import RunDir, stage_before
-from llm.utils.format import print_table
+from llm.utils.format import print_table, value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=COMMANDS, help="add = append jobs, run = work on the queue, ...")
     parser.add_argument("words", nargs="*", help="settings key=value (add), numbers of jobs (the others)")
     parser.add_argument("--queue", type=Path, help="file of the queue (default: paths.queue)")
-    parser.add_argument("--json", action="store_true", help="add, list, show: print JSON")
+    parser.add_argument("--json", action="store_true", help="add, list, show, ledger: print JSON")
     parser.add_argument("-m", "--multirun", action="store_true", help="add: one job for every combination of values")
     parser.add_argument("--script", choices=("train", "evaluate"), default="train", help="add: what runs the settings")
     parser.add_argument("--after", default="", help="add: numbers of jobs that must be done before, as 3,4")
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, help="run: save and end after so many minutes")
     parser.add_argument("--wait", action="store_true", help="run: stay and wait for further jobs")
+    parser.add_argument("--verdict", help="conclude: what the jobs say about their hypothesis")
     parser.add_argument("--before", type=int, help="move: number of the job that comes after")
     return parser
 
@@ -159,8 +161,8 @@ def _show(queue: Queue, args: argparse.Namespace) -> int:
         if args.json:
             _print_json(_as_json(queue, number))
             continue
-        for name, value in _as_json(queue, number).items():
-            print(f"{name:>13}  {value if isinstance(value, str) else json.dumps(value)}")
+        for name, content in _as_json(queue, number).items():
+            print(f"{name:>13}  {content if isinstance(content, str) else json.dumps(content)}")
     return 0
 
 
@@ -173,6 +175,53 @@ def _change(name: str) -> Any:
         return 0
 
     return change
+
+
+def _conclude(queue: Queue, args: argparse.Namespace) -> int:
+    numbers = _numbers(args.words)
+    if not numbers or not args.verdict:
+        raise UserError("conclude: give the numbers of jobs, and --verdict <text>")
+    queue.conclude(numbers, args.verdict)
+    return 0
+
+
+def _ledger(queue: Queue, args: argparse.Namespace) -> int:
+    """Print one entry for every hypothesis: its jobs, the mean of their results and its standard error, the verdict."""
+    entries: dict[tuple[str, str], list[Job]] = {}
+    for job in queue.jobs():
+        if job.hypothesis:
+            entries.setdefault((job.family, job.hypothesis), []).append(job)
+    told = []
+    for (family, hypothesis), jobs in entries.items():
+        results = [job.result for job in jobs if job.state == "done" and job.result is not None]
+        told.append(
+            {
+                "family": family,
+                "hypothesis": hypothesis,
+                "jobs": [job.id for job in jobs],
+                "states": [job.state for job in jobs],
+                "metric": jobs[0].metric or METRIC,
+                "results": results,
+                "mean": statistics.fmean(results) if results else None,
+                "stderr": statistics.stdev(results) / len(results) ** 0.5 if len(results) > 1 else None,
+                "verdict": next((job.verdict for job in jobs if job.verdict), ""),
+            }
+        )
+    if args.json:
+        _print_json(told)
+        return 0
+    rows = [
+        [
+            entry["hypothesis"],
+            entry["family"],
+            ", ".join(map(str, entry["jobs"])),
+            "" if entry["mean"] is None else f"{entry['metric']} {value(entry['mean'], entry['stderr'])}",
+            entry["verdict"] or ", ".join(sorted(set(entry["states"]))),
+        ]
+        for entry in told
+    ]
+    print_table(["hypothesis", "family", "jobs", "mean", "verdict"], rows)
+    return 0
 
 
 def _move(queue: Queue, args: argparse.Namespace) -> int:
@@ -203,8 +252,8 @@ def _as_json(queue: Queue, number: int) -> dict[str, Any]:
     return asdict(job) | {"log": str(log_of(queue, job))}
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
 
 
 COMMANDS = {
@@ -212,6 +261,8 @@ COMMANDS = {
     "run": _run,
     "list": _list,
     "show": _show,
+    "ledger": _ledger,
+    "conclude": _conclude,
     **{name: _change(name) for name in ("cancel", "pause", "resume", "retry")},
     "move": _move,
     "clear": _clear,

@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     prune_after INTEGER,                     -- step from which the job may be given up, NULL = never
     result REAL,                             -- metric at the end
     message TEXT NOT NULL DEFAULT '',
+    verdict TEXT NOT NULL DEFAULT '',        -- on the hypothesis, by who asked
     owner TEXT,                              -- worker, as host:pid:start
     process TEXT,                            -- its process that trains, as host:pid:start
     heartbeat REAL,                          -- seconds since 1970
@@ -83,6 +84,7 @@ class Job(NewJob):
     failures: int = 0
     result: float | None = None
     message: str = ""
+    verdict: str = ""
     owner: str | None = None
     process: str | None = None
     heartbeat: float | None = None
@@ -310,6 +312,15 @@ class Queue:
                         "UPDATE jobs SET state = ?, failures = 0, attempts = 0, ended = ? WHERE id = ?",
                         (state, ended, number),
                     )
+
+    def conclude(self, numbers: Sequence[int], verdict: str) -> None:
+        """Note a verdict on the hypothesis of jobs, whatever their state. Raises UserError where one is not there."""
+        with self._transaction() as db:
+            jobs = {job.id for job in self._jobs(db)}
+            for number in numbers:
+                if number not in jobs:
+                    raise UserError(f"job {number} is not in the queue; the list has {_listed(jobs)}")
+                db.execute("UPDATE jobs SET verdict = ? WHERE id = ?", (verdict, number))
 
     def move(self, number: int, before: int) -> None:
         """Start a job before another one. Raises UserError where one of them is not there."""

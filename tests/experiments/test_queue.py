@@ -279,6 +279,7 @@ def test_a_sweep_becomes_jobs_with_runs_of_their_own(tmp_path, capsys):
         (["cancel"], "cancel: give the numbers of jobs"),
         (["show", "4"], "job 4 is not in the queue"),
         (["move", "1"], "--before"),
+        (["conclude", "1"], "--verdict"),
     ],
 )
 def test_a_wrong_command_is_one_line(tmp_path, capsys, words, line):
@@ -286,6 +287,20 @@ def test_a_wrong_command_is_one_line(tmp_path, capsys, words, line):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and line in error and error.count("\n") == 1
     assert not Queue(tmp_path / "q.sqlite").jobs()
+
+
+def test_the_ledger_holds_every_hypothesis_with_its_mean_and_verdict(queue, tmp_path, scripts, capsys):
+    jobs = [job(tmp_path, f"a{i}", f"bpb={i}", hypothesis="smaller is better", family="night") for i in (1, 2, 3)]
+    queue.add([*jobs, job(tmp_path, "none"), job(tmp_path, "b", "fail=1", hypothesis="it fails", family="night")])
+    worker.work(queue, say=lambda line: None)
+    assert run(tmp_path, "conclude", "1", "2", "3", "--verdict", "keep") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "ledger", "--json") == 0
+    first, second = parse_json(capsys.readouterr().out.encode(), "ledger")
+    assert first["results"] == [0.5, 1.0, 1.5] and first["mean"] == 1.0 and first["verdict"] == "keep"
+    assert first["stderr"] == pytest.approx(0.5 / 3**0.5) and first["jobs"] == [1, 2, 3]
+    assert second["mean"] is None and second["states"] == ["failed"]
+    assert run(tmp_path, "ledger") == 0 and "smaller is better" in capsys.readouterr().out
 
 
 @pytest.mark.slow
