@@ -1,6 +1,7 @@
 """Learning curves as PNG files, drawn from rows of metrics.csv."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,23 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+
+
+@contextmanager
+def figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """Give a matplotlib Figure in the style of all plots, `width` x `height` inches; save it as `path` at the end."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        drawn = Figure(figsize=(width, height), dpi=130, layout="constrained")
+        FigureCanvasAgg(drawn)
+        yield drawn
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.png")
+        drawn.savefig(temporary)
+        temporary.replace(path)
 
 
 def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = True) -> list[tuple[str, Path]]:

@@ -1,0 +1,1 @@
+"""Experiments over many runs: scaling laws. Starts runs as processes of train.py."""
