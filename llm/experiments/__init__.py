@@ -1,1 +1,1 @@
-"""Experiments over many runs: scaling laws. Starts runs as processes of train.py."""
+"""Experiments over many runs: their table, the comparison of two configurations, scaling laws and the queue."""

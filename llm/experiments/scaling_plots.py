@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from llm.experiments.laws import Point, Surface, fit_parabola
-from llm.report.plots import COLOURS, figure
+from llm.report.plots import COLOURS, drawing
 
 
 def draw_isoflops(path: Path, points: Sequence[Point]) -> None:
     """Draw the loss over training tokens, one curve per budget in FLOPs, with its parabola and minimum."""
-    with figure(path, 6.4, 4.2) as drawn:
+    with drawing(path, "Equal FLOPs (star: best size)", (6.4, 4.2)) as drawn:
         ax = drawn.subplots()
         budgets = sorted({p.budget for p in points})
         for colour, flops in zip(_cycle(len(budgets)), budgets, strict=True):
@@ -25,13 +25,13 @@ def draw_isoflops(path: Path, points: Sequence[Point]) -> None:
                 ax.plot(line, [best.at(t) for t in line], color=colour, linewidth=1)
                 if best.is_inside:
                     ax.plot(best.tokens, best.loss, "*", color=colour, markersize=12, markeredgecolor="white")
-        ax.set(xscale="log", xlabel="training tokens", ylabel="bits per byte", title="Equal FLOPs (star: best size)")
+        ax.set(xscale="log", xlabel="training tokens", ylabel="bits per byte")
         ax.legend()
 
 
 def draw_law(path: Path, points: Sequence[Point], held_out: Sequence[Point], law: Surface) -> None:
     """Draw the law over training tokens for every size, with the runs: filled if fitted, hollow if held out."""
-    with figure(path, 6.4, 4.2) as drawn:
+    with drawing(path, "L(N, D) = E + A / N^a + B / D^b", (6.4, 4.2)) as drawn:
         ax = drawn.subplots()
         everything = [*points, *held_out]
         span = np.geomspace(min(p.tokens for p in everything) * 0.8, max(p.tokens for p in everything) * 1.25, 100)
@@ -44,7 +44,7 @@ def draw_law(path: Path, points: Sequence[Point], held_out: Sequence[Point], law
             label = f"d{depth}, held out" if is_held else f"d{depth}"
             ax.plot(tokens, losses, "o", color=colour, markerfacecolor=fill, label=label)
             ax.plot(span, [law.at(runs[0].params, t) for t in span], color=colour, linestyle="--" if is_held else "-")
-        ax.set(xscale="log", xlabel="training tokens", ylabel="bits per byte", title="L(N, D) = E + A / N^a + B / D^b")
+        ax.set(xscale="log", xlabel="training tokens", ylabel="bits per byte")
         ax.legend()
 
 
