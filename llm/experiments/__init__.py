@@ -1,1 +1,1 @@
-"""Tools for many runs: the reader of runs, the table, the comparison of two configurations, the queue."""
+"""Experiments over many runs: their table, the comparison of two configurations, scaling laws and the queue."""

@@ -1,196 +1,272 @@
-"""A queue of trainings that survives restarts of its workers, on one machine or a shared folder.
+"""The queue of experiments: `python -m llm.experiments.queue add|run|list|show|ledger|cancel|...`, see docs/agent.md.
 
-    python -m llm.experiments.queue add experiment=demo stage=pretrain run=a optim.matrix_lr=0.01
-    python -m llm.experiments.queue add experiment=demo stage=sft run=a --after 1
-    python -m llm.experiments.queue run        works off what is waiting; the same command goes on after a kill
-    python -m llm.experiments.queue list
-    python -m llm.experiments.queue cancel 2   also pause, retry
-
-docs/experiments.md explains it.
+python -m llm.experiments.queue add -m experiment=tiny stage=pretrain optim.matrix_lr=0.01,0.02 seed=1,2
+python -m llm.experiments.queue run
 """
 
 import argparse
 import json
+import os
 import shlex
-import signal
-import subprocess
+import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from statistics import median
+from typing import Any
 
+from llm.cli.compose import _quoted as quoted
+from llm.cli.compose import compose, find_sources, quote_raw, whole_mixtures, without_groups
+from llm.cli.overrides import check_overrides
+from llm.cli.sweep import lines_of, separate_run
+from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.experiments.jobs import BEAT, Job, Jobs, this_owner
-from llm.run.stage_folder import read_metrics
-from llm.utils.environment import die_with_parent
-from llm.utils.format import duration, print_table
-
-TRAIN = (sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"))
-STOPS = (signal.SIGINT, signal.SIGTERM)
-FEWEST = 3  # finished jobs before one is pruned
+from llm.experiments.queue_store import Job, NewJob, Queue
+from llm.experiments.worker import METRIC, log_of, waiting, work
+from llm.run.stage_folder import RunDir, stage_before
+from llm.utils.format import print_table, value
 
 
-class Worker:
-    """Does the jobs of a queue, one after the other, each as a process of `program` with the job's words.
-
-    prune: a column of metrics.csv, lower is better: a training is stopped where its value is above the median of the
-    jobs that are done, at the same step, once `share` of their steps are over. runs: folder of all runs.
-    """
-
-    def __init__(
-        self,
-        jobs: Jobs,
-        program: Sequence[str] = TRAIN,
-        prune: str | None = None,
-        share: float = 0.3,
-        runs: str | Path = "runs",
-        tick: float = 0.5,
-    ):
-        self.jobs, self.program, self.prune, self.share = jobs, list(program), prune, share
-        self.runs, self.tick, self.stopping = Path(runs), tick, False
-
-    def work(self) -> None:
-        """Work until nothing is left that can be done, or until this process is asked to stop."""
-        before = {number: signal.signal(number, self._stop) for number in STOPS}
-        try:
-            while not self.stopping:
-                for job in self.jobs.take_back():
-                    print(f"job {job.id}: its worker has gone, so it is {job.state}", flush=True)
-                job = self.jobs.claim(this_owner())
-                if job is not None:
-                    self._do(job)
-                elif any(job.owner for job in self.jobs.all()):
-                    time.sleep(self.tick)  # others may fail, or make way for what waits for them
-                else:
-                    break
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, *_) -> None:
-        self.stopping = True
-
-    def _do(self, job: Job) -> None:
-        print(f"job {job.id}: {shlex.join(job.words)}", flush=True)
-        logs = self.jobs.path.parent / "queue_logs"
-        logs.mkdir(exist_ok=True)
-        with open(logs / f"{job.id}.log", "ab") as log:
-            training = subprocess.Popen(
-                [*self.program, *job.words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the training
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
-            )
-            state = self._watch(job, training)
-        result = training.returncode
-        if result == 0 and state == "running":
-            job = self.jobs.end(job, "done", result)
-        elif self.stopping or state != "running":
-            job = self.jobs.end(job, "waiting", result)  # stopped from here: no failure
-        else:
-            last = job.attempts + 1 >= job.most
-            job = self.jobs.end(job, "failed" if last else "waiting", result, failed=True)
-        print(f"job {job.id}: {job.state} (exit status {result})", flush=True)
-
-    def _watch(self, job: Job, training: subprocess.Popen) -> str:
-        """Wait for the end of a training, which is stopped where that was asked for; return `running`, or why not."""
-        state, due, asked = self.jobs.beat(job, training.pid), 0.0, False
-        while training.poll() is None:
-            if time.monotonic() >= due:
-                state, due = self.jobs.beat(job, training.pid), time.monotonic() + min(BEAT, 10 * self.tick)
-                if state == "running" and self.prune and self._is_behind(job):
-                    state = self.jobs.set_state(job.id, "pruned", ["running"]).state
-            if (self.stopping or state != "running") and not asked:
-                training.terminate()  # it saves, and ends
-                asked = True
-            time.sleep(self.tick)
-        return state
-
-    def _is_behind(self, job: Job) -> bool:
-        """Say whether a training is worse than the median of those that are done, where both have been measured."""
-        done = [self._curve(other) for other in self.jobs.all() if other.state == "done"]
-        mine, done = self._curve(job), [curve for curve in done if curve]
-        if not mine or len(done) < FEWEST:
-            return False
-        step = max(mine)
-        there = [curve[step] for curve in done if step in curve and step >= self.share * max(curve)]
-        return len(there) >= FEWEST and mine[step] > median(there)
-
-    def _curve(self, job: Job) -> dict[int, float]:
-        folder = self.runs / (job.value("run") or "") / (job.value("stage") or "pretrain")
-        return {int(row["step"]): row[self.prune] for row in read_metrics(folder) if self.prune in row}
-
-
-def show(jobs: Sequence[Job]) -> None:
-    """Print a table of jobs."""
-    lines = []
-    for job in jobs:
-        end = job.ended or time.time()
-        took = duration(end - job.started) if job.started else "-"
-        after = " ".join(map(str, job.after)) or "-"
-        lines.append([str(job.id), shlex.join(job.words), job.state, after, f"{job.attempts} of {job.most}", took])
-    print_table(["job", "words", "state", "after", "failures", "time"], lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llm.experiments.queue", description="A queue of trainings.")
-    parser.add_argument("--queue", default="runs/queue.db", help="file of the queue (default: runs/queue.db)")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="command")
-    add = kinds.add_parser("add", help="put a training into the queue")
-    add.add_argument("words", nargs="+", help="overrides as for train.py; run=<name> is needed")
-    add.add_argument("--after", type=int, action="append", default=[], help="number of a job that must be done before")
-    add.add_argument("--attempts", type=int, default=2, help="failures until the job is given up (default: 2)")
-    add.add_argument("--first", action="store_true", help="put the job before all others")
-    run = kinds.add_parser("run", help="work off the queue, also beside other workers")
-    run.add_argument("--prune", help="stop trainings behind the median of finished jobs in this column, such as bpb")
-    run.add_argument("--prune-from", type=float, default=0.3, help="share of the steps before pruning (default: 0.3)")
-    run.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    listed = kinds.add_parser("list", help="show all jobs")
-    listed.add_argument("--json", action="store_true", help="print a JSON list")
-    for kind, text in (
-        ("cancel", "drop a job"),
-        ("pause", "stop a job until `retry`"),
-        ("retry", "let a job wait again"),
-    ):
-        kinds.add_parser(kind, help=text).add_argument("job", type=int, nargs="+", help="numbers of jobs")
-    return parser
-
-
-CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cancel": ("cancelled", ("waiting", "running", "paused", "failed")),
-    "pause": ("paused", ("waiting", "running")),
-    "retry": ("waiting", ("failed", "cancelled", "paused", "pruned")),
-}
-
-
-def main(argv: Sequence[str] | None = None, work: Callable[[Worker], None] = Worker.work) -> int:
-    """Do what `argv` says with a queue; returns the exit status, 2 after a user's mistake."""
-    options = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command on a queue. Returns the exit status: 0, 1 where a job failed, 2 after a mistake."""
+    parser = _parser()
+    args, more = parser.parse_known_intermixed_args(argv)
+    if more and args.command != "add":
+        parser.error(f"unknown: {' '.join(more)}")
+    args.words += more  # of the command line of train.py, such as --config-dir=<folder>
     try:
-        jobs = Jobs(options.queue)
-        if options.kind == "add":
-            if options.attempts < 1:
-                raise UserError(f"--attempts {options.attempts}: must be 1 or more")
-            print(f"job {jobs.add(options.words, options.after, options.attempts, options.first)}")
-        elif options.kind == "run":
-            work(Worker(jobs, prune=options.prune, share=options.prune_from, runs=options.runs))
-        elif options.kind == "list" and options.json:
-            print(json.dumps([asdict(job) for job in jobs.all()], indent=2))
-        elif options.kind == "list":
-            show(jobs.all())
-        else:
-            for number in options.job:
-                job = jobs.set_state(number, *CHANGES[options.kind])
-                print(f"job {job.id}: {job.state}")
+        path = args.queue or compose("train", []).paths.queue
+        return COMMANDS[args.command](Queue(path), args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.experiments.queue", description="Jobs of train.py and evaluate.py, run one after another."
+    )
+    parser.add_argument("command", choices=COMMANDS, help="add = append jobs, run = work on the queue, ...")
+    parser.add_argument("words", nargs="*", help="settings key=value (add), numbers of jobs (the others)")
+    parser.add_argument("--queue", type=Path, help="file of the queue (default: paths.queue)")
+    parser.add_argument("--json", action="store_true", help="add, list, show, ledger: print JSON")
+    parser.add_argument("-m", "--multirun", action="store_true", help="add: one job for every combination of values")
+    parser.add_argument("--script", choices=("train", "evaluate"), default="train", help="add: what runs the settings")
+    parser.add_argument("--after", default="", help="add: numbers of jobs that must be done before, as 3,4")
+    parser.add_argument("--first", action="store_true", help="add: before all other jobs")
+    parser.add_argument("--attempts", type=int, default=1, help="add: times that a failing job is tried")
+    parser.add_argument("--family", default="", help="add: name of the jobs that are compared with each other")
+    parser.add_argument("--hypothesis", default="", help="add: what the job is meant to find out")
+    parser.add_argument(
+        "--prune-after", type=int, help="add: from this step on, give up a job that is worse than its family's median"
+    )
+    parser.add_argument("--minutes", type=float, help="run: save and end after so many minutes")
+    parser.add_argument("--wait", action="store_true", help="run: stay and wait for further jobs")
+    parser.add_argument("--verdict", help="conclude: what the jobs say about their hypothesis")
+    parser.add_argument("--before", type=int, help="move: number of the job that comes after")
+    return parser
+
+
+def jobs_of(words: Sequence[str], script: str = "train", multirun: bool = False, **options: Any) -> list[NewJob]:
+    """Check settings like the command line of train.py or evaluate.py, and return a job for every combination.
+
+    Jobs of one run follow each other: one that starts from the stage of an earlier one needs it. options: further
+    fields of `NewJob`. Raises UserError for a setting that train.py would refuse, and for a sweep without multirun.
+    """
+    command = check_overrides(script, [*(["-m"] if multirun else []), *words])
+    if command.searches or command.launcher != "basic":
+        raise UserError("a queue takes lists of values; leave hydra/sweeper and hydra/launcher out")
+    swept = {override.input_line: lines_of(override) for override in command.swept}
+    single = [word for word in words if word not in swept]
+    jobs, writes = [], {}
+    for chosen in product(*swept.values()):
+        settings = [*single, *chosen]
+        sources, argv = find_sources(script, quote_raw(script, settings))
+        cfg = compose(script, without_groups(script, whole_mixtures(script, argv, sources)), sources)
+        if script == "evaluate":
+            jobs.append(NewJob(settings, script, os.getcwd(), **options))
+            continue
+        separate_run(cfg, list(chosen))
+        run = cfg.run or f"d{cfg.model.depth}"
+        if chosen:
+            own = {"run": run} | ({"init_from": cfg.init_from} if cfg.init_from else {})
+            settings = [word for word in settings if word.split("=")[0] not in own]
+            settings += [f"{key}={quoted(value)}" for key, value in own.items()]
+        root = RunDir(Path(cfg.paths.runs).resolve(), run)
+        folder = str(root.path / cfg.stage.name) if row_or_stranger(cfg.stage.name).in_run else None
+        parent = _parent_folder(cfg, root)
+        needs = (*options.get("needs", ()), *([writes[parent]] if parent in writes else []))
+        read = {"metric": cfg.objective, "mode": cfg.objective_mode}
+        jobs.append(NewJob(settings, script, os.getcwd(), folder, **(read | options | {"needs": needs})))
+        if folder:
+            writes[folder] = -len(jobs)
+    return jobs
+
+
+def _parent_folder(cfg: Any, root: RunDir) -> str | None:
+    """Return the stage folder that a stage starts from, as its settings name it; None where it is no stage."""
+    before = stage_before(cfg)
+    if cfg.init_from is None:
+        return None if before is None else str(root.path / before)
+    run, _, stage = str(cfg.init_from).partition("/")
+    return str(Path(root.root) / run / (stage or before or ""))
+
+
+def _add(queue: Queue, args: argparse.Namespace) -> int:
+    if args.attempts < 1:
+        raise UserError(f"--attempts {args.attempts}: must be at least 1")
+    options = {"most_attempts": args.attempts, "family": args.family, "hypothesis": args.hypothesis}
+    options |= {"prune_after": args.prune_after, "needs": tuple(_numbers(args.after.split(","), "--after"))}
+    if args.prune_after is not None and not args.family:
+        raise UserError(f"--prune-after {args.prune_after}: name the jobs to compare with, --family <name>")
+    jobs = jobs_of(args.words, args.script, args.multirun, **options)
+    numbers = queue.add(jobs, args.first)
+    if args.json:
+        _print_json([_as_json(queue, number) for number in numbers])
+    else:
+        for number, job in zip(numbers, jobs, strict=True):
+            print(f"job {number}: {job.script}.py {shlex.join(job.settings)}")
     return 0
 
+
+def _run(queue: Queue, args: argparse.Namespace) -> int:
+    good, bad = work(queue, args.minutes, args.wait, say=lambda line: print(line, flush=True))
+    print(f"{good} done, {bad} failed")
+    return int(bad > 0)
+
+
+def _list(queue: Queue, args: argparse.Namespace) -> int:
+    jobs = queue.jobs()
+    if args.json:
+        _print_json([_as_json(queue, job.id) for job in jobs])
+        return 0
+    rows = [
+        [
+            str(job.id),
+            waiting(job, jobs),
+            job.family,
+            " ".join(job.settings),
+            "" if job.result is None else f"{job.metric or METRIC} {job.result:.5g}",
+            job.message,
+        ]
+        for job in jobs
+    ]
+    print_table(["job", "state", "family", "settings", "result", "message"], rows)
+    return 0
+
+
+def _show(queue: Queue, args: argparse.Namespace) -> int:
+    for number in _numbers(args.words):
+        if args.json:
+            _print_json(_as_json(queue, number))
+            continue
+        for name, content in _as_json(queue, number).items():
+            print(f"{name:>13}  {content if isinstance(content, str) else json.dumps(content)}")
+    return 0
+
+
+def _change(name: str) -> Any:
+    def change(queue: Queue, args: argparse.Namespace) -> int:
+        numbers = _numbers(args.words)
+        if not numbers:
+            raise UserError(f"{name}: give the numbers of jobs; `list` shows them")
+        getattr(queue, name)(numbers)
+        return 0
+
+    return change
+
+
+def _conclude(queue: Queue, args: argparse.Namespace) -> int:
+    numbers = _numbers(args.words)
+    if not numbers or not args.verdict:
+        raise UserError("conclude: give the numbers of jobs, and --verdict <text>")
+    queue.conclude(numbers, args.verdict)
+    return 0
+
+
+def _ledger(queue: Queue, args: argparse.Namespace) -> int:
+    """Print one entry for every hypothesis: its jobs, the mean of their results and its standard error, the verdict."""
+    entries: dict[tuple[str, str], list[Job]] = {}
+    for job in queue.jobs():
+        if job.hypothesis:
+            entries.setdefault((job.family, job.hypothesis), []).append(job)
+    told = []
+    for (family, hypothesis), jobs in entries.items():
+        results = [job.result for job in jobs if job.state == "done" and job.result is not None]
+        told.append(
+            {
+                "family": family,
+                "hypothesis": hypothesis,
+                "jobs": [job.id for job in jobs],
+                "states": [job.state for job in jobs],
+                "metric": jobs[0].metric or METRIC,
+                "results": results,
+                "mean": statistics.fmean(results) if results else None,
+                "stderr": statistics.stdev(results) / len(results) ** 0.5 if len(results) > 1 else None,
+                "verdict": next((job.verdict for job in jobs if job.verdict), ""),
+            }
+        )
+    if args.json:
+        _print_json(told)
+        return 0
+    rows = [
+        [
+            entry["hypothesis"],
+            entry["family"],
+            ", ".join(map(str, entry["jobs"])),
+            "" if entry["mean"] is None else f"{entry['metric']} {value(entry['mean'], entry['stderr'])}",
+            entry["verdict"] or ", ".join(sorted(set(entry["states"]))),
+        ]
+        for entry in told
+    ]
+    print_table(["hypothesis", "family", "jobs", "mean", "verdict"], rows)
+    return 0
+
+
+def _move(queue: Queue, args: argparse.Namespace) -> int:
+    numbers = _numbers(args.words)
+    if len(numbers) != 1 or args.before is None:
+        raise UserError("move: give one job, and --before <job>")
+    queue.move(numbers[0], args.before)
+    return 0
+
+
+def _clear(queue: Queue, args: argparse.Namespace) -> int:
+    print(f"{queue.clear()} jobs forgotten; their runs stay")
+    return 0
+
+
+def _numbers(words: Sequence[str], where: str = "job") -> list[int]:
+    """Parse numbers of jobs. Raises UserError for a word that is none."""
+    words = [word for word in words if word]
+    for word in words:
+        if not word.isdecimal():
+            raise UserError(f"{where} {word}: must be the number of a job")
+    return [int(word) for word in words]
+
+
+def _as_json(queue: Queue, number: int) -> dict[str, Any]:
+    """Return what a program reads of a job: its fields, and the file with its output."""
+    job = queue.job(number)
+    return asdict(job) | {"log": str(log_of(queue, job))}
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+COMMANDS = {
+    "add": _add,
+    "run": _run,
+    "list": _list,
+    "show": _show,
+    "ledger": _ledger,
+    "conclude": _conclude,
+    **{name: _change(name) for name in ("cancel", "pause", "resume", "retry")},
+    "move": _move,
+    "clear": _clear,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
