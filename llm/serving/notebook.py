@@ -7,10 +7,13 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.inference.engine import Engine
+from llm.inference.inside import Inside, look_inside
 from llm.inference.request import Completion
 from llm.inference.sampling import SamplingParams
 from llm.inference.text import TextStream
 from llm.inference.warm_up import interrupt_held_back, warm_up
+from llm.model.adapters import with_adapters
+from llm.model.lora import merged
 
 DEFAULTS = {"temperature": 0.6, "top_k": 50}  # of `serve.py` too
 
@@ -91,6 +94,19 @@ class Model:
         if len(ids) + len(rest) > seq_len:
             raise UserError(f"{len(ids) + len(rest):,} tokens do not fit the model's context of {seq_len:,}")
         return sum(self.engine.score(ids, rest, adapter))
+
+    def look_inside(self, text: str, adapter: str | None = None) -> Inside:
+        """Return what the network computes for a text behind <|bos|>: tokens, attention, the logits of every layer.
+
+        A rendered chat begins with <|bos|> itself. Raises UserError for a text that does not fit the context, and for a
+        model of another kind than ours.
+        """
+        net, tokenizer = self.engine.net, self.engine.tokenizer
+        if adapter is not None:
+            self.engine.check_adapter(adapter)
+            net = with_adapters(merged(net), {adapter: self.engine.adapters[adapter]}, net.compute_dtype)
+            net.adapters.choose(net.adapters.numbers([adapter]))
+        return look_inside(net, tokenizer, tokenizer.encode_prompt(text))
 
     @property
     def _seq_len(self) -> int:
