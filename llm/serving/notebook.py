@@ -140,13 +140,13 @@ def load(path: str | Path, adapters: Sequence[str] = ()) -> Model:
     folders; their names go to `adapter=` of the methods. It writes a few tokens at once, so that the first answer is
     not slow. Raises UserError where there is no model, and for an adapter of another base.
     """
-    from llm.run.stage_folder import find_stage
+    from llm.run.stage_folder import MANIFEST, find_stage
     from llm.serving.adapters import chosen_adapters
     from llm.serving.chat import load_chat_model
 
     with interrupt_held_back():
         folder, stage = Path(path).absolute(), None
-        if (folder / "model").is_dir():
+        if (folder / "model").is_dir() or (folder / MANIFEST).is_file():
             folder, stage = folder.parent, folder.name
         base = find_stage(folder.parent, folder.name, stage)
         found = load_chat_model(base, adapters=chosen_adapters(adapters, folder.parent, str(base)))

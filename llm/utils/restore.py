@@ -86,11 +86,12 @@ def _garbage() -> Callable[[], None]:
 
 
 def _hydra() -> Callable[[], None]:
-    """Remember the configuration that a notebook composes with: `hydra.initialize` may be in force there."""
+    """Remember what a notebook composes with, as `hydra.initialize` may be in force there, and begin without."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
     held, own = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().hydra = None
 
     def put_back() -> None:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = held, own
