@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm.cli.app import INTERRUPTED, JobFailed, run_command
 from llm.cli.compose import quoted
-from llm.config.stages import stage_row
+from llm.config.stages import row_or_stranger, stage_row
 from llm.errors import UserError, system_problem
 from llm.parallel.env import is_launched
 from llm.run.stage_folder import read_manifest, read_metrics
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from llm.serving.notebook import Model
 
 Overrides = str | Sequence[str]  # words of a command line, in a list or in one text
-FACTS = ("run", "stage", "state", "parent", "steps", "tokens", "flops", "seconds")  # first columns of `list_runs`
-ORIGIN = ("depth", "params", "started", "finished", "folder")  # the last ones
 
 
 class Score(NamedTuple):
@@ -74,7 +72,9 @@ class TrainedStage:
 
     def metrics(self) -> "DataFrame":
         """Return metrics.csv with the step as index; NaN where a column was not measured at that step."""
-        frame = _pandas().DataFrame(read_metrics(self.folder))
+        from pandas import DataFrame
+
+        frame = DataFrame(read_metrics(self.folder))
         return frame.astype({"step": int}).set_index("step") if len(frame) else frame
 
     def load(self, adapters: Sequence[str] = ()) -> "Model":
@@ -160,39 +160,23 @@ def evaluate(
 def list_runs(folder: str | os.PathLike[str] = "runs") -> "DataFrame":
     """Return a table of all stages of all runs in a folder, as a frame of pandas: one row for each, runs in order.
 
-    Columns: run, stage, state, parent (run/stage), steps, tokens, flops, seconds, then one for each score that some
-    stage has (`bpb`, `loss`, tasks as shares) with its standard error behind it (`<task>_stderr`), then depth,
-    parameters, started, finished (UTC) and folder. What a stage lacks is NaN, NaT or None. A stage whose files cannot
-    be read is named in a warning and left out.
+    Columns: run, stage, status, seed, parent (run/stage), steps, tokens, flops, seconds; then every score that some
+    stage has (`bpb`, `loss`, tasks as shares) with its standard error as `<score>_stderr`, those of models first; then
+    depth, params, started, finished (UTC), commit and folder. What a stage lacks is NaN, NaT or None. A stage whose
+    files cannot be read is named in a warning and left out.
     """
-    from llm.report.report import read_stages
-    from llm.run.stage_folder import list_runs as runs_in
+    import pandas
 
-    pandas, rows = _pandas(), []
-    for run in runs_in(folder):
-        stages, problems = read_stages(run.path)
-        for problem in problems:
-            warnings.warn(problem, stacklevel=2)
-        rows += [_row(run, stage, facts) for stage, facts in stages.items()]
-    columns = list(dict.fromkeys(name for row in rows for name in row)) or [*FACTS, *ORIGIN]
-    frame = pandas.DataFrame(rows, columns=sorted(columns, key=lambda name: name in ORIGIN))
-    times = {name: pandas.to_datetime(frame[name], utc=True) for name in ("started", "finished")}
-    return frame.assign(**times)
+    from llm.experiments.runs import FACTS, ORIGIN, score_names, stage_rows
 
-
-def _row(run: Any, stage: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a stage for `list_runs`; facts: its run.json and its eval.json, as `read_stages` has them."""
-    derived, parent = facts.get("derived") or {}, facts.get("parent")
-    row = {"run": run.name, "stage": stage, "state": facts.get("status", "finished")}
-    row["parent"] = "/".join(Path(parent).parts[-3:-1]) if parent else None
-    row |= {name: facts.get(name) for name in FACTS[4:]}
-    for name, score in _scores(facts).items():
-        row[name] = score.value
-        if score.stderr is not None:
-            row[f"{name}_stderr"] = score.stderr
-    depth = ((facts.get("config") or {}).get("model") or {}).get("depth")
-    own = (derived.get("depth", depth), derived.get("params_total"), facts.get("started"), facts.get("finished"))
-    return row | dict(zip(ORIGIN, (*own, str(run.path / stage)), strict=True))
+    rows = list(stage_rows(folder, problem=lambda line: warnings.warn(line, stacklevel=3)))
+    names = score_names(sorted(rows, key=lambda row: not row_or_stranger(row["stage"]).makes_model))
+    scores = [name for one in names for name in (one, f"{one}_stderr") if any(name in row for row in rows)]
+    origin = [name for name in ORIGIN if name != "config"]
+    frame = pandas.DataFrame(rows, columns=[*FACTS, *scores, *origin])
+    whole = dict.fromkeys(("seed", "steps", "tokens", "depth", "params"), "Int64")
+    times = {name: pandas.to_datetime(frame[name], utc=True, format="ISO8601") for name in ("started", "finished")}
+    return frame.astype(whole).assign(**times)
 
 
 def _scores(facts: dict[str, Any]) -> dict[str, Score]:
@@ -244,11 +228,3 @@ def _memory_given_back() -> Iterator[None]:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ModuleNotFoundError as error:
-        raise UserError("frames need pandas: pip install pandas") from error
-    return pandas
