@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from llm.errors import UserError
 from llm.inference.engine import Engine
@@ -33,6 +33,16 @@ class Model:
     def __repr__(self) -> str:
         return f"llm.load({self.name!r})"
 
+    @overload
+    def chat(
+        self, messages: Chat, stream: Literal[False] = False, adapter: str | None = None, **settings: Any
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self, messages: Chat, stream: Literal[True], adapter: str | None = None, **settings: Any
+    ) -> Iterator[str]: ...
+
     def chat(
         self, messages: Chat, stream: bool = False, adapter: str | None = None, **settings: Any
     ) -> str | Iterator[str]:
@@ -54,6 +64,27 @@ class Model:
             if len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        n: Literal[1] = 1,
+        best_of: int | None = None,
+        stream: Literal[False] = False,
+        adapter: str | None = None,
+        **settings: Any,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self, prompt: str, n: int, best_of: int | None = None, adapter: str | None = None, **settings: Any
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self, prompt: str, *, stream: Literal[True], adapter: str | None = None, **settings: Any
+    ) -> Iterator[str]: ...
 
     def generate(
         self,
