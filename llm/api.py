@@ -85,7 +85,7 @@ class TrainedStage:
 
     def evaluate(self, overrides: Overrides = ()) -> dict[str, Score]:
         """Score the stage, see `llm.evaluate`."""
-        here = [f"paths.runs={quoted(str(self.folder.absolute().parents[1]))}"]
+        here = [f"paths.runs={quoted(str(self.folder.parents[1]))}"]
         return evaluate(self.run, self.stage, [*_words(overrides), *here])
 
 
@@ -111,10 +111,10 @@ def train(
         row = stage_row(cfg.stage.name)
         with process_as_it_was(), _memory_given_back():
             if not row.in_run:
-                done.append(TrainedStage(Path(cfg.paths.data), "", row.name))
+                done.append(TrainedStage(Path(cfg.paths.data).absolute(), "", row.name))
                 return run_stage(cfg)
             run = own_run(cfg, row)
-            done.append(TrainedStage(run.path / row.name, run.name, row.name))
+            done.append(TrainedStage((run.path / row.name).absolute(), run.name, row.name))
             work_on_stage(cfg, row, run)
             return reached(cfg, run)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from conftest import run_cli
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from processes import REPO
 
 import llm
 from llm.errors import UserError
@@ -35,10 +37,21 @@ def words(folder: Path, more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
+def examples(tmp_path_factory):
+    """Variables of all Python of docs/python.md, run in order in one folder: the run `tiny`, not to be changed."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    names: dict = {"blocks": blocks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("examples"))
+        for block in blocks:
+            exec(compile(block, "docs/python.md", "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def chain(examples):
     """Tokenizer and pretrain of the run `tiny`, trained by one call; not to be changed."""
-    folder = tmp_path_factory.mktemp("chain") / "runs"
-    return llm.train(f"-m experiment=tiny trainer=cpu max_steps=4 stage=tokenizer,pretrain paths.runs='{folder}'")
+    return examples["last"]
 
 
 @pytest.fixture
@@ -51,6 +64,12 @@ def runs(chain, tmp_path) -> Path:
 # ----- what is returned
 
 
+def test_the_examples_of_the_documentation_run(examples):
+    assert len(examples["blocks"]) == 5 and examples["stage"] == examples["last"]
+    assert 0 < examples["scores"]["bpb"].value < 20
+    assert len(examples["inside"].tokens) == examples["inside"].logits.shape[0]
+
+
 def test_a_chain_returns_its_stages_and_the_last_one_itself(chain):
     assert [one.stage for one in chain.chain] == ["tokenizer", "pretrain"] and chain.chain[-1] == chain
     assert (chain.run, chain.stage, chain.status) == ("tiny", "pretrain", "finished")
@@ -59,7 +78,6 @@ def test_a_chain_returns_its_stages_and_the_last_one_itself(chain):
     assert frame.index.name == "step" and list(frame.index) == [0, 1, 2, 3, 4]
     assert frame["loss"].dropna().iloc[-1] == pytest.approx(chain.scores["loss"].value)
     assert "bytes_per_token_val" in chain.chain[0].scores and len(chain.chain[0].metrics()) == 0
-    assert isinstance(chain.load().generate("The", max_new_tokens=2), str)
 
 
 def test_words_in_a_list_train_what_the_command_trains(runs, tmp_path):
@@ -73,11 +91,6 @@ def test_words_in_a_list_train_what_the_command_trains(runs, tmp_path):
     assert (made.folder / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
     saved = [json.loads((folder / "run.json").read_text())["config"] for folder in (made.folder, other)]
     assert saved[0] | {"paths": None} == saved[1] | {"paths": None}
-
-
-def test_a_finished_stage_is_not_trained_again(chain, capsys):
-    again = llm.train(f"experiment=tiny trainer=cpu max_steps=4 stage=pretrain paths.runs='{chain.folder.parents[1]}'")
-    assert again == chain and "is finished" in capsys.readouterr().out and again.chain == (again,)
 
 
 def test_a_dry_run_within_hydra_of_a_notebook(runs, tmp_path, capsys):
@@ -107,8 +120,6 @@ def test_a_sweep_over_values_returns_all_its_runs_and_knows_folders_of_the_users
 def test_evaluate_returns_scores_with_their_errors(chain):
     found = chain.evaluate("eval=bpb eval.tokens=512")
     assert found["bpb"].stderr is None and 0 < found["bpb"].value < 20
-    runs_folder = f"paths.runs='{chain.folder.parents[1]}'"
-    assert llm.evaluate("tiny", "pretrain", f"eval=bpb eval.tokens=512 {runs_folder}") == found
     assert chain.scores["bpb"] == found["bpb"]
     with pytest.raises(UserError, match="scores one stage"):
         llm.evaluate("tiny", overrides="-m eval.tokens=1,2")

@@ -1,4 +1,4 @@
-"""What a network computes on the way from a text to its next token: attention, the stream between blocks, logits."""
+"""Looking into a network on its way from a text to the next token: attention, the stream between blocks, logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

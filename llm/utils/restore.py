@@ -1,4 +1,4 @@
-"""What a command changes in its process and a notebook wants back: variables, signal handlers, logging, random state.
+"""Puts back what a command changes in its process: variables, signal handlers, logging, random state, torch's settings.
 
 Imports no torch by itself: its settings are put back where somebody has imported it before.
 """
