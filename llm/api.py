@@ -111,7 +111,7 @@ def train(
         row = stage_row(cfg.stage.name)
         with process_as_it_was(), _memory_given_back():
             if not row.in_run:
-                done.append(TrainedStage(Path(cfg.paths.data).absolute(), "", row.name))
+                done.append(TrainedStage(Path(cfg.paths.data).expanduser().absolute(), "", row.name))
                 return run_stage(cfg)
             run = own_run(cfg, row)
             done.append(TrainedStage((run.path / row.name).absolute(), run.name, row.name))
@@ -120,11 +120,14 @@ def train(
 
     places = {"--config-name": config_name, "--config-dir": config_dir}
     words = [word for name, place in places.items() if place for word in (name, os.fspath(place))]
+    words += _words(overrides)
     try:
-        _run("train", job, [*words, *_words(overrides)])
+        _run("train", job, words)
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
             raise
+    if not done:
+        raise UserError(f"{shlex.join(words)}: this trains nothing; leave out what asks for help or shows settings")
     return replace(done[-1], chain=tuple(done))
 
 
@@ -207,7 +210,7 @@ def _run(config_name: str, job: Callable[[Any], Any], words: list[str]) -> None:
     with process_as_it_was():
         keep_private()
         try:
-            run_command(config_name, job, words)
+            run_command(config_name, job, words, in_process=True)
         except JobFailed as failure:
             where = f" [{failure.job}; later jobs were not started]" if failure.job else ""
             error = failure.cause

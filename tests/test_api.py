@@ -155,6 +155,11 @@ def test_a_frame_of_all_runs(chain, tmp_path):
         ("max_stps=3", "unknown key 'max_stps'; did you mean 'max_steps'"),
         ("stage=tokenizer,pretrain", "several values make a sweep, which needs -m"),
         ("run='a", "cannot be read: No closing quotation"),
+        (
+            "-m stage=tokenizer hydra/launcher=submitit_local",
+            "submitit_local starts jobs elsewhere: give it to train.py",
+        ),
+        ("--cfg job", "--cfg job: this trains nothing"),
     ],
 )
 def test_a_mistake_is_the_line_of_the_command(overrides, error, tmp_path):
@@ -207,7 +212,7 @@ def test_ctrl_c_saves_and_returns_and_the_same_call_goes_on(runs):
 
 @pytest.mark.slow
 def test_two_devices_are_processes_of_their_own(runs):
-    made = llm.train(words(runs, "stage=pretrain max_steps=4 trainer.devices=2 strategy=ddp"))
+    made = llm.train(words(runs, "stage=pretrain max_steps=4 trainer.devices=2 strategy=ddp batch.micro_batch_size=2"))
     assert made.status == "finished" and made.manifest["steps"] == 4
 
 

@@ -102,10 +102,11 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
     return 0
 
 
-def run_command(config_name: str, target: Target, argv: Sequence[str]) -> None:
+def run_command(config_name: str, target: Target, argv: Sequence[str], *, in_process: bool = False) -> None:
     """Check the arguments `argv` of an entry point, compose, and call `target` for every job.
 
-    Raises UserError for a mistake in the arguments, and JobFailed for an exception in a job.
+    in_process: refuse a launcher whose jobs run elsewhere. Raises UserError for a mistake in the arguments, and
+    JobFailed for an exception in a job.
     """
     # Hydra's argparse takes -m before the overrides only.
     argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
@@ -118,6 +119,8 @@ def run_command(config_name: str, target: Target, argv: Sequence[str]) -> None:
         argv = without_groups(config_name, whole_mixtures(config_name, command.argv, command.sources))
         command = replace(command, argv=argv)
     if command.launcher != "basic":
+        if in_process:
+            raise UserError(f"hydra/launcher={command.launcher} starts jobs elsewhere: give it to {config_name}.py")
         print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
     _hydra(config_name, command, _job(target, command))
 
