@@ -1,1 +1,1 @@
-"""Tools that look at many runs: the reader of runs, the table, and the comparison of two configurations."""
+"""Experiments over many runs: their table, the comparison of two configurations, scaling laws and the queue."""
