@@ -33,7 +33,8 @@ class Point:
 class Parabola:
     """The curve loss(D) = curvature (log10 D - log10 tokens)^2 + loss at a fixed number of FLOPs.
 
-    tokens: the best D. is_inside: the minimum lies between the smallest and the largest D measured, so it is found and not extrapolated.
+    tokens: the best D. is_inside: the minimum lies between the smallest and the largest D measured, so it is found and
+    not extrapolated.
     """
 
     tokens: float

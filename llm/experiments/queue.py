@@ -2,6 +2,8 @@
 
 python -m llm.experiments.queue add -m experiment=tiny stage=pretrain optim.matrix_lr=0.01,0.02 seed=1,2
 python -m llm.experiments.queue run
+
+`add` puts jobs into the queue, `run` works them off.
 """
 
 import argparse
