@@ -8,21 +8,21 @@ from typing import Any
 
 from llm.errors import UserError
 
-SLURM = "-e '.[slurm]'"
+SLURM, SEARCH = "-e '.[slurm]'", "-e '.[search]'"
 # Group of Hydra -> pattern of options -> module, and what pip installs it by.
 PLUGINS = {
     "hydra/launcher": {
         "slurm|submitit_.*": ("submitit", SLURM),
-        "joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
+        "joblib": ("hydra_plugins.hydra_joblib_launcher", SEARCH),
         "ray.*": ("hydra_plugins.hydra_ray_launcher", "hydra-ray-launcher"),
         "rq": ("hydra_plugins.hydra_rq_launcher", "hydra-rq-launcher"),
     },
     "hydra/sweeper": {
-        "optuna": ("hydra_plugins.hydra_optuna_sweeper", "-e '.[search]'"),
+        "optuna": ("hydra_plugins.hydra_optuna_sweeper", SEARCH),
         "ax": ("hydra_plugins.hydra_ax_sweeper", "hydra-ax-sweeper"),
         "nevergrad": ("hydra_plugins.hydra_nevergrad_sweeper", "hydra-nevergrad-sweeper"),
     },
-    "hydra/sweeper/sampler": {".*": ("hydra_plugins.hydra_optuna_sweeper", "-e '.[search]'")},
+    "hydra/sweeper/sampler": {".*": ("hydra_plugins.hydra_optuna_sweeper", SEARCH)},
     "hydra/job_logging": {"colorlog": ("hydra_colorlog", "hydra-colorlog")},
     "hydra/hydra_logging": {"colorlog": ("hydra_colorlog", "hydra-colorlog")},
 }
