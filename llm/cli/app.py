@@ -23,13 +23,13 @@ from llm.cli.overrides import Command, check_overrides, no_value
 from llm.cli.sweep import best_of_search, job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
-from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
 from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.registry import resolved
 from llm.utils.streams import is_lost, keep_going, open_streams
 
 __all__ = ["check_overrides", "run_app"]
@@ -225,7 +225,7 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
 
 def _function(target: Target) -> Callable[[Any], None]:
     """Import the function behind a dotted name; return a function as it is."""
-    return target if callable(target) else load_object(target, "entry point")
+    return resolved(target, "entry point")
 
 
 def _in_one_line(title: str, error: BaseException) -> UserError:
