@@ -30,9 +30,10 @@ from llm.config.targets import check_arguments
 from llm.data.sources import build_source
 from llm.errors import UserError
 from llm.eval.judges import judges
+from llm.stages.own_parts import check_part
 from llm.stages.rollout_stage import score_of
 from llm.stages.train_model import builder
-from llm.stages.trainer import check_part, instantiate_part
+from llm.stages.trainer import instantiate_part
 
 PAGE = REPO / "docs" / "extend.md"
 MOST_LINES = 40

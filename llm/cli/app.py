@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llm.cli.compose import find_sources, parse, quote_raw, search_path, whole_mixtures, without_groups
@@ -34,6 +35,7 @@ from llm.utils.streams import is_lost, keep_going, open_streams
 
 __all__ = ["check_overrides", "run_app"]
 
+CODE = Path(__file__).resolve().parents[2]  # holds the package llm: jobs that a launcher starts import it too
 INTERRUPTED = 130  # what shells report after Ctrl-C
 USER_ERROR = 2
 FAILED = 1
@@ -102,6 +104,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
             argv = without_groups(config_name, whole_mixtures(config_name, command.argv, command.sources))
             command = replace(command, argv=argv)
         if command.launcher != "basic":
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
             print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
         _hydra(config_name, command, _job(target, command))
     except UserError as error:
@@ -178,6 +181,8 @@ def _root_of(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {reason_of(error, error.filename)}"
+    if raised := re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.M):  # in the trace of a submitted job
+        return raised[-1]
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -49,6 +49,15 @@ OWN_CLASSES = {
     "model._target_": "arch=<name>, which a plugin registers (register_arch)",
     "stage._target_": "stage=<name>, which a plugin registers (register_stage)",
 }
+# Keys of the usual template of Lightning with Hydra, and what does the same here.
+TEMPLATE_KEYS = {
+    "ckpt_path": "init_from=<run>/<stage>; an unfinished stage resumes by itself",
+    "task_name": "run=<name>",
+    "tags": "run=<name>",
+    "train": "stage=<name>",
+    "test": "python evaluate.py run=<name>",
+    "extras": "--cfg job shows the configuration, and config.yaml of the stage keeps it",
+}
 OPTIMIZER_GROUP_KEYS = {"equalize": "row_normalize"}
 CURSOR_KEYS = {"taken": "consumed"}  # of the position of a data loader
 
@@ -57,6 +66,8 @@ def renamed_key(name: str) -> str | None:
     """Return the error text for a dotted configuration key that has a new name; None for any other key."""
     if name in OWN_CLASSES:
         return f"{name}: a class of your own comes in by {OWN_CLASSES[name]} (docs/extend.md)"
+    if (first := name.partition(".")[0]) in TEMPLATE_KEYS:
+        return f"{first} is written otherwise here: {TEMPLATE_KEYS[first]}"
     if name in LIGHTNING_KEYS:
         return f"{name} is set by another key here: {LIGHTNING_KEYS[name]}"
     return f"{name} is now called {CONFIG_KEYS[name]}" if name in CONFIG_KEYS else None

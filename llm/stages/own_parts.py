@@ -3,7 +3,7 @@
 from omegaconf import OmegaConf
 
 from llm.config.stages import CHAT_KINDS, Stage
-from llm.config.targets import check_arguments, load_target
+from llm.config.targets import check_arguments, load_target, takes
 
 
 def check_own_parts(cfg, row: Stage) -> None:
@@ -27,12 +27,23 @@ def check_own_parts(cfg, row: Stage) -> None:
 
 def check_of_trainer(cfg) -> None:
     """Raise UserError for a callback, a logger or a plugin of Lightning that cannot be built."""
-    from llm.stages.trainer import check_part
-
-    for group, parts in (
-        ("callbacks", cfg.callbacks),
-        ("logger", cfg.logger),
-        ("trainer.plugins", cfg.trainer.plugins),
-    ):
-        for name, part in parts.items():
+    for group in ("callbacks", "logger", "trainer.plugins"):
+        for name, part in OmegaConf.select(cfg, group).items():
             check_part(f"{group}.{name}", part)
+
+
+def check_part(key: str, part) -> type | None:
+    """Return the class that a part of Lightning's Trainer must extend, None for any.
+
+    Loggers get `save_dir` if they take it. Raises UserError where a `_target_` cannot be called with its arguments.
+    """
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import Logger
+
+    base = {"callbacks": Callback, "logger": Logger}.get(key.partition(".")[0])
+    thing = load_target(part, key)
+    if isinstance(thing, type) and base is not None:
+        load_target(part, key, base)
+    more = {"save_dir": ""} if base is Logger and takes(thing, "save_dir") else {}
+    check_arguments(thing, {**more, **part}, key)
+    return base

@@ -5,7 +5,7 @@ import inspect
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from llm.config.check import shown
-from llm.config.targets import check_arguments, load_target
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.parallel.env import lost_another
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
+from llm.stages.own_parts import check_part
 from llm.utils.addresses import public
 from llm.utils.files import write_json
 
@@ -285,7 +285,7 @@ def told_by_key() -> Iterator[None]:
 
 def instantiate_part(key: str, part, **more):
     """Build what a `_target_` names by Hydra's instantiate. Raises UserError that names the config key."""
-    base = check_part(key, part, more)
+    base = check_part(key, part)
     try:
         built = instantiate(part, **more)
     except UserError:
@@ -296,24 +296,6 @@ def instantiate_part(key: str, part, **more):
     if base is not None and not isinstance(built, base):
         raise UserError(f"{key}._target_={part._target_}: gives {type(built).__name__}, and not a {base.__name__}")
     return built
-
-
-def check_part(key: str, part, more: Mapping[str, Any] | None = None) -> type | None:
-    """Return the class that a part of Lightning's Trainer must extend, None for any.
-
-    more: arguments that Fathom adds. Raises UserError where its `_target_` cannot be called with its arguments.
-    """
-    from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.loggers import Logger
-
-    base = {"callbacks": Callback, "logger": Logger}.get(key.partition(".")[0])
-    thing = load_target(part, key)
-    if isinstance(thing, type) and base is not None:
-        load_target(part, key, base)
-    if more is None and base is Logger and takes(part, "save_dir"):
-        more = {"save_dir": ""}
-    check_arguments(thing, {**(more or {}), **part}, key)
-    return base
 
 
 def quiet_lightning() -> None:
