@@ -205,7 +205,7 @@ def _check_first_part(config_name: str, override: Any, groups: dict[str, Any], s
     if override.package is not None:
         raise UserError(f"{override.input_line}: '@' moves a group to another place, which no setting here needs")
     if name.split(".")[0] not in known_keys(config_name):
-        if override.value() is not None and _is_there(name, sources.folders):
+        if override.value() is not None and _is_there(name, [f for f in sources.folders if f != CONF]):
             raise UserError(f"{override.input_line}: {name} is a folder of yours, no group yet: +{override.input_line}")
         experiments = group_options("experiment", sources.folders) if "experiment" in groups else ()
         if any(override.value() == option for option in experiments):

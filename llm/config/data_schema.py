@@ -174,7 +174,7 @@ class DataConfig:
         "sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)", items=SourceSpec
     )
     source: Any = key(
-        "text of your own: {_target_: package.module.Class} and its arguments (data=custom, docs/extend.md)"
+        "text of your own: {_target_: package.module.Class, ...} with all arguments (data=custom, docs/extend.md)"
     )
     column: str = key("column or field that holds the text")
     packing: str = key(
