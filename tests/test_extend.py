@@ -408,6 +408,28 @@ def test_arguments_beside_a_target_are_compared_with_what_it_takes():
     check_arguments(with_options, {"_args_": [1], "most": 2}, "k")
 
 
+WRONG = {
+    "stage=pretrain +callbacks.es={_target_:nomod.Mine}": "callbacks.es._target_=nomod.Mine: no module 'nomod'",
+    "stage=pretrain +logger.l={_target_:lightning.pytorch.loggers.CSVLogger,nam:x}": "did you mean logger.l.name?",
+    "stage=pretrain data=custom data.source={_target_:json.dump5}": "data.source._target_=json.dump5: json has no",
+    "stage=sft data.tasks.choice.type=null": "data.tasks.choice: give either type=<name> or _target_=",
+    "stage=grpo stage.reward=a stage.reward_options={a:{_target_:json.loads5}}": "stage.reward_options.a._target_=json",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_class_stops_a_stage_before_anything_is_built(line, tmp_path, monkeypatch):
+    from llm.stages import run_stage
+
+    monkeypatch.setattr(run_stage, "find_parents", lambda cfg, row, run: (tmp_path, {}))
+    monkeypatch.setattr(run_stage, "check_data", lambda cfg, row: None)
+    monkeypatch.setattr(run_stage, "runner", lambda row: pytest.fail("it went on"))
+    with pytest.raises(UserError) as caught:
+        run_stage.run_stage(composed(*line.split(), f"paths.runs={tmp_path}"))
+    assert WRONG[line] in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("run.json"))
+
+
 def test_another_way_than_the_door_is_refused_with_the_door(tmp_path):
     from llm.config import extend
     from llm.config.check import check_values

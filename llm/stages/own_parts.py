@@ -1,4 +1,4 @@
-"""Looks at a user's own classes before anything else of a stage: that they exist, fit, and take their arguments."""
+"""Looks at a user's own classes before a stage builds anything: that they exist, fit, and take their arguments."""
 
 from omegaconf import OmegaConf
 
@@ -16,7 +16,8 @@ def check_own_parts(cfg, row: Stage) -> None:
         from tasks.registry import all_specs, place, task_class
 
         for name, spec in all_specs(cfg.data).items():
-            task_class(spec, place(name, spec))
+            if spec.get("type") is None:
+                task_class(spec, place(name, spec))
     if row.kind == "rl":
         from tasks.rewards import reward_kind
 

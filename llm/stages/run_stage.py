@@ -122,12 +122,12 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         if status := start_processes(cfg, row, run, config):
             raise SystemExit(status)
         return
-    check_own_parts(cfg, row)
     parents = find_parents(cfg, row, run)
     if parents is None:
         show_config(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
+    check_own_parts(cfg, row)
     job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
     check_same_texts(job)

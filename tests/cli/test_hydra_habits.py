@@ -234,6 +234,17 @@ def test_a_real_process_refuses_an_interval_in_one_line(my_conf):
 
 
 @pytest.mark.slow
+def test_text_of_a_user_without_tasks_is_enough_to_train(my_conf):
+    folder = my_conf.parent
+    (folder / "texts").mkdir()
+    (folder / "texts/fox.txt").write_text("\n\n".join(f"The fox number {i} has {i * i} apples." for i in range(400)))
+    argv = ["-m", "--config-dir", "my_conf", TINY, "data=mytext", "trainer=cpu", "stage=tokenizer,pretrain"]
+    done = run_cli("train.py", *argv, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/tiny/pretrain/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_jobs_that_submitit_starts_print_into_a_folder_beside_the_runs(my_conf):
     pytest.importorskip("submitit")
     done = dry(["-m", TINY, "hydra/launcher=submitit_local", "seed=1,2"], my_conf.parent, fresh=True)
