@@ -92,7 +92,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(home) -> Path:
     """`home` after one training that follows five recipes at once: run=all."""
-    chosen = ("plugins=[lion,parallel_blocks]", "optim=lion", "arch=parallel", "data=csv", "data.source.delimiter=','")
+    chosen = ("plugins=[lion,parallel_blocks]", "optim=lion", "arch=parallel", "data=csv")
     more = ("callbacks=weight_norm", "logger=json_lines", "stage=pretrain", "init_from=tiny/tokenizer", "run=all")
     run("train.py", home, *TINY, *chosen, *more)
     return home

@@ -155,7 +155,9 @@ def test_an_experiment_wins_over_those_that_it_extends_for_every_stage(my_conf):
 
 
 def test_folders_of_a_user_are_found_in_every_way(my_conf, monkeypatch):
-    for argv in (["--config-dir", "my_conf"], ["hydra.searchpath=[file://my_conf]"], ["--config-path", "my_conf"]):
+    monkeypatch.syspath_prepend(str(my_conf.parent))  # where my_conf is a package too
+    search = [f"hydra.searchpath=[{kind}://my_conf]" for kind in ("file", "pkg")]
+    for argv in (["--config-dir", "my_conf"], ["--config-path", "my_conf"], *([one] for one in search)):
         assert composed(*argv, "model=wide").model.depth == 3
     assert composed("--config-dir=my_conf", "--config-name=mytrain").seed == 7
     monkeypatch.setattr("llm.cli.compose.LOCAL", my_conf)  # as if it were conf/local/
