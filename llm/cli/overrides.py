@@ -89,7 +89,7 @@ def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched:
     kinds = own["runtime"]["choices"]
     launcher, sweeper = kinds["hydra/launcher"] or "basic", kinds["hydra/sweeper"] or "basic"
     check_launcher(launcher, swept)
-    if launcher.startswith("submitit_") and not any("submitit_folder" in line for line in of_hydra):
+    if str(own["launcher"].get("submitit_folder")).startswith("${hydra.sweep.dir}"):
         of_hydra.append(SUBMITTED)
     check_sweep_kinds(swept, sweeper)
     search = SEARCHES.match(own["sweeper"]["_target_"]) if sweeps else None

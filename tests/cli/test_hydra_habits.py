@@ -1,5 +1,6 @@
 """Habits of Hydra's users: every row of the table in docs/configuration.md, and experiments that extend experiments."""
 
+import json
 import math
 import re
 import shlex
@@ -239,7 +240,8 @@ def test_a_real_process_refuses_an_interval_in_one_line(my_conf):
 def test_text_of_a_user_without_tasks_is_enough_to_train(my_conf):
     folder = my_conf.parent
     (folder / "texts").mkdir()
-    (folder / "texts/fox.txt").write_text("\n\n".join(f"The fox number {i} has {i * i} apples." for i in range(400)))
+    lines = [json.dumps({"text": f"The fox number {i} has {i * i} apples."}) for i in range(400)]
+    (folder / "texts/fox.jsonl").write_text("\n".join(lines))
     argv = ["-m", "--config-dir", "my_conf", TINY, "data=mytext", "trainer=cpu", "stage=tokenizer,pretrain"]
     done = run_cli("train.py", *argv, cwd=folder)
     assert done.returncode == 0, done.stderr
