@@ -240,8 +240,14 @@ def _own_search_path(folders: Sequence[Path], name: str) -> list[Any]:
 def _folder(entry: str, where: str) -> Path:
     """Return the folder that a path, file://path or pkg://package stands for. Raises UserError if there is none."""
     if entry.startswith("pkg://"):
-        spec = find_spec(entry.removeprefix("pkg://").replace("/", "."))
-        folder = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path(entry)
+        try:
+            spec = find_spec(entry.removeprefix("pkg://").replace("/", "."))
+        except (ModuleNotFoundError, ValueError):
+            spec = None
+        places = (spec and spec.submodule_search_locations) or ()
+        if not places:
+            raise UserError(f"{where}: there is no package {entry}; put its folder on PYTHONPATH, or install it")
+        folder = Path(next(iter(places)))
     else:
         folder = Path(entry.removeprefix("file://")).resolve()
     if not folder.is_dir():

@@ -45,6 +45,7 @@ def my_conf(tmp_path, monkeypatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # where my_conf is a package too
     return tmp_path / "my_conf"
 
 
@@ -103,6 +104,7 @@ REFUSED = {
     "hydra/launcher=ray": "pip install hydra-ray-launcher",
     "-m 'optim.matrix_lr=0.01,null'": "optim.matrix_lr=null: expected a number",
     "--config-dir nowhere": "--config-dir: there is no folder",
+    "hydra.searchpath=[pkg://nowhere.conf]": "there is no package pkg://nowhere.conf; put its folder on PYTHONPATH",
     "~model.depth": "model has a fixed set of keys",
 }
 TAKEN = (
@@ -156,7 +158,6 @@ def test_an_experiment_wins_over_those_that_it_extends_for_every_stage(my_conf):
 
 
 def test_folders_of_a_user_are_found_in_every_way(my_conf, monkeypatch):
-    monkeypatch.syspath_prepend(str(my_conf.parent))  # where my_conf is a package too
     search = [f"hydra.searchpath=[{kind}://my_conf]" for kind in ("file", "pkg")]
     for argv in (["--config-dir", "my_conf"], ["--config-path", "my_conf"], *([one] for one in search)):
         assert composed(*argv, "model=wide").model.depth == 3
