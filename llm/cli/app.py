@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llm.cli.compose import find_sources, parse, quote_raw, search_path, whole_mixtures, without_groups
@@ -23,17 +24,18 @@ from llm.cli.overrides import Command, check_overrides, no_value
 from llm.cli.sweep import best_of_search, job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_settings
-from llm.config.stages import load_object
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
 from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.registry import resolved
 from llm.utils.streams import is_lost, keep_going, open_streams
 
 __all__ = ["JobFailed", "check_overrides", "run_app", "run_command"]
 
+CODE = Path(__file__).resolve().parents[2]  # holds the package llm: jobs that a launcher starts import it too
 INTERRUPTED = 130  # what shells report after Ctrl-C
 USER_ERROR = 2
 FAILED = 1
@@ -121,6 +123,7 @@ def run_command(config_name: str, target: Target, argv: Sequence[str], *, in_pro
     if command.launcher != "basic":
         if in_process:
             raise UserError(f"hydra/launcher={command.launcher} starts jobs elsewhere: give it to {config_name}.py")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
         print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
     _hydra(config_name, command, _job(target, command))
 
@@ -189,6 +192,8 @@ def _root_of(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {reason_of(error, error.filename)}"
+    if raised := re.findall(r"^[\w.]+(?:Error|Exception)\b.*", str(error), re.M):  # in the trace of a submitted job
+        return raised[-1]
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -236,7 +241,7 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
 
 def _function(target: Target) -> Callable[[Any], None]:
     """Import the function behind a dotted name; return a function as it is."""
-    return target if callable(target) else load_object(target, "entry point")
+    return resolved(target, "entry point")
 
 
 def _in_one_line(title: str, error: BaseException) -> UserError:

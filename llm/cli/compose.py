@@ -31,14 +31,41 @@ def parse(lines: Sequence[str]) -> list[Any]:
         try:
             overrides.append(parser.parse_override(line))
         except (HydraException, ValueError):  # of Python: a number of more than 4,300 digits
-            if "=" not in line:
-                raise UserError(f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100") from None
-            name, _, value = line.partition("=")
-            if len(value) > 1000:
-                raise UserError(f"{name}={shown(value)}: too long a value, or one that cannot be read") from None
-            hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
-            raise UserError(f"{line!r} cannot be read: {hint}") from None
+            raise UserError(_unreadable(line)) from None
     return overrides
+
+
+def _unreadable(line: str) -> str:
+    """Return the error line for a setting that Hydra's grammar does not have, with how it is written."""
+    name, equals, value = line.partition("=")
+    if not equals:
+        return f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100"
+    if len(value) > 1000:
+        return f"{name}={shown(value)}: too long a value, or one that cannot be read"
+    if bare := re.fullmatch(r"[\s/]+(.+)", name):
+        return f"{line!r} cannot be read: a key begins with a letter: {bare[1]}={value}"
+    hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
+    if call := re.fullmatch(r"(\w+)\((.*)\)", value):
+        hint = f"put special characters in quotes of their own: \"{name}={call[1]}('{call[2]}')\""
+    if value.startswith("{"):
+        keys = re.sub(r"""(["'])([\w.]+)\1\s*:""", r"\2:", value)
+        hint = f"keys in braces have no quotes, texts with special characters have some, as in '{name}={keys}'"
+    return f"{line!r} cannot be read: {hint}"
+
+
+def flags_of(argv: Sequence[str]) -> Any:
+    """Return Hydra's own arguments of a command line, parsed, with the settings as `overrides`.
+
+    Raises UserError where Hydra would print a page of usage.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message.removeprefix('argument ')} (Hydra's own arguments: --hydra-help)")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_args(list(argv))
 
 
 def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
@@ -73,11 +100,9 @@ def whole_mixtures(config_name: str, argv: Sequence[str], sources: Sources = OUR
     So the mapping is the whole mixture; Hydra alone would merge it into the one that is there. Raises UserError in a
     sweep whose jobs have different tasks in this mixture.
     """
-    from hydra._internal.utils import get_args_parser
-
     if not any(_sets_mixture(config_name, arg) for arg in argv):
         return list(argv)
-    args, groups = get_args_parser().parse_args(list(argv)), config_groups(config_name)
+    args, groups = flags_of(argv), config_groups(config_name)
     overrides = [o for o in parse(args.overrides) if o.key_or_group in groups and o.key_or_group in CHOOSE_MIXTURES]
     choices = list(itertools.product(*(lines_of(o) for o in overrides)))
     lines, before = [], []
@@ -215,8 +240,14 @@ def _own_search_path(folders: Sequence[Path], name: str) -> list[Any]:
 def _folder(entry: str, where: str) -> Path:
     """Return the folder that a path, file://path or pkg://package stands for. Raises UserError if there is none."""
     if entry.startswith("pkg://"):
-        spec = find_spec(entry.removeprefix("pkg://").replace("/", "."))
-        folder = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path(entry)
+        try:
+            spec = find_spec(entry.removeprefix("pkg://").replace("/", "."))
+        except (ModuleNotFoundError, ValueError):
+            spec = None
+        places = (spec and spec.submodule_search_locations) or ()
+        if not places:
+            raise UserError(f"{where}: there is no package {entry}; put its folder on PYTHONPATH, or install it")
+        folder = Path(next(iter(places)))
     else:
         folder = Path(entry.removeprefix("file://")).resolve()
     if not folder.is_dir():

@@ -29,8 +29,9 @@ from llm.config.model_schema import (
     OptimConfig,
 )
 from llm.config.stage_schema import StageConfig
-from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
+from llm.config.stages import Stage, all_stages, chat_mixtures, stage_names, stage_row
 from llm.errors import UserError
+from llm.utils.registry import resolved
 
 # Hydra's launchers pickle schemas by value. The mark "no default" must stay the one object that others compare with.
 copyreg.pickle(type(MISSING), lambda mark: "MISSING")
@@ -345,7 +346,7 @@ class _StageSchemas(Mapping):
         if name not in stage_names(in_run=False):
             raise KeyError(name)
         schema = stage_row(name).schema
-        return load_object(schema, f"schema of stage={name}") if isinstance(schema, str) else schema
+        return resolved(schema, f"schema of stage={name}")
 
     def __iter__(self) -> Iterator[str]:
         return (row.name for row in all_stages())

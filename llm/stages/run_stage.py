@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config.saved import kind_of_schema
-from llm.config.stages import Stage, load_object, stage_row
+from llm.config.stages import Stage, stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
@@ -29,9 +29,11 @@ from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import lengthens
+from llm.stages.own_parts import check_own_parts
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
+from llm.utils.registry import resolved
 
 
 def run_stage(cfg: DictConfig) -> float | None:
@@ -65,7 +67,7 @@ def run_stage(cfg: DictConfig) -> float | None:
 
 def runner(row: Stage):
     """Return the function that runs a stage, or fetches data: the row's `run`."""
-    return load_object(row.run, f"runner of stage={row.name}")
+    return resolved(row.run, f"runner of stage={row.name}")
 
 
 def reached(cfg: DictConfig, run: RunDir) -> float | None:
@@ -126,9 +128,10 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         return
     parents = find_parents(cfg, row, run)
     if parents is None:
-        show_config(cfg, load_object(row.derive, f"stage={row.name}")(cfg))
+        show_config(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
+    check_own_parts(cfg, row)
     job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
     check_same_texts(job)

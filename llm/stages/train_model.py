@@ -10,7 +10,7 @@ from callbacks.best import hand_over_best
 from llm.checkpoint.examples import save_examples
 from llm.checkpoint.model_folder import save_model_folder
 from llm.checkpoint.resume import list_checkpoints
-from llm.config.stages import Stage, load_object
+from llm.config.stages import Stage
 from llm.data.balance import Reading, describe, total
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.eval.examples import choose_examples
@@ -27,6 +27,7 @@ from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
 from llm.stages.step_module import StageContext
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+from llm.utils.registry import resolved
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -81,7 +82,7 @@ def build(job: Job):
 
 def builder(row: Stage):
     """Return the function `build(cfg, parent) -> BuiltStage` of a stage's row."""
-    return load_object(row.build, f"builder of stage={row.name}")
+    return resolved(row.build, f"builder of stage={row.name}")
 
 
 def hand_over(job: Job, built, trainer, signum: int | None) -> dict:

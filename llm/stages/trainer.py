@@ -17,6 +17,7 @@ from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.parallel.env import lost_another
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
+from llm.stages.own_parts import check_part
 from llm.utils.addresses import public
 from llm.utils.files import write_json
 
@@ -283,12 +284,18 @@ def told_by_key() -> Iterator[None]:
 
 
 def instantiate_part(key: str, part, **more):
-    """Call Hydra's instantiate; its errors become a UserError that names the config key."""
+    """Build what a `_target_` names by Hydra's instantiate. Raises UserError that names the config key."""
+    base = check_part(key, part)
     try:
-        return instantiate(part, **more)
+        built = instantiate(part, **more)
+    except UserError:
+        raise
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"{key}: cannot be built from {shown(part)} ({cause})") from error
+    if base is not None and not isinstance(built, base):
+        raise UserError(f"{key}._target_={part._target_}: gives {type(built).__name__}, and not a {base.__name__}")
+    return built
 
 
 def quiet_lightning() -> None:
