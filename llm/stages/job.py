@@ -112,12 +112,13 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def show_config(cfg, derived: dict) -> None:
-    """Print the resolved configuration and the derived numbers, which config.yaml and run.json keep too.
+def show_config(cfg) -> None:
+    """Print the resolved configuration, which config.yaml keeps too, without what may be secret in addresses."""
+    print(OmegaConf.to_yaml(public(OmegaConf.to_container(cfg, resolve=True))), flush=True)
 
-    What may be secret in addresses is not printed.
-    """
-    print(OmegaConf.to_yaml(public(OmegaConf.to_container(cfg, resolve=True))))
+
+def show_derived(derived: dict) -> None:
+    """Print the derived numbers, which run.json keeps too."""
     print("derived:")
     for key, value in derived.items():
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"
