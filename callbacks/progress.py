@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import lightning as L
 
@@ -101,7 +101,7 @@ class Progress(L.Callback):
         step = 0 if self.begun is None else self.module.global_step
         eta = self.seconds_left()
         tail = f"ETA {clock(eta)}" if eta is not None else clock(time.perf_counter() - self.set_up)
-        parts = [*([doing] if doing else []), *described({name: latest[name] for name in IMPORTANT if name in latest})]
+        parts = [*([doing] if doing else []), *described(latest, IMPORTANT)]
         console = self.bar.console
         plain = not console.encoding.startswith("utf")
         line = bar_line(console.width, context.name, step, context.total_steps, parts, tail, "#-" if plain else "━─")
@@ -145,9 +145,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def described(values: dict[str, float]) -> list[str]:
-    """Return the values that have a format, in the order given: `loss 2.3456`, `bpb 1.1234`, ..."""
-    return [FORMATS[name].format(value) for name, value in values.items() if name in FORMATS]
+def described(values: dict[str, float], names: Iterable[str] = FORMATS) -> list[str]:
+    """Return the values of `names`, those that have a format, in their order: `loss 2.3456`, `bpb 1.1234`, ..."""
+    return [FORMATS[name].format(values[name]) for name in names if name in values]
 
 
 def can_redraw() -> bool:

@@ -62,15 +62,16 @@ class Estimate:
         return p.first + p.step * max(self.steps - 1, 0) + p.pauses + p.rest
 
 
-def estimate(work: Work, rate: float, on: str, earlier: Sequence[Run]) -> Estimate:
+def estimate(work: Work, rate: float, share: float, on: str, earlier: Sequence[Run]) -> Estimate:
     """Return the estimate by the rate, each part times what it took of that in the runs most like this one.
 
-    These are runs of the same stage on the same device, and of a similar size; the median counts.
+    These are runs of the same stage on the same device, and of a similar size; the median counts. share: of the
+    processors' time that is free for this training.
     """
     by_rate = expected(work, rate)
     like = [run for run in earlier if (run.on, run.stage) == (on, work.stage) and distance(run, work) <= math.log(LIKE)]
     nearest = sorted(reversed(like), key=lambda run: round(distance(run, work)))[:MOST_LIKE]  # of equal ones, the last
-    parts = {name: getattr(by_rate, name) * factor(nearest, name) for name in NAMES}
+    parts = {name: getattr(by_rate, name) * factor(nearest, name) / share for name in NAMES}
     return Estimate(Parts(**parts), work.steps, len(nearest))
 
 

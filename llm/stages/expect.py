@@ -41,7 +41,7 @@ def expect(cfg, derived: Mapping[str, Any], context: Any = None, done: int = 0) 
     share = free_share(device)
     world = processes(cfg)
     on = key(device, dtype) + (", compiled" if work.compiled else "") + (f", {world} processes" if world > 1 else "")
-    return Expected(work, rate, share, on, estimate(work, rate * share, on, earlier_runs()))
+    return Expected(work, rate, share, on, estimate(work, rate, share, on, earlier_runs()))
 
 
 def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: bool) -> Work:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ class Job:
     parent: Path | None
     further: dict[str, Path] = field(default_factory=dict)  # by key of `Stage.other_parents`
     manifest: dict = field(init=False)
+    at_end: Callable[[], None] | None = None  # what is left to do behind the report
 
     def __post_init__(self):
         self.manifest = {

@@ -227,6 +227,8 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
         raise SystemExit(128 + signum)
     if launched_rank() == 0:
         report(job.run)
+        if job.at_end is not None:
+            job.at_end()
         print(f"{job.title} finished in {job.manifest['seconds']:.0f} s: {job.stage_dir}", flush=True)
 
 

@@ -129,8 +129,8 @@ def time_words(forecast: Expected) -> str:
     """Return how long the stage will take here, and how that is known."""
     found, share = forecast.estimate, forecast.share
     runs = f"{found.runs} earlier run{'s' if found.runs > 1 else ''} here"
-    source = f"from {runs}" if found.runs else f"from matrix rate ({in_rate(forecast.rate)})"
-    busy = f"; the machine is busy, {share:.0%} of its rate is free" if share < 0.7 else ""
+    source = f"from {runs}" if found.runs else f"from matrix rate, {in_rate(forecast.rate)}"
+    busy = f"; the machine is busy: {share:.0%} of its time is free" if share < 0.7 else ""
     pauses = found.parts.pauses
     evaluations = f", {duration(pauses)} of it evaluations" if pauses > 0.1 * found.seconds else ""
     return f"about {duration(found.seconds)} on this machine{evaluations} ({source}{busy})"

@@ -74,10 +74,9 @@ def run(job: Job) -> dict | None:
             raise UserError(out_of_memory(cfg, rows, error, saved[-1][0] if saved else None)) from None
         built = build(job)
         trainer, stop = build_trainer(cfg, job.stage_dir, built)
-    results = hand_over(job, built, trainer, stop.signum)
     if forecast is not None:
-        remember_times(forecast, stopwatch_of(trainer), time.perf_counter() - begin)
-    return results
+        job.at_end = lambda: remember_times(forecast, stopwatch_of(trainer), time.perf_counter() - begin)
+    return hand_over(job, built, trainer, stop.signum)
 
 
 def shows_bar(cfg) -> bool:
