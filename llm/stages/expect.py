@@ -8,18 +8,20 @@ from llm.model.compile import decide
 from llm.model.linear import resolve_compute_dtype
 from llm.parallel.launch import processes
 from llm.scaling.duration import Estimate, Work, estimate, expected
-from llm.scaling.machine import Parts, Run, earlier_runs, key, matmul_rate, free_share, remember
+from llm.scaling.machine import Parts, Run, earlier_runs, free_share, key, matmul_rate, remember
 from llm.stages.micro_batch import training_device
 
 SAMPLE_TOKENS = 48  # of a printed sample
 ANSWER_TOKENS = 64  # of an answer in an evaluation, and of a question before a drawn answer
+LONG = 3600
 FORWARD = 1 / 3  # of the FLOPs of a training pass
 
 
 class Expected(NamedTuple):
     """The work of a stage, how fast this machine is, and how long the work will take on it.
 
-    rate: FLOP/s of matrix products; share: of the processors' time that is free now. on: device, number format and the like.
+    rate: FLOP/s of matrix products. share: of the processors' time that is free now, where the work takes less than
+    LONG seconds; beside longer work others come and go. on: device, number format and the like.
     """
 
     work: Work
@@ -38,10 +40,13 @@ def expect(cfg, derived: Mapping[str, Any], context: Any = None, done: int = 0) 
     dtype = resolve_compute_dtype(cfg.precision.compute, device, draws)
     work = work_of(cfg, derived, context, done, decide(cfg.compile, cfg.stage.name, device, derived["steps"])[0])
     rate = matmul_rate(device, dtype)
-    share = free_share(device)
     world = processes(cfg)
     on = key(device, dtype) + (", compiled" if work.compiled else "") + (f", {world} processes" if world > 1 else "")
-    return Expected(work, rate, share, on, estimate(work, rate, share, on, earlier_runs()))
+    earlier = earlier_runs()
+    found, share = estimate(work, rate, 1.0, on, earlier), 1.0
+    if found.seconds < LONG and (share := free_share(device)) < 1:
+        found = estimate(work, rate, share, on, earlier)
+    return Expected(work, rate, share, on, found)
 
 
 def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: bool) -> Work:

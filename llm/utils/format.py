@@ -52,12 +52,14 @@ def in_rate(number: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format seconds: `4.2 s`, `3 min 12 s`, `2 h 05 min`; None as `-`."""
+    """Format seconds: `4.2 s`, `3 min 12 s`, `2 h 05 min`, from three days on `12.5 days`; None as `-`."""
     if seconds is None:
         return "-"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if seconds >= 3 * 86_400:
+        return f"{seconds / 86_400:,.1f} days"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
