@@ -1,12 +1,11 @@
 """Progress of a training, for the user to see."""
 
-import contextlib
-import os
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import lightning as L
+
+from llm.utils.terminal import can_redraw
 
 FORMATS = {
     "loss": "loss {:.4f}",
@@ -21,7 +20,7 @@ FORMATS = {
 }
 # What a bar shows first, where the terminal is too narrow for all of it.
 IMPORTANT = ("loss", "bpb", "tok_per_s", "reward", "pass@1", "ms_per_step", "lr", "mfu", "data_wait")
-WIDEST_BAR, NARROWEST_BAR = 24, 8
+WIDTHS = ((110, 24), (70, 12), (0, 6))  # of a terminal from which on a bar has so many signs
 LINES = 100  # of a whole training, where there is no bar,
 SILENCE = 300  # and one after so many seconds in any case
 
@@ -44,9 +43,11 @@ class Progress(L.Callback):
     def setup(self, trainer, module, stage) -> None:
         self.module, self.begun, self.first_done, self.set_up = module, None, None, time.perf_counter()
         if self.wants_bar and trainer.is_global_zero and can_redraw():
+            from rich.console import Console
             from rich.live import Live
 
-            self.bar = Live(get_renderable=self._drawn, refresh_per_second=4)
+            self.console = Console()
+            self.bar = Live(get_renderable=self._drawn, console=self.console, refresh_per_second=4)
             self.bar.start()
 
     def on_train_start(self, trainer, module) -> None:
@@ -97,14 +98,15 @@ class Progress(L.Callback):
         """Return the bar as it is at this moment, for rich."""
         from rich.text import Text
 
-        context, latest, doing, eta = self.module.context, self.module.step_log.latest, self.doing(), None
-        step = 0 if self.begun is None else self.module.global_step
-        eta = self.seconds_left()
-        tail = f"ETA {clock(eta)}" if eta is not None else clock(time.perf_counter() - self.set_up)
+        context, latest = self.module.context, self.module.step_log.latest
+        doing, eta, step = self.doing(), self.seconds_left(), self.module.global_step
+        is_done = eta is None or step == context.total_steps
+        tail = clock(time.perf_counter() - self.set_up) if is_done else f"ETA {clock(eta)}"
         parts = [*([doing] if doing else []), *described(latest, IMPORTANT)]
-        console = self.bar.console
-        plain = not console.encoding.startswith("utf")
-        line = bar_line(console.width, context.name, step, context.total_steps, parts, tail, "#-" if plain else "━─")
+        plain = not self.console.encoding.startswith("utf")
+        line = bar_line(
+            self.console.width, context.name, step, context.total_steps, parts, tail, "#-" if plain else "━─"
+        )
         return Text(line, no_wrap=True, overflow="crop")
 
     def on_exception(self, trainer, module, exception) -> None:
@@ -124,18 +126,16 @@ def bar_line(width: int, name: str, step: int, total: int, parts: Sequence[str],
 
     signs: of what is done and what is not.
     """
-    head, count = f"{name} ", f" {step}/{total}"
-    room = width - 1 - len(head) - len(count) - len(tail) - 2 - NARROWEST_BAR
-    shown = []
+    length = next(length for columns, length in WIDTHS if width >= columns)
+    done = length * step // max(total, 1)
+    begin = f"{name} {signs[0] * done}{signs[1] * (length - done)} {step}/{total}"
+    shown, room = [], width - 1 - len(begin) - 2 - len(tail)
     for part in parts:
-        if len(part) + 2 > room:
+        room -= len(part) + 2
+        if room < 0:
             break
         shown.append(part)
-        room -= len(part) + 2
-    length = min(WIDEST_BAR, NARROWEST_BAR + max(room, 0))
-    done = length * step // max(total, 1)
-    bar = signs[0] * done + signs[1] * (length - done)
-    return "  ".join([head + bar + count, *shown, tail])[: width - 1]
+    return "  ".join([begin, *shown, tail])[: width - 1]
 
 
 def clock(seconds: float) -> str:
@@ -148,20 +148,3 @@ def clock(seconds: float) -> str:
 def described(values: dict[str, float], names: Iterable[str] = FORMATS) -> list[str]:
     """Return the values of `names`, those that have a format, in their order: `loss 2.3456`, `bpb 1.1234`, ..."""
     return [FORMATS[name].format(values[name]) for name in names if name in values]
-
-
-def can_redraw() -> bool:
-    """Return whether standard output is a terminal in which a line can be drawn again."""
-    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-
-
-@contextlib.contextmanager
-def waiting(what: str, is_wanted: bool) -> Iterator[None]:
-    """Show in a terminal that a program is at work, in `what`, before there is a bar; prints nothing elsewhere."""
-    if not (is_wanted and can_redraw()):
-        yield
-        return
-    from rich.console import Console
-
-    with Console().status(what):
-        yield

@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config.stages import Stage
+from llm.parallel.env import launched_rank
 from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
@@ -96,6 +97,11 @@ class Job:
         own = {"fingerprints": fingerprints(self.stage_dir / "model") | {"data": data_fingerprint(self.config)}}
         write_manifest(self.stage_dir, self.manifest | own | {"status": "finished", "finished": now()})
         return None
+
+
+def shows_bar(cfg) -> bool:
+    """Return whether this process may draw a bar, or what stands in its place before training."""
+    return cfg.trainer.enable_progress_bar and "progress" in cfg.callbacks and launched_rank() == 0
 
 
 def identity(model: Path | None) -> str | None:

@@ -27,11 +27,12 @@ from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
 from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
-from llm.stages.job import Job
+from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
+from llm.utils.terminal import waiting
 
 
 def run_stage(cfg: DictConfig) -> float | None:
@@ -127,14 +128,17 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         show_plan(cfg, load_object(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
-    job = Job(cfg, row, run, config, *parents)
+    with waiting("starting", shows_bar(cfg)):
+        job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
     check_same_texts(job)
     print(f"\n== {job.title}", flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
     with mirrored(mirror, run, row.name, job.models.values()):
-        results = runner(row)(job)
+        with waiting("starting", shows_bar(cfg)):
+            work = runner(row)  # imports what the stage needs
+        results = work(job)
         if results is not None:  # None: a dry run
             conclude(job, results, time.perf_counter() - begin)
 

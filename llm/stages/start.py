@@ -15,8 +15,9 @@ from llm.stages.expect import Expected, expect
 from llm.stages.job import Job, show_config, show_derived
 from llm.stages.micro_batch import training_device
 from llm.utils.format import amount, duration, in_rate
+from llm.utils.terminal import can_redraw
 
-LABEL = 9  # columns
+LABEL, WIDTH = 9, 120  # columns of a label, and of a wrapped line
 MOST_CHANGES = 40
 
 
@@ -34,7 +35,7 @@ def show_start(job: Job, built: BuiltStage) -> Expected:
 def show_numbers(cfg, derived: Mapping[str, Any]) -> None:
     """Print what the stage needs on a GPU and what is derived, in a dry run; the configuration with verbose=true."""
     if cfg.dry_run:
-        print(gpu_words(derived))
+        print("\n".join(labelled({"on a GPU": gpu_words(derived)})))
     if cfg.verbose:
         show_config(cfg)
     if cfg.dry_run or cfg.verbose:
@@ -53,9 +54,13 @@ def show_plan(cfg, derived: Mapping[str, Any]) -> None:
     show_numbers(cfg, derived)
 
 
-def labelled(lines: Mapping[str, str]) -> list[str]:
-    """Return lines behind their labels."""
-    return [f"{label:{LABEL}}{text}" for label, text in lines.items()]
+def labelled(lines: Mapping[str, str], width: int | None = None) -> list[str]:
+    """Return lines behind their labels, wrapped to `width`; by default to that of a terminal, and not elsewhere."""
+    if width is None and can_redraw():
+        width = shutil.get_terminal_size().columns
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * LABEL}
+    whole = [f"{label:{LABEL}}{text}" for label, text in lines.items()]
+    return whole if width is None else [part for line in whole for part in textwrap.wrap(line, width, **options)]
 
 
 def start_lines(job: Job, built: BuiltStage, forecast: Expected) -> list[str]:
@@ -142,10 +147,8 @@ def change_lines(cfg) -> list[str]:
     if not found:
         return []
     more = [] if len(found) <= MOST_CHANGES else [f"and {len(found) - MOST_CHANGES} more (verbose=true)"]
-    width, blank = shutil.get_terminal_size((120, 24)).columns, " " * LABEL
-    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": blank}
-    text = " ".join([*found[:MOST_CHANGES], *more])
-    return textwrap.wrap(text, min(width, 120), initial_indent=f"{'changed':{LABEL}}", **options)
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
+    return labelled({"changed": " ".join([*found[:MOST_CHANGES], *more])}, width)
 
 
 def gpu_words(estimated: Mapping[str, Any]) -> str:
@@ -154,4 +157,4 @@ def gpu_words(estimated: Mapping[str, Any]) -> str:
     fits = "fits" if e["estimate_fits"] == "yes" else f"does not fit, {e['estimate_fits'].removeprefix('no: ')}"
     took = duration(3600 * e["estimate_hours"])
     memory = f"{e['estimate_memory_gib']:.1f} GiB of memory ({fits})"
-    return f"{'on a GPU':{LABEL}}about {took} and ${e['estimate_dollars']:,.2f} on {e['estimate_gpu']}; {memory}"
+    return f"about {took} and ${e['estimate_dollars']:,.2f} on {e['estimate_gpu']}; {memory}"

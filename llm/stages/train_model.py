@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from callbacks.best import hand_over_best
-from callbacks.progress import waiting
 from callbacks.stopwatch import Stopwatch
 from llm.checkpoint.examples import save_examples
 from llm.checkpoint.model_folder import save_model_folder
@@ -26,12 +25,13 @@ from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
 from llm.stages.common import held_out_task
 from llm.stages.expect import note as remember_times
-from llm.stages.job import Job
+from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
 from llm.stages.start import show_start
 from llm.stages.step_module import StageContext
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+from llm.utils.terminal import waiting
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -44,7 +44,7 @@ def run(job: Job) -> dict | None:
     cfg = job.cfg
     quiet_lightning()
     check_devices(cfg)
-    with waiting(f"{job.title}: preparing", shows_bar(cfg)):
+    with waiting("preparing", shows_bar(cfg)):
         built = build(job)
     if built.reading is not None:
         job.manifest["data"] = built.reading.to_dict()
@@ -77,11 +77,6 @@ def run(job: Job) -> dict | None:
     if forecast is not None:
         job.at_end = lambda: remember_times(forecast, stopwatch_of(trainer), time.perf_counter() - begin)
     return hand_over(job, built, trainer, stop.signum)
-
-
-def shows_bar(cfg) -> bool:
-    """Return whether this process may draw in a terminal."""
-    return cfg.trainer.enable_progress_bar and bool(cfg.callbacks) and collectives.is_main()
 
 
 def stopwatch_of(trainer) -> Stopwatch:
