@@ -48,7 +48,7 @@ class Progress(L.Callback):
 
             self.console = Console()
             self.bar = Live(get_renderable=self._drawn, console=self.console, refresh_per_second=4)
-            self.bar.start()
+            self.bar.start(refresh=True)
 
     def on_train_start(self, trainer, module) -> None:
         self.first_step, self.begun = module.global_step, time.perf_counter()
@@ -103,10 +103,8 @@ class Progress(L.Callback):
         is_done = eta is None or step == context.total_steps
         tail = clock(time.perf_counter() - self.set_up) if is_done else f"ETA {clock(eta)}"
         parts = [*([doing] if doing else []), *described(latest, IMPORTANT)]
-        plain = not self.console.encoding.startswith("utf")
-        line = bar_line(
-            self.console.width, context.name, step, context.total_steps, parts, tail, "#-" if plain else "━─"
-        )
+        signs = "━─" if self.console.encoding.startswith("utf") else "#-"
+        line = bar_line(self.console.width, context.name, step, context.total_steps, parts, tail, signs)
         return Text(line, no_wrap=True, overflow="crop")
 
     def on_exception(self, trainer, module, exception) -> None:

@@ -120,8 +120,8 @@ def test_model_checkpoints_by_monitor_and_by_steps(config, tmp_path):
 
 def test_what_monitors_log_is_in_the_rows(config, tmp_path):
     trained(config, tmp_path, callbacks=callback("LearningRateMonitor", logging_interval="step"))
-    column = next(name for name in rows(tmp_path)[-1] if name.startswith("lr-"))
-    rates = [float(row[column]) for row in rows(tmp_path) if row[column]]
+    rates = [float(row["lr/matrices"]) for row in rows(tmp_path) if row["lr/matrices"]]
+    assert {"lr/head", "lr/embedding"} <= rows(tmp_path)[-1].keys()
     assert rates[0] > rates[-1] > 0
 
 
@@ -365,7 +365,7 @@ def test_callbacks_and_loggers_of_a_trainer_by_hand(tmp_path):
     by_hand(callbacks, **options)
     assert len(list((tmp_path / "best").glob("*.ckpt"))) == 1
     header = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()[0].split(",")
-    assert {"loss", "lr", "step"} <= set(header) and any(name.startswith("lr-") for name in header)
+    assert {"loss", "lr", "step"} <= set(header) and "lr-GroupOptimizer/embedding" in header
 
 
 def test_validate_test_and_predict():
