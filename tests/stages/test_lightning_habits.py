@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_training import Numbers, StepData, fit, make_module, rows, step_batch
 
+from callbacks.progress import Progress
 from callbacks.samples import log_texts
 from llm.checkpoint.resume import list_checkpoints
 from llm.config.renamed import LIGHTNING_KEYS, renamed_key
@@ -418,3 +419,12 @@ def test_resume_by_ckpt_path(tmp_path):
     trainer.fit(again, datamodule=StepData(Numbers), ckpt_path=str(first[1]), weights_only=True)
     assert first[0] == 3 and trainer.global_step == 6
     assert all(map(torch.equal, module.net.parameters(), again.net.parameters()))
+
+
+def test_without_a_bar_there_are_lines_and_lightnings_bar_is_refused(config, tmp_path):
+    ours = {"bpb": BPB, "progress": {"_target_": "callbacks.progress.Progress", "log_every": 1}}
+    trainer, _ = trained(config, tmp_path, 2, callbacks=ours, enable_progress_bar=False)
+    (shown,) = [one for one in trainer.callbacks if isinstance(one, Progress)]
+    assert not shown.wants_bar
+    with pytest.raises(UserError, match="enable_progress_bar=False"):
+        trained(config, tmp_path, 2, callbacks=callback("RichProgressBar"), enable_progress_bar=False)
