@@ -23,7 +23,7 @@ from llm.cli.help import help_text
 from llm.cli.overrides import Command, check_overrides, no_value
 from llm.cli.sweep import best_of_search, job_title, separate_run
 from llm.config.plugins import load_plugins, plugins_in
-from llm.config.said import note_settings
+from llm.config.said import note_origin, note_settings
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
 from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
@@ -125,7 +125,7 @@ def run_command(config_name: str, target: Target, argv: Sequence[str], *, in_pro
             raise UserError(f"hydra/launcher={command.launcher} starts jobs elsewhere: give it to {config_name}.py")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
         print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
-    _hydra(config_name, command, _job(target, command))
+    _hydra(config_name, command, _job(config_name, target, command))
 
 
 def _complain(mistake: str) -> int:
@@ -197,7 +197,7 @@ def _root_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _job(target: Target, command: Command) -> Callable[[Any], Any]:
+def _job(config_name: str, target: Target, command: Command) -> Callable[[Any], Any]:
     """Return the function that Hydra calls: it imports and calls `target`, and names the job if it fails in a sweep.
 
     In a search a job that fails says why, counts as NaN, and the search goes on; other sweeps end there.
@@ -213,6 +213,7 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
         try:
             _unwrap_names(cfg)
             note_settings(cfg, parse(_settings()))
+            note_origin(cfg, config_name, _choices(), command.sources)
             trust_command(cfg)
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
@@ -262,6 +263,13 @@ def _settings() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task)
+
+
+def _choices() -> dict[str, Any]:
+    """Return the options of the groups that the present job was composed of."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return dict(HydraConfig.get().runtime.choices)
 
 
 def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:

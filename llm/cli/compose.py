@@ -12,7 +12,7 @@ from llm.cli.explain import explain
 from llm.cli.options import CONF, LOCAL, OURS, Sources, config_groups, content_of
 from llm.cli.sweep import lines_of, values_of
 from llm.config.check import as_text, shown
-from llm.config.said import note_settings
+from llm.config.said import note_origin, note_settings
 from llm.config.schema import known_keys
 from llm.errors import UserError
 
@@ -176,6 +176,7 @@ def compose_all(config_name: str, overrides: Sequence[str] = (), sources: Source
     with open_dict(cfg):
         del cfg["hydra"]
     note_settings(cfg, [o for o in parse(overrides) if not o.is_hydra_override()])
+    note_origin(cfg, config_name, own["runtime"]["choices"], sources)
     return cfg, own
 
 

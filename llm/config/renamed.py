@@ -29,7 +29,6 @@ LIGHTNING_KEYS = {
     "trainer.limit_train_batches": "max_steps",
     "trainer.fast_dev_run": "experiment=debug or max_steps=1",
     "trainer.enable_checkpointing": "save_every",
-    "trainer.enable_progress_bar": "~callbacks.progress",
     "trainer.gradient_clip_algorithm": "trainer.gradient_clip_val (by norm)",
     "trainer.default_root_dir": "paths.runs",
     "trainer.strategy": "strategy",

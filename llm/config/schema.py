@@ -132,6 +132,7 @@ class TrainerConfig:
         choices=("simple", "advanced", "pytorch"),
     )
     overfit_batches: int = key("train on the first steps of data again and again; 0 = on all", low=0, high=10**6)
+    enable_progress_bar: bool = key("show a bar in a terminal; false = a line now and then, as in a file")
     benchmark: bool | None = key("let cuDNN try several kernels and take the fastest; null = as torch does")
     plugins: dict[str, Any] = key("plugins of Lightning: a mapping from a name to a _target_")
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
@@ -204,7 +205,8 @@ class TrainConfig:
     objective_mode: str = key(
         "which value of the objective's column counts in a search", choices=("last", "min", "max")
     )
-    dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
+    dry_run: bool = key("print how long it takes here and on a GPU, and the derived numbers, then stop", main=True)
+    verbose: bool = key("print the whole configuration and the derived numbers at the start too", main=True)
     seed: int = key("seed of initial weights, data order and sampling", low=0, high=SEED, main=True)
 
 

@@ -27,13 +27,14 @@ from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
 from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
-from llm.stages.job import Job, show_config
+from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
 from llm.stages.own_parts import check_own_parts
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
 from llm.utils.registry import resolved
+from llm.utils.terminal import waiting
 
 
 def run_stage(cfg: DictConfig) -> float | None:
@@ -128,18 +129,23 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         return
     parents = find_parents(cfg, row, run)
     if parents is None:
-        show_config(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
+        from llm.stages.start import show_plan
+
+        show_plan(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
     check_own_parts(cfg, row)
-    job = Job(cfg, row, run, config, *parents)
+    with waiting("starting", shows_bar(cfg)):
+        job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
     check_same_texts(job)
-    print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
+    print(f"\n== {job.title}", flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
     with mirrored(mirror, run, row.name, job.models.values()):
-        results = runner(row)(job)
+        with waiting("starting", shows_bar(cfg)):
+            work = runner(row)  # imports what the stage needs
+        results = work(job)
         if results is not None:  # None: a dry run
             conclude(job, results, time.perf_counter() - begin)
 
@@ -175,6 +181,7 @@ def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
 def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> int:
     """Train in processes of their own on this machine; returns their exit status."""
     from llm.checkpoint.resume import newest_step
+    from llm.stages.start import change_lines
 
     checkpoints, old = run.stage_dir(row.name) / "checkpoints", started(run, row.name)
 
@@ -183,6 +190,8 @@ def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> i
         begun = started(run, row.name) not in (None, old)
         return config | {"overwrite": False, "resume": True} if begun else config
 
+    if lines := change_lines(cfg):  # the processes do not know them
+        print("\n".join(lines), flush=True)
     title = f"{run.name}.{row.name}"
     return launch(cfg.trainer, processes_here(cfg), title, present_config, lambda: newest_step(checkpoints))
 
@@ -229,6 +238,8 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
         raise SystemExit(128 + signum)
     if launched_rank() == 0:
         report(job.run)
+        if job.at_end is not None:
+            job.at_end()
         print(f"{job.title} finished in {job.manifest['seconds']:.0f} s: {job.stage_dir}", flush=True)
 
 

@@ -163,7 +163,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment(), *own],
             default_root_dir=str(stage_dir),
             enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
-            enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
+            enable_progress_bar=cfg.trainer.enable_progress_bar
+            and any(isinstance(one, ProgressBar) for one in callbacks),
             enable_model_summary=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
@@ -187,6 +188,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.stopwatch import Stopwatch
     from callbacks.validation import MonitorCheck, ValidationBegin, ValidationEnd
     from callbacks.watch import LossGuard, ProcessWatch
 
@@ -194,6 +196,8 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     stop = CleanStop(checkpoint)
     chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
     check_callbacks(chosen)
+    if "progress" in chosen and not cfg.trainer.enable_progress_bar:
+        chosen["progress"].wants_bar = False
     speed, display = ([chosen.pop(name)] if name in chosen else [] for name in ("throughput", "progress"))
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
@@ -208,7 +212,15 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
         display = []  # Lightning's bar in the place of ours
     averages = [one for one in chosen.values() if isinstance(one, WeightAveraging)]
     others = [one for one in chosen.values() if one not in averages]
-    first = [*averages, processes, checkpoint, stop, *guards, begin]  # averaged weights are what is evaluated
+    first = [
+        Stopwatch(),
+        *averages,
+        processes,
+        checkpoint,
+        stop,
+        *guards,
+        begin,
+    ]  # averaged weights are what is evaluated
     return [*first, *others, *own, *speed, log, monitors, ValidationEnd(begin), *display], stop
 
 
