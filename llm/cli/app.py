@@ -30,6 +30,7 @@ from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched
 from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.source import check_packages
 from llm.utils.streams import is_lost, keep_going, open_streams
 
 __all__ = ["check_overrides", "run_app"]
@@ -91,6 +92,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
         adopt_slurm()
         if is_launched():
             begin()
+        check_packages()
         # Hydra's argparse takes -m before the overrides only.
         argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
         load_plugins(plugins_in(argv))

@@ -6,11 +6,12 @@ the settings it was composed with.
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from llm.utils.source import conf_folder
+
 NOTE = "_settings_of_the_command"  # attribute of the configuration; a copy loses it, and then nothing is known
-MODEL_FILES = Path(__file__).parents[2] / "conf" / "model"
+MODEL_FILES = conf_folder() / "model"
 
 
 def note_settings(cfg: Any, settings: Sequence[Any]) -> None:
