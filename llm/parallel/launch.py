@@ -47,6 +47,17 @@ def processes(cfg) -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else processes_here(cfg) * cfg.trainer.num_nodes
 
 
+def processes_of_node(cfg) -> int:
+    """Return how many processes train on this machine: those that a launcher has started, else those wanted."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else processes_here(cfg)
+
+
+def check_strategy(name: str, n: int) -> None:
+    """Raise UserError where `strategy.name` is not for `n` processes."""
+    if name == "single" and n > 1:
+        raise UserError(f"strategy=single: there are {n} processes; choose strategy=auto, muon, ddp or fsdp")
+
+
 def meeting_place(num_nodes: int) -> tuple[int, str, int]:
     """Return (number of this node, address and port of the first one); with several, the environment tells.
 

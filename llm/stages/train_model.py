@@ -25,8 +25,9 @@ from llm.stages.common import held_out_task
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
+from llm.stages.plan import check_devices
 from llm.stages.step_module import StageContext
-from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+from llm.stages.trainer import build_trainer, fit, quiet_lightning, roll_back
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
