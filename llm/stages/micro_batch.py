@@ -8,7 +8,6 @@ import torch
 from llm.errors import UserError, memory_detail
 from llm.model.config import GPTConfig, num_params
 from llm.model.gpt import build_network
-from llm.parallel import collectives
 from llm.parallel.launch import processes_of_node
 from llm.scaling.gpu_estimate import memory_bytes
 from llm.utils.environment import memory_gb
@@ -23,6 +22,8 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
 
     Raises UserError for a model that this machine cannot hold, before it is built.
     """
+    from llm.parallel import collectives  # which takes a second to import: `llm.stages.plan` does without
+
     check_fits(config, memory_gb(), processes_of_node(cfg))
     rows = cfg.batch.micro_batch_size
     if rows != "auto":

@@ -177,14 +177,6 @@ class AnswerObjective:
         return shares | {"ess": ess}
 
 
-def check_overlong(stage) -> None:
-    """Raise UserError where the penalty for long answers would begin before the first token."""
-    if stage.overlong >= stage.max_new_tokens:
-        raise UserError(
-            f"stage.overlong={stage.overlong}: must be smaller than stage.max_new_tokens={stage.max_new_tokens}"
-        )
-
-
 def score_of(task, stage) -> RewardScore:
     """Return the function that scores completions: `stage.reward` or `stage.rewards`, by default the task's own."""
     if stage.reward is not None and stage.rewards:
