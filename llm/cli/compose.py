@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -42,6 +43,21 @@ def parse(lines: Sequence[str]) -> list[Any]:
     return overrides
 
 
+def hydra_parser() -> ArgumentParser:
+    """Return Hydra's parser of the command line. Raises UserError on a Python that is too new for this Hydra."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    try:
+        return get_args_parser()
+    except ValueError as error:  # argparse of Python 3.14 takes no help text but a str
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise UserError(
+            f"Hydra {hydra.__version__} cannot read a command line on Python {version} ({error}): use Python 3.13, or a "
+            "Hydra that knows it"
+        ) from error
+
+
 def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
     """Return `argv` with the values of free-text keys (`prompt=...`) in quotes, in which Hydra reads no grammar."""
     raw = {name for name, spec in known_keys(config_name).items() if spec.metadata.get("raw")}
@@ -74,11 +90,9 @@ def whole_mixtures(config_name: str, argv: Sequence[str], sources: Sources = OUR
     So the mapping is the whole mixture; Hydra alone would merge it into the one that is there. Raises UserError in a
     sweep whose jobs have different tasks in this mixture.
     """
-    from hydra._internal.utils import get_args_parser
-
     if not any(_sets_mixture(config_name, arg) for arg in argv):
         return list(argv)
-    args, groups = get_args_parser().parse_args(list(argv)), config_groups(config_name)
+    args, groups = hydra_parser().parse_args(list(argv)), config_groups(config_name)
     overrides = [o for o in parse(args.overrides) if o.key_or_group in groups and o.key_or_group in CHOOSE_MIXTURES]
     choices = list(itertools.product(*(lines_of(o) for o in overrides)))
     lines, before = [], []

@@ -24,10 +24,12 @@ def conf_folder() -> Path:
 
 
 def local_folders() -> list[Path]:
-    """Return the folders with a user's own defaults that exist: conf/local/ here, and that of the source tree."""
-    tree = source_tree()
-    places = [Path.cwd() / "conf/local", *([tree / "conf/local"] if tree else [])]
-    return [folder for folder in dict.fromkeys(places) if folder.is_dir()]
+    """Return the folders with a user's own options: conf/local/ here and that of the source tree, where they exist.
+
+    Each comes after the conf/ that it lies in, from which its files of defaults are read as local/<name>.yaml.
+    """
+    places = dict.fromkeys([Path.cwd() / "conf", conf_folder()])
+    return [folder for place in places if (place / "local").is_dir() for folder in (place, place / "local")]
 
 
 def python_path() -> dict[str, str]:

@@ -93,6 +93,8 @@ def test_folders_of_a_user_are_found_in_every_way(my_conf):
         assert composed(*argv, "model=wide").model.depth == 3
     assert composed("--config-dir=my_conf", "--config-name=mytrain").seed == 7
     shutil.copytree(my_conf, "conf/local")
+    Path("conf/local/default.yaml").write_text("keep_last: 6\n")
+    assert composed("model=wide").keep_last == 6
     assert composed("model=wide", "experiment=mine").model.depth == 3
     with pytest.raises(UserError, match="experiment=mien does not exist; did you mean experiment=mine"):
         check_overrides("train", ["experiment=mien"])

@@ -32,6 +32,7 @@ def parents(tmp_path_factory, tiny_tokenizer):
 @pytest.fixture
 def launched(parents, tmp_path, monkeypatch):
     """`launched("sft", "model", "batch.tokens_per_step=3")`: what a run on two CPUs says before it starts processes."""
+
     def start(*args):
         raise Started
 
