@@ -53,8 +53,8 @@ def hydra_parser() -> ArgumentParser:
     except ValueError as error:  # argparse of Python 3.14 takes no help text but a str
         version = ".".join(map(str, sys.version_info[:2]))
         raise UserError(
-            f"Hydra {hydra.__version__} cannot read a command line on Python {version} ({error}): use Python 3.13, or a "
-            "Hydra that knows it"
+            f"Hydra {hydra.__version__} cannot read a command line on Python {version} ({error}): use Python 3.13, "
+            "or a Hydra that knows this one"
         ) from error
 
 

@@ -13,7 +13,5 @@ def test_a_hydra_that_fails_on_a_new_python_is_one_line(monkeypatch):
         raise ValueError("badly formed help string")
 
     monkeypatch.setattr("hydra._internal.utils.get_args_parser", refuse)
-    with pytest.raises(
-        UserError, match=r"^Hydra 1\.\S+ cannot read a command line on Python 3\.\d+ \(badly formed .*3.13"
-    ):
+    with pytest.raises(UserError, match=r"^Hydra 1\.\S+ cannot read .* on Python 3\.\d+ \(badly formed .*3.13"):
         check_overrides("train", ["experiment=tiny"])
