@@ -48,7 +48,7 @@ def test_a_pipeline_runs_from_the_wheel_in_an_empty_folder(tmp_path):
     with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as archive:
         archive.extractall(packages)
     (here / "conf/local").mkdir(parents=True)
-    (here / "conf/local/default.yaml").write_text("log_every: 7\n")
+    (here / "conf/local/train.yaml").write_text("log_every: 7\n")
     for name in ("tasks", "callbacks"):
         (here / f"{name}.py").write_text("raise ImportError('a module of the user')\n")
     env = {"PYTHONPATH": str(packages), "HOME": str(tmp_path)}

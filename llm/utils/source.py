@@ -1,4 +1,4 @@
-"""Where Fathom's own files lie: in its source tree or in a wheel. Commands in messages are written accordingly."""
+"""Finds Fathom's own files, in its source tree or in a wheel, and writes commands in messages accordingly."""
 
 import os
 import re
