@@ -112,10 +112,12 @@ def test_another_shape_than_the_parent_s_starts_no_process(launched):
 
 @pytest.mark.parametrize("stage", [row.name for row in all_stages() if row.check])
 def test_good_settings_start_them(stage, launched, parents):
-    """Also a longer context than the parent's, and a step that the data decide (tokens_per_step=null)."""
+    """Also from a trained parent, with a longer context than that one's, and a step that the data decide."""
     parent = "tokenizer" if stage == "pretrain" else "model"
     later = {"stage.teacher": str(parents / "model")} if stage == "distill" else {}
     assert launched(stage, parent, **GOOD, **later) == "started"
+    if stage == "pretrain":
+        assert launched(stage, "model", **GOOD) == "started"
     if stage == "sft":
         assert launched(stage, parent, "model.seq_len=256", **{"batch.tokens_per_step": None}) == "started"
 
