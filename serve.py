@@ -1,6 +1,6 @@
 """Chat with a trained model: `python serve.py run=demo`; `python serve.py --help` lists the settings."""
 
-from llm.cli.app import run_app
+from llm.cli.main import serve
 
 if __name__ == "__main__":
-    run_app("serve", "llm.serving.app.serve")
+    serve()

@@ -197,12 +197,12 @@ class Worker:
     """A copy that runs a module, with what PyTorch's elastic agent uses of subprocess.Popen."""
 
     def __init__(self, args: list[str], env: dict[str, str], start_new_session: bool, stdout=None, stderr=None):
-        assert args[:2] == (sys.executable, "-m") and start_new_session and stdout is stderr is None
+        assert args[:3] == (sys.executable, "-P", "-m") and start_new_session and stdout is stderr is None
         self.returncode = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(self._run(list(args[2:]), env))
+            os._exit(self._run(list(args[3:]), env))
         while os.getpgid(self.pid) != self.pid:  # the agent signals to the group
             time.sleep(0.001)
 

@@ -24,6 +24,7 @@ from llm.model.gpt import GPT
 from llm.run.notes import content_note, say
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.files import read_json
+from llm.utils.source import pip_install
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # fetched from a repository on the hub
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
@@ -233,7 +234,7 @@ def load_hf(
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"model=hf:{name} needs transformers: pip install -e '.[hf]'") from error
+        raise UserError(f"model=hf:{name} needs transformers: {pip_install('hf')}") from error
     transformers.utils.logging.disable_progress_bar()
     config, tokenizer, model = _read(name, folder)
     own = _context(config, tokenizer)

@@ -31,6 +31,7 @@ from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.registry import resolved
+from llm.utils.source import check_packages
 from llm.utils.streams import is_lost, keep_going, open_streams
 
 __all__ = ["JobFailed", "check_overrides", "run_app", "run_command"]
@@ -93,6 +94,7 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
         adopt_slurm()
         if is_launched():
             begin()
+        check_packages()
         run_command(config_name, target, argv)
     except UserError as error:
         return _complain(str(error))

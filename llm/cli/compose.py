@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llm.cli.explain import explain
-from llm.cli.options import CONF, LOCAL, OURS, Sources, config_groups, content_of
+from llm.cli.options import CONF, OURS, Sources, config_groups, content_of
 from llm.cli.sweep import lines_of, values_of
 from llm.config.check import as_text, shown
 from llm.config.said import note_origin, note_settings
 from llm.config.schema import known_keys
 from llm.errors import UserError
+from llm.utils.source import local_folders
 
 MIXTURE = re.compile(r"data\.mixture\.\w+")
 CHOOSE_MIXTURES = ("stage", "data", "mixture", "experiment")  # groups that decide which tasks a mixture has
@@ -53,17 +55,31 @@ def _unreadable(line: str) -> str:
     return f"{line!r} cannot be read: {hint}"
 
 
+def hydra_parser() -> ArgumentParser:
+    """Return Hydra's parser of the command line. Raises UserError on a Python that is too new for this Hydra."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    try:
+        return get_args_parser()
+    except ValueError as error:  # argparse of Python 3.14 takes no help text but a str
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise UserError(
+            f"Hydra {hydra.__version__} cannot read a command line on Python {version} ({error}): use Python 3.13, "
+            "or a Hydra that knows this one"
+        ) from error
+
+
 def flags_of(argv: Sequence[str]) -> Any:
     """Return Hydra's own arguments of a command line, parsed, with the settings as `overrides`.
 
     Raises UserError where Hydra would print a page of usage.
     """
-    from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> None:
         raise UserError(f"{message.removeprefix('argument ')} (Hydra's own arguments: --hydra-help)")
 
-    parser = get_args_parser()
+    parser = hydra_parser()
     parser.error = refuse
     return parser.parse_args(list(argv))
 
@@ -201,7 +217,8 @@ def find_sources(config_name: str, argv: Sequence[str]) -> tuple[Sources, list[s
     """Return where the configuration lies, and `argv` without the arguments that say so.
 
     These are --config-dir, --config-path, --config-name and hydra.searchpath. Our own files are always found, and those
-    in conf/local/. Raises UserError for a folder or a main file that does not exist.
+    in conf/local/, of this folder and of the source tree. Raises UserError for a folder or a main file that does not
+    exist.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, short in (("--config-path", "-cp"), ("--config-dir", "-cd"), ("--config-name", "-cn")):
@@ -222,7 +239,7 @@ def find_sources(config_name: str, argv: Sequence[str]) -> tuple[Sources, list[s
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise UserError(f"hydra.searchpath={entries}: must be a list of folders, as in [file:///my/conf]")
     between = [_folder(entry, "hydra.searchpath") for entry in entries]
-    folders = dict.fromkeys([*first, *between, *last, CONF, *([LOCAL] if LOCAL.is_dir() else [])])
+    folders = dict.fromkeys([*first, *between, *last, CONF, *local_folders()])
     holders = [folder for folder in folders if (folder / f"{primary or config_name}.yaml").is_file()]
     if not holders:
         raise UserError(f"--config-name {primary}: there is no {primary}.yaml in {', '.join(map(str, folders))}")

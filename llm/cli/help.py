@@ -5,19 +5,20 @@ from typing import Any
 
 from llm.cli.options import CONF, config_groups, group_options
 from llm.config.schema import known_keys
+from llm.utils.source import command
 
 EXAMPLES = {
     "train": [
-        "python train.py experiment=demo stage=tokenizer",
-        "python train.py -m experiment=demo stage=tokenizer,pretrain,midtrain,sft,grpo",
-        "python train.py -m experiment=demo stage=pretrain model=d2,d4",
+        "experiment=demo stage=tokenizer",
+        "-m experiment=demo stage=tokenizer,pretrain,midtrain,sft,grpo",
+        "-m experiment=demo stage=pretrain model=d2,d4",
     ],
     "evaluate": [
-        "python evaluate.py run=demo stage=sft eval=[bpb,chat,samples] eval.max_per_task=100",
-        "python evaluate.py run=demo stage=pretrain eval=lm_eval eval.tasks=[arc_easy,hellaswag]",
-        "python evaluate.py model=hf:openai-community/gpt2 eval=[core] eval.bundle=eval_bundle.zip",
+        "run=demo stage=sft eval=[bpb,chat,samples] eval.max_per_task=100",
+        "run=demo stage=pretrain eval=lm_eval eval.tasks=[arc_easy,hellaswag]",
+        "model=hf:openai-community/gpt2 eval=[core] eval.bundle=eval_bundle.zip",
     ],
-    "serve": ["python serve.py run=demo", "python serve.py run=demo ui=cli", 'python serve.py run=demo prompt="Hi!"'],
+    "serve": ["run=demo", "run=demo ui=cli", 'run=demo prompt="Hi!"'],
 }
 PURPOSE = {
     "train": "Train one phase, or several as a sweep (-m).",
@@ -28,8 +29,9 @@ PURPOSE = {
 
 def help_text(config_name: str, *, every_key: bool = False) -> str:
     """Return the help page of an entry point; `every_key` lists the keys of all groups, not only the main ones."""
+    call = command(config_name)
     lines = [PURPOSE[config_name], "", "Usage: settings are key=value; a group takes the name of an option.", ""]
-    lines += [f"    {line}" for line in EXAMPLES[config_name]]
+    lines += [f"    {call} {line}" for line in EXAMPLES[config_name]]
     lines += ["", f"Groups (files in {CONF.name}/<group>/; * = default):", ""]
     fields = known_keys(config_name)
     for group, default in config_groups(config_name).items():
@@ -46,8 +48,8 @@ def help_text(config_name: str, *, every_key: bool = False) -> str:
         more["<settings> dry_run=true"] = "the derived numbers too"
     more_files = {"conf/local/default.yaml": "your own defaults on this machine, weaker than experiments"}
     lines += ["", "More:", ""]
-    lines += [f"    python {config_name}.py {command:<24}{text}" for command, text in more.items()]
-    lines += [f"    {name:<{len(f'python {config_name}.py ') + 24}}{text}" for name, text in more_files.items()]
+    lines += [f"    {call} {settings:<24}{text}" for settings, text in more.items()]
+    lines += [f"    {file:<{len(call) + 25}}{text}" for file, text in more_files.items()]
     return "\n".join(lines)
 
 

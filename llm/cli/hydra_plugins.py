@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm.errors import UserError
+from llm.utils.source import pip_install
 
-SLURM = "-e '.[slurm]'"
-# Group of Hydra -> pattern of options -> module, and what pip installs it by.
+# Group of Hydra -> pattern of options -> module, and what pip installs it by: a package, or an [extra] of Fathom.
 PLUGINS = {
     "hydra/launcher": {
-        "slurm|submitit_.*": ("submitit", SLURM),
-        "joblib": ("hydra_plugins.hydra_joblib_launcher", "-e '.[search]'"),
+        "slurm|submitit_.*": ("submitit", "[slurm]"),
+        "joblib": ("hydra_plugins.hydra_joblib_launcher", "[search]"),
         "ray.*": ("hydra_plugins.hydra_ray_launcher", "hydra-ray-launcher"),
         "rq": ("hydra_plugins.hydra_rq_launcher", "hydra-rq-launcher"),
     },
     "hydra/sweeper": {
-        "optuna": ("hydra_plugins.hydra_optuna_sweeper", "-e '.[search]'"),
+        "optuna": ("hydra_plugins.hydra_optuna_sweeper", "[search]"),
         "ax": ("hydra_plugins.hydra_ax_sweeper", "hydra-ax-sweeper"),
         "nevergrad": ("hydra_plugins.hydra_nevergrad_sweeper", "hydra-nevergrad-sweeper"),
     },
-    "hydra/sweeper/sampler": {".*": ("hydra_plugins.hydra_optuna_sweeper", "-e '.[search]'")},
+    "hydra/sweeper/sampler": {".*": ("hydra_plugins.hydra_optuna_sweeper", "[search]")},
     "hydra/job_logging": {"colorlog": ("hydra_colorlog", "hydra-colorlog")},
     "hydra/hydra_logging": {"colorlog": ("hydra_colorlog", "hydra-colorlog")},
 }
@@ -35,7 +35,8 @@ def missing_plugin(group: str, option: str) -> str | None:
     """Return the error line for an option of Hydra whose package is not installed; None for all others."""
     for pattern, (module, package) in PLUGINS.get(group, {}).items():
         if re.fullmatch(pattern, option) and not _is_there(module):
-            return f"{group}={option}: needs a package of its own: pip install {package}"
+            install = pip_install(package[1:-1]) if package.startswith("[") else f"pip install {package}"
+            return f"{group}={option}: needs a package of its own: {install}"
     return None
 
 

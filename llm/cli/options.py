@@ -9,9 +9,9 @@ from typing import Any
 
 from llm.config.generated import GENERATED
 from llm.errors import UserError
+from llm.utils.source import command, conf_folder
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-LOCAL = CONF / "local"  # users' own defaults and options on this machine
+CONF = conf_folder()
 
 
 @dataclass(frozen=True)
@@ -124,4 +124,4 @@ def unknown_key(config_name: str, name: str, candidates: Iterable[str]) -> str:
     """Return the error line for a key that does not exist, with the key most like it if any is."""
     best = nearest(name, candidates)
     hint = f"; did you mean {best!r}?" if best else ""
-    return f"unknown key {name!r}{hint} (list: python {config_name}.py --help all)"
+    return f"unknown key {name!r}{hint} (list: {command(config_name)} --help all)"

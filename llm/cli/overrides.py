@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.cli.compose import MIXTURE, compose, compose_all, find_sources, flags_of, parse
+from llm.cli.compose import MIXTURE, compose, compose_all, find_sources, flags_of, hydra_parser, parse
 from llm.cli.hydra_plugins import SEARCHES, SUBMITTED, check_launcher, check_of_hydra, check_search
 from llm.cli.options import CONF, Sources, config_groups, group_options, listed, no_option, unknown_key
 from llm.cli.sweep import check_sweep_kinds, expand_glob, lines_of, sweep_params, values_of
@@ -145,9 +145,7 @@ def no_value(error: Exception | str) -> str:
 
 def _check_dashes(argv: Sequence[str]) -> None:
     """Raise UserError for a setting written with dashes, before argparse answers with a page of usage."""
-    from hydra._internal.utils import get_args_parser
-
-    options = {text for action in get_args_parser()._actions for text in action.option_strings}
+    options = {text for action in hydra_parser()._actions for text in action.option_strings}
     for arg in argv:
         name = arg.partition("=")[0]
         if name.startswith("--") and name not in options:

@@ -6,13 +6,14 @@ the settings it was composed with, and the options of its groups, to find what d
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from llm.utils.source import conf_folder
 
 # Attributes of the configuration; a copy loses them, and then nothing is known.
 NOTE = "_settings_of_the_command"
 ORIGIN = "_composed_of"
-MODEL_FILES = Path(__file__).parents[2] / "conf" / "model"
+MODEL_FILES = conf_folder() / "model"
 
 
 class Origin(NamedTuple):

@@ -8,14 +8,14 @@ in `plugins=[...]`.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
 from llm.utils.addresses import ADDRESS, without_secrets
+from llm.utils.source import conf_folder
 
 DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # on the hub: <owner>/<name>
-CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+CONF = conf_folder()
 
 _trusted: set[str] = set()
 

@@ -26,6 +26,7 @@ from llm.data.splits import divide
 from llm.data.stores import StoredFile
 from llm.errors import BadData, UserError
 from llm.utils.addresses import without_secrets as shown
+from llm.utils.source import command
 
 SCAN_BYTES = 1 << 28  # files of up to so many bytes in all are read once before training, to find every bad row ...
 SCAN_SECONDS = 3.0  # ... for so long at most
@@ -460,7 +461,7 @@ def _changed(path: Path) -> BadData:
 def _unread(unread: int, count: int) -> str:
     """Return in words that `unread` of `count` files were not searched to their ends for bad rows."""
     files = f"{unread} of {count} files" if count > 1 else "all of the file"
-    return f"not yet searched for bad rows: {files} (python train.py stage=check reads every row)"
+    return f"not yet searched for bad rows: {files} ({command('train')} stage=check reads every row)"
 
 
 def _named(files: Sequence[Path]) -> str:

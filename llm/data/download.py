@@ -30,6 +30,7 @@ from llm.utils.addresses import without_secrets as shown
 from llm.utils.files import read_json, sync, sync_folder, write_json
 from llm.utils.format import in_bytes
 from llm.utils.shapes import listing, mapping, maybe, text, whole
+from llm.utils.source import command
 
 log = logging.getLogger(__name__)
 TRIES = 6
@@ -70,7 +71,7 @@ class Remote:
         if any(isinstance(part, OfflineModeIsEnabled) for part in chain(error)):
             return (
                 f"{self}: HF_HUB_OFFLINE is set and not all of it is in {self.root}. Fetch it where there is a "
-                "network: python train.py stage=download with the same data settings"
+                f"network: {command('train')} stage=download with the same data settings"
             )
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             return self.unwritable(error)

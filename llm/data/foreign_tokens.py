@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llm.errors import BadData, UserError
+from llm.utils.source import pip_install
 
 SUFFIXES = (".bin", ".npy", ".h5", ".hdf5")
 HEADER_BYTES = 256 * 4
@@ -180,7 +181,7 @@ def _open_hdf5(path: Any) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as error:
-        raise UserError(f"{path}: needs the package h5py: pip install -e '.[hdf5]'") from error
+        raise UserError(f"{path}: needs the package h5py: {pip_install('hdf5')}") from error
     try:
         with h5py.File(path if isinstance(path, Path) else path.open("rb"), "r") as file:
             yield file

@@ -26,6 +26,7 @@ from llm.data.text_mixture import MixedDocuments
 from llm.errors import UserError
 from llm.utils.files import write_atomic
 from llm.utils.format import duration
+from llm.utils.source import pip_install
 
 VERSION = 1  # of the rules below: another number finds the rows anew
 WORDS = 5  # in a run
@@ -191,7 +192,7 @@ def _rensa():
     try:
         import rensa
     except ModuleNotFoundError as error:
-        raise UserError("data.near_duplicates needs a package of its own: pip install -e '.[dedup]'") from error
+        raise UserError(f"data.near_duplicates needs a package of its own: {pip_install('dedup')}") from error
     return rensa
 
 

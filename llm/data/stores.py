@@ -20,6 +20,7 @@ from llm.data.blocks import opened
 from llm.data.download import chain, first_line, patiently
 from llm.errors import BadData, UserError
 from llm.utils.addresses import without_secrets as shown
+from llm.utils.source import pip_install
 
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://")  # two letters at least: C:// is a drive
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # scheme -> extra of pyproject.toml
@@ -53,7 +54,7 @@ class Store:
         try:
             self.fs, self.path = url_to_fs(address, **(UNPACKED if self.scheme in WEB else {}))
         except ImportError as error:
-            extra = f"pip install -e '.[{EXTRAS[self.scheme]}]'" if self.scheme in EXTRAS else first_line(error)
+            extra = pip_install(EXTRAS[self.scheme]) if self.scheme in EXTRAS else first_line(error)
             raise UserError(f"{self}: {self.scheme}:// needs a package of its own: {extra}") from error
         except ValueError as error:
             raise UserError(f"{self}: {first_line(error)}") from error

@@ -42,6 +42,7 @@ from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.files import write_json
 from llm.utils.format import duration, percent, print_table, value
+from llm.utils.source import pip_install
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import build_preferences, held_out_weights
 from tasks.snippets import run_snippet
@@ -117,7 +118,7 @@ def load_harness(options: Any) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError("eval=lm_eval needs a package of its own: pip install -e '.[lm_eval]'") from error
+        raise UserError(f"eval=lm_eval needs a package of its own: {pip_install('lm_eval')}") from error
     return Harness(options)
 
 

@@ -25,8 +25,8 @@ from llm.run.stage_folder import RunDir, read_manifest
 from llm.scaling.rules import model_config
 from llm.utils.files import read_json, write_json
 from llm.utils.format import amount, duration, print_table
+from llm.utils.source import program
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 RESERVED = ("stage", "run", "model", "max_steps", "stage.target_flops", "stage.tokens_per_param", "init_from", "-m")
 
 
@@ -201,7 +201,7 @@ def _run(overrides: list[str], folder: Path) -> None:
     log = folder.parent / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
-        started = subprocess.Popen([sys.executable, str(TRAIN), *overrides], stdout=out, stderr=out)
+        started = subprocess.Popen([*program("train"), *overrides], stdout=out, stderr=out)
         while True:
             try:
                 status = started.wait()

@@ -4,7 +4,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,8 +15,8 @@ from llm.run.objective import PICK, objective_of
 from llm.run.stage_folder import read_metrics
 from llm.utils.environment import die_with_parent
 from llm.utils.format import duration
+from llm.utils.source import program
 
-SCRIPTS = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
 PRUNE_SECONDS = 5.0
@@ -96,7 +95,7 @@ def _run(queue: Queue, job: Job, stop: _Stop) -> tuple[str, str]:
     """Run a claimed job to its end; returns its state and what is to be said about it."""
     log = log_of(queue, job)
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(SCRIPTS / f"{job.script}.py"), *job.settings]
+    command = [*program(job.script), *job.settings]
     try:
         with log.open("ab") as out:
             out.write(f"$ {job.script}.py {' '.join(job.settings)}\n".encode())

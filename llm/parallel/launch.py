@@ -20,6 +20,7 @@ from pathlib import Path
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, STOP_SIGNALS, is_launched
+from llm.utils.source import python_path
 
 
 def processes_here(cfg) -> int:
@@ -44,6 +45,17 @@ def processes_here(cfg) -> int:
 def processes(cfg) -> int:
     """Return how many processes train: those that a launcher has started, else those wanted on all nodes."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else processes_here(cfg) * cfg.trainer.num_nodes
+
+
+def processes_of_node(cfg) -> int:
+    """Return how many processes train on this machine: those that a launcher has started, else those wanted."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else processes_here(cfg)
+
+
+def check_strategy(name: str, n: int) -> None:
+    """Raise UserError where `strategy.name` is not for `n` processes."""
+    if name == "single" and n > 1:
+        raise UserError(f"strategy=single: there are {n} processes; choose strategy=auto, muon, ddp or fsdp")
 
 
 def meeting_place(num_nodes: int) -> tuple[int, str, int]:
@@ -90,7 +102,7 @@ def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step:
                 role="trainer",
                 local_world_size=n,
                 entrypoint=sys.executable,
-                args=("-m", "llm.stages.worker", str(path), name),
+                args=("-P", "-m", "llm.stages.worker", str(path), name),
                 rdzv_handler=meeting,
                 max_restarts=trainer.max_restarts,
                 monitor_interval=0.05,
@@ -134,10 +146,9 @@ def changed_environment(variables: dict[str, str]) -> Iterator[None]:
 
 def shared_env(n: int) -> dict[str, str]:
     """Return the variables that all of `n` processes of this node get: where the code is, and a share of the cores."""
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "PYTHONPATH": os.pathsep.join(paths),
+        **python_path(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // n))),
         LAUNCHER: str(os.getpid()),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart meets the keys of the processes before

@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from llm.errors import UserError
 from llm.model.gpt import GPT, build_network
 from llm.model.lora import add_adapter
 from llm.parallel.collectives import world_size
 from llm.parallel.env import is_launched
+from llm.parallel.launch import check_strategy
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
 from llm.parallel.muon_zero2 import ShardedOptimizer
 
@@ -134,6 +134,5 @@ def make_strategy(name: str) -> str | Strategy:
     """Build the strategy `strategy.name` for the processes there are. UserError for single with several of them."""
     if world_size() == 1:
         return "auto"
-    if name == "single":
-        raise UserError(f"strategy=single: there are {world_size()} processes; choose strategy=auto, muon, ddp or fsdp")
+    check_strategy(name, world_size())
     return {"ddp": SummingDDPStrategy, "fsdp": FSDPStrategy}.get(name, MuonStrategy)()

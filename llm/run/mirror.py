@@ -22,6 +22,7 @@ from llm.run.formats import MIRRORED
 from llm.run.stage_folder import MANIFEST, RunDir
 from llm.utils.addresses import without_secrets
 from llm.utils.files import parse_json
+from llm.utils.source import pip_install
 
 LIST = "mirror.json"
 LOOK_SECONDS = 1.0
@@ -35,7 +36,7 @@ def open_store(address: str) -> tuple[Any, str]:
     try:
         return url_to_fs(address, use_listings_cache=False)
     except (ImportError, ValueError, OSError) as error:
-        advice = "; pip install -e '.[s3]'" if address.startswith("s3:") else ""
+        advice = f"; {pip_install('s3')}" if address.startswith("s3:") else ""
         raise UserError(f"save_mirror={address}: cannot be used ({error}){advice}") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from llm.errors import UserError
 from llm.run.stage_folder import HF, find_stage
 from llm.serving.interrupts import CtrlC
+from llm.utils.source import pip_install
 
 SERVER_PACKAGES = ("gradio", "fastapi", "starlette", "uvicorn", "prometheus_client")
 
@@ -78,6 +79,6 @@ def _http(ui: str) -> Any:
         if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
             raise
         raise UserError(
-            f"ui={ui} needs the package {error.name}: pip install -e '.[serve]', or chat with ui=cli"
+            f"ui={ui} needs the package {error.name}: {pip_install('serve')}, or chat with ui=cli"
         ) from error
     return http

@@ -14,13 +14,12 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import llm
 from llm.errors import UserError
 from llm.serving import frames
 from llm.serving.errors import ApiError, bad, too_busy, too_slow, unavailable
+from llm.utils.source import python_path
 
 PREFIX_TOKENS = 32  # requests that begin with the same tokens go to one worker, which has their keys in its cache
 PREFIXES = 4_096  # that are remembered
@@ -392,13 +391,11 @@ class Pool:
 
 async def _spawn(worker: Worker, fd: int) -> asyncio.subprocess.Process:
     """Start the process of a worker, which inherits the socket `fd`."""
-    root = str(Path(llm.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llm.serving.worker", str(fd)),
+        *(sys.executable, "-P", "-m", "llm.serving.worker", str(fd)),
         pass_fds=[fd],
         stdin=asyncio.subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | python_path(),
     )
 
 

@@ -15,8 +15,9 @@ import torch
 
 from llm import objectives
 from llm.parallel import collectives
+from llm.stages.choices import check_overlong
 from llm.stages.common import BuiltStage, load_parent
-from llm.stages.rollout_stage import AnswerObjective, build_stage, check_overlong, read_task
+from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
 from llm.stages.rollouts import Group, RolloutSteps
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.model_folder import WEIGHTS_FILE, load_model_folder
+from llm.checkpoint.model_folder import load_model_folder
 from llm.config.stages import stage_row
 from llm.data.balance import Reading
 from llm.data.loader import StepLayout
@@ -20,9 +20,10 @@ from llm.run.content import check_content, fingerprints
 from llm.run.notes import content_note, say
 from llm.run.stage_folder import find_further
 from llm.scaling.gpu_estimate import estimate
-from llm.scaling.rules import lr_batch_factor, micro_batches, model_config
+from llm.scaling.rules import micro_batches
 from llm.stages.device import DeviceOptions
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.plan import check_fresh, check_step, check_vocab_size, lr_scale, shape_from
 from llm.stages.step_module import StageContext, StepData, StepModule
 from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
@@ -40,11 +41,6 @@ class BuiltStage:
     reading: Reading | None = None  # what is known of the data before training
 
 
-def holds_weights(parent: Path) -> bool:
-    """Return whether a model/ folder has a network beside its tokenizer."""
-    return (parent / WEIGHTS_FILE).is_file()
-
-
 def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Tokenizer]:
     """Load network and tokenizer of the parent's model/ folder.
 
@@ -53,14 +49,11 @@ def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Toke
     differs otherwise.
     """
     net, tokenizer = load_model_folder(parent, verify=cfg.verify)
-    check_adapter(cfg)
-    check_vocab_size(cfg, tokenizer.vocab_size)
-    wanted = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
-    if wanted.seq_len > net.config.seq_len and net.config.arch != "gpt2":
-        net = with_longer_context(net, wanted)
-    if (wanted.bos_id is None) != (net.config.bos_id is None):
-        net = with_document_masks(net, wanted)
-    check_same_model(wanted, net.config, parent)
+    shape = shape_from(cfg, parent, net.config)
+    if shape.seq_len != net.config.seq_len:
+        net = with_longer_context(net, shape)
+    if shape.bos_id != net.config.bos_id:
+        net = with_document_masks(net, shape)
     if net.config.scalar_head != scalar_head:
         net = with_scalar_head(net, scalar_head)
     if collectives.is_main():
@@ -84,20 +77,6 @@ def with_adapter(net: GPT, parent: Path, cfg) -> GPT:
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print(f"adapter of rank {shape.rank} on {', '.join(targets)}: {trained:,} parameters are trained", flush=True)
     return net
-
-
-def check_adapter(cfg) -> None:
-    """Raise UserError where keys of `model.lora` do not go together, or not with fp8."""
-    wanted = cfg.model.lora
-    given = [name for name in ("alpha", "targets", "lr") if wanted[name] is not None]
-    if given and not wanted.rank:
-        raise UserError(
-            f"model.lora.{given[0]}: there is no adapter without a rank; set model.lora.rank=8, or leave it out"
-        )
-    if wanted.rank and wanted.targets is not None and not wanted.targets:
-        raise UserError("model.lora.targets=[]: an adapter needs a matrix; leave the key out, or name attention or mlp")
-    if wanted.rank and cfg.precision.fp8:
-        raise UserError("model.lora.rank: not tested with fp8; set precision.fp8=false or model.lora.rank=null")
 
 
 def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
@@ -139,18 +118,9 @@ def with_document_masks(net: GPT, wanted: GPTConfig) -> GPT:
 def load_tokenizer(parent: Path, cfg) -> Tokenizer:
     """Load the tokenizer of the parent's model/ folder for a fresh network.
 
-    Raises UserError for arch.rope_scaling, which stretches the context of a trained network, and for an adapter.
+    Raises UserError where the configuration asks for what a fresh network cannot have.
     """
-    if cfg.arch.get("rope_scaling"):
-        raise UserError(
-            f"arch.rope_scaling={cfg.arch.rope_scaling}: a fresh network is trained at its full context; set it to "
-            "null, or give a trained parent by init_from and a larger model.seq_len"
-        )
-    if cfg.model.lora.rank:
-        raise UserError(
-            f"model.lora.rank={cfg.model.lora.rank}: a fresh network has no weights to keep; set it to null, or give a "
-            "trained parent by init_from"
-        )
+    check_fresh(cfg, parent)
     tokenizer = Tokenizer.load(parent)
     check_content(parent, cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
@@ -163,8 +133,6 @@ def optimizer_state(cfg, parent: Path, net: GPT) -> dict | None:
     """Return the optimizer state that training begins with: the parent's if stage.warm_start, else None."""
     if not cfg.stage.warm_start:
         return None
-    if not holds_weights(parent):
-        raise UserError(f"stage.warm_start=true: {parent} holds no weights; name a model with init_from=<run>/pretrain")
     if cfg.model.lora.rank:
         raise UserError("stage.warm_start=true: an adapter begins with a fresh optimizer; set stage.warm_start=false")
     state = parent_optimizer(parent, net, cfg.optim)
@@ -201,55 +169,12 @@ def load_further(cfg, key: str, value: str, what: str, net: GPT, tokenizer: Toke
     return found, folder
 
 
-def check_vocab_size(cfg, found: int) -> None:
-    """Raise UserError where the tokenizer is not of the size that `model.vocab_size` asks for."""
-    if cfg.model.vocab_size not in (None, found):
-        raise UserError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer has {found} tokens; set model.vocab_size=null, or "
-            "train a tokenizer of that size (stage=tokenizer stage.vocab_size=...)"
-        )
-
-
-CONFIG_KEYS = {
-    "n_layer": "model.depth",
-    "n_head": "model.depth (heads)",
-    "n_kv_head": "model.n_kv_head",
-    "head_dim": "model.head_dim",
-    "n_embd": "model.aspect_ratio (width)",
-    "seq_len": "model.seq_len",
-    "vocab_size": "vocabulary",
-    "bos_id": "arch.document_masks",
-}
-
-
-def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
-    """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
-    a, b = (
-        c.to_dict() | {"bos_id": c.bos_id is not None, "rope_original": None, "scalar_head": False}
-        for c in (wanted, found)
-    )
-    differing = [
-        f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
-        for k in a
-        if a[k] != b[k]
-    ]
-    if differing:
-        raise UserError(
-            f"the model in {where} is not the one configured ({'; '.join(differing)}): "
-            "leave these keys out, and the stage takes the model's shape from its parent; or start from another one "
-            "with init_from (init_from=<run>/tokenizer makes stage=pretrain begin with a fresh network)"
-        )
-
-
 def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> StepLayout:
     """Lay out a step of `tokens` over all ranks; resolves batch.micro_batch_size=auto.
 
     Raises UserError where no whole number of micro-batches makes such a step.
     """
-    if tokens is None:
-        raise UserError(
-            f"batch.tokens_per_step=null: stage={cfg.stage.name} has no rule for it; give it a number of tokens"
-        )
+    check_step(cfg, tokens)
     seq_len, world = cfg.model.seq_len, processes(cfg)
     cfg.batch.micro_batch_size = rows = resolve_rows(cfg, config, tokens // seq_len // world)
     return StepLayout(
@@ -261,11 +186,6 @@ def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> StepLayout:
         timeout_s=cfg.watch.data_seconds,
         pin_memory=torch.cuda.is_available() and cfg.trainer.accelerator != "cpu",
     )
-
-
-def evaluates(cfg) -> bool:
-    """Return True if the stage will measure bits per byte: only then are validation batches made."""
-    return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks and not cfg.dry_run
 
 
 def eval_tasks(cfg) -> dict:
@@ -284,15 +204,6 @@ def held_out_task(cfg, name: str):
 def task_cache(cfg) -> Cache:
     """Return the cache of tasks' rows that come over the network; a dry run fetches none."""
     return Cache(cfg.paths.data, not cfg.dry_run)
-
-
-def lr_scale(cfg, batch_tokens: int | None) -> float:
-    """Return the factor on the optimizer's rates: the stage's share, times a root of the batch if `optim.scale_lr`.
-
-    batch_tokens: None where a step has no fixed number of them (grpo).
-    """
-    scaled = cfg.optim.scale_lr and batch_tokens is not None
-    return cfg.stage.lr_frac * (lr_batch_factor(batch_tokens) if scaled else 1.0)
 
 
 def finetuning_scales(cfg, batch_tokens: int | None) -> dict[str, float]:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from llm.errors import UserError
 from llm.model.compile import compile_training, decide
 from llm.model.fp8 import can_fp8
 from llm.model.gpt import GPT
 from llm.model.linear import choose_fp32_products, enable_fp8, resolve_compute_dtype
+from llm.stages.plan import check_fp8
 
 
 @dataclass
@@ -35,10 +35,7 @@ class DeviceOptions:
             choose_fp32_products(by_onednn=self.draws_answers)
         chosen = [str(net.compute_dtype).removeprefix("torch.")]
         if self.fp8:
-            if is_fsdp:
-                raise UserError(
-                    "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
-                )
+            check_fp8(net.compute_dtype, is_fsdp)
             chosen.append(use_fp8(net, device))
         net.activation_checkpointing = self.activation_checkpointing
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
@@ -50,8 +47,6 @@ class DeviceOptions:
 
 def use_fp8(net, device) -> str:
     """Turn fp8 on where the device has it; returns what was done, in words for the log."""
-    if net.compute_dtype != torch.bfloat16:
-        raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
     if not can_fp8(device):
         return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
     return f"fp8: {enable_fp8(net)} matrices"

@@ -16,8 +16,8 @@ import torch
 from llm import objectives
 from llm.config.stages import stage_row
 from llm.data.balance import Reading
-from llm.errors import UserError
 from llm.model.gpt import GPT
+from llm.stages.choices import check_distillation
 from llm.stages.common import BuiltStage, load_further, load_parent, task_cache
 from llm.stages.data_check import trained_tasks
 from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
@@ -108,7 +108,7 @@ class DistillObjective(AnswerObjective):
 
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network as the student of `stage.teacher`, measured on `stage.task` (or `data.rl`)."""
-    check_choices(cfg.stage)
+    check_distillation(cfg.stage)
     task, mixture = read_task(cfg, parent), conversations(cfg)
     net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
     objective: Objective = DistillObjective(load_teacher(cfg, net, tokenizer), cfg.stage.divergence)
@@ -119,24 +119,6 @@ def build(cfg, parent: Path) -> BuiltStage:
     built = build_stage(cfg, net, tokenizer, task, objective, steps, per_epoch)
     built.reading = Reading("conversations", facts={"conversations": len(mixture)}, parts=mixture.tasks)
     return built
-
-
-def check_choices(stage) -> None:
-    """Raise UserError for settings that are missing or contradict each other."""
-    if stage.teacher is None:
-        raise UserError("stage.teacher=null: name the model to learn from, stage.teacher=<run>/<stage> or a folder")
-    if stage.divergence == "sampled" and stage.source == "data":
-        raise UserError(
-            "stage.divergence=sampled: needs tokens that the student drew; choose reverse_kl or forward_kl, or "
-            "stage.source=rollouts"
-        )
-    if stage.divergence == "sampled" and stage.updates_per_rollout > 1:
-        raise UserError(
-            f"stage.updates_per_rollout={stage.updates_per_rollout}: stage.divergence=sampled takes answers to be the "
-            "current weights'; choose reverse_kl or forward_kl, or 1 update"
-        )
-    if stage.overlong:
-        raise UserError(f"stage.overlong={stage.overlong}: stage=distill learns from no reward; set it to 0")
 
 
 def conversations(cfg) -> Mixture | None:

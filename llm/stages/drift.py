@@ -8,7 +8,8 @@ from llm.data.sources import build_source, is_remote, read_with
 from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.parallel import collectives
-from llm.stages.common import evaluates, task_cache
+from llm.stages.common import task_cache
+from llm.stages.plan import evaluates
 from tasks.registry import held_out_mixture, held_out_weights
 
 

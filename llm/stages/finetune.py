@@ -18,7 +18,6 @@ from llm.scaling.rules import finetuning_batch, finetuning_passes
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
-    evaluates,
     finetuning_scales,
     learning_rates,
     load_parent,
@@ -30,6 +29,7 @@ from llm.stages.common import (
 )
 from llm.stages.data_check import trained_tasks
 from llm.stages.micro_batch import divisors
+from llm.stages.plan import evaluates
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, held_out_mixture
 

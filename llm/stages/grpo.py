@@ -18,11 +18,11 @@ import torch
 
 from llm import objectives
 from llm.data.balance import of_rollout
-from llm.errors import UserError
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
+from llm.stages.choices import check_policy
 from llm.stages.common import BuiltStage, load_parent
-from llm.stages.rollout_stage import AnswerObjective, build_stage, check_overlong, read_task
+from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
 from llm.stages.rollouts import Group, Reference, RolloutSteps, add_old_logprobs, counts, micro_batches_of
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
@@ -160,24 +160,8 @@ class SignalWatch:
 
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network, rewarded on the task `stage.task` (or `data.rl`)."""
-    check_choices(cfg.stage)
+    check_policy(cfg.stage)
     task = read_task(cfg, parent)
     net, tokenizer = load_parent(parent, cfg)  # after all rows were checked
     steps = partial(GroupSteps, reference=Reference(net) if cfg.stage.kl else None)
     return build_stage(cfg, net, tokenizer, task, PolicyObjective(cfg.stage), steps)
-
-
-def check_choices(stage) -> None:
-    """Raise UserError for settings of the loss that contradict each other."""
-    loss = objectives.POLICY_LOSSES[stage.loss]
-    bounds = [name for name in ("clip_low", "clip_high") if stage[name] is not None]
-    if bounds and not loss.has_bounds:
-        raise UserError(f"stage.{bounds[0]}={stage[bounds[0]]}: stage.loss={stage.loss} clips nothing; set it to null")
-    if stage.updates_per_rollout > 1 and not loss.has_ratio:
-        raise UserError(
-            f"stage.updates_per_rollout={stage.updates_per_rollout}: stage.loss={stage.loss} takes answers to be the "
-            "current weights'; choose a loss with a ratio, such as grpo, or 1 update"
-        )
-    if stage.correction != "none" and stage.loss == "ipo_rl":
-        raise UserError(f"stage.correction={stage.correction}: stage.loss=ipo_rl corrects by itself; set it to none")
-    check_overlong(stage)

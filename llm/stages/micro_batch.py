@@ -8,7 +8,7 @@ import torch
 from llm.errors import UserError, memory_detail
 from llm.model.config import GPTConfig, num_params
 from llm.model.gpt import build_network
-from llm.parallel import collectives
+from llm.parallel.launch import processes_of_node
 from llm.scaling.gpu_estimate import memory_bytes
 from llm.utils.environment import memory_gb
 
@@ -22,7 +22,9 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
 
     Raises UserError for a model that this machine cannot hold, before it is built.
     """
-    check_fits(config, memory_gb())
+    from llm.parallel import collectives  # which takes a second to import: `llm.stages.plan` does without
+
+    check_fits(config, memory_gb(), processes_of_node(cfg))
     rows = cfg.batch.micro_batch_size
     if rows != "auto":
         return rows
@@ -39,14 +41,18 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
     return min(collectives.all_gather_object(rows))
 
 
-def check_fits(config: GPTConfig, memory: float | None) -> None:
-    """Raise UserError where the weights alone are larger than the memory of the machine, in GiB (None = unknown)."""
+def check_fits(config: GPTConfig, memory: float | None, copies: int = 1) -> None:
+    """Raise UserError where the weights alone are larger than the memory of the machine, in GiB (None = unknown).
+
+    copies: processes of this machine, each of which builds the whole network before it shares or moves it.
+    """
     count = num_params(config)["total"]
-    weights = 4 * count / 2**30
+    weights = 4 * count * copies / 2**30
     if memory is not None and weights > memory:
+        each = f" in each of {copies} processes" if copies > 1 else ""
         raise UserError(
-            f"model.depth={config.n_layer}: the weights of {count:,} parameters are {weights:,.0f} GiB, more than the "
-            f"{memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
+            f"model.depth={config.n_layer}: the weights of {count:,} parameters{each} are {weights:,.0f} GiB, more "
+            f"than the {memory:g} GiB of memory of this machine; take a smaller model, or a larger machine"
         )
 
 

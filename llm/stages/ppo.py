@@ -19,8 +19,9 @@ from llm import objectives
 from llm.data.balance import of_rollout
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
+from llm.stages.choices import check_overlong
 from llm.stages.common import BuiltStage, load_parent
-from llm.stages.rollout_stage import AnswerObjective, build_stage, check_overlong, read_task
+from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
 from llm.stages.rollouts import Reference, RolloutSteps, add_old_logprobs, counts, micro_batches_of
 
 

@@ -22,6 +22,7 @@ from llm.stages.common import (
 )
 from llm.stages.drift import drift_context
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.plan import check_shares
 from llm.stages.reward_model import win_rates
 from llm.stages.step_module import Objective, StepData, StepModule
 from tasks.base import Task
@@ -79,8 +80,7 @@ def usable_rows(cfg, tokenizer, sources: tuple[list[Task], list[Task]], labelled
 def resolve_step(cfg, config) -> tuple[int, int]:
     """Return (rows of the data in a step, sequences of a micro-batch). Raises UserError for a step without enough."""
     world, per_step = processes(cfg), cfg.stage.pairs_per_step
-    if per_step < world:
-        raise UserError(f"stage.pairs_per_step={per_step}: fewer than the {world} devices; raise it or train on fewer")
+    check_shares(cfg)
     cfg.batch.micro_batch_size = resolve_rows(cfg, config, 2 * per_step // world)
     return per_step, cfg.batch.micro_batch_size
 

@@ -14,71 +14,27 @@ from llm.data.documents import DocumentSource, text_id, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
-from llm.errors import UserError
 from llm.eval.samples import text_prompts
-from llm.model.config import GPTConfig
 from llm.model.gpt import GPT, build_network
 from llm.parallel.launch import processes
 from llm.scaling.gpu_estimate import named_gpu
-from llm.scaling.rules import (
-    REFERENCE_DEPTH,
-    auto_batch,
-    decay_factor,
-    micro_batches,
-    model_config,
-    pretrain_steps,
-    training_tokens,
-)
+from llm.scaling.rules import micro_batches
 from llm.stages.common import (
     BuiltStage,
-    evaluates,
     gpu_estimate,
-    holds_weights,
     learning_rates,
     load_parent,
     load_tokenizer,
-    lr_scale,
     model_facts,
     optimizer_state,
     step_context,
     steps_layout,
 )
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
+from llm.stages.plan import Plan, check_keeps_best, evaluates, holds_weights, plan
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import left_out, plan_text
 from llm.tokenizer.bpe import Tokenizer
-
-
-class Plan(NamedTuple):
-    """Shape, batch, horizon and scales that follow from the configuration and the size of the vocabulary."""
-
-    config: GPTConfig
-    batch_tokens: int
-    steps: int
-    scales: dict[str, float]  # lr_scale and decay_scale
-
-
-def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
-    """Plan shape, batch, horizon, rates and decay by the rules of `llm.scaling.rules`.
-
-    tokens: the horizon in training tokens, where a stage has a key of its own for it; max_steps comes first.
-    """
-    stage, config = cfg.stage, model_config(cfg.model, cfg.arch, vocab_size)
-    if cfg.max_steps is not None and stage.target_flops is not None:
-        raise UserError(
-            f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one"
-        )
-    reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, cfg.arch, vocab_size)
-    by_rule, reference_tokens = (
-        training_tokens(c, stage.tokens_per_param, stage.count_params) for c in (config, reference)
-    )
-    batch = cfg.batch.tokens_per_step or auto_batch(by_rule, reference_tokens)
-    if tokens is None:
-        horizon = pretrain_steps(config, batch, stage.tokens_per_param, stage.count_params, stage.target_flops)
-    else:
-        horizon = max(1, tokens // batch)
-    decay_scale = decay_factor(batch, by_rule, reference_tokens) if cfg.optim.scale_decay else 1.0
-    return Plan(config, batch, cfg.max_steps or horizon, {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale})
 
 
 def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
@@ -124,15 +80,6 @@ def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:
     words = f"packed by {packing}, a sample"
     facts = {"seq_len": cfg.model.seq_len, "held_out_text": text_id(text.val)}
     return Reading("documents", expected, facts, [text.val], words)
-
-
-def check_keeps_best(cfg) -> None:
-    """Raise UserError where the best weights are asked for in a run that never measures them."""
-    if cfg.stage.get("keep_best") and not evaluates(cfg) and not cfg.dry_run:
-        raise UserError(
-            "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
-            "stage.eval_every=100, or stage.keep_best=null"
-        )
 
 
 class Text(NamedTuple):

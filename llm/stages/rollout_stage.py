@@ -29,6 +29,7 @@ from llm.stages.common import (
 )
 from llm.stages.drift import drift_context
 from llm.stages.micro_batch import resolve_rows
+from llm.stages.plan import check_shares
 from llm.stages.reward_model import win_rates
 from llm.stages.rollout_log import RolloutLog
 from llm.stages.rollouts import RolloutSteps
@@ -116,9 +117,7 @@ def build_stage(
     answers = stage.prompts_per_step * stage.samples_per_prompt
     per_epoch = len(task.train) / stage.prompts_per_step if steps_per_epoch is None else steps_per_epoch
     total = cfg.max_steps or max(1, int(stage.epochs * per_epoch))
-    for key in ("prompts_per_step", *(["rehearsal"] if stage.rehearsal else [])):
-        if stage[key] < world:
-            raise UserError(f"stage.{key}={stage[key]}: fewer than the {world} devices; raise it or train on fewer")
+    check_shares(cfg)
     cfg.batch.micro_batch_size = rows = resolve_rows(cfg, net.config, answers // world)
     scales = finetuning_scales(cfg, None)
     more = drift_context(cfg, tokenizer, task.eval_tasks) | {"prompts": questions(task.test)} | scales
@@ -176,14 +175,6 @@ class AnswerObjective:
         ess = objectives.effective_share(sums.pop("weights"), sums.pop("squares"), tokens)
         shares = {name: value if name.endswith("_max") else value / max(tokens, 1) for name, value in sums.items()}
         return shares | {"ess": ess}
-
-
-def check_overlong(stage) -> None:
-    """Raise UserError where the penalty for long answers would begin before the first token."""
-    if stage.overlong >= stage.max_new_tokens:
-        raise UserError(
-            f"stage.overlong={stage.overlong}: must be smaller than stage.max_new_tokens={stage.max_new_tokens}"
-        )
 
 
 def score_of(task, stage) -> RewardScore:

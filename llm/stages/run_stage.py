@@ -124,6 +124,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         return
     check_data(cfg, row)
     if not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts)):
+        check_ahead(cfg, row, run)
         if status := start_processes(cfg, row, run, config):
             raise SystemExit(status)
         return
@@ -176,6 +177,14 @@ def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         from llm.parallel import collectives
 
         collectives.barrier()
+
+
+def check_ahead(cfg: DictConfig, row: Stage, run: RunDir) -> None:
+    """Raise UserError in this process for what would fail in all those that it is to start, and needs no data."""
+    from llm.stages import plan
+
+    parents = find_parents(cfg, row, run)
+    plan.check_ahead(cfg, row, None if parents is None else parents[0])
 
 
 def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> int:

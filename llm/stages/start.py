@@ -10,10 +10,11 @@ from llm.cli.changes import changes
 from llm.model.linear import resolve_compute_dtype
 from llm.parallel.launch import processes
 from llm.scaling.machine import device_name
-from llm.stages.common import BuiltStage, holds_weights
+from llm.stages.common import BuiltStage
 from llm.stages.expect import Expected, expect
 from llm.stages.job import Job, show_config, show_derived
 from llm.stages.micro_batch import training_device
+from llm.stages.plan import holds_weights
 from llm.utils.format import amount, duration, in_rate
 from llm.utils.terminal import can_redraw
 

@@ -28,9 +28,10 @@ from llm.stages.expect import note as remember_times
 from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
+from llm.stages.plan import check_devices
 from llm.stages.start import show_start
 from llm.stages.step_module import StageContext
-from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+from llm.stages.trainer import build_trainer, fit, quiet_lightning, roll_back
 from llm.utils.registry import resolved
 from llm.utils.terminal import waiting
 

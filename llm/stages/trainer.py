@@ -123,14 +123,6 @@ def roll_back(stage_dir: Path, error: BadLoss, limit: int) -> None:
     collectives.barrier()
 
 
-def check_devices(cfg) -> None:
-    """Raise UserError for devices that are absent, before anything is built."""
-    import torch
-
-    if cfg.trainer.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise UserError("trainer.accelerator=gpu: no GPU that torch can use; choose trainer=auto or trainer=cpu")
-
-
 def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
     """Return Lightning's Trainer and the callback that knows whether a signal ended it.
 

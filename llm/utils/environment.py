@@ -77,6 +77,8 @@ def code_version() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """Return the commit of the source tree, with `-dirty` if tracked files changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: what git finds further up is another project
+        return None
     return _output(["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"])
 
 

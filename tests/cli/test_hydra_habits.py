@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -157,12 +158,14 @@ def test_an_experiment_wins_over_those_that_it_extends_for_every_stage(my_conf):
     assert composed("--config-dir", "my_conf", "experiment=mine", "stage=pretrain", "max_steps=8").max_steps == 8
 
 
-def test_folders_of_a_user_are_found_in_every_way(my_conf, monkeypatch):
+def test_folders_of_a_user_are_found_in_every_way(my_conf):
     search = [f"hydra.searchpath=[{kind}://my_conf]" for kind in ("file", "pkg")]
     for argv in (["--config-dir", "my_conf"], ["--config-path", "my_conf"], *([one] for one in search)):
         assert composed(*argv, "model=wide").model.depth == 3
     assert composed("--config-dir=my_conf", "--config-name=mytrain").seed == 7
-    monkeypatch.setattr("llm.cli.compose.LOCAL", my_conf)  # as if it were conf/local/
+    shutil.copytree(my_conf, "conf/local")
+    Path("conf/local/default.yaml").write_text("keep_last: 6\n")
+    assert composed("model=wide").keep_last == 6
     assert composed("model=wide", "experiment=mine").model.depth == 3
     with pytest.raises(UserError, match="experiment=mien does not exist; did you mean experiment=mine"):
         check_overrides("train", ["experiment=mien"])

@@ -49,7 +49,7 @@ RUN = """
 import sys
 import llm.experiments.worker as worker
 from llm.experiments.queue_store import Queue
-worker.POLL_SECONDS, worker.SCRIPTS = 0.02, __import__("pathlib").Path(sys.argv[2])
+worker.POLL_SECONDS, worker.program = 0.02, lambda name: [sys.executable, f"{sys.argv[2]}/{name}.py"]
 worker.work(Queue(sys.argv[1]))
 """
 
@@ -65,7 +65,7 @@ def scripts(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "scripts"
     folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)
-    monkeypatch.setattr(worker, "SCRIPTS", folder)
+    monkeypatch.setattr(worker, "program", lambda name: [sys.executable, str(folder / f"{name}.py")])
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(worker, "PRUNE_SECONDS", 0.05)

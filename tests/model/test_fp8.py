@@ -9,6 +9,7 @@ from llm.model.fp8 import can_fp8, fp8_linear, takes_fp8
 from llm.model.gpt import GPT
 from llm.model.linear import enable_fp8
 from llm.stages.device import use_fp8
+from llm.stages.plan import check_fp8
 
 
 def relative(a, b):
@@ -68,7 +69,9 @@ def test_a_network_trains_in_fp8_and_evaluates_without():
 def test_elsewhere_it_says_so_and_changes_nothing():
     net, cpu = GPT(GPTConfig(1, 1, 1, 16, 16, 8, 70)).init_weights(0), torch.device("cpu")
     with pytest.raises(UserError, match="precision.fp8=true: works beside bf16 only"):
-        use_fp8(net, cpu)
+        check_fp8(net.compute_dtype, is_fsdp=False)
+    with pytest.raises(UserError, match="precision.fp8=true: not tested with strategy=fsdp"):
+        check_fp8(torch.bfloat16, is_fsdp=True)
     net.compute_dtype = torch.bfloat16
     assert not can_fp8(cpu) and "cpu has no fp8" in use_fp8(net, cpu)
     assert not any(getattr(m, "fp8", False) for m in net.modules())

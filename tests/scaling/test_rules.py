@@ -24,8 +24,8 @@ from llm.scaling.rules import (
     pretrain_steps,
     training_tokens,
 )
-from llm.stages.common import check_same_model
 from llm.stages.micro_batch import largest_trial, resolve_rows
+from llm.stages.plan import check_same_model
 from llm.stages.pretrain import derived_without_tokenizer, plan
 
 

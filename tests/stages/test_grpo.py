@@ -22,7 +22,8 @@ from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
 from llm.model.linear import resolve_compute_dtype
 from llm.run.config_diff import BEFORE_KEYS, diff_configs
-from llm.stages.grpo import GroupSteps, PolicyObjective, check_choices
+from llm.stages.choices import check_policy
+from llm.stages.grpo import GroupSteps, PolicyObjective
 from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
 from llm.stages.step_module import StageContext, StepModule
 from llm.stages.step_state import Sums
@@ -366,7 +367,7 @@ def test_a_rollout_is_dealt_out_anew_to_another_number_of_processes():
 def test_settings_that_contradict_each_other_are_refused(changes, message):
     stage = compose("train", "stage=grpo", "stage.max_new_tokens=6", *(f"stage.{k}={v}" for k, v in changes.items()))
     with pytest.raises(UserError, match=message):
-        check_choices(stage.stage)
+        check_policy(stage.stage)
 
 
 def test_a_run_from_before_the_keys_is_one_with_their_defaults():

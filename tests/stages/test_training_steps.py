@@ -16,6 +16,7 @@ from callbacks.progress import Progress
 from callbacks.watch import LossGuard
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
 from llm.errors import UserError
+from llm.model.config import num_params
 from llm.parallel.env import STOP_SIGNALS
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.micro_batch import check_fits, out_of_memory
@@ -169,6 +170,10 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_is_built():
     large = replace(CONFIG, n_layer=300, n_head=150, n_kv_head=150, head_dim=128, n_embd=19200)
     with pytest.raises(UserError, match=r"model.depth=300: .* GiB, more than the 512 GiB"):
         check_fits(large, 512)
+    weights = 4 * num_params(CONFIG)["total"] / 2**30
+    check_fits(CONFIG, 1.5 * weights)
+    with pytest.raises(UserError, match="parameters in each of 2 processes are"):
+        check_fits(CONFIG, 1.5 * weights, copies=2)
 
 
 def test_a_folder_that_was_deleted_is_one_line_and_is_not_made_again(tmp_path):

@@ -15,6 +15,7 @@ from llm.serving.api.requests import MAX_LOGPROBS, Sampling, StructuredOutputs
 from llm.serving.api.stream import EventStream, unless_gone
 from llm.serving.errors import ApiError, bad
 from llm.serving.pool import Batch, Job, Pool
+from llm.utils.source import pip_install
 
 GREEDY_SHARE = 1e-9  # top_p of a request for 0: the most likely token alone
 
@@ -96,7 +97,7 @@ class Service:
     ) -> Batch:
         """Give what a request asks for to the workers; see `Pool.submit`. Raises ApiError where it is refused."""
         if form is not None and importlib.util.find_spec("llguidance") is None:
-            raise bad("structured answers need the package llguidance on the server: pip install -e '.[structured]'")
+            raise bad(f"structured answers need the package llguidance on the server: {pip_install('structured')}")
         more = {"form": form, "adapter": self.adapter, "timeout": self.timeout}
         request.state.batch = self.pool.submit(prompts, params, n=n, **more)
         return request.state.batch
