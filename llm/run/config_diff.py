@@ -17,7 +17,7 @@ NEUTRAL_KEYS = (
     *("watch", "verify", "objective", "objective_mode"),
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
-    *("stage.extend", "stage.judge"),
+    *("stage.extend", "stage.judge", "stage.prompts", "data.prompts"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )

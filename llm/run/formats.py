@@ -36,7 +36,7 @@ _task_of_data = mapping({"type": text, "source": text}, needs=("type", "source")
 EVALUATED = mapping(
     {
         "seed": whole(),
-        "stage": mapping({"train_on": maybe(one_of("assistant", "all"))}),
+        "stage": mapping({"train_on": maybe(one_of("assistant", "all")), "prompts": maybe(listing(text))}),
         "trainer": mapping({"accelerator": text}, needs=("accelerator",)),
         "precision": mapping({"compute": one_of("auto", "fp32", "bf16", "fp16")}, needs=("compute",)),
         "data": mapping(
