@@ -203,6 +203,11 @@ class TrainConfig:
         "which value of the objective's column counts in a search", choices=("last", "min", "max")
     )
     dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
+    device_price: float | None = key(
+        "price of one device for an hour, in dollars, for the cost in the report; null = no cost is given",
+        low=0,
+        high=10**6,
+    )
     seed: int = key("seed of initial weights, data order and sampling", low=0, high=SEED, main=True)
 
 

@@ -73,7 +73,9 @@ def draw_samples(engine: Any, prompts: Sequence[str | dict], max_new_tokens: int
 
 def _ids(tokenizer: Any, prompt: str | dict) -> list[int]:
     """Return the tokens of a text to continue, or of a conversation to answer."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else render_prompt(tokenizer, prompt)
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return render_prompt(tokenizer, prompt)
 
 
 def last_question(conversation: dict) -> str:

@@ -90,20 +90,18 @@ def _before(folder: Path, name: str, facts: Mapping, stages: Mapping, metrics: M
 
 
 def methods_table(methods: Sequence[Method], tasks: Sequence[str]) -> str:
-    """Return a table with a row for each stage: where it began, its steps and time, scores and their differences.
+    """Return a table with a column for each stage: its steps and time, scores and their differences.
 
     tasks: names of the tasks among the metrics.
     """
     found = dict.fromkeys(key for method in methods for key in method.metrics)
     passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: (len(key), key))
     shown = [key for key in (*passes, *tasks, *TITLES) if key in found]
-    rows = []
-    for method in methods:
-        facts = method.facts
-        cells = [method.label, value(facts.get("steps")), duration(facts.get("seconds"))]
-        rows.append([*cells, *(method.cell(key, _is_share(key, tasks)) for key in shown)])
-    header = ["stage", "steps", "time", *(TITLES.get(key, key) for key in shown)]
-    return markdown_table(header, rows, numeric=range(1, len(header)))
+    facts = [method.facts for method in methods]
+    rows = [["steps", *(value(one.get("steps")) for one in facts)]]
+    rows += [["time", *(duration(one.get("seconds")) for one in facts)]]
+    rows += [[TITLES.get(key, key), *(method.cell(key, _is_share(key, tasks)) for method in methods)] for key in shown]
+    return markdown_table(["measure", *(method.label for method in methods)], rows, numeric=range(1, len(methods) + 1))
 
 
 def _is_share(metric: str, tasks: Sequence[str]) -> bool:

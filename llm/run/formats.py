@@ -66,6 +66,7 @@ def _parent(value: Any, where: str) -> None:
     text(value[0], f"{where}[0]")
 
 
+CODE = ("changed", "files", "lines", "characters", "dependencies")
 RUN = mapping(
     {
         "format": whole(1, FORMAT),
@@ -83,7 +84,8 @@ RUN = mapping(
         "version": maybe(text),
         "started": maybe(text),
         "finished": maybe(text),
-        "seconds": maybe(real(0)),
+        **dict.fromkeys(("seconds", "device_seconds"), maybe(real(0))),
+        "code": maybe(mapping({"branch": maybe(text)} | dict.fromkeys(CODE, maybe(whole())))),
         "steps": maybe(whole()),
         "tokens": maybe(real(0)),
         "flops": maybe(real(0)),

@@ -15,6 +15,10 @@ from llm import __version__
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
+# What counts as the project's code: folders and files of the source tree, and endings.
+SOURCE = ("llm", "callbacks", "tasks", "conf", "train.py", "evaluate.py", "serve.py")
+SUFFIXES = frozenset((".py", ".yaml", ".cpp", ".h", ".css", ".js"))
+
 # Libraries that tell their makers about their use, or run programs of the hub, unless a variable says no.
 PRIVATE = {
     "DO_NOT_TRACK": "1",
@@ -78,6 +82,43 @@ def git_commit() -> str | None:
     """Return the commit of the source tree, with `-dirty` if tracked files changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     return _output(["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"])
+
+
+def code_facts() -> dict[str, Any]:
+    """Return the state of the source tree and its size, for run.json.
+
+    `branch` and `changed` (files that differ from the commit, new ones included) are None without git; `branch` is
+    "(detached)" where none is checked out. Size: `files`, `lines` and `characters` of code and configuration, without
+    tests and docs, and `dependencies`, the packages that the project itself asks for.
+    """
+    root = Path(__file__).resolve().parents[2]
+    status = None
+    if (root / ".git").exists():  # an installed package may lie in a checkout of something else
+        command = ["git", "-C", str(root), "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+        status = _output(command)
+    lines = [] if status is None else status.splitlines()
+    branch = next((line.split()[-1] for line in lines if line.startswith("# branch.head ")), None)
+    changed = sum(not line.startswith("#") for line in lines) if branch else None
+    return {"branch": branch, "changed": changed, **_size(root), "dependencies": _dependencies()}
+
+
+def _size(root: Path) -> dict[str, int]:
+    """Return numbers of files, lines and characters of the code and the configuration below `root`."""
+    parts = [path for name in SOURCE for path in (root / name, *(root / name).rglob("*"))]
+    texts = [path.read_text(errors="replace") for path in parts if path.suffix in SUFFIXES and path.is_file()]
+    return {
+        "files": len(texts),
+        "lines": sum(text.count("\n") for text in texts),
+        "characters": sum(map(len, texts)),
+    }
+
+
+def _dependencies() -> int | None:
+    """Return how many packages the project needs without its extras; None where it is not installed."""
+    try:
+        return sum("extra ==" not in line for line in metadata.requires("fathom") or [])
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment() -> dict[str, Any]:

@@ -56,6 +56,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def dollars(amount: float | None) -> str:
+    """Format money without its sign, which Markdown takes for a formula: `12.34`, `0.0012`; None as `-`."""
+    if amount is None:
+        return "-"
+    return f"{amount:,.2f}" if amount >= 0.01 or not amount else f"{amount:.2g}"
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
     """Return a Markdown table; columns in `numeric` are right-aligned, what cells hold stands as text."""
     numeric = set(numeric)

@@ -95,7 +95,9 @@ def test_samples_take_the_prompts_that_the_training_was_given(runs, stage):
 
 
 def test_public_web_text_brings_prompts_for_pretraining_alone():
-    prompts = {stage: compose("train", "data=climbmix", f"stage={stage}").stage.prompts for stage in ("pretrain", "sft")}
+    prompts = {
+        stage: compose("train", "data=climbmix", f"stage={stage}").stage.prompts for stage in ("pretrain", "sft")
+    }
     assert len(prompts["pretrain"]) == 7 and prompts["pretrain"][0] == "The capital of France is"
     assert prompts["sft"] is None and compose("train").stage.prompts is None
     assert compose("train", "stage=sft", "stage.prompts=[Hello]").stage.prompts == ["Hello"]
