@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.config.stages import row_or_stranger
-from llm.report.results import TITLES, curve, evaluated_metrics, final_metrics, is_held_out
-from llm.utils.format import percent, value
+from llm.report.results import TITLES, curve, evaluated_metrics, final_metrics, is_held_out, plain
+from llm.utils.format import percent
 
 Stages = Mapping[str, Mapping[str, Any]]  # {stage: its run.json with "eval" and "rows"}
 
@@ -126,7 +126,7 @@ def draw_curves(folder: Path, run: str, stages: Stages, redraw: bool = True) -> 
             continue
         if redraw or not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _figure(path, f"{plan.caption}: {run}", shown, plan)
+            (_bands if plan.in_bands else _panels)(path, f"{plan.caption}: {run}", shown, plan)
         drawn.append(Drawing(plan.caption, path, plan.text))
     return drawn
 
@@ -165,12 +165,7 @@ def ends(facts: Mapping[str, Any], column: str) -> End | None:
     return End(handed if is_held_out(column) and handed in measured else measured[-1], *facts["final"][name], False)
 
 
-def _figure(path: Path, title: str, stages: Stages, plan: Plan) -> None:
-    draw_bands, draw_panels = _bands, _panels
-    (draw_bands if plan.in_bands else draw_panels)(path, title, stages, plan)
-
-
-def _canvas(path: Path, title: str, height: float, draw: Callable[[Any], None]) -> None:
+def _figure(path: Path, title: str, height: float, draw: Callable[[Any], None]) -> None:
     """Make a figure of `WIDTH`, let `draw` fill it, and write it in one go. height: inches."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -204,7 +199,7 @@ def _panels(path: Path, title: str, stages: Stages, plan: Plan) -> None:
         figure.supxlabel("step", fontsize=9)
         figure.supylabel(plan.label, fontsize=9)
 
-    _canvas(path, title, 0.6 + high * (2.7 if high == 1 else 2.1), draw)
+    _figure(path, title, 0.6 + high * (2.7 if high == 1 else 2.1), draw)
 
 
 def _curve(ax: Any, facts: Mapping[str, Any], column: str) -> None:
@@ -222,13 +217,14 @@ def _curve(ax: Any, facts: Mapping[str, Any], column: str) -> None:
     room = 0.03 * max(last - first, 1)
     ax.set_xlim(first - room, last + room)
     place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-    ax.annotate(value(end.value), (end.step, end.value), color=colour, fontsize=8.5, **place)
+    ax.annotate(plain(end.value), (end.step, end.value), color=colour, fontsize=8.5, **place)
 
 
 def _bands(path: Path, title: str, stages: Stages, plan: Plan) -> None:
     """Draw all stages in one panel, a band for each beside the other, and a colour for each column, in percent."""
     colours = {column: COLOURS[i % len(COLOURS)] for i, column in enumerate(plan.columns)}
-    apart = 0.012 * len(stages)  # columns with equal values lie beside each other
+    evaluated = any(key.removeprefix("chat/") in one["evaluated"] for one in stages.values() for key in plan.columns)
+    apart = 0.012 * len(stages) * evaluated  # diamonds of equal values lie beside each other
 
     def draw(figure: Any) -> None:
         ax = figure.subplots()
@@ -251,7 +247,7 @@ def _bands(path: Path, title: str, stages: Stages, plan: Plan) -> None:
         if len(names) > 1:
             figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6))
 
-    _canvas(path, title, 3.6, draw)
+    _figure(path, title, 3.6, draw)
 
 
 def _before(stages: Stages, stage: str, column: str) -> float | None:
@@ -325,25 +321,26 @@ def draw_bars(path: Path, title: str, panels: dict[str, list[tuple[str, float, f
 
     A line across a bar is the value before. Two panels stand beside each other.
     """
-    wide = min(len(panels), 2)
-    high, most = -(-len(panels) // wide), max(map(len, panels.values()))
+    wide, counts = min(len(panels), 2), [len(bars) for bars in panels.values()]
+    most = [max(counts[i : i + wide]) for i in range(0, len(panels), wide)]  # bars in a panel of each row
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(high, wide, squeeze=False).flatten()
-        for ax, (name, bars) in zip(axes, panels.items(), strict=False):
+        ratios = [0.4 + number for number in most]
+        axes = figure.subplots(len(most), wide, squeeze=False, height_ratios=ratios).flatten()
+        for i, (ax, (name, bars)) in enumerate(zip(axes, panels.items(), strict=False)):
             places = range(len(bars))
             ax.barh(places, [bar[1] for bar in bars], color=[bar[3] for bar in bars], height=0.65)
             for place, (_, number, before, _) in zip(places, bars, strict=True):
                 if before is not None:
                     ax.plot([before, before], [place - 0.42, place + 0.42], color="#000000", linewidth=1.4)
-                text = f" {number:.1f}" if name.endswith("(%)") else f" {value(number)}"
+                text = f" {number:.1f}" if name.endswith("(%)") else f" {plain(number)}"
                 ax.annotate(text, (max(number, before or number), place), va="center", fontsize=8.5)
             ax.set_yticks(places, [bar[0] for bar in bars])
-            ax.set_ylim(most - 0.5, -0.5)  # bars of all panels are of one size
+            ax.set_ylim(most[i // wide] - 0.4, -0.6)  # bars of all panels are of one size
             ax.margins(x=0.22)
             ax.set_title(name)
             ax.grid(axis="y", visible=False)
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
 
-    _canvas(path, title, 0.4 + high * (0.75 + 0.28 * most), draw)
+    _figure(path, title, max(2.0, 0.4 + sum(0.7 + 0.3 * number for number in most)), draw)

@@ -19,7 +19,7 @@ from llm.config.stages import row_or_stranger, stage_names
 from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.report.methods import draw_methods, methods_of, methods_table
-from llm.report.results import final_metrics, results_table, task_names, training_table
+from llm.report.results import final_metrics, results_of, results_table, task_names, training_table
 from llm.report.rollouts_page import write_page
 from llm.report.summary import key_figures, short_commit, stage_table
 from llm.run.best_score import best_line
@@ -42,6 +42,10 @@ RESULTS = (
 TRAINING = (
     "Measured on the batches of the training: means over the last twelfth of the rows of metrics.csv where it has at "
     "least 20, else its last row. Nothing here was held out."
+)
+BEST = (
+    "Bits per byte while training, on fewer tokens than `evaluate.py` takes; *overfitting* means that the last value "
+    "is worse than the best, which behind finetuning is what the method costs elsewhere:"
 )
 METHODS = (
     "In brackets: the difference to the stage that each started from. The bars are the same numbers; a black line is "
@@ -126,7 +130,7 @@ def read_stages(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 def _methods(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
     """Section that compares the stages where one of them follows finetuning: a table, and bars."""
-    methods = methods_of(folder, stages, {name: final_metrics(facts) for name, facts in stages.items()})
+    methods = methods_of(folder, stages, {name: results_of(name, facts) for name, facts in stages.items()})
     if not methods:
         return []
     figure = draw_methods(folder / "report" / "methods.png", folder.name, methods, redraw)
@@ -138,7 +142,7 @@ def _best(stages: dict[str, dict]) -> list[str]:
     """List of the stages that measured bpb: best and last value, and from which step the weights handed over are."""
     lines = {name: best_line(facts["rows"], facts.get("weights")) for name, facts in stages.items()}
     items = "\n".join(f"- **{name}** {line}" for name, line in lines.items() if line)
-    return [items] if items else []
+    return [BEST, items] if items else []
 
 
 def _scored(stages: dict[str, dict]) -> list[str]:

@@ -36,8 +36,10 @@ BEHIND = {
     "preference/win_rate": "wins by rule",
     "preference/win_rate_judge": "wins by judge",
     "preference/win_rate_judge_lc": "wins by judge, equal length",
-    "bpb": "bits per byte",
-    "bpb_text": "bits per byte of text",
+    "bpb": "bits per byte, chats",
+    "bpb_text": "bits per byte, text",
+    "preference/margin": "margin of pairs",
+    "preference/rule": "mean score by rule",
 }
 
 
@@ -75,13 +77,15 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 def trained_metrics(facts: dict[str, Any]) -> dict[str, float]:
     """Return {metric: value} of a stage from its own training; tasks are named as in eval.json (`choice`)."""
     rows, handed = facts.get("rows") or [], (facts.get("weights") or {}).get("step")
-    chosen = [row for row in rows if row.get("step") == handed]
     found = {key: number for key, number in (facts.get("metrics") or {}).items() if isinstance(number, int | float)}
+    chosen = next((row for row in rows if row.get("step") == handed), {})
     for column in dict.fromkeys(key for row in rows for key in row if key != "step"):
-        ends = chosen if is_held_out(column) and chosen and column in chosen[0] else rows
-        values = [row[column] for row in ends if column in row]
-        last = values[-1 - _window(column, len(values)) :]
-        found[column] = sum(last) / len(last)
+        if is_held_out(column) and (column in chosen or column in found):
+            found[column] = chosen.get(column, found.get(column))
+        else:
+            values = [row[column] for row in rows if column in row]
+            last = values[-1 - _window(column, len(values)) :]
+            found[column] = sum(last) / len(last)
     return {key.removeprefix("chat/"): number for key, number in found.items() if key not in PROGRESS_KEYS}
 
 
@@ -114,6 +118,17 @@ def final_metrics(facts: dict[str, Any]) -> Metrics:
     return found
 
 
+def results_of(stage: str, facts: dict[str, Any]) -> Metrics:
+    """Return the final metrics of a stage for a table over stages: bits per byte of text are apart from those of chats.
+
+    Names as `final_metrics` has them, but what a stage that trains on text calls `bpb` is `bpb_text`.
+    """
+    found = final_metrics(facts)
+    if row_or_stranger(stage).kind == "text" and "bpb" in found:
+        found["bpb_text"] = found.pop("bpb")
+    return found
+
+
 def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
     """Return all task names in the stages' results, in order of first appearance."""
     names: dict[str, None] = {}
@@ -125,10 +140,20 @@ def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
     return list(names)
 
 
+def is_share(metric: str, tasks: Iterable[str]) -> bool:
+    """Return whether a metric is written in percent. tasks: names of the tasks among the metrics."""
+    return metric in tasks or metric.startswith(SHARES)
+
+
+def plain(number: float | None, error: float | None = None) -> str:
+    """Return a number that is no share as tables and plots write it: four decimals, from 1,000 on none."""
+    return value(number, error, digits=0 if abs(number or 0) >= 1000 else 4)
+
+
 def shown(metric: str, metrics: Metrics, tasks: Iterable[str]) -> str:
     """Return a metric as every part of a report writes it: shares in percent, errors behind ±, "-" where it is none."""
     number, error = metrics.get(metric, (None, None))
-    form = percent if metric in tasks or metric.startswith(SHARES) else value
+    form = percent if is_share(metric, tasks) else plain
     text = form(number, error)
     if number is not None and all(metric + bound in metrics for bound in BOUNDS):
         low, high = (form(metrics[metric + bound][0]) for bound in BOUNDS)
@@ -151,7 +176,7 @@ def training_table(stages: dict[str, dict[str, Any]]) -> str:
     """Return the table of what was measured on the batches of the training: the loss first, stages across."""
     metrics, tasks = _columns(stages), task_names(stages.values())
     for stage, column in metrics.items():  # the loss of pairs or of answers cannot be compared with that of tokens
-        renamed = {key: f"{key} of its own kind" for key in row_or_stranger(stage).no_curves}
+        renamed = {key: f"{key}, of its own kind" for key in row_or_stranger(stage).no_curves}
         metrics[stage] = {renamed.get(key, key): pair for key, pair in column.items()}
     found = dict.fromkeys(key for column in metrics.values() for key in column if not _is_result(key, tasks))
     order = sorted((key for key in found if not key.endswith(BOUNDS)), key=lambda key: not key.startswith("loss"))
@@ -159,7 +184,7 @@ def training_table(stages: dict[str, dict[str, Any]]) -> str:
 
 
 def _columns(stages: dict[str, dict[str, Any]]) -> dict[str, Metrics]:
-    columns = {stage: final_metrics(facts) for stage, facts in stages.items()}
+    columns = {stage: results_of(stage, facts) for stage, facts in stages.items()}
     return {stage: metrics for stage, metrics in columns.items() if metrics}
 
 

@@ -89,7 +89,7 @@ def _cost(stages: Stages) -> str:
         return f"{used}; no price given (`device_price`)"
     prices = dict.fromkeys((facts.get("config") or {}).get("device_price") for facts in stages.values())
     prices.pop(None, None)
-    rates = " and ".join(value(price, digits=2) for price in prices)
+    rates = " and ".join(map(dollars, prices))
     without = f"; no price or duration: {', '.join(missing)}" if missing else ""
     return f"{dollars(sum(filter(None, costs)))} dollars: {used} at {rates} an hour{without}"
 

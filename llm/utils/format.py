@@ -16,7 +16,8 @@ def value(number: Any, stderr: float | None = None, digits: int = 4) -> str:
     if isinstance(number, bool) or not isinstance(number, int | float):
         return str(number)
     if isinstance(number, int) or (number.is_integer() and abs(number) < 1e15):
-        return f"{int(number):,}" if abs(number) < 1e15 else f"{number:.3e}"
+        whole = f"{int(number):,}" if abs(number) < 1e15 else f"{number:.3e}"
+        return whole + ("" if stderr is None else f" ± {stderr:.{digits}f}")
     if abs(number) >= 1e6 or abs(number) < 1e-3:
         return f"{number:.3e}"
     return f"{number:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
