@@ -11,7 +11,7 @@ from typing import Any
 
 from llm.config.stages import row_or_stranger
 from llm.report.plots import COLOURS, draw_bars
-from llm.report.results import BEHIND, Metrics, is_share
+from llm.report.results import BEHIND, TITLES, Metrics, is_share
 from llm.utils.format import duration, markdown_table, percent, value
 
 POST_TRAINING = ("rl", "preference")  # kinds of stages
@@ -85,7 +85,8 @@ def methods_table(methods: Sequence[Method], tasks: Sequence[str]) -> str:
     facts = [method.facts for method in methods]
     rows = [["steps", *(value(one.get("steps")) for one in facts)]]
     rows += [["time", *(duration(one.get("seconds")) for one in facts)]]
-    rows += [[BEHIND.get(key, key), *(method.cell(key, is_share(key, tasks)) for method in methods)] for key in shown]
+    names = TITLES | BEHIND
+    rows += [[names.get(key, key), *(method.cell(key, is_share(key, tasks)) for method in methods)] for key in shown]
     return markdown_table(["measure", *(method.label for method in methods)], rows, numeric=range(1, len(methods) + 1))
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.config.stages import row_or_stranger
-from llm.report.results import TITLES, curve, evaluated_metrics, final_metrics, is_held_out, plain
+from llm.report.results import TITLES, curve, evaluated_metrics, final_metrics, is_held_out, plain, task_names
 from llm.utils.format import percent
 
 Stages = Mapping[str, Mapping[str, Any]]  # {stage: its run.json with "eval" and "rows"}
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
+MARKED = 30  # points of a curve with a dot at each
 WIDTH = 7.0  # inches of every figure: its text can be read on a page, and on a phone
 _STYLE = {
     "font.size": 9,
@@ -51,14 +52,16 @@ class Plan(NamedTuple):
     in_bands: bool = False  # all stages in one panel, values in percent; else a panel for each stage
 
 
-def plans(columns: Iterable[str]) -> list[Plan]:
-    """Return the figures that a report may have, in reading order. columns: those of metrics.csv of all stages."""
-    columns = sorted(columns)
+def plans(columns: Iterable[str], tasks: Sequence[str]) -> list[Plan]:
+    """Return the figures that a report may have, in reading order.
+
+    columns: those of metrics.csv of all stages; tasks: names of the tasks, in the order of the table of results.
+    """
     return [
         Plan(
             "Accuracy on held-out tasks",
             "chat.png",
-            [key for key in columns if key.startswith("chat/")],
+            [f"chat/{task}" for task in tasks],
             "accuracy (%)",
             "Share of held-out questions of each task that were answered right: all stages in a row, each from its "
             "first step to its last. A dotted line comes from the stage that it started from." + EVALUATED,
@@ -114,11 +117,8 @@ def draw_curves(folder: Path, run: str, stages: Stages, redraw: bool = True) -> 
     """
     stages = {stage: _drawn(stage, facts) for stage, facts in stages.items()}
     columns = dict.fromkeys(key for facts in stages.values() for row in facts["rows"] for key in row)
-    columns |= {
-        f"chat/{task}": None for facts in stages.values() for task in (facts.get("eval") or {}).get("chat") or {}
-    }
     drawn = []
-    for plan in plans(columns):
+    for plan in plans(columns, task_names(stages.values())):
         shown = {stage: facts for stage, facts in stages.items() if any(ends(facts, key) for key in plan.columns)}
         path = folder / plan.file
         if not shown:
@@ -141,7 +141,7 @@ def _drawn(stage: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class End(NamedTuple):
-    """Where a curve ends: its last step, final value, one standard error or None, and whether that was evaluated."""
+    """End of a curve: its last step, final value, one standard error or None, and whether that was evaluated."""
 
     step: float
     value: float
@@ -209,7 +209,7 @@ def _curve(ax: Any, facts: Mapping[str, Any], column: str) -> None:
     if points != raw:
         ax.plot(*zip(*raw, strict=True), color=colour, alpha=0.3, linewidth=0.8)
     if points:
-        marker = "o" if is_held_out(column) else None
+        marker = "o" if is_held_out(column) and len(points) <= MARKED else None
         ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, marker=marker, markersize=3.5)
     if end.evaluated:
         ax.plot(end.step, end.value, color=colour, marker="D", markersize=6, markeredgecolor="white", zorder=4)
@@ -224,7 +224,7 @@ def _bands(path: Path, title: str, stages: Stages, plan: Plan) -> None:
     """Draw all stages in one panel, a band for each beside the other, and a colour for each column, in percent."""
     colours = {column: COLOURS[i % len(COLOURS)] for i, column in enumerate(plan.columns)}
     evaluated = any(key.removeprefix("chat/") in one["evaluated"] for one in stages.values() for key in plan.columns)
-    apart = 0.012 * len(stages) * evaluated  # diamonds of equal values lie beside each other
+    apart = min(0.012 * len(stages), 0.1 / len(colours)) * evaluated  # diamonds of equal values lie side by side
 
     def draw(figure: Any) -> None:
         ax = figure.subplots()

@@ -55,7 +55,7 @@ BALANCE = (
     "What became of every token that was read: read + repeated = trained + masked + cut + dropped + waiting. Masked "
     "tokens are context and not targets (questions, first tokens of rows), cut ones did not fit into their row, "
     "dropped ones had nothing to teach, waiting ones were read for a step that did not come. Padding is the empty part "
-    "of the rows."
+    "of the rows. Lines of zeros and stages that count no tokens are left out."
 )
 
 
@@ -77,7 +77,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
     parts += [f"> **Problem:** {problem}" for problem in problems]
     parts += ["## Summary", key_figures(stages), "## Results", results_table(models), RESULTS, *first]
-    parts += ["## Stages", stage_table(stages)]
+    parts += ["## Stages", stage_table(stages, folder.name)]
     parts += _methods(folder, models, redraw)
     parts += ["## Curves", *curves] if curves else []
     parts += ["## Training", training_table(models), TRAINING, *_best(models)]

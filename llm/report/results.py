@@ -97,6 +97,9 @@ def evaluated_metrics(facts: dict[str, Any]) -> Metrics:
         found[task] = (result["accuracy"], result.get("stderr"))
     own = {key: number for key, number in (scores.get("preferences") or {}).items() if key != "n"}
     found |= {f"preference/{key}": (number, None) for key, number in own.items()}
+    for judge, result in (scores.get("judges") or {}).items():
+        numbers = {metric: number for metric, number in result.items() if isinstance(number, int | float)}
+        found |= {f"judges/{judge}/{metric}": (number, None) for metric, number in numbers.items()}
     for task, result in (scores.get("lm_eval") or {}).items():
         for metric, number in result.items():
             if metric not in ("n", "shots") and not metric.endswith("_stderr"):
@@ -130,14 +133,14 @@ def results_of(stage: str, facts: dict[str, Any]) -> Metrics:
 
 
 def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
-    """Return all task names in the stages' results, in order of first appearance."""
+    """Return all task names in the stages' results: public ones as papers list them, then by first appearance."""
     names: dict[str, None] = {}
     for facts in stages:
         in_rows = (key for row in facts.get("rows") or [] for key in row)
         columns = dict.fromkeys([*(facts.get("metrics") or {}), *in_rows])
         in_metrics = (key.removeprefix("chat/") for key in columns if key.startswith("chat/"))
         names.update(dict.fromkeys([*in_metrics, *((facts.get("eval") or {}).get("chat") or {})]))
-    return list(names)
+    return [name for name in (*TITLES, *(name for name in names if name not in TITLES)) if name in names]
 
 
 def is_share(metric: str, tasks: Iterable[str]) -> bool:
@@ -191,7 +194,7 @@ def _columns(stages: dict[str, dict[str, Any]]) -> dict[str, Metrics]:
 def _is_result(metric: str, tasks: Sequence[str]) -> bool:
     if metric.startswith("core/") or metric.endswith(BOUNDS):  # details: core.csv has them, and a cell
         return False
-    return metric in tasks or is_held_out(metric) or metric.startswith("lm_eval/")
+    return metric in tasks or is_held_out(metric) or metric.startswith(("lm_eval/", "judges/"))
 
 
 def _table(title: str, order: Sequence[str], columns: dict[str, Metrics], tasks: Sequence[str]) -> str:

@@ -27,8 +27,11 @@ def key_figures(stages: Stages) -> str:
     return markdown_table(["", "all stages"], [[key, text] for key, text in lines.items() if text])
 
 
-def stage_table(stages: Stages) -> str:
-    """Return the table of stages: what each has done, how long it took, and what it cost where a price is known."""
+def stage_table(stages: Stages, run: str) -> str:
+    """Return the table of stages: what each has done, how long it took, and what it cost where a price is known.
+
+    run: name of the run, which the stages of others stand behind.
+    """
     costs = {stage: cost(facts) for stage, facts in stages.items()}
     priced = any(number is not None for number in costs.values())
     header = ["stage", "status", "steps", "tokens", "FLOPs", "time", "tok/s, last", *(["dollars"] if priced else [])]
@@ -38,16 +41,18 @@ def stage_table(stages: Stages) -> str:
         cells += [amount(facts.get("flops")), duration(facts.get("seconds"))]
         cells += [amount((facts.get("metrics") or {}).get("tok_per_s"))]
         cells += [dollars(costs[stage])] if priced else []
-        rows.append([*cells, _parent_name(facts.get("parent"))])
+        rows.append([*cells, _parent_name(facts.get("parent"), run)])
     return markdown_table([*header, "started from"], rows, numeric=range(2, len(header)))
 
 
-def _parent_name(parent: str | None) -> str:
-    """Return `demo/pretrain` for .../demo/pretrain/model, other paths unchanged."""
+def _parent_name(parent: str | None, run: str) -> str:
+    """Return `pretrain` for .../<run>/pretrain/model, `demo/pretrain` for that of a run `demo`, else the path."""
     if not parent:
         return "-"
     parts = Path(parent).parts
-    return f"`{'/'.join(parts[-3:-1])}`" if len(parts) >= 3 and parts[-1] == "model" else f"`{parent}`"
+    if len(parts) < 3 or parts[-1] != "model":
+        return f"`{parent}`"
+    return f"`{parts[-2]}`" if parts[-3] == run else f"`{'/'.join(parts[-3:-1])}`"
 
 
 def _model(stages: Stages) -> str:

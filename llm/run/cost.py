@@ -1,4 +1,4 @@
-"""What a stage cost: its wall-clock on all its devices, at `device_price`."""
+"""Cost of a stage: its wall-clock on all its devices, at `device_price`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -205,7 +205,7 @@ def test_a_sentence_explains_every_plot(full_run):
     assert len(plotted) == 6
     for number in plotted:
         assert re.match(r"[A-Z].{60,}[.]$", blocks[number + 1].replace("\n", " ")), blocks[number]
-    assert all(plan.text.endswith(".") for plan in plans(["loss"]))
+    assert all(plan.text.endswith(".") for plan in plans(["loss"], ["x"]))
 
 
 def test_the_weights_that_were_handed_over_decide_where_a_curve_ends():
