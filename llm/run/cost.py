@@ -1,5 +1,6 @@
 """Cost of a stage: its wall-clock on all its devices, at `device_price`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ def device_hours(manifest: Mapping[str, Any]) -> float | None:
     devices = trainer.get("devices")
     if devices == "auto" and not ((manifest.get("environment") or {}).get("gpus") or trainer.get("num_nodes") != 1):
         devices = 1  # one process computes on a CPU
-    if not seconds or not str(devices).isdigit():
+    counts = [devices, trainer.get("num_nodes", 1)]
+    if not seconds or not all(str(count).isdigit() for count in counts):
         return None
-    return seconds * int(devices) * (trainer.get("num_nodes") or 1) / 3600
+    return seconds * math.prod(map(int, counts)) / 3600
 
 
 def cost(manifest: Mapping[str, Any]) -> float | None:

@@ -24,6 +24,7 @@ CONFIG = mapping(
     {
         **dict.fromkeys("stage model arch optim batch precision trainer strategy paths watch estimate".split(), _group),
         "data": maybe(mapping({"tasks": _entry, "mixture": _entry, "sources": _entry, "eval": maybe(listing(text))})),
+        "device_price": maybe(real(0)),
         "callbacks": _group,
         "logger": _group,
         "plugins": maybe(listing(text, (0, 1000))),
