@@ -1,5 +1,6 @@
 """Facts about the machine and the source tree that a run was made with."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -104,8 +105,11 @@ def code_facts() -> dict[str, Any]:
 
 def _size(root: Path) -> dict[str, int]:
     """Return numbers of files, lines and characters of the code and the configuration below `root`."""
-    parts = [path for name in SOURCE for path in (root / name, *(root / name).rglob("*"))]
-    texts = [path.read_text(errors="replace") for path in parts if path.suffix in SUFFIXES and path.is_file()]
+    texts = []
+    for path in (path for name in SOURCE for path in (root / name, *(root / name).rglob("*"))):
+        with contextlib.suppress(OSError):  # a file that somebody moves meanwhile ends no training
+            if path.suffix in SUFFIXES and path.is_file():
+                texts.append(path.read_text(encoding="utf-8", errors="replace"))
     return {
         "files": len(texts),
         "lines": sum(text.count("\n") for text in texts),
