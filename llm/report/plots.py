@@ -1,6 +1,7 @@
 """Learning curves as PNG files, drawn from rows of metrics.csv and scores of eval.json."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,20 +166,27 @@ def ends(facts: Mapping[str, Any], column: str) -> End | None:
     return End(handed if is_held_out(column) and handed in measured else measured[-1], *facts["final"][name], False)
 
 
-def _figure(path: Path, title: str, height: float, draw: Callable[[Any], None]) -> None:
-    """Make a figure of `WIDTH`, let `draw` fill it, and write it in one go. height: inches."""
+@contextmanager
+def drawing(path: Path, title: str, size: tuple[float, float]) -> Iterator[Any]:
+    """Yield a figure of matplotlib, `size` inches large, in the style of all figures; write it as PNG at the end."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), dpi=150, layout="constrained")
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=11, fontweight="bold")
-        draw(figure)
+        yield figure
         temporary = path.with_suffix(".tmp.png")
         figure.savefig(temporary)
         temporary.replace(path)
+
+
+def _figure(path: Path, title: str, height: float, draw: Callable[[Any], None]) -> None:
+    """Let `draw` fill a figure of `WIDTH` and write it. height: inches."""
+    with drawing(path, title, (WIDTH, height)) as figure:
+        draw(figure)
 
 
 def _panels(path: Path, title: str, stages: Stages, plan: Plan) -> None:
