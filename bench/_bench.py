@@ -35,7 +35,7 @@ def arguments(doc: str, numbers: dict[str, int], **words: str) -> argparse.Names
 
 def matmul_rate(dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Return the FLOP/s of a square matrix product that is large enough to be the machine's best."""
-    from callbacks.throughput import measured_matmul_rate
+    from llm.scaling.machine import measured_matmul_rate
 
     return measured_matmul_rate(DEVICE, dtype, None if DEVICE.type == "cuda" else 2048, seconds)
 

@@ -15,6 +15,7 @@ class Periodic(L.Callback):
     """
 
     repeats = True
+    doing = "evaluating"  # what a bar shows meanwhile
 
     def __init__(self, every: int, at_start: bool = False):
         self.every, self.at_start = every, at_start
@@ -43,6 +44,7 @@ class Periodic(L.Callback):
 
     def timed(self, trainer, module, step: int) -> None:
         """Act, and add the time it takes to `module.progress.paused_seconds`."""
-        start = time.perf_counter()
+        start, module.progress.doing = time.perf_counter(), self.doing
         self.act(trainer, module, step)
+        module.progress.doing = None
         module.progress.paused_seconds += time.perf_counter() - start

@@ -21,6 +21,7 @@ class StepCheckpoint(Periodic):
     """
 
     repeats = False
+    doing = "saving"
 
     def __init__(self, every: int, folder: str | Path, minutes: float | None = None):
         super().__init__(every)

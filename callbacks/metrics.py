@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import lightning as L
@@ -31,8 +32,12 @@ class RowLogger(Logger):
         return self._save_dir
 
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
-        """Keep values for the next row, but for Lightning's count of epochs, which there are none of here."""
-        self.values.update({name: value for name, value in metrics.items() if name != "epoch"})
+        """Keep values for the next row, but for Lightning's count of epochs, which there are none of here.
+
+        Learning rates, lr-<class of the optimizer>/<group> of its LearningRateMonitor, are lr/<group> here.
+        """
+        named = {re.sub(r"^lr-\w+/", "lr/", name): value for name, value in metrics.items()}
+        self.values.update({name: value for name, value in named.items() if name != "epoch"})
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         """Leave hyperparameters to run.json and config.yaml."""

@@ -10,6 +10,8 @@ from llm.tokenizer.chat_format import readable
 class Samples(Periodic):
     """Prints greedy completions of the stage's prompts."""
 
+    doing = "drawing samples"
+
     def __init__(self, every: int, max_new_tokens: int = 48):
         super().__init__(every)
         self.max_new_tokens = max_new_tokens

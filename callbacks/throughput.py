@@ -6,32 +6,15 @@ import lightning as L
 import torch
 
 from llm.scaling.gpu_estimate import peak_of
+from llm.scaling.machine import matmul_rate
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak FLOP/s: of the data sheet for known GPUs in bf16, else measured here by square products."""
+    """Return the peak FLOP/s: of the data sheet for known GPUs in bf16, else that of square products here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         if peak := peak_of(torch.cuda.get_device_name(device)):
             return peak
-    return measured_matmul_rate(device, dtype)
-
-
-def measured_matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None, seconds: float = 0.3) -> float:
-    """Return the FLOP/s of n x n x n products, best of the repetitions that fit in `seconds`.
-
-    By default n is 1024 on a CPU and 8192 on a GPU, which smaller products do not fill.
-    """
-    n = n or (8192 if device.type == "cuda" else 1024)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return matmul_rate(device, dtype)
 
 
 class Throughput(L.Callback):

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm.config.registries import TASK_TYPES
 from llm.config.stages import chat_mixtures
+from llm.config.targets import TARGET, load_target
 from llm.data.download import Remote, WebFile
 from llm.data.stores import is_address
 from llm.errors import UserError, reason_of
@@ -29,8 +30,8 @@ def build_task(
 ) -> Task:
     """Build the task `name` of `data.tasks` for one split ("train" or "test").
 
-    spec: type, a name of `TASK_TYPES` or package.module.Class; source "embedded", "template", "local" or "hub";
-    train, test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the
+    spec: type, a name of `TASK_TYPES`, or _target_, package.module.Class; source "embedded", "template", "local" or
+    "hub"; train, test (files of a local source: path, glob, address or list; of the hub: split, or slice of one, of the
     data set that repo, subset and revision name; test: also a share of the rows of train, as 5%, where no name among
     its files holds out); size and test_size (rows to generate, or items to draw from a
     word list); shuffle_seed (hub: order of the rows); question, answer (templates that make the row of other
@@ -44,7 +45,8 @@ def build_task(
     a wrong spec and for missing or empty data, too.
     """
     where, spec = place(name, spec), _without_share(name, spec)
-    kind, source, task = spec.get("type"), spec.get("source"), task_class(spec, where)
+    source, task = spec.get("source"), task_class(spec, where)
+    kind = spec.get("type") or spec.get(TARGET)
     if source not in SOURCES:
         raise UserError(f"{where}.source={source} does not exist: choose one of {', '.join(SOURCES)}")
     if split not in SPLITS:
@@ -173,7 +175,7 @@ def has_split(name: str, spec, split: str) -> bool:
 
     A folder or glob of `train` also gives the files that are held out by their names.
     """
-    if spec.source in GENERATED or spec.get(split) is not None or task_class(spec).reads == "words":
+    if spec.source in GENERATED or spec.get(split) is not None or task_class(spec, place(name, spec)).reads == "words":
         return True
     return split == "test" and spec.source == "local" and bool(_held_out_by_name(name, spec))
 
@@ -187,7 +189,7 @@ def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], sp
         if name not in tasks or tasks[name].get("source") != "local":
             continue
         key, spec = f"{place(name, tasks[name])}.{split}", _without_share(name, tasks[name])
-        suffixes = (".txt",) if task_class(spec).reads == "words" else ()
+        suffixes = (".txt",) if task_class(spec, place(name, spec)).reads == "words" else ()
         for entry in _as_list(cut(_plain(spec.get(split)), key)[0]):
             if not is_address(entry):
                 existing(entry, key, suffixes)
@@ -222,12 +224,16 @@ def used_tasks(data) -> dict[str, list[str]]:
     return {name: splits for name, splits in used.items() if splits}
 
 
-def task_class(spec: Mapping[str, Any], where: str = "task") -> type[Task]:
-    """Return the class of a task's `type`. Raises UserError where there is none, or it is not a subclass of Task."""
-    task = TASK_TYPES.get(spec.get("type"), f"{where}.type")
-    if not (isinstance(task, type) and issubclass(task, Task)):
-        raise UserError(f"{where}.type={spec.get('type')} is no task: it must be a subclass of tasks.base.Task")
-    return task
+def task_class(spec: Mapping[str, Any], where: str) -> type[Task]:
+    """Return the class of a task: that of its `type`, or the user's own that `_target_` names.
+
+    where: its place in the configuration. Raises UserError where there is none, or it is not a subclass of Task.
+    """
+    kind, own = spec.get("type"), spec.get(TARGET)
+    if (kind is None) == (own is None):
+        given = "gives both" if own else "gives neither"
+        raise UserError(f"{where}: give either type=<name> or {TARGET}=package.module.Class; it {given}")
+    return load_target(spec, where, Task) if own else TASK_TYPES.get(kind, f"{where}.type")
 
 
 def _row_task(
@@ -319,7 +325,7 @@ def _word_task(
 def _files(name: str, spec: Mapping[str, Any], split: str, cache: Cache | None) -> list:
     """Return the files of a split; those of the test are left out of the training split."""
     key = f"{place(name, spec)}.{split}"
-    suffixes = (".txt",) if task_class(spec).reads == "words" else ()
+    suffixes = (".txt",) if task_class(spec, place(name, spec)).reads == "words" else ()
     if spec.get(split) is None:
         if split == "test" and (held_out := _held_out_by_name(name, spec)):
             return held_out
@@ -336,7 +342,7 @@ def _without_share(name: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
     share, key = spec.get("test"), place(name, spec)
     if not is_share(share) or spec.get("source") != "local":
         return spec
-    if task_class(spec).reads == "words":
+    if task_class(spec, place(name, spec)).reads == "words":
         raise UserError(f"{key}.test={share}: a word list is divided by itself; set {key}.test=null")
     parts = {"test": None} if _held_out_by_name(name, spec) else share_out(_plain(spec.get("train")), share, key)
     return {**spec, **parts}

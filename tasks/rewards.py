@@ -1,7 +1,8 @@
 """Rewards of reinforcement learning: `stage.reward` names one, `stage.rewards` several with their weights.
 
-A reward is a subclass of `Reward` in `llm.config.registries.REWARDS`, or any function (conversation, completion) ->
-number. Tests try to earn each without deserving it (tests/tasks/test_reward_gaming.py).
+A reward is a subclass of `Reward` in `llm.config.registries.REWARDS`, or a user's own: such a class, or any function
+(conversation, completion) -> number, that `stage.reward_options.<name>._target_` names. Tests try to earn each without
+deserving it (tests/tasks/test_reward_gaming.py).
 """
 
 import inspect
@@ -10,9 +11,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from llm.config.registries import REWARDS
+from llm.config.targets import TARGET, arguments_of, check_arguments, load_target
 from llm.errors import UserError
 from llm.utils.files import parse_json
 from tasks.base import Task, visible
@@ -257,32 +260,37 @@ def build_rewards(
     return Rewards({name: _built(name, task, options.get(name) or {}, key) for name in weights}, weights)
 
 
+def reward_kind(name: str, options: Mapping[str, Any], key: str) -> Any:
+    """Return the class or function of a reward: one of Fathom's by its name, a user's own by `_target_` in its options.
+
+    Raises UserError where there is none, and for a class that does not extend `Reward`.
+    """
+    if TARGET not in options:
+        return REWARDS.get(name, key)
+    where = f"stage.reward_options.{name}"
+    if name in REWARDS:
+        raise UserError(f"{where}.{TARGET}: {name} is a reward of Fathom's; give yours another name")
+    kind = load_target(options, where)
+    return load_target(options, where, Reward) if inspect.isclass(kind) else kind
+
+
 def _built(name: str, task: Task, options: Mapping[str, Any], key: str) -> Callable:
     """Return one reward, a function of conversations and completions."""
-    kind, where = REWARDS.get(name, key), f"stage.reward_options.{name}"
+    kind, where = reward_kind(name, options, key), f"stage.reward_options.{name}"
     if not inspect.isclass(kind):
-        if options:
-            raise UserError(f"{where}: {name} is a function of conversation and completion, it takes no options")
-        return lambda conversations, completions: [kind(*pair) for pair in zip(conversations, completions, strict=True)]
+        check_arguments(kind, options, where, given=("conversation", "completion"))
+        score = partial(kind, **arguments_of(options))
+        return lambda conversations, completions: [
+            score(*each) for each in zip(conversations, completions, strict=True)
+        ]
+    check_arguments(kind, options, where, given=("task",))
     try:
-        inspect.signature(kind).bind(task, **options)
-    except TypeError as error:
-        raise UserError(f"{where}={str(dict(options))[:80]}: the reward {name} {error}") from error
-    try:
-        reward = kind(task, **plain_options(options))
+        reward = kind(task, **arguments_of(options))
         if len(task):
             reward.check(task[0])
     except UserError as error:
         raise UserError(f"{key}: {name}: {error}") from error
     return reward
-
-
-def plain_options(value: Any) -> Any:
-    """Return mappings and lists of a composed configuration as plain ones."""
-    if isinstance(value, Mapping):
-        return {key: plain_options(inner) for key, inner in value.items()}
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return [plain_options(inner) for inner in value] if is_list else value
 
 
 def _finite(name: str, values: Sequence[Any], wanted: int) -> list[float]:

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ pytest.register_assert_rewrite("judging", "openai_server")
 # Before torch is imported anywhere: many small matrices on few cores are fastest on one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What tests train says nothing of this machine to its user.
+os.environ["FATHOM_MACHINE"] = str(Path(tempfile.gettempdir()) / f"fathom_tests_{os.getuid()}" / "machine.json")
 
 TESTS = Path(__file__).parent
 SHARED = Path(os.environ.get("FATHOM_SHARED") or "FATHOM_SHARED-is-not-set")  # data from outside the repository

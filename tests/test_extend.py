@@ -12,15 +12,28 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
+import types
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from llm.cli.compose import compose as compose_of
+from llm.cli.compose import whole_mixtures
+from llm.cli.overrides import check_overrides
+from llm.config.plugins import load_plugins
+from llm.config.targets import check_arguments
+from llm.data.sources import build_source
 from llm.errors import UserError
+from llm.eval.judges import judges
+from llm.stages.own_parts import check_part
+from llm.stages.rollout_stage import score_of
+from llm.stages.train_model import builder
+from llm.stages.trainer import instantiate_part
 
 PAGE = REPO / "docs" / "extend.md"
 MOST_LINES = 40
@@ -79,7 +92,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(home) -> Path:
     """`home` after one training that follows five recipes at once: run=all."""
-    chosen = ("plugins=[lion,parallel_blocks,csv_text]", "optim=lion", "arch=parallel", "data=csv", "data.val_size=2")
+    chosen = ("plugins=[lion,parallel_blocks]", "optim=lion", "arch=parallel", "data=csv")
     more = ("callbacks=weight_norm", "logger=json_lines", "stage=pretrain", "init_from=tiny/tokenizer", "run=all")
     run("train.py", home, *TINY, *chosen, *more)
     return home
@@ -89,7 +102,7 @@ def trained(home) -> Path:
 
 
 def test_every_door_has_a_short_recipe():
-    assert set(RECIPES) < set(sections()) and "stage" in sections()
+    assert set(RECIPES) < set(sections())
     for title in RECIPES:
         lines = sum(len(content.splitlines()) for content in files_of(title).values())
         assert 0 < lines <= MOST_LINES, f"the recipe of a {title} has {lines} lines"
@@ -128,7 +141,7 @@ def module(home, monkeypatch):
 def test_rows_of_a_task_type_are_checked_as_ours_are(home, module, tmp_path):
     from tasks import build_task
 
-    spec = {"type": "word_problems.WordProblems", "source": "local"}
+    spec = {"_target_": "word_problems.WordProblems", "source": "local"}
     spec |= {split: str(home / f"{split}.jsonl") for split in ("train", "test")}
     train, test = (build_task("problems", spec, split) for split in ("train", "test"))
     assert [len(train), len(test), len(build_task("problems", spec | {"limit": 1}, "train"))] == [2, 1, 1]
@@ -138,50 +151,7 @@ def test_rows_of_a_task_type_are_checked_as_ours_are(home, module, tmp_path):
     with pytest.raises(UserError, match=r"bad.jsonl row 1: 'Answer' must be int or float, found str"):
         build_task("problems", spec | {"train": str(tmp_path / "bad.jsonl")}, "train")
     with pytest.raises(UserError, match="source=embedded: WordProblems has no rows of that source"):
-        build_task("problems", {"type": spec["type"], "source": "embedded"}, "train")
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"),
-    [
-        ("gsm9k", "data.tasks.mine.type=gsm9k does not exist; did you mean gsm8k.*multiple_choice, .*spelling_bee"),
-        ("nowhere.Task", "no module 'nowhere'; put its folder on PYTHONPATH"),
-        ("word_problems.Nothing", "word_problems has no 'Nothing'"),
-        ("json.dumps", "is no task: it must be a subclass of tasks.base.Task"),
-    ],
-)
-def test_an_unknown_task_type_says_what_there_is(module, kind, what):
-    from tasks import build_task
-
-    with pytest.raises(UserError, match=what):
-        build_task("mine", {"type": kind, "source": "local"}, "train")
-
-
-def test_names_are_registered_once(module):
-    from llm.config.extend import register_reward, register_source, register_task
-    from llm.config.registries import REWARDS
-    from llm.config.schema import OptimConfig
-
-    reward = module("brief").reward
-    register_reward("brief", reward)
-    register_reward("brief", reward)  # as a module does that is imported twice
-    assert REWARDS.get("brief") is reward
-    with pytest.raises(UserError, match="task type 'gsm8k' exists already"):
-        register_task("gsm8k", "somewhere.Else")
-    with pytest.raises(UserError, match="must be a dataclass and extend DataConfig"):
-        register_source("mine", "somewhere.build", OptimConfig)
-    with pytest.raises(UserError, match="stage.reward=breif does not exist; did you mean brief"):
-        REWARDS.get("breif", "stage.reward")
-
-
-def test_a_reward_of_ones_own_replaces_the_tasks(module, monkeypatch):
-    from tasks.rewards import build_rewards
-
-    brief = module("brief")
-    assert build_rewards([], {"brief.reward": 1.0}, {})([{}, {}], ["", "abc"]) == [[1.0], [0.25]]
-    monkeypatch.setattr(brief, "reward", lambda conversation, completion: float("nan"))
-    with pytest.raises(UserError, match="reward brief.reward: gave nan; a reward must be a finite number"):
-        build_rewards([], {"brief.reward": 1.0}, {})([{}], [""])
+        build_task("problems", {"_target_": spec["_target_"], "source": "embedded"}, "train")
 
 
 def tiny_matrices() -> list[torch.nn.Parameter]:
@@ -233,6 +203,262 @@ def test_an_optimizer_that_does_not_exist_is_an_error_and_never_muon(module):
         build_optimizer(net, optim)
 
 
+# ---- each door from each place --------------------------------------------------------------------------------------
+
+PLACES = {"folder": "", "package": "my_package.", "notebook": "__main__."}
+CODE = ("word_problems", "lion", "parallel_blocks", "weight_norm", "json_lines", "csv_text", "variety", "brief")
+
+
+class Placed:
+    """The code of all recipes in one place, and what is composed with it: the same lines wherever it lies."""
+
+    def __init__(self, place: str, home: Path, folder: Path, patch: pytest.MonkeyPatch):
+        self.prefix, self.conf = PLACES[place], folder / "conf"
+        modules = {name: content for title in RECIPES for name, content in files_of(title).items()}
+        for name, content in modules.items():
+            path = self.conf / name if name.endswith(".yaml") else folder / self.prefix.strip(".") / name
+            if not (place == "notebook" and name.endswith(".py")):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(self.moved(content), encoding="utf-8")
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        (folder / "stories.csv").write_text("story\none\ntwo\nthree\nfour\n", encoding="utf-8")
+        plugins = [f"{self.prefix}{name}" for name in ("lion", "parallel_blocks", "my_stage")]
+        if place == "notebook":
+            notebook = types.ModuleType("__main__")
+            patch.setitem(sys.modules, "__main__", notebook)
+            for name in sorted(name for name in modules if name.endswith(".py")):
+                cell = self.moved(modules[name])
+                exec(compile(cell, f"<cell {name}>", "exec"), vars(notebook))
+            plugins = ["__main__"]
+        load_plugins(plugins)
+        pretrain = ("optim=lion", "arch=parallel", "data=csv", "callbacks=weight_norm", "logger=json_lines")
+        self.pretrain = self.composed("train", "stage=pretrain", *pretrain)
+        self.anneal = self.composed("train", "stage=anneal")
+        brief = f"stage.reward_options={{brief:{{_target_:{self.prefix or 'brief.'}reward,half:3}}}}"
+        brief = brief.replace("my_package.reward", "my_package.brief.reward")
+        self.grpo = self.composed("train", "stage=grpo", "data=problems", "stage.reward=brief", brief)
+        self.evaluate = self.composed("evaluate", "run=x", "eval=[variety]")
+
+    def moved(self, content: str) -> str:
+        """Return a file of a recipe with the names of its modules as they are in this place."""
+        into = "__main__." if self.prefix == "__main__." else rf"{self.prefix}\1."
+        return re.sub(rf"\b({'|'.join((*CODE, 'my_stage.anneal'))})\.(?!py)(?=\w)", into, content)
+
+    def composed(self, config_name: str, *lines: str):
+        argv = ["--config-dir", str(self.conf), *(("experiment=tiny",) if config_name == "train" else ()), *lines]
+        command = check_overrides(config_name, argv)
+        return compose_of(config_name, whole_mixtures(config_name, command.argv, command.sources), command.sources)
+
+    def is_home_of(self, thing: object, module: str) -> bool:
+        return thing.__module__ == (self.prefix.strip(".") if self.prefix == "__main__." else self.prefix + module)
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def placed(request, home, tmp_path_factory):
+    from llm.config import registries, schema, stages
+
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        for table in (thing for thing in vars(registries).values() if isinstance(thing, registries.Registry)):
+            patch.setattr(table, "entries", dict(table.entries))
+        for group in ("optim", "arch"):
+            patch.setitem(schema.VARIANTS, group, dict(schema.VARIANTS[group]))
+        patch.setattr(stages, "_TABLE", dict(stages._TABLE))
+        schema._known_keys.cache_clear()
+        yield Placed(request.param, home, tmp_path_factory.mktemp(request.param), patch)
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in (*CODE, "my_stage", "my_package"):
+            del sys.modules[name]
+    schema._known_keys.cache_clear()
+
+
+def door_of_callbacks(placed, tmp_path):
+    built = instantiate_part("callbacks.weight_norm", placed.pretrain.callbacks.weight_norm)
+    assert placed.is_home_of(type(built), "weight_norm") and built.every == 2
+
+
+def door_of_loggers(placed, tmp_path):
+    built = instantiate_part("logger.json_lines", placed.pretrain.logger.json_lines, save_dir=str(tmp_path))
+    assert placed.is_home_of(type(built), "json_lines") and built.path == tmp_path / "metrics.jsonl"
+
+
+def door_of_tasks(placed, tmp_path):
+    from tasks import build_task
+
+    for file in ("train.jsonl", "test.jsonl"):
+        Path(file).write_text(files_of("task type")[file])
+    task = build_task("problems", placed.grpo.data.tasks.problems, "train")
+    assert placed.is_home_of(type(task), "word_problems") and len(task) == 2
+
+
+def door_of_sources(placed, tmp_path):
+    source = build_source(placed.pretrain.data, "")
+    assert placed.is_home_of(type(source), "csv_text") and source.check() == "2 rows train, 2 rows val"
+
+
+def door_of_rewards(placed, tmp_path):
+    from tasks.rewards import build_rewards
+
+    rewards = build_rewards([], {"brief": 1.0}, placed.grpo.stage.reward_options)
+    assert rewards([{}, {}], ["", "abc"]) == [[1.0], [0.5]]
+
+
+def door_of_judges(placed, tmp_path):
+    subject = types.SimpleNamespace(samples=lambda: {"samples": [{"completion": "a b b"}]})
+    assert judges(placed.evaluate.eval)["variety"](subject) == {"judges": {"variety": {"different": 2 / 3, "words": 3}}}
+
+
+def door_of_optimizers(placed, tmp_path):
+    from llm.model import GPT, GPTConfig
+    from llm.optim import build_optimizer
+
+    optimizer = build_optimizer(GPT(GPTConfig(1, 1, 1, 16, 16, 8, 300)).init_weights(0), placed.pretrain.optim)
+    assert {group["kind"] for group in optimizer.param_groups} == {"lion"}
+
+
+def door_of_architectures(placed, tmp_path):
+    from llm.config.registries import ARCHITECTURES
+
+    entry = ARCHITECTURES.get(placed.pretrain.arch.name)
+    assert placed.pretrain.arch.parallel is True
+    assert placed.is_home_of(entry.network_class, "parallel_blocks")
+    assert placed.is_home_of(entry.config_class, "parallel_blocks")
+
+
+def door_of_stages(placed, tmp_path):
+    from llm.config.stages import stage_row
+
+    assert placed.is_home_of(builder(stage_row("anneal")), "my_stage.anneal") and placed.anneal.stage.tokens == 10**8
+
+
+DOORS = [one for name, one in list(globals().items()) if name.startswith("door_of_")]
+
+
+def test_every_recipe_is_a_door_of_the_tests():
+    assert len(DOORS) == len(RECIPES)
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__.removeprefix("door_of_"))
+def test_a_door_is_the_same_from_a_folder_a_package_and_a_notebook(placed, door, tmp_path):
+    door(placed, tmp_path)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def of_reward(part):
+    from tasks.rewards import build_rewards
+
+    build_rewards([], {"mine": 1.0}, {"mine": part})
+
+
+def of_task(part):
+    from tasks.registry import task_class
+
+    task_class(part, "data.tasks.mine")
+
+
+def of_source(part):
+    build_source(OmegaConf.merge(OmegaConf.create({"name": "custom", "source": part})), "")
+
+
+def of_judge(part):
+    judges(OmegaConf.create({"judges": {"mine": part}}))
+
+
+# Key of a door, what looks at it, something that exists and does not fit, and what is said of that.
+CHECKED = {
+    "callbacks.mine": (partial(check_part, "callbacks.mine"), "json.JSONDecoder", "callback.Callback"),
+    "logger.mine": (partial(check_part, "logger.mine"), "json.JSONDecoder", "logger.Logger"),
+    "data.tasks.mine": (of_task, "json.dumps", "must be a class that extends tasks.base.Task"),
+    "data.source": (of_source, "collections.Counter", "it has no check and no iterate"),
+    "stage.reward_options.mine": (of_reward, "json.JSONDecoder", "must be a class that extends tasks.rewards.Reward"),
+    "eval.judges.mine": (of_judge, "json.__name__", "must be a class or a function, not str"),
+}
+
+
+@pytest.mark.parametrize("key", CHECKED)
+def test_what_is_wrong_with_a_target_is_one_line(key):
+    look, unfit, said = CHECKED[key]
+    for part, problem in (
+        ({"_target_": "nowhere.Thing"}, f"{key}._target_=nowhere.Thing: no module 'nowhere'; put its folder on PYTHON"),
+        ({"_target_": "json.dump5"}, f"{key}._target_=json.dump5: json has no 'dump5'; did you mean dump"),
+        ({"_target_": "Mine"}, f"{key}._target_=Mine: write package.module.Name"),
+        ({"_target_": "__main__.Gone"}, "other processes do not see a class of a notebook: put it into a file"),
+        ({"_target_": unfit}, said),
+    ):
+        with pytest.raises(UserError) as caught:
+            look(part)
+        assert problem in str(caught.value) and key in str(caught.value) and "\n" not in str(caught.value)
+
+
+def with_options(every, most=1):
+    """Takes two arguments, for the test below."""
+
+
+def test_arguments_beside_a_target_are_compared_with_what_it_takes():
+    for part, problem in (
+        ({"evry": 1}, "k.evry=1: with_options has no such argument; did you mean k.every? (it has every, most)"),
+        ({"most": 1}, "k: with_options: missing a required argument: 'every'; give it as k.<argument>"),
+    ):
+        with pytest.raises(UserError, match=re.escape(problem)):
+            check_arguments(with_options, part, "k")
+    check_arguments(with_options, {"_target_": "x", "_partial_": True, "most": 2}, "k")
+    check_arguments(with_options, {"_args_": [1], "most": 2}, "k")
+
+
+WRONG = {
+    "stage=pretrain +callbacks.es={_target_:nomod.Mine}": "callbacks.es._target_=nomod.Mine: no module 'nomod'",
+    "stage=pretrain +logger.l={_target_:lightning.pytorch.loggers.CSVLogger,nam:x}": "did you mean logger.l.name?",
+    "stage=pretrain data=custom data.source={_target_:json.dump5}": "data.source._target_=json.dump5: json has no",
+    "stage=sft data.tasks.choice.type=null": "data.tasks.choice: give either type=<name> or _target_=",
+    "stage=grpo stage.reward=a stage.reward_options={a:{_target_:json.loads5}}": "stage.reward_options.a._target_=json",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_class_stops_a_stage_before_anything_is_built(line, tmp_path, monkeypatch):
+    from llm.stages import run_stage
+
+    monkeypatch.setattr(run_stage, "find_parents", lambda cfg, row, run: (tmp_path, {}))
+    monkeypatch.setattr(run_stage, "check_data", lambda cfg, row: None)
+    monkeypatch.setattr(run_stage, "runner", lambda row: pytest.fail("it went on"))
+    with pytest.raises(UserError) as caught:
+        run_stage.run_stage(composed(*line.split(), f"paths.runs={tmp_path}"))
+    assert WRONG[line] in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_another_way_than_the_door_is_refused_with_the_door(tmp_path):
+    from llm.config import extend
+    from llm.config.check import check_values
+
+    for way in ("data.tasks.choice.type=word_problems.WordProblems", "stage.reward=brief.reward"):
+        with pytest.raises(UserError, match=r"_target_=package\.module\.(Class|Name)"):
+            cfg = composed("stage=grpo", way)
+            score_of([], cfg.stage)
+    for way in ("stage.reward={_target_: brief.reward}", "stage.reward._target_=brief.reward"):
+        with pytest.raises(UserError, match="comes in by stage.reward_options.<name>._target_ with"):
+            composed("stage=grpo", way)
+    for way in ("+optim._target_=torch.optim.Adam", "+data._target_=my.Text", "++callbacks={_target_: my.Callback}"):
+        with pytest.raises(UserError, match="a class of your own comes in by"):
+            composed("stage=pretrain", way)
+    for name in ("register_task", "register_source", "register_reward"):
+        with pytest.raises(UserError, match=f"{name} is no longer needed.*_target_=package"):
+            getattr(extend, name)
+    cfg = composed("stage=pretrain")
+    cfg.optim.name = "lion.groups"
+    with pytest.raises(UserError, match="optim.name=lion.groups: must be one of .*; a plugin registers yours"):
+        check_values(cfg)
+
+
+def composed(*lines: str):
+    from conftest import compose
+
+    return compose("train", "experiment=tiny", *lines)
+
+
 # ---- as processes ---------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +466,7 @@ def test_recipes_of_training_work_together(trained):
     """The optimizer, the architecture, the source of text, the callback and the logger in one run of real processes."""
     stage = trained / "runs" / "all" / "pretrain"
     manifest = json.loads((stage / "run.json").read_text())
-    assert manifest["status"] == "finished" and manifest["config"]["data"]["delimiter"] == ","
+    assert manifest["status"] == "finished" and manifest["config"]["data"]["source"]["val_size"] == 2
     with (stage / "metrics.csv").open() as file:
         norms = {row["step"]: row["weight_norm"] for row in csv.DictReader(file)}
     assert all(bool(norms[str(step)]) == (step % 2 == 0) for step in range(1, 5))
@@ -256,7 +482,7 @@ def test_recipes_of_training_work_together(trained):
 def test_judge_finds_the_architecture_of_a_run(trained):
     """The run remembers its plugins, and evaluate.py imports those that its command names again."""
     (command,) = COMMANDS.findall(sections()["judge"])
-    named = f"{command.strip().replace('run=tiny', 'run=all')} plugins=[lion,parallel_blocks,csv_text]"
+    named = f"{command.strip().replace('run=tiny', 'run=all')} plugins=[lion,parallel_blocks] trust=[csv_text]"
     output = shell(named, trained).stdout
     scores = json.loads((trained / "runs" / "all" / "pretrain" / "eval.json").read_text())
     assert set(scores["judges"]["variety"]) == {"different", "words"} and "variety different" in output

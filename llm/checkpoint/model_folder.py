@@ -18,8 +18,6 @@ from safetensors.torch import save_file
 
 from llm.checkpoint.adapter import save_adapter
 from llm.checkpoint.names import file_name, rows_kept
-from llm.config.registries import ARCHITECTURES
-from llm.config.trust import check_named
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
 from llm.model.fused_ops import NORM_EPS
@@ -189,7 +187,6 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
     SHAPE(ours.get("model"), f"{path}: fathom.model")
     text(ours.get("tokenizer"), f"{path}: fathom.tokenizer")
     arch = ours["model"].get("arch", "classic")
-    check_named(arch, f"{path}: fathom.model.arch", ARCHITECTURES)
     try:
         return config_class(arch).from_dict(ours["model"]), ours["tokenizer"]
     except (KeyError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from llm.cli.explain import explain
 from llm.cli.options import CONF, LOCAL, OURS, Sources, config_groups, content_of
 from llm.cli.sweep import lines_of, values_of
 from llm.config.check import as_text, shown
-from llm.config.said import note_settings
+from llm.config.said import note_origin, note_settings
 from llm.config.schema import known_keys
 from llm.errors import UserError
 
@@ -31,14 +31,41 @@ def parse(lines: Sequence[str]) -> list[Any]:
         try:
             overrides.append(parser.parse_override(line))
         except (HydraException, ValueError):  # of Python: a number of more than 4,300 digits
-            if "=" not in line:
-                raise UserError(f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100") from None
-            name, _, value = line.partition("=")
-            if len(value) > 1000:
-                raise UserError(f"{name}={shown(value)}: too long a value, or one that cannot be read") from None
-            hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
-            raise UserError(f"{line!r} cannot be read: {hint}") from None
+            raise UserError(_unreadable(line)) from None
     return overrides
+
+
+def _unreadable(line: str) -> str:
+    """Return the error line for a setting that Hydra's grammar does not have, with how it is written."""
+    name, equals, value = line.partition("=")
+    if not equals:
+        return f"{line!r} is no setting: write key=value, as in model=d4 or max_steps=100"
+    if len(value) > 1000:
+        return f"{name}={shown(value)}: too long a value, or one that cannot be read"
+    if bare := re.fullmatch(r"[\s/]+(.+)", name):
+        return f"{line!r} cannot be read: a key begins with a letter: {bare[1]}={value}"
+    hint = f"put special characters in quotes of their own: \"{name}='{value}'\""
+    if call := re.fullmatch(r"(\w+)\((.*)\)", value):
+        hint = f"put special characters in quotes of their own: \"{name}={call[1]}('{call[2]}')\""
+    if value.startswith("{"):
+        keys = re.sub(r"""(["'])([\w.]+)\1\s*:""", r"\2:", value)
+        hint = f"keys in braces have no quotes, texts with special characters have some, as in '{name}={keys}'"
+    return f"{line!r} cannot be read: {hint}"
+
+
+def flags_of(argv: Sequence[str]) -> Any:
+    """Return Hydra's own arguments of a command line, parsed, with the settings as `overrides`.
+
+    Raises UserError where Hydra would print a page of usage.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message.removeprefix('argument ')} (Hydra's own arguments: --hydra-help)")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_args(list(argv))
 
 
 def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
@@ -49,7 +76,7 @@ def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
         name, equals, text = arg.partition("=")
         if not equals or name not in raw or text == "null":
             return arg
-        return f"{name}={_quoted(text)}"
+        return f"{name}={quoted(text)}"
 
     return [quote(arg) for arg in argv]
 
@@ -62,7 +89,7 @@ def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
         name, equals, _ = arg.partition("=")
         if not equals or name not in names:
             return arg
-        return f"{name}=" + ",".join(f"{{name: {_quoted(as_text(value))}}}" for value in values_of(parse([arg])[0]))
+        return f"{name}=" + ",".join(f"{{name: {quoted(as_text(value))}}}" for value in values_of(parse([arg])[0]))
 
     return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
 
@@ -73,11 +100,9 @@ def whole_mixtures(config_name: str, argv: Sequence[str], sources: Sources = OUR
     So the mapping is the whole mixture; Hydra alone would merge it into the one that is there. Raises UserError in a
     sweep whose jobs have different tasks in this mixture.
     """
-    from hydra._internal.utils import get_args_parser
-
     if not any(_sets_mixture(config_name, arg) for arg in argv):
         return list(argv)
-    args, groups = get_args_parser().parse_args(list(argv)), config_groups(config_name)
+    args, groups = flags_of(argv), config_groups(config_name)
     overrides = [o for o in parse(args.overrides) if o.key_or_group in groups and o.key_or_group in CHOOSE_MIXTURES]
     choices = list(itertools.product(*(lines_of(o) for o in overrides)))
     lines, before = [], []
@@ -113,7 +138,7 @@ def _tasks_of(config_name: str, key: str, jobs: Sequence[Sequence[str]], sources
     return found.pop()
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Quote a text so that it arrives unchanged.
 
     OmegaConf reads ${...} and Hydra reads quotes; both remove a backslash before them and halve the backslashes before.
@@ -151,6 +176,7 @@ def compose_all(config_name: str, overrides: Sequence[str] = (), sources: Source
     with open_dict(cfg):
         del cfg["hydra"]
     note_settings(cfg, [o for o in parse(overrides) if not o.is_hydra_override()])
+    note_origin(cfg, config_name, own["runtime"]["choices"], sources)
     return cfg, own
 
 
@@ -167,7 +193,7 @@ def _prefer_files(folders: Sequence[Path]) -> None:
 
 def search_path(sources: Sources) -> list[str]:
     """Return the setting of Hydra that adds all folders but the first, its main one; nothing where there is one."""
-    folders = ",".join(_quoted(f"file://{folder}") for folder in sources.folders[1:])
+    folders = ",".join(quoted(f"file://{folder}") for folder in sources.folders[1:])
     return [f"hydra.searchpath=[{folders}]"] if folders else []
 
 
@@ -215,8 +241,14 @@ def _own_search_path(folders: Sequence[Path], name: str) -> list[Any]:
 def _folder(entry: str, where: str) -> Path:
     """Return the folder that a path, file://path or pkg://package stands for. Raises UserError if there is none."""
     if entry.startswith("pkg://"):
-        spec = find_spec(entry.removeprefix("pkg://").replace("/", "."))
-        folder = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path(entry)
+        try:
+            spec = find_spec(entry.removeprefix("pkg://").replace("/", "."))
+        except (ModuleNotFoundError, ValueError):
+            spec = None
+        places = (spec and spec.submodule_search_locations) or ()
+        if not places:
+            raise UserError(f"{where}: there is no package {entry}; put its folder on PYTHONPATH, or install it")
+        folder = Path(next(iter(places)))
     else:
         folder = Path(entry.removeprefix("file://")).resolve()
     if not folder.is_dir():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.cli.hydra_plugins import missing_plugin
-from llm.cli.options import CONF, group_options, no_option, unknown_key
+from llm.cli.options import CONF, config_groups, group_options, no_option, unknown_key
 from llm.config.renamed import renamed_key
 from llm.config.schema import known_keys
 
@@ -36,6 +36,10 @@ def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,
         return place + problem
     if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
         return place + unknown_key(config_name, full_key[1], known_keys(config_name))
+    if full_key and "is not Optional" in text:
+        group = f"; a group is left out by `- override /{full_key[1]}: null` in the file's defaults list"
+        hint = group if full_key[1] in config_groups(config_name) else ""
+        return f"{place}{full_key[1]}=null: must have a value{hint}"
     lines = [re.sub(r"^In '[^']+': ", "", line.strip()) for line in text.splitlines()]
     lines = [line for line in lines if line and not line.endswith("while composing config:")]
     return place + (f"{full_key[1]}: " if full_key else "") + (lines[0] if lines else type(error).__name__)

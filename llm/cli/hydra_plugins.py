@@ -13,7 +13,7 @@ SLURM = "-e '.[slurm]'"
 PLUGINS = {
     "hydra/launcher": {
         "slurm|submitit_.*": ("submitit", SLURM),
-        "joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
+        "joblib": ("hydra_plugins.hydra_joblib_launcher", "-e '.[search]'"),
         "ray.*": ("hydra_plugins.hydra_ray_launcher", "hydra-ray-launcher"),
         "rq": ("hydra_plugins.hydra_rq_launcher", "hydra-rq-launcher"),
     },
@@ -26,6 +26,8 @@ PLUGINS = {
     "hydra/job_logging": {"colorlog": ("hydra_colorlog", "hydra-colorlog")},
     "hydra/hydra_logging": {"colorlog": ("hydra_colorlog", "hydra-colorlog")},
 }
+# Where jobs of hydra/launcher=submitit_* print: by default it would be the temporary folder of the sweep.
+SUBMITTED = "hydra.launcher.submitit_folder=${paths.runs}/.submitit/%j"
 SEARCHES = re.compile(r"hydra_plugins\.hydra_(optuna|ax|nevergrad)_sweeper\.")  # they need a value of each job
 
 
@@ -47,10 +49,10 @@ def _is_there(module: str) -> bool:
 def check_of_hydra(override: Any) -> None:
     """Raise UserError for a setting of Hydra that names a plugin wrongly, or one that is not installed."""
     name, line = override.key_or_group, override.input_line
+    if name.startswith("hydra.sweeper.params."):
+        key, value = name.removeprefix("hydra.sweeper.params."), line.partition("=")[2].strip("'\"")
+        raise UserError(f"{line}: write it in braces: 'hydra.sweeper.params={{{key}: \"{value}\"}}'")
     if override.is_sweep_override():
-        if name.startswith("hydra.sweeper.params."):
-            key, value = name.removeprefix("hydra.sweeper.params."), line.partition("=")[2]
-            raise UserError(f"{line}: write it in braces: 'hydra.sweeper.params={{{key}: \"{value}\"}}'")
         raise UserError(f"{line}: settings of Hydra hold for all jobs of a sweep: give one value")
     value = override.value()
     if name in ("hydra.launcher", "hydra.sweeper") and not isinstance(value, dict):
@@ -70,11 +72,16 @@ def check_launcher(name: str, overrides: Sequence[Any]) -> None:
         raise UserError(f"hydra/launcher={name} starts all jobs at once, but stages follow each other: give one stage")
 
 
-def check_search(cfg: Any, sweeper: str, is_launched: bool) -> None:
-    """Raise UserError where a search has nothing to compare, or would run once in each of several processes."""
+def check_search(cfg: Any, sweeper: str, direction: Any, is_launched: bool) -> None:
+    """Raise UserError where a search has nothing to compare, or would run once in each of several processes.
+
+    direction: of the sweeper; a list stands for several objectives, which no job gives.
+    """
     where = f"hydra/sweeper={sweeper}"
     if "objective" not in cfg or cfg.objective is None:
         raise UserError(f"{where}: say what to search for: objective=<column of metrics.csv>, as in objective=bpb")
+    if isinstance(direction, list):
+        raise UserError(f"hydra.sweeper.direction={direction}: a search has one objective: give minimize or maximize")
     if cfg.dry_run:
         raise UserError(f"{where}: dry_run=true measures nothing to compare; leave one of them out")
     if is_launched:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,18 @@ def nearest(word: str, candidates: Iterable[str], floor: float = 0.6) -> str | N
     return best if best is not None and likeness(best)[0] >= floor else None
 
 
-def no_option(group: str, name: Any, options: list[str]) -> str:
-    """Return the error line for an option that a group does not have, with the option most like it."""
+def no_option(group: str, name: Any, options: list[str], elsewhere: Sequence[str] = ()) -> str:
+    """Return the error line for an option that a group does not have, with the option most like it.
+
+    elsewhere: groups that have an option of this name.
+    """
     hint = f"did you mean {group}={nearest(str(name), options, floor=0)}?"
     if not isinstance(name, str) and not any(re.search(r"\d", option) for option in options):
         hint = f"its values are written {group}.<key>=<value>"
+    if str(name).lower() == "none":
+        hint = f"did you mean {group}=null?"
+    elif elsewhere:
+        hint = f"did you mean {elsewhere[0]}={name}?"
     return f"{group}={name} does not exist; {hint} (options: {listed(options)})"
 
 

@@ -10,14 +10,20 @@ from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.cli.compose import MIXTURE, compose, compose_all, find_sources, parse
-from llm.cli.hydra_plugins import SEARCHES, check_launcher, check_of_hydra, check_search
+from llm.cli.compose import MIXTURE, compose, compose_all, find_sources, flags_of, parse
+from llm.cli.hydra_plugins import SEARCHES, SUBMITTED, check_launcher, check_of_hydra, check_search
 from llm.cli.options import CONF, Sources, config_groups, group_options, listed, no_option, unknown_key
 from llm.cli.sweep import check_sweep_kinds, expand_glob, lines_of, sweep_params, values_of
 from llm.config.check import check_model_size, check_task_names, check_values, shown
 from llm.config.renamed import renamed_key
 from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
+
+# Groups that take one name, and what a list is written as instead.
+ONE_NAME = {
+    "experiment": "give one name; an experiment takes others over in its file: defaults: [/experiment/<name>, ...]",
+    "stage": "give one name; several in a row are a sweep: -m stage=tokenizer,pretrain",
+}
 
 __all__ = ["CONF", "check_overrides", "compose", "config_groups", "group_options"]
 
@@ -51,9 +57,7 @@ def check_overrides(config_name: str, argv: Sequence[str], *, is_launched: bool 
 
 def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched: bool) -> Command:
     """Check `argv`, from which the arguments in `sources` are gone. Raises UserError."""
-    from hydra._internal.utils import get_args_parser
-
-    groups, args = config_groups(config_name, sources), get_args_parser().parse_args(argv)
+    groups, args = config_groups(config_name, sources), flags_of(argv)
     of_hydra, lines, on_line = [], [], []
     for line, override in zip(args.overrides, parse(args.overrides), strict=True):
         if override.is_hydra_override():
@@ -85,13 +89,15 @@ def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched:
     kinds = own["runtime"]["choices"]
     launcher, sweeper = kinds["hydra/launcher"] or "basic", kinds["hydra/sweeper"] or "basic"
     check_launcher(launcher, swept)
+    if str(own["launcher"].get("submitit_folder")).startswith("${hydra.sweep.dir}"):
+        of_hydra.append(SUBMITTED)
     check_sweep_kinds(swept, sweeper)
     search = SEARCHES.match(own["sweeper"]["_target_"]) if sweeps else None
     for choice in itertools.product(*(lines_of(override) for override in chosen)):
         cfg = cfg if cfg is not None else compose(config_name, choice, sources)
         _check_values(config_name, cfg, choice, values)
         if search:
-            check_search(cfg, sweeper, is_launched)
+            check_search(cfg, sweeper, own["sweeper"].get("direction"), is_launched)
         cfg = None
     if sweeps:
         _check_sweep(config_name, chosen, values, sources)
@@ -117,7 +123,7 @@ def _sorted_out(
     for override in chosen:
         _check_group(config_name, override, groups, sources)
     for override in values:
-        _check_first_part(config_name, override, groups)
+        _check_first_part(config_name, override, groups, sources)
     return chosen, values
 
 
@@ -178,9 +184,11 @@ def _check_group(config_name: str, override: Any, groups: dict[str, Any], source
         raise UserError(f"{override.input_line}: {group!r} is there already; leave out the '+'")
     for value in values_of(override):
         for name in value if isinstance(value, list) else [value]:
-            if name in options or _is_there(f"{group}/{name}.yaml", sources.folders):
-                continue
-            raise UserError(no_option(group, name, options))
+            if name not in options and not _is_there(f"{group}/{name}.yaml", sources.folders):
+                elsewhere = [other for other in groups if name in group_options(other, sources.folders)]
+                raise UserError(no_option(group, name, options, elsewhere))
+        if isinstance(value, list) and group in ONE_NAME:
+            raise UserError(f"{override.input_line}: {ONE_NAME[group]}")
 
 
 def _is_there(name: str, folders: Iterable[Path]) -> bool:
@@ -191,12 +199,17 @@ def _is_there(name: str, folders: Iterable[Path]) -> bool:
         return False
 
 
-def _check_first_part(config_name: str, override: Any, groups: dict[str, Any]) -> None:
+def _check_first_part(config_name: str, override: Any, groups: dict[str, Any], sources: Sources) -> None:
     """Raise UserError where the first part of a dotted key does not exist. Needs no composition."""
     name = override.key_or_group
     if override.package is not None:
         raise UserError(f"{override.input_line}: '@' moves a group to another place, which no setting here needs")
     if name.split(".")[0] not in known_keys(config_name):
+        if override.value() is not None and _is_there(name, [f for f in sources.folders if f != CONF]):
+            raise UserError(f"{override.input_line}: {name} is a folder of yours, no group yet: +{override.input_line}")
+        experiments = group_options("experiment", sources.folders) if "experiment" in groups else ()
+        if any(override.value() == option for option in experiments):
+            raise UserError(f"{override.input_line}: there is no group {name}; write experiment={override.value()}")
         raise UserError(unknown_key(config_name, name, [*groups, *_dotted(compose(config_name), "")]))
 
 

@@ -175,7 +175,7 @@ def _violation(value: Any, stated: Mapping[str, Any]) -> str | None:
         return None
     choices = stated.get("choices")
     if choices and as_text(value) not in choices:
-        own = ", or module.Class of your own (docs/extend.md)" if isinstance(choices, Registry) else ""
+        own = f"; {choices.own}" if isinstance(choices, Registry) else ""
         return f"one of {', '.join(choices)}{own}"
     if value == "" and stated.get("typed"):
         return "a text that is not empty"

@@ -9,12 +9,15 @@ from llm.config.registries import TASK_TYPES, TEXT_SOURCES
 
 @dataclass
 class TaskSpec:
-    """One task of `data.tasks`. Without defaults only `type` and `source` must be given."""
+    """One task of `data.tasks`. `source` must be given, and either `type` or `_target_`."""
 
-    type: str = key("kind of task, or package.module.Class of your own (docs/extend.md)", choices=TASK_TYPES)
     source: str = key(
         "embedded = generated, template = identity of your own model, local = files, hub = data set on the hub",
         choices=("embedded", "template", "local", "hub"),
+    )
+    type: str | None = field(default=None, metadata={"help": "kind of task", "choices": TASK_TYPES})
+    _target_: str | None = field(
+        default=None, metadata={"help": "task of your own instead of a type: package.module.Class (docs/extend.md)"}
     )
     train: Any = field(
         default=None,
@@ -169,6 +172,9 @@ class DataConfig:
     streaming: bool = key("read the shards over the network while training and store nothing (data=hub)")
     sources: Any = key(
         "sources by name: {books: {path: ..., weight: 2}, web: {repo: ...}} (data=mixture)", items=SourceSpec
+    )
+    source: Any = key(
+        "text of your own: {_target_: package.module.Class, ...} with all arguments (data=custom, docs/extend.md)"
     )
     column: str = key("column or field that holds the text")
     packing: str = key(

@@ -1,4 +1,4 @@
-"""Functions that plugins call to add to Fathom: a task type, an optimizer, an architecture, a source of text, a reward.
+"""Functions that plugins call to add an optimizer or an architecture to Fathom; `llm.config.stages` adds stages.
 
 A plugin is a module named by `plugins=[my_module]` (llm.config.plugins); docs/extend.md has a recipe for each. A thing
 is given itself, or by its dotted name, which keeps the start of a command line quick. Nothing heavy is imported here.
@@ -10,19 +10,18 @@ from typing import Any
 from llm.config.registries import (
     ARCHITECTURES,
     OPTIMIZERS,
-    REWARDS,
-    TASK_TYPES,
-    TEXT_SOURCES,
     UPDATE_RULES,
     Architecture,
-    TextSource,
 )
-from llm.config.schema import DataConfig, OptimConfig, register_schema
+from llm.config.schema import OptimConfig, register_schema
+from llm.errors import UserError
 
-
-def register_task(name: str, task: str | type) -> None:
-    """Make `data.tasks.<any>.type=<name>` a task of the class `task`."""
-    TASK_TYPES.register(name, task)
+# Functions of earlier versions, and the key that now names such a class.
+NAMED_BY_KEY = {
+    "register_task": "data.tasks.<name>._target_=package.module.Class",
+    "register_source": "data=custom data.source._target_=package.module.Class",
+    "register_reward": "stage.reward_options.<name>._target_=package.module.Class with stage.reward=<name>",
+}
 
 
 def register_update_rule(kind: str, rule: Any) -> None:
@@ -49,19 +48,8 @@ def register_arch(name: str, network: str | type, schema: type, config: str | ty
     register_schema("arch", name, schema)
 
 
-def register_source(name: str, build: str | Callable, schema: type | None = None, is_remote: bool = False) -> None:
-    """Make `data.name=<name>` a source of text, which `build(data, cache)` returns (llm.data.documents.DocumentSource).
-
-    schema: dataclass of the config group, a subclass of `llm.config.data_schema.DataConfig` with the keys of its own.
-    """
-    TEXT_SOURCES.register(name, TextSource(build, is_remote))
-    register_schema("data", name, schema or DataConfig)
-
-
-def register_reward(name: str, reward: str | Callable) -> None:
-    """Make `stage.reward=<name>`, and `<name>` in stage.rewards, reward answers.
-
-    reward: a function (conversation, completion) -> number, or a subclass of `tasks.rewards.Reward`, which may have
-    options.
-    """
-    REWARDS.register(name, reward)
+def __getattr__(name: str) -> Any:
+    """Say which key names what a plugin registered in earlier versions. Raises UserError."""
+    if name in NAMED_BY_KEY:
+        raise UserError(f"{name} is no longer needed: the configuration names the class, {NAMED_BY_KEY[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,12 @@
-"""Tables of everything that a configuration chooses by name. Plugins add to them by `llm.config.extend`.
+"""Tables of everything that a configuration chooses by name. Plugins add optimizers, update rules and architectures.
 
 Entries of Fathom's own are dotted names, imported when they are first used: nothing heavy is imported here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llm.utils.registry import Registry, imported
+from llm.utils.registry import Registry, resolved
 
 # type of data.tasks.<name> -> subclass of tasks.base.Task
 TASK_TYPES = Registry(
@@ -25,6 +24,7 @@ TASK_TYPES = Registry(
         "simple_spelling": "tasks.spelling.SimpleSpelling",
         "spelling_bee": "tasks.spelling.SpellingBee",
     },
+    own="a class of your own is named by data.tasks.<name>._target_=package.module.Class (docs/extend.md)",
 )
 
 # optim.name -> function (network, config group optim) -> parameter groups
@@ -49,21 +49,23 @@ REWARDS = Registry(
         "language": "tasks.rewards.LanguageReward",
         "reward_model": "llm.stages.reward_model.RewardModelReward",
     },
+    own="a function or class of your own is named by stage.reward_options.<name>._target_=package.module.Name "
+    "with stage.reward=<name> (docs/extend.md)",
 )
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Source of documents: `build`, a function (config group data, cache folder) -> DocumentSource, or its dotted name.
+    """Source of documents: `build`, dotted name of a function (config group data, cache folder) -> DocumentSource.
 
     is_remote: the text lies on the network, so a dry run does not look at it.
     """
 
-    build: str | Callable
+    build: str
     is_remote: bool = False
 
     def __call__(self, data: Any, cache: str) -> Any:
-        return resolved(self.build)(data, cache)
+        return resolved(self.build, "source of text")(data, cache)
 
 
 # data.name -> TextSource
@@ -75,7 +77,9 @@ TEXT_SOURCES = Registry(
         "hub": TextSource("llm.data.sources.hub_source", is_remote=True),
         "tokens": TextSource("llm.data.sources.tokens_source"),
         "mixture": TextSource("llm.data.sources.mixture_source", is_remote=True),
+        "custom": TextSource("llm.data.sources.custom_source"),
     },
+    own="a class of your own is named by data=custom data.source._target_=package.module.Class (docs/extend.md)",
 )
 
 
@@ -92,20 +96,15 @@ class Architecture:
     @property
     def network_class(self) -> type:
         """Return the class of the network; imports torch."""
-        return resolved(self.network)
+        return resolved(self.network, "architecture")
 
     @property
     def config_class(self) -> type:
         """Return the class of the shape."""
-        return resolved(self.config)
+        return resolved(self.config, "architecture")
 
 
 # arch.name -> Architecture
 ARCHITECTURES = Registry(
     "architecture", {name: Architecture("llm.model.gpt.GPT") for name in ("classic", "modern", "gpt2")}
 )
-
-
-def resolved(thing: Any) -> Any:
-    """Return the thing behind a dotted name; anything else as it is."""
-    return imported(thing, thing) if isinstance(thing, str) else thing

@@ -29,12 +29,33 @@ LIGHTNING_KEYS = {
     "trainer.limit_train_batches": "max_steps",
     "trainer.fast_dev_run": "experiment=debug or max_steps=1",
     "trainer.enable_checkpointing": "save_every",
-    "trainer.enable_progress_bar": "~callbacks.progress",
     "trainer.gradient_clip_algorithm": "trainer.gradient_clip_val (by norm)",
     "trainer.default_root_dir": "paths.runs",
     "trainer.strategy": "strategy",
     "trainer.logger": "logger",
     "trainer.callbacks": "callbacks",
+}
+# Where users look for the door of a class of their own, and where it is.
+OWN_CLASSES = {
+    "stage.reward._target_": "stage.reward_options.<name>._target_ with stage.reward=<name>",
+    "stage.rewards._target_": "stage.reward_options.<name>._target_ with stage.rewards={<name>: 1.0}",
+    "data._target_": "data.source._target_ with data=custom",
+    "eval._target_": "eval.judges.<name>._target_",
+    "callbacks._target_": "callbacks.<name>._target_",
+    "logger._target_": "logger.<name>._target_",
+    "optim._target_": "optim=<name>, which a plugin registers (register_optimizer)",
+    "arch._target_": "arch=<name>, which a plugin registers (register_arch)",
+    "model._target_": "arch=<name>, which a plugin registers (register_arch)",
+    "stage._target_": "stage=<name>, which a plugin registers (register_stage)",
+}
+# Keys of the usual template of Lightning with Hydra, and what does the same here.
+TEMPLATE_KEYS = {
+    "ckpt_path": "init_from=<run>/<stage>; an unfinished stage resumes by itself",
+    "task_name": "run=<name>",
+    "tags": "run=<name>",
+    "train": "stage=<name>",
+    "test": "python evaluate.py run=<name>",
+    "extras": "--cfg job shows the configuration, and config.yaml of the stage keeps it",
 }
 OPTIMIZER_GROUP_KEYS = {"equalize": "row_normalize"}
 CURSOR_KEYS = {"taken": "consumed"}  # of the position of a data loader
@@ -42,6 +63,10 @@ CURSOR_KEYS = {"taken": "consumed"}  # of the position of a data loader
 
 def renamed_key(name: str) -> str | None:
     """Return the error text for a dotted configuration key that has a new name; None for any other key."""
+    if name in OWN_CLASSES:
+        return f"{name}: a class of your own comes in by {OWN_CLASSES[name]} (docs/extend.md)"
+    if (first := name.partition(".")[0]) in TEMPLATE_KEYS:
+        return f"{first} is written otherwise here: {TEMPLATE_KEYS[first]}"
     if name in LIGHTNING_KEYS:
         return f"{name} is set by another key here: {LIGHTNING_KEYS[name]}"
     return f"{name} is now called {CONFIG_KEYS[name]}" if name in CONFIG_KEYS else None
@@ -60,10 +85,20 @@ def renamed_config(config: dict[str, Any]) -> dict[str, Any]:
     for old, new in CONFIG_KEYS.items():
         group, key = old.split(".")
         names.setdefault(group, {})[key] = new.removeprefix(f"{group}.")
-    return {
+    present = {
         group: _renamed(section, names[group]) if group in names and isinstance(section, dict) else section
         for group, section in config.items()
     }
+    data = present.get("data")
+    if isinstance(data, dict) and isinstance(data.get("tasks"), dict):
+        present["data"] = data | {"tasks": {name: _own_class(task) for name, task in data["tasks"].items()}}
+    return present
+
+
+def _own_class(task: Any) -> Any:
+    """Return the configuration of a task with a class of the user's as `_target_`, where its type named one before."""
+    kind = task.get("type") if isinstance(task, dict) else None
+    return task | {"type": None, "_target_": kind} if isinstance(kind, str) and "." in kind else task
 
 
 def renamed_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,27 @@
 """Note which keys a command names: a stage takes the rest of the model's shape from its parent.
 
 A composed configuration does not tell a value of the command line from one of a preset. So whoever composes it notes
-the settings it was composed with.
+the settings it was composed with, and the options of its groups, to find what differs from the defaults.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-NOTE = "_settings_of_the_command"  # attribute of the configuration; a copy loses it, and then nothing is known
+# Attributes of the configuration; a copy loses them, and then nothing is known.
+NOTE = "_settings_of_the_command"
+ORIGIN = "_composed_of"
 MODEL_FILES = Path(__file__).parents[2] / "conf" / "model"
+
+
+class Origin(NamedTuple):
+    """What a configuration was composed of: its main file, the chosen options by group, folders, and its values."""
+
+    config_name: str
+    choices: dict[str, Any]
+    sources: Any  # llm.cli.options.Sources
+    values: dict[str, Any]  # ${...} as it stands
 
 
 def note_settings(cfg: Any, settings: Sequence[Any]) -> None:
@@ -27,6 +38,18 @@ def said(cfg: Any, key: str) -> bool:
 def knows_settings(cfg: Any) -> bool:
     """Return whether it was noted what `cfg` was composed with."""
     return NOTE in vars(cfg)
+
+
+def note_origin(cfg: Any, config_name: str, choices: Mapping[str, Any], sources: Any) -> None:
+    """Note on `cfg`, not resolved and not changed yet, what it was composed of: see `Origin`."""
+    from omegaconf import OmegaConf
+
+    vars(cfg)[ORIGIN] = Origin(config_name, dict(choices), sources, OmegaConf.to_container(cfg, resolve=False))
+
+
+def origin_of(cfg: Any) -> Origin | None:
+    """Return what `cfg` was composed of, None where nothing was noted."""
+    return vars(cfg).get(ORIGIN)
 
 
 def _keys(name: str, value: Any) -> Iterator[str]:

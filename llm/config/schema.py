@@ -29,8 +29,9 @@ from llm.config.model_schema import (
     OptimConfig,
 )
 from llm.config.stage_schema import StageConfig
-from llm.config.stages import Stage, all_stages, chat_mixtures, load_object, stage_names, stage_row
+from llm.config.stages import Stage, all_stages, chat_mixtures, stage_names, stage_row
 from llm.errors import UserError
+from llm.utils.registry import resolved
 
 # Hydra's launchers pickle schemas by value. The mark "no default" must stay the one object that others compare with.
 copyreg.pickle(type(MISSING), lambda mark: "MISSING")
@@ -131,6 +132,7 @@ class TrainerConfig:
         choices=("simple", "advanced", "pytorch"),
     )
     overfit_batches: int = key("train on the first steps of data again and again; 0 = on all", low=0, high=10**6)
+    enable_progress_bar: bool = key("show a bar in a terminal; false = a line now and then, as in a file")
     benchmark: bool | None = key("let cuDNN try several kernels and take the fastest; null = as torch does")
     plugins: dict[str, Any] = key("plugins of Lightning: a mapping from a name to a _target_")
     activation_checkpointing: bool = key("compute blocks again in the backward pass: less memory, a third more time")
@@ -203,7 +205,8 @@ class TrainConfig:
     objective_mode: str = key(
         "which value of the objective's column counts in a search", choices=("last", "min", "max")
     )
-    dry_run: bool = key("print the resolved config and the derived numbers, then stop", main=True)
+    dry_run: bool = key("print how long it takes here and on a GPU, and the derived numbers, then stop", main=True)
+    verbose: bool = key("print the whole configuration and the derived numbers at the start too", main=True)
     device_price: float | None = key(
         "price of one device for an hour, in dollars, for the cost in the report; null = no cost is given",
         low=0,
@@ -350,7 +353,7 @@ class _StageSchemas(Mapping):
         if name not in stage_names(in_run=False):
             raise KeyError(name)
         schema = stage_row(name).schema
-        return load_object(schema, f"schema of stage={name}") if isinstance(schema, str) else schema
+        return resolved(schema, f"schema of stage={name}")
 
     def __iter__(self) -> Iterator[str]:
         return (row.name for row in all_stages())

@@ -175,10 +175,12 @@ class RolloutStage(AssistantStage):
 
     task: str | None = key("task to be rewarded for, or source of data.preferences that gives prompts; null = data.rl")
     reward: str | None = key(
-        "reward of an answer: a name of docs/post_training.md or package.module.function; null = as the task scores it"
+        "reward of an answer: a name of docs/post_training.md or of stage.reward_options; null = as the task scores it"
     )
     rewards: Any = key("several rewards and the weight of each, instead of stage.reward: {number: 1.0, format: 0.2}")
-    reward_options: Any = key("options of rewards by name, such as {length: {words: 50}}")
+    reward_options: Any = key(
+        "options of rewards by name, as {length: {words: 50}}; your own has _target_: {mine: {_target_: my.reward}}"
+    )
     judge: str | None = key(
         "reward model that compares free answers to held-out prompts with the parent's: <run>/<stage> or a folder; "
         "null = none"

@@ -5,11 +5,10 @@ plugin adds its row by `register_stage` (docs/extend.md). Nothing outside a stag
 Nothing heavy is imported here: builders, runners and schemas are dotted names that are imported when they are needed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
-from llm.errors import UserError, is_out_of_memory
+from llm.errors import UserError
 
 TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
@@ -39,7 +38,7 @@ class Stage:
     rank: int  # place in the pipeline; serve.py and evaluate.py choose the highest finished one
     kind: str  # what it works on: one of KINDS
     schema: str | type  # dataclass of its settings, a subclass of StageConfig, or the dotted name of one
-    build: str = ""  # model stages: dotted name of `build(cfg, parent) -> BuiltStage`; "" = it makes no model
+    build: str | Callable = ""  # model stages: `build(cfg, parent) -> BuiltStage`, or its dotted name; "" = no model
     parents: tuple[str, ...] = ()  # stages that it can follow, preferred first; () = it starts from nothing
     takes: str = "weights"  # what its parent's model/ folder must hold: one of TAKES; pretrain takes weights if there
     run: str = "llm.stages.train_model.run"  # dotted name of `run(job) -> results`; outside a run `run(cfg)`
@@ -273,20 +272,6 @@ def unread_keys(row: Stage) -> tuple[str, ...]:
     """Return patterns of config keys that cannot change what the stage makes, because it does not read them."""
     others = [f"data.mixture.{name}" for name in chat_mixtures() if name != row.mixture_key]
     return (*KINDS[row.kind], *row.ignores, *(others if row.kind in ("chat", "rl") else ()))
-
-
-def load_object(name: str, where: str) -> Any:
-    """Import what a dotted name stands for. Raises UserError, beginning with `where`, if there is no such thing."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(import_module(module), attribute, None)
-    except ImportError as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{where}: {name} cannot be imported ({error})") from error
-    if found is None:
-        raise UserError(f"{where}: {module} has no {attribute!r}")
-    return found
 
 
 for _row in _BUILTIN:

@@ -1,20 +1,18 @@
 """Whom a command trusts: code, addresses and data sets of a saved run are used only if the command names them again.
 
 A run folder may come from anybody. Names in the registries (llm.config.registries) are always allowed, and so are
-addresses and data sets in the files of conf/, and what was fetched before. A dotted name, a plugin, an address or a
+addresses and data sets in the files of conf/, and what was fetched before. A `_target_`, a plugin, an address or a
 data set of the hub that is read from a saved file is allowed where this command gives it in `trust=[...]` or, for code,
 in `plugins=[...]`.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
 from llm.utils.addresses import ADDRESS, without_secrets
-from llm.utils.registry import Registry
 
 DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # on the hub: <owner>/<name>
 CONF = Path(__file__).resolve().parent.parent.parent / "conf"
@@ -28,11 +26,8 @@ def trust(names: Iterable[str]) -> None:
 
 
 def trust_command(cfg: Any) -> None:
-    """Trust what the configuration of this command names: `trust`, `plugins`, and its own choices by dotted name."""
+    """Trust what the configuration of this command names in `trust` and `plugins`."""
     trust([*(cfg.get("trust") or []), *(cfg.get("plugins") or [])])
-    arch = cfg.get("arch")
-    if arch is not None and "." in str(arch.get("name")):
-        trust([arch.name])
 
 
 def is_trusted(name: str) -> bool:
@@ -53,12 +48,6 @@ def check_code(name: Any, where: str) -> None:
         )
 
 
-def check_named(name: Any, where: str, registry: Registry) -> None:
-    """Raise UserError where a saved choice is not in the registry, and is no dotted name that this command names."""
-    if isinstance(name, str) and name not in registry.entries and "." in name:
-        check_code(name, where)
-
-
 def check_plain(value: Any, where: str) -> None:
     """Raise UserError where a saved value, or one below it, holds an interpolation."""
     for text, place in _texts(value, where):
@@ -66,13 +55,10 @@ def check_plain(value: Any, where: str) -> None:
             raise UserError(f"{place} holds an interpolation ({text[:60]!r}): a saved run holds plain values only")
 
 
-def check_trusted(
-    value: Any, where: str, schema: Any = None, is_here: Callable[[Mapping], bool] = lambda group: False
-) -> None:
+def check_trusted(value: Any, where: str, is_here: Callable[[Mapping], bool] = lambda group: False) -> None:
     """Raise UserError for code, addresses and data sets of the hub in a saved value that this command does not name.
 
-    schema: dataclass of the value's group, whose fields say which texts are names in a registry. is_here: tells whether
-    all that a group of the value names was fetched before.
+    is_here: tells whether all that a group of the value names was fetched before.
     """
     fetched = [place for group, place in _groups(value, where) if is_here(group)]
     for text, place in _texts(value, where):
@@ -82,7 +68,7 @@ def check_trusted(
         repo = group.get("repo")
         if isinstance(repo, str) and (place not in fetched or not DATA_SET.fullmatch(repo)):
             check_fetched(repo, f"{place}.repo", "a data set of the hub")
-    _check_names(value, where, schema)
+    _check_targets(value, where)
 
 
 def check_fetched(name: str, where: str, what: str) -> None:
@@ -117,29 +103,11 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, f"{where}[{number}]")
 
 
-def _check_names(value: Any, where: str, schema: Any) -> None:
-    """Raise UserError for a `_target_`, or a dotted name where the schema has a registry, that is not trusted."""
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            _check_names(item, f"{where}[{number}]", schema)
-    if not isinstance(value, Mapping):
-        return
-    for key, item in value.items():
-        spec = getattr(schema, "__dataclass_fields__", {}).get(key)
-        choices = None if spec is None else spec.metadata.get("choices")
-        if key == "_target_":
-            check_code(item, f"{where}.{key}")
-        if isinstance(choices, Registry):
-            check_named(item, f"{where}.{key}", choices)
-        _check_names(item, f"{where}.{key}", _inner(spec, schema))
-
-
-def _inner(spec: Any, schema: Any) -> Any:
-    """Return the dataclass below a field, or below each entry of a mapping of dataclasses."""
-    if spec is None:  # the name of an entry
-        return schema
-    kinds = (spec.type, *getattr(spec.type, "__args__", ()))
-    return next((kind for kind in kinds if is_dataclass(kind)), None)
+def _check_targets(value: Any, where: str) -> None:
+    """Raise UserError for a `_target_` in a saved value that is not trusted."""
+    for group, place in _groups(value, where):
+        if group.get("_target_") is not None:
+            check_code(group["_target_"], f"{place}._target_")
 
 
 def _is_ours(name: str) -> bool:

@@ -106,16 +106,17 @@ class Reading:
         rows = {"skipped": self.skipped, "near_duplicates": self.left_out}
         return block | {name: counts for name, counts in rows.items() if counts}
 
-    def start_lines(self) -> list[str]:
-        """Return the lines for the start of the stage: the expected balance, rows left out, and warnings."""
+    def start_lines(self, details: bool = True) -> list[str]:
+        """Return the lines for the start of the stage: the expected balance (`details`), rows left out, warnings."""
         lines = []
-        if self.expected is not None:
+        if self.expected is not None and details:
             lines.append(f"data, {self.sample}:")
             lines += [f"  {line}" for line in describe(self.expected, self.unit)]
             if "median_length" in self.facts:
                 lines.append(
                     f"  median length {self.facts['median_length']:,}, a row holds {self.facts['seq_len'] + 1:,}"
                 )
+        if self.expected is not None:
             lines += [f"WARNING: {line}" for line in warnings_of(self.expected, self.unit)]
         if self.skipped:
             rows = ", ".join(f"{number:,} {cause}" for cause, number in self.skipped.items())

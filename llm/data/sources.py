@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from llm.config.check import structured
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
+from llm.config.targets import TARGET, arguments_of, check_arguments, load_target, takes
 from llm.data.documents import DocumentSource, FileDocuments, LocalDocuments, gives_ids
 from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.stores import is_address
@@ -15,12 +16,12 @@ READERS = {
     **dict.fromkeys(("path", "train", "val"), ("local", "tokens")),
     **dict.fromkeys(("repo", "revision", "files", "shards"), ("hub",)),
     "sources": ("mixture",),
+    "source": ("custom",),
     **dict.fromkeys(("encoding", "separator"), ("local", "hub")),
     "shuffle": ("local", "hub", "mixture", "tokens"),
     "near_duplicates": ("local", "hub", "mixture"),
     "end_of_text": ("tokens",),
 }
-BUILT_IN = ("embedded", "local", "hub", "mixture", "tokens")
 
 
 def document_source(data, cache: str, tokenizer=None) -> DocumentSource:
@@ -54,7 +55,7 @@ def build_source(data, cache: str) -> DocumentSource:
         raise UserError(f"data.streaming=true is for data sets of the hub, not for data={data.name}; leave it out")
     build = TEXT_SOURCES.get(data.name, "data.name")
     for name, sources in READERS.items():
-        if data.get(name) is not None and data.name not in sources and data.name in BUILT_IN:
+        if data.get(name) is not None and data.name not in sources:
             raise UserError(
                 f"data.{name}={data[name]} is not read by this option of data; leave it out or choose "
                 f"data={' or data='.join(sources)}"
@@ -62,7 +63,7 @@ def build_source(data, cache: str) -> DocumentSource:
     for name in ("train", "val"):
         check_entries(data.get(name), f"data.{name}")
     source = build(data, cache)
-    if data.get("near_duplicates") is not None and data.name in BUILT_IN:
+    if data.get("near_duplicates") is not None:
         from llm.data.near_duplicates import leave_out
 
         leave_out(source, data.near_duplicates, cache)
@@ -81,7 +82,9 @@ def is_remote(data) -> bool:
     entries = [data.get(name) for name in ("path", "train", "val")] if data.name in ("local", "tokens") else []
     if any(is_address(entry) for part in entries for entry in ([part] if isinstance(part, str) else part or [])):
         return True
-    return getattr(TEXT_SOURCES.get(data.name, "data.name"), "is_remote", False)
+    if data.name == "custom":
+        return bool(getattr(load_target(data.source, "data.source"), "is_remote", False))
+    return TEXT_SOURCES.get(data.name, "data.name").is_remote
 
 
 def embedded_source(data, cache: str) -> DocumentSource:
@@ -128,6 +131,21 @@ def mixture_source(data, cache: str) -> DocumentSource:
         kind = "path" if source.repo is None else "repo"
         built[name] = _files_source(source, cache, data.workers, key, kind, data.get("shuffle")), source.weight
     return MixedDocuments(built)
+
+
+def custom_source(data, cache: str) -> DocumentSource:
+    """Build data=custom: the class that `data.source` names, with its arguments, and with `cache` if it takes that.
+
+    Raises UserError for what does not exist, for wrong arguments, and for a class without `check` or `iterate`.
+    """
+    key = "data.source"
+    build = load_target(data.source, key)
+    check_arguments(build, data.source, key)
+    more = {"cache": cache} if "cache" not in data.source and takes(build, "cache") else {}
+    source = build(**arguments_of(data.source), **more)
+    if missing := [name for name in ("check", "iterate") if not callable(getattr(source, name, None))]:
+        raise UserError(f"{key}._target_={data.source[TARGET]}: it has no {' and no '.join(missing)} (docs/extend.md)")
+    return source
 
 
 def _files_source(spec, cache: str, workers: int, key: str, kind: str, seed: int | None) -> FileDocuments:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,12 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     for key in ("tasks", "num_fewshot", "include_path", "chat_template"):
         if not cfg.eval.lm_eval and cfg.eval[key] not in (None, False):
             raise UserError(f"eval.{key}={cfg.eval[key]}: only eval=lm_eval reads it")
+    of_user = judges(cfg.eval, SECTIONS)
     subject = StageSubject(cfg) if cfg.model is None else HFSubject(cfg)
     print(f"{subject.title} on {subject.net.device}", flush=True)
     measure: dict[str, Callable[[], dict]] = {"bpb": subject.bpb, "chat": subject.chat, "samples": subject.samples}
     measure |= {"core": subject.core, "lm_eval": subject.lm_eval}
-    own = judges(cfg.eval, subject)
+    own = {name: partial(judge, subject) for name, judge in of_user.items()}
     if subject.is_reward_model:  # it writes no text
         wanted, own = [], {"preferences": subject.preferences}
     scores, merged = dict(subject.facts), {}

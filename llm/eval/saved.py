@@ -36,7 +36,7 @@ def saved_config(stage_dir: Path, cache: str | None) -> dict[str, Any]:
     for name, part in needed.items():
         check_plain(part, f"{where}.{name}")
     if cache is not None:
-        check_trusted(config["data"], f"{where}.data", schema, partial(was_fetched, cache))
+        check_trusted(config["data"], f"{where}.data", partial(was_fetched, cache))
     return needed
 
 

@@ -31,9 +31,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Parabola:
-    """loss = curvature (log10 D - log10 tokens)^2 + loss: the best number of tokens D at a fixed number of FLOPs.
+    """The curve loss(D) = curvature (log10 D - log10 tokens)^2 + loss at a fixed number of FLOPs.
 
-    is_inside: the minimum lies between the smallest and the largest D measured, so it is found and not extrapolated.
+    tokens: the best D. is_inside: the minimum lies between the smallest and the largest D measured, so it is found and
+    not extrapolated.
     """
 
     tokens: float

@@ -1,7 +1,9 @@
-"""The queue of experiments: `python -m llm.experiments.queue add|run|list|show|ledger|cancel|...`, see docs/agent.md.
+"""The queue of experiments, see docs/agent.md.
 
 python -m llm.experiments.queue add -m experiment=tiny stage=pretrain optim.matrix_lr=0.01,0.02 seed=1,2
 python -m llm.experiments.queue run
+
+`add` puts jobs into the queue, `run` works them off.
 """
 
 import argparse
@@ -16,8 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llm.cli.compose import _quoted as quoted
-from llm.cli.compose import compose, find_sources, quote_raw, whole_mixtures, without_groups
+from llm.cli.compose import compose, find_sources, quote_raw, quoted, whole_mixtures, without_groups
 from llm.cli.overrides import check_overrides
 from llm.cli.sweep import lines_of, separate_run
 from llm.config.stages import row_or_stranger

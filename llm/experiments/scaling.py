@@ -332,7 +332,7 @@ def _predictions(
 
 
 def _rates(series: Series) -> dict[str, Any]:
-    """Print bpb by depth and factor on the learning rates, and whether the best factor is the same at all depths."""
+    """Print bpb by depth and factor on the learning rates, and whether one factor is best at all depths."""
     fracs = sorted({1.0, *series.lr_fracs})
     table, best = {}, {}
     for depth in sorted(series.depths + series.held_out):

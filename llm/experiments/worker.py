@@ -65,7 +65,7 @@ def waiting(job: Job, jobs: Sequence[Job]) -> str:
 
 
 class _Stop:
-    """Whether the worker is asked to end: by a signal, or because its time is up."""
+    """Hears when the worker is asked to end: by a signal, or because its time is up."""
 
     def __init__(self, end: float | None) -> None:
         self.end, self.signal, self._before = end, None, {}

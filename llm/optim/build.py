@@ -1,5 +1,7 @@
 """Build the optimizer that a configuration names, with a parameter group per kind of parameter."""
 
+from itertools import count
+
 import torch
 from torch import nn
 
@@ -30,7 +32,25 @@ def build_optimizer(
             if group.get("decays"):
                 group["weight_decay"] = group["weight_decay"] * decay_scale
     check_groups(net, groups)
+    name_groups(net, groups)
     return optimizer(groups)
+
+
+def name_groups(net: nn.Module, groups: list[dict]) -> None:
+    """Give every group without a name one that says what it holds: head, embedding, matrices ..., by `params_by_kind`.
+
+    A group of several kinds is `others`, that of an adapter `adapter`; a name that is taken gets a number. By these
+    names learning rates are shown.
+    """
+    kinds = {id(p): kind for kind, params in params_by_kind(net).items() for p in params}
+    taken: set[str] = set()
+    for group in groups:
+        held = {kinds.get(id(p)) for p in group["params"]}
+        holds = held.pop() if len(held) == 1 else None
+        name = group.get("name") or ("adapter" if getattr(net, "lora", None) is not None else holds or "others")
+        numbers = (f"{name}_{number}" for number in count(2))
+        group["name"] = name if name not in taken else next(other for other in numbers if other not in taken)
+        taken.add(group["name"])
 
 
 def lora_groups(net: nn.Module) -> list[dict]:

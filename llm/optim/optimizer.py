@@ -51,8 +51,15 @@ class GroupOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory."""
+        """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory.
+
+        Groups keep their names, which older files lack.
+        """
+        names = [group.get("name") for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, name in zip(self.param_groups, names, strict=True):
+            if name is not None:
+                group["name"] = name
         for state in self.state.values():
             state.update({name: value.clone() for name, value in state.items()})
 

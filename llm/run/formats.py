@@ -32,7 +32,7 @@ CONFIG = mapping(
     }
 )
 
-_task_of_data = mapping({"type": text, "source": text}, needs=("type", "source"))
+_task_of_data = mapping({"type": maybe(text), "_target_": maybe(text), "source": text}, needs=("type", "source"))
 # What an evaluation needs of the configuration.
 EVALUATED = mapping(
     {

@@ -47,7 +47,7 @@ def holds_weights(parent: Path) -> bool:
 
 
 def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Tokenizer]:
-    """Load network and tokenizer of the parent's model/ folder, and print what was taken.
+    """Load network and tokenizer of the parent's model/ folder.
 
     scalar_head: whether the network is to have one; a new one is zero, one that is not wanted is left out. The context
     may be longer than the parent's, and document masks may be switched. Raises UserError where the configured model
@@ -64,12 +64,8 @@ def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Toke
     check_same_model(wanted, net.config, parent)
     if net.config.scalar_head != scalar_head:
         net = with_scalar_head(net, scalar_head)
-    c = net.config
-    say_taken(
-        parent,
-        f"weights ({num_params(c)['total']:,} parameters), tokenizer ({tokenizer.vocab_size:,} tokens), shape "
-        f"({c.arch}, {c.n_layer} layers, {c.n_embd} wide, context {c.seq_len})",
-    )
+    if collectives.is_main():
+        say(content_note(parent))
     return with_adapter(net, parent, cfg), tokenizer
 
 
@@ -142,7 +138,7 @@ def with_document_masks(net: GPT, wanted: GPTConfig) -> GPT:
 
 
 def load_tokenizer(parent: Path, cfg) -> Tokenizer:
-    """Load the tokenizer of the parent's model/ folder for a fresh network, and print what was taken.
+    """Load the tokenizer of the parent's model/ folder for a fresh network.
 
     Raises UserError for arch.rope_scaling, which stretches the context of a trained network, and for an adapter.
     """
@@ -159,7 +155,8 @@ def load_tokenizer(parent: Path, cfg) -> Tokenizer:
     tokenizer = Tokenizer.load(parent)
     check_content(parent, cfg.verify)
     check_vocab_size(cfg, tokenizer.vocab_size)
-    say_taken(parent, f"tokenizer ({tokenizer.vocab_size:,} tokens); the weights are fresh")
+    if collectives.is_main():
+        say(content_note(parent))
     return tokenizer
 
 
@@ -368,7 +365,7 @@ def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
 
 
 def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float) -> dict:
-    """Return the base rate of every parameter group by `lr_<i>_<kind>_<n>_params`, and Muon's decay, to be printed."""
+    """Return the base rate of every parameter group by `lr/<name>` (see `name_groups`), and the weight decay."""
     groups = build_optimizer(net, cfg.optim, lr_scale, decay_scale).param_groups
-    rates = {f"lr_{i}_{g['kind']}_{sum(p.numel() for p in g['params'])}_params": g["lr"] for i, g in enumerate(groups)}
+    rates = {f"lr/{group['name']}": group["lr"] for group in groups}
     return rates | {"weight_decay": cfg.optim.weight_decay * decay_scale}

@@ -28,25 +28,24 @@ class DeviceOptions:
     fixed_shapes: bool
     draws_answers: bool
 
-    def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> None:
-        """Set up the network of a stage of `steps` steps for a device, and print what was chosen."""
+    def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> str:
+        """Set up the network of a stage of `steps` steps for a device; return what was chosen, in words."""
         net.compute_dtype = resolve_compute_dtype(self.compute, device, self.draws_answers)
         if device.type == "cpu":
             choose_fp32_products(by_onednn=self.draws_answers)
+        chosen = [str(net.compute_dtype).removeprefix("torch.")]
         if self.fp8:
             if is_fsdp:
                 raise UserError(
                     "precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon"
                 )
-            print(use_fp8(net, device), flush=True)
+            chosen.append(use_fp8(net, device))
         net.activation_checkpointing = self.activation_checkpointing
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
         compiled, why = decide(self.compile, stage, device, steps)
         if compiled:
             compile_training(net, by_block=is_fsdp)
-        dtype = str(net.compute_dtype).removeprefix("torch.")
-        how = "compiled" if compiled else "eager"
-        print(f"device {device}, compute {dtype}, attention {attention}, {how} ({why})", flush=True)
+        return ", ".join([*chosen, f"attention {attention}", f"{'compiled' if compiled else 'eager'} ({why})"])
 
 
 def use_fp8(net, device) -> str:

@@ -80,8 +80,8 @@ def build(cfg, parent: Path) -> BuiltStage:
 def horizon(cfg, expected: Forecast) -> Horizon:
     """Return the size of a step, the passes and the steps: as configured, and by rule where a key is null.
 
-    A micro-batch larger than a step that the rule chose is made smaller. Prints what was chosen, and warns of so few
-    steps that next to nothing is learnt.
+    A micro-batch larger than a step that the rule chose is made smaller. Warns of so few steps that next to nothing is
+    learnt.
     """
     tokens, epochs = cfg.batch.tokens_per_step, cfg.stage.epochs
     if tokens is None:
@@ -95,14 +95,12 @@ def horizon(cfg, expected: Forecast) -> Horizon:
     steps = cfg.max_steps or expected.steps(tokens, epochs)
     if cfg.max_steps:
         epochs = steps * tokens / expected.tokens
-    if collectives.is_main():
-        print(f"horizon: {steps:,} steps of {tokens:,} tokens, {epochs:.3g} passes over the conversations", flush=True)
-        if steps < FEW_STEPS and not cfg.max_steps:
-            print(
-                f"WARNING: {steps} steps are too few to learn from: lower batch.tokens_per_step={tokens} or raise "
-                f"stage.epochs={epochs:g} (null = by the amount of data)",
-                flush=True,
-            )
+    if steps < FEW_STEPS and not cfg.max_steps and collectives.is_main():
+        print(
+            f"WARNING: {steps} steps are too few to learn from: lower batch.tokens_per_step={tokens} or raise "
+            f"stage.epochs={epochs:g} (null = by the amount of data)",
+            flush=True,
+        )
     return Horizon(tokens, epochs, steps)
 
 

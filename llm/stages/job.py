@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config.stages import Stage
+from llm.parallel.env import launched_rank
 from llm.parallel.launch import processes
 from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
@@ -33,6 +35,7 @@ class Job:
     parent: Path | None
     further: dict[str, Path] = field(default_factory=dict)  # by key of `Stage.other_parents`
     manifest: dict = field(init=False)
+    at_end: Callable[[], None] | None = None  # what is left to do behind the report
 
     def __post_init__(self):
         self.manifest = {
@@ -101,6 +104,11 @@ class Job:
         return None
 
 
+def shows_bar(cfg) -> bool:
+    """Return whether this process may draw a bar, or what stands in its place before training."""
+    return cfg.trainer.enable_progress_bar and "progress" in cfg.callbacks and launched_rank() == 0
+
+
 def identity(model: Path | None) -> str | None:
     """Return when the stage of a model/ folder was finished, to tell two trainings apart; None without run.json."""
     manifest = None if model is None else read_manifest(model.parent)
@@ -117,12 +125,13 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def show_config(cfg, derived: dict) -> None:
-    """Print the resolved configuration and the derived numbers, which config.yaml and run.json keep too.
+def show_config(cfg) -> None:
+    """Print the resolved configuration, which config.yaml keeps too, without what may be secret in addresses."""
+    print(OmegaConf.to_yaml(public(OmegaConf.to_container(cfg, resolve=True))), flush=True)
 
-    What may be secret in addresses is not printed.
-    """
-    print(OmegaConf.to_yaml(public(OmegaConf.to_container(cfg, resolve=True))))
+
+def show_derived(derived: dict) -> None:
+    """Print the derived numbers, which run.json keeps too."""
     print("derived:")
     for key, value in derived.items():
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.7g}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config.saved import kind_of_schema
-from llm.config.stages import Stage, load_object, stage_row
+from llm.config.stages import Stage, stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
@@ -28,12 +28,15 @@ from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
 from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
-from llm.stages.job import Job, show_config
+from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
+from llm.stages.own_parts import check_own_parts
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
 from llm.utils.format import dollars
+from llm.utils.registry import resolved
+from llm.utils.terminal import waiting
 
 
 def run_stage(cfg: DictConfig) -> float | None:
@@ -44,9 +47,9 @@ def run_stage(cfg: DictConfig) -> float | None:
             runner(row)(cfg)
         return None
     if not is_launched():
-        run = work_on_stage(cfg, row)
-        asked = cfg.objective is not None and not cfg.dry_run
-        return objective_of(run.stage_dir(row.name), cfg.objective, cfg.objective_mode) if asked else None
+        run = own_run(cfg, row)
+        work_on_stage(cfg, row, run)
+        return reached(cfg, run)
     import torch
 
     from llm.parallel import collectives
@@ -56,7 +59,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     status = 0
     try:
         if row.parallel or collectives.is_main():
-            work_on_stage(cfg, row)
+            work_on_stage(cfg, row, own_run(cfg, row))
     except SystemExit as stop:  # by a signal, as all of them
         status = stop.code
     collectives.barrier()  # the next stage finds what this one wrote; who ends early makes the others fail
@@ -67,15 +70,19 @@ def run_stage(cfg: DictConfig) -> float | None:
 
 def runner(row: Stage):
     """Return the function that runs a stage, or fetches data: the row's `run`."""
-    return load_object(row.run, f"runner of stage={row.name}")
+    return resolved(row.run, f"runner of stage={row.name}")
 
 
-def work_on_stage(cfg: DictConfig, row: Stage) -> RunDir:
-    """Run the stage in this process, or launch one process per device and wait for them; return its run."""
-    run = own_run(cfg, row)
+def reached(cfg: DictConfig, run: RunDir) -> float | None:
+    """Return the value of `cfg.objective` that a stage has reached; None where none is asked for."""
+    asked = cfg.objective is not None and not cfg.dry_run
+    return objective_of(run.stage_dir(cfg.stage.name), cfg.objective, cfg.objective_mode) if asked else None
+
+
+def work_on_stage(cfg: DictConfig, row: Stage, run: RunDir) -> None:
+    """Run the stage of `run` in this process, or launch one process per device and wait for them."""
     with writer(cfg, row, run):
         work_as_writer(cfg, row, run)
-    return run
 
 
 def writer(cfg: DictConfig, row: Stage, run: RunDir) -> contextlib.AbstractContextManager:
@@ -124,17 +131,23 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         return
     parents = find_parents(cfg, row, run)
     if parents is None:
-        show_config(cfg, load_object(row.derive, f"stage={row.name}")(cfg))
+        from llm.stages.start import show_plan
+
+        show_plan(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
-    job = Job(cfg, row, run, config, *parents)
+    check_own_parts(cfg, row)
+    with waiting("starting", shows_bar(cfg)):
+        job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
     check_same_texts(job)
-    print(f"\n== {job.title}" + (f", from {job.parent}" if job.parent else ""), flush=True)
+    print(f"\n== {job.title}", flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
     with mirrored(mirror, run, row.name, job.models.values()):
-        results = runner(row)(job)
+        with waiting("starting", shows_bar(cfg)):
+            work = runner(row)  # imports what the stage needs
+        results = work(job)
         if results is not None:  # None: a dry run
             conclude(job, results, time.perf_counter() - begin)
 
@@ -170,6 +183,7 @@ def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
 def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> int:
     """Train in processes of their own on this machine; returns their exit status."""
     from llm.checkpoint.resume import newest_step
+    from llm.stages.start import change_lines
 
     checkpoints, old = run.stage_dir(row.name) / "checkpoints", started(run, row.name)
 
@@ -178,6 +192,8 @@ def start_processes(cfg: DictConfig, row: Stage, run: RunDir, config: dict) -> i
         begun = started(run, row.name) not in (None, old)
         return config | {"overwrite": False, "resume": True} if begun else config
 
+    if lines := change_lines(cfg):  # the processes do not know them
+        print("\n".join(lines), flush=True)
     title = f"{run.name}.{row.name}"
     return launch(cfg.trainer, processes_here(cfg), title, present_config, lambda: newest_step(checkpoints))
 
@@ -224,6 +240,8 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
         raise SystemExit(128 + signum)
     if launched_rank() == 0:
         report(job.run)
+        if job.at_end is not None:
+            job.at_end()
         paid = "" if job.cfg.device_price is None else f" for {dollars(cost(job.manifest))} dollars"
         print(f"{job.title} finished in {job.manifest['seconds']:.0f} s{paid}: {job.stage_dir}", flush=True)
 

@@ -83,6 +83,7 @@ class StepModule(L.LightningModule):
         self.rate: float | None = None  # the share of the learning rates in the last step
         self.gradient_clip_val: float | None = None  # the Trainer's
         self.device_ready: torch.device | None = None
+        self.made_ready: str | None = None  # how, in words
         self.origin: dict = {}  # keys of run.json that checkpoints repeat, see Job.origin
         self.has_begun = False  # the first step since this process loaded a checkpoint, if any
         self.is_updating = False  # while weights, optimizer and position are of no one step
@@ -116,14 +117,21 @@ class StepModule(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        self.make_ready(self.trainer)
+        if self.make_ready(self.trainer):
+            print(f"device {self.device_ready}: {self.made_ready}", flush=True)
 
-    def make_ready(self, trainer: L.Trainer) -> None:
-        """Make the network ready for a trainer's device, once: number format, attention kernel, compilation."""
+    def make_ready(self, trainer: L.Trainer) -> bool:
+        """Make the network ready for a trainer's device: number format, attention kernel, compilation.
+
+        Returns False where it is ready already.
+        """
         device = trainer.strategy.root_device
-        if self.context.options is not None and self.device_ready != device:
-            self.device_ready, is_fsdp = device, isinstance(trainer.strategy, FSDPStrategy)
-            self.context.options.prepare(self.net, device, is_fsdp, self.context.name, self.context.total_steps)
+        if self.context.options is None or self.device_ready == device:
+            return False
+        self.device_ready, is_fsdp = device, isinstance(trainer.strategy, FSDPStrategy)
+        steps = self.context.total_steps
+        self.made_ready = self.context.options.prepare(self.net, device, is_fsdp, self.context.name, steps)
+        return True
 
     def on_train_start(self) -> None:
         self.budget.start()

@@ -64,6 +64,7 @@ class Progress:
 
     tokens: int = 0  # positions trained on by all processes
     paused_seconds: float = 0.0  # spent in evaluations and checkpoints, see callbacks.cadence
+    doing: str | None = None  # which of them, in a word, at this moment
 
 
 @dataclass

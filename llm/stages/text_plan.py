@@ -27,12 +27,11 @@ class TextPlan(NamedTuple):
 def plan_text(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan:
     """Return the plan of a run of `steps` steps, at most `stage.max_passes` over the text unless max_steps is given.
 
-    A run with a checkpoint keeps the plan that its run.json holds. Prints size and passes, and warns where the text is
-    read very often or where cropping loses text that is read again.
+    A run with a checkpoint keeps the plan that its run.json holds. Warns where the text is read very often or where
+    cropping loses text that is read again.
     """
     found = _begun(cfg, steps) or _measured(cfg, source, tokenizer, steps, batch_tokens)
     if found.tokens is not None:
-        print(f"text: about {found.tokens / 1e6:.3g} M tokens; {found.passes:.1f} passes, packing {found.packing}")
         for line in warnings_of(cfg, found):
             print(f"WARNING: {line}", flush=True)
     return found

@@ -7,10 +7,12 @@ from llm.data.documents import DocumentSource, texts
 from llm.data.sources import document_source
 from llm.run.content import write_content
 from llm.stages.job import Job, show_config
+from llm.stages.start import change_lines
 from llm.tokenizer.bpe import Tokenizer, checked_pattern, split_pattern, train_tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, named_encoder
 from llm.tokenizer.pretrained import load_pretrained
 from llm.utils.files import replaced_folder, write_atomic
+from llm.utils.format import amount
 
 TABLE_CHARS = 200_000  # of the training and of the validation text
 
@@ -31,7 +33,12 @@ def run(job: Job) -> dict | None:
     """Train or take over the tokenizer and save it to model/; returns the values of run.json, None after a dry run."""
     cfg, stage = job.cfg, job.cfg.stage
     ready = prepared(stage)
-    show_config(cfg, {"vocab_size": stage.vocab_size if isinstance(ready, str) else ready.vocab_size})
+    size = f"{stage.vocab_size:,} tokens, from at most {amount(stage.max_chars)} characters of text"
+    print(
+        "\n".join([size if isinstance(ready, str) else f"{ready.vocab_size:,} tokens", *change_lines(cfg)]), flush=True
+    )
+    if cfg.verbose:
+        show_config(cfg)
     if cfg.dry_run:
         return None
     source = document_source(cfg.data, cfg.paths.data)

@@ -2,15 +2,17 @@
 
 import contextlib
 import signal
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from callbacks.best import hand_over_best
+from callbacks.stopwatch import Stopwatch
 from llm.checkpoint.examples import save_examples
 from llm.checkpoint.model_folder import save_model_folder
 from llm.checkpoint.resume import list_checkpoints
-from llm.config.stages import Stage, load_object
+from llm.config.stages import Stage
 from llm.data.balance import Reading, describe, total
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.eval.examples import choose_examples
@@ -22,11 +24,15 @@ from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import read_metrics
 from llm.stages.common import held_out_task
-from llm.stages.job import Job, show_config
+from llm.stages.expect import note as remember_times
+from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import begin_longer
 from llm.stages.micro_batch import out_of_memory
+from llm.stages.start import show_start
 from llm.stages.step_module import StageContext
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
+from llm.utils.registry import resolved
+from llm.utils.terminal import waiting
 
 SIGNAL_NAMES = {SIGUSR1: "SIGUSR1", SIGHUP: "SIGHUP", signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -39,16 +45,16 @@ def run(job: Job) -> dict | None:
     cfg = job.cfg
     quiet_lightning()
     check_devices(cfg)
-    built = build(job)
-    show_config(cfg, built.derived)
+    with waiting("preparing", shows_bar(cfg)):
+        built = build(job)
     if built.reading is not None:
         job.manifest["data"] = built.reading.to_dict()
-        if collectives.is_main():
-            print("\n".join(built.reading.start_lines()), flush=True)
     if cfg.dry_run:
+        show_start(job, built)
         return None
     begin_longer(job, built)
     trainer, stop = build_trainer(cfg, job.stage_dir, built)
+    forecast, begin = show_start(job, built) if collectives.is_main() else None, time.perf_counter()
     collectives.barrier()  # nobody writes before all have read
     if collectives.is_main():
         job.manifest["derived"] = built.derived  # a killed run resumes with the plan it began with
@@ -69,7 +75,14 @@ def run(job: Job) -> dict | None:
             raise UserError(out_of_memory(cfg, rows, error, saved[-1][0] if saved else None)) from None
         built = build(job)
         trainer, stop = build_trainer(cfg, job.stage_dir, built)
+    if forecast is not None:
+        job.at_end = lambda: remember_times(forecast, stopwatch_of(trainer), time.perf_counter() - begin)
     return hand_over(job, built, trainer, stop.signum)
+
+
+def stopwatch_of(trainer) -> Stopwatch:
+    """Return the stopwatch among the trainer's callbacks."""
+    return next(one for one in trainer.callbacks if isinstance(one, Stopwatch))
 
 
 def build(job: Job):
@@ -81,7 +94,7 @@ def build(job: Job):
 
 def builder(row: Stage):
     """Return the function `build(cfg, parent) -> BuiltStage` of a stage's row."""
-    return load_object(row.build, f"builder of stage={row.name}")
+    return resolved(row.build, f"builder of stage={row.name}")
 
 
 def hand_over(job: Job, built, trainer, signum: int | None) -> dict:

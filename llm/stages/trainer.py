@@ -17,6 +17,7 @@ from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.parallel.env import lost_another
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
+from llm.stages.own_parts import check_part
 from llm.utils.addresses import public
 from llm.utils.files import write_json
 
@@ -162,7 +163,8 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment(), *own],
             default_root_dir=str(stage_dir),
             enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
-            enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
+            enable_progress_bar=cfg.trainer.enable_progress_bar
+            and any(isinstance(one, ProgressBar) for one in callbacks),
             enable_model_summary=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
@@ -186,6 +188,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     from callbacks.checkpoint import StepCheckpoint
     from callbacks.metrics import MetricsLog
     from callbacks.runtime import CleanStop, GarbageControl
+    from callbacks.stopwatch import Stopwatch
     from callbacks.validation import MonitorCheck, ValidationBegin, ValidationEnd
     from callbacks.watch import LossGuard, ProcessWatch
 
@@ -193,6 +196,8 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     stop = CleanStop(checkpoint)
     chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
     check_callbacks(chosen)
+    if "progress" in chosen and not cfg.trainer.enable_progress_bar:
+        chosen["progress"].wants_bar = False
     speed, display = ([chosen.pop(name)] if name in chosen else [] for name in ("throughput", "progress"))
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
@@ -207,7 +212,15 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
         display = []  # Lightning's bar in the place of ours
     averages = [one for one in chosen.values() if isinstance(one, WeightAveraging)]
     others = [one for one in chosen.values() if one not in averages]
-    first = [*averages, processes, checkpoint, stop, *guards, begin]  # averaged weights are what is evaluated
+    first = [
+        Stopwatch(),
+        *averages,
+        processes,
+        checkpoint,
+        stop,
+        *guards,
+        begin,
+    ]  # averaged weights are what is evaluated
     return [*first, *others, *own, *speed, log, monitors, ValidationEnd(begin), *display], stop
 
 
@@ -283,12 +296,18 @@ def told_by_key() -> Iterator[None]:
 
 
 def instantiate_part(key: str, part, **more):
-    """Call Hydra's instantiate; its errors become a UserError that names the config key."""
+    """Build what a `_target_` names by Hydra's instantiate. Raises UserError that names the config key."""
+    base = check_part(key, part)
     try:
-        return instantiate(part, **more)
+        built = instantiate(part, **more)
+    except UserError:
+        raise
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"{key}: cannot be built from {shown(part)} ({cause})") from error
+    if base is not None and not isinstance(built, base):
+        raise UserError(f"{key}._target_={part._target_}: gives {type(built).__name__}, and not a {base.__name__}")
+    return built
 
 
 def quiet_lightning() -> None:

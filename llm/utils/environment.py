@@ -135,7 +135,7 @@ def environment() -> dict[str, Any]:
         gpus.append({"name": device.name, "memory_gb": round(device.total_memory / 2**30, 1)})
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": memory_gb(),
         "gpus": gpus,
@@ -162,7 +162,8 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor's model; that of its architecture where the system does not tell."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -47,13 +47,20 @@ def in_bytes(number: float) -> str:
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
+def in_rate(number: float) -> str:
+    """Format operations per second: `453 GFLOP/s`, `1.2 TFLOP/s`."""
+    return f"{number / 1e12:,.3g} TFLOP/s" if number >= 1e12 else f"{number / 1e9:,.3g} GFLOP/s"
+
+
 def duration(seconds: float | None) -> str:
-    """Format seconds: `4.2 s`, `3 min 12 s`, `2 h 05 min`; None as `-`."""
+    """Format seconds: `4.2 s`, `3 min 12 s`, `2 h 05 min`, from three days on `12.5 days`; None as `-`."""
     if seconds is None:
         return "-"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if seconds >= 3 * 86_400:
+        return f"{seconds / 86_400:,.1f} days"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 

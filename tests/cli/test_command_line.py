@@ -107,8 +107,12 @@ def test_a_mistake_is_one_line_that_helps(argv, expected):
     "config_name,argv,expected",
     [
         ("evaluate", ["eval=[bpb,chatt]"], "eval=chat?"),
-        ("evaluate", ["data.path=x"], "choose data=<option> first (climbmix, embedded, fineweb_edu, hub"),
-        ("evaluate", ["+data.tasks.x.type=chat"], "choose data=<option> first (climbmix, embedded, fineweb_edu, hub"),
+        ("evaluate", ["data.path=x"], "choose data=<option> first (climbmix, custom, embedded, "),
+        (
+            "evaluate",
+            ["+data.tasks.x.type=chat"],
+            "choose data=<option> first (climbmix, custom, embedded, ",
+        ),
         ("evaluate", ["optim=adamw"], "unknown key 'optim'"),
         ("evaluate", ["eval.max_per_taks=4"], "'eval.max_per_task'"),
         ("serve", ["ui=web"], "one of gradio, api, cli"),

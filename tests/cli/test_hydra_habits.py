@@ -1,5 +1,6 @@
 """Habits of Hydra's users: every row of the table in docs/configuration.md, and experiments that extend experiments."""
 
+import json
 import math
 import re
 import shlex
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, run_cli
 from processes import run
 
 from llm.cli import overrides
@@ -31,6 +32,7 @@ FILES = {
     "callbacks/mine": "mine: {_target_: my_code.Callback}\n",
     "search/lr": "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: 'choice(1,2)'}}}\n",
     "data/mytext": "defaults: [_local, _self_]\npath: texts\n",
+    "noisy/off": "# @package _global_\nlogger: null\n",
     "model/wide": "defaults: [_base, _self_]\ndepth: 3\n",
 }
 
@@ -43,6 +45,7 @@ def my_conf(tmp_path, monkeypatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # where my_conf is a package too
     return tmp_path / "my_conf"
 
 
@@ -72,6 +75,73 @@ def test_a_habit_does_what_the_table_says(my_conf, habit, command, result):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Odd but legitimate lines, of Hydra's documentation and of the template for Lightning and Hydra
+
+REFUSED = {
+    "trainer=ddp trainer.devices=4": "trainer=ddp does not exist; did you mean strategy=ddp?",
+    "logger=none": "logger=none does not exist; did you mean logger=null?",
+    "debug=debug": "there is no group debug; write experiment=debug",
+    "--config-dir my_conf -m search=lr": "search is a folder of yours, no group yet: +search=lr",
+    "ckpt_path=last.ckpt": "ckpt_path is written otherwise here: init_from=<run>/<stage>",
+    "task_name=mine": "task_name is written otherwise here: run=<name>",
+    "train=False test=True": "train is written otherwise here: stage=<name>",
+    "extras.print_config=true": "extras is written otherwise here: --cfg job shows the configuration",
+    "trainer.max_epochs=20": "stage.epochs or max_steps",
+    "+trainer.precision=16": "precision.compute",
+    "model.optimizer.lr=1e-4": "unknown key 'model.optimizer.lr'",
+    "optim._target_=torch.optim.Adam": "optim=<name>, which a plugin registers",
+    "experiment=[tiny,debug]": "give one name; an experiment takes others over in its file",
+    "stage=[pretrain]": "several in a row are a sweep: -m stage=tokenizer,pretrain",
+    "/model=d4": "a key begins with a letter: model=d4",
+    "'model={\"depth\": 3}'": "keys in braces have no quotes",
+    "-m 'model=glob(d[12])'": "in quotes of their own: \"model=glob('d[12]')\"",
+    "run=a=b": "in quotes of their own: \"run='a=b'\"",
+    "--cfg jobs": "--cfg/-c: invalid choice: 'jobs'",
+    "'-m seed=1,2'": "--multirun/-m: ignored explicit argument",
+    "-m hydra.sweeper.params.seed=3": "write it in braces: 'hydra.sweeper.params={seed: \"3\"}'",
+    "hydra.mode=multirun": "expected one of [RUN, MULTIRUN]",
+    "--config-dir my_conf +noisy=off": "off.yaml: logger=null: must have a value; a group is left out by `- override",
+    "hydra/launcher=ray": "pip install hydra-ray-launcher",
+    "-m 'optim.matrix_lr=0.01,null'": "optim.matrix_lr=null: expected a number",
+    "--config-dir nowhere": "--config-dir: there is no folder",
+    "hydra.searchpath=[pkg://nowhere.conf]": "there is no package pkg://nowhere.conf; put its folder on PYTHONPATH",
+    "~model.depth": "model has a fixed set of keys",
+}
+TAKEN = (
+    *("seed=1,2 -m", "--multirun seed=1,2", "-m 'run=a,b'", "\"run='a,b'\"", "'model={depth: 3, seq_len: 64}'"),
+    *("~callbacks=default", "model.depth=int(3.0)", "-m 'seed=shuffle(range(1,4))'", "'run=${now:%Y}'"),
+    *("-m 'optim.matrix_lr=range(0.01,0.03,0.01)'", "-m 'data.eval=[choice],[choice,arithmetic]'", "logger={}"),
+    *("'hydra.run.dir=outputs/${now:%Y-%m-%d}'", "-m 'hydra.sweep.subdir=${hydra.job.num}' seed=1,2", "'logger=[csv]'"),
+    *("-m hydra.sweeper.max_batch_size=2 seed=1,2", "hydra.job.chdir=True", "hydra.output_subdir=.hydra", "--info"),
+    *(
+        "-m hydra/sweeper=basic hydra/launcher=basic seed=1,2",
+        "--cfg job --package model",
+        "trainer.deterministic=true",
+    ),
+)
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_an_odd_line_is_refused_with_what_to_do(my_conf, line):
+    with pytest.raises(UserError) as caught:
+        check_overrides("train", shlex.split(line))
+    assert REFUSED[line] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TAKEN)
+def test_an_odd_line_is_taken(my_conf, line):
+    check_overrides("train", sorted(shlex.split(line), key=lambda arg: arg != "-m"))
+
+
+def test_a_search_has_one_direction():
+    needs_optuna()
+    argv = ["-m", *SEARCH, "hydra.sweeper.direction=[minimize,maximize]"]
+    with pytest.raises(UserError, match="a search has one objective: give minimize or maximize"):
+        check_overrides("train", argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Folders and experiments of a user
 
 
@@ -88,7 +158,8 @@ def test_an_experiment_wins_over_those_that_it_extends_for_every_stage(my_conf):
 
 
 def test_folders_of_a_user_are_found_in_every_way(my_conf, monkeypatch):
-    for argv in (["--config-dir", "my_conf"], ["hydra.searchpath=[file://my_conf]"], ["--config-path", "my_conf"]):
+    search = [f"hydra.searchpath=[{kind}://my_conf]" for kind in ("file", "pkg")]
+    for argv in (["--config-dir", "my_conf"], ["--config-path", "my_conf"], *([one] for one in search)):
         assert composed(*argv, "model=wide").model.depth == 3
     assert composed("--config-dir=my_conf", "--config-name=mytrain").seed == 7
     monkeypatch.setattr("llm.cli.compose.LOCAL", my_conf)  # as if it were conf/local/
@@ -103,6 +174,88 @@ def test_a_main_file_names_folders_too(my_conf, tmp_path):
         f"defaults: [train, _self_]\nhydra: {{searchpath: ['file://{my_conf}']}}\n"
     )
     assert composed("--config-dir", "more", "--config-name", "mytrain", "model=wide").model.depth == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One real process per kind: what is composed and checked above is also what Hydra does. A dry run trains nothing.
+
+DRY = ("stage=pretrain", "dry_run=true", "model.vocab_size=300", "+hydra.callbacks.told._target_=told.Told")
+CALLBACK = """from hydra.experimental.callback import Callback
+
+class Told(Callback):
+    def on_job_start(self, config, **kwargs):
+        print(f"told: seed={config.seed} depth={config.model.depth} steps={config.max_steps}", flush=True)
+"""
+TINY = "experiment=tiny"
+SEEDS = ["seed=1 depth=2 steps=4", "seed=2 depth=2 steps=4"]
+# Kind: arguments, and what a callback of Hydra is told of each job.
+KINDS = {
+    "list": (["-m", TINY, "seed=1,2"], SEEDS),
+    "glob": (["-m", TINY, "model=glob([d1,d2])"], ["seed=42 depth=1 steps=4", "seed=42 depth=2 steps=4"]),
+    "tagged": (["-m", TINY, "seed=tag(luck,choice(1,2))"], SEEDS),
+    "params": (["-m", TINY, "hydra.sweeper.params={seed: '1,2'}"], SEEDS),
+    "mode": ([TINY, "hydra.mode=MULTIRUN", "seed=1,2"], SEEDS),
+    "folder": (["--config-dir", "my_conf", TINY, "model=wide"], ["seed=42 depth=3 steps=4"]),
+    "main folder": (["--config-path", "my_conf", TINY, "model=wide"], ["seed=42 depth=3 steps=4"]),
+    "main file": (["--config-dir", "my_conf", "--config-name", "mytrain", TINY], ["seed=7 depth=2 steps=4"]),
+    "search path": (["hydra.searchpath=[file://my_conf]", TINY, "model=wide"], ["seed=42 depth=3 steps=4"]),
+    "experiment": (["--config-dir", "my_conf", "experiment=mine"], ["seed=42 depth=2 steps=6"]),
+    "joblib": (["-m", TINY, "hydra/launcher=joblib", "seed=1,2"], SEEDS),
+}
+
+
+def dry(argv, folder: Path, fresh: bool = False):
+    """Run a command line with the callback, and with a class for the user's experiment."""
+    (folder / "told.py").write_text(CALLBACK)
+    (folder / "my_code.py").write_text("from lightning.pytorch.callbacks import Callback\n")
+    return run_cli("train.py", *argv, *DRY, cwd=folder, fresh=fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_real_process_of_a_kind(my_conf, kind):
+    argv, jobs = KINDS[kind]
+    if kind == "joblib" and missing_plugin("hydra/launcher", "joblib"):
+        pytest.skip("needs pip install -e '.[search]'")
+    done = dry(argv, my_conf.parent)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"told: (.+)", done.stdout)) == jobs
+
+
+def test_a_real_process_does_several_at_once(my_conf):
+    """A main file of the user's, its folder, a sweep by a key with a tag, and a callback of Hydra."""
+    argv = ["--config-path", "my_conf", "--config-name", "mytrain", "hydra.mode=MULTIRUN", TINY, "model=wide"]
+    done = dry([*argv, "max_steps=tag(short,choice(2,3))"], my_conf.parent)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"told: (.+)", done.stdout) == ["seed=7 depth=3 steps=2", "seed=7 depth=3 steps=3"]
+
+
+@pytest.mark.slow
+def test_a_real_process_refuses_an_interval_in_one_line(my_conf):
+    done = dry(["-m", TINY, "optim.matrix_lr=interval(0.01,0.1)"], my_conf.parent)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch("error: optim.matrix_lr=interval.*: an interval needs a search: .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_text_of_a_user_without_tasks_is_enough_to_train(my_conf):
+    folder = my_conf.parent
+    (folder / "texts").mkdir()
+    lines = [json.dumps({"text": f"The fox number {i} has {i * i} apples."}) for i in range(400)]
+    (folder / "texts/fox.jsonl").write_text("\n".join(lines))
+    argv = ["-m", "--config-dir", "my_conf", TINY, "data=mytext", "trainer=cpu", "stage=tokenizer,pretrain"]
+    done = run_cli("train.py", *argv, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/tiny/pretrain/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_jobs_that_submitit_starts_print_into_a_folder_beside_the_runs(my_conf):
+    pytest.importorskip("submitit")
+    done = dry(["-m", TINY, "hydra/launcher=submitit_local", "seed=1,2"], my_conf.parent, fresh=True)
+    assert done.returncode == 0, done.stderr
+    logs = [path.read_text() for path in (my_conf.parent / "runs/.submitit").rglob("*.out")]
+    assert sorted(re.findall(r"told: (.+)", "".join(logs))) == SEEDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,14 @@ def test_a_saved_run_is_read_under_the_present_names(tmp_path):
     assert renamed_key("batch.micro_batch_size") is None
 
 
+def test_a_class_of_the_users_that_a_saved_type_names_is_a_target():
+    saved = {"data": {"tasks": {"mine": {"type": "word_problems.WordProblems"}, "chat": {"type": "chat"}, "bad": 3}}}
+    tasks = renamed_config(saved)["data"]["tasks"]
+    assert tasks["mine"] == {"type": None, "_target_": "word_problems.WordProblems"}
+    assert tasks["chat"] == {"type": "chat"} and tasks["bad"] == 3
+    assert saved["data"]["tasks"]["mine"]["type"] == "word_problems.WordProblems"
+
+
 def test_cursors_of_a_changed_number_of_processes():
     cursor = {"epoch": 0, "shard": 0, "row": 9, "index": 9}
     packer = {"tokens": torch.arange(4), "lengths": torch.tensor([4]), "row_len": 9, "placed": 5, "lost": 0}

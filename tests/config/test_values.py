@@ -14,8 +14,9 @@ from llm.config.check import MOST_PARAMETERS, structured
 from llm.config.data_schema import SourceSpec
 from llm.config.key import key
 from llm.config.schema import VARIANTS, known_keys
-from llm.config.stages import load_object, stage_row
+from llm.config.stages import stage_row
 from llm.errors import UserError
+from llm.utils.registry import resolved
 
 ENTRY_POINTS = ("train", "evaluate", "serve")
 BOUNDS = ("low", "above", "high", "below")
@@ -276,7 +277,7 @@ def problem(config_name: str, argv: list[str], deep: bool) -> str | None:
             derive = stage_row(cfg.stage.name).derive if config_name == "train" else ""
             if derive:
                 cfg.model.vocab_size = cfg.model.vocab_size or 512
-                load_object(derive, "derive")(cfg)
+                resolved(derive, "derive")(cfg)
     except UserError as error:
         lines = str(error).splitlines()
         return None if len(lines) == 1 and len(lines[0]) < 1000 else f"{argv}: {error}"

@@ -308,7 +308,7 @@ def test_secrets_are_not_shown(capsys):
 
     from llm.stages.job import show_config
 
-    show_config(OmegaConf.create({"data": {"path": "https://me:pass@host/a.txt?key=hush", "train": None}}), {})
+    show_config(OmegaConf.create({"data": {"path": "https://me:pass@host/a.txt?key=hush", "train": None}}))
     assert "path: https://host/a.txt\n  train: null" in capsys.readouterr().out
     assert shown("https://me:key@host/a.txt?X-Amz-Signature=abc") == "https://host/a.txt"
     assert shown(["s3://b/x*?.txt", "https://h/a?b=c"]) == "['s3://b/x*?.txt', 'https://h/a']"

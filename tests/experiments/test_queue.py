@@ -155,9 +155,19 @@ def test_a_running_job_saves_and_ends_when_asked(queue, tmp_path, scripts, actio
 def test_time_that_is_up_puts_the_job_back(queue, tmp_path, scripts):
     (a,) = queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
     begun = time.monotonic()
-    assert worker.work(queue, minutes=0.5 / 60, say=lambda line: None) == (0, 0)
-    assert time.monotonic() - begun >= 0.5
-    assert queue.job(a).state == "queued" and (tmp_path / "out" / "a" / "metrics.csv").exists()
+    assert worker.work(queue, minutes=0.2 / 60, say=lambda line: None) == (0, 0)
+    assert time.monotonic() - begun >= 0.2
+    assert queue.job(a).state == "queued"
+
+
+def test_a_signal_to_the_worker_lets_the_job_save_and_puts_it_back(queue, tmp_path, scripts):
+    (a,) = queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
+    saved = tmp_path / "out" / "a" / "metrics.csv"
+    helper = threading.Thread(target=lambda: (_until(saved.exists), os.kill(os.getpid(), signal.SIGTERM)))
+    helper.start()
+    assert worker.work(queue, say=lambda line: None) == (0, 0)
+    helper.join()
+    assert queue.job(a).state == "queued" and saved.exists()
 
 
 def test_what_is_worse_than_the_median_of_its_family_is_given_up(queue, tmp_path, scripts):

@@ -44,7 +44,7 @@ def test_what_a_stage_writes_and_prints(cfg, tmp_path, capsys):
     job = Job(cfg, stage_row("pretrain"), RunDir(tmp_path, "demo"), config, None)
     job.manifest["data"] = {"skipped": {f"{PLACES[2]}: empty": 1}}
     job.begin()
-    show_config(cfg, {})
+    show_config(cfg)
     build_report(tmp_path / "demo", redraw=False)
     written = [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]
     assert {"run.json", "config.yaml", "report.md"} <= {path.name for path in written}

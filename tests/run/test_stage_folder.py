@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from llm.cli.overrides import CONF
 from llm.config.stages import stage_names
 from llm.errors import UserError
-from llm.run.config_diff import ABSENT, _covers, describe_differences, diff_configs, flatten, neutral_keys
+from llm.run.config_diff import ABSENT, covers, describe_differences, diff_configs, flatten, neutral_keys
 from llm.run.stage_folder import (
     RunDir,
     best_stages,
@@ -286,7 +286,7 @@ def test_neutral_keys_exist_in_the_configuration():
             config = compose("train", [f"stage={stage}", "data.sources={web: {streaming: true, bad_rows: skip}}"])
         known |= set(flatten(OmegaConf.to_container(config)))
     patterns = {pattern for stage in stage_names() for pattern in neutral_keys(stage)}
-    unknown = [pattern for pattern in patterns if not any(_covers(pattern, key) for key in known)]
+    unknown = [pattern for pattern in patterns if not any(covers(pattern, key) for key in known)]
     assert unknown == []
 
 

@@ -17,6 +17,7 @@ from llm.experiments.table import as_text, read_rows
 from llm.report.report import build_report
 from llm.run.config_diff import diff_configs, neutral_keys
 from llm.run.stage_folder import RunDir, find_further, find_parent, find_stage, stage_before, write_manifest
+from llm.utils.registry import resolved
 from tasks.registry import fetched_tasks, held_out_weights
 
 ROW = {"name": "polish", "rank": 35, "kind": "chat", "schema": ChatStage, "build": "mine.build", "parents": ("sft",)}
@@ -75,11 +76,11 @@ def test_rows_are_in_the_order_of_the_pipeline(polish):
 def test_builders_and_schemas_of_the_table_can_be_imported():
     for row in all_stages():
         for name in filter(None, (row.run, row.build, row.derive, row.schema)):
-            assert callable(stages.load_object(name, row.name)), name
-    with pytest.raises(UserError, match="builder: no.such.thing cannot be imported"):
-        stages.load_object("no.such.thing", "builder")
-    with pytest.raises(UserError, match="llm.config.stages has no 'nothing'"):
-        stages.load_object("llm.config.stages.nothing", "builder")
+            assert callable(resolved(name, row.name)), name
+    with pytest.raises(UserError, match="builder: no module 'no'"):
+        resolved("no.such.thing", "builder")
+    with pytest.raises(UserError, match="builder: llm.config.stages has no 'nothing'"):
+        resolved("llm.config.stages.nothing", "builder")
 
 
 # ----- what follows from a row

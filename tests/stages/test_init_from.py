@@ -52,7 +52,8 @@ def test_pretrain_continues_the_weights_of_a_model_stage(root, capsys):
     """The first loss is the parent's last, not that of a fresh network; the shape is the parent's."""
     train(root, "run=on", *CONTINUE)
     said = capsys.readouterr().out
-    assert "taken from" in said and "weights (" in said and "classic, 2 layers, 128 wide, context 64" in said
+    assert "a/pretrain/model: weights and tokenizer (384 tokens)" in said
+    assert "model    classic, 2 layers, 128 wide, context 64: " in said
     first, last = read_metrics(root / "on" / "pretrain")[0], read_metrics(root / "a" / "pretrain")[-1]
     assert first["step"] == 0 and first["bpb"] == last["bpb"]
     saved = record(root, "on")["config"]

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_training import Numbers, StepData, fit, make_module, rows, step_batch
 
+from callbacks.progress import Progress
 from callbacks.samples import log_texts
 from llm.checkpoint.resume import list_checkpoints
 from llm.config.renamed import LIGHTNING_KEYS, renamed_key
@@ -120,8 +121,8 @@ def test_model_checkpoints_by_monitor_and_by_steps(config, tmp_path):
 
 def test_what_monitors_log_is_in_the_rows(config, tmp_path):
     trained(config, tmp_path, callbacks=callback("LearningRateMonitor", logging_interval="step"))
-    column = next(name for name in rows(tmp_path)[-1] if name.startswith("lr-"))
-    rates = [float(row[column]) for row in rows(tmp_path) if row[column]]
+    rates = [float(row["lr/matrices"]) for row in rows(tmp_path) if row["lr/matrices"]]
+    assert {"lr/head", "lr/embedding"} <= rows(tmp_path)[-1].keys()
     assert rates[0] > rates[-1] > 0
 
 
@@ -365,7 +366,7 @@ def test_callbacks_and_loggers_of_a_trainer_by_hand(tmp_path):
     by_hand(callbacks, **options)
     assert len(list((tmp_path / "best").glob("*.ckpt"))) == 1
     header = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()[0].split(",")
-    assert {"loss", "lr", "step"} <= set(header) and any(name.startswith("lr-") for name in header)
+    assert {"loss", "lr", "step"} <= set(header) and "lr-GroupOptimizer/embedding" in header
 
 
 def test_validate_test_and_predict():
@@ -418,3 +419,12 @@ def test_resume_by_ckpt_path(tmp_path):
     trainer.fit(again, datamodule=StepData(Numbers), ckpt_path=str(first[1]), weights_only=True)
     assert first[0] == 3 and trainer.global_step == 6
     assert all(map(torch.equal, module.net.parameters(), again.net.parameters()))
+
+
+def test_without_a_bar_there_are_lines_and_lightnings_bar_is_refused(config, tmp_path):
+    ours = {"bpb": BPB, "progress": {"_target_": "callbacks.progress.Progress", "log_every": 1}}
+    trainer, _ = trained(config, tmp_path, 2, callbacks=ours, enable_progress_bar=False)
+    (shown,) = [one for one in trainer.callbacks if isinstance(one, Progress)]
+    assert not shown.wants_bar
+    with pytest.raises(UserError, match="enable_progress_bar=False"):
+        trained(config, tmp_path, 2, callbacks=callback("RichProgressBar"), enable_progress_bar=False)

@@ -1,0 +1,115 @@
+"""How long a stage will take on this machine, before it begins, and what it took, for the next one."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from llm.config.stages import stage_row
+from llm.model.compile import decide
+from llm.model.linear import resolve_compute_dtype
+from llm.parallel.launch import processes
+from llm.scaling.duration import Estimate, Work, estimate, expected
+from llm.scaling.machine import Parts, Run, earlier_runs, free_share, key, matmul_rate, remember
+from llm.stages.micro_batch import training_device
+
+SAMPLE_TOKENS = 48  # of a printed sample
+ANSWER_TOKENS = 64  # of an answer in an evaluation, and of a question before a drawn answer
+LONG = 3600
+FORWARD = 1 / 3  # of the FLOPs of a training pass
+
+
+class Expected(NamedTuple):
+    """The work of a stage, how fast this machine is, and how long the work will take on it.
+
+    rate: FLOP/s of matrix products. share: of the processors' time that is free now, where the work takes less than
+    LONG seconds; beside longer work others come and go. on: device, number format and the like.
+    """
+
+    work: Work
+    rate: float
+    share: float
+    on: str
+    estimate: Estimate
+
+
+def expect(cfg, derived: Mapping[str, Any], context: Any = None, done: int = 0) -> Expected:
+    """Return what is expected of a stage of which `done` steps are done.
+
+    derived: numbers of `model_facts`. context: the stage's, where it is built, for the sizes of its evaluations.
+    """
+    device, draws = training_device(cfg), stage_row(cfg.stage.name).draws_answers
+    dtype = resolve_compute_dtype(cfg.precision.compute, device, draws)
+    work = work_of(cfg, derived, context, done, decide(cfg.compile, cfg.stage.name, device, derived["steps"])[0])
+    rate = matmul_rate(device, dtype)
+    world = processes(cfg)
+    on = key(device, dtype) + (", compiled" if work.compiled else "") + (f", {world} processes" if world > 1 else "")
+    earlier = earlier_runs()
+    found, share = estimate(work, rate, 1.0, on, earlier), 1.0
+    if found.seconds < LONG and (share := free_share(device)) < 1:
+        found = estimate(work, rate, share, on, earlier)
+    return Expected(work, rate, share, on, found)
+
+
+def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: bool) -> Work:
+    """Return the work of one process in the steps that are left."""
+    stage, world, steps = cfg.stage, processes(cfg), max(derived["steps"] - done, 1)
+    per_token, tokens, drawn = derived["flops_per_token"], derived["tokens_per_step"], 0
+    if "samples_per_step" in derived and stage.get("source") != "data":
+        longest = min(stage.max_new_tokens, cfg.model.seq_len)
+        drawn = derived["samples_per_step"] * longest
+        tokens = derived["samples_per_step"] * min(longest + ANSWER_TOKENS, cfg.model.seq_len)
+    is_muon = cfg.optim.name.startswith("muon") and not cfg.model.lora.rank
+    evaluated, sampled = evaluated_tokens(cfg, derived, context, steps)
+    return Work(
+        stage=stage.name,
+        steps=steps,
+        flops=tokens * per_token / world,
+        drawn=drawn * per_token * FORWARD / world,
+        layers=derived["micro_batches"] * derived["depth"],
+        width=derived["n_embd"],
+        blocks=derived["params_blocks"] if is_muon else 0,
+        evaluated=evaluated * per_token * FORWARD / world,
+        sampled=sampled * per_token * FORWARD / world,
+        compiled=compiled,
+    )
+
+
+def evaluated_tokens(cfg, derived: Mapping[str, Any], context: Any, steps: int) -> tuple[int, int]:
+    """Return the tokens that all evaluations pass through the network, and those that they draw, roughly."""
+    stage, callbacks = cfg.stage, cfg.callbacks
+    rounds = times(stage.eval_every, steps) + 1  # before the first step too
+    evaluated = rounds * (stage.get("eval_tokens") or 0) if stage.eval_every and "bpb" in callbacks else 0
+    if stage.eval_every and "eval_pairs" in stage:
+        evaluated += rounds * stage.eval_pairs * derived["tokens_per_step"] // stage.pairs_per_step
+    sampled = 0
+    if stage.eval_every and "eval_samples" in stage:
+        sampled += rounds * stage.eval_examples * stage.eval_samples * stage.max_new_tokens
+    if "samples" in callbacks and context is not None:
+        sampled += times(stage.get("sample_every") or 0, steps) * len(context.prompts) * SAMPLE_TOKENS
+    if "chat_eval" in callbacks and context is not None:
+        limit = stage.get("chat_max_per_task") or 10**9
+        items = sum(min(len(task), limit) for task in context.eval_tasks.values())
+        sampled += times(stage.get("chat_every") or 0, steps) * items * ANSWER_TOKENS
+    return evaluated, sampled
+
+
+def times(every: int, steps: int) -> int:
+    """Return how often a callback acts that does so every so many steps and after the last one; 0 = never."""
+    return -(-steps // every) if every else 0
+
+
+def note(forecast: Expected, stopwatch: Any, seconds: float) -> None:
+    """Remember what a stage took. seconds: from the forecast to its end. A sitting of less than two steps says nothing.
+
+    stopwatch: the one of `callbacks.stopwatch` that ran in it.
+    """
+    if stopwatch.steps < 2:
+        return
+    training = stopwatch.first_seconds + stopwatch.step_seconds * (stopwatch.steps - 1) + stopwatch.pauses
+    work = forecast.work
+    wanted, free = expected(work, forecast.rate), stopwatch.share
+    done = stopwatch.steps / work.steps  # of the pauses, where the sitting ended early
+    wanted = Parts(wanted.step, wanted.first, wanted.pauses * done, wanted.rest)
+    rest = max(seconds - training, 0.0)
+    took = (stopwatch.step_seconds, stopwatch.first_seconds, stopwatch.pauses, rest)
+    took = Parts(*(part * free for part in took))  # as on a machine without other work
+    remember(Run(forecast.on, work.stage, work.flops + work.drawn, wanted, took))
