@@ -201,6 +201,9 @@ class DataConfig:
         low=0.5,
         high=1,
     )
+    prompts: list[str] | None = key(
+        "texts that samples of a pretrained model continue (stage.prompts); null = beginnings of held-out documents"
+    )
     tasks_path: str = key("folder that the task files of data=local lie in", main=True)
     seed: int = key("seed of the generator (data=embedded)", low=0, high=SEED)
     size: int | None = key("documents to generate for training (data=embedded)", low=1, high=10**7)

@@ -207,6 +207,11 @@ class TrainConfig:
     )
     dry_run: bool = key("print how long it takes here and on a GPU, and the derived numbers, then stop", main=True)
     verbose: bool = key("print the whole configuration and the derived numbers at the start too", main=True)
+    device_price: float | None = key(
+        "price of one device for an hour, in dollars, for the cost in the report; null = no cost is given",
+        low=0,
+        high=10**6,
+    )
     seed: int = key("seed of initial weights, data order and sampling", low=0, high=SEED, main=True)
 
 

@@ -64,6 +64,9 @@ class ModelStage(StageConfig):
     )
     extend: bool = key("lengthen a finished stage by a longer horizon; a larger max_steps does so by itself")
     sample_every: int = key("steps between printed samples, also after the last step; 0 = never", low=0, high=STEPS)
+    prompts: list[str] | None = key(
+        "texts that samples continue, or questions that a chat model answers; null = from held-out data"
+    )
 
 
 @dataclass

@@ -157,7 +157,7 @@ _BUILTIN = (
         fixed_shapes=False,
         servable=False,  # its head of one number is trained, not its words
         mixture="sft",
-        no_curves=("loss",),  # of pairs
+        no_curves=("loss", "reward"),  # of pairs, given to answers and not for them
     ),
     Stage(
         name="distill",

@@ -26,7 +26,7 @@ from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
 from llm.eval.judges import judges
 from llm.eval.preferences import preference_scores, scalar_rewards
-from llm.eval.samples import draw_samples, questions, text_prompts
+from llm.eval.samples import draw_samples, given_prompts, questions, text_prompts
 from llm.eval.saved import saved_config, saved_keys
 from llm.eval.task_scores import chat_core, evaluate_task
 from llm.inference.engine import Engine
@@ -62,6 +62,7 @@ NO_TEXT = (
     "token_cache",
     "streaming",
     "preferences",
+    "prompts",
 )
 BY_NAME = ("chat", "core_tasks", "lm_eval", "judges", "scored")  # parts of eval.json in which every name counts alone
 
@@ -234,7 +235,7 @@ class Subject:
     @property
     def reads_text(self) -> bool:
         """Return whether a section that is wanted reads held-out text."""
-        return bool(self.options.bpb or (self.options.samples and not self.is_chat))
+        return bool(self.options.bpb or (self.options.samples and not self.is_chat and self.prompts is None))
 
     @cached_property
     def text_id(self) -> str:
@@ -354,10 +355,21 @@ class Subject:
         return self.harness.measure(self.engine, self.details)
 
     def samples(self) -> dict[str, list]:
-        """Return {"samples": [{"prompt", "completion"}]}: texts continued, or questions of every task answered."""
-        if not self.is_chat:
-            return {"samples": draw_samples(self.engine, text_prompts(texts(self.source, "val")), TEXT_SAMPLE_TOKENS)}
-        return {"samples": draw_samples(self.engine, self._questions(), self.options.max_new_tokens)}
+        """Return {"samples": [{"prompt", "completion"}]}: texts continued, or questions of every task answered.
+
+        They are those of `stage.prompts`, of a model of Hugging Face those of `data.prompts`, else of held-out data.
+        """
+        if (given := self.prompts) is not None:
+            prompts = given_prompts(given, self.tokenizer, self.net.config.seq_len, self.is_chat)
+        else:
+            prompts = self._questions() if self.is_chat else text_prompts(texts(self.source, "val"))
+        length = self.options.max_new_tokens if self.is_chat else TEXT_SAMPLE_TOKENS
+        return {"samples": draw_samples(self.engine, prompts, length)}
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """Return the texts that the configuration gives for samples; None where it gives none."""
+        return None if self.is_chat else self.data.get("prompts")
 
     def _questions(self) -> list[dict]:
         return [prompt for name in self.data.eval for prompt in questions(self._task(name), QUESTIONS_PER_TASK)]
@@ -452,6 +464,11 @@ class StageSubject(Subject):
             return super().chat()
         print(f"chat: left out, stage={self.name} has not seen a conversation yet", flush=True)
         return {}
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """Return `stage.prompts` of the training; None where it was null, or the key is younger."""
+        return self.settings.get("prompts")
 
     def _questions(self) -> list[dict]:
         return super()._questions() + questions(self.held_out, QUESTIONS_PER_TASK)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llm.config.check import shown
+from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.tokenizer.chat_format import render_prompt
 
@@ -37,20 +39,43 @@ def text_prompts(documents: Iterable[str], n: int = 4, n_words: int = 6) -> list
     return prompts
 
 
+def given_prompts(texts: Sequence[str], tokenizer: Any, seq_len: int, is_chat: bool) -> list[str | dict]:
+    """Return `stage.prompts` as prompts of samples: texts to continue, or, of a chat model, questions of a user.
+
+    seq_len: context of the model in tokens. Raises UserError where there are none, and for one that fills the context.
+    """
+    if not texts:
+        raise UserError("stage.prompts=[]: holds no prompt; name some, or set stage.sample_every=0 for no samples")
+    prompts = [{"messages": [{"role": "user", "content": text}]} if is_chat else text for text in texts]
+    for place, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        if not text.strip():
+            raise UserError(f"stage.prompts.{place}={text!r}: is blank; give a text")
+        if (length := len(_ids(tokenizer, prompt))) >= seq_len:
+            raise UserError(
+                f"stage.prompts.{place}={shown(text)}: has {length:,} tokens and leaves no room in the context, "
+                f"model.seq_len={seq_len:,}; shorten it"
+            )
+    return prompts
+
+
 def draw_samples(engine: Any, prompts: Sequence[str | dict], max_new_tokens: int = 64) -> list[dict[str, str]]:
     """Return greedy completions as [{"prompt", "completion"}]: a string is continued, a conversation is answered.
 
     Prompts that fill the model's context are left out.
     """
     tokenizer = engine.tokenizer
-    ids = [
-        [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else render_prompt(tokenizer, prompt)
-        for prompt in prompts
-    ]
+    ids = [_ids(tokenizer, prompt) for prompt in prompts]
     room = [i for i, one in enumerate(ids) if len(one) < engine.net.config.seq_len]
     texts = _complete(engine, [ids[i] for i in room], max_new_tokens) if room else []
     shown = [prompts[i] if isinstance(prompts[i], str) else last_question(prompts[i]) for i in room]
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(shown, texts, strict=True)]
+
+
+def _ids(tokenizer: Any, prompt: str | dict) -> list[int]:
+    """Return the tokens of a text to continue, or of a conversation to answer."""
+    if isinstance(prompt, str):
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return render_prompt(tokenizer, prompt)
 
 
 def last_question(conversation: dict) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.report.report import final_metrics
+from llm.report.results import final_metrics
 from llm.run.config_diff import BEFORE_KEYS, covers, flatten, neutral_keys
 from llm.run.formats import read_scores
 from llm.run.stage_folder import list_runs, read_manifest

@@ -11,21 +11,12 @@ from typing import Any
 
 from llm.config.stages import row_or_stranger
 from llm.report.plots import COLOURS, draw_bars
+from llm.report.results import BEHIND, TITLES, Metrics, is_share
 from llm.utils.format import duration, markdown_table, percent, value
 
-Metrics = Mapping[str, tuple[float, float | None]]  # metric -> (value, standard error or None)
 POST_TRAINING = ("rl", "preference")  # kinds of stages
-# Metrics of the table from left to right, with their titles; tasks and pass@k come first.
-TITLES = {
-    "preference/accuracy": "pairs told apart",
-    "preference/win_rate": "wins by rule",
-    "preference/win_rate_judge": "wins by judge",
-    "preference/win_rate_judge_lc": "wins by judge, equal length",
-    "chatcore": "ChatCORE",
-    "bpb": "bpb",
-    "bpb_text": "bpb of text",
-}
-DRAWN = ("pass@1", *(name for name in TITLES if name != "bpb"))
+UNDRAWN = ("bpb", "preference/margin", "preference/rule")
+DRAWN = ("pass@1", *(name for name in BEHIND if name not in UNDRAWN))
 
 
 @dataclass(frozen=True)
@@ -59,20 +50,14 @@ class Method:
 def methods_of(folder: Path, stages: Mapping[str, dict], metrics: Mapping[str, Metrics]) -> list[Method]:
     """Return the stages of a run that can be compared; none where no stage follows finetuning.
 
-    stages: {stage: its run.json with its "eval" and "rows"}; metrics: final values of each of them.
+    stages: {stage: its run.json with its "eval" and "rows"}; metrics: what `results_of` gives for each of them.
     """
     if not any(row_or_stranger(name).kind in POST_TRAINING for name in stages):
         return []
-    metrics = {name: _of_text(own) if row_or_stranger(name).kind == "text" else own for name, own in metrics.items()}
     return [
         Method(name, facts, metrics[name], _before(folder, name, facts, stages, metrics))
         for name, facts in stages.items()
     ]
-
-
-def _of_text(metrics: Metrics) -> dict:
-    """Return the metrics of a stage that trains on text, whose bits per byte are those of text."""
-    return {"bpb_text" if key == "bpb" else key: pair for key, pair in metrics.items()}
 
 
 def _before(folder: Path, name: str, facts: Mapping, stages: Mapping, metrics: Mapping[str, Metrics]) -> dict:
@@ -90,24 +75,19 @@ def _before(folder: Path, name: str, facts: Mapping, stages: Mapping, metrics: M
 
 
 def methods_table(methods: Sequence[Method], tasks: Sequence[str]) -> str:
-    """Return a table with a row for each stage: where it began, its steps and time, scores and their differences.
+    """Return a table with a column for each stage: its steps and time, scores and their differences.
 
     tasks: names of the tasks among the metrics.
     """
     found = dict.fromkeys(key for method in methods for key in method.metrics)
     passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: (len(key), key))
-    shown = [key for key in (*passes, *tasks, *TITLES) if key in found]
-    rows = []
-    for method in methods:
-        facts = method.facts
-        cells = [method.label, value(facts.get("steps")), duration(facts.get("seconds"))]
-        rows.append([*cells, *(method.cell(key, _is_share(key, tasks)) for key in shown)])
-    header = ["stage", "steps", "time", *(TITLES.get(key, key) for key in shown)]
-    return markdown_table(header, rows, numeric=range(1, len(header)))
-
-
-def _is_share(metric: str, tasks: Sequence[str]) -> bool:
-    return metric in tasks or metric.startswith(("pass@", "preference/"))
+    shown = [key for key in (*passes, *tasks, *BEHIND) if key in found]
+    facts = [method.facts for method in methods]
+    rows = [["steps", *(value(one.get("steps")) for one in facts)]]
+    rows += [["time", *(duration(one.get("seconds")) for one in facts)]]
+    names = TITLES | BEHIND
+    rows += [[names.get(key, key), *(method.cell(key, is_share(key, tasks)) for method in methods)] for key in shown]
+    return markdown_table(["measure", *(method.label for method in methods)], rows, numeric=range(1, len(methods) + 1))
 
 
 def draw_methods(path: Path, run: str, methods: Sequence[Method], redraw: bool = True) -> Path | None:
@@ -124,7 +104,7 @@ def draw_methods(path: Path, run: str, methods: Sequence[Method], redraw: bool =
             if key in m.metrics
         ]
         if bars:
-            panels[TITLES.get(key, key) + ("" if scale == 1 else " (%)")] = bars
+            panels[BEHIND.get(key, key) + ("" if scale == 1 else " (%)")] = bars
     if not panels:
         path.unlink(missing_ok=True)
         return None

@@ -5,7 +5,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -17,7 +16,9 @@ from llm.config.stages import row_or_stranger
 from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.report.methods import draw_methods, methods_of, methods_table
+from llm.report.results import results_of, results_table, task_names, training_table
 from llm.report.rollouts_page import write_page
+from llm.report.summary import key_figures, short_commit, stage_table
 from llm.run.best_score import best_line
 from llm.run.config_diff import flatten
 from llm.run.formats import read_scores
@@ -26,11 +27,33 @@ from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import environment
 from llm.utils.files import write_atomic
-from llm.utils.format import amount, duration, markdown_table, percent, value
+from llm.utils.format import markdown_table, percent, value
 
 SAMPLES_PER_STAGE = 8
-# Columns of metrics.csv that say how the training ran, not how good the model is.
-PROGRESS_KEYS = frozenset("lr tok_per_s ms_per_step mfu data_wait tokens flops seconds train_seconds".split())
+NOTHING = ("-", "0", "0 (0.0 %)", "0.0 %")  # cells that say nothing
+RESULTS = (
+    "Measured on held-out data: by `evaluate.py` of the finished model where that was done, else at the end of the "
+    "training, on as much as its evaluations take. ± is one standard error, brackets are a 95 % interval, and - means "
+    "not measured."
+)
+TRAINING = (
+    "Measured on the batches of the training: means over the last twelfth of the rows of metrics.csv where it has at "
+    "least 20, else its last row. Nothing here was held out."
+)
+BEST = (
+    "Bits per byte while training, on fewer tokens than `evaluate.py` takes; *overfitting* means that the last value "
+    "is worse than the best, which behind finetuning is what the method costs elsewhere:"
+)
+METHODS = (
+    "In brackets: the difference to the stage that each started from. The bars are the same numbers; a black line is "
+    "the value of that stage, and - means not measured."
+)
+BALANCE = (
+    "What became of every token that was read: read + repeated = trained + masked + cut + dropped + waiting. Masked "
+    "tokens are context and not targets (questions, first tokens of rows), cut ones did not fit into their row, "
+    "dropped ones had nothing to teach, waiting ones were read for a step that did not come. Padding is the empty part "
+    "of the rows. Lines of zeros and stages that count no tokens are left out."
+)
 
 
 def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
@@ -45,17 +68,19 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
         raise UserError(f"{folder} has no stage with a run.json: nothing to report; run a stage with train.py first")
     pages, damaged = _rollout_pages(folder, stages)
     problems += damaged
-    curves = _draw(folder, stages, redraw)
+    first, curves = _draw(folder, stages, redraw)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
     parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
     parts += [f"> **Problem:** {problem}" for problem in problems]
-    parts += ["## Stages", _stage_table(stages), _total_time(stages)]
-    models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
+    parts += ["## Summary", key_figures(stages), "## Results", results_table(models), RESULTS, *first]
+    parts += ["## Stages", stage_table(stages, folder.name)]
     parts += _methods(folder, models, redraw)
-    parts += ["## Metrics by stage", _metrics_table(models), *_best(models), *_scored(models)]
+    parts += ["## Curves", *curves] if curves else []
+    parts += ["## Training", training_table(models), TRAINING, *_best(models)]
+    parts += _scored(models)
     parts += [part for name, facts in stages.items() if name not in models for part in _compression(facts)]
     parts += _data(stages)
-    parts += ["## Curves", *curves] if curves else []
     parts += ["## Rollouts", *pages] if pages else []
     parts += ["## Samples", *_samples(stages)] if any(s["eval"].get("samples") for s in stages.values()) else []
     parts += ["## Numbers of each stage", _numbers(stages)]
@@ -100,114 +125,21 @@ def read_stages(run_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 # Sections
 
 
-def _stage_table(stages: dict[str, dict]) -> str:
-    header = ["stage", "status", "steps", "tokens", "FLOPs", "time", "tok/s", "started from"]
-    rows = []
-    for stage, facts in stages.items():
-        tokens, seconds = facts.get("tokens"), facts.get("seconds")
-        speed = (facts.get("metrics") or {}).get("tok_per_s")
-        rows.append(
-            [
-                stage,
-                str(facts.get("status", "")),
-                value(facts.get("steps")),
-                amount(tokens),
-                amount(facts.get("flops")),
-                duration(seconds),
-                amount(speed),
-                _parent_name(facts.get("parent")),
-            ]
-        )
-    return markdown_table(header, rows, numeric=range(2, 7))
-
-
-def _parent_name(parent: str | None) -> str:
-    """Return `demo/pretrain` for .../demo/pretrain/model, other paths unchanged."""
-    if not parent:
-        return "-"
-    parts = Path(parent).parts
-    return f"`{'/'.join(parts[-3:-1])}`" if len(parts) >= 3 and parts[-1] == "model" else f"`{parent}`"
-
-
-def _total_time(stages: dict[str, dict]) -> str:
-    seconds = sum(facts.get("seconds") or 0 for facts in stages.values())
-    flops = sum(facts.get("flops") or 0 for facts in stages.values())
-    compute = f", total compute {amount(flops)} FLOPs" if flops else ""
-    return f"Total wall-clock: **{duration(seconds)}**{compute}."
-
-
-def final_metrics(facts: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Return {metric: (value, standard error or None)}: of eval.json where it has the metric, else the end of training.
-
-    Tasks are named like those of eval.json (`choice`), all else like the columns of run.json (`bpb`, `loss`, `pass@1`);
-    speed and progress are left out.
-    """
-    merged: dict[str, tuple[float, float | None]] = {}
-    for key, number in (facts.get("metrics") or {}).items():
-        if isinstance(number, int | float) and key not in PROGRESS_KEYS:
-            merged[key.removeprefix("chat/")] = (number, None)
-    scores = facts.get("eval") or {}
-    for key, number in scores.items():
-        if isinstance(number, int | float):
-            merged[key] = (number, None)
-    for task, result in (scores.get("chat") or {}).items():
-        merged[task] = (result["accuracy"], result.get("stderr"))
-    for task, result in (scores.get("lm_eval") or {}).items():
-        for metric, number in result.items():
-            if metric not in ("n", "shots") and not metric.endswith("_stderr"):
-                error = result.get(f"{metric}_stderr")  # lm-eval writes a text where there is none
-                merged[f"lm_eval/{task}/{metric}"] = (number, error if isinstance(error, int | float) else None)
-    return merged
-
-
-def _is_share(metric: str, tasks: Iterable[str]) -> bool:
-    return metric in tasks or metric.startswith(("pass@", "preference/accuracy", "preference/win_rate"))
-
-
-def task_names(stages: Iterable[dict[str, Any]]) -> list[str]:
-    """Return all task names in the stages' results, in order of first appearance."""
-    names: dict[str, None] = {}
-    for facts in stages:
-        in_metrics = (key.removeprefix("chat/") for key in facts.get("metrics") or {} if key.startswith("chat/"))
-        names.update(dict.fromkeys([*in_metrics, *((facts.get("eval") or {}).get("chat") or {})]))
-    return list(names)
-
-
-def _metrics_table(stages: dict[str, dict]) -> str:
-    """Table with metrics down and stages across; shares in percent with one standard error."""
-    columns = {stage: final_metrics(facts) for stage, facts in stages.items()}
-    columns = {stage: metrics for stage, metrics in columns.items() if metrics}
-    if not columns:
-        return "Nothing has been measured yet."
-    tasks = task_names(stages.values())
-    known = ["loss", "bpb", "bpb_text", "reward"]
-    found = list(dict.fromkeys(key for metrics in columns.values() for key in metrics))
-    passes = sorted((key for key in found if key.startswith("pass@")), key=lambda key: (len(key), key))
-    other = [key for key in found if key not in {*known, *tasks, *passes}]
-    order = [key for key in (*known, *other, *tasks, *passes) if key in found]
-    rows = []
-    for metric in order:
-        show = percent if _is_share(metric, tasks) else value
-        rows.append([metric, *(show(*metrics.get(metric, (None, None))) for metrics in columns.values())])
-    return markdown_table(["metric", *columns], rows, numeric=range(1, len(columns) + 1))
-
-
 def _methods(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
     """Section that compares the stages where one of them follows finetuning: a table, and bars."""
-    methods = methods_of(folder, stages, {name: final_metrics(facts) for name, facts in stages.items()})
+    methods = methods_of(folder, stages, {name: results_of(name, facts) for name, facts in stages.items()})
     if not methods:
         return []
     figure = draw_methods(folder / "report" / "methods.png", folder.name, methods, redraw)
-    shown = [] if figure is None else [f"![Methods of the run]({figure.relative_to(folder).as_posix()})"]
-    note = "In brackets: the difference to the stage that it started from. A black line in the bars is that stage."
-    return ["## Methods", methods_table(methods, task_names(stages.values())), note, *shown]
+    shown = [] if figure is None else [_image(folder, "Methods of the run", figure)]
+    return ["## Methods", methods_table(methods, task_names(stages.values())), *shown, METHODS]
 
 
 def _best(stages: dict[str, dict]) -> list[str]:
     """List of the stages that measured bpb: best and last value, and from which step the weights handed over are."""
     lines = {name: best_line(facts["rows"], facts.get("weights")) for name, facts in stages.items()}
     items = "\n".join(f"- **{name}** {line}" for name, line in lines.items() if line)
-    return [items] if items else []
+    return [BEST, items] if items else []
 
 
 def _scored(stages: dict[str, dict]) -> list[str]:
@@ -245,6 +177,7 @@ def _compression(tokenizer: dict[str, Any]) -> list[str]:
 def _data(stages: dict[str, dict]) -> list[str]:
     """Section on what became of the tokens that each stage read, with its warnings; nothing without such counters."""
     blocks = {name: facts["data"] for name, facts in stages.items() if facts.get("data")}
+    blocks = {name: block for name, block in blocks.items() if block.get("read") or block.get("expected")}
     balances = {name: total([b["read"] if "read" in b else b.get("expected", {})]) for name, b in blocks.items()}
     if not balances:
         return []
@@ -257,15 +190,25 @@ def _data(stages: dict[str, dict]) -> list[str]:
     rows = [[key, *(column.get(key, "-") for column in table.values())] for key in keys]
     lines = {name: warnings_of(balances[name], block.get("unit", "documents")) for name, block in blocks.items()}
     warnings = [f"> **{name}:** {line}" for name in lines for line in lines[name]]
-    return ["## Data", markdown_table(["tokens", *table], rows, numeric=range(1, len(table) + 1)), *warnings]
+    shown = [row for row in rows if any(cell not in NOTHING for cell in row[1:])]
+    table_text = markdown_table(["tokens", *table], shown, numeric=range(1, len(table) + 1))
+    return ["## Balance of tokens", table_text, BALANCE, *warnings]
 
 
-def _draw(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
+def _draw(folder: Path, stages: dict[str, dict], redraw: bool) -> tuple[list[str], list[str]]:
+    """Draw the figures; return the accuracy of all stages with its text, [] without it, and all others with theirs."""
     from llm.report.plots import draw_curves
 
-    rows = {stage: facts["rows"] for stage, facts in stages.items()}
-    figures = draw_curves(folder / "report", folder.name, rows, redraw)
-    return [f"![{caption}]({path.relative_to(folder).as_posix()})" for caption, path in figures]
+    parts = {
+        one.path.name: [_image(folder, one.caption, one.path), one.text]
+        for one in draw_curves(folder / "report", folder.name, stages, redraw)
+    }
+    first = parts.pop("chat.png", [])
+    return first, [text for pair in parts.values() for text in pair]
+
+
+def _image(folder: Path, caption: str, path: Path) -> str:
+    return f"![{caption}]({path.relative_to(folder).as_posix()})"
 
 
 def _rollout_pages(folder: Path, stages: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -303,10 +246,12 @@ def _numbers(stages: dict[str, dict]) -> str:
     """Table of what was derived from the configuration, and when and from which source it ran, with stages across."""
     columns = {}
     for stage, facts in stages.items():
+        code = facts.get("code") or {}
         origin = {
             "started (UTC)": (facts.get("started") or "")[:19].replace("T", " "),
             "finished (UTC)": (facts.get("finished") or "")[:19].replace("T", " "),
-            "commit": re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", facts.get("commit") or ""),
+            "commit": short_commit(facts.get("commit")),
+            **{name: value(number) for name in ("branch", "changed") if (number := code.get(name)) is not None},
         }
         columns[stage] = {**(facts.get("derived") or {}), **{key: text for key, text in origin.items() if text}}
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))

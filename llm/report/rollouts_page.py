@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
+from llm.tokenizer.chat_format import PART_MARKS
 from llm.utils.files import parse_json, read_bytes, write_atomic
 
 PAGE, FILE = "rollouts.html", "rollouts.jsonl"
@@ -101,9 +102,10 @@ def _article(row: dict[str, Any], largest: float, low: float, high: float) -> st
     sources = "".join(
         f"<span>{escape(str(name))} {float(number):.3g}</span>" for name, number in row["rewards"].items()
     )
+    texts = _readable([str(text) for text, _ in row["pieces"]])
     answer = "".join(
-        f"<span>{escape(str(text))}</span>" if sampled else f'<span class="written">{escape(str(text))}</span>'
-        for text, sampled in row["pieces"]
+        f"<span>{escape(text)}</span>" if sampled else f'<span class="written">{escape(text)}</span>'
+        for text, (_, sampled) in zip(texts, row["pieces"], strict=True)
     )
     return (
         f'<article data-reward="{reward!r}" data-step="{step}"><header><b>step {step + 1}</b>'
@@ -112,6 +114,19 @@ def _article(row: dict[str, Any], largest: float, low: float, high: float) -> st
         f"<span>{int(row['length'])} tokens</span><span>{escape(str(row['finish']))}</span></header>"
         f'<pre class="prompt">{escape(str(row["prompt"]))}</pre><pre>{answer}</pre></article>\n'
     )
+
+
+def _readable(pieces: Sequence[str]) -> list[str]:
+    """Return the pieces of an answer with calls of the calculator as the report has them: `⟨python: 12*3 = 36⟩`."""
+    (call, call_end), (result, result_end) = PART_MARKS["python"], PART_MARKS["python_output"]
+    signs = {call_end + result: " = ", call: "⟨python: ", result: " = ", result_end: "⟩"}
+    shown = []
+    for text, following in zip(pieces, [*pieces[1:], ""], strict=True):
+        for mark, sign in signs.items():
+            text = text.replace(mark, sign)
+        text = text.removesuffix(call_end) if following.startswith(result) else text
+        shown.append(text.replace(call_end, "⟩"))
+    return shown
 
 
 def _coloured(name: str, number: float, place: float) -> str:

@@ -14,10 +14,10 @@ MOST = 12  # differing keys that an error names
 # Keys that decide how a run is executed or watched, not which weights it ends with (up to rounding).
 NEUTRAL_KEYS = (
     *("run", "plugins", "trust", "resume", "overwrite", "dry_run", "verbose", "paths", "log_every", "save_*"),
-    *("keep_last", "watch", "verify", "objective", "objective_mode"),
+    *("keep_last", "watch", "verify", "objective", "objective_mode", "device_price"),
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
-    *("stage.extend", "stage.judge"),
+    *("stage.extend", "stage.judge", "stage.prompts", "data.prompts"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )

@@ -24,6 +24,7 @@ CONFIG = mapping(
     {
         **dict.fromkeys("stage model arch optim batch precision trainer strategy paths watch estimate".split(), _group),
         "data": maybe(mapping({"tasks": _entry, "mixture": _entry, "sources": _entry, "eval": maybe(listing(text))})),
+        "device_price": maybe(real(0)),
         "callbacks": _group,
         "logger": _group,
         "plugins": maybe(listing(text, (0, 1000))),
@@ -36,7 +37,7 @@ _task_of_data = mapping({"type": maybe(text), "_target_": maybe(text), "source":
 EVALUATED = mapping(
     {
         "seed": whole(),
-        "stage": mapping({"train_on": maybe(one_of("assistant", "all"))}),
+        "stage": mapping({"train_on": maybe(one_of("assistant", "all")), "prompts": maybe(listing(text))}),
         "trainer": mapping({"accelerator": text}, needs=("accelerator",)),
         "precision": mapping({"compute": one_of("auto", "fp32", "bf16", "fp16")}, needs=("compute",)),
         "data": mapping(
@@ -66,6 +67,7 @@ def _parent(value: Any, where: str) -> None:
     text(value[0], f"{where}[0]")
 
 
+CODE = ("changed", "files", "lines", "characters", "dependencies")
 RUN = mapping(
     {
         "format": whole(1, FORMAT),
@@ -83,7 +85,8 @@ RUN = mapping(
         "version": maybe(text),
         "started": maybe(text),
         "finished": maybe(text),
-        "seconds": maybe(real(0)),
+        **dict.fromkeys(("seconds", "device_seconds"), maybe(real(0))),
+        "code": maybe(mapping({"branch": maybe(text)} | dict.fromkeys(CODE, maybe(whole())))),
         "steps": maybe(whole()),
         "tokens": maybe(real(0)),
         "flops": maybe(real(0)),

@@ -10,6 +10,7 @@ from llm.config.stages import stage_row
 from llm.data.balance import Reading
 from llm.data.loader import StepLayout
 from llm.errors import UserError
+from llm.eval.samples import given_prompts
 from llm.model.config import GPTConfig, flops_per_token, num_params, scaling_params
 from llm.model.gpt import GPT, build_network
 from llm.model.lora import ALPHA, DEFAULT_TARGETS, LEARNING_RATE, LoRA, add_adapter
@@ -212,7 +213,15 @@ def finetuning_scales(cfg, batch_tokens: int | None) -> dict[str, float]:
 
 
 def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
-    """Return the stage's context for `StepModule` and callbacks; `more` are further fields of `StageContext`."""
+    """Return the stage's context for `StepModule` and callbacks; `more` are further fields of `StageContext`.
+
+    Prompts of `stage.prompts` come before those in `more`. Raises UserError for those that nothing can be said to.
+    """
+    row = stage_row(cfg.stage.name)
+    if (prompts := cfg.stage.get("prompts")) is not None:
+        if not row.servable:
+            raise UserError(f"stage.prompts: a model of stage={row.name} writes no text; leave the key out")
+        more["prompts"] = given_prompts(prompts, tokenizer, cfg.model.seq_len, row.is_chat)
     return StageContext(
         name=cfg.stage.name,
         tokenizer=tokenizer,
@@ -227,8 +236,8 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
             cfg.attention,
             cfg.compile,
             cfg.trainer.activation_checkpointing,
-            stage_row(cfg.stage.name).fixed_shapes,
-            stage_row(cfg.stage.name).draws_answers,
+            row.fixed_shapes,
+            row.draws_answers,
         ),
         **more,
     )

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.config.stages import Stage
 from llm.parallel.env import launched_rank
+from llm.parallel.launch import processes
 from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
 from llm.utils.addresses import public
-from llm.utils.environment import code_version, environment
+from llm.utils.environment import code_facts, code_version, environment
 from llm.utils.files import plain, write_atomic
 
 # What a checkpoint repeats of its stage's run.json, to be known by itself.
@@ -46,6 +47,7 @@ class Job:
             "parents": {key: fingerprints(path, self.has_adapter) for key, path in self.models.items()},
             "config": self.config,
             **code_version(),
+            "code": code_facts(),
             "environment": environment(),
             "started": now(),
         }
@@ -80,15 +82,18 @@ class Job:
         if self.cfg.overwrite and self.stage_dir.exists():
             shutil.rmtree(self.stage_dir)
         old = read_manifest(self.stage_dir) or {}
-        kept = {key: old[key] for key in ("started", "seconds", "horizons") if old.get(key) is not None}
+        names = ("started", "seconds", "device_seconds", "horizons")
+        kept = {key: old[key] for key in names if old.get(key) is not None}
         write_manifest(self.stage_dir, self.manifest | kept)
-        self.manifest |= {key: kept[key] for key in kept if key != "seconds"}
+        self.manifest |= {key: kept[key] for key in kept if not key.endswith("seconds")}
         write_atomic(self.stage_dir / "config.yaml", OmegaConf.to_yaml(public(self.config)))
 
     def finish(self, results: dict, seconds: float) -> int | None:
         """Write run.json after `seconds` of work; returns the signal that stopped the stage, None if it is finished."""
-        earlier = (read_manifest(self.stage_dir) or {}).get("seconds") or 0.0
-        self.manifest |= {"seconds": earlier + seconds} | results
+        old, more = read_manifest(self.stage_dir) or {}, {"seconds": seconds}
+        if "device_seconds" in old or not old.get("seconds"):  # not where an older release counted the first part
+            more["device_seconds"] = seconds * processes(self.cfg)
+        self.manifest |= {key: (old.get(key) or 0.0) + number for key, number in more.items()} | results
         if self.manifest["status"] != "running":
             write_manifest(self.stage_dir, self.manifest)
             return self.manifest["signal"]

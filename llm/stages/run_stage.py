@@ -22,6 +22,7 @@ from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
+from llm.run.cost import cost
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
@@ -33,6 +34,7 @@ from llm.stages.own_parts import check_own_parts
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
+from llm.utils.format import dollars
 from llm.utils.registry import resolved
 from llm.utils.terminal import waiting
 
@@ -249,7 +251,8 @@ def conclude(job: Job, results: dict, seconds: float) -> None:
         report(job.run)
         if job.at_end is not None:
             job.at_end()
-        print(f"{job.title} finished in {job.manifest['seconds']:.0f} s: {job.stage_dir}", flush=True)
+        paid = "" if job.cfg.device_price is None else f" for {dollars(cost(job.manifest))} dollars"
+        print(f"{job.title} finished in {job.manifest['seconds']:.0f} s{paid}: {job.stage_dir}", flush=True)
 
 
 def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:

@@ -97,8 +97,8 @@ def split_calls(content: str | Sequence[Mapping[str, str]]) -> list[tuple[bool, 
 
 
 def readable(content: str | Sequence[Mapping[str, str]]) -> str:
-    """Return an answer for people: its text, and calculations in brackets, as in `3 boxes of 12: [12*3 = 36]36`."""
-    return "".join(f"[{text}]" if is_call else text for is_call, text in split_calls(content))
+    """Return an answer for people: its text, and calls of the calculator, as in `That is ⟨python: 12*3 = 36⟩36.`"""
+    return "".join(f"⟨python: {text}⟩" if is_call else text for is_call, text in split_calls(content))
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """Facts about the machine and the source tree that a run was made with."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -14,6 +15,10 @@ from llm import __version__
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+# What counts as the project's code: folders and files of the source tree, and endings.
+SOURCE = ("llm", "callbacks", "tasks", "conf", "train.py", "evaluate.py", "serve.py")
+SUFFIXES = frozenset((".py", ".yaml", ".cpp", ".h", ".css", ".js"))
 
 # Libraries that tell their makers about their use, or run programs of the hub, unless a variable says no.
 PRIVATE = {
@@ -80,6 +85,46 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():  # installed: what git finds further up is another project
         return None
     return _output(["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"])
+
+
+def code_facts() -> dict[str, Any]:
+    """Return the state of the source tree and its size, for run.json.
+
+    `branch` and `changed` (files that differ from the commit, new ones included) are None without git; `branch` is
+    "(detached)" where none is checked out. Size: `files`, `lines` and `characters` of code and configuration, without
+    tests and docs, and `dependencies`, the packages that the project itself asks for.
+    """
+    root = Path(__file__).resolve().parents[2]
+    status = None
+    if (root / ".git").exists():  # an installed package may lie in a checkout of something else
+        command = ["git", "-C", str(root), "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+        status = _output(command)
+    lines = [] if status is None else status.splitlines()
+    branch = next((line.split()[-1] for line in lines if line.startswith("# branch.head ")), None)
+    changed = sum(not line.startswith("#") for line in lines) if branch else None
+    return {"branch": branch, "changed": changed, **_size(root), "dependencies": _dependencies()}
+
+
+def _size(root: Path) -> dict[str, int]:
+    """Return numbers of files, lines and characters of the code and the configuration below `root`."""
+    texts = []
+    for path in (path for name in SOURCE for path in (root / name, *(root / name).rglob("*"))):
+        with contextlib.suppress(OSError):  # a file that somebody moves meanwhile ends no training
+            if path.suffix in SUFFIXES and path.is_file():
+                texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return {
+        "files": len(texts),
+        "lines": sum(text.count("\n") for text in texts),
+        "characters": sum(map(len, texts)),
+    }
+
+
+def _dependencies() -> int | None:
+    """Return how many packages the project needs without its extras; None where it is not installed."""
+    try:
+        return sum("extra ==" not in line for line in metadata.requires("fathom") or [])
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,8 @@ def value(number: Any, stderr: float | None = None, digits: int = 4) -> str:
     if isinstance(number, bool) or not isinstance(number, int | float):
         return str(number)
     if isinstance(number, int) or (number.is_integer() and abs(number) < 1e15):
-        return f"{int(number):,}" if abs(number) < 1e15 else f"{number:.3e}"
+        whole = f"{int(number):,}" if abs(number) < 1e15 else f"{number:.3e}"
+        return whole + ("" if stderr is None else f" ± {stderr:.{digits}f}")
     if abs(number) >= 1e6 or abs(number) < 1e-3:
         return f"{number:.3e}"
     return f"{number:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
@@ -61,6 +62,13 @@ def duration(seconds: float | None) -> str:
     if seconds >= 3 * 86_400:
         return f"{seconds / 86_400:,.1f} days"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def dollars(amount: float | None) -> str:
+    """Format money without its sign, which Markdown takes for a formula: `12.34`, `0.0012`; None as `-`."""
+    if amount is None:
+        return "-"
+    return f"{amount:,.2f}" if amount >= 0.01 or not amount else f"{amount:.2g}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_cli
+from conftest import compose, run_cli
 from eval_data import TEXT, data_config
 from omegaconf import OmegaConf
 
@@ -81,6 +81,28 @@ def test_pretraining_is_scored_on_text_only(runs, capsys):
     assert all(sample["prompt"].startswith("Page 1.") for sample in scores["samples"])  # the last shard is held out
     # An untrained model is uniform over the vocabulary, whatever the text: log2(290) bits per token.
     assert 1 < scores["bpb"] < 8.2
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_samples_take_the_prompts_that_the_training_was_given(runs, stage):
+    folder, given = runs / "demo" / stage, ["The fox", "Which one?"]
+    before = read_manifest(folder)
+    config = before["config"]
+    write_manifest(folder, before | {"config": config | {"stage": config["stage"] | {"prompts": given}}})
+    scores = run_evaluation(settings(runs, ["samples"], stage=stage))
+    write_manifest(folder, before)
+    assert [sample["prompt"] for sample in scores["samples"]] == given and "other_data" not in scores
+
+
+def test_public_web_text_brings_prompts_for_pretraining_alone():
+    prompts = {
+        stage: compose("train", "data=climbmix", f"stage={stage}").stage.prompts for stage in ("pretrain", "sft")
+    }
+    assert len(prompts["pretrain"]) == 7 and prompts["pretrain"][0] == "The capital of France is"
+    assert prompts["sft"] is None and compose("train").stage.prompts is None
+    assert compose("train", "stage=sft", "stage.prompts=[Hello]").stage.prompts == ["Hello"]
+    with pytest.raises(UserError, match=r"stage\.prompts\.1=: must be a text that is not empty"):
+        compose("train", "stage.prompts=[a,'']")
 
 
 def test_reinforcement_learning_is_scored_on_the_conversations_of_sft(runs):

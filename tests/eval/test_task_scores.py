@@ -9,7 +9,7 @@ import torch
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.metrics import pass_at_k
-from llm.eval.samples import draw_samples, text_prompts
+from llm.eval.samples import draw_samples, given_prompts, text_prompts
 from llm.eval.task_scores import (
     batches_by_length,
     chat_core,
@@ -260,6 +260,19 @@ def test_samples_continue_text_and_answer_questions(engine, tokenizer):
     prompt = [tokenizer.bos_id, *tokenizer.encode("the cat")]
     expected = engine.generate([prompt], SamplingParams(temperature=0, max_new_tokens=8))[0][0]
     assert samples[0]["completion"] == tokenizer.decode(expected.ids)
+
+
+def test_given_prompts_are_continued_or_asked(tokenizer):
+    assert given_prompts(["the cat"], tokenizer, 64, is_chat=False) == ["the cat"]
+    (asked,) = given_prompts(["the cat"], tokenizer, 64, is_chat=True)
+    assert asked == {"messages": [{"role": "user", "content": "the cat"}]}
+    for texts, says in (
+        ([], r"stage\.prompts=\[\]: holds no prompt"),
+        (["the cat", " \n"], r"stage\.prompts\.1=' \\n': is blank"),
+        (["the cat", "cat " * 300], r"stage\.prompts\.1=cat cat .* leaves no room in the context, model\.seq_len=64"),
+    ):
+        with pytest.raises(UserError, match=says):
+            given_prompts(texts, tokenizer, 64, is_chat=True)
 
 
 def test_text_prompts_are_unfinished_beginnings_of_documents():

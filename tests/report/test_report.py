@@ -8,8 +8,9 @@ from PIL import Image
 
 from llm.errors import UserError
 from llm.report import plots, report
-from llm.report.plots import draw_curves, smoothed, spaced
+from llm.report.plots import draw_curves, plans, spaced
 from llm.report.report import build_report, fenced
+from llm.report.results import curve, final_metrics, is_held_out, smoothed
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
 from llm.utils.format import amount, duration, markdown_table, percent, value
@@ -68,11 +69,11 @@ def test_samples_show_calculator_calls_as_calculations(full_run):
     call = "It is <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>36."
     write_json(full_run / "sft/eval.json", {"samples": [{"prompt": "12 times 3?", "completion": call}]})
     samples = section(build_report(full_run).read_text(), "Samples")
-    assert "> 12 times 3?\nIt is [12*3 = 36]36." in samples and "<|" not in samples
+    assert "> 12 times 3?\nIt is ⟨python: 12*3 = 36⟩36." in samples and "<|" not in samples
 
 
 def test_the_balance_of_tokens_has_a_section(full_run):
-    assert "## Data" not in build_report(full_run).read_text()
+    assert "## Balance of tokens" not in build_report(full_run).read_text()
     read = {"documents": 1_000, "read": 60_000, "trained": 45_000, "cut": 15_000, "padded": 15_000}
     add_stage(full_run.parent, "demo", "pretrain", data={"unit": "documents", "read": read})
     answers = {"documents": 60, "documents_cut": 60, "answers": 60, "answers_cut": 60, "read": 500, "cut": 500}
@@ -80,7 +81,9 @@ def test_the_balance_of_tokens_has_a_section(full_run):
     add_stage(full_run.parent, "demo", "sft", status="interrupted", data=expected)
     rl = {"answers": 8, "answers_cut": 8, "documents": 8, "read": 99, "trained": 99}
     add_stage(full_run.parent, "demo", "grpo", data={"unit": "answers and conversations", "read": rl})
-    data = section(build_report(full_run).read_text(), "Data")
+    add_stage(full_run.parent, "demo", "dpo", data={"unit": "preferences"})  # counts none
+    data = section(build_report(full_run).read_text(), "Balance of tokens")
+    assert "dpo" not in data and "waiting |" not in data and "read + repeated = trained" in data
     assert "| tokens | pretrain | sft | grpo |" in data and "| trained | 45.00K (75.0 %) | 0 (0.0 %) |" in data
     assert "| padding of the rows | 25.0 % | 0.0 % |" in data and "| answers cut | - | 60 of 60 | 8 of 8 |" in data
     assert (
@@ -90,15 +93,25 @@ def test_the_balance_of_tokens_has_a_section(full_run):
     )
 
 
+def cells(text):
+    """{row: {column: cell}} of the first table in a text."""
+    lines = [line for line in text.split("\n| ", 1)[1].split("\n\n")[0].splitlines()]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+
+
 def test_report_of_a_whole_run(full_run):
     text = build_report(RunDir(full_run.parent, "demo")).read_text()
-    metrics = section(text, "Metrics by stage")
-    assert "| metric | pretrain | midtrain | sft | grpo |" in metrics
-    assert "| bpb | 0.7500 | 0.7500 | 0.7500 | 0.7500 |" in metrics  # eval.json wins over the training's last value
-    assert "| choice | 50.0 % | 81.2 ± 2.4 % | 81.2 ± 2.4 % | 81.2 ± 2.4 % |" in metrics
-    assert "| arithmetic | - | 81.2 ± 2.4 % |" in metrics and "lr" not in metrics
+    results = cells("\n" + section(text, "Results"))
+    assert list(results["choice"].values()) == ["50.0 %", *["81.2 ± 2.4 %"] * 3]  # what evaluate.py measured wins
+    assert list(results["arithmetic"].values()) == ["-", *["81.2 ± 2.4 %"] * 3]
+    assert list(results["bits per byte, text"].values()) == ["0.7500", "-", "-", "-"]
+    assert list(results["bits per byte, chats"].values()) == ["-", *["0.7500"] * 3]
+    training = cells("\n" + section(text, "Training"))
+    assert training["reward"]["grpo"] == "0.9583" and training["reward"]["sft"] == "-"  # the mean of 55/60 to 60/60
+    assert training["loss, of its own kind"]["grpo"] == training["loss"]["sft"] != "-" and "lr" not in training
     assert "| 1 min 02 s | 12.35K |" in section(text, "Stages")
-    assert "Total wall-clock: **5 min 08 s**, total compute 37.50T FLOPs." in section(text, "Stages")
+    assert "| training | 5 min 08 s in 5 stages, 37.50T FLOPs |" in section(text, "Summary")
     assert "| news | 4.85 |" in section(text, "Tokenizer")
     assert "Test CPU" in section(text, "Environment")
     configuration = section(text, "Configuration")
@@ -106,6 +119,106 @@ def test_report_of_a_whole_run(full_run):
     assert "I am demo." in section(text, "Samples")
     numbers = section(text, "Numbers of each stage")
     assert "| params_total | 3,211,264 | 3,211,264 |" in numbers and "| c0ffeec0ff-dirty |" in numbers
+
+
+def test_benchmarks_stand_in_the_order_of_papers_with_their_errors(tmp_path):
+    add_stage(tmp_path, "d20", "pretrain", scores=False)
+    tasks = {"humaneval": (0.08, 0.02), "spelling": (0.9, 0.01), "mmlu": (0.31, 0.004), "arc_easy": (0.4, 0.01)}
+    folder = add_stage(tmp_path, "d20", "sft", scores=False)
+    chat = {name: {"accuracy": share, "stderr": error, "n": 9} for name, (share, error) in tasks.items()}
+    write_json(folder / "eval.json", {"chat": chat, "chatcore": 0.1234, "core": 0.2219})
+    preferences = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.9, "margin": 2.0, "margin_stderr": 0.5}
+    folder = add_stage(tmp_path, "d20", "reward", scores=False)
+    write_json(folder / "eval.json", {"preferences": preferences | {"n": 4}})
+    results = cells("\n" + section(build_report(tmp_path / "d20").read_text(), "Results"))
+    names = [name for name in results if results[name]["sft"] != "-"]
+    assert names[:5] == ["CORE", "ARC-Easy", "MMLU", "HumanEval", "choice"] and names[5:7] == ["spelling", "ChatCORE"]
+    assert results["MMLU"] == {"pretrain": "-", "sft": "31.0 ± 0.4 %", "reward": "-"}
+    assert results["pairs told apart"]["reward"] == "80.0 % (70.0 to 90.0)"
+    assert results["margin of pairs"]["reward"] == "2 ± 0.5000"
+
+
+def test_cost_and_code_stand_on_the_first_page(tmp_path):
+    """The price is of the configuration; the state of the code is that of the run, not of the report."""
+    code = {"branch": "try", "changed": 1, "files": 9, "lines": 1234, "characters": 40_000, "dependencies": 15}
+    for stage, seconds in (("pretrain", 7200.0), ("sft", 360.0)):
+        config = {"stage": {"name": stage}, "device_price": 3.0}
+        facts = {"config": config, "seconds": seconds, "device_seconds": 8 * seconds, "code": code}
+        add_stage(tmp_path, "demo", stage, **facts, version="0.1.0")
+    text = build_report(tmp_path / "demo").read_text()
+    summary = section(text, "Summary")
+    assert "| cost | 50.40 dollars: 16.80 device-hours at 3.00 an hour |" in summary
+    assert [row["dollars"] for row in cells("\n" + section(text, "Stages")).values()] == ["48.00", "2.40"]
+    assert "| code | Fathom 0.1.0, branch try, commit c0ffeec0ff-dirty, 1 uncommitted change |" in summary
+    assert "40,000 characters, 1,234 lines, 9 files, about 10.00K tokens, 15 dependencies |" in summary
+    nowhere = {"commit": None, "code": code | {"branch": None, "changed": None}, "version": "0.1.0"}
+    add_stage(tmp_path, "demo", "sft", **nowhere, config={"stage": {"name": "sft"}})
+    summary = section(build_report(tmp_path / "demo").read_text(), "Summary")
+    assert "| code | Fathom 0.1.0, no git; another for pretrain |" in summary
+    assert "| cost | 48.00 dollars: 16 device-hours at 3.00 an hour; no price or duration: sft |" in summary
+
+
+def test_a_run_of_an_older_release_has_a_first_page_too(full_run):
+    summary = section(build_report(full_run).read_text(), "Summary")
+    assert "device-hours not known; no price given" in summary and "size of the code" not in summary
+    assert "| code | commit c0ffeec0ff-dirty |" in summary
+    trainer = {"devices": 4, "num_nodes": 2}
+    for hours, devices in ((0.1367, trainer), (0.0171, trainer | {"devices": "auto", "num_nodes": 1})):
+        add_stage(full_run.parent, f"old{hours}", "sft", config={"stage": {"name": "sft"}, "trainer": devices})
+        text = build_report(full_run.parent / f"old{hours}").read_text()
+        assert f"| cost | {hours} device-hours; no price given" in section(text, "Summary")
+
+
+def test_plots_show_the_numbers_of_the_tables(full_run, monkeypatch):
+    """Every number at the end of a line is a cell of a table: smoothed, evaluated or last, in both."""
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def draw_into_memory(path, title, height, draw):
+        drawn[path.stem] = figure = Figure(figsize=(plots.WIDTH, height))
+        draw(figure)
+        path.touch()
+
+    monkeypatch.setattr(plots, "_figure", draw_into_memory)
+    (full_run / "grpo" / "eval.json").unlink()
+    text = build_report(full_run).read_text()
+    tables = cells("\n" + section(text, "Results")) | cells("\n" + section(text, "Training"))
+    for name, row in (("loss", tables["loss"]), ("reward", tables["reward"])):
+        panels = {ax.get_title(): ax.texts[0].get_text() for ax in drawn[name].axes if ax.texts}
+        assert panels == {stage: cell for stage, cell in row.items() if cell != "-"} and panels
+    bpb = {ax.get_title(): ax.texts[0].get_text() for ax in drawn["bpb"].axes if ax.texts}
+    rows = [tables["bits per byte, text"], tables["bits per byte, chats"]]
+    assert bpb == {stage: row[stage] for row in rows for stage in row if row[stage] != "-"} and len(bpb) == 4
+    for name, measures in (("chat", TASKS), ("pass", ("pass@1", "pass@8"))):
+        labels = sorted(label.get_text() for label in drawn[name].axes[0].texts)
+        found = [cell for key in measures for cell in tables[key].values() if cell != "-"]
+        assert labels == sorted(cell.split()[0] for cell in found) and labels
+
+
+def test_a_sentence_explains_every_plot(full_run):
+    add_stage(full_run.parent, "demo", "dpo", parent=str(full_run / "sft" / "model"))
+    blocks = build_report(full_run).read_text().split("\n\n")
+    plotted = [number for number, block in enumerate(blocks) if block.startswith("![")]
+    assert len(plotted) == 6
+    for number in plotted:
+        assert re.match(r"[A-Z].{60,}[.]$", blocks[number + 1].replace("\n", " ")), blocks[number]
+    assert all(plan.text.endswith(".") for plan in plans(["loss"], ["x"]))
+
+
+def test_the_weights_that_were_handed_over_decide_where_a_curve_ends():
+    rows = [{"step": step, "bpb": bpb, "loss": 1.0} for step, bpb in ((0, 3.0), (10, 1.0), (20, 2.0))]
+    assert final_metrics({"rows": rows, "weights": {"step": 10}}) == {"bpb": (1.0, None), "loss": (1.0, None)}
+    assert final_metrics({"rows": rows, "metrics": {"bpb": 2.0, "lr": 3.0}})["bpb"] == (2.0, None)
+
+
+def test_columns_of_training_are_smoothed_and_held_out_ones_are_not():
+    rows = [{"step": step, "loss": float(step % 2), "bpb": float(step)} for step in range(24)]
+    assert curve(rows, "loss")[-1] == (23, pytest.approx(2 / 3)) and curve(rows, "bpb")[-1] == (23, 23.0)
+    assert final_metrics({"rows": rows})["loss"][0] == pytest.approx(curve(rows, "loss")[-1][1])
+    assert curve(rows[:19], "loss")[-1] == (18, 0.0)
+    assert all(map(is_held_out, ("bpb_text", "chat/x", "core", "pass@4", "preference/margin")))
+    assert not any(map(is_held_out, ("loss", "reward", "kl", "accuracy")))
 
 
 @pytest.mark.usefixtures("figures")
@@ -119,14 +232,15 @@ def test_methods_are_compared_with_the_stage_they_began_with(full_run):
     config = {"stage": {"name": "dpo", "loss": "orpo"}}
     write_manifest(folder, {"stage": "dpo", "status": "finished", "metrics": facts, "config": config} | parent)
     text = section(build_report(full_run).read_text(), "Methods")
-    header, _, *rows = [line.strip("| ").split(" | ") for line in text.strip().split("\n\n")[0].splitlines()]
-    found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    table = cells("\n" + text)
+    found = {stage: {key: row[stage] for key, row in table.items()} for stage in table["steps"]}
     assert list(found) == ["pretrain", "midtrain", "sft", "dpo (orpo)", "grpo"]
     dpo = found["dpo (orpo)"]
     assert (dpo["wins by rule"], dpo["wins by judge, equal length"]) == ("75.0 % (+25.0)", "70.0 % (+20.0)")
-    assert (dpo["bpb"], dpo["bpb of text"], dpo["choice"]) == ("0.6000 (+0.1000)", "1.5000 (-0.5000)", "-")
+    bits = dpo["bits per byte, chats"], dpo["bits per byte, text"]
+    assert bits == ("0.6000 (+0.1000)", "1.5000 (-0.5000)") and dpo["choice"] == "-"
     assert found["grpo"]["choice"] == "81.2 % (+0.0)" and found["sft"]["choice"] == "81.2 %"
-    assert found["pretrain"]["bpb of text"] == "0.7500" and found["pretrain"]["bpb"] == "-"
+    assert found["pretrain"]["bits per byte, text"] == "0.7500" and found["pretrain"]["bits per byte, chats"] == "-"
     assert Image.open(full_run / "report" / "methods.png").width > 600
 
 
@@ -140,7 +254,7 @@ def test_figures_exist_where_the_report_links_them(full_run):
     text = build_report(full_run).read_text()
     links = re.findall(r"!\[.+?\]\((.+?)\)", text)
     names = [link.split("/")[1].removesuffix(".png") for link in links]
-    assert names == ["methods", "loss", "bpb", "chat", "reward", "pass"]
+    assert names == ["chat", "methods", "loss", "bpb", "reward", "pass"]
     for link in links:
         with Image.open(full_run / link) as image:
             assert image.width >= 700 and image.height >= 300
@@ -157,7 +271,8 @@ def test_report_grows_with_the_run(tmp_path):
     assert "Nothing has been measured yet" in text and "## Curves" not in text and "## Samples" not in text
     add_stage(tmp_path, "demo", "pretrain", status="interrupted", scores=False)
     text = build_report(run).read_text()
-    assert "| pretrain | interrupted |" in text and "| bpb | 0.8765 |" in text and "report/loss.png" in text
+    assert "| pretrain | interrupted |" in text and "| bits per byte, text | 0.8765 |" in text
+    assert "report/loss.png" in text
     assert "chat.png" in text and "reward.png" not in text
 
 
@@ -182,19 +297,19 @@ def test_figures_that_no_longer_apply_are_removed(full_run):
 
 @pytest.mark.usefixtures("figures")
 def test_curves_need_no_display_and_few_points_are_enough(tmp_path):
-    drawn = draw_curves(tmp_path, "one point", {"pretrain": [{"step": 0, "loss": 3.0}]})
-    assert [path.name for _, path in drawn] == ["loss.png"]
-    assert draw_curves(tmp_path / "none", "empty", {"pretrain": []}) == []
+    drawn = draw_curves(tmp_path, "one point", {"pretrain": {"rows": [{"step": 0, "loss": 3.0}]}})
+    assert [one.path.name for one in drawn] == ["loss.png"]
+    assert draw_curves(tmp_path / "none", "empty", {"pretrain": {"rows": []}}) == []
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.usefixtures("figures")
 def test_figures_are_kept_on_request_and_drawn_where_missing(tmp_path):
-    rows = {"pretrain": [{"step": 0, "loss": 3.0, "bpb": 2.0}]}
+    rows = {"pretrain": {"rows": [{"step": 0, "loss": 3.0, "bpb": 2.0}]}}
     draw_curves(tmp_path, "kept", rows)
     (tmp_path / "loss.png").write_bytes(b"kept")
     (tmp_path / "bpb.png").unlink()
-    assert [path.name for _, path in draw_curves(tmp_path, "kept", rows, redraw=False)] == ["loss.png", "bpb.png"]
+    assert [one.path.name for one in draw_curves(tmp_path, "kept", rows, redraw=False)] == ["loss.png", "bpb.png"]
     assert (tmp_path / "loss.png").read_bytes() == b"kept" and (tmp_path / "bpb.png").stat().st_size > 1000
     draw_curves(tmp_path, "kept", rows)
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -80,3 +80,15 @@ def test_a_damaged_log_is_one_line(tmp_path, content):
     (tmp_path / "rollouts.jsonl").write_text(content)
     with pytest.raises(UserError, match="rollouts.jsonl cannot be read"):
         write_page(tmp_path)
+
+
+def test_calls_of_the_calculator_are_readable():
+    asked, got = "So <|python_start|>2*3<|python_end|>", "<|output_start|>6<|output_end|>"
+    numbers = {"question": 1, "reward": 1.0, "advantage": 1.0, "length": 3, "finish": "stop", "rewards": {"task": 1.0}}
+    cut = [["<|python_start|>1/0<|python_end|> is", 1]]
+    rows = [
+        {"step": 0, "prompt": "?", "pieces": pieces, **numbers} for pieces in ([[asked, 1], [got, 0], ["6.", 1]], cut)
+    ]
+    page = page_of("demo", rows)
+    assert '<span>So ⟨python: 2*3</span><span class="written"> = 6⟩</span><span>6.</span>' in page
+    assert "<span>⟨python: 1/0⟩ is</span>" in page and "python_" not in page and "output_" not in page

@@ -148,7 +148,7 @@ def guarded(monkeypatch, tmp_path):
     tried = []
     for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (os, "system"), (os, "execv")):
         monkeypatch.setattr(owner, name, lambda *args, name=name, **kwargs: tried.append(name))
-    monkeypatch.setattr(report, "_draw", lambda *args: [])
+    monkeypatch.setattr(report, "_draw", lambda *args: ([], []))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"{CODE}.py").write_text("raise SystemExit('code of a saved run was imported')\n")
     return tried

@@ -305,7 +305,10 @@ def run_patiently(*args, timeout, **kwargs):
 
 
 def test_the_commit_is_that_of_the_checkout_with_the_code(tmp_path):
-    """Not of the folder one stands in, not shortened, and marked where a tracked file was changed; None outside."""
+    """Not of the folder one stands in, not shortened, and marked where a tracked file was changed; None outside.
+
+    So too the branch and the number of changed files, which counts new ones, in run.json.
+    """
     source = Path(git_commit.__code__.co_filename)
     copy = tmp_path / "checkout" / source.relative_to(CONF.parent)
     copy.parent.mkdir(parents=True)
@@ -314,7 +317,15 @@ def test_the_commit_is_that_of_the_checkout_with_the_code(tmp_path):
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     copied.subprocess = SimpleNamespace(run=run_patiently, TimeoutExpired=TimeoutError)
-    assert copied.git_commit() is None
+
+    def state():
+        facts = copied.code_facts()
+        return facts["branch"], facts["changed"]
+
+    assert copied.git_commit() is None and state() == (None, None)
+    size = copied.code_facts()
+    assert size["files"] == 1 and size["lines"] == source.read_text().count("\n")
+    assert size["characters"] == len(source.read_text()) and size["dependencies"] > 5
 
     def git(*args):
         identity = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
@@ -322,14 +333,17 @@ def test_the_commit_is_that_of_the_checkout_with_the_code(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    git("init")
+    git("init", "-b", "try")
     git("add", ".")
     git("commit", "-m", "One")
     head = git("rev-parse", "HEAD")
+    assert state() == ("try", 0)
     (tmp_path / "checkout" / "new.txt").write_text("of no interest: not tracked")
-    assert len(head) == 40 and copied.git_commit() == head
+    assert len(head) == 40 and copied.git_commit() == head and state() == ("try", 1)
     copy.write_text(source.read_text() + "# changed")
-    assert copied.git_commit() == f"{head}-dirty"
+    assert copied.git_commit() == f"{head}-dirty" and state() == ("try", 2)
+    git("checkout", "--detach")
+    assert state() == ("(detached)", 2)
 
 
 def test_import_is_cheap():

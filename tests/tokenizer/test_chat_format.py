@@ -229,9 +229,9 @@ def test_template_refuses_a_forged_turn(token, place, tok):
 
 def test_calculations_are_shown_as_such():
     """Check parts and text with marks, which is how a tokenizer writes an answer; also where an answer was cut off."""
-    shown = "hi [1+2 = 3] so 3"
+    shown = "hi ⟨python: 1+2 = 3⟩ so 3"
     assert readable(TOOL_ANSWER) == readable(content_text(TOOL_ANSWER)) == shown
     assert split_calls(TOOL_ANSWER) == [(False, "hi "), (True, "1+2 = 3"), (False, " so 3")]
-    assert readable("a <|python_start|>1/0<|python_end|> b <|python_start|>2*") == "a [1/0] b [2*]"
-    assert readable("<|python_start|>2*2<|python_end|><|output_start|>4") == "[2*2 = 4]"
+    assert readable("a <|python_start|>1/0<|python_end|> b <|python_start|>2*") == "a ⟨python: 1/0⟩ b ⟨python: 2*⟩"
+    assert readable("<|python_start|>2*2<|python_end|><|output_start|>4") == "⟨python: 2*2 = 4⟩"
     assert readable("no call, [brackets]") == "no call, [brackets]" and readable("") == ""
