@@ -17,7 +17,7 @@ MODEL_FILES = conf_folder() / "model"
 
 
 class Origin(NamedTuple):
-    """What a configuration was composed of: its main file, the chosen options by group, folders, and its values."""
+    """Origin of a configuration: its main file, the chosen options by group, folders, and its values."""
 
     config_name: str
     choices: dict[str, Any]

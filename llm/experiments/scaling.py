@@ -6,6 +6,7 @@ Runs that are finished are not run again, so the command goes on where it was st
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ class Series:
 
 def budget(flops: float) -> str:
     """Write FLOPs for a name: `2e13`."""
-    return f"{flops:g}".replace("e+", "e")
+    return re.sub(r"e\+?0*", "e", f"{flops:g}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How long a training will take on this machine: from the rate of its matrix products, and from earlier runs."""
+"""Estimates how long a training will take on this machine, from the rate of its matrix products, and from earlier runs."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ MOST_LIKE = 5  # earlier runs that are asked
 
 @dataclass(frozen=True)
 class Work:
-    """What one process of a training has to do.
+    """Work of one process of a training.
 
     flops: of a step's training passes. drawn: FLOPs of the answers drawn in a step. width, blocks: channels, and
     parameters in matrices of the blocks, which Muon updates (0 without it). layers: that go through in a step, all

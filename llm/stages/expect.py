@@ -1,4 +1,4 @@
-"""How long a stage will take on this machine, before it begins, and what it took, for the next one."""
+"""Estimates how long a stage will take on this machine, and notes what it took, for the next one."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
