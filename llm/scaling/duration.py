@@ -1,4 +1,4 @@
-"""Estimates how long a training will take on this machine, from the rate of its matrix products, and from earlier runs."""
+"""Estimates how long a training will take on this machine, by the rate of its matrix products and earlier runs."""
 
 import math
 import statistics
