@@ -51,8 +51,14 @@ class GroupOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory."""
+        """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory.
+
+        Hyperparameters that did not exist when it was saved stay as the groups were built with.
+        """
+        built = self.param_groups
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, built, strict=True):
+            group.update(own | group)
         for state in self.state.values():
             state.update({name: value.clone() for name, value in state.items()})
 
@@ -86,7 +92,8 @@ class GroupOptimizer(torch.optim.Optimizer):
     def _update_matrices(self, group: dict, params: list[torch.Tensor]) -> None:
         """Update whole matrices, which hold their gradients, by a matrix rule."""
         for stack in stacks(params):
-            rule_of(group).apply(group, stack, self._matrix_step(group, stack, [p.grad for p in stack]))
+            step = self._matrix_step(group, stack, [p.grad for p in stack])
+            rule_of(group).apply(group | {"shape": stack[0].shape}, stack, step)
 
     def _matrix_step(self, group: dict, params: list[torch.Tensor], grads: list[torch.Tensor]) -> torch.Tensor:
         """Return what a matrix rule adds to n matrices (r, c) of one shape: (n, r, c). params: whose state it is."""

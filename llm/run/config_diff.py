@@ -30,7 +30,18 @@ BEFORE_KEYS = {
     "stage.kl": 0.0,
     "stage.updates_per_rollout": 1,
     "stage.overlong": 0,
+    "arch.window_multiple": 128,
+    "optim.coupled_decay": False,
+    "optim.momentum_overlap": True,
+    "optim.norm_margin": None,
 }
+
+
+def rules_before(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of `BEFORE_KEYS` that a saved configuration lacks, by key, where defaults are others now."""
+    of_rules = (key.split(".") for key in BEFORE_KEYS if key.startswith(("arch.", "optim.")))
+    lacking = (f"{group}.{name}" for group, name in of_rules if name not in (config.get(group) or {name: None}))
+    return {key: BEFORE_KEYS[key] for key in lacking}
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

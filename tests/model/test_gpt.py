@@ -34,6 +34,7 @@ MODERN = {
     "arch": "modern",
     "qk_scale": 1.2,
     "window_pattern": "SSSL",
+    "window_multiple": 4,
     "value_embeds": True,
     "residual_scalars": True,
     "smear": True,
@@ -91,6 +92,9 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_all():
     assert config(depth=2, seq_len=2048, window_pattern="S").window(1) is None
     assert config(seq_len=1000, window_pattern="S").window(0) == 256  # 250 rounded up to a multiple of 128
     assert config(seq_len=128, window_pattern="S").window(0) is None  # no shorter than the context
+    half = {"window_pattern": "S", "window_divisor": 2, "window_multiple": None}
+    assert [config(seq_len=n, **half).window(0) for n in (2048, 1000, 513, 64)] == [1024, 500, 256, 32]  # not rounded
+    assert config(seq_len=8, **half | {"window_divisor": 9}).window(0) == 1
 
 
 def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -161,17 +165,17 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     return logits if c.softcap is None else c.softcap * torch.tanh(logits / c.softcap)
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize(("depth", "n_kv_head"), [(4, 4), (3, 2), (4, 1)])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_forward_equals_the_formulas(arch, n_kv_head):
-    net = random_net(config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch]))
+def test_forward_equals_the_formulas(arch, depth, n_kv_head):
+    """An even and an odd number of layers: which of them is the middle one, and which have value embeddings."""
+    net = random_net(config(depth=depth, n_kv_head=n_kv_head, **ARCHS[arch]))
     ids = torch.randint(0, 70, (11,), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(net(ids[None])[0].double(), naive_forward(net, ids), atol=5e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 1])
-def test_forward_with_windows_equals_the_formulas(n_kv_head, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+def test_forward_with_windows_equals_the_formulas(n_kv_head):
     net = random_net(config(depth=3, n_kv_head=n_kv_head, seq_len=32, **MODERN))
     assert [net.config.window(layer) for layer in range(3)] == [8, 8, None]
     ids = torch.randint(0, 70, (32,), generator=torch.Generator().manual_seed(1))
@@ -207,7 +211,6 @@ def test_modern_init():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
     c = config(depth=3, **ARCHS[arch])
     ids = torch.randint(0, 70, (2, 33), generator=torch.Generator().manual_seed(4))
     net = random_net(c)
@@ -233,9 +236,8 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
-def test_masked_documents_are_as_if_alone(arch, monkeypatch):
+def test_masked_documents_are_as_if_alone(arch):
     """Losses and gradients of packed documents are those of every document in a row of its own (RoPE is relative)."""
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
     packed, alone = (random_net(config(depth=3, bos_id=bos, **ARCHS[arch])) for bos in (69, None))
     generator = torch.Generator().manual_seed(5)
     documents = [torch.randint(0, 69, (n,), generator=generator) for n in (7, 1, 12, 8)]
@@ -290,8 +292,7 @@ def test_loss_reductions_and_ignored_targets():
 
 @pytest.mark.parametrize("n_kv_head", [4, 1])
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
-def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head):
     c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
     net, lengths = random_net(c), torch.tensor([3, 9, 6])
     ids = torch.randint(0, 70, (3, 20), generator=torch.Generator().manual_seed(2))
@@ -314,9 +315,8 @@ def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head
 @pytest.mark.parametrize("is_copied", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 1])
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
-def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(arch, n_kv_head, is_copied, monkeypatch):
+def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(arch, n_kv_head, is_copied):
     """Rows 0, 2 behind one prefix of 7 tokens, row 1 behind another of 3, row 3 behind none."""
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
     c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
     net = random_net(c)
     ids = torch.randint(0, 70, (4, 24), generator=torch.Generator().manual_seed(3))
@@ -355,9 +355,9 @@ def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(ar
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
-def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
-    net = random_net(config(depth=3, **(ARCHS[arch] | {"window_pattern": "SSL", "window_divisor": 8})))
+def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch):
+    small = {"window_pattern": "SSL", "window_divisor": 8, "window_multiple": 4}
+    net = random_net(config(depth=3, **(ARCHS[arch] | small)))
     assert net.windows[0] == 4
     draw = torch.Generator().manual_seed(2)
     prefixes, rest = (torch.randint(0, 70, shape, generator=draw) for shape in ((2, 17), (6, 5)))

@@ -14,6 +14,7 @@ from llm.scaling.rules import model_config
 # A group of plain Muon as Keller Jordan published it: every switch off.
 PLAIN_MUON = {"kind": "muon", "momentum": 0.95, "ns_steps": 5, "orthogonalizer": "newton_schulz", "in_bf16": False}
 PLAIN_MUON |= {"row_normalize": False, "normuon_beta2": None, "renormalize": False, "cautious": False}
+PLAIN_MUON |= {"norm_margin": None, "coupled_decay": False}
 
 
 def grads_for(params, seed):
