@@ -61,7 +61,7 @@ class GPTConfig:
     qk_scale: float = UNSTATED["qk_scale"]  # factor on the normed queries and on the keys
     window_pattern: str = UNSTATED["window_pattern"]  # a letter per layer, repeated: L = full, S = short; the last is L
     window_divisor: int = UNSTATED["window_divisor"]  # short: seq_len / this, rounded up to window_multiple
-    window_multiple: int | None = UNSTATED["window_multiple"]  # 128 = the block size of fast kernels; None = not rounded
+    window_multiple: int | None = UNSTATED["window_multiple"]  # 128 = blocks of fast kernels; None = not rounded
     value_embeds: bool = UNSTATED["value_embeds"]  # gated embeddings, added to the values of every other layer
     gate_channels: int = UNSTATED["gate_channels"]  # channels of a layer's input that set the gate of value_embeds
     gate_range: float = UNSTATED["gate_range"]  # the gate of value_embeds lies between 0 and this

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import compose
 
 from llm.model.attention import apply_rotary, rotary_tables
 from llm.model.cached_attention import SlotPass
@@ -12,6 +13,7 @@ from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import choose_fp32_products, resolve_compute_dtype
+from llm.scaling.rules import model_config
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
 PUBLISHED = [
@@ -207,6 +209,31 @@ def test_modern_init():
     torch.testing.assert_close(net.x0_scalars, torch.tensor([0.2, 0.125, 0.05]))
     assert net.smear_scalar.item() == 0 and net.backout_scalar.item() == pytest.approx(0.2)
     assert block.attn.c_proj.weight.abs().max() == 0 and block.mlp.c_proj.weight.abs().max() == 0
+
+
+RECIPE = {  # what conf/arch must say, as the recipe states it
+    "classic": {"rope_base": 10_000, "softcap": 15},
+    "modern_2026_02": {
+        **{"rope_base": 10_000, "softcap": 15, "qk_scale": 1, "window_pattern": "SSSL", "window_divisor": 2},
+        **{"window_multiple": None, "gate_channels": 32, "gate_range": 2, "gate_init": 0, "resid_init": (1, 1)},
+        **{"x0_init": (0.1, 0.1), "smear": False, "backout": False, "embedding_std": 1, "head_std": 0.001},
+        **{"fc_scale": 1, "value_embeds": True, "residual_scalars": True},
+    },
+    "modern": {
+        **{"rope_base": 100_000, "softcap": 15, "qk_scale": 1.2, "window_pattern": "SSSL", "window_divisor": 4},
+        **{"window_multiple": 128, "gate_channels": 12, "gate_range": 3, "gate_init": 0.02, "resid_init": (1.15, 1.05)},
+        **{"x0_init": (0.2, 0.05), "smear": True, "backout": True, "backout_init": 0.2, "embedding_std": 0.8},
+        **{"head_std": 0.001, "fc_scale": 0.4, "value_embeds": True, "residual_scalars": True},
+    },
+}
+
+
+@pytest.mark.parametrize("arch", RECIPE)
+def test_the_options_of_an_architecture_are_those_of_the_recipe(arch):
+    """A changed number in conf/arch trains another model than the published one, and every other test passes."""
+    cfg = compose("train", f"arch={arch}")
+    found = model_config(cfg.model, cfg.arch, 32_768).to_dict()
+    assert {name: found[name] for name in RECIPE[arch]} == RECIPE[arch]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
