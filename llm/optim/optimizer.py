@@ -51,14 +51,8 @@ class GroupOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory.
-
-        Hyperparameters that did not exist when it was saved stay as the groups were built with.
-        """
-        built = self.param_groups
+        """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory."""
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, built, strict=True):
-            group.update(own | group)
         for state in self.state.values():
             state.update({name: value.clone() for name, value in state.items()})
 

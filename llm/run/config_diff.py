@@ -38,10 +38,16 @@ BEFORE_KEYS = {
 
 
 def rules_before(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of `BEFORE_KEYS` that a saved configuration lacks, by key, where defaults are others now."""
-    of_rules = (key.split(".") for key in BEFORE_KEYS if key.startswith(("arch.", "optim.")))
-    lacking = (f"{group}.{name}" for group, name in of_rules if name not in (config.get(group) or {name: None}))
-    return {key: BEFORE_KEYS[key] for key in lacking}
+    """Return those values of `BEFORE_KEYS` whose defaults are others now, by key, that a saved configuration goes by.
+
+    It lacks the key; or it has the value, since the run was resumed by a later release.
+    """
+    found = {}
+    for key, before in BEFORE_KEYS.items():
+        group, name = key.split(".")
+        if group in ("arch", "optim") and config.get(group) and config[group].get(name, before) == before:
+            found[key] = before
+    return found
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

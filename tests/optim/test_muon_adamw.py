@@ -183,24 +183,3 @@ def test_state_survives_a_round_trip(option):
 
     for a, b in zip(run(None).parameters(), run(2).parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_state_from_before_a_hyperparameter_existed_goes_on_as_the_configuration_says():
-    """A run that began without the key is configured with its old value; saved groups do not have it."""
-    old = compose("train", "optim.coupled_decay=false").optim
-
-    def run(break_at: int | None):
-        net = arch_net("modern")
-        opt = build_optimizer(net, old)
-        for step in range(3):
-            if step == break_at:
-                state, opt = opt.state_dict(), build_optimizer(net, old)
-                for name in ("coupled_decay", "norm_margin"):
-                    del state["param_groups"][-1][name]
-                opt.load_state_dict(state)
-            grads_for(net.parameters(), step)
-            opt.step()
-        return net
-
-    for a, b in zip(run(None).parameters(), run(2).parameters(), strict=True):
-        assert torch.equal(a, b)

@@ -116,6 +116,9 @@ def test_an_old_run_keeps_the_update_rules_and_the_windows_it_began_with():
     assert diff_configs(old["config"], OmegaConf.to_container(cfg), neutral_keys("pretrain")) == []
     assert (cfg.optim.coupled_decay, cfg.optim.momentum_overlap, cfg.optim.norm_margin) == (False, True, None)
     assert cfg.arch.window_multiple == 128
+    again, saved = compose("train", "experiment=tiny", *february), OmegaConf.to_container(cfg)
+    keep_old_defaults(again, {"config": saved})  # resumed a second time: run.json now has the keys
+    assert OmegaConf.to_container(again) == saved
     asked = compose("train", "experiment=tiny", *february, "optim.coupled_decay=true")
     keep_old_defaults(asked, old)  # the command's own word is not overridden: the run is refused, with the key
     assert [key for key, *_ in diff_configs(old["config"], OmegaConf.to_container(asked))] == ["optim.coupled_decay"]
