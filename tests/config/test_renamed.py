@@ -25,9 +25,10 @@ from llm.config.renamed import (
 from llm.config.schema import known_keys
 from llm.data.loader import positions_for
 from llm.errors import UserError
+from llm.optim import build_optimizer
 from llm.run import read_manifest
 from llm.run.config_diff import diff_configs
-
+from llm.stages.step_module import StepModule
 
 NEWER = ("coupled_decay", "momentum_overlap", "norm_margin")  # keys of optim that came after the renamed ones
 
@@ -149,6 +150,7 @@ def interrupted_before(stage: Path) -> None:
     (_, first), (_, last) = list_checkpoints(stage / "checkpoints")
     saved = old_checkpoint(torch.load(first, weights_only=True))
     assert any("equalize" in group for group in saved["optimizer_states"][0]["param_groups"])
+    saved["fathom"]["origin"]["config"] = old_config(saved["fathom"]["origin"]["config"])
     torch.save(saved, first)
     last.unlink()
     (stage / "checkpoints/manifest.json").unlink()
@@ -168,6 +170,9 @@ def test_a_checkpoint_of_before_resumes_to_the_same_weights(tmp_path):
     train("straight", "-m", "stage=tokenizer,pretrain", "optim.coupled_decay=false", "optim.momentum_overlap=true")
     shutil.copytree(tmp_path / "straight", tmp_path / "old")
     interrupted_before(tmp_path / "old/pretrain")
+    module = StepModule.load_from_checkpoint(list_checkpoints(tmp_path / "old/pretrain/checkpoints")[0][1])
+    muon = build_optimizer(module.net, module.optim_config).param_groups[-1]
+    assert {name: muon[name] for name in MUON_BEFORE} == MUON_BEFORE and module.optim_config.momentum_overlap
     assert "resuming at step 2 of 4" in train("old", "stage=pretrain")
     weights = [load_file(tmp_path / run / "pretrain/model/model.safetensors") for run in ("straight", "old")]
     assert weights[0].keys() == weights[1].keys()
