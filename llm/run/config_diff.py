@@ -45,7 +45,8 @@ def rules_before(config: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for key, before in BEFORE_KEYS.items():
         group, name = key.split(".")
-        if group in ("arch", "optim") and config.get(group) and config[group].get(name, before) == before:
+        saved = config.get(group) if group in ("arch", "optim") else None
+        if isinstance(saved, dict) and saved.get(name, before) == before:
             found[key] = before
     return found
 
