@@ -19,7 +19,7 @@ from llm.checkpoint.model_folder import CONFIG_FILE, save_model_folder
 from llm.checkpoint.names import VOCAB_PARAMS
 from llm.checkpoint.nanochat_tokenizer import read_tokenizer
 from llm.errors import UserError, reason_of
-from llm.model.config import WINDOW_MULTIPLE, GPTConfig
+from llm.model.config import GPTConfig
 from llm.model.gpt import GPT, build_network
 from llm.utils.files import read_json
 
@@ -38,6 +38,7 @@ FORMS = {
         "arch": "modern",
         "rope_base": 10_000.0,
         "window_divisor": 2,
+        "window_multiple": None,
         "gate_channels": 32,
         "gate_range": 2.0,
     },
@@ -128,7 +129,6 @@ def shape(meta: object, tensors: dict[str, torch.Tensor], path: Path) -> GPTConf
     if form["arch"] == "modern":
         options |= {"value_embeds": True, "residual_scalars": True, "smear": parts[1], "backout": parts[2]}
         options["window_pattern"] = str(model.get("window_pattern", "L")).upper()
-        check_windows(options, model["sequence_len"], path)
     try:
         return GPTConfig(
             n_layer=model["n_layer"],
@@ -142,12 +142,6 @@ def shape(meta: object, tensors: dict[str, torch.Tensor], path: Path) -> GPTConf
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: model_config is not a shape that can be ({error})") from error
-
-
-def check_windows(options: dict, seq_len: int, path: Path) -> None:
-    """Raise UserError for a short window of half the context that is no multiple of 128, as ours all are."""
-    if options["window_divisor"] == 2 and "S" in options["window_pattern"] and seq_len % (2 * WINDOW_MULTIPLE):
-        raise UserError(f"{path}: sequence_len={seq_len}: short windows of half of it are no multiple of 128")
 
 
 def copy_tensors(net: GPT, tensors: dict[str, torch.Tensor], path: Path) -> None:

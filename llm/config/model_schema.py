@@ -69,7 +69,10 @@ class ModernArch(ClassicArch):
         "attention by layer, repeated over the depth: L = full, S = short window; the last layer is L"
     )
     window_divisor: int = key(
-        "length of a short window: model.seq_len / window_divisor, rounded up to a multiple of 128", low=1, high=CONTEXT
+        "length of a short window: model.seq_len / window_divisor, rounded up to window_multiple", low=1, high=CONTEXT
+    )
+    window_multiple: int | None = key(
+        "short windows are rounded up to a multiple of this number; null = not rounded", low=1, high=CONTEXT
     )
     value_embeds: bool = key("add gated embeddings of the tokens to the values of every other layer")
     gate_channels: int = key("channels of a layer's input that set the gate of the value embeddings", low=1, high=10**6)
@@ -159,7 +162,16 @@ class MuonAdamWConfig(AdamConfig):
     momentum_final: float | None = key(
         "Muon's momentum at the last step, approached while the rates fall; null = momentum", low=0, high=1
     )
+    momentum_overlap: bool = key(
+        "let Muon's momentum fall to momentum_final during momentum_warmup already; false = the warm-up ends first"
+    )
     orthogonalizer: str = key("how Muon makes an update orthogonal", choices=("polar_express", "newton_schulz"))
+    norm_margin: float | None = key(
+        "an update's norm times this number divides the update before it is made orthogonal; null = 1.01 for "
+        "polar_express, 1 for newton_schulz",
+        low=1,
+        high=10,
+    )
     ns_steps: int = key("iterations of the orthogonalizer", low=1, high=100)
     row_normalize: bool = key("Muon: scale the rows of an update to one length before it is made orthogonal")
     normuon_beta2: float | None = key(
@@ -167,6 +179,10 @@ class MuonAdamWConfig(AdamConfig):
     )
     renormalize: bool = key("Muon: give an update the norm of an exactly orthogonal matrix")
     cautious: bool = key("Muon: decay a weight only where the update shrinks it too")
+    coupled_decay: bool = key(
+        "Muon: multiply the weight decay of a tall matrix by sqrt(rows / columns), as its learning rate; false = not, "
+        "as torch.optim.Muon"
+    )
 
 
 @dataclass

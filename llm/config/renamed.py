@@ -58,6 +58,7 @@ TEMPLATE_KEYS = {
     "extras": "--cfg job shows the configuration, and config.yaml of the stage keeps it",
 }
 OPTIMIZER_GROUP_KEYS = {"equalize": "row_normalize"}
+MUON_BEFORE = {"coupled_decay": False, "norm_margin": None}  # what groups of Muon did before they had these keys
 CURSOR_KEYS = {"taken": "consumed"}  # of the position of a data loader
 
 
@@ -102,14 +103,14 @@ def _own_class(task: Any) -> Any:
 
 
 def renamed_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a resume checkpoint whose optimizer groups and data positions have the present names.
+    """Return a resume checkpoint whose optimizer groups and data positions have the present names, and no fewer.
 
     Tensors are passed on, not copied.
     """
     changed = dict(checkpoint)
     if "optimizer_states" in checkpoint:
         changed["optimizer_states"] = [
-            state | {"param_groups": [_renamed(group, OPTIMIZER_GROUP_KEYS) for group in state["param_groups"]]}
+            state | {"param_groups": [_present_group(group) for group in state["param_groups"]]}
             for state in checkpoint["optimizer_states"]
         ]
     if "StepData" in checkpoint:
@@ -119,6 +120,11 @@ def renamed_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _renamed(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in section.items()}
+
+
+def _present_group(group: dict[str, Any]) -> dict[str, Any]:
+    found = _renamed(group, OPTIMIZER_GROUP_KEYS)
+    return (MUON_BEFORE if found.get("kind") == "muon" else {}) | found
 
 
 def _renamed_cursors(thing: Any) -> Any:

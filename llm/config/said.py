@@ -36,6 +36,11 @@ def said(cfg: Any, key: str) -> bool:
     return noted is None or key in noted or key.partition(".")[0] in noted
 
 
+def names_key(cfg: Any, key: str) -> bool:
+    """Return whether it was noted that the command named this very key, and not its group alone."""
+    return key in vars(cfg).get(NOTE, ())
+
+
 def knows_settings(cfg: Any) -> bool:
     """Return whether it was noted what `cfg` was composed with."""
     return NOTE in vars(cfg)

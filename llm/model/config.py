@@ -5,7 +5,6 @@ from types import MappingProxyType
 
 from llm.config.registries import ARCHITECTURES
 
-WINDOW_MULTIPLE = 128  # short windows are rounded up to it: the block size of fast kernels
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
 
 # What an option is where nobody states it: in a config.json that was written before the option existed, and in a shape
@@ -21,6 +20,7 @@ UNSTATED = MappingProxyType(
         "qk_scale": 1.0,
         "window_pattern": "L",
         "window_divisor": 4,
+        "window_multiple": 128,
         "value_embeds": False,
         "gate_channels": 12,
         "gate_range": 3.0,
@@ -60,7 +60,8 @@ class GPTConfig:
     softcap: float | None = UNSTATED["softcap"]  # logits are softcap x tanh(logits / softcap); None = as they are
     qk_scale: float = UNSTATED["qk_scale"]  # factor on the normed queries and on the keys
     window_pattern: str = UNSTATED["window_pattern"]  # a letter per layer, repeated: L = full, S = short; the last is L
-    window_divisor: int = UNSTATED["window_divisor"]  # short: seq_len / this, rounded up to WINDOW_MULTIPLE
+    window_divisor: int = UNSTATED["window_divisor"]  # short: seq_len / this, rounded up to window_multiple
+    window_multiple: int | None = UNSTATED["window_multiple"]  # 128 = blocks of fast kernels; None = not rounded
     value_embeds: bool = UNSTATED["value_embeds"]  # gated embeddings, added to the values of every other layer
     gate_channels: int = UNSTATED["gate_channels"]  # channels of a layer's input that set the gate of value_embeds
     gate_range: float = UNSTATED["gate_range"]  # the gate of value_embeds lies between 0 and this
@@ -111,7 +112,11 @@ class GPTConfig:
         letter = self.window_pattern[layer % len(self.window_pattern)]
         if letter == "L" or layer == self.n_layer - 1:
             return None
-        short = -(-self.seq_len // (self.window_divisor * WINDOW_MULTIPLE)) * WINDOW_MULTIPLE
+        multiple = self.window_multiple
+        if multiple is None:
+            short = max(1, self.seq_len // self.window_divisor)
+        else:
+            short = -(-self.seq_len // (self.window_divisor * multiple)) * multiple
         return short if short < self.seq_len else None
 
     def has_value_embed(self, layer: int) -> bool:

@@ -15,20 +15,27 @@ LORA_BETAS, LORA_EPS = (0.9, 0.999), 1e-8  # AdamW's own
 
 
 def build_optimizer(
-    net: nn.Module, optim, lr_scale: float = 1.0, decay_scale: float = 1.0, optimizer: type = GroupOptimizer
+    net: nn.Module,
+    optim,
+    lr_scale: float = 1.0,
+    decay_scale: float = 1.0,
+    optimizer: type = GroupOptimizer,
+    fixed_lr_scale: float | None = None,
 ) -> GroupOptimizer:
     """Build the optimizer of a GPT that the config group `optim` names, as an `optimizer` (GroupOptimizer or a kind).
 
-    lr_scale multiplies the learning rates of all groups, decay_scale the weight decay of those with `decays`. A network
-    with an adapter has a group of its own. Raises UserError for a name that does not exist, and where a trained
-    parameter is not in exactly one group.
+    lr_scale multiplies the learning rates of all groups, but of those with `fixed_lr` where fixed_lr_scale is given:
+    that multiplies theirs. decay_scale multiplies the weight decay of groups with `decays`. A network with an adapter
+    has a group of its own. Raises UserError for a name that does not exist, and where a trained parameter is not in
+    exactly one group.
     """
     if getattr(net, "lora", None) is not None:
         groups = lora_groups(net)
     else:
         groups = OPTIMIZERS.get(optim.name, "optim.name")(net, optim)
         for group in groups:
-            group["lr"] = group["lr"] * lr_scale
+            is_fixed = group.pop("fixed_lr", False) and fixed_lr_scale is not None
+            group["lr"] = group["lr"] * (fixed_lr_scale if is_fixed else lr_scale)
             if group.get("decays"):
                 group["weight_decay"] = group["weight_decay"] * decay_scale
     check_groups(net, groups)
@@ -68,7 +75,7 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
     """Return the groups of optim=muon_adamw: Muon for the matrices of the blocks, AdamW for everything else.
 
     Head, embeddings, scalars and gpt2's vectors each have a rate, betas and decay of their own; the rates of tables and
-    head follow the width rule of `llm.scaling.rules`.
+    head follow the width rule of `llm.scaling.rules`. In pretraining smear and backout have one rate for all batches.
     """
     kinds, width = params_by_kind(net), adam_lr_scale(net.config.n_embd)
     rules = {  # kind: rate, betas, decay
@@ -84,7 +91,7 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
     for kind, (lr, betas, own_decay) in rules.items():
         if kinds[kind]:
             group = {"kind": "adamw", "params": kinds[kind], "lr": lr, "betas": tuple(betas)}
-            groups.append(group | {"eps": optim.eps, "weight_decay": own_decay})
+            groups.append(group | {"eps": optim.eps, "weight_decay": own_decay, "fixed_lr": kind == "smear"})
     muon = {name: optim[name] for name in MUON_NEEDS if name != "in_bf16"}
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr}
     muon |= {"in_bf16": net.compute_dtype == torch.bfloat16}

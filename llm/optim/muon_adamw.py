@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw as fused_adamw
 from llm.optim.update_rules import ElementwiseRule, MatrixRule, decay_and_add
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic tuned for slope at zero; singular values end in about [0.7, 1.2]
-# One quintic per iteration, each the best for what the one before leaves (Polar Express, arXiv 2505.16932, 2 % margin).
+# One quintic per iteration, each the best for what the one before leaves (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -24,13 +24,18 @@ NORM_MARGIN = {"newton_schulz": 1.0, "polar_express": 1.01}  # rounding must not
 
 
 def orthogonalize(
-    g: torch.Tensor, steps: int = 5, method: str = "newton_schulz", dtype: torch.dtype | None = None
+    g: torch.Tensor,
+    steps: int = 5,
+    method: str = "newton_schulz",
+    dtype: torch.dtype | None = None,
+    margin: float | None = None,
 ) -> torch.Tensor:
     """Return the approximate polar factor U V^T of each matrix of a stack (n, r, c).
 
-    method: newton_schulz | polar_express. dtype: of the products and the result; None = that of `g`.
+    method: newton_schulz | polar_express. dtype: of the products and the result; None = that of `g`. margin: factor on
+    the norm by which `g` is divided first; None = that of NORM_MARGIN.
     """
-    norm = g.norm(dim=(-2, -1), keepdim=True) * NORM_MARGIN[method] + 1e-7
+    norm = g.norm(dim=(-2, -1), keepdim=True) * (margin or NORM_MARGIN[method]) + 1e-7
     return polar_iterations(torch.div(g, norm, out=torch.empty_like(g, dtype=dtype or g.dtype)), steps, method)
 
 
@@ -85,28 +90,34 @@ def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
     update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
     dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
     if group["row_normalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
-        lengths = update.norm(dim=-1, keepdim=True).clamp_min_(1e-10) * (rows**0.5 * NORM_MARGIN[method])
+        margin = group["norm_margin"] or NORM_MARGIN[method]
+        lengths = update.norm(dim=-1, keepdim=True).clamp_min_(1e-10) * (rows**0.5 * margin)
         update = torch.div(update, lengths, out=torch.empty_like(update, dtype=dtype))
         update = polar_iterations(update, group["ns_steps"], method)
     else:
-        update = orthogonalize(update, group["ns_steps"], method, dtype)
+        update = orthogonalize(update, group["ns_steps"], method, dtype, group["norm_margin"])
     factors = torch.ones((1, 1, 1), device=update.device)  # makes what it multiplies fp32
     mean_square = row_mean_square(update) if beta2 is not None or group["renormalize"] else None
-    if beta2 is not None:
-        moments = torch.stack([s["second_moment"] for s in states])
-        factors = row_factors(mean_square, moments, beta2)
-        torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
-    if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix; the factors kept the norm
+    if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix
         norm = (mean_square.sum(dim=(-2, -1), keepdim=True) * min(rows, cols)).sqrt_()
-        factors = factors * (min(rows, cols) ** 0.5 / norm.clamp_min_(1e-10))
+        factors = min(rows, cols) ** 0.5 / norm.clamp_min_(1e-10)
+        mean_square = mean_square * factors.square()
+    if beta2 is not None:  # of the renormalised update, whose norm the factors keep
+        moments = torch.stack([s["second_moment"] for s in states])
+        factors = factors * row_factors(mean_square, moments, beta2)
+        torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
     return update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
 
 
 def muon_apply(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> None:
     """Decay n matrices (r, c), or some of their rows, and add step (n, r, c), in place.
 
-    With `cautious` only those weights decay that the step shrinks too; `step` is then used as scratch.
+    With `coupled_decay` a tall matrix decays at the rate of its step, lr x sqrt(rows / columns). With `cautious` only
+    those weights decay that the step shrinks too; `step` is then used as scratch.
     """
+    if group["coupled_decay"]:
+        rows, cols = group["shape"]
+        group = group | {"weight_decay": group["weight_decay"] * max(1.0, rows / cols) ** 0.5}
     decay = group["lr"] * group["weight_decay"]
     if not (decay and group["cautious"]):
         decay_and_add(group, params, step)
@@ -139,9 +150,10 @@ def adamw_update(group: dict, params: list[torch.Tensor], grads: list[torch.Tens
     )
 
 
-# momentum (Nesterov), ns_steps, orthogonalizer, in_bf16 (its products), row_normalize, normuon_beta2 (None = off),
-# renormalize, cautious (decay only what the update shrinks too)
-MUON_NEEDS = ("momentum", "ns_steps", "orthogonalizer", "in_bf16")
-MUON_NEEDS += ("row_normalize", "normuon_beta2", "renormalize", "cautious")
+# momentum (Nesterov), ns_steps, orthogonalizer, norm_margin (None = NORM_MARGIN), in_bf16 (its products),
+# row_normalize, normuon_beta2 (None = off), renormalize, cautious (decay only what the update shrinks too),
+# coupled_decay (tall matrices decay at the rate of their update)
+MUON_NEEDS = ("momentum", "ns_steps", "orthogonalizer", "norm_margin", "in_bf16")
+MUON_NEEDS += ("row_normalize", "normuon_beta2", "renormalize", "cautious", "coupled_decay")
 MUON = MatrixRule(muon_step, muon_state, muon_apply, MUON_NEEDS)
 ADAMW = ElementwiseRule(adamw_update, state=("exp_avg", "exp_avg_sq"), scalars=("step",), needs=("betas", "eps"))

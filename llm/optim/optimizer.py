@@ -93,7 +93,8 @@ class GroupOptimizer(torch.optim.Optimizer):
     def _update_matrices(self, group: dict, params: list[torch.Tensor]) -> None:
         """Update whole matrices, which hold their gradients, by a matrix rule."""
         for stack in stacks(params):
-            rule_of(group).apply(group, stack, self._matrix_step(group, stack, [p.grad for p in stack]))
+            step = self._matrix_step(group, stack, [p.grad for p in stack])
+            rule_of(group).apply(group | {"shape": stack[0].shape}, stack, step)
 
     def _matrix_step(self, group: dict, params: list[torch.Tensor], grads: list[torch.Tensor]) -> torch.Tensor:
         """Return what a matrix rule adds to n matrices (r, c) of one shape: (n, r, c). params: whose state it is."""

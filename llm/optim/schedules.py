@@ -25,13 +25,18 @@ def warmdown_progress(step: int, total_steps: int, warmdown_ratio: float) -> flo
     return min(max(step - (total_steps - warmdown), 0) / warmdown, 1.0) if warmdown else float(step > total_steps)
 
 
-def muon_momentum(step: int, warmup_steps: int, start: float, end: float, final: float, warmdown: float) -> float:
+def muon_momentum(
+    step: int, warmup_steps: int, start: float, end: float, final: float, warmdown: float, overlap: bool = False
+) -> float:
     """Return Muon's momentum: linear from `start` to `end` over `warmup_steps`, then with `warmdown` to `final`.
 
-    warmdown: share of the warm-down that is done, 0 to 1.
+    warmdown: share of the warm-down that is done, 0 to 1. overlap: whether it lowers the momentum during the warm-up
+    already.
     """
     frac = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
     risen = (1 - frac) * start + frac * end
+    if frac < 1.0 and not overlap:
+        return risen
     return risen + warmdown * (final - risen)
 
 

@@ -55,7 +55,8 @@ class MatrixRule:
     step(group, grads, states): what is added to n matrices (r, c) of one shape, as (n, r, c), with the learning rate
     and without weight decay; changes states in place. It does not see the weights: an owner may hold some rows only.
     new_state(group, like): state of a matrix before its first step, for a tensor of its shape.
-    apply(group, params, step): changes the weights in place; with strategy=fsdp it gets rows of params and of step.
+    apply(group, params, step): changes the weights in place; with strategy=fsdp it gets rows of params and of step. The
+    group then also has `shape`, (r, c) of the whole matrices.
     needs: hyperparameters that a group must have beside lr.
     """
 

@@ -73,7 +73,8 @@ class FullyShardedOptimizer(ShardedOptimizer):
             steps |= zip(owned, rows, strict=True)
         for stack in stacks(steps):
             weights = [p.to_local() for p in stack]
-            rule_of(group).apply(group, weights, torch.stack([steps[p] for p in stack]))
+            shaped = group | {"shape": stack[0].shape}  # of the whole matrices
+            rule_of(group).apply(shaped, weights, torch.stack([steps[p] for p in stack]))
 
     def _like(self, part: Matrices) -> torch.Tensor:
         """Return a tensor with the dtype and device of what travels."""

@@ -30,7 +30,25 @@ BEFORE_KEYS = {
     "stage.kl": 0.0,
     "stage.updates_per_rollout": 1,
     "stage.overlong": 0,
+    "arch.window_multiple": 128,
+    "optim.coupled_decay": False,
+    "optim.momentum_overlap": True,
+    "optim.norm_margin": None,
 }
+
+
+def rules_before(config: dict[str, Any]) -> dict[str, Any]:
+    """Return those values of `BEFORE_KEYS` whose defaults are others now, by key, that a saved configuration goes by.
+
+    It lacks the key; or it has the value, since the run was resumed by a later release.
+    """
+    found = {}
+    for key, before in BEFORE_KEYS.items():
+        group, name = key.split(".")
+        saved = config.get(group) if group in ("arch", "optim") else None
+        if isinstance(saved, dict) and saved.get(name, before) == before:
+            found[key] = before
+    return found
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

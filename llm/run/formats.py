@@ -160,6 +160,7 @@ SHAPE = mapping(
         "qk_scale": _factor,
         "window_pattern": text,
         "window_divisor": whole(1, 1 << 24),
+        "window_multiple": maybe(whole(1, 1 << 24)),
         **dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout", "tied", "scalar_head"), truth),
         "gate_channels": whole(1, 1 << 20),
         "gate_range": _factor,

@@ -275,8 +275,8 @@ def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
     return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)
 
 
-def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float) -> dict:
+def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float, fixed_lr_scale: float | None = None) -> dict:
     """Return the base rate of every parameter group by `lr/<name>` (see `name_groups`), and the weight decay."""
-    groups = build_optimizer(net, cfg.optim, lr_scale, decay_scale).param_groups
+    groups = build_optimizer(net, cfg.optim, lr_scale, decay_scale, fixed_lr_scale=fixed_lr_scale).param_groups
     rates = {f"lr/{group['name']}": group["lr"] for group in groups}
     return rates | {"weight_decay": cfg.optim.weight_decay * decay_scale}

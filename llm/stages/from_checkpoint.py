@@ -10,6 +10,7 @@ from llm.checkpoint.resume import load_checkpoint
 from llm.config.renamed import renamed_config
 from llm.errors import UserError
 from llm.model.gpt import GPT, build_network
+from llm.run.config_diff import rules_before
 from llm.scaling.rules import model_config
 from llm.tokenizer.bpe import Tokenizer
 
@@ -30,6 +31,8 @@ def saved_module(path: str | Path) -> SavedModule:
     if not origin:
         raise UserError(f"{path}: saved by hand, it knows no configuration; give net, optim, stage and context")
     cfg = OmegaConf.create(renamed_config(origin["config"]), flags={"allow_objects": False})
+    for key, value in rules_before(origin["config"]).items():
+        OmegaConf.update(cfg, key, value)
     if (cfg.model.get("lora") or {}).get("rank"):
         raise UserError(f"{path}: holds an adapter without its base; load {Path(path).parents[1] / 'model'}")
     tokenizer = Tokenizer.load(Path(origin["parent"]))

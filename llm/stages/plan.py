@@ -129,7 +129,7 @@ class Plan(NamedTuple):
     config: GPTConfig
     batch_tokens: int
     steps: int
-    scales: dict[str, float]  # lr_scale and decay_scale
+    scales: dict[str, float]  # lr_scale, decay_scale and fixed_lr_scale
 
 
 def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
@@ -152,7 +152,8 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
     else:
         horizon = max(1, tokens // batch)
     decay_scale = decay_factor(batch, by_rule, reference_tokens) if cfg.optim.scale_decay else 1.0
-    return Plan(config, batch, cfg.max_steps or horizon, {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale})
+    scales = {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale, "fixed_lr_scale": stage.lr_frac}
+    return Plan(config, batch, cfg.max_steps or horizon, scales)
 
 
 def lr_scale(cfg, batch_tokens: int | None) -> float:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.said import names_key
 from llm.config.saved import kind_of_schema
 from llm.config.stages import Stage, stage_row
 from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
-from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
+from llm.run.config_diff import describe_differences, diff_configs, neutral_keys, rules_before
 from llm.run.cost import cost
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, fetch_named, mirrored
@@ -216,9 +217,14 @@ def keep_old_defaults(cfg: DictConfig, manifest: dict | None) -> None:
     """Let a run of an older version go on as it began, where its keys have new defaults now.
 
     From before `data.shuffle` existed: its packing, epochs and tokens per step stay; nothing is shuffled, no pass is
-    left out, the last weights count. Of data=own, from before it read files of any name: its two files stay.
+    left out, the last weights count. Of data=own, from before it read files of any name: its two files stay. From
+    before the keys of `rules_before` existed: update rules and windows stay, but for keys that the command names.
     """
     old = {} if manifest is None or cfg.overwrite else manifest.get("config") or {}
+    for key, value in rules_before(old).items():
+        group, name = key.split(".")
+        if name in cfg[group] and not names_key(cfg, key):
+            OmegaConf.update(cfg, key, value)
     for name, task in ((old.get("data") or {}).get("tasks") or {}).items():
         folder = cfg.data.tasks[name].train if name in cfg.data.tasks else None
         two = {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"}

@@ -13,6 +13,7 @@ from llm.config.said import knows_settings, said
 from llm.config.schema import VARIANTS
 from llm.config.stages import Stage
 from llm.errors import UserError
+from llm.run.config_diff import BEFORE_KEYS
 from llm.run.formats import SHAPE
 from llm.run.stage_folder import RunDir, find_parent, stage_before
 from llm.utils.files import read_json
@@ -86,7 +87,8 @@ def set_model(cfg: Any, shape: dict) -> None:
 def set_arch(cfg: Any, shape: dict) -> None:
     """Set `cfg.arch` to the architecture of `shape` and its options, but for keys that the command said."""
     name = shape.get("arch", cfg.arch.name)
-    found = shape | {"document_masks": shape.get("bos_id") is not None}
+    before = {"window_multiple": BEFORE_KEYS["arch.window_multiple"]}  # in files that do not say it
+    found = before | shape | {"document_masks": shape.get("bos_id") is not None}
     if name != cfg.arch.name:
         if said(cfg, "arch") or name not in VARIANTS["arch"]:
             return

@@ -47,6 +47,7 @@ class StageContext:
     seq_len: int
     lr_scale: float = 1.0  # on the optimizer's rates, from lr_frac and the batch
     decay_scale: float = 1.0  # on its weight decay
+    fixed_lr_scale: float | None = None  # on rates that do not follow the batch; None = lr_scale on these too
     loss_jump: float = math.inf  # nats above the median of the last steps that no sound training has
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     text_batches: list | None = None  # the same of held-out text, beside conversations; None: not measured
@@ -267,15 +268,15 @@ class StepModule(L.LightningModule):
             if "momentum" in group and "momentum_warmup" in optim:
                 end = optim.momentum
                 final = end if optim.momentum_final is None else optim.momentum_final
-                group["momentum"] = muon_momentum(
-                    step, optim.momentum_warmup, optim.momentum_start, end, final, warmdown
-                )
+                rise = (optim.momentum_warmup, optim.momentum_start, end)
+                group["momentum"] = muon_momentum(step, *rise, final, warmdown, optim.momentum_overlap)
 
     def configure_optimizers(self):
         if self.net.compute_dtype == torch.float16 and self.scaler is None:  # a resumed one has been loaded before
             self.scaler = LossScaler()
         kind = getattr(self.trainer.strategy, "optimizer_kind", GroupOptimizer)
-        optimizer = build_optimizer(self.net, self.optim_config, self.context.lr_scale, self.context.decay_scale, kind)
+        scales = (self.context.lr_scale, self.context.decay_scale)
+        optimizer = build_optimizer(self.net, self.optim_config, *scales, kind, self.context.fixed_lr_scale)
         optimizer.max_norm = self.gradient_clip_val
         return optimizer
 

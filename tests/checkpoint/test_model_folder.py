@@ -107,7 +107,7 @@ OLD_MODEL = """{"n_layer": 3, "n_head": 2, "n_kv_head": 2, "head_dim": 16, "n_em
 "vocab_size": 333, "arch": "classic", "rope_base": 10000.0, "softcap": 15.0}"""  # before other options existed
 FROZEN = {
     "arch": "classic", "rope_base": 10_000.0, "softcap": 15.0, "qk_scale": 1.0, "window_pattern": "L",
-    "rope_scaling": None, "rope_original": None,
+    "rope_scaling": None, "rope_original": None, "window_multiple": 128,
     "window_divisor": 4, "value_embeds": False, "gate_channels": 12, "gate_range": 3.0, "residual_scalars": False,
     "smear": False, "backout": False, "tied": False, "bos_id": None, "vocab_multiple": 64, "resid_init": (1.0, 1.0),
     "x0_init": (0.0, 0.0), "backout_init": 0.2, "gate_init": 0.0, "embedding_std": 1.0, "head_std": 0.0,

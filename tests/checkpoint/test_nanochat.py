@@ -69,10 +69,10 @@ def rms(x):
     return x * (x.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
 
 
-def logits(w: dict, ids: torch.Tensor, form: str) -> torch.Tensor:
+def logits(w: dict, ids: torch.Tensor, form: str, length: int) -> torch.Tensor:
     """nanochat's forward written down by its formulas, for one row of ids: (T, V)."""
     T, D, july = len(ids), WIDTH // HEADS, form == "july"
-    base, scale, span = (100_000.0, 1.2, 128) if july else (10_000.0, 1.0, 256)
+    base, scale, span = (100_000.0, 1.2, 128) if july else (10_000.0, 1.0, length // 2)
     freq = base ** (-torch.arange(0, D, 2) / D)
     angle = torch.outer(torch.arange(T), freq)[:, None]
     x = rms(w["transformer.wte.weight"].float()[ids])
@@ -105,15 +105,15 @@ def logits(w: dict, ids: torch.Tensor, form: str) -> torch.Tensor:
     return 15 * torch.tanh(rms(x) @ w["lm_head.weight"][:VOCAB].T / 15)
 
 
-@pytest.mark.parametrize("form", ["2025", "february", "july"])
-def test_logits_are_those_of_its_formulas(tmp_path, form):
-    """A row longer than all windows, in each of the three forms."""
-    checkpoint(tmp_path, form)
+@pytest.mark.parametrize(("form", "length"), [("2025", 512), ("february", 512), ("february", 405), ("july", 512)])
+def test_logits_are_those_of_its_formulas(tmp_path, form, length):
+    """A row longer than all windows, in each of the three forms; February's are half the context, whatever it is."""
+    checkpoint(tmp_path, form, sequence_len=length)
     net, tokenizer = load_model_folder(imported_folder(f"nanochat:{tmp_path}/base_checkpoints/d4", tmp_path / "runs"))
     ids = torch.randint(VOCAB, (400,), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         found = net.eval()(ids[None])[0, :, :VOCAB]
-    assert torch.allclose(found, logits(tensors(form), ids, form), atol=2e-3)
+    assert torch.allclose(found, logits(tensors(form), ids, form, length), atol=2e-3)
     text = "The ant in the tin, it'LL be 1234 — où ?"
     assert tokenizer.encode(text) == encoding().encode_ordinary(text)
     assert tokenizer.bos_id == encoding().encode("<|bos|>", allowed_special="all")[0]
@@ -164,7 +164,6 @@ def without(name):
         ("2025", None, {"n_experts": 8}, "unknown keys n_experts"),
         ("2025", None, {"n_embd": 32}, "has shape"),
         ("2025", None, {"vocab_size": 260}, "has 270 tokens, the model"),
-        ("february", None, {"sequence_len": 64}, "no multiple of 128"),
         ("2025", {"a": 1}, {}, "something else than tensors"),
     ],
 )

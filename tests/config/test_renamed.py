@@ -16,6 +16,7 @@ from llm.cli.overrides import check_overrides
 from llm.config.renamed import (
     CONFIG_KEYS,
     CURSOR_KEYS,
+    MUON_BEFORE,
     OPTIMIZER_GROUP_KEYS,
     renamed_checkpoint,
     renamed_config,
@@ -24,8 +25,12 @@ from llm.config.renamed import (
 from llm.config.schema import known_keys
 from llm.data.loader import positions_for
 from llm.errors import UserError
+from llm.optim import build_optimizer
 from llm.run import read_manifest
 from llm.run.config_diff import diff_configs
+from llm.stages.step_module import StepModule
+
+NEWER = ("coupled_decay", "momentum_overlap", "norm_margin")  # keys of optim that came after the renamed ones
 
 
 def old_names(thing, table: dict[str, str]):
@@ -39,15 +44,18 @@ def old_names(thing, table: dict[str, str]):
 def old_config(config: dict) -> dict:
     """A resolved configuration under the names of before."""
     parts = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in CONFIG_KEYS.items()}
-    return config | {group: old_names(config[group], parts) for group in ("batch", "stage", "optim")}
+    before = config | {group: old_names(config[group], parts) for group in ("batch", "stage", "optim")}
+    return before | {"optim": {key: value for key, value in before["optim"].items() if key not in NEWER}}
 
 
 def old_checkpoint(checkpoint: dict) -> dict:
-    """A resume checkpoint under the names of before."""
+    """A resume checkpoint under the names of before, without the hyperparameters that are newer."""
     states = [
         state | {"param_groups": old_names(state["param_groups"], OPTIMIZER_GROUP_KEYS)}
         for state in checkpoint["optimizer_states"]
     ]
+    for group in (group for state in states for group in state["param_groups"] if group["kind"] == "muon"):
+        assert all(group.pop(name) == value for name, value in MUON_BEFORE.items())
     return checkpoint | {"optimizer_states": states, "StepData": old_names(checkpoint["StepData"], CURSOR_KEYS)}
 
 
@@ -112,6 +120,8 @@ def test_a_saved_run_is_read_under_the_present_names(tmp_path):
     assert len(diff_configs(old, config)) >= 5  # or the test below would pass without a table
     (tmp_path / "run.json").write_text(json.dumps({"stage": "pretrain", "status": "finished", "config": old}))
     manifest = read_manifest(tmp_path)
+    for name in NEWER:
+        del config["optim"][name]
     assert manifest["config"] == config and manifest["status"] == "finished"
     assert renamed_config(config) == config
     assert renamed_key("batch.micro_batch_size") is None
@@ -148,6 +158,7 @@ def interrupted_before(stage: Path) -> None:
     (_, first), (_, last) = list_checkpoints(stage / "checkpoints")
     saved = old_checkpoint(torch.load(first, weights_only=True))
     assert any("equalize" in group for group in saved["optimizer_states"][0]["param_groups"])
+    saved["fathom"]["origin"]["config"] = old_config(saved["fathom"]["origin"]["config"])
     torch.save(saved, first)
     last.unlink()
     (stage / "checkpoints/manifest.json").unlink()
@@ -157,14 +168,19 @@ def interrupted_before(stage: Path) -> None:
 
 
 def test_a_checkpoint_of_before_resumes_to_the_same_weights(tmp_path):
+    """Names have changed since, and keys have come whose defaults are not what was done before."""
+
     def train(run, *args):
         done = run_cli("train.py", *args, "experiment=tiny", f"run={run}", f"paths.runs={tmp_path}", "max_steps=4")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    train("straight", "-m", "stage=tokenizer,pretrain")
+    train("straight", "-m", "stage=tokenizer,pretrain", "optim.coupled_decay=false", "optim.momentum_overlap=true")
     shutil.copytree(tmp_path / "straight", tmp_path / "old")
     interrupted_before(tmp_path / "old/pretrain")
+    module = StepModule.load_from_checkpoint(list_checkpoints(tmp_path / "old/pretrain/checkpoints")[0][1])
+    muon = build_optimizer(module.net, module.optim_config).param_groups[-1]
+    assert {name: muon[name] for name in MUON_BEFORE} == MUON_BEFORE and module.optim_config.momentum_overlap
     assert "resuming at step 2 of 4" in train("old", "stage=pretrain")
     weights = [load_file(tmp_path / run / "pretrain/model/model.safetensors") for run in ("straight", "old")]
     assert weights[0].keys() == weights[1].keys()

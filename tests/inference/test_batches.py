@@ -21,16 +21,10 @@ ARCHS = {"classic": {}, "modern": {**MODERN, "gate_channels": 4}, "gpt2": {"tied
 TIE = 1e-4  # logits nearer to each other are equally right
 
 
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
-    """Let windows be far smaller than the context."""
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
-
-
 def sharp_net(arch: str, n_kv_head: int, window: int | None = None) -> GPT:
     """A random network of three layers with sharp logits; window: that of the first two layers."""
     options = ARCHS[arch] | ({"window_pattern": "SSL", "window_divisor": SEQ_LEN // window} if window else {})
-    c = GPTConfig(3, 4, n_kv_head, 8, 32, SEQ_LEN, TOKENIZER.vocab_size, arch=arch, **options)
+    c = GPTConfig(3, 4, n_kv_head, 8, 32, SEQ_LEN, TOKENIZER.vocab_size, arch=arch, window_multiple=4, **options)
     assert window in (None, c.window(0))
     net, generator = GPT(c), torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import compose
 
 from llm.model.attention import apply_rotary, rotary_tables
 from llm.model.cached_attention import SlotPass
@@ -12,6 +13,7 @@ from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import choose_fp32_products, resolve_compute_dtype
+from llm.scaling.rules import model_config
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
 PUBLISHED = [
@@ -34,6 +36,7 @@ MODERN = {
     "arch": "modern",
     "qk_scale": 1.2,
     "window_pattern": "SSSL",
+    "window_multiple": 4,
     "value_embeds": True,
     "residual_scalars": True,
     "smear": True,
@@ -91,6 +94,9 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_all():
     assert config(depth=2, seq_len=2048, window_pattern="S").window(1) is None
     assert config(seq_len=1000, window_pattern="S").window(0) == 256  # 250 rounded up to a multiple of 128
     assert config(seq_len=128, window_pattern="S").window(0) is None  # no shorter than the context
+    half = {"window_pattern": "S", "window_divisor": 2, "window_multiple": None}
+    assert [config(seq_len=n, **half).window(0) for n in (2048, 1000, 513, 64)] == [1024, 500, 256, 32]  # not rounded
+    assert config(seq_len=8, **half | {"window_divisor": 9}).window(0) == 1
 
 
 def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -161,17 +167,17 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     return logits if c.softcap is None else c.softcap * torch.tanh(logits / c.softcap)
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize(("depth", "n_kv_head"), [(4, 4), (3, 2), (4, 1)])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_forward_equals_the_formulas(arch, n_kv_head):
-    net = random_net(config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch]))
+def test_forward_equals_the_formulas(arch, depth, n_kv_head):
+    """An even and an odd number of layers: which of them is the middle one, and which have value embeddings."""
+    net = random_net(config(depth=depth, n_kv_head=n_kv_head, **ARCHS[arch]))
     ids = torch.randint(0, 70, (11,), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(net(ids[None])[0].double(), naive_forward(net, ids), atol=5e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 1])
-def test_forward_with_windows_equals_the_formulas(n_kv_head, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+def test_forward_with_windows_equals_the_formulas(n_kv_head):
     net = random_net(config(depth=3, n_kv_head=n_kv_head, seq_len=32, **MODERN))
     assert [net.config.window(layer) for layer in range(3)] == [8, 8, None]
     ids = torch.randint(0, 70, (32,), generator=torch.Generator().manual_seed(1))
@@ -205,9 +211,33 @@ def test_modern_init():
     assert block.attn.c_proj.weight.abs().max() == 0 and block.mlp.c_proj.weight.abs().max() == 0
 
 
+RECIPE = {  # what conf/arch must say, as the recipe states it
+    "classic": {"rope_base": 10_000, "softcap": 15},
+    "modern_2026_02": {
+        **{"rope_base": 10_000, "softcap": 15, "qk_scale": 1, "window_pattern": "SSSL", "window_divisor": 2},
+        **{"window_multiple": None, "gate_channels": 32, "gate_range": 2, "gate_init": 0, "resid_init": (1, 1)},
+        **{"x0_init": (0.1, 0.1), "smear": False, "backout": False, "embedding_std": 1, "head_std": 0.001},
+        **{"fc_scale": 1, "value_embeds": True, "residual_scalars": True},
+    },
+    "modern": {
+        **{"rope_base": 100_000, "softcap": 15, "qk_scale": 1.2, "window_pattern": "SSSL", "window_divisor": 4},
+        **{"window_multiple": 128, "gate_channels": 12, "gate_range": 3, "gate_init": 0.02, "resid_init": (1.15, 1.05)},
+        **{"x0_init": (0.2, 0.05), "smear": True, "backout": True, "backout_init": 0.2, "embedding_std": 0.8},
+        **{"head_std": 0.001, "fc_scale": 0.4, "value_embeds": True, "residual_scalars": True},
+    },
+}
+
+
+@pytest.mark.parametrize("arch", RECIPE)
+def test_the_options_of_an_architecture_are_those_of_the_recipe(arch):
+    """A changed number in conf/arch trains another model than the published one, and every other test passes."""
+    cfg = compose("train", f"arch={arch}")
+    found = model_config(cfg.model, cfg.arch, 32_768).to_dict()
+    assert {name: found[name] for name in RECIPE[arch]} == RECIPE[arch]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
     c = config(depth=3, **ARCHS[arch])
     ids = torch.randint(0, 70, (2, 33), generator=torch.Generator().manual_seed(4))
     net = random_net(c)
@@ -233,9 +263,8 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
-def test_masked_documents_are_as_if_alone(arch, monkeypatch):
+def test_masked_documents_are_as_if_alone(arch):
     """Losses and gradients of packed documents are those of every document in a row of its own (RoPE is relative)."""
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
     packed, alone = (random_net(config(depth=3, bos_id=bos, **ARCHS[arch])) for bos in (69, None))
     generator = torch.Generator().manual_seed(5)
     documents = [torch.randint(0, 69, (n,), generator=generator) for n in (7, 1, 12, 8)]
@@ -290,8 +319,7 @@ def test_loss_reductions_and_ignored_targets():
 
 @pytest.mark.parametrize("n_kv_head", [4, 1])
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
-def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
+def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head):
     c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
     net, lengths = random_net(c), torch.tensor([3, 9, 6])
     ids = torch.randint(0, 70, (3, 20), generator=torch.Generator().manual_seed(2))
@@ -314,9 +342,8 @@ def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head
 @pytest.mark.parametrize("is_copied", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 1])
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
-def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(arch, n_kv_head, is_copied, monkeypatch):
+def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(arch, n_kv_head, is_copied):
     """Rows 0, 2 behind one prefix of 7 tokens, row 1 behind another of 3, row 3 behind none."""
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
     c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
     net = random_net(c)
     ids = torch.randint(0, 70, (4, 24), generator=torch.Generator().manual_seed(3))
@@ -355,9 +382,9 @@ def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(ar
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
-def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch, monkeypatch):
-    monkeypatch.setattr("llm.model.config.WINDOW_MULTIPLE", 4)
-    net = random_net(config(depth=3, **(ARCHS[arch] | {"window_pattern": "SSL", "window_divisor": 8})))
+def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch):
+    small = {"window_pattern": "SSL", "window_divisor": 8, "window_multiple": 4}
+    net = random_net(config(depth=3, **(ARCHS[arch] | small)))
     assert net.windows[0] == 4
     draw = torch.Generator().manual_seed(2)
     prefixes, rest = (torch.randint(0, 70, shape, generator=draw) for shape in ((2, 17), (6, 5)))

@@ -151,8 +151,9 @@ def test_scales_of_a_plan():
     cfg = compose("train", "model=d20", "stage.lr_frac=0.5")
     scales = plan(cfg, 32_768).scales
     assert scales["lr_scale"] == pytest.approx(0.5 * 2**0.5)
+    assert scales["fixed_lr_scale"] == 0.5
     assert cfg.optim.weight_decay * scales["decay_scale"] == pytest.approx(0.1002, rel=1e-3)
-    assert plan(compose("train", "optim=muon_2025"), 32_768).scales == {"lr_scale": 1.0, "decay_scale": 1.0}
+    assert plan(compose("train", "optim=muon_2025"), 32_768).scales == dict.fromkeys(scales, 1.0)
     small = [
         plan(compose("train", f"batch.tokens_per_step={n}", "stage.tokens_per_param=1"), 32_768).scales
         for n in (2**18, 8192)

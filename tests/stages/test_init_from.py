@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from llm.errors import UserError
 from llm.run.stage_folder import read_metrics
+from llm.scaling.rules import model_config
 from llm.stages.run_stage import run_stage
+from llm.stages.shape import set_arch
 
 EVEN = ("stage.warmdown_ratio=0", "stage.warmup_steps=0", "optim=adamw", "stage.sample_every=0")
 
@@ -103,6 +105,20 @@ def test_the_run_of_a_parent_without_a_name_is_named_by_its_depth(root):
 
     assert take_shape(cfg, stage_row("sft"), RunDir(root, "d20")).name == "d2"
     assert (cfg.model.depth, cfg.model.seq_len, cfg.arch.name) == (2, 64, "classic")
+
+
+@pytest.mark.parametrize("now", ["modern", "modern_2026_02", "classic"])
+def test_windows_of_a_parent_from_before_they_could_be_exact_stay(now):
+    """Its config.json does not say to what they are rounded: 128, whatever the option of arch says now."""
+    parent = compose("train", "model=d4", "arch=modern_2026_02")
+    shape = model_config(parent.model, parent.arch, 300).to_dict()
+    del shape["window_multiple"]
+    cfg = compose("train", "stage=sft", "model=d4")
+    cfg.arch = compose("train", f"arch={now}").arch
+    set_arch(cfg, shape)
+    assert (cfg.arch.window_divisor, cfg.arch.window_multiple) == (2, 128)
+    set_arch(cfg, shape | {"window_multiple": None})
+    assert cfg.arch.window_multiple is None
 
 
 def test_warm_start_takes_the_optimizer_state(root):

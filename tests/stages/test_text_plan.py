@@ -104,6 +104,29 @@ def test_an_old_run_is_resumed_with_the_defaults_of_its_time(stage, values):
     assert now["data"]["shuffle"] is None and now["data"]["packing"] == values.get("data.packing", "crop")
 
 
+def test_an_old_run_keeps_the_update_rules_and_the_windows_it_began_with():
+    """Runs from before tall matrices decayed at their own rate; February's windows were rounded up to 128."""
+    february = ("optim=muon_2026_02", "arch=modern_2026_02")
+    cfg = compose("train", "experiment=tiny", *february)
+    old, began = {"config": OmegaConf.to_container(cfg, resolve=True)}, OmegaConf.to_container(cfg)
+    for name in ("coupled_decay", "momentum_overlap", "norm_margin"):
+        del old["config"]["optim"][name]
+    del old["config"]["arch"]["window_multiple"]
+    keep_old_defaults(cfg, old)
+    assert diff_configs(old["config"], OmegaConf.to_container(cfg), neutral_keys("pretrain")) == []
+    assert (cfg.optim.coupled_decay, cfg.optim.momentum_overlap, cfg.optim.norm_margin) == (False, True, None)
+    assert cfg.arch.window_multiple == 128
+    again, saved = compose("train", "experiment=tiny", *february), OmegaConf.to_container(cfg)
+    keep_old_defaults(again, {"config": saved})  # resumed a second time: run.json now has the keys
+    assert OmegaConf.to_container(again) == saved
+    asked = compose("train", "experiment=tiny", *february, "optim.coupled_decay=true")
+    keep_old_defaults(asked, old)  # the command's own word is not overridden: the run is refused, with the key
+    assert [key for key, *_ in diff_configs(old["config"], OmegaConf.to_container(asked))] == ["optim.coupled_decay"]
+    new = compose("train", "experiment=tiny", *february)
+    keep_old_defaults(new, {"config": began})
+    assert OmegaConf.to_container(new) == began
+
+
 def test_an_old_run_of_own_data_keeps_its_two_files():
     cfg = compose("train", "experiment=own", "stage=sft", "data.tasks_path=mine")
     old = {"config": OmegaConf.to_container(cfg, resolve=True)}
