@@ -135,6 +135,15 @@ def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def last_values(stage_dir: str | Path) -> dict[str, float]:
+    """Return the last logged value of every column of metrics.csv."""
+    values: dict[str, float] = {}
+    for row in read_metrics(stage_dir):
+        values.update(row)
+    values.pop("step", None)
+    return values
+
+
 def _number(cell: Any) -> float | None:
     try:
         number = float(cell)

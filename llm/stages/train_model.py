@@ -4,7 +4,6 @@ import contextlib
 import signal
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 from callbacks.best import hand_over_best
 from llm.checkpoint.examples import save_examples
@@ -20,10 +19,11 @@ from llm.parallel import collectives
 from llm.parallel.env import SIGHUP, SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
-from llm.run.stage_folder import read_metrics
+from llm.run.stage_folder import last_values, read_metrics
 from llm.stages.common import held_out_task
 from llm.stages.job import Job, show_config
 from llm.stages.lengthen import begin_longer
+from llm.stages.loggers import logging_to
 from llm.stages.micro_batch import out_of_memory
 from llm.stages.step_module import StageContext
 from llm.stages.trainer import build_trainer, check_devices, fit, quiet_lightning, roll_back
@@ -55,7 +55,8 @@ def run(job: Job) -> dict | None:
         job.begin()
     while True:
         try:
-            fit(trainer, built, job.stage_dir)
+            with logging_to(trainer, cfg, job.stage_dir):
+                fit(trainer, built, job.stage_dir)
             break
         except BadLoss as error:
             if cfg.watch.bad_loss == "stop":
@@ -143,12 +144,3 @@ def balance_of(built) -> dict[str, dict]:
     if collectives.is_main():
         print("data, all that was read:", *describe(read, reading.unit), sep="\n  ", flush=True)
     return {"data": reading.to_dict(read)}
-
-
-def last_values(stage_dir: Path) -> dict[str, float]:
-    """Return the last logged value of every column of metrics.csv."""
-    values: dict[str, float] = {}
-    for row in read_metrics(stage_dir):
-        values.update(row)
-    values.pop("step", None)
-    return values
