@@ -102,8 +102,8 @@ HAS_ALL = $(shell [ ! -e $(STAMP) ] && $(PYTHON) -c 'import torch, lightning, hy
 gpu-check: $$(if $$(HAS_ALL),,$$(STAMP)) ## on a GPU, in 9 minutes: what is equal, how fast, against which ceiling (ARGS="--only decode")
 	$(if $(HAS_ALL),$(PYTHON),$(PY)) bench/gpu_check.py $(ARGS)
 
-table: $(STAMP) ## all stages of all runs in one table
-	$(PY) -m llm.report --table
+table: $(STAMP) ## all stages of all runs in one table (ARGS="--stage pretrain --sort bpb --diff")
+	$(PY) -m llm.experiments.table $(ARGS)
 
 report: $(STAMP) ## rebuild the report of a run (RUN=runs/demo)
 	$(PY) -m llm.report $(RUN)

@@ -47,6 +47,10 @@ class UserError(ValueError):
     def __init__(self, text: object = ""):
         super().__init__(ENDLESS.sub(lambda word: f"{word[0][:ENOUGH]}...", str(text)))
 
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython, and so a notebook, shows in the place of a traceback."""
+        return [f"error: {self}"]
+
 
 class BadData(UserError):
     """Raised for data that cannot be read on: a bad row, or a damaged file. Training saves its last step before."""

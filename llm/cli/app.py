@@ -32,7 +32,7 @@ from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
 from llm.utils.streams import is_lost, keep_going, open_streams
 
-__all__ = ["check_overrides", "run_app"]
+__all__ = ["JobFailed", "check_overrides", "run_app", "run_command"]
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 USER_ERROR = 2
@@ -42,7 +42,7 @@ MULTIRUN = ("-m", "--multirun")
 Target = str | Callable[[Any], None]
 
 
-class _JobFailed(BaseException):
+class JobFailed(BaseException):
     """Carries a job's exception past Hydra, which would catch it and start the next job of the sweep."""
 
     def __init__(self, job: str, cause: Exception) -> None:
@@ -91,27 +91,38 @@ def _run(config_name: str, target: Target, argv: list[str]) -> int:
         adopt_slurm()
         if is_launched():
             begin()
-        # Hydra's argparse takes -m before the overrides only.
-        argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
-        load_plugins(plugins_in(argv))
-        argv = quote_raw(config_name, argv)
-        if "--shell-completion" in argv or "-sc" in argv:
-            command = Command(*find_sources(config_name, argv), [])
-        else:
-            command = check_overrides(config_name, argv, is_launched=is_launched())
-            argv = without_groups(config_name, whole_mixtures(config_name, command.argv, command.sources))
-            command = replace(command, argv=argv)
-        if command.launcher != "basic":
-            print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
-        _hydra(config_name, command, _job(target, command))
+        run_command(config_name, target, argv)
     except UserError as error:
         return _complain(str(error))
-    except _JobFailed as failure:
+    except JobFailed as failure:
         return _report(failure)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def run_command(config_name: str, target: Target, argv: Sequence[str], *, in_process: bool = False) -> None:
+    """Check the arguments `argv` of an entry point, compose, and call `target` for every job.
+
+    in_process: refuse a launcher whose jobs run elsewhere. Raises UserError for a mistake in the arguments, and
+    JobFailed for an exception in a job.
+    """
+    # Hydra's argparse takes -m before the overrides only.
+    argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
+    load_plugins(plugins_in(argv))
+    argv = quote_raw(config_name, argv)
+    if "--shell-completion" in argv or "-sc" in argv:
+        command = Command(*find_sources(config_name, argv), [])
+    else:
+        command = check_overrides(config_name, argv, is_launched=is_launched())
+        argv = without_groups(config_name, whole_mixtures(config_name, command.argv, command.sources))
+        command = replace(command, argv=argv)
+    if command.launcher != "basic":
+        if in_process:
+            raise UserError(f"hydra/launcher={command.launcher} starts jobs elsewhere: give it to {config_name}.py")
+        print(f"hydra/launcher={command.launcher} starts the jobs; this command waits for all of them", flush=True)
+    _hydra(config_name, command, _job(target, command))
 
 
 def _complain(mistake: str) -> int:
@@ -123,7 +134,7 @@ def _complain(mistake: str) -> int:
     return USER_ERROR
 
 
-def _report(failure: _JobFailed) -> int:
+def _report(failure: JobFailed) -> int:
     """Say what went wrong in a job and, in a sweep, which job it was."""
     sys.stdout.flush()
     where = f"{failure.job}; later jobs were not started" if failure.job else ""
@@ -164,7 +175,7 @@ def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> Non
             main()
             if command.searches:
                 print(best_of_search(os.environ["FATHOM_SWEEP_DIR"]), flush=True)
-        except Exception as error:  # not of the job: _JobFailed is none
+        except Exception as error:  # not of the job: JobFailed is none
             if isinstance(error, UserError) or not own:
                 raise
             if command.searches and "No trials are completed" in str(error):
@@ -206,7 +217,7 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
             if type(error).__name__ == "MissingMandatoryValue":
                 error = UserError(no_value(error))
             if searches and not isinstance(error, SystemExit | NoObjective):
-                _report(_JobFailed("", error))
+                _report(JobFailed("", error))
                 print(f"{title}: failed, its objective is NaN", flush=True)
                 if command.searches == "optuna":  # it cannot be told of a NaN, but takes a job that raises for one
                     raise UserError(f"{title}: failed") from None
@@ -215,7 +226,7 @@ def _job(target: Target, command: Command) -> Callable[[Any], Any]:
                 raise _in_one_line(title, error) from None
             if isinstance(error, SystemExit):
                 raise
-            raise _JobFailed(title, error) from error
+            raise JobFailed(title, error) from error
         if searches:
             print(f"{title}: {cfg.objective}={value:.6g}", flush=True)
         return value
@@ -232,7 +243,7 @@ def _in_one_line(title: str, error: BaseException) -> UserError:
     """Shorten an error to what the command that waits for a job elsewhere is told; the job's own log gets the rest."""
     if isinstance(error, SystemExit):
         return UserError(f"{title} was stopped (status {error.code}); the same command resumes")
-    _report(_JobFailed("", error))
+    _report(JobFailed("", error))
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     if "SUBMITIT_FOLDER" in os.environ:
         import submitit

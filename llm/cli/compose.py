@@ -49,7 +49,7 @@ def quote_raw(config_name: str, argv: Sequence[str]) -> list[str]:
         name, equals, text = arg.partition("=")
         if not equals or name not in raw or text == "null":
             return arg
-        return f"{name}={_quoted(text)}"
+        return f"{name}={quoted(text)}"
 
     return [quote(arg) for arg in argv]
 
@@ -62,7 +62,7 @@ def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
         name, equals, _ = arg.partition("=")
         if not equals or name not in names:
             return arg
-        return f"{name}=" + ",".join(f"{{name: {_quoted(as_text(value))}}}" for value in values_of(parse([arg])[0]))
+        return f"{name}=" + ",".join(f"{{name: {quoted(as_text(value))}}}" for value in values_of(parse([arg])[0]))
 
     return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
 
@@ -113,7 +113,7 @@ def _tasks_of(config_name: str, key: str, jobs: Sequence[Sequence[str]], sources
     return found.pop()
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Quote a text so that it arrives unchanged.
 
     OmegaConf reads ${...} and Hydra reads quotes; both remove a backslash before them and halve the backslashes before.
@@ -167,7 +167,7 @@ def _prefer_files(folders: Sequence[Path]) -> None:
 
 def search_path(sources: Sources) -> list[str]:
     """Return the setting of Hydra that adds all folders but the first, its main one; nothing where there is one."""
-    folders = ",".join(_quoted(f"file://{folder}") for folder in sources.folders[1:])
+    folders = ",".join(quoted(f"file://{folder}") for folder in sources.folders[1:])
     return [f"hydra.searchpath=[{folders}]"] if folders else []
 
 

@@ -94,6 +94,7 @@ class PathsConfig:
 
     runs: str = key("folder of all runs; each stage is <runs>/<run>/<stage>", main=True)
     data: str = key("folder of what is fetched from the hub, shared by all runs", main=True)
+    queue: str = key("file of the queue of experiments, on a local disk: python -m llm.experiments.queue")
 
 
 @dataclass

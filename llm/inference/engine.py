@@ -103,9 +103,7 @@ class Engine:
         vocab = self.net.config.vocab_size
         if wrong := [one for one, _ in params.logit_bias if one >= vocab]:
             raise UserError(f"logit_bias: token {wrong[0]} is not among the model's {vocab:,}")
-        if adapter is not None and adapter not in self.adapters:
-            there = ", ".join(self.adapters) or "none at all"
-            raise UserError(f"adapter={adapter}: the engine has no adapter of this name; there is {there}")
+        self.check_adapter(adapter)
         request = Request(prompt, params, sample, constraint, adapter)
         request.room = min(params.max_new_tokens, self.net.config.seq_len - len(prompt))
         request.stops = StopTexts(self.tokenizer, params.stop) if params.stop else None
@@ -116,6 +114,12 @@ class Engine:
         else:
             self._end(request, "length")
         return request
+
+    def check_adapter(self, adapter: str | None) -> None:
+        """Raise UserError for the name of an adapter that the engine does not have; None is the base."""
+        if adapter is not None and adapter not in self.adapters:
+            there = ", ".join(self.adapters) or "none at all"
+            raise UserError(f"adapter={adapter}: the engine has no adapter of this name; there is {there}")
 
     @torch.inference_mode()
     def abort(self, request: Request) -> None:

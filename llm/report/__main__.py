@@ -1,4 +1,4 @@
-"""Rebuild a report, or print a table over all runs: `python -m llm.report`."""
+"""Rebuild a report: `python -m llm.report runs/demo`."""
 
 import sys
 

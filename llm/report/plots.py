@@ -1,6 +1,7 @@
 """Learning curves as PNG files, drawn from rows of metrics.csv."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def draw_curves(folder: Path, run: str, stages: dict[str, Rows], redraw: bool = 
 def without_columns(rows: Rows, names: Sequence[str]) -> Rows:
     """Return the rows without the columns `names`."""
     return [{key: number for key, number in row.items() if key not in names} for row in rows]
+
+
+@contextmanager
+def drawing(path: Path, title: str, size: tuple[float, float]) -> Iterator[Any]:
+    """Yield a figure of matplotlib, `size` inches large, in the style of all figures; write it as PNG at the end."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, dpi=130, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title, fontsize=11, fontweight="bold")
+        yield figure
+        temporary = path.with_suffix(".tmp.png")
+        figure.savefig(temporary)
+        temporary.replace(path)
 
 
 def _figure(

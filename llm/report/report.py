@@ -1,9 +1,6 @@
-"""The report of a run, `runs/<run>/report.md`, and the table over all runs. Both read result files, never logs.
+"""The report of a run, `runs/<run>/report.md`, from result files, never from logs.
 
-python -m llm.report runs/demo               rebuild one report
-python -m llm.report --table [--runs runs]   one table over all runs
-
-Use `python -m llm.report --help` for the other options.
+`python -m llm.report runs/demo` builds it anew.
 """
 
 import argparse
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm import __version__
-from llm.config.stages import row_or_stranger, stage_names
+from llm.config.stages import row_or_stranger
 from llm.data.balance import table_column, total, warnings_of
 from llm.errors import UserError
 from llm.report.methods import draw_methods, methods_of, methods_table
@@ -24,12 +21,12 @@ from llm.report.rollouts_page import write_page
 from llm.run.best_score import best_line
 from llm.run.config_diff import flatten
 from llm.run.formats import read_scores
-from llm.run.stage_folder import RunDir, list_runs, read_manifest, read_metrics, saved_plugins, stages_in
+from llm.run.stage_folder import RunDir, read_manifest, read_metrics, saved_plugins, stages_in
 from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import environment
 from llm.utils.files import write_atomic
-from llm.utils.format import amount, duration, markdown_table, percent, print_table, value
+from llm.utils.format import amount, duration, markdown_table, percent, value
 
 SAMPLES_PER_STAGE = 8
 # Columns of metrics.csv that say how the training ran, not how good the model is.
@@ -361,68 +358,16 @@ def _machine_table(machine: dict[str, Any]) -> str:
     return markdown_table(["", ""], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One table over all runs
-
-
-def runs_table(runs_root: str | Path, only: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows): a row per run and stage; columns nobody has a value for are left out.
-
-    `only` keeps these stages (default: all that train a model). Unreadable stages are reported on stderr.
-    """
-    records, everything = [], []
-    for run in list_runs(runs_root):
-        stages, problems = read_stages(run.path)
-        for problem in problems:
-            print(f"warning: {problem}", file=sys.stderr)
-        for stage, facts in stages.items():
-            if stage in only or (not only and row_or_stranger(stage).makes_model):
-                records.append((run.name, stage, facts))
-                everything.append(facts)
-    tasks = task_names(everything)
-    rows = [_record(run, stage, facts, tasks) for run, stage, facts in records]
-    header = list(dict.fromkeys(column for row in rows for column in row))
-    used = [column for column in header if any(row[column] != "-" for row in rows)]
-    return used, [[row[column] for column in used] for row in rows]
-
-
-def _record(run: str, stage: str, facts: dict[str, Any], tasks: Sequence[str]) -> dict[str, str]:
-    metrics, derived = final_metrics(facts), facts.get("derived") or {}
-    depth = ((facts.get("config") or {}).get("model") or {}).get("depth")
-    status = facts.get("status", "finished")
-    row = {
-        "run": run,
-        "stage": stage if status == "finished" else f"{stage} ({status})",
-        "depth": value(derived.get("depth", depth)),
-        "params": amount(derived.get("params_total")),
-        "tokens": amount(facts.get("tokens")),
-        "FLOPs": amount(facts.get("flops")),
-        "seconds": value(facts.get("seconds"), digits=1),
-        "loss": value(metrics.get("loss", (None,))[0]),
-        "bpb": value(metrics.get("bpb", (None,))[0]),
-    }
-    return row | {task: percent(metrics.get(task, (None,))[0]) for task in tasks}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rebuild reports or print the table, following `argv`; returns the exit status, 2 after a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m llm.report", description="Reports from the files of runs.")
-    parser.add_argument("run_dir", nargs="*", help="run folders whose report.md to rebuild")
-    parser.add_argument("--table", action="store_true", help="print one table over all runs")
-    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    parser.add_argument("--stage", action="append", default=[], help="only this stage; may be repeated")
+    """Rebuild the reports that `argv` names; returns the exit status, 2 after a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.report", description="Rebuild report.md from the files of runs."
+    )
+    parser.add_argument("run_dir", nargs="+", help="run folders whose report.md to rebuild")
     options = parser.parse_args(argv)
-    if not options.table and not options.run_dir:
-        parser.error("give run folders, or --table")
     try:
         for folder in options.run_dir:
             print(build_report(RunDir(Path(folder).parent, Path(folder).name).path))
-        if options.table:
-            header, rows = runs_table(options.runs, options.stage)
-            if not rows:
-                known = ", ".join(stage_names())
-                raise UserError(f"--runs {options.runs}: no run there has a matching stage yet (stages: {known})")
-            print_table(header, rows)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -71,12 +71,13 @@ def diff_configs(
         pair = (before.get(key, BEFORE_KEYS.get(key, ABSENT)), after.get(key, ABSENT))
         off = ABSENT in pair and all(value is False or value in (None, ABSENT, {}) for value in pair)
         unset = off or all(value in (None, ABSENT, {}) for value in pair)  # as before the key existed
-        if pair[0] != pair[1] and not unset and not any(_covers(pattern, key) for pattern in patterns):
+        if pair[0] != pair[1] and not unset and not any(covers(pattern, key) for pattern in patterns):
             differences.append((key, *pair))
     return differences
 
 
-def _covers(pattern: str, key: str) -> bool:
+def covers(pattern: str, key: str) -> bool:
+    """Say whether a dotted key or shell pattern covers `key`, by itself or from above."""
     return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
 
 

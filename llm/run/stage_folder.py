@@ -112,10 +112,11 @@ def write_manifest(path: str | Path, manifest: dict[str, Any]) -> None:
     write_json(path if path.name == MANIFEST else path / MANIFEST, public(manifest))
 
 
-def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
+def read_metrics(stage_dir: str | Path, finite: bool = True) -> list[dict[str, float]]:
     """Read the rows of metrics.csv by ascending step, without empty or non-numeric cells; [] if there is no file.
 
-    A line that a crash cut short is left out; of two rows for one step the later one wins.
+    A line that a crash cut short is left out; of two rows for one step the later one wins. finite=False keeps the
+    numbers that are NaN or infinite.
     """
     path = Path(stage_dir) / "metrics.csv"
     if not path.is_file():
@@ -128,7 +129,8 @@ def read_metrics(stage_dir: str | Path) -> list[dict[str, float]]:
     try:
         for cells in csv.DictReader(line for line in lines if line.endswith("\n")):
             row = {key: number for key, cell in cells.items() if key and (number := _number(cell)) is not None}
-            if "step" in row:
+            row = {key: number for key, number in row.items() if not finite or math.isfinite(number)}
+            if math.isfinite(row.get("step", math.nan)):
                 rows[int(row["step"])] = row
     except csv.Error as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or move it away") from error
@@ -146,10 +148,9 @@ def last_values(stage_dir: str | Path) -> dict[str, float]:
 
 def _number(cell: Any) -> float | None:
     try:
-        number = float(cell)
+        return float(cell)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

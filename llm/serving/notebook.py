@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from llm.errors import UserError
 from llm.inference.engine import Engine
+from llm.inference.inside import Inside, look_inside
 from llm.inference.request import Completion
 from llm.inference.sampling import SamplingParams
 from llm.inference.text import TextStream
 from llm.inference.warm_up import interrupt_held_back, warm_up
+from llm.model.adapters import with_adapters
+from llm.model.lora import merged
 
 DEFAULTS = {"temperature": 0.6, "top_k": 50}  # of `serve.py` too
 
@@ -29,6 +32,16 @@ class Model:
 
     def __repr__(self) -> str:
         return f"llm.load({self.name!r})"
+
+    @overload
+    def chat(
+        self, messages: Chat, stream: Literal[False] = False, adapter: str | None = None, **settings: Any
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self, messages: Chat, stream: Literal[True], adapter: str | None = None, **settings: Any
+    ) -> Iterator[str]: ...
 
     def chat(
         self, messages: Chat, stream: bool = False, adapter: str | None = None, **settings: Any
@@ -51,6 +64,27 @@ class Model:
             if len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        n: Literal[1] = 1,
+        best_of: int | None = None,
+        stream: Literal[False] = False,
+        adapter: str | None = None,
+        **settings: Any,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self, prompt: str, n: int, best_of: int | None = None, adapter: str | None = None, **settings: Any
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self, prompt: str, *, stream: Literal[True], adapter: str | None = None, **settings: Any
+    ) -> Iterator[str]: ...
 
     def generate(
         self,
@@ -92,6 +126,19 @@ class Model:
             raise UserError(f"{len(ids) + len(rest):,} tokens do not fit the model's context of {seq_len:,}")
         return sum(self.engine.score(ids, rest, adapter))
 
+    def look_inside(self, text: str, adapter: str | None = None) -> Inside:
+        """Return what the network computes for a text behind <|bos|>: tokens, attention, the logits of every layer.
+
+        A rendered chat begins with <|bos|> itself. Raises UserError for a text that does not fit the context, and for a
+        model of another kind than ours.
+        """
+        net, tokenizer = self.engine.net, self.engine.tokenizer
+        if adapter is not None:
+            self.engine.check_adapter(adapter)
+            net = with_adapters(merged(net), {adapter: self.engine.adapters[adapter]}, net.compute_dtype)
+            net.adapters.choose(net.adapters.numbers([adapter]))
+        return look_inside(net, tokenizer, tokenizer.encode_prompt(text))
+
     @property
     def _seq_len(self) -> int:
         return self.engine.net.config.seq_len
@@ -124,13 +171,13 @@ def load(path: str | Path, adapters: Sequence[str] = ()) -> Model:
     folders; their names go to `adapter=` of the methods. It writes a few tokens at once, so that the first answer is
     not slow. Raises UserError where there is no model, and for an adapter of another base.
     """
-    from llm.run.stage_folder import find_stage
+    from llm.run.stage_folder import MANIFEST, find_stage
     from llm.serving.adapters import chosen_adapters
     from llm.serving.chat import load_chat_model
 
     with interrupt_held_back():
         folder, stage = Path(path).absolute(), None
-        if (folder / "model").is_dir():
+        if (folder / "model").is_dir() or (folder / MANIFEST).is_file():
             folder, stage = folder.parent, folder.name
         base = find_stage(folder.parent, folder.name, stage)
         found = load_chat_model(base, adapters=chosen_adapters(adapters, folder.parent, str(base)))

@@ -43,9 +43,9 @@ def run_stage(cfg: DictConfig) -> float | None:
             runner(row)(cfg)
         return None
     if not is_launched():
-        run = work_on_stage(cfg, row)
-        asked = cfg.objective is not None and not cfg.dry_run
-        return objective_of(run.stage_dir(row.name), cfg.objective, cfg.objective_mode) if asked else None
+        run = own_run(cfg, row)
+        work_on_stage(cfg, row, run)
+        return reached(cfg, run)
     import torch
 
     from llm.parallel import collectives
@@ -55,7 +55,7 @@ def run_stage(cfg: DictConfig) -> float | None:
     status = 0
     try:
         if row.parallel or collectives.is_main():
-            work_on_stage(cfg, row)
+            work_on_stage(cfg, row, own_run(cfg, row))
     except SystemExit as stop:  # by a signal, as all of them
         status = stop.code
     collectives.barrier()  # the next stage finds what this one wrote; who ends early makes the others fail
@@ -69,12 +69,16 @@ def runner(row: Stage):
     return load_object(row.run, f"runner of stage={row.name}")
 
 
-def work_on_stage(cfg: DictConfig, row: Stage) -> RunDir:
-    """Run the stage in this process, or launch one process per device and wait for them; return its run."""
-    run = own_run(cfg, row)
+def reached(cfg: DictConfig, run: RunDir) -> float | None:
+    """Return the value of `cfg.objective` that a stage has reached; None where none is asked for."""
+    asked = cfg.objective is not None and not cfg.dry_run
+    return objective_of(run.stage_dir(cfg.stage.name), cfg.objective, cfg.objective_mode) if asked else None
+
+
+def work_on_stage(cfg: DictConfig, row: Stage, run: RunDir) -> None:
+    """Run the stage of `run` in this process, or launch one process per device and wait for them."""
     with writer(cfg, row, run):
         work_as_writer(cfg, row, run)
-    return run
 
 
 def writer(cfg: DictConfig, row: Stage, run: RunDir) -> contextlib.AbstractContextManager:

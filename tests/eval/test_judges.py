@@ -24,9 +24,9 @@ from llm.checkpoint.model_folder import save_model_folder
 from llm.config.data_schema import TaskSpec
 from llm.errors import UserError
 from llm.eval.evaluate import folder_name, run_evaluation
+from llm.experiments.runs import stage_rows
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
-from llm.report.report import runs_table
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.tokenizer.chat_format import render_prompt
 from llm.tokenizer.compression import SAMPLE_TEXTS
@@ -260,7 +260,7 @@ def test_a_model_of_transformers_is_judged_by_all_sections(gpt2, bundle, tasks, 
     merged = read_json(out / "eval.json")
     assert merged["lm_eval"]["mine_choice"]["n"] == 5 and merged["lm_eval"]["mine_choice"]["shots"] == 2
     assert merged["core_tasks"] == scores["core_tasks"]
-    assert runs_table(tmp_path)[1] == []  # no run, so not in the table of runs
+    assert list(stage_rows(tmp_path)) == []  # no run, so not in the table of runs
 
 
 def test_a_run_judged_by_lm_eval(net, tokenizer, tasks, tmp_path):

@@ -1,17 +1,15 @@
-"""Reports, curves and the table over all runs, from synthetic run folders."""
+"""Reports and curves from synthetic run folders."""
 
 import math
 import re
-import sys
 
-import processes
 import pytest
 from PIL import Image
 
 from llm.errors import UserError
 from llm.report import plots, report
 from llm.report.plots import draw_curves, smoothed, spaced
-from llm.report.report import build_report, fenced, runs_table
+from llm.report.report import build_report, fenced
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
 from llm.utils.format import amount, duration, markdown_table, percent, value
@@ -215,51 +213,12 @@ def test_labels_are_moved_apart_and_stay_below_the_top():
     assert spaced([], 5, 100) == []
 
 
-# ----- the table over all runs
-
-
-def test_table_has_a_row_per_run_and_stage(tmp_path):
-    add_stage(tmp_path, "d10", "pretrain", depth=10, status="running", scores=False)
-    add_stage(tmp_path, "d2", "tokenizer", depth=2)
-    add_stage(tmp_path, "d2", "pretrain", depth=2)
-    add_stage(tmp_path, "d2", "sft", depth=2)
-    header, rows = runs_table(tmp_path)
-    assert header == ["run", "stage", "depth", "params", "tokens", "FLOPs", "seconds", "loss", "bpb", *TASKS]
-    table = [dict(zip(header, row, strict=True)) for row in rows]
-    assert [(row["run"], row["stage"], row["depth"]) for row in table] == [
-        ("d2", "pretrain", "2"),
-        ("d2", "sft", "2"),
-        ("d10", "pretrain (running)", "10"),
-    ]
-    assert table[1]["params"] == "3.21M" and table[1]["FLOPs"] == "7.50T" and table[1]["choice"] == "81.2 %"
-    assert table[2]["bpb"] == "0.8765" and table[2]["arithmetic"] == "-"
-    header, rows = runs_table(tmp_path, only=["tokenizer"])
-    assert [row[0] for row in rows] == ["d2"] and "bpb" not in header
-
-
-def test_table_command_prints_every_column_into_a_pipe(tmp_path):
-    for depth in (2, 4):
-        add_stage(tmp_path, f"d{depth}", "pretrain", depth=depth)
-    done = processes.run(sys.executable, "-m", "llm.report", "--table", "--runs", str(tmp_path))
-    lines = [line for line in done.stdout.splitlines() if "pretrain" in line]
-    assert len(lines) == 2 and all("0.7500" in line and "3.21M" in line for line in lines)
-    assert "…" not in done.stdout
-
-
 def test_command_errors_are_one_line(tmp_path, capsys):
-    assert report.main(["--table", "--runs", str(tmp_path / "none")]) == 2
     assert report.main([str(tmp_path / "none")]) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
+    assert capsys.readouterr().err.count("error: ") == 1
     add_stage(tmp_path, "demo", "pretrain")
     assert report.main([str(tmp_path / "demo")]) == 0
     assert (tmp_path / "demo" / "report.md").is_file()
-
-
-def test_unreadable_run_does_not_hide_the_others(tmp_path, capsys):
-    add_stage(tmp_path, "good", "pretrain")
-    (add_stage(tmp_path, "bad", "pretrain") / "run.json").write_text("")
-    _, rows = runs_table(tmp_path)
-    assert [row[0] for row in rows] == ["good"] and "bad/pretrain/run.json" in capsys.readouterr().err
 
 
 # ----- forms of numbers

@@ -34,7 +34,7 @@ KINDS = {
     "init_from": ("train.py", *TINY, "run=other", "stage=midtrain", "init_from=demo/pretrain", "max_steps=1"),
     "inspect": ("-m", "llm.checkpoint", "runs/demo"),
     "report": ("-m", "llm.report", "runs/demo"),
-    "table": ("-m", "llm.report", "--table", "--runs", "runs"),
+    "table": ("-m", "llm.experiments.table", "--runs", "runs", "--diff"),
 }
 PAYLOAD = """
 import os

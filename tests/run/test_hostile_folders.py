@@ -32,6 +32,7 @@ from llm.data.sources import build_source
 from llm.errors import UserError
 from llm.eval.evaluate import same_data
 from llm.eval.saved import saved_config, saved_keys
+from llm.experiments import table
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.report import report
@@ -125,7 +126,7 @@ def loaders(needs) -> dict:
             read_form(folder / "best/best.json", BEST),
         ),
         "report": lambda folder: report.build_report(folder.parent, redraw=False),
-        "table": lambda folder: report.runs_table(folder.parent.parent),
+        "table": lambda folder: table.as_text(table.grouped(table.read_rows(folder.parent.parent)), diff=True),
         "find_stage": lambda folder: find_stage(folder.parent.parent, "demo"),
         "find_parent": lambda folder: find_parent(folder.parent.parent, "other", "sft", "demo/sft"),
         "stages": lambda folder: RunDir(folder.parent.parent, "demo").finished(),

@@ -176,6 +176,13 @@ def test_a_notebook_loads_adapters_beside_a_model(trained):
     assert len(texts) == 2
     assert {"".join(model.generate("The", stream=True, adapter=name, **settings)) for name in names} == texts
     assert model.score("Who", BIRD, adapter="bird/sft") != model.score("Who", BIRD)
+    for name in names:
+        inside = model.look_inside("Who are you?", adapter=name)
+        seen, coming = inside.logits[:-1].log_softmax(-1), torch.tensor(inside.ids[1:])
+        expected = model.engine.score(inside.ids[:1], inside.ids[1:], name)
+        torch.testing.assert_close(seen.gather(1, coming[:, None])[:, 0], torch.tensor(expected), atol=0.1, rtol=0.05)
+    with pytest.raises(UserError, match="adapter=tree/sft"):
+        model.look_inside("Who", adapter="tree/sft")
     with pytest.raises(UserError, match="adapter=tree/sft: the engine has no adapter of this name; there is bird/sft"):
         model.chat("Who are you?", adapter="tree/sft")
     with pytest.raises(UserError, match="adapters: stray/sft belongs to weights"):

@@ -1,0 +1,1 @@
+"""Experiments over many runs: their table, the comparison of two configurations, scaling laws and the queue."""

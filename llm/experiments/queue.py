@@ -1,0 +1,271 @@
+"""The queue of experiments, see docs/agent.md.
+
+python -m llm.experiments.queue add -m experiment=tiny stage=pretrain optim.matrix_lr=0.01,0.02 seed=1,2
+python -m llm.experiments.queue run
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from llm.cli.compose import compose, find_sources, quote_raw, quoted, whole_mixtures, without_groups
+from llm.cli.overrides import check_overrides
+from llm.cli.sweep import lines_of, separate_run
+from llm.config.stages import row_or_stranger
+from llm.errors import UserError
+from llm.experiments.queue_store import Job, NewJob, Queue
+from llm.experiments.worker import METRIC, log_of, waiting, work
+from llm.run.stage_folder import RunDir, stage_before
+from llm.utils.format import print_table, value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command on a queue. Returns the exit status: 0, 1 where a job failed, 2 after a mistake."""
+    parser = _parser()
+    args, more = parser.parse_known_intermixed_args(argv)
+    if more and args.command != "add":
+        parser.error(f"unknown: {' '.join(more)}")
+    args.words += more  # of the command line of train.py, such as --config-dir=<folder>
+    try:
+        path = args.queue or compose("train", []).paths.queue
+        return COMMANDS[args.command](Queue(path), args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.experiments.queue", description="Jobs of train.py and evaluate.py, run one after another."
+    )
+    parser.add_argument("command", choices=COMMANDS, help="add = append jobs, run = work on the queue, ...")
+    parser.add_argument("words", nargs="*", help="settings key=value (add), numbers of jobs (the others)")
+    parser.add_argument("--queue", type=Path, help="file of the queue (default: paths.queue)")
+    parser.add_argument("--json", action="store_true", help="add, list, show, ledger: print JSON")
+    parser.add_argument("-m", "--multirun", action="store_true", help="add: one job for every combination of values")
+    parser.add_argument("--script", choices=("train", "evaluate"), default="train", help="add: what runs the settings")
+    parser.add_argument("--after", default="", help="add: numbers of jobs that must be done before, as 3,4")
+    parser.add_argument("--first", action="store_true", help="add: before all other jobs")
+    parser.add_argument("--attempts", type=int, default=1, help="add: times that a failing job is tried")
+    parser.add_argument("--family", default="", help="add: name of the jobs that are compared with each other")
+    parser.add_argument("--hypothesis", default="", help="add: what the job is meant to find out")
+    parser.add_argument(
+        "--prune-after", type=int, help="add: from this step on, give up a job that is worse than its family's median"
+    )
+    parser.add_argument("--minutes", type=float, help="run: save and end after so many minutes")
+    parser.add_argument("--wait", action="store_true", help="run: stay and wait for further jobs")
+    parser.add_argument("--verdict", help="conclude: what the jobs say about their hypothesis")
+    parser.add_argument("--before", type=int, help="move: number of the job that comes after")
+    return parser
+
+
+def jobs_of(words: Sequence[str], script: str = "train", multirun: bool = False, **options: Any) -> list[NewJob]:
+    """Check settings like the command line of train.py or evaluate.py, and return a job for every combination.
+
+    Jobs of one run follow each other: one that starts from the stage of an earlier one needs it. options: further
+    fields of `NewJob`. Raises UserError for a setting that train.py would refuse, and for a sweep without multirun.
+    """
+    command = check_overrides(script, [*(["-m"] if multirun else []), *words])
+    if command.searches or command.launcher != "basic":
+        raise UserError("a queue takes lists of values; leave hydra/sweeper and hydra/launcher out")
+    swept = {override.input_line: lines_of(override) for override in command.swept}
+    single = [word for word in words if word not in swept]
+    jobs, writes = [], {}
+    for chosen in product(*swept.values()):
+        settings = [*single, *chosen]
+        sources, argv = find_sources(script, quote_raw(script, settings))
+        cfg = compose(script, without_groups(script, whole_mixtures(script, argv, sources)), sources)
+        if script == "evaluate":
+            jobs.append(NewJob(settings, script, os.getcwd(), **options))
+            continue
+        separate_run(cfg, list(chosen))
+        run = cfg.run or f"d{cfg.model.depth}"
+        if chosen:
+            own = {"run": run} | ({"init_from": cfg.init_from} if cfg.init_from else {})
+            settings = [word for word in settings if word.split("=")[0] not in own]
+            settings += [f"{key}={quoted(value)}" for key, value in own.items()]
+        root = RunDir(Path(cfg.paths.runs).resolve(), run)
+        folder = str(root.path / cfg.stage.name) if row_or_stranger(cfg.stage.name).in_run else None
+        parent = _parent_folder(cfg, root)
+        needs = (*options.get("needs", ()), *([writes[parent]] if parent in writes else []))
+        read = {"metric": cfg.objective, "mode": cfg.objective_mode}
+        jobs.append(NewJob(settings, script, os.getcwd(), folder, **(read | options | {"needs": needs})))
+        if folder:
+            writes[folder] = -len(jobs)
+    return jobs
+
+
+def _parent_folder(cfg: Any, root: RunDir) -> str | None:
+    """Return the stage folder that a stage starts from, as its settings name it; None where it is no stage."""
+    before = stage_before(cfg)
+    if cfg.init_from is None:
+        return None if before is None else str(root.path / before)
+    run, _, stage = str(cfg.init_from).partition("/")
+    return str(Path(root.root) / run / (stage or before or ""))
+
+
+def _add(queue: Queue, args: argparse.Namespace) -> int:
+    if args.attempts < 1:
+        raise UserError(f"--attempts {args.attempts}: must be at least 1")
+    options = {"most_attempts": args.attempts, "family": args.family, "hypothesis": args.hypothesis}
+    options |= {"prune_after": args.prune_after, "needs": tuple(_numbers(args.after.split(","), "--after"))}
+    if args.prune_after is not None and not args.family:
+        raise UserError(f"--prune-after {args.prune_after}: name the jobs to compare with, --family <name>")
+    jobs = jobs_of(args.words, args.script, args.multirun, **options)
+    numbers = queue.add(jobs, args.first)
+    if args.json:
+        _print_json([_as_json(queue, number) for number in numbers])
+    else:
+        for number, job in zip(numbers, jobs, strict=True):
+            print(f"job {number}: {job.script}.py {shlex.join(job.settings)}")
+    return 0
+
+
+def _run(queue: Queue, args: argparse.Namespace) -> int:
+    good, bad = work(queue, args.minutes, args.wait, say=lambda line: print(line, flush=True))
+    print(f"{good} done, {bad} failed")
+    return int(bad > 0)
+
+
+def _list(queue: Queue, args: argparse.Namespace) -> int:
+    jobs = queue.jobs()
+    if args.json:
+        _print_json([_as_json(queue, job.id) for job in jobs])
+        return 0
+    rows = [
+        [
+            str(job.id),
+            waiting(job, jobs),
+            job.family,
+            " ".join(job.settings),
+            "" if job.result is None else f"{job.metric or METRIC} {job.result:.5g}",
+            job.message,
+        ]
+        for job in jobs
+    ]
+    print_table(["job", "state", "family", "settings", "result", "message"], rows)
+    return 0
+
+
+def _show(queue: Queue, args: argparse.Namespace) -> int:
+    for number in _numbers(args.words):
+        if args.json:
+            _print_json(_as_json(queue, number))
+            continue
+        for name, content in _as_json(queue, number).items():
+            print(f"{name:>13}  {content if isinstance(content, str) else json.dumps(content)}")
+    return 0
+
+
+def _change(name: str) -> Any:
+    def change(queue: Queue, args: argparse.Namespace) -> int:
+        numbers = _numbers(args.words)
+        if not numbers:
+            raise UserError(f"{name}: give the numbers of jobs; `list` shows them")
+        getattr(queue, name)(numbers)
+        return 0
+
+    return change
+
+
+def _conclude(queue: Queue, args: argparse.Namespace) -> int:
+    numbers = _numbers(args.words)
+    if not numbers or not args.verdict:
+        raise UserError("conclude: give the numbers of jobs, and --verdict <text>")
+    queue.conclude(numbers, args.verdict)
+    return 0
+
+
+def _ledger(queue: Queue, args: argparse.Namespace) -> int:
+    """Print one entry for every hypothesis: its jobs, the mean of their results and its standard error, the verdict."""
+    entries: dict[tuple[str, str], list[Job]] = {}
+    for job in queue.jobs():
+        if job.hypothesis:
+            entries.setdefault((job.family, job.hypothesis), []).append(job)
+    told = []
+    for (family, hypothesis), jobs in entries.items():
+        results = [job.result for job in jobs if job.state == "done" and job.result is not None]
+        told.append(
+            {
+                "family": family,
+                "hypothesis": hypothesis,
+                "jobs": [job.id for job in jobs],
+                "states": [job.state for job in jobs],
+                "metric": jobs[0].metric or METRIC,
+                "results": results,
+                "mean": statistics.fmean(results) if results else None,
+                "stderr": statistics.stdev(results) / len(results) ** 0.5 if len(results) > 1 else None,
+                "verdict": next((job.verdict for job in jobs if job.verdict), ""),
+            }
+        )
+    if args.json:
+        _print_json(told)
+        return 0
+    rows = [
+        [
+            entry["hypothesis"],
+            entry["family"],
+            ", ".join(map(str, entry["jobs"])),
+            "" if entry["mean"] is None else f"{entry['metric']} {value(entry['mean'], entry['stderr'])}",
+            entry["verdict"] or ", ".join(sorted(set(entry["states"]))),
+        ]
+        for entry in told
+    ]
+    print_table(["hypothesis", "family", "jobs", "mean", "verdict"], rows)
+    return 0
+
+
+def _move(queue: Queue, args: argparse.Namespace) -> int:
+    numbers = _numbers(args.words)
+    if len(numbers) != 1 or args.before is None:
+        raise UserError("move: give one job, and --before <job>")
+    queue.move(numbers[0], args.before)
+    return 0
+
+
+def _clear(queue: Queue, args: argparse.Namespace) -> int:
+    print(f"{queue.clear()} jobs forgotten; their runs stay")
+    return 0
+
+
+def _numbers(words: Sequence[str], where: str = "job") -> list[int]:
+    """Parse numbers of jobs. Raises UserError for a word that is none."""
+    words = [word for word in words if word]
+    for word in words:
+        if not word.isdecimal():
+            raise UserError(f"{where} {word}: must be the number of a job")
+    return [int(word) for word in words]
+
+
+def _as_json(queue: Queue, number: int) -> dict[str, Any]:
+    """Return what a program reads of a job: its fields, and the file with its output."""
+    job = queue.job(number)
+    return asdict(job) | {"log": str(log_of(queue, job))}
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+COMMANDS = {
+    "add": _add,
+    "run": _run,
+    "list": _list,
+    "show": _show,
+    "ledger": _ledger,
+    "conclude": _conclude,
+    **{name: _change(name) for name in ("cancel", "pause", "resume", "retry")},
+    "move": _move,
+    "clear": _clear,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

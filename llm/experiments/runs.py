@@ -1,0 +1,152 @@
+"""The reader of runs: a row for every stage of every run in a folder.
+
+Small files only, run.json and eval.json; no learning curves, and neither torch nor pandas.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llm.config.stages import row_or_stranger
+from llm.errors import UserError
+from llm.report.report import final_metrics
+from llm.run.config_diff import BEFORE_KEYS, covers, flatten, neutral_keys
+from llm.run.formats import read_scores
+from llm.run.stage_folder import list_runs, read_manifest
+
+FACTS = ("run", "stage", "status", "seed", "parent", "steps", "tokens", "flops", "seconds")  # first columns of a row
+ORIGIN = ("depth", "params", "started", "finished", "commit", "folder", "config")  # the last ones
+GROUP = ("seeds", "members")  # of a row that stands for several, see `table.grouped`
+SEED = re.compile(r"\bseed=\d+")  # in the name of a run that a sweep has made
+MOST_NAMED = 6  # runs or keys that an error names
+
+Row = dict[str, Any]
+
+
+def warn(problem: str) -> None:
+    """Print a problem as a line of stderr."""
+    print(f"warning: {problem}", file=sys.stderr)
+
+
+def stage_rows(
+    runs_root: str | Path, wanted: Callable[[str, str], bool] | None = None, problem: Callable[[str], None] = warn
+) -> Iterator[Row]:
+    """Yield a row for every stage of every run in a folder: runs in natural order, stages in that of the pipeline.
+
+    A row has `FACTS` (flops: floating-point operations; parent: `run/stage`), every score by its name (`bpb`, `loss`,
+    tasks as shares from 0 to 1) with its standard error as `<score>_stderr` where there is one, and `ORIGIN`: times as
+    ISO 8601 in UTC, the folder of the stage, and the nested configuration under today's names of keys, {} where none
+    was saved. A fact that a stage lacks is None, a score that it lacks is no key.
+
+    wanted: takes (run, stage) and says whether to read this stage. problem: is called with a line for each file that
+    cannot be read; a stage without a readable run.json has no row.
+    """
+    for run in list_runs(runs_root):
+        for stage in run.stages():
+            try:
+                if wanted is None or wanted(run.name, stage):
+                    yield stage_row_of(run.path / stage, problem)
+            except UserError as error:
+                problem(str(error))
+
+
+def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
+    """Return the row of one stage folder, see `stage_rows`. Raises UserError where its run.json cannot be read.
+
+    A wrong eval.json is a problem, and the row has the scores of the training only.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has no run.json: it is not the folder of a stage")
+    config, derived, parent = manifest.get("config") or {}, manifest.get("derived") or {}, manifest.get("parent")
+    row: Row = {"run": folder.parent.name, "stage": folder.name, "status": manifest.get("status", "finished")}
+    seed = config.get("seed")
+    row |= {
+        "seed": seed if isinstance(seed, int) else None,
+        "parent": "/".join(Path(parent).parts[-3:-1]) if parent else None,
+    }
+    row |= {name: manifest.get(name) for name in FACTS[len(row) :]}
+    scores: dict[str, Any] = {}
+    try:
+        scores = read_scores(folder)
+    except UserError as wrong:
+        problem(str(wrong))
+    for name, (score, error) in final_metrics(manifest | {"eval": scores}).items():
+        row[name] = score
+        if error is not None:
+            row[f"{name}_stderr"] = error
+    depth = derived.get("depth", (config.get("model") or {}).get("depth"))
+    times = (manifest.get(name) for name in ("started", "finished", "commit"))
+    return row | dict(zip(ORIGIN, (depth, derived.get("params_total"), *times, str(folder), config), strict=True))
+
+
+def runs_named(root: str | Path, text: str, stages: Collection[str] = ()) -> list[str]:
+    """Return the runs that a text names, separated by commas: each a run, a pattern (`base-*`), or a sweep.
+
+    The name of a sweep is what its runs begin with: `base` for `base-seed=1`, `base-seed=2`. Only runs count that have
+    one of `stages`, or, without them, any that trains a model: the tokenizer of `base` may lie in a run of that name.
+    Raises UserError for a part that no run matches.
+    """
+
+    def counts(stage: str) -> bool:
+        return stage in stages if stages else row_or_stranger(stage).makes_model
+
+    names = [run.name for run in list_runs(root) if any(map(counts, run.stages()))]
+    found: list[str] = []
+    for part in filter(None, text.split(",")):
+        matched = [name for name in names if name == part] or [name for name in names if fnmatchcase(name, part)]
+        matched = matched or [name for name in names if name.startswith(f"{part}-")]
+        if not matched:
+            known = ", ".join(names[:MOST_NAMED]) + (" ..." if len(names) > MOST_NAMED else "")
+            which = f"with stage {' or '.join(stages)} " if stages else ""
+            raise UserError(f"{part}: no run {which}in {root} has this name or begins so ({known or 'there is none'})")
+        found += matched
+    if not found:
+        raise UserError(f"{text!r} names no run")
+    return list(dict.fromkeys(found))
+
+
+def score_names(rows: Collection[Row]) -> list[str]:
+    """Return the names of all scores in rows, without those of standard errors, in order of first appearance."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*FACTS, *ORIGIN, *GROUP))
+    return [name for name in names if not name.endswith("_stderr")]
+
+
+def is_share(name: str, rows: Collection[Row]) -> bool:
+    """Say whether a score is a share of items: a task of the data, or one that has a standard error over items."""
+    single = [row for one in rows for row in one.get("members", [one])]
+    tasks = (setting(row["config"], "data.tasks") or {} for row in single)
+    if name.startswith("lm_eval/"):
+        return "/acc" in name or "/exact_match" in name  # others are perplexities and the like
+    return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
+
+
+def setting(config: Any, key: str) -> Any:
+    """Return the value of a dotted key in a nested configuration; None where there is none."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def settings(row: Row) -> dict[str, Any]:
+    """Return what decides the result of a stage as {dotted key: value}, without the seed.
+
+    Keys that the stage does not read, or that only say how it is executed or watched, are left out. So is what is off
+    (null, false, empty): a run that is older than such a key is equal to one that leaves it off. Other seeds are
+    replaced by a star: the one in the name of a parent (`init_from=demo-seed=3/pretrain`), and `data.shuffle`.
+    """
+    kept = {}
+    for key, value in flatten(row["config"]).items():
+        off = value is False or value in (None, {}, []) or value == BEFORE_KEYS.get(key)
+        if not off and key != "seed" and not _is_neutral(key, row["stage"]):
+            kept[key] = SEED.sub("seed=*", value) if key == "init_from" else "*" if key == "data.shuffle" else value
+    return kept
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_neutral(key: str, stage: str) -> bool:
+    return any(covers(pattern, key) for pattern in neutral_keys(stage))

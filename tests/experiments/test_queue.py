@@ -1,0 +1,337 @@
+"""The queue of experiments: order, dependencies, attempts, workers that are killed, and its command."""
+
+import os
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from pathlib import Path
+
+import processes
+import pytest
+from conftest import REPO
+
+import llm.experiments.queue as command
+import llm.experiments.worker as worker
+from llm.errors import UserError
+from llm.experiments.queue_store import MOST_DEATHS, Job, NewJob, Queue, is_alive, process_name
+from llm.run.stage_folder import read_manifest
+from llm.utils.files import parse_json
+
+# Stands in for train.py: counts to `steps` in a file, goes on where a SIGTERM ended it, notes that it is done, and does
+# nothing where it is done already.
+SCRIPT = """
+import pathlib, signal, sys, time
+given = dict(word.split("=", 1) for word in sys.argv[1:])
+out = pathlib.Path(given["out"])
+out.mkdir(parents=True, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+table = out / "metrics.csv"
+if (out / "finished").exists():
+    sys.exit(0)
+if not table.exists():
+    table.write_text("step,bpb\\n")
+at = len(table.read_text().splitlines()) - 1
+while at < int(given.get("steps", 2)):
+    time.sleep(float(given.get("pause", 0)))
+    at += 1
+    with table.open("a") as file:
+        file.write(f"{at},{float(given.get('bpb', 1)) / at}\\n")
+if "fail" in given:
+    print("error: told to fail")
+    sys.exit(2)
+(out / "finished").touch()
+with (out.parent / "done.txt").open("a") as file:
+    file.write(out.name + "\\n")
+"""
+RUN = """
+import sys
+import llm.experiments.worker as worker
+from llm.experiments.queue_store import Queue
+worker.POLL_SECONDS, worker.SCRIPTS = 0.02, __import__("pathlib").Path(sys.argv[2])
+worker.work(Queue(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def queue(tmp_path) -> Queue:
+    return Queue(tmp_path / "q.sqlite")
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch) -> Path:
+    """Return a folder with the script in the place of train.py, which workers of this process use."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "train.py").write_text(SCRIPT)
+    monkeypatch.setattr(worker, "SCRIPTS", folder)
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "PRUNE_SECONDS", 0.05)
+    return folder
+
+
+def job(tmp_path, name: str, *settings: str, **more) -> NewJob:
+    """Return a job of the script that writes <tmp_path>/out/<name>."""
+    folder = tmp_path / "out" / name
+    return NewJob([f"out={folder}", *settings], cwd=str(tmp_path), folder=str(folder), **more)
+
+
+def states(queue: Queue) -> list[str]:
+    return [one.state for one in queue.jobs()]
+
+
+def done(tmp_path) -> list[str]:
+    file = tmp_path / "out" / "done.txt"
+    return file.read_text().split() if file.exists() else []
+
+
+def test_jobs_run_in_order_and_after_what_they_need(queue, tmp_path, scripts):
+    b, a = queue.add([job(tmp_path, "b"), job(tmp_path, "a", needs=(-1,))])
+    queue.move(a, before=b)  # which it needs all the same
+    queue.add([job(tmp_path, "c")], first=True)
+    (d,) = queue.add([job(tmp_path, "d")])
+    queue.move(d, before=b)
+    said = []
+    assert worker.work(queue, say=said.append) == (4, 0)
+    assert done(tmp_path) == ["c", "d", "b", "a"]
+    assert queue.job(a).result == 0.5 and queue.job(a).attempts == 1
+    assert any(line.startswith(f"job {a}: done after") and "bpb 0.5" in line for line in said)
+
+
+def test_a_failure_is_tried_again_and_holds_back_what_needs_it(queue, tmp_path, scripts):
+    a, b, c = queue.add(
+        [job(tmp_path, "a", "fail=1", most_attempts=2), job(tmp_path, "b", needs=(-1,)), job(tmp_path, "c")]
+    )
+    said = []
+    assert worker.work(queue, say=said.append) == (1, 1)
+    assert queue.job(a).failures == 2 and queue.job(a).message == "status 2: error: told to fail"
+    assert states(queue) == ["failed", "queued", "done"]
+    assert said[-1] == f"1 jobs are left: {b} (waits for {a} (failed))"
+    log = worker.log_of(queue, queue.job(a)).read_text()
+    assert log.count("told to fail") == 2
+
+
+def test_nothing_is_lost_or_repeated_when_the_worker_is_killed_twice(queue, tmp_path, scripts):
+    names = [f"j{i:02d}" for i in range(14)]
+    queue.add([job(tmp_path, name, "steps=4", "pause=0.02") for name in names])
+    for share in (3, 8):
+        started = processes.start(sys.executable, "-c", RUN, str(queue.path), str(scripts), cwd=REPO)
+        processes.wait_until(lambda share=share: len(done(tmp_path)) >= share, started)
+        started.send_signal(signal.SIGKILL)
+        started.communicate()
+        assert len(done(tmp_path)) < len(names)
+    processes.run(sys.executable, "-c", RUN, str(queue.path), str(scripts), cwd=REPO)
+    assert done(tmp_path) == names
+    assert states(queue) == ["done"] * len(names)
+    assert sum(one.attempts for one in queue.jobs()) <= len(names) + 2
+    for name in names:
+        rows = (tmp_path / "out" / name / "metrics.csv").read_text().splitlines()
+        assert rows[1:] == [f"{n},{1 / n}" for n in (1, 2, 3, 4)]
+
+
+def test_two_workers_share_a_queue(queue, tmp_path, scripts):
+    names = [f"j{i}" for i in range(8)]
+    queue.add([job(tmp_path, name, "pause=0.02") for name in names])
+    both = [processes.start(sys.executable, "-c", RUN, str(queue.path), str(scripts), cwd=REPO) for _ in range(2)]
+    for one in both:
+        one.communicate()
+    assert sorted(done(tmp_path)) == names and states(queue) == ["done"] * 8
+
+
+@pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_running_job_saves_and_ends_when_asked(queue, tmp_path, scripts, action, state):
+    (a,) = queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
+    helper = threading.Thread(target=lambda: (_until(lambda: queue.job(a).process), getattr(queue, action)([a])))
+    helper.start()
+    worker.work(queue, say=lambda line: None)
+    helper.join()
+    assert queue.job(a).state == state and not done(tmp_path)
+    (queue.retry if state == "cancelled" else queue.resume)([a])
+    assert queue.job(a).state == "queued" and queue.job(a).attempts == 0
+
+
+def test_time_that_is_up_puts_the_job_back(queue, tmp_path, scripts):
+    (a,) = queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
+    begun = time.monotonic()
+    assert worker.work(queue, minutes=0.2 / 60, say=lambda line: None) == (0, 0)
+    assert time.monotonic() - begun >= 0.2
+    assert queue.job(a).state == "queued"
+
+
+def test_a_signal_to_the_worker_lets_the_job_save_and_puts_it_back(queue, tmp_path, scripts):
+    (a,) = queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
+    saved = tmp_path / "out" / "a" / "metrics.csv"
+    helper = threading.Thread(target=lambda: (_until(saved.exists), os.kill(os.getpid(), signal.SIGTERM)))
+    helper.start()
+    assert worker.work(queue, say=lambda line: None) == (0, 0)
+    helper.join()
+    assert queue.job(a).state == "queued" and saved.exists()
+
+
+def test_what_is_worse_than_the_median_of_its_family_is_given_up(queue, tmp_path, scripts):
+    good = [job(tmp_path, f"g{i}", "steps=8", f"bpb={i}", family="lr") for i in (1, 2, 3)]
+    bad = job(tmp_path, "bad", "steps=100000", "pause=0.01", "bpb=9", family="lr", prune_after=4)
+    fine = job(tmp_path, "fine", "steps=8", "pause=0.02", "bpb=1.5", family="lr", prune_after=4)
+    alone = job(tmp_path, "alone", "steps=8", "pause=0.02", "bpb=9", family="other", prune_after=4)
+    queue.add([*good, bad, fine, alone])
+    assert worker.work(queue, say=lambda line: None) == (5, 0)
+    assert states(queue) == ["done"] * 3 + ["pruned", "done", "done"]
+    pruned = queue.jobs()[3]
+    assert "median" in pruned.message and pruned.result is not None
+
+
+@pytest.mark.parametrize(
+    ("mode", "own", "worse"), [("min", 2.5, True), ("min", 1.5, False), ("max", 1.5, True), ("max", 2.5, False)]
+)
+def test_the_median_rule_knows_which_way_is_better(tmp_path, mode, own, worse):
+    def told(name, value, **more):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(f"step,bpb\n5,{value}\n")
+        return Job([], folder=str(folder), family="f", mode=mode, prune_after=5, **more)
+
+    others = [told(f"o{v}", v, state="done") for v in (1, 2, 3)]
+    mine = told("mine", own, state="running")
+    assert worker.is_worse(mine, [*others, mine]) is worse
+    assert not worker.is_worse(mine, others[:2]), "two are too few to compare with"
+
+
+def test_a_job_whose_worker_has_died_is_taken_over_when_its_process_has_ended(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"  # this number, but started at another time
+    assert not is_alive(gone, time.time()) and is_alive(process_name(os.getpid()), None)
+    assert queue.claim(gone).id == a
+    queue.beat(a, process_name(os.getpid()))
+    assert queue.claim("other") is None, "its process still runs"
+    queue.beat(a, gone)
+    again = queue.claim(process_name(os.getpid()))
+    assert again.id == a and again.attempts == 2
+
+
+def test_a_job_that_kills_its_workers_fails_in_the_end(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"
+    for _ in range(MOST_DEATHS):
+        assert queue.claim(gone) is not None
+    assert queue.claim(gone) is None
+    assert queue.job(a).state == "failed" and f"{MOST_DEATHS} times" in queue.job(a).message
+
+
+def test_a_worker_elsewhere_is_believed_until_it_is_silent():
+    assert is_alive("elsewhere:1:x", time.time()) and not is_alive("elsewhere:1:x", time.time() - 1000)
+
+
+def test_two_open_jobs_never_write_one_folder(queue, tmp_path):
+    queue.add([job(tmp_path, "a")])
+    with pytest.raises(UserError, match="job 1 of the queue writes .*a already"):
+        queue.add([job(tmp_path, "b"), job(tmp_path, "a")])
+    assert len(queue.jobs()) == 1, "a mistake adds nothing"
+
+
+def test_mistakes_are_told(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    with pytest.raises(UserError, match="--after 7: there is no such job"):
+        queue.add([job(tmp_path, "b", needs=(7,))])
+    with pytest.raises(UserError, match="job 1 is queued: this is for jobs that are paused"):
+        queue.resume([a])
+    with pytest.raises(UserError, match="job 9 is not in the queue; the list has 1"):
+        queue.cancel([a, 9])
+    assert queue.job(a).state == "queued"
+
+
+def test_a_file_that_is_no_queue_is_told(tmp_path):
+    (tmp_path / "q").write_text("not a database, but long enough to be looked at " * 40)
+    with pytest.raises(UserError, match="paths.queue=.*cannot be used as a queue"):
+        Queue(tmp_path / "q")
+    with sqlite3.connect(tmp_path / "later") as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(UserError, match="later version of Fathom"):
+        Queue(tmp_path / "later")
+
+
+def test_clear_keeps_what_is_needed(queue, tmp_path, scripts):
+    a, b = queue.add([job(tmp_path, "a"), job(tmp_path, "b")])
+    worker.work(queue, say=lambda line: None)
+    queue.add([job(tmp_path, "c", needs=(b,))])
+    assert queue.clear() == 1 and [one.id for one in queue.jobs()] == [b, 3]
+
+
+# The command
+
+
+def run(tmp_path, *words: str) -> int:
+    return command.main([*words, "--queue", str(tmp_path / "q.sqlite")])
+
+
+def test_a_sweep_becomes_jobs_with_runs_of_their_own(tmp_path, capsys):
+    runs = f"paths.runs={tmp_path}/runs"
+    words = ["-m", "experiment=tiny", "stage=tokenizer,pretrain", "seed=1,2", "run=a", runs]
+    assert run(tmp_path, "add", "--json", "--family", "f", "--hypothesis", "seeds differ", *words) == 0
+    jobs = parse_json(capsys.readouterr().out.encode(), "jobs")
+    assert [one["folder"] for one in jobs] == [
+        f"{tmp_path}/runs/a-seed={seed}/{stage}" for stage in ("tokenizer", "pretrain") for seed in (1, 2)
+    ]
+    assert [one["needs"] for one in jobs] == [[], [], [1], [2]]
+    assert {one["hypothesis"] for one in jobs} == {"seeds differ"} and {one["state"] for one in jobs} == {"queued"}
+    assert run(tmp_path, "list") == 0 and "waits for 1 (queued)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["add", "sed=1"], "unknown key 'sed'"),
+        (["add", "seed=1,2"], "-m"),
+        (["add", "experiment=tiny", "--attempts", "0"], "--attempts 0: must be at least 1"),
+        (["add", "experiment=tiny", "--prune-after", "5"], "--family"),
+        (["add", "experiment=tiny", "--after", "x"], "--after x: must be the number of a job"),
+        (["cancel"], "cancel: give the numbers of jobs"),
+        (["show", "4"], "job 4 is not in the queue"),
+        (["move", "1"], "--before"),
+        (["conclude", "1"], "--verdict"),
+    ],
+)
+def test_a_wrong_command_is_one_line(tmp_path, capsys, words, line):
+    assert run(tmp_path, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and line in error and error.count("\n") == 1
+    assert not Queue(tmp_path / "q.sqlite").jobs()
+
+
+def test_the_ledger_holds_every_hypothesis_with_its_mean_and_verdict(queue, tmp_path, scripts, capsys):
+    jobs = [job(tmp_path, f"a{i}", f"bpb={i}", hypothesis="smaller is better", family="night") for i in (1, 2, 3)]
+    queue.add([*jobs, job(tmp_path, "none"), job(tmp_path, "b", "fail=1", hypothesis="it fails", family="night")])
+    worker.work(queue, say=lambda line: None)
+    assert run(tmp_path, "conclude", "1", "2", "3", "--verdict", "keep") == 0
+    capsys.readouterr()
+    assert run(tmp_path, "ledger", "--json") == 0
+    first, second = parse_json(capsys.readouterr().out.encode(), "ledger")
+    assert first["results"] == [0.5, 1.0, 1.5] and first["mean"] == 1.0 and first["verdict"] == "keep"
+    assert first["stderr"] == pytest.approx(0.5 / 3**0.5) and first["jobs"] == [1, 2, 3]
+    assert second["mean"] is None and second["states"] == ["failed"]
+    assert run(tmp_path, "ledger") == 0 and "smaller is better" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_real_trainings_survive_a_killed_worker(tmp_path):
+    words = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "run=a"]
+    assert run(tmp_path, "add", "stage=tokenizer", *words) == 0
+    more = ["stage=pretrain", "seed=1,2", "max_steps=60", "save_every=5"]
+    assert run(tmp_path, "add", "-m", "--after", "1", *more, *words) == 0
+    line = [sys.executable, "-m", "llm.experiments.queue", "run", "--queue", str(tmp_path / "q.sqlite")]
+    started = processes.start(*line, cwd=REPO)
+    folder = tmp_path / "runs" / "a-seed=1" / "pretrain"
+    processes.wait_until(lambda: list(folder.glob("checkpoints/*.ckpt")), started)
+    started.send_signal(signal.SIGKILL)
+    started.communicate()
+    finished = processes.run(*line, cwd=REPO)
+    assert "2 done, 0 failed" in finished.stdout, finished.stdout + finished.stderr
+    assert [one.state for one in Queue(tmp_path / "q.sqlite").jobs()] == ["done"] * 3
+    assert read_manifest(folder)["steps"] == 60
+
+
+def _until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)

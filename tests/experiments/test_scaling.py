@@ -1,0 +1,119 @@
+"""`python -m llm.experiments.scaling`: what it runs, what it leaves out, and what it says of finished runs."""
+
+import math
+import sys
+from functools import partial
+
+import processes
+import pytest
+from conftest import REPO
+
+import llm.experiments.scaling as scaling
+from llm.experiments.laws import Surface, bootstrap
+from llm.model.config import flops_per_token, scaling_params
+from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.utils.files import read_json
+
+LAW = Surface(E=0.9, A=30.0, a=0.34, B=200.0, b=0.36)
+SETTINGS = ["experiment=tiny"]
+VOCAB = 512
+
+
+def run_module(*words: str):
+    """Run the command in a process of its own; returns it, with its output."""
+    return processes.run(sys.executable, "-m", "llm.experiments.scaling", *words, cwd=REPO)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Stand in for train.py: a run is finished at once and follows LAW; returns the command lines that were run."""
+    lines = []
+
+    def run(overrides, folder):
+        given = dict(word.split("=", 1) for word in overrides)
+        lines.append(given)
+        facts = {"stage": given["stage"], "status": "finished", "derived": {"vocab_size": VOCAB}}
+        if given["stage"] == "pretrain":
+            shape = scaling._shape(tuple(SETTINGS), int(given["model"][1:]), VOCAB)
+            flops, n = float(given["stage.target_flops"]), scaling_params(shape)
+            tokens = flops / flops_per_token(shape)
+            bpb = LAW.at(n, tokens) * (1 + 0.02 * math.log(float(given["stage.lr_frac"])) ** 2)
+            facts["derived"] |= {"params_scaling": n, "text_tokens": 10_000_000, "steps": 1}
+            facts |= {"tokens": tokens, "flops": flops, "metrics": {"bpb": bpb}}
+        write_manifest(folder, facts)
+
+    monkeypatch.setattr(scaling, "_run", run)
+    monkeypatch.setattr(scaling, "bootstrap", partial(bootstrap, draws=20))
+    return lines
+
+
+def series(tmp_path, *more: str) -> int:
+    """Run a series of depths 1 to 3 at three budgets, depth 4 held out; returns the exit status."""
+    flops = ["--flops", "1e11,2e11,4e11"]
+    depths = ["--depths", "1,2,3", "--held-out", "4"]
+    return scaling.main(["--name", "s", "--runs", str(tmp_path), *depths, *flops, *more, *SETTINGS])
+
+
+def test_a_series_is_run_once_and_predicts_what_it_did_not_fit(tmp_path, trained, capsys):
+    assert series(tmp_path, "--predict", "5:1e12", "--lr-fracs", "0.5,2") == 0
+    assert [line["stage"] for line in trained] == ["tokenizer"] + ["pretrain"] * 20
+    assert {line["init_from"] for line in trained[1:]} == {"s/tokenizer"}
+    told = read_json(tmp_path / "s" / "scaling.json")
+    assert len(told["points"]) == 9 and len(told["held_out"]) == 3
+    for row in told["predictions"][:3]:
+        assert row["loss"] == pytest.approx(row["measured"], rel=1e-3)
+    assert told["predictions"][3]["depth"] == 5 and told["predictions"][3]["measured"] is None
+    assert (
+        told["rates"]["best"] == dict.fromkeys(("d1", "d2", "d3", "d4"), 1.0) and told["rates"]["grid_steps_apart"] == 0
+    )
+    assert (tmp_path / "s" / "law.png").stat().st_size > 10_000
+    assert (tmp_path / "s" / "isoflop.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "stage.tokens_per_param=" in out
+    trained.clear()
+    assert series(tmp_path) == 0 and not trained, "what is finished was run again"
+
+
+def test_more_than_one_pass_over_the_text_is_skipped_and_said(tmp_path, trained, capsys):
+    assert series(tmp_path, "--flops", "1e11,2e11,4e11,1e14") == 0
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    assert [line.split(":")[0] for line in skipped] == ["skipped s-d1-1e14", "skipped s-d2-1e14"]
+    assert all("tokens are more than one pass over 10.00M" in line for line in skipped)
+    assert read_json(tmp_path / "s" / "scaling.json")["skipped"] == [line.removeprefix("skipped ") for line in skipped]
+
+
+def test_other_settings_are_another_series(tmp_path, trained, capsys):
+    assert series(tmp_path) == 0
+    assert scaling.main(["--name", "s", "--runs", str(tmp_path), "--flops", "1e11", *SETTINGS, "seed=2"]) == 1
+    assert "begun with experiment=tiny; give these, or another --name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--flops", "0"], "--flops 0: all must be positive numbers"),
+        (["--flops", "1e11", "--lr-fracs", "-1"], "--lr-fracs -1: all must be positive numbers"),
+        (["--flops", "1e11", "--depths", "0"], "--depths 0: must be at least 1"),
+        (["--flops", "1e11", "--held-out", "3"], "--held-out 3: is also one of --depths"),
+        (["--flops", "1e11", "--predict", "eight"], "--predict eight: write depth and FLOPs, as 8:1e15"),
+        (["--flops", "1e11", "max_steps=3"], "max_steps=3: the series sets this key itself"),
+        (["--flops", "1e11", "sed=3"], "sed"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(tmp_path, trained, capsys, words, line):
+    assert scaling.main(["--name", "s", "--runs", str(tmp_path), *words, *SETTINGS]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and line in error and error.count("\n") == 1
+    assert not trained and not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_real_series_goes_on_where_it_was_stopped(tmp_path):
+    words = ["--name", "s", "--runs", str(tmp_path), "--depths", "1,2", "--flops", "5e9,1e10", *SETTINGS]
+    first = run_module(*words)
+    assert first.returncode == 0, first.stderr
+    folder = RunDir(tmp_path, "s-d1-5e9").stage_dir("pretrain")
+    begun = read_manifest(folder)["started"]
+    assert "no law is fitted" in first.stdout
+    again = run_module(*words)
+    assert again.returncode == 0 and read_manifest(folder)["started"] == begun

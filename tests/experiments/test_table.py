@@ -1,0 +1,157 @@
+"""The reader of runs and the table over them, from synthetic run folders."""
+
+import json
+import sys
+
+import processes
+import pytest
+from experiment_runs import add_run, add_sweep
+
+from llm.experiments import table
+from llm.experiments.runs import score_names, settings, stage_row_of, stage_rows
+from llm.experiments.table import as_text, differing, filtered, grouped, ordered, read_rows
+from llm.run.stage_folder import RunDir, write_manifest
+from llm.utils.files import write_json
+
+
+@pytest.fixture
+def runs(tmp_path):
+    add_sweep(tmp_path, "base", [1, 2, 10], sd=0.01)
+    add_sweep(tmp_path, "slow", [1, 2], level=2.5, sd=0.01, lr=0.004)
+    add_run(tmp_path, "d10", seed=42, level=1.5, status="running", lr=0.03)
+    return tmp_path
+
+
+def names(rows):
+    return [row["run"] for row in rows]
+
+
+def test_rows_hold_facts_scores_and_the_configuration(runs):
+    write_json(runs / "d10/pretrain/eval.json", {"bpb": 1.25, "chat": {"choice": {"accuracy": 0.5, "stderr": 0.05}}})
+    row = stage_row_of(runs / "d10/pretrain")
+    assert (row["run"], row["stage"], row["status"], row["seed"], row["steps"]) == (
+        "d10",
+        "pretrain",
+        "running",
+        42,
+        100,
+    )
+    assert (row["bpb"], row["choice"], row["choice_stderr"], row["params"]) == (1.25, 0.5, 0.05, 1_000_000)
+    assert row["config"]["optim"]["matrix_lr"] == 0.03 and row["folder"] == str(runs / "d10/pretrain")
+    assert score_names([row]) == ["bpb", "loss", "choice"]
+    assert names(stage_rows(runs, lambda run, stage: run.startswith("base"))) == [
+        "base-seed=1",
+        "base-seed=2",
+        "base-seed=10",
+    ]
+
+
+def test_runs_with_wrong_files_hide_no_others(runs):
+    (runs / "slow-seed=1/pretrain/run.json").write_text("")
+    (runs / "slow-seed=2/pretrain/eval.json").write_text("[]")
+    problems = []
+    assert len(list(stage_rows(runs, problem=problems.append))) == 5
+    assert len(problems) == 2 and "slow-seed=1/pretrain/run.json" in problems[0]
+
+
+def test_old_runs_without_a_configuration_or_with_old_keys_are_read(runs):
+    write_manifest(RunDir(runs, "old").path / "pretrain", {"stage": "pretrain", "metrics": {"bpb": 3.0}})
+    config = {"stage": {"name": "pretrain", "ratio": 20}, "optim": {"matrix_lr": 0.02}, "seed": 3}
+    write_manifest(RunDir(runs, "older").path / "pretrain", {"stage": "pretrain", "config": config})
+    rows = ordered(grouped(read_rows(runs)), "stage.tokens_per_param")
+    assert names(rows)[0] == "older" and stage_row_of(runs / "old/pretrain")["config"] == {}
+    header, lines = as_text(rows)
+    old = next(line for line in lines if line[0] == "old")
+    assert old[header.index("bpb")] == "3" and old[header.index("depth")] == "-"
+
+
+def test_seeds_of_one_configuration_are_one_row(runs):
+    add_run(runs, "base-again", seed=2)  # a second run of a seed is no further seed
+    rows = grouped(read_rows(runs))
+    found = [(row["run"], row.get("seeds")) for row in rows]
+    assert found == [("base-again, base-seed=*", 3), ("base-seed=2", None), ("d10", None), ("slow-seed=*", 2)]
+    slow = next(row for row in rows if row["run"] == "slow-seed=*")
+    each = [row["bpb"] for row in read_rows(runs, ["slow"])]
+    assert slow["bpb"] == pytest.approx(sum(each) / 2) and slow["seed"] is None and slow["tokens"] == 51200
+    assert slow["bpb_stderr"] == pytest.approx(abs(each[0] - each[1]) / 2)
+    header, lines = as_text([slow])
+    assert lines[0][header.index("bpb")] == f"{slow['bpb']:.4f} ± {slow['bpb_stderr']:.4f}"
+
+
+def test_what_is_executed_or_read_otherwise_makes_no_other_configuration(runs):
+    row = stage_row_of(runs / "d10/pretrain")
+    same = json.loads(json.dumps(row))
+    same["config"] |= {"run": "x", "log_every": 7, "seed": 1, "compile": False, "save_mirror": None}
+    assert settings(same) == settings(row)
+    first, second = json.loads(json.dumps(row)), json.loads(json.dumps(row))
+    first["config"] |= {"init_from": "a-seed=1/pretrain"}
+    second["config"] |= {"init_from": "a-seed=12/pretrain"}
+    assert settings(first) == settings(second) != settings(row)
+    same["config"]["optim"]["matrix_lr"] = 0.0
+    assert settings(same) != settings(row) and differing([row, same]) == ["optim.matrix_lr"]
+
+
+def test_rows_are_sorted_and_filtered_by_columns_and_keys(runs):
+    rows = read_rows(runs)
+    assert names(ordered(rows, "bpb"))[0] == "d10" and names(ordered(rows, "bpb", descending=True))[0].startswith(
+        "slow"
+    )
+    assert names(ordered(rows, "optim.matrix_lr"))[:2] == ["slow-seed=1", "slow-seed=2"]
+    assert names(filtered(rows, ["matrix_lr<0.01", "seed=2"])) == ["slow-seed=2"]
+    assert names(filtered(rows, ["run=base-*", "seed >= 2"])) == ["base-seed=2", "base-seed=10"]
+    assert names(filtered(rows, ["status!=finished"])) == ["d10"]
+    assert names(filtered(rows, ["FLOPs<=1e12", "depth=4.0", "bpb<1.7"])) == ["d10"]
+
+
+def test_names_of_runs_are_names_patterns_or_sweeps(runs):
+    assert names(read_rows(runs, ["slow", "d10"])) == ["d10", "slow-seed=1", "slow-seed=2"]
+    assert names(read_rows(runs, ["*=1"])) == ["base-seed=1", "slow-seed=1"]
+
+
+def test_columns_and_differences_are_shown(runs, capsys):
+    header, lines = as_text(ordered(grouped(read_rows(runs)), "bpb"), diff=True)
+    assert header == "run seeds stage depth params tokens FLOPs seconds loss bpb optim.matrix_lr".split()
+    assert [line[-1] for line in lines] == ["0.03", "0.02", "0.004"] and lines[0][2] == "pretrain (running)"
+    assert table.main(["--each", "--columns", "run,seed,matrix_lr", "--json", "--runs", str(runs), "base"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[0] == {"run": "base-seed=1", "seed": 1, "matrix_lr": 0.02} and len(found) == 3
+
+
+def test_shares_are_percentages(tmp_path):
+    for seed in (1, 2):
+        folder = add_run(tmp_path, f"a-seed={seed}", seed)
+        write_json(folder / "eval.json", {"chat": {"choice": {"accuracy": 0.5 + 0.01 * seed, "stderr": 0.05}}})
+    header, lines = as_text(grouped(read_rows(tmp_path)))
+    assert lines[0][header.index("choice")] == "51.5 ± 0.5 %"
+    header, lines = as_text(read_rows(tmp_path))
+    assert [line[header.index("choice")] for line in lines] == ["51.0 %", "52.0 %"]
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--sort", "bpd"], "--sort bpd: no run has such a column or key; did you mean bpb"),
+        (["--columns", "run,matrix_rl"], "did you mean matrix_lr"),
+        (["--columns", "name"], "--columns name: several keys end so: stage.name, data.name; name one of them in full"),
+        (["--filter", "bpb"], "--filter 'bpb': write <column><sign><value>"),
+        (["--filter", "bpb<small"], "--filter 'bpb<small': < needs a number"),
+        (["--filter", "bpb<0"], "--filter 'bpb<0': no row is left"),
+        (["--stage", "sft"], "no run there has a matching stage yet"),
+        (["nobody"], "nobody: no run in"),
+    ],
+)
+def test_mistakes_are_one_line(runs, capsys, words, problem):
+    assert table.main([*words, "--runs", str(runs)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert problem in printed.err
+
+
+def test_the_command_prints_every_column_into_a_pipe_and_needs_no_torch(runs):
+    program = (
+        "import sys; from llm.experiments.table import main; status = main(sys.argv[1:]); "
+        "assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules); sys.exit(status)"
+    )
+    done = processes.run(sys.executable, "-c", program, "--runs", str(runs), "--diff")
+    assert "optim.matrix_lr" in done.stdout and "1.00M" in done.stdout and "…" not in done.stdout
+    assert len([line for line in done.stdout.splitlines() if "pretrain" in line]) == 3
