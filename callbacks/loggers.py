@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from llm.utils.files import plain
@@ -112,10 +111,8 @@ class TrackioLogger(Logger):
     def name(self) -> str:
         return self.run_name
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """Return Trackio's run, begun by the first value that is logged."""
+    def begun(self) -> Any:
+        """Return Trackio's run, which begins with the first value: no `experiment`, which Lightning asks for sooner."""
         if self._experiment is None:
             resume = "allow" if (self.stage_dir / "metrics.csv").exists() else "never"
             options = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
@@ -131,16 +128,16 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
-        self.experiment.log(dict(metrics), step)
+        self.begun().log(dict(metrics), step)
 
     @rank_zero_only
     def log_table(self, key: str, columns: list[str], data: list[list], step: int) -> None:
         """Log a table of text of one step."""
-        self.experiment.log({key: self.trackio.Table(columns=columns, data=data)}, step)
+        self.begun().log({key: self.trackio.Table(columns=columns, data=data)}, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the run, which waits until all values are in the database."""
         if self._experiment is not None:
-            self._experiment.finish()
+            self.trackio.finish()
             self._experiment = None
