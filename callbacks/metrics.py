@@ -9,9 +9,11 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
+from callbacks.loggers import log_table
 from callbacks.progress import FORMATS
 from llm.errors import UserError, reason_of
 from llm.parallel import collectives
+from llm.run.stage_folder import last_values
 from llm.utils.files import write_atomic
 
 
@@ -53,7 +55,8 @@ class MetricsLog(L.Callback):
 
     A row is written every `log_every` steps, after the last step, and whenever an evaluation left a value. Resuming
     drops the rows of steps that will be done again, and writes that of the checkpoint's step if it is missing: a
-    checkpoint is written before its step's row. Rank 0 writes, values of all processes.
+    checkpoint is written before its step's row. Rank 0 writes, values of all processes. All loggers get each row, and
+    the last value of each column as the table `final` when the training is over.
     """
 
     def __init__(self, path: str | Path, log_every: int, logger: RowLogger | None = None):
@@ -80,11 +83,18 @@ class MetricsLog(L.Callback):
         if self._due(module, module.global_step):
             self._log(trainer, module, module.global_step)
 
-    def _due(self, module, step: int) -> bool:
+    def on_fit_end(self, trainer, module) -> None:
+        if trainer.is_global_zero and self._is_over(module, module.global_step):
+            values = last_values(self.path.parent)
+            log_table(trainer.loggers, "final", ["metric", "value"], list(values.items()), module.global_step)
+
+    def _is_over(self, module, step: int) -> bool:
         votes = module.votes  # a signal ends a sitting and not the training
         is_ended = module.trainer.should_stop and not (votes.stop or votes.stop_count)
-        is_last = step == module.context.total_steps or is_ended
-        return step % self.log_every == 0 or is_last or bool(module.row)
+        return step == module.context.total_steps or is_ended
+
+    def _due(self, module, step: int) -> bool:
+        return step % self.log_every == 0 or self._is_over(module, step) or bool(module.row)
 
     def _log(self, trainer, module, step: int) -> None:
         if step > 0:

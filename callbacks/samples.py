@@ -1,6 +1,7 @@
 """Print samples of the model's answers to fixed prompts."""
 
 from callbacks.cadence import Periodic
+from callbacks.loggers import log_table
 from llm.eval.samples import draw_samples
 from llm.inference.engine import Engine
 from llm.parallel.strategy import full_model
@@ -26,17 +27,7 @@ class Samples(Periodic):
         engine = Engine(net, module.context.tokenizer)
         samples = draw_samples(engine, module.context.prompts, self.max_new_tokens)
         texts = [(sample["prompt"], readable(sample["completion"])) for sample in samples]
-        log_texts(trainer.loggers, texts, step)
+        log_table(trainer.loggers, "samples", ["prompt", "answer"], texts, step)
         for prompt, answer in texts:
             print(f"  step {step} | {prompt} -> {answer}".replace("\n", " / "), flush=True)
         module.net.train()
-
-
-def log_texts(loggers, texts: list[tuple[str, str]], step: int) -> None:
-    """Give prompts and answers to loggers that show text: a table in W&B, text in TensorBoard."""
-    for logger in loggers:
-        if hasattr(logger, "log_text"):
-            logger.log_text("samples", columns=["prompt", "answer"], data=[list(one) for one in texts])
-        elif hasattr(show := getattr(logger, "experiment", None), "add_text"):
-            for number, (prompt, answer) in enumerate(texts):
-                show.add_text(f"samples/{number}", f"{prompt} -> {answer}", step)

@@ -137,6 +137,15 @@ def read_metrics(stage_dir: str | Path, finite: bool = True) -> list[dict[str, f
     return [rows[step] for step in sorted(rows)]
 
 
+def last_values(stage_dir: str | Path) -> dict[str, float]:
+    """Return the last logged value of every column of metrics.csv."""
+    values: dict[str, float] = {}
+    for row in read_metrics(stage_dir):
+        values.update(row)
+    values.pop("step", None)
+    return values
+
+
 def _number(cell: Any) -> float | None:
     try:
         return float(cell)

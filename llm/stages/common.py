@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import load_model_folder
 from llm.config.stages import stage_row
@@ -28,6 +29,8 @@ from llm.stages.plan import check_fresh, check_step, check_vocab_size, lr_scale,
 from llm.stages.step_module import StageContext, StepData, StepModule
 from llm.stages.warm_start import parent_optimizer
 from llm.tokenizer.bpe import Tokenizer
+from llm.utils.addresses import public
+from llm.utils.files import plain
 from tasks import Cache, build_task
 
 
@@ -40,6 +43,11 @@ class BuiltStage:
     derived: dict
     callbacks: list = field(default_factory=list)
     reading: Reading | None = None  # what is known of the data before training
+
+    def __post_init__(self):
+        """Make the resolved configuration and the derived numbers the module's `hparams`, which all loggers get."""
+        told = self.module.context.config | {"derived": plain(self.derived)}
+        self.module.save_hyperparameters(told, logger=collectives.is_main())
 
 
 def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Tokenizer]:
@@ -230,6 +238,7 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
         seq_len=cfg.model.seq_len,
         loss_jump=cfg.watch.loss_jump,
         max_minutes=cfg.max_minutes,
+        config=public(plain(OmegaConf.to_container(cfg, resolve=True))),
         options=DeviceOptions(
             cfg.precision.compute,
             cfg.precision.fp8,

@@ -16,11 +16,12 @@ from llm.tokenizer.bpe import Tokenizer
 
 
 class SavedModule(NamedTuple):
-    """Configuration, tokenizer, step and a network with the saved weights."""
+    """Configuration, tokenizer, step, `hparams` and a network with the saved weights."""
 
     cfg: DictConfig
     tokenizer: Tokenizer
     step: int
+    hparams: dict
     net: GPT
 
 
@@ -39,4 +40,5 @@ def saved_module(path: str | Path) -> SavedModule:
     config = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     net = build_network(replace(config, scalar_head="net.scalar_head.weight" in weights))
     net.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
-    return SavedModule(cfg, tokenizer, saved["global_step"], net)
+    hparams = saved.get("hyper_parameters") or origin["config"]  # a checkpoint from before there were any
+    return SavedModule(cfg, tokenizer, saved["global_step"], hparams, net)

@@ -1,9 +1,13 @@
 """Looks at a user's own classes before a stage builds anything: that they exist, fit, and take their arguments."""
 
+from typing import Any
+
 from omegaconf import OmegaConf
 
+from llm.config.check import shown
 from llm.config.stages import CHAT_KINDS, Stage
 from llm.config.targets import check_arguments, load_target, takes
+from llm.errors import UserError
 
 
 def check_own_parts(cfg, row: Stage) -> None:
@@ -48,3 +52,20 @@ def check_part(key: str, part) -> type | None:
     more = {"save_dir": ""} if base is Logger and takes(thing, "save_dir") else {}
     check_arguments(thing, {**more, **part}, key)
     return base
+
+
+def instantiate_part(key: str, part, **more) -> Any:
+    """Build what a `_target_` names by Hydra's instantiate. Raises UserError that names the config key."""
+    from hydra.utils import instantiate
+
+    base = check_part(key, part)
+    try:
+        built = instantiate(part, **more)
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{key}: cannot be built from {shown(part)} ({cause})") from error
+    if base is not None and not isinstance(built, base):
+        raise UserError(f"{key}._target_={part['_target_']}: gives {type(built).__name__}, and not a {base.__name__}")
+    return built

@@ -31,6 +31,7 @@ from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
+from llm.stages.loggers import check_packages
 from llm.stages.own_parts import check_own_parts
 from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
 from llm.stages.shape import take_shape
@@ -126,6 +127,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
     check_data(cfg, row)
+    check_packages(cfg)
     if not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts)):
         check_ahead(cfg, row, run)
         if status := start_processes(cfg, row, run, config):

@@ -55,6 +55,7 @@ class StageContext:
     optimizer_state: dict | None = None  # by number of the parameter, to begin with; None = fresh
     prompts: list = field(default_factory=list)  # text to continue, or chat questions
     max_minutes: float | None = None  # after which training ends, with its schedules; None = after total_steps
+    config: dict = field(default_factory=dict)  # the resolved configuration, without secrets
     options: DeviceOptions | None = None  # how the network is made ready for a device; None = it is ready
 
 
@@ -106,7 +107,9 @@ class StepModule(L.LightningModule):
         cfg, sizes = saved.cfg, torch.from_numpy(saved.tokenizer.token_bytes())
         steps = max(saved.step, cfg.max_steps or 1)
         context = StageContext(cfg.stage.name, saved.tokenizer, sizes, steps, cfg.model.seq_len)
-        return cls(saved.net, cfg.optim, cfg.stage, context)
+        module = cls(saved.net, cfg.optim, cfg.stage, context)
+        module.save_hyperparameters(saved.hparams)
+        return module
 
     def configure_model(self) -> None:
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):

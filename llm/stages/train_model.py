@@ -5,7 +5,6 @@ import signal
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 from callbacks.best import hand_over_best
 from callbacks.stopwatch import Stopwatch
@@ -22,11 +21,12 @@ from llm.parallel import collectives
 from llm.parallel.env import SIGHUP, SIGUSR1
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
-from llm.run.stage_folder import read_metrics
+from llm.run.stage_folder import last_values, read_metrics
 from llm.stages.common import held_out_task
 from llm.stages.expect import note as remember_times
 from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import begin_longer
+from llm.stages.loggers import logging_to
 from llm.stages.micro_batch import out_of_memory
 from llm.stages.plan import check_devices
 from llm.stages.start import show_start
@@ -62,7 +62,8 @@ def run(job: Job) -> dict | None:
         job.begin()
     while True:
         try:
-            fit(trainer, built, job.stage_dir)
+            with logging_to(trainer, cfg, job.stage_dir):
+                fit(trainer, built, job.stage_dir)
             break
         except BadLoss as error:
             if cfg.watch.bad_loss == "stop":
@@ -157,12 +158,3 @@ def balance_of(built) -> dict[str, dict]:
     if collectives.is_main():
         print("data, all that was read:", *describe(read, reading.unit), sep="\n  ", flush=True)
     return {"data": reading.to_dict(read)}
-
-
-def last_values(stage_dir: Path) -> dict[str, float]:
-    """Return the last logged value of every column of metrics.csv."""
-    values: dict[str, float] = {}
-    for row in read_metrics(stage_dir):
-        values.update(row)
-    values.pop("step", None)
-    return values

@@ -1,7 +1,6 @@
 """Build Lightning's Trainer for a stage, and fit."""
 
 import contextlib
-import inspect
 import logging
 import traceback
 import warnings
@@ -9,16 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object, instantiate
-from omegaconf import OmegaConf
-
-from llm.config.check import shown
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.parallel.env import lost_another
 from llm.run.formats import ROLLBACKS as FORM
 from llm.run.formats import read_form
-from llm.stages.own_parts import check_part
-from llm.utils.addresses import public
+from llm.stages.own_parts import instantiate_part
 from llm.utils.files import write_json
 
 ROLLBACKS = "rollbacks.json"
@@ -137,7 +131,6 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
 
     callbacks, stop = build_callbacks(cfg, stage_dir, built)
     rows = next(one.logger for one in callbacks if isinstance(one, MetricsLog))
-    loggers = loggers_of(cfg, stage_dir, built.derived)
     own = [instantiate_part(f"trainer.plugins.{n}", part) for n, part in cfg.trainer.plugins.items()]
     with told_by_key():
         trainer = L.Trainer(
@@ -149,7 +142,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             precision="32-true",
             max_steps=built.module.context.total_steps,
             max_epochs=-1,
-            logger=[rows, *loggers],
+            logger=rows,  # the user's are attached while it trains
             log_every_n_steps=cfg.log_every,
             callbacks=callbacks,
             plugins=[CheckpointWriter(cfg.keep_last, cfg.save_async), cluster_environment(), *own],
@@ -216,32 +209,6 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     return [*first, *others, *own, *speed, log, monitors, ValidationEnd(begin), *display], stop
 
 
-def loggers_of(cfg, stage_dir: Path, derived: dict) -> list:
-    """Return the loggers of the configuration, which are told the whole of it and the derived numbers.
-
-    Each gets `save_dir`, the stage's folder, if it takes one.
-    """
-    from llm.parallel import collectives
-
-    loggers, folder = [], {"save_dir": str(stage_dir)}
-    for name, part in cfg.logger.items():
-        more = folder if takes(part, "save_dir") else {}
-        loggers.append(instantiate_part(f"logger.{name}", part, **more))
-    config = public(OmegaConf.to_container(cfg, resolve=True)) if loggers else {}
-    for logger in loggers if collectives.is_main() else []:
-        logger.log_hyperparams(config | {"derived": derived})
-    return loggers
-
-
-def takes(part, argument: str) -> bool:
-    """Return whether the `_target_` of a part has an argument of this name; also where it cannot be imported."""
-    try:
-        arguments = inspect.signature(get_object(part["_target_"])).parameters.values()
-    except Exception:  # noqa: BLE001  instantiate_part says what is wrong
-        return True
-    return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in arguments)
-
-
 def profiler(name: str | None, stage_dir: Path) -> Any:
     """Return Lightning's profiler of a name, which writes into the stage's folder; None without one."""
     from lightning.pytorch import profilers
@@ -285,21 +252,6 @@ def told_by_key() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(f"Lightning refuses this: {' '.join(str(error).split())}") from error
-
-
-def instantiate_part(key: str, part, **more):
-    """Build what a `_target_` names by Hydra's instantiate. Raises UserError that names the config key."""
-    base = check_part(key, part)
-    try:
-        built = instantiate(part, **more)
-    except UserError:
-        raise
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{key}: cannot be built from {shown(part)} ({cause})") from error
-    if base is not None and not isinstance(built, base):
-        raise UserError(f"{key}._target_={part._target_}: gives {type(built).__name__}, and not a {base.__name__}")
-    return built
 
 
 def quiet_lightning() -> None:

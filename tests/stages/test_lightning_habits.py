@@ -1,28 +1,25 @@
 """Habits of users of Lightning: callbacks and keywords from the configuration, and a Trainer by hand."""
 
 import math
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from conftest import compose
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from small_training import Numbers, StepData, fit, make_module, rows, step_batch
+from stages_by_conf import BPB, stage, trained
 
 from callbacks.progress import Progress
-from callbacks.samples import log_texts
 from llm.checkpoint.resume import list_checkpoints
 from llm.config.renamed import LIGHTNING_KEYS, renamed_key
 from llm.config.schema import known_keys
 from llm.errors import UserError
 from llm.stages.step_module import StepModule
-from llm.stages.trainer import build_trainer
 
 LIGHTNING = "lightning.pytorch.callbacks"
-BPB = {"_target_": "callbacks.bpb.BitsPerByte", "every": 2}
 BY_HAND = {
     "accelerator": "cpu",
     "devices": 1,
@@ -38,24 +35,6 @@ BY_HAND = {
 @pytest.fixture(scope="module")
 def config():
     return compose("train", "experiment=tiny", "stage=pretrain", "log_every=1", "trainer=cpu", "callbacks=none")
-
-
-def stage(total=6) -> SimpleNamespace:
-    """A stage of a tiny network, with held-out batches."""
-    module = make_module(total)
-    module.context.val_batches = step_batch(99)["micro"]
-    return SimpleNamespace(module=module, data=StepData(Numbers), callbacks=[], derived={"steps": total})
-
-
-def trained(config, folder, total=6, **changes):
-    """Train a stage with `callbacks` and keys of `trainer` as the configuration would; return trainer and stage."""
-    cfg, built = config.copy(), stage(total)
-    cfg.callbacks = changes.pop("callbacks", {})
-    cfg.trainer.update(changes)
-    folder.mkdir(exist_ok=True)
-    trainer, _ = build_trainer(cfg, folder, built)
-    trainer.fit(built.module, datamodule=built.data)
-    return trainer, built
 
 
 def callback(name, **options):
@@ -255,45 +234,6 @@ def test_keywords_with_another_name_here_are_told(config):
         assert f"{name} is set by another key here: {instead}" == renamed_key(name)
     with pytest.raises(UserError, match="trainer.max_time is set by another key here: max_minutes"):
         compose("train", "+trainer.max_time=1")
-
-
-# ----- loggers
-
-
-class Bare(Logger):
-    """A logger of one's own without save_dir."""
-
-    name, version = "bare", None
-
-    def __init__(self):
-        super().__init__()
-        self.told, self.rows = [], []
-
-    def log_hyperparams(self, params):
-        self.told.append(params)
-
-    def log_metrics(self, metrics, step):
-        self.rows.append((step, metrics))
-
-
-def test_loggers_with_and_without_a_folder_get_configuration_and_rows(config, tmp_path):
-    cfg = config.copy()
-    cfg.logger = {
-        "bare": {"_target_": f"{__name__}.Bare"},
-        "board": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "name": None, "version": "board"},
-    }
-    trainer, _ = trained(cfg, tmp_path, 2, callbacks={"bpb": BPB})
-    bare = next(one for one in trainer.loggers if one.name == "bare")
-    assert bare.told[0]["seed"] == cfg.seed and bare.told[0]["derived"] == {"steps": 2}
-    assert [step for step, _ in bare.rows] == [0, 1, 2] and {"loss", "bpb"} <= set(bare.rows[-1][1])
-    assert list((tmp_path / "board").glob("events*"))
-
-
-def test_samples_are_text_in_loggers_that_show_it():
-    table, shown = SimpleNamespace(log_text=lambda *args, **options: said.append(options["data"])), []
-    said, board = [], SimpleNamespace(experiment=SimpleNamespace(add_text=lambda *args: shown.append(args)))
-    log_texts([table, board, Bare()], [("a", "b")], 7)
-    assert said == [[["a", "b"]]] and shown == [("samples/0", "a -> b", 7)]
 
 
 # ----- a budget of minutes
