@@ -98,7 +98,7 @@ REFUSED = {
     "-m 'model=glob(d[12])'": "in quotes of their own: \"model=glob('d[12]')\"",
     "run=a=b": "in quotes of their own: \"run='a=b'\"",
     "--cfg jobs": "--cfg/-c: invalid choice: 'jobs'",
-    "'-m seed=1,2'": "--multirun/-m: ignored explicit argument",
+    "'-m seed=1,2'": "(Hydra's own arguments: --hydra-help)",
     "-m hydra.sweeper.params.seed=3": "write it in braces: 'hydra.sweeper.params={seed: \"3\"}'",
     "hydra.mode=multirun": "expected one of [RUN, MULTIRUN]",
     "--config-dir my_conf +noisy=off": "off.yaml: logger=null: must have a value; a group is left out by `- override",

@@ -97,7 +97,7 @@ def test_debug_pretrains_and_logs_every_step(tmp_path):
         "train.py", "-m", "experiment=debug", "stage=tokenizer,pretrain", "max_steps=6", f"paths.runs={tmp_path}"
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "compute float32" in done.stdout and "eager (compile=false)" in done.stdout
+    assert "; float32, attention" in done.stdout and "eager (compile=false)" in done.stdout
     stage = tmp_path / "debug/pretrain"
     record = json.loads((stage / "run.json").read_text())
     assert record["derived"]["micro_batches"] == 2
