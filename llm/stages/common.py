@@ -48,6 +48,7 @@ class BuiltStage:
         """Make the resolved configuration and the derived numbers the module's `hparams`, which all loggers get."""
         told = self.module.context.config | {"derived": plain(self.derived)}
         self.module.save_hyperparameters(told, logger=collectives.is_main())
+        self.data.module = self.module
 
 
 def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Tokenizer]:

@@ -95,6 +95,11 @@ class StepModule(L.LightningModule):
         """Values of the current step by column of metrics.csv: callbacks add theirs, `MetricsLog` writes them."""
         return self.step_log.row
 
+    @property
+    def tokens_seen(self) -> int:
+        """Return the number of positions trained on so far, by all processes."""
+        return self.progress.tokens
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path, *args, **parts) -> "StepModule":
         """Return a module with the weights of a checkpoint of a stage, built as its configuration says.
@@ -360,11 +365,13 @@ class StepData(L.LightningDataModule):
     def __init__(self, make_loader):
         super().__init__()
         self.make_loader, self.position, self.loader = make_loader, None, None
+        self.module: StepModule | None = None  # of the stage, for use without a Trainer
         self.left_out = 0  # steps of data at the position that are not trained on
 
     def val_dataloader(self):
         """Return the stage's fixed validation batches; none where it does not measure bits per byte."""
-        return BatchList(self.trainer.lightning_module.context.val_batches or [])
+        module = self.module if self.trainer is None else self.trainer.lightning_module
+        return BatchList((module and module.context.val_batches) or [])
 
     test_dataloader = predict_dataloader = val_dataloader
 

@@ -159,7 +159,7 @@ def read_aim(folder: Path) -> Stored:
 
     repo = Repo(str(folder))
     [name] = repo.list_all_runs()
-    run = Run(name, repo=repo, read_only=True)
+    run = Run(name, repo=repo)
     assert run.name == "run/pretrain"
     metrics: dict[int, dict] = {}
     for metric in run.metrics():
