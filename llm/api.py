@@ -183,7 +183,7 @@ def list_runs(folder: str | os.PathLike[str] = "runs") -> "DataFrame":
 
 
 def _scores(facts: dict[str, Any]) -> dict[str, Score]:
-    from llm.report.report import final_metrics
+    from llm.report.results import final_metrics
 
     return {name: Score(*pair) for name, pair in final_metrics(facts).items()}
 

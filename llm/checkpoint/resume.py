@@ -69,7 +69,8 @@ class CheckpointWriter(TorchCheckpointIO):
 
     def __init__(self, keep: int = 2, asynchronous: bool = True):
         self.keep, self.asynchronous = keep, asynchronous
-        self.thread, self.writing = ThreadPoolExecutor(1, "fathom-checkpoint"), None
+        self.thread: ThreadPoolExecutor | None = None
+        self.writing: Future | None = None
         self.host_copy = HostCopy()
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -77,7 +78,8 @@ class CheckpointWriter(TorchCheckpointIO):
         if not self.asynchronous:
             return write_checkpoint(checkpoint, Path(path), self.keep)
         copy = self.host_copy.of(checkpoint)
-        self.writing: Future | None = self.thread.submit(write_checkpoint, copy, Path(path), self.keep)
+        self.thread = self.thread or ThreadPoolExecutor(1, "fathom-checkpoint")
+        self.writing = self.thread.submit(write_checkpoint, copy, Path(path), self.keep)
         return None
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
@@ -94,7 +96,14 @@ class CheckpointWriter(TorchCheckpointIO):
         if writing is not None:
             writing.result()
 
-    teardown = finish  # called by Lightning at the end of a fit, also one that failed
+    def teardown(self) -> None:
+        """Finish, and end the thread. Lightning calls it at the end of a fit, also one that failed."""
+        thread, self.thread = self.thread, None
+        try:
+            self.finish()
+        finally:
+            if thread is not None:
+                thread.shutdown()
 
 
 class HostCopy:

@@ -180,8 +180,8 @@ class MuonAdamWConfig(AdamConfig):
     renormalize: bool = key("Muon: give an update the norm of an exactly orthogonal matrix")
     cautious: bool = key("Muon: decay a weight only where the update shrinks it too")
     coupled_decay: bool = key(
-        "Muon: multiply the weight decay of a tall matrix by sqrt(rows / columns), as its learning rate; false = not, "
-        "as torch.optim.Muon"
+        "Muon: multiply the weight decay of a tall matrix by sqrt(rows / columns), like the learning rate; false = "
+        "not, as torch.optim.Muon"
     )
 
 

@@ -25,8 +25,9 @@ def check_own_parts(cfg, row: Stage) -> None:
     if row.kind == "rl":
         from tasks.rewards import reward_kind
 
-        for name, options in (OmegaConf.select(cfg, "stage.reward_options") or {}).items():
-            if "_target_" in (options or {}):
+        given = OmegaConf.select(cfg, "stage.reward_options")
+        for name, options in given.items() if OmegaConf.is_dict(given) else ():
+            if OmegaConf.is_dict(options) and "_target_" in options:
                 reward_kind(name, options, "stage.reward")
 
 

@@ -8,7 +8,7 @@ import torch
 from drawn_adapters import drawn_adapter, merged_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batches import KINDS, SEQ_LEN, check, play, run, sharp_net, small_windows, without_kernel  # noqa: F401
+from test_batches import KINDS, check, run, sharp_net, without_kernel
 from test_engine import BOS, TOKENIZER
 
 from llm.errors import UserError

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from test_batches import ARCHS, check, run, sharp_net, small_windows  # noqa: F401  (a fixture)
+from test_batches import ARCHS, check, run, sharp_net
 from test_engine import BOS, TOKENIZER
 
 from llm.inference import step_graph

@@ -194,6 +194,7 @@ def test_peaks_are_found_by_the_drivers_names():
 def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
     cfg = compose("train", "batch.micro_batch_size=auto", "model.seq_len=512", "trainer=cpu")
     config = shape(4, seq_len=512)
+    monkeypatch.setattr(os, "sysconf", lambda name: 16 << 30 if "PHYS_PAGES" in name else 1)  # bytes that are free
     assert resolve_rows(cfg, config, 48) == 16  # 24 and 48 rows are more than 8,192 tokens
     assert "batch.micro_batch_size=auto: 16 rows of 512 tokens" in capsys.readouterr().out
     monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3) if "PHYS_PAGES" in name else 1)

@@ -120,7 +120,7 @@ def test_a_reward_model_is_evaluated_and_cannot_be_served_or_chat(runs):
     last = metrics(runs, "judge", "reward")[-1]
     assert found["preferences"]["accuracy"] == pytest.approx(float(last["preference/accuracy"]))
     assert "bpb" not in found and "chat" not in found
-    assert "| preference/accuracy" in (runs / "judge" / "report.md").read_text()
+    assert "| pairs told apart" in (runs / "judge" / "report.md").read_text()
     with pytest.raises(UserError, match="stage=reward holds no model that generates text"):
         find_stage(runs, "judge", "reward")
 

@@ -184,7 +184,7 @@ def config(root, stage, run, *more):
 @pytest.mark.parametrize(
     "lines, words",
     [
-        ((), "stage.reward_options.reward_model=.*missing a required argument: 'model'"),
+        ((), "stage.reward_options.reward_model: .*missing a required argument: 'model'"),
         (("stage.reward_options={reward_model: {model: 3}}",), r"reward_model.model=3: name a model, <run>/<stage>"),
         (("stage.reward_options={reward_model: 3}",), "stage.reward_options.reward_model=3: must be a mapping"),
         (("stage.reward_options=[reward_model]",), "stage.reward_options=.*must be a mapping"),

@@ -15,7 +15,7 @@ from tasks import Task, build_task, dialogue, need
 
 
 def local(kind: str, **keys) -> dict:
-    return {"type": kind, "source": "local", **keys}
+    return {"_target_" if "." in kind else "type": kind, "source": "local", **keys}
 
 
 def write(path, *rows) -> str:
