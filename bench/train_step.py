@@ -6,7 +6,8 @@
 
 Everything runs in one process: steps in a plain loop, steps through Lightning with the callbacks of a stage, and the
 matrix product rate of which the share is given. In both loops every part of every step is timed; data and framework are
-the time that Lightning's steps took beyond their parts. Documents come from memory through the real loader, with a
+the time that Lightning's steps took beyond their parts; framework_cpu is processor time, for a machine that is not
+quiet. Documents come from memory through the real loader, with a
 tokenizer that returns stored ids. A step is 4 micro-batches, 8,192 tokens, by default; the optimizer's share is also
 given as if it were one. `--plain-logits true` adds the peak memory with a head that holds all logits in fp32. Prints a
 table and a last line of JSON.
@@ -106,18 +107,24 @@ def run_lightning(net: GPT, cfg, loader, steps: int, module: type[StepModule], *
         trainer.fit(module(net, cfg.optim, cfg.stage, context), datamodule=StepData(lambda position: loader))
 
 
-def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float]:
-    """Return the median seconds of a whole step as a stage does it, and of `training_step` within it."""
-    marks, inside = [], []
+def lightning_loop(net: GPT, cfg, loader, steps: int) -> tuple[float, float, float]:
+    """Return the median seconds of a step as a stage does it, of `training_step` in it, and of the CPU around that.
+
+    The last is processor time of the thread that trains, which other programs of a busy machine do not lengthen.
+    """
+    marks, inside, around, ended = [], [], [], []
 
     class Timed(StepModule):
         def training_step(self, batch, batch_idx):
+            if ended:
+                around.append(time.thread_time() - ended[-1])
             inside.append(_bench.seconds_of(lambda: super(Timed, self).training_step(batch, batch_idx)))
             marks.append(time.perf_counter())
+            ended.append(time.thread_time())
 
     run_lightning(net, cfg, loader, steps + WARMUP + 1, Timed)
     whole = [b - a for a, b in zip(marks[WARMUP:], marks[WARMUP + 1 :], strict=False)]
-    return _bench.median(whole), _bench.median(inside[WARMUP + 1 :])
+    return _bench.median(whole), _bench.median(inside[WARMUP + 1 :]), _bench.median(around[WARMUP:])
 
 
 def build(args) -> tuple[GPT, object]:
@@ -161,7 +168,7 @@ def measure(args) -> dict:
         peak_bytes = _bench.peak_bytes(lambda: passes_with_plain_logits(net, batch))
         memory["step_peak_mb_with_plain_logits"] = peak_bytes / 1e6
         net.zero_grad(set_to_none=True)
-    whole, inside = lightning_loop(net, cfg, loader_of(args), args.steps)
+    whole, inside, around = lightning_loop(net, cfg, loader_of(args), args.steps)
     total, tokens = sum(parts.values()), args.rows * args.seq_len * args.micro
     rate = tokens * flops_per_token(config) / total
     return (
@@ -173,6 +180,7 @@ def measure(args) -> dict:
             "forward_backward_ms": 1000 * parts["passes"],
             "optimizer_ms": 1000 * parts["update"],
             "framework_ms": 1000 * (whole - inside),
+            "framework_cpu_ms": 1000 * around,
             "tok_per_s": tokens / total,
             "flops_per_s": rate,
             "matmul_flops_per_s": peak,
@@ -180,6 +188,7 @@ def measure(args) -> dict:
             "optimizer_share": parts["update"] / total,
             "optimizer_share_of_one_micro": parts["update"] / (total - (1 - 1 / args.micro) * parts["passes"]),
             "framework_share": (whole - inside) / whole,
+            "framework_cpu_share": around / (inside + around),
             "lightning_to_plain": whole / total,
         }
         | memory

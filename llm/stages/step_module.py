@@ -59,6 +59,8 @@ class StageContext:
     options: DeviceOptions | None = None  # how the network is made ready for a device; None = it is ready
 
 
+# Weights in a checkpoint; beside an average of Lightning's callbacks, which is the state_dict, those being trained.
+WEIGHTS = {"state_dict", "current_model_state"}
 # (net, micro-batch) -> the summed loss over its units, and sums to be logged, tensors () without gradient by name.
 Objective = Callable[[GPT, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -295,7 +297,8 @@ class StepModule(L.LightningModule):
         return batch | {"micro": micro}  # the loader's state stays on the host
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["state_dict"] = self.kept(checkpoint["state_dict"])
+        for key in WEIGHTS & checkpoint.keys():
+            checkpoint[key] = self.kept(checkpoint[key])
         checkpoint["fathom"] = {
             "tokens": self.progress.tokens,
             "window": self.step_log.state_dict(),
@@ -316,6 +319,8 @@ class StepModule(L.LightningModule):
         return {name: weight for name, weight in weights.items() if is_trained(name.removeprefix("net."))}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self.net.lora is not None and checkpoint.keys() >= WEIGHTS:  # an average is loaded whole, with its base
+            checkpoint |= {key: self.state_dict() | checkpoint[key] for key in WEIGHTS}
         state = checkpoint["fathom"]
         self.progress.tokens = state["tokens"]
         self.step_log.load_state_dict(state["window"])

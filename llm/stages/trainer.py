@@ -180,7 +180,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     checkpoint = StepCheckpoint(cfg.save_every, stage_dir / "checkpoints", cfg.save_minutes)
     stop = CleanStop(checkpoint)
     chosen = {name: instantiate_part(f"callbacks.{name}", part) for name, part in cfg.callbacks.items()}
-    check_callbacks(chosen)
+    check_callbacks(chosen, cfg.strategy.name)
     if "progress" in chosen and not cfg.trainer.enable_progress_bar:
         chosen["progress"].wants_bar = False
     speed, display = ([chosen.pop(name)] if name in chosen else [] for name in ("throughput", "progress"))
@@ -217,11 +217,19 @@ def profiler(name: str | None, stage_dir: Path) -> Any:
     return None if name is None else getattr(profilers, kinds[name])(dirpath=str(stage_dir), filename="profile")
 
 
-def check_callbacks(chosen: dict[str, Any]) -> None:
-    """Raise UserError for callbacks of Lightning that cannot work where a batch is a whole optimizer step."""
+def check_callbacks(chosen: dict[str, Any], strategy: str) -> None:
+    """Raise UserError for callbacks of Lightning that cannot work where a batch is a whole optimizer step.
+
+    An average of weights is a copy of the whole network, which `strategy` fsdp has on no process.
+    """
     from lightning.pytorch import callbacks as lightning_callbacks
 
+    from llm.parallel import collectives
+
+    shards = strategy == "fsdp" and collectives.world_size() > 1
     for key, callback in chosen.items():
+        if shards and isinstance(callback, lightning_callbacks.WeightAveraging):
+            raise UserError(f"callbacks.{key}: no process has all weights with strategy=fsdp; use strategy=muon or ddp")
         for name, instead in REFUSED_CALLBACKS.items():
             if isinstance(callback, getattr(lightning_callbacks, name)):
                 raise UserError(f"callbacks.{key}: {name} does not work with one optimizer step a batch; {instead}")

@@ -1,15 +1,18 @@
 """Habits of users of Lightning: callbacks and keywords from the configuration, and a Trainer by hand."""
 
 import math
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from conftest import compose
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+import yaml
+from conftest import compose, run_cli
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from small_training import Numbers, StepData, fit, make_module, rows, step_batch
+from processes import run_python
+from small_training import OPTIM, STAGE, Numbers, StepData, fit, make_module, net, rows, step_batch
 from stages_by_conf import BPB, stage, trained
 
 from callbacks.progress import Progress
@@ -17,7 +20,11 @@ from llm.checkpoint.resume import list_checkpoints
 from llm.config.renamed import LIGHTNING_KEYS, renamed_key
 from llm.config.schema import known_keys
 from llm.errors import UserError
-from llm.stages.step_module import StepModule
+from llm.model.lora import LoRA, add_adapter
+from llm.stages.common import BuiltStage
+from llm.stages.step_module import StageContext, StepModule
+from llm.stages.trainer import build_trainer, check_callbacks
+from llm.stages.trainer import fit as resume
 
 LIGHTNING = "lightning.pytorch.callbacks"
 BY_HAND = {
@@ -126,6 +133,35 @@ def test_averaged_weights_are_evaluated_and_handed_over(config, tmp_path):
     assert not torch.equal(*weights)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
+def test_averages_resume_exactly(config, tmp_path, name, rank):
+    cfg = config.copy()
+    cfg.save_every, cfg.callbacks = 2, callback(name, **({"decay": 0.5} if name.startswith("EMA") else {}))
+
+    def go() -> StepModule:
+        network = net() if rank is None else add_adapter(net(), LoRA(rank, lr=0.01), 0)
+        module = StepModule(network, OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), 6, 8))
+        module.context.val_batches = step_batch(99)["micro"]
+        built = BuiltStage(module, StepData(Numbers), {})
+        resume(build_trainer(cfg, tmp_path, built)[0], built, tmp_path)
+        return module
+
+    whole = go()
+    (tmp_path / "checkpoints" / "step_000006.ckpt").unlink()
+    saved = torch.load(tmp_path / "checkpoints" / "step_000004.ckpt", weights_only=True)
+    assert all(("lora" in key) is (rank is not None) for key in saved["current_model_state"])
+    assert all(map(torch.equal, whole.net.parameters(), go().net.parameters()))
+
+
+def test_an_average_of_weights_is_refused_where_they_are_sharded(monkeypatch):
+    monkeypatch.setattr("llm.parallel.collectives.world_size", lambda: 2)
+    averaging = {"mine": EMAWeightAveraging()}
+    check_callbacks(averaging, "muon")
+    with pytest.raises(UserError, match="callbacks.mine: no process has all weights with strategy=fsdp; use strategy="):
+        check_callbacks(averaging, "fsdp")
+
+
 class Mine(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.log("mine", float(trainer.callback_metrics.get("loss", 0.0)) + 1)
@@ -155,10 +191,8 @@ def test_callbacks_that_cannot_work_say_what_does(config, tmp_path, name, option
     if name == "GradientAccumulationScheduler":
         from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-        from llm.stages.trainer import check_callbacks
-
         with pytest.raises(UserError, match=f"callbacks.mine: {name} .*{instead}"):
-            check_callbacks({"mine": GradientAccumulationScheduler(**options)})
+            check_callbacks({"mine": GradientAccumulationScheduler(**options)}, "single")
         return
     with pytest.raises(UserError, match=f"callbacks.mine: {name} .*{instead}"):
         trained(config, tmp_path, callbacks=callback(name, **options))
@@ -327,6 +361,25 @@ def test_the_validation_loop_of_a_trainer_by_hand_stops_early():
     assert trainer.global_step < 50 and math.isfinite(trainer.callback_metrics["bpb"])
 
 
+def test_a_data_module_alone_serves_both_kinds_of_batches():
+    data = stage().data
+    data.setup("fit")
+    assert {"micro", "n_trained"} <= set(next(iter(data.train_dataloader())))
+    assert [batch["inputs"].shape for batch in data.val_dataloader()] == [(2, 8), (2, 8)]
+    assert StepData(Numbers).val_dataloader() == []
+
+
+def test_hyperparameters_are_in_the_module_its_checkpoints_and_a_csv_logger(tmp_path):
+    built = stage(3, {"seed": 5, "model": {"depth": 2}})
+    told = {"seed": 5, "model": {"depth": 2}, "derived": {"steps": 3}}
+    logger, saver = CSVLogger(tmp_path), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
+    trainer = L.Trainer(**(BY_HAND | {"logger": logger, "enable_checkpointing": True}), callbacks=[saver])
+    trainer.fit(built.module, datamodule=built.data)
+    assert dict(built.module.hparams) == told and built.module.tokens_seen == 3 * 32
+    assert torch.load(saver.best_model_path, weights_only=True)["hyper_parameters"] == told
+    assert yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text()) == told
+
+
 def test_forward_gives_logits():
     assert make_module()(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 70)
 
@@ -368,3 +421,33 @@ def test_without_a_bar_there_are_lines_and_lightnings_bar_is_refused(config, tmp
     assert not shown.wants_bar
     with pytest.raises(UserError, match="enable_progress_bar=False"):
         trained(config, tmp_path, 2, callbacks=callback("RichProgressBar"), enable_progress_bar=False)
+
+
+# ----- real processes
+
+
+@pytest.mark.slow
+def test_a_callback_a_keyword_a_logger_and_a_trainer_by_hand_in_real_processes(tmp_path):
+    """One run with a habit of each kind, then a notebook's lines on what it left."""
+    tiny = ["experiment=tiny", "trainer=cpu", f"paths.runs={tmp_path}", "run=mine"]
+    done = run_cli("train.py", *tiny, "stage=tokenizer", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stopping = "callbacks.early={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: bpb, mode: max}"
+    habits = [f"+{stopping}", "trainer.gradient_clip_val=1.0", "trainer.profiler=simple", "logger=tensorboard"]
+    steps = ["max_steps=40", "stage.eval_every=2"]
+    done = run_cli("train.py", *tiny, "stage=pretrain", *steps, *habits, cwd=tmp_path, fresh=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "mine" / "pretrain"
+    assert int(rows(folder)[-1]["step"]) < 40 and (folder / "model").is_dir()
+    assert list((folder / "tensorboard").glob("events*")) and list(folder.glob("*profile*"))
+    code = f"""
+import torch
+from llm.stages.step_module import StepModule
+from llm.checkpoint.resume import list_checkpoints
+from pathlib import Path
+module = StepModule.load_from_checkpoint(list_checkpoints(Path({str(folder)!r}) / "checkpoints")[-1][1])
+print(module.hparams["derived"]["steps"], *module(torch.zeros(1, 8, dtype=torch.long)).shape)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-4:] == ["40", "1", "8", "384"]
