@@ -74,12 +74,14 @@ def test_train_by_hand():
     assert names["trainer"].global_step == 2 and 0 < names["scores"]["bpb"] < 8
 
 
+@pytest.mark.slow
 def test_read_and_plot_runs():
     names = run_here("read_and_plot_runs")
     assert names["mine"]["steps"].tolist() == [2, 2, 2] and len(names["final"]) == 3
     assert names["scores"]["bpb"].value > 0
 
 
+@pytest.mark.slow
 def test_colab_goes_on_after_a_disconnect_that_loses_the_disk(folder, monkeypatch):
     """The run is stopped, its folder is lost, and the same cell finds the copy."""
     monkeypatch.setenv("FATHOM_WORK", str(folder / "colab"))
