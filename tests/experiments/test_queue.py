@@ -317,7 +317,7 @@ def test_the_ledger_holds_every_hypothesis_with_its_mean_and_verdict(queue, tmp_
 def test_real_trainings_survive_a_killed_worker(tmp_path):
     words = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "run=a"]
     assert run(tmp_path, "add", "stage=tokenizer", *words) == 0
-    more = ["stage=pretrain", "seed=1,2", "max_steps=60", "save_every=5"]
+    more = ["stage=pretrain", "init_from=a/tokenizer", "seed=1,2", "max_steps=60", "save_every=5"]
     assert run(tmp_path, "add", "-m", "--after", "1", *more, *words) == 0
     line = [sys.executable, "-m", "llm.experiments.queue", "run", "--queue", str(tmp_path / "q.sqlite")]
     started = processes.start(*line, cwd=REPO)
