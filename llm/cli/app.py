@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llm.cli.compose import find_sources, parse, quote_raw, search_path, whole_mixtures, without_groups
+from llm.cli.compose import find_sources, parse, quote_raw, search_path, unwrap_names, whole_mixtures, without_groups
 from llm.cli.help import help_text
 from llm.cli.overrides import Command, check_overrides, no_value
 from llm.cli.sweep import best_of_search, job_title, separate_run
@@ -213,7 +213,7 @@ def _job(config_name: str, target: Target, command: Command) -> Callable[[Any], 
             title = job_title(swept, lines, number)
             print(f"\n== {title}", flush=True)
         try:
-            _unwrap_names(cfg)
+            unwrap_names(cfg)
             note_settings(cfg, parse(_settings()))
             note_origin(cfg, config_name, _choices(), command.sources)
             trust_command(cfg)
@@ -282,13 +282,3 @@ def _place_in_sweep(swept: Sequence[Any]) -> tuple[int, list[str]]:
     lines = [line for line in HydraConfig.get().overrides.task if line.partition("=")[0] in keys]
     lines = [re.sub(r"=\{name:'?(.*?)'?\}$", r"=\1", line) for line in lines]  # as `without_groups` wrapped them
     return HydraConfig.get().job.num, lines
-
-
-def _unwrap_names(cfg: Any) -> None:
-    """Put back the plain values of keys that share their name with a group: `stage=sft` of evaluate.py is a name."""
-    from omegaconf import DictConfig, OmegaConf
-
-    schema = OmegaConf.get_type(cfg)
-    for name, spec in schema.__dataclass_fields__.items():
-        if spec.metadata.get("no_group") and isinstance(cfg[name], DictConfig):
-            cfg[name] = cfg[name].name

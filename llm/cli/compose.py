@@ -110,6 +110,16 @@ def without_groups(config_name: str, argv: Sequence[str]) -> list[str]:
     return [wrap(arg) for arg in argv if arg.partition("=")[0] not in names or not arg.endswith("=null")]
 
 
+def unwrap_names(cfg: Any) -> None:
+    """Put back the plain values of keys that share their name with a group: `stage=sft` of evaluate.py is a name."""
+    from omegaconf import DictConfig, OmegaConf
+
+    schema = OmegaConf.get_type(cfg)
+    for name, spec in schema.__dataclass_fields__.items():
+        if spec.metadata.get("no_group") and isinstance(cfg[name], DictConfig):
+            cfg[name] = cfg[name].name
+
+
 def whole_mixtures(config_name: str, argv: Sequence[str], sources: Sources = OURS) -> list[str]:
     """Return `argv` with `~data.mixture.sft.<task>` for every task before `data.mixture.sft={...}`.
 

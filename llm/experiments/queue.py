@@ -12,18 +12,19 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from llm.cli.compose import compose, find_sources, quote_raw, quoted, whole_mixtures, without_groups
+from llm.cli.compose import compose, find_sources, quote_raw, quoted, unwrap_names
 from llm.cli.overrides import check_overrides
 from llm.cli.sweep import lines_of, separate_run
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.experiments.queue_store import Job, NewJob, Queue
+from llm.experiments.queue_store import OPEN, Job, NewJob, Queue
 from llm.experiments.worker import METRIC, log_of, waiting, work
 from llm.run.stage_folder import RunDir, stage_before
 from llm.utils.format import print_table, value
@@ -69,49 +70,67 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def jobs_of(words: Sequence[str], script: str = "train", multirun: bool = False, **options: Any) -> list[NewJob]:
+def jobs_of(
+    words: Sequence[str],
+    script: str = "train",
+    multirun: bool = False,
+    queued: Mapping[str, int] = MappingProxyType({}),
+    **options: Any,
+) -> list[NewJob]:
     """Check settings like the command line of train.py or evaluate.py, and return a job for every combination.
 
-    Jobs of one run follow each other: one that starts from the stage of an earlier one needs it. options: further
-    fields of `NewJob`. Raises UserError for a setting that train.py would refuse, and for a sweep without multirun.
+    A job needs the job that writes the stage it starts from or scores: an earlier one of these, or one of `queued`, the
+    stage folders that open jobs write and their numbers. options: further fields of `NewJob`. Raises UserError for a
+    setting that train.py would refuse, and for a sweep without multirun.
     """
     command = check_overrides(script, [*(["-m"] if multirun else []), *words])
     if command.searches or command.launcher != "basic":
         raise UserError("a queue takes lists of values; leave hydra/sweeper and hydra/launcher out")
     swept = {override.input_line: lines_of(override) for override in command.swept}
     single = [word for word in words if word not in swept]
-    jobs, writes = [], {}
+    jobs, writes = [], dict(queued)
     for chosen in product(*swept.values()):
         settings = [*single, *chosen]
         sources, argv = find_sources(script, quote_raw(script, settings))
-        cfg = compose(script, without_groups(script, whole_mixtures(script, argv, sources)), sources)
+        cfg = compose(script, argv, sources)
+        unwrap_names(cfg)
+        root, folder, read = Path(cfg.paths.runs).resolve(), None, {}
         if script == "evaluate":
-            jobs.append(NewJob(settings, script, os.getcwd(), **options))
-            continue
-        separate_run(cfg, list(chosen))
-        run = cfg.run or f"d{cfg.model.depth}"
-        if chosen:
-            own = {"run": run} | ({"init_from": cfg.init_from} if cfg.init_from else {})
-            settings = [word for word in settings if word.split("=")[0] not in own]
-            settings += [f"{key}={quoted(value)}" for key, value in own.items()]
-        root = RunDir(Path(cfg.paths.runs).resolve(), run)
-        folder = str(root.path / cfg.stage.name) if row_or_stranger(cfg.stage.name).in_run else None
-        parent = _parent_folder(cfg, root)
+            parent = str(root / (cfg.run or "") / (cfg.stage or ""))
+        else:
+            parent, settings = _placed(cfg, settings, chosen, root, writes)
+            folder = str(root / cfg.run / cfg.stage.name) if row_or_stranger(cfg.stage.name).in_run else None
+            read = {"metric": cfg.objective, "mode": cfg.objective_mode}
         needs = (*options.get("needs", ()), *([writes[parent]] if parent in writes else []))
-        read = {"metric": cfg.objective, "mode": cfg.objective_mode}
         jobs.append(NewJob(settings, script, os.getcwd(), folder, **(read | options | {"needs": needs})))
         if folder:
             writes[folder] = -len(jobs)
     return jobs
 
 
-def _parent_folder(cfg: Any, root: RunDir) -> str | None:
-    """Return the stage folder that a stage starts from, as its settings name it; None where it is no stage."""
-    before = stage_before(cfg)
+def _placed(
+    cfg: Any, settings: list[str], chosen: Sequence[str], root: Path, writes: Mapping[str, int]
+) -> tuple[str | None, list[str]]:
+    """Name the run and the parent of a job, as a sweep of train.py does for its values `chosen`; changes `cfg`.
+
+    A run of a sweep that lacks the stage before shares that of the sweep's own name, if that is finished or one of
+    `writes`. Returns the stage folder that the job starts from (None = from none), and its settings.
+    """
+    shared, before = cfg.run or f"d{cfg.model.depth}", stage_before(cfg)
+    separate_run(cfg, list(chosen))
+    cfg.run = cfg.run or shared
+    own = RunDir(root, cfg.run)
+    if cfg.init_from is None and before and before not in own.finished() and str(own.path / before) not in writes:
+        if str(root / shared / before) in writes and shared != cfg.run:
+            cfg.init_from = f"{shared}/{before}"
+    if chosen:
+        named = {"run": cfg.run} | ({"init_from": cfg.init_from} if cfg.init_from else {})
+        settings = [word for word in settings if word.split("=")[0] not in named]
+        settings += [f"{key}={quoted(value)}" for key, value in named.items()]
     if cfg.init_from is None:
-        return None if before is None else str(root.path / before)
+        return None if before is None else str(own.path / before), settings
     run, _, stage = str(cfg.init_from).partition("/")
-    return str(Path(root.root) / run / (stage or before or ""))
+    return str(root / run / (stage or before or "")), settings
 
 
 def _add(queue: Queue, args: argparse.Namespace) -> int:
@@ -121,7 +140,8 @@ def _add(queue: Queue, args: argparse.Namespace) -> int:
     options |= {"prune_after": args.prune_after, "needs": tuple(_numbers(args.after.split(","), "--after"))}
     if args.prune_after is not None and not args.family:
         raise UserError(f"--prune-after {args.prune_after}: name the jobs to compare with, --family <name>")
-    jobs = jobs_of(args.words, args.script, args.multirun, **options)
+    queued = {job.folder: job.id for job in queue.jobs() if job.folder and job.state in OPEN}
+    jobs = jobs_of(args.words, args.script, args.multirun, queued, **options)
     numbers = queue.add(jobs, args.first)
     if args.json:
         _print_json([_as_json(queue, number) for number in numbers])

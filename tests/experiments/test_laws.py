@@ -75,7 +75,7 @@ def test_an_interval_holds_the_middle():
 
 @pytest.mark.slow
 def test_intervals_hold_as_many_new_runs_as_promised():
-    """Of 80 held-out runs of twice and three times the largest size, about 95 % lie within their intervals."""
+    """Intervals hold about 95 % of 80 held-out runs, of twice and three times the largest size."""
     held, wrong = 0, []
     for seed in range(40):
         points = series(noise=0.003, seed=seed)

@@ -278,6 +278,19 @@ def test_a_sweep_becomes_jobs_with_runs_of_their_own(tmp_path, capsys):
     assert run(tmp_path, "list") == 0 and "waits for 1 (queued)" in capsys.readouterr().out
 
 
+def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsys):
+    words = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "run=a"]
+    assert run(tmp_path, "add", "stage=tokenizer", *words) == 0
+    assert run(tmp_path, "add", "-m", "stage=pretrain,sft", *words) == 0
+    assert run(tmp_path, "add", "-m", "stage=pretrain", "seed=1,2", *words) == 0
+    assert run(tmp_path, "add", "--script", "evaluate", words[1], "run=a", "stage=pretrain") == 0
+    tokenizer, pretrain, sft, one, two, scored = Queue(tmp_path / "q.sqlite").jobs()
+    assert pretrain.needs == (tokenizer.id,) and scored.needs == (pretrain.id,)
+    assert one.needs == two.needs == (tokenizer.id,)
+    assert "init_from='a/tokenizer'" in one.settings and "run='a-seed=1'" in one.settings
+    assert not sft.needs, "sft of this experiment starts from midtrain, which no job makes"
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -317,8 +330,8 @@ def test_the_ledger_holds_every_hypothesis_with_its_mean_and_verdict(queue, tmp_
 def test_real_trainings_survive_a_killed_worker(tmp_path):
     words = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "run=a"]
     assert run(tmp_path, "add", "stage=tokenizer", *words) == 0
-    more = ["stage=pretrain", "init_from=a/tokenizer", "seed=1,2", "max_steps=60", "save_every=5"]
-    assert run(tmp_path, "add", "-m", "--after", "1", *more, *words) == 0
+    more = ["stage=pretrain", "seed=1,2", "max_steps=60", "save_every=5"]
+    assert run(tmp_path, "add", "-m", *more, *words) == 0  # they share the tokenizer that job 1 will make
     line = [sys.executable, "-m", "llm.experiments.queue", "run", "--queue", str(tmp_path / "q.sqlite")]
     started = processes.start(*line, cwd=REPO)
     folder = tmp_path / "runs" / "a-seed=1" / "pretrain"

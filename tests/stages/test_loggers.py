@@ -29,7 +29,7 @@ SAMPLES = {"samples": {"_target_": "callbacks.samples.Samples", "every": 2}}
 
 
 class Stored(NamedTuple):
-    """What a logger kept: hyperparameters, metrics by step, the text of samples by step, the final table."""
+    """Content of a logger: hyperparameters, metrics by step, the text of samples by step, the final table."""
 
     hparams: dict
     metrics: dict[int, dict[str, float]]
@@ -345,5 +345,7 @@ def test_many_loggers_at_once():
     assert list(cfg.logger) == ["tensorboard", "wandb", "mlflow"]
 
 
-def test_a_logger_that_keeps_no_tables_is_passed_over():
-    log_table([Bare()], "samples", ["prompt"], [["a"]], 1)
+def test_a_logger_that_keeps_no_tables_is_passed_over(tmp_path):
+    bare, keeper = Bare(), Keeper(str(tmp_path))
+    log_table([bare, keeper], "samples", ["prompt"], [["a"]], 1)
+    assert not bare.tables and not bare.rows and len(keeper.tables) == 1
