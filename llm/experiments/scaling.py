@@ -47,22 +47,29 @@ class Job:
 
 @dataclass
 class Series:
-    """A family of runs with one tokenizer: the depths that are fitted, those held out, and the budgets in FLOPs."""
+    """A family of runs with one tokenizer: depths that are fitted and depths held out, with their budgets in FLOPs."""
 
     name: str
     depths: list[int]
     held_out: list[int]
     flops: list[float]
+    held_out_flops: list[float]
     lr_fracs: list[float]
     runs: Path
     settings: list[str]
     skipped: list[str] = field(default_factory=list)
 
+    def budgets(self) -> dict[int, list[float]]:
+        """Return the budgets of every depth, small ones first."""
+        of = dict.fromkeys(self.depths, self.flops) | dict.fromkeys(self.held_out, self.held_out_flops)
+        return {depth: of[depth] for depth in sorted(of)}
+
     def jobs(self) -> list[Job]:
-        """Return all runs, small budgets first; those that compare learning rates take the smallest budget."""
-        depths = sorted(self.depths + self.held_out)
-        jobs = [Job(depth, flops) for flops in sorted(self.flops) for depth in depths]
-        return jobs + [Job(depth, min(self.flops), frac) for depth in depths for frac in self.lr_fracs if frac != 1]
+        """Return all runs, small budgets first; those that compare learning rates take a depth's smallest budget."""
+        of = self.budgets()
+        jobs = [Job(depth, flops) for depth, budgets in of.items() for flops in budgets]
+        jobs.sort(key=lambda job: job.flops)
+        return jobs + [Job(depth, of[depth][0], frac) for depth in of for frac in self.lr_fracs if frac != 1]
 
 
 def budget(flops: float) -> str:
@@ -94,6 +101,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     parser.add_argument("--held-out", type=_whole, default="", help="depths that are run to test predictions")
     parser.add_argument("--flops", type=_real, required=True, help="training FLOPs of a run, several budgets")
     parser.add_argument(
+        "--held-out-flops", type=_real, default="", help="budgets of the depths held out (default: all of --flops)"
+    )
+    parser.add_argument(
         "--predict", default="", metavar="DEPTH:FLOPS,...", help="models whose loss is predicted and not run"
     )
     parser.add_argument(
@@ -110,12 +120,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
             raise UserError(f"--depths {depth}: must be at least 1")
     if both := set(args.depths) & set(args.held_out):
         raise UserError(f"--held-out {min(both)}: is also one of --depths; a depth is either fitted or held out")
-    for option, values in {"--flops": args.flops, "--lr-fracs": args.lr_fracs}.items():
+    if args.held_out_flops and not args.held_out:
+        raise UserError("--held-out-flops: no depth is held out; name them with --held-out")
+    positive = {"--flops": args.flops, "--held-out-flops": args.held_out_flops, "--lr-fracs": args.lr_fracs}
+    for option, values in positive.items():
         if any(not 0 < number < float("inf") for number in values):
             raise UserError(f"{option} {','.join(f'{x:g}' for x in values)}: all must be positive numbers")
     wanted = [_wanted(text) for text in filter(None, args.predict.split(","))]
+    flops = sorted(set(args.flops))
+    held_out_flops = sorted(set(args.held_out_flops)) or flops
     series = Series(
-        args.name, args.depths, args.held_out, sorted(set(args.flops)), args.lr_fracs, args.runs, args.settings
+        args.name, args.depths, args.held_out, flops, held_out_flops, args.lr_fracs, args.runs, args.settings
     )
     check_overrides("train", _overrides(series, series.jobs()[0]))
     return series, wanted
@@ -336,8 +351,8 @@ def _rates(series: Series) -> dict[str, Any]:
     """Print bpb by depth and factor on the learning rates, and whether one factor is best at all depths."""
     fracs = sorted({1.0, *series.lr_fracs})
     table, best = {}, {}
-    for depth in sorted(series.depths + series.held_out):
-        jobs = {frac: Job(depth, min(series.flops), frac) for frac in fracs}
+    for depth, budgets in series.budgets().items():
+        jobs = {frac: Job(depth, budgets[0], frac) for frac in fracs}
         losses = {
             frac: _point(_folder(series, job), job).loss
             for frac, job in jobs.items()
@@ -351,7 +366,7 @@ def _rates(series: Series) -> dict[str, Any]:
         if losses
     ]
     header = ["model", *(f"x {frac:g}" for frac in fracs), "best"]
-    print_table(header, rows, f"Bits per byte by factor on all learning rates, at {budget(min(series.flops))} FLOPs")
+    print_table(header, rows, "Bits per byte by factor on all learning rates, at the smallest budget of each depth")
     places = [fracs.index(frac) for frac in best.values() if frac is not None]
     steps = max(places) - min(places)
     verdict = "rates transfer over depth" if steps <= 1 else "rates do not transfer over depth"

@@ -74,6 +74,14 @@ def test_a_series_is_run_once_and_predicts_what_it_did_not_fit(tmp_path, trained
     assert series(tmp_path) == 0 and not trained, "what is finished was run again"
 
 
+def test_depths_held_out_have_budgets_of_their_own(tmp_path, trained):
+    assert series(tmp_path, "--held-out-flops", "4e11", "--lr-fracs", "0.5") == 0
+    told = read_json(tmp_path / "s" / "scaling.json")
+    assert len(told["points"]) == 9 and [point["budget"] for point in told["held_out"]] == [4e11]
+    changed = {(line["model"], line["stage.target_flops"]) for line in trained if line.get("stage.lr_frac") == "0.5"}
+    assert changed == {("d1", "1e+11"), ("d2", "1e+11"), ("d3", "1e+11"), ("d4", "4e+11")}
+
+
 def test_more_than_one_pass_over_the_text_is_skipped_and_said(tmp_path, trained, capsys):
     assert series(tmp_path, "--flops", "1e11,2e11,4e11,1e14") == 0
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
@@ -92,6 +100,11 @@ def test_other_settings_are_another_series(tmp_path, trained, capsys):
     ("words", "line"),
     [
         (["--flops", "0"], "--flops 0: all must be positive numbers"),
+        (["--flops", "1e11", "--held-out-flops", "2e11"], "--held-out-flops: no depth is held out"),
+        (
+            ["--flops", "1e11", "--held-out", "9", "--held-out-flops", "0"],
+            "--held-out-flops 0: all must be positive numbers",
+        ),
         (["--flops", "1e11", "--lr-fracs", "-1"], "--lr-fracs -1: all must be positive numbers"),
         (["--flops", "1e11", "--depths", "0"], "--depths 0: must be at least 1"),
         (["--flops", "1e11", "--held-out", "3"], "--held-out 3: is also one of --depths"),
