@@ -1,7 +1,7 @@
 """Causal bf16 attention on a CPU by our own C++ kernel, fused_attention_cpu.cpp: scores never leave the cache.
 
 It takes processors that multiply pairs of bf16 numbers (AVX512-BF16), heads of a multiple of 64 channels, windows and
-document masks; elsewhere `llm.model.attention_cpu` computes the same by torch's matrix products. Scores and sums are
+document masks; elsewhere `llm.model.attention_cpu` computes attention by torch's matrix products. Scores and sums are
 fp32; probabilities and their gradients are rounded to bf16 for the products. What is kept for the backward pass is the
 output and one number per query. Numbers: docs/lab_notebook.md.
 """

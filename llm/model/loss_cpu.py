@@ -1,6 +1,6 @@
 """The loss of rows of logits on a CPU by our own C++ kernel, loss_cpu.cpp: two passes over a row in the cache.
 
-torch.compile's form of the same computes about five times as long: it keeps no row in the cache between its passes.
+torch.compile's code takes about four times as long: it keeps no row in the cache between its passes.
 """
 
 import ctypes
