@@ -7,7 +7,7 @@ from pathlib import Path
 from llm.cli.hydra_plugins import missing_plugin
 from llm.cli.options import CONF, config_groups, group_options, no_option, unknown_key
 from llm.config.renamed import renamed_key
-from llm.config.schema import known_keys
+from llm.config.schema import known_keys, owners
 
 
 def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,)) -> str:
@@ -35,6 +35,10 @@ def explain(config_name: str, error: Exception, folders: Sequence[Path] = (CONF,
     if full_key and (problem := renamed_key(full_key[1])):
         return place + problem
     if full_key and re.search(r"Key '[^']*' (not in|is not in)", text):
+        group, _, rest = full_key[1].partition(".")
+        if rest and (at_home := owners(full_key[1])):
+            advice = "; give it in conf/experiment/<experiment>/<stage>.yaml" if group == "stage" else ""
+            return f"{place}{full_key[1]}: only {group}={' or '.join(at_home)} has this key{advice}"
         return place + unknown_key(config_name, full_key[1], known_keys(config_name))
     if full_key and "is not Optional" in text:
         group = f"; a group is left out by `- override /{full_key[1]}: null` in the file's defaults list"

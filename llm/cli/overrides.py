@@ -16,7 +16,7 @@ from llm.cli.options import CONF, Sources, config_groups, group_options, listed,
 from llm.cli.sweep import check_sweep_kinds, expand_glob, lines_of, sweep_params, values_of
 from llm.config.check import check_model_size, check_task_names, check_values, shown
 from llm.config.renamed import renamed_key
-from llm.config.schema import VARIANTS, known_keys
+from llm.config.schema import known_keys, owners
 from llm.errors import UserError
 
 # Groups that take one name, and what a list is written as instead.
@@ -354,12 +354,12 @@ def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> st
     from omegaconf import DictConfig, OmegaConf
 
     group, _, rest = name.partition(".")
-    owners = [option for option, schema in VARIANTS.get(group, {}).items() if rest in schema.__dataclass_fields__]
-    if owners and config_name == "train":
+    at_home = owners(name)
+    if at_home and config_name == "train":
         here = cfg[group].name
         advice = "give it in a command of its own or in conf/experiment/<experiment>/<stage>.yaml"
         tail = f"; {advice}" if group == "stage" and any(line.startswith("stage=") for line in choice) else ""
-        return f"{name}: only {group}={' or '.join(owners)} has this key, not {group}={here}{tail}"
+        return f"{name}: only {group}={' or '.join(at_home)} has this key, not {group}={here}{tail}"
     if OmegaConf.select(cfg, group) is None and group in cfg and rest:
         return f"{name}: choose {group}=<option> first ({', '.join(group_options(group))})"
     above = name.rpartition(".")[0]

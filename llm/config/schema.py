@@ -371,6 +371,12 @@ VARIANTS: dict[str, Mapping[str, type]] = {
 }
 
 
+def owners(name: str) -> list[str]:
+    """Return the options of its group, as in stage or optim, that have the dotted key `name`."""
+    group, _, rest = name.partition(".")
+    return [option for option, schema in VARIANTS.get(group, {}).items() if rest in schema.__dataclass_fields__]
+
+
 def root_schema(config_name: str) -> type:
     """Return the schema of an entry point, in which `data.mixture` has the keys of every chat stage of the table."""
     return _root_schema(config_name, tuple(chat_mixtures()))
