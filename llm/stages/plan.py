@@ -65,6 +65,7 @@ def check_pretraining(cfg, config: GPTConfig) -> None:
     """Raise UserError for a horizon or a step that cannot be, or best weights that nobody measures."""
     planned = plan(cfg, config.vocab_size)
     check_keeps_best(cfg)
+    check_average(cfg)
     check_step(cfg, planned.batch_tokens)
 
 
@@ -120,6 +121,21 @@ def check_keeps_best(cfg) -> None:
         raise UserError(
             "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
             "stage.eval_every=100, or stage.keep_best=null"
+        )
+
+
+def check_average(cfg) -> None:
+    """Raise UserError for a share of no average of weights, and for an average where no process has all weights."""
+    steps, share = cfg.stage.get("average_steps"), cfg.stage.get("average_share")
+    if share is not None and steps is None:
+        raise UserError(
+            f"stage.average_share={share}: there is no average to take a share of; set stage.average_steps=100, or "
+            "leave it out"
+        )
+    if steps is not None and cfg.strategy.name == "fsdp" and processes(cfg) > 1:
+        raise UserError(
+            f"stage.average_steps={steps}: no process has all weights with strategy=fsdp; use strategy=muon or ddp, or "
+            "set stage.average_steps=null"
         )
 
 
