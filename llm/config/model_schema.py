@@ -183,6 +183,19 @@ class MuonAdamWConfig(AdamConfig):
         "Muon: multiply the weight decay of a tall matrix by sqrt(rows / columns), like the learning rate; false = "
         "not, as torch.optim.Muon"
     )
+    soap_beta: float | None = key(
+        "SOAP-Muon: averaging factor of the gradients' covariances, in whose eigenbasis the momentum is divided by its "
+        "root mean square before it is made orthogonal; null = off",
+        above=0,
+        below=1,
+    )
+    soap_every: int | None = key("SOAP-Muon: steps between turns of the eigenbases; null = 10", low=1, high=10**6)
+    muon2_beta: float | None = key(
+        "Muon^2: averaging factor of the squared gradients, by whose root the momentum is divided before it is made "
+        "orthogonal; null = off",
+        above=0,
+        below=1,
+    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch import nn
 from llm.config.registries import OPTIMIZERS
 from llm.errors import UserError
 from llm.optim.muon_adamw import MUON_NEEDS
+from llm.optim.muon_switches import DETAILS, SWITCHES
 from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import adam_lr_scale
 
@@ -93,6 +94,8 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
             group = {"kind": "adamw", "params": kinds[kind], "lr": lr, "betas": tuple(betas)}
             groups.append(group | {"eps": optim.eps, "weight_decay": own_decay, "fixed_lr": kind == "smear"})
     muon = {name: optim[name] for name in MUON_NEEDS if name != "in_bf16"}
+    muon |= {name: optim[name] for name in SWITCHES if name in optim}
+    check_switches(muon)
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr}
     muon |= {"in_bf16": net.compute_dtype == torch.bfloat16}
     return [*groups, muon | {"weight_decay": optim.weight_decay, "decays": True}]
@@ -133,6 +136,16 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
         place = next((kind for start, kind in places.items() if name.startswith(start)), None)
         kinds[place or ("matrices" if p.ndim == 2 else "vectors")].append(p)
     return kinds
+
+
+def check_switches(group: dict) -> None:
+    """Raise UserError for a detail of a switch of Muon that is off."""
+    for name, switch, value in DETAILS:
+        if group.get(name) is not None and group.get(switch) is None:
+            raise UserError(
+                f"optim.{name}={group[name]}: it belongs to optim.{switch}, which is off; set optim.{switch}={value}, "
+                "or leave it out"
+            )
 
 
 def check_groups(net: nn.Module, groups: list[dict]) -> None:

@@ -2,12 +2,14 @@
 
 Muon (Keller Jordan et al., 2024): momentum, then the nearest semi-orthogonal matrix instead of the raw update. Matrices
 of one shape are stacked and updated together. Around the orthogonalisation, each by its own switch: row equilibration,
-a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weight decay (arXiv 2510.12402).
+a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weight decay (arXiv 2510.12402). Further
+switches, off by default, are in `llm.optim.muon_switches`.
 """
 
 import torch
 from torch.optim.adamw import adamw as fused_adamw
 
+from llm.optim.muon_switches import SWITCHES, muon2, soap, switch_state
 from llm.optim.update_rules import ElementwiseRule, MatrixRule, decay_and_add
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic tuned for slope at zero; singular values end in about [0.7, 1.2]
@@ -73,13 +75,16 @@ def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: f
 
 
 def muon_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return Muon's state of a matrix (r, c): its momentum, and NorMuon's second moment (r, 1) or (1, c) in fp32."""
+    """Return Muon's state of a matrix (r, c): its momentum, and what its switches need.
+
+    NorMuon's second moment is (r, 1) or (1, c), in fp32.
+    """
     rows, cols = matrix.shape
     state = {"momentum_buffer": torch.zeros_like(matrix)}
     if group["normuon_beta2"] is not None:
         shape = (rows, 1) if rows >= cols else (1, cols)
         state["second_moment"] = matrix.new_zeros(shape, dtype=torch.float32)
-    return state
+    return state | switch_state(group, matrix)
 
 
 def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
@@ -88,6 +93,10 @@ def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
     buffers = [s["momentum_buffer"] for s in states]
     torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
     update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
+    if group["soap_beta"] is not None:
+        update = soap(group, update, torch.stack(grads), states)
+    if group["muon2_beta"] is not None:
+        update = muon2(group, update, torch.stack(grads), states)
     dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
     if group["row_normalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
         margin = group["norm_margin"] or NORM_MARGIN[method]
@@ -155,5 +164,5 @@ def adamw_update(group: dict, params: list[torch.Tensor], grads: list[torch.Tens
 # coupled_decay (tall matrices decay at the rate of their update)
 MUON_NEEDS = ("momentum", "ns_steps", "orthogonalizer", "norm_margin", "in_bf16")
 MUON_NEEDS += ("row_normalize", "normuon_beta2", "renormalize", "cautious", "coupled_decay")
-MUON = MatrixRule(muon_step, muon_state, muon_apply, MUON_NEEDS)
+MUON = MatrixRule(muon_step, muon_state, muon_apply, MUON_NEEDS, SWITCHES)
 ADAMW = ElementwiseRule(adamw_update, state=("exp_avg", "exp_avg_sq"), scalars=("step",), needs=("betas", "eps"))

@@ -1,0 +1,160 @@
+"""Switches of Muon: each against naive loops in float64, off is as without them, and what does not go together."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose
+from test_muon_adamw import PLAIN_MUON, arch_net, grads_for
+
+from llm.config.registries import UPDATE_RULES
+from llm.errors import UserError
+from llm.optim import GroupOptimizer
+from llm.optim.build import build_optimizer
+from llm.optim.muon_adamw import NEWTON_SCHULZ
+from llm.optim.muon_switches import SWITCHES
+
+TALL, WIDE, SQUARE = (12, 5), (5, 12), (8, 8)
+STEPS, LR = 7, 0.05
+HEADS = {"head_rows": 4}
+
+
+def gradient(shape, step: int) -> torch.Tensor:
+    """Rows and columns of different sizes; the first is zero, as behind projections that start at zero."""
+    draw = torch.Generator().manual_seed(step)
+    sizes = torch.linspace(0.1, 2, shape[0])[:, None].double() * torch.linspace(2, 0.3, shape[1]).double()
+    return torch.randn(shape, generator=draw, dtype=torch.float64) * sizes * float(step > 0)
+
+
+def polar(u: np.ndarray) -> np.ndarray:
+    x = u.T if u.shape[0] > u.shape[1] else u
+    x = x / (np.linalg.norm(x) + 1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if u.shape[0] > u.shape[1] else x
+
+
+def naive_soap(m, g, state, beta=0.8, every=3):
+    for name, size, product in (("left", len(g), g @ g.T), ("right", g.shape[1], g.T @ g)):
+        cov, basis = state.get(name, (np.zeros((size, size)), np.eye(size)))
+        cov = beta * cov + (1 - beta) * product
+        if state["step"] % every == 0:
+            basis = np.linalg.qr(cov @ basis)[0]
+        state[name] = cov, basis
+    p, q = state["left"][1], state["right"][1]
+    seen, out = p.T @ g @ q, np.zeros_like(g)
+    v = state.setdefault("v", np.zeros_like(g))
+    for i in range(g.shape[0]):
+        for j in range(g.shape[1]):
+            v[i, j] = beta * v[i, j] + (1 - beta) * seen[i, j] ** 2
+            out[i, j] = (p.T @ m @ q)[i, j] / (v[i, j] ** 0.5 + 1e-8)
+    return p @ out @ q.T
+
+
+def naive_muon2(m, g, state, beta=0.8):
+    v = state.setdefault("v", np.zeros_like(g))
+    out = np.zeros_like(g)
+    for i in range(g.shape[0]):
+        for j in range(g.shape[1]):
+            v[i, j] = beta * v[i, j] + (1 - beta) * g[i, j] ** 2
+            out[i, j] = m[i, j] / (v[i, j] ** 0.5 + 1e-8)
+    return out
+
+
+BEFORE = {  # name: switches, what they do to the momentum
+    "soap": ({"soap_beta": 0.8, "soap_every": 3}, naive_soap),
+    "muon2": ({"muon2_beta": 0.8}, naive_muon2),
+}
+
+
+def moved(shape, switches, start=None) -> torch.Tensor:
+    """Return a matrix after all steps of plain Muon with switches, in float64."""
+    p = torch.nn.Parameter(first(shape) if start is None else start.clone())
+    optimizer = GroupOptimizer([PLAIN_MUON | switches | {"params": [p], "lr": LR}])
+    for step in range(STEPS):
+        p.grad = gradient(shape, step)
+        optimizer.step()
+    return p.detach()
+
+
+def first(shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_is_done_before_the_orthogonalisation(name, shape):
+    switches, naive = BEFORE[name]
+    weight, m, state = first(shape).numpy().copy(), np.zeros(shape), {}
+    for step in range(STEPS):
+        g, state["step"] = gradient(shape, step).numpy(), step
+        m = 0.95 * m + 0.05 * g
+        u = naive(0.95 * m + 0.05 * g, g, state)
+        weight -= LR * max(1.0, shape[0] / shape[1]) ** 0.5 * polar(u)
+    torch.testing.assert_close(moved(shape, switches), torch.from_numpy(weight), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(moved(shape, {}), torch.from_numpy(weight), atol=1e-3)
+
+
+def test_a_long_side_keeps_its_own_basis(monkeypatch):
+    monkeypatch.setattr("llm.optim.muon_switches.MOST_ROTATED", 6)
+    for shape, held in ((TALL, "right"), (WIDE, "left")):
+        state = UPDATE_RULES.get("muon").new_state(PLAIN_MUON | SWITCHES | {"soap_beta": 0.9}, torch.zeros(shape))
+        assert f"soap_{held}" in state and len([name for name in state if "basis" in name]) == 1
+        assert moved(shape, {"soap_beta": 0.8}).isfinite().all()
+
+
+# ---- beside the default settings, and what is refused ---------------------------------------------------------------
+
+SETTINGS = {
+    "soap": ("optim.soap_beta=0.9", "optim.soap_every=2"),
+    "muon2": ("optim.muon2_beta=0.95",),
+}
+
+
+@cache
+def trained(*lines) -> list[torch.Tensor]:
+    """Weights of a small network after three steps of the default optimizer."""
+    net = arch_net("modern")
+    optimizer = build_optimizer(net, compose("train", *lines).optim)
+    for step in range(3):
+        grads_for(net.parameters(), step)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_switch_goes_with_the_default_settings(name):
+    weights = trained(*SETTINGS[name])
+    assert all(w.isfinite().all() for w in weights)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, trained(), strict=True))
+
+
+def test_groups_of_older_checkpoints_have_the_switches_off():
+    def optimizer():
+        p = torch.nn.Parameter(first(SQUARE))
+        p.grad = gradient(SQUARE, 1)
+        return GroupOptimizer([PLAIN_MUON | {"params": [p], "lr": LR}])
+
+    saved, loaded = optimizer().state_dict(), optimizer()
+    for name in SWITCHES:
+        del saved["param_groups"][0][name]
+    loaded.load_state_dict(saved)
+    assert {name: loaded.param_groups[0][name] for name in SWITCHES} == SWITCHES
+    loaded.step()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ("optim.soap_every=5",),
+            "optim.soap_every=5: it belongs to optim.soap_beta, which is off; set optim.soap_beta=0.9",
+        )
+    ],
+)
+def test_what_does_not_go_together_is_refused(lines, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer(arch_net("modern"), compose("train", *lines).optim)
