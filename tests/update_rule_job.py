@@ -41,7 +41,12 @@ RULES = {  # name: hyperparameters of Muon beside the above; None = the two rule
     "own": None,
     "soap": {"soap_beta": 0.8, "soap_every": 2},
     "muon2": {"muon2_beta": 0.8},
+    "averages": {"slow_momentum": 0.98, "slow_share": 0.6},
+    "rows": {"normuon_rows": True, "row_floor": 0.4, "cautious_update": True},
+    "heads": {"head_rows": 1, "soap_beta": 0.8},
+    "hyperball": {"hyperball": True},
 }
+WHOLE = ("hyperball",)  # not with fsdp
 
 
 def signs(group, params, grads, states) -> None:
@@ -130,6 +135,7 @@ def main() -> None:
     results = {
         (kind.__name__, resumed, rules): trained(kind, world, resumed, rules)
         for kind, resumed, rules in product(kinds, (False, True), RULES)
+        if kind is ShardedOptimizer or rules not in WHOLE
     }
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")

@@ -196,6 +196,21 @@ class MuonAdamWConfig(AdamConfig):
         above=0,
         below=1,
     )
+    slow_momentum: float | None = key(
+        "Muon: averaging factor of a second, slower momentum that is mixed into the first; null = off", above=0, below=1
+    )
+    slow_share: float | None = key("Muon: share of slow_momentum in the mixture; null = 0.5", above=0, high=1)
+    normuon_rows: bool = key("NorMuon: divide rows, also where a matrix has more columns")
+    cautious_update: bool = key("Muon: leave out what goes up the gradient, and enlarge the rest to match")
+    row_floor: float | None = key(
+        "Muon: smallest length of a row's update, relative to learning rate times length of the row; null = off",
+        above=0,
+        high=100,
+    )
+    hyperball: bool = key(
+        "MuonH: keep the norm of every matrix; the rate is then relative to the norm, and none decays"
+    )
+    per_head: bool = key("Muon: make the rows of every attention head of queries, keys and values orthogonal alone")
 
 
 @dataclass

@@ -12,6 +12,10 @@ from llm.optim.muon_switches import DETAILS, SWITCHES
 from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import adam_lr_scale
 
+ROWS_ONLY = (
+    "optim.hyperball=true: no process has a whole matrix with strategy=fsdp; use strategy=muon or ddp, or set "
+    "optim.hyperball=false"
+)
 LORA_BETAS, LORA_EPS = (0.9, 0.999), 1e-8  # AdamW's own
 
 
@@ -39,6 +43,8 @@ def build_optimizer(
             group["lr"] = group["lr"] * (fixed_lr_scale if is_fixed else lr_scale)
             if group.get("decays"):
                 group["weight_decay"] = group["weight_decay"] * decay_scale
+    if optimizer.holds_rows and any(group.get("hyperball") for group in groups):
+        raise UserError(ROWS_ONLY)
     check_groups(net, groups)
     name_groups(net, groups)
     return optimizer(groups)
@@ -98,7 +104,20 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
     check_switches(muon)
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr}
     muon |= {"in_bf16": net.compute_dtype == torch.bfloat16}
-    return [*groups, muon | {"weight_decay": optim.weight_decay, "decays": True}]
+    muon |= {"weight_decay": optim.weight_decay, "decays": True}
+    return [*groups, *(by_heads(net, muon) if optim.get("per_head") else [muon])]
+
+
+def by_heads(net: nn.Module, group: dict) -> list[dict]:
+    """Divide a group of matrices: those whose rows are of attention heads, by the rows of a head, and the others."""
+    heads = {"attn.c_q.weight": net.config.n_head, "attn.c_k.weight": net.config.n_kv_head}
+    heads["attn.c_v.weight"] = net.config.n_kv_head
+    parts: dict[int | None, list] = {}
+    names = {id(p): name for name, p in net.named_parameters()}
+    for p in group["params"]:
+        count = next((count for end, count in heads.items() if names[id(p)].endswith(end)), None)
+        parts.setdefault(None if count is None else p.size(0) // count, []).append(p)
+    return [group | {"params": params, "head_rows": rows} for rows, params in parts.items()]
 
 
 def adamw_groups(net: nn.Module, optim) -> list[dict]:
@@ -140,11 +159,12 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def check_switches(group: dict) -> None:
     """Raise UserError for a detail of a switch of Muon that is off."""
-    for name, switch, value in DETAILS:
-        if group.get(name) is not None and group.get(switch) is None:
+    for name, switch, usual in DETAILS:
+        value = group.get(name)
+        if value not in (None, False) and group.get(switch) is None:
             raise UserError(
-                f"optim.{name}={group[name]}: it belongs to optim.{switch}, which is off; set optim.{switch}={value}, "
-                "or leave it out"
+                f"optim.{name}={str(value).lower()}: it belongs to optim.{switch}, which is off; set "
+                f"optim.{switch}={usual}, or leave it out"
             )
 
 

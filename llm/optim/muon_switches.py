@@ -12,9 +12,19 @@ SWITCHES = {
     "soap_beta": None,  # averaging factor of SOAP-Muon
     "soap_every": None,  # steps between turns of its eigenbases; None = SOAP_EVERY
     "muon2_beta": None,  # averaging factor of Muon^2's squares
+    "slow_momentum": None,  # averaging factor of a second, slower average of the gradients
+    "slow_share": None,  # its share; None = SLOW_SHARE
+    "normuon_rows": False,  # NorMuon along rows, also of wide matrices
+    "cautious_update": False,  # keep only what does not oppose the gradient
+    "row_floor": None,  # smallest length of a row's update, in lengths of its weights and lr
+    "hyperball": False,  # keep the norm of every matrix
+    "head_rows": None,  # rows of a head: each is orthogonalised by itself
 }
-DETAILS = [("soap_every", "soap_beta", 0.9)]  # what makes sense beside a switch only, with a usual value of that
-SOAP_EVERY = 10
+# What makes sense beside a switch only, with a usual value of that.
+DETAILS = [("soap_every", "soap_beta", 0.9), ("slow_share", "slow_momentum", 0.98)]
+DETAILS += [("normuon_rows", "normuon_beta2", 0.9)]
+SOAP_EVERY, SLOW_SHARE = 10, 0.5
+FROM_ZERO = 0.5  # norm to which a matrix of zeros grows on the hyperball, relative to a semi-orthogonal one
 
 
 def switch_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -28,7 +38,20 @@ def switch_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
                 state[f"soap_{side}_basis"] = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     if group["muon2_beta"] is not None:
         state["muon2_second"] = torch.zeros_like(matrix)
+    if group["slow_momentum"] is not None:
+        state["slow_buffer"] = torch.zeros_like(matrix)
     return state
+
+
+def two_averages(group: dict, grads: list[torch.Tensor], buffers: list, states: list[dict]) -> list[torch.Tensor]:
+    """Return (1 - s) m + s n for the momentum m and a slower one, n = EMA(g) with `slow_momentum`; s is `slow_share`.
+
+    Muon's Nesterov step looks ahead along the mixture. Source: modded-nanogpt, track 3, 2026-07-13 (0.98, share 0.56
+    from a quarter of the steps on); two averages in track 1, 2026-08-08. Here n begins at zero and fills up.
+    """
+    slow, share = [state["slow_buffer"] for state in states], group["slow_share"]
+    torch._foreach_lerp_(slow, grads, 1 - group["slow_momentum"])
+    return list(torch._foreach_lerp(buffers, slow, SLOW_SHARE if share is None else share))
 
 
 def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[dict]) -> torch.Tensor:
@@ -86,3 +109,41 @@ def stacked(states: list[dict], name: str) -> torch.Tensor:
 def write(states: list[dict], name: str, values: torch.Tensor) -> None:
     """Write a stack (n, ...) back into the states."""
     torch._foreach_copy_([state[name] for state in states], list(values.unbind(0)))
+
+
+def agreeing(step: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """Return steps (n, r, c) without the numbers that go up the gradient; the rest grows by the share of what is kept.
+
+    step 1[-step g > 0] / mean of the mask. Cautious optimizers: arXiv 2411.16085.
+    """
+    kept = (step * grads < 0).to(step.dtype)
+    return step * kept / kept.mean(dim=(-2, -1), keepdim=True).clamp_min_(1e-3)
+
+
+def floored(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> torch.Tensor:
+    """Return steps (n, r, c) whose rows have at least the length lr `row_floor` |row of weights|.
+
+    Rows of zeros stay. Source: modded-nanogpt, track 3, 2026-06-19 (0.3825, with the norm of matrices held).
+    """
+    least = torch.stack(params).norm(dim=-1, keepdim=True) * (group["lr"] * group["row_floor"])
+    lengths = step.norm(dim=-1, keepdim=True)
+    return step * torch.where(lengths > 0, least / lengths.clamp_min(1e-30), 1.0).clamp_min_(1.0)
+
+
+def on_hyperball(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> None:
+    """Add steps (n, r, c) to whole matrices in place on the sphere of their norm R: W <- R norm(W - lr R norm(u)).
+
+    Weight decay would be undone and is left out. A matrix of less than the norm 0.5 sqrt(min(r, c)), as one that begins
+    at zero, takes steps as if it had that, and grows up to it. Source: the hyperball forms MuonH and AdamH of
+    modded-nanogpt, track 3 (#31, 2026-05 and later), which begin without zeros.
+    """
+    weights = torch.stack(params)
+    dims, size = (-2, -1), FROM_ZERO * min(weights.shape[-2:]) ** 0.5
+    held = weights.norm(dim=dims, keepdim=True)
+    radius = held.clamp_min(size)
+    lengths = step.norm(dim=dims, keepdim=True).clamp_min(1e-30)
+    moved = weights + step * (group["lr"] * radius / lengths)
+    norm = moved.norm(dim=dims, keepdim=True)
+    factor = radius / norm.clamp_min(1e-30)
+    moved *= torch.where(held < size, factor.clamp_max(1.0), factor)
+    torch._foreach_copy_(params, list(moved.unbind(0)))

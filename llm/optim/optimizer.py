@@ -27,6 +27,8 @@ class GroupOptimizer(torch.optim.Optimizer):
     vectors to a rule for matrices.
     """
 
+    holds_rows = False  # whether a process has some rows of the weights only
+
     def __init__(self, groups: list[dict]):
         for group in groups:
             group.setdefault("weight_decay", 0.0)

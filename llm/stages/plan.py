@@ -15,6 +15,7 @@ from llm.config.stages import Stage
 from llm.errors import UserError
 from llm.model.config import GPTConfig
 from llm.model.linear import resolve_compute_dtype
+from llm.optim.build import ROWS_ONLY
 from llm.parallel.launch import check_strategy, processes, processes_of_node
 from llm.scaling.rules import (
     REFERENCE_DEPTH,
@@ -52,6 +53,7 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
     check_strategy(cfg.strategy.name, processes(cfg))
     if not row.makes_model or parent is None:
         return
+    check_whole(cfg)
     if cfg.precision.fp8:
         dtype = resolve_compute_dtype(cfg.precision.compute, training_device(cfg), row.draws_answers)
         check_fp8(dtype, cfg.strategy.name == "fsdp")
@@ -100,6 +102,12 @@ def check_step(cfg, tokens: int | None) -> None:
     if rows == "auto":
         divisors(tokens // seq_len // world)
     micro_batches(tokens, 1 if rows == "auto" else rows, seq_len, world)
+
+
+def check_whole(cfg) -> None:
+    """Raise UserError for an update that needs whole matrices where processes have rows of them."""
+    if cfg.optim.get("hyperball") and cfg.strategy.name == "fsdp" and processes(cfg) > 1:
+        raise UserError(ROWS_ONLY)
 
 
 def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:

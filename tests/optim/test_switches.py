@@ -14,6 +14,8 @@ from llm.optim import GroupOptimizer
 from llm.optim.build import build_optimizer
 from llm.optim.muon_adamw import NEWTON_SCHULZ
 from llm.optim.muon_switches import SWITCHES
+from llm.parallel.muon_fsdp import FullyShardedOptimizer
+from llm.stages.plan import check_whole
 
 TALL, WIDE, SQUARE = (12, 5), (5, 12), (8, 8)
 STEPS, LR = 7, 0.05
@@ -70,6 +72,55 @@ BEFORE = {  # name: switches, what they do to the momentum
 }
 
 
+def naive_averages(m, g, state, beta=0.9, share=0.3):
+    """`m` is what Nesterov makes of the first average alone."""
+    fast = (m - 0.05 * g) / 0.95
+    slow = state.setdefault("slow", np.zeros_like(g))
+    for i in range(g.shape[0]):
+        for j in range(g.shape[1]):
+            slow[i, j] = beta * slow[i, j] + (1 - beta) * g[i, j]
+    return 0.05 * g + 0.95 * ((1 - share) * fast + share * slow)
+
+
+BEFORE["averages"] = {"slow_momentum": 0.9, "slow_share": 0.3}, naive_averages
+
+
+def naive_agreeing(weight, u, g, rate):
+    kept = np.array([[float(u[i, j] * g[i, j] > 0) for j in range(g.shape[1])] for i in range(g.shape[0])])
+    return weight - rate * u * kept / max(kept.mean(), 1e-3)
+
+
+def naive_floor(weight, u, g, rate, floor=40.0):
+    out = weight.copy()
+    for i, row in enumerate(rate * u):
+        least, length = LR * floor * np.linalg.norm(weight[i]), np.linalg.norm(row)
+        out[i] -= row * (max(1.0, least / length) if length > 0 else 1.0)
+    return out
+
+
+def naive_hyperball(weight, u, g, rate):
+    if not u.any():
+        return weight
+    radius = np.linalg.norm(weight)
+    out = weight - LR * radius * u / np.linalg.norm(u)
+    return radius * out / np.linalg.norm(out)
+
+
+def naive_rows(weight, u, g, rate, state):
+    out, norm = u.copy(), np.linalg.norm(u)
+    for i in range(len(u)):
+        state[i] = 0.7 * state.get(i, 0.0) + 0.3 * (u[i] ** 2).mean()
+        out[i] = u[i] / max(state[i], 1e-10) ** 0.5
+    return weight - rate * out * norm / max(np.linalg.norm(out), 1e-20)
+
+
+AFTER = {  # name: switches, what they make of a weight
+    "agreeing": ({"cautious_update": True}, naive_agreeing),
+    "floor": ({"row_floor": 0.4 * 100}, naive_floor),
+    "hyperball": ({"hyperball": True}, naive_hyperball),
+}
+
+
 def moved(shape, switches, start=None) -> torch.Tensor:
     """Return a matrix after all steps of plain Muon with switches, in float64."""
     p = torch.nn.Parameter(first(shape) if start is None else start.clone())
@@ -98,6 +149,56 @@ def test_what_is_done_before_the_orthogonalisation(name, shape):
     assert not torch.allclose(moved(shape, {}), torch.from_numpy(weight), atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+@pytest.mark.parametrize("name", [*AFTER, "rows"])
+def test_what_is_done_behind_the_orthogonalisation(name, shape):
+    state: dict = {}
+    rows = {"normuon_rows": True, "normuon_beta2": 0.7}, lambda *given: naive_rows(*given, state)
+    switches, naive = AFTER.get(name, rows)
+    weight, m = first(shape).numpy().copy(), np.zeros(shape)
+    for step in range(STEPS):
+        g = gradient(shape, step).numpy()
+        m = 0.95 * m + 0.05 * g
+        weight = naive(weight, polar(0.95 * m + 0.05 * g), g, LR * max(1.0, shape[0] / shape[1]) ** 0.5)
+    torch.testing.assert_close(moved(shape, switches), torch.from_numpy(weight), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(moved(shape, {}), torch.from_numpy(weight), atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [{}, {"soap_beta": 0.8, "soap_every": 3}, {"normuon_beta2": 0.9}])
+def test_heads_move_as_matrices_of_their_own(more):
+    parts = [torch.nn.Parameter(part.clone()) for part in first(TALL).chunk(3)]
+    optimizer = GroupOptimizer([PLAIN_MUON | more | {"params": parts, "lr": LR}])
+    for step in range(STEPS):
+        for p, grad in zip(parts, gradient(TALL, step).chunk(3), strict=True):
+            p.grad = grad
+        optimizer.step()
+    whole = moved(TALL, HEADS | more)
+    torch.testing.assert_close(whole, torch.cat([p.detach() for p in parts]), atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(whole, moved(TALL, more), atol=1e-3)
+
+
+def test_heads_are_those_of_queries_keys_and_values():
+    net, config = arch_net("modern"), compose("train", "optim.per_head=true").optim
+    groups = [g for g in build_optimizer(net, config).param_groups if g["kind"] == "muon"]
+    names = {id(p): name for name, p in net.named_parameters()}
+    found = {g["head_rows"]: {names[id(p)].split(".")[-2] for p in g["params"]} for g in groups}
+    assert found[net.config.head_dim] == {"c_q", "c_k", "c_v"}
+    assert {"c_proj", "c_fc"} <= found[None] and not found[None] & found[net.config.head_dim]
+
+
+def test_a_matrix_of_zeros_grows_to_half_a_semi_orthogonal_one():
+    """On the sphere of its own norm, 0, it could never move."""
+    norms = []
+    p = torch.nn.Parameter(torch.zeros(SQUARE, dtype=torch.float64))
+    optimizer = GroupOptimizer([PLAIN_MUON | {"hyperball": True, "params": [p], "lr": 0.3}])
+    for step in range(1, 30):
+        p.grad = gradient(SQUARE, step)
+        optimizer.step()
+        norms.append(p.norm().item())
+    assert norms[0] == pytest.approx(0.3 * 0.5 * 8**0.5)
+    assert norms[-1] == pytest.approx(0.5 * 8**0.5) == max(norms)
+
+
 def test_a_long_side_keeps_its_own_basis(monkeypatch):
     monkeypatch.setattr("llm.optim.muon_switches.MOST_ROTATED", 6)
     for shape, held in ((TALL, "right"), (WIDE, "left")):
@@ -111,6 +212,12 @@ def test_a_long_side_keeps_its_own_basis(monkeypatch):
 SETTINGS = {
     "soap": ("optim.soap_beta=0.9", "optim.soap_every=2"),
     "muon2": ("optim.muon2_beta=0.95",),
+    "averages": ("optim.slow_momentum=0.98", "optim.slow_share=0.4"),
+    "rows": ("optim.normuon_rows=true",),
+    "agreeing": ("optim.cautious_update=true",),
+    "floor": ("optim.row_floor=50",),
+    "hyperball": ("optim.hyperball=true",),
+    "heads": ("optim.per_head=true",),
 }
 
 
@@ -158,3 +265,13 @@ def test_groups_of_older_checkpoints_have_the_switches_off():
 def test_what_does_not_go_together_is_refused(lines, message):
     with pytest.raises(UserError, match=message):
         build_optimizer(arch_net("modern"), compose("train", *lines).optim)
+
+
+def test_the_hyperball_is_refused_where_matrices_lie_in_rows():
+    config = compose(
+        "train", "stage=pretrain", "trainer=cpu", "trainer.devices=2", "strategy=fsdp", "optim.hyperball=true"
+    )
+    with pytest.raises(UserError, match="optim.hyperball=true: .*use strategy=muon or ddp"):
+        check_whole(config)
+    with pytest.raises(UserError, match="optim.hyperball=true: .*use strategy=muon or ddp"):
+        build_optimizer(arch_net("modern"), config.optim, optimizer=FullyShardedOptimizer)
