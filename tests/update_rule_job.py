@@ -1,7 +1,8 @@
 """Program of each process of test_update_rules.py: `update_rule_job.py <folder>`, launched in two processes or more.
 
 Updates the same parameters by the optimizers of every strategy, with an elementwise and a matrix rule that no optimizer
-of ours has, and with every switch of Muon that has a state. After every step but the last, the state is gathered and
+of ours has, and with every switch of Muon and the rules
+beside it. After every step but the last, the state is gathered and
 new optimizers that load it go on.
 """
 
@@ -37,7 +38,7 @@ MUON = {
 }
 MUON |= {"norm_margin": None, "in_bf16": False, "row_normalize": True, "normuon_beta2": 0.9, "renormalize": True}
 MUON |= {"cautious": True, "coupled_decay": True}
-RULES = {  # name: hyperparameters of Muon beside the above; None = the two rules here
+RULES = {  # name: hyperparameters beside the above; None = the two rules here
     "own": None,
     "soap": {"soap_beta": 0.8, "soap_every": 2},
     "muon2": {"muon2_beta": 0.8},
@@ -45,8 +46,10 @@ RULES = {  # name: hyperparameters of Muon beside the above; None = the two rule
     "rows": {"normuon_rows": True, "row_floor": 0.4, "cautious_update": True},
     "heads": {"head_rows": 1, "soap_beta": 0.8},
     "hyperball": {"hyperball": True},
+    "adamh": {"kind": "adamh", "betas": (0.8, 0.9), "eps": 1e-8},
+    "dion": {"kind": "dion", "dion_rank": 0.5},
 }
-WHOLE = ("hyperball",)  # not with fsdp
+WHOLE = ("hyperball", "adamh")  # not with fsdp
 
 
 def signs(group, params, grads, states) -> None:

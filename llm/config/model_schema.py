@@ -211,6 +211,9 @@ class MuonAdamWConfig(AdamConfig):
         "MuonH: keep the norm of every matrix; the rate is then relative to the norm, and none decays"
     )
     per_head: bool = key("Muon: make the rows of every attention head of queries, keys and values orthogonal alone")
+    dion_rank: float | None = key(
+        "Dion in the place of Muon: rank of an update, as a share of the shorter side; null = off", above=0, high=1
+    )
 
 
 @dataclass
@@ -218,3 +221,4 @@ class AdamWConfig(AdamConfig):
     """AdamW with one learning rate for all parameters."""
 
     lr: float = key("learning rate of all parameters", above=0, high=10**6)
+    hyperball: bool = key("AdamH: keep the norm of block matrices; the rate is then relative to the norm")

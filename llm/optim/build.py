@@ -79,7 +79,7 @@ def lora_groups(net: nn.Module) -> list[dict]:
 
 
 def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
-    """Return the groups of optim=muon_adamw: Muon for the matrices of the blocks, AdamW for everything else.
+    """Return the groups of optim=muon_adamw: Muon, or Dion, for the matrices of the blocks, AdamW for everything else.
 
     Head, embeddings, scalars and gpt2's vectors each have a rate, betas and decay of their own; the rates of tables and
     head follow the width rule of `llm.scaling.rules`. In pretraining smear and backout have one rate for all batches.
@@ -100,11 +100,14 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
             group = {"kind": "adamw", "params": kinds[kind], "lr": lr, "betas": tuple(betas)}
             groups.append(group | {"eps": optim.eps, "weight_decay": own_decay, "fixed_lr": kind == "smear"})
     muon = {name: optim[name] for name in MUON_NEEDS if name != "in_bf16"}
-    muon |= {name: optim[name] for name in SWITCHES if name in optim}
-    check_switches(muon)
+    switches = {name: optim[name] for name in SWITCHES if name in optim}
+    check_switches(optim, muon | switches)
+    muon |= switches
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr}
     muon |= {"in_bf16": net.compute_dtype == torch.bfloat16}
     muon |= {"weight_decay": optim.weight_decay, "decays": True}
+    if optim.get("dion_rank") is not None:
+        return [*groups, muon | {"kind": "dion", "dion_rank": optim.dion_rank}]
     return [*groups, *(by_heads(net, muon) if optim.get("per_head") else [muon])]
 
 
@@ -121,12 +124,16 @@ def by_heads(net: nn.Module, group: dict) -> list[dict]:
 
 
 def adamw_groups(net: nn.Module, optim) -> list[dict]:
-    """Return the groups of optim=adamw: one learning rate for all, weight decay on the matrices of the blocks only."""
+    """Return the groups of optim=adamw: one learning rate for all, weight decay on the matrices of the blocks only.
+
+    With `hyperball` these keep their norms instead (AdamH).
+    """
     kinds = params_by_kind(net)
     adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr}
     rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
+    ball = {"kind": "adamh", "hyperball": True} if optim.get("hyperball") else {}
     return [
-        adam | {"params": kinds["matrices"], "weight_decay": optim.weight_decay, "decays": True},
+        adam | {"params": kinds["matrices"], "weight_decay": optim.weight_decay, "decays": True} | ball,
         adam | {"params": rest, "weight_decay": 0.0},
     ]
 
@@ -157,8 +164,15 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     return kinds
 
 
-def check_switches(group: dict) -> None:
-    """Raise UserError for a detail of a switch of Muon that is off."""
+def check_switches(optim, group: dict) -> None:
+    """Raise UserError for a detail of a switch of Muon that is off, and for a switch of Muon beside Dion."""
+    if optim.get("dion_rank") is not None:
+        for name in (*SWITCHES, "per_head"):
+            if optim.get(name) not in (None, False):
+                raise UserError(
+                    f"optim.{name}={str(optim[name]).lower()}: a switch of Muon, whose place optim.dion_rank="
+                    f"{optim.dion_rank} takes; leave one of the two out"
+                )
     for name, switch, usual in DETAILS:
         value = group.get(name)
         if value not in (None, False) and group.get(switch) is None:

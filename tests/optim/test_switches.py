@@ -186,6 +186,45 @@ def test_heads_are_those_of_queries_keys_and_values():
     assert {"c_proj", "c_fc"} <= found[None] and not found[None] & found[net.config.head_dim]
 
 
+def naive_dion(weight, g, state, rank):
+    """Algorithm 1 of the paper, projection by projection."""
+    basis = state.setdefault("basis", first_basis(weight.shape[1], rank))
+    b = state.get("m", np.zeros_like(g)) + g
+    p = np.linalg.qr(b @ basis)[0]
+    s = np.stack([sum(b[i] * p[i, k] for i in range(len(b))) for k in range(rank)], axis=1)
+    state["m"] = b - 0.05 * sum(np.outer(p[:, k], s[:, k]) for k in range(rank))
+    lengths = np.linalg.norm(s, axis=0)
+    state["basis"] = s / np.maximum(lengths, 1e-30)
+    return weight - LR * (weight.shape[0] / weight.shape[1]) ** 0.5 * p @ state["basis"].T
+
+
+def first_basis(cols: int, rank: int) -> np.ndarray:
+    drawn = torch.randn(cols, rank, generator=torch.Generator().manual_seed(0)).numpy()
+    return drawn / np.linalg.norm(drawn, axis=0)
+
+
+def naive_adamh(weight, g, state, step):
+    m, v = (state.get(name, np.zeros_like(g)) for name in "mv")
+    state["m"], state["v"] = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+    u = (state["m"] / (1 - 0.8**step)) / ((state["v"] / (1 - 0.9**step)) ** 0.5 + 1e-8)
+    return naive_hyperball(weight, u, g, LR)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+@pytest.mark.parametrize("kind", ["dion", "adamh"])
+def test_rules_beside_muon(kind, shape):
+    rank, state, weight = round(0.4 * min(shape)), {}, first(shape).numpy().copy()
+    hyper = {"dion_rank": 0.4, "momentum": 0.95} if kind == "dion" else {"betas": (0.8, 0.9), "eps": 1e-8}
+    p = torch.nn.Parameter(first(shape))
+    optimizer = GroupOptimizer([hyper | {"kind": kind, "params": [p], "lr": LR}])
+    for step in range(STEPS):
+        p.grad = gradient(shape, step)
+        g = p.grad.numpy().copy()
+        optimizer.step()
+        weight = naive_dion(weight, g, state, rank) if kind == "dion" else naive_adamh(weight, g, state, step + 1)
+    torch.testing.assert_close(p.detach(), torch.from_numpy(weight), atol=1e-6, rtol=1e-6)
+
+
 def test_a_matrix_of_zeros_grows_to_half_a_semi_orthogonal_one():
     """On the sphere of its own norm, 0, it could never move."""
     norms = []
@@ -218,6 +257,7 @@ SETTINGS = {
     "floor": ("optim.row_floor=50",),
     "hyperball": ("optim.hyperball=true",),
     "heads": ("optim.per_head=true",),
+    "dion": ("optim.dion_rank=0.25",),
 }
 
 
@@ -237,6 +277,19 @@ def test_every_switch_goes_with_the_default_settings(name):
     weights = trained(*SETTINGS[name])
     assert all(w.isfinite().all() for w in weights)
     assert any(not torch.equal(a, b) for a, b in zip(weights, trained(), strict=True))
+
+
+def test_adamh_is_a_switch_of_adamw():
+    net, old = arch_net("classic"), arch_net("classic")
+    config = compose("train", "optim=adamw", "optim.hyperball=true").optim
+    optimizer = build_optimizer(net, config)
+    assert [group["kind"] for group in optimizer.param_groups] == ["adamh", "adamw"]
+    grads_for(net.parameters(), 1)
+    optimizer.step()
+    for p, q in zip(net.parameters(), old.parameters(), strict=True):
+        assert not torch.equal(p, q)
+        if p.ndim == 2 and q.norm() > 1 and id(p) in {id(one) for one in optimizer.param_groups[0]["params"]}:
+            torch.testing.assert_close(p.norm(), q.norm())
 
 
 def test_groups_of_older_checkpoints_have_the_switches_off():
