@@ -92,6 +92,9 @@ class PretrainStage(ModelStage):
     keep_best: str | None = key(
         "bpb = hand over the weights with the lowest bits per byte; null = those of the last step", choices=("bpb",)
     )
+    warmdown_power: float | None = key(
+        "power of what is left of the falling learning rate; null = 1, a straight line", above=0, high=10
+    )
     average_steps: int | None = key(
         "evaluate and hand over the weights mixed with their running average over about so many steps; null = not",
         low=1,

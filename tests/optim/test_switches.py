@@ -14,8 +14,10 @@ from llm.optim import GroupOptimizer
 from llm.optim.build import build_optimizer
 from llm.optim.muon_adamw import NEWTON_SCHULZ
 from llm.optim.muon_switches import SWITCHES
+from llm.optim.schedules import lr_multiplier
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
 from llm.stages.plan import check_whole
+from llm.stages.step_module import StageContext, StepModule
 
 TALL, WIDE, SQUARE = (12, 5), (5, 12), (8, 8)
 STEPS, LR = 7, 0.05
@@ -244,6 +246,26 @@ def test_a_long_side_keeps_its_own_basis(monkeypatch):
         state = UPDATE_RULES.get("muon").new_state(PLAIN_MUON | SWITCHES | {"soap_beta": 0.9}, torch.zeros(shape))
         assert f"soap_{held}" in state and len([name for name in state if "basis" in name]) == 1
         assert moved(shape, {"soap_beta": 0.8}).isfinite().all()
+
+
+@pytest.mark.parametrize("step", [0, 5, 39, 40, 70, 99])
+def test_the_rate_falls_along_a_power(step):
+    """Warm-up 10, flat to 40, then to 5 % of the peak at 100."""
+    left = max(0.0, min(1.0, (100 - step) / 60))
+    expected = (step + 1) / 10 if step < 10 else left**1.2 + (1 - left**1.2) * 0.05
+    assert lr_multiplier(step, 100, 10, 0.6, 0.05, 1.2) == pytest.approx(expected)
+    assert lr_multiplier(step, 100, 10, 0.6, 0.05, None) == lr_multiplier(step, 100, 10, 0.6, 0.05)
+
+
+def test_the_power_is_a_key_of_pretraining():
+    rates = []
+    for line in ("stage.warmdown_power=2", "stage.warmdown_power=null"):
+        cfg = compose("train", "stage=pretrain", "stage.warmup_steps=0", "stage.final_lr_frac=0", line)
+        module = StepModule(
+            arch_net("classic"), cfg.optim, cfg.stage, StageContext("pretrain", None, torch.ones(1), 100, 8)
+        )
+        rates.append(module.lr_frac(90))
+    assert rates[0] == pytest.approx(rates[1] ** 2) and 0 < rates[1] < 1
 
 
 # ---- beside the default settings, and what is refused ---------------------------------------------------------------
