@@ -31,7 +31,7 @@ def switch_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the state that the switches of a group need of a matrix (r, c), before its first step."""
     state = {}
     if group["soap_beta"] is not None:
-        state = {"soap_second": torch.zeros_like(matrix), "soap_steps": matrix.new_zeros(1)}
+        state = {"soap_second": torch.zeros_like(matrix), "step": torch.zeros(1)}  # read by the host in every step
         for side, size in zip(("left", "right"), matrix.shape, strict=True):
             if size <= MOST_ROTATED:
                 state[f"soap_{side}"] = matrix.new_zeros(size, size)
@@ -63,7 +63,7 @@ def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[di
     2026-06-09 (all matrices, beta 0.9, each step). A side longer than MOST_ROTATED keeps its own basis.
     """
     beta, every = group["soap_beta"], group["soap_every"] or SOAP_EVERY
-    is_due = int(states[0]["soap_steps"]) % every == 0
+    is_due = int(states[0]["step"]) % every == 0
     bases = {}
     for side, product in (("left", lambda: grads @ grads.mT), ("right", lambda: grads.mT @ grads)):
         if f"soap_{side}" not in states[0]:
@@ -77,7 +77,7 @@ def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[di
     second = stacked(states, "soap_second").lerp_(rotated(grads, bases).square_(), 1 - beta)
     write(states, "soap_second", second)
     for state in states:
-        state["soap_steps"] += 1
+        state["step"] += 1
     return rotated(rotated(update, bases).div_(second.sqrt_().add_(EPS)), bases, back=True)
 
 

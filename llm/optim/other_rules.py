@@ -11,7 +11,7 @@ from llm.optim.update_rules import MatrixRule
 
 def adam_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return Adam's state of a matrix (r, c)."""
-    return {"exp_avg": torch.zeros_like(matrix), "exp_avg_sq": torch.zeros_like(matrix), "steps": matrix.new_zeros(1)}
+    return {"exp_avg": torch.zeros_like(matrix), "exp_avg_sq": torch.zeros_like(matrix), "step": torch.zeros(1)}
 
 
 def adam_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
@@ -22,10 +22,10 @@ def adam_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
     write(states, "exp_avg", mean)
     write(states, "exp_avg_sq", square)
     for state in states:
-        state["steps"] += 1
-    done = stacked(states, "steps")[:, :, None]
-    root = square.div_(1 - beta2**done).sqrt_().add_(group["eps"])
-    return mean.div_(1 - beta1**done).div_(root).mul_(-group["lr"])
+        state["step"] += 1
+    done = stacked(states, "step")[:, :, None].double()
+    root = square.div_((1 - beta2**done).to(g)).sqrt_().add_(group["eps"])
+    return mean.div_((1 - beta1**done).to(g)).div_(root).mul_(-group["lr"])
 
 
 def dion_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
