@@ -190,6 +190,11 @@ class MuonAdamWConfig(AdamConfig):
         below=1,
     )
     soap_every: int | None = key("SOAP-Muon: steps between turns of the eigenbases; null = 10", low=1, high=10**6)
+    soap_side: int | None = key(
+        "SOAP-Muon: a side of a matrix longer than this is left as it is, which saves time; null = 1024",
+        low=1,
+        high=2**20,
+    )
     muon2_beta: float | None = key(
         "Muon^2: averaging factor of the squared gradients, by whose root the momentum is divided before it is made "
         "orthogonal; null = off",

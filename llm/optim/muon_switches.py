@@ -6,11 +6,11 @@ and the off values of the hyperparameters. Formulas: w weight, g gradient, m mom
 
 import torch
 
-MOST_ROTATED = 1024  # a longer side of a matrix is not rotated into its eigenbasis
 EPS = 1e-8
 SWITCHES = {
     "soap_beta": None,  # averaging factor of SOAP-Muon
     "soap_every": None,  # steps between turns of its eigenbases; None = SOAP_EVERY
+    "soap_side": None,  # a longer side of a matrix is not turned into its eigenbasis; None = SOAP_SIDE
     "muon2_beta": None,  # averaging factor of Muon^2's squares
     "slow_momentum": None,  # averaging factor of a second, slower average of the gradients
     "slow_share": None,  # its share; None = SLOW_SHARE
@@ -21,9 +21,9 @@ SWITCHES = {
     "head_rows": None,  # rows of a head: each is orthogonalised by itself
 }
 # What makes sense beside a switch only, with a usual value of that.
-DETAILS = [("soap_every", "soap_beta", 0.9), ("slow_share", "slow_momentum", 0.98)]
+DETAILS = [("soap_every", "soap_beta", 0.9), ("soap_side", "soap_beta", 0.9), ("slow_share", "slow_momentum", 0.98)]
 DETAILS += [("normuon_rows", "normuon_beta2", 0.9)]
-SOAP_EVERY, SLOW_SHARE = 10, 0.5
+SOAP_EVERY, SOAP_SIDE, SLOW_SHARE = 10, 1024, 0.5
 FROM_ZERO = 0.5  # norm to which a matrix of zeros grows on the hyperball, relative to a semi-orthogonal one
 
 
@@ -33,7 +33,7 @@ def switch_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     if group["soap_beta"] is not None:
         state = {"soap_second": torch.zeros_like(matrix), "step": torch.zeros(1)}  # read by the host in every step
         for side, size in zip(("left", "right"), matrix.shape, strict=True):
-            if size <= MOST_ROTATED:
+            if size <= (group["soap_side"] or SOAP_SIDE):
                 state[f"soap_{side}"] = matrix.new_zeros(size, size)
                 state[f"soap_{side}_basis"] = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     if group["muon2_beta"] is not None:
@@ -60,7 +60,7 @@ def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[di
     L = EMA(g g'), R = EMA(g' g), with bases P and Q of their eigenvectors; v = EMA((P' g Q)^2); the result is
     P ((P' m Q) / (sqrt v + eps)) Q'. Every `soap_every` steps the bases make one orthogonal iteration, P = qr(L P). All
     EMAs have `soap_beta`. SOAP: arXiv 2409.11321. In front of Muon's orthogonalisation: modded-nanogpt, track 3,
-    2026-06-09 (all matrices, beta 0.9, each step). A side longer than MOST_ROTATED keeps its own basis.
+    2026-06-09 (all matrices, beta 0.9, each step). A side longer than `soap_side` keeps its own basis.
     """
     beta, every = group["soap_beta"], group["soap_every"] or SOAP_EVERY
     is_due = int(states[0]["step"]) % every == 0

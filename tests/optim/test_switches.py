@@ -240,12 +240,16 @@ def test_a_matrix_of_zeros_grows_to_half_a_semi_orthogonal_one():
     assert norms[-1] == pytest.approx(0.5 * 8**0.5) == max(norms)
 
 
-def test_a_long_side_keeps_its_own_basis(monkeypatch):
-    monkeypatch.setattr("llm.optim.muon_switches.MOST_ROTATED", 6)
+def test_a_long_side_keeps_its_own_basis():
+    on = {"soap_beta": 0.8, "soap_every": 3}
+    switches = on | {"soap_side": 6}
     for shape, held in ((TALL, "right"), (WIDE, "left")):
-        state = UPDATE_RULES.get("muon").new_state(PLAIN_MUON | SWITCHES | {"soap_beta": 0.9}, torch.zeros(shape))
+        state = UPDATE_RULES.get("muon").new_state(PLAIN_MUON | SWITCHES | switches, torch.zeros(shape))
         assert f"soap_{held}" in state and len([name for name in state if "basis" in name]) == 1
-        assert moved(shape, {"soap_beta": 0.8}).isfinite().all()
+        assert moved(shape, switches).isfinite().all()
+        assert not torch.allclose(moved(shape, switches), moved(shape, on), atol=1e-3)
+    neither = {"soap_beta": 0.8, "soap_side": 1}  # Adam's division in front of the orthogonalisation
+    torch.testing.assert_close(moved(SQUARE, neither), moved(SQUARE, {"muon2_beta": 0.8}), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("step", [0, 5, 39, 40, 70, 99])
@@ -272,6 +276,7 @@ def test_the_power_is_a_key_of_pretraining():
 
 SETTINGS = {
     "soap": ("optim.soap_beta=0.9", "optim.soap_every=2"),
+    "soap_side": ("optim.soap_beta=0.9", "optim.soap_side=32"),
     "muon2": ("optim.muon2_beta=0.95",),
     "averages": ("optim.slow_momentum=0.98", "optim.slow_share=0.4"),
     "rows": ("optim.normuon_rows=true",),
