@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-serve soak abuse check-data gpu-check chaos
+.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos
 .PHONY: table report inspect show-data clean
 
 help: ## list the targets
@@ -78,7 +78,10 @@ check: $(STAMP) ## style (ruff check, ruff format) and the floors of the package
 	$(VENV)/bin/lint-imports
 
 bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
-	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py bench/optimizers.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+
+bench-optimizers: $(STAMP) ## steps of each optimizer to one target, tuned, with three seeds, for hours; goes on where it was stopped
+	$(PY) bench/optimizers.py $(ARGS)
 
 bench-serve: $(STAMP) ## 32 streams over HTTP beside the engine alone, and transformers serve where it is there
 	$(PY) bench/serve.py $(ARGS)

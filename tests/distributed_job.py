@@ -2,7 +2,7 @@
 
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
-adapter. With a checkpoint it goes on from there.
+adapter, `averaged` hands over an average of the weights. With a checkpoint it goes on from there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from conftest import compose
 
+from callbacks.average import AverageReadOut
 from callbacks.checkpoint import StepCheckpoint
 from callbacks.watch import check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
@@ -136,7 +137,7 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
         logger=False,
         gradient_clip_val=0.05 if kind == "clipped" else None,
         use_distributed_sampler=False,
-        callbacks=[StepCheckpoint(STEPS // 2, folder / name)],
+        callbacks=[*([AverageReadOut(3)] if kind == "averaged" else []), StepCheckpoint(STEPS // 2, folder / name)],
         plugins=[CheckpointWriter()],
         enable_checkpointing=False,
         enable_progress_bar=False,

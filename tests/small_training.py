@@ -67,7 +67,16 @@ def make_module(total=STEPS) -> StepModule:
 
 
 def fit(
-    folder, make=step_batch, ckpt=None, extra=(), save_every=2, total=STEPS, module=None, log_every=1, minutes=None
+    folder,
+    make=step_batch,
+    ckpt=None,
+    extra=(),
+    save_every=2,
+    total=STEPS,
+    module=None,
+    log_every=1,
+    minutes=None,
+    first=(),
 ):
     module = module or make_module(total)
     checkpoint = StepCheckpoint(save_every, folder / "checkpoints", minutes)
@@ -79,6 +88,7 @@ def fit(
         max_epochs=-1,
         logger=False,
         callbacks=[
+            *first,
             checkpoint,
             stop,
             GarbageControl(),

@@ -1,11 +1,14 @@
 """Program of each process of test_update_rules.py: `update_rule_job.py <folder>`, launched in two processes or more.
 
 Updates the same parameters by the optimizers of every strategy, with an elementwise and a matrix rule that no optimizer
-of ours has. After every step but the last, the state is gathered and new optimizers that load it go on.
+of ours has, and with every switch of Muon and the rules
+beside it. After every step but the last, the state is gathered and
+new optimizers that load it go on.
 """
 
 import copy
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from llm.config.extend import register_update_rule
 from llm.optim import ElementwiseRule, GroupOptimizer, MatrixRule
+from llm.optim import optimizer as optimizers
 from llm.parallel import muon_zero2
 from llm.parallel.env import end
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
@@ -23,6 +27,29 @@ from llm.parallel.muon_zero2 import ShardedOptimizer
 STEPS = 4
 # Of (1,) and (1, 12) the last processes hold nothing with strategy=fsdp; of (4,) the third one, with strategy=muon too.
 SHAPES = {"matrices": [(12, 7), (7, 12), (12, 7), (5, 3)], "others": [(300, 70), (9,), (1,), (1, 12), (4,)]}
+
+MUON = {
+    "kind": "muon",
+    "lr": 0.1,
+    "weight_decay": 0.1,
+    "momentum": 0.9,
+    "ns_steps": 3,
+    "orthogonalizer": "polar_express",
+}
+MUON |= {"norm_margin": None, "in_bf16": False, "row_normalize": True, "normuon_beta2": 0.9, "renormalize": True}
+MUON |= {"cautious": True, "coupled_decay": True}
+RULES = {  # name: hyperparameters beside the above; None = the two rules here
+    "own": None,
+    "soap": {"soap_beta": 0.8, "soap_every": 2},
+    "muon2": {"muon2_beta": 0.8},
+    "averages": {"slow_momentum": 0.98, "slow_share": 0.6},
+    "rows": {"normuon_rows": True, "row_floor": 0.4, "cautious_update": True},
+    "heads": {"head_rows": 1, "soap_beta": 0.8},
+    "hyperball": {"hyperball": True},
+    "adamh": {"kind": "adamh", "betas": (0.8, 0.9), "eps": 1e-8},
+    "dion": {"kind": "dion", "dion_rank": 0.5},
+}
+WHOLE = ("hyperball", "adamh")  # not with fsdp
 
 
 def signs(group, params, grads, states) -> None:
@@ -53,9 +80,11 @@ def parameters() -> dict[str, list[torch.nn.Parameter]]:
     return {name: [torch.nn.Parameter(drawn(s, i)) for i, s in enumerate(shapes)] for name, shapes in SHAPES.items()}
 
 
-def optimizer_of(kind: type, params: dict[str, list]) -> GroupOptimizer:
-    normed = {"kind": "normed", "params": params["matrices"], "lr": 0.1, "share": 0.3, "weight_decay": 0.1}
-    return kind([normed, {"kind": "signs", "params": params["others"], "lr": 0.01}])
+def optimizer_of(kind: type, params: dict[str, list], rules: str) -> GroupOptimizer:
+    first = {"kind": "normed", "lr": 0.1, "share": 0.3, "weight_decay": 0.1}
+    if RULES[rules] is not None:
+        first = MUON | RULES[rules]
+    return kind([first | {"params": params["matrices"]}, {"kind": "signs", "params": params["others"], "lr": 0.01}])
 
 
 def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor]:
@@ -78,18 +107,19 @@ def handed_over(optimizer: GroupOptimizer) -> dict:
     return box[0]
 
 
-def trained(kind: type, world: int, resumed: bool) -> tuple[list[torch.Tensor], dict]:
+def trained(kind: type, world: int, resumed: bool, rules: str = "own") -> tuple[list[torch.Tensor], dict]:
     """(weights, whole state) after all steps with the optimizer `kind`; resumed: a new one goes on after every step."""
+    optimizers.STACK_BYTES["cpu"] = 1  # products of a stack depend on its size, in the last bit
     params, mesh = parameters(), None
     if kind is FullyShardedOptimizer:
         mesh = init_device_mesh("cpu", (world,))
         params = {
             n: [torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in ps] for n, ps in params.items()
         }
-    optimizer = optimizer_of(kind, params)
+    optimizer = optimizer_of(kind, params, rules)
     for step in range(STEPS):
         if step and resumed:
-            state, optimizer = handed_over(optimizer), optimizer_of(kind, params)
+            state, optimizer = handed_over(optimizer), optimizer_of(kind, params, rules)
             optimizer.load_state_dict(state)
         rank = dist.get_rank() if kind is ShardedOptimizer else None
         every = [p for ps in params.values() for p in ps]
@@ -105,7 +135,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     register()
     kinds, world = (ShardedOptimizer, FullyShardedOptimizer), dist.get_world_size()
-    results = {(kind.__name__, resumed): trained(kind, world, resumed) for kind in kinds for resumed in (False, True)}
+    results = {
+        (kind.__name__, resumed, rules): trained(kind, world, resumed, rules)
+        for kind, resumed, rules in product(kinds, (False, True), RULES)
+        if kind is ShardedOptimizer or rules not in WHOLE
+    }
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
     dist.barrier()

@@ -192,6 +192,42 @@ class MuonAdamWConfig(AdamConfig):
         "Muon: multiply the weight decay of a tall matrix by sqrt(rows / columns), like the learning rate; false = "
         "not, as torch.optim.Muon"
     )
+    soap_beta: float | None = key(
+        "SOAP-Muon: averaging factor of the gradients' covariances, in whose eigenbasis the momentum is divided by its "
+        "root mean square before it is made orthogonal; null = off",
+        above=0,
+        below=1,
+    )
+    soap_every: int | None = key("SOAP-Muon: steps between turns of the eigenbases; null = 10", low=1, high=10**6)
+    soap_side: int | None = key(
+        "SOAP-Muon: a side of a matrix longer than this is left as it is, which saves time; null = 1024",
+        low=1,
+        high=2**20,
+    )
+    muon2_beta: float | None = key(
+        "Muon^2: averaging factor of the squared gradients, by whose root the momentum is divided before it is made "
+        "orthogonal; null = off",
+        above=0,
+        below=1,
+    )
+    slow_momentum: float | None = key(
+        "Muon: averaging factor of a second, slower momentum that is mixed into the first; null = off", above=0, below=1
+    )
+    slow_share: float | None = key("Muon: share of slow_momentum in the mixture; null = 0.5", above=0, high=1)
+    normuon_rows: bool = key("NorMuon: divide rows, also where a matrix has more columns")
+    cautious_update: bool = key("Muon: leave out what goes up the gradient, and enlarge the rest to match")
+    row_floor: float | None = key(
+        "Muon: smallest length of a row's update, relative to learning rate times length of the row; null = off",
+        above=0,
+        high=100,
+    )
+    hyperball: bool = key(
+        "MuonH: keep the norm of every matrix; the rate is then relative to the norm, and none decays"
+    )
+    per_head: bool = key("Muon: make the rows of every attention head of queries, keys and values orthogonal alone")
+    dion_rank: float | None = key(
+        "Dion in the place of Muon: rank of an update, as a share of the shorter side; null = off", above=0, high=1
+    )
 
 
 @dataclass
@@ -199,3 +235,4 @@ class AdamWConfig(AdamConfig):
     """AdamW with one learning rate for all parameters."""
 
     lr: float = key("learning rate of all parameters", above=0, high=10**6)
+    hyperball: bool = key("AdamH: keep the norm of block matrices; the rate is then relative to the norm")

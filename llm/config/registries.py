@@ -33,7 +33,15 @@ OPTIMIZERS = Registry(
 )
 
 # kind of a parameter group -> llm.optim.update_rules.ElementwiseRule or MatrixRule
-UPDATE_RULES = Registry("update rule", {"muon": "llm.optim.muon_adamw.MUON", "adamw": "llm.optim.muon_adamw.ADAMW"})
+UPDATE_RULES = Registry(
+    "update rule",
+    {
+        "muon": "llm.optim.muon_adamw.MUON",
+        "adamw": "llm.optim.muon_adamw.ADAMW",
+        "adamh": "llm.optim.other_rules.ADAMH",
+        "dion": "llm.optim.other_rules.DION",
+    },
+)
 
 # stage.reward, key of stage.rewards -> tasks.rewards.Reward subclass, or function (conversation, completion) -> number
 REWARDS = Registry(

@@ -8,9 +8,14 @@ from torch import nn
 from llm.config.registries import OPTIMIZERS
 from llm.errors import UserError
 from llm.optim.muon_adamw import MUON_NEEDS
+from llm.optim.muon_switches import DETAILS, SWITCHES
 from llm.optim.optimizer import GroupOptimizer
 from llm.scaling.rules import adam_lr_scale
 
+ROWS_ONLY = (
+    "optim.hyperball=true: no process has a whole matrix with strategy=fsdp; use strategy=muon or ddp, or set "
+    "optim.hyperball=false"
+)
 LORA_BETAS, LORA_EPS = (0.9, 0.999), 1e-8  # AdamW's own
 
 
@@ -38,6 +43,8 @@ def build_optimizer(
             group["lr"] = group["lr"] * (fixed_lr_scale if is_fixed else lr_scale)
             if group.get("decays"):
                 group["weight_decay"] = group["weight_decay"] * decay_scale
+    if optimizer.holds_rows and any(group.get("hyperball") for group in groups):
+        raise UserError(ROWS_ONLY)
     check_groups(net, groups)
     name_groups(net, groups)
     return optimizer(groups)
@@ -72,7 +79,7 @@ def lora_groups(net: nn.Module) -> list[dict]:
 
 
 def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
-    """Return the groups of optim=muon_adamw: Muon for the matrices of the blocks, AdamW for everything else.
+    """Return the groups of optim=muon_adamw: Muon, or Dion, for the matrices of the blocks, AdamW for everything else.
 
     Head, embeddings, scalars and gpt2's vectors each have a rate, betas and decay of their own; the rates of tables and
     head follow the width rule of `llm.scaling.rules`. In pretraining smear and backout have one rate for all batches.
@@ -93,18 +100,40 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
             group = {"kind": "adamw", "params": kinds[kind], "lr": lr, "betas": tuple(betas)}
             groups.append(group | {"eps": optim.eps, "weight_decay": own_decay, "fixed_lr": kind == "smear"})
     muon = {name: optim[name] for name in MUON_NEEDS if name != "in_bf16"}
+    switches = {name: optim[name] for name in SWITCHES if name in optim}
+    check_switches(optim, muon | switches)
+    muon |= switches
     muon |= {"kind": "muon", "params": kinds["matrices"], "lr": optim.matrix_lr}
     muon |= {"in_bf16": net.compute_dtype == torch.bfloat16}
-    return [*groups, muon | {"weight_decay": optim.weight_decay, "decays": True}]
+    muon |= {"weight_decay": optim.weight_decay, "decays": True}
+    if optim.get("dion_rank") is not None:
+        return [*groups, muon | {"kind": "dion", "dion_rank": optim.dion_rank}]
+    return [*groups, *(by_heads(net, muon) if optim.get("per_head") else [muon])]
+
+
+def by_heads(net: nn.Module, group: dict) -> list[dict]:
+    """Divide a group of matrices: those whose rows are of attention heads, by the rows of a head, and the others."""
+    heads = {"attn.c_q.weight": net.config.n_head, "attn.c_k.weight": net.config.n_kv_head}
+    heads["attn.c_v.weight"] = net.config.n_kv_head
+    parts: dict[int | None, list] = {}
+    names = {id(p): name for name, p in net.named_parameters()}
+    for p in group["params"]:
+        count = next((count for end, count in heads.items() if names[id(p)].endswith(end)), None)
+        parts.setdefault(None if count is None else p.size(0) // count, []).append(p)
+    return [group | {"params": params, "head_rows": rows} for rows, params in parts.items()]
 
 
 def adamw_groups(net: nn.Module, optim) -> list[dict]:
-    """Return the groups of optim=adamw: one learning rate for all, weight decay on the matrices of the blocks only."""
+    """Return the groups of optim=adamw: one learning rate for all, weight decay on the matrices of the blocks only.
+
+    With `hyperball` these keep their norms instead (AdamH).
+    """
     kinds = params_by_kind(net)
     adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr}
     rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
+    ball = {"kind": "adamh", "hyperball": True} if optim.get("hyperball") else {}
     return [
-        adam | {"params": kinds["matrices"], "weight_decay": optim.weight_decay, "decays": True},
+        adam | {"params": kinds["matrices"], "weight_decay": optim.weight_decay, "decays": True} | ball,
         adam | {"params": rest, "weight_decay": 0.0},
     ]
 
@@ -135,6 +164,24 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
         place = "smear" if name.endswith(".exclusion") else place
         kinds[place or ("matrices" if p.ndim == 2 else "vectors")].append(p)
     return kinds
+
+
+def check_switches(optim, group: dict) -> None:
+    """Raise UserError for a detail of a switch of Muon that is off, and for a switch of Muon beside Dion."""
+    if optim.get("dion_rank") is not None:
+        for name in (*SWITCHES, "per_head"):
+            if optim.get(name) not in (None, False):
+                raise UserError(
+                    f"optim.{name}={str(optim[name]).lower()}: a switch of Muon, whose place optim.dion_rank="
+                    f"{optim.dion_rank} takes; leave one of the two out"
+                )
+    for name, switch, usual in DETAILS:
+        value = group.get(name)
+        if value not in (None, False) and group.get(switch) is None:
+            raise UserError(
+                f"optim.{name}={str(value).lower()}: it belongs to optim.{switch}, which is off; set "
+                f"optim.{switch}={usual}, or leave it out"
+            )
 
 
 def check_groups(net: nn.Module, groups: list[dict]) -> None:

@@ -2,12 +2,23 @@
 
 Muon (Keller Jordan et al., 2024): momentum, then the nearest semi-orthogonal matrix instead of the raw update. Matrices
 of one shape are stacked and updated together. Around the orthogonalisation, each by its own switch: row equilibration,
-a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weight decay (arXiv 2510.12402).
+a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weight decay (arXiv 2510.12402). Further
+switches, off by default, are in `llm.optim.muon_switches`.
 """
 
 import torch
 from torch.optim.adamw import adamw as fused_adamw
 
+from llm.optim.muon_switches import (
+    SWITCHES,
+    agreeing,
+    floored,
+    muon2,
+    on_hyperball,
+    soap,
+    switch_state,
+    two_averages,
+)
 from llm.optim.update_rules import ElementwiseRule, MatrixRule, decay_and_add
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic tuned for slope at zero; singular values end in about [0.7, 1.2]
@@ -50,12 +61,12 @@ def polar_iterations(x: torch.Tensor, steps: int, method: str) -> torch.Tensor:
     return x
 
 
-def row_mean_square(update: torch.Tensor) -> torch.Tensor:
+def row_mean_square(update: torch.Tensor, always_rows: bool = False) -> torch.Tensor:
     """Return the mean square of the rows of a stack (n, r, c), or of its columns if they are more.
 
-    fp32, of shape (n, r, 1) or (n, 1, c).
+    fp32, of shape (n, r, 1) or (n, 1, c). always_rows: rows, also where columns are more.
     """
-    dim = -1 if update.size(-2) >= update.size(-1) else -2
+    dim = -1 if always_rows or update.size(-2) >= update.size(-1) else -2
     return update.float().square().mean(dim=dim, keepdim=True)
 
 
@@ -73,21 +84,35 @@ def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: f
 
 
 def muon_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return Muon's state of a matrix (r, c): its momentum, and NorMuon's second moment (r, 1) or (1, c) in fp32."""
+    """Return Muon's state of a matrix (r, c): its momentum, and what its switches need.
+
+    NorMuon's second moment is (r, 1) or (1, c), in fp32. With `head_rows` states of the heads lie end to end.
+    """
     rows, cols = matrix.shape
+    if group["head_rows"]:
+        of_one = muon_state(group | {"head_rows": None}, matrix[: group["head_rows"]])
+        return {name: torch.cat([value] * (rows // group["head_rows"])) for name, value in of_one.items()}
     state = {"momentum_buffer": torch.zeros_like(matrix)}
     if group["normuon_beta2"] is not None:
-        shape = (rows, 1) if rows >= cols else (1, cols)
+        shape = (rows, 1) if group["normuon_rows"] or rows >= cols else (1, cols)
         state["second_moment"] = matrix.new_zeros(shape, dtype=torch.float32)
-    return state
+    return state | switch_state(group, matrix)
 
 
 def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
     """Return what Muon adds to matrices (r, c) of one shape, without weight decay: (n, r, c), fp32 or wider."""
     (rows, cols), beta2, method = grads[0].shape, group["normuon_beta2"], group["orthogonalizer"]
+    if group["head_rows"]:
+        return step_of_heads(group, grads, states)
     buffers = [s["momentum_buffer"] for s in states]
     torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+    if group["slow_momentum"] is not None:
+        buffers = two_averages(group, grads, buffers, states)
     update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
+    if group["soap_beta"] is not None:
+        update = soap(group, update, torch.stack(grads), states)
+    if group["muon2_beta"] is not None:
+        update = muon2(group, update, torch.stack(grads), states)
     dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
     if group["row_normalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
         margin = group["norm_margin"] or NORM_MARGIN[method]
@@ -97,7 +122,7 @@ def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
     else:
         update = orthogonalize(update, group["ns_steps"], method, dtype, group["norm_margin"])
     factors = torch.ones((1, 1, 1), device=update.device)  # makes what it multiplies fp32
-    mean_square = row_mean_square(update) if beta2 is not None or group["renormalize"] else None
+    mean_square = row_mean_square(update, group["normuon_rows"]) if beta2 is not None or group["renormalize"] else None
     if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix
         norm = (mean_square.sum(dim=(-2, -1), keepdim=True) * min(rows, cols)).sqrt_()
         factors = min(rows, cols) ** 0.5 / norm.clamp_min_(1e-10)
@@ -106,18 +131,34 @@ def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
         moments = torch.stack([s["second_moment"] for s in states])
         factors = factors * row_factors(mean_square, moments, beta2)
         torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
-    return update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
+    step = update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
+    return agreeing(step, torch.stack(grads)) if group["cautious_update"] else step
+
+
+def step_of_heads(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
+    """Return `muon_step` of matrices (r, c) whose heads, `head_rows` rows each, are taken for matrices of their own."""
+    (rows, cols), heads = grads[0].shape, grads[0].size(0) // group["head_rows"]
+    parts = [{name: value.chunk(heads) for name, value in state.items()} for state in states]  # views
+    own = [{name: values[head] for name, values in part.items()} for part in parts for head in range(heads)]
+    step = muon_step(group | {"head_rows": None}, [part for grad in grads for part in grad.chunk(heads)], own)
+    return step.view(len(grads), rows, cols)
 
 
 def muon_apply(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> None:
     """Decay n matrices (r, c), or some of their rows, and add step (n, r, c), in place.
 
     With `coupled_decay` a tall matrix decays at the rate of its step, lr x sqrt(rows / columns). With `cautious` only
-    those weights decay that the step shrinks too; `step` is then used as scratch.
+    those weights decay that the step shrinks too; `step` is then used as scratch. With `hyperball` nothing decays, and
+    matrices must be whole.
     """
     if group["coupled_decay"]:
         rows, cols = group["shape"]
         group = group | {"weight_decay": group["weight_decay"] * max(1.0, rows / cols) ** 0.5}
+    if group["row_floor"] is not None:
+        step = floored(group, params, step)
+    if group["hyperball"]:
+        on_hyperball(group, params, step)
+        return
     decay = group["lr"] * group["weight_decay"]
     if not (decay and group["cautious"]):
         decay_and_add(group, params, step)
@@ -155,5 +196,5 @@ def adamw_update(group: dict, params: list[torch.Tensor], grads: list[torch.Tens
 # coupled_decay (tall matrices decay at the rate of their update)
 MUON_NEEDS = ("momentum", "ns_steps", "orthogonalizer", "norm_margin", "in_bf16")
 MUON_NEEDS += ("row_normalize", "normuon_beta2", "renormalize", "cautious", "coupled_decay")
-MUON = MatrixRule(muon_step, muon_state, muon_apply, MUON_NEEDS)
+MUON = MatrixRule(muon_step, muon_state, muon_apply, MUON_NEEDS, SWITCHES)
 ADAMW = ElementwiseRule(adamw_update, state=("exp_avg", "exp_avg_sq"), scalars=("step",), needs=("betas", "eps"))

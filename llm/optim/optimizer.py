@@ -27,12 +27,15 @@ class GroupOptimizer(torch.optim.Optimizer):
     vectors to a rule for matrices.
     """
 
+    holds_rows = False  # whether a process has some rows of the weights only
+
     def __init__(self, groups: list[dict]):
         for group in groups:
             group.setdefault("weight_decay", 0.0)
             group.setdefault("decays", False)
             group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
-            rule = UPDATE_RULES.get(group["kind"], "kind")
+            rule = rule_of(group)
+            set_defaults(group)
             if missing := [name for name in rule.needs if name not in group]:
                 raise UserError(f"a parameter group of kind={group['kind']} needs {', '.join(missing)}")
             if isinstance(rule, MatrixRule) and any(p.ndim != 2 for p in group["params"]):
@@ -53,11 +56,12 @@ class GroupOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory.
 
-        Groups keep their names, which older files lack.
+        Groups keep their names, which older files lack. Hyperparameters that these lack have their defaults.
         """
         names = [group.get("name") for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, name in zip(self.param_groups, names, strict=True):
+            set_defaults(group)
             if name is not None:
                 group["name"] = name
         for state in self.state.values():
@@ -108,6 +112,12 @@ class GroupOptimizer(torch.optim.Optimizer):
 def rule_of(group: dict) -> UpdateRule:
     """Return the rule that updates a parameter group."""
     return UPDATE_RULES.get(group["kind"], "kind")
+
+
+def set_defaults(group: dict) -> None:
+    """Give a parameter group the hyperparameters of its rule that it leaves out."""
+    for name, value in getattr(rule_of(group), "defaults", {}).items():
+        group.setdefault(name, value)
 
 
 def squares(grads: list[torch.Tensor]) -> torch.Tensor:

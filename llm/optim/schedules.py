@@ -6,16 +6,25 @@ step counts from 0 and names the update about to be made.
 import math
 
 
-def lr_multiplier(step: int, total_steps: int, warmup_steps: int, warmdown_ratio: float, final_frac: float) -> float:
+def lr_multiplier(
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    warmdown_ratio: float,
+    final_frac: float,
+    power: float | None = None,
+) -> float:
     """Return the factor on the learning rate: linear warm-up, flat, linear decay to `final_frac`.
 
     The decay takes the last `warmdown_ratio` of the steps. The warm-up takes at most a quarter of them; its first value
-    is 1 / warmup and not 0.
+    is 1 / warmup and not 0. With a power p what is left of the decay counts as left^p (PowerCool of modded-nanogpt's
+    track 3: 1.2).
     """
     warmup = min(warmup_steps, total_steps // 4)
     if step < warmup:
         return (step + 1) / warmup
     left = 1 - warmdown_progress(step, total_steps, warmdown_ratio)
+    left = left if power is None else left**power
     return left + (1 - left) * final_frac
 
 

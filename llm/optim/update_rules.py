@@ -4,8 +4,9 @@ A parameter group names its rule by `kind`, a key of `llm.config.registries.UPDA
 hyperparameters from the group, where schedules write them before each step.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -57,13 +58,14 @@ class MatrixRule:
     new_state(group, like): state of a matrix before its first step, for a tensor of its shape.
     apply(group, params, step): changes the weights in place; with strategy=fsdp it gets rows of params and of step. The
     group then also has `shape`, (r, c) of the whole matrices.
-    needs: hyperparameters that a group must have beside lr.
+    needs: hyperparameters that a group must have beside lr. defaults: values of those that a group may leave out.
     """
 
     step: Callable[[Group, list[torch.Tensor], list[State]], torch.Tensor]
     new_state: Callable[[Group, torch.Tensor], State] = momentum_buffer
     apply: Callable[[Group, list[torch.Tensor], torch.Tensor], None] = decay_and_add
     needs: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 UpdateRule = ElementwiseRule | MatrixRule

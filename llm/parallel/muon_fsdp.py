@@ -20,6 +20,8 @@ from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedOptimizer, end_t
 class FullyShardedOptimizer(ShardedOptimizer):
     """Updates the parameters of a network that `llm.parallel.strategy.FSDPStrategy` has cut."""
 
+    holds_rows = True
+
     def _cut(self, number: int) -> Iterable[Matrices | FlatShard]:
         group = self.param_groups[number]
         if isinstance(rule_of(group), MatrixRule):

@@ -15,6 +15,7 @@ from llm.config.stages import Stage
 from llm.errors import UserError
 from llm.model.config import GPTConfig
 from llm.model.linear import resolve_compute_dtype
+from llm.optim.build import ROWS_ONLY
 from llm.parallel.launch import check_strategy, processes, processes_of_node
 from llm.scaling.rules import (
     REFERENCE_DEPTH,
@@ -52,6 +53,7 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
     check_strategy(cfg.strategy.name, processes(cfg))
     if not row.makes_model or parent is None:
         return
+    check_whole(cfg)
     if cfg.precision.fp8:
         dtype = resolve_compute_dtype(cfg.precision.compute, training_device(cfg), row.draws_answers)
         check_fp8(dtype, cfg.strategy.name == "fsdp")
@@ -65,6 +67,7 @@ def check_pretraining(cfg, config: GPTConfig) -> None:
     """Raise UserError for a horizon or a step that cannot be, or best weights that nobody measures."""
     planned = plan(cfg, config.vocab_size)
     check_keeps_best(cfg)
+    check_average(cfg)
     check_step(cfg, planned.batch_tokens)
 
 
@@ -101,6 +104,12 @@ def check_step(cfg, tokens: int | None) -> None:
     micro_batches(tokens, 1 if rows == "auto" else rows, seq_len, world)
 
 
+def check_whole(cfg) -> None:
+    """Raise UserError for an update that needs whole matrices where processes have rows of them."""
+    if cfg.optim.get("hyperball") and cfg.strategy.name == "fsdp" and processes(cfg) > 1:
+        raise UserError(ROWS_ONLY)
+
+
 def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:
     """Raise UserError where fp8 does not go with the number format of the network, or the strategy."""
     if is_fsdp:
@@ -120,6 +129,21 @@ def check_keeps_best(cfg) -> None:
         raise UserError(
             "stage.keep_best=bpb: the run measures no bpb (stage.eval_every=0, or no callbacks.bpb); set "
             "stage.eval_every=100, or stage.keep_best=null"
+        )
+
+
+def check_average(cfg) -> None:
+    """Raise UserError for a share of no average of weights, and for an average where no process has all weights."""
+    steps, share = cfg.stage.get("average_steps"), cfg.stage.get("average_share")
+    if share is not None and steps is None:
+        raise UserError(
+            f"stage.average_share={share}: there is no average to take a share of; set stage.average_steps=100, or "
+            "leave it out"
+        )
+    if steps is not None and cfg.strategy.name == "fsdp" and processes(cfg) > 1:
+        raise UserError(
+            f"stage.average_steps={steps}: no process has all weights with strategy=fsdp; use strategy=muon or ddp, or "
+            "set stage.average_steps=null"
         )
 
 

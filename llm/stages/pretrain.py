@@ -31,7 +31,7 @@ from llm.stages.common import (
     steps_layout,
 )
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
-from llm.stages.plan import Plan, check_keeps_best, evaluates, holds_weights, plan
+from llm.stages.plan import Plan, check_average, check_keeps_best, evaluates, holds_weights, plan
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import left_out, plan_text
 from llm.tokenizer.bpe import Tokenizer
@@ -45,6 +45,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     net, tokenizer = load_parent(parent, cfg) if holds_weights(parent) else (None, load_tokenizer(parent, cfg))
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     check_keeps_best(cfg)
+    check_average(cfg)
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
     dropped = left_out(cfg, text.val)  # found before training waits for its first step
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)

@@ -261,7 +261,7 @@ class StepModule(L.LightningModule):
     def lr_frac(self, step: int) -> float:
         """Return the learning rate at `step` as a share of the stage's base learning rates."""
         stage = self.stage_config
-        shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac)
+        shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac, getattr(stage, "warmdown_power", None))
         total = self.planned_steps
         return lr_multiplier(self.budget.place(step, total), total, *shape)
 

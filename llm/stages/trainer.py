@@ -168,6 +168,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     """
     from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 
+    from callbacks.average import AverageReadOut
     from callbacks.best import BestWeights
     from callbacks.cadence import Periodic
     from callbacks.checkpoint import StepCheckpoint
@@ -197,6 +198,13 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
         display = []  # Lightning's bar in the place of ours
     averages = [one for one in chosen.values() if isinstance(one, WeightAveraging)]
     others = [one for one in chosen.values() if one not in averages]
+    if steps := cfg.stage.get("average_steps"):
+        if averages:
+            raise UserError(
+                f"stage.average_steps={steps}: {type(averages[0]).__name__} of `callbacks` averages the weights "
+                "already; keep one of the two"
+            )
+        averages = [AverageReadOut(steps, cfg.stage.get("average_share"))]
     first = [
         Stopwatch(),
         *averages,

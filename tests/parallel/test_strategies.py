@@ -111,6 +111,18 @@ def test_processes_train_the_adapter_of_one(trained, strategy):
         assert all(weight.any() for name, weight in saved.items() if name.endswith("lora_B"))
 
 
+@pytest.mark.parametrize(("strategy", "other"), [("muon", "ddp"), ("ddp", "muon")])
+def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_path):
+    """Also one that went on, under another strategy, from a checkpoint of half the steps."""
+    (_, alone), (folder, results) = trained("auto", 1, "averaged"), trained(strategy, 2, "averaged")
+    (tmp_path / "resumed").mkdir()
+    checkpoint = folder / "averaged" / "step_000002.ckpt"
+    resumed = job(2, other, tmp_path / "resumed", ("averaged",), checkpoint, steps=4)
+    for name, weight in alone["averaged"]["weights"].items():
+        torch.testing.assert_close(results["averaged"]["weights"][name], weight, atol=1e-7, rtol=0)
+        torch.testing.assert_close(resumed["averaged"]["weights"][name], weight, atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
     """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""

@@ -9,13 +9,13 @@ from conftest import REPO
 from processes import finish, start_warm
 
 from llm.config import registries
-from llm.optim import GroupOptimizer
+from llm.optim import GroupOptimizer, optimizer
 from llm.parallel.launch import child_env, free_port
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """results(n): {(optimizer class, resumed): (weights, state)} of n processes."""
+    """results(n): {(optimizer class, resumed, rules): (weights, state)} of n processes."""
 
     @cache
     def run(n: int) -> dict:
@@ -31,6 +31,7 @@ def results(tmp_path_factory):
 @pytest.fixture
 def own_rules(monkeypatch):
     monkeypatch.setattr(registries.UPDATE_RULES, "entries", dict(registries.UPDATE_RULES.entries))
+    monkeypatch.setattr(optimizer, "STACK_BYTES", dict(optimizer.STACK_BYTES))
     update_rule_job.register()
 
 
@@ -47,12 +48,19 @@ def assert_same(got: tuple[list, dict], expected: tuple[list, dict]) -> None:
 
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("kind", ["ShardedOptimizer", "FullyShardedOptimizer"])
-def test_a_new_rule_is_divided_gathered_and_resumed_bit_for_bit(results, own_rules, kind, resumed, n):
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [
+        *(("ShardedOptimizer", rules) for rules in update_rule_job.RULES),
+        *(("FullyShardedOptimizer", rules) for rules in update_rule_job.RULES if rules not in update_rule_job.WHOLE),
+    ],
+)
+def test_a_rule_is_divided_gathered_and_resumed_bit_for_bit(results, own_rules, kind, rules, resumed, n):
     """Catches a state that is not cut, is put together in another order, or is overwritten by a process without any."""
-    assert_same(results(n)[kind, resumed], update_rule_job.trained(GroupOptimizer, n, resumed=False))
+    assert_same(results(n)[kind, resumed, rules], update_rule_job.trained(GroupOptimizer, n, False, rules))
 
 
-def test_one_process_resumes_bit_for_bit(own_rules):
+@pytest.mark.parametrize("rules", update_rule_job.RULES)
+def test_one_process_resumes_bit_for_bit(own_rules, rules):
     """strategy=single, and every process of strategy=ddp."""
-    assert_same(*(update_rule_job.trained(GroupOptimizer, 2, resumed) for resumed in (True, False)))
+    assert_same(*(update_rule_job.trained(GroupOptimizer, 2, resumed, rules) for resumed in (True, False)))
