@@ -103,7 +103,7 @@ REFUSED = {
     "-m hydra.sweeper.params.seed=3": "write it in braces: 'hydra.sweeper.params={seed: \"3\"}'",
     "hydra.mode=multirun": "expected one of [RUN, MULTIRUN]",
     "--config-dir my_conf +noisy=off": "off.yaml: logger=null: must have a value; a group is left out by `- override",
-    "--config-dir my_conf experiment=flat stage=tokenizer": "flat.yaml: stage.tokens_per_param: only stage=pretrain has",
+    "--config-dir my_conf experiment=flat stage=tokenizer": "flat.yaml: stage.tokens_per_param: only stage=pretrain",
     "hydra/launcher=ray": "pip install hydra-ray-launcher",
     "-m 'optim.matrix_lr=0.01,null'": "optim.matrix_lr=null: expected a number",
     "--config-dir nowhere": "--config-dir: there is no folder",
