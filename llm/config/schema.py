@@ -27,6 +27,7 @@ from llm.config.model_schema import (
     ModernArch,
     MuonAdamWConfig,
     OptimConfig,
+    Qwen3Arch,
 )
 from llm.config.stage_schema import StageConfig
 from llm.config.stages import Stage, all_stages, chat_mixtures, stage_names, stage_row
@@ -365,7 +366,7 @@ class _StageSchemas(Mapping):
 # Schemas whose class depends on the chosen option; the YAML files of these groups name theirs in their defaults list.
 VARIANTS: dict[str, Mapping[str, type]] = {
     "stage": _StageSchemas(),
-    "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch},
+    "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch, "qwen3": Qwen3Arch},
     "optim": {"muon_adamw": MuonAdamWConfig, "adamw": AdamWConfig},
     "data": {},  # the sources of text share DataConfig; those of plugins may have keys of their own
 }
