@@ -1,16 +1,20 @@
 """What config.json and generation_config.json of a model folder say, by which transformers knows the model."""
 
+from pathlib import Path
+
 from llm.model.config import GPTConfig
 from llm.model.fused_ops import NORM_EPS
 from llm.tokenizer.bpe import Tokenizer
 
 FORMAT_VERSION = 1
+PROGRAM = Path(__file__).with_name("modeling_fathom.py")  # goes into folders of architectures that are ours alone
 
 
 def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
     """Return the content of config.json: what transformers' own class would default otherwise, ours in `fathom`.
 
-    Architectures that transformers has no class for name Fathom as their type, so that it refuses them.
+    Architectures that transformers has no class for name Fathom as their type, and the class in the file PROGRAM, which
+    runs only where a user trusts it.
     """
     name, kind = hf_class(config)
     content = {
@@ -45,7 +49,15 @@ def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
         content |= {"hidden_act": "silu", "intermediate_size": config.inner, "rms_norm_eps": config.norm_eps}
         content |= {"use_sliding_window": False, "mlp_bias": False}
         del content["final_logit_softcapping"]
+    if has_program(config):
+        module = PROGRAM.stem
+        content["auto_map"] = {"AutoConfig": f"{module}.FathomConfig", "AutoModelForCausalLM": f"{module}.{name}"}
     return content
+
+
+def has_program(config: GPTConfig) -> bool:
+    """Return whether transformers needs the file PROGRAM beside the weights: it has no class for our own forms."""
+    return config.arch in ("modern", "gpt2")
 
 
 def hf_class(config: GPTConfig) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from llm.checkpoint.names import VOCAB_PARAMS, file_name
 from llm.errors import UserError, reason_of
 from llm.model.gpt import GPT, build_network
 from llm.model.qwen3_config import Qwen3Config
+from llm.run.formats import SHAPE
 from llm.tokenizer.bpe import META_FILE, SPECIAL_TOKENS, Tokenizer
 from llm.tokenizer.hf_files import byte_alphabet
 from llm.tokenizer.pretrained import load_pretrained
@@ -84,7 +85,7 @@ def shape(content: dict, vocab_size: int, path: Path) -> Qwen3Config:
         raise UserError(f"{path}: rotary positions of type {str(rope_kind)[:40]}; only plain ones are known")
     try:
         width, heads = content["hidden_size"], content["num_attention_heads"]
-        return Qwen3Config(
+        found = Qwen3Config(
             n_layer=content["num_hidden_layers"],
             n_head=heads,
             n_kv_head=content.get("num_key_value_heads") or heads,
@@ -100,6 +101,8 @@ def shape(content: dict, vocab_size: int, path: Path) -> Qwen3Config:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: is not a shape that can be ({type(error).__name__}: {error})") from error
+    SHAPE(found.to_dict(), str(path))
+    return found
 
 
 def read_tokenizer(folder: Path, content: dict) -> tuple[Tokenizer, list[int | None]]:
@@ -156,9 +159,8 @@ def copy_tensors(net: GPT, tensors: dict[str, Path], rows: list[int | None], fol
     names = {file_name(name, net.config): name for name in state}
     unknown = {name for name in tensors if not name.endswith(".rotary_emb.inv_freq")} - set(names)
     if net.config.tied and "lm_head.weight" in unknown:
-        if not torch.equal(
-            *(_tensor(tensors, name, where) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        ):
+        head, table = (_tensor(tensors, name, where) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not torch.equal(head, table):
             raise UserError(f"{where}: config.json says that head and embedding are tied, but they differ")
         unknown.remove("lm_head.weight")
     for words, wrong in (("is missing", set(names) - set(tensors)), ("is unknown", unknown)):

@@ -1,8 +1,9 @@
 """Model folders, `<stage>/model/`, that one stage hands to the next: weights, config, tokenizer, chat template.
 
 For `arch=classic` and `arch=qwen3` the folder is a Hugging Face checkpoint (NanoChat, Qwen3 or Llama) that
-`AutoModelForCausalLM` and `AutoTokenizer` of transformers 5 load unchanged. Everything is written here from plain data: saving and loading need safetensors only, and
-no file is ever unpickled. Tensors hold the true vocabulary; Fathom's padding is cut off and put back on load.
+`AutoModelForCausalLM` and `AutoTokenizer` of transformers 5 load unchanged. Everything is written here from plain data:
+saving and loading need safetensors only, and no file is ever unpickled. Tensors hold the true vocabulary; Fathom's
+padding is cut off and put back on load.
 """
 
 import json
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llm.checkpoint.adapter import save_adapter
-from llm.checkpoint.hf_config import FORMAT_VERSION, generation_config, hf_config
+from llm.checkpoint.hf_config import FORMAT_VERSION, PROGRAM, generation_config, has_program, hf_config
 from llm.checkpoint.names import file_name, rows_kept
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
@@ -51,6 +52,8 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         tokenizer.save(new, max_length=config.seq_len)
         _write_json(new / CONFIG_FILE, hf_config(config, tokenizer))
         _write_json(new / GENERATION_FILE, generation_config(tokenizer))
+        if has_program(config):
+            shutil.copyfile(PROGRAM, new / PROGRAM.name)
         tensors = {}
         for name, value in merged(net).state_dict().items():
             tensors[file_name(name, config)] = (

@@ -1,4 +1,4 @@
-"""`arch=qwen3`: Qwen3's blocks (arXiv 2505.09388), or Llama's where `qk_norm` is off, on the network of `llm.model.gpt`.
+"""`arch=qwen3`: Qwen3's blocks (arXiv 2505.09388), or Llama's where `qk_norm` is off, in the network of `llm.model`.
 
 RMSNorm with weights before each sublayer and before the head, on queries and keys before they are rotated, SwiGLU
 (arXiv 2002.05202), grouped queries, rotary positions, no biases, embedding tied to the head or not.

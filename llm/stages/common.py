@@ -90,9 +90,10 @@ def with_adapter(net: GPT, parent: Path, cfg) -> GPT:
 
 
 def with_context(net: GPT, wanted: GPTConfig) -> GPT:
-    """Return a network with the weights of `net` and the context of `wanted`; a longer one with its RoPE base and scaling.
+    """Return a network with the weights of `net` and the context of `wanted`.
 
-    Short windows follow the context by the rule of `GPTConfig.window`.
+    A longer one takes its RoPE base and RoPE scaling too. Short windows follow the context by the rule of
+    `GPTConfig.window`.
     """
     old = net.config
     if wanted.seq_len < old.seq_len:

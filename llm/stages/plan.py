@@ -173,8 +173,8 @@ def holds_weights(parent: Path) -> bool:
 def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     """Return the shape of a stage's network that continues the one of `parent`, whose shape is `found`.
 
-    The context may be longer than the parent's, with arch=qwen3 shorter too, and document masks may be switched. Raises UserError where the
-    configured model differs otherwise, or asks for an adapter that cannot be.
+    The context may be longer than the parent's, with arch=qwen3 shorter too, and document masks may be switched. Raises
+    UserError where the configured model differs otherwise, or asks for an adapter that cannot be.
     """
     check_adapter(cfg)
     check_vocab_size(cfg, found.vocab_size)

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import compose
 from safetensors.torch import load_file, save_file
 
 from llm.checkpoint.hf_weights import imported_folder
 from llm.checkpoint.model_folder import load_model_folder
 from llm.errors import UserError
+from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS
 
@@ -98,7 +99,8 @@ WRONG = {
     "type": (_config(model_type="gemma"), "model_type gemma: only models of the types qwen3, llama"),
     "biases": (_config(attention_bias=True), "attention_bias=True"),
     "rotary": (_config(rope_parameters={"rope_type": "llama3"}), "rotary positions of type llama3"),
-    "shape of nothing": (_config(num_hidden_layers=None), "is not a shape that can be"),
+    "shape of nothing": (_config(num_hidden_layers=None), "config.json.*n_layer"),
+    "heads": (_config(num_key_value_heads=3), "is not a shape that can be"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "there is no tokenizer.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "its weights cannot be read"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "init_from=hf:.*has no config.json"),
@@ -117,11 +119,9 @@ def test_what_is_not_whole_is_refused(case, tmp_path):
 
 def test_pretraining_and_finetuning_go_on_from_it_with_a_shorter_context(tmp_path):
     checkpoint(tmp_path / "theirs", "qwen3")
-    runs = f"paths.runs={tmp_path}/runs"
-    small = ["trainer=cpu", "batch.micro_batch_size=2", "batch.tokens_per_step=256", "max_steps=2", "model.seq_len=128"]
-    for stage in ("pretrain", "sft"):
-        start = [f"init_from=hf:{tmp_path}/theirs", "run=a", "data.size=0.01", "callbacks=none"]
-        done = run_cli("train.py", f"stage={stage}", runs, *start, *small, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
+    parent = f"init_from=hf:{tmp_path}/theirs"
+    for stage, start in (("pretrain", parent), ("sft", "init_from=null")):
+        args = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "trainer=cpu", "run=a", f"stage={stage}", start]
+        run_stage(compose("train", *args, "model.seq_len=128", "max_steps=2"))
         net, _ = load_model_folder(tmp_path / f"runs/a/{stage}/model")
         assert (net.config.arch, net.config.seq_len, net.config.n_embd, net.config.head_dim) == ("qwen3", 128, 48, 32)
