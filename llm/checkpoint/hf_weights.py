@@ -49,7 +49,7 @@ def imported_folder(init_from: str, runs: str | Path) -> Path:
         net, tokenizer, note = read_hf(source)
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_model_folder(folder, net, tokenizer)
-        print(f"{source} was written as {folder}{note}", flush=True)
+        print(f"{source} was written as {folder}{note}; train it with small rates (docs/runs.md)", flush=True)
     return folder
 
 
@@ -101,7 +101,7 @@ def shape(content: dict, vocab_size: int, path: Path) -> Qwen3Config:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: is not a shape that can be ({type(error).__name__}: {error})") from error
-    SHAPE(found.to_dict(), str(path))
+    SHAPE({name: value for name, value in found.to_dict().items() if not isinstance(value, tuple)}, str(path))
     return found
 
 

@@ -76,6 +76,7 @@ class Qwen3(GPT):
     """The network of `arch=qwen3`."""
 
     block_class = Qwen3Block
+    tied_learns_as_head = True
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)

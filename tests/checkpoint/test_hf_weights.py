@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from llm.checkpoint.hf_weights import imported_folder
 from llm.checkpoint.model_folder import load_model_folder
 from llm.errors import UserError
+from llm.run.stage_folder import read_metrics
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS
@@ -119,9 +120,11 @@ def test_what_is_not_whole_is_refused(case, tmp_path):
 
 def test_pretraining_and_finetuning_go_on_from_it_with_a_shorter_context(tmp_path):
     checkpoint(tmp_path / "theirs", "qwen3")
-    parent = f"init_from=hf:{tmp_path}/theirs"
-    for stage, start in (("pretrain", parent), ("sft", "init_from=null")):
-        args = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "trainer=cpu", "run=a", f"stage={stage}", start]
+    for stage, parent in (("pretrain", f"hf:{tmp_path}/theirs"), ("sft", "a/pretrain")):
+        args = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "trainer=cpu", "run=a", f"stage={stage}"]
+        args += [f"init_from={parent}", "optim=adamw", "optim.lr=1e-4", "stage.sample_every=0"]
         run_stage(compose("train", *args, "model.seq_len=128", "max_steps=2"))
         net, _ = load_model_folder(tmp_path / f"runs/a/{stage}/model")
         assert (net.config.arch, net.config.seq_len, net.config.n_embd, net.config.head_dim) == ("qwen3", 128, 48, 32)
+    rows = read_metrics(tmp_path / "runs/a/pretrain")
+    assert rows[-1]["bpb"] < rows[0]["bpb"]

@@ -127,6 +127,9 @@ def test_optimizer_groups_and_adapters_know_all_weights():
     groups = {g["name"]: g for g in build_optimizer(net, compose("train", "arch=qwen3").optim).param_groups}
     assert set(groups) == {"head", "embedding", "vectors", "matrices"}
     assert len(groups["matrices"]["params"]) == 7 * 3 and len(groups["vectors"]["params"]) == 4 * 3 + 1
+    optim = compose("train", "arch=qwen3").optim
+    (embedding,) = (g for g in build_optimizer(random_net(tied=True), optim).param_groups if g["name"] == "embedding")
+    assert embedding["lr"] == groups["head"]["lr"] < groups["embedding"]["lr"]  # of a tied one, which is the head too
     names = {name for name, _ in targeted(net, LoRA(4, targets=DEFAULT_TARGETS))}
     assert "transformer.h.0.mlp.c_gate" in names and len(names) == 7 * 3
 
