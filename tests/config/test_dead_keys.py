@@ -58,6 +58,7 @@ def stages(folder) -> list[tuple]:
     return [
         *(train(stage, *OWN_KEYS.get(stage, ("max_steps=1",))) for stage in STAGES),
         train("pretrain", "run=other", "init_from=tiny/tokenizer", "optim=adamw", "arch=gpt2", "dry_run=true"),
+        train("pretrain", "run=other", "init_from=tiny/tokenizer", "arch=qwen3", "dry_run=true"),
         (run_evaluation, compose("evaluate", *measured, f"paths.runs={folder}/runs")),
         (app.serve, compose("serve", "run=tiny", "prompt=Hello", "max_new_tokens=2", f"paths.runs={folder}/runs")),
         (run_export, compose("export", "run=tiny", "stage=sft", f"paths.runs={folder}/runs")),
