@@ -50,10 +50,14 @@ def model_card(stage: Path, net: GPT, to: str, licence: str | None) -> str:
 
 
 def trail_of(stage: Path) -> dict[str, dict]:
-    """Return the stages of the run that led to a stage, itself last, as `read_stages` gives them."""
+    """Return the stages of the run that led to a stage by their parents, itself last, as `read_stages` gives them."""
     stages, _ = read_stages(stage.parent)
-    names = list(stages)
-    return {name: stages[name] for name in names[: names.index(stage.name) + 1]}
+    names, name = [], stage.name
+    while name in stages and name not in names:
+        names.insert(0, name)
+        before = Path(stages[name].get("parent") or "").parent  # without /model
+        name = before.name if before.parent.name == stage.parent.name else ""
+    return {name: stages[name] for name in names}
 
 
 def usage(needs_program: bool, to: str) -> str:

@@ -82,7 +82,7 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
     own = (optim.embedding_lr * width, optim.embedding_betas, optim.embedding_decay)
     rules = {  # kind: rate, betas, decay
         "head": head,
-        "embedding": head if net.lm_head is None and net.tied_learns_as_head else own,
+        "embedding": head if getattr(net, "tied_learns_as_head", False) and net.lm_head is None else own,
         "value_embeds": (optim.value_lr * width, optim.value_betas, optim.value_decay),
         "residual": (optim.resid_lr, optim.betas, optim.resid_decay),
         "x0": (optim.x0_lr, optim.x0_betas, 0.0),

@@ -182,7 +182,8 @@ def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     changes = {}
     if (wanted.bos_id is None) != (found.bos_id is None):
         changes["bos_id"] = wanted.bos_id
-    if wanted.seq_len < found.seq_len and found.arch == "qwen3":  # others' contexts are longer than a machine may hold
+    if wanted.seq_len < found.seq_len and found.arch == "qwen3" and found.rope_scaling is None:
+        # checkpoints of others have contexts longer than a machine may hold; YaRN would stretch otherwise
         changes["seq_len"] = wanted.seq_len
     if wanted.seq_len > found.seq_len and found.arch != "gpt2":
         changes |= {name: getattr(wanted, name) for name in ("seq_len", "rope_base", "rope_scaling")}

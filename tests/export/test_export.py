@@ -14,6 +14,7 @@ from serving_run import make_run
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
+from llm.export.card import trail_of
 from llm.export.run_export import run_export
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
@@ -80,6 +81,15 @@ def test_a_folder_for_transformers_with_a_card(tmp_path, capsys):
     export(tmp_path, "run=tiny", "overwrite=true")
     assert load_file(out / "model.safetensors")["lm_head.weight"].dtype == torch.float32
     assert "license:" not in (out / "README.md").read_text()
+
+
+def test_a_card_follows_the_parents(tmp_path):
+    parents = {"pretrain": None, "sft": "pretrain", "dpo": "sft", "grpo": "sft"}
+    for stage, parent in parents.items():
+        (tmp_path / "a" / stage).mkdir(parents=True)
+        manifest = {"stage": stage, "status": "finished", "parent": parent and str(tmp_path / "a" / parent / "model")}
+        (tmp_path / "a" / stage / "run.json").write_text(json.dumps(manifest))
+    assert list(trail_of(tmp_path / "a/grpo")) == ["pretrain", "sft", "grpo"]
 
 
 @torch.no_grad()
