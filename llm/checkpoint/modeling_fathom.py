@@ -20,6 +20,7 @@ READ = {
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len", "vocab_size", "arch", "rope_base", "softcap",
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
+    "exclusive_attention", "attention_gate", "activation",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -107,6 +108,8 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(shape.n_embd, kv, bias=bias)
         self.c_v = nn.Linear(shape.n_embd, kv, bias=bias)
         self.c_proj = nn.Linear(shape.n_head * shape.head_dim, shape.n_embd, bias=bias)
+        self.out_gate = nn.Linear(shape.gate_channels, shape.n_head, bias=False) if shape.attention_gate else None
+        self.exclusion = nn.Parameter(torch.zeros(shape.n_head)) if shape.exclusive_attention else None
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
@@ -123,6 +126,7 @@ class Attention(nn.Module):
                 torch.cat((a * cos + b * sin, b * cos - a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))
             )
             q, k = (rms_norm(t) for t in turned)
+        own = v  # (B, T, Hkv, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             if fed is not None:  # embeddings lie behind the values, so that whatever moves rows moves them too
@@ -131,7 +135,14 @@ class Attention(nn.Module):
             v = v[..., : shape.head_dim]
         scale = shape.qk_scale**2 / shape.head_dim**0.5
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2)
+        if self.exclusion is not None:  # a share of what points along the token's own value is taken away
+            own = own.repeat_interleave(shape.n_head // shape.n_kv_head, dim=2)
+            along = (y * own).sum(-1, keepdim=True).float() / own.float().square().sum(-1, keepdim=True).clamp(1e-12)
+            y = y - (torch.tanh(self.exclusion).unsqueeze(-1) * along).to(y.dtype) * own
+        if self.out_gate is not None:
+            y = torch.sigmoid(self.out_gate(x[..., : shape.gate_channels])).unsqueeze(-1) * y
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -139,13 +150,13 @@ class MLP(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        self.is_gpt2 = shape.arch == "gpt2"
+        self.is_gpt2, self.slope = shape.arch == "gpt2", 0.5 if shape.activation.startswith("leaky") else 0.0
         self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=self.is_gpt2)
         self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=self.is_gpt2)
 
     def forward(self, x):
         h = self.c_fc(x)
-        return self.c_proj(F.gelu(h, approximate="tanh") if self.is_gpt2 else F.relu(h).square())
+        return self.c_proj(F.gelu(h, approximate="tanh") if self.is_gpt2 else F.leaky_relu(h, self.slope).square())
 
 
 class Block(nn.Module):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from llm.config.key import CONTEXT, STEPS, VOCABULARY, key
 from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
+ACTIVATIONS = ("relu_squared", "leaky_relu_squared")
+
 
 @dataclass
 class LoRAConfig:
@@ -75,7 +77,9 @@ class ModernArch(ClassicArch):
         "short windows are rounded up to a multiple of this number; null = not rounded", low=1, high=CONTEXT
     )
     value_embeds: bool = key("add gated embeddings of the tokens to the values of every other layer")
-    gate_channels: int = key("channels of a layer's input that set the gate of the value embeddings", low=1, high=10**6)
+    gate_channels: int = key(
+        "channels of a layer's input that set the gates of value embeddings and heads", low=1, high=10**6
+    )
     gate_range: float = key("upper end of the gate of the value embeddings, which begins at 0", above=0, high=1000)
     gate_init: float = key(
         "initial weights of the value and smear gates are drawn between 0 and gate_init", low=0, high=100
@@ -96,6 +100,9 @@ class ModernArch(ClassicArch):
     smear: bool = key("tokens take in some of the embedding of the token before")
     backout: bool = key("subtract some of the middle block's output before the head")
     backout_init: float = key("initial backout coefficient", low=-100, high=100)
+    exclusive_attention: bool = key("heads lose a trained share of what points along the token's own value")
+    attention_gate: bool = key("a gate of the layer's input scales what each head returns")
+    activation: str = key("activation of the MLP; leaky = slope 1/2 below 0", choices=ACTIVATIONS)
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)
@@ -173,7 +180,9 @@ class MuonAdamWConfig(AdamConfig):
     resid_decay: float = key("weight decay of the residual scalars r", low=0, high=100)
     x0_lr: float = key("learning rate of the x0 scalars a (AdamW)", above=0, high=10**6)
     x0_betas: list[float] = key("AdamW betas of the x0 scalars a", low=0, below=1, length=2)
-    smear_lr: float = key("learning rate of the smear and backout parameters (AdamW)", above=0, high=10**6)
+    smear_lr: float = key(
+        "learning rate of the parameters of smear, backout and exclusive attention (AdamW)", above=0, high=10**6
+    )
     momentum: float = key("Muon's momentum after the warm-up", low=0, high=1)
     momentum_start: float = key("Muon's momentum at step 0", low=0, high=1)
     momentum_warmup: int = key(

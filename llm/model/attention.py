@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._triton import has_triton
 
 from llm.errors import UserError
-from llm.model import attention_cpu
+from llm.model import attention_cpu, fused_attention_cpu
 
 FLASH3_KERNEL = {"repo_id": "kernels-community/flash-attn3", "version": 1}  # on the Hugging Face hub
 flash_attn_func = None  # FlashAttention 3, once `has_flash3` has found it
@@ -195,6 +195,8 @@ def causal_attention(
         reach = (-1 if window is None else window, 0)
         y = flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
         return y[0] if isinstance(y, tuple) else y  # older wheels also return the log-sums
+    if backend == "cpu" and fused_attention_cpu.computes(q):
+        return fused_attention_cpu.attention(*_repeat_kv_heads(q, k, v), scale, window, mask)
     if backend == "cpu" and attention_cpu.is_faster(q, window, mask):
         return attention_cpu.attention(*_repeat_kv_heads(q, k, v), scale, window, mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

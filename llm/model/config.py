@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
+from llm.config.model_schema import ACTIVATIONS
 from llm.config.registries import ARCHITECTURES
 
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
@@ -38,6 +39,9 @@ UNSTATED = MappingProxyType(
         "head_std": 0.0,
         "fc_scale": 1.0,
         "scalar_head": False,
+        "exclusive_attention": False,
+        "attention_gate": False,
+        "activation": "relu_squared",
     }
 )
 
@@ -78,6 +82,9 @@ class GPTConfig:
     embedding_std: float = UNSTATED["embedding_std"]  # standard deviation of the initial embedding
     head_std: float = UNSTATED["head_std"]  # standard deviation of the initial head
     fc_scale: float = UNSTATED["fc_scale"]  # factor on the initial weights of the MLP's first layer
+    exclusive_attention: bool = UNSTATED["exclusive_attention"]  # heads lose some of what points along the own value
+    attention_gate: bool = UNSTATED["attention_gate"]  # a gate of the layer's input scales what each head returns
+    activation: str = UNSTATED["activation"]  # of the MLP, for all but gpt2: one of ACTIVATIONS
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -92,8 +99,10 @@ class GPTConfig:
                 f"arch.window_pattern={self.window_pattern!r}: one letter per layer, S (short window) or L (full "
                 "attention), repeated over the depth, as in SSSL"
             )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"arch.activation={self.activation}: choose one of {', '.join(ACTIVATIONS)}")
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
-            used = self.value_embeds if name == "arch.gate_channels" else self.smear
+            used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
 
@@ -162,7 +171,7 @@ def num_params(config: GPTConfig) -> dict[str, int]:
     mlp = 8 * c.n_embd**2
     n_value = sum(c.has_value_embed(layer) for layer in range(c.n_layer))
     blocks = c.n_layer * (q_and_out + k_and_v + mlp) + n_value * c.n_kv_head * c.gate_channels
-    blocks += c.further_block_params()
+    blocks += c.n_layer * c.n_head * c.gate_channels * c.attention_gate + c.further_block_params()
     counts = {"embedding": table, "head": 0 if c.tied else table, "blocks": blocks}
     if c.arch == "gpt2":  # biases of the six projections, weight and bias of the norms
         attention_biases = (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd
@@ -173,7 +182,8 @@ def num_params(config: GPTConfig) -> dict[str, int]:
         counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
     if c.smear:
         counts["smear_gate"] = SMEAR_CHANNELS
-    if scalars := 2 * c.n_layer * c.residual_scalars + c.smear + c.backout:
+    exclusions = c.n_layer * c.n_head * c.exclusive_attention
+    if scalars := 2 * c.n_layer * c.residual_scalars + c.smear + c.backout + exclusions:
         counts["scalars"] = scalars
     if c.scalar_head:
         counts["scalar_head"] = c.n_embd

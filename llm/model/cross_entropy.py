@@ -8,6 +8,8 @@ exact.
 import torch
 import torch.nn.functional as F
 
+from llm.model import loss_cpu
+
 # Logits held at a time: those of a chunk in the compute dtype (a few large matrix products), and of a chunk those of a
 # tile in fp32 (on a CPU as many as stay in its cache).
 CHUNK_ELEMENTS = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 28, 1 << 27)}
@@ -72,8 +74,9 @@ def linear_cross_entropy(
 
     hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
     trained, loss 0; softcap: None = no cap; token_weights: (...) factors of the tokens' losses; reduction: sum | mean
-    (over trained tokens) | none | both; kernel: `chunk_loss`, or `fused_chunk_loss` compiled. Returns an fp32 scalar,
-    or losses with the shape of `targets`; for both the sum, and losses without factors and without gradient.
+    (over trained tokens) | none | both; kernel: `chunk_loss`, or `fused_chunk_loss` compiled, which serves where our
+    own kernel for CPUs (`llm.model.loss_cpu`) is missing. Returns an fp32 scalar, or losses with the shape of
+    `targets`; for both the sum, and losses without factors and without gradient.
     """
     flat, goals = hidden.flatten(0, -2), targets.flatten()
     factors = None if token_weights is None else token_weights.flatten()
@@ -122,12 +125,11 @@ def _run(
     for start in range(0, len(goals), chunk):
         rows = slice(start, start + chunk)
         logits = F.linear(hidden[rows], weight)
-        for first in range(0, len(logits), tile):
-            part = logits[first : first + tile]
-            here = slice(start + first, start + first + len(part))
-            scale = scales[here].unsqueeze(1) if with_grad else None
-            run = kernel if len(part) == tile else chunk_loss  # a compiled kernel is made for one size
-            losses[here] = run(part, goals[here], scale, softcap)
+        scale = scales[rows].unsqueeze(1) if with_grad else None
+        if loss_cpu.computes(logits):
+            losses[rows] = loss_cpu.row_losses(logits, goals[rows], scale, softcap)
+        else:
+            losses[rows] = _in_tiles(logits, goals[rows], scale, softcap, kernel, tile)
         if not with_grad:
             continue
         torch.mm(logits, weight, out=d_hidden[rows])
@@ -138,6 +140,16 @@ def _run(
         else:
             d_weight += logits.T @ hidden[rows]
     return losses.mul_(trained), d_hidden, d_weight
+
+
+def _in_tiles(logits, goals, scale, softcap: float | None, kernel, tile: int) -> torch.Tensor:
+    """Return the losses of a chunk by `kernel`, `tile` rows at a time. A compiled kernel is made for whole tiles."""
+    losses = torch.empty(len(logits), device=logits.device)
+    for first in range(0, len(logits), tile):
+        rows = slice(first, first + tile)
+        run = kernel if first + tile <= len(logits) else chunk_loss
+        losses[rows] = run(logits[rows], goals[rows], None if scale is None else scale[rows], softcap)
+    return losses
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llm.model import native
-from llm.model.config import SMEAR_CHANNELS
+from llm.model.config import SMEAR_CHANNELS, UNSTATED
 from llm.model.gpt import GPT, Block, Linear
 from llm.model.kv_cache import Part, Prefix, SlotCache, layers_by_window
 
@@ -22,6 +22,7 @@ HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("model", "product
 MAX_HEAD = 1024  # channels of a head that the kernel has room for
 SPARE = 32  # places of a cache beside those of windows: so many tokens of a row attend at a time in layers with one
 THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them
+LEFT_TO_TORCH = ("exclusive_attention", "attention_gate", "activation")  # options that the kernel lacks
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 
 
@@ -112,6 +113,7 @@ def supports(net) -> bool:
         and weights[0] == {torch.Tensor}
         and weights[1] in ({torch.float32}, {torch.bfloat16})
         and net.config.head_dim <= MAX_HEAD
+        and all(getattr(net.config, name) == UNSTATED[name] for name in LEFT_TO_TORCH)
     )
 
 

@@ -20,6 +20,11 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
     return _ReLUSquared.apply(x)
 
 
+def leaky_relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """Return leaky_relu(x)^2 with slope 1/2: x^2 where x > 0, else x^2 / 4 (parameter-golf, 2026)."""
+    return _LeakyReLUSquared.apply(x)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -54,3 +59,15 @@ class _ReLUSquared(torch.autograd.Function):
     def backward(ctx, grad):
         (h,) = ctx.saved_tensors
         return (grad * h).mul_(2)
+
+
+class _LeakyReLUSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.leaky_relu(x, 0.5).square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.where(x > 0, 2.0, 0.5).to(x.dtype) * x * grad

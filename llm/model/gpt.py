@@ -3,7 +3,8 @@
 `classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm
 after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
 grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
-residual and x0 scalars, sliding windows, smear, backout, a q/k scale. `gpt2` is the baseline of 2019: learned
+residual and x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention,
+a gate of the heads, a leaky activation. `gpt2` is the baseline of 2019: learned
 positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This
 file knows nothing of training loops, configuration or files.
 """
@@ -28,7 +29,7 @@ from llm.model.attention import (
 from llm.model.cached_attention import AttentionOptions, SharedPrefixPass, SlotPass
 from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
-from llm.model.fused_ops import relu_squared
+from llm.model.fused_ops import leaky_relu_squared, relu_squared
 from llm.model.fused_ops import rms_norm as norm
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import Linear, Table
@@ -54,7 +55,13 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention of one layer, with its projections and the gate of its value embedding."""
+    """Causal self-attention of one layer, with its projections and the gate of its value embedding.
+
+    Two switches change what a head returns, y (D), for a token with value v and layer input x. attention_gate: y
+    becomes sigmoid(w x[:gate_channels]) y, w zero at first (modded-nanogpt, 2025). exclusive_attention: y loses
+    tanh(a) (y v) v / (v v), a trained number a per head, zero at first: what a token has of its own already reaches the
+    next layer through the residual stream (exclusive self-attention, parameter-golf 2026).
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -67,6 +74,8 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
         self.c_v = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=self.is_gpt2)
+        self.out_gate = Linear(config.gate_channels, config.n_head) if config.attention_gate else None
+        self.exclusion = nn.Parameter(torch.empty(config.n_head)) if config.exclusive_attention else None
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
@@ -83,21 +92,33 @@ class Attention(nn.Module):
         else:
             options = AttentionOptions(self.scale, self.window, mask, backend)
             y = cache.attend(self.layer, q, k, v, positions, options)
+        if self.exclusion is not None:
+            y = without_own(y, v, torch.tanh(self.exclusion))
+        if self.out_gate is not None:
+            y = torch.sigmoid(self.out_gate(x[..., : self.gate_channels])).unsqueeze(-1) * y
         return self.c_proj(y.reshape(B, T, -1))
 
 
+def without_own(y: torch.Tensor, v: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Take from y (B, T, H, D) the `share` (H,) of the part that points along v (B, T, Hkv, D), both of one token."""
+    v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
+    along = (y * v).sum(-1, keepdim=True, dtype=torch.float32) / v.float().square().sum(-1, keepdim=True).clamp(1e-12)
+    return y - (share.unsqueeze(-1) * along).to(y.dtype) * v
+
+
 class MLP(nn.Module):
-    """Feed-forward part of a block, four times as wide inside: squared ReLU, or GELU for gpt2."""
+    """Feed-forward part of a block, four times as wide inside: a squared ReLU, leaky or not, or GELU for gpt2."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.is_gpt2 = config.arch == "gpt2"
+        self.activation = leaky_relu_squared if config.activation == "leaky_relu_squared" else relu_squared
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=self.is_gpt2)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=self.is_gpt2)
 
     def forward(self, x):
         h = self.c_fc(x)
-        return self.c_proj(F.gelu(h, approximate="tanh") if self.is_gpt2 else relu_squared(h))
+        return self.c_proj(F.gelu(h, approximate="tanh") if self.is_gpt2 else self.activation(h))
 
 
 class Block(nn.Module):
@@ -241,6 +262,10 @@ class GPT(nn.Module):
         block.mlp.c_fc.weight.mul_(self.config.fc_scale)
         block.attn.c_proj.weight.zero_()
         block.mlp.c_proj.weight.zero_()
+        if block.attn.exclusion is not None:
+            block.attn.exclusion.zero_()
+        if block.attn.out_gate is not None:
+            block.attn.out_gate.weight.zero_()
         if hasattr(block.attn, "ve_gate"):
             _uniform_(block.attn.ve_gate.weight, 0.0, self.config.gate_init, generator)
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from llm.model.config import UNSTATED, GPTConfig
 
 # Switches of other architectures that these blocks do not have.
-FOREIGN = ("softcap", "qk_scale", "window_pattern", "value_embeds", "residual_scalars", "smear", "backout")
+FOREIGN = (
+    "softcap", "qk_scale", "window_pattern", "value_embeds", "residual_scalars", "smear", "backout",
+    "exclusive_attention", "attention_gate", "activation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters of a network by kind, each under one name; a kind may be empty.
 
     matrices: 2-D weights of the blocks; vectors: other parameters of the blocks and norms; head, embedding (tokens and
-    positions), value_embeds: tables; residual, x0, smear: scalars and gates of arch=modern.
+    positions), value_embeds: tables; residual, x0, smear: scalars and gates of arch=modern, `smear` those of smear,
+    backout and exclusive attention.
     """
     kinds: dict[str, list[nn.Parameter]] = {
         kind: [] for kind in ("head", "embedding", "value_embeds", "residual", "x0", "smear", "vectors", "matrices")
@@ -133,6 +134,7 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     }
     for name, p in net.named_parameters():
         place = next((kind for start, kind in places.items() if name.startswith(start)), None)
+        place = "smear" if name.endswith(".exclusion") else place
         kinds[place or ("matrices" if p.ndim == 2 else "vectors")].append(p)
     return kinds
 

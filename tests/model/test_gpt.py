@@ -48,8 +48,15 @@ MODERN = {
     "head_std": 0.001,
     "fc_scale": 0.4,
 }
+SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
-ARCHS = {"classic": {}, "modern": MODERN, "gpt2": GPT2, "gpt2 untied": GPT2 | {"tied": False}}
+ARCHS = {
+    "classic": {},
+    "modern": MODERN,
+    "modern with all switches": MODERN | SWITCHES,
+    "gpt2": GPT2,
+    "gpt2 untied": GPT2 | {"tied": False},
+}
 
 
 def config(depth=2, vocab=70, seq_len=32, head_dim=16, n_head=4, n_kv_head=None, **more) -> GPTConfig:
@@ -154,9 +161,19 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
                 keys = torch.stack([position(k[u, skv], u) for u in range(first, t + 1)])
                 scores = keys @ position(q[t, s], t) / c.head_dim**0.5
                 out[t, s] = torch.softmax(scores, 0) @ v[first : t + 1, skv]
+                if c.exclusive_attention:
+                    own = v[t, skv] / v[t, skv].norm()
+                    out[t, s] -= torch.tanh(w[f"{p}attn.exclusion"][head]) * (out[t, s] @ own) * own
+                if c.attention_gate:
+                    out[t, s] *= torch.sigmoid(w[f"{p}attn.out_gate.weight"][head] @ h[t, : c.gate_channels])
         x = x + linear(out, f"{p}attn.c_proj")
         h = linear(rms(x, f"{p}norm_2"), f"{p}mlp.c_fc")
-        h = torch.nn.functional.gelu(h, approximate="tanh") if c.arch == "gpt2" else torch.relu(h) ** 2
+        slope = 0.5 if c.activation == "leaky_relu_squared" else 0.0
+        h = (
+            torch.nn.functional.gelu(h, approximate="tanh")
+            if c.arch == "gpt2"
+            else torch.where(h > 0, h, slope * h) ** 2
+        )
         x = x + linear(h, f"{p}mlp.c_proj")
         if layer == c.n_layer // 2:
             middle = x
