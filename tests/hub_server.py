@@ -3,6 +3,7 @@
 `python tests/hub_server.py <folder> [bytes per second]` serves the files of a folder as fathom/test until it is ended.
 """
 
+import base64
 import hashlib
 import json
 import select
@@ -33,7 +34,8 @@ class InThread:
 
 class Hub(InThread, ThreadingHTTPServer):
     """`files` of the data set `REPO` by name; `sets`: those of others; `web`: files at plain paths; `gated`: data sets
-    whose files are refused. `faults`: (part of a path, what happens), each used once: 500, (429, seconds),
+    whose files are refused. `made`, `received`: repositories and files of models that were pushed, answered with
+    `push_status`. `faults`: (part of a path, what happens), each used once: 500, (429, seconds),
     ("cut", bytes), ("stall", None): nothing more comes until the client gives up, ("wait", function that returns when
     the rest may come) or "garble"."""
 
@@ -44,6 +46,7 @@ class Hub(InThread, ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.files, self.revisions, self.faults, self.requests = files, {*revisions, COMMIT}, [], []
         self.sets, self.web, self.gated = {}, {}, set()
+        self.made, self.received, self.large, self.push_status = [], {}, {}, 200  # of models that were pushed
         self.speed, self.open, self.most_open, self.mutex = speed, 0, 0, threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -76,9 +79,45 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self):
-        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        body, path = self.rfile.read(int(self.headers["Content-Length"])), urlsplit(self.path).path
+        if not path.startswith(("/api/datasets/", "/datasets/")):
+            answer = self.pushed(path, body)
+            return self.answer(404 if answer is None else self.server.push_status, json.dumps(answer or {}).encode())
+        asked = parse_qs(body.decode())["paths"]
         repo, _, _ = self.parts()
         self.answer(200, json.dumps([e for e in entries(self.server.files_of(repo)) if e["path"] in asked]).encode())
+
+    def pushed(self, path, body):
+        """The answer to a step of pushing a model: large files go through LFS, others in the commit itself."""
+        hub = self.server
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            hub.made.append(asked)
+            return {"url": f"{hub.url}/{asked.get('organization')}/{asked['name']}"}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith((".safetensors", ".gguf")) else "regular" for name in names}
+            return {"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]}
+        if path.endswith("/info/lfs/objects/batch"):
+            upload = [one | {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}} for one in found(body)]
+            return {"transfer": "basic", "objects": upload}
+        if "/commit/" in path:
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    hub.received[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.received[value["path"]] = hub.large[value["oid"]]
+            return {"commitUrl": f"{hub.url}/x/y/commit/{COMMIT}", "commitOid": COMMIT}
+        return None
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = hashlib.sha256(body).hexdigest()
+        self.server.large[oid] = body
+        self.answer(200 if self.path == f"/lfs/{oid}" else 400, b"")
 
     def parts(self):
         """(owner/name, revision, path inside) of an address, whose revision and path may hold quoted slashes."""
@@ -198,6 +237,11 @@ def point_to(hub, patch, folder, patience=HANG):
     patch.setattr(config, "HF_ENDPOINT", hub.url)
     patch.setattr("llm.data.download.FIRST_WAIT", 0.01)
     patch.setattr("llm.data.download.READ_SECONDS", float(patience))
+
+
+def found(body):
+    """The objects that a request for LFS uploads names."""
+    return [{"oid": one["oid"], "size": one["size"]} for one in json.loads(body)["objects"]]
 
 
 def entries(files):

@@ -228,7 +228,7 @@ def load_hf(
     context to use at most; None = the model's own, up to `LONGEST` for models of others. Raises UserError if the model
     cannot be had or is no causal language model.
     """
-    folder = _folder(name)
+    folder = hf_folder(name)
     if _is_ours(folder):
         return _load_ours(name, folder, seq_len, device, verify)
     try:
@@ -250,7 +250,7 @@ def load_hf(
 
 def load_hf_tokenizer(name: str) -> HFTokenizer | Tokenizer:
     """Load the tokenizer of a model folder or of the hub, without the weights beside it. Raises UserError for none."""
-    folder = _folder(name)
+    folder = hf_folder(name)
     if _is_ours(folder):
         return Tokenizer.load(folder)
     import transformers
@@ -320,36 +320,39 @@ def _read(name: str, folder: Path) -> tuple[Any, Any, nn.Module]:
     return config, tokenizer, model
 
 
-def _folder(name: str) -> Path:
-    """Return the folder itself, or the one into which the hub's files have been fetched. Raises UserError."""
+def hf_folder(name: str, key: str = "model") -> Path:
+    """Return the folder itself, or the one into which the hub's files have been fetched.
+
+    Raises UserError that begins with `key`, the configuration key.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"model=hf:{name}: the folder has no config.json; give the one that holds the weights")
+            raise UserError(f"{key}=hf:{name}: the folder has no config.json; give the one that holds the weights")
         return path
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"model=hf:{name}: no such folder; on the hub a model is called <owner>/<name>")
+        raise UserError(f"{key}=hf:{name}: no such folder; on the hub a model is called <owner>/<name>")
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         found = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*/*"]))
     except errors.HFValidationError as error:
-        raise UserError(f"model=hf:{name}: write hf:<owner>/<name> as in the model's address on the hub") from error
+        raise UserError(f"{key}=hf:{name}: write hf:<owner>/<name> as in the model's address on the hub") from error
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         status = getattr(error.response, "status_code", "?")
         raise UserError(
-            f"model=hf:{name}: the hub refuses it ({status}): there is no such model, or it is private or gated. "
+            f"{key}=hf:{name}: the hub refuses it ({status}): there is no such model, or it is private or gated. "
             "Correct the name, or accept its terms on its page and set HF_TOKEN"
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
         reason = _first_line(error.__cause__ or error)
         raise UserError(
-            f"model=hf:{name}: the hub cannot be reached or fails ({reason}), and the model has not been fetched "
-            "before. Check the network or HF_ENDPOINT, or give a folder: model=hf:/path/to/folder"
+            f"{key}=hf:{name}: the hub cannot be reached or fails ({reason}), and the model has not been fetched "
+            f"before. Check the network or HF_ENDPOINT, or give a folder: {key}=hf:/path/to/folder"
         ) from error
     if not (found / "config.json").is_file():
-        raise UserError(f"model=hf:{name}: the repository has no config.json, so it holds no model of transformers")
+        raise UserError(f"{key}=hf:{name}: the repository has no config.json, so it holds no model of transformers")
     return found
 
 

@@ -1,8 +1,9 @@
 """Model folders, `<stage>/model/`, that one stage hands to the next: weights, config, tokenizer, chat template.
 
-For `arch=classic` the folder is a Hugging Face NanoChat checkpoint that `AutoModelForCausalLM` and `AutoTokenizer` of
-transformers 5 load unchanged. Everything is written here from plain data: saving and loading need safetensors only, and
-no file is ever unpickled. Tensors hold the true vocabulary; Fathom's padding is cut off and put back on load.
+For `arch=classic` and `arch=qwen3` the folder is a Hugging Face checkpoint (NanoChat, Qwen3 or Llama) that
+`AutoModelForCausalLM` and `AutoTokenizer` of transformers 5 load unchanged. Everything is written here from plain data:
+saving and loading need safetensors only, and no file is ever unpickled. Tensors hold the true vocabulary; Fathom's
+padding is cut off and put back on load.
 """
 
 import json
@@ -17,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llm.checkpoint.adapter import save_adapter
+from llm.checkpoint.hf_config import FORMAT_VERSION, PROGRAM, generation_config, has_program, hf_config
 from llm.checkpoint.names import file_name, rows_kept
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig, config_class, num_params
-from llm.model.fused_ops import NORM_EPS
 from llm.model.gpt import GPT, build_network
 from llm.model.lora import merged
 from llm.run.content import check_content, write_content
@@ -32,7 +33,6 @@ from llm.utils.shapes import text
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-FORMAT_VERSION = 1
 MEND = "copy the file again, or train the stage again"
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # number formats in which weights may be saved
@@ -52,6 +52,8 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         tokenizer.save(new, max_length=config.seq_len)
         _write_json(new / CONFIG_FILE, hf_config(config, tokenizer))
         _write_json(new / GENERATION_FILE, generation_config(tokenizer))
+        if has_program(config):
+            shutil.copyfile(PROGRAM, new / PROGRAM.name)
         tensors = {}
         for name, value in merged(net).state_dict().items():
             tensors[file_name(name, config)] = (
@@ -111,56 +113,6 @@ def check_size(config: GPTConfig, path: Path) -> None:
 def read_config(folder: str | os.PathLike) -> GPTConfig:
     """Read the shape of the model in `folder`, not its weights. Raises UserError where config.json is not Fathom's."""
     return _read_config(Path(folder))[0]
-
-
-def hf_config(config: GPTConfig, tokenizer: Tokenizer) -> dict:
-    """Return the content of config.json: all fields of NanoChatConfig that differ from its defaults, ours in `fathom`.
-
-    Only arch=classic is a NanoChat model. Others name Fathom as their type, so that transformers refuses them.
-    """
-    is_classic = config.arch == "classic"
-    return {
-        "architectures": ["NanoChatForCausalLM" if is_classic else "FathomForCausalLM"],
-        "model_type": "nanochat" if is_classic else "fathom",
-        "dtype": "float32",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.seq_len,
-        "hidden_act": "gelu_new" if config.arch == "gpt2" else "relu2",
-        "rms_norm_eps": NORM_EPS,
-        "rope_parameters": rope_parameters(config),
-        "final_logit_softcapping": config.softcap,
-        "attention_bias": config.arch == "gpt2",
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.special_id("<|assistant_end|>"),
-        "pad_token_id": tokenizer.special_id("<|assistant_end|>"),
-        "fathom": {
-            "format_version": FORMAT_VERSION,
-            "model": config.to_dict(),
-            "tokenizer": tokenizer.fingerprint,
-        },
-    }
-
-
-def rope_parameters(config: GPTConfig) -> dict:
-    """Return `rope_parameters` of config.json: plain, or those of YaRN without its temperature, which we leave out."""
-    if config.rope_factor == 1.0:
-        return {"rope_type": "default", "rope_theta": config.rope_base}
-    yarn = {"factor": config.rope_factor, "original_max_position_embeddings": config.rope_original}
-    return {"rope_type": "yarn", "rope_theta": config.rope_base, "attention_factor": 1.0} | yarn
-
-
-def generation_config(tokenizer: Tokenizer) -> dict:
-    """Return the content of generation_config.json: answers end with the assistant's turn or the document."""
-    end = tokenizer.special_id("<|assistant_end|>")
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": [end, tokenizer.bos_id], "pad_token_id": end}
 
 
 def _write_json(path: Path, content: dict) -> None:

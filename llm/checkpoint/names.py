@@ -16,14 +16,24 @@ HF_PARTS = (
     (".mlp.c_fc.", ".mlp.fc1."),
     (".mlp.c_proj.", ".mlp.fc2."),
 )
+QWEN3_PARTS = (  # and those of Llama
+    *HF_PARTS[:-2],
+    (".mlp.c_gate.", ".mlp.gate_proj."),
+    (".mlp.c_fc.", ".mlp.up_proj."),
+    (".mlp.c_proj.", ".mlp.down_proj."),
+    (".attn.q_norm.", ".self_attn.q_norm."),
+    (".attn.k_norm.", ".self_attn.k_norm."),
+    (".norm_1.", ".input_layernorm."),
+    (".norm_2.", ".post_attention_layernorm."),
+    ("final_norm.", "model.norm."),
+)
+PARTS = {"classic": HF_PARTS, "qwen3": QWEN3_PARTS}
 VOCAB_PARAMS = ("transformer.wte.", "lm_head.", "value_embeds.")  # their first dimension is the padded vocabulary
 
 
 def file_name(name: str, config: GPTConfig) -> str:
-    """Return the name of a parameter in model.safetensors; arch=classic has the names of Hugging Face's NanoChat."""
-    if config.arch != "classic":
-        return name
-    for ours, theirs in HF_PARTS:
+    """Return the name of a parameter in model.safetensors: classic and qwen3 have those of transformers' classes."""
+    for ours, theirs in PARTS.get(config.arch, ()):
         name = name.replace(ours, theirs)
     return name
 

@@ -18,11 +18,13 @@ EXAMPLES = {
         "run=demo stage=pretrain eval=lm_eval eval.tasks=[arc_easy,hellaswag]",
         "model=hf:openai-community/gpt2 eval=[core] eval.bundle=eval_bundle.zip",
     ],
+    "export": ["run=demo to=hf", "run=demo to=gguf dtype=bf16", "run=demo licence=mit push=me/my-model"],
     "serve": ["run=demo", "run=demo ui=cli", 'run=demo prompt="Hi!"'],
 }
 PURPOSE = {
     "train": "Train one phase, or several as a sweep (-m).",
     "evaluate": "Measure a finished stage, or a model of Hugging Face; prints a table and writes eval.json.",
+    "export": "Write a finished stage for transformers or llama.cpp, and push it to the Hugging Face hub.",
     "serve": "Chat with a finished stage.",
 }
 

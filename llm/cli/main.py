@@ -1,4 +1,4 @@
-"""The three commands: called by train.py, evaluate.py and serve.py, and installed as fathom-train and so on."""
+"""The commands: called by train.py, evaluate.py, serve.py and llm.export, and installed as fathom-train and so on."""
 
 from typing import NoReturn
 
@@ -18,3 +18,8 @@ def evaluate() -> NoReturn:
 def serve() -> NoReturn:
     """Chat with a finished stage by the settings in `sys.argv`; exits with the status of `run_app`."""
     run_app("serve", "llm.serving.app.serve")
+
+
+def export() -> NoReturn:
+    """Write a finished stage for other programs by the settings in `sys.argv`; exits with the status of `run_app`."""
+    run_app("export", "llm.export.run_export.run_export")

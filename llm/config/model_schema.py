@@ -116,6 +116,26 @@ class GPT2Arch(ArchConfig):
 
 
 @dataclass
+class Qwen3Arch(ArchConfig):
+    """Architecture of Qwen3, and of Llama with qk_norm=false: RMSNorm with weights, SwiGLU, RoPE."""
+
+    rope_base: float = key("base of the rotary embedding's wavelengths", above=0, high=1e12)
+    rope_scaling: str | None = key(
+        "where model.seq_len is above the parent's: yarn = stretch the long wavelengths; null = none is stretched",
+        choices=("yarn",),
+    )
+    tied: bool = key("the output head has the weights of the embedding")
+    width: int | None = key(
+        "channels between the blocks; null = heads x model.head_dim, as everywhere else", low=1, high=10**6
+    )
+    mlp_width: int | None = key(
+        "channels inside the feed-forward part; null = three times the width", low=1, high=10**6
+    )
+    qk_norm: bool = key("norm the heads of queries and keys with weights; false = as Llama, which does not")
+    norm_eps: float = key("added to the mean square in every norm", above=0, high=1)
+
+
+@dataclass
 class OptimConfig:
     """Config group `optim`: keys of every optimizer."""
 

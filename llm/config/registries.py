@@ -114,5 +114,7 @@ class Architecture:
 
 # arch.name -> Architecture
 ARCHITECTURES = Registry(
-    "architecture", {name: Architecture("llm.model.gpt.GPT") for name in ("classic", "modern", "gpt2")}
+    "architecture",
+    {name: Architecture("llm.model.gpt.GPT") for name in ("classic", "modern", "gpt2")}
+    | {"qwen3": Architecture("llm.model.qwen3.Qwen3", "llm.model.qwen3_config.Qwen3Config")},
 )

@@ -27,6 +27,7 @@ from llm.config.model_schema import (
     ModernArch,
     MuonAdamWConfig,
     OptimConfig,
+    Qwen3Arch,
 )
 from llm.config.stage_schema import StageConfig
 from llm.config.stages import Stage, all_stages, chat_mixtures, stage_names, stage_row
@@ -343,7 +344,34 @@ class ServeConfig:
     seed: int = key("seed of sampling", low=0, high=SEED, main=True)
 
 
-ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
+@dataclass
+class ExportConfig:
+    """Everything that `python -m llm.export` reads."""
+
+    stage: Any = key("stage to export; null = the last finished one of the pipeline", main=True, no_group=True)
+    paths: PathsConfig = key("folders")
+    plugins: list[str] = key("modules of your own that are imported first, beside those of the run (docs/extend.md)")
+    trust: list[str] = key("what saved runs may use: modules, package.module.Name, addresses, data sets of the hub")
+    verify: bool = key(
+        "compare every file of a loaded model with the checksum in manifest.json; false = quicker, for giants"
+    )
+    run: str | None = key("run to export", main=True)
+    to: str = key(
+        "hf = a folder for transformers, gguf = a file for llama.cpp (arch=qwen3, tokenizer with stage.pattern=qwen2)",
+        choices=("hf", "gguf"),
+        main=True,
+    )
+    out: str | None = key("folder to write; null = exports/<run>-<stage>-<to> beside paths.runs", main=True)
+    dtype: str = key("number format of the weights", choices=("fp32", "bf16", "fp16"), main=True)
+    overwrite: bool = key("replace the folder `out` if there is one")
+    licence: str | None = key(
+        "licence of the model for the card, as in mit or apache-2.0; null = not stated", main=True
+    )
+    push: str | None = key("<owner>/<name>: upload the folder to the Hugging Face hub too, with HF_TOKEN", main=True)
+    private: bool = key("a repository that push makes is private")
+
+
+ROOTS = {"train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig, "export": ExportConfig}
 
 
 class _StageSchemas(Mapping):
@@ -365,7 +393,7 @@ class _StageSchemas(Mapping):
 # Schemas whose class depends on the chosen option; the YAML files of these groups name theirs in their defaults list.
 VARIANTS: dict[str, Mapping[str, type]] = {
     "stage": _StageSchemas(),
-    "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch},
+    "arch": {"classic": ClassicArch, "modern": ModernArch, "gpt2": GPT2Arch, "qwen3": Qwen3Arch},
     "optim": {"muon_adamw": MuonAdamWConfig, "adamw": AdamWConfig},
     "data": {},  # the sources of text share DataConfig; those of plugins may have keys of their own
 }

@@ -43,7 +43,10 @@ class TokenizerStage(StageConfig):
     pretrained: str | None = key("instead of training: a tiktoken encoding (r50k_base, cl100k_base) or tokenizer.json")
     digits: int = key("digits of a number that may become one token", low=1, high=3)
     marks: bool = key("combining marks belong to words, as Hindi, Thai or Arabic need")
-    pattern: str | None = key("regular expression that cuts text into pieces; null = ours, by digits and marks")
+    pattern: str | None = key(
+        "regular expression that cuts text into pieces, or qwen2 = Qwen2's, which llama.cpp knows; null = ours, by "
+        "digits and marks"
+    )
     max_chars: int = key("characters of text to train on, at most", low=1, high=10**13)
     doc_cap: int = key("characters taken of one document, at most", low=1, high=10**9)
     compare: list[str] = key("tokenizers to compare with: tiktoken names such as gpt2, folders or files")

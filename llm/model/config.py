@@ -136,6 +136,10 @@ class GPTConfig:
         """Return how many parameters all blocks have beside those of the three forms; for subclasses with more."""
         return 0
 
+    def further_params(self) -> dict[str, int]:
+        """Return parameters outside of the blocks by kind, beside those of the three forms; for subclasses."""
+        return {}
+
     def to_dict(self) -> dict:
         """Return all options by name, for config.json."""
         return asdict(self)
@@ -173,6 +177,7 @@ def num_params(config: GPTConfig) -> dict[str, int]:
         attention_biases = (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd
         counts["blocks"] += c.n_layer * (attention_biases + 5 * c.n_embd + 4 * c.n_embd)
         counts |= {"positions": c.seq_len * c.n_embd, "final_norm": 2 * c.n_embd}
+    counts |= c.further_params()
     if c.value_embeds:
         counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
     if c.smear:

@@ -149,6 +149,7 @@ class GPT(nn.Module):
     block_class = Block
     can_share_prefix = True  # `continue_prefixes` works
     has_slots = True  # `new_cache` gives a cache whose rows come and go
+    tied_learns_as_head = False  # a tied embedding has the learning rate of the head
     lora = None  # the shape of its adapter, a llm.model.lora.LoRA
     adapters = None  # several, of which each row of a pass has one or none, a llm.model.adapters.Adapters
 

@@ -20,7 +20,7 @@ LEARNING_RATE = 5e-3  # of networks of some million parameters (docs/post_traini
 # Name of a target -> what names of its modules end with; a target that ends with a dot is a list of tables.
 TARGETS = {
     "attention": (".attn.c_q", ".attn.c_k", ".attn.c_v", ".attn.c_proj"),
-    "mlp": (".mlp.c_fc", ".mlp.c_proj"),
+    "mlp": (".mlp.c_gate", ".mlp.c_fc", ".mlp.c_proj"),
     "head": ("lm_head",),
     "embedding": ("transformer.wte",),
     "value_embeds": ("value_embeds.",),

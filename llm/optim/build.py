@@ -85,9 +85,11 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
     head follow the width rule of `llm.scaling.rules`. In pretraining smear and backout have one rate for all batches.
     """
     kinds, width = params_by_kind(net), adam_lr_scale(net.config.n_embd)
+    head = (optim.unembedding_lr * width, optim.unembedding_betas, optim.unembedding_decay)
+    own = (optim.embedding_lr * width, optim.embedding_betas, optim.embedding_decay)
     rules = {  # kind: rate, betas, decay
-        "head": (optim.unembedding_lr * width, optim.unembedding_betas, optim.unembedding_decay),
-        "embedding": (optim.embedding_lr * width, optim.embedding_betas, optim.embedding_decay),
+        "head": head,
+        "embedding": head if getattr(net, "tied_learns_as_head", False) and net.lm_head is None else own,
         "value_embeds": (optim.value_lr * width, optim.value_betas, optim.value_decay),
         "residual": (optim.resid_lr, optim.betas, optim.resid_decay),
         "x0": (optim.x0_lr, optim.x0_betas, 0.0),

@@ -37,6 +37,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
             raise UserError(f"arch.{name}={list(features[name])}: give two numbers, for the first and the last layer")
         features[name] = tuple(features[name])
     bos_id = vocab_size - len(SPECIAL_TOKENS) if features.pop("document_masks", False) else None
+    n_embd = features.pop("width", None) or n_head * model["head_dim"]  # only arch=qwen3 has a width of its own
     if arch["name"] == "gpt2":
         features |= GPT2_AS_PUBLISHED
     try:
@@ -45,7 +46,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
             n_head=n_head,
             n_kv_head=n_head if model["n_kv_head"] is None else model["n_kv_head"],
             head_dim=model["head_dim"],
-            n_embd=n_head * model["head_dim"],
+            n_embd=n_embd,
             seq_len=model["seq_len"],
             vocab_size=vocab_size,
             arch=arch["name"],

@@ -61,7 +61,7 @@ def load_parent(parent: Path, cfg, scalar_head: bool = False) -> tuple[GPT, Toke
     net, tokenizer = load_model_folder(parent, verify=cfg.verify)
     shape = shape_from(cfg, parent, net.config)
     if shape.seq_len != net.config.seq_len:
-        net = with_longer_context(net, shape)
+        net = with_context(net, shape)
     if shape.bos_id != net.config.bos_id:
         net = with_document_masks(net, shape)
     if net.config.scalar_head != scalar_head:
@@ -89,12 +89,17 @@ def with_adapter(net: GPT, parent: Path, cfg) -> GPT:
     return net
 
 
-def with_longer_context(net: GPT, wanted: GPTConfig) -> GPT:
-    """Return a network with the weights of `net` and the context, RoPE base and RoPE scaling of `wanted`.
+def with_context(net: GPT, wanted: GPTConfig) -> GPT:
+    """Return a network with the weights of `net` and the context of `wanted`.
 
-    Short windows follow the context by the rule of `GPTConfig.window`.
+    A longer one takes its RoPE base and RoPE scaling too. Short windows follow the context by the rule of
+    `GPTConfig.window`.
     """
     old = net.config
+    if wanted.seq_len < old.seq_len:
+        shorter = build_network(replace(old, seq_len=wanted.seq_len))
+        shorter.load_state_dict(net.state_dict())
+        return shorter
     changes = {name: getattr(wanted, name) for name in ("seq_len", "rope_base", "rope_scaling")}
     longer = build_network(replace(old, **changes, rope_original=old.rope_original or old.seq_len))
     longer.load_state_dict(net.state_dict())

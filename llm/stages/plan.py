@@ -197,8 +197,8 @@ def holds_weights(parent: Path) -> bool:
 def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     """Return the shape of a stage's network that continues the one of `parent`, whose shape is `found`.
 
-    The context may be longer than the parent's, and document masks may be switched. Raises UserError where the
-    configured model differs otherwise, or asks for an adapter that cannot be.
+    The context may be longer than the parent's, with arch=qwen3 shorter too, and document masks may be switched. Raises
+    UserError where the configured model differs otherwise, or asks for an adapter that cannot be.
     """
     check_adapter(cfg)
     check_vocab_size(cfg, found.vocab_size)
@@ -206,6 +206,9 @@ def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     changes = {}
     if (wanted.bos_id is None) != (found.bos_id is None):
         changes["bos_id"] = wanted.bos_id
+    if wanted.seq_len < found.seq_len and found.arch == "qwen3" and found.rope_scaling is None:
+        # checkpoints of others have contexts longer than a machine may hold; YaRN would stretch otherwise
+        changes["seq_len"] = wanted.seq_len
     if wanted.seq_len > found.seq_len and found.arch != "gpt2":
         changes |= {name: getattr(wanted, name) for name in ("seq_len", "rope_base", "rope_scaling")}
         changes["rope_original"] = found.rope_original or found.seq_len
@@ -268,9 +271,9 @@ def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
         for c in (wanted, found)
     )
     differing = [
-        f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b[k]}"
+        f"{CONFIG_KEYS.get(k, 'arch' if k == 'arch' else f'arch.{k}')}: configured {a[k]}, found {b.get(k)}"
         for k in a
-        if a[k] != b[k]
+        if a[k] != b.get(k)
     ]
     if differing:
         raise UserError(

@@ -37,11 +37,15 @@ def take_shape(cfg: DictConfig, row: Stage, run: RunDir) -> RunDir:
 
 
 def parent_of(cfg: Any, row: Stage, run: RunDir) -> Path | None:
-    """Return the model/ folder that the stage starts from (see `find_parent`); a checkpoint of nanochat becomes one."""
+    """Return the model/ folder that the stage starts from (see `find_parent`); a checkpoint of others becomes one."""
     init_from = cfg.init_from
-    if row.parents and init_from is not None and init_from.startswith("nanochat:"):
-        from llm.checkpoint.nanochat import imported_folder
+    if row.parents and init_from is not None and init_from.startswith(("nanochat:", "hf:")):
         from llm.parallel import collectives
+
+        if init_from.startswith("hf:"):
+            from llm.checkpoint.hf_weights import imported_folder
+        else:
+            from llm.checkpoint.nanochat import imported_folder
 
         if collectives.is_main():
             imported_folder(init_from, cfg.paths.runs)
@@ -89,6 +93,7 @@ def set_arch(cfg: Any, shape: dict) -> None:
     name = shape.get("arch", cfg.arch.name)
     before = {"window_multiple": BEFORE_KEYS["arch.window_multiple"]}  # in files that do not say it
     found = before | shape | {"document_masks": shape.get("bos_id") is not None}
+    found["width"] = None if shape["n_embd"] == shape["n_head"] * shape["head_dim"] else shape["n_embd"]
     if name != cfg.arch.name:
         if said(cfg, "arch") or name not in VARIANTS["arch"]:
             return

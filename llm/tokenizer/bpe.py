@@ -58,6 +58,12 @@ def split_pattern(digits: int = 2, marks: bool = False) -> str:
 
 
 SPLIT_PATTERN = split_pattern()
+# Patterns that stage.pattern knows by the names under which llama.cpp does. qwen2: Qwen2's (arXiv 2407.10671), with
+# contractions spelled out as llama.cpp has them.
+NAMED_PATTERNS = {
+    "qwen2": r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
 
 PROBE = "It's 1,234 °C — naïve 中文 हिन्दी ไทย عربي\r\n\tx_y  z\u0301!\n"
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -226,7 +232,11 @@ class Tokenizer:
 
 
 def checked_pattern(pattern: str) -> str:
-    """Return the pattern if the regex engine takes it and it loses no text. Raises UserError otherwise."""
+    """Return the pattern, or the one of that name, if the regex engine takes it and it loses no text.
+
+    Raises UserError otherwise.
+    """
+    pattern = NAMED_PATTERNS.get(pattern, pattern)
     try:
         encoding = tiktoken.Encoding(
             "probe", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}

@@ -12,22 +12,23 @@ BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def load_pretrained(name: str) -> Tokenizer:
+def load_pretrained(name: str, key: str = "stage.pretrained") -> Tokenizer:
     """Load a tiktoken encoding such as cl100k_base, or the byte-level BPE of a Hugging Face tokenizer.json.
 
     Its own special tokens are left out; ours come behind its last token. Raises UserError if the vocabulary is of
     another kind, or if the original gives other tokens on texts of several kinds.
+    key: what asks for it, named in errors.
     """
     if Path(name).suffix == ".json":
-        original = read_hf_tokenizer("stage.pretrained", Path(name))
-        tokenizer = _from_hf(name, original.to_str())
+        original = read_hf_tokenizer(key, Path(name))
+        tokenizer = _from_hf(name, key, original.to_str())
 
         def encode(text: str) -> list[bytes]:
             return [_bytes_of(token) for token in original.encode(text, add_special_tokens=False).tokens]
     else:
-        encoding = tiktoken_encoding("stage.pretrained", name)
+        encoding = tiktoken_encoding(key, name)
         ranks = encoding._mergeable_ranks
-        tokenizer = _tokenizer(name, sorted(ranks, key=ranks.get), encoding._pat_str)
+        tokenizer = _tokenizer(name, key, sorted(ranks, key=ranks.get), encoding._pat_str)
 
         def encode(text: str) -> list[bytes]:
             return encoding.decode_tokens_bytes(encoding.encode_ordinary(text))
@@ -35,26 +36,26 @@ def load_pretrained(name: str) -> Tokenizer:
     for kind, text in SAMPLE_TEXTS.items():
         if [tokenizer.tokens[i] for i in tokenizer.encode(text)] != encode(text):
             raise UserError(
-                f"stage.pretrained={name}: tokens of {kind} text differ from the original's, so its merges do not "
+                f"{key}={name}: tokens of {kind} text differ from the original's, so its merges do not "
                 "follow the order of its ids; train a tokenizer of your own, or choose one such as cl100k_base"
             )
     return tokenizer
 
 
-def _from_hf(name: str, text: str) -> Tokenizer:
+def _from_hf(name: str, key: str, text: str) -> Tokenizer:
     content = parse_json(text.encode(), name)
     model, pattern = content["model"], _pattern_of(content["pre_tokenizer"])
     if model["type"] != "BPE" or model.get("byte_fallback") or pattern is None:
         raise UserError(
-            f"stage.pretrained={name}: a {model['type']} tokenizer whose text is not split by one pattern into bytes; "
+            f"{key}={name}: a {model['type']} tokenizer whose text is not split by one pattern into bytes; "
             "only byte-level BPE can be used, such as that of GPT-2, Llama 3 or Qwen"
         )
     special = {token["content"] for token in content.get("added_tokens", [])}
     tokens = [t for t in sorted(model["vocab"], key=model["vocab"].get) if t not in special]
     try:
-        return _tokenizer(name, [_bytes_of(token) for token in tokens], pattern)
+        return _tokenizer(name, key, [_bytes_of(token) for token in tokens], pattern)
     except KeyError as error:
-        raise UserError(f"stage.pretrained={name}: {error} in a token is not a byte of byte-level BPE") from error
+        raise UserError(f"{key}={name}: {error} in a token is not a byte of byte-level BPE") from error
 
 
 def _bytes_of(token: str) -> bytes:
@@ -73,8 +74,8 @@ def _pattern_of(pre_tokenizer: dict | None) -> str | None:
     return splits[0] if len(splits) == 1 else None
 
 
-def _tokenizer(name: str, tokens: list[bytes], pattern: str) -> Tokenizer:
+def _tokenizer(name: str, key: str, tokens: list[bytes], pattern: str) -> Tokenizer:
     try:
         return Tokenizer(tokens, pattern)
     except ValueError as error:
-        raise UserError(f"stage.pretrained={name}: {error}") from error
+        raise UserError(f"{key}={name}: {error}") from error

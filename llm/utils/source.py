@@ -51,6 +51,8 @@ def check_packages() -> None:
 
 def command(name: str) -> str:
     """Return how a user calls the entry point `name`: `python train.py`, or `fathom-train` where that is installed."""
+    if name == "export":
+        return "python -m llm.export"
     by_name = Path(sys.argv[0]).name.startswith("fathom-")
     return f"fathom-{name}" if by_name or source_tree() is None else f"python {name}.py"
 

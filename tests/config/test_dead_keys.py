@@ -17,13 +17,14 @@ from llm.config.schema import known_keys
 from llm.data.sources import build_source
 from llm.errors import UserError
 from llm.eval.evaluate import run_evaluation
+from llm.export.run_export import run_export
 from llm.serving import app
 from llm.stages.run_stage import run_stage
 from tasks import Cache, build_task
 
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "distill", "best_of_n", "dpo", "ppo", "grpo")
 OWN_KEYS = {"tokenizer": (), "distill": ("max_steps=1", "stage.teacher=tiny/sft")}
-ENTRY_POINTS = ("train", "evaluate", "serve")
+ENTRY_POINTS = ("train", "evaluate", "serve", "export")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,10 @@ def stages(folder) -> list[tuple]:
     return [
         *(train(stage, *OWN_KEYS.get(stage, ("max_steps=1",))) for stage in STAGES),
         train("pretrain", "run=other", "init_from=tiny/tokenizer", "optim=adamw", "arch=gpt2", "dry_run=true"),
+        train("pretrain", "run=other", "init_from=tiny/tokenizer", "arch=qwen3", "dry_run=true"),
         (run_evaluation, compose("evaluate", *measured, f"paths.runs={folder}/runs")),
         (app.serve, compose("serve", "run=tiny", "prompt=Hello", "max_new_tokens=2", f"paths.runs={folder}/runs")),
+        (run_export, compose("export", "run=tiny", "stage=sft", f"paths.runs={folder}/runs")),
     ]
 
 

@@ -132,7 +132,7 @@ def test_local_is_ignored_by_git():
 
 def test_own_defaults_hold_for_all_entry_points(local):
     composed = local("default", "paths: {runs: /large/runs}\n")
-    for config_name in ("train", "evaluate", "serve"):
+    for config_name in ("train", "evaluate", "serve", "export"):
         assert composed(config_name).paths.runs == "/large/runs"
     assert composed("train", "paths.runs=here").paths.runs == "here"
 

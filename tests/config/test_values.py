@@ -18,7 +18,7 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.utils.registry import resolved
 
-ENTRY_POINTS = ("train", "evaluate", "serve")
+ENTRY_POINTS = ("train", "evaluate", "serve", "export")
 BOUNDS = ("low", "above", "high", "below")
 
 

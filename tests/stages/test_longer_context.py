@@ -12,7 +12,7 @@ from llm.errors import UserError
 from llm.model.attention import rotary_tables
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
-from llm.stages.common import load_tokenizer, with_longer_context
+from llm.stages.common import load_tokenizer, with_context
 
 VOCAB, PERIOD = 32, 5
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_kv_head=2, head_dim=16, n_embd=32, seq_len=64, vocab_size=VOCAB)
@@ -48,7 +48,7 @@ def test_training_goes_on_beyond_the_old_context(options):
     """A model trained at 64 knows nothing of positions up to 256; a few steps at 256 teach it those."""
     net = GPT(SHAPE).init_weights(0)
     train(net, 200, 64, 1e-2)
-    longer = with_longer_context(net, replace(SHAPE, seq_len=256, **options))
+    longer = with_context(net, replace(SHAPE, seq_len=256, **options))
     before = loss(longer, 128, 256)
     train(longer, 80, 256, 5e-3)
     after = loss(longer, 128, 256)
@@ -58,7 +58,7 @@ def test_training_goes_on_beyond_the_old_context(options):
 def test_weights_stay_and_positions_of_the_old_context_too_without_scaling():
     net = GPT(SHAPE).init_weights(0)
     torch.nn.init.normal_(net.lm_head.weight)
-    longer = with_longer_context(net, replace(SHAPE, seq_len=256))
+    longer = with_context(net, replace(SHAPE, seq_len=256))
     ids = torch.arange(64)[None] % VOCAB
     assert torch.equal(longer(ids), net(ids)) and longer(torch.zeros(1, 256, dtype=torch.long)).shape[1] == 256
     assert longer.config.rope_original == 64 and longer.config.rope_factor == 1.0
@@ -66,13 +66,13 @@ def test_weights_stay_and_positions_of_the_old_context_too_without_scaling():
 
 def test_short_windows_follow_the_context():
     modern = replace(SHAPE, arch="modern", window_pattern="SL", seq_len=512)
-    longer = with_longer_context(GPT(modern).init_weights(0), replace(modern, seq_len=2048, rope_scaling="yarn"))
+    longer = with_context(GPT(modern).init_weights(0), replace(modern, seq_len=2048, rope_scaling="yarn"))
     assert (modern.window(0), longer.config.window(0), longer.transformer.h[0].attn.window) == (128, 512, 512)
 
 
 def test_made_longer_twice_counts_from_the_first_context():
-    once = with_longer_context(GPT(SHAPE).init_weights(0), replace(SHAPE, seq_len=128, rope_scaling="yarn"))
-    twice = with_longer_context(once, replace(once.config, seq_len=256)).config
+    once = with_context(GPT(SHAPE).init_weights(0), replace(SHAPE, seq_len=128, rope_scaling="yarn"))
+    twice = with_context(once, replace(once.config, seq_len=256)).config
     assert (twice.rope_original, twice.rope_factor) == (64, 4.0)
 
 

@@ -1,0 +1,59 @@
+"""The command `python -m llm.export`: a finished stage as a folder for transformers or a GGUF file, with its card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from llm.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, load_model_folder
+from llm.errors import UserError
+from llm.export.card import model_card
+from llm.export.gguf_file import check_gguf, write_gguf
+from llm.export.hub import check_hub, push
+from llm.model.linear import DTYPES
+from llm.run.content import CONTENT, check_content
+from llm.run.stage_folder import find_stage
+from llm.utils.files import read_json, replaced_folder, write_json
+
+CARD = "README.md"
+LEFT_OUT = (CONTENT, "adapter.safetensors", "adapter.json")  # checksums of other files; what is merged into the weights
+
+
+def run_export(cfg: Any) -> None:
+    """Write what `cfg` asks for and say where it lies. Raises UserError before anything is written."""
+    stage = find_stage(cfg.paths.runs, cfg.run, cfg.stage)
+    run = stage.parent.name
+    out = Path(cfg.out or Path(cfg.paths.runs).parent / "exports" / f"{run}-{stage.name}-{cfg.to}")
+    if out.exists() and not cfg.overwrite:
+        raise UserError(f"out={out} exists; set another out=, or overwrite=true to replace the folder")
+    name, private = cfg.push, cfg.private
+    if name is not None:
+        check_hub(name)
+    net, tokenizer = load_model_folder(stage / "model", verify=cfg.verify)
+    if cfg.to == "gguf":
+        check_gguf(net.config, tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(out) as new:
+        if cfg.to == "gguf":
+            write_gguf(new / f"{run}-{stage.name}-{cfg.dtype}.gguf", net, tokenizer, cfg.dtype)
+        else:
+            copy_folder(stage / "model", new, cfg.dtype)
+        (new / CARD).write_text(model_card(stage, net, cfg.to, cfg.licence), encoding="utf-8")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 2**20:,.1f} MiB)", flush=True)
+    if name is not None:
+        print(f"pushed to {push(out, name, private)}", flush=True)
+
+
+def copy_folder(model: Path, out: Path, dtype: str) -> None:
+    """Copy a model/ folder into the folder `out`, with weights in the number format `dtype` (a key of DTYPES)."""
+    check_content(model)
+    for path in model.iterdir():
+        if path.name not in (*LEFT_OUT, WEIGHTS_FILE):
+            shutil.copyfile(path, out / path.name)
+    kind = DTYPES[dtype]
+    tensors = {name: value.to(kind).contiguous() for name, value in load_file(model / WEIGHTS_FILE).items()}
+    save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copymode(out / CONFIG_FILE, out / WEIGHTS_FILE)
+    write_json(out / CONFIG_FILE, read_json(out / CONFIG_FILE) | {"dtype": str(kind).removeprefix("torch.")})
