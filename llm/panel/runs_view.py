@@ -42,8 +42,8 @@ def run_table(
 ) -> tuple[list[str], list[list[Any]]]:
     """Return (header, lines) of the table: stages that fit a query, newest first.
 
-    query: words that name, tags or note contain, and conditions on facts and scores such as bpb<1.5. Raises UserError for a condition
-    without a number where it takes one. state: running, interrupted or finished; all = any.
+    query: words that name, tags or note contain, and conditions on facts and scores such as bpb<1.5. state: running,
+    interrupted or finished; all = any. Raises UserError for a condition without a number where it takes one.
     """
     shown = [row for row in rows if state in ("all", row["status"])]
     shown = [row for row in shown if _fits(row, notes.get(name_of(row), NO_NOTE), query)]
