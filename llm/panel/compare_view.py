@@ -58,7 +58,7 @@ def lines_of(columns: Columns, rows: Sequence[Row], metric: str, axis: str, shar
             lines.append(Line(name_of(members[0]), *fewer(*curves[0]), colour=colour))
             continue
         x, mean, low, high = band([one for one in curves if len(one[0])])
-        name = f"{name_of(members[0])} and {len(members) - 1} more seeds"
+        name = f"{len(members)} seeds of {name_of(members[0])}"
         lines.append(Line(name, x, mean, colour, low, high))
     return lines
 

@@ -20,6 +20,7 @@ from llm.config.schema import known_keys
 from llm.errors import UserError
 from llm.panel.defaults import LOCK, defaults
 from llm.run.config_diff import flatten
+from llm.utils.format import value
 from llm.utils.source import command
 
 GROUPS = ("experiment", "stage", "model", "arch", "optim", "data", "mixture", "trainer", "strategy")
@@ -141,7 +142,7 @@ def _help(spec: Field | None) -> str:
     stated = spec.metadata
     bounds = [("from", stated.get("low")), ("above", stated.get("above"))]
     bounds += [("to", stated.get("high")), ("below", stated.get("below"))]
-    words = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+    words = [f"{word} {value(bound)}" for word, bound in bounds if bound is not None]
     kind = _kind(spec.type)
     return stated["help"] + (f" ({', '.join(filter(None, [kind, *words]))})" if kind or words else "")
 

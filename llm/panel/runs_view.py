@@ -145,7 +145,7 @@ def facts(row: Row, manifest: Mapping[str, Any]) -> str:
         "FLOPs": amount(row["flops"]),
         "time": duration(row["seconds"]),
         "dollars": None if row["cost"] is None else dollars(row["cost"]),
-        "passes over the text": derived.get("text_passes"),
+        "passes over the text": value(derived.get("text_passes"), digits=2),
         "seed": row["seed"],
         "started": (row["started"] or "")[:19].replace("T", " "),
         "finished": (row["finished"] or "")[:19].replace("T", " "),
@@ -198,7 +198,7 @@ def lineage(rows: Sequence[Row], name: str) -> str:
         row = states.get(at)
         bpb = row["scores"].get("bpb") if row else None
         more = f" bpb {bpb:.4g}" if isinstance(bpb, int | float) else ""
-        state = f"{row['status']}{more}" if row else "is not here any more"
+        state = f"{row['status']}{more}" if row else "not in this folder"
         own = f"<b>{text(at)}</b>" if at == name else text(at)
         below = "".join(branch(child, (*above, at)) for child in children.get(at, ()) if child not in (*above, at))
         return f"<li>{own} <small>{text(state)}</small>{f'<ul>{below}</ul>' if below else ''}</li>"

@@ -22,7 +22,7 @@ class TrainTab:
 
     def __init__(self, panel: Panel):
         self.panel, may = panel, not panel.readonly
-        with gr.Group(visible=may):
+        with gr.Column(visible=may):
             with gr.Row():
                 self.groups = [
                     gr.Dropdown(

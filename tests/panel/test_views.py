@@ -94,7 +94,7 @@ def test_seeds_become_one_band_and_colours_stay(panel):
     single = lines_of(panel.columns, rows, "bpb", "step", 0.0, seeds=False)
     assert [len(line.low) for line in single] == [0] * 6 and len({line.colour for line in single}) == 6
     banded = lines_of(panel.columns, rows, "bpb", "seconds", 0.5, seeds=True)
-    assert [line.name for line in banded] == [f"{n}-seed=1/pretrain and 2 more seeds" for n in ("base", "fast")]
+    assert [line.name for line in banded] == [f"3 seeds of {n}-seed=1/pretrain" for n in ("base", "fast")]
     assert all((line.low <= line.y).all() and (line.y <= line.high).all() and len(line.x) for line in banded)
     names = [f"{row['run']}/{row['stage']}" for row in rows]
     shown = comparison_page(panel, names, ["bpb", "loss"], "step", 0.0, True)
