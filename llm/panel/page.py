@@ -10,6 +10,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from llm.panel.compare_tab import CompareTab
+from llm.panel.data_tab import DataTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
@@ -44,7 +45,10 @@ def build(panel: Panel) -> gr.Blocks:
                 compare = CompareTab(panel)
             with gr.Tab("Train"):
                 train = TrainTab(panel)
+            with gr.Tab("Data") as shown:
+                data = DataTab(panel)
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
+        data.connect(shown, train.form)
     return demo.queue(max_size=64)

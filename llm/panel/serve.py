@@ -62,6 +62,10 @@ def build_app(panel: Panel, cfg: Any) -> FastAPI:
     def first() -> RedirectResponse:
         return RedirectResponse(f"{PATH}/")
 
+    @app.get("/favicon.ico")
+    def icon() -> Response:
+        return Response(status_code=204)
+
     add(app, panel, cfg.api.access_key)
     guard_app(app, cfg.host, cfg.public_names, cfg.api.origins, [PATH])
     return app
