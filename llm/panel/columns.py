@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from llm.errors import UserError
 from llm.run.lock import waiting_lock
 from llm.utils.files import read_json, write_json
 
@@ -46,7 +47,10 @@ class State:
 
 
 class Columns:
-    """The cache of all stages in one folder. Threads and processes may use one folder at once."""
+    """The cache of all stages in one folder. Threads and processes may use one folder at once.
+
+    Every method raises UserError where metrics.csv cannot be read, or the cache cannot be written.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -97,9 +101,12 @@ class Columns:
         with self._lock:
             state = self._states.get(source)
         if state is None or not _is_current(state, facts):
-            place.mkdir(parents=True, exist_ok=True)
-            with waiting_lock(place / ".lock", seconds=20):
-                state = _update(path, place, _saved(place, source))
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                with waiting_lock(place / ".lock", seconds=20):
+                    state = _update(path, place, _saved(place, source))
+            except OSError as error:
+                raise UserError(f"{path} cannot be read into the cache {self.folder} ({error.strerror})") from error
             with self._lock:
                 self._states[source] = state
                 while len(self._states) > MOST_STATES:
@@ -115,7 +122,7 @@ def _saved(place: Path, source: str) -> State:
     """Return the state on disk; a new one where there is none that can be used."""
     try:
         found = State(**(read_json(place / "state.json") or {"source": source}))
-    except (OSError, ValueError, TypeError):  # not ours, or damaged
+    except (UserError, OSError, ValueError, TypeError):  # not ours, or damaged
         return State(source)
     return found if found.format == FORMAT and found.source == source else State(source)
 

@@ -37,9 +37,11 @@ def comparison_page(
         return page(problem(f"{len(names)} stages are chosen; a chart takes {MOST_STAGES} at most"))
     known = {name_of(row): row for row in panel.index.rows()}
     rows = [known[name] for name in names if name in known]
-    charts = [
-        draw(metric, lines_of(panel.columns, rows, metric, axis, share, seeds), AXIS_NAMES[axis]) for metric in metrics
-    ]
+    try:
+        lines = {metric: lines_of(panel.columns, rows, metric, axis, share, seeds) for metric in metrics}
+    except UserError as error:
+        return page(problem(str(error)))
+    charts = [draw(metric, curves, AXIS_NAMES[axis]) for metric, curves in lines.items()]
     inner = f'<div class="charts">{"".join(charts)}</div>' if charts else "<p>Choose a metric above.</p>"
     return page(inner, section("Scores side by side", scores_table(rows)))
 

@@ -1,5 +1,6 @@
 """The index of all stages in a folder of runs: a small row for each, read again only where its files have changed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from llm.experiments.runs import score_names, settings, stage_row_of
 from llm.panel.columns import Columns
 from llm.run.cost import cost
 from llm.run.lock import holder, lock_path
-from llm.run.stage_folder import MANIFEST, list_runs, read_manifest
+from llm.run.stage_folder import MANIFEST, RunDir, list_runs, read_manifest
 from llm.utils.files import read_json, write_json
 
 FORMAT = 1
@@ -64,17 +65,26 @@ class Index:
                     except UserError as error:
                         problems.append(str(error))
             if changed != len(found):
-                write_json(self.file, {"format": [FORMAT, __version__], "rows": found})
+                with contextlib.suppress(OSError):  # of somebody else's runs: they are read again next time
+                    write_json(self.file, {"format": [FORMAT, __version__], "rows": found})
             self._rows, self.problems = found, problems
             rows = [row for _, row in found.values()]
         return [self._live(row) if row["status"] in BUSY else row for row in rows]
 
     def row(self, name: str) -> Row:
-        """Return the row of `run/stage`. Raises UserError where there is none."""
-        for row in self.rows():
-            if f"{row['run']}/{row['stage']}" == name:
-                return row
-        raise UserError(f"{name}: there is no such stage in {self.root}")
+        """Return the row of `run/stage` without a look at any other. Raises UserError where there is none."""
+        run, _, stage = name.partition("/")
+        folder = RunDir(self.root, run).path / stage
+        stamp = [_stamp(folder / file) for file in FILES]
+        if Path(stage).name != stage or not stamp[0]:
+            raise UserError(f"{name}: there is no such stage in {self.root}")
+        with self._lock:
+            before = (self._rows or {}).get(str(folder))
+            if before is None or before[0] != stamp:
+                before = [stamp, _row(folder, self.problems.append)]
+                if self._rows is not None:
+                    self._rows[str(folder)] = before
+        return self._live(before[1]) if before[1]["status"] in BUSY else before[1]
 
     def _saved(self) -> dict[str, list[Any]]:
         try:

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 from llm.errors import UserError
@@ -24,6 +23,7 @@ from llm.utils.format import duration
 from llm.utils.source import program
 
 DRY_SECONDS = 300
+MOST_JOBS = 200  # that are shown, the last ones
 TAIL = 12_000  # bytes of a log that are shown
 ACTIONS = ("pause", "resume", "cancel", "retry")
 WORKING = ("resume", "retry")  # actions after which a worker is needed
@@ -139,7 +139,7 @@ def queue_page(panel: Panel) -> str:
     if not jobs:
         return page("<p>The queue is empty.</p>")
     lines = []
-    for job in jobs:
+    for job in jobs[-MOST_JOBS:]:
         result = "" if job.result is None else f"{job.metric or METRIC} {job.result:.5g}"
         took = duration(job.ended - job.started) if job.ended and job.started else ""
         lines.append([job.id, waiting(job, jobs), " ".join(job.settings), result, took, job.message])
@@ -150,9 +150,15 @@ def queue_page(panel: Panel) -> str:
     return page(idle, table(["job", "state", "settings", "result", "took", "message"], lines, (0,), "queue"))
 
 
-def row_of(rows: Sequence[Row], job: Job) -> Row | None:
-    """Return the row of the stage that a job writes."""
-    return next((row for row in rows if job.folder and os.path.realpath(row["folder"]) == job.folder), None)
+def row_of(panel: Panel, job: Job) -> Row | None:
+    """Return the row of the stage that a job writes; None before it has begun, and where it lies elsewhere."""
+    folder = Path(job.folder or "")
+    if folder.parent.parent != panel.runs.resolve():
+        return None
+    try:
+        return panel.index.row(f"{folder.parent.name}/{folder.name}")
+    except UserError:
+        return None
 
 
 def tail_of(path: Path, most: int = TAIL) -> str:
@@ -174,12 +180,16 @@ def job_page(panel: Panel, number: int) -> str:
         job = panel.queue.job(number)
     except UserError as error:
         return page(problem(str(error)))
-    row = row_of(panel.index.rows(), job)
+    row = row_of(panel, job)
     log = tail_of(log_of(panel.queue, job))
+    try:
+        charts = section("Curves", curves(panel.columns, row, most=4)) if row else ""
+    except UserError as error:
+        charts = problem(str(error))
     return page(
         f"<h3>job {job.id} <small>{text(job.state)}</small></h3>",
         progress(row) if row else "",
-        section("Curves", curves(panel.columns, row, most=4)) if row else "",
+        charts,
         section("Log", block(log, "log")) if log else "",
     )
 

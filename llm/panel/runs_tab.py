@@ -12,7 +12,7 @@ from llm.errors import UserError
 from llm.panel import shelf
 from llm.panel.jobs import stop_process
 from llm.panel.markup import page, problem
-from llm.panel.runs_view import HEADER, NUMERIC, name_of, run_page, run_table
+from llm.panel.runs_view import HEADER, NUMERIC, live_page, name_of, rest_page, run_table
 from llm.panel.state import Panel
 from llm.run.stage_folder import RunDir
 
@@ -60,7 +60,7 @@ class RunsTab:
         with gr.Row():
             self.open = gr.Dropdown([], label="Open", scale=2, elem_id="panel-open")
             self.other = gr.Dropdown([NONE], value=NONE, label="Configuration compared with", scale=2)
-        self.shown, self.stamp = html("panel-run"), gr.State(())
+        self.shown, self.rest, self.stamp = html("panel-run"), html("panel-rest"), gr.State(())
         with gr.Accordion("Report", open=False):
             self.load = gr.Button("Show the report of this run", size="sm")
             self.report = gr.Markdown(elem_id="panel-report", latex_delimiters=[])
@@ -81,7 +81,7 @@ class RunsTab:
         """Connect the events."""
         listed = [self.table, self.said, self.open, self.other, self.away]
         query, opened = [self.query, self.state], [self.open, self.other]
-        whole = [self.shown, self.stamp, self.tags, self.note, self.report]
+        whole = [self.shown, self.rest, self.stamp, self.tags, self.note, self.report]
         demo.load(self.fill, query, listed, **QUIET)
         self.refresh.click(self.fill, query, listed, **QUIET)
         self.query.submit(self.fill, query, listed, **QUIET)
@@ -99,7 +99,7 @@ class RunsTab:
                 self.fill, query, listed, **QUIET
             )
         self.back.click(self.bring_back, self.away, None, **QUIET).then(self.fill, query, listed, **QUIET)
-        timer.tick(self.watch, [*opened, self.stamp], [self.shown, self.stamp], **QUIET)
+        timer.tick(self.watch, [self.open, self.stamp], [self.shown, self.stamp], **QUIET)
 
     def fill(self, query: str, state: str) -> list[Any]:
         """Return the table, what could not be read, and the choices of the lists."""
@@ -128,17 +128,18 @@ class RunsTab:
         return event.row_value[0]
 
     def show(self, name: str | None, other: str | None) -> list[Any]:
-        """Return the page of a stage, its stamp, its tags and note, and an empty report."""
+        """Return the two parts of the page of a stage, its stamp, its tags and note, and an empty report."""
         if not name:
-            return ["", (), "", "", ""]
-        note = self.panel.notes.all().get(name, ("", ""))
-        return [run_page(self.panel, name, _given(other)), self._stamp(name), *note, ""]
+            return ["", "", (), "", "", ""]
+        note, stamp = self.panel.notes.all().get(name, ("", "")), self._stamp(name)
+        rest = rest_page(self.panel, name, None if other in (None, NONE) else other)
+        return [live_page(self.panel, name), rest, stamp, *note, ""]
 
-    def watch(self, name: str | None, other: str | None, stamp: tuple) -> list[Any]:
-        """Return the page of the open stage again where its files have changed since `stamp`."""
+    def watch(self, name: str | None, stamp: tuple) -> list[Any]:
+        """Return what changes on the page of the open stage, where its files have changed since `stamp`."""
         if not name or (now := self._stamp(name)) == tuple(stamp):
             return [gr.skip(), gr.skip()]
-        return [run_page(self.panel, name, _given(other)), now]
+        return [live_page(self.panel, name), now]
 
     def _stamp(self, name: str) -> tuple:
         found = []
@@ -190,7 +191,3 @@ class RunsTab:
         """Bring a run back that was put away."""
         with told():
             gr.Info(shelf.bring_back(self.panel, run or ""), duration=8)
-
-
-def _given(other: str | None) -> str | None:
-    return None if other in (None, NONE) else other

@@ -98,26 +98,32 @@ def _holds(found: Any, sign: str, wanted: str, word: str) -> bool:
     return {"<": low, "<=": low or equal, ">": not (low or equal), ">=": not low, "=": equal, "!=": not equal}[sign]
 
 
-def run_page(panel: Panel, name: str, other: str | None = None) -> str:
-    """Return the page of a stage. other: run/stage whose configuration it is compared with."""
+def live_page(panel: Panel, name: str) -> str:
+    """Return what changes while a stage trains: state, progress, scores and curves."""
+    try:
+        row = panel.index.row(name)
+        parts = [section("Scores", scores_table([row])), section("Curves", curves(panel.columns, row))]
+    except UserError as error:
+        return page(problem(str(error)))
+    return page(f"<h3>{text(name)}</h3>", progress(row), *parts)
+
+
+def rest_page(panel: Panel, name: str, other: str | None = None) -> str:
+    """Return the rest of the page of a stage. other: run/stage whose configuration it is compared with."""
     try:
         row = panel.index.row(name)
         manifest = read_manifest(row["folder"]) or {}
-    except UserError as error:
-        return page(problem(str(error)))
-    parts = [
-        f"<h3>{text(name)}</h3>",
-        progress(row),
+    except UserError:
+        return ""  # `live_page` says why
+    folder = Path(row["folder"])
+    return page(
         section("Facts", facts(row, manifest)),
-        section("Scores", scores_table([row])),
-        section("Curves", curves(panel.columns, row)),
         section("Lineage", lineage(panel.index.rows(), name)),
-        section("Samples", samples(Path(row["folder"]))),
+        section("Samples", samples(folder)),
         section("Configuration: what differs from the defaults", _changed(manifest, row)),
         section(f"Configuration: what differs from {other}", _against(panel, manifest, other)) if other else "",
-        section("Files", files(Path(row["folder"])), opened=False),
-    ]
-    return page(*parts)
+        section("Files", files(folder), opened=False),
+    )
 
 
 def progress(row: Row) -> str:

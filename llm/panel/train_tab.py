@@ -14,7 +14,6 @@ from llm.panel.state import Panel
 
 ROWS = 12  # keys that are shown at once
 DEFAULT = "default"
-MOST_JOBS = 200  # in the list to choose from
 
 
 class TrainTab:
@@ -213,7 +212,7 @@ class TrainTab:
         now = jobs.stamp(self.panel, number)
         if now == tuple(stamp):
             return [gr.skip()] * 4
-        listed = self.panel.queue.jobs()[-MOST_JOBS:] if self.panel.queue_file.is_file() else []
+        listed = self.panel.queue.jobs()[-jobs.MOST_JOBS :] if self.panel.queue_file.is_file() else []
         choices = [(jobs.job_label(job), job.id) for job in reversed(listed)]
         if number is None:
             number = next((job.id for job in listed if job.state == "running"), None)

@@ -146,8 +146,10 @@ def test_the_index_reads_a_stage_again_only_when_it_changed(tmp_path, cache, mon
     monkeypatch.setattr("llm.panel.index.stage_row_of", lambda folder, _: read.append(folder.parent.name))
     assert index.rows() == rows == Index(root, tmp_path / "cache", cache).rows()
     assert read == []
-    with pytest.raises(UserError, match="nothing/here"):
-        index.row("nothing/here")
+    assert index.row("other/pretrain") == rows[2]
+    for name in ("nothing/here", "other", "other/..", "../other", "base-seed=1/../other/pretrain"):
+        with pytest.raises(UserError):
+            index.row(name)
 
 
 def test_a_damaged_stage_is_a_problem_and_the_others_stay(tmp_path, cache):

@@ -45,16 +45,16 @@ def test_the_table_opens_a_stage_and_the_timer_draws_it_again_only_when_it_chang
     assert len(table["value"]["data"]) == 3 and said == "" and "watched/pretrain" in names["choices"]
     assert others["choices"][0] == NONE and len(table["datatype"]) == len(table["value"]["headers"])
     assert "bpb&lt;x: &lt; needs a number" in runs.fill("bpb<x", "all")[1]
-    shown, stamp, *_ = runs.show("watched/pretrain", NONE)
+    shown, _, stamp, *_ = runs.show("watched/pretrain", NONE)
     assert "<polyline" in shown
-    assert runs.watch("watched/pretrain", NONE, stamp) == [gr.skip()] * 2
+    assert runs.watch("watched/pretrain", stamp) == [gr.skip()] * 2
     with (folder / "metrics.csv").open("a") as file:
         file.write("50,1.5,,\n")
-    again, later = runs.watch("watched/pretrain", NONE, stamp)
+    again, later = runs.watch("watched/pretrain", stamp)
     assert again != shown and later != stamp
     runs.write_note("watched/pretrain", "good", "a note")
-    assert runs.show("watched/pretrain", None)[2:4] == ["good", "a note"]
-    assert runs.show(None, None) == ["", (), "", "", ""]
+    assert runs.show("watched/pretrain", None)[3:5] == ["good", "a note"]
+    assert runs.show(None, None) == ["", "", (), "", "", ""]
 
 
 def test_the_report_comes_without_pictures_and_from_runs_only(panel, tabs):

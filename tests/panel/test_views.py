@@ -9,7 +9,7 @@ from llm.errors import UserError
 from llm.panel import shelf
 from llm.panel.compare_view import comparison_page, lines_of, metrics_of, verdict_page
 from llm.panel.notes import Note, Notes
-from llm.panel.runs_view import lineage, run_page, run_table
+from llm.panel.runs_view import lineage, live_page, rest_page, run_table
 from llm.panel.state import Panel
 from llm.run.lock import one_writer
 from llm.run.stage_folder import RunDir, write_manifest
@@ -28,6 +28,10 @@ def child(panel, run="base-seed=1", stage="sft", parent="base-seed=1/pretrain"):
     facts = {"stage": stage, "status": "finished", "config": {"stage": {"name": stage}, "seed": 1}, "steps": 5}
     write_manifest(folder, facts | {"parent": str(panel.runs / parent / "model"), "metrics": {"loss": 1.0}})
     return folder
+
+
+def run_page(panel, name, other=None):
+    return live_page(panel, name) + rest_page(panel, name, other)
 
 
 def stages(panel, query="", state="all"):
