@@ -44,7 +44,10 @@ class RunsTab:
         self.panel, may = panel, not panel.readonly
         with gr.Row():
             self.query = gr.Textbox(
-                label="Search", placeholder="words of name, tags or note; or a condition: bpb<1.5", scale=4
+                label="Search",
+                placeholder="words of name, tags or note; or a condition: bpb<1.5",
+                scale=4,
+                min_width=260,
             )
             self.state = gr.Dropdown(list(STATES), value="all", label="State", filterable=False, min_width=120)
             self.refresh = gr.Button("Refresh", min_width=100, size="sm")

@@ -27,7 +27,7 @@ class TrainTab:
                     gr.Dropdown(
                         [DEFAULT, *options_of(group)],
                         value="pretrain" if group == "stage" else DEFAULT,
-                        label="experiment: the preset" if group == "experiment" else group,
+                        label="experiment (preset)" if group == "experiment" else group,
                         min_width=150,
                     )
                     for group in GROUPS
@@ -35,8 +35,11 @@ class TrainTab:
             self.form = gr.State(Form({"stage": "pretrain"}))
             self.shown_keys, self.place = gr.State([]), gr.State(0)
             with gr.Row():
-                self.search = gr.Textbox(label="Search keys", placeholder="words of the key or its help", scale=3)
-                self.section = gr.Dropdown(["main", "all"], value="main", label="Section", min_width=120)
+                self.search = gr.Textbox(
+                    label="Search keys", placeholder="words of the key or its help", scale=3, min_width=260
+                )
+                self.section = gr.Dropdown(["main", "all"], value="main", label="Section", min_width=160)
+            with gr.Row():
                 self.changed = gr.Checkbox(False, label="Only changed keys")
                 self.sweep = gr.Checkbox(False, label="Several values, as 1,2,3, make several jobs")
             self.boxes, self.wrong = [], []
