@@ -293,6 +293,13 @@ class ApiConfig:
 
 
 @dataclass
+class PanelConfig:
+    """Config group `panel` of serve.py: the page of runs, comparisons and trainings (ui=panel)."""
+
+    readonly: bool = key("show runs and jobs, and start, stop, note, move and delete nothing, as for sharing")
+
+
+@dataclass
 class ServeConfig:
     """Everything that `serve.py` reads."""
 
@@ -306,8 +313,9 @@ class ServeConfig:
     run: str | None = key("run to chat with", main=True)
     model: Any = key("instead of a run: hf:<owner>/<name> of the hub, or hf:<folder>", main=True, no_group=True)
     ui: str = key(
-        "gradio = a page and the HTTP API, api = the HTTP API alone, cli = in the terminal",
-        choices=("gradio", "api", "cli"),
+        "gradio = a page and the HTTP API, api = the HTTP API alone, cli = in the terminal, panel = a page of runs and "
+        "trainings, with run or model also chat and API",
+        choices=("gradio", "api", "cli", "panel"),
         main=True,
     )
     prompt: str | None = key("question to answer once before exiting; null = a chat", main=True, raw=True)
@@ -327,6 +335,7 @@ class ServeConfig:
         choices=("auto", "fp32", "bf16"),
     )
     api: ApiConfig = key("the HTTP API and worker processes")
+    panel: PanelConfig = key("the page of runs and trainings")
     offer: str | None = key(
         "other models to switch to on the page: all = every finished stage in paths.runs, none; null = all where only "
         "this computer is served, else none",

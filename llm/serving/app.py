@@ -4,6 +4,8 @@ What takes long to import comes when it is needed: in a terminal Ctrl-C is in go
 """
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from llm.errors import UserError
@@ -11,6 +13,7 @@ from llm.run.stage_folder import HF, find_stage
 from llm.serving.interrupts import CtrlC
 from llm.utils.source import pip_install
 
+PANEL = "llm.panel.serve"  # on a floor above: named, not imported
 SERVER_PACKAGES = ("gradio", "fastapi", "starlette", "uvicorn", "prometheus_client")
 
 
@@ -21,6 +24,8 @@ def serve(cfg: Any) -> None:
             _chat_in_terminal(cfg, ctrl_c)
     elif cfg.prompt is not None:
         _answer_once(cfg)
+    elif cfg.ui == "panel":
+        _imported(cfg.ui, lambda: import_module(PANEL)).serve(cfg)
     else:
         params, model = sampling(cfg), model_name(cfg)
         _http(cfg.ui).serve(cfg, model, params)
@@ -71,14 +76,24 @@ def model_name(cfg: Any) -> str:
 
 def _http(ui: str) -> Any:
     """Import the server, only when it is wanted: it takes seconds, and its packages are an optional part."""
-    try:
+
+    def imported() -> Any:
         if ui == "gradio":
             from llm.serving import browser  # noqa: F401  so that a missing package is told before a model is loaded
         from llm.serving import http
+
+        return http
+
+    return _imported(ui, imported)
+
+
+def _imported(ui: str, importing: Callable[[], Any]) -> Any:
+    """Return what a function imports. Raises UserError where a package of the server is missing."""
+    try:
+        return importing()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
             raise
         raise UserError(
             f"ui={ui} needs the package {error.name}: {pip_install('serve')}, or chat with ui=cli"
         ) from error
-    return http

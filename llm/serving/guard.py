@@ -45,7 +45,8 @@ class Guard:
 
     host: address that the server listens on. public_names: further names of the server. Names are checked where the
     address is this computer's own (loopback) or names are given; else any name may be one of the server's. origins:
-    of pages on other servers that may ask this one, as in https://chat.example.org; "*" for all.
+    of pages on other servers that may ask this one, as in https://chat.example.org; "*" for all. pages: where further
+    pages of Gradio are mounted, as in /panel; below each the routes of the one at / are open too.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Guard:
         host: str,
         public_names: Iterable[str],
         origins: Iterable[str] = (),
+        pages: Iterable[str] = (),
     ):
-        self.app, self.origins = app, frozenset(origins)
+        self.app, self.origins, self.pages = app, frozenset(origins), tuple(pages)
         self.names = {host.lower(), *(name.lower() for name in public_names)}
         self.checks_names = len(self.names) > 1 or _is_loopback(_address(host))
 
@@ -82,6 +84,10 @@ class Guard:
                 scope, 403, f"{name!r} is no name of this server; if it should be one, start it with public_names=[...]"
             )
         path = scope["path"].rstrip("/") or "/"
+        page = next((page for page in self.pages if path == page or path.startswith(f"{page}/")), "")
+        path = path.removeprefix(page) or "/"
+        if page and (path in API_ROUTES or path.startswith(API_FOLDERS)):
+            return _refusal(scope, 404, "no such page")
         if path not in OPEN_ROUTES | API_ROUTES and not path.startswith(OPEN_FOLDERS + API_FOLDERS):
             return _refusal(scope, 404, "no such page")
         return None

@@ -3,12 +3,13 @@
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi import FastAPI
 
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
@@ -26,8 +27,16 @@ from llm.tokenizer.bpe import Tokenizer
 PAGE_ANSWERS = 16  # that the page may have under way; each takes a thread
 
 
-def serve(cfg: Any, model: str, params: SamplingParams) -> None:
-    """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>.
+@dataclass(frozen=True)
+class Beside:
+    """A page of Gradio beside the chat. path: where it is mounted; mount: puts it, and who may see it, into the app."""
+
+    path: str
+    mount: Callable[[FastAPI], None]
+
+
+def serve(cfg: Any, model: str, params: SamplingParams, beside: Beside | None = None) -> None:
+    """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>. beside: a further page.
 
     Raises UserError where nothing can listen, the key is blank, or the model cannot be loaded.
     """
@@ -40,7 +49,7 @@ def serve(cfg: Any, model: str, params: SamplingParams) -> None:
     with listen(cfg.host, cfg.port) as bound:
         adapters = chosen_adapters(cfg.adapters, cfg.paths.runs, model, _offers_all(cfg), cfg.verify)
         source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify, tuple(adapters.items()))
-        asyncio.run(_serve(cfg, source, params, bound))
+        asyncio.run(_serve(cfg, source, params, bound, beside))
     print("\nserver ended", flush=True)
 
 
@@ -112,7 +121,7 @@ def _offers_all(cfg: Any) -> bool:
     return cfg.offer == "all" or (cfg.offer is None and is_private(cfg.host, cfg.public_names))
 
 
-async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket) -> None:
+async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket.socket, beside: Beside | None) -> None:
     """Start the workers, build the application, serve."""
     pools = Pools(cfg, source)
     try:
@@ -125,25 +134,34 @@ async def _serve(cfg: Any, source: Source, params: SamplingParams, bound: socket
         )
         log_to_stderr()
         app = build_app(service, cfg.api.access_key, cfg.api.origins, cfg.api.log)
-        if cfg.ui == "gradio":
+        if beside:
+            beside.mount(app)
+        if cfg.ui == "gradio" or beside:
             from llm.serving import browser
 
             root, at_once = cfg.paths.runs if _offers_all(cfg) else None, min(cfg.api.rows, PAGE_ANSWERS)
             browser.mount(app, browser.build(RemoteModels(first, root, pools.start, pools.stop, at_once), params))
-        guard_app(app, cfg.host, cfg.public_names, cfg.api.origins)
-        await run(app, pools.all, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1]))
+        guard_app(app, cfg.host, cfg.public_names, cfg.api.origins, [beside.path] if beside else ())
+        await run(app, pools.all, bound, cfg.api.drain, lambda: _announce(cfg, first, bound.getsockname()[1], beside))
     finally:
         await pools.close()
 
 
-def _announce(cfg: Any, model: ChatModel, port: int) -> None:
+def address_of(host: str, port: int) -> str:
+    """Return the address of a server, as a browser takes it."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _announce(cfg: Any, model: ChatModel, port: int, beside: Beside | None) -> None:
     """Print what is served, and where."""
-    address = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{port}"
+    address = address_of(cfg.host, port)
     lines = [f"{model.name}: {model.summary}", *model.notes]
     if model.beside:
         lines.append(f"adapters in the same engine, as models: {', '.join(one.name for one in model.beside)}")
     lines.append(f"API at {address}/v1   model: {model.name}")
-    if cfg.ui == "gradio":
+    if beside:
+        lines.append(f"{beside.path.strip('/')} at {address}{beside.path}")
+    if cfg.ui == "gradio" or beside:
         lines.append(f"chat at {address}   (Ctrl-C ends the server)")
     print("\n".join(lines), flush=True)
 

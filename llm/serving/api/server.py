@@ -50,9 +50,11 @@ def build_app(service: Service, key: str | None = None, origins: Iterable[str] =
     return app
 
 
-def guard_app(app: FastAPI, host: str, public_names: Iterable[str], origins: Iterable[str]) -> None:
-    """Put the guard before an application whose routes and middleware are complete."""
-    app.add_middleware(Guard, host=host, public_names=public_names, origins=origins)
+def guard_app(
+    app: FastAPI, host: str, public_names: Iterable[str], origins: Iterable[str], pages: Iterable[str] = ()
+) -> None:
+    """Put the guard before an application whose routes and middleware are complete. pages: see `Guard`."""
+    app.add_middleware(Guard, host=host, public_names=public_names, origins=origins, pages=tuple(pages))
 
 
 def check_key(key: str | None) -> None:

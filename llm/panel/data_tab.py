@@ -1,0 +1,60 @@
+"""The Data tab: its components, and the functions behind them, which work without a browser."""
+
+from typing import Any
+
+import gradio as gr
+
+from llm.errors import UserError
+from llm.panel.data_view import MOST_ROWS, cut, tokenizers, training_rows
+from llm.panel.form import Form
+from llm.panel.markup import page, problem
+from llm.panel.runs_tab import NONE, QUIET, html
+from llm.panel.state import Panel
+
+
+class DataTab:
+    """Training rows of the form of the Train tab, and two tokenizers side by side."""
+
+    def __init__(self, panel: Panel):
+        self.panel = panel
+        with gr.Column(visible=not panel.readonly):
+            gr.Markdown("### Training rows\n\nThe first rows of what the form of *Train* would train on.")
+            with gr.Row():
+                self.rows = gr.Slider(1, MOST_ROWS, 4, step=1, label="Rows")
+                self.make = gr.Button("Show rows", size="sm", min_width=120)
+            self.shown = html("panel-rows")
+        gr.Markdown("### Tokens")
+        with gr.Row():
+            self.one = gr.Dropdown([], label="Tokenizer of", elem_id="panel-tokenizer")
+            self.other = gr.Dropdown([NONE], value=NONE, label="Beside that of")
+        self.text = gr.Textbox(label="Text", lines=4, max_lines=16, value="The quick brown fox has 12 apples.")
+        self.cut = gr.Button("Cut into tokens", size="sm")
+        with gr.Row():
+            self.left, self.right = html("panel-tokens-0"), html("panel-tokens-1")
+
+    def connect(self, tab: gr.Tab, form: gr.State) -> None:
+        """Connect the events. form: that of the Train tab."""
+        tab.select(self.choices, None, [self.one, self.other], **QUIET)
+        self.make.click(lambda: page("<p>The stage is being built…</p>"), None, self.shown, **QUIET).then(
+            self.show, [form, self.rows], self.shown, **QUIET
+        )
+        chosen = [self.one, self.other, self.text]
+        for event in (self.cut.click, self.one.input, self.other.input):
+            event(self.tokens, chosen, [self.left, self.right], **QUIET)
+
+    def choices(self) -> list[Any]:
+        """Return the stages that have a tokenizer."""
+        names = tokenizers(self.panel)
+        return [gr.update(choices=names), gr.update(choices=[NONE, *names])]
+
+    def show(self, form: Form, rows: float) -> str:
+        """Return the rows, or the mistake in the form."""
+        try:
+            return training_rows(self.panel, form, int(rows))
+        except UserError as error:
+            return page(problem(str(error)))
+
+    def tokens(self, one: str | None, other: str | None, content: str) -> list[str]:
+        """Return the text as tokens of both tokenizers."""
+        right = "" if other in (None, NONE) else cut(self.panel, other, content or "")
+        return [cut(self.panel, one or "", content or ""), right]

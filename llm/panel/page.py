@@ -1,0 +1,54 @@
+"""The page of the panel (Gradio): its tabs, and the timer that keeps open what is running up to date.
+
+Charts and tables are HTML that the server writes (`llm.panel.markup`): gr.HTML and gr.Plot need `eval` or code from
+outside, which the guard's Content-Security-Policy forbids.
+"""
+
+from pathlib import Path
+
+import gradio as gr
+from fastapi import FastAPI
+
+from llm.panel.compare_tab import CompareTab
+from llm.panel.data_tab import DataTab
+from llm.panel.runs_tab import RunsTab
+from llm.panel.state import Panel
+from llm.panel.train_tab import TrainTab
+
+HERE = Path(__file__).parent
+PATH = "/panel"
+SECONDS = 2.0  # between two looks at what is running
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+PAGE = {
+    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS),
+    "css": (HERE / "page.css").read_text(encoding="utf-8"),
+    "footer_links": [],
+    "run_history": False,
+    "ssr_mode": False,
+}
+
+
+def mount(app: FastAPI, panel: Panel) -> None:
+    """Put the panel at `/panel` of an application."""
+    gr.mount_gradio_app(app, build(panel), path=PATH, **PAGE)
+
+
+def build(panel: Panel) -> gr.Blocks:
+    """Build the page."""
+    with gr.Blocks(title="Fathom: panel", analytics_enabled=False) as demo:
+        gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`" + (", only to be looked at" if panel.readonly else ""))
+        timer = gr.Timer(SECONDS)
+        with gr.Tabs():
+            with gr.Tab("Runs"):
+                runs = RunsTab(panel)
+            with gr.Tab("Compare") as compared:
+                compare = CompareTab(panel)
+            with gr.Tab("Train"):
+                train = TrainTab(panel)
+            with gr.Tab("Data") as shown:
+                data = DataTab(panel)
+        runs.connect(demo, timer)
+        compare.connect(compared)
+        train.connect(demo, timer)
+        data.connect(shown, train.form)
+    return demo.queue(max_size=64)

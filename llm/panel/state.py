@@ -1,0 +1,56 @@
+"""What the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+from llm.experiments.queue_store import Queue
+from llm.panel.columns import Columns
+from llm.panel.index import Index
+from llm.panel.notes import Notes
+
+CACHE = ".panel"  # in paths.runs; may be deleted at any time
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel over one folder of runs. folders: those of `paths.*`, beyond which no path of a setting may lead."""
+
+    runs: Path
+    queue_file: Path
+    folders: tuple[Path, ...]
+    readonly: bool = False
+
+    @classmethod
+    def of(cls, cfg: Any) -> "Panel":
+        """Return the panel that a configuration of serve.py describes."""
+        runs, queue = Path(cfg.paths.runs).absolute(), Path(cfg.paths.queue).absolute()
+        folders = (runs, Path(cfg.paths.data).expanduser().absolute())
+        return cls(runs, queue, folders, bool(cfg.panel.readonly))
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Cache of all metrics.csv."""
+        return Columns(self.runs / CACHE / "columns")
+
+    @cached_property
+    def index(self) -> Index:
+        """Rows of all stages."""
+        return Index(self.runs, self.runs / CACHE, self.columns)
+
+    @cached_property
+    def notes(self) -> Notes:
+        """Tags and notes."""
+        return Notes(self.queue_file)
+
+    @cached_property
+    def queue(self) -> Queue:
+        """Jobs that wait, run and have ended."""
+        return Queue(self.queue_file)
+
+    def check_may_change(self) -> None:
+        """Raise UserError where this panel only shows."""
+        if self.readonly:
+            raise UserError("panel.readonly=true: this panel shows, and changes nothing")

@@ -1,0 +1,212 @@
+"""The tabs' functions as a browser would call them, the key, the guard, and one real server."""
+
+import base64
+import re
+import signal
+import sys
+import urllib.request
+
+import gradio as gr
+import pytest
+from experiment_runs import add_run, add_sweep
+from fastapi.testclient import TestClient
+from omegaconf import OmegaConf
+from processes import REPO, start
+
+from llm.cli.compose import compose
+from llm.errors import UserError
+from llm.panel.compare_tab import CompareTab
+from llm.panel.form import Form
+from llm.panel.page import build
+from llm.panel.runs_tab import NONE, RunsTab
+from llm.panel.serve import build_app, check_access
+from llm.panel.state import Panel
+from llm.panel.train_tab import DEFAULT, GROUPS, ROWS, TrainTab
+
+KEY = "a long secret"
+
+
+@pytest.fixture(scope="module")
+def panel(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    add_sweep(root, "base", (1, 2))
+    return Panel(root, root / "queue.sqlite", (root,))
+
+
+@pytest.fixture(scope="module")
+def tabs(panel):
+    with gr.Blocks():
+        return RunsTab(panel), CompareTab(panel), TrainTab(panel)
+
+
+def test_the_table_opens_a_stage_and_the_timer_draws_it_again_only_when_it_changed(panel, tabs):
+    runs, folder = tabs[0], add_run(panel.runs, "watched", until=40)
+    table, said, names, others, _ = runs.fill("", "all")
+    assert len(table["value"]["data"]) == 3 and said == "" and "watched/pretrain" in names["choices"]
+    assert others["choices"][0] == NONE and len(table["datatype"]) == len(table["value"]["headers"])
+    assert "bpb&lt;x: &lt; needs a number" in runs.fill("bpb<x", "all")[1]
+    shown, _, stamp, *_ = runs.show("watched/pretrain", NONE)
+    assert "<polyline" in shown
+    assert runs.watch("watched/pretrain", stamp) == [gr.skip()] * 2
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("50,1.5,,\n")
+    again, later = runs.watch("watched/pretrain", stamp)
+    assert again != shown and later != stamp
+    runs.write_note("watched/pretrain", "good", "a note")
+    assert runs.show("watched/pretrain", None)[3:5] == ["good", "a note"]
+    assert runs.show(None, None) == ["", "", (), "", "", ""]
+
+
+def test_the_report_comes_without_pictures_and_from_runs_only(panel, tabs):
+    folder = add_run(panel.runs, "told").parent
+    assert "no report yet" in tabs[0].read_report("told/pretrain")
+    (folder / "report.md").write_text("# Run\n\n![loss](report/loss.png)\n\ntext\n")
+    assert tabs[0].read_report("told/pretrain") == "# Run\n\ntext\n"
+    with pytest.raises(gr.Error, match="plain folder name"):
+        tabs[0].read_report("../pretrain")
+
+
+def test_compare_offers_the_metrics_of_the_chosen_stages(panel, tabs):
+    compare = tabs[1]
+    names = ["base-seed=1/pretrain", "base-seed=2/pretrain"]
+    assert set(names) <= set(compare.choices()["choices"])
+    assert compare.choose(names, ["loss", "gone"])["value"] == ["loss"]
+    assert compare.choose(names, [])["value"] == ["bpb"]
+    assert "<polygon" in compare.draw(names, ["bpb"], "step", 0.5, True)
+    assert "Choose stages" in compare.draw([], [], "step", 0, False)
+    assert "problem" in compare.decide("base", "none", "bpb", "")
+
+
+def test_boxes_take_values_and_show_mistakes_beside_them(panel, tabs):
+    train = tabs[2]
+    options = ["tiny" if group == "experiment" else "sft" if group == "stage" else DEFAULT for group in GROUPS]
+    form = train.choose(Form({}, {"seed": "7"}), *options)
+    assert form == Form({"experiment": "tiny", "stage": "sft"}, {"seed": "7"})
+    filled = train.fill(form, "max_steps", "main", False, 0)
+    keys, boxes, wrong = filled[1], filled[7 : 7 + ROWS], filled[7 + ROWS :]
+    place = keys.index("max_steps")
+    assert boxes[place]["visible"] and "from 1" in boxes[place]["info"] and wrong == [""] * ROWS
+    changed = train.put(form, keys, place, " 0 ")
+    assert form.values == {"seed": "7"} and changed.values == {"seed": "7", "max_steps": "0"}
+    filled = train.fill(changed, "max_steps", "main", False, 0)
+    assert "must be at least 1" in filled[7 + ROWS + filled[1].index("max_steps")]
+    assert filled[6].endswith("stage=sft seed=7 max_steps=0")
+    assert train.put(changed, keys, place, "").values == {"seed": "7"}
+    later = train.fill(form, "", "all", False, 10_000)
+    assert later[2] % ROWS == 0 and 0 < len(later[1]) <= ROWS and "of" in later[4]
+    with pytest.raises(gr.Error, match="must be at least 1"):
+        train.begin(changed, "", 1)
+    assert "must be at least 1" in train.dry_run(changed)
+
+
+def test_the_queue_is_sent_again_only_when_it_changed(panel, tabs):
+    train = tabs[2]
+    stamp = train.watch(None, ())[2]
+    assert train.watch(None, stamp) == [gr.skip()] * 4
+    with pytest.raises(gr.Error, match="choose a job"):
+        train._acting("cancel")(None)
+
+
+def settings(*words):
+    cfg = compose("serve", ["ui=panel", *words])
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def test_others_need_a_key(monkeypatch):
+    monkeypatch.delenv("FATHOM_API_KEY", raising=False)
+    check_access(settings())
+    for words in (["host=0.0.0.0"], ["public_names=[panel.example.org]"]):
+        with pytest.raises(UserError, match="others could start trainings"):
+            check_access(settings(*words))
+        check_access(settings(*words, "api.access_key=secret"))
+    with pytest.raises(UserError, match="blank"):
+        check_access(settings("api.access_key='  '"))
+
+
+def test_readonly_comes_from_the_configuration():
+    assert not Panel.of(settings()).readonly
+    assert Panel.of(settings("panel.readonly=true")).readonly
+
+
+@pytest.fixture(scope="module")
+def client(panel):
+    app = build_app(panel, settings("host=0.0.0.0", f"api.access_key='{KEY}'"))
+    with TestClient(app, base_url="http://panel.example.org") as client:
+        yield client
+
+
+def basic(password):
+    return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
+
+
+def test_the_key_opens_the_page_and_nothing_else_does(client):
+    refused = client.get("/panel/")
+    assert refused.status_code == 401 and refused.headers["WWW-Authenticate"].startswith("Basic")
+    for headers in (basic("wrong"), basic(""), {"Authorization": "Basic !"}, {"Authorization": f"Bearer {KEY}"}):
+        assert client.get("/panel/", headers=headers).status_code == 401
+    assert client.get("/", headers=basic(KEY), follow_redirects=False).headers["location"] == "/panel/"
+    page = client.get("/panel/", headers=basic(KEY))
+    assert page.status_code == 200 and "Fathom: panel" in page.text
+    assert client.get("/panel/config", headers=basic(KEY)).status_code == 200
+
+
+def test_pages_of_other_sites_send_nothing_though_the_browser_adds_the_key(client):
+    way = "/panel/gradio_api/queue/join"
+    for more in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ):
+        assert client.post(way, json={}, headers=basic(KEY) | more).status_code == 403
+    own = {"Origin": "http://panel.example.org", "Sec-Fetch-Site": "same-origin"}
+    assert client.post(way, json={}, headers=basic(KEY) | own).status_code not in (401, 403)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/panel/gradio_api/file=/etc/passwd",
+        "/panel/file=/etc/passwd",
+        "/panel/gradio_api/upload",
+        "/panel/gradio_api/proxy=http://127.0.0.1",
+        "/panel/v1/models",
+        "/panel/metrics",
+        "/panelx",
+        "/docs",
+    ],
+)
+def test_routes_that_the_page_does_not_need_are_closed(client, path):
+    assert client.get(path, headers=basic(KEY)).status_code == 404
+
+
+def test_a_panel_that_only_shows_offers_no_button_that_changes(panel):
+    fixed = build(Panel(panel.runs, panel.queue_file, panel.folders, readonly=True))
+    hidden = set()
+
+    def look(block, covered):
+        covered = covered or block.visible is False
+        if isinstance(block, gr.Button) and covered:
+            hidden.add(block.value)
+        for child in getattr(block, "children", ()):
+            look(child, covered)
+
+    look(fixed, False)
+    assert {"Start", "Cancel", "Put away", "Delete for good", "Save", "Work on the queue"} <= hidden
+    assert "Refresh" not in hidden
+
+
+@pytest.mark.slow
+def test_a_real_server_shows_the_panel_and_ends_tidily(panel, tmp_path):
+    words = (sys.executable, str(REPO / "serve.py"), "ui=panel", "port=0", f"paths.runs={panel.runs}")
+    server, said = start(*words, cwd=tmp_path), ""
+    while "panel at" not in said:
+        line = server.stdout.readline()
+        assert line, said
+        said += line
+    address = re.search(r"http://\S+/panel", said)[0]
+    with urllib.request.urlopen(f"{address}/") as answer:
+        assert b"Fathom: panel" in answer.read()
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
