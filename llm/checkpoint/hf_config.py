@@ -1,4 +1,4 @@
-"""What config.json and generation_config.json of a model folder say, by which transformers knows the model."""
+"""Writes config.json and generation_config.json of a model folder, by which transformers knows the model."""
 
 from pathlib import Path
 

@@ -99,11 +99,13 @@ class PretrainStage(ModelStage):
         "power of what is left of the falling learning rate; null = 1, a straight line", above=0, high=10
     )
     average_steps: int | None = key(
-        "evaluate and hand over the weights mixed with their running average over about so many steps; null = not",
+        "evaluate and hand over a mixture of the weights and a running average over about so many steps; null = not",
         low=1,
         high=STEPS,
     )
-    average_share: float | None = key("share of the running average in that mixture; null = 0.6", above=0, high=1)
+    average_share: float | None = key(
+        "share of the running average in the mixture of average_steps; null = 0.6", above=0, high=1
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llm import __version__
 from llm.checkpoint.hf_config import has_program
+from llm.config.stages import row_or_stranger
 from llm.model.config import num_params
 from llm.model.gpt import GPT
 from llm.report.report import read_stages
@@ -39,7 +40,7 @@ def model_card(stage: Path, net: GPT, to: str, licence: str | None) -> str:
         "## Use",
         usage(has_program(c), to),
         "## Results",
-        results_table({name: facts for name, facts in trail.items() if name != "tokenizer"}),
+        results_table({name: facts for name, facts in trail.items() if row_or_stranger(name).makes_model}),
         NUMBERS,
         "## Training, data and cost",
         training(trail),

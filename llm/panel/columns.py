@@ -32,7 +32,7 @@ Points = tuple[np.ndarray, np.ndarray]  # steps, ascending, and values; float64 
 
 @dataclass
 class State:
-    """What has been read of one metrics.csv. read: bytes, whole lines only; columns: {name: [file, bytes]}."""
+    """State of what was read of one metrics.csv. read: bytes, whole lines only; columns: {name: [file, bytes]}."""
 
     source: str
     format: int = FORMAT

@@ -1,4 +1,4 @@
-"""What the Compare tab shows: chosen stages in one chart per metric, scores side by side, and the verdict."""
+"""Builds the Compare tab: chosen stages in one chart per metric, scores side by side, and the verdict."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,7 @@ def comparison_page(
 
 
 def lines_of(columns: Columns, rows: Sequence[Row], metric: str, axis: str, share: float, seeds: bool) -> list[Line]:
-    """Return the lines of a chart: one per stage, or one per group of seeds, whose colour is the same in all charts."""
+    """Return the lines of a chart: one per stage, or one per group of seeds; their colours are equal in all charts."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["family"] if seeds else name_of(row), []).append(row)

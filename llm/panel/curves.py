@@ -1,4 +1,4 @@
-"""What a chart draws of a curve: another x axis, smoothing, fewer points that hide nothing, bands over seeds."""
+"""Prepares a curve for a chart: another x axis, smoothing, fewer points that hide nothing, bands over seeds."""
 
 from collections.abc import Sequence
 

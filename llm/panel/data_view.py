@@ -1,4 +1,4 @@
-"""What the Data tab shows: texts as tokens, and the rows that a stage would train on."""
+"""Builds the Data tab: texts as tokens, and the rows that a stage would train on."""
 
 import os
 import re

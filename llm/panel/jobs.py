@@ -1,4 +1,4 @@
-"""What the Train tab does: start through the queue, watch, stop and go on, and try a dry run first."""
+"""Runs what the Train tab asks for: start through the queue, watch, stop and go on, and try a dry run first."""
 
 import os
 import re

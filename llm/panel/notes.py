@@ -13,7 +13,7 @@ TABLE = "CREATE TABLE IF NOT EXISTS panel_notes (stage TEXT PRIMARY KEY, tags TE
 
 
 class Note(NamedTuple):
-    """What was written about a stage: tags, separated by blanks, and free text."""
+    """Note on a stage by its user: tags, separated by blanks, and free text."""
 
     tags: str = ""
     note: str = ""

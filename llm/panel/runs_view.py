@@ -1,4 +1,4 @@
-"""What the Runs tab shows: the table of stages, and the page of one of them."""
+"""Builds the Runs tab: the table of stages, and the page of one of them."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
+"""Holds what the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -111,7 +111,8 @@ FROZEN = {
     "window_divisor": 4, "value_embeds": False, "gate_channels": 12, "gate_range": 3.0, "residual_scalars": False,
     "smear": False, "backout": False, "tied": False, "bos_id": None, "vocab_multiple": 64, "resid_init": (1.0, 1.0),
     "x0_init": (0.0, 0.0), "backout_init": 0.2, "gate_init": 0.0, "embedding_std": 1.0, "head_std": 0.0,
-    "fc_scale": 1.0, "scalar_head": False,
+    "fc_scale": 1.0, "scalar_head": False, "exclusive_attention": False, "attention_gate": False,
+    "activation": "relu_squared",
 }  # fmt: skip
 
 

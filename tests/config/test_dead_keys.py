@@ -12,6 +12,7 @@ from hub_server import REPO as DATA_SET
 from hub_server import Hub, point_to
 from omegaconf import DictConfig
 
+from llm.cli.compose import unwrap_names
 from llm.cli.overrides import CONF
 from llm.config.schema import known_keys
 from llm.data.sources import build_source
@@ -54,6 +55,8 @@ def stages(folder) -> list[tuple]:
     def train(stage, *lines):
         return run_stage, compose("train", "experiment=tiny", f"stage={stage}", f"paths.runs={folder}/runs", *lines)
 
+    exported = compose("export", "run=tiny", "stage=sft", f"paths.runs={folder}/runs")
+    unwrap_names(exported)
     measured = ("run=tiny", "eval.tokens=512", "eval.max_per_task=2", "eval.max_new_tokens=4", "eval.num_samples=2")
     return [
         *(train(stage, *OWN_KEYS.get(stage, ("max_steps=1",))) for stage in STAGES),
@@ -61,7 +64,7 @@ def stages(folder) -> list[tuple]:
         train("pretrain", "run=other", "init_from=tiny/tokenizer", "arch=qwen3", "dry_run=true"),
         (run_evaluation, compose("evaluate", *measured, f"paths.runs={folder}/runs")),
         (app.serve, compose("serve", "run=tiny", "prompt=Hello", "max_new_tokens=2", f"paths.runs={folder}/runs")),
-        (run_export, compose("export", "run=tiny", "stage=sft", f"paths.runs={folder}/runs")),
+        (run_export, exported),
     ]
 
 
