@@ -213,8 +213,8 @@ class MuonAdamWConfig(AdamConfig):
         "not, as torch.optim.Muon"
     )
     soap_beta: float | None = key(
-        "SOAP-Muon: averaging factor of the gradients' covariances, in whose eigenbasis the momentum is divided by its "
-        "root mean square before it is made orthogonal; null = off",
+        "SOAP-Muon: averaging factor of the gradients' covariances, in whose eigenbasis the momentum is divided by the "
+        "root mean square of gradients and then made orthogonal; null = off",
         above=0,
         below=1,
     )
