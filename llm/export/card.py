@@ -70,7 +70,7 @@ def usage(needs_program: bool, to: str) -> str:
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(folder)\n```{note}"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n```{note}"
     )
 
 
@@ -78,7 +78,7 @@ def training(trail: dict[str, dict]) -> str:
     """Return a table of the stages: data, steps, tokens, hours of a device, dollars."""
     rows = []
     for name, facts in trail.items():
-        data, derived = (facts.get("config") or {}).get("data") or {}, facts.get("derived") or {}
+        data = (facts.get("config") or {}).get("data") or {}
         path = data.get("path")
         source = str(data.get("name", "-")) + (f" ({Path(path).name})" if isinstance(path, str) else "")
         hours, dollars = device_hours(facts), cost(facts)
@@ -86,8 +86,7 @@ def training(trail: dict[str, dict]) -> str:
             [
                 name,
                 source,
-                f"{facts['step']:,}" if isinstance(facts.get("step"), int) else "-",
-                f"{derived['tokens']:,}" if isinstance(derived.get("tokens"), int) else "-",
+                *(f"{facts[count]:,}" if isinstance(facts.get(count), int) else "-" for count in ("steps", "tokens")),
                 "-" if hours is None else f"{hours:.2f}",
                 "-" if dollars is None else f"${dollars:.2f}",
             ]

@@ -62,6 +62,8 @@ def test_a_folder_for_transformers_with_a_card(tmp_path, capsys):
     manifest |= {
         "seconds": 7200.0,
         "device_seconds": 7200.0,
+        "steps": 12,
+        "tokens": 3456,
         "config": {"data": {"name": "embedded"}, "device_price": 3.0},
     }
     (stage / "run.json").write_text(json.dumps(manifest))
@@ -75,7 +77,7 @@ def test_a_folder_for_transformers_with_a_card(tmp_path, capsys):
         assert torch.equal(tensor, ours[name].bfloat16())
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: text-generation\n")
-    assert "## Results" in card and "| sft" in card and "embedded" in card and "2.00" in card and "$6.00" in card
+    assert "## Results" in card and "| sft | embedded | 12 | 3,456 | 2.00 | $6.00 |" in card
     with pytest.raises(UserError, match="out=.*tiny-sft-hf exists; set another out="):
         export(tmp_path, "run=tiny")
     export(tmp_path, "run=tiny", "overwrite=true")
