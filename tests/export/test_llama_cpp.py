@@ -1,4 +1,4 @@
-"""llama.cpp itself on an exported file: our ids of a text, and for greedy decoding those of our engine and transformers.
+"""llama.cpp itself on an exported file: our ids of a text, and the greedy ids of our engine and of transformers.
 
 `make llama-cpp` installs it, in an environment of its own.
 """
