@@ -1,7 +1,7 @@
 """Chapter 5, attention: the formula against the kernel, and heads that learn to look back.
 
-A row of the task is a word of 5 to 10 random letters, written again and again. From the second copy on every letter can
-be foretold, but only by a network that finds where the same letter stood before and reads what came behind it.
+A row is a word of 5 to 10 random letters, again and again. To foretell a letter of the second copy, a network must find
+where the letter before it stood earlier, and read what came behind.
 """
 
 import argparse
@@ -13,25 +13,22 @@ from llm.inference.inside import Recorder
 from llm.model import GPT, GPTConfig
 from llm.model.attention import causal_attention
 
-LETTERS, LONGEST, LENGTH, ROWS = 24, 10, 32, 32
+LETTERS, LONGEST, LENGTH, ROWS, STEPS = 24, 10, 32, 32, 300
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--plot", help="write the picture to this file")
 args = parser.parse_args()
-torch.manual_seed(args.seed)
 
 
 def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Return softmax(scale q k^T) v of one head, each (T, D), where no position sees a later one."""
-    scores = scale * q @ k.T  # (T, T)
-    later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+    later = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    return (scale * q @ k.T).masked_fill(later, -torch.inf).softmax(-1) @ v
 
 
-q, k, v = torch.randn(3, 1, 100, 1, 16)  # (B, T, H, D) each
-kernel = causal_attention(q, k, v, scale=0.25)[0, :, 0]
-difference = (kernel - by_formula(q[0, :, 0], k[0, :, 0], v[0, :, 0], 0.25)).abs().max()
+q, k, v = torch.randn(3, 1, 100, 1, 16, generator=torch.Generator().manual_seed(args.seed))  # (B, T, H, D) each
+formula = by_formula(q[0, :, 0], k[0, :, 0], v[0, :, 0], 0.25)
+difference = (causal_attention(q, k, v, scale=0.25)[0, :, 0] - formula).abs().max()
 print(f"largest difference between kernel and formula: {difference:.5f}")
 
 
@@ -48,14 +45,13 @@ def trained(layers: int, **switches) -> tuple[GPT, torch.Tensor]:
     net = GPT(GPTConfig(**shape, seq_len=LENGTH, vocab_size=LETTERS, **switches)).init_weights(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(args.seed)
-    for _ in range(args.steps):
+    for _ in range(STEPS):
         batch, _ = rows(ROWS, generator)
         net(batch[:, :-1], batch[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
     test, _ = rows(256, torch.Generator().manual_seed(999 + args.seed))
-    with torch.no_grad():
-        return net, net(test[:, :-1], test[:, 1:], reduction="none").mean(0)
+    return net, net(test[:, :-1], test[:, 1:], reduction="none").mean(0).detach()
 
 
 (one, at_one), (two, at_two) = trained(layers=1), trained(layers=2)
@@ -64,9 +60,8 @@ print(f"repeated letters, one layer: {at_one[LONGEST:].mean():.2f}")
 print(f"repeated letters, two layers: {at_two[LONGEST:].mean():.2f}")
 
 row, length = rows(1, torch.Generator().manual_seed(7))
-recorder = Recorder(two.eval())  # keeps the shares of every head
 with torch.no_grad():
-    two(row, cache=recorder)
+    two.eval()(row, cache=(recorder := Recorder(two)))  # keeps the shares of every head
 place = torch.arange(2 * LONGEST, LENGTH)
 last = [shares[place, place - 1].mean().item() for shares in recorder.weights[0]]
 behind = [sum(shares[place, place - n * length[0] + 1] for n in (1, 2)).mean().item() for shares in recorder.weights[1]]
@@ -76,11 +71,10 @@ print(f"layer 2, best share on the letters behind earlier copies: {max(behind):.
 if args.plot:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3.2), sharey=True, layout="tight")
     for number, axis in enumerate(axes):
         layer, head = divmod(number, 2)
         axis.imshow(recorder.weights[layer][head], cmap="Blues", vmin=0, vmax=1)
         axis.set(title=f"layer {layer + 1}, head {head + 1}", xlabel="looks at position")
     axes[0].set_ylabel("position")
-    figure.tight_layout()
     figure.savefig(args.plot, dpi=80)
