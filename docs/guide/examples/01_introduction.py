@@ -27,6 +27,8 @@ for stage in ("pretrain", "sft"):
     steps = sorted(curves[stage])
     print(f"{stage}, bits per byte before: {curves[stage][steps[0]]:.2f}")
     print(f"{stage}, bits per byte after: {curves[stage][steps[-1]]:.2f}")
+print(f"sft, questions about itself, share right: {rows[-1]['chat/identity']:.2f}")
+print(f"sft, multiple choice, share right: {rows[-1]['chat/choice']:.2f}")
 
 # 3. The same words for both models. The first continues a text, the second answers.
 base, chat = (llm.load(run.stage_dir(stage)) for stage in ("pretrain", "sft"))
@@ -41,6 +43,6 @@ if args.plot:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True, layout="tight")
     for axis, (stage, scores) in zip(axes, curves.items(), strict=True):
         axis.plot(list(scores), list(scores.values()), marker="o")
-        axis.set(title=stage, xlabel="step", ylim=(0, None))
-    axes[0].set_ylabel("bits per byte, held out")
+        axis.set(title=stage, xlabel="step")
+    axes[0].set(ylabel="bits per byte, held out", ylim=(0, None))
     figure.savefig(args.plot, dpi=80)
