@@ -15,7 +15,7 @@ COMMON = ["experiment=tiny", "data.size=2000", "data.val_size=100", "batch.token
 COMMON += ["batch.micro_batch_size=16", "save_every=120", "log_every=20"]
 PRETRAIN = ["stage=pretrain", "max_steps=120", "stage.eval_every=20", "stage.eval_tokens=8192", "stage.sample_every=0"]
 OPTIMIZERS = {
-    "AdamW": ["optim=adamw", "optim.lr=0.01"],
+    "AdamW": ["optim=adamw", "optim.lr=0.03"],
     "Muon of 2025": ["optim=muon_2025"],
     "Muon of 2026": ["optim=muon_adamw"],
 }
