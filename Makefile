@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos
+.PHONY: help setup demo demo-rl bench-rl test test-full test-guide browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos
 .PHONY: table report inspect show-data clean
 
 help: ## list the targets
@@ -58,6 +58,9 @@ test: $(STAMP) ## the tests that need no more than minutes (FATHOM_SHARED=folder
 
 test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
 	$(PYTEST)
+
+test-guide: $(STAMP) ## the commands of docs/guide, each in a copy of the project, against their tables (ARGS="05 07")
+	$(PY) tests/run_guide.py $(ARGS)
 
 # The full disk needs the right to mount a tmpfs.
 chaos: $(STAMP) ## kill, starve and damage real trainings, in 45 minutes; compare with ones left alone (ARGS="--quick")
