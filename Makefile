@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos llama-cpp
+.PHONY: help setup demo demo-rl bench-rl test test-full test-guide docs browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos llama-cpp
 .PHONY: table report inspect show-data clean
 
 help: ## list the targets
@@ -58,6 +58,9 @@ test: $(STAMP) ## the tests that need no more than minutes (FATHOM_SHARED=folder
 
 test-full: $(STAMP) browser ## all tests, also the slow ones and the chat in a real browser
 	$(PYTEST)
+
+test-guide: $(STAMP) ## the commands of docs/guide, each in a copy of the project, against their tables (ARGS="05 07")
+	$(PY) tests/run_guide.py $(ARGS)
 
 # The full disk needs the right to mount a tmpfs.
 chaos: $(STAMP) ## kill, starve and damage real trainings, in 45 minutes; compare with ones left alone (ARGS="--quick")
@@ -113,6 +116,21 @@ HAS_ALL = $(shell [ ! -e $(STAMP) ] && $(PYTHON) -c 'import torch, lightning, hy
 gpu-check: $$(if $$(HAS_ALL),,$$(STAMP)) ## on a GPU, in 9 minutes: what is equal, how fast, against which ceiling (ARGS="--only decode")
 	$(if $(HAS_ALL),$(PYTHON),$(PY)) bench/gpu_check.py $(ARGS)
 
+# Sphinx has packages of its own, as Schemathesis has. They are the extra `docs` of pyproject.toml.
+DOCS_VENV := .venv-docs
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c 'import tomllib as t; print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -r $(DOCS_VENV)/requirements.txt
+	@touch $@
+
+docs: $(STAMP) $(DOCS_VENV)/.installed ## the documentation with search, in docs/_build/html; a warning is an error
+	$(PY) docs/reference.py
+	rm -rf docs/_build
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html; links to other places: docs/_build/links.txt"
+
 table: $(STAMP) ## all stages of all runs in one table (ARGS="--stage pretrain --sort bpb --diff")
 	$(PY) -m llm.experiments.table $(ARGS)
 
@@ -129,5 +147,5 @@ check-data: $(STAMP) ## read all data once: bad rows, lengths, markers, repeated
 	$(PY) train.py stage=check $(or $(ARGS),experiment=own)
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules
+	rm -rf $(VENV) $(DOCS_VENV) docs/_build docs/reference build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
