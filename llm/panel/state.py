@@ -1,13 +1,16 @@
 """Holds what the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llm.cli.compose import quoted
 from llm.errors import UserError
 from llm.experiments.queue_store import Queue
 from llm.panel.columns import Columns
+from llm.panel.defaults import defaults
 from llm.panel.index import Index
 from llm.panel.notes import Notes
 
@@ -29,6 +32,16 @@ class Panel:
         runs, queue = Path(cfg.paths.runs).absolute(), Path(cfg.paths.queue).absolute()
         folders = (runs, Path(cfg.paths.data).expanduser().absolute())
         return cls(runs, queue, folders, bool(cfg.panel.readonly))
+
+    @cached_property
+    def places(self) -> list[str]:
+        """Settings that lead a job to the folders of this panel, where train.py by itself would use others."""
+        own, given = {"runs": self.runs, "data": self.folders[-1]}, defaults(())["paths"]
+        other = {key: path for key, path in own.items() if Path(given[key]).expanduser().absolute() != path}
+        plain = re.compile(r"[\w./\-]+")
+        return [
+            f"paths.{key}={path if plain.fullmatch(str(path)) else quoted(str(path))}" for key, path in other.items()
+        ]
 
     @cached_property
     def columns(self) -> Columns:

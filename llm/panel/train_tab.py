@@ -163,7 +163,17 @@ class TrainTab:
         wrong += [""] * (ROWS - len(shown))
         told = page(problem(other)) if other else ""
         keys = [entry.key for entry in shown]
-        return [form, keys, place, gr.update(choices=names, value=section), count, told, form.line(), *boxes, *wrong]
+        return [
+            form,
+            keys,
+            place,
+            gr.update(choices=names, value=section),
+            count,
+            told,
+            form.line(self.panel.places),
+            *boxes,
+            *wrong,
+        ]
 
     def _box(self, entry: Entry) -> Any:
         words = f"; {', '.join(entry.choices)}" if entry.choices else ""
