@@ -14,6 +14,7 @@ from llm.panel.data_tab import DataTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
+from llm.serving.guard import MAX_UPLOAD
 
 HERE = Path(__file__).parent
 PATH = "/panel"
@@ -30,7 +31,7 @@ PAGE = {
 
 def mount(app: FastAPI, panel: Panel) -> None:
     """Put the panel at `/panel` of an application."""
-    gr.mount_gradio_app(app, build(panel), path=PATH, **PAGE)
+    gr.mount_gradio_app(app, build(panel), path=PATH, max_file_size=MAX_UPLOAD, **PAGE)
 
 
 def build(panel: Panel) -> gr.Blocks:
@@ -50,5 +51,5 @@ def build(panel: Panel) -> gr.Blocks:
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
-        data.connect(shown, train.form)
+        data.connect(shown, timer, train.form)
     return demo.queue(max_size=64)

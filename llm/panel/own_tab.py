@@ -1,0 +1,206 @@
+"""The first run with text of one's own, a part of the Data tab; the functions work without a browser."""
+
+from typing import Any
+
+import gradio as gr
+
+from llm.errors import UserError
+from llm.panel import first_run, own_files
+from llm.panel.first_run import DEPTHS, KEYS, VOCABULARIES, Plan
+from llm.panel.form import Form
+from llm.panel.markup import block, page, problem
+from llm.panel.own_files import CHAT, TEXT
+from llm.panel.runs_tab import QUIET, html, told
+from llm.panel.state import Panel
+from llm.utils.format import in_bytes
+
+DEFAULT = "default"
+UNDER_WAY = page("<p>This is under way…</p>")
+
+
+class OwnTab:
+    """Four steps: check, tokenizer, size and time, start."""
+
+    def __init__(self, panel: Panel):
+        self.panel, self.wrong = panel, {}
+        gr.Markdown(
+            "### 1. Your data\n\n"
+            f"Send files, or name a folder below `{panel.folders[-1]}` or `{panel.runs}`. Text teaches the language, "
+            "chats (rows with `messages`) how to answer; text alone is enough. "
+            f"At most {in_bytes(own_files.MOST_BYTES)} are sent."
+        )
+        with gr.Row():
+            self.name = self._field(
+                "name",
+                lambda: gr.Dropdown(
+                    [], value="", label="Name of the run", allow_custom_value=True, elem_id="panel-own-name"
+                ),
+            )
+        with gr.Row():
+            self.files = {
+                kind: gr.File(label=label, file_count="multiple", height=130, elem_id=f"panel-own-{kind}-files")
+                for kind, label in (
+                    (TEXT, "Send text: .txt, .md, .jsonl, .parquet"),
+                    (CHAT, "Send chats: .jsonl"),
+                )
+            }
+        with gr.Row():
+            self.texts = self._box("texts", "Text", "folder or file", "")
+            self.chats = self._box("chats", "Chats, if any", "folder or file", "")
+        self.check = gr.Button("Check the data", size="sm")
+        self.checked = html("panel-own-checked")
+        gr.Markdown("### 2. Tokenizer\n\nIt cuts your text into tokens. A small text takes a small vocabulary.")
+        with gr.Row():
+            self.vocabulary = self._field(
+                "vocabulary",
+                lambda: gr.Dropdown(
+                    [*VOCABULARIES],
+                    value="8192",
+                    label="Vocabulary",
+                    info="tokens: stage.vocab_size; the check proposes one",
+                    allow_custom_value=True,
+                    elem_id="panel-own-vocabulary",
+                ),
+            )
+        self.train_tokenizer = gr.Button("Train the tokenizer", size="sm")
+        self.about_tokenizer = html("panel-own-tokenizer")
+        gr.Markdown("### 3. Size and time")
+        with gr.Row():
+            self.model = gr.Dropdown(
+                [DEFAULT, *DEPTHS], value=DEFAULT, label="Model", info="depth; default d6", elem_id="panel-own-model"
+            )
+            self.context = self._box("context", "Context", "tokens seen at once", "512")
+            self.steps = self._box("steps", "Steps", "fewer end sooner", "by text and size")
+            self.tokens = self._box("tokens", "Tokens per step", "", "16384")
+            self.seed = self._box("seed", "Seed", "", "42")
+        self.ask = gr.Button("How long will this take?", size="sm")
+        self.time = html("panel-own-time")
+        gr.Markdown("### 4. Start\n\nThe training goes on when the browser or the server ends.")
+        self.other = html("panel-own-wrong")
+        with gr.Row():
+            self.start = gr.Button("Start the training", variant="primary", min_width=160)
+            self.take = gr.Button("Take this into the form of Train", min_width=160)
+        self.shown, self.stamp = html("panel-own-jobs"), gr.State(())
+        self.fields = [self.name, self.texts, self.chats, self.vocabulary, self.model, self.context]
+        self.fields += [self.steps, self.tokens, self.seed]
+
+    def _field(self, field: str, make: Any) -> Any:
+        """Return a component that has room for its mistake below."""
+        with gr.Column(min_width=200):
+            component = make()
+            self.wrong[field] = html(f"panel-own-wrong-{field}")
+        return component
+
+    def _box(self, field: str, label: str, about: str, default: str) -> Any:
+        info = f"{about}: {KEYS[field]}" if about else KEYS[field]
+        return self._field(
+            field,
+            lambda: gr.Textbox(label=label, info=info, placeholder=default, max_lines=1, elem_id=f"panel-own-{field}"),
+        )
+
+    def connect(self, tab: gr.Tab, timer: gr.Timer, form: gr.State) -> None:
+        """Connect the events. form: that of the Train tab."""
+        wrong, looked = [*self.wrong.values(), self.other], [self.shown, self.about_tokenizer, self.stamp]
+        tab.select(self.choices, None, self.name, **QUIET)
+        self.name.change(self.open, self.name, [self.texts, self.chats, *looked], **QUIET)
+        for kind, box in ((TEXT, self.texts), (CHAT, self.chats)):
+            self.files[kind].upload(
+                self._keeper(kind), [self.name, self.files[kind]], [self.files[kind], box], **QUIET
+            ).then(self.choices, None, self.name, **QUIET)
+        for field in self.fields:
+            for name in ("submit", "blur") if isinstance(field, gr.Textbox) else ("input",):
+                getattr(field, name)(self.mistakes, self.fields, wrong, **QUIET)
+        for button, act, shown in ((self.check, self.check_data, self.checked), (self.ask, self.expect, self.time)):
+            outputs = [shown, self.vocabulary] if act == self.check_data else [shown]
+            button.click(lambda: UNDER_WAY, None, shown, **QUIET).then(act, self.fields, outputs, **QUIET).then(
+                self.mistakes, self.fields, wrong, **QUIET
+            )
+        for button, act in ((self.train_tokenizer, first_run.start_tokenizer), (self.start, first_run.start)):
+            button.click(self._starter(act), self.fields, looked, **QUIET).then(
+                self.mistakes, self.fields, wrong, **QUIET
+            )
+        self.take.click(self.to_form, self.fields, form, **QUIET)
+        timer.tick(self.watch, [self.name, self.stamp], looked, **QUIET)
+
+    def choices(self) -> Any:
+        """Return the names under which files are kept."""
+        return gr.update(choices=own_files.names(self.panel))
+
+    def open(self, name: str | None) -> list[Any]:
+        """Return the folders of a name, and what is known of its run."""
+        name, folders = (name or "").strip(), []
+        for kind in (TEXT, CHAT):
+            try:
+                found = own_files.kept(self.panel, name, kind)
+                folders.append(str(own_files.folder_of(self.panel, name, kind)) if found else gr.skip())
+            except UserError:  # half a name
+                folders.append(gr.skip())
+        return [*folders, *self.watch(name, ())]
+
+    def _keeper(self, kind: str) -> Any:
+        def keep(name: str | None, sent: list[str] | None) -> list[Any]:
+            with told():
+                if not (name or "").strip():
+                    raise UserError("give the run a name first, then send files")
+                folder = own_files.keep(self.panel, name.strip(), kind, sent or [])
+            count = len(own_files.kept(self.panel, name.strip(), kind))
+            gr.Info(f"{count} {'file' if count == 1 else 'files'} in {folder}", duration=6)
+            return [None, str(folder)]
+
+        return keep
+
+    def mistakes(self, *fields: str | None) -> list[str]:
+        """Return what is wrong, by field, and what belongs to no field; nothing while all is empty."""
+        plan = Plan.of(*self._plain(fields))
+        if not plan.name and not plan.texts:
+            return [""] * (len(self.wrong) + 1)
+        by_field, other = first_run.mistakes(self.panel, plan)
+        lines = [by_field.get(field, "") for field in self.wrong]
+        return [page(problem(line)) if line else "" for line in (*lines, other)]
+
+    @staticmethod
+    def _plain(fields: tuple[str | None, ...]) -> list[str | None]:
+        return [None if content == DEFAULT else content for content in fields]
+
+    def check_data(self, *fields: str | None) -> list[Any]:
+        """Return what is said of the data, and the vocabulary that fits its size."""
+        plan = Plan.of(*self._plain(fields))
+        try:
+            said = first_run.check_data(self.panel, plan)
+        except UserError as error:
+            return [page(problem(str(error))), gr.skip()]
+        size = first_run.size_of(plan.texts)
+        fitting = first_run.proposed(size)
+        hint = f"<p>{in_bytes(size)} of text: a vocabulary of {int(fitting):,} is proposed below.</p>"
+        return [page(block(said, "log"), hint), fitting]
+
+    def expect(self, *fields: str | None) -> str:
+        """Return what a dry run says."""
+        try:
+            return page(block(first_run.expected(self.panel, Plan.of(*self._plain(fields))), "log"))
+        except UserError as error:
+            return page(problem(str(error)))
+
+    def _starter(self, act: Any) -> Any:
+        def start(*fields: str | None) -> list[Any]:
+            plan = Plan.of(*self._plain(fields))
+            with told():
+                numbers = act(self.panel, plan)
+            gr.Info(f"job {', '.join(map(str, numbers))} is in the queue", duration=6)
+            return self.watch(plan.name, ())
+
+        return start
+
+    def to_form(self, *fields: str | None) -> Form:
+        """Return the form of pretrain, for the Train tab."""
+        plan = Plan.of(*self._plain(fields))
+        gr.Info("the form of Train has these settings now", duration=6)
+        return first_run.form_of(plan, "pretrain")
+
+    def watch(self, name: str | None, stamp: tuple) -> list[Any]:
+        """Return jobs, tokenizer and stamp, where something has changed since `stamp`."""
+        name = (name or "").strip()
+        now = first_run.stamp(self.panel, name)
+        if now == tuple(stamp):
+            return [gr.skip()] * 3
+        return [first_run.watched(self.panel, name), first_run.tokenizer_facts(self.panel, name), now]
