@@ -29,8 +29,8 @@ class DataTab:
                 self.shown = html("panel-rows")
             with gr.Tab("Tokens"):
                 with gr.Row():
-                    self.one = gr.Dropdown([], label="Tokenizer of", elem_id="panel-tokenizer")
-                    self.other = gr.Dropdown([NONE], value=NONE, label="Beside that of")
+                    self.one = gr.Dropdown([], label="Tokenizer of", elem_id="panel-tokenizer", min_width=260)
+                    self.other = gr.Dropdown([NONE], value=NONE, label="Beside that of", min_width=260)
                 self.text = gr.Textbox(
                     label="Text to cut", lines=4, max_lines=16, value="The quick brown fox has 12 apples."
                 )

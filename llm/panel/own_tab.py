@@ -69,7 +69,7 @@ class OwnTab:
             self.model = gr.Dropdown(
                 [DEFAULT, *DEPTHS], value=DEFAULT, label="Model", info="depth; default d6", elem_id="panel-own-model"
             )
-            self.context = self._box("context", "Context", "tokens seen at once", "512")
+            self.context = self._box("context", "Context", "tokens at once", "512")
             self.steps = self._box("steps", "Steps", "fewer end sooner", "by text and size")
             self.tokens = self._box("tokens", "Tokens per step", "", "16384")
             self.seed = self._box("seed", "Seed", "", "42")
@@ -103,13 +103,14 @@ class OwnTab:
         wrong, looked = [*self.wrong.values(), self.other], [self.shown, self.about_tokenizer, self.stamp]
         tab.select(self.choices, None, self.name, **QUIET)
         self.name.change(self.open, self.name, [self.texts, self.chats, *looked], **QUIET)
+        typed = {"fn": self.typed, "inputs": self.fields, "outputs": wrong, **QUIET}
         for kind, box in ((TEXT, self.texts), (CHAT, self.chats)):
             self.files[kind].upload(
                 self._keeper(kind), [self.name, self.files[kind]], [self.files[kind], box], **QUIET
-            ).then(self.choices, None, self.name, **QUIET)
+            ).then(**typed)
         for field in self.fields:
             for name in ("submit", "blur") if isinstance(field, gr.Textbox) else ("input",):
-                getattr(field, name)(self.mistakes, self.fields, wrong, **QUIET)
+                getattr(field, name)(**typed)
         for button, act, shown in ((self.check, self.check_data, self.checked), (self.ask, self.expect, self.time)):
             outputs = [shown, self.vocabulary] if act == self.check_data else [shown]
             button.click(lambda: UNDER_WAY, None, shown, **QUIET).then(act, self.fields, outputs, **QUIET).then(
@@ -149,13 +150,19 @@ class OwnTab:
 
         return keep
 
-    def mistakes(self, *fields: str | None) -> list[str]:
-        """Return what is wrong, by field, and what belongs to no field; nothing while all is empty."""
+    def typed(self, *fields: str | None) -> list[str]:
+        """Return what is wrong with the fields that are filled in, and what belongs to no field."""
         plan = Plan.of(*self._plain(fields))
-        if not plan.name and not plan.texts:
-            return [""] * (len(self.wrong) + 1)
+        filled = [field for field in self.wrong if getattr(plan, field)]
+        return self._lines(plan, filled) if plan.name and plan.texts else [""] * (len(self.wrong) + 1)
+
+    def mistakes(self, *fields: str | None) -> list[str]:
+        """Return what is wrong, also with fields that are still empty, and what belongs to no field."""
+        return self._lines(Plan.of(*self._plain(fields)), list(self.wrong))
+
+    def _lines(self, plan: Plan, shown: list[str]) -> list[str]:
         by_field, other = first_run.mistakes(self.panel, plan)
-        lines = [by_field.get(field, "") for field in self.wrong]
+        lines = [by_field.get(field, "") if field in shown else "" for field in self.wrong]
         return [page(problem(line)) if line else "" for line in (*lines, other)]
 
     @staticmethod

@@ -20,8 +20,13 @@ HERE = Path(__file__).parent
 PATH = "/panel"
 SECONDS = 2.0  # between two looks at what is running
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)
+    **{"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"},
+    **{"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"},
+    **{"color_accent": "*primary_700", "button_primary_background_fill": "*primary_600"},
+}
 PAGE = {
-    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS),
+    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS).set(**COLOURS),
     "css": (HERE / "page.css").read_text(encoding="utf-8"),
     "footer_links": [],
     "run_history": False,

@@ -11,8 +11,10 @@ from llm.errors import UserError
 from llm.experiments.queue_store import Queue
 from llm.panel.columns import Columns
 from llm.panel.defaults import defaults
+from llm.panel.hardware import Machine
 from llm.panel.index import Index
 from llm.panel.notes import Notes
+from llm.panel.presets import Presets
 
 CACHE = ".panel"  # in paths.runs; may be deleted at any time
 
@@ -57,6 +59,16 @@ class Panel:
     def notes(self) -> Notes:
         """Tags and notes."""
         return Notes(self.queue_file)
+
+    @cached_property
+    def presets(self) -> Presets:
+        """Saved states of the form of Train."""
+        return Presets(self.queue_file)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """Load of the machine."""
+        return Machine()
 
     @cached_property
     def queue(self) -> Queue:

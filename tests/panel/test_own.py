@@ -159,7 +159,11 @@ def test_the_page_fills_in_the_folders_of_a_name_and_shows_mistakes(panel, plan,
         tab = OwnTab(panel)
     assert tab.choices()["choices"] == ["mine"]
     assert tab.open("mine")[:2] == [plan.texts, plan.chats] and tab.open("min")[:2] == [gr.skip(), gr.skip()]
-    assert tab.mistakes(*[""] * 9) == [""] * 9
+    assert tab.typed(*[""] * 9) == tab.typed("new", *[""] * 8) == [""] * 9, "what is still empty is no mistake yet"
+    assert [bool(line) for line in tab.mistakes(*[""] * 9)] == [True, True, *[False] * 7]
+    assert tab.typed("mine", plan.texts, "", "many", *[""] * 5) == tab.mistakes(
+        "mine", plan.texts, "", "many", *[""] * 5
+    )
     told = dict(
         zip([*tab.wrong, "other"], tab.mistakes("mine", plan.texts, "", "many", "default", *[""] * 4), strict=True)
     )
