@@ -25,9 +25,9 @@ class OwnTab:
         self.panel, self.wrong = panel, {}
         gr.Markdown(
             "### 1. Your data\n\n"
-            f"Send files, or name a folder below `{panel.folders[-1]}` or `{panel.runs}`. Text teaches the language, "
-            "chats (rows with `messages`) how to answer; text alone is enough. "
-            f"At most {in_bytes(own_files.MOST_BYTES)} are sent."
+            "Send files (.txt, .md, .jsonl, .csv, .parquet, ...), or name a folder or file below "
+            f"`{panel.folders[-1]}` or `{panel.runs}`. Text teaches the language, chats (rows with `messages`) how to "
+            f"answer; text alone is enough. At most {in_bytes(own_files.MOST_BYTES)} are sent."
         )
         with gr.Row():
             self.name = self._field(
@@ -38,11 +38,10 @@ class OwnTab:
             )
         with gr.Row():
             self.files = {
-                kind: gr.File(label=label, file_count="multiple", height=130, elem_id=f"panel-own-{kind}-files")
-                for kind, label in (
-                    (TEXT, "Send text: .txt, .md, .jsonl, .parquet"),
-                    (CHAT, "Send chats: .jsonl"),
+                kind: gr.UploadButton(
+                    f"Send files of {label}", file_count="multiple", elem_id=f"panel-own-{kind}-files", min_width=200
                 )
+                for kind, label in ((TEXT, "text"), (CHAT, "chats"))
             }
         with gr.Row():
             self.texts = self._box("texts", "Text", "folder or file", "")
@@ -104,10 +103,10 @@ class OwnTab:
         tab.select(self.choices, None, self.name, **QUIET)
         self.name.change(self.open, self.name, [self.texts, self.chats, *looked], **QUIET)
         typed = {"fn": self.typed, "inputs": self.fields, "outputs": wrong, **QUIET}
-        for kind, box in ((TEXT, self.texts), (CHAT, self.chats)):
+        for kind, field, box in ((TEXT, "texts", self.texts), (CHAT, "chats", self.chats)):
             self.files[kind].upload(
-                self._keeper(kind), [self.name, self.files[kind]], [self.files[kind], box], **QUIET
-            ).then(**typed)
+                self._keeper(kind), [self.name, self.files[kind]], [box, self.wrong[field]], **QUIET
+            )
         for field in self.fields:
             for name in ("submit", "blur") if isinstance(field, gr.Textbox) else ("input",):
                 getattr(field, name)(**typed)
@@ -140,13 +139,16 @@ class OwnTab:
 
     def _keeper(self, kind: str) -> Any:
         def keep(name: str | None, sent: list[str] | None) -> list[Any]:
-            with told():
-                if not (name or "").strip():
+            name = (name or "").strip()
+            try:
+                if not name:
                     raise UserError("give the run a name first, then send files")
-                folder = own_files.keep(self.panel, name.strip(), kind, sent or [])
-            count = len(own_files.kept(self.panel, name.strip(), kind))
+                folder = own_files.keep(self.panel, name, kind, sent or [])
+            except UserError as error:
+                return [gr.skip(), page(problem(str(error)))]
+            count = len(own_files.kept(self.panel, name, kind))
             gr.Info(f"{count} {'file' if count == 1 else 'files'} in {folder}", duration=6)
-            return [None, str(folder)]
+            return [str(folder), ""]
 
         return keep
 

@@ -23,6 +23,7 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)
     **{"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"},
     **{"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"},
+    **{"body_text_color_subdued": "*neutral_500"},
     **{"color_accent": "*primary_700", "button_primary_background_fill": "*primary_600"},
 }
 PAGE = {

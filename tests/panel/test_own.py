@@ -168,10 +168,11 @@ def test_the_page_fills_in_the_folders_of_a_name_and_shows_mistakes(panel, plan,
         zip([*tab.wrong, "other"], tab.mistakes("mine", plan.texts, "", "many", "default", *[""] * 4), strict=True)
     )
     assert "expected a whole number" in told.pop("vocabulary") and set(told.values()) == {""}
-    cleared, folder = tab._keeper(TEXT)("mine", [str(sent("more.txt"))])
-    assert cleared is None and folder == plan.texts and len(kept(panel, "mine", TEXT)) == 2
-    with pytest.raises(gr.Error, match="give the run a name first"):
-        tab._keeper(TEXT)(" ", [str(sent())])
+    assert tab._keeper(TEXT)("mine", [str(sent("more.txt"))]) == [plan.texts, ""]
+    assert len(kept(panel, "mine", TEXT)) == 2
+    assert "give the run a name first" in tab._keeper(TEXT)(" ", [str(sent())])[1]
+    unchanged, told = tab._keeper(TEXT)("mine", [str(sent("a.exe"))])
+    assert unchanged == gr.skip() and "a.exe: is no file that can be read" in told
     form = tab.to_form(*["mine", plan.texts, "", "512", "d2", "", "7", "", ""])
     assert form.groups["model"] == "d2" and form.values["max_steps"] == "7"
     assert "problem" in tab.check_data("mine", "", "", *[""] * 6)[0]
