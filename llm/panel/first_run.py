@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llm.errors import UserError
-from llm.experiments.queue_store import Job
+from llm.experiments.queue_store import OPEN, Job
 from llm.experiments.worker import log_of
 from llm.panel import jobs
 from llm.panel.form import Form, problems_of
@@ -145,18 +145,29 @@ def expected(panel: Panel, plan: Plan) -> str:
 
 def start_tokenizer(panel: Panel, plan: Plan) -> list[int]:
     """Put the tokenizer into the queue. Returns the numbers of the jobs. Raises UserError for a mistake."""
-    check_all(panel, plan)
-    return jobs.start(panel, form_of(plan, "tokenizer"))
+    return _start(panel, plan, ["tokenizer"])
 
 
 def start(panel: Panel, plan: Plan) -> list[int]:
-    """Put what is to be trained into the queue, also the tokenizer where none was. Returns the numbers of the jobs."""
+    """Put what is to be trained into the queue, also the tokenizer where none was. Returns the numbers of the jobs.
+
+    Raises UserError for a mistake, and where one of the stages waits or runs already.
+    """
+    has_tokenizer = state_of(panel, plan.name, "tokenizer") == "finished" or "tokenizer" in _open(panel, plan.name)
+    return _start(panel, plan, [*([] if has_tokenizer else ["tokenizer"]), *stages_of(plan)])
+
+
+def _start(panel: Panel, plan: Plan, stages: list[str]) -> list[int]:
     check_all(panel, plan)
-    before = jobs_of_run(panel, plan.name)
-    has_tokenizer = state_of(panel, plan.name, "tokenizer") == "finished"
-    waits = any(Path(job.folder or "").name == "tokenizer" and job.state in ("queued", "running") for job in before)
-    stages = [*([] if has_tokenizer or waits else ["tokenizer"]), *stages_of(plan)]
+    for stage, number in _open(panel, plan.name).items():
+        if stage in stages:
+            raise UserError(f"{plan.name}/{stage} is in the queue already, as job {number}")
     return [number for stage in stages for number in jobs.start(panel, form_of(plan, stage))]
+
+
+def _open(panel: Panel, name: str) -> dict[str, int]:
+    """Return the stages of a run that jobs are still to write, with the numbers of these."""
+    return {Path(job.folder or "").name: job.id for job in jobs_of_run(panel, name) if job.state in OPEN}
 
 
 def state_of(panel: Panel, name: str, stage: str) -> str | None:

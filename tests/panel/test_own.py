@@ -128,6 +128,10 @@ def test_a_start_makes_the_stages_that_are_missing_one_after_another(panel, plan
     assert [job.needs for job in made] == [(), (numbers[0],), (numbers[1],)]
     assert "stage=sft" not in first_run.watched(panel, "mine") and "<td>sft</td>" in first_run.watched(panel, "mine")
     assert first_run.watched(panel, "other") == ""
+    with pytest.raises(UserError, match=f"mine/pretrain is in the queue already, as job {numbers[1]}"):
+        first_run.start(panel, plan)
+    with pytest.raises(UserError, match=f"mine/tokenizer is in the queue already, as job {numbers[0]}"):
+        first_run.start_tokenizer(panel, plan)
 
 
 def test_a_tokenizer_that_is_trained_is_not_trained_again(panel, plan):
