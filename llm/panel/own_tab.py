@@ -30,11 +30,13 @@ class OwnTab:
             f"answer; text alone is enough. At most {in_bytes(own_files.MOST_BYTES)} are sent."
         )
         with gr.Row():
-            self.name = self._field(
-                "name",
-                lambda: gr.Dropdown(
-                    [], value="", label="Name of the run", allow_custom_value=True, elem_id="panel-own-name"
-                ),
+            self.name = self._box("name", "Name of the run", "letters, digits, dots, - and _", "")
+            self.before = gr.Dropdown(
+                [],
+                label="Or one from before",
+                info="with its files and jobs",
+                elem_id="panel-own-before",
+                min_width=200,
             )
         with gr.Row():
             self.files = {
@@ -100,7 +102,8 @@ class OwnTab:
     def connect(self, tab: gr.Tab, timer: gr.Timer, form: gr.State) -> None:
         """Connect the events. form: that of the Train tab."""
         wrong, looked = [*self.wrong.values(), self.other], [self.shown, self.about_tokenizer, self.stamp]
-        tab.select(self.choices, None, self.name, **QUIET)
+        tab.select(self.choices, None, self.before, **QUIET)
+        self.before.select(lambda name: name or gr.skip(), self.before, self.name, **QUIET)
         self.name.change(self.open, self.name, [self.texts, self.chats, *looked], **QUIET)
         typed = {"fn": self.typed, "inputs": self.fields, "outputs": wrong, **QUIET}
         for kind, field, box in ((TEXT, "texts", self.texts), (CHAT, "chats", self.chats)):
