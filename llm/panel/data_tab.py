@@ -11,6 +11,7 @@ from llm.panel.markup import page, problem
 from llm.panel.own_tab import OwnTab
 from llm.panel.runs_tab import NONE, QUIET, html
 from llm.panel.state import Panel
+from llm.panel.train_tab import TrainTab
 
 
 class DataTab:
@@ -38,12 +39,12 @@ class DataTab:
                 with gr.Row():
                     self.left, self.right = html("panel-tokens-0"), html("panel-tokens-1")
 
-    def connect(self, tab: gr.Tab, timer: gr.Timer, form: gr.State) -> None:
-        """Connect the events. form: that of the Train tab."""
-        self.own.connect(tab, timer, form)
+    def connect(self, tab: gr.Tab, timer: gr.Timer, train: TrainTab) -> None:
+        """Connect the events, after those of the Train tab, whose form is built here."""
+        self.own.connect(tab, timer, train)
         tab.select(self.choices, None, [self.one, self.other], **QUIET)
         self.make.click(lambda: page("<p>The stage is being built…</p>"), None, self.shown, **QUIET).then(
-            self.show, [form, self.rows], self.shown, **QUIET
+            self.show, [train.form, self.rows], self.shown, **QUIET
         )
         chosen = [self.one, self.other, self.text]
         for event in (self.cut.click, self.one.input, self.other.input):

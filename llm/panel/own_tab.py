@@ -7,14 +7,13 @@ import gradio as gr
 from llm.errors import UserError
 from llm.panel import first_run, own_files
 from llm.panel.first_run import DEPTHS, KEYS, VOCABULARIES, Plan
-from llm.panel.form import Form
 from llm.panel.markup import block, page, problem
 from llm.panel.own_files import CHAT, TEXT
 from llm.panel.runs_tab import QUIET, html, told
 from llm.panel.state import Panel
+from llm.panel.train_tab import DEFAULT, TrainTab
 from llm.utils.format import in_bytes
 
-DEFAULT = "default"
 UNDER_WAY = page("<p>This is under way…</p>")
 
 
@@ -99,8 +98,8 @@ class OwnTab:
             lambda: gr.Textbox(label=label, info=info, placeholder=default, max_lines=1, elem_id=f"panel-own-{field}"),
         )
 
-    def connect(self, tab: gr.Tab, timer: gr.Timer, form: gr.State) -> None:
-        """Connect the events. form: that of the Train tab."""
+    def connect(self, tab: gr.Tab, timer: gr.Timer, train: TrainTab) -> None:
+        """Connect the events, after those of the Train tab."""
         wrong, looked = [*self.wrong.values(), self.other], [self.shown, self.about_tokenizer, self.stamp]
         tab.select(self.choices, None, self.before, **QUIET)
         self.before.select(lambda name: name or gr.skip(), self.before, self.name, **QUIET)
@@ -122,7 +121,7 @@ class OwnTab:
             button.click(self._starter(act), self.fields, looked, **QUIET).then(
                 self.mistakes, self.fields, wrong, **QUIET
             )
-        self.take.click(self.to_form, self.fields, form, **QUIET)
+        self.take.click(self.to_form, self.fields, train.whole, **QUIET).success(**train.refill)
         timer.tick(self.watch, [self.name, self.stamp], looked, **QUIET)
 
     def choices(self) -> Any:
@@ -203,11 +202,10 @@ class OwnTab:
 
         return start
 
-    def to_form(self, *fields: str | None) -> Form:
+    def to_form(self, *fields: str | None) -> list[Any]:
         """Return the form of pretrain, for the Train tab."""
-        plan = Plan.of(*self._plain(fields))
         gr.Info("the form of Train has these settings now", duration=6)
-        return first_run.form_of(plan, "pretrain")
+        return TrainTab.opened(first_run.form_of(Plan.of(*self._plain(fields)), "pretrain"))
 
     def watch(self, name: str | None, stamp: tuple) -> list[Any]:
         """Return jobs, tokenizer and stamp, where something has changed since `stamp`."""

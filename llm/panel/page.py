@@ -57,5 +57,5 @@ def build(panel: Panel) -> gr.Blocks:
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
-        data.connect(shown, timer, train.form)
+        data.connect(shown, timer, train)
     return demo.queue(max_size=64)

@@ -81,12 +81,18 @@ class TrainTab:
         self.machine = html("panel-machine")
         self.shown = html("panel-job-page")
 
+    @property
+    def whole(self) -> list[Any]:
+        """Components that `opened` fills."""
+        return [self.form, *self.groups, self.sweep]
+
     def connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
         """Connect the events."""
         keys = [*self.boxes, *self.wrong]
         filled = [self.form, self.shown_keys, self.place, self.section, self.count, self.other, self.line, *keys]
         filters = [self.form, self.search, self.section, self.changed, self.place]
         watched = [self.queue, self.shown, self.stamp, self.job]
+        self.refill = {"fn": self.fill, "inputs": filters, "outputs": filled, **QUIET}
         demo.load(self.fill, filters, filled, **QUIET)
         demo.load(self.watch, [self.job, gr.State(())], watched, **QUIET)
         for group in self.groups:
@@ -118,9 +124,7 @@ class TrainTab:
         demo.load(self.preset_names, None, self.preset, **QUIET)
         self.keep.click(self.save_preset, [self.preset, self.form], self.preset, **QUIET)
         self.drop.click(self.delete_preset, self.preset, self.preset, **QUIET)
-        self.bring.click(self.load_preset, self.preset, [self.form, *self.groups, self.sweep], **QUIET).success(
-            self.fill, filters, filled, **QUIET
-        )
+        self.bring.click(self.load_preset, self.preset, self.whole, **QUIET).success(**self.refill)
         timer.tick(self.look, None, self.machine, **QUIET)
         self.job.input(self.watch, [self.job, gr.State(())], watched, **QUIET)
         timer.tick(self.watch, [self.job, self.stamp], watched, **QUIET)
@@ -155,8 +159,12 @@ class TrainTab:
         """Return the form of a preset, with the options of its groups; one that is gone stays in the form's line."""
         with told():
             form = self.panel.presets.load(name or "")
-        options = [form.groups.get(group) or DEFAULT for group in GROUPS]
-        return [form, *options, form.sweep]
+        return self.opened(form)
+
+    @staticmethod
+    def opened(form: Form) -> list[Any]:
+        """Return what shows a form that comes from elsewhere, for the components of `whole`; `refill` is to follow."""
+        return [form, *(form.groups.get(group) or DEFAULT for group in GROUPS), form.sweep]
 
     def look(self) -> str:
         """Return the line on the machine."""

@@ -14,6 +14,7 @@ from llm.panel.first_run import Plan
 from llm.panel.own_files import CHAT, TEXT, keep, kept
 from llm.panel.own_tab import OwnTab
 from llm.panel.state import Panel
+from llm.panel.train_tab import DEFAULT, GROUPS
 from llm.run.stage_folder import RunDir, write_manifest
 
 
@@ -177,7 +178,8 @@ def test_the_page_fills_in_the_folders_of_a_name_and_shows_mistakes(panel, plan,
     assert "give the run a name first" in tab._keeper(TEXT)(" ", [str(sent())])[1]
     unchanged, told = tab._keeper(TEXT)("mine", [str(sent("a.exe"))])
     assert unchanged == gr.skip() and "a.exe: is no file that can be read" in told
-    form = tab.to_form(*["mine", plan.texts, "", "512", "d2", "", "7", "", ""])
+    form, *options, sweep = tab.to_form(*["mine", plan.texts, "", "512", "d2", "", "7", "", ""])
     assert form.groups["model"] == "d2" and form.values["max_steps"] == "7"
+    assert dict(zip(GROUPS, options, strict=True)) == dict.fromkeys(GROUPS, DEFAULT) | form.groups and not sweep
     assert "problem" in tab.check_data("mine", "", "", *[""] * 6)[0]
     assert tab.watch("mine", tab.watch("mine", ())[2]) == [gr.skip()] * 3
