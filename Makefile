@@ -71,7 +71,7 @@ browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	  { command -v apt-get >/dev/null && apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } || \
 	  echo "no Chromium and no way to install it (apt-get install chromium needs root): the browser test is skipped" >&2
-	@[ -d tests/browser/node_modules/playwright-core ] || \
+	@[ -d tests/browser/node_modules/playwright-core -a -d tests/browser/node_modules/axe-core ] || \
 	  { command -v npm >/dev/null && npm install --no-audit --no-fund --prefix tests/browser; } || \
 	  echo "no playwright-core and no npm to install it: the browser test is skipped" >&2
 

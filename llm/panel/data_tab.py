@@ -8,35 +8,43 @@ from llm.errors import UserError
 from llm.panel.data_view import MOST_ROWS, cut, tokenizers, training_rows
 from llm.panel.form import Form
 from llm.panel.markup import page, problem
+from llm.panel.own_tab import OwnTab
 from llm.panel.runs_tab import NONE, QUIET, html
 from llm.panel.state import Panel
+from llm.panel.train_tab import TrainTab
 
 
 class DataTab:
-    """Training rows of the form of the Train tab, and two tokenizers side by side."""
+    """A first run with own text, training rows of the form of the Train tab, and two tokenizers side by side."""
 
     def __init__(self, panel: Panel):
-        self.panel = panel
-        with gr.Column(visible=not panel.readonly):
-            gr.Markdown("### Training rows\n\nThe first rows of what the form of *Train* would train on.")
-            with gr.Row():
-                self.rows = gr.Slider(1, MOST_ROWS, 4, step=1, label="Rows")
-                self.make = gr.Button("Show rows", size="sm", min_width=120)
-            self.shown = html("panel-rows")
-        gr.Markdown("### Tokens")
-        with gr.Row():
-            self.one = gr.Dropdown([], label="Tokenizer of", elem_id="panel-tokenizer")
-            self.other = gr.Dropdown([NONE], value=NONE, label="Beside that of")
-        self.text = gr.Textbox(label="Text", lines=4, max_lines=16, value="The quick brown fox has 12 apples.")
-        self.cut = gr.Button("Cut into tokens", size="sm")
-        with gr.Row():
-            self.left, self.right = html("panel-tokens-0"), html("panel-tokens-1")
+        self.panel, may = panel, not panel.readonly
+        with gr.Tabs():
+            with gr.Tab("First run", visible=may):
+                self.own = OwnTab(panel)
+            with gr.Tab("Training rows", visible=may):
+                gr.Markdown("The first rows of what the form of *Train* would train on.")
+                with gr.Row():
+                    self.rows = gr.Slider(1, MOST_ROWS, 4, step=1, label="Rows")
+                    self.make = gr.Button("Show rows", size="sm", min_width=120)
+                self.shown = html("panel-rows")
+            with gr.Tab("Tokens"):
+                with gr.Row():
+                    self.one = gr.Dropdown([], label="Tokenizer of", elem_id="panel-tokenizer", min_width=260)
+                    self.other = gr.Dropdown([NONE], value=NONE, label="Beside that of", min_width=260)
+                self.text = gr.Textbox(
+                    label="Text to cut", lines=4, max_lines=16, value="The quick brown fox has 12 apples."
+                )
+                self.cut = gr.Button("Cut into tokens", size="sm")
+                with gr.Row():
+                    self.left, self.right = html("panel-tokens-0"), html("panel-tokens-1")
 
-    def connect(self, tab: gr.Tab, form: gr.State) -> None:
-        """Connect the events. form: that of the Train tab."""
+    def connect(self, tab: gr.Tab, timer: gr.Timer, train: TrainTab) -> None:
+        """Connect the events, after those of the Train tab, whose form is built here."""
+        self.own.connect(tab, timer, train)
         tab.select(self.choices, None, [self.one, self.other], **QUIET)
         self.make.click(lambda: page("<p>The stage is being built…</p>"), None, self.shown, **QUIET).then(
-            self.show, [form, self.rows], self.shown, **QUIET
+            self.show, [train.form, self.rows], self.shown, **QUIET
         )
         chosen = [self.one, self.other, self.text]
         for event in (self.cut.click, self.one.input, self.other.input):

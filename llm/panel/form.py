@@ -56,9 +56,9 @@ class Form:
         chosen = [f"{group}={option}" for group, option in self.groups.items() if option]
         return [*(["-m"] if self.sweep else []), *chosen, *(_setting(key, text) for key, text in self.values.items())]
 
-    def line(self) -> str:
-        """Return the command to copy."""
-        return f"{command('train')} {shlex.join(self.settings())}".rstrip()
+    def line(self, more: Sequence[str] = ()) -> str:
+        """Return the command to copy. more: further settings, such as the panel's folders."""
+        return f"{command('train')} {shlex.join([*self.settings(), *more])}".rstrip()
 
 
 def options_of(group: str) -> list[str]:

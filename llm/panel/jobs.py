@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm.errors import UserError
@@ -34,11 +35,11 @@ _workers: list[subprocess.Popen] = []
 
 
 def check(panel: Panel, form: Form) -> list[str]:
-    """Return the settings of a form. Raises UserError for the first mistake in it."""
+    """Return the settings of a form, with the panel's folders. Raises UserError for the first mistake in it."""
     by_key, other = problems_of(form, panel.folders)
     for message in (*by_key.values(), *filter(None, [other])):
         raise UserError(message)
-    return form.settings()
+    return [*form.settings(), *panel.places]
 
 
 def start(panel: Panel, form: Form, after: str = "", attempts: int = 1) -> list[int]:
@@ -104,22 +105,30 @@ def stop_process(panel: Panel, name: str) -> str:
 
 def dry_run(panel: Panel, form: Form) -> str:
     """Return what train.py says with dry_run=true: sizes, tokens, passes, time and memory. Raises UserError."""
+    return try_out(panel, form, "dry run", ("dry_run=true",))
+
+
+def try_out(panel: Panel, form: Form, what: str, more: Sequence[str] = ()) -> str:
+    """Return what train.py says, in a process of its own that ends soon. Raises UserError for a mistake in the form.
+
+    what: name of it in messages. more: further settings.
+    """
     panel.check_may_change()  # it takes a core for some seconds
     settings = check(panel, form)
     if form.sweep:
-        raise UserError("dry run: one job at a time; leave several values out")
+        raise UserError(f"{what}: one job at a time; leave several values out")
     if not _dry.acquire(blocking=False):
-        raise UserError("a dry run is under way already")
+        raise UserError("a dry run or a check is under way already")
     try:
         done = subprocess.run(
-            [*program("train"), *settings, "dry_run=true"],
+            [*program("train"), *settings, *more],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=DRY_SECONDS,
             start_new_session=True,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"the dry run took more than {DRY_SECONDS} s; try it in the terminal") from None
+        raise UserError(f"{what}: took more than {DRY_SECONDS} s; try it in the terminal") from None
     finally:
         _dry.release()
     said = (done.stdout + done.stderr).decode("utf-8", errors="replace")

@@ -14,13 +14,20 @@ from llm.panel.data_tab import DataTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
+from llm.serving.guard import MAX_UPLOAD
 
 HERE = Path(__file__).parent
 PATH = "/panel"
 SECONDS = 2.0  # between two looks at what is running
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)
+    **{"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"},
+    **{"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"},
+    **{"body_text_color_subdued": "*neutral_500"},
+    **{"color_accent": "*primary_700", "button_primary_background_fill": "*primary_600"},
+}
 PAGE = {
-    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS),
+    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS).set(**COLOURS),
     "css": (HERE / "page.css").read_text(encoding="utf-8"),
     "footer_links": [],
     "run_history": False,
@@ -30,7 +37,7 @@ PAGE = {
 
 def mount(app: FastAPI, panel: Panel) -> None:
     """Put the panel at `/panel` of an application."""
-    gr.mount_gradio_app(app, build(panel), path=PATH, **PAGE)
+    gr.mount_gradio_app(app, build(panel), path=PATH, max_file_size=MAX_UPLOAD, **PAGE)
 
 
 def build(panel: Panel) -> gr.Blocks:
@@ -50,5 +57,5 @@ def build(panel: Panel) -> gr.Blocks:
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
-        data.connect(shown, train.form)
+        data.connect(shown, timer, train)
     return demo.queue(max_size=64)

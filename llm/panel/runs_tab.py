@@ -45,7 +45,7 @@ class RunsTab:
         with gr.Row():
             self.query = gr.Textbox(
                 label="Search",
-                placeholder="words of name, tags or note; or a condition: bpb<1.5",
+                placeholder="words, or a condition: bpb<1.5",
                 scale=4,
                 min_width=260,
             )
@@ -61,8 +61,8 @@ class RunsTab:
         )
         self.said = html("panel-runs-problems")
         with gr.Row():
-            self.open = gr.Dropdown([], label="Open", scale=2, elem_id="panel-open")
-            self.other = gr.Dropdown([NONE], value=NONE, label="Configuration compared with", scale=2)
+            self.open = gr.Dropdown([], label="Open", scale=2, elem_id="panel-open", min_width=260)
+            self.other = gr.Dropdown([NONE], value=NONE, label="Configuration compared with", scale=2, min_width=260)
         self.shown, self.rest, self.stamp = html("panel-run"), html("panel-rest"), gr.State(())
         with gr.Accordion("Report", open=False):
             self.load = gr.Button("Show the report of this run", size="sm")

@@ -17,9 +17,11 @@ from llm.panel.page import PATH, mount
 from llm.panel.state import Panel
 from llm.serving.api.server import check_key, guard_app, run
 from llm.serving.app import model_name, sampling
-from llm.serving.guard import API_FOLDERS, API_ROUTES, check_names, is_private
+from llm.serving.guard import API, API_FOLDERS, API_ROUTES, check_names, is_private
 from llm.serving.http import Beside, address_of, listen
 from llm.serving.http import serve as serve_model
+
+UPLOAD = f"{PATH}{API}/upload"
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -74,7 +76,7 @@ def build_app(panel: Panel, cfg: Any) -> FastAPI:
 def add(app: FastAPI, panel: Panel, key: str | None) -> None:
     """Mount a panel, and ask for a key before every page, this one and others, where there is one."""
     mount(app, panel)
-    app.add_middleware(Doorkeeper, key=key)
+    app.add_middleware(Doorkeeper, key=key, takes_files=not panel.readonly)
 
 
 class Doorkeeper:
@@ -85,8 +87,8 @@ class Doorkeeper:
     API have a check of their own.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], key: str | None):
-        self.app, self.key = app, key
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], key: str | None, takes_files: bool):
+        self.app, self.key, self.takes_files = app, key, takes_files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by the application where nothing speaks against it."""
@@ -104,6 +106,8 @@ class Doorkeeper:
             return PlainTextResponse("the key is missing or wrong\n", 401, told)
         if scope["method"] not in ("GET", "HEAD") and _is_foreign(headers):
             return PlainTextResponse("a page of another site may not send this\n", 403)
+        if path == UPLOAD and not self.takes_files:
+            return PlainTextResponse("panel.readonly=true: this panel shows, and changes nothing\n", 403)
         return None
 
 

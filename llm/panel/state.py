@@ -1,15 +1,20 @@
 """Holds what the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llm.cli.compose import quoted
 from llm.errors import UserError
 from llm.experiments.queue_store import Queue
 from llm.panel.columns import Columns
+from llm.panel.defaults import defaults
+from llm.panel.hardware import Machine
 from llm.panel.index import Index
 from llm.panel.notes import Notes
+from llm.panel.presets import Presets
 
 CACHE = ".panel"  # in paths.runs; may be deleted at any time
 
@@ -31,6 +36,16 @@ class Panel:
         return cls(runs, queue, folders, bool(cfg.panel.readonly))
 
     @cached_property
+    def places(self) -> list[str]:
+        """Settings that lead a job to the folders of this panel, where train.py by itself would use others."""
+        own, given = {"runs": self.runs, "data": self.folders[-1]}, defaults(())["paths"]
+        other = {key: path for key, path in own.items() if Path(given[key]).expanduser().absolute() != path}
+        plain = re.compile(r"[\w./\-]+")
+        return [
+            f"paths.{key}={path if plain.fullmatch(str(path)) else quoted(str(path))}" for key, path in other.items()
+        ]
+
+    @cached_property
     def columns(self) -> Columns:
         """Cache of all metrics.csv."""
         return Columns(self.runs / CACHE / "columns")
@@ -44,6 +59,16 @@ class Panel:
     def notes(self) -> Notes:
         """Tags and notes."""
         return Notes(self.queue_file)
+
+    @cached_property
+    def presets(self) -> Presets:
+        """Saved states of the form of Train."""
+        return Presets(self.queue_file)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """Load of the machine."""
+        return Machine()
 
     @cached_property
     def queue(self) -> Queue:

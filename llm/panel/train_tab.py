@@ -8,7 +8,7 @@ import gradio as gr
 from llm.errors import UserError
 from llm.panel import jobs
 from llm.panel.form import GROUPS, Entry, Form, entries, options_of, problems_of, sections
-from llm.panel.markup import block, page, problem
+from llm.panel.markup import block, page, problem, text
 from llm.panel.runs_tab import QUIET, html, told
 from llm.panel.state import Panel
 
@@ -32,6 +32,14 @@ class TrainTab:
                     )
                     for group in GROUPS
                 ]
+            with gr.Accordion("Presets: this form under a name", open=False):
+                with gr.Row():
+                    self.preset = gr.Dropdown(
+                        [], value="", label="Preset", allow_custom_value=True, elem_id="panel-preset", scale=2
+                    )
+                    self.keep = gr.Button("Save the form", size="sm", min_width=120)
+                    self.bring = gr.Button("Load", size="sm", min_width=90)
+                    self.drop = gr.Button("Delete", size="sm", min_width=90)
             self.form = gr.State(Form({"stage": "pretrain"}))
             self.shown_keys, self.place = gr.State([]), gr.State(0)
             with gr.Row():
@@ -70,7 +78,13 @@ class TrainTab:
             self.acts = {name: gr.Button(name.capitalize(), size="sm", min_width=90) for name in jobs.ACTIONS}
             self.up = gr.Button("Earlier", size="sm", min_width=90)
             self.work = gr.Button("Work on the queue", size="sm", min_width=140)
+        self.machine = html("panel-machine")
         self.shown = html("panel-job-page")
+
+    @property
+    def whole(self) -> list[Any]:
+        """Components that `opened` fills."""
+        return [self.form, *self.groups, self.sweep]
 
     def connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
         """Connect the events."""
@@ -78,6 +92,7 @@ class TrainTab:
         filled = [self.form, self.shown_keys, self.place, self.section, self.count, self.other, self.line, *keys]
         filters = [self.form, self.search, self.section, self.changed, self.place]
         watched = [self.queue, self.shown, self.stamp, self.job]
+        self.refill = {"fn": self.fill, "inputs": filters, "outputs": filled, **QUIET}
         demo.load(self.fill, filters, filled, **QUIET)
         demo.load(self.watch, [self.job, gr.State(())], watched, **QUIET)
         for group in self.groups:
@@ -106,6 +121,11 @@ class TrainTab:
             button.click(self._acting(name), self.job, watched, **QUIET)
         self.up.click(self._acting("up"), self.job, watched, **QUIET)
         self.work.click(self.go_on, self.job, watched, **QUIET)
+        demo.load(self.preset_names, None, self.preset, **QUIET)
+        self.keep.click(self.save_preset, [self.preset, self.form], self.preset, **QUIET)
+        self.drop.click(self.delete_preset, self.preset, self.preset, **QUIET)
+        self.bring.click(self.load_preset, self.preset, self.whole, **QUIET).success(**self.refill)
+        timer.tick(self.look, None, self.machine, **QUIET)
         self.job.input(self.watch, [self.job, gr.State(())], watched, **QUIET)
         timer.tick(self.watch, [self.job, self.stamp], watched, **QUIET)
 
@@ -115,6 +135,41 @@ class TrainTab:
         """Return the form with other options of the groups; values of keys stay."""
         chosen = {group: option for group, option in zip(GROUPS, options, strict=True) if option not in (None, DEFAULT)}
         return Form(chosen, dict(form.values), form.sweep)
+
+    def preset_names(self) -> Any:
+        """Return the names of the presets."""
+        return gr.update(choices=self.panel.presets.names())
+
+    def save_preset(self, name: str | None, form: Form) -> Any:
+        """Keep the form under a name."""
+        with told():
+            self.panel.check_may_change()
+            self.panel.presets.save(name or "", form)
+        gr.Info("saved", duration=3)
+        return self.preset_names()
+
+    def delete_preset(self, name: str | None) -> Any:
+        """Delete a preset."""
+        with told():
+            self.panel.check_may_change()
+            self.panel.presets.delete(name or "")
+        return gr.update(choices=self.panel.presets.names(), value="")
+
+    def load_preset(self, name: str | None) -> list[Any]:
+        """Return the form of a preset, with the options of its groups; one that is gone stays in the form's line."""
+        with told():
+            form = self.panel.presets.load(name or "")
+        return self.opened(form)
+
+    @staticmethod
+    def opened(form: Form) -> list[Any]:
+        """Return what shows a form that comes from elsewhere, for the components of `whole`; `refill` is to follow."""
+        return [form, *(form.groups.get(group) or DEFAULT for group in GROUPS), form.sweep]
+
+    def look(self) -> str:
+        """Return the line on the machine."""
+        line = self.panel.machine.line()
+        return page(f'<p class="hint">{text(line)}</p>') if line else ""
 
     def several(self, form: Form, sweep: bool) -> Form:
         """Return the form with or without several values."""
@@ -163,7 +218,17 @@ class TrainTab:
         wrong += [""] * (ROWS - len(shown))
         told = page(problem(other)) if other else ""
         keys = [entry.key for entry in shown]
-        return [form, keys, place, gr.update(choices=names, value=section), count, told, form.line(), *boxes, *wrong]
+        return [
+            form,
+            keys,
+            place,
+            gr.update(choices=names, value=section),
+            count,
+            told,
+            form.line(self.panel.places),
+            *boxes,
+            *wrong,
+        ]
 
     def _box(self, entry: Entry) -> Any:
         words = f"; {', '.join(entry.choices)}" if entry.choices else ""

@@ -17,6 +17,7 @@ from llm.errors import UserError
 from llm.serving.errors import ApiError
 
 MAX_BODY = 1 << 20  # bytes of a request: a message has at most some thousand characters
+MAX_UPLOAD = 1 << 30  # bytes of the files that are sent at once, where files are taken
 API = "/gradio_api"
 OPEN_ROUTES = {
     *("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"),
@@ -24,6 +25,7 @@ OPEN_ROUTES = {
     *(f"{API}/{name}" for name in ("queue/join", "queue/data", "cancel", "reset")),
 }
 OPEN_FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}/call/", f"{API}/run/", f"{API}/heartbeat/")
+UPLOAD_ROUTES = {f"{API}/upload", f"{API}/upload_progress"}  # below a further page only
 API_ROUTES = {"/health", "/stats", "/metrics", "/openapi.json", "/chat/completions"}
 API_FOLDERS = ("/v1/",)
 PAGE_HEADERS = {
@@ -46,7 +48,7 @@ class Guard:
     host: address that the server listens on. public_names: further names of the server. Names are checked where the
     address is this computer's own (loopback) or names are given; else any name may be one of the server's. origins:
     of pages on other servers that may ask this one, as in https://chat.example.org; "*" for all. pages: where further
-    pages of Gradio are mounted, as in /panel; below each the routes of the one at / are open too.
+    pages of Gradio are mounted, as in /panel; below each the routes of the one at / are open too, and files are taken.
     """
 
     def __init__(
@@ -71,10 +73,15 @@ class Guard:
             await send({"type": "websocket.close"})
         elif refusal is not None:
             await refusal(scope, receive, send)
+        elif self._takes_files(scope):
+            await self.app(scope, receive, _with_headers(send))  # as they come; memory may not hold them
         elif (body := await _read(receive)) is None:
             await _refusal(scope, 413, f"a request may have {MAX_BODY:,} bytes")(scope, receive, send)
         else:
             await self.app(scope, _replay(body, receive), _with_headers(send))
+
+    def _takes_files(self, scope: Scope) -> bool:
+        return scope["path"] in {page + route for page in self.pages for route in UPLOAD_ROUTES}
 
     def _problem(self, scope: Scope) -> Response | None:
         """Return the answer to a request that is not served; None for one that is."""
@@ -88,6 +95,8 @@ class Guard:
         path = path.removeprefix(page) or "/"
         if page and (path in API_ROUTES or path.startswith(API_FOLDERS)):
             return _refusal(scope, 404, "no such page")
+        if self._takes_files(scope):
+            return _upload_problem(scope, headers.get("content-length", ""))
         if path not in OPEN_ROUTES | API_ROUTES and not path.startswith(OPEN_FOLDERS + API_FOLDERS):
             return _refusal(scope, 404, "no such page")
         return None
@@ -158,6 +167,15 @@ def _refusal(scope: Scope, status: int, text: str) -> Response:
     if scope["path"].startswith(API_FOLDERS) or scope["path"] in API_ROUTES:
         return ApiError(status, text).response()
     return PlainTextResponse(f"{text}\n", status)
+
+
+def _upload_problem(scope: Scope, length: str) -> Response | None:
+    """Return the answer to an upload that is too long or hides its length, to which the server holds it."""
+    if scope["method"] == "GET":
+        return None
+    if not length.isdecimal():
+        return _refusal(scope, 411, "an upload must say its length")
+    return _refusal(scope, 413, f"an upload may have {MAX_UPLOAD:,} bytes") if int(length) > MAX_UPLOAD else None
 
 
 async def _read(receive: Receive) -> bytes | None:

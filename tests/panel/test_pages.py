@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import urllib.request
+from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -90,7 +91,7 @@ def test_boxes_take_values_and_show_mistakes_beside_them(panel, tabs):
     assert form.values == {"seed": "7"} and changed.values == {"seed": "7", "max_steps": "0"}
     filled = train.fill(changed, "max_steps", "main", False, 0)
     assert "must be at least 1" in filled[7 + ROWS + filled[1].index("max_steps")]
-    assert filled[6].endswith("stage=sft seed=7 max_steps=0")
+    assert f"stage=sft seed=7 max_steps=0 paths.runs={panel.runs}" in filled[6]
     assert train.put(changed, keys, place, "").values == {"seed": "7"}
     later = train.fill(form, "", "all", False, 10_000)
     assert later[2] % ROWS == 0 and 0 < len(later[1]) <= ROWS and "of" in later[4]
@@ -169,7 +170,7 @@ def test_pages_of_other_sites_send_nothing_though_the_browser_adds_the_key(clien
     [
         "/panel/gradio_api/file=/etc/passwd",
         "/panel/file=/etc/passwd",
-        "/panel/gradio_api/upload",
+        "/gradio_api/upload",
         "/panel/gradio_api/proxy=http://127.0.0.1",
         "/panel/v1/models",
         "/panel/metrics",
@@ -179,6 +180,18 @@ def test_pages_of_other_sites_send_nothing_though_the_browser_adds_the_key(clien
 )
 def test_routes_that_the_page_does_not_need_are_closed(client, path):
     assert client.get(path, headers=basic(KEY)).status_code == 404
+
+
+def test_files_are_taken_with_the_key_and_by_a_panel_that_may_change_something_only(panel, client):
+    upload, files = "/panel/gradio_api/upload", {"files": ("a.txt", b"text")}
+    assert client.post(upload, files=files).status_code == 401
+    (sent,) = client.post(upload, files=files, headers=basic(KEY)).json()
+    assert Path(sent).read_bytes() == b"text"
+    Path(sent).unlink()
+    fixed = Panel(panel.runs, panel.queue_file, panel.folders, readonly=True)
+    with TestClient(build_app(fixed, compose("serve", ["ui=panel"])), base_url="http://127.0.0.1:7860") as shown:
+        answer = shown.post(upload, files=files)
+    assert (answer.status_code, "panel.readonly=true" in answer.text) == (403, True)
 
 
 def test_a_panel_that_only_shows_offers_no_button_that_changes(panel):

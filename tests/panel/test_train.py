@@ -14,6 +14,7 @@ from llm.errors import UserError
 from llm.experiments.queue_store import NewJob
 from llm.experiments.worker import log_of
 from llm.panel import jobs
+from llm.panel.defaults import defaults
 from llm.panel.form import Form, entries, problems_of, refusal, sections
 from llm.panel.state import Panel
 
@@ -24,6 +25,8 @@ TINY = {"experiment": "tiny", "stage": "pretrain"}
 def panel(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FATHOM_DATA", str(tmp_path / "data"))
+    defaults.cache_clear()
     return Panel(tmp_path / "runs", tmp_path / "runs/queue.sqlite", (tmp_path / "runs", tmp_path / "data"))
 
 
@@ -137,6 +140,14 @@ def test_start_puts_jobs_into_the_queue_with_what_they_need(panel, no_worker):
     assert len(panel.queue.jobs()) == 4
     shown = jobs.queue_page(panel)
     assert f"waits for {first} (queued)" in shown and "no worker is at them" in shown
+
+
+def test_jobs_write_where_the_panel_reads(panel, no_worker, tmp_path):
+    other = Panel(tmp_path / "my runs", tmp_path / "my runs/queue.sqlite", (tmp_path / "my runs", tmp_path / "data"))
+    (number,) = jobs.start(other, Form({"experiment": "tiny", "stage": "tokenizer"}, {"run": "mine"}))
+    job = other.queue.job(number)
+    assert job.settings[-1] == f"paths.runs='{tmp_path}/my runs'"
+    assert job.folder == str(tmp_path / "my runs/mine/tokenizer")
 
 
 def test_jobs_are_paused_resumed_cancelled_retried_and_moved(panel, no_worker):

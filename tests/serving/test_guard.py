@@ -15,13 +15,15 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
 from llm.serving.chat import load_chat_model  # noqa: E402
-from llm.serving.guard import MAX_BODY, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
+from llm.serving.guard import MAX_BODY, MAX_UPLOAD, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
 from llm.serving.models import Models  # noqa: E402
 
 PORT = 7860
 
 
-def answer(headers: dict[str, str], host="127.0.0.1", public_names=(), path="/", body=b"", kind="http") -> dict:
+def answer(
+    headers: dict[str, str], host="127.0.0.1", public_names=(), path="/", body=b"", kind="http", pages=()
+) -> dict:
     """Answer of a guarded server that greets: {"status", "headers", "body"}; parts of 1000 bytes make up the body."""
     parts = [body[i : i + 1000] for i in range(0, len(body), 1000)] or [b""]
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
@@ -39,7 +41,7 @@ def answer(headers: dict[str, str], host="127.0.0.1", public_names=(), path="/",
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": kind, "method": "POST", "path": path, "headers": raw, "query_string": b""}
-    asyncio.run(Guard(greet, host, public_names)(scope, receive, send))
+    asyncio.run(Guard(greet, host, public_names, pages=pages)(scope, receive, send))
     if kind != "http":
         return {"type": sent[0]["type"]}
     found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
@@ -154,3 +156,18 @@ def test_the_server_of_the_chat_is_guarded(tmp_path):
         file = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nabc\r\n--x--\r\n'
         assert ask("POST", "/gradio_api/upload", file, **boundary)[0] == 404
         assert ask("POST", "/gradio_api/queue/join", b" " * (MAX_BODY + 1))[0] == 413
+
+
+def test_files_are_taken_below_a_further_page_only_and_come_in_parts():
+    own, upload = {"Host": "127.0.0.1"}, "/panel/gradio_api/upload"
+    body = b"x" * (MAX_BODY + 5000)
+    sent = answer(own | {"Content-Length": str(len(body))}, path=upload, body=body, pages=["/panel"])
+    assert (sent["status"], sent["body"]) == (200, "hello 1000"), "the application reads the parts by itself"
+    assert "Content-Security-Policy" in {name.title(): 1 for name in sent["headers"]}
+    assert answer(own, path=upload, body=body, pages=["/panel"])["status"] == 411
+    too_long = own | {"Content-Length": str(MAX_UPLOAD + 1)}
+    assert answer(too_long, path=upload, pages=["/panel"])["status"] == 413
+    for path in ("/gradio_api/upload", upload + "/", "/other" + upload):
+        assert answer(own | {"Content-Length": "1"}, path=path, pages=["/panel"])["status"] == 404, path
+    evil = {"Host": "127.0.0.1", "Origin": "http://evil.example", "Content-Length": "1"}
+    assert answer(evil, path=upload, pages=["/panel"])["status"] == 403
