@@ -121,7 +121,7 @@ def entries(
         if kept if changed else (wanted or key in problems):
             choices = tuple(map(str, spec.metadata.get("choices") or ())) if spec is not None else ()
             default = _shown(base.get(key))
-            found.append(Entry(key, form.values.get(key), default, _help(spec), choices, problems.get(key, "")))
+            found.append(Entry(key, form.values.get(key), default, key_help(spec), choices, problems.get(key, "")))
     return found
 
 
@@ -135,7 +135,7 @@ def _shown(content: Any) -> str:
     return as_text(content) if not isinstance(content, list | dict) else str(content)
 
 
-def _help(spec: Field | None) -> str:
+def key_help(spec: Field | None) -> str:
     """Return the help of a key with its type and bounds."""
     if spec is None:
         return ""

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from llm.panel.compare_tab import CompareTab
 from llm.panel.data_tab import DataTab
+from llm.panel.evaluate_tab import EvaluateTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
@@ -47,8 +48,11 @@ def build(panel: Panel) -> gr.Blocks:
                 train = TrainTab(panel)
             with gr.Tab("Data") as shown:
                 data = DataTab(panel)
+            with gr.Tab("Evaluate") as evaluated:
+                evaluate = EvaluateTab(panel)
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
         data.connect(shown, train.form)
+        evaluate.connect(evaluated, timer)
     return demo.queue(max_size=64)
