@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from llm.panel.compare_tab import CompareTab
 from llm.panel.data_tab import DataTab
 from llm.panel.evaluate_tab import EvaluateTab
+from llm.panel.rollouts_tab import RolloutsTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
@@ -50,9 +51,12 @@ def build(panel: Panel) -> gr.Blocks:
                 data = DataTab(panel)
             with gr.Tab("Evaluate") as evaluated:
                 evaluate = EvaluateTab(panel)
+            with gr.Tab("Rollouts") as rolled:
+                rollouts = RolloutsTab(panel)
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
         data.connect(shown, train.form)
         evaluate.connect(evaluated, timer)
+        rollouts.connect(rolled, timer)
     return demo.queue(max_size=64)
