@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from llm.panel.compare_tab import CompareTab
 from llm.panel.data_tab import DataTab
 from llm.panel.evaluate_tab import EvaluateTab
+from llm.panel.inside_tab import InsideTab
+from llm.panel.models import PanelModels
 from llm.panel.rollouts_tab import RolloutsTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
@@ -37,6 +39,7 @@ def mount(app: FastAPI, panel: Panel) -> None:
 
 def build(panel: Panel) -> gr.Blocks:
     """Build the page."""
+    models = PanelModels(panel)
     with gr.Blocks(title="Fathom: panel", analytics_enabled=False) as demo:
         gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`" + (", only to be looked at" if panel.readonly else ""))
         timer = gr.Timer(SECONDS)
@@ -53,10 +56,13 @@ def build(panel: Panel) -> gr.Blocks:
                 evaluate = EvaluateTab(panel)
             with gr.Tab("Rollouts") as rolled:
                 rollouts = RolloutsTab(panel)
+            with gr.Tab("Inside") as opened:
+                inside = InsideTab(models)
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
         data.connect(shown, train.form)
         evaluate.connect(evaluated, timer)
         rollouts.connect(rolled, timer)
+        inside.connect(opened)
     return demo.queue(max_size=64)

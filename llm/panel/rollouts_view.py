@@ -128,7 +128,7 @@ def rollouts_page(panel: Panel, name: str | None, step: str, kind: str, place: i
 
 
 def by_source(rollouts: Sequence[Rollout]) -> str:
-    """Return a table of the rewards of a step: mean, standard error, lowest and highest of each source; "" without answers."""
+    """Return a table of rewards: mean, standard error, lowest and highest of each source; "" without answers."""
     if not rollouts:
         return ""
     sources = {"all together": [one.reward for one in rollouts]}
