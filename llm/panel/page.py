@@ -14,6 +14,7 @@ from llm.panel.data_tab import DataTab
 from llm.panel.evaluate_tab import EvaluateTab
 from llm.panel.inside_tab import InsideTab
 from llm.panel.models import PanelModels
+from llm.panel.preferences_tab import PreferencesTab
 from llm.panel.rollouts_tab import RolloutsTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
@@ -26,6 +27,7 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 PAGE = {
     "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS),
     "css": (HERE / "page.css").read_text(encoding="utf-8"),
+    "head": f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
     "footer_links": [],
     "run_history": False,
     "ssr_mode": False,
@@ -56,6 +58,8 @@ def build(panel: Panel) -> gr.Blocks:
                 evaluate = EvaluateTab(panel)
             with gr.Tab("Rollouts") as rolled:
                 rollouts = RolloutsTab(panel)
+            with gr.Tab("Preferences") as labelled:
+                preferences = PreferencesTab(models)
             with gr.Tab("Inside") as opened:
                 inside = InsideTab(models)
         runs.connect(demo, timer)
@@ -64,5 +68,6 @@ def build(panel: Panel) -> gr.Blocks:
         data.connect(shown, train.form)
         evaluate.connect(evaluated, timer)
         rollouts.connect(rolled, timer)
+        preferences.connect(labelled)
         inside.connect(opened)
     return demo.queue(max_size=64)
