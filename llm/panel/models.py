@@ -45,19 +45,21 @@ class PanelModels:
         """Return those of `names` that have learnt to answer."""
         return [name for name in self.names() if row_or_stranger(name.partition("/")[2]).is_chat]
 
-    def answers(
+    def answered(
         self, name: str, questions: Sequence[str], params: SamplingParams, samples: int = 1
-    ) -> list[list[Completion]]:
-        """Return answers to questions, as [question][sample]. Raises UserError for one that leaves no room for any."""
+    ) -> list[list[tuple[Completion, str]]]:
+        """Return answers to questions with their texts, as [question][sample]; calls of tools stand between marks.
+
+        A model that has not learnt to answer continues the question. Raises UserError for an empty one.
+        """
         with self._model(name) as model:
             prompts = [prompt_of(model, question) for question in questions]
-            return model.engine.generate(prompts, params, samples)
+            found = model.engine.generate(prompts, params, samples)
+            return [[(one, model.engine.tokenizer.decode(one.ids)) for one in own] for own in found]
 
     def texts(self, name: str, questions: Sequence[str], params: SamplingParams, samples: int = 1) -> list[list[str]]:
-        """Return the answers as texts, in which calls of tools stand between their marks."""
-        found = self.answers(name, questions, params, samples)
-        with self._model(name) as model:
-            return [[model.engine.tokenizer.decode(one.ids) for one in own] for own in found]
+        """Return the texts of `answered`."""
+        return [[content for _, content in own] for own in self.answered(name, questions, params, samples)]
 
     def ids_of(self, name: str, content: str, is_question: bool, length: int = 128) -> tuple[list[int], list[int]]:
         """Return the tokens of a text, or of a question with the model's greedy answer, and a mask.

@@ -43,13 +43,14 @@ def build(panel: Panel) -> gr.Blocks:
     """Build the page."""
     models = PanelModels(panel)
     with gr.Blocks(title="Fathom: panel", analytics_enabled=False) as demo:
-        gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`" + (", only to be looked at" if panel.readonly else ""))
+        chat = " · [Chat with the model that is served](/)" if panel.chat else ""
+        gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`{', only to be looked at' if panel.readonly else ''}{chat}")
         timer = gr.Timer(SECONDS)
         with gr.Tabs():
             with gr.Tab("Runs"):
                 runs = RunsTab(panel)
             with gr.Tab("Compare") as compared:
-                compare = CompareTab(panel)
+                compare = CompareTab(panel, models)
             with gr.Tab("Train"):
                 train = TrainTab(panel)
             with gr.Tab("Data") as shown:

@@ -17,6 +17,7 @@ from llm.cli.compose import compose
 from llm.errors import UserError
 from llm.panel.compare_tab import CompareTab
 from llm.panel.form import Form
+from llm.panel.models import PanelModels
 from llm.panel.page import build
 from llm.panel.runs_tab import NONE, RunsTab
 from llm.panel.serve import build_app, check_access
@@ -36,7 +37,7 @@ def panel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tabs(panel):
     with gr.Blocks():
-        return RunsTab(panel), CompareTab(panel), TrainTab(panel)
+        return RunsTab(panel), CompareTab(panel, PanelModels(panel)), TrainTab(panel)
 
 
 def test_the_table_opens_a_stage_and_the_timer_draws_it_again_only_when_it_changed(panel, tabs):
