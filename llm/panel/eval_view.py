@@ -14,7 +14,7 @@ from llm.run.formats import read_scores
 from llm.utils.format import percent, value
 
 MOST_STAGES = 12
-PER_PAGE = 20  # records
+PER_PAGE = 10  # records
 MOST_LETTERS = 6000  # of a prompt or an answer
 ANY = "all"
 Cells = dict[str, str]  # what a stage has for a score, by the score's name

@@ -1,5 +1,6 @@
 """The Evaluate tab: its components, and the functions behind them, which work without a browser."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -26,20 +27,17 @@ class EvaluateTab:
         with gr.Accordion("Evaluate the chosen stages", open=False, visible=may):
             self.chosen = gr.CheckboxGroup(list(evaluations.PARTS), value=PARTS_FIRST, label="Parts")
             self.names = sorted(evaluations.keys(), key=lambda name: name not in SHOWN_FIRST)
-            self.boxes = []
-            with gr.Row():
-                for name in self.names:
-                    with gr.Column(min_width=280):
-                        about, default = evaluations.about(name)
-                        self.boxes.append(gr.Textbox(label=name, info=about, placeholder=default, max_lines=2))
+            self.boxes = self._boxes(self.names[: len(SHOWN_FIRST)])
+            with gr.Accordion("Further keys", open=False):
+                self.boxes += self._boxes(self.names[len(SHOWN_FIRST) :])
             self.wrong = html("panel-eval-wrong")
             self.line = gr.Textbox(label="Command for the first of them", interactive=False, buttons=["copy"], lines=2)
             self.start = gr.Button("Start", variant="primary", min_width=120)
         self.job, self.stamp, self.shown = gr.State(None), gr.State(()), html("panel-eval-job")
         gr.Markdown("### Records")
         with gr.Row():
-            self.one = gr.Dropdown([], label="Of", scale=2, elem_id="panel-records-of", min_width=160)
-            self.part = gr.Dropdown([], label="Task", scale=2, elem_id="panel-records-part", min_width=160)
+            self.one = gr.Dropdown([], label="Of", scale=2, elem_id="panel-records-of", min_width=220)
+            self.part = gr.Dropdown([], label="Task", scale=2, elem_id="panel-records-part", min_width=220)
             self.verdict = gr.Dropdown([ANY], value=ANY, label="Verdict", min_width=120)
             self.subject = gr.Dropdown([ANY], value=ANY, label="Subject", min_width=120)
             self.words = gr.Textbox(label="Search", placeholder="words of question or answer", scale=2, min_width=160)
@@ -47,6 +45,16 @@ class EvaluateTab:
         with gr.Row():
             self.before = gr.Button("Records before", size="sm", min_width=120)
             self.next = gr.Button("Records after", size="sm", min_width=120)
+
+    @staticmethod
+    def _boxes(names: Sequence[str]) -> list[gr.Textbox]:
+        boxes = []
+        with gr.Row():
+            for name in names:
+                with gr.Column(min_width=260):
+                    about, default = evaluations.about(name)
+                    boxes.append(gr.Textbox(label=name, info=about, placeholder=default, max_lines=2))
+        return boxes
 
     def connect(self, tab: gr.Tab, timer: gr.Timer) -> None:
         """Connect the events."""

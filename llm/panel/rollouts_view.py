@@ -152,9 +152,12 @@ def _curves(panel: Panel, row: Row) -> str:
 
 
 def _question(group: Sequence[Rollout], largest: float, span: tuple[float, float]) -> str:
-    """Return a question with its answers, those with the highest advantage first."""
+    """Return a question with its answers, those with the highest advantage first; equal ones stand there once."""
     mean = float(np.mean([one.reward for one in group]))
-    answers = "".join(_answer(one, largest, span) for one in sorted(group, key=lambda one: -one.advantage))
+    alike: dict[tuple[Any, ...], list[Rollout]] = {}
+    for one in sorted(group, key=lambda one: -one.advantage):
+        alike.setdefault((one.pieces, one.advantage, one.reward, one.finish), []).append(one)
+    answers = "".join(_answer(same[0], len(same), largest, span) for same in alike.values())
     return (
         f'<article class="record"><p><b>question {group[0].question}</b> <small>{len(group)} answers, mean reward '
         f"{mean:.3g}</small></p>{block(_asked(group[0].prompt), 'asked')}{answers}</article>"
@@ -168,11 +171,12 @@ def _asked(prompt: str) -> str:
     return readable(prompt).strip()[-MOST_LETTERS:]
 
 
-def _answer(one: Rollout, largest: float, span: tuple[float, float]) -> str:
+def _answer(one: Rollout, times: int, largest: float, span: tuple[float, float]) -> str:
     low, high = span
     place = (one.reward - low) / (high - low) * 2 - 1 if high > low else 0.0
     several = len(one.rewards) > 1 or list(one.rewards.values()) != [one.reward]
     sources = "".join(f"<span>{text(name)} {number:.3g}</span>" for name, number in one.rewards.items() if several)
+    count = f"<b>× {times}</b>" if times > 1 else ""
     cut = "" if one.finish == "stop" else f"<span>ended by {text(one.finish)}</span>"
     shown, left = [], MOST_LETTERS
     for content, sampled in one.pieces:
@@ -182,13 +186,13 @@ def _answer(one: Rollout, largest: float, span: tuple[float, float]) -> str:
         shown.append(piece if sampled else f'<span class="forced">{piece}</span>')
         left -= len(content)
     return (
-        f'<div class="rollout">{coloured("advantage", one.advantage, one.advantage / largest)}'
-        f"{coloured('reward', one.reward, place)}{sources}<span>{one.length:,} tokens</span>{cut}"
+        f'<div class="rollout">{count}{coloured(f"advantage {one.advantage:+.3g}", one.advantage / largest)}'
+        f"{coloured(f'reward {one.reward:.3g}', place)}{sources}<span>{one.length:,} tokens</span>{cut}"
         f'<pre class="block" tabindex="0">{"".join(shown)}</pre></div>'
     )
 
 
-def coloured(name: str, number: float, place: float) -> str:
-    """Return a number on a colour. place: from -1 (bad) over 0 (none) to 1 (good)."""
+def coloured(content: str, place: float) -> str:
+    """Return a text on a colour. place: from -1 (bad) over 0 (none) to 1 (good)."""
     kind, strength = ("good" if place >= 0 else "bad"), round(min(abs(place), 1.0) * 45)
-    return f'<span class="tint {kind}" style="--much: {strength}%">{text(name)} {number:+.3g}</span>'
+    return f'<span class="tint {kind}" style="--much: {strength}%">{text(content)}</span>'

@@ -38,7 +38,7 @@ def test_the_last_step_is_shown_by_question_with_coloured_advantages(panel):
     assert with_rollouts(panel) == ["mine/pretrain"] and steps_of(panel, "mine/pretrain") == ["5", "4"]
     shown, place = rollouts_page(panel, "mine/pretrain", LAST, ALL, 0)
     assert "step 5: 2 of 2 questions, 1 to 2" in shown and place == 0
-    assert shown.count('class="rollout"') == 4 and "\n" not in shown
+    assert shown.count('class="rollout"') == 3 and shown.count("<b>× 2</b>") == 1 and "\n" not in shown
     assert '<span class="tint good" style="--much: 45%">advantage +0.5</span>' in shown
     assert '<span class="tint bad" style="--much: 45%">advantage -0.5</span>' in shown
     assert "<span>task 1</span><span>short 0.25</span><span>9 tokens</span><span>ended by length</span>" in shown
