@@ -46,7 +46,7 @@ class InsideTab:
                     self.attention = html("panel-attention")
                 with gr.Accordion("Attention of all layers and heads", open=False):
                     self.heads = html("panel-heads")
-                with gr.Accordion("Logit lens: what the residual stream says behind each layer", open=False):
+                with gr.Accordion("Logit lens", open=False):
                     self.lens, self.grid = html("panel-lens"), html("panel-lens-grid")
                 with gr.Accordion("Steps of the calculator", open=False):
                     self.calculator = html("panel-calculator")

@@ -1,6 +1,7 @@
 """Builds the Inside tab: tokens with their probabilities, attention, the logit lens, the calculator's steps."""
 
 import base64
+import math
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -13,7 +14,7 @@ from llm.panel.markup import Markup, block, page, table, text
 
 TOP = 8  # tokens of a table of what may come next
 LENS_TOP = 3
-COLOUR = (37, 99, 235)  # of attention; its strength is the share, so that it is seen on light and dark pages
+COLOUR = (59, 130, 246)  # of attention; its strength is the share, so that it is seen on light and dark pages
 SCALE = 0.5  # power of a share in its colour: small ones are seen too
 MARKS = {"\n": "⏎\n", "\t": "⇥\t"}
 CALL, CALL_END, OUT, OUT_END = "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"
@@ -54,17 +55,15 @@ def tokens_view(inside: Inside, mask: Sequence[int], at: int) -> str:
         kind = " at" if place == at else ""
         kind += " chosen" if mask[place] else ""
         spans.append(_tinted(shown(token), share, told, place, kind))
-    known = logprobs[1:]
-    mean = (
-        f", mean logprob {float(known.mean()):.3f} nats, perplexity {float((-known.mean()).exp()):.2f}"
-        if len(known)
-        else ""
-    )
+    known = logprobs[torch.tensor(mask, dtype=torch.bool)] if any(mask) else logprobs[1:]
+    whose = " of those that the model chose" if any(mask) else ""
+    mean = float(known.mean()) if len(known) else 0.0
+    about = f"{len(inside.ids)} tokens; mean logprob{whose} {mean:.3f} nats, perplexity {math.exp(-mean):.2f}"
     legend = "The stronger the colour, the likelier the model found the token." + (
         " Underlined tokens were chosen by the model; the others were given, or written by a tool." if any(mask) else ""
     )
     return page(
-        f"<p><b>{len(inside.ids)} tokens{mean}.</b> {legend} A click chooses a position.</p>",
+        f"<p><b>{about}.</b> {legend} A click chooses a position.</p>",
         f'<pre class="block tokens" tabindex="0">{"".join(spans)}</pre>',
     )
 
@@ -91,7 +90,7 @@ def next_view(inside: Inside, at: int, top: int = TOP) -> str:
     return page(
         f"<p><b>Behind position {at}, {text(named(inside.tokens[at]))}</b> the model expects "
         f"(entropy {entropy:.2f} nats; the token that follows is marked):</p>",
-        table(["rank", "token", "probability", "logprob", ""], lines, (0, 2, 3), "likely next tokens"),
+        table(["rank", "token", "probability", "logprob", "share"], lines, (0, 2, 3), "likely next tokens"),
     )
 
 
@@ -122,7 +121,7 @@ def positions_view(inside: Inside, top: int = 5) -> str:
 
 
 def _percents(pairs: Sequence[tuple[str, float]]) -> list[str]:
-    return [f"{named(token)} {100 * share:.1f} %" for token, share in pairs]
+    return [f"{named(token)} {100 * share:.1f}\u00a0%" for token, share in pairs]
 
 
 def attention_view(inside: Inside, layer: int, head: int, at: int) -> str:
@@ -137,7 +136,7 @@ def attention_view(inside: Inside, layer: int, head: int, at: int) -> str:
     ]  # fmt: skip
     order = sorted(range(at + 1), key=lambda place: -float(shares[place]))[:3]
     most = ", ".join(
-        f"{named(inside.tokens[place])} (position {place}) {100 * float(shares[place]):.0f} %" for place in order
+        f"{named(inside.tokens[place])} (position {place}) {100 * float(shares[place]):.0f}\u00a0%" for place in order
     )
     whole = picture(inside.attention[layer, head], f"attention of layer {layer + 1}, head {head + 1}")
     about = "Rows: the position that looks, from the top. Columns: where it looks."
@@ -158,7 +157,8 @@ def heads_view(inside: Inside) -> str:
             for head, one in enumerate(heads, 1)
         ]
         rows.append(f'<div class="heads">{"".join(maps)}</div>')
-    return page("<p>Layer.head of each map; each row of a map is a position and sums to 1.</p>", *rows)
+    about = "<p>Layer.head of each map; each row of a map is a position and sums to 1.</p>"
+    return page(about, f'<div class="layers">{"".join(rows)}</div>')
 
 
 def picture(weights: torch.Tensor, name: str) -> str:

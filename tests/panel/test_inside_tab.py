@@ -59,7 +59,9 @@ def test_tokens_have_the_probabilities_of_the_network(inside):
     assert ">&lt;</span>" in shown and "\n" not in shown and "⏎" in shown
     assert f"perplexity {float((-logprobs[1:].mean()).exp()):.2f}" in shown
     chosen = view.tokens_view(inside, [0] * (len(inside.ids) - 1) + [1], 0)
-    assert chosen.count("chosen") == 1 + 1, "one token, and the legend"
+    assert chosen.count(' chosen"') == 1 and f"model chose {float(logprobs[-1]):.3f} nats" in chosen
+    alone = look_inside(inside._net, inside._tokenizer, inside.ids[:1])
+    assert "1 tokens; mean logprob 0.000" in view.tokens_view(alone, [0], 0) and "nan" not in view.positions_view(alone)
 
 
 def test_the_next_tokens_are_the_likeliest_and_the_one_that_follows_is_marked(inside):
@@ -76,7 +78,7 @@ def test_attention_is_shown_as_text_and_as_maps(inside):
     shown = view.attention_view(inside, 1, 0, 3)
     shares = inside.attention[1, 0, 3]
     most = int(shares.argmax())
-    assert f"(position {most}) {100 * float(shares[most]):.0f} %" in shown and "Layer 2, head 1" in shown
+    assert f"(position {most}) {100 * float(shares[most]):.0f}\u00a0%" in shown and "Layer 2, head 1" in shown
     assert shown.count('class="heat') == 4, "nothing looks ahead"
     assert view.heads_view(inside).count("<img") == inside.attention.shape[0] * inside.attention.shape[1]
     assert view.attention_view(inside, 99, 99, 99).count("<img") == 1
@@ -97,7 +99,7 @@ def test_the_lens_ends_at_the_logits(inside):
     shown = view.lens_view(inside, 2)
     best, share = inside.likeliest(inside.logits[2], 1)[0]
     assert shown.count("<tr>") == len(inside.stream) + 1
-    assert f"{view.named(best)} {100 * share:.1f} %".replace("<", "&lt;") in shown
+    assert f"{view.named(best)} {100 * share:.1f}\u00a0%".replace("<", "&lt;") in shown
     torch.testing.assert_close(inside.lens(1)[2], inside.lens(1, 2))
     grid = view.lens_grid(inside)
     assert grid.count('class="heat') == len(inside.stream) * len(inside.ids)
