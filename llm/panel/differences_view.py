@@ -7,7 +7,7 @@ from llm.inference.sampling import SamplingParams
 from llm.panel.eval_view import mark, parts
 from llm.panel.markup import block, page, problem, section, table, text
 from llm.panel.models import PanelModels
-from llm.panel.records import Item, compare_items, read_items
+from llm.panel.records import Item, compare_items, read_items, sign_test
 from llm.panel.state import Panel
 from llm.tokenizer.chat_format import readable
 from llm.utils.format import value
@@ -56,14 +56,16 @@ def items_page(panel: Panel, one: str | None, other: str | None, part: str | Non
     except UserError as error:
         return page(problem(str(error)))
     found = compare_items(*sides)
-    counts = [["right", found.both, len(found.only_a)], ["wrong", len(found.only_b), found.neither]]
+    only_a, only_b = len(found.only_a), len(found.only_b)
+    counts = [["both", found.both], [f"only {one}", only_a], [f"only {other}", only_b], ["none of them", found.neither]]
     rest = f" {found.other:,} items are of one of them only, or have no verdict." if found.other else ""
-    about = f"Rows: {one}. Columns: {other}. With chance alone, the two counts off the diagonal would be about equal."
+    about = f"If neither were better, {only_a:,} and {only_b:,} would differ as much with p = "
+    about += f"{value(sign_test(only_a, only_b))} (exact sign test of McNemar)."
     return page(
-        table(["", "right", "wrong"], counts, (1, 2), "items by both verdicts"),
+        table(["who is right", "items"], counts, (1,), "items by both verdicts"),
         f"<p>{text(about + rest)}</p>",
-        section(f"Only {one} is right: {len(found.only_a):,}", *_items(found.only_a, one, other)),
-        section(f"Only {other} is right: {len(found.only_b):,}", *_items(found.only_b, one, other)),
+        section(f"Only {one} is right: {only_a:,}", *_items(found.only_a, one, other)),
+        section(f"Only {other} is right: {only_b:,}", *_items(found.only_b, one, other)),
     )
 
 

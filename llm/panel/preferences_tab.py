@@ -28,7 +28,7 @@ from llm.tokenizer.chat_format import readable
 
 TYPED = "typed above"
 ONE_BY_ONE = QUIET | {"concurrency_limit": 1, "concurrency_id": "labels"}
-BUTTONS = {"left": "← Left is better", "tie": "Tie (T)", "skip": "Skip (S)", "right": "Right is better →"}
+BUTTONS = {"left": "← Left is better", "right": "Right is better →", "tie": "Tie (T)", "skip": "Skip (S)"}
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Reads what evaluations leave item by item, in one form: question, answer, verdict. Compares two stages by item."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,13 @@ def compare_items(a: Sequence[Item], b: Sequence[Item]) -> Pairing:
     for found in (only_a, only_b):
         found.sort(key=lambda pair: pair[0].index)
     return Pairing(both, neither, only_a, only_b, other)
+
+
+def sign_test(a: int, b: int) -> float:
+    """Return the two-sided p-value of counts that chance alone would make equal (McNemar 1947, in its exact form)."""
+    n = a + b
+    tail = sum(math.comb(n, k) for k in range(min(a, b) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 def _by_question(items: Sequence[Item]) -> dict[tuple[int, str], list[Item]]:

@@ -4,12 +4,14 @@ import json
 
 import gradio as gr
 import pytest
+from scipy import stats
 from test_inside_tab import save_stage
 
 from llm.inference.sampling import SamplingParams
 from llm.panel.compare_tab import CompareTab
 from llm.panel.differences_view import answers_page, items_page, shared_parts
 from llm.panel.models import PanelModels
+from llm.panel.records import sign_test
 from llm.panel.state import Panel
 from llm.tokenizer.chat_format import readable
 
@@ -35,14 +37,20 @@ def test_items_that_one_alone_has_right_are_shown_with_both_answers(models):
     panel = models.panel
     assert shared_parts(panel, A, B) == ["records/choice"] and shared_parts(panel, A, None) == []
     shown = items_page(panel, A, B, "records/choice")
-    assert '<td>right</td><td class="n">1</td><td class="n">1</td>' in shown
-    assert '<td>wrong</td><td class="n">1</td><td class="n">1</td>' in shown
+    for who in ("both", f"only {A}", f"only {B}", "none of them"):
+        assert f'<td>{who}</td><td class="n">1</td>' in shown
+    assert "1 and 1 would differ as much with p = 1 (exact" in shown
     first, second = shown.index(f"Only {A} is right: 1"), shown.index(f"Only {B} is right: 1")
     assert "sft 1" in shown[first:second] and "pretrain 1" in shown[first:second]
     assert "sft 2" in shown[second:] and "pretrain 2" in shown[second:]
     assert "q1 &lt;b&gt;" in shown and "q0" not in shown and "\n" not in shown
     assert "Choose two stages" in items_page(panel, A, None, "records/choice")
     assert "no such records" in items_page(panel, A, B, "records/alone")
+
+
+def test_the_sign_test_is_that_of_a_fair_coin():
+    for a, b in ((0, 0), (6, 25), (25, 6), (3, 3), (0, 5)):
+        assert sign_test(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
 
 
 def test_both_answer_the_same_question(models):
