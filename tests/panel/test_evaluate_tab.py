@@ -2,17 +2,25 @@
 
 import json
 import subprocess
+import time
 
 import gradio as gr
 import pytest
 from experiment_runs import add_run
+from omegaconf import OmegaConf
+from processes import REPO
+from test_inside_tab import save_stage
 
+from llm.cli.compose import compose
 from llm.errors import UserError
+from llm.experiments.worker import log_of
 from llm.panel import evaluations, jobs
 from llm.panel.eval_view import choices, evaluated, parts, records_page, scores_page
 from llm.panel.evaluate_tab import EvaluateTab
 from llm.panel.records import Item, compare_items, parts_of, read_items
 from llm.panel.state import Panel
+from llm.run.stage_folder import write_manifest
+from llm.utils.files import plain
 
 SCORES = {
     "bpb": 1.25,
@@ -173,3 +181,25 @@ def test_the_tab_checks_starts_and_watches(panel, no_worker):
     assert tab.part_choices("mine/pretrain", None)["value"] == "records/choice"
     assert tab.filter_choices("mine/pretrain", "records/choice")[0]["choices"] == ["all", "right", "wrong"]
     assert "3 of 3 records" in tab.first("mine/pretrain", "records/choice", "all", "all", "")[0]
+
+
+@pytest.mark.slow
+def test_a_real_evaluation_runs_in_a_process_of_its_own(tmp_path, monkeypatch, tiny_tokenizer):
+    data = tmp_path / "data"
+    data.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    folder = save_stage(tmp_path / "runs", tiny_tokenizer)
+    cfg = compose("train", ["experiment=tiny", "stage=sft"])
+    config = {name: OmegaConf.to_container(cfg, resolve=True)[name] for name in ("stage", "data", "seed", "model")}
+    config |= {"trainer": {"accelerator": "cpu"}, "precision": {"compute": "fp32"}}
+    write_manifest(folder, {"stage": "sft", "status": "finished", "config": plain(config), "seconds": 1.0})
+    panel = Panel(tmp_path / "runs", tmp_path / "runs/queue.sqlite", (tmp_path / "runs", data))
+    (number,) = evaluations.start(panel, ["tiny/sft"], ["chat"], {"eval.max_per_task": "2", "eval.max_new_tokens": "4"})
+    end = time.monotonic() + 300
+    while (job := panel.queue.job(number)).state in ("queued", "running") and time.monotonic() < end:
+        time.sleep(0.5)
+    assert job.state == "done", jobs.tail_of(log_of(panel.queue, job))
+    parts_there = parts(panel, "tiny/sft")
+    assert parts_there and " of 2</td>" in scores_page(panel, ["tiny/sft"])
+    assert "2 of 2 records" in records_page(panel, "tiny/sft", parts_there[0], "all", "all", "", 0)[0]
