@@ -69,7 +69,7 @@ def tokens_view(inside: Inside, mask: Sequence[int], at: int) -> str:
 
 
 def _tinted(content: str, share: float, title: str, place: int, kind: str = "") -> str:
-    strength = round(60 * max(0.0, min(share, 1.0)) ** SCALE)
+    strength = round(50 * max(0.0, min(share, 1.0)) ** SCALE)
     label = text(title)
     return (
         f'<span class="heat{kind}" data-at="{place}" style="--much: {strength}%" title="{label}">{text(content)}</span>'

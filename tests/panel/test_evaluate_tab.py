@@ -125,6 +125,7 @@ def test_an_evaluation_is_a_job_of_typed_settings(panel, no_worker):
     assert numbers == [job.id] and job.script == "evaluate"
     data = f"paths.data={panel.folders[-1]}"
     assert job.settings == ["run=mine", "stage=pretrain", "eval=[bpb]", "eval.tokens=4096", data]
+    assert "evaluate run=mine" in jobs.queue_page(panel) and "evaluate run=mine" in jobs.job_label(job)
     assert {"eval.include_path", "eval.judges", "eval.bpb"} & evaluations.keys().keys() == set()
 
 
