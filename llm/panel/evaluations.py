@@ -1,5 +1,6 @@
 """Starts evaluations through the queue: evaluate.py in a process of its own, its settings those of the typed schema."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
@@ -14,7 +15,7 @@ from llm.errors import UserError
 from llm.experiments.queue import jobs_of
 from llm.experiments.queue_store import OPEN
 from llm.panel.defaults import LOCK
-from llm.panel.form import key_help, refusal
+from llm.panel.form import assigned, key_help, refusal
 from llm.panel.jobs import see_to_worker
 from llm.panel.state import Panel
 from llm.run.config_diff import flatten
@@ -23,6 +24,7 @@ from llm.utils.source import command
 
 PARTS = tuple(group_options("eval"))
 CLOSED = ("include_path", "judges", *PARTS)  # keys of eval: the first two load code, the others are the parts
+TASKS = re.compile(r"[\w\-,\[\] ]+")  # no paths: a task file of lm-eval may hold code
 MOST = 40  # stages at once
 
 
@@ -58,13 +60,19 @@ def settings(panel: Panel, name: str, chosen: Sequence[str], values: Mapping[str
         raise UserError(f"eval={wrong[0]}: choose from {', '.join(PARTS)}")
     panel.index.row(name)  # refuses a name that is none
     run, _, stage = name.partition("/")
-    words = [f"run={run}", f"stage={stage}", f"eval=[{','.join(part for part in PARTS if part in chosen)}]"]
+    words = [
+        assigned("run", run),
+        assigned("stage", stage),
+        f"eval=[{','.join(part for part in PARTS if part in chosen)}]",
+    ]
     for key, given in values.items():
         given = (given or "").strip()
         if not given:
             continue
         if key not in keys() or (wrong := refusal(key, given, panel.folders)) is not None:
             raise UserError(wrong if key in keys() else f"{key}: the panel does not set this key; use the terminal")
+        if key == "eval.tasks" and not TASKS.fullmatch(given):
+            raise UserError(f"{key}={given[:80]}: the panel takes names of tasks only, as in [arc_easy,hellaswag]")
         words.append(f"{key}={given}")
     with LOCK:
         check_overrides("evaluate", words)
@@ -72,7 +80,7 @@ def settings(panel: Panel, name: str, chosen: Sequence[str], values: Mapping[str
     places = {"paths.runs": (paths.runs, panel.runs), "paths.data": (paths.data, panel.folders[-1])}
     for key, (default, own) in places.items():  # the worker composes anew
         if Path(default).expanduser().absolute() != own:
-            words.append(f"{key}={own}")
+            words.append(assigned(key, own))
     return words
 
 

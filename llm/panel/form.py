@@ -26,6 +26,7 @@ from llm.utils.source import command
 GROUPS = ("experiment", "stage", "model", "arch", "optim", "data", "mixture", "trainer", "strategy")
 CLOSED = ("plugins", "trust", "paths", "hydra", "callbacks", "logger")  # not from a browser: code, folders, processes
 FILES = re.compile(r"(^|[._])(out|path|bundle|cache|mirror)$")  # keys whose value is a path in any case
+PLAIN = re.compile(r"[\w./%-]+")  # values that need no quotes
 NAMES = ("run",)  # keys whose value is a plain name, checked elsewhere
 MOST_PROBLEMS = 6  # that are looked for at once; each costs a composition
 MOST_LETTERS = 4000  # of a value
@@ -77,6 +78,12 @@ def _setting(key: str, given: str) -> str:
     except UserError:
         plain = False
     return line if plain or given == "null" else f"{key}={quoted(given)}"
+
+
+def assigned(key: str, content: object) -> str:
+    """Return key=content, the content in quotes where it has signs that Hydra's grammar knows."""
+    written = str(content)
+    return f"{key}={written if PLAIN.fullmatch(written) else quoted(written)}"
 
 
 def spec_of(key: str) -> Field | None:

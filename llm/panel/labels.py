@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.cli.compose import quoted
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
+from llm.panel.form import assigned
 from llm.panel.models import PanelModels
 from llm.panel.records import read_items
 from llm.panel.state import Panel
@@ -176,23 +176,20 @@ def recorded_questions(panel: Panel, name: str, part: str, n: int, seed: int) ->
 
 
 def settings_for(labels: Labels, data: str) -> list[str]:
-    """Return the settings by which stage=reward and stage=dpo train on a set, where the data option takes one so.
+    """Return the settings by which stage=reward and stage=dpo train on a set, where a data option takes it so.
 
-    data: name of the data option, as run.json has it. [] where the source must be described in a file, `source_of`.
+    data: name of the option, as run.json has it. [] where the source must be described in a file, `option_of`.
     """
-    path = str(labels.rows_file)
-    file = path if re.fullmatch(r"[\w./-]+", path) else quoted(path)
-    if data == "own":
-        return [f"data.preferences.labels.train={file}"]
     if data != "embedded":
         return []
     source = "data.preferences.politeness"  # one of its own sources makes room
-    changed = [f"{source}.{key}={content}" for key, content in (("source", "local"), ("train", file), ("test", TEST))]
-    return [*changed, f"~{source}.options.rule", "stage.preferences=[politeness]"]
+    changed = {"source": "local", "train": labels.rows_file, "test": TEST}
+    words = [assigned(f"{source}.{key}", content) for key, content in changed.items()]
+    return [*words, f"~{source}.options.rule", "stage.preferences=[politeness]"]
 
 
-def source_of(labels: Labels) -> str:
-    """Return the description of a set as a file of conf/data has it."""
-    return (
-        f"preferences:\n  {labels.name}: {{type: preference, source: local, train: {labels.rows_file}, test: {TEST}}}"
-    )
+def option_of(labels: Labels, data: str) -> str:
+    """Return a data option, the text of a file data/<name>.yaml, that adds a set to the option `data`."""
+    path = json.dumps(str(labels.rows_file), ensure_ascii=False)
+    source = f"{{type: preference, source: local, train: {path}, test: {TEST}}}"
+    return f"defaults:\n  - {data}\n  - _self_\npreferences:\n  {labels.name}: {source}\n"

@@ -14,10 +14,10 @@ from llm.panel.labels import (
     Labels,
     Pair,
     draw_pairs,
+    option_of,
     recorded_questions,
     sets_of,
     settings_for,
-    source_of,
     tally,
 )
 from llm.panel.markup import block, page, problem, section, table, text
@@ -172,13 +172,19 @@ class PreferencesTab:
         rows = by_choice["left"] + by_choice["right"]
         about = f"{labels.name}: {rows:,} rows of preferences, {by_choice['tie']:,} ties, {by_choice['skip']:,} skipped"
         wins = table(["A", "B", "A wins", "ties", "B wins"], tally(votes), (2, 3, 4), "wins") if tally(votes) else ""
-        settings = settings_for(labels, str((config.get("data") or {}).get("name")))
+        data = str((config.get("data") or {}).get("name") or "own")
+        settings = shlex.join(settings_for(labels, data))
         use = (
-            f"Settings of train.py stage=reward or stage=dpo:\n{shlex.join(settings)}"
+            f"Further settings of train.py stage=reward or stage=dpo:\n{settings}"
             if settings
-            else source_of(labels)
+            else _as_file(labels, data)
         )
         return page(f"<p><b>{text(about)}</b></p>", wins, section("Train on them", block(use), opened=False))
+
+
+def _as_file(labels: Labels, data: str) -> str:
+    head = f"A file my_conf/data/{labels.name}.yaml, for train.py --config-dir=my_conf data={labels.name} stage=dpo:"
+    return f"{head}\n{option_of(labels, data)}"
 
 
 def pair_page(work: Work) -> str:

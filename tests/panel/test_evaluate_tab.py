@@ -138,6 +138,7 @@ def test_an_evaluation_is_a_job_of_typed_settings(panel, no_worker):
         (["bpb"], {"eval.tokens": "many"}, "expected a whole number"),
         (["core"], {"eval.bundle": "/etc"}, "takes paths in these folders only"),
         (["lm_eval"], {"eval.include_path": "x"}, "does not set this key"),
+        (["lm_eval"], {"eval.tasks": "[data/mine.yaml]"}, "names of tasks only"),
         (["bpb"], {"plugins": "[os]"}, "does not set this key"),
         (["bpb"], {"eval.tokens": "${oc.env:HOME}"}, "no references"),
         (["bpb"], {"eval.tokens": "1,2"}, "needs -m"),
@@ -161,6 +162,15 @@ def test_a_panel_that_only_shows_starts_nothing_and_a_stage_must_exist(panel, no
 def test_the_worker_looks_where_the_panel_does(panel, tmp_path, monkeypatch):
     monkeypatch.chdir(panel.folders[-1])  # where the default folder of runs is another
     assert f"paths.runs={panel.runs}" in evaluations.settings(panel, "mine/pretrain", ["bpb"], {})
+
+
+def test_names_with_signs_of_the_grammar_are_put_in_quotes(tmp_path, panel, no_worker):
+    add_run(tmp_path / "my runs", "base-seed=1,2")
+    other = Panel(tmp_path / "my runs", tmp_path / "queue.sqlite", (tmp_path / "my runs", tmp_path / "data"))
+    evaluations.start(other, ["base-seed=1,2/pretrain"], ["bpb"], {})
+    (job,) = other.queue.jobs()
+    cfg = compose("evaluate", job.settings)
+    assert (cfg.run, cfg.paths.runs) == ("base-seed=1,2", str(other.runs))
 
 
 def test_the_tab_checks_starts_and_watches(panel, no_worker):

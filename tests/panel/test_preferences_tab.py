@@ -6,12 +6,12 @@ import gradio as gr
 import pytest
 from test_inside_tab import save_stage
 
-from llm.cli.compose import compose
+from llm.cli.compose import compose, find_sources
 from llm.cli.overrides import check_overrides
 from llm.data.preferences import PreferenceSteps, Usable
 from llm.errors import UserError
 from llm.panel import labels as labels_module
-from llm.panel.labels import Labels, Pair, draw_pairs, recorded_questions, sets_of, settings_for, source_of, tally
+from llm.panel.labels import Labels, Pair, draw_pairs, option_of, recorded_questions, sets_of, settings_for, tally
 from llm.panel.models import PanelModels
 from llm.panel.preferences_tab import PreferencesTab, Work, pair_page
 from llm.panel.state import Panel
@@ -60,12 +60,18 @@ def test_decisions_become_rows_and_ties_do_not(panel):
 
 
 @pytest.mark.parametrize("data", ["own", "embedded"])
-def test_reward_and_dpo_read_what_was_labelled(panel, tiny_tokenizer, data):
-    found = filled(panel)
+def test_reward_and_dpo_read_what_was_labelled(panel, tmp_path, tiny_tokenizer, data):
+    found, words = filled(panel), ["data=embedded"]
+    if data == "own":
+        assert settings_for(found, data) == []
+        (tmp_path / "my_conf/data").mkdir(parents=True)
+        (tmp_path / "my_conf/data/mine.yaml").write_text(option_of(found, data))
+        words = ["--config-dir", str(tmp_path / "my_conf"), "data=mine"]
     for stage in ("reward", "dpo"):
-        words = [f"data={data}", "run=tiny", f"stage={stage}", *settings_for(found, data)]
-        check_overrides("train", words)
-        cfg = compose("train", words)
+        line = [*words, "run=tiny", f"stage={stage}", *settings_for(found, data)]
+        check_overrides("train", line)
+        sources, argv = find_sources("train", line)
+        cfg = compose("train", argv, sources)
         names = list(cfg.data.preferences) if cfg.stage.preferences is None else list(cfg.stage.preferences)
         for split, n in (("train", 38), ("test", 2)):
             sources = build_preferences(cfg.data, names, split, Cache(panel.folders[-1]))
@@ -78,8 +84,6 @@ def test_reward_and_dpo_read_what_was_labelled(panel, tiny_tokenizer, data):
         chosen, rejected = map(tiny_tokenizer.decode, kept)
         assert "question" in chosen and CALL in chosen + rejected and "a <b>" in chosen + rejected
         assert tiny_tokenizer.special_id("<|python_start|>") in kept[0] + kept[1], "a call stays a call"
-    assert settings_for(found, "fineweb_edu") == []
-    assert f"train: {found.rows_file}, test: 5%" in source_of(found)
 
 
 def test_what_could_not_be_trained_on_is_refused(panel):
@@ -155,7 +159,7 @@ def test_the_tab_draws_decides_and_takes_back(models, panel):
     with pytest.raises(gr.Error, match="no decision to take back"):
         tab.take_back(Work(), "mine", None)
     assert "choose a stage" in tab.begin(None, None, "x", "typed above", 1, 8, 1)[1]
-    assert "problem" in tab.count("../x", None) and "preferences:&#10;" in tab.count("mine", None)
+    assert "problem" in tab.count("../x", None) and "preferences:&#10;  mine:" in tab.count("mine", None)
     assert "&lt;b&gt;" in pair_page(Work((pair(),)))
 
 
