@@ -296,7 +296,9 @@ class ApiConfig:
 class PanelConfig:
     """Config group `panel` of serve.py: the page of runs, comparisons and trainings (ui=panel)."""
 
-    readonly: bool = key("show runs and jobs, and start, stop, note, move and delete nothing, as for sharing")
+    readonly: bool = key(
+        "show runs and jobs, and start, stop, note, label, ask, move and delete nothing, as for sharing"
+    )
 
 
 @dataclass

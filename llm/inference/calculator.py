@@ -9,6 +9,7 @@ import ast
 import math
 import operator
 import re
+from collections.abc import Callable
 
 MAX_EXPRESSION = 256  # characters
 MAX_RESULT = 32  # characters
@@ -26,6 +27,8 @@ _OPERATORS = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%"}
+FAILURES = (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError)  # of a text that is no expression
 
 
 def calculate(expression: str) -> str | None:
@@ -35,33 +38,58 @@ def calculate(expression: str) -> str | None:
     results have no decimal point. Returns None for everything else, including division by zero and input that is too
     long.
     """
-    if len(expression) > MAX_EXPRESSION:
-        return None
     try:
-        strings = _STRING.findall(expression)
-        bare = _STRING.sub("", expression).replace(".count()", "0" if strings else "!")
-        if not _ARITHMETIC.fullmatch(_THOUSANDS.sub("", bare)):
-            return None
-        source = expression if strings else _THOUSANDS.sub("", expression)
-        return _format(_value(ast.parse(source.strip(), mode="eval").body))
-    except (SyntaxError, ValueError, ArithmeticError, MemoryError, RecursionError):
+        return _format(_value(_parsed(expression)))
+    except FAILURES:
         return None
 
 
-def _value(node: ast.expr) -> int | float:
-    """Return the value of a node of the calculator's language; raise ValueError for any other node."""
+def explain(expression: str) -> list[str]:
+    """Return the steps by which `calculate` gets its result, as in ["12 + 3 = 15", "15 * 2 = 30"]; [] without one."""
+    steps: list[str] = []
+    try:
+        result = _format(_value(_parsed(expression), steps.append))
+    except FAILURES:
+        return []
+    return [] if result is None else steps
+
+
+def _parsed(expression: str) -> ast.expr:
+    """Return an expression as a tree. Raises one of `FAILURES` for what the calculator does not take."""
+    if len(expression) > MAX_EXPRESSION:
+        raise ValueError("too long")
+    strings = _STRING.findall(expression)
+    bare = _STRING.sub("", expression).replace(".count()", "0" if strings else "!")
+    if not _ARITHMETIC.fullmatch(_THOUSANDS.sub("", bare)):
+        raise ValueError("signs that are not part of the calculator's language")
+    source = expression if strings else _THOUSANDS.sub("", expression)
+    return ast.parse(source.strip(), mode="eval").body
+
+
+def _value(node: ast.expr, tell: Callable[[str], None] | None = None) -> int | float:
+    """Return the value of a node of the calculator's language; raise ValueError for any other node.
+
+    tell: called with every step in words, inner ones first.
+    """
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return number
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(operand))
+            return _OPERATORS[type(op)](_value(operand, tell))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(left), _value(right))
+            a, b = _value(left, tell), _value(right, tell)
+            found = _OPERATORS[type(op)](a, b)
+            if tell is not None:
+                a, b, shown = (_format(number) or f"{number:.6g}" for number in (a, b, found))
+                tell(f"{a} {_SIGNS[type(op)]} {b} = {shown}")
+            return found
         case ast.Call(
             func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
             args=[ast.Constant(value=str() as part)],
             keywords=[],
         ):
+            if tell is not None:
+                tell(f"{part!r} stands in {text!r} {text.count(part)} times")
             return text.count(part)
     raise ValueError(f"{type(node).__name__} is not part of the calculator's language")
 

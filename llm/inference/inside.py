@@ -30,23 +30,27 @@ class Inside:
     _tokenizer: Any = field(repr=False)
 
     @torch.inference_mode()
-    def lens(self, layer: int) -> torch.Tensor:
+    def lens(self, layer: int, at: int | None = None) -> torch.Tensor:
         """Return the logits (T, V) that the network would give if it ended behind `layer` blocks, from 0 to L.
 
         This is the logit lens: the stream at that place goes through the final norm and the head. At L they are
-        `logits`. Raises ValueError for a layer that does not exist.
+        `logits`. at: a position, whose row (V,) alone is computed. Raises ValueError for a layer that does not exist.
         """
         if not 0 <= layer < len(self.stream):
             raise ValueError(f"layer={layer} must be between 0 and {len(self.stream) - 1}")
-        stream = self.stream[layer].to(self._net.device, self._net.compute_dtype)
-        return self._net.logits(self._net.final_norm(stream.unsqueeze(0)))[0].float().cpu()
+        stream = self.stream[layer] if at is None else self.stream[layer, at].unsqueeze(0)
+        stream = stream.to(self._net.device, self._net.compute_dtype)
+        logits = self._net.logits(self._net.final_norm(stream.unsqueeze(0)))[0].float().cpu()
+        return logits if at is None else logits[0]
 
     def likeliest(self, logits: torch.Tensor, n: int = 5) -> list[tuple[str, float]]:
         """Return the `n` likeliest tokens of a row of logits (V,), as texts with their probabilities, best first."""
         shares, ids = logits.softmax(-1).topk(min(n, len(logits)))
-        return [
-            (token_text(self._tokenizer, one), share) for one, share in zip(ids.tolist(), shares.tolist(), strict=True)
-        ]
+        return [(self.token_text(one), share) for one, share in zip(ids.tolist(), shares.tolist(), strict=True)]
+
+    def token_text(self, token: int) -> str:
+        """Return the text of any token of the vocabulary."""
+        return token_text(self._tokenizer, token)
 
 
 def token_text(tokenizer: Any, token: int) -> str:

@@ -26,6 +26,7 @@ from llm.utils.source import command
 GROUPS = ("experiment", "stage", "model", "arch", "optim", "data", "mixture", "trainer", "strategy")
 CLOSED = ("plugins", "trust", "paths", "hydra", "callbacks", "logger")  # not from a browser: code, folders, processes
 FILES = re.compile(r"(^|[._])(out|path|bundle|cache|mirror)$")  # keys whose value is a path in any case
+PLAIN = re.compile(r"[\w./%-]+")  # values that need no quotes
 NAMES = ("run",)  # keys whose value is a plain name, checked elsewhere
 MOST_PROBLEMS = 6  # that are looked for at once; each costs a composition
 MOST_LETTERS = 4000  # of a value
@@ -79,6 +80,12 @@ def _setting(key: str, given: str) -> str:
     return line if plain or given == "null" else f"{key}={quoted(given)}"
 
 
+def assigned(key: str, content: object) -> str:
+    """Return key=content, the content in quotes where it has signs that Hydra's grammar knows."""
+    written = str(content)
+    return f"{key}={written if PLAIN.fullmatch(written) else quoted(written)}"
+
+
 def spec_of(key: str) -> Field | None:
     """Return the schema field of a key, also below a user's name (`data.tasks.mine.limit`); None without one."""
     known = known_keys("train")
@@ -121,7 +128,7 @@ def entries(
         if kept if changed else (wanted or key in problems):
             choices = tuple(map(str, spec.metadata.get("choices") or ())) if spec is not None else ()
             default = _shown(base.get(key))
-            found.append(Entry(key, form.values.get(key), default, _help(spec), choices, problems.get(key, "")))
+            found.append(Entry(key, form.values.get(key), default, key_help(spec), choices, problems.get(key, "")))
     return found
 
 
@@ -135,7 +142,7 @@ def _shown(content: Any) -> str:
     return as_text(content) if not isinstance(content, list | dict) else str(content)
 
 
-def _help(spec: Field | None) -> str:
+def key_help(spec: Field | None) -> str:
     """Return the help of a key with its type and bounds."""
     if spec is None:
         return ""

@@ -137,7 +137,12 @@ def try_out(panel: Panel, form: Form, what: str, more: Sequence[str] = ()) -> st
 
 def job_label(job: Job) -> str:
     """Return a job in one line for a list."""
-    return f"{job.id}: {job.state}, {' '.join(job.settings)}"[:160]
+    return f"{job.id}: {job.state}, {words_of(job)}"[:160]
+
+
+def words_of(job: Job) -> str:
+    """Return the settings of a job, behind the name of its program where that is not train.py."""
+    return " ".join([*([] if job.script == "train" else [job.script]), *job.settings])
 
 
 def queue_page(panel: Panel) -> str:
@@ -151,7 +156,7 @@ def queue_page(panel: Panel) -> str:
     for job in jobs[-MOST_JOBS:]:
         result = "" if job.result is None else f"{job.metric or METRIC} {job.result:.5g}"
         took = duration(job.ended - job.started) if job.ended and job.started else ""
-        lines.append([job.id, waiting(job, jobs), " ".join(job.settings), result, took, job.message])
+        lines.append([job.id, waiting(job, jobs), words_of(job), result, took, job.message])
     idle = ""
     open_jobs = [job for job in jobs if job.state == "queued" and not job.waits_for]
     if open_jobs and not any(is_alive(job.owner, job.heartbeat) for job in jobs if job.state == "running"):

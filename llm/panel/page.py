@@ -11,6 +11,11 @@ from fastapi import FastAPI
 
 from llm.panel.compare_tab import CompareTab
 from llm.panel.data_tab import DataTab
+from llm.panel.evaluate_tab import EvaluateTab
+from llm.panel.inside_tab import InsideTab
+from llm.panel.models import PanelModels
+from llm.panel.preferences_tab import PreferencesTab
+from llm.panel.rollouts_tab import RolloutsTab
 from llm.panel.runs_tab import RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
@@ -29,6 +34,7 @@ COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2
 PAGE = {
     "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS).set(**COLOURS),
     "css": (HERE / "page.css").read_text(encoding="utf-8"),
+    "head": f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
     "footer_links": [],
     "run_history": False,
     "ssr_mode": False,
@@ -42,20 +48,34 @@ def mount(app: FastAPI, panel: Panel) -> None:
 
 def build(panel: Panel) -> gr.Blocks:
     """Build the page."""
+    models = PanelModels(panel)
     with gr.Blocks(title="Fathom: panel", analytics_enabled=False) as demo:
-        gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`" + (", only to be looked at" if panel.readonly else ""))
+        chat = " · [Chat with the model that is served](/)" if panel.chat else ""
+        gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`{', only to be looked at' if panel.readonly else ''}{chat}")
         timer = gr.Timer(SECONDS)
         with gr.Tabs():
             with gr.Tab("Runs"):
                 runs = RunsTab(panel)
             with gr.Tab("Compare") as compared:
-                compare = CompareTab(panel)
+                compare = CompareTab(panel, models)
             with gr.Tab("Train"):
                 train = TrainTab(panel)
             with gr.Tab("Data") as shown:
                 data = DataTab(panel)
+            with gr.Tab("Evaluate") as evaluated:
+                evaluate = EvaluateTab(panel)
+            with gr.Tab("Rollouts") as rolled:
+                rollouts = RolloutsTab(panel)
+            with gr.Tab("Preferences") as labelled:
+                preferences = PreferencesTab(models)
+            with gr.Tab("Inside") as opened:
+                inside = InsideTab(models)
         runs.connect(demo, timer)
         compare.connect(compared)
         train.connect(demo, timer)
         data.connect(shown, timer, train)
+        evaluate.connect(evaluated, timer)
+        rollouts.connect(rolled, timer)
+        preferences.connect(labelled)
+        inside.connect(opened)
     return demo.queue(max_size=64)

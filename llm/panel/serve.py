@@ -32,7 +32,7 @@ def serve(cfg: Any) -> None:
     """Serve the panel until SIGTERM or Ctrl-C. Raises UserError where others could reach a server without a key."""
     check_access(cfg)
     panel = Panel.of(cfg)
-    if cfg.run is not None or cfg.model is not None:
+    if panel.chat:
         beside = Beside(PATH, lambda app: add(app, panel, cfg.api.access_key))
         serve_model(cfg, model_name(cfg), sampling(cfg), beside)
         return

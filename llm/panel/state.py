@@ -21,19 +21,24 @@ CACHE = ".panel"  # in paths.runs; may be deleted at any time
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel over one folder of runs. folders: those of `paths.*`, beyond which no path of a setting may lead."""
+    """A panel over one folder of runs. folders: those of `paths.*`, beyond which no path of a setting may lead.
+
+    chat: whether a chat is served beside it, at `/`.
+    """
 
     runs: Path
     queue_file: Path
     folders: tuple[Path, ...]
     readonly: bool = False
+    chat: bool = False
 
     @classmethod
     def of(cls, cfg: Any) -> "Panel":
         """Return the panel that a configuration of serve.py describes."""
         runs, queue = Path(cfg.paths.runs).absolute(), Path(cfg.paths.queue).absolute()
         folders = (runs, Path(cfg.paths.data).expanduser().absolute())
-        return cls(runs, queue, folders, bool(cfg.panel.readonly))
+        has_chat = cfg.run is not None or cfg.model is not None
+        return cls(runs, queue, folders, bool(cfg.panel.readonly), has_chat)
 
     @cached_property
     def places(self) -> list[str]:

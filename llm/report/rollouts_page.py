@@ -5,7 +5,7 @@ Answers are text of anybody: everything is escaped, and the page's policy lets n
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,24 @@ def write_page(stage_dir: Path) -> Path | None:
 
     Raises UserError for a file that cannot be read.
     """
-    path = stage_dir / FILE
-    if not path.is_file():
+    if not (stage_dir / FILE).is_file():
         return None
-    try:
-        lines = read_bytes(path, MOST_BYTES).decode("utf-8", errors="replace").splitlines(keepends=True)
-        rows = [parse_json(line.encode(), path) for line in lines if line.endswith("\n")]
-        page = page_of(f"{stage_dir.parent.name}/{stage_dir.name}", rows)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, the next training writes it anew") from error
+    page = from_rows(stage_dir, lambda rows: page_of(f"{stage_dir.parent.name}/{stage_dir.name}", rows))
     write_atomic(stage_dir / PAGE, page)
     return stage_dir / PAGE
+
+
+def from_rows(stage_dir: Path, use: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    """Return what a function makes of the answers in rollouts.jsonl; a last line that is being written is left out.
+
+    Raises UserError for a file that cannot be read, or that the function cannot use.
+    """
+    path = stage_dir / FILE
+    try:
+        lines = read_bytes(path, MOST_BYTES).decode("utf-8", errors="replace").splitlines(keepends=True)
+        return use([parse_json(line.encode(), path) for line in lines if line.endswith("\n")])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, the next training writes it anew") from error
 
 
 def page_of(title: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -102,7 +109,7 @@ def _article(row: dict[str, Any], largest: float, low: float, high: float) -> st
     sources = "".join(
         f"<span>{escape(str(name))} {float(number):.3g}</span>" for name, number in row["rewards"].items()
     )
-    texts = _readable([str(text) for text, _ in row["pieces"]])
+    texts = readable_pieces([str(text) for text, _ in row["pieces"]])
     answer = "".join(
         f"<span>{escape(text)}</span>" if sampled else f'<span class="written">{escape(text)}</span>'
         for text, (_, sampled) in zip(texts, row["pieces"], strict=True)
@@ -116,7 +123,7 @@ def _article(row: dict[str, Any], largest: float, low: float, high: float) -> st
     )
 
 
-def _readable(pieces: Sequence[str]) -> list[str]:
+def readable_pieces(pieces: Sequence[str]) -> list[str]:
     """Return the pieces of an answer with calls of the calculator as the report has them: `⟨python: 12*3 = 36⟩`."""
     (call, call_end), (result, result_end) = PART_MARKS["python"], PART_MARKS["python_output"]
     signs = {call_end + result: " = ", call: "⟨python: ", result: " = ", result_end: "⟩"}

@@ -86,7 +86,7 @@ def split_calls(content: str | Sequence[Mapping[str, str]]) -> list[tuple[bool, 
     """
     pieces: list[tuple[bool, str]] = []
     before = ""
-    for part in _parts(content) if isinstance(content, str) else content:
+    for part in message_parts(content) if isinstance(content, str) else content:
         kind, text = part["type"], part["text"]
         if kind == "python_output" and before == "python":
             pieces[-1] = True, f"{pieces[-1][1]} = {text}"
@@ -101,7 +101,7 @@ def readable(content: str | Sequence[Mapping[str, str]]) -> str:
     return "".join(f"⟨python: {text}⟩" if is_call else text for is_call, text in split_calls(content))
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def message_parts(text: str) -> list[dict[str, str]]:
     """Return the parts of a text with marks: the reverse of `content_text`."""
     parts, end = [], 0
     for match in _MARKED.finditer(text):

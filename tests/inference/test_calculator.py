@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from llm.inference.calculator import MAX_EXPRESSION, MAX_RESULT, calculate
+from llm.inference.calculator import MAX_EXPRESSION, MAX_RESULT, calculate, explain
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,22 @@ def test_results(expression, result):
 )
 def test_refused(expression):
     assert calculate(expression) is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "steps"),
+    [
+        ("(12+3)*2", ["12 + 3 = 15", "15 * 2 = 30"]),
+        ("1,000/8-5%3", ["1000 / 8 = 125", "5 % 3 = 2", "125 - 2 = 123"]),
+        ("'tibet'.count('t')", ["'t' stands in 'tibet' 2 times"]),
+        ("7", []),
+        ("1/0", []),
+        ("2**3", []),
+    ],
+)
+def test_the_steps_are_told_inner_ones_first(expression, steps):
+    assert explain(expression) == steps
+    assert not steps or steps[-1].rpartition(" = ")[2] == calculate(expression) or "times" in steps[-1]
 
 
 def test_limits_keep_every_call_short():

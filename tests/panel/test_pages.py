@@ -17,8 +17,13 @@ from processes import REPO, start
 from llm.cli.compose import compose
 from llm.errors import UserError
 from llm.panel.compare_tab import CompareTab
+from llm.panel.evaluate_tab import EvaluateTab
 from llm.panel.form import Form
+from llm.panel.inside_tab import TEXT, InsideTab
+from llm.panel.labels import Pair
+from llm.panel.models import PanelModels
 from llm.panel.page import build
+from llm.panel.preferences_tab import PreferencesTab, Work
 from llm.panel.runs_tab import NONE, RunsTab
 from llm.panel.serve import build_app, check_access
 from llm.panel.state import Panel
@@ -37,7 +42,7 @@ def panel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tabs(panel):
     with gr.Blocks():
-        return RunsTab(panel), CompareTab(panel), TrainTab(panel)
+        return RunsTab(panel), CompareTab(panel, PanelModels(panel)), TrainTab(panel)
 
 
 def test_the_table_opens_a_stage_and_the_timer_draws_it_again_only_when_it_changed(panel, tabs):
@@ -207,7 +212,44 @@ def test_a_panel_that_only_shows_offers_no_button_that_changes(panel):
 
     look(fixed, False)
     assert {"Start", "Cancel", "Put away", "Delete for good", "Save", "Work on the queue"} <= hidden
-    assert "Refresh" not in hidden
+    assert {"Draw pairs", "← Left is better", "Undo (U)", "Ask both", "Look inside"} <= hidden
+    assert not {"Refresh", "Records after", "Questions after"} & hidden
+
+
+def test_a_panel_that_only_shows_refuses_what_a_hidden_button_would_ask_for(panel):
+    fixed = Panel(panel.runs, panel.queue_file, panel.folders, readonly=True)
+    models, name = PanelModels(fixed), "base-seed=1/pretrain"
+    with gr.Blocks():
+        evaluate, preferences = EvaluateTab(fixed), PreferencesTab(models)
+        inside, compare = InsideTab(models), CompareTab(fixed, models)
+    pair = Work((Pair("q", "a", "b", name, name),))
+    for act in (
+        lambda: evaluate.begin([name], ["bpb"], *[""] * len(evaluate.boxes)),
+        lambda: preferences.decide(pair, "left", "mine", None),
+        lambda: preferences.take_back(pair, "mine", None),
+    ):
+        with pytest.raises(gr.Error, match="panel.readonly=true"):
+            act()
+    for said in (
+        preferences.begin(name, name, "q", "typed above", 1.0, 8, 1)[1],
+        inside.begin(name, TEXT, "x")[1],
+        compare.answer(name, name, "q", 0.0, 8, 1),
+    ):
+        assert "panel.readonly=true" in said
+    assert not (panel.folders[-1] / "votes").exists() and not any(
+        job.script == "evaluate" for job in fixed.queue.jobs()
+    )
+
+
+def test_the_chat_beside_the_panel_is_a_link_away(panel):
+    def texts(made):
+        return [str(block["props"].get("value")) for block in made.get_config_file()["components"]]
+
+    beside = Panel(panel.runs, panel.queue_file, panel.folders, chat=True)
+    assert any("[Chat with the model that is served](/)" in one for one in texts(build(beside)))
+    assert not any("[Chat" in one for one in texts(build(panel)))
+    assert Panel.of(compose("serve", ["ui=panel", "run=demo"])).chat
+    assert not Panel.of(compose("serve", ["ui=panel"])).chat
 
 
 @pytest.mark.slow

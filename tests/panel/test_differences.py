@@ -1,0 +1,75 @@
+"""The Compare tab on answers: two stages asked the same, and items that one alone has right."""
+
+import json
+
+import gradio as gr
+import pytest
+from scipy import stats
+from test_inside_tab import save_stage
+
+from llm.inference.sampling import SamplingParams
+from llm.panel.compare_tab import CompareTab
+from llm.panel.differences_view import answers_page, items_page, shared_parts
+from llm.panel.models import PanelModels
+from llm.panel.records import sign_test
+from llm.panel.state import Panel
+from llm.tokenizer.chat_format import readable
+
+A, B = "tiny/sft", "tiny/pretrain"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_tokenizer):
+    root = tmp_path_factory.mktemp("differences") / "runs"
+    for stage, verdicts in (("sft", "ppff"), ("pretrain", "pfpf")):
+        folder = save_stage(root, tiny_tokenizer, stage, seed=len(stage)) / "records"
+        folder.mkdir()
+        rows = [
+            {"index": n, "prompt": f"q{n} <b>", "output": f"{stage} {n}", "verdict": "pass" if one == "p" else "fail"}
+            for n, one in enumerate(verdicts)
+        ]
+        (folder / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "tiny/sft/records/alone.jsonl").write_text("")
+    return PanelModels(Panel(root, root / "queue.sqlite", (root,)))
+
+
+def test_items_that_one_alone_has_right_are_shown_with_both_answers(models):
+    panel = models.panel
+    assert shared_parts(panel, A, B) == ["records/choice"] and shared_parts(panel, A, None) == []
+    shown = items_page(panel, A, B, "records/choice")
+    for who in ("both", f"only {A}", f"only {B}", "none of them"):
+        assert f'<td>{who}</td><td class="n">1</td>' in shown
+    assert "1 and 1 would differ as much with p = 1 (exact" in shown
+    first, second = shown.index(f"Only {A} is right: 1"), shown.index(f"Only {B} is right: 1")
+    assert "sft 1" in shown[first:second] and "pretrain 1" in shown[first:second]
+    assert "sft 2" in shown[second:] and "pretrain 2" in shown[second:]
+    assert "q1 &lt;b&gt;" in shown and "q0" not in shown and "\n" not in shown
+    assert "Choose two stages" in items_page(panel, A, None, "records/choice")
+    assert "no such records" in items_page(panel, A, B, "records/alone")
+
+
+def test_the_sign_test_is_that_of_a_fair_coin():
+    for a, b in ((0, 0), (6, 25), (25, 6), (3, 3), (0, 5)):
+        assert sign_test(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
+
+
+def test_both_answer_the_same_question(models):
+    shown = answers_page(models, A, B, "Who are <you>?", 0.0, 8, 1)
+    assert shown.count('class="side"') == 2 and A in shown and B in shown and "\n" not in shown
+    params = SamplingParams(temperature=0.0, max_new_tokens=8)
+    for name in (A, B):
+        ((content,),) = models.texts(name, ["Who are <you>?"], params)
+        assert readable(content).strip()[:3].replace("<", "&lt;").replace("\n", "&#10;") in shown
+    assert "mean logprob" in shown and "tokens, ended by " in shown
+    for wrong in ((None, B, "x"), (A, B, " "), (A, "no/where", "x")):
+        assert "problem" in answers_page(models, *wrong, 0.0, 8, 1)
+
+
+def test_the_tab_offers_what_both_have(models):
+    with gr.Blocks():
+        tab = CompareTab(models.panel, models)
+    one, other = tab.answering(A, None)
+    assert set(one["choices"]) == {A, B} and one["value"] == A and other["value"] is None
+    assert tab.parts(A, B, None)["value"] == "records/choice" == tab.parts(A, B, "records/choice")["value"]
+    assert "Only" in tab.differ(A, B, "records/choice")
+    assert tab.answer(A, B, "Hi", 0, 4, 1).count('class="side"') == 2
