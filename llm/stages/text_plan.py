@@ -55,7 +55,7 @@ def warnings_of(cfg, found: TextPlan, in_tables: int = 0) -> list[str]:
     if found.passes > 1 and in_tables > MOST_IN_TABLES * found.tokens:
         lines.append(
             f"arch.ngram_rows={cfg.arch.ngram_rows}: the tables have {in_tables:,} parameters, more than a quarter of "
-            f"the {found.tokens:,} tokens of text, which the run reads {found.passes:.1f} times: they learn it by heart. "
+            f"the {found.tokens:,} tokens of text, which the run reads {found.passes:.1f} times: too many. "
             "Set a smaller number, or arch.ngrams=[]; or add text, or set fewer max_steps"
         )
     return lines

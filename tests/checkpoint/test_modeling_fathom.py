@@ -24,6 +24,8 @@ FORMS = {
     "modern": MODERN,
     "february": MODERN | FEBRUARY,
     "further": MODERN | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"},
+    "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
+    "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},
     "documents": MODERN | {"bos_id": 324},
     "yarn": {"arch": "modern", "rope_scaling": "yarn", "rope_original": 24, "n_kv_head": 1},
@@ -63,7 +65,7 @@ def draw(*shape) -> torch.Tensor:
 def test_logits_with_padding_on_either_side_and_with_a_cache(form, tok, tmp_path):
     net, theirs = saved(tmp_path / "model", tok, form)
     ids, close = draw(3, 60), {"atol": 1e-5, "rtol": 0}
-    if form == "documents":
+    if form == "documents" or form.startswith("n-grams"):
         ids[:, [0, 20, 21]] = tok.bos_id
     expected = net(ids)
     assert torch.allclose(theirs(ids).logits, expected, **close)
