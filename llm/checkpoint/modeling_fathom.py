@@ -15,11 +15,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SMEAR_CHANNELS = 24
 EPS = torch.finfo(torch.float32).eps
-PRIME, FACTORS = 2**31 - 1, (  # of the hashes of n-grams: a row per part of a table, a column per id, newest first
-    (185_981_177, 1_137_067_680, 2_021_590_067),
-    (323_902_399, 40_330_515, 1_565_646_089),
-    (196_216_772, 1_595_807_544, 793_371_239),
-    (133_916_831, 1_636_180_724, 1_168_765_833),
+PRIME, FACTORS = (
+    2**31 - 1,
+    (  # of the hashes of n-grams: a row per part of a table, a column per id, newest first
+        (185_981_177, 1_137_067_680, 2_021_590_067),
+        (323_902_399, 40_330_515, 1_565_646_089),
+        (196_216_772, 1_595_807_544, 793_371_239),
+        (133_916_831, 1_636_180_724, 1_168_765_833),
+    ),
 )
 # Options of config.json's section `fathom.model` that the code below reads, or that say only how training began.
 READ = {
@@ -202,7 +205,10 @@ class NGrams(nn.Module):
             line.append(earlier.masked_fill(ends, nothing))
         found = 0
         for n in self.shape.ngrams:
-            hashes = [sum(x * a for x, a in zip(line[:n], row)) % PRIME % self.rows for row in FACTORS[: self.parts]]
+            hashes = [
+                sum(x * a for x, a in zip(line[:n], row, strict=False)) % PRIME % self.rows
+                for row in FACTORS[: self.parts]
+            ]
             places = torch.stack([h + part * self.rows for part, h in enumerate(hashes)], -1)
             found = found + self.tables[str(n)](places).flatten(-2)
         return found

@@ -90,9 +90,10 @@ def test_logits_with_padding_on_either_side_and_with_a_cache(form, tok, tmp_path
         assert torch.allclose(cached[row, 40 - n :], expected[row, :n], **close)
 
 
-def test_generate_pipeline_chat_template_and_a_step_of_a_trainer(tok, tmp_path):
+@pytest.mark.parametrize("form", ["modern", "n-grams"])
+def test_generate_pipeline_chat_template_and_a_step_of_a_trainer(form, tok, tmp_path):
     folder = tmp_path / "model"
-    net, theirs = saved(folder, tok, "modern")
+    net, theirs = saved(folder, tok, form)
     hf_tok = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Who are you?"}]
     prompt = hf_tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
