@@ -76,7 +76,7 @@ class _KeptRows(torch.autograd.Function):
 class NGrams(nn.Module):
     """The tables of a network, one for each n of `config.ngrams`, and a number per layer by which their sum is scaled.
 
-    width: of what they return. `GPT.init_weights` fills the weights.
+    `scalars` (n_layer,) are applied by the network. `init_weights` fills the weights.
     """
 
     def __init__(self, config: GPTConfig):
