@@ -14,7 +14,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos
+.PHONY: help setup demo demo-rl bench-rl test test-full browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos llama-cpp
 .PHONY: table report inspect show-data clean
 
 help: ## list the targets
@@ -94,6 +94,14 @@ SCHEMATHESIS := $(VENV)/schemathesis/bin/schemathesis
 $(SCHEMATHESIS):
 	$(PYTHON) -m venv $(VENV)/schemathesis
 	$(VENV)/schemathesis/bin/pip install --disable-pip-version-check $(PIP_ARGS) 'schemathesis>=4,<5'
+
+LLAMA_CPP := $(VENV)/llama-cpp/bin/python
+llama-cpp: $(STAMP) $(LLAMA_CPP) ## llama.cpp, compiled in minutes, and the tests that hold it against our engine
+	$(PY) -m pytest tests/export/test_llama_cpp.py
+$(LLAMA_CPP):
+	$(PYTHON) -m venv $(VENV)/llama-cpp
+	$(VENV)/llama-cpp/bin/pip install --disable-pip-version-check $(PIP_ARGS) 'llama-cpp-python>=0.3.16' || \
+	  { rm -rf $(VENV)/llama-cpp; exit 1; }
 
 abuse: $(STAMP) $(SCHEMATHESIS) ## 10,000 requests made from the server's own /openapi.json (ARGS="--requests 1000")
 	$(PY) tests/abuse.py --schemathesis $(SCHEMATHESIS) $(ARGS)

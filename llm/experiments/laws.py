@@ -19,7 +19,10 @@ LARGEST_EXPONENT = 2.0
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run: N parameters, D tokens, C FLOPs and the loss on held-out text; the FLOPs that it was given."""
+    """One finished run: N parameters, D tokens, C FLOPs and the loss on held-out text; the FLOPs that it was given.
+
+    seeds: of how many runs the loss is the mean.
+    """
 
     params: float
     tokens: float
@@ -27,6 +30,7 @@ class Point:
     loss: float
     depth: int = 0
     budget: float = 0.0
+    seeds: int = 1
 
 
 @dataclass(frozen=True)

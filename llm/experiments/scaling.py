@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llm.cli.compose import compose
@@ -33,16 +34,21 @@ RESERVED = ("stage", "run", "model", "max_steps", "stage.target_flops", "stage.t
 
 @dataclass(frozen=True)
 class Job:
-    """One pretraining of a series: its depth, its training FLOPs and the factor on all its learning rates."""
+    """One pretraining of a series: its depth, its training FLOPs and the factor on all its learning rates.
+
+    seed: None = that of the series' settings.
+    """
 
     depth: int
     flops: float
     lr_frac: float = 1.0
+    seed: int | None = None
 
     def name(self, series: str) -> str:
-        """Return the name of the run, as `laws-d4-2e13` or `laws-d4-2e13-lr0.5`."""
+        """Return the name of the run, as `laws-d4-2e13`, `laws-d4-2e13-lr0.5` or `laws-d4-2e13-s1`."""
         rate = "" if self.lr_frac == 1 else f"-lr{self.lr_frac:g}"
-        return f"{series}-d{self.depth}-{budget(self.flops)}{rate}"
+        seed = "" if self.seed is None else f"-s{self.seed}"
+        return f"{series}-d{self.depth}-{budget(self.flops)}{rate}{seed}"
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Series:
     flops: list[float]
     held_out_flops: list[float]
     lr_fracs: list[float]
+    more_seeds: list[int]
     runs: Path
     settings: list[str]
     skipped: list[str] = field(default_factory=list)
@@ -65,10 +72,14 @@ class Series:
         return {depth: of[depth] for depth in sorted(of)}
 
     def jobs(self) -> list[Job]:
-        """Return all runs, small budgets first; those that compare learning rates take a depth's smallest budget."""
+        """Return all runs, small budgets first, then the same with more seeds, then those that compare learning rates.
+
+        The last take a depth's smallest budget.
+        """
         of = self.budgets()
         jobs = [Job(depth, flops) for depth, budgets in of.items() for flops in budgets]
         jobs.sort(key=lambda job: job.flops)
+        jobs += [replace(job, seed=seed) for seed in self.more_seeds for job in jobs]
         return jobs + [Job(depth, of[depth][0], frac) for depth in of for frac in self.lr_fracs if frac != 1]
 
 
@@ -109,6 +120,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     parser.add_argument(
         "--lr-fracs", type=_real, default="", help="factors on all learning rates, compared at every depth"
     )
+    parser.add_argument(
+        "--more-seeds", type=_whole, default="", help="further seeds: every run is made with these too, and means count"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of train.py for all runs")
     args = parser.parse_intermixed_args(argv)
@@ -129,10 +143,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     wanted = [_wanted(text) for text in filter(None, args.predict.split(","))]
     flops = sorted(set(args.flops))
     held_out_flops = sorted(set(args.held_out_flops)) or flops
-    series = Series(
-        args.name, args.depths, args.held_out, flops, held_out_flops, args.lr_fracs, args.runs, args.settings
-    )
+    budgets = (flops, held_out_flops, args.lr_fracs)
+    series = Series(args.name, args.depths, args.held_out, *budgets, args.more_seeds, args.runs, args.settings)
     check_overrides("train", _overrides(series, series.jobs()[0]))
+    own = compose("train", ["stage=pretrain", *args.settings]).seed
+    seeds = [own, *args.more_seeds]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise UserError(f"--more-seeds: seed {twice[0]} is there twice (that of the settings is {own}); give each once")
     return series, wanted
 
 
@@ -166,6 +183,7 @@ def _overrides(series: Series, job: Job) -> list[str]:
         f"stage.target_flops={job.flops:g}",
         f"stage.lr_frac={job.lr_frac:g}",
     ]
+    own += [] if job.seed is None else [f"seed={job.seed}"]
     names = [f"run={job.name(series.name)}", f"init_from={series.name}/tokenizer", f"paths.runs={series.runs}"]
     return ["stage=pretrain", *series.settings, *own, *names]
 
@@ -258,9 +276,12 @@ def _point(folder: Path, job: Job) -> Point:
 
 
 def _points(series: Series, depths: Sequence[int]) -> list[Point]:
-    """Return the finished runs of these depths with the learning rates of the rule."""
-    jobs = [job for job in series.jobs() if job.depth in depths and job.lr_frac == 1]
-    return [_point(folder, job) for job in jobs if _is_finished(folder := _folder(series, job))]
+    """Return the finished runs of these depths with the learning rates of the rule, seeds of one run as their mean."""
+    found: dict[Job, list[Point]] = {}
+    for job in series.jobs():
+        if job.depth in depths and job.lr_frac == 1 and _is_finished(folder := _folder(series, job)):
+            found.setdefault(replace(job, seed=None), []).append(_point(folder, job))
+    return [replace(points[0], loss=fmean(p.loss for p in points), seeds=len(points)) for points in found.values()]
 
 
 def _tell(series: Series, wanted: list[Job], vocab: int) -> None:

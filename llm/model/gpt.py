@@ -125,14 +125,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One Transformer block: attention and MLP, each behind a norm and added to the residual stream (B, T, n_embd)."""
 
+    dropout = 0.0  # share of what attention and MLP add that training passes zero, set by callbacks.dropout
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.norm_1, self.attn = make_norm(config), Attention(config, layer)
         self.norm_2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x, value_embed, rotary, mask, backend, cache, positions):
-        x = x + self.attn(self.norm_1(x), value_embed, rotary, mask, backend, cache, positions)
-        return x + self.mlp(self.norm_2(x))
+        x = x + self.dropped(self.attn(self.norm_1(x), value_embed, rotary, mask, backend, cache, positions))
+        return x + self.dropped(self.mlp(self.norm_2(x)))
+
+    def dropped(self, update: torch.Tensor) -> torch.Tensor:
+        return F.dropout(update, self.dropout) if self.dropout and torch.is_grad_enabled() else update
 
 
 def build_network(config: GPTConfig) -> "GPT":

@@ -9,6 +9,7 @@ switches, off by default, are in `llm.optim.muon_switches`.
 import torch
 from torch.optim.adamw import adamw as fused_adamw
 
+from llm.optim import muon_cpu
 from llm.optim.muon_switches import (
     SWITCHES,
     agreeing,
@@ -66,8 +67,10 @@ def row_mean_square(update: torch.Tensor, always_rows: bool = False) -> torch.Te
 
     fp32, of shape (n, r, 1) or (n, 1, c). always_rows: rows, also where columns are more.
     """
-    dim = -1 if always_rows or update.size(-2) >= update.size(-1) else -2
-    return update.float().square().mean(dim=dim, keepdim=True)
+    of_rows = always_rows or update.size(-2) >= update.size(-1)
+    if muon_cpu.computes([update], muon_cpu.STACK_DTYPES):
+        return muon_cpu.row_mean_square(update, of_rows)
+    return update.float().square().mean(dim=-1 if of_rows else -2, keepdim=True)
 
 
 def row_factors(mean_square: torch.Tensor, second_moment: torch.Tensor, beta2: float) -> torch.Tensor:
@@ -101,26 +104,10 @@ def muon_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
     """Return what Muon adds to matrices (r, c) of one shape, without weight decay: (n, r, c), fp32 or wider."""
-    (rows, cols), beta2, method = grads[0].shape, group["normuon_beta2"], group["orthogonalizer"]
+    (rows, cols), beta2 = grads[0].shape, group["normuon_beta2"]
     if group["head_rows"]:
         return step_of_heads(group, grads, states)
-    buffers = [s["momentum_buffer"] for s in states]
-    torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-    if group["slow_momentum"] is not None:
-        buffers = two_averages(group, grads, buffers, states)
-    update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov: look ahead
-    if group["soap_beta"] is not None:
-        update = soap(group, update, torch.stack(grads), states)
-    if group["muon2_beta"] is not None:
-        update = muon2(group, update, torch.stack(grads), states)
-    dtype = torch.bfloat16 if group["in_bf16"] else update.dtype
-    if group["row_normalize"]:  # rows of length 1 make matrices of norm sqrt(rows)
-        margin = group["norm_margin"] or NORM_MARGIN[method]
-        lengths = update.norm(dim=-1, keepdim=True).clamp_min_(1e-10) * (rows**0.5 * margin)
-        update = torch.div(update, lengths, out=torch.empty_like(update, dtype=dtype))
-        update = polar_iterations(update, group["ns_steps"], method)
-    else:
-        update = orthogonalize(update, group["ns_steps"], method, dtype, group["norm_margin"])
+    update = orthogonalize_ahead(group, grads, states)
     factors = torch.ones((1, 1, 1), device=update.device)  # makes what it multiplies fp32
     mean_square = row_mean_square(update, group["normuon_rows"]) if beta2 is not None or group["renormalize"] else None
     if group["renormalize"]:  # to the norm of an exactly semi-orthogonal matrix
@@ -131,8 +118,38 @@ def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
         moments = torch.stack([s["second_moment"] for s in states])
         factors = factors * row_factors(mean_square, moments, beta2)
         torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
-    step = update * (factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5))
+    factors = factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5)
+    if beta2 is not None and muon_cpu.computes([update], muon_cpu.STACK_DTYPES):  # factors of rows or columns
+        step = muon_cpu.scaled(update, factors)
+    else:
+        step = update * factors
     return agreeing(step, torch.stack(grads)) if group["cautious_update"] else step
+
+
+def orthogonalize_ahead(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
+    """Return the polar factors of Nesterov's updates of matrices (r, c): (n, r, c). The momentum changes in place."""
+    momentum, method = group["momentum"], group["orthogonalizer"]
+    dtype = torch.bfloat16 if group["in_bf16"] else grads[0].dtype
+    # Rows of length 1 make matrices of norm sqrt(rows).
+    length = grads[0].size(0) ** 0.5 * (group["norm_margin"] or NORM_MARGIN[method])
+    buffers = [s["momentum_buffer"] for s in states]
+    switched = any(group[name] is not None for name in ("slow_momentum", "soap_beta", "muon2_beta"))
+    if group["row_normalize"] and not switched and muon_cpu.computes([*grads, *buffers]):
+        update = muon_cpu.look_ahead(grads, buffers, momentum, length, dtype)
+        return polar_iterations(update, group["ns_steps"], method)
+    torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    if group["slow_momentum"] is not None:
+        buffers = two_averages(group, grads, buffers, states)
+    update = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov: look ahead
+    if group["soap_beta"] is not None:
+        update = soap(group, update, torch.stack(grads), states)
+    if group["muon2_beta"] is not None:
+        update = muon2(group, update, torch.stack(grads), states)
+    if not group["row_normalize"]:
+        return orthogonalize(update, group["ns_steps"], method, dtype, group["norm_margin"])
+    lengths = update.norm(dim=-1, keepdim=True).clamp_min_(1e-10) * length
+    update = torch.div(update, lengths, out=torch.empty_like(update, dtype=dtype))
+    return polar_iterations(update, group["ns_steps"], method)
 
 
 def step_of_heads(group: dict, grads: list[torch.Tensor], states: list[dict]) -> torch.Tensor:
@@ -162,6 +179,9 @@ def muon_apply(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> N
     decay = group["lr"] * group["weight_decay"]
     if not (decay and group["cautious"]):
         decay_and_add(group, params, step)
+        return
+    if muon_cpu.computes([*params, step]):
+        muon_cpu.apply(params, step, decay)
         return
     weights = torch.stack([p.detach() for p in params])
     decayed = (step * weights).le_(0).mul_(weights)  # 0 or 1 in fp32: masks of booleans are slow on a CPU

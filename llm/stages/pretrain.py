@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from omegaconf import OmegaConf
 
+from callbacks.dropout import Dropout
 from llm.data.balance import Reading
 from llm.data.documents import DocumentSource, text_id, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
+from llm.errors import UserError
 from llm.eval.samples import text_prompts
 from llm.model.config import num_params
-from llm.model.gpt import GPT, build_network
+from llm.model.gpt import GPT, Block, build_network
 from llm.parallel.launch import processes
 from llm.scaling.gpu_estimate import named_gpu
 from llm.scaling.rules import micro_batches
@@ -54,6 +56,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens, in_tables)
     planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)
+    check_dropout(cfg, net)
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
         reads, packing = (text.train, fitted.packing) if split == "train" else (text.val, VAL_PACKING)
@@ -72,7 +75,17 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         StepData(lambda position: loader("train", layout, position)),
         derived(cfg, planned, net) | fitted.facts() | dropped,
     )
-    return BuiltStage(module, data, numbers, reading=reading(cfg, text, tokenizer, fitted.packing))
+    dropout = [] if cfg.stage.dropout is None else [Dropout(cfg.stage.dropout, cfg.seed)]
+    return BuiltStage(module, data, numbers, dropout, reading=reading(cfg, text, tokenizer, fitted.packing))
+
+
+def check_dropout(cfg, net: GPT) -> None:
+    """Raise UserError where `stage.dropout` would change nothing: in blocks with a forward pass of their own."""
+    if cfg.stage.dropout is not None and any(type(block).forward is not Block.forward for block in net.transformer.h):
+        raise UserError(
+            f"stage.dropout={cfg.stage.dropout}: the blocks of arch={net.config.arch} compute their own forward pass; "
+            "set stage.dropout=null"
+        )
 
 
 def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:

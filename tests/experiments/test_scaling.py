@@ -74,6 +74,26 @@ def test_a_series_is_run_once_and_predicts_what_it_did_not_fit(tmp_path, trained
     assert series(tmp_path) == 0 and not trained, "what is finished was run again"
 
 
+def test_more_seeds_are_runs_of_their_own_whose_mean_counts(tmp_path, trained, capsys):
+    assert series(tmp_path, "--more-seeds", "1,2") == 0
+    seeds = [line.get("seed") for line in trained[1:]]
+    assert seeds == [None] * 12 + ["1"] * 12 + ["2"] * 12
+    assert {line["run"] for line in trained if line.get("model") == "d3" and line.get("seed") == "2"} == {
+        f"s-d3-{flops}-s2" for flops in ("1e11", "2e11", "4e11")
+    }
+    manifest = tmp_path / "s-d2-2e11-s1" / "pretrain"
+    facts = read_manifest(manifest)
+    before = facts["metrics"]["bpb"]
+    write_manifest(manifest, facts | {"metrics": {"bpb": before + 0.3}})
+    assert series(tmp_path, "--more-seeds", "1,2") == 0
+    points = read_json(tmp_path / "s" / "scaling.json")["points"]
+    assert {point["seeds"] for point in points} == {3} and len(points) == 9
+    changed = next(point for point in points if point["depth"] == 2 and point["budget"] == 2e11)
+    assert changed["loss"] == pytest.approx(before + 0.1)
+    assert series(tmp_path, "--more-seeds", "1,1") == 1
+    assert "seed 1 is there twice" in capsys.readouterr().err
+
+
 def test_depths_held_out_have_budgets_of_their_own(tmp_path, trained):
     assert series(tmp_path, "--held-out-flops", "4e11", "--lr-fracs", "0.5") == 0
     told = read_json(tmp_path / "s" / "scaling.json")
