@@ -140,6 +140,26 @@ def test_the_optimizer_updates_tables_alike_whether_gradients_are_kept_or_not(op
     assert 0.5 < still < 1
 
 
+def test_a_training_that_goes_on_from_a_saved_state_is_equal_bit_by_bit():
+    keys, ids = compose("train").optim, drawn(2, 21)
+
+    def steps(net, optimizer, first, last):
+        for step in range(first, last):
+            inputs = (ids + 9 * step) % BOS
+            net(inputs[:, :-1], inputs[:, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, begun, resumed = network(True), network(True), network(True)
+    steps(whole, build_optimizer(whole, keys), 0, 4)
+    steps(begun, before := build_optimizer(begun, keys), 0, 2)
+    resumed.load_state_dict(begun.state_dict())
+    after = build_optimizer(resumed, keys)
+    after.load_state_dict(before.state_dict())
+    steps(resumed, after, 2, 4)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_keys_of_the_tables_set_rate_betas_and_decay():
     lines = ("optim.ngram_lr=0.5", "optim.ngram_betas=[0.1,0.2]", "optim.ngram_decay=0.3")
     groups = build_optimizer(network(), compose("train", *lines).optim).param_groups

@@ -126,11 +126,7 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
 @pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
 def test_processes_train_the_tables_of_one(trained, strategy, other, tmp_path):
     """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
-    (own, alone), (folder, results) = trained("auto", 1, "ngrams"), trained(strategy, 2, "ngrams")
-    if other == "auto":  # one process that goes on by itself: bit by bit
-        again = job(1, "auto", tmp_path, ("ngrams",), own / "ngrams" / "step_000002.ckpt", steps=4)["ngrams"]["weights"]
-        assert all(torch.equal(again[name], weight) for name, weight in alone["ngrams"]["weights"].items())
-        shutil.rmtree(tmp_path / "ngrams")
+    (_, alone), (folder, results) = trained("auto", 1, "ngrams"), trained(strategy, 2, "ngrams")
     checkpoint = folder / "ngrams" / "step_000002.ckpt"
     resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ngrams",), checkpoint, steps=4)
     table = alone["ngrams"]["weights"]["ngrams.tables.3.weight"]
