@@ -2,7 +2,8 @@
 
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
-adapter, `averaged` hands over an average of the weights. With a checkpoint it goes on from there.
+adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams. With a checkpoint it goes on
+from there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -46,7 +47,7 @@ from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
-EVEN = ("pretrain", "clipped", "sft", "lora")  # in the lengths and numbers of micro-batches
+EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams")  # in the lengths and numbers of micro-batches
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 
 
@@ -56,7 +57,7 @@ def micro_batch(kind: str, step: int, number: int) -> dict:
     length = 24 if kind in EVEN else 8 + int(torch.randint(0, 16, (), generator=g))
     ids = torch.randint(0, VOCAB, (2, length + 1), generator=g)
     micro = {"inputs": ids[:, :-1], "targets": ids[:, 1:].clone()}
-    if kind not in ("pretrain", "clipped"):
+    if kind not in ("pretrain", "clipped", "ngrams"):
         micro["targets"][torch.rand(micro["targets"].shape, generator=g) < 0.2 * number] = -1
     if kind == "grpo":
         micro["weights"] = torch.randn(2, 1, generator=g).expand(2, length).contiguous()
@@ -120,6 +121,8 @@ OBJECTIVES = {
 def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tuple[StepModule, L.Trainer]:
     kind, _, adapter = name.partition("-")
     config = replace(model_config(CFG.model, CFG.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
+    if kind == "ngrams":
+        config = replace(config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9)
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
     if "lora" in (kind, adapter):

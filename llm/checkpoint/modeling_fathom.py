@@ -15,12 +15,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SMEAR_CHANNELS = 24
 EPS = torch.finfo(torch.float32).eps
+PRIME, FACTORS = (
+    2**31 - 1,
+    (  # of the hashes of n-grams: a row per part of a table, a column per id, newest first
+        (185_981_177, 1_137_067_680, 2_021_590_067),
+        (323_902_399, 40_330_515, 1_565_646_089),
+        (196_216_772, 1_595_807_544, 793_371_239),
+        (133_916_831, 1_636_180_724, 1_168_765_833),
+    ),
+)
 # Options of config.json's section `fathom.model` that the code below reads, or that say only how training began.
 READ = {
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len", "vocab_size", "arch", "rope_base", "softcap",
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
-    "exclusive_attention", "attention_gate", "activation",
+    "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -113,8 +122,8 @@ class Attention(nn.Module):
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
-    def forward(self, x, values, angles, mask, cache, fed):
-        """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; fed: what layer 0 keeps for smear, or None."""
+    def forward(self, x, values, angles, mask, cache, kept):
+        """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept: see `FathomForCausalLM.kept`."""
         (B, T, _), shape = x.shape, self.shape
         q, k, v = (layer(x).view(B, T, -1, shape.head_dim) for layer in (self.c_q, self.c_k, self.c_v))
         if values is not None:
@@ -129,8 +138,8 @@ class Attention(nn.Module):
         own = v  # (B, T, Hkv, D)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if cache is not None:
-            if fed is not None:  # embeddings lie behind the values, so that whatever moves rows moves them too
-                v = torch.cat((v, fed.view(B, T, shape.n_kv_head, -1).transpose(1, 2)), -1)
+            if kept is not None:  # it lies behind the values, so that whatever moves rows moves it too
+                v = torch.cat((v, kept.transpose(1, 2)), -1)
             k, v = cache.update(k, v, self.layer)
             v = v[..., : shape.head_dim]
         scale = shape.qk_scale**2 / shape.head_dim**0.5
@@ -167,9 +176,42 @@ class Block(nn.Module):
         self.norm_1, self.attn = make_norm(shape), Attention(shape, layer)
         self.norm_2, self.mlp = make_norm(shape), MLP(shape)
 
-    def forward(self, x, values, angles, mask, cache, fed):
-        x = x + self.attn(self.norm_1(x), values, angles, mask, cache, fed)
+    def forward(self, x, values, angles, mask, cache, kept):
+        x = x + self.attn(self.norm_1(x), values, angles, mask, cache, kept)
         return x + self.mlp(self.norm_2(x))
+
+
+class NGrams(nn.Module):
+    """Tables of hashed n-grams: rows that the last ids of a token's document choose together."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, width = shape, shape.n_embd
+        if shape.ngram_into == "values":
+            width = shape.n_kv_head * shape.head_dim
+        self.parts, self.rows = math.gcd(len(FACTORS), width), shape.ngram_rows * shape.vocab_size
+        size = self.parts * self.rows, width // self.parts
+        self.tables = nn.ModuleDict({str(n): nn.Embedding(*size) for n in shape.ngrams})
+        self.scalars = nn.Parameter(torch.zeros(shape.n_layer))
+
+    def forward(self, ids, before):
+        """Return the sum of the tables' rows (B, T, width) for ids (B, T); before: (B, T, 2), the ids in front of each.
+
+        The nearest is the first; -1 stands for none.
+        """
+        nothing, line = self.shape.vocab_size, [ids]
+        for earlier in before.unbind(-1):
+            ends = (line[-1] == self.shape.ngram_bos) | (line[-1] == nothing) | (earlier < 0)
+            line.append(earlier.masked_fill(ends, nothing))
+        found = 0
+        for n in self.shape.ngrams:
+            hashes = [
+                sum(x * a for x, a in zip(line[:n], row, strict=False)) % PRIME % self.rows
+                for row in FACTORS[: self.parts]
+            ]
+            places = torch.stack([h + part * self.rows for part, h in enumerate(hashes)], -1)
+            found = found + self.tables[str(n)](places).flatten(-2)
+        return found
 
 
 class FathomForCausalLM(PreTrainedModel, GenerationMixin):
@@ -192,6 +234,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         self.final_norm, self.lm_head = make_norm(shape), nn.Linear(shape.n_embd, rows, bias=False)
         layers = [layer for layer in range(shape.n_layer) if shape.has_values(layer)]
         self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(rows, kv) for layer in layers})
+        self.ngrams = NGrams(shape) if shape.ngrams else None
         if shape.residual_scalars:
             self.resid_scalars = nn.Parameter(torch.ones(shape.n_layer))
             self.x0_scalars = nn.Parameter(torch.zeros(shape.n_layer))
@@ -210,8 +253,8 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value):
         """Replace the embedding of the tokens. Raises ValueError where other tables have a row per token too."""
-        if len(self.value_embeds) and value.weight.shape[0] != self.shape.vocab_size:
-            raise ValueError("a model with value embeddings keeps its vocabulary")
+        if (len(self.value_embeds) or self.ngrams) and value.weight.shape[0] != self.shape.vocab_size:
+            raise ValueError("a model with value embeddings or tables of n-grams keeps its vocabulary")
         self.transformer["wte"] = value
 
     def get_output_embeddings(self):
@@ -258,7 +301,11 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             angles = rotary(shape, position_ids, x.dtype)
         if shape.smear:
             x = self.smeared(x, real, starts, past_key_values, past)
-        x = self.run_blocks(x, input_ids, angles, self.masks(real, starts, T), past_key_values, fed)
+        grams = None
+        if self.ngrams is not None:
+            grams = self.ngrams(input_ids, self.ids_before(input_ids, real, past_key_values, past)).to(x.dtype)
+        kept = self.kept(fed if shape.smear else None, input_ids, x.dtype)
+        x = self.run_blocks(x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(x[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]).float()
         if shape.softcap is not None:
@@ -272,7 +319,8 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the embeddings (B, T, C) with some of the one before; none of padding or of another document."""
         before = torch.zeros_like(x[:, :1])
         if past:
-            values = cache.layers[0].values[:, :, -1:, self.shape.head_dim :]
+            D = self.shape.head_dim
+            values = cache.layers[0].values[:, :, -1:, D : D + self.shape.n_embd // self.shape.n_kv_head]
             before = values.transpose(1, 2).reshape(before.shape).to(x.dtype)
         before = torch.cat((before, x[:, :-1]), dim=1)
         T = x.size(1)
@@ -281,6 +329,29 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         if starts is not None:
             before = before.masked_fill(starts.unsqueeze(-1), 0)
         return x + self.smear_scalar * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * before
+
+    def kept(self, fed, ids, dtype):
+        """Return what layer 0 keeps behind its values, (B, T, Hkv, D'), or None: embeddings for smear, digits of ids.
+
+        An id has three digits of 256, which every number format holds exactly; each head keeps them.
+        """
+        (B, T), heads = ids.shape, self.shape.n_kv_head
+        parts = [] if fed is None else [fed.view(B, T, heads, -1)]
+        if self.ngrams is not None:
+            digits = torch.stack([ids >> 16, (ids >> 8) & 255, ids & 255], -1).to(dtype)
+            parts.append(digits.unsqueeze(2).expand(B, T, heads, 3))
+        return torch.cat(parts, -1) if parts else None
+
+    def ids_before(self, ids, real, cache, past):
+        """Return the two ids (B, T, 2) in front of every token, the nearest first; -1 for padding and for none."""
+        T = ids.size(1)
+        line = ids.masked_fill(~real[:, -T:], -1)
+        if past:
+            digits = cache.layers[0].values[:, 0, -2:, -3:].long()
+            old = (digits[..., 0] << 16) + (digits[..., 1] << 8) + digits[..., 2]
+            line = torch.cat((old.masked_fill(~real[:, -T - old.size(1) : -T], -1), line), dim=1)
+        line = F.pad(line, (2, 0), value=-1)
+        return torch.stack([line[:, -T - 1 : -1], line[:, -T - 2 : -2]], -1)
 
     def masks(self, real, starts, T):
         """Return {window: (B, 1, T, S)}, true where a query sees a key; padding sees itself."""
@@ -294,15 +365,18 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         windows = {self.shape.window(layer) for layer in range(self.shape.n_layer)}
         return {w: (seen if w is None else seen & (back <= w)).unsqueeze(1) for w in windows}
 
-    def run_blocks(self, x, ids, angles, masks, cache, fed):
+    def run_blocks(self, x, ids, angles, masks, cache, kept, grams):
         """Return the normed output (B, T, C) of the last block."""
         shape, x0 = self.shape, x
         for layer, block in enumerate(self.transformer["h"]):
             if shape.residual_scalars:
                 x = self.resid_scalars[layer] * x + self.x0_scalars[layer] * x0
+            if grams is not None and shape.ngram_into == "residual":
+                x = x + self.ngrams.scalars[layer] * grams
             values = self.value_embeds[str(layer)](ids) if shape.has_values(layer) else None
-            kept = fed if layer == 0 and shape.smear else None
-            x = block(x, values, angles, masks[block.attn.window], cache, kept)
+            if values is not None and grams is not None and shape.ngram_into == "values":
+                values = values + self.ngrams.scalars[layer] * grams
+            x = block(x, values, angles, masks[block.attn.window], cache, kept if layer == 0 else None)
             if layer == shape.n_layer // 2:
                 middle = x
         if shape.backout:

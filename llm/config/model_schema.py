@@ -6,6 +6,7 @@ from llm.config.key import CONTEXT, STEPS, VOCABULARY, key
 from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
 ACTIVATIONS = ("relu_squared", "leaky_relu_squared")
+NGRAM_LENGTHS, NGRAM_PLACES = (2, 3), ("residual", "values")
 
 
 @dataclass
@@ -103,6 +104,16 @@ class ModernArch(ClassicArch):
     exclusive_attention: bool = key("heads lose a trained share of what points along the token's own value")
     attention_gate: bool = key("a gate of the layer's input scales what each head returns")
     activation: str = key("activation of the MLP; leaky = slope 1/2 below 0", choices=ACTIVATIONS)
+    ngrams: list[int] = key(
+        "tables of hashed sequences of ids, by their lengths: [2] pairs, [2,3] pairs and triples; [] = none",
+        low=2,
+        high=3,
+    )
+    ngram_rows: int = key("rows of every table of arch.ngrams, as a multiple of the vocabulary", low=1, high=4096)
+    ngram_into: str = key(
+        "what the rows of arch.ngrams are added to: the input of every block, or the value embeddings",
+        choices=NGRAM_PLACES,
+    )
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)
@@ -174,6 +185,9 @@ class MuonAdamWConfig(AdamConfig):
     value_lr: float = key("learning rate of the value embeddings at width 768 (AdamW)", above=0, high=10**6)
     value_betas: list[float] = key("AdamW betas of the value embeddings", low=0, below=1, length=2)
     value_decay: float = key("weight decay of the value embeddings", low=0, high=100)
+    ngram_lr: float = key("learning rate of the tables of arch.ngrams at width 768 (AdamW)", above=0, high=10**6)
+    ngram_betas: list[float] = key("AdamW betas of the tables of arch.ngrams", low=0, below=1, length=2)
+    ngram_decay: float = key("weight decay of the rows of arch.ngrams that a step uses", low=0, high=100)
     resid_lr: float = key(
         "learning rate of the residual scalars r, of biases and of norms (AdamW)", above=0, high=10**6
     )

@@ -38,6 +38,7 @@ UPDATE_RULES = Registry(
     {
         "muon": "llm.optim.muon_adamw.MUON",
         "adamw": "llm.optim.muon_adamw.ADAMW",
+        "row_adamw": "llm.optim.other_rules.ROW_ADAMW",
         "adamh": "llm.optim.other_rules.ADAMH",
         "dion": "llm.optim.other_rules.DION",
     },

@@ -397,11 +397,12 @@ class SlotBatch:
 
     def _cut(self, entry: Entry, n: int) -> Prefix:
         """Return the first n tokens of a text of the store as a prefix of its own."""
-        if entry.prefix.last_embed is None:
-            return entry.prefix.cut(n, None)
-        if self.net.adapters is not None:
-            self.net.adapters.choose(self._numbers([entry.adapter]))
-        return entry.prefix.cut(n, self.net.smear_input(int(entry.tokens[n - 1])))
+        last_ids, last_embed = self.cache.last_of(entry.tokens[:n]), None
+        if entry.prefix.last_embed is not None:
+            if self.net.adapters is not None:
+                self.net.adapters.choose(self._numbers([entry.adapter]))
+            last_embed = self.net.smear_input(int(entry.tokens[n - 1]))
+        return entry.prefix.cut(n, last_embed, last_ids)
 
     def _read_chunk(self, reading: Reading) -> torch.Tensor | None:
         """Read the next tokens of all texts; return the logits (texts, V) behind their ends, None before the last."""

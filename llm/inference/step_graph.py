@@ -144,7 +144,7 @@ class StepGraphs:
 
         The way of attention that fails is not tried again.
         """
-        before = None if cache.last_embed is None else cache.last_embed.clone()
+        before = [None if last is None else last.clone() for last in (cache.last_embed, cache.last_ids)]
         wanted = plain_step(self.net, cache, newest, adapters=adapters)
         for way in list(self.ways):
             try:
@@ -171,9 +171,10 @@ class StepGraphs:
         return torch._dynamo.config.patch(recompile_limit=MOST_SIZES) if self.compiles else nullcontext()
 
     @staticmethod
-    def _restore(cache: SlotCache, last_embed: torch.Tensor | None) -> None:
-        if last_embed is not None:
-            cache.last_embed.copy_(last_embed)
+    def _restore(cache: SlotCache, before: list[torch.Tensor | None]) -> None:
+        for last, old in zip((cache.last_embed, cache.last_ids), before, strict=True):
+            if old is not None:
+                last.copy_(old)
 
     def _function(self, size: tuple[int, int], cache: SlotCache, way: str) -> Callable[[], torch.Tensor]:
         """Return the step of a size as a function without arguments, which reads the buffers."""

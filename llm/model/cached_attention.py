@@ -41,7 +41,9 @@ class SlotPass:
         self.groups = self._grouped(index)
         self.is_fresh = self.longest == 0 and not self.groups
         self.last_embed = None if cache.last_embed is None else cache.last_embed[self.rows].unsqueeze(1)
+        self.last_ids = None if cache.last_ids is None else cache.last_ids[self.rows]
         self.fed: torch.Tensor | None = None  # embeddings (n, T, C) of the tokens just fed, if the model smears
+        self.fed_ids: torch.Tensor | None = None  # ids (n, T) of them, if it has tables of n-grams
         self.lengths: torch.Tensor | None = None
         self._masks: dict[tuple, torch.Tensor | None] = {}
 
@@ -167,14 +169,19 @@ class SlotPass:
         return y.index_copy(0, rows, part.to(y.dtype))
 
     def advance(self, n_new: int) -> None:
-        """Keep the embedding of every live row's last token."""
-        if self.fed is None:
+        """Keep the embedding of every live row's last token, and its last ids."""
+        if self.fed is None and self.fed_ids is None:
             return
         rows = torch.arange(self.live, device=self.device)
         last = torch.full_like(rows, n_new - 1) if self.lengths is None else self.lengths[: self.live] - 1
-        first = self.rows.start
-        self.cache.last_embed[first : first + self.live] = self.fed[rows, last].to(self.cache.last_embed.dtype)
-        self.fed = None
+        kept = slice(self.rows.start, self.rows.start + self.live)
+        if self.fed is not None:
+            self.cache.last_embed[kept] = self.fed[rows, last].to(self.cache.last_embed.dtype)
+        if self.fed_ids is not None:
+            line, most = torch.cat((self.last_ids, self.fed_ids), dim=1), self.last_ids.size(1)
+            at = last.unsqueeze(1) + torch.arange(1, most + 1, device=self.device)  # in the line: behind its old ids
+            self.cache.last_ids[kept] = line[: self.live].gather(1, at)
+        self.fed = self.fed_ids = None
 
 
 def _sdpa(q, k, v, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -228,7 +235,9 @@ class StepPass:
         self.cache, self.lengths, self.live, self.reach, self.way = cache, lengths, live, reach, way
         self.n = len(lengths)
         self.last_embed = None if cache.last_embed is None else cache.last_embed[: self.n].unsqueeze(1)
+        self.last_ids = None if cache.last_ids is None else cache.last_ids[: self.n]
         self.fed: torch.Tensor | None = None  # embeddings (n, 1, C) of the tokens just fed, if the model smears
+        self.fed_ids: torch.Tensor | None = None  # ids (n, 1) of them, if it has tables of n-grams
 
     def expect(self, lengths: None) -> None:
         """Do nothing: there is no padding behind a single token."""
@@ -254,12 +263,15 @@ class StepPass:
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale).view_as(q)
 
     def advance(self, n_new: int) -> None:
-        """Keep the embedding of every live row's token."""
+        """Keep the embedding of every live row's token, and its last ids."""
+        counts = (torch.arange(self.n, device=self.live.device) < self.live).unsqueeze(1)
         if self.fed is not None:
-            counts = (torch.arange(self.n, device=self.live.device) < self.live).unsqueeze(1)
             kept = self.cache.last_embed[: self.n]
             kept.copy_(torch.where(counts, self.fed[:, 0].to(kept.dtype), kept))
-            self.fed = None
+        if self.fed_ids is not None:
+            kept = self.last_ids
+            kept.copy_(torch.where(counts, torch.cat((kept[:, 1:], self.fed_ids), dim=1), kept))
+        self.fed = self.fed_ids = None
 
 
 def ways(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -298,6 +310,7 @@ class SharedPrefixPass:
         self.lengths = cache.lengths.to(cache.device)
         last = cache.last_embed
         self.last_embed = None if last is None else last.unsqueeze(1).repeat_interleave(n, dim=0)
+        self.last_ids = None if cache.last_ids is None else cache.last_ids.repeat_interleave(n, dim=0)
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def positions(self, n_new: int) -> torch.Tensor:

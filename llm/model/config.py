@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
-from llm.config.model_schema import ACTIVATIONS
+from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES
 from llm.config.registries import ARCHITECTURES
 
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
@@ -42,6 +42,10 @@ UNSTATED = MappingProxyType(
         "exclusive_attention": False,
         "attention_gate": False,
         "activation": "relu_squared",
+        "ngrams": (),
+        "ngram_rows": 4,
+        "ngram_into": "residual",
+        "ngram_bos": None,
     }
 )
 
@@ -85,6 +89,10 @@ class GPTConfig:
     exclusive_attention: bool = UNSTATED["exclusive_attention"]  # heads lose some of what points along the own value
     attention_gate: bool = UNSTATED["attention_gate"]  # a gate of the layer's input scales what each head returns
     activation: str = UNSTATED["activation"]  # of the MLP, for all but gpt2: one of ACTIVATIONS
+    ngrams: tuple[int, ...] = UNSTATED["ngrams"]  # tables of hashed sequences of so many ids each: 2, 3
+    ngram_rows: int = UNSTATED["ngram_rows"]  # rows of such a table, in vocabularies
+    ngram_into: str = UNSTATED["ngram_into"]  # one of NGRAM_PLACES, to which their rows are added
+    ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -101,10 +109,31 @@ class GPTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"arch.activation={self.activation}: choose one of {', '.join(ACTIVATIONS)}")
+        self._check_ngrams()
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
+
+    def _check_ngrams(self) -> None:
+        if any(n not in NGRAM_LENGTHS for n in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
+            raise ValueError(
+                f"arch.ngrams={list(self.ngrams)}: give [2], [3] or [2,3], the ids of a sequence, or [] for none"
+            )
+        if self.ngram_into not in NGRAM_PLACES:
+            raise ValueError(f"arch.ngram_into={self.ngram_into}: choose one of {', '.join(NGRAM_PLACES)}")
+        if self.ngrams and self.ngram_into == "values" and not self.value_embeds:
+            raise ValueError("arch.ngram_into=values: needs value embeddings; set arch.value_embeds=true, or residual")
+
+    @property
+    def ngram_width(self) -> int:
+        """Return the channels of what the tables of n-grams give for a token."""
+        return self.n_embd if self.ngram_into == "residual" else self.n_kv_head * self.head_dim
+
+    @property
+    def ids_before(self) -> int:
+        """Return how many ids in front of a token the network reads beside its keys and values."""
+        return max(self.ngrams, default=1) - 1
 
     @property
     def rope_factor(self) -> float:
@@ -180,10 +209,13 @@ def num_params(config: GPTConfig) -> dict[str, int]:
     counts |= c.further_params()
     if c.value_embeds:
         counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
+    if c.ngrams:
+        counts["ngrams"] = len(c.ngrams) * c.ngram_rows * c.vocab_size * c.ngram_width
     if c.smear:
         counts["smear_gate"] = SMEAR_CHANNELS
     exclusions = c.n_layer * c.n_head * c.exclusive_attention
-    if scalars := 2 * c.n_layer * c.residual_scalars + c.smear + c.backout + exclusions:
+    ngram_scalars = c.n_layer * bool(c.ngrams)
+    if scalars := 2 * c.n_layer * c.residual_scalars + c.smear + c.backout + exclusions + ngram_scalars:
         counts["scalars"] = scalars
     if c.scalar_head:
         counts["scalar_head"] = c.n_embd

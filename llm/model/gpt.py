@@ -4,7 +4,7 @@
 after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
 grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
 residual and x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention,
-a gate of the heads, a leaky activation. `gpt2` is the baseline of 2019: learned
+a gate of the heads, a leaky activation, tables of n-grams. `gpt2` is the baseline of 2019: learned
 positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This
 file knows nothing of training loops, configuration or files.
 """
@@ -33,6 +33,7 @@ from llm.model.fused_ops import leaky_relu_squared, relu_squared
 from llm.model.fused_ops import rms_norm as norm
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import Linear, Table
+from llm.model.ngrams import NGrams
 
 
 class LayerNorm(nn.LayerNorm):
@@ -185,6 +186,7 @@ class GPT(nn.Module):
                 if config.has_value_embed(layer)
             }
         )
+        self.ngrams = NGrams(config) if config.ngrams else None
         if config.residual_scalars:
             self.resid_scalars = nn.Parameter(torch.empty(config.n_layer))
             self.x0_scalars = nn.Parameter(torch.empty(config.n_layer))
@@ -236,6 +238,8 @@ class GPT(nn.Module):
             self._init_block(block, bound, generator)
         for table in self.value_embeds.values():
             _uniform_(table.weight, -bound, bound, generator)
+        if self.ngrams is not None:
+            self.ngrams.init_weights()
         if c.residual_scalars:
             self.resid_scalars.copy_(torch.linspace(*c.resid_init, c.n_layer))
             self.x0_scalars.copy_(torch.linspace(*c.x0_init, c.n_layer))
@@ -316,12 +320,14 @@ class GPT(nn.Module):
         masks: dict,
         backend: str,
         cache: SlotPass | None = None,
+        ngrams: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run all blocks on rows of the embedding (B, T, n_embd); return the normed output of the last one.
 
         values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
-        document begins, None if rows are not divided; masks: by window, from `attention_masks`. The output
-        (B, T, n_embd) has the compute dtype.
+        document begins, None if rows are not divided; masks: by window, from `attention_masks`; ngrams: rows of their
+        tables (B, T, n_embd), if a part of them is added to the input of every block. The output (B, T, n_embd) has the
+        compute dtype.
         """
         T, c = x.size(1), self.config
         positions = None if cache is None else cache.positions(T)
@@ -330,9 +336,12 @@ class GPT(nn.Module):
         if c.arch != "gpt2":
             rotary = (self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype))
         x = x0 = self.embed(x, cache, at, starts)
+        ngrams = None if ngrams is None else ngrams.to(x.dtype)
         for layer, block in enumerate(self.transformer.h):
             if c.residual_scalars:
                 x = self.resid_scalars[layer].to(x.dtype) * x + self.x0_scalars[layer].to(x.dtype) * x0
+            if ngrams is not None:
+                x = x + self.ngrams.scalars[layer].to(x.dtype) * ngrams
             value_embed = None if values[layer] is None else values[layer].to(x.dtype)
             inputs = (x, value_embed, rotary, masks[self.windows[layer]], backend, cache, positions)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -357,14 +366,23 @@ class GPT(nn.Module):
             self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
         )
         values = [None if table is None else table(ids) for table in tables]
-        x = self.transformer.wte(ids)
+        x, ngrams = self.transformer.wte(ids), None
+        if self.ngrams is not None:
+            ngrams = self.ngrams(ids, None if cache is None else cache.last_ids)
+            if cache is not None:
+                cache.fed_ids = ids
+            if self.config.ngram_into == "values":
+                values = [
+                    None if v is None else v + s * ngrams for v, s in zip(values, self.ngrams.scalars, strict=True)
+                ]
+                ngrams = None
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
         masks = attention_masks(self.windows, ids.size(1), starts, backend, x.device)
         if is_training and self.training_forward_blocks is not None:
-            return self.training_forward_blocks(x, values, starts, masks, backend)
-        return self.forward_blocks(x, values, starts, masks, backend, cache)
+            return self.training_forward_blocks(x, values, starts, masks, backend, None, ngrams)
+        return self.forward_blocks(x, values, starts, masks, backend, cache, ngrams)
 
     def new_cache(self, rows: int, room: int, spare: int = 1) -> SlotCache:
         """Return an empty cache for `rows` rows of at most `room` tokens each; spare: see `SlotCache`."""

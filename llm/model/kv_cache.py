@@ -40,12 +40,14 @@ class PrefixPart(NamedTuple):
 class Prefix:
     """Text that several rows begin with: keys and values of its `length` tokens, by part of the cache.
 
-    They never change. last_embed: embedding (C,) of the last token, if the model smears.
+    They never change. last_embed: embedding (C,) of the last token, if the model smears; last_ids: (n - 1,) last ids,
+    if the model has tables of n-grams.
     """
 
     parts: list[PrefixPart]
     length: int
     last_embed: torch.Tensor | None = None
+    last_ids: torch.Tensor | None = None
 
     @property
     def least(self) -> int:
@@ -58,13 +60,13 @@ class Prefix:
         layers = sum(part.k.size(0) for part in self.parts)
         return -(-sum(part.k.size(0) * part.k.size(2) for part in self.parts) // layers)
 
-    def cut(self, n: int, last_embed: torch.Tensor | None) -> "Prefix":
-        """Return the first n tokens as a prefix of its own, n from `least` on; last_embed: that of its last token."""
+    def cut(self, n: int, last_embed: torch.Tensor | None, last_ids: torch.Tensor | None = None) -> "Prefix":
+        """Return the first n tokens as a prefix of its own, n from `least` on; last_embed, last_ids: of its end."""
         parts = []
         for part in self.parts:
             k, v = (x[:, :, : n - part.first].clone(memory_format=torch.contiguous_format) for x in (part.k, part.v))
             parts.append(part._replace(k=k, v=v))
-        return Prefix(parts, n, last_embed)
+        return Prefix(parts, n, last_embed, last_ids)
 
 
 class Part:
@@ -90,7 +92,9 @@ class SlotCache:
     A row holds the newest of its own tokens, `lengths` in all, each layer as many as its window reaches. It may stand
     behind a `Prefix`: its own token j is then at position prefix length + j, and it attends to both. lengths, prefix:
     (rows,) int64 on the host, as the caller sets them; prefix is an index of `prefixes`, -1 for none. last_embed:
-    (rows, C), the embedding of every row's last token, if the model smears. Places without a token hold anything.
+    (rows, C), the embedding of every row's last token, if the model smears. last_ids: (rows, n - 1) int64, the last ids
+    of every row, the newest last and `vocab_size` for none, if the model has tables of n-grams. Places without a token
+    hold anything.
 
     room: tokens that a row may hold. spare: places of a layer beside those of its window, at least 1; so many tokens
     of a row can be written before the first of them attends.
@@ -111,6 +115,8 @@ class SlotCache:
         self.prefixes: list[Prefix] = []
         smears = getattr(config, "smear", False)
         self.last_embed = torch.zeros(rows, config.n_embd, device=device, dtype=dtype) if smears else None
+        self.no_id, before = config.vocab_size, getattr(config, "ids_before", 0)
+        self.last_ids = torch.full((rows, before), self.no_id, device=device) if before else None
         self.seq_len = config.seq_len
 
     @property
@@ -147,6 +153,9 @@ class SlotCache:
         if self.last_embed is not None:
             old = self.last_embed
             self.last_embed = torch.cat((old[:n], old.new_zeros(rows - n, old.size(1))))
+        if self.last_ids is not None:
+            old = self.last_ids
+            self.last_ids = torch.cat((old[:n], old.new_full((rows - n, old.size(1)), self.no_id)))
 
     def start(self, row: int, prefix: Prefix | None = None, is_copied: bool = False) -> None:
         """Begin a row anew, behind a prefix or with nothing; is_copied: the prefix becomes its own first tokens."""
@@ -155,6 +164,8 @@ class SlotCache:
         self.lengths[row] = 0
         if self.last_embed is not None:
             self.last_embed[row] = 0 if prefix is None else prefix.last_embed
+        if self.last_ids is not None:
+            self.last_ids[row] = self.no_id if prefix is None else prefix.last_ids
         if prefix is None:
             return
         if not is_copied:
@@ -166,6 +177,13 @@ class SlotCache:
             part.k[:, row].index_copy_(2, at, k[:, :, begin - first : prefix.length - first])
             part.v[:, row].index_copy_(2, at, v[:, :, begin - first : prefix.length - first])
         self.lengths[row] = prefix.length
+
+    def last_of(self, tokens: Sequence[int]) -> torch.Tensor | None:
+        """Return the `last_ids` (n - 1,) of a row that has read these tokens; None where the model needs none."""
+        if self.last_ids is None:
+            return None
+        most = self.last_ids.size(1)
+        return torch.tensor(([self.no_id] * most + list(map(int, tokens[-most:])))[-most:], device=self.device)
 
     def _index(self, prefix: Prefix) -> int:
         """Return the place of a prefix in `prefixes`, at whose end it is put if it is not there."""
@@ -195,6 +213,8 @@ class SlotCache:
         self.lengths[target], self.prefix[target] = length, self.prefix[source].item()
         if self.last_embed is not None:
             self.last_embed[target] = self.last_embed[source]
+        if self.last_ids is not None:
+            self.last_ids[target] = self.last_ids[source]
         self.start(source)
 
     def snapshot(self, row: int) -> Prefix:
@@ -206,8 +226,8 @@ class SlotCache:
             shared = before and before.parts[i]
             first, k, v = self._kept(part, row, own, before.length if before else 0, shared)
             parts.append(PrefixPart(k, v, first, part.window))
-        last = None if self.last_embed is None else self.last_embed[row].clone()
-        return Prefix(parts, length, last)
+        last = (None if of_all is None else of_all[row].clone() for of_all in (self.last_embed, self.last_ids))
+        return Prefix(parts, length, *last)
 
     def _kept(self, part: Part, row: int, own: int, before: int, shared: PrefixPart | None):
         """Return (first, k, v): the newest tokens that a row has read in a part, in order, from number `first` on.

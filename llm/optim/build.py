@@ -96,10 +96,18 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
         "smear": (optim.smear_lr, optim.betas, 0.0),
         "vectors": (optim.resid_lr, optim.betas, 0.0),
     }
+    of_tables = [optim.get(f"ngram_{name}") for name in ("lr", "betas", "decay")]  # older configurations lack these
+    if kinds["ngrams"]:
+        rules["ngrams"] = (of_tables[0] * width, *of_tables[1:])
     groups = []
     for kind, (lr, betas, own_decay) in rules.items():
         if kinds[kind]:
-            group = {"kind": "adamw", "params": kinds[kind], "lr": lr, "betas": tuple(betas)}
+            group = {
+                "kind": "row_adamw" if kind == "ngrams" else "adamw",
+                "params": kinds[kind],
+                "lr": lr,
+                "betas": tuple(betas),
+            }
             groups.append(group | {"eps": optim.eps, "weight_decay": own_decay, "fixed_lr": kind == "smear"})
     muon = {name: optim[name] for name in MUON_NEEDS if name != "in_bf16"}
     switches = {name: optim[name] for name in SWITCHES if name in optim}
@@ -132,11 +140,13 @@ def adamw_groups(net: nn.Module, optim) -> list[dict]:
     """
     kinds = params_by_kind(net)
     adam = {"kind": "adamw", "betas": tuple(optim.betas), "eps": optim.eps, "lr": optim.lr}
-    rest = [p for name, params in kinds.items() if name != "matrices" for p in params]
+    rest = [p for name, params in kinds.items() if name not in ("matrices", "ngrams") for p in params]
+    tables = [adam | {"kind": "row_adamw", "params": kinds["ngrams"], "weight_decay": 0.0}] if kinds["ngrams"] else []
     ball = {"kind": "adamh", "hyperball": True} if optim.get("hyperball") else {}
     return [
         adam | {"params": kinds["matrices"], "weight_decay": optim.weight_decay, "decays": True} | ball,
         adam | {"params": rest, "weight_decay": 0.0},
+        *tables,
     ]
 
 
@@ -144,11 +154,12 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters of a network by kind, each under one name; a kind may be empty.
 
     matrices: 2-D weights of the blocks; vectors: other parameters of the blocks and norms; head, embedding (tokens and
-    positions), value_embeds: tables; residual, x0, smear: scalars and gates of arch=modern, `smear` those of smear,
-    backout and exclusive attention.
+    positions), value_embeds: tables; ngrams: tables of which a step uses few rows; residual, x0, smear: scalars and
+    gates of arch=modern, `residual` those of n-grams too, `smear` those of smear, backout and exclusive attention.
     """
     kinds: dict[str, list[nn.Parameter]] = {
-        kind: [] for kind in ("head", "embedding", "value_embeds", "residual", "x0", "smear", "vectors", "matrices")
+        kind: []
+        for kind in ("head", "embedding", "value_embeds", "ngrams", "residual", "x0", "smear", "vectors", "matrices")
     }
     places = {
         "lm_head.": "head",
@@ -156,6 +167,8 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
         "transformer.wte.": "embedding",
         "transformer.wpe.": "embedding",
         "value_embeds.": "value_embeds",
+        "ngrams.tables.": "ngrams",
+        "ngrams.scalars": "residual",
         "resid_scalars": "residual",
         "x0_scalars": "x0",
         "smear_": "smear",

@@ -1,12 +1,12 @@
-"""Further rules for matrices: Adam on the hyperball, and Dion, which makes a low-rank part of the momentum orthogonal.
+"""Further rules: Adam on the hyperball, Dion, which makes a low-rank part of the momentum orthogonal, and lazy AdamW.
 
-Like Muon's they work on stacks (n, r, c) of matrices of one shape.
+The first two are for matrices; like Muon's they work on stacks (n, r, c) of matrices of one shape.
 """
 
 import torch
 
 from llm.optim.muon_switches import on_hyperball, stacked, write
-from llm.optim.update_rules import MatrixRule
+from llm.optim.update_rules import ElementwiseRule, MatrixRule
 
 
 def adam_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -55,5 +55,37 @@ def dion_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
     return (left @ basis.mT).mul_(-group["lr"] * (rows / cols) ** 0.5)
 
 
+def row_adamw_update(group: dict, params: list[torch.Tensor], grads: list[torch.Tensor], states: list[dict]) -> None:
+    """Update by AdamW what has a gradient other than 0, in place; weights, averages and decay of the rest stand still.
+
+    For tables of which a step uses few rows, as torch.optim.SparseAdam. A gradient that names them in `rows` (see
+    `llm.model.ngrams`) costs time for these alone.
+    """
+    for param, grad, state in zip(params, grads, states, strict=True):
+        state["step"] = state["step"].to(param.device) + 1
+        whole = (param, state["exp_avg"], state["exp_avg_sq"])
+        if not hasattr(grad, "rows"):
+            lazy_adamw(group, grad, *whole, state["step"])
+            continue
+        rows = torch.cat(grad.rows).unique()
+        parts = [tensor.index_select(0, rows) for tensor in whole]
+        lazy_adamw(group, grad.index_select(0, rows), *parts, state["step"])
+        for tensor, part in zip(whole, parts, strict=True):
+            tensor.index_copy_(0, rows, part)
+
+
+def lazy_adamw(group: dict, grad, weight, mean, square, step: torch.Tensor) -> None:
+    """Write AdamW's weights and averages where `grad` is not 0; all of one shape. step (): steps with this one."""
+    (beta1, beta2), seen = group["betas"], grad != 0
+    new_mean, new_square = mean.lerp(grad, 1 - beta1), square.lerp(grad.square(), 1 - beta2)
+    root = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * (new_mean / (1 - beta1**step) / root)
+    for tensor, new in ((weight, moved), (mean, new_mean), (square, new_square)):
+        tensor.copy_(torch.where(seen, new, tensor))
+
+
+ROW_ADAMW = ElementwiseRule(
+    row_adamw_update, state=("exp_avg", "exp_avg_sq"), scalars=("step",), needs=("betas", "eps")
+)
 ADAMH = MatrixRule(adam_step, adam_state, on_hyperball, needs=("betas", "eps"))
 DION = MatrixRule(dion_step, dion_state, needs=("momentum", "dion_rank"))

@@ -36,7 +36,11 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         if len(features[name]) != 2:
             raise UserError(f"arch.{name}={list(features[name])}: give two numbers, for the first and the last layer")
         features[name] = tuple(features[name])
-    bos_id = vocab_size - len(SPECIAL_TOKENS) if features.pop("document_masks", False) else None
+    first_special = vocab_size - len(SPECIAL_TOKENS)  # BOS
+    bos_id = first_special if features.pop("document_masks", False) else None
+    if "ngrams" in features:
+        features["ngrams"] = tuple(features["ngrams"])
+        features["ngram_bos"] = first_special if features["ngrams"] else None
     n_embd = features.pop("width", None) or n_head * model["head_dim"]  # only arch=qwen3 has a width of its own
     if arch["name"] == "gpt2":
         features |= GPT2_AS_PUBLISHED

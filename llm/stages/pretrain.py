@@ -17,6 +17,7 @@ from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
 from llm.eval.samples import text_prompts
+from llm.model.config import num_params
 from llm.model.gpt import GPT, Block, build_network
 from llm.parallel.launch import processes
 from llm.scaling.gpu_estimate import named_gpu
@@ -51,7 +52,8 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
     dropped = left_out(cfg, text.val)  # found before training waits for its first step
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
-    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
+    in_tables = num_params(planned.config).get("ngrams", 0)
+    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens, in_tables)
     planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)
     check_dropout(cfg, net)

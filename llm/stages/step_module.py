@@ -15,6 +15,7 @@ from itertools import cycle, islice
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,11 +25,12 @@ from llm.eval.metrics import BitsPerByte
 from llm.model.config import flops_per_token
 from llm.model.gpt import GPT
 from llm.model.lora import is_trained
+from llm.model.ngrams import RowTable
 from llm.optim.build import build_optimizer
 from llm.optim.optimizer import GroupOptimizer
 from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
 from llm.parallel import collectives
-from llm.parallel.strategy import FSDPStrategy
+from llm.parallel.strategy import FSDPStrategy, MuonStrategy
 from llm.stages.device import DeviceOptions, take_over
 from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
@@ -142,6 +144,10 @@ class StepModule(L.LightningModule):
         self.device_ready, is_fsdp = device, isinstance(trainer.strategy, FSDPStrategy)
         steps = self.context.total_steps
         self.made_ready = self.context.options.prepare(self.net, device, is_fsdp, self.context.name, steps)
+        keeps = device.type == "cpu" and isinstance(trainer.strategy, (SingleDeviceStrategy, MuonStrategy))
+        for module in self.net.modules():  # the other strategies wait for every gradient to be made anew
+            if isinstance(module, RowTable):
+                module.keeps_gradient = keeps
         return True
 
     def on_train_start(self) -> None:

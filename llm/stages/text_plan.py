@@ -8,6 +8,7 @@ from llm.errors import UserError
 from llm.run.stage_folder import RunDir
 
 MANY_PASSES = 10
+MOST_IN_TABLES = 1 / 4  # parameters of n-gram tables per token of a text that is read more than once
 
 
 class TextPlan(NamedTuple):
@@ -24,20 +25,21 @@ class TextPlan(NamedTuple):
         return known | {"packing": self.packing}
 
 
-def plan_text(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan:
+def plan_text(cfg, source, tokenizer, steps: int, batch_tokens: int, in_tables: int = 0) -> TextPlan:
     """Return the plan of a run of `steps` steps, at most `stage.max_passes` over the text unless max_steps is given.
 
-    A run with a checkpoint keeps the plan that its run.json holds. Warns where the text is read very often or where
-    cropping loses text that is read again.
+    in_tables: parameters of the network's tables of n-grams. A run with a checkpoint keeps the plan that its run.json
+    holds. Warns where the text is read very often, where cropping loses text that is read again, and where the tables
+    are large for such a text.
     """
     found = _begun(cfg, steps) or _measured(cfg, source, tokenizer, steps, batch_tokens)
     if found.tokens is not None:
-        for line in warnings_of(cfg, found):
+        for line in warnings_of(cfg, found, in_tables):
             print(f"WARNING: {line}", flush=True)
     return found
 
 
-def warnings_of(cfg, found: TextPlan) -> list[str]:
+def warnings_of(cfg, found: TextPlan, in_tables: int = 0) -> list[str]:
     """Return what speaks against the plan, one sentence each."""
     lines = []
     if found.passes > MANY_PASSES:
@@ -49,6 +51,12 @@ def warnings_of(cfg, found: TextPlan) -> list[str]:
         lines.append(
             f"packing crop drops the ends of documents, yet the run reads its text {found.passes:.1f} times: "
             "data.packing=best_fit loses nothing"
+        )
+    if found.passes > 1 and in_tables > MOST_IN_TABLES * found.tokens:
+        lines.append(
+            f"arch.ngram_rows={cfg.arch.ngram_rows}: the tables have {in_tables:,} parameters, more than a quarter of "
+            f"the {found.tokens:,} tokens of text, which the run reads {found.passes:.1f} times: too many. "
+            "Set a smaller number, or arch.ngrams=[]; or add text, or set fewer max_steps"
         )
     return lines
 

@@ -24,6 +24,8 @@ FORMS = {
     "modern": MODERN,
     "february": MODERN | FEBRUARY,
     "further": MODERN | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"},
+    "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
+    "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},
     "documents": MODERN | {"bos_id": 324},
     "yarn": {"arch": "modern", "rope_scaling": "yarn", "rope_original": 24, "n_kv_head": 1},
@@ -63,7 +65,7 @@ def draw(*shape) -> torch.Tensor:
 def test_logits_with_padding_on_either_side_and_with_a_cache(form, tok, tmp_path):
     net, theirs = saved(tmp_path / "model", tok, form)
     ids, close = draw(3, 60), {"atol": 1e-5, "rtol": 0}
-    if form == "documents":
+    if form == "documents" or form.startswith("n-grams"):
         ids[:, [0, 20, 21]] = tok.bos_id
     expected = net(ids)
     assert torch.allclose(theirs(ids).logits, expected, **close)
@@ -88,9 +90,10 @@ def test_logits_with_padding_on_either_side_and_with_a_cache(form, tok, tmp_path
         assert torch.allclose(cached[row, 40 - n :], expected[row, :n], **close)
 
 
-def test_generate_pipeline_chat_template_and_a_step_of_a_trainer(tok, tmp_path):
+@pytest.mark.parametrize("form", ["modern", "n-grams"])
+def test_generate_pipeline_chat_template_and_a_step_of_a_trainer(form, tok, tmp_path):
     folder = tmp_path / "model"
-    net, theirs = saved(folder, tok, "modern")
+    net, theirs = saved(folder, tok, form)
     hf_tok = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Who are you?"}]
     prompt = hf_tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

@@ -16,15 +16,27 @@ from llm.model.gpt import GPT
 
 SEQ_LEN = 96
 MODERN = {"value_embeds": True, "residual_scalars": True, "smear": True, "backout": True, "window_pattern": "SSL"}
-KINDS = [("classic", 2), ("classic", 4), ("modern", 2), ("modern", 4), ("gpt2", 4)]  # arch, key/value heads
+KINDS = [
+    ("classic", 2),
+    ("classic", 4),
+    ("modern", 2),
+    ("modern", 4),
+    ("gpt2", 4),
+    ("n-grams", 2),
+]  # arch, key/value heads
 ARCHS = {"classic": {}, "modern": {**MODERN, "gate_channels": 4}, "gpt2": {"tied": True, "softcap": None}}
+ARCHS["n-grams"] = ARCHS["modern"] | {"arch": "modern", "ngrams": (2, 3), "ngram_bos": BOS}
 TIE = 1e-4  # logits nearer to each other are equally right
 
 
 def sharp_net(arch: str, n_kv_head: int, window: int | None = None) -> GPT:
     """A random network of three layers with sharp logits; window: that of the first two layers."""
-    options = ARCHS[arch] | ({"window_pattern": "SSL", "window_divisor": SEQ_LEN // window} if window else {})
-    c = GPTConfig(3, 4, n_kv_head, 8, 32, SEQ_LEN, TOKENIZER.vocab_size, arch=arch, window_multiple=4, **options)
+    options = (
+        {"arch": arch}
+        | ARCHS[arch]
+        | ({"window_pattern": "SSL", "window_divisor": SEQ_LEN // window} if window else {})
+    )
+    c = GPTConfig(3, 4, n_kv_head, 8, 32, SEQ_LEN, TOKENIZER.vocab_size, window_multiple=4, **options)
     assert window in (None, c.window(0))
     net, generator = GPT(c), torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -46,6 +46,8 @@ def copied(net, cache: SlotCache) -> SlotCache:
     other.lengths.copy_(cache.lengths)
     if cache.last_embed is not None:
         other.last_embed.copy_(cache.last_embed)
+    if cache.last_ids is not None:
+        other.last_ids.copy_(cache.last_ids)
     return other
 
 
@@ -68,6 +70,7 @@ def test_a_recorded_step_is_the_plain_step_and_changes_no_row_that_only_fills_th
             one.lengths[:3] += 1
     assert set(graphs.recorded) == {(4, 32), (4, 64)}
     assert cache.last_embed is None or torch.equal(cache.last_embed[3], plain.last_embed[3])
+    assert cache.last_ids is None or torch.equal(cache.last_ids[:4], plain.last_ids[:4])
     ids = torch.tensor([[7]])
     rest = (net(ids, cache=SlotPass(one, 3, 1), last_only=True) for one in (cache, plain))
     torch.testing.assert_close(*rest, atol=1e-4, rtol=1e-4)

@@ -246,7 +246,8 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(monkeypatch):
     net = make_net({})
     assert decode_cpu.supports(net)
     assert not decode_cpu.supports(OtherNetwork(net.config).init_weights())
-    for switch in ({"exclusive_attention": True}, {"attention_gate": True}, {"activation": "leaky_relu_squared"}):
+    switches = ({"exclusive_attention": True}, {"attention_gate": True}, {"activation": "leaky_relu_squared"})
+    for switch in (*switches, {"ngrams": (2,)}):
         assert not decode_cpu.supports(make_net(MODERN | switch))
     net.compute_dtype = torch.float16
     assert DecodeStep.for_net(net) is None

@@ -13,6 +13,7 @@ from llm.model.config import GPTConfig, flops_per_token, num_params
 from llm.model.gpt import GPT
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import choose_fp32_products, resolve_compute_dtype
+from llm.model.ngrams import FACTORS
 from llm.scaling.rules import model_config
 
 # depth, width, parameters, FLOPs per token (7 digits) for vocabulary 65,536 and 2,048 positions
@@ -49,14 +50,19 @@ MODERN = {
     "fc_scale": 0.4,
 }
 SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
+NGRAMS = {"ngrams": (2, 3), "ngram_bos": 61}
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
 ARCHS = {
     "classic": {},
     "modern": MODERN,
-    "modern with all switches": MODERN | SWITCHES,
+    "modern with all switches": MODERN | SWITCHES | NGRAMS,
+    "n-grams in values": MODERN | NGRAMS | {"ngrams": (3,), "ngram_rows": 2, "ngram_into": "values"},
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"tied": False},
 }
+
+
+CACHED = ("classic", "modern", "gpt2", "modern with all switches", "n-grams in values")
 
 
 def config(depth=2, vocab=70, seq_len=32, head_dim=16, n_head=4, n_kv_head=None, **more) -> GPTConfig:
@@ -106,6 +112,23 @@ def test_windows_follow_the_pattern_and_the_last_layer_sees_all():
     assert config(seq_len=8, **half | {"window_divisor": 9}).window(0) == 1
 
 
+def naive_ngrams(c: GPTConfig, w: dict, ids: list[int]) -> torch.Tensor | None:
+    """The sum of the rows that the hashed sequences of every token's own document choose, by loops over numbers."""
+    found = []
+    for t in range(len(ids) if c.ngrams else 0):
+        start = max(u for u in range(t + 1) if u == 0 or ids[u] == c.ngram_bos)
+        last = [ids[u] if u >= start else c.vocab_size for u in (t, t - 1, t - 2)]
+        row = 0
+        for n in c.ngrams:
+            table, parts = w[f"ngrams.tables.{n}.weight"].view(4, c.ngram_rows * c.vocab_size, -1), []
+            for part in range(4):
+                mixed = sum(x * a for x, a in zip(last[:n], FACTORS[part], strict=False))
+                parts.append(table[part, mixed % (2**31 - 1) % (c.ngram_rows * c.vocab_size)])
+            row = row + torch.cat(parts)
+        found.append(row)
+    return torch.stack(found) if found else None
+
+
 def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     """One row, float64, loops over heads and positions, written from the formulas alone."""
     c, w = net.config, {k: v.double() for k, v in net.state_dict().items()}
@@ -141,16 +164,21 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     if c.smear:
         gate = torch.sigmoid(x[1:, :24] @ w["smear_gate.weight"].T)
         x = torch.cat((x[:1], x[1:] + w["smear_scalar"] * gate * x[:-1]))
-    x0 = x
+    x0, grams = x, naive_ngrams(c, w, ids.tolist())
     for layer in range(c.n_layer):
         p = f"transformer.h.{layer}."
         if c.residual_scalars:
             x = w["resid_scalars"][layer] * x + w["x0_scalars"][layer] * x0
+        if c.ngrams and c.ngram_into == "residual":
+            x = x + w["ngrams.scalars"][layer] * grams
         h = rms(x, f"{p}norm_1")
         q, k, v = (linear(h, f"{p}attn.{name}") for name in ("c_q", "c_k", "c_v"))
         if c.value_embeds and layer % 2 == (c.n_layer - 1) % 2:
             gate = 3 * torch.sigmoid(h[:, :12] @ w[f"{p}attn.ve_gate.weight"].T)
-            v = v + gate.repeat_interleave(c.head_dim, 1) * w[f"value_embeds.{layer}.weight"][ids]
+            added = w[f"value_embeds.{layer}.weight"][ids]
+            if c.ngrams and c.ngram_into == "values":
+                added = added + w["ngrams.scalars"][layer] * grams
+            v = v + gate.repeat_interleave(c.head_dim, 1) * added
         out = torch.zeros(len(ids), c.n_head * c.head_dim, dtype=torch.float64)
         window = len(ids) if c.window(layer) is None else c.window(layer)
         for head in range(c.n_head):
@@ -201,10 +229,10 @@ def test_forward_with_windows_equals_the_formulas(n_kv_head):
     torch.testing.assert_close(net(ids[None])[0].double(), naive_forward(net, ids), atol=5e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("switch", ["value_embeds", "residual_scalars", "smear", "backout"])
+@pytest.mark.parametrize("switch", ["value_embeds", "residual_scalars", "smear", "backout", "ngrams"])
 def test_every_switch_of_modern_matters(switch):
-    on = config(depth=3, **MODERN)
-    off = config(depth=3, **MODERN | {switch: False})
+    on = config(depth=3, **MODERN, **NGRAMS)
+    off = config(depth=3, **MODERN | NGRAMS | {switch: () if switch == "ngrams" else False})
     net = random_net(on)
     other = GPT(off)
     other.load_state_dict({name: value for name, value in net.state_dict().items() if name in other.state_dict()})
@@ -335,7 +363,7 @@ def test_loss_reductions_and_ignored_targets():
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 1])
-@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+@pytest.mark.parametrize("arch", CACHED)
 def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head):
     c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
     net, lengths = random_net(c), torch.tensor([3, 9, 6])
@@ -358,7 +386,7 @@ def test_cache_equals_full_forward_for_rows_of_different_lengths(arch, n_kv_head
 
 @pytest.mark.parametrize("is_copied", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 1])
-@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+@pytest.mark.parametrize("arch", CACHED)
 def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(arch, n_kv_head, is_copied):
     """Rows 0, 2 behind one prefix of 7 tokens, row 1 behind another of 3, row 3 behind none."""
     c = config(depth=3, n_kv_head=n_kv_head, **ARCHS[arch])
@@ -398,7 +426,7 @@ def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(ar
         assert whole.length == 7 + 9 + 4
 
 
-@pytest.mark.parametrize("arch", ["classic", "modern", "gpt2"])
+@pytest.mark.parametrize("arch", CACHED)
 def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch):
     small = {"window_pattern": "SSL", "window_divisor": 8, "window_multiple": 4}
     net = random_net(config(depth=3, **(ARCHS[arch] | small)))
@@ -450,6 +478,10 @@ def test_bf16_stays_close_to_fp32():
         ({"window_pattern": ""}, "arch.window_pattern"),
         ({"value_embeds": True, "gate_channels": 65}, "arch.gate_channels reads 65 channels"),
         ({"smear": True, "head_dim": 4, "arch": "modern"}, "arch.smear reads 24 channels"),
+        ({"ngrams": (2, 4)}, r"arch.ngrams=\[2, 4\]"),
+        ({"ngrams": (2, 2)}, r"arch.ngrams=\[2, 2\]"),
+        ({"ngrams": (2,), "ngram_into": "head"}, "arch.ngram_into=head: choose one of residual, values"),
+        ({"ngrams": (2,), "ngram_into": "values"}, "set arch.value_embeds=true"),
     ],
 )
 def test_impossible_shapes_are_refused(values, match):
@@ -458,7 +490,7 @@ def test_impossible_shapes_are_refused(values, match):
 
 
 def test_config_round_trip_refuses_unknown_keys():
-    c = config(**MODERN)
+    c = config(**MODERN, **NGRAMS)
     assert GPTConfig.from_dict(json.loads(json.dumps(c.to_dict()))) == c
     with pytest.raises(ValueError, match="flux"):
         GPTConfig.from_dict(c.to_dict() | {"flux": 1})

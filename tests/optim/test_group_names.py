@@ -29,6 +29,7 @@ def names(optimizer) -> list[str]:
         ((), ["head", "embedding", "value_embeds", "residual", "x0", "smear", "matrices"]),
         (("arch=gpt2",), ["embedding", "matrices", "vectors"]),
         (("optim=adamw",), ["matrices", "others"]),
+        (("optim=adamw", "arch.ngrams=[3]"), ["matrices", "others", "ngrams"]),
     ],
 )
 def test_groups_are_named_by_what_they_hold(lines, wanted):

@@ -123,6 +123,19 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
         torch.testing.assert_close(resumed["averaged"]["weights"][name], weight, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
+def test_processes_train_the_tables_of_one(trained, strategy, other, tmp_path):
+    """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
+    (_, alone), (folder, results) = trained("auto", 1, "ngrams"), trained(strategy, 2, "ngrams")
+    checkpoint = folder / "ngrams" / "step_000002.ckpt"
+    resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ngrams",), checkpoint, steps=4)
+    table = alone["ngrams"]["weights"]["ngrams.tables.3.weight"]
+    assert 0 < (table != 0).any(1).float().mean() < 1
+    for name, weight in alone["ngrams"]["weights"].items():
+        torch.testing.assert_close(results["ngrams"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)
+        torch.testing.assert_close(resumed["ngrams"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
     """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""
