@@ -106,6 +106,16 @@ class PretrainStage(ModelStage):
     average_share: float | None = key(
         "share of the running average in the mixture of average_steps; null = 0.6", above=0, high=1
     )
+    window_ramp: float | None = key(
+        "share of the steps, at the start, in which attention reaches over 1/4, then 1/2 of each window; null = none",
+        above=0,
+        high=1,
+    )
+    row_ramp: float | None = key(
+        "share of the steps, at the start, in which rows are cut to 1/4, then 1/2 of the context; null = none",
+        above=0,
+        high=1,
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)
