@@ -116,6 +116,12 @@ class PretrainStage(ModelStage):
         above=0,
         high=1,
     )
+    sampled_softmax: float | None = key(
+        "share of the vocabulary in the softmax of the first training steps; it grows, and at the end is whole; null "
+        "= whole",
+        above=0,
+        below=1,
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)

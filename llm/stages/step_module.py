@@ -34,6 +34,7 @@ from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.ramps import short_windows, shorter_rows
 from llm.stages.step_state import Budget, LossWatch, Progress, StepLog, Sums, Votes
+from llm.stages.text_loss import TextLoss
 from llm.stages.warm_start import take_state
 
 
@@ -78,6 +79,7 @@ class StepModule(L.LightningModule):
         super().__init__()
         self.objective, self.sums = objective, Sums()
         self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
+        self.text_loss = TextLoss.of(stage)
         self.automatic_optimization = False
         self.strict_loading = net.lora is None  # checkpoints hold an adapter without its base
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
@@ -153,12 +155,16 @@ class StepModule(L.LightningModule):
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Return the summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss.
 
-        With an objective: its loss, whose sums are added to those of the step.
+        With an objective: its loss, whose sums are added to those of the step. Else switches of the stage may make it
+        another loss (`llm.stages.text_loss`).
         """
         if self.objective is not None:
             loss, sums = self.objective(self.net, micro)
             self.sums.add(sums)
             return loss
+        if self.text_loss is not None:
+            done = self.budget.place(self.global_step, self.planned_steps) / self.planned_steps
+            return self.text_loss(self.net, micro, done, self.global_step)
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:

@@ -7,16 +7,14 @@ import pytest
 import torch
 from conftest import compose
 from model.test_gpt import MODERN, config, naive_forward, random_net
-from small_training import CONFIG, OPTIM, STEPS, StopAt, fit, rows, step_batch
+from small_training import StopAt, pretrain, rows, step_batch, weights
 
 from llm.checkpoint.resume import newest_checkpoint
 from llm.errors import UserError
 from llm.model.config import GPTConfig
-from llm.model.gpt import GPT
 from llm.optim.schedules import ramp_share
 from llm.stages.plan import check_ramps
 from llm.stages.ramps import check_windows, short_windows, shorter_rows, shorter_window
-from llm.stages.step_module import StageContext, StepModule
 
 
 @dataclass(frozen=True)
@@ -25,29 +23,6 @@ class Reaching(GPTConfig):
 
     def window(self, layer):
         return 2
-
-
-def weights(module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in module.net.parameters()]
-
-
-def assert_same(left, right):
-    assert len(left) == len(right) and all(map(torch.equal, left, right))
-
-
-def train(folder, ckpt=None, extra=(), **keys):
-    """Train six steps of rows of eight tokens with ramps; returns the module."""
-    stage = compose("train", "stage=pretrain").stage
-    stage.warmup_steps = 0
-    for key, value in keys.items():
-        stage[key] = value
-    model = GPT(replace(CONFIG, window_multiple=None)).init_weights(0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    module = StepModule(model, OPTIM, stage, StageContext("pretrain", None, torch.ones(70), STEPS, 8))
-    return fit(folder, module=module, ckpt=ckpt, extra=extra)[0]
 
 
 def test_the_share_of_a_step():
@@ -88,12 +63,12 @@ def test_rows_are_cut_and_nothing_else_changes():
 
 @pytest.mark.parametrize("key", ["window_ramp", "row_ramp"])
 def test_a_ramp_changes_the_first_steps_and_resumes_to_the_bit(tmp_path, key):
-    plain, whole = train(tmp_path / "plain"), train(tmp_path / "a", **{key: 0.7})
+    plain, whole = pretrain(tmp_path / "plain"), pretrain(tmp_path / "a", **{key: 0.7})
     losses = [[float(row["loss"]) for row in rows(tmp_path / name)] for name in ("plain", "a")]
     assert losses[0][0] != losses[1][0] and not torch.equal(weights(plain)[0], weights(whole)[0])
-    train(tmp_path / "b", extra=[StopAt(3)], **{key: 0.7})
-    resumed = train(tmp_path / "b", ckpt=newest_checkpoint(tmp_path / "b" / "checkpoints")[1], **{key: 0.7})
-    assert_same(weights(resumed), weights(whole))
+    pretrain(tmp_path / "b", extra=[StopAt(3)], **{key: 0.7})
+    resumed = pretrain(tmp_path / "b", ckpt=newest_checkpoint(tmp_path / "b" / "checkpoints")[1], **{key: 0.7})
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
     assert whole.net.windows == plain.net.windows == [None, None]
 
 
