@@ -103,6 +103,7 @@ class ModernArch(ClassicArch):
     exclusive_attention: bool = key("heads lose a trained share of what points along the token's own value")
     attention_gate: bool = key("a gate of the layer's input scales what each head returns")
     activation: str = key("activation of the MLP; leaky = slope 1/2 below 0", choices=ACTIVATIONS)
+    asymmetric_cap: bool = key("logits are 23 sigmoid((x + 5) / 7.5) in place of softcap, less a constant")
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from llm.config.model_schema import ACTIVATIONS
 from llm.config.registries import ARCHITECTURES
+from llm.model.logit_bound import ASYMMETRIC, Bound
 
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
 
@@ -42,6 +43,7 @@ UNSTATED = MappingProxyType(
         "exclusive_attention": False,
         "attention_gate": False,
         "activation": "relu_squared",
+        "asymmetric_cap": False,
     }
 )
 
@@ -85,6 +87,7 @@ class GPTConfig:
     exclusive_attention: bool = UNSTATED["exclusive_attention"]  # heads lose some of what points along the own value
     attention_gate: bool = UNSTATED["attention_gate"]  # a gate of the layer's input scales what each head returns
     activation: str = UNSTATED["activation"]  # of the MLP, for all but gpt2: one of ACTIVATIONS
+    asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -105,6 +108,11 @@ class GPTConfig:
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
+
+    @property
+    def bound(self) -> float | Bound | None:
+        """Return the bound of the logits, for `llm.model.cross_entropy`: `softcap`, or the asymmetric one."""
+        return ASYMMETRIC if self.asymmetric_cap else self.softcap
 
     @property
     def rope_factor(self) -> float:

@@ -162,6 +162,7 @@ SHAPE = mapping(
         "window_divisor": whole(1, 1 << 24),
         "window_multiple": maybe(whole(1, 1 << 24)),
         **dict.fromkeys(("value_embeds", "residual_scalars", "smear", "backout", "tied", "scalar_head"), truth),
+        "asymmetric_cap": truth,
         "gate_channels": whole(1, 1 << 20),
         "gate_range": _factor,
         "bos_id": maybe(whole(0, 1 << 24)),

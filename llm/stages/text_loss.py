@@ -40,7 +40,7 @@ class TextLoss:
             return net(micro["inputs"], targets, reduction="sum", token_weights=weights)
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
-            parts = (net.config.softcap, ids, weights, net.loss_kernel)
+            parts = (net.config.bound, ids, weights, net.loss_kernel)
             return sampled_cross_entropy(hidden, net.head_weight, targets, *parts)
 
         return net(micro["inputs"], head=head)

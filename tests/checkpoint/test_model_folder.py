@@ -112,7 +112,7 @@ FROZEN = {
     "smear": False, "backout": False, "tied": False, "bos_id": None, "vocab_multiple": 64, "resid_init": (1.0, 1.0),
     "x0_init": (0.0, 0.0), "backout_init": 0.2, "gate_init": 0.0, "embedding_std": 1.0, "head_std": 0.0,
     "fc_scale": 1.0, "scalar_head": False, "exclusive_attention": False, "attention_gate": False,
-    "activation": "relu_squared",
+    "activation": "relu_squared", "asymmetric_cap": False,
 }  # fmt: skip
 
 

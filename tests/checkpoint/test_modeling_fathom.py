@@ -23,7 +23,8 @@ FEBRUARY = {"smear": False, "backout": False, "gate_channels": 32, "gate_range":
 FORMS = {
     "modern": MODERN,
     "february": MODERN | FEBRUARY,
-    "further": MODERN | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"},
+    "further": MODERN
+    | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared", "asymmetric_cap": True},
     "no switches": {"arch": "modern"},
     "documents": MODERN | {"bos_id": 324},
     "yarn": {"arch": "modern", "rope_scaling": "yarn", "rope_original": 24, "n_kv_head": 1},
