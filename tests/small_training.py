@@ -109,13 +109,13 @@ def fit(
     return module, stop
 
 
-def pretrain(folder, ckpt=None, extra=(), config=None, **keys) -> StepModule:
+def pretrain(folder, ckpt=None, extra=(), config=None, tokenizer=None, **keys) -> StepModule:
     """Train six steps with keys of stage=pretrain; returns the module."""
     stage = compose("train", "stage=pretrain").stage
     for key, value in ({"warmup_steps": 0} | keys).items():
         stage[key] = value
     model = net(config=replace(CONFIG, window_multiple=None) if config is None else config)
-    context = StageContext("pretrain", None, torch.ones(model.config.vocab_size), STEPS, 8)
+    context = StageContext("pretrain", tokenizer, torch.ones(model.config.vocab_size), STEPS, 8)
     return fit(folder, module=StepModule(model, OPTIM, stage, context), ckpt=ckpt, extra=extra)[0]
 
 

@@ -122,6 +122,14 @@ class PretrainStage(ModelStage):
         above=0,
         below=1,
     )
+    multi_token: float | None = key(
+        "weight at first of the loss for the token after the next, and half of it for the one behind; null = 0",
+        above=0,
+        high=10,
+    )
+    prefix_token: float | None = key(
+        "weight at first of the loss for the longest token that the next one begins with; null = 0", above=0, high=10
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)

@@ -52,6 +52,22 @@ def chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | N
     return losses
 
 
+def many_goal_loss(logits: torch.Tensor, goals: torch.Tensor, scales: torch.Tensor, cap, run) -> torch.Tensor:
+    """Return sum_k scales_k losses_k (n,) of goals (n, K), and overwrite `logits` (n, V) with its gradient.
+
+    scales: (n, K), 0 for a goal that is none. run(logits, goal, scale, cap) computes one goal, as `chunk_loss` does.
+    All goals share its softmax; only the gradients at the goals are put right behind it.
+    """
+    bound, x = bound_of(cap), logits.gather(1, goals).float()
+    z = softcapped(x, bound)
+    slope = 1.0 if bound is None else (1 - (z / bound.height).square()) * (bound.height / bound.width)
+    total = scales.sum(dim=1, keepdim=True)
+    log_z = run(logits, goals[:, :1].contiguous(), total, cap).unsqueeze(1) + z[:, :1]
+    due = ((goals.unsqueeze(2) == goals.unsqueeze(1)) * scales.unsqueeze(1)).sum(dim=2)  # goals may be equal
+    logits.scatter_(1, goals, (((z - log_z).exp() * total - due) * slope).to(logits.dtype))
+    return ((log_z - z) * scales).sum(dim=1)
+
+
 def fused_chunk_loss(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | Bound | None):
     """Compute `chunk_loss` in a form that torch.compile turns into two passes over the chunk.
 
@@ -86,12 +102,18 @@ def linear_cross_entropy(
     losses; reduction: sum | mean (over trained tokens) | none | both; kernel: `chunk_loss`, or `fused_chunk_loss`
     compiled, which serves where our own kernel for CPUs (`llm.model.loss_cpu`) is missing. Returns an fp32 scalar, or
     losses with the shape of `targets`; for both the sum, and losses without factors and without gradient.
+
+    Tokens with K goals have targets and token_weights (..., K), and reduction sum alone; the first goal says whether
+    the token is trained.
     """
-    flat, goals = hidden.flatten(0, -2), targets.flatten()
-    factors = None if token_weights is None else token_weights.flatten()
-    trained = None
-    if goals.device.type == "cpu" and (goals < 0).any():  # on a GPU, counting them would make the host wait
-        trained = (goals >= 0).nonzero().squeeze(1)
+    several = targets.dim() == hidden.dim()
+    flat, goals, factors = (
+        hidden.flatten(0, -2),
+        *(None if t is None else t.flatten(0, -2) if several else t.flatten() for t in (targets, token_weights)),
+    )
+    trained, main = None, goals[:, 0] if several else goals
+    if goals.device.type == "cpu" and (main < 0).any():  # on a GPU, counting them would make the host wait
+        trained = (main >= 0).nonzero().squeeze(1)
         flat, goals = flat[trained], goals[trained]
         factors = None if factors is None else factors[trained]
     weight = weight.to(flat.dtype)
@@ -115,8 +137,8 @@ def _put_back(losses: torch.Tensor, trained: torch.Tensor | None, targets: torch
 def _run(hidden, weight, goals, factors, softcap, with_grad: bool, kernel=chunk_loss, trains_head: bool = True):
     """Return the losses (N,) without factors and, if `with_grad`, the gradients of sum(losses * factors).
 
-    hidden: (N, C); weight: (V, C); goals, factors: (N,). The gradients are those of hidden and, if `trains_head`, of
-    weight, else None.
+    hidden: (N, C); weight: (V, C); goals, factors: (N,), or (N, K), whose losses come with factors and summed. The
+    gradients are those of hidden and, if `trains_head`, of weight, else None.
     """
     elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
     chunk = max(MIN_TOKENS, elements // len(weight))
@@ -125,18 +147,25 @@ def _run(hidden, weight, goals, factors, softcap, with_grad: bool, kernel=chunk_
         tile = min(tile, len(goals))
     trained = (goals >= 0).float()
     scales = trained if factors is None else trained * factors
-    goals = goals.clamp(min=0).unsqueeze(1)
+    several, goals = goals.dim() > 1, goals.clamp(min=0)
+    goals = goals if several else goals.unsqueeze(1)
+
+    def one_goal(logits, goal, scale, cap):
+        if loss_cpu.computes(logits):
+            return loss_cpu.row_losses(logits, goal, scale, cap)
+        return _in_tiles(logits, goal, scale, cap, kernel, tile)
+
     losses = hidden.new_empty(len(goals), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if with_grad else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad and trains_head else None
     for start in range(0, len(goals), chunk):
         rows = slice(start, start + chunk)
         logits = F.linear(hidden[rows], weight)
-        scale = scales[rows].unsqueeze(1) if with_grad else None
-        if loss_cpu.computes(logits):
-            losses[rows] = loss_cpu.row_losses(logits, goals[rows], scale, softcap)
+        if several:
+            losses[rows] = many_goal_loss(logits, goals[rows], scales[rows], softcap, one_goal)
         else:
-            losses[rows] = _in_tiles(logits, goals[rows], scale, softcap, kernel, tile)
+            scale = scales[rows].unsqueeze(1) if with_grad else None
+            losses[rows] = one_goal(logits, goals[rows], scale, softcap)
         if not with_grad:
             continue
         torch.mm(logits, weight, out=d_hidden[rows])
@@ -146,7 +175,7 @@ def _run(hidden, weight, goals, factors, softcap, with_grad: bool, kernel=chunk_
             d_weight.addmm_(logits.T, hidden[rows])
         else:
             d_weight += logits.T @ hidden[rows]
-    return losses.mul_(trained), d_hidden, d_weight
+    return losses if several else losses.mul_(trained), d_hidden, d_weight
 
 
 def _in_tiles(logits, goals, scale, softcap, kernel, tile: int) -> torch.Tensor:
@@ -166,7 +195,7 @@ class _SummedLoss(torch.autograd.Function):
         losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel, trains_head)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum() if factors is None else (losses * factors).sum(), losses
+        return losses.sum() if factors is None or goals.dim() > 1 else (losses * factors).sum(), losses
 
     @staticmethod
     def backward(ctx, grad, _):

@@ -10,8 +10,6 @@ import math
 
 import torch
 
-from llm.model.cross_entropy import chunk_loss, linear_cross_entropy
-
 MULTIPLE = 64  # tokens in a sample, for fast products
 
 
@@ -41,23 +39,14 @@ def sample_vocabulary(targets: torch.Tensor, vocab_size: int, share: float, step
     return order[torch.argsort((~wanted[order]).byte(), stable=True)[:size]]
 
 
-def sampled_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    softcap: float | None,
-    ids: torch.Tensor,
-    token_weights: torch.Tensor | None = None,
-    kernel=chunk_loss,
-) -> torch.Tensor:
-    """Return the summed cross-entropy in nats over the sample `ids` (P,), which holds all targets.
+def sampled_head(weight: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows (P, C) of a head (V, C) for the sample `ids` (P,), and targets as numbers of these rows.
 
-    Otherwise as `linear_cross_entropy`; weight: (V, C), whole.
+    All targets must be in the sample; -1 stays. `linear_cross_entropy` of both is the loss over the sample.
     """
     place = targets.new_full((len(weight) + 1,), -1)
     place[ids] = torch.arange(len(ids), device=ids.device)
-    rows = _Rows.apply(weight, ids)
-    return linear_cross_entropy(hidden, rows, place[targets], softcap, token_weights, "sum", kernel)
+    return _Rows.apply(weight, ids), place[targets]
 
 
 class _Rows(torch.autograd.Function):

@@ -54,7 +54,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens)
     planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)
-    check_windows(net, cfg.stage.window_ramp)
+    check_windows(net, cfg.stage.get("window_ramp"))
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
         reads, packing = (text.train, fitted.packing) if split == "train" else (text.val, VAL_PACKING)

@@ -53,7 +53,7 @@ def shorter_rows(micro: dict[str, torch.Tensor], share: float) -> dict[str, torc
 
 def check_ramps(cfg) -> None:
     """Raise UserError for rows that cannot be cut into four."""
-    if cfg.stage.row_ramp is not None and cfg.model.seq_len % LEVELS:
+    if cfg.stage.get("row_ramp") is not None and cfg.model.seq_len % LEVELS:
         raise UserError(
             f"stage.row_ramp={cfg.stage.row_ramp}: rows of model.seq_len={cfg.model.seq_len} tokens cannot be cut into "
             f"{LEVELS}; take a multiple of {LEVELS}, or set stage.row_ramp=null"

@@ -79,7 +79,7 @@ class StepModule(L.LightningModule):
         super().__init__()
         self.objective, self.sums = objective, Sums()
         self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
-        self.text_loss = TextLoss.of(stage)
+        self.text_loss = TextLoss.of(stage, context.tokenizer)
         self.automatic_optimization = False
         self.strict_loading = net.lora is None  # checkpoints hold an adapter without its base
         self.flops_per_token = flops_per_token(net.config, context.seq_len)

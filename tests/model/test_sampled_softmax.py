@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from llm.model.sampled_softmax import sample_vocabulary, sampled_cross_entropy, sweep_stride
+from llm.model.cross_entropy import linear_cross_entropy
+from llm.model.sampled_softmax import sample_vocabulary, sampled_head, sweep_stride
 
 VOCAB, PADDED, WIDTH = 300, 320, 12
 
@@ -57,7 +58,7 @@ def test_loss_and_gradients_are_those_of_float64(cap, weighted):
     weight = torch.randn(PADDED, WIDTH, generator=generator).requires_grad_()
     factors = torch.rand(targets.shape, generator=generator) if weighted else None
     ids = sample_vocabulary(targets, VOCAB, 0.3, 2)
-    loss = sampled_cross_entropy(hidden, weight, targets, cap, ids, factors)
+    loss = linear_cross_entropy(hidden, *sampled_head(weight, targets, ids), cap, factors)
     exact, sample = 0.0, sorted(naive_sample(targets.flatten().tolist(), 0.3, 2))
     for at in (targets >= 0).nonzero().tolist():
         z = weight.double()[sample] @ hidden.double()[tuple(at)]

@@ -52,6 +52,22 @@ def test_short_windows_equal_the_formulas_and_are_taken_back():
     assert net.windows == [block.attn.window for block in net.transformer.h] == [None] * 3
 
 
+def test_a_compiled_network_follows_the_windows():
+    """By the compiler's guards, with the backend that compiles nothing."""
+    net = random_net(config(depth=3, seq_len=8, window_multiple=None))
+    ids = torch.randint(0, 70, (2, 8), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(net.forward_blocks, dynamic=False, backend="eager")
+    seen = set()
+    for share in (0.25, 0.5, 1.0):
+        with short_windows(net, share):
+            net.training_forward_blocks = None
+            plain = net(ids, ids, reduction="sum").item()
+            net.training_forward_blocks = compiled
+            assert net(ids, ids, reduction="sum").item() == pytest.approx(plain, rel=1e-6)
+        seen.add(plain)
+    assert len(seen) == 3
+
+
 def test_rows_are_cut_and_nothing_else_changes():
     micro = step_batch(1)["micro"][0]
     micro["weights"] = torch.rand(micro["inputs"].shape)
