@@ -2,8 +2,8 @@
 
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
-adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams. With a checkpoint it goes on
-from there.
+adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams, `switched` has switches of the
+objective. With a checkpoint it goes on from there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -21,6 +21,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from conftest import compose
+from omegaconf import OmegaConf
 
 from callbacks.average import AverageReadOut
 from callbacks.checkpoint import StepCheckpoint
@@ -47,7 +48,8 @@ from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
-EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams")  # in the lengths and numbers of micro-batches
+EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched")  # in the lengths and numbers of micro-batches
+SWITCHED = {"sampled_softmax": 0.3, "multi_token": 0.5, "window_ramp": 0.8}  # keys of stage=pretrain
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 
 
@@ -123,13 +125,15 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     config = replace(model_config(CFG.model, CFG.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     if kind == "ngrams":
         config = replace(config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9)
+    if kind == "switched":  # so that windows shorter than a row exist
+        config = replace(config, window_multiple=None)
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
     if "lora" in (kind, adapter):
         add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
-    module = StepModule(
-        net, CFG.optim, CFG.stage, StageContext(kind, None, torch.ones(VOCAB), STEPS, 64), OBJECTIVES.get(kind)
-    )
+    stage = OmegaConf.merge(CFG.stage, SWITCHED if kind == "switched" else {})
+    context = StageContext(kind, None, torch.ones(VOCAB), STEPS, 64)
+    module = StepModule(net, CFG.optim, stage, context, OBJECTIVES.get(kind))
     trainer = L.Trainer(
         accelerator="cpu",
         **layout_of_processes(),

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -24,8 +25,8 @@ CONFIG = GPTConfig(2, 1, 1, 16, 16, 8, 70)
 STEPS = 6
 
 
-def net(seed=0) -> GPT:
-    model, g = GPT(CONFIG).init_weights(seed), torch.Generator().manual_seed(seed)
+def net(seed=0, config=CONFIG) -> GPT:
+    model, g = GPT(config).init_weights(seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=g) * 0.1)
@@ -106,6 +107,20 @@ def fit(
     data = StepData(lambda position: Numbers(position, make))
     trainer.fit(module, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
     return module, stop
+
+
+def pretrain(folder, ckpt=None, extra=(), config=None, tokenizer=None, **keys) -> StepModule:
+    """Train six steps with keys of stage=pretrain; returns the module."""
+    stage = compose("train", "stage=pretrain").stage
+    for key, value in ({"warmup_steps": 0} | keys).items():
+        stage[key] = value
+    model = net(config=replace(CONFIG, window_multiple=None) if config is None else config)
+    context = StageContext("pretrain", tokenizer, torch.ones(model.config.vocab_size), STEPS, 8)
+    return fit(folder, module=StepModule(model, OPTIM, stage, context), ckpt=ckpt, extra=extra)[0]
+
+
+def weights(module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.net.parameters()]
 
 
 def rows(folder):

@@ -30,6 +30,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
+    "asymmetric_cap",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -308,7 +309,9 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.run_blocks(x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(x[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]).float()
-        if shape.softcap is not None:
+        if shape.asymmetric_cap:
+            logits = 11.5 * torch.tanh((logits + 5) / 15)
+        elif shape.softcap is not None:
             logits = shape.softcap * torch.tanh(logits / shape.softcap)
         loss = None
         if labels is not None:

@@ -109,6 +109,30 @@ class PretrainStage(ModelStage):
     dropout: float | None = key(
         "share of what attention and MLP add that training steps zero, often 0.1; null = none", above=0, below=1
     )
+    window_ramp: float | None = key(
+        "share of the steps, at the start, in which attention reaches over 1/4, then 1/2 of each window; null = none",
+        above=0,
+        high=1,
+    )
+    row_ramp: float | None = key(
+        "share of the steps, at the start, in which rows are cut to 1/4, then 1/2 of the context; null = none",
+        above=0,
+        high=1,
+    )
+    sampled_softmax: float | None = key(
+        "share of the vocabulary in the softmax of the first training steps; it grows, and at the end is whole; null "
+        "= whole",
+        above=0,
+        below=1,
+    )
+    multi_token: float | None = key(
+        "weight at first of the loss for the token after the next, and half of it for the one behind; null = 0",
+        above=0,
+        high=10,
+    )
+    prefix_token: float | None = key(
+        "weight at first of the loss for the longest token that the next one begins with; null = 0", above=0, high=10
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)

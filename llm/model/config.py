@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES
 from llm.config.registries import ARCHITECTURES
+from llm.model.logit_bound import ASYMMETRIC, Bound
 
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
 
@@ -46,6 +47,7 @@ UNSTATED = MappingProxyType(
         "ngram_rows": 4,
         "ngram_into": "residual",
         "ngram_bos": None,
+        "asymmetric_cap": False,
     }
 )
 
@@ -93,6 +95,7 @@ class GPTConfig:
     ngram_rows: int = UNSTATED["ngram_rows"]  # rows of such a table, in vocabularies
     ngram_into: str = UNSTATED["ngram_into"]  # one of NGRAM_PLACES, to which their rows are added
     ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
+    asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -134,6 +137,11 @@ class GPTConfig:
     def ids_before(self) -> int:
         """Return how many ids in front of a token the network reads beside its keys and values."""
         return max(self.ngrams, default=1) - 1
+
+    @property
+    def bound(self) -> float | Bound | None:
+        """Return the bound of the logits, for `llm.model.cross_entropy`: `softcap`, or the asymmetric one."""
+        return ASYMMETRIC if self.asymmetric_cap else self.softcap
 
     @property
     def rope_factor(self) -> float:

@@ -4,7 +4,7 @@
 after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
 grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
 residual and x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention,
-a gate of the heads, a leaky activation, tables of n-grams. `gpt2` is the baseline of 2019: learned
+a gate of the heads, a leaky activation, tables of n-grams, an asymmetric cap. `gpt2` is the baseline of 2019: learned
 positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This
 file knows nothing of training loops, configuration or files.
 """
@@ -421,7 +421,7 @@ class GPT(nn.Module):
         logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
         if self.head_module.by_row is not None:
             logits = logits + self.head_module.by_row.of_inputs(hidden)
-        return softcapped(logits[..., : self.config.vocab_size], self.config.softcap)
+        return softcapped(logits[..., : self.config.vocab_size], self.config.bound)
 
     def forward(
         self,
@@ -466,7 +466,7 @@ class GPT(nn.Module):
             return self.logits(hidden)
         true_head = self.head_weight[: self.config.vocab_size]
         kernel = self.loss_kernel if is_training else chunk_loss
-        found = linear_cross_entropy(hidden, true_head, targets, self.config.softcap, token_weights, reduction, kernel)
+        found = linear_cross_entropy(hidden, true_head, targets, self.config.bound, token_weights, reduction, kernel)
         return found if numbers is None else (found, numbers)
 
 

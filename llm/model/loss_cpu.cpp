@@ -5,8 +5,12 @@
 constexpr int64_t ROWS = 8;           // of one item of work
 constexpr float LARGEST_CAP = 80.0f;  // e^z of a logit within this cap needs no maximum subtracted
 
+struct Bound {  // of logits x: z = cap tanh((x + shift) / width); cap 0 = none
+    float cap, width, shift;
+};
+
 struct Sum {
-    float total, shift;  // sum of e^(z - shift)
+    float total, most;  // sum of e^(z - most)
 };
 
 // Calls f(first element, number of elements) for whole vectors of a row of n, then for what is left.
@@ -25,41 +29,42 @@ static inline vf some(const T* p, int n, float rest) {
     return v;
 }
 
-// Fills `slopes` with e^(z - shift) dz/dx for logits x, where z = cap tanh(x / cap), or x without a cap (0).
+// Fills `slopes` with e^(z - most) dz/dx for logits x and z by their bound, or z = x without one.
 template <class T>
-static Sum read(const T* x, int64_t n, float cap, float* slopes) {
-    float shift = 0.0f;
+static Sum read(const T* x, int64_t n, const Bound bound, float* slopes) {
+    const float cap = bound.cap, width = bound.width, shift = bound.shift, steep = cap / width;
+    float most_z = 0.0f;
     if (!(cap > 0.0f && cap <= LARGEST_CAP)) {
         vf most = all(to_float(x[0]));
-        vectors(n, [&](int64_t i, int width) {
-            const vf v = some(x + i, width, to_float(x[0]));
+        vectors(n, [&](int64_t i, int count) {
+            const vf v = some(x + i, count, to_float(x[0]));
             most = v > most || v != v ? v : most;
         });
-        shift = largest(most);
-        if (cap > 0.0f) shift = cap * std::tanh(shift / cap);
+        most_z = largest(most);
+        if (cap > 0.0f) most_z = cap * std::tanh((most_z + shift) / width);
     }
     vf total{};
-    vectors(n, [&](int64_t i, int width) {
-        vf z = some(x + i, width, 0.0f), slope = all(1.0f);
+    vectors(n, [&](int64_t i, int count) {
+        vf z = some(x + i, count, 0.0f), slope = all(1.0f);
         if (cap > 0.0f) {
-            const vf rest = 2.0f / (exp(z * (2.0f / cap)) + 1.0f);  // 1 - tanh
-            slope = rest * (2.0f - rest);
+            const vf rest = 2.0f / (exp((z + shift) * (2.0f / width)) + 1.0f);  // 1 - tanh
+            slope = rest * (2.0f - rest) * steep;
             z = cap - cap * rest;
         }
-        const vf e = exp(z - shift), f = e * slope;
-        if (width == VL) {
+        const vf e = exp(z - most_z), f = e * slope;
+        if (count == VL) {
             total += e;
             store(slopes + i, f);
         } else {
-            for (int j = 0; j < width; j++) total[j] += e[j], slopes[i + j] = f[j];
+            for (int j = 0; j < count; j++) total[j] += e[j], slopes[i + j] = f[j];
         }
     });
-    return {sum(total), shift};
+    return {sum(total), most_z};
 }
 
 template <class T>
-static void run(T* logits, int64_t rows, int64_t n, const int64_t* goals, const float* scales, float cap, float* losses,
-                int64_t threads) {
+static void run(T* logits, int64_t rows, int64_t n, const int64_t* goals, const float* scales, Bound bound,
+                float* losses, int64_t threads) {
     in_parallel(1, threads, [=](Team team) {
         static thread_local std::vector<float> room;
         if (int64_t(room.size()) < n + VL) room.resize(n + VL);
@@ -68,13 +73,15 @@ static void run(T* logits, int64_t rows, int64_t n, const int64_t* goals, const 
             for (int64_t row = item * ROWS; row < rows && row < (item + 1) * ROWS; row++) {
                 T* x = logits + row * n;
                 const int64_t goal = goals[row];
-                const float at = to_float(x[goal]), t = cap > 0.0f ? std::tanh(at / cap) : 0.0f;
-                const auto [total, shift] = read(x, n, cap, slopes);
-                losses[row] = std::log(total) + shift - (cap > 0.0f ? cap * t : at);
+                const float at = to_float(x[goal]), cap = bound.cap;
+                const float t = cap > 0.0f ? std::tanh((at + bound.shift) / bound.width) : 0.0f;
+                const auto [total, most] = read(x, n, bound, slopes);
+                losses[row] = std::log(total) + most - (cap > 0.0f ? cap * t : at);
                 if (!scales) continue;
                 const float factor = scales[row] / total, of_goal = slopes[goal] * factor;
                 each(x, n, [&](auto get) { return get(slopes) * factor; });
-                x[goal] = narrow<T>(of_goal - scales[row] * (1.0f - t * t));
+                const float slope = cap > 0.0f ? (1.0f - t * t) * (cap / bound.width) : 1.0f;
+                x[goal] = narrow<T>(of_goal - scales[row] * slope);
             }
         });
     });
@@ -82,9 +89,10 @@ static void run(T* logits, int64_t rows, int64_t n, const int64_t* goals, const 
 
 // logits: (rows, n), overwritten with the gradients of sum(losses * scales) unless scales is null; cap: 0 = none.
 extern "C" void row_losses(void* logits, int64_t is_bf16, int64_t rows, int64_t n, const int64_t* goals,
-                           const float* scales, float cap, float* losses, int64_t threads) {
+                           const float* scales, float cap, float width, float shift, float* losses, int64_t threads) {
+    const Bound bound{cap, width, shift};
     if (is_bf16)
-        run(static_cast<bf16*>(logits), rows, n, goals, scales, cap, losses, threads);
+        run(static_cast<bf16*>(logits), rows, n, goals, scales, bound, losses, threads);
     else
-        run(static_cast<float*>(logits), rows, n, goals, scales, cap, losses, threads);
+        run(static_cast<float*>(logits), rows, n, goals, scales, bound, losses, threads);
 }

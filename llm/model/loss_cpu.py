@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llm.model import native
+from llm.model.logit_bound import Bound, bound_of
 
 SOURCE = Path(__file__).with_name("loss_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("team", "vector"))
@@ -19,7 +20,9 @@ def load() -> ctypes.CDLL | None:
     """Return the kernel's library, compiled if need be; None where it cannot be had."""
     lib = native.library(SOURCE, *HEADERS)
     if lib is not None and lib.row_losses.argtypes is None:  # ctypes keeps what is set here
-        lib.row_losses.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_float, c_void_p, c_int64]
+        bound = [c_float] * 3
+        places = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, *bound, c_void_p, c_int64]
+        lib.row_losses.argtypes = places
         lib.row_losses.restype = None
     return lib
 
@@ -29,7 +32,9 @@ def computes(hidden: torch.Tensor) -> bool:
     return hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float32) and load() is not None
 
 
-def row_losses(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | None) -> torch.Tensor:
+def row_losses(
+    logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | None, cap: float | Bound | None
+) -> torch.Tensor:
     """Compute `llm.model.cross_entropy.chunk_loss` of contiguous logits (n, V), bf16 or fp32.
 
     goal: (n, 1) long; scale: (n, 1) fp32 or None. Returns losses (n,) in nats; with `scale`, `logits` is overwritten
@@ -43,7 +48,7 @@ def row_losses(logits: torch.Tensor, goal: torch.Tensor, scale: torch.Tensor | N
         *logits.shape,
         goal.data_ptr(),
         None if scale is None else scale.data_ptr(),
-        cap or 0.0,
+        *(bound_of(cap) or (0.0, 1.0, 0.0)),
         losses.data_ptr(),
         torch.get_num_threads(),
     )

@@ -7,7 +7,7 @@ from llm.model.config import UNSTATED, GPTConfig
 # Switches of other architectures that these blocks do not have.
 FOREIGN = (
     "softcap", "qk_scale", "window_pattern", "value_embeds", "residual_scalars", "smear", "backout",
-    "exclusive_attention", "attention_gate", "activation", "ngrams",
+    "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap",
 )  # fmt: skip
 
 

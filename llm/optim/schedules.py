@@ -34,6 +34,15 @@ def warmdown_progress(step: int, total_steps: int, warmdown_ratio: float) -> flo
     return min(max(step - (total_steps - warmdown), 0) / warmdown, 1.0) if warmdown else float(step > total_steps)
 
 
+def ramp_share(step: float, total_steps: int, ramp: float | None) -> float:
+    """Return the share of a window or row that a ramp over the first `ramp` of the steps allows; None: always 1.
+
+    It is 1/4 in the ramp's first half, 1/2 in the second, and 1 behind: few sizes, since a compiler wants each once.
+    """
+    done = 1.0 if ramp is None else step / (ramp * total_steps)
+    return 0.25 if done < 0.5 else 0.5 if done < 1 else 1.0
+
+
 def muon_momentum(
     step: int, warmup_steps: int, start: float, end: float, final: float, warmdown: float, overlap: bool = False
 ) -> float:

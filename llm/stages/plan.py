@@ -28,6 +28,7 @@ from llm.scaling.rules import (
     training_tokens,
 )
 from llm.stages.micro_batch import check_fits, divisors, training_device
+from llm.stages.ramps import check_ramps
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.environment import memory_gb
 from llm.utils.registry import resolved
@@ -68,6 +69,7 @@ def check_pretraining(cfg, config: GPTConfig) -> None:
     planned = plan(cfg, config.vocab_size)
     check_keeps_best(cfg)
     check_average(cfg)
+    check_ramps(cfg)
     check_step(cfg, planned.batch_tokens)
 
 

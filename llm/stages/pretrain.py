@@ -35,6 +35,7 @@ from llm.stages.common import (
 )
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
 from llm.stages.plan import Plan, check_average, check_keeps_best, evaluates, holds_weights, plan
+from llm.stages.ramps import check_ramps, check_windows
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import left_out, plan_text
 from llm.tokenizer.bpe import Tokenizer
@@ -49,6 +50,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     planned = plan(cfg, tokenizer.vocab_size, tokens)
     check_keeps_best(cfg)
     check_average(cfg)
+    check_ramps(cfg)
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
     dropped = left_out(cfg, text.val)  # found before training waits for its first step
     layout = steps_layout(cfg, planned.config, planned.batch_tokens)
@@ -57,6 +59,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     planned = planned._replace(steps=fitted.steps)
     net = net or build_network(planned.config).init_weights(cfg.seed)
     check_dropout(cfg, net)
+    check_windows(net, cfg.stage.get("window_ramp"))
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
         reads, packing = (text.train, fitted.packing) if split == "train" else (text.val, VAL_PACKING)

@@ -28,13 +28,15 @@ from llm.model.lora import is_trained
 from llm.model.ngrams import RowTable
 from llm.optim.build import build_optimizer
 from llm.optim.optimizer import GroupOptimizer
-from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
+from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, ramp_share, warmdown_progress
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy, MuonStrategy
 from llm.stages.device import DeviceOptions, take_over
 from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
+from llm.stages.ramps import short_windows, shorter_rows
 from llm.stages.step_state import Budget, LossWatch, Progress, StepLog, Sums, Votes
+from llm.stages.text_loss import TextLoss
 from llm.stages.warm_start import take_state
 
 
@@ -79,6 +81,7 @@ class StepModule(L.LightningModule):
         super().__init__()
         self.objective, self.sums = objective, Sums()
         self.net, self.optim_config, self.stage_config, self.context = net, optim, stage, context
+        self.text_loss = TextLoss.of(stage, context.tokenizer)
         self.automatic_optimization = False
         self.strict_loading = net.lora is None  # checkpoints hold an adapter without its base
         self.flops_per_token = flops_per_token(net.config, context.seq_len)
@@ -158,12 +161,16 @@ class StepModule(L.LightningModule):
     def micro_loss(self, micro: dict) -> torch.Tensor:
         """Return the summed loss of a micro-batch in nats; `weights` (B, T), if there, multiply every token's loss.
 
-        With an objective: its loss, whose sums are added to those of the step.
+        With an objective: its loss, whose sums are added to those of the step. Else switches of the stage may make it
+        another loss (`llm.stages.text_loss`).
         """
         if self.objective is not None:
             loss, sums = self.objective(self.net, micro)
             self.sums.add(sums)
             return loss
+        if self.text_loss is not None:
+            done = self.budget.place(self.global_step, self.planned_steps) / self.planned_steps
+            return self.text_loss(self.net, micro, done, self.global_step)
         return self.net(micro["inputs"], micro["targets"], reduction="sum", token_weights=micro.get("weights"))
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
@@ -174,7 +181,9 @@ class StepModule(L.LightningModule):
         n_trained, n_tokens, *metrics = collectives.all_reduce_sum(
             [batch["n_trained"], batch["n_tokens"], *own.values()]
         )
-        losses = self.passes(batch["micro"], (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
+        micro_batches = [shorter_rows(micro, self.ramp_share("row_ramp")) for micro in batch["micro"]]
+        with short_windows(self.net, self.ramp_share("window_ramp")):
+            losses = self.passes(micro_batches, (1.0 if self.scaler is None else self.scaler.scale) / max(n_trained, 1))
         nats = self.checked_sum(losses, batch, int(n_trained))
         if self.budget.used >= 1.0:  # all callbacks take this step for the last one
             self.context.total_steps, self.trainer.should_stop = self.global_step + 1, True
@@ -270,6 +279,11 @@ class StepModule(L.LightningModule):
         shape = (stage.warmup_steps, stage.warmdown_ratio, stage.final_lr_frac, getattr(stage, "warmdown_power", None))
         total = self.planned_steps
         return lr_multiplier(self.budget.place(step, total), total, *shape)
+
+    def ramp_share(self, key: str) -> float:
+        """Return the share that the stage's ramp `key` allows in this step; 1 where the stage has none."""
+        place = self.budget.place(self.global_step, self.planned_steps)
+        return ramp_share(place, self.planned_steps, getattr(self.stage_config, key, None))
 
     def apply_schedules(self, groups: list[dict]) -> None:
         step, total, optim = self.global_step, self.planned_steps, self.optim_config

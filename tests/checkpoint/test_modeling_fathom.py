@@ -23,7 +23,8 @@ FEBRUARY = {"smear": False, "backout": False, "gate_channels": 32, "gate_range":
 FORMS = {
     "modern": MODERN,
     "february": MODERN | FEBRUARY,
-    "further": MODERN | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"},
+    "further": MODERN
+    | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared", "asymmetric_cap": True},
     "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
     "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},

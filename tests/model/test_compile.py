@@ -120,7 +120,8 @@ def test_a_failing_compiler_names_the_part(monkeypatch):
         ("optimizer", ["--depth", "2", "--vocab", "300", "--repeats", "1"], ["2026_ms", "torch_ms", "muon_floor_ms"]),
         ("attention", ["--rows", "1", "--heads", "1", "--head-dim", "16", "--window", "256", "--repeats", "1"],
          ["1024_full_ms", "2048_masked_peak_mb", "4096_banded_to_full"]),
-        ("loss_head", ["--tokens", "64", "--width", "16", "--vocab", "100", "--repeats", "1"], ["chunked_ms"]),
+        ("loss_head", ["--tokens", "64", "--width", "16", "--vocab", "100", "--repeats", "1"],
+         ["chunked_ms", "sampled_ms"]),
     ],
 )  # fmt: skip
 def test_benchmarks_end_with_a_line_of_json(script, options, keys):

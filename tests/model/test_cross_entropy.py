@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from llm.model import cross_entropy
 from llm.model.cross_entropy import linear_cross_entropy
 from llm.model.fused_ops import NORM_EPS, relu_squared, rms_norm
+from llm.model.logit_bound import ASYMMETRIC
 
 TOKENS, WIDTH, VOCAB = (3, 50), 24, 70
 
@@ -21,7 +22,9 @@ def inputs(dtype=torch.float32, masked=0.3):
 
 
 def plain(hidden, weight, targets, cap, token_weights, reduction):
-    logits = cap * torch.tanh(hidden.double() @ weight.double().T / cap)
+    logits = hidden.double() @ weight.double().T
+    if cap is not None:
+        logits = 23 * torch.sigmoid((logits + 5) / 7.5) if cap == ASYMMETRIC else cap * torch.tanh(logits / cap)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(TOKENS)
     losses = losses if token_weights is None else losses * token_weights
     return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (targets >= 0).sum()}[reduction]
@@ -32,17 +35,46 @@ def gradients(loss, *leaves):
     return torch.autograd.grad(loss, leaves, upstream)
 
 
+@pytest.mark.parametrize("kernel", ["our own", "chunk_loss", "fused_chunk_loss"])
+@pytest.mark.parametrize("cap", [15.0, ASYMMETRIC])
 @pytest.mark.parametrize("masked", [0.0, 0.3])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_equals_the_plain_form_in_float64(monkeypatch, reduction, weighted, masked):
+def test_equals_the_plain_form_in_float64(monkeypatch, reduction, weighted, masked, cap, kernel):
+    if kernel != "our own":
+        monkeypatch.setattr(cross_entropy.loss_cpu, "computes", lambda logits: False)
     monkeypatch.setattr(cross_entropy, "MIN_TOKENS", 8)  # several tiles and chunks, the last ones short
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {})
     monkeypatch.setattr(cross_entropy, "OTHER_CHUNK_ELEMENTS", (32 * len(inputs()[1]), 1))
     hidden, weight, targets, factors = inputs(masked=masked)
     token_weights = factors if weighted else None
-    loss = linear_cross_entropy(hidden, weight, targets, 15.0, token_weights, reduction)
-    exact = plain(hidden, weight, targets, 15.0, token_weights, reduction)
+    run = cross_entropy.fused_chunk_loss if kernel == "fused_chunk_loss" else cross_entropy.chunk_loss
+    loss = linear_cross_entropy(hidden, weight, targets, cap, token_weights, reduction, run)
+    exact = plain(hidden, weight, targets, cap, token_weights, reduction)
+    torch.testing.assert_close(loss.double(), exact, atol=1e-5, rtol=1e-5)
+    for got, want in zip(gradients(loss, hidden, weight), gradients(exact, hidden, weight), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["our own", "chunk_loss"])
+@pytest.mark.parametrize("cap", [15.0, ASYMMETRIC, None])
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_several_goals_equal_the_sum_of_their_plain_forms(monkeypatch, masked, cap, kernel):
+    """Goals that are none, and goals of one token that are equal, among them."""
+    monkeypatch.setattr(cross_entropy, "MIN_TOKENS", 8)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {})
+    monkeypatch.setattr(cross_entropy, "OTHER_CHUNK_ELEMENTS", (32 * len(inputs()[1]), 1))
+    if kernel != "our own":
+        monkeypatch.setattr(cross_entropy.loss_cpu, "computes", lambda logits: False)
+    hidden, weight, targets, factors = inputs(masked=masked)
+    goals = torch.stack([targets, targets.roll(1, 1), inputs(masked=0.9)[2].roll(2, 0)], dim=-1)
+    goals[:, ::3, 1], goals[:, ::4, 2] = goals[:, ::3, 0], 0
+    shares = torch.tensor([1.0, 0.5, 0.3]) * factors.abs().unsqueeze(-1)
+    exact = 0.0
+    for k in range(3):
+        goal = torch.where(targets >= 0, goals[..., k], -1)
+        exact = exact + plain(hidden, weight, goal, cap, shares[..., k].double(), "sum")
+    loss = linear_cross_entropy(hidden, weight, goals, cap, shares)
     torch.testing.assert_close(loss.double(), exact, atol=1e-5, rtol=1e-5)
     for got, want in zip(gradients(loss, hidden, weight), gradients(exact, hidden, weight), strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

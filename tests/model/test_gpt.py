@@ -51,6 +51,7 @@ MODERN = {
 }
 SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
 NGRAMS = {"ngrams": (2, 3), "ngram_bos": 61}
+SWITCHES["asymmetric_cap"] = True
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
 ARCHS = {
     "classic": {},
@@ -209,6 +210,8 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
         x = x - w["backout_scalar"] * middle
     head = w["transformer.wte.weight"] if c.tied else w["lm_head.weight"]
     logits = (rms(x, "final_norm") @ head.T)[:, : c.vocab_size]
+    if c.asymmetric_cap:
+        return 23 * torch.sigmoid((logits + 5) / 7.5) - 11.5
     return logits if c.softcap is None else c.softcap * torch.tanh(logits / c.softcap)
 
 
@@ -300,7 +303,8 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
     exact = random_net(c).double()
     exact.compute_dtype = torch.float64
     logits = (exact.hidden(ids[:, :-1]) @ exact.head_weight.T)[..., :70]
-    logits = logits if c.softcap is None else 15 * torch.tanh(logits / 15)
+    capped = 23 * torch.sigmoid((logits + 5) / 7.5) if c.asymmetric_cap else 15 * torch.tanh(logits / 15)
+    logits = logits if c.softcap is None else capped
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     for (name, p), q in zip(net.named_parameters(), exact.parameters(), strict=True):
         floor = 1e-6 * exact.transformer.wte.weight.grad.norm()  # a key's bias cancels: its gradient is rounding alone

@@ -136,6 +136,13 @@ def test_processes_train_the_tables_of_one(trained, strategy, other, tmp_path):
         torch.testing.assert_close(resumed["ngrams"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
+def test_switches_of_the_objective_train_as_in_one_process(trained, strategy):
+    alone, found = (trained(*of, "switched")[1]["switched"]["weights"] for of in (("auto", 1), (strategy, 2)))
+    for name, weight in alone.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
     """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""
