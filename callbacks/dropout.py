@@ -10,7 +10,7 @@ class Dropout(L.Callback):
     """Zeroes a `share` of what sub-layers add, and divides the rest by 1 - share (Srivastava et al., 2014).
 
     Passes without gradient, as those of evaluations, are whole. What is zeroed depends on seed, step and process alone,
-    so a resumed training zeroes what it would have zeroed. torch's own draws are the same as without this callback.
+    so a resumed training zeroes what it would have zeroed. torch's generator goes on behind a step where it was before.
     """
 
     def __init__(self, share: float, seed: int):

@@ -105,7 +105,7 @@ class ModernArch(ClassicArch):
     attention_gate: bool = key("a gate of the layer's input scales what each head returns")
     activation: str = key("activation of the MLP; leaky = slope 1/2 below 0", choices=ACTIVATIONS)
     ngrams: list[int] = key(
-        "tables of hashed sequences of ids, by their lengths: [2] pairs, [2,3] pairs and triples; [] = none",
+        "tables of hashed n-grams of ids, by length: [2] pairs, [2,3] pairs and triples; [] = none",
         low=2,
         high=3,
     )

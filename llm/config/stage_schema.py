@@ -126,7 +126,7 @@ class PretrainStage(ModelStage):
         below=1,
     )
     multi_token: float | None = key(
-        "weight at first of the loss for the token after the next, and half of it for the one behind; null = 0",
+        "weight at first of the loss for the token after the next; the one behind has half; null = 0",
         above=0,
         high=10,
     )

@@ -72,7 +72,7 @@ class Series:
         return {depth: of[depth] for depth in sorted(of)}
 
     def jobs(self) -> list[Job]:
-        """Return all runs, small budgets first, then the same with more seeds, then those that compare learning rates.
+        """Return all runs, small budgets first, then those with more seeds, then those that compare learning rates.
 
         The last take a depth's smallest budget.
         """

@@ -50,7 +50,7 @@ def sampled_head(weight: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor)
 
 
 class _Rows(torch.autograd.Function):
-    """weight[ids] for distinct ids, whose gradient is written row by row instead of being added."""
+    """`weight[ids]` for distinct ids, whose gradient is written row by row instead of being added."""
 
     @staticmethod
     def forward(ctx, weight, ids):

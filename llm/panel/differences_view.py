@@ -1,4 +1,4 @@
-"""Builds the part of the Compare tab on answers: two stages asked the same, and items that one alone has right."""
+"""Builds the part of the Compare tab on answers: one question to two stages, and items that one alone has right."""
 
 from pathlib import Path
 

@@ -37,7 +37,7 @@ KEYS = {  # field of `Plan`: the key that its value goes to
 
 @dataclass(frozen=True)
 class Plan:
-    """What a newcomer has filled in, as text; an empty field takes the default. model: an option of its group."""
+    """Fields that a newcomer filled in, as text; an empty field takes the default. model: an option of its group."""
 
     name: str = ""
     texts: str = ""

@@ -146,7 +146,7 @@ def draw_pairs(
 ) -> tuple[list[Pair], int]:
     """Return pairs of answers in a random order of sides, and how many questions got two equal answers.
 
-    one, other: stages that answer; where they are the same, it answers twice. seed: of answers and sides.
+    one, other: stages that answer; one that is named twice answers twice. seed: of answers and sides.
     """
     questions = [question.strip() for question in questions if question.strip()]
     if not 1 <= len(questions) <= MOST_QUESTIONS:

@@ -84,7 +84,7 @@ def _first_text(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What two stages did with the items of a task that both have: counts, and the items where they differ.
+    """Counts of what two stages did with the items of a task that both have, and the items where they differ.
 
     both, neither: items that both have right, or none; only_a, only_b: (item of A, item of B) where one has. An item
     with several answers counts as right where more than half of them are. other: items of one of the two only, or
@@ -99,7 +99,7 @@ class Pairing:
 
 
 def compare_items(a: Sequence[Item], b: Sequence[Item]) -> Pairing:
-    """Compare two stages item by item; items are the same where index and question are."""
+    """Compare two stages item by item; an item is known by its index and question."""
     left, right = _by_question(a), _by_question(b)
     both, neither, other, only_a, only_b = 0, 0, len(left.keys() ^ right.keys()), [], []
     for key in left.keys() & right.keys():

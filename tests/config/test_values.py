@@ -53,7 +53,7 @@ def test_every_number_has_both_bounds():
 
 def test_every_list_of_betas_has_a_length():
     found = {name: spec.metadata.get("length") for _, name, spec in all_keys() if name.endswith("betas")}
-    assert len(found) == 5 and set(found.values()) == {2}
+    assert len(found) == 6 and set(found.values()) == {2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
