@@ -1,7 +1,8 @@
 """Sphinx configuration of the documentation (`make docs`).
 
-Links to files outside docs lead to pages with the source, or to an address that FATHOM_REPOSITORY names, such as
-https://github.com/owner/fathom/blob/main. External links are listed in docs/_build/links.txt, and not asked.
+Formulas become MathML, which browsers draw themselves. Links to files outside docs lead to pages with the source, or to
+an address that FATHOM_REPOSITORY names, such as https://github.com/owner/fathom/blob/main. External links are listed in
+docs/_build/links.txt, and not asked.
 """
 
 import os
@@ -59,6 +60,7 @@ myst_heading_anchors = 6
 root_doc = "index"
 exclude_patterns = ["_build", "notebooks", "guide/examples", "**/images"]
 nitpicky = True
+html_math_renderer = "mathml"  # MathJax would be loaded from elsewhere
 html_theme = "furo"
 html_title = "Fathom"
 html_copy_source = False
@@ -104,6 +106,19 @@ def resolve(app, doctree, docname):
             external.setdefault(address, set()).add(docname)
 
 
+def formula(display):
+    """Return what writes a formula as MathML: inline, or with display="block" on a line of its own."""
+    from docutils.nodes import SkipNode
+    from latex2mathml.converter import convert
+
+    def write(writer, node):
+        math = convert(node.astext(), display=display)
+        writer.body.append(f'<div class="math-block">{math}</div>' if display == "block" else math)
+        raise SkipNode
+
+    return write, None
+
+
 def finish(app, error):
     """Write the pages with the source, and the list of external links."""
     if error:
@@ -139,6 +154,7 @@ def finish(app, error):
 def setup(app):
     """Register the steps with Sphinx."""
     app.add_lexer("mermaid", TextLexer)
+    app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
     app.connect("source-read", outside_links)
     app.connect("doctree-resolved", resolve)
     app.connect("build-finished", finish)
