@@ -20,6 +20,7 @@ from llm.panel.state import Panel
 from llm.run.stage_folder import read_manifest
 from llm.utils.source import command
 
+CHECK, TOKENIZER, PRETRAIN, SFT = "check", "tokenizer", "pretrain", "sft"  # stages of this way, in order
 VOCABULARIES = ("512", "1024", "2048", "4096", "8192", "16384", "32768")
 BYTES_PER_ENTRY = 500  # of text, from which a vocabulary is proposed: its rare entries still occur some times
 DEPTHS = ("d2", "d4", "d6", "d8", "d10", "d12")
@@ -58,17 +59,17 @@ class Plan:
 def form_of(plan: Plan, stage: str) -> Form:
     """Return the form of a stage: check, tokenizer, pretrain or sft."""
     used = {
-        "check": ("texts", "chats"),
-        "tokenizer": ("texts", "vocabulary", "seed"),
-        "pretrain": ("texts", "context", "steps", "tokens", "seed"),
-        "sft": ("texts", "chats", "context", "seed"),
+        CHECK: ("texts", "chats"),
+        TOKENIZER: ("texts", "vocabulary", "seed"),
+        PRETRAIN: ("texts", "context", "steps", "tokens", "seed"),
+        SFT: ("texts", "chats", "context", "seed"),
     }[stage]
     given = {field: content for field, content in asdict(plan).items() if field in ("name", *used) and content}
     values = {KEYS[field]: content for field, content in given.items()}
-    if stage == "check":
+    if stage == CHECK:
         parts = {"text": plan.texts, "tasks": plan.chats}
         values["stage.parts"] = f"[{','.join(part for part, content in parts.items() if content)}]"
-    if stage == "sft":
+    if stage == SFT:
         values["init_from"] = f"{plan.name}/pretrain"
     groups = {"experiment": "own", "stage": stage} | ({"model": plan.model} if plan.model else {})
     return Form(groups, values)
@@ -76,7 +77,7 @@ def form_of(plan: Plan, stage: str) -> Form:
 
 def stages_of(plan: Plan) -> list[str]:
     """Return the stages that are trained after the tokenizer: sft where there are chats."""
-    return ["pretrain", *(["sft"] if plan.chats else [])]
+    return [PRETRAIN, *([SFT] if plan.chats else [])]
 
 
 def mistakes(panel: Panel, plan: Plan) -> tuple[dict[str, str], str]:
@@ -95,7 +96,7 @@ def mistakes(panel: Panel, plan: Plan) -> tuple[dict[str, str], str]:
     if found:
         return found, other
     fields = {key: field for field, key in KEYS.items()}
-    for stage in ("tokenizer", *stages_of(plan)):
+    for stage in (TOKENIZER, *stages_of(plan)):
         by_key, general = problems_of(form_of(plan, stage), panel.folders)
         for key, message in by_key.items():
             if key in fields:
@@ -132,20 +133,20 @@ def proposed(size: int) -> str:
 def check_data(panel: Panel, plan: Plan) -> str:
     """Return what stage=check says of the data. Raises UserError for a mistake in the plan."""
     check_all(panel, plan)
-    return jobs.try_out(panel, form_of(plan, "check"), "check")
+    return jobs.try_out(panel, form_of(plan, CHECK), CHECK)
 
 
 def expected(panel: Panel, plan: Plan) -> str:
     """Return what a dry run of pretrain says. Raises UserError for a mistake, and without a tokenizer."""
     check_all(panel, plan)
-    if state_of(panel, plan.name, "tokenizer") != "finished":
+    if state_of(panel, plan.name, TOKENIZER) != "finished":
         raise UserError("the tokenizer is not trained yet: do step 2 first, and wait for its end")
-    return jobs.dry_run(panel, form_of(plan, "pretrain"))
+    return jobs.dry_run(panel, form_of(plan, PRETRAIN))
 
 
 def start_tokenizer(panel: Panel, plan: Plan) -> list[int]:
     """Put the tokenizer into the queue. Returns the numbers of the jobs. Raises UserError for a mistake."""
-    return _start(panel, plan, ["tokenizer"])
+    return _start(panel, plan, [TOKENIZER])
 
 
 def start(panel: Panel, plan: Plan) -> list[int]:
@@ -153,8 +154,8 @@ def start(panel: Panel, plan: Plan) -> list[int]:
 
     Raises UserError for a mistake, and where one of the stages waits or runs already.
     """
-    has_tokenizer = state_of(panel, plan.name, "tokenizer") == "finished" or "tokenizer" in _open(panel, plan.name)
-    return _start(panel, plan, [*([] if has_tokenizer else ["tokenizer"]), *stages_of(plan)])
+    has_tokenizer = state_of(panel, plan.name, TOKENIZER) == "finished" or TOKENIZER in _open(panel, plan.name)
+    return _start(panel, plan, [*([] if has_tokenizer else [TOKENIZER]), *stages_of(plan)])
 
 
 def _start(panel: Panel, plan: Plan, stages: list[str]) -> list[int]:
@@ -223,9 +224,9 @@ def watched(panel: Panel, name: str) -> str:
 
 def tokenizer_facts(panel: Panel, name: str) -> str:
     """Return what a finished tokenizer makes of its text; "" without one."""
-    if not name or state_of(panel, name, "tokenizer") != "finished":
+    if not name or state_of(panel, name, TOKENIZER) != "finished":
         return ""
-    manifest = read_manifest(panel.runs / name / "tokenizer") or {}
+    manifest = read_manifest(panel.runs / name / TOKENIZER) or {}
     size, metrics = (manifest.get("derived") or {}).get("vocab_size"), manifest.get("metrics") or {}
     per = metrics.get("bytes_per_token_val") or metrics.get("bytes_per_token_train")
     held_out = f"; {per:.2f} bytes of held-out text per token" if isinstance(per, float) else ""
@@ -234,11 +235,11 @@ def tokenizer_facts(panel: Panel, name: str) -> str:
 
 def afterwards(panel: Panel, name: str) -> str:
     """Return the commands for the last stage of a run that is finished: chat, evaluate, export; "" without one."""
-    finished = [stage for stage in ("pretrain", "sft") if state_of(panel, name, stage) == "finished"]
+    finished = [stage for stage in (PRETRAIN, SFT) if state_of(panel, name, stage) == "finished"]
     if not finished:
         return ""
     words = [f"run={name}", f"stage={finished[-1]}", *panel.places]
-    parts = "eval=[bpb,samples]" if finished[-1] == "pretrain" else "eval=[chat,samples]"
+    parts = "eval=[bpb,samples]" if finished[-1] == PRETRAIN else "eval=[chat,samples]"
     lines = [
         ["chat and API", _code(f"{command('serve')} {shlex.join(words)}")],
         ["evaluate", _code(f"{command('evaluate')} {shlex.join([*words, parts])}")],
