@@ -68,7 +68,8 @@ class Row:
     def value(self, output: str) -> float | None:
         """Return the last number that the output has behind the words, None if there is none."""
         words = r"\s+".join(re.escape(word) for word in self.words.split())
-        found = re.findall(rf"(?<!\w){words}[\s:=|]*({NUMBER.pattern})", output, NUMBER.flags)
+        end = r"(?!\w)" if self.words[-1].isalnum() else ""  # pass@1 is not the beginning of pass@16
+        found = re.findall(rf"(?<!\w){words}{end}[\s:=|]*({NUMBER.pattern})", output, NUMBER.flags)
         return number(found[-1]) if found else None
 
     def holds(self, value: float | None) -> bool:

@@ -198,6 +198,12 @@ def test_the_last_number_behind_the_words_is_read(output, value):
     assert guide_pages.Row("loss", 0, 0).value(output) == value
 
 
+def test_words_are_not_the_beginning_of_longer_ones():
+    output = "pass@1: 0.145\npass@16: 0.541\n"
+    assert guide_pages.Row("pass@1", 0, 0).value(output) == 0.145
+    assert guide_pages.Row("pass@16", 0, 0).value(output) == 0.541
+
+
 def test_bounds_belong_to_what_is_expected_and_nan_does_not():
     row = guide_pages.Row("loss", 0.3, 0.1)
     assert row.holds(0.4) and row.holds(0.2) and not row.holds(0.41) and not row.holds(None)
