@@ -1,12 +1,12 @@
-"""Tags and notes on stages, the only state that the panel has of its own: a table in the file of the queue."""
+"""Tags and notes on stages: a table in the file of the queue."""
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from llm.errors import UserError
+from llm.panel.table_file import opened
 
 MOST = 10_000  # characters of a note, and of all tags of a stage
 TABLE = "CREATE TABLE IF NOT EXISTS panel_notes (stage TEXT PRIMARY KEY, tags TEXT NOT NULL, note TEXT NOT NULL)"
@@ -25,19 +25,8 @@ class Notes:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(self.path, timeout=60)
-            try:
-                with db:
-                    db.execute(TABLE)
-                    yield db
-            finally:
-                db.close()
-        except (sqlite3.Error, OSError) as error:
-            raise UserError(f"paths.queue={self.path}: notes cannot be kept there ({error})") from error
+    def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return opened(self.path, TABLE, "notes")
 
     def all(self) -> dict[str, Note]:
         """Return the notes by `run/stage`."""

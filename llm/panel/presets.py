@@ -3,12 +3,12 @@
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from llm.errors import UserError
 from llm.panel.form import Form
+from llm.panel.table_file import opened
 from llm.utils.files import parse_json
 
 MOST = 200  # presets
@@ -23,15 +23,8 @@ class Presets:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-                db.execute(TABLE)
-                yield db
-        except (sqlite3.Error, OSError) as error:
-            raise UserError(f"paths.queue={self.path}: presets cannot be kept there ({error})") from error
+    def _open(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return opened(self.path, TABLE, "presets")
 
     def names(self) -> list[str]:
         """Return the names, in their order."""

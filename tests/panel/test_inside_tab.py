@@ -153,13 +153,14 @@ def test_what_cannot_be_looked_into_is_refused(models, tiny_tokenizer):
 
 def test_a_model_that_was_trained_anew_is_loaded_anew_and_two_are_kept(models, tiny_tokenizer):
     root = models.panel.runs
+    models.inside("tiny/sft", models.ids_of("tiny/sft", "fox", False)[0])
     save_stage(root, tiny_tokenizer, run="other")
     ids, _ = models.ids_of("other/sft", "fox", False)
     before = models.inside("other/sft", ids)
     assert models.inside("other/sft", ids) is before, "the last looks are kept"
     save_stage(root, tiny_tokenizer, run="other", seed=5)
     assert not torch.equal(models.inside("other/sft", ids).logits, before.logits)
-    assert len(models._loaded) == 2
+    assert [name for name, _ in models._loaded] == ["tiny/sft", "other/sft"], "the old weights are let go"
 
 
 def test_the_tab_shows_everything_at_once_and_moves(models):
