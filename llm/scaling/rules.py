@@ -38,6 +38,8 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         features[name] = tuple(features[name])
     first_special = vocab_size - len(SPECIAL_TOKENS)  # BOS
     bos_id = first_special if features.pop("document_masks", False) else None
+    if features.get("backout") and not has_middle_block(model["depth"]):
+        features["backout"] = False
     if "ngrams" in features:
         features["ngrams"] = tuple(features["ngrams"])
         features["ngram_bos"] = first_special if features["ngrams"] else None
@@ -59,6 +61,15 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         )
     except ValueError as error:
         raise UserError(f"model.depth={model['depth']}: {error}") from error
+
+
+def has_middle_block(depth: int) -> bool:
+    """Return whether block depth // 2, whose output backout subtracts, is followed by another one.
+
+    Behind the last block only a norm follows, (1 - b) x is x to that, and the coefficient b drifts: beyond 1 it turns
+    the sign of every logit.
+    """
+    return depth // 2 < depth - 1
 
 
 def training_tokens(config: GPTConfig, tokens_per_param: float, count_params: str) -> int:

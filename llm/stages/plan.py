@@ -21,6 +21,7 @@ from llm.scaling.rules import (
     REFERENCE_DEPTH,
     auto_batch,
     decay_factor,
+    has_middle_block,
     lr_batch_factor,
     micro_batches,
     model_config,
@@ -205,6 +206,8 @@ def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     check_adapter(cfg)
     check_vocab_size(cfg, found.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, found.vocab_size)
+    if found.arch == "modern" and not has_middle_block(found.n_layer):  # of old folders some have backout
+        wanted = replace(wanted, backout=found.backout)
     changes = {}
     if (wanted.bos_id is None) != (found.bos_id is None):
         changes["bos_id"] = wanted.bos_id

@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from llm.scaling.rules import (
     training_tokens,
 )
 from llm.stages.micro_batch import largest_trial, resolve_rows
-from llm.stages.plan import check_same_model
+from llm.stages.plan import check_same_model, shape_from
 from llm.stages.pretrain import derived_without_tokenizer, plan
 
 
@@ -57,6 +58,19 @@ def test_depth_sets_width_and_heads():
         shape(20, n_kv_head=4)
     with pytest.raises(UserError, match="model.depth=0"):
         shape(0)
+
+
+@pytest.mark.parametrize(("depth", "has"), [(1, False), (2, False), (3, True), (4, True)])
+def test_backout_needs_a_block_behind_the_middle_one(depth, has):
+    """With two blocks, d2 of the recipe jumped from a loss of 5.8 to 13.8 when the coefficient went beyond 1."""
+    cfg = compose("train", f"model=d{depth}")
+    assert model_config(cfg.model, cfg.arch, 70).backout is has
+
+
+def test_a_model_of_two_blocks_from_before_keeps_its_backout(tmp_path):
+    cfg = compose("train", "stage=sft", "model=d2")
+    found = replace(model_config(cfg.model, cfg.arch, 70), backout=True)
+    assert shape_from(cfg, tmp_path, found).backout
 
 
 @pytest.mark.parametrize(
