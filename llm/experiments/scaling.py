@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +20,7 @@ from typing import Any
 from llm.cli.compose import compose
 from llm.cli.overrides import check_overrides
 from llm.errors import UserError
-from llm.experiments.laws import Point, Surface, bootstrap, fit_parabola, fit_surface, interval, predict
+from llm.experiments.laws import Law, Point, bootstrap, choose_law, fit_parabola, interval, predict
 from llm.experiments.scaling_plots import draw_isoflops, draw_law
 from llm.model.config import GPTConfig, flops_per_token, scaling_params
 from llm.run.stage_folder import RunDir, read_manifest
@@ -294,7 +294,7 @@ def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
     if series.lr_fracs:
         result["rates"] = _rates(series)
     try:
-        law = fit_surface(points)
+        law, left_out = choose_law(points)
     except ValueError as error:
         print(f"no law is fitted: {error}")
     else:
@@ -303,7 +303,8 @@ def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
         for job in wanted:
             shape = _shape(tuple(series.settings), job.depth, vocab)
             asked.append((job.depth, scaling_params(shape), job.flops / flops_per_token(shape), None))
-        result |= _law(points, law, laws) | {"predictions": list(_predictions(points, law, laws, asked))}
+        result |= _forms(left_out) | _law(points, law, laws)
+        result["predictions"] = list(_predictions(points, law, laws, asked))
         draw_law(folder / "law.png", points, held, law)
     result["skipped"] = series.skipped
     write_json(folder / "scaling.json", result)
@@ -333,25 +334,38 @@ def _params_at(points: list[Point], tokens: float) -> float:
     return float(np.exp(slope * np.log(tokens) + constant))
 
 
-def _law(points: list[Point], law: Surface, laws: list[Surface]) -> dict[str, Any]:
+def _forms(left_out: dict[type[Law], float]) -> dict[str, Any]:
+    """Print how well each form predicts fitted runs from the other ones; return it as a mapping."""
+    rows = [[form.FORMULA, f"{100 * error:.2f} %"] for form, error in left_out.items()]
+    print_table(["law", "error"], rows, "Each run predicted from the others: the better form is taken")
+    return {"forms": {form.FORMULA: error for form, error in left_out.items()}}
+
+
+def _law(points: list[Point], law: Law, laws: list[Law]) -> dict[str, Any]:
     """Print the numbers of the law with their intervals; return them as a mapping."""
-    bounds = {name: interval([getattr(drawn, name) for drawn in laws]) for name in ("E", "A", "a", "B", "b")}
+    bounds = {f.name: interval([getattr(drawn, f.name) for drawn in laws]) for f in fields(law)}
     rows = [[name, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}"] for name, (low, high) in bounds.items()]
     per_param = sum(p.flops / p.params / p.tokens for p in points) / len(points)
     flops = max(p.flops for p in points)
     ratios = [drawn.best_tokens(flops, per_param) ** 2 * per_param / flops for drawn in (law, *laws)]
     low, high = interval(ratios[1:])
     rows.append([f"tokens per parameter at {flops:.3g} FLOPs", f"{ratios[0]:.3g}", f"{low:.3g} to {high:.3g}"])
-    print_table(["number", "fit", "95 % interval"], rows, "L(N, D) = E + A / N^a + B / D^b, in bits per byte")
+    print_table(["number", "fit", "95 % interval"], rows, f"{law.FORMULA}, in bits per byte")
     if high < 10 * low:
         print(f"for a training of this size: stage.tokens_per_param={ratios[0]:.3g} stage.count_params=matrices")
     else:
         print("these runs do not tell the best tokens per parameter: its interval spans more than a factor of ten")
-    return {"law": asdict(law), "intervals": bounds, "tokens_per_param": ratios[0], "tokens_per_param_in": [low, high]}
+    return {
+        "formula": law.FORMULA,
+        "law": asdict(law),
+        "intervals": bounds,
+        "tokens_per_param": ratios[0],
+        "tokens_per_param_in": [low, high],
+    }
 
 
 def _predictions(
-    points: list[Point], law: Surface, laws: list[Surface], asked: list[tuple[int, float, float, float | None]]
+    points: list[Point], law: Law, laws: list[Law], asked: list[tuple[int, float, float, float | None]]
 ) -> Iterator[dict[str, Any]]:
     """Print predictions of (depth, parameters, tokens, loss if measured); yield them as mappings."""
     rows = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.experiments.laws import Point, Surface, fit_parabola
+from llm.experiments.laws import Law, Point, fit_parabola
 from llm.report.plots import COLOURS, drawing
 
 
@@ -29,9 +29,9 @@ def draw_isoflops(path: Path, points: Sequence[Point]) -> None:
         ax.legend()
 
 
-def draw_law(path: Path, points: Sequence[Point], held_out: Sequence[Point], law: Surface) -> None:
+def draw_law(path: Path, points: Sequence[Point], held_out: Sequence[Point], law: Law) -> None:
     """Draw the law over training tokens for every size, with the runs: filled if fitted, hollow if held out."""
-    with drawing(path, "L(N, D) = E + A / N^a + B / D^b", (6.4, 4.2)) as drawn:
+    with drawing(path, law.FORMULA, (6.4, 4.2)) as drawn:
         ax = drawn.subplots()
         everything = [*points, *held_out]
         span = np.geomspace(min(p.tokens for p in everything) * 0.8, max(p.tokens for p in everything) * 1.25, 100)

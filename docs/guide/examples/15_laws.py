@@ -8,7 +8,7 @@ import argparse
 import matplotlib.pyplot as plt
 import numpy as np
 
-from llm.experiments.laws import Point, bootstrap, fit_parabola, fit_surface, interval, predict
+from llm.experiments.laws import Point, bootstrap, fit_law, fit_parabola, interval, predict
 
 # depth, parameters of blocks and head, training tokens, training FLOPs, bits per byte: the lab notebook of 2026-11-29
 FITTED = [
@@ -48,7 +48,7 @@ for flops in (4e13, 8e13):
     best = fit_parabola([p for p in points if p.flops == flops])
     if best is not None:
         print(f"{flops:g} FLOPs, best tokens in millions: {best.tokens / 1e6:.2f}")
-law = fit_surface(points)
+law = fit_law(points)
 laws = bootstrap(points, law)
 low, high = interval([one.b for one in laws])
 print(f"exponent of the tokens b: {law.b:.3f}\nits 95 % interval begins at: {low:.2f}\nand ends at: {high:.2f}")
