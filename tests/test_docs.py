@@ -14,9 +14,11 @@ from pathlib import Path
 import grimp
 import pytest
 
-from llm.cli.compose import parse
+from llm.cli.compose import compose, parse
 from llm.cli.overrides import check_overrides, config_groups, group_options
 from llm.config.schema import known_keys
+from llm.stages.pretrain import derived_without_tokenizer
+from llm.stages.start import gpu_words
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (ROOT / "docs", ROOT / "docs/guide")
@@ -88,6 +90,24 @@ def test_the_front_page_is_short_and_shows_pictures():
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text.decode())
     assert len(pictures) >= 2
     assert all((ROOT / picture).stat().st_size <= 60_000 for picture in pictures)
+
+
+SIZES = re.findall(r"^\| `([^`]+)` \| ([\d.,]+) M \| (.+) \|$", (ROOT / "docs/guide/sizes.md").read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize("keys, parameters, rest", SIZES, ids=[row[0] for row in SIZES])
+def test_the_table_of_sizes_has_what_a_dry_run_says(keys, parameters, rest):
+    tokens, gpus, time, price, memory = rest.split(" | ")
+    cfg = compose("train", ["stage=pretrain", "model.vocab_size=32768", "dry_run=true", *keys.split()])
+    values = derived_without_tokenizer(cfg)
+    assert float(parameters.replace(",", "")) == pytest.approx(values["params_total"] / 1e6, rel=2e-3)
+    assert tokens == f"{values['planned_tokens'] / 1e9:.2f} B"
+    words = gpu_words(values)
+    assert words.startswith(f"about {time} and {price} on {gpus} at ") and f"{memory} of memory (fits)" in words
+
+
+def test_the_table_of_sizes_is_found():
+    assert len(SIZES) >= 5
 
 
 @present

@@ -104,6 +104,35 @@ def test_a_chapter_has_its_parts(page):
     assert guide_pages.chapter_problems(page) == []
 
 
+GLOSSARY = ROOT / "docs/glossary.md"
+TERMS = re.findall(r"^- .*(?:\n  .*)*", GLOSSARY.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def plain(text: str) -> str:
+    """Return a text in small letters, with single spaces where it has line ends, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", " ", text.replace("`", "")).lower()
+
+
+@pytest.mark.parametrize("entry", TERMS, ids=lambda entry: re.sub(r"\W+", "-", entry[2:26]).strip("-"))
+def test_a_term_is_used_where_the_glossary_leads(entry):
+    targets = re.findall(r"\]\(([^)#\s]+)\)", entry)
+    assert targets, "no link to a page that uses the term"
+    used = " ".join(plain((GLOSSARY.parent / target).read_text(encoding="utf-8")) for target in targets)
+    missing = [
+        term
+        for term in re.findall(r"\*\*([^*]+)\*\*", entry)
+        if not re.search(rf"(?<!\w){re.escape(plain(term))}(?:e?s)?(?!\w)", used)
+    ]
+    assert not missing, f"{missing}: not on {targets}"
+
+
+def test_the_glossary_leads_to_every_chapter_and_has_each_term_once():
+    text = GLOSSARY.read_text(encoding="utf-8")
+    assert not [page.name for page in guide_pages.chapters(ROOT) if f"(guide/{page.name})" not in text]
+    terms = [plain(term) for entry in TERMS for term in re.findall(r"\*\*([^*]+)\*\*", entry)]
+    assert sorted(set(terms)) == sorted(terms)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks themselves
 

@@ -33,6 +33,7 @@ SCAN_SECONDS = 3.0  # ... for so long at most
 ID_CHARS = 1 << 24  # characters that tell one text from another: read in a fifth of a second
 SCAN_BYTES_STORE = 1 << 24  # so many where the files lie in a store
 VAL_SHARE = 0.05  # share of the rows that validate if a data set is a single file
+LARGE_SHARE = 0.2  # the line about the text says so where a last file that nobody named is more of the bytes than this
 
 Cursor = dict[str, Any]
 
@@ -336,11 +337,17 @@ class FileDocuments:
                 return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}, by its name"
             return f"{val.path.name}, by its name" if len(shards) == 1 else f"{len(shards)} files, by their names"
         if val.stop is None:
-            return f"{val.path.name}, the last file, as no name says what validates"
+            return f"{val.path.name}, the last file, as no name says what validates{self._large(val.path)}"
         alone = ", as it is a single file" if self.val_size is None else ""
         if len(self.files) > 1:
             alone = ", the last file, as no name says what validates"
         return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}{alone}"
+
+    def _large(self, path: Path) -> str:
+        """Return how much is held out with a file and how it becomes less, if that is a large share; else ''."""
+        share = self.size_of(path) / max(1, sum(map(self.size_of, self.files))) if self.is_stored else 0.0
+        remedy = f"with {self.key}.val_size=20 only the last 20 documents of it would be"
+        return f"; this is {share:.0%} of the bytes and not trained on, {remedy}" if share > LARGE_SHARE else ""
 
     def _make_split(self) -> dict[str, list[Shard]]:
         """Return {split: shards}. Raises UserError if the files cannot give both splits a document."""

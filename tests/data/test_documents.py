@@ -36,8 +36,22 @@ def test_shards_in_name_order_and_the_last_validates(tmp_path, suffix):
     source = LocalDocuments(tmp_path)
     assert read(source) == words(20) + words(20, 100) == list(texts(source))
     assert read(source, "val") == words(20, 200)
-    assert source.check().endswith(f"validation: c.{suffix}, the last file, as no name says what validates")
+    assert f"validation: c.{suffix}, the last file, as no name says what validates" in source.check()
     assert read(LocalDocuments(f"{tmp_path}/sub/[ab].{suffix}"), "val") == words(20, 100)  # a glob of two
+
+
+def test_a_large_file_that_nobody_chose_to_hold_out_is_said(tmp_path):
+    for name, count in [("a", 60), ("b", 40)]:
+        write(tmp_path / f"{name}.txt", ["a word " * 40] * count)
+    (share,) = re.findall(r"this is (\d+)% of the bytes and not trained on", LocalDocuments(tmp_path).check())
+    assert 39 <= int(share) <= 41
+    assert "with data.val_size=20 only the last 20 documents of it would be" in LocalDocuments(tmp_path).check()
+    assert "of the bytes" not in LocalDocuments(tmp_path, val_size=20).check()
+    write(tmp_path / "a.txt", ["a word " * 40] * 400)  # one in eleven is no surprise
+    assert "of the bytes" not in LocalDocuments(tmp_path).check()
+    (tmp_path / "b.txt").rename(tmp_path / "val.txt")  # and a name is a choice
+    write(tmp_path / "a.txt", ["a word " * 40] * 10)
+    assert "of the bytes" not in LocalDocuments(tmp_path).check()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "txt"])
