@@ -49,6 +49,7 @@ PARTS = (
     Part("step_d12", "_gpu_training:step", 70, {"depth": 12}),
     Part("step_d20", "_gpu_training:step", 130, {"depth": 20}),
     Part("fp8", "_gpu_training:fp8", 80),
+    Part("switches", "_gpu_training:switches", 240),
     Part("micro_batch", "_gpu_training:micro_batch", 60),
     Part("decode", "_gpu_running:decode", 80),
     Part("core", "_gpu_running:core", 50),

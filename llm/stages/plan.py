@@ -59,6 +59,7 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
     if cfg.precision.fp8:
         dtype = resolve_compute_dtype(cfg.precision.compute, training_device(cfg), row.draws_answers)
         check_fp8(dtype, cfg.strategy.name == "fsdp")
+    check_switches(cfg)
     config = shape_from(cfg, parent, read_config(parent)) if holds_weights(parent) else fresh_shape(cfg, parent)
     check_fits(config, memory_gb(), processes_of_node(cfg))
     if row.check:
@@ -119,6 +120,16 @@ def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:
         raise UserError("precision.fp8=true: not tested with strategy=fsdp; set precision.fp8=false or strategy=muon")
     if dtype != torch.bfloat16:
         raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
+
+
+def check_switches(cfg) -> None:
+    """Raise UserError where a key of `gpu` could have no effect, whatever the device."""
+    if cfg.gpu.joint_qkv and cfg.arch.name == "gpt2":
+        raise UserError("gpu.joint_qkv=true: arch=gpt2 has biases, which the product leaves out; set it to false")
+    if cfg.gpu.joint_qkv and cfg.model.lora.rank:
+        raise UserError("gpu.joint_qkv=true: not made for adapters; set it to false or model.lora.rank=null")
+    if cfg.gpu.tuned_products and cfg.compile is False:
+        raise UserError("gpu.tuned_products=true: compile=false compiles no product; set compile=auto or this to false")
 
 
 def evaluates(cfg) -> bool:

@@ -230,6 +230,25 @@ def test_memory_of_the_card_bounds_the_rows(monkeypatch):
     assert rows(24, 12) == 16 and rows(24, 20) < 8
 
 
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_switches_are_compared(tmp_path, monkeypatch, is_wrong):
+    """A product whose keys and values change places is noticed, in the gradients and in what is learnt."""
+    import _gpu_training
+
+    from llm.model import gpt
+
+    right = gpt.joint_product
+    if is_wrong:
+        monkeypatch.setattr(gpt, "joint_product", lambda x, layers: [right(x, layers)[i] for i in (0, 2, 1)])
+    found = findings(tmp_path)
+    _gpu_training.switches(found, True)
+    keys = ("joint_qkv", "tuned_products")
+    names = {f"loss_after_10_steps_{key}" for key in keys} | {f"gradients_{key}_and_cpu" for key in keys}
+    assert set(found.checks) == names and all(found.values[f"{key}_to_plain"] > 0 for key in keys)
+    wrong = {name for name, check in found.checks.items() if not check["ok"]}
+    assert wrong == ({"gradients_joint_qkv_and_cpu", "loss_after_10_steps_joint_qkv"} if is_wrong else set())
+
+
 @pytest.mark.slow
 def test_every_part_in_small(tmp_path):
     """Every part ends well in the form for machines without a GPU; takes some minutes."""
