@@ -12,6 +12,7 @@ from llm.model.joint_qkv import enable_joint_qkv, joint_product
 from llm.model.linear import Linear, enable_fp8
 from llm.model.lora import LoRA, add_adapter
 from llm.model.qwen3 import Qwen3
+from llm.model.qwen3_config import Qwen3Config
 from llm.stages.device import DeviceOptions
 from llm.stages.plan import check_switches
 
@@ -19,11 +20,11 @@ CPU = torch.device("cpu")
 IDS = torch.randint(0, 100, (2, 33), generator=torch.Generator().manual_seed(0))
 
 
-def network(arch: str = "modern", **more) -> GPT:
+def network(arch: str = "modern") -> GPT:
     """Two layers with grouped heads, of which nothing is zero."""
     features = {"value_embeds": True, "residual_scalars": True} if arch == "modern" else {}
-    net = (Qwen3 if arch == "qwen3" else GPT)(GPTConfig(2, 2, 1, 16, 32, 64, 100, arch=arch, **features, **more))
-    net.init_weights(0)
+    build, shape = (Qwen3, Qwen3Config) if arch == "qwen3" else (GPT, GPTConfig)
+    net = build(shape(2, 2, 1, 16, 32, 64, 100, arch=arch, **features)).init_weights(0)
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
@@ -94,7 +95,7 @@ def test_in_fp8_it_is_one_product_too():
 def test_layers_with_biases_or_adapters_are_left_alone():
     assert enable_joint_qkv(network("gpt2")) == 0
     net = network()
-    add_adapter(net, LoRA(2, 2.0, ("c_q", "c_v")), 0)
+    add_adapter(net, LoRA(2), 0)
     assert enable_joint_qkv(net) == 0 and not any(block.attn.joint_qkv for block in net.transformer.h)
 
 
