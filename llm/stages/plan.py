@@ -59,7 +59,6 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
     if cfg.precision.fp8:
         dtype = resolve_compute_dtype(cfg.precision.compute, training_device(cfg), row.draws_answers)
         check_fp8(dtype, cfg.strategy.name == "fsdp")
-    check_switches(cfg)
     config = shape_from(cfg, parent, read_config(parent)) if holds_weights(parent) else fresh_shape(cfg, parent)
     check_fits(config, memory_gb(), processes_of_node(cfg))
     if row.check:
@@ -215,6 +214,7 @@ def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     UserError where the configured model differs otherwise, or asks for an adapter that cannot be.
     """
     check_adapter(cfg)
+    check_switches(cfg)
     check_vocab_size(cfg, found.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, found.vocab_size)
     if found.arch == "modern" and not has_middle_block(found.n_layer):  # of old folders some have backout
@@ -242,7 +242,8 @@ def fresh_shape(cfg, parent: Path) -> GPTConfig:
 
 
 def check_fresh(cfg, parent: Path) -> None:
-    """Raise UserError for settings that need a trained parent, where `parent` holds a tokenizer alone."""
+    """Raise UserError where `parent` holds a tokenizer alone and settings need a trained one, or have no effect."""
+    check_switches(cfg)
     if cfg.arch.get("rope_scaling"):
         raise UserError(
             f"arch.rope_scaling={cfg.arch.rope_scaling}: a fresh network is trained at its full context; set it to "

@@ -232,7 +232,7 @@ def test_memory_of_the_card_bounds_the_rows(monkeypatch):
 
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_switches_are_compared(tmp_path, monkeypatch, is_wrong):
-    """A product whose keys and values change places is noticed, in the gradients and in what is learnt."""
+    """A product whose keys and values change places is noticed by the gradients; it learns as well as the right one."""
     import _gpu_training
 
     from llm.model import gpt
@@ -246,7 +246,7 @@ def test_switches_are_compared(tmp_path, monkeypatch, is_wrong):
     names = {f"loss_after_10_steps_{key}" for key in keys} | {f"gradients_{key}_and_cpu" for key in keys}
     assert set(found.checks) == names and all(found.values[f"{key}_to_plain"] > 0 for key in keys)
     wrong = {name for name, check in found.checks.items() if not check["ok"]}
-    assert wrong == ({"gradients_joint_qkv_and_cpu", "loss_after_10_steps_joint_qkv"} if is_wrong else set())
+    assert wrong == ({"gradients_joint_qkv_and_cpu"} if is_wrong else set())
 
 
 @pytest.mark.slow
