@@ -9,7 +9,7 @@ positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and
 file knows nothing of training loops, configuration or files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,12 +83,12 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
-    def project(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return queries (B, T, H, D), keys and values (B, T, Hkv, D) of the layer's input (B, T, n_embd)."""
         layers = (self.c_q, self.c_k, self.c_v)
         joint = self.joint_qkv and torch.is_grad_enabled()
-        parts = joint_product(x, layers) if joint else (layer(x) for layer in layers)
-        return (part.view(*x.shape[:2], -1, self.head_dim) for part in parts)
+        parts = joint_product(x, layers) if joint else [layer(x) for layer in layers]
+        return [part.view(*x.shape[:2], -1, self.head_dim) for part in parts]
 
     def forward(self, x, value_embed, rotary, mask, backend, cache: SlotPass | SharedPrefixPass | None, positions):
         B, T, _ = x.shape
