@@ -19,12 +19,12 @@ class PrecisionConfig:
 
 @dataclass
 class GPUConfig:
-    """Config group `gpu`: faster forms of a training step that no GPU has run yet. They change no weight's meaning."""
+    """Config group `gpu`: faster forms of a training step that no GPU has run yet. They leave what is computed as it is."""
 
     joint_qkv: bool = key("queries, keys and values of training steps by one matrix product; untested on a GPU")
     tuned_products: bool = key(
-        "let torch.compile time products of its own, what follows fused in, against the library's: minutes at the "
-        "first start; untested on a GPU"
+        "let torch.compile time Triton products, what follows fused in, against the library's: minutes at the first "
+        "start; untested on a GPU"
     )
 
 
