@@ -19,7 +19,7 @@ class PrecisionConfig:
 
 @dataclass
 class GPUConfig:
-    """Config group `gpu`: faster forms of a training step that no GPU has run yet. They leave what is computed as it is."""
+    """Config group `gpu`: other forms of a training step, for speed, that no GPU has run yet."""
 
     joint_qkv: bool = key("queries, keys and values of training steps by one matrix product; untested on a GPU")
     tuned_products: bool = key(
