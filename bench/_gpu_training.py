@@ -1,4 +1,4 @@
-"""Parts of gpu_check: compilation, whole training steps, fp8, the size of micro-batches."""
+"""Parts of gpu_check: compilation, whole training steps, fp8, the keys of `gpu`, the size of micro-batches."""
 
 import _bench  # isort: skip  (puts the project on the path)
 import copy
@@ -17,6 +17,7 @@ from llm.model.compile import compile_training
 from llm.model.config import flops_per_token
 from llm.model.fp8 import can_fp8, fp8_linear
 from llm.model.gpt import GPT
+from llm.model.joint_qkv import enable_joint_qkv
 from llm.model.linear import enable_fp8, resolve_compute_dtype
 from llm.optim.build import build_optimizer
 from llm.scaling.gpu_estimate import memory_bytes, peak_of
@@ -82,10 +83,11 @@ def compilation(found, small: bool) -> None:
         found.check(name, error, 1e-3)
 
 
-def gradient_errors(compiles: bool) -> dict[str, float]:
-    """Return relative errors, by name, of a small network's gradients in fp32 on the device, eager and compiled.
+def gradient_errors(compiles: bool, names: tuple[str, ...] = ("device", "compiled")) -> dict[str, float]:
+    """Return relative errors, by name, of a small network's gradients in fp32 on the device.
 
-    The reference is the eager network on the CPU.
+    names: device = eager; compiled; or a key of `gpu`, switched on and compiled. The reference is the eager network on
+    the CPU.
     """
     cfg = compose("train", ["model=d4", "model.head_dim=64", "model.seq_len=256", "arch.window_divisor=4"])
     net = GPT(model_config(cfg.model, cfg.arch, 1000)).init_weights(0)
@@ -93,10 +95,11 @@ def gradient_errors(compiles: bool) -> dict[str, float]:
         for i, p in enumerate(net.parameters()):  # nothing stays zero
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.02)
     ids = torch.randint(1000, (2, 257), generator=torch.Generator().manual_seed(0))
-    nets = {"cpu": net, "device": copy.deepcopy(net).to(_bench.DEVICE)}
-    if compiles:
-        nets["compiled"] = copy.deepcopy(nets["device"])
-        compile_training(nets["compiled"])
+    nets = {"cpu": net} | {
+        name: copy.deepcopy(net).to(_bench.DEVICE) for name in names if compiles or name != "compiled"
+    }
+    for name in nets.keys() - {"cpu", "device"}:
+        switch(nets[name], name, compiles)
     grads = {}
     for name, one in nets.items():
         one.set_attention("auto", one.device, fixed_shapes=True)
@@ -104,6 +107,14 @@ def gradient_errors(compiles: bool) -> dict[str, float]:
         grads[name] = torch.cat([p.grad.flatten().cpu() for p in one.parameters()])
     others = [name for name in grads if name != "cpu"]
     return {f"gradients_{name}_and_cpu": relative(grads[name], grads["cpu"]) for name in others}
+
+
+def switch(net: GPT, name: str, compiles: bool, by_block: bool = False) -> None:
+    """Switch the key `name` of `gpu` on, if it is one, and compile the network, if `compiles`."""
+    if name == "joint_qkv":
+        enable_joint_qkv(net)
+    if compiles:
+        compile_training(net, by_block, tuned=name == "tuned_products")
 
 
 # ---- A whole step ---------------------------------------------------------------------------------------------------
@@ -215,6 +226,33 @@ def trained_loss(net: GPT, cfg, batch: dict, steps: int = 10) -> float:
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         return net(ids[:4], targets[:4]).item()
+
+
+# ---- The keys of `gpu` ----------------------------------------------------------------------------------------------
+
+
+def switches(found, small: bool, key: str) -> None:
+    """Compare and time passes of a network, compiled block by block, with a key of `gpu` off and on.
+
+    In bf16 what ten steps have learnt is compared, then gradients of a small network in fp32 with the CPU's.
+    """
+    args = arguments(small, 12, micro=1)
+    batch, losses = one_batch(args), {}
+    for name in ("plain", key):
+        torch._dynamo.reset()
+        net, cfg = train_step.build(args)
+        switch(net, name, not small, by_block=True)
+        found.note(**{f"{name}_first_step_s": _bench.seconds_of(lambda net=net: train_step.passes(net, batch))})
+        one = {name: lambda net=net: train_step.passes(net, batch)}
+        found.note(**{f"{name}_passes_ms": 1000 * _bench.alternating(one, 2 if small else 8)[name]})
+        losses[name] = trained_loss(net, cfg, batch)
+        del net
+    found.note(on_to_off=found.values[f"{key}_passes_ms"] / found.values["plain_passes_ms"])
+    learnt = abs(math.log(args.vocab) - losses["plain"])
+    found.check("loss_after_10_steps", abs(losses[key] - losses["plain"]) / learnt, 0.05)
+    torch._dynamo.reset()
+    for what, error in gradient_errors(not small, (key,)).items():
+        found.check(what, error, 1e-3)
 
 
 # ---- Micro-batches --------------------------------------------------------------------------------------------------

@@ -49,10 +49,12 @@ PARTS = (
     Part("step_d12", "_gpu_training:step", 70, {"depth": 12}),
     Part("step_d20", "_gpu_training:step", 130, {"depth": 20}),
     Part("fp8", "_gpu_training:fp8", 80),
+    Part("joint_qkv", "_gpu_training:switches", 60, {"key": "joint_qkv"}),
     Part("micro_batch", "_gpu_training:micro_batch", 60),
     Part("decode", "_gpu_running:decode", 80),
     Part("core", "_gpu_running:core", 50),
     Part("decode_compiled", "_gpu_running:decode", 150, {"compiles": True}),
+    Part("tuned_products", "_gpu_training:switches", 150, {"key": "tuned_products"}),
     Part("resume", "_gpu_running:resume", 110, measures=False),
     Part("demo", "_gpu_running:demo", 110, measures=False),
 )

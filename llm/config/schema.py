@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llm.config.data_schema import DataConfig, MixtureConfig
+from llm.config.device_schema import EstimateConfig, GPUConfig, PrecisionConfig, StrategyConfig
 from llm.config.experiments import register_extended
 from llm.config.generated import register_generated
 from llm.config.key import CONTEXT, ITEMS, SEED, STEPS, VOCABULARY, key
@@ -53,27 +54,6 @@ class BatchConfig:
     micro_batch_size: Any = key(
         "rows of one micro-batch on one device; auto = as many as fit", words=("auto",), low=1, high=2**20, main=True
     )
-
-
-@dataclass
-class PrecisionConfig:
-    """Number formats of training."""
-
-    compute: str = key(
-        "arithmetic of the network: auto = bf16 where the hardware has it, but fp32 on a CPU where answers are drawn",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        main=True,
-    )
-    fp8: bool = key("matrix products of the blocks in 8 bits, on Hopper GPUs and newer; elsewhere bf16 and a message")
-
-
-@dataclass
-class EstimateConfig:
-    """GPUs for which dry_run estimates memory, time and cost."""
-
-    gpu: str = key("GPU whose memory, time and cost dry_run estimates")
-    devices: int = key("number of GPUs in the estimate", low=1, high=10**6)
-    mfu: float = key("share of the GPUs' bf16 peak that the estimate assumes", above=0, high=1)
 
 
 @dataclass
@@ -140,17 +120,6 @@ class TrainerConfig:
 
 
 @dataclass
-class StrategyConfig:
-    """Config group `strategy`: how processes share the work."""
-
-    name: str = key(
-        "how devices share the work; auto = by the number of devices",
-        choices=("auto", "single", "muon", "ddp", "fsdp"),
-        fixed=True,
-    )
-
-
-@dataclass
 class TrainConfig:
     """Everything that `train.py` reads: `conf/train.yaml` and its groups."""
 
@@ -161,6 +130,7 @@ class TrainConfig:
     data: DataConfig = key("text and tasks")
     batch: BatchConfig = key("size of a step; follows the stage")
     precision: PrecisionConfig = key("number formats")
+    gpu: GPUConfig = key("faster forms of a step, for GPUs, that no GPU has run yet")
     compile: Any = key(
         "torch.compile for training steps: auto = where it pays",
         main=True,

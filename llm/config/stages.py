@@ -14,15 +14,15 @@ TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
 TEXT += ("data.train", "data.val", "data.encoding", "data.separator", "data.end_of_text")
 TEXT += ("data.seed", "data.size", "data.val_size", "data.packing", "data.shuffle", "data.near_duplicates")
-MODEL = ("model", "arch", "optim", "batch", "precision", "compile", "attention")
+MODEL = ("model", "arch", "optim", "batch", "precision", "gpu", "compile", "attention")
 # Kind of stage -> patterns of config keys that such a stage does not read. "" stands for a plugin that is not loaded.
 KINDS: dict[str, tuple[str, ...]] = {
     "data": (),
     "tokenizer": (*TASKS, "data.preferences", *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
     "text": (*TASKS, "data.preferences"),
     "chat": (*TEXT, "data.rl", "data.preferences"),
-    "rl": (*TEXT, "batch.tokens_per_step", "compile"),
-    "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile"),
+    "rl": (*TEXT, "batch.tokens_per_step", "compile", "gpu"),
+    "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile", "gpu.tuned_products"),
     "": (),
 }
 CHAT_KINDS = ("chat", "rl", "preference")

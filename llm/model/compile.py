@@ -19,6 +19,9 @@ from llm.errors import UserError
 from llm.model.compile_cache import heal
 from llm.model.cross_entropy import fused_chunk_loss
 
+# Inductor times its own Triton products, with elementwise work behind them fused in where that is faster, against the
+# library's, and keeps the fastest of each shape. Of the MLP's products that work is relu^2 and its gradient.
+TUNED = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON", "epilogue_fusion": True}
 LONG_RUN = 500  # steps from which compiling pays on a CPU
 
 
@@ -50,21 +53,24 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
     return False, f"fewer than {LONG_RUN} steps on a CPU" if device.type == "cpu" else f"on {device.type}"
 
 
-def compile_training(net, by_block: bool = False) -> None:
+def compile_training(net, by_block: bool = False, tuned: bool = False) -> None:
     """Make `net` run compiled whenever it gets targets and gradients are on.
 
     by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks; the blocks then
-    run compiled everywhere. The first step raises UserError, naming the part, if the compiler fails. What an
-    interrupted compilation has left in the compile cache is deleted, here and when the compiler fails.
+    run compiled everywhere. tuned: time several forms of every product of the blocks at the first step, which takes
+    minutes, and keep the fastest (untested on a GPU). The first step raises UserError, naming the part, if the compiler
+    fails. What an interrupted compilation has left in the compile cache is deleted, here and when the compiler fails.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine: the others print nothing
         heal()
+    options = TUNED if tuned else None
     if by_block:
         for block in net.transformer.h:
-            block.forward = _named("a block", torch.compile(block.forward, dynamic=False))
+            block.forward = _named("a block", torch.compile(block.forward, dynamic=False, options=options))
         net.training_forward_blocks = net.forward_blocks
     else:
-        net.training_forward_blocks = _named("the network", torch.compile(net.forward_blocks, dynamic=False))
+        whole = torch.compile(net.forward_blocks, dynamic=False, options=options)
+        net.training_forward_blocks = _named("the network", whole)
     net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False))
 
 

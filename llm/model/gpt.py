@@ -31,6 +31,7 @@ from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import leaky_relu_squared, relu_squared
 from llm.model.fused_ops import rms_norm as norm
+from llm.model.joint_qkv import joint_product
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import Linear, Table
 from llm.model.ngrams import NGrams
@@ -64,6 +65,8 @@ class Attention(nn.Module):
     next layer through the residual stream (exclusive self-attention, parameter-golf 2026).
     """
 
+    joint_qkv = False  # set by llm.model.joint_qkv.enable_joint_qkv
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
@@ -80,9 +83,16 @@ class Attention(nn.Module):
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
+    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return queries (B, T, H, D), keys and values (B, T, Hkv, D) of the layer's input (B, T, n_embd)."""
+        layers = (self.c_q, self.c_k, self.c_v)
+        joint = self.joint_qkv and torch.is_grad_enabled()
+        parts = joint_product(x, layers) if joint else [layer(x) for layer in layers]
+        return [part.view(*x.shape[:2], -1, self.head_dim) for part in parts]
+
     def forward(self, x, value_embed, rotary, mask, backend, cache: SlotPass | SharedPrefixPass | None, positions):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
+        q, k, v = self.project(x)
         if value_embed is not None:
             gate = self.gate_range * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)

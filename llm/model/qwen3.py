@@ -41,7 +41,7 @@ class Qwen3Attention(Attention):
 
     def forward(self, x, value_embed, rotary, mask, backend, cache, positions):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.c_q, self.c_k, self.c_v))  # (B, T, H, D)
+        q, k, v = self.project(x)
         q, k = apply_rotary(self.q_norm(q), *rotary), apply_rotary(self.k_norm(k), *rotary)
         if cache is None:
             y = causal_attention(q, k, v, self.scale, self.window, mask, backend)

@@ -23,6 +23,7 @@ _entry = maybe(mapping(others=_group))
 CONFIG = mapping(
     {
         **dict.fromkeys("stage model arch optim batch precision trainer strategy paths watch estimate".split(), _group),
+        "gpu": _group,
         "data": maybe(mapping({"tasks": _entry, "mixture": _entry, "sources": _entry, "eval": maybe(listing(text))})),
         "device_price": maybe(real(0)),
         "callbacks": _group,

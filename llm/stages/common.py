@@ -253,6 +253,8 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
             cfg.trainer.activation_checkpointing,
             row.fixed_shapes,
             row.draws_answers,
+            cfg.gpu.joint_qkv,
+            cfg.gpu.tuned_products,
         ),
         **more,
     )

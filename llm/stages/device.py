@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from llm.model.compile import compile_training, decide
 from llm.model.fp8 import can_fp8
 from llm.model.gpt import GPT
+from llm.model.joint_qkv import enable_joint_qkv
 from llm.model.linear import choose_fp32_products, enable_fp8, resolve_compute_dtype
 from llm.stages.plan import check_fp8
 
@@ -18,6 +19,7 @@ class DeviceOptions:
     """Choices of the configuration that depend on the device: number formats, attention kernel, compilation.
 
     draws_answers: whether the stage trains on answers that an engine draws, which must agree with the network.
+    joint_qkv, tuned_products: keys of `gpu`.
     """
 
     compute: str
@@ -27,6 +29,8 @@ class DeviceOptions:
     activation_checkpointing: bool
     fixed_shapes: bool
     draws_answers: bool
+    joint_qkv: bool = False
+    tuned_products: bool = False
 
     def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> str:
         """Set up the network of a stage of `steps` steps for a device; return what was chosen, in words."""
@@ -37,11 +41,15 @@ class DeviceOptions:
         if self.fp8:
             check_fp8(net.compute_dtype, is_fsdp)
             chosen.append(use_fp8(net, device))
+        if self.joint_qkv and not self.draws_answers:  # the engine multiplies one after the other
+            chosen.append(f"q, k, v in one product: {enable_joint_qkv(net)} layers")
         net.activation_checkpointing = self.activation_checkpointing
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
         compiled, why = decide(self.compile, stage, device, steps)
         if compiled:
-            compile_training(net, by_block=is_fsdp)
+            compile_training(net, is_fsdp, tuned=self.tuned_products and device.type == "cuda")
+            if self.tuned_products:
+                chosen.append(tells_tuned(device))
         return ", ".join([*chosen, f"attention {attention}", f"{'compiled' if compiled else 'eager'} ({why})"])
 
 
@@ -50,6 +58,13 @@ def use_fp8(net, device) -> str:
     if not can_fp8(device):
         return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
     return f"fp8: {enable_fp8(net)} matrices"
+
+
+def tells_tuned(device: torch.device) -> str:
+    """Return what becomes of `gpu.tuned_products` in a compiled training on a device, in words for the log."""
+    if device.type != "cuda":
+        return f"gpu.tuned_products=true: {device.type} has one form of each product, so nothing is tuned"
+    return "products tuned: the first step takes minutes"
 
 
 def take_over(trainer) -> float | None:

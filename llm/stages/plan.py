@@ -121,6 +121,16 @@ def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:
         raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
 
 
+def check_switches(cfg) -> None:
+    """Raise UserError where a key of `gpu` could have no effect, whatever the device."""
+    if cfg.gpu.joint_qkv and cfg.arch.name == "gpt2":
+        raise UserError("gpu.joint_qkv=true: arch=gpt2 has biases, which the product leaves out; set it to false")
+    if cfg.gpu.joint_qkv and cfg.model.lora.rank:
+        raise UserError("gpu.joint_qkv=true: not made for adapters; set it to false or model.lora.rank=null")
+    if cfg.gpu.tuned_products and cfg.compile is False:
+        raise UserError("gpu.tuned_products=true: compile=false compiles no product; set compile=auto or this to false")
+
+
 def evaluates(cfg) -> bool:
     """Return True if the stage will measure bits per byte: only then are validation batches made."""
     return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks and not cfg.dry_run
@@ -204,6 +214,7 @@ def shape_from(cfg, parent: Path, found: GPTConfig) -> GPTConfig:
     UserError where the configured model differs otherwise, or asks for an adapter that cannot be.
     """
     check_adapter(cfg)
+    check_switches(cfg)
     check_vocab_size(cfg, found.vocab_size)
     wanted = model_config(cfg.model, cfg.arch, found.vocab_size)
     if found.arch == "modern" and not has_middle_block(found.n_layer):  # of old folders some have backout
@@ -231,7 +242,8 @@ def fresh_shape(cfg, parent: Path) -> GPTConfig:
 
 
 def check_fresh(cfg, parent: Path) -> None:
-    """Raise UserError for settings that need a trained parent, where `parent` holds a tokenizer alone."""
+    """Raise UserError where `parent` holds a tokenizer alone and settings need a trained one, or have no effect."""
+    check_switches(cfg)
     if cfg.arch.get("rope_scaling"):
         raise UserError(
             f"arch.rope_scaling={cfg.arch.rope_scaling}: a fresh network is trained at its full context; set it to "

@@ -230,6 +230,23 @@ def test_memory_of_the_card_bounds_the_rows(monkeypatch):
     assert rows(24, 12) == 16 and rows(24, 20) < 8
 
 
+@pytest.mark.parametrize(("key", "is_wrong"), [("joint_qkv", False), ("joint_qkv", True), ("tuned_products", False)])
+def test_switches_are_compared(tmp_path, monkeypatch, key, is_wrong):
+    """A product whose keys and values change places is noticed by the gradients; it learns as well as the right one."""
+    import _gpu_training
+
+    from llm.model import gpt
+
+    right = gpt.joint_product
+    if is_wrong:
+        monkeypatch.setattr(gpt, "joint_product", lambda x, layers: [right(x, layers)[i] for i in (0, 2, 1)])
+    found = findings(tmp_path)
+    _gpu_training.switches(found, True, key)
+    assert found.checks.keys() == {"loss_after_10_steps", f"gradients_{key}_and_cpu"} and found.values["on_to_off"] > 0
+    wrong = {name for name, check in found.checks.items() if not check["ok"]}
+    assert wrong == ({"gradients_joint_qkv_and_cpu"} if is_wrong else set())
+
+
 @pytest.mark.slow
 def test_every_part_in_small(tmp_path):
     """Every part ends well in the form for machines without a GPU; takes some minutes."""

@@ -10,7 +10,7 @@ from conftest import REPO
 from processes import run
 
 from llm.errors import UserError
-from llm.model.compile import compile_training, decide
+from llm.model.compile import TUNED, compile_training, decide
 from llm.model.config import GPTConfig
 from llm.model.cross_entropy import CHUNK_ELEMENTS
 from llm.model.gpt import GPT
@@ -75,13 +75,31 @@ def test_no_gradient_is_lost_in_the_graph(arch):
         torch.testing.assert_close(p.grad, q[1].grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_products_are_tuned_where_asked_by_options_that_torch_has(by_block, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function, **more: given.append((function.__name__, more)) or function)
+    for tuned in (False, True):
+        compile_training(network(), by_block, tuned)
+    blocks = ["forward"] * 3 if by_block else ["forward_blocks"]
+    assert [name for name, _ in given] == 2 * [*blocks, "fused_chunk_loss"]
+    options = [more.get("options") for _, more in given]
+    assert options == [*[None] * (len(blocks) + 1), *[TUNED] * len(blocks), None]
+    defaults = torch._inductor.config.get_config_copy()
+    assert [name for name, value in TUNED.items() if defaults[name] != value][:1] == ["max_autotune_gemm"]
+
+
+# 99: documents apart. Tuned, a CPU has one form of each product only.
 @pytest.mark.slow
-@pytest.mark.parametrize(("bos_id", "by_block"), [(None, False), (99, False), (None, True)])  # 99: documents apart
-def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, monkeypatch):
+@pytest.mark.parametrize(
+    ("bos_id", "by_block", "tuned"),
+    [(None, False, False), (99, False, False), (None, True, False), (None, False, True)],
+)
+def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, tuned, monkeypatch):
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", (1 << 24, 25_600))  # tiles of 256 tokens
     torch._dynamo.reset()
     eager, compiled = network(bos_id), network(bos_id)
-    compile_training(compiled, by_block)
+    compile_training(compiled, by_block, tuned)
     assert list(compiled.state_dict()) == list(eager.state_dict())
     torch._dynamo.utils.counters.clear()
     for step in range(3):

@@ -74,10 +74,12 @@ FRESH = [
     (GOOD | {"stage.warm_start": True}, "stage.warm_start=true: .* holds no weights"),
     (GOOD | {"model.lora.rank": 4}, "model.lora.rank=4: a fresh network has no weights"),
     (GOOD | {"arch.rope_scaling": "yarn"}, "arch.rope_scaling=yarn: a fresh network"),
+    (GOOD | {"gpu.tuned_products": True, "compile": False}, "gpu.tuned_products=true: compile=false compiles no"),
 ]
 TRAINED = [
     (GOOD | {"model.lora.alpha": 3.0}, "model.lora.alpha: there is no adapter without a rank"),
     (GOOD | {"model.lora.rank": 4, "precision.fp8": True, "precision.compute": "bf16"}, "not tested with fp8"),
+    (GOOD | {"model.lora.rank": 4, "gpu.joint_qkv": True}, "gpu.joint_qkv=true: not made for adapters"),
 ]
 FEW = {"stage.prompts_per_step": 1}
 
