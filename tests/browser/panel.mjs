@@ -1,5 +1,5 @@
 // Drives the panel at `url` like a newcomer and prints what it saw as one JSON object; screenshots go to `folder`.
-// node panel.mjs URL FOLDER CHROMIUM PART TEXT; PART: begin or look. TEXT: a file with text to train on.
+// node panel.mjs URL FOLDER CHROMIUM PART TEXT; PART: begin, resume, chat or look. TEXT: a file with text to train on.
 
 import { createRequire } from "node:module";
 import { readFile } from "node:fs/promises";
@@ -61,7 +61,7 @@ const finished = (stage) => until(`the end of ${stage}`, async () => {
   return found[stage] === "done";
 });
 
-// Data: own text is sent, checked, cut into tokens, the time is asked for, the training starts and is watched.
+// Data: own text is sent, checked, cut into tokens, the time is asked for, the training starts, is watched and paused.
 async function begin() {
   await tab("Data");
   await fill("name", NAME);
@@ -100,13 +100,84 @@ async function begin() {
   seen.watched = await saw("#panel-own-jobs progress").catch(() => "") + (await saw("#panel-own-jobs"));
   await screenshot("first-run");
   await tab("Train");
-  await page.locator("#panel-machine").getByText("memory").first().waitFor();
+  await page.locator("#panel-machine").getByText("memory").waitFor();
   seen.machine = await saw("#panel-machine");
+  await page.locator("#panel-job input").click();
+  await page.getByRole("option", { name: /running/ }).click();
+  await button("Pause").click();
+  await page.locator("#panel-queue").getByText("paused").first().waitFor();
+  await until("the worker's end", async () => !(await saw("#panel-job-page")).includes("running"));
+  seen.paused = await saw("#panel-queue");
+}
+
+// After the server was killed: the page knows the run, the job goes on, a second seed follows, both are compared.
+async function resume() {
+  await tab("Data");
+  await own("before").click();
+  await page.getByRole("option", { name: NAME, exact: true }).click();
+  await page.locator("#panel-own-jobs").getByText("paused").first().waitFor();
+  seen.again = await own("texts").inputValue();
+  await fill("context", "64");
+  for (const [field, value] of [["steps", "600"], ["tokens", "512"]]) await fill(field, value);
+  await page.getByLabel("Model", { exact: false }).locator("visible=true").first().click();
+  await page.getByRole("option", { name: "d2", exact: true }).click();
+  await button("Take this into the form of Train").click();
+  await tab("Train");
+  await page.getByLabel("Job", { exact: true }).click();
+  await page.getByRole("option", { name: /paused/ }).click();
+  await button("Resume").click();
+  // The second seed waits behind the first; its keys are found by search.
+  const values = [
+    ["run", `${NAME}-2`, "name of the chain"], ["init_from", `${NAME}/tokenizer`, "init_from"], ["seed", "2", "seed of"],
+  ];
+  for (const [key, value, words] of values) {
+    await page.getByLabel("Search keys").fill(words);
+    await page.getByLabel("Search keys").press("Enter");
+    const box = page.locator('[id^="panel-key-"]').locator("visible=true").filter({ hasText: new RegExp(`^\\s*${key}\\b`) }).first();
+    await box.locator("textarea, input").first().fill(value);
+    await box.locator("textarea, input").first().press("Tab");
+    await until(`${key} in the command`, async () => (await page.locator("#panel-command textarea").inputValue()).includes(`${key}=${value}`));
+  }
+  seen.command = await page.locator("#panel-command textarea").inputValue();
+  await button("Start").click();
+  await until("two jobs at their end", async () => (await saw("#panel-queue")).split("done").length > 3);
+  await screenshot("queue");
+  await tab("Data");
+  await finished("pretrain");
+  await page.locator("#panel-own-jobs").getByText("And then").waitFor();
+  seen.commands = await page.locator("#panel-own-jobs code").allInnerTexts();
+  await screenshot("after");
+  await tab("Compare");
+  for (const name of [NAME, `${NAME}-2`]) {
+    await page.locator("#panel-stages input").click();
+    await page.getByRole("option", { name: `${name}/pretrain`, exact: true }).click();
+  }
+  await page.locator("#panel-comparison svg").first().waitFor();
+  await until("two curves", async () => (await page.locator("#panel-comparison .chart").first().locator("li").count()) === 2);
+  seen.compared = await saw("#panel-comparison");
+  await page.getByLabel("A: runs of the baseline").fill(NAME);
+  await page.getByLabel("B: runs with the change").fill(`${NAME}-2`);
+  await button("Compare").click();
+  await page.locator("#panel-verdict .verdict, #panel-verdict .problem").first().waitFor();
+  seen.verdict = await saw("#panel-verdict");
+  await screenshot("compare");
+}
+
+// The chat beside the panel.
+async function chat() {
+  const box = page.locator("#fathom-question textarea");
+  await box.fill("the");
+  await box.press("Enter");
+  await page.locator("button.submit-button").waitFor();
+  await until("an answer", async () => (await page.locator('[data-testid="bot"] .note').count()) > 0);
+  seen.answer = await page.locator('[data-testid="bot"]').last().innerText();
+  await screenshot("chat");
 }
 
 // Every tab in four looks, with the serious faults that axe-core finds.
 async function look() {
   const names = await page.getByRole("tab").locator("visible=true").allInnerTexts();
+  names.splice(names.indexOf("Data") + 1, 0, "Training rows", "Tokens"); // tabs inside that one
   seen.overflows = {};
   seen.looks = 0;
   for (const name of names) {
@@ -143,6 +214,11 @@ async function open(name) {
     await page.getByRole("option", { name: /pretrain/ }).first().click();
     await page.locator("#panel-run svg").first().waitFor();
   }
+  if (name === "Tokens") {
+    await page.locator("#panel-tokenizer input").click();
+    await page.getByRole("option").first().click();
+    await page.locator("#panel-tokens-0 .token").first().waitFor();
+  }
   if (name === "Compare") {
     await page.locator("#panel-stages input").click();
     await page.getByRole("option", { name: /pretrain/ }).first().click();
@@ -154,8 +230,8 @@ async function open(name) {
 try {
   if (part === "look") await page.addInitScript({ path: createRequire(import.meta.url).resolve("axe-core/axe.min.js") });
   await page.goto(url);
-  await page.getByRole("tab", { name: "Runs", exact: true }).waitFor();
-  await { begin, look }[part]();
+  if (part !== "chat") await page.getByRole("tab", { name: "Runs", exact: true }).waitFor();
+  await { begin, resume, chat, look }[part]();
 } catch (error) {
   seen.failure = String(error);
   await screenshot("failure").catch(() => {});
