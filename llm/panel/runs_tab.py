@@ -146,7 +146,7 @@ class RunsTab:
 
     def _stamp(self, name: str) -> tuple:
         found = []
-        for file in ("run.json", "metrics.csv", "eval.json"):
+        for file in ("run.json", "metrics.csv", "eval.json", "samples.jsonl"):
             try:
                 facts = (self.panel.runs / name / file).stat()
                 found.append((facts.st_mtime_ns, facts.st_size))
