@@ -21,7 +21,8 @@ from llm.utils.files import write_atomic
 class RowLogger(Logger):
     """Lightning's logger of a stage: what other callbacks log, or `self.log`, waits here for the next row.
 
-    Samples go to samples.jsonl. save_dir: folder of the stage, in which callbacks of Lightning put files of their own, below lightning/.
+    Samples go to samples.jsonl. save_dir: folder of the stage, in which callbacks of Lightning put files of their own,
+    below lightning/.
     """
 
     name, version = "", "lightning"

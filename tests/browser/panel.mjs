@@ -17,7 +17,7 @@ const NAME = "letters";
 const STEPS = "600";
 const seen = { external: [], errors: [], faults: [] };
 const browser = await chromium.launch({ executablePath, headless: true, args: FLAGS });
-const context = await browser.newContext({ viewport: { width: 1280, height: 800 } });
+const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, reducedMotion: "reduce" });
 const page = await context.newPage();
 page.setDefaultTimeout(WAIT);
 page.on("request", (request) => {
@@ -212,6 +212,18 @@ async function evaluate() {
   await screenshot("evaluate");
 }
 
+async function exported() {
+  await tab("Runs");
+  await choose("#panel-open", exactly(PAIR[0]));
+  await page.locator("#panel-run svg").first().waitFor();
+  seen.run = await saw("#panel-run");
+  await page.getByRole("button", { name: "Export", exact: true }).click();
+  await button("Start the export").click();
+  await until("the end of the export", async () => (await saw("#panel-exported h3")).endsWith("done"));
+  seen.exported = await saw("#panel-exported");
+  await screenshot("run");
+}
+
 // Both stages answer in the panel itself.
 async function ask() {
   await tab("Compare");
@@ -284,7 +296,7 @@ async function open(name) {
   }
 }
 
-const parts = { send, again, tokenizer, pause, resume, second, compare, evaluate, ask, look, chat };
+const parts = { send, again, tokenizer, pause, resume, second, compare, evaluate, exported, ask, look, chat };
 try {
   if (names.includes("look")) await page.addInitScript({ path: createRequire(import.meta.url).resolve("axe-core/axe.min.js") });
   await page.goto(url);
