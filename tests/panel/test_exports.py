@@ -28,7 +28,7 @@ def test_an_export_is_a_job_of_typed_settings(tmp_path, monkeypatch):
     job = panel.queue.job(number)
     assert (job.script, job.program, job.folder, job.waits_for) == ("export", "llm.export", None, ())
     cfg = compose("export", job.settings)
-    assert (cfg.run, cfg.stage, cfg.to, cfg.overwrite) == ("base-seed=1,2", "pretrain", "gguf", True)
+    assert (cfg.run, cfg.stage.name, cfg.to, cfg.overwrite) == ("base-seed=1,2", "pretrain", "gguf", True)
     assert cfg.paths.runs == str(panel.runs)
     assert "export run=" in jobs.queue_page(panel)
     for name, to, said in (("no/where", "hf", "no such stage"), ("base-seed=1,2/pretrain", "zip", "to=zip")):
