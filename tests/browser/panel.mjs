@@ -127,13 +127,14 @@ async function tokenizer() {
 async function pause() {
   await button("Start the training").click();
   await page.locator("#panel-own-jobs svg").first().waitFor();
+  await until("its first steps", async () => /step [1-9]/.test(await saw("#panel-own-jobs")));
   seen.watched = await saw("#panel-own-jobs");
   await tab("Train");
   await choose("#panel-job", /running/);
   await button("Pause").click();
   await until("the pause", async () => (await saw("#panel-job-page h3")).endsWith("paused"));
   seen.paused = await saw("#panel-queue");
-  await page.locator("#panel-machine").getByText("memory").waitFor();
+  await page.locator("#panel-machine").getByText("memory").first().waitFor();
   seen.machine = await saw("#panel-machine");
 }
 
@@ -155,8 +156,13 @@ async function second() {
   const command = page.locator("#panel-command textarea");
   const search = page.getByLabel("Search keys");
   await until("the form", async () => (await command.inputValue()).includes("seed=1"));
-  for (const [key, value] of [["run", `${NAME}-2`], ["init_from", `${NAME}/tokenizer`], ["seed", "2"]]) {
-    await search.fill(key);
+  const changes = [
+    ["run", `${NAME}-2`, "name of the chain"],
+    ["init_from", `${NAME}/tokenizer`, "init_from"],
+    ["seed", "2", "seed of initial weights"],
+  ];
+  for (const [key, value, words] of changes) {
+    await search.fill(words);
     await search.press("Enter");
     const label = new RegExp(`^${key}( \\(default .*\\))?$`);
     const box = page.locator('[id^="panel-key-"]').filter({ has: page.getByText(label) }).locator("textarea, input");
@@ -204,7 +210,7 @@ async function evaluate() {
   await page.getByRole("checkbox", { name: "chat", exact: true }).uncheck();
   await type(page.getByLabel("eval.tokens"), "4096");
   await button("Start").click();
-  await until("the first job's end", async () => (await saw("#panel-eval-job")).includes("done"));
+  await until("the first job's end", async () => (await saw("#panel-eval-job h3")).endsWith("done"));
   await tab("Train");
   await ended();
   await tab("Evaluate");
