@@ -13,6 +13,7 @@ from callbacks.loggers import log_table
 from callbacks.progress import FORMATS
 from llm.errors import UserError, reason_of
 from llm.parallel import collectives
+from llm.run.samples_file import SamplesFile
 from llm.run.stage_folder import last_values
 from llm.utils.files import write_atomic
 
@@ -20,14 +21,15 @@ from llm.utils.files import write_atomic
 class RowLogger(Logger):
     """Lightning's logger of a stage: what other callbacks log, or `self.log`, waits here for the next row.
 
-    save_dir: folder of the stage, in which callbacks of Lightning put files of their own, below lightning/.
+    Samples go to samples.jsonl. save_dir: folder of the stage, in which callbacks of Lightning put files of their own,
+    below lightning/.
     """
 
     name, version = "", "lightning"
 
     def __init__(self, save_dir: str | Path):
         super().__init__()
-        self._save_dir, self.values = str(save_dir), {}
+        self._save_dir, self.values, self.samples = str(save_dir), {}, SamplesFile(save_dir)
 
     @property
     def save_dir(self) -> str:
@@ -43,6 +45,11 @@ class RowLogger(Logger):
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         """Leave hyperparameters to run.json and config.yaml."""
+
+    def log_table(self, key: str, columns: list[str], data: list[list], step: int) -> None:
+        """Keep samples in the folder of the stage; other tables are for the loggers of the user."""
+        if key == "samples":
+            self.samples.add(step, data)
 
     def take(self) -> dict:
         """Return the values and begin anew."""

@@ -1,4 +1,4 @@
-"""Print samples of the model's answers to fixed prompts."""
+"""Print and keep samples of the model's answers to fixed prompts."""
 
 from callbacks.cadence import Periodic
 from callbacks.loggers import log_table
@@ -9,7 +9,7 @@ from llm.tokenizer.chat_format import readable
 
 
 class Samples(Periodic):
-    """Prints greedy completions of the stage's prompts."""
+    """Prints greedy completions of the stage's prompts, and gives them to all loggers: that of the stage keeps them."""
 
     doing = "drawing samples"
 

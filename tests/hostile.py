@@ -15,7 +15,14 @@ from llm.checkpoint.resume import CheckpointWriter, list_checkpoints
 CODE = "hostile_payload"  # module that leaves a mark where it is imported
 JSON_FILES = ("run.json", "eval.json", "model/config.json", "model/manifest.json", "checkpoints/manifest.json")
 JSON_FILES += ("model/fathom_tokenizer.json", "rollbacks.json", "best/best.json")
-OTHER_FILES = ("metrics.csv", "config.yaml", "model/tokenizer.tiktoken", "model/model.safetensors", "checkpoint")
+OTHER_FILES = (
+    "metrics.csv",
+    "samples.jsonl",
+    "config.yaml",
+    "model/tokenizer.tiktoken",
+    "model/model.safetensors",
+    "checkpoint",
+)
 VALUES = (None, True, -1, 0, 1.5, 10**9, 2**40, 10**12, 10**30, 1e308, "4", "", "x" * 5000, [], [[]], {}, {"a": 1})
 VALUES += (
     "${oc.env:HOME}",

@@ -24,7 +24,7 @@ from llm.cli.overrides import check_overrides
 from llm.cli.sweep import lines_of, separate_run
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.experiments.queue_store import OPEN, Job, NewJob, Queue
+from llm.experiments.queue_store import OPEN, SCRIPTS, Job, NewJob, Queue
 from llm.experiments.worker import METRIC, log_of, waiting, work
 from llm.run.stage_folder import RunDir, stage_before
 from llm.utils.format import print_table, value
@@ -47,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llm.experiments.queue", description="Jobs of train.py and evaluate.py, run one after another."
+        prog="python -m llm.experiments.queue",
+        description="Jobs of train.py, evaluate.py and llm.export, run one after another.",
     )
     parser.add_argument("command", choices=COMMANDS, help="add = append jobs, run = work on the queue, ...")
     parser.add_argument("words", nargs="*", help="settings key=value (add), numbers of jobs (the others)")
     parser.add_argument("--queue", type=Path, help="file of the queue (default: paths.queue)")
     parser.add_argument("--json", action="store_true", help="add, list, show, ledger: print JSON")
     parser.add_argument("-m", "--multirun", action="store_true", help="add: one job for every combination of values")
-    parser.add_argument("--script", choices=("train", "evaluate"), default="train", help="add: what runs the settings")
+    parser.add_argument("--script", choices=SCRIPTS, default="train", help="add: what runs the settings")
     parser.add_argument("--after", default="", help="add: numbers of jobs that must be done before, as 3,4")
     parser.add_argument("--first", action="store_true", help="add: before all other jobs")
     parser.add_argument("--attempts", type=int, default=1, help="add: times that a failing job is tried")
@@ -77,11 +78,11 @@ def jobs_of(
     queued: Mapping[str, int] = MappingProxyType({}),
     **options: Any,
 ) -> list[NewJob]:
-    """Check settings like the command line of train.py or evaluate.py, and return a job for every combination.
+    """Check settings like the command line of the script, one of `SCRIPTS`, and return a job for every combination.
 
-    A job needs the job that writes the stage it starts from or scores: an earlier one of these, or one of `queued`, the
-    stage folders that open jobs write and their numbers. options: further fields of `NewJob`. Raises UserError for a
-    setting that train.py would refuse, and for a sweep without multirun.
+    A job needs the job that writes the stage it starts from, scores or exports: an earlier one of these, or one of
+    `queued`, the stage folders that open jobs write and their numbers. options: further fields of `NewJob`. Raises
+    UserError for a setting that the script would refuse, and for a sweep without multirun.
     """
     command = check_overrides(script, [*(["-m"] if multirun else []), *words])
     if command.searches or command.launcher != "basic":
@@ -95,7 +96,7 @@ def jobs_of(
         cfg = compose(script, argv, sources)
         unwrap_names(cfg)
         root, folder, read = Path(cfg.paths.runs).resolve(), None, {}
-        if script == "evaluate":
+        if script != "train":
             parent = str(root / (cfg.run or "") / (cfg.stage or ""))
         else:
             parent, settings = _placed(cfg, settings, chosen, root, writes)
@@ -147,7 +148,7 @@ def _add(queue: Queue, args: argparse.Namespace) -> int:
         _print_json([_as_json(queue, number) for number in numbers])
     else:
         for number, job in zip(numbers, jobs, strict=True):
-            print(f"job {number}: {job.script}.py {shlex.join(job.settings)}")
+            print(f"job {number}: {job.program} {shlex.join(job.settings)}")
     return 0
 
 

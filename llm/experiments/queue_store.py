@@ -23,13 +23,14 @@ STALE_SECONDS = 120.0  # without a sign of life from another machine, after whic
 MOST_DEATHS = 10  # of a worker in the middle of one job, after which the job counts as failed
 OPEN = ("queued", "paused", "running")
 ENDED = ("done", "failed", "cancelled", "pruned")
+SCRIPTS = ("train", "evaluate", "export")
 FORM = 1  # of the tables, kept in the file
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     position REAL NOT NULL,                  -- order in which jobs are started
-    script TEXT NOT NULL,                    -- train | evaluate
+    script TEXT NOT NULL,                    -- train | evaluate | export
     settings TEXT NOT NULL,                  -- JSON list of key=value
     cwd TEXT NOT NULL,                       -- folder that relative paths start from
     folder TEXT,                             -- stage folder that the job writes, NULL = none
@@ -70,6 +71,11 @@ class NewJob:
     metric: str | None = None
     mode: str = "last"
     prune_after: int | None = None
+
+    @property
+    def program(self) -> str:
+        """Name of what runs the settings: train.py, evaluate.py or llm.export."""
+        return "llm.export" if self.script == "export" else f"{self.script}.py"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from llm.run.objective import PICK, objective_of
 from llm.run.stage_folder import read_metrics
 from llm.utils.environment import die_with_parent
 from llm.utils.format import duration
-from llm.utils.source import program
+from llm.utils.source import program, python_path
 
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 2.0
@@ -98,12 +98,13 @@ def _run(queue: Queue, job: Job, stop: _Stop) -> tuple[str, str]:
     command = [*program(job.script), *job.settings]
     try:
         with log.open("ab") as out:
-            out.write(f"$ {job.script}.py {' '.join(job.settings)}\n".encode())
+            out.write(f"$ {job.program} {' '.join(job.settings)}\n".encode())
             out.flush()
             at = out.tell()
             started = subprocess.Popen(
                 command,
                 cwd=job.cwd,
+                env=os.environ | python_path(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from functools import lru_cache
-from pathlib import Path
 
 from llm.cli.compose import compose
 from llm.cli.options import group_options
@@ -76,12 +75,7 @@ def settings(panel: Panel, name: str, chosen: Sequence[str], values: Mapping[str
         words.append(f"{key}={given}")
     with LOCK:
         check_overrides("evaluate", words)
-        paths = compose("evaluate", []).paths
-    places = {"paths.runs": (paths.runs, panel.runs), "paths.data": (paths.data, panel.folders[-1])}
-    for key, (default, own) in places.items():  # the worker composes anew
-        if Path(default).expanduser().absolute() != own:
-            words.append(assigned(key, own))
-    return words
+    return [*words, *panel.places]  # the worker composes anew
 
 
 def start(panel: Panel, names: Sequence[str], chosen: Sequence[str], values: Mapping[str, str]) -> list[int]:

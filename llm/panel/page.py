@@ -1,10 +1,11 @@
-"""The page of the panel (Gradio): its tabs, and the timer that keeps open what is running up to date.
+"""The page of the panel (Gradio): its tabs, and the timers that keep what the open one shows up to date.
 
 Charts and tables are HTML that the server writes (`llm.panel.markup`): gr.HTML and gr.Plot need `eval` or code from
 outside, which the guard's Content-Security-Policy forbids.
 """
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -16,7 +17,7 @@ from llm.panel.inside_tab import InsideTab
 from llm.panel.models import PanelModels
 from llm.panel.preferences_tab import PreferencesTab
 from llm.panel.rollouts_tab import RolloutsTab
-from llm.panel.runs_tab import RunsTab
+from llm.panel.runs_tab import QUIET, RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
 from llm.serving.guard import MAX_UPLOAD
@@ -52,13 +53,12 @@ def build(panel: Panel) -> gr.Blocks:
     with gr.Blocks(title="Fathom: panel", analytics_enabled=False) as demo:
         chat = " · [Chat with the model that is served](/)" if panel.chat else ""
         gr.Markdown(f"## Fathom\n\nRuns in `{panel.runs}`{', only to be looked at' if panel.readonly else ''}{chat}")
-        timer = gr.Timer(SECONDS)
         with gr.Tabs():
-            with gr.Tab("Runs"):
+            with gr.Tab("Runs") as listed:
                 runs = RunsTab(panel)
             with gr.Tab("Compare") as compared:
                 compare = CompareTab(panel, models)
-            with gr.Tab("Train"):
+            with gr.Tab("Train") as trained:
                 train = TrainTab(panel)
             with gr.Tab("Data") as shown:
                 data = DataTab(panel)
@@ -70,12 +70,22 @@ def build(panel: Panel) -> gr.Blocks:
                 preferences = PreferencesTab(models)
             with gr.Tab("Inside") as opened:
                 inside = InsideTab(models)
-        runs.connect(demo, timer)
+        watching = [listed, trained, shown, evaluated, rolled]
+        timers = [gr.Timer(SECONDS, active=tab is listed) for tab in watching]
+        for tab in (*watching, compared, labelled, opened):
+            tab.select(_only_timer_of(tab, watching), None, timers, **QUIET)
+        timer = dict(zip(watching, timers, strict=True))
+        runs.connect(demo, timer[listed])
         compare.connect(compared)
-        train.connect(demo, timer)
-        data.connect(shown, timer, train)
-        evaluate.connect(evaluated, timer)
-        rollouts.connect(rolled, timer)
+        train.connect(demo, timer[trained])
+        data.connect(shown, timer[shown], train)
+        evaluate.connect(evaluated, timer[evaluated])
+        rollouts.connect(rolled, timer[rolled])
         preferences.connect(labelled)
         inside.connect(opened)
     return demo.queue(max_size=64)
+
+
+def _only_timer_of(tab: gr.Tab, watching: list[gr.Tab]) -> Any:
+    """Return the function that lets the timer of a tab run, of those that watch, and no other."""
+    return lambda: [gr.Timer(active=one is tab) for one in watching]

@@ -9,8 +9,7 @@ from typing import Any
 import gradio as gr
 
 from llm.errors import UserError
-from llm.panel import shelf
-from llm.panel.jobs import stop_process
+from llm.panel import exports, jobs, shelf
 from llm.panel.markup import page, problem
 from llm.panel.runs_view import HEADER, NUMERIC, live_page, name_of, rest_page, run_table
 from llm.panel.state import Panel
@@ -67,6 +66,19 @@ class RunsTab:
         with gr.Accordion("Report", open=False):
             self.load = gr.Button("Show the report of this run", size="sm")
             self.report = gr.Markdown(elem_id="panel-report", latex_delimiters=[])
+        with gr.Accordion("Export", open=False, visible=may):
+            with gr.Row():
+                self.to = gr.Dropdown(
+                    [("a folder for transformers", "hf"), ("a file for llama.cpp (arch=qwen3)", "gguf")],
+                    value=exports.TO[0],
+                    label="As",
+                    elem_id="panel-export-to",
+                    min_width=220,
+                )
+                self.replace = gr.Checkbox(False, label="Replace what an earlier export wrote", min_width=220)
+            self.export = gr.Button("Start the export", size="sm")
+            self.exported, self.exported_stamp = html("panel-exported"), gr.State(())
+            self.export_job = gr.State(None)
         with gr.Accordion("Tags and notes", open=False, visible=may):
             self.tags = gr.Textbox(label="Tags", placeholder="separated by blanks")
             self.note = gr.Textbox(label="Note", lines=3, max_lines=12)
@@ -96,6 +108,9 @@ class RunsTab:
         self.save.click(self.write_note, [self.open, self.tags, self.note], None, **QUIET).then(
             self.fill, query, listed, **QUIET
         )
+        job = [self.export_job, self.exported_stamp]
+        self.export.click(self.start_export, [self.open, self.to, self.replace], [self.exported, *job], **QUIET)
+        timer.tick(self.watch_export, job, [self.exported, self.exported_stamp], **QUIET)
         self.stop.click(self.stop_training, self.open, None, **QUIET)
         for button, act in ((self.archive, shelf.archive), (self.delete, shelf.delete)):
             button.click(self._moving(act), [self.open, self.confirm], self.confirm, **QUIET).then(
@@ -146,7 +161,7 @@ class RunsTab:
 
     def _stamp(self, name: str) -> tuple:
         found = []
-        for file in ("run.json", "metrics.csv", "eval.json"):
+        for file in ("run.json", "metrics.csv", "eval.json", "samples.jsonl"):
             try:
                 facts = (self.panel.runs / name / file).stat()
                 found.append((facts.st_mtime_ns, facts.st_size))
@@ -175,12 +190,26 @@ class RunsTab:
             self.panel.notes.write(name, tags or "", note or "")
         gr.Info("saved", duration=3)
 
+    def start_export(self, name: str | None, to: str, replace: bool) -> list[Any]:
+        """Put the export of the open stage into the queue. Returns what is shown of the job, its number, its stamp."""
+        with told():
+            if not name:
+                raise UserError("open a stage first")
+            number = exports.start(self.panel, name, to, bool(replace))
+        return [jobs.job_page(self.panel, number), number, jobs.stamp(self.panel, number)]
+
+    def watch_export(self, number: int | None, stamp: tuple) -> list[Any]:
+        """Return state and log of the export that was started here, where something has changed since `stamp`."""
+        if number is None or (now := jobs.stamp(self.panel, number)) == tuple(stamp):
+            return [gr.skip(), gr.skip()]
+        return [jobs.job_page(self.panel, number), now]
+
     def stop_training(self, name: str | None) -> None:
         """Ask the training of the open stage to save and end."""
         with told():
             if not name:
                 raise UserError("open a stage first")
-            gr.Info(stop_process(self.panel, name), duration=8)
+            gr.Info(jobs.stop_process(self.panel, name), duration=8)
 
     def _moving(self, act: Any) -> Any:
         def move(name: str | None, confirmed: str) -> str:

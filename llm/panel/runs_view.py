@@ -17,6 +17,7 @@ from llm.panel.state import Panel
 from llm.run.config_diff import diff_configs
 from llm.run.content import read_content
 from llm.run.formats import read_scores
+from llm.run.samples_file import read_samples
 from llm.run.stage_folder import read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.format import amount, dollars, duration, in_bytes, value
@@ -26,6 +27,7 @@ NUMERIC = ("steps", "tokens", "bpb", "loss", "minutes", "dollars")
 MOST_SCORES = 8  # columns of the table for scores beside bpb and loss
 MOST_CHARTS = 12
 MOST_SAMPLES = 12
+MOST_TIMES = 8  # steps of which samples are shown
 FIRST = ("bpb", "loss", "reward", "lr", "tok_per_s", "ms_per_step")  # curves
 NOT_DRAWN = ("tokens", "flops", "seconds")  # axes of curves
 CONDITION = re.compile(r"([^<>=!\s]+?)(<=|>=|!=|=|<|>)(\S+)")
@@ -99,10 +101,11 @@ def _holds(found: Any, sign: str, wanted: str, word: str) -> bool:
 
 
 def live_page(panel: Panel, name: str) -> str:
-    """Return what changes while a stage trains: state, progress, scores and curves."""
+    """Return what changes while a stage trains: state, progress, scores, curves and samples."""
     try:
         row = panel.index.row(name)
         parts = [section("Scores", scores_table([row])), section("Curves", curves(panel.columns, row))]
+        parts.append(section("Samples over time", samples_over_time(Path(row["folder"]))))
     except UserError as error:
         return page(problem(str(error)))
     return page(f"<h3>{text(name)}</h3>", progress(row), *parts)
@@ -119,7 +122,7 @@ def rest_page(panel: Panel, name: str, other: str | None = None) -> str:
     return page(
         section("Facts", facts(row, manifest)),
         section("Lineage", lineage(panel.index.rows(), name)),
-        section("Samples", samples(folder)),
+        section("Samples of the last evaluation", samples(folder)),
         section("Configuration: what differs from the defaults", _changed(manifest, row)),
         section(f"Configuration: what differs from {other}", _against(panel, manifest, other)) if other else "",
         section("Files", files(folder), opened=False),
@@ -225,6 +228,28 @@ def samples(folder: Path) -> str:
         return problem(str(error))
     pairs = (f"{one['prompt'].strip()}\n→ {readable(one['completion']).strip()}" for one in found[:MOST_SAMPLES])
     return "".join(block(pair) for pair in pairs)
+
+
+def samples_over_time(folder: Path) -> str:
+    """Return what the model said to each prompt while it trained, the latest step first; "" where nothing was kept.
+
+    Of many steps the first and the last are shown, and as many between, evenly chosen.
+    """
+    try:
+        entries = read_samples(folder)
+    except UserError as error:
+        return problem(str(error))
+    said: dict[str, list[list[str]]] = {}
+    for entry in entries:
+        for one in entry["samples"]:
+            said.setdefault(one["prompt"], []).append([f"{entry['step']:,}", one["completion"].strip()])
+    parts = []
+    for prompt, rows in list(said.items())[:MOST_SAMPLES]:
+        last, most = len(rows) - 1, MOST_TIMES - 1
+        places = range(len(rows)) if last <= most else [round(number * last / most) for number in range(MOST_TIMES)]
+        shown = [rows[place] for place in reversed(places)]
+        parts.append(f"<h4>{text(prompt.strip())}</h4>{table(['step', 'answer'], shown, (0,), 'samples by step')}")
+    return "".join(parts)
 
 
 def files(folder: Path) -> str:

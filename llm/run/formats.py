@@ -110,6 +110,7 @@ _task = mapping(
     needs=("accuracy",),
 )
 _sample = mapping({"prompt": text, "completion": text}, needs=("prompt", "completion"))
+SAMPLED = mapping({"step": whole(), "samples": listing(_sample)}, needs=("step", "samples"))  # a line of samples.jsonl
 _scored = mapping(
     {"data": text, "source": text, "tokens": whole(), "rows": whole(), "fingerprint": maybe(text), "text": maybe(text)},
     needs=("data", "source"),

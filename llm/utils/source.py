@@ -58,7 +58,12 @@ def command(name: str) -> str:
 
 
 def program(name: str) -> list[str]:
-    """Return the words that start the entry point `name` (train, evaluate, serve) in a process of its own."""
+    """Return the words that start the entry point `name` (train, evaluate, serve, export) in a process of its own.
+
+    `export` is a module: its process finds it by `python_path`.
+    """
+    if name == "export":
+        return [sys.executable, "-m", "llm.export"]
     tree = source_tree()
     script = tree / f"{name}.py" if tree else Path(sys.executable).with_name(f"fathom-{name}")
     return [sys.executable, str(script)]

@@ -45,6 +45,25 @@ def tabs(panel):
         return RunsTab(panel), CompareTab(panel, PanelModels(panel)), TrainTab(panel)
 
 
+def test_only_the_open_tab_is_watched(panel):
+    page = build(panel)
+    timers = [block for block in page.blocks.values() if isinstance(block, gr.Timer)]
+    assert [timer.active for timer in timers] == [True, False, False, False, False]
+    tabs = [block for block in page.blocks.values() if isinstance(block, gr.Tab)]
+    switched = {}
+    for event in page.fns.values():
+        for owner, kind in event.targets:
+            if kind == "select" and event.outputs == timers:
+                [label] = [tab.label for tab in tabs if tab._id == owner]
+                switched[label] = [timer.active for timer in event.fn()]
+    watching = ["Runs", "Train", "Data", "Evaluate", "Rollouts"]
+    named = {label: [label == name for name in watching] for label in watching}
+    assert switched == named | dict.fromkeys(("Compare", "Preferences", "Inside"), [False] * 5)
+    assert {owner for event in page.fns.values() for owner, kind in event.targets if kind == "tick"} == {
+        timer._id for timer in timers
+    }
+
+
 def test_the_table_opens_a_stage_and_the_timer_draws_it_again_only_when_it_changed(panel, tabs):
     runs, folder = tabs[0], add_run(panel.runs, "watched", until=40)
     table, said, names, others, _ = runs.fill("", "all")

@@ -1,6 +1,8 @@
 """What the tabs Runs and Compare show, and what may be done with runs."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from experiment_runs import add_run, add_sweep
@@ -9,9 +11,11 @@ from llm.errors import UserError
 from llm.panel import shelf
 from llm.panel.compare_view import comparison_page, lines_of, metrics_of, verdict_page
 from llm.panel.notes import Note, Notes
-from llm.panel.runs_view import lineage, live_page, rest_page, run_table
+from llm.panel.runs_tab import RunsTab
+from llm.panel.runs_view import MOST_TIMES, lineage, live_page, rest_page, run_table
 from llm.panel.state import Panel
 from llm.run.lock import one_writer
+from llm.run.samples_file import SamplesFile
 from llm.run.stage_folder import RunDir, write_manifest
 
 
@@ -79,6 +83,24 @@ def test_the_page_of_a_stage_has_all_its_parts(panel):
     assert "<td>optim.matrix_lr</td><td>0.02</td><td>0.03</td>" in shown
     assert "\n\n" not in shown, "an empty line would end the block"
     assert "there is no such stage" in run_page(panel, "no/where")
+
+
+def test_samples_over_time_are_shown_by_prompt_the_latest_step_first(panel):
+    folder = panel.runs / "fast-seed=1/pretrain"
+    assert "Samples over time" not in live_page(panel, "fast-seed=1/pretrain")
+    file = SamplesFile(folder)
+    for step in range(100, 2100, 100):
+        file.add(step, [("2 < 3?", f"<b>answer {step}</b>\n\nend"), ("other", f"word {step}")])
+    shown = live_page(panel, "fast-seed=1/pretrain")
+    assert "Samples over time" in shown and "<h4>2 &lt; 3?</h4>" in shown and "<h4>other</h4>" in shown
+    assert "\n\n" not in shown and "&lt;b&gt;answer 2000" in shown
+    places = [shown.index(f"<td>word {step}</td>") for step in (2000, 1200, 100)]
+    assert places == sorted(places) and len(re.findall("<td>word ", shown)) == MOST_TIMES
+    before = RunsTab._stamp(SimpleNamespace(panel=panel), "fast-seed=1/pretrain")
+    file.add(2100, [("other", "word 2100")])
+    assert RunsTab._stamp(SimpleNamespace(panel=panel), "fast-seed=1/pretrain") != before
+    (folder / "samples.jsonl").write_text("[]\n")
+    assert "samples.jsonl: line 1 is [], but must be a mapping" in live_page(panel, "fast-seed=1/pretrain")
 
 
 def test_the_lineage_goes_down_from_the_first_ancestor_and_ends_in_a_circle(panel):

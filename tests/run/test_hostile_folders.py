@@ -39,6 +39,7 @@ from llm.report import report
 from llm.run.config_diff import describe_differences, diff_configs
 from llm.run.content import fingerprints
 from llm.run.formats import BEST, ROLLBACKS, read_form, read_scores
+from llm.run.samples_file import read_samples
 from llm.run.stage_folder import RunDir, find_parent, find_stage, read_manifest, read_metrics
 from llm.stages.job import identity
 from llm.stages.parents import known_parents
@@ -82,6 +83,7 @@ def sound(tmp_path_factory):
         (folder / "run.json").write_text(json.dumps(record))
         (folder / "eval.json").write_text(json.dumps(SCORES))
         (folder / "metrics.csv").write_text(ROWS)
+        (folder / "samples.jsonl").write_text('{"step": 3, "samples": [{"prompt": "a", "completion": "b"}]}\n')
         (folder / "rollbacks.json").write_text('{"count": 1, "left_out": {"3": 1}}')
         (folder / "best").mkdir()
         (folder / "best" / "best.json").write_text('{"step": 3, "bpb": 2.0}')
@@ -121,6 +123,7 @@ def loaders(needs) -> dict:
         "read_manifest": read_manifest,
         "read_scores": read_scores,
         "read_metrics": read_metrics,
+        "read_samples": read_samples,
         "notes": lambda folder: (
             read_form(folder / "rollbacks.json", ROLLBACKS),
             read_form(folder / "best/best.json", BEST),

@@ -21,6 +21,7 @@ from stages_by_conf import BPB, trained
 
 from callbacks.loggers import log_table
 from llm.errors import UserError
+from llm.run.samples_file import read_samples
 from llm.stages.loggers import PACKAGES, check_packages, placed
 from llm.stages.own_parts import check_of_trainer
 
@@ -284,6 +285,8 @@ def test_loggers_of_ones_own_get_all_of_it(config, tmp_path, monkeypatch):
     parts = {"bare": {"_target_": f"{__name__}.Bare", "word": "{run}/{stage} in {folder}"}}
     parts["keeper"] = {"_target_": f"{__name__}.Keeper"}
     trainer, built = train(config, tmp_path / "run" / "pretrain", parts, monkeypatch)
+    kept = [{"prompt": prompt, "completion": answer} for prompt, answer in ANSWERS]
+    assert read_samples(tmp_path / "run" / "pretrain") == [{"step": step, "samples": kept} for step in (2, 4)]
     bare, keeper = trainer.loggers[1:]
     for own in (bare, keeper):
         assert [one["seed"] for one in own.told] == [config.seed] and own.told[0]["derived"] == {"steps": 4}
