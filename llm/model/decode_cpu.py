@@ -28,7 +28,7 @@ THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each
 
 
 class _Matrix(Structure):
-    _fields_ = [("weights", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+    _fields_ = [("weights", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
 
 
 class _Layer(Structure):
@@ -97,6 +97,7 @@ def load() -> ctypes.CDLL | None:
         lib.pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64]
         structs = (_Matrix, _Layer, _Model, _Part, _PrefixPart, _Batch, _Thin)
         assert all(lib.struct_bytes(c_int64(i)) == ctypes.sizeof(struct) for i, struct in enumerate(structs))
+        lib.to_int8.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
         lib.is_ready = True
     return lib
 
@@ -121,6 +122,13 @@ def supports(net) -> bool:
 def computes(net) -> bool:
     """Return whether the kernel is there and computes what a network computes. May compile for some seconds."""
     return supports(net) and load() is not None
+
+
+def in_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whole numbers (n, k) from -127 to 127, in fp32, and scales (n,): weight is about their product by rows."""
+    weight = weight.float()
+    scales = weight.abs().amax(1) / 127
+    return (weight / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round(), scales
 
 
 class DecodeStep:
@@ -229,14 +237,21 @@ class DecodeStep:
         """Pack weights (n_i, k), one below the other; of the last only the rows up to n in all."""
         k, is_bf16, threads = weights[0].size(1), self.dtype == torch.bfloat16, torch.get_num_threads()
         packed = torch.zeros(self._lib.packed_numbers(n, k, is_bf16), dtype=self.dtype)
-        at = 0
+        at, scales = 0, None
+        if getattr(self.net, "int8", False):
+            weights, scales = in_int8(torch.cat(weights)[:n])
+            weights = (weights,)
         for weight in weights:
             rows, source = min(len(weight), n - at), weight.detach().contiguous()
             from_bf16 = source.dtype == torch.bfloat16
             self._lib.pack(source.data_ptr(), from_bf16, rows, k, packed.data_ptr(), is_bf16, at, threads)
             at += rows
+        if scales is not None:
+            numbers, packed = packed, torch.empty(packed.shape, dtype=torch.int8)
+            self._lib.to_int8(numbers.data_ptr(), is_bf16, numbers.numel(), packed.data_ptr())
+            self._kept.append(scales)
         self._packed.append(packed)
-        return _Matrix(packed.data_ptr(), None, n, k)
+        return _Matrix(packed.data_ptr(), None if scales is None else scales.data_ptr(), None, n, k)
 
     def _norm(self, module):
         """Return the addresses of a LayerNorm's weight and bias, none for RMSNorm."""
