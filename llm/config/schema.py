@@ -306,6 +306,11 @@ class ServeConfig:
         "on what else is being answered",
         choices=("auto", "fp32", "bf16"),
     )
+    weights: str | None = key(
+        "int8 = matrices rounded to 8 bits, on a CPU with a C++ compiler: large models answer faster, a little "
+        "differently; null = not rounded",
+        choices=("int8",),
+    )
     api: ApiConfig = key("the HTTP API and worker processes")
     panel: PanelConfig = key("the page of runs and trainings")
     offer: str | None = key(

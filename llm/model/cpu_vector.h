@@ -22,6 +22,7 @@ typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+typedef int8_t vb __attribute__((vector_size(VL)));
 
 struct bf16 {
     uint16_t bits;
@@ -69,6 +70,15 @@ static inline vf load(const bf16* p) {
     vh h;
     std::memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+static inline vf load(const int8_t* p) {
+    vb b;
+    std::memcpy(&b, p, sizeof b);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
+#else
+    return __builtin_convertvector(b, vf);
+#endif
 }
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 static inline void store(bf16* p, vf v) {

@@ -469,6 +469,12 @@ void pack(const void* source, int64_t from_bf16, int64_t n, int64_t k, void* pac
     from_bf16 ? into(static_cast<const bf16*>(source)) : into(static_cast<const float*>(source));
 }
 
+// Writes n packed whole numbers from -127 to 127 in 8 bits.
+void to_int8(const void* packed, int64_t is_bf16, int64_t n, void* out) {
+    auto* to = static_cast<int8_t*>(out);
+    is_bf16 ? squeeze(static_cast<const bf16*>(packed), n, to) : squeeze(static_cast<const float*>(packed), n, to);
+}
+
 // Computes the batch. Returns -1, or the number of a token that lies outside of what there is; then nothing is written.
 int64_t decode(const Model* m, const Batch* b, int64_t threads) {
     const int64_t wrong = first_outside(*m, *b);

@@ -3,7 +3,7 @@
 A model of this size is bound by the hundreds of small operators of a step, not by its arithmetic. `DecodeStep` packs
 the matrices of a network once and then computes embedding, all blocks over the key/value cache and logits for any
 number of tokens. A token's numbers do not depend on the tokens beside it. Packed matrices are a copy in the compute
-dtype; tables (embeddings, positions, value embeddings) are read in place.
+dtype, or with `net.int8` in 8 bits; tables (embeddings, positions, value embeddings) are read in place.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each
 
 
 class _Matrix(Structure):
-    _fields_ = [("weights", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
+    _fields_ = [("weights", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64)]
 
 
 class _Layer(Structure):
@@ -97,6 +97,7 @@ def load() -> ctypes.CDLL | None:
         lib.pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64]
         structs = (_Matrix, _Layer, _Model, _Part, _PrefixPart, _Batch, _Thin)
         assert all(lib.struct_bytes(c_int64(i)) == ctypes.sizeof(struct) for i, struct in enumerate(structs))
+        lib.to_int8.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
         lib.is_ready = True
     return lib
 
@@ -123,11 +124,20 @@ def computes(net) -> bool:
     return supports(net) and load() is not None
 
 
+def in_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whole numbers (n, k) from -127 to 127 and scales (n,), both fp32; row i of weight is about scales[i] times
+    row i of the numbers, to half a scale. The largest weight of a row is 127 of its scale."""
+    weight = weight.float()
+    scales = weight.abs().amax(1) / 127
+    numbers = (weight / scales.where(scales != 0, 1).unsqueeze(1)).round()
+    return numbers.nan_to_num(0.0), scales  # a scale that is not finite reaches the logits
+
+
 class DecodeStep:
     """The network's pass over new tokens with a cache, by the C++ kernel.
 
-    It reads weights when it is made. Memory: a copy of all matrices in the compute dtype, and
-    scratch for the largest batch so far. One thread calls it at a time.
+    It reads weights when it is made. Memory: a copy of all matrices in the compute dtype, with `net.int8` in 8 bits
+    with an fp32 scale per output, and scratch for the largest batch so far. One thread calls it at a time.
     """
 
     def __init__(self, net: GPT, lib: ctypes.CDLL):
@@ -229,14 +239,24 @@ class DecodeStep:
         """Pack weights (n_i, k), one below the other; of the last only the rows up to n in all."""
         k, is_bf16, threads = weights[0].size(1), self.dtype == torch.bfloat16, torch.get_num_threads()
         packed = torch.zeros(self._lib.packed_numbers(n, k, is_bf16), dtype=self.dtype)
-        at = 0
+        at, scales = 0, None
+        if self.net.int8:
+            numbers, scales = in_int8(torch.cat(weights)[:n])
+            weights = (numbers,)
         for weight in weights:
             rows, source = min(len(weight), n - at), weight.detach().contiguous()
             from_bf16 = source.dtype == torch.bfloat16
             self._lib.pack(source.data_ptr(), from_bf16, rows, k, packed.data_ptr(), is_bf16, at, threads)
             at += rows
+        matrix = _Matrix(n=n, k=k)
+        if scales is not None:
+            whole, packed = packed, torch.empty(packed.shape, dtype=torch.int8)
+            self._lib.to_int8(whole.data_ptr(), is_bf16, whole.numel(), packed.data_ptr())
+            self._kept.append(scales)
+            matrix.scales = scales.data_ptr()
         self._packed.append(packed)
-        return _Matrix(packed.data_ptr(), None, n, k)
+        matrix.weights = packed.data_ptr()
+        return matrix
 
     def _norm(self, module):
         """Return the addresses of a LayerNorm's weight and bias, none for RMSNorm."""

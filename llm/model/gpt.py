@@ -167,6 +167,7 @@ class GPT(nn.Module):
     has_slots = True  # `new_cache` gives a cache whose rows come and go
     tied_learns_as_head = False  # a tied embedding has the learning rate of the head
     lora = None  # the shape of its adapter, a llm.model.lora.LoRA
+    int8 = False  # our kernel multiplies by matrices of 8 bits (llm.model.decode_cpu); torch by the weights as they are
     adapters = None  # several, of which each row of a pass has one or none, a llm.model.adapters.Adapters
 
     def __init__(self, config: GPTConfig):
@@ -485,7 +486,7 @@ def with_weights(net: GPT, weights: dict[str, torch.Tensor]) -> GPT:
     with torch.device("meta"):
         copy = type(net)(net.config)
     copy.load_state_dict(weights, assign=True)
-    copy.compute_dtype = net.compute_dtype
+    copy.compute_dtype, copy.int8 = net.compute_dtype, net.int8
     return copy.to(net.device).eval()
 
 

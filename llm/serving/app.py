@@ -39,7 +39,7 @@ def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
 
     params, model = sampling(cfg), model_name(cfg)
     adapters = chosen_adapters(cfg.adapters, cfg.paths.runs, model, verify=cfg.verify)
-    first = load_chat_model(model, compute=cfg.compute, verify=cfg.verify, adapters=adapters)
+    first = load_chat_model(model, None, cfg.compute, cfg.verify, adapters, cfg.weights)
     terminal.chat(Models(first, cfg.paths.runs, cfg.verify), params, ctrl_c)
 
 
@@ -50,7 +50,8 @@ def _answer_once(cfg: Any) -> None:
     params, model = sampling(cfg), model_name(cfg)
     if cfg.adapters:
         raise UserError("adapters with prompt=: one model answers; leave adapters out, and name its run= and stage=")
-    terminal.answer_once(load_chat_model(model, compute=cfg.compute, verify=cfg.verify), cfg.prompt, params)
+    first = load_chat_model(model, compute=cfg.compute, verify=cfg.verify, weights=cfg.weights)
+    terminal.answer_once(first, cfg.prompt, params)
 
 
 def sampling(cfg: Any) -> Any:

@@ -86,22 +86,31 @@ def load_chat_model(
     compute: str = "auto",
     verify: bool = True,
     adapters: Mapping[str, str] | None = None,
+    weights: str | None = None,
 ) -> ChatModel:
     """Load a finished stage's folder, or hf:<name>, by default to the best device there is.
 
     compute: number format of a network of ours, see `resolve_compute_dtype`; others keep that of their files. verify:
     compare every file of a folder of ours with its checksum. adapters: folders of adapters by name, which become the
-    models `beside`. Raises UserError where one does not fit.
+    models `beside`. weights: "int8" = our kernel multiplies by matrices of 8 bits. Raises UserError where an adapter
+    does not fit, and for int8 where the kernel does not compute the network.
     """
     import torch
 
+    from llm.model import decode_cpu
     from llm.model.linear import resolve_compute_dtype
+    from llm.model.lora import merged
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net, tokenizer, name = _read_model(model, device, verify)
     if tokenizer_is_ours(tokenizer):
         net.compute_dtype = resolve_compute_dtype(compute, device)
         net.to(net.compute_dtype)
+    if weights == "int8":
+        if not decode_cpu.computes(merged(net)):
+            needs = "needs our C++ kernel (CPU, compiler, an arch that it knows)"
+            raise UserError(f"weights=int8 {needs}, which does not compute {name} here; use weights=null")
+        net.int8 = True
     examples = () if is_hf(model) else tuple(load_examples(Path(model) / "model"))
     folders = adapters or {}
     engine = Engine(net.eval(), tokenizer, adapters=load_adapters(model, folders, verify))
@@ -151,7 +160,8 @@ def _summary(net: Any) -> str:
     """Return the size of a network in words."""
     n_params = sum(weight.numel() for weight in net.parameters())
     depth = f"{net.config.n_layer} layers, " if hasattr(net.config, "n_layer") else ""
-    return f"{depth}{n_params / 1e6:,.1f} M parameters, context of {net.config.seq_len:,} tokens"
+    rounded = ", matrices in int8" if getattr(net, "int8", False) else ""
+    return f"{depth}{n_params / 1e6:,.1f} M parameters{rounded}, context of {net.config.seq_len:,} tokens"
 
 
 def _notes(model: str | Path, tokenizer: Any) -> tuple[str, ...]:

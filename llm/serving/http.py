@@ -48,7 +48,8 @@ def serve(cfg: Any, model: str, params: SamplingParams, beside: Beside | None = 
         )
     with listen(cfg.host, cfg.port) as bound:
         adapters = chosen_adapters(cfg.adapters, cfg.paths.runs, model, _offers_all(cfg), cfg.verify)
-        source = Source(model, cfg.compute, tuple(cfg.plugins), tuple(cfg.trust), cfg.verify, tuple(adapters.items()))
+        foreign = tuple(cfg.plugins), tuple(cfg.trust)
+        source = Source(model, cfg.compute, *foreign, cfg.verify, tuple(adapters.items()), cfg.weights)
         asyncio.run(_serve(cfg, source, params, bound, beside))
     print("\nserver ended", flush=True)
 

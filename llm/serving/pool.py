@@ -36,6 +36,7 @@ class Source:
     """Source of a worker's model: a stage folder or hf:<name>, its number format, and whose code it may import.
 
     verify: compare every file of the model with its checksum. adapters: (name, folder) of those beside the model.
+    weights: see `load_chat_model`.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Source:
     trust: tuple[str, ...] = ()
     verify: bool = True
     adapters: tuple[tuple[str, str], ...] = ()
+    weights: str | None = None
 
 
 class Event(NamedTuple):

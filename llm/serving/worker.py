@@ -69,7 +69,7 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if source["threads"]:
         torch.set_num_threads(source["threads"])
     given = source["model"], source["device"], source["compute"], source["verify"]
-    model = load_chat_model(*given, adapters=dict(source["adapters"]))
+    model = load_chat_model(*given, adapters=dict(source["adapters"]), weights=source["weights"])
     engine = Engine(
         *(model.engine.net, model.engine.tokenizer),
         max_rows=source["rows"],

@@ -187,9 +187,58 @@ def test_weights_in_bf16_give_the_bits_of_weights_in_fp32_that_are_rounded_when_
     assert torch.equal(write(DecodeStep.for_net(net), make_cache(net, 2, 9), ids), rounded_when_used)
 
 
+def matrices(net: GPT) -> list[torch.nn.Module]:
+    """Return the layers whose weights the kernel packs, of a network with a head of its own."""
+    names = {"lm_head", *(name.split(".")[1] for name in decode_cpu.THIN)}
+    return [module for name, module in net.named_modules() if name.split(".")[-1] in names]
+
+
+def test_int8_is_off_by_at_most_half_a_scale():
+    weight = torch.randn(50, 37)
+    weight[3], weight[4] = 0.0, 1e-30
+    numbers, scales = decode_cpu.in_int8(weight)
+    assert torch.equal(numbers, numbers.round()) and torch.equal(scales, weight.abs().amax(1) / 127)
+    assert torch.equal(numbers.abs().amax(1), 127 * (scales > 0).float())
+    error = (weight - scales[:, None] * numbers).abs() / scales[:, None]
+    assert error[scales > 0].max() <= 0.50001 and error[:3].max() > 0.4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["modern windows", "gpt2 untied GQA"])
 @torch.inference_mode()
-def test_nan_reaches_the_logits():
+def test_weights_that_int8_holds_exactly_give_the_same_bits(form, dtype):
+    net = make_net(FORMS[form], dtype)
+    for layer in matrices(net):
+        whole = torch.randint(-127, 128, layer.weight.shape)
+        whole[:, 0] = 127
+        layer.weight.data = whole / 1024
+    ids = torch.randint(0, 301, (9, 5))
+    plain = write(DecodeStep.for_net(net), make_cache(net, 9, 5), ids)
+    net.int8 = True
+    step = DecodeStep.for_net(net)
+    assert torch.equal(write(step, make_cache(net, 9, 5), ids), plain)
+    assert {packed.dtype for packed in step._packed} == {torch.int8}
+
+
+@pytest.mark.parametrize("form", ["modern windows", "gpt2 untied GQA"])
+@torch.inference_mode()
+def test_int8_in_fp32_is_torch_with_weights_rounded_before(form):
+    net, ids = make_net(FORMS[form]), torch.randint(0, 301, (2, 30))
+    net.int8 = True
+    found = write(DecodeStep.for_net(net), make_cache(net, 2, 30), ids)
+    plain = net(ids)
+    for layer in matrices(net):
+        numbers, scales = decode_cpu.in_int8(layer.weight)
+        layer.weight.data = scales[:, None] * numbers
+    size = plain.abs().max()
+    assert (found - net(ids)).abs().max() < 1e-5 * size < 1e-3 * size < (found - plain).abs().max() < 0.1 * size
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@torch.inference_mode()
+def test_nan_reaches_the_logits(int8):
     net = make_net({})
+    net.int8 = int8
     net.transformer.h[0].mlp.c_fc.weight.data[5, 5] = float("nan")
     assert DecodeStep.for_net(net)(make_cache(net, 1, 4), torch.tensor([3])).isnan().all()
 

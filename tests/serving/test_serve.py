@@ -3,7 +3,9 @@
 import random
 import re
 import socket
+from dataclasses import asdict
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from serving_run import make_run
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
-from llm.serving import app
+from llm.model import decode_cpu
+from llm.serving import app, worker
 from llm.serving.chat import LEFT_OUT, Reply, fit_prompt, load_chat_model, stream_reply
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 
@@ -185,7 +188,7 @@ def test_no_conversation_crashes_the_engine(runs):
 def test_prompt_is_answered_once(runs, capsys):
     def config(**values):
         keys = {"run": None, "stage": None, "model": None, "ui": "gradio", "prompt": None, "compute": "auto", "seed": 1}
-        keys |= {"adapters": None}
+        keys |= {"adapters": None, "weights": None}
         sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "max_new_tokens": 100}
         return SimpleNamespace(paths=SimpleNamespace(runs=str(runs)), verify=True, **{**keys, **sampling, **values})
 
@@ -194,6 +197,9 @@ def test_prompt_is_answered_once(runs, capsys):
     app.serve(config(run="tiny", stage="sft", prompt="Greet me.", max_new_tokens=5))
     captured = capsys.readouterr()
     assert captured.out == "Grü�\n" and captured.err == "(The answer stops here: it reached max_new_tokens, 5.)\n"
+    if decode_cpu.load() is not None:
+        app.serve(config(prompt=APPLES, weights="int8"))
+        assert "[12+7 = 19]" in capsys.readouterr().out
     app.serve(config(prompt="Greet me.", temperature=2.0, top_k=0, seed=5, max_new_tokens=20))
     app.serve(config(prompt="Greet me.", temperature=2.0, top_k=0, seed=5, max_new_tokens=20))
     app.serve(config(prompt="Greet me.", temperature=2.0, top_k=0, seed=6, max_new_tokens=20))
@@ -232,6 +238,25 @@ def test_a_base_model_is_announced(runs, tmp_path):
     model = load_chat_model(stage)
     assert model.name == "tiny/pretrain" and "base model" in model.notes[0]
     assert load_chat_model(runs / "tiny" / "sft").notes == ()
+
+
+def test_weights_in_int8_reach_the_engine_of_a_worker(runs, monkeypatch):
+    http, found = pytest.importorskip("llm.serving.http"), []
+    if decode_cpu.load() is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(http, "_serve", AsyncMock(side_effect=lambda cfg, source, *rest: found.append(source)))
+    keys = dict(adapters=None, offer="none", verify=True, host="127.0.0.1", port=0, public_names=[], ui="api")
+    keys |= dict(paths=SimpleNamespace(runs=str(runs)), api=SimpleNamespace(access_key=None), plugins=[], trust=[])
+    for weights, told in ((None, ""), ("int8", ", matrices in int8")):
+        http.serve(SimpleNamespace(**keys, compute="fp32", weights=weights), str(runs / "tiny" / "sft"), GREEDY)
+        place = {"device": "cpu", "threads": None, "rows": 4, "sharers": 1}
+        engine, facts = worker.load(asdict(found[-1]) | place)
+        assert engine.net.int8 is (weights == "int8") and f"parameters{told}, context" in facts["summary"]
+        packed = {matrix.dtype for matrix in engine._batch._kernel._packed}
+        assert packed == {torch.int8 if weights else torch.float32}
+    monkeypatch.setattr(decode_cpu, "load", lambda: None)
+    with pytest.raises(UserError, match="weights=int8 needs .*; use weights=null"):
+        load_chat_model(runs / "tiny" / "sft", weights="int8")
 
 
 def test_threads_of_the_server_leave_gradients_on(runs):
