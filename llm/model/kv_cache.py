@@ -122,9 +122,8 @@ class SlotCache:
         self.last_embed = torch.zeros(rows, config.n_embd, device=device, dtype=dtype) if smears else None
         self.no_id, before = config.vocab_size, getattr(config, "ids_before", 0)
         self.last_ids = torch.full((rows, before), self.no_id, device=device) if before else None
-        self.key_layers = [
-            layer for layer in self.where if getattr(config, "key_offset", False) and self.is_full(layer)
-        ]
+        is_offset = getattr(config, "offsets_keys", lambda layer: False)
+        self.key_layers = [layer for layer in sorted(self.where) if is_offset(layer)]
         shape = (rows, len(self.key_layers), config.n_kv_head, config.head_dim)
         self.last_keys = torch.zeros(shape, device=device, dtype=dtype) if self.key_layers else None
         self.seq_len = config.seq_len
@@ -138,10 +137,6 @@ class SlotCache:
     def device(self) -> torch.device:
         """Device of the buffers."""
         return self.parts[0].k.device
-
-    def is_full(self, layer: int) -> bool:
-        """Return whether a layer keeps all tokens."""
-        return self.parts[self.where[layer][0]].window is None
 
     def cost(self, n: int) -> int:
         """Return the memory of a row with room for n tokens, in tokens that all layers keep."""
