@@ -30,7 +30,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap",
+    "asymmetric_cap", "key_offset",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -107,6 +107,14 @@ def rotary(shape, positions, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def offset_keys(k, real):
+    """Return keys (B, Hkv, S, D) whose slow channels are those of the key before; real: (B, S), false = padding."""
+    has_one = F.pad(real, (1, 0))[:, :-1, None]
+    D = k.size(-1)
+    is_slow = torch.arange(D, device=k.device) % (D // 2) >= D // 4
+    return torch.where((has_one & is_slow).unsqueeze(1), torch.cat((k[:, :, :1], k[:, :, :-1]), 2), k)
+
+
 class Attention(nn.Module):
     """Causal attention of one layer."""
 
@@ -120,11 +128,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(shape.n_head * shape.head_dim, shape.n_embd, bias=bias)
         self.out_gate = nn.Linear(shape.gate_channels, shape.n_head, bias=False) if shape.attention_gate else None
         self.exclusion = nn.Parameter(torch.zeros(shape.n_head)) if shape.exclusive_attention else None
+        is_full = self.window is None or self.window >= shape.seq_len
+        self.offsets_keys = getattr(shape, "key_offset", False) and is_full
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
-    def forward(self, x, values, angles, mask, cache, kept):
-        """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept: see `FathomForCausalLM.kept`."""
+    def forward(self, x, values, angles, mask, cache, kept, real):
+        """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept: see `FathomForCausalLM.kept`; real: (B, S)."""
         (B, T, _), shape = x.shape, self.shape
         q, k, v = (layer(x).view(B, T, -1, shape.head_dim) for layer in (self.c_q, self.c_k, self.c_v))
         if values is not None:
@@ -143,6 +153,8 @@ class Attention(nn.Module):
                 v = torch.cat((v, kept.transpose(1, 2)), -1)
             k, v = cache.update(k, v, self.layer)
             v = v[..., : shape.head_dim]
+        if self.offsets_keys:  # the cache holds keys as they are
+            k = offset_keys(k, real)
         scale = shape.qk_scale**2 / shape.head_dim**0.5
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
         y = y.transpose(1, 2)
@@ -177,8 +189,8 @@ class Block(nn.Module):
         self.norm_1, self.attn = make_norm(shape), Attention(shape, layer)
         self.norm_2, self.mlp = make_norm(shape), MLP(shape)
 
-    def forward(self, x, values, angles, mask, cache, kept):
-        x = x + self.attn(self.norm_1(x), values, angles, mask, cache, kept)
+    def forward(self, x, values, angles, mask, cache, kept, real):
+        x = x + self.attn(self.norm_1(x), values, angles, mask, cache, kept, real)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -306,7 +318,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         if self.ngrams is not None:
             grams = self.ngrams(input_ids, self.ids_before(input_ids, real, past_key_values, past)).to(x.dtype)
         kept = self.kept(fed if shape.smear else None, input_ids, x.dtype)
-        x = self.run_blocks(x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams)
+        x = self.run_blocks(x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams, real)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(x[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]).float()
         if shape.asymmetric_cap:
@@ -368,7 +380,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         windows = {self.shape.window(layer) for layer in range(self.shape.n_layer)}
         return {w: (seen if w is None else seen & (back <= w)).unsqueeze(1) for w in windows}
 
-    def run_blocks(self, x, ids, angles, masks, cache, kept, grams):
+    def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real):
         """Return the normed output (B, T, C) of the last block."""
         shape, x0 = self.shape, x
         for layer, block in enumerate(self.transformer["h"]):
@@ -379,7 +391,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             values = self.value_embeds[str(layer)](ids) if shape.has_values(layer) else None
             if values is not None and grams is not None and shape.ngram_into == "values":
                 values = values + self.ngrams.scalars[layer] * grams
-            x = block(x, values, angles, masks[block.attn.window], cache, kept if layer == 0 else None)
+            x = block(x, values, angles, masks[block.attn.window], cache, kept if layer == 0 else None, real)
             if layer == shape.n_layer // 2:
                 middle = x
         if shape.backout:

@@ -117,6 +117,10 @@ class Recorder:
         """Return the positions (1, n_new) of the tokens."""
         return torch.arange(n_new, device=self.last_embed.device).unsqueeze(0)
 
+    def keys_before(self, layer: int, k: torch.Tensor) -> torch.Tensor:
+        """Return k's first keys (1, 1, Hkv, D): nothing stands before them."""
+        return k[:, :1]
+
     def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
         """Return the attention (1, T, H, D) of queries (1, T, H, D) over keys and values (1, T, Hkv, D), in fp32."""
         groups = q.size(2) // k.size(2)

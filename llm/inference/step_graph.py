@@ -144,7 +144,8 @@ class StepGraphs:
 
         The way of attention that fails is not tried again.
         """
-        before = [None if last is None else last.clone() for last in (cache.last_embed, cache.last_ids)]
+        lasts = (cache.last_embed, cache.last_ids, cache.last_keys)
+        before = [None if last is None else last.clone() for last in lasts]
         wanted = plain_step(self.net, cache, newest, adapters=adapters)
         for way in list(self.ways):
             try:
@@ -172,7 +173,7 @@ class StepGraphs:
 
     @staticmethod
     def _restore(cache: SlotCache, before: list[torch.Tensor | None]) -> None:
-        for last, old in zip((cache.last_embed, cache.last_ids), before, strict=True):
+        for last, old in zip((cache.last_embed, cache.last_ids, cache.last_keys), before, strict=True):
             if old is not None:
                 last.copy_(old)
 

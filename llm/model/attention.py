@@ -67,6 +67,24 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def offset_keys(
+    k: torch.Tensor, before: torch.Tensor | None = None, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Take the slow half of every key's channels from the token before it (partial key offset of modded-nanogpt, 2025).
+
+    A query then finds, by one product, what came behind a token like its own: the first layer of an induction head is
+    not needed. k: (B, T, Hkv, D), normed and rotated; before: (B, 1, Hkv, D), the keys in front of the first ones;
+    positions: (B, T). The token at position 0 keeps its own; without positions that is the first one. Slow are channels
+    D/4 to D/2 and 3 D/4 to D, whose rotary wavelengths are the longer ones; the source has no rotation at all there.
+    """
+    shifted = torch.cat((k[:, :1] if before is None else before, k[:, :-1]), dim=1)
+    if positions is not None:
+        shifted = torch.where((positions == 0)[:, :, None, None], k, shifted)
+    D = k.size(-1)
+    is_slow = torch.arange(D, device=k.device) % (D // 2) >= D // 4
+    return torch.where(is_slow, shifted, k)
+
+
 def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend for any shape and length, as evaluation, sampling and reinforcement learning need it."""
     return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"

@@ -44,6 +44,7 @@ class SlotPass:
         self.last_ids = None if cache.last_ids is None else cache.last_ids[self.rows]
         self.fed: torch.Tensor | None = None  # embeddings (n, T, C) of the tokens just fed, if the model smears
         self.fed_ids: torch.Tensor | None = None  # ids (n, T) of them, if it has tables of n-grams
+        self.fed_keys: dict[int, torch.Tensor] = {}  # keys (n, T, Hkv, D) of them, by layer that offsets keys
         self.lengths: torch.Tensor | None = None
         self._masks: dict[tuple, torch.Tensor | None] = {}
 
@@ -74,6 +75,11 @@ class SlotPass:
         new = torch.arange(n_new, device=self.device)
         self.places = self.own.unsqueeze(1) + new  # among a row's own tokens
         return (self.before.unsqueeze(1) + self.places).clamp(max=self.cache.seq_len - 1)
+
+    def keys_before(self, layer: int, k: torch.Tensor) -> torch.Tensor:
+        """Return the keys (n, 1, Hkv, D) in front of new ones k (n, T, Hkv, D), all before their offset."""
+        self.fed_keys[layer] = k
+        return self.cache.last_keys[self.rows, self.cache.key_layers.index(layer)].unsqueeze(1)
 
     def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
         """Store keys and values (n, T, Hkv, D) of new tokens; return the attention (n, T, H, D) of their queries."""
@@ -169,8 +175,8 @@ class SlotPass:
         return y.index_copy(0, rows, part.to(y.dtype))
 
     def advance(self, n_new: int) -> None:
-        """Keep the embedding of every live row's last token, and its last ids."""
-        if self.fed is None and self.fed_ids is None:
+        """Keep the embedding and keys of every live row's last token, and its last ids."""
+        if self.fed is None and self.fed_ids is None and not self.fed_keys:
             return
         rows = torch.arange(self.live, device=self.device)
         last = torch.full_like(rows, n_new - 1) if self.lengths is None else self.lengths[: self.live] - 1
@@ -181,7 +187,9 @@ class SlotPass:
             line, most = torch.cat((self.last_ids, self.fed_ids), dim=1), self.last_ids.size(1)
             at = last.unsqueeze(1) + torch.arange(1, most + 1, device=self.device)  # in the line: behind its old ids
             self.cache.last_ids[kept] = line[: self.live].gather(1, at)
-        self.fed = self.fed_ids = None
+        for layer, keys in self.fed_keys.items():
+            self.cache.last_keys[kept, self.cache.key_layers.index(layer)] = keys[rows, last]
+        self.fed, self.fed_ids, self.fed_keys = None, None, {}
 
 
 def _sdpa(q, k, v, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -238,6 +246,7 @@ class StepPass:
         self.last_ids = None if cache.last_ids is None else cache.last_ids[: self.n]
         self.fed: torch.Tensor | None = None  # embeddings (n, 1, C) of the tokens just fed, if the model smears
         self.fed_ids: torch.Tensor | None = None  # ids (n, 1) of them, if it has tables of n-grams
+        self.fed_keys: dict[int, torch.Tensor] = {}  # keys (n, 1, Hkv, D) of them, by layer that offsets keys
 
     def expect(self, lengths: None) -> None:
         """Do nothing: there is no padding behind a single token."""
@@ -245,6 +254,11 @@ class StepPass:
     def positions(self, n_new: int) -> torch.Tensor:
         """Return the positions (n, 1) of the new tokens."""
         return self.lengths.clamp(max=self.cache.seq_len - 1).unsqueeze(1)
+
+    def keys_before(self, layer: int, k: torch.Tensor) -> torch.Tensor:
+        """Return the keys (n, 1, Hkv, D) in front of new ones k of that shape, all before their offset."""
+        self.fed_keys[layer] = k
+        return self.cache.last_keys[: self.n, self.cache.key_layers.index(layer)].unsqueeze(1)
 
     def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
         """Store keys and values (n, 1, Hkv, D) of new tokens; return the attention (n, 1, H, D) of their queries."""
@@ -263,7 +277,7 @@ class StepPass:
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale).view_as(q)
 
     def advance(self, n_new: int) -> None:
-        """Keep the embedding of every live row's token, and its last ids."""
+        """Keep the embedding and keys of every live row's token, and its last ids."""
         counts = (torch.arange(self.n, device=self.live.device) < self.live).unsqueeze(1)
         if self.fed is not None:
             kept = self.cache.last_embed[: self.n]
@@ -271,7 +285,10 @@ class StepPass:
         if self.fed_ids is not None:
             kept = self.last_ids
             kept.copy_(torch.where(counts, torch.cat((kept[:, 1:], self.fed_ids), dim=1), kept))
-        self.fed = self.fed_ids = None
+        for layer, keys in self.fed_keys.items():
+            kept = self.cache.last_keys[: self.n, self.cache.key_layers.index(layer)]
+            kept.copy_(torch.where(counts.unsqueeze(-1), keys[:, 0].to(kept.dtype), kept))
+        self.fed, self.fed_ids, self.fed_keys = None, None, {}
 
 
 def ways(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -320,6 +337,11 @@ class SharedPrefixPass:
         """
         first = self.lengths.repeat_interleave(self.n).unsqueeze(1)
         return (first + torch.arange(n_new, device=first.device)).clamp(max=self.seq_len - 1)
+
+    def keys_before(self, layer: int, k: torch.Tensor) -> torch.Tensor:
+        """Return the keys (B n, 1, Hkv, D) in front of the continuations, before their offset."""
+        last = self.cache.last_keys[:, self.cache.key_layers.index(layer)]
+        return last.unsqueeze(1).repeat_interleave(self.n, dim=0)
 
     def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
         """Return the attention (B n, T, H, D) of the continuations over the prefix and over themselves."""

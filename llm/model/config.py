@@ -48,6 +48,7 @@ UNSTATED = MappingProxyType(
         "ngram_into": "residual",
         "ngram_bos": None,
         "asymmetric_cap": False,
+        "key_offset": False,
     }
 )
 
@@ -96,6 +97,7 @@ class GPTConfig:
     ngram_into: str = UNSTATED["ngram_into"]  # one of NGRAM_PLACES, to which their rows are added
     ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
+    key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -112,6 +114,13 @@ class GPTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"arch.activation={self.activation}: choose one of {', '.join(ACTIVATIONS)}")
+        if self.key_offset and self.head_dim % 4:
+            raise ValueError(f"model.head_dim={self.head_dim} must be divisible by 4 with arch.key_offset=true")
+        if self.key_offset and self.bos_id is not None:
+            raise ValueError(
+                "arch.key_offset=true: keys would pass from one document to the next; set arch.document_masks=false, "
+                "or arch.key_offset=false"
+            )
         self._check_ngrams()
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
@@ -168,6 +177,10 @@ class GPTConfig:
     def has_value_embed(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings: every other layer does, the last one among them."""
         return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
+
+    def offsets_keys(self, layer: int) -> bool:
+        """Return whether a layer's keys are offset: with key_offset those of layers without a window are."""
+        return self.key_offset and self.window(layer) is None
 
     def further_block_params(self) -> int:
         """Return how many parameters all blocks have beside those of the three forms; for subclasses with more."""

@@ -1,12 +1,12 @@
 """The Transformer, in three forms that one config describes.
 
-`classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm
-after the embedding, before each sublayer and before the head, untied embedding and head without biases, optional
-grouped-query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings,
-residual and x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention,
-a gate of the heads, a leaky activation, tables of n-grams, an asymmetric cap. `gpt2` is the baseline of 2019: learned
-positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`. This
-file knows nothing of training loops, configuration or files.
+`classic` is nanochat's model of October 2025: rotary positions, QK-norm, squared-ReLU MLP, parameter-free RMSNorm after
+the embedding, before each sublayer and before the head, untied embedding and head without biases, optional grouped-
+query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings, residual and
+x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention, a gate of the
+heads, a leaky activation, tables of n-grams, an asymmetric cap, an offset of keys. `gpt2` is the baseline of 2019:
+learned positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`.
+This file knows nothing of training loops, configuration or files.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from llm.model.attention import (
     attention_masks,
     causal_attention,
     choose_backend,
+    offset_keys,
     plain_backend,
     rotary_tables,
 )
@@ -80,6 +81,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=self.is_gpt2)
         self.out_gate = Linear(config.gate_channels, config.n_head) if config.attention_gate else None
         self.exclusion = nn.Parameter(torch.empty(config.n_head)) if config.exclusive_attention else None
+        self.offsets_keys = config.offsets_keys(layer)
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
@@ -98,6 +100,9 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
         if not self.is_gpt2:
             q, k = norm(apply_rotary(q, *rotary)), norm(apply_rotary(k, *rotary))
+        if self.offsets_keys:
+            before = None if cache is None else cache.keys_before(self.layer, k)
+            k = offset_keys(k, before, positions)
         if cache is None:
             y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
         else:

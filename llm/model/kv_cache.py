@@ -41,13 +41,14 @@ class Prefix:
     """Text that several rows begin with: keys and values of its `length` tokens, by part of the cache.
 
     They never change. last_embed: embedding (C,) of the last token, if the model smears; last_ids: (n - 1,) last ids,
-    if the model has tables of n-grams.
+    if the model has tables of n-grams; last_keys: (layers, Hkv, D), the last token's keys before their offset.
     """
 
     parts: list[PrefixPart]
     length: int
     last_embed: torch.Tensor | None = None
     last_ids: torch.Tensor | None = None
+    last_keys: torch.Tensor | None = None
 
     @property
     def least(self) -> int:
@@ -66,7 +67,10 @@ class Prefix:
         for part in self.parts:
             k, v = (x[:, :, : n - part.first].clone(memory_format=torch.contiguous_format) for x in (part.k, part.v))
             parts.append(part._replace(k=k, v=v))
-        return Prefix(parts, n, last_embed, last_ids)
+        last_keys = self.last_keys
+        if last_keys is not None and n < self.length:  # the next token's keys hold the half of them that counts
+            last_keys = next(part for part in self.parts if part.window is None).k[:, :, n].clone()
+        return Prefix(parts, n, last_embed, last_ids, last_keys)
 
 
 class Part:
@@ -93,8 +97,9 @@ class SlotCache:
     behind a `Prefix`: its own token j is then at position prefix length + j, and it attends to both. lengths, prefix:
     (rows,) int64 on the host, as the caller sets them; prefix is an index of `prefixes`, -1 for none. last_embed:
     (rows, C), the embedding of every row's last token, if the model smears. last_ids: (rows, n - 1) int64, the last ids
-    of every row, the newest last and `vocab_size` for none, if the model has tables of n-grams. Places without a token
-    hold anything.
+    of every row, the newest last and `vocab_size` for none, if the model has tables of n-grams. last_keys: (rows,
+    layers, Hkv, D), keys of every row's last token in the layers that offset keys, before they do. Places without a
+    token hold anything.
 
     room: tokens that a row may hold. spare: places of a layer beside those of its window, at least 1; so many tokens
     of a row can be written before the first of them attends.
@@ -117,6 +122,10 @@ class SlotCache:
         self.last_embed = torch.zeros(rows, config.n_embd, device=device, dtype=dtype) if smears else None
         self.no_id, before = config.vocab_size, getattr(config, "ids_before", 0)
         self.last_ids = torch.full((rows, before), self.no_id, device=device) if before else None
+        is_offset = getattr(config, "offsets_keys", lambda layer: False)
+        self.key_layers = [layer for layer in sorted(self.where) if is_offset(layer)]
+        shape = (rows, len(self.key_layers), config.n_kv_head, config.head_dim)
+        self.last_keys = torch.zeros(shape, device=device, dtype=dtype) if self.key_layers else None
         self.seq_len = config.seq_len
 
     @property
@@ -156,6 +165,9 @@ class SlotCache:
         if self.last_ids is not None:
             old = self.last_ids
             self.last_ids = torch.cat((old[:n], old.new_full((rows - n, old.size(1)), self.no_id)))
+        if self.last_keys is not None:
+            old = self.last_keys
+            self.last_keys = torch.cat((old[:n], old.new_zeros(rows - n, *old.shape[1:])))
 
     def start(self, row: int, prefix: Prefix | None = None, is_copied: bool = False) -> None:
         """Begin a row anew, behind a prefix or with nothing; is_copied: the prefix becomes its own first tokens."""
@@ -166,6 +178,8 @@ class SlotCache:
             self.last_embed[row] = 0 if prefix is None else prefix.last_embed
         if self.last_ids is not None:
             self.last_ids[row] = self.no_id if prefix is None else prefix.last_ids
+        if self.last_keys is not None:
+            self.last_keys[row] = 0 if prefix is None else prefix.last_keys
         if prefix is None:
             return
         if not is_copied:
@@ -215,6 +229,8 @@ class SlotCache:
             self.last_embed[target] = self.last_embed[source]
         if self.last_ids is not None:
             self.last_ids[target] = self.last_ids[source]
+        if self.last_keys is not None:
+            self.last_keys[target] = self.last_keys[source]
         self.start(source)
 
     def snapshot(self, row: int) -> Prefix:
@@ -226,7 +242,8 @@ class SlotCache:
             shared = before and before.parts[i]
             first, k, v = self._kept(part, row, own, before.length if before else 0, shared)
             parts.append(PrefixPart(k, v, first, part.window))
-        last = (None if of_all is None else of_all[row].clone() for of_all in (self.last_embed, self.last_ids))
+        of_rows = (self.last_embed, self.last_ids, self.last_keys)
+        last = (None if of_all is None else of_all[row].clone() for of_all in of_rows)
         return Prefix(parts, length, *last)
 
     def _kept(self, part: Part, row: int, own: int, before: int, shared: PrefixPart | None):

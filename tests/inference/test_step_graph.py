@@ -48,6 +48,8 @@ def copied(net, cache: SlotCache) -> SlotCache:
         other.last_embed.copy_(cache.last_embed)
     if cache.last_ids is not None:
         other.last_ids.copy_(cache.last_ids)
+    if cache.last_keys is not None:
+        other.last_keys.copy_(cache.last_keys)
     return other
 
 
@@ -71,6 +73,7 @@ def test_a_recorded_step_is_the_plain_step_and_changes_no_row_that_only_fills_th
     assert set(graphs.recorded) == {(4, 32), (4, 64)}
     assert cache.last_embed is None or torch.equal(cache.last_embed[3], plain.last_embed[3])
     assert cache.last_ids is None or torch.equal(cache.last_ids[:4], plain.last_ids[:4])
+    assert cache.last_keys is None or torch.equal(cache.last_keys[3], plain.last_keys[3])
     ids = torch.tensor([[7]])
     rest = (net(ids, cache=SlotPass(one, 3, 1), last_only=True) for one in (cache, plain))
     torch.testing.assert_close(*rest, atol=1e-4, rtol=1e-4)

@@ -51,7 +51,7 @@ MODERN = {
 }
 SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
 NGRAMS = {"ngrams": (2, 3), "ngram_bos": 61}
-SWITCHES["asymmetric_cap"] = True
+SWITCHES |= {"asymmetric_cap": True, "key_offset": True}
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
 ARCHS = {
     "classic": {},
@@ -157,6 +157,14 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     def position(x, t):
         return x if c.arch == "gpt2" else rms(rotate(x, t)) * c.qk_scale
 
+    def key(k, t, window):
+        found = position(k[t], t)
+        if c.key_offset and window is None and t > 0:
+            quarter, before = c.head_dim // 4, position(k[t - 1], t - 1)
+            for first in (quarter, 3 * quarter):
+                found[first : first + quarter] = before[first : first + quarter]
+        return found
+
     x = w["transformer.wte.weight"][ids]
     if c.arch == "gpt2":
         x = x + w["transformer.wpe.weight"][: len(ids)]
@@ -187,7 +195,7 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
             s, skv = slice(head * c.head_dim, (head + 1) * c.head_dim), slice(kv * c.head_dim, (kv + 1) * c.head_dim)
             for t in range(len(ids)):
                 first = max(0, t - window)
-                keys = torch.stack([position(k[u, skv], u) for u in range(first, t + 1)])
+                keys = torch.stack([key(k[:, skv], u, c.window(layer)) for u in range(first, t + 1)])
                 scores = keys @ position(q[t, s], t) / c.head_dim**0.5
                 out[t, s] = torch.softmax(scores, 0) @ v[first : t + 1, skv]
                 if c.exclusive_attention:
@@ -478,6 +486,8 @@ def test_bf16_stays_close_to_fp32():
     [
         ({"n_kv_head": 3}, "n_kv_head"),
         ({"head_dim": 15}, "even"),
+        ({"key_offset": True, "head_dim": 18}, "head_dim=18 must be divisible by 4"),
+        ({"key_offset": True, "bos_id": 3}, "arch.key_offset=true: .*set arch.document_masks=false"),
         ({"window_pattern": "SXL"}, "arch.window_pattern='SXL'"),
         ({"window_pattern": ""}, "arch.window_pattern"),
         ({"value_embeds": True, "gate_channels": 65}, "arch.gate_channels reads 65 channels"),
