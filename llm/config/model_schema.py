@@ -115,7 +115,7 @@ class ModernArch(ClassicArch):
         choices=NGRAM_PLACES,
     )
     asymmetric_cap: bool = key("logits are 23 sigmoid((x + 5) / 7.5) in place of softcap, less a constant")
-    key_offset: bool = key("keys of layers without a window take half of their channels from the token before")
+    key_offset: bool = key("in layers without a window half of a key comes from the token before")
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)
