@@ -1,6 +1,6 @@
 """`samples.jsonl` of a stage: what the model said to the same prompts while it trained, a line for each time.
 
-{"step": 500, "samples": [{"prompt": "The", "completion": " cat sat."}, ...]}
+A line is {"step": 500, "samples": [{"prompt": "The", "completion": " cat sat."}, ...]}.
 """
 
 import json
