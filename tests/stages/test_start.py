@@ -19,7 +19,7 @@ from llm.stages.expect import Expected, expect, note, work_of
 from llm.stages.run_stage import run_stage
 from llm.stages.start import data_words, gpu_words, labelled, step_words, time_words
 
-DERIVED = {"depth": 2, "n_embd": 128, "n_head": 1, "seq_len": 128, "params_total": 540_714, "params_blocks": 393_228}
+DERIVED = {"depth": 2, "n_embd": 128, "n_head": 1, "seq_len": 128, "params_total": 540_713, "params_blocks": 393_228}
 DERIVED |= {"flops_per_token": 3_000_000, "micro_batches": 2, "tokens_per_step": 1024, "steps": 10}
 DERIVED |= {"planned_tokens": 10_240}
 
@@ -54,7 +54,7 @@ def test_a_stage_begins_with_six_lines(runs, capsys):
     out = capsys.readouterr().out
     lines = lines_of(out)
     assert list(lines) == ["model", "machine", "parent", "data", "steps", "time", "changed"]
-    assert lines["model"] == "modern, 2 layers, 128 wide, context 128: 540,714 parameters"
+    assert lines["model"] == "modern, 2 layers, 128 wide, context 128: 540,713 parameters"
     assert "attention cpu, eager (fewer than 500 steps on a CPU)" in lines["machine"]
     assert lines["parent"] == f"{runs}/tiny/tokenizer/model: tokenizer (384 tokens); the weights are fresh"
     assert lines["data"] == "about 25.17K tokens of text; 0.1 passes, 1.54K tokens, packing crop"
