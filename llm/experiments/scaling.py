@@ -20,7 +20,18 @@ from typing import Any
 from llm.cli.compose import compose
 from llm.cli.overrides import check_overrides
 from llm.errors import UserError
-from llm.experiments.laws import Law, Point, bootstrap, choose_law, fit_parabola, interval, predict
+from llm.experiments.laws import (
+    Coupled,
+    Law,
+    Point,
+    Surface,
+    bootstrap,
+    choose_law,
+    fit_law,
+    fit_parabola,
+    interval,
+    predict,
+)
 from llm.experiments.scaling_plots import draw_isoflops, draw_law
 from llm.model.config import GPTConfig, flops_per_token, scaling_params
 from llm.run.stage_folder import RunDir, read_manifest
@@ -29,6 +40,7 @@ from llm.utils.files import read_json, write_json
 from llm.utils.format import amount, duration, print_table
 from llm.utils.source import program
 
+FORMS = {"auto": None, "added": Surface, "coupled": Coupled}
 RESERVED = ("stage", "run", "model", "max_steps", "stage.target_flops", "stage.tokens_per_param", "init_from", "-m")
 
 
@@ -64,6 +76,7 @@ class Series:
     more_seeds: list[int]
     runs: Path
     settings: list[str]
+    form: type[Law] | None = None  # None: the one that predicts fitted runs better
     skipped: list[str] = field(default_factory=list)
 
     def budgets(self) -> dict[int, list[float]]:
@@ -123,6 +136,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     parser.add_argument(
         "--more-seeds", type=_whole, default="", help="further seeds: every run is made with these too, and means count"
     )
+    parser.add_argument(
+        "--form",
+        choices=FORMS,
+        default="auto",
+        help="law: added = E + A / N^a + B / D^b, coupled = ((Nc / N)^(a / b) + Dc / D)^b, auto = the better one",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of train.py for all runs")
     args = parser.parse_intermixed_args(argv)
@@ -144,7 +163,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     flops = sorted(set(args.flops))
     held_out_flops = sorted(set(args.held_out_flops)) or flops
     budgets = (flops, held_out_flops, args.lr_fracs)
-    series = Series(args.name, args.depths, args.held_out, *budgets, args.more_seeds, args.runs, args.settings)
+    series = Series(
+        args.name, args.depths, args.held_out, *budgets, args.more_seeds, args.runs, args.settings, FORMS[args.form]
+    )
     check_overrides("train", _overrides(series, series.jobs()[0]))
     own = compose("train", ["stage=pretrain", *args.settings]).seed
     seeds = [own, *args.more_seeds]
@@ -295,6 +316,7 @@ def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
         result["rates"] = _rates(series)
     try:
         law, left_out = choose_law(points)
+        law = law if series.form is None else fit_law(points, series.form)
     except ValueError as error:
         print(f"no law is fitted: {error}")
     else:
@@ -337,7 +359,7 @@ def _params_at(points: list[Point], tokens: float) -> float:
 def _forms(left_out: dict[type[Law], float]) -> dict[str, Any]:
     """Print how well each form predicts fitted runs from the other ones; return it as a mapping."""
     rows = [[form.FORMULA, f"{100 * error:.2f} %"] for form, error in left_out.items()]
-    print_table(["law", "error"], rows, "Each run predicted from the others: the better form is taken")
+    print_table(["law", "error"], rows, "Each fitted run predicted from the others")
     return {"forms": {form.FORMULA: error for form, error in left_out.items()}}
 
 

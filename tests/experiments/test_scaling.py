@@ -74,6 +74,13 @@ def test_a_series_is_run_once_and_predicts_what_it_did_not_fit(tmp_path, trained
     assert series(tmp_path) == 0 and not trained, "what is finished was run again"
 
 
+def test_a_form_of_the_law_can_be_asked_for(tmp_path, trained):
+    for form, names in (("added", {"E", "A", "a", "B", "b"}), ("coupled", {"Nc", "a", "Dc", "b"})):
+        assert series(tmp_path, "--form", form) == 0
+        told = read_json(tmp_path / "s" / "scaling.json")
+        assert set(told["law"]) == names and set(told["intervals"]) == names and len(told["forms"]) == 2
+
+
 def test_more_seeds_are_runs_of_their_own_whose_mean_counts(tmp_path, trained, capsys):
     assert series(tmp_path, "--more-seeds", "1,2") == 0
     seeds = [line.get("seed") for line in trained[1:]]

@@ -32,7 +32,7 @@ def test_a_pass_that_is_looked_into_offsets_keys_too():
 
 @pytest.mark.parametrize("n", [3, 9])
 def test_rows_behind_a_cut_prefix_have_the_keys_in_front_of_them(n):
-    """Of a prefix's last tokens the keys before their offset are kept; those of earlier ones are found in its keys."""
+    """Keeps the keys of a prefix's last tokens as before their offset; those of earlier ones are found in its keys."""
     net = random_net(config(depth=3, seq_len=32, key_offset=True, window_pattern="LSL", window_multiple=None))
     assert net.windows == [None, 8, None]
     ids = torch.randint(0, 70, (1, 14), generator=torch.Generator().manual_seed(3))
