@@ -11,7 +11,7 @@ from llm.panel.eval_view import ANY, PER_PAGE, choices, evaluated, parts, record
 from llm.panel.markup import page, problem
 from llm.panel.records import RIGHT
 from llm.panel.runs_tab import QUIET, html, told
-from llm.panel.state import Panel
+from llm.panel.state import Panel, file_stamps
 
 SHOWN_FIRST = ("eval.max_per_task", "eval.num_samples", "eval.max_new_tokens", "eval.tokens")
 PARTS_FIRST = ["bpb", "chat", "samples"]  # as conf/evaluate.yaml chooses
@@ -107,9 +107,12 @@ class EvaluateTab:
 
     def watch(self, number: int | None, stamp: tuple, names: list[str]) -> list[Any]:
         """Return job, stamp, page of the job, and scores, where something has changed since `stamp`."""
-        if number is None or (now := jobs.stamp(self.panel, number)) == tuple(stamp):
+        scored = file_stamps(self.panel.runs / name / "eval.json" for name in names or [])
+        now = (jobs.stamp(self.panel, number) if number is not None else (), scored)
+        if now == stamp:
             return [gr.skip()] * 4
-        return [number, now, jobs.job_page(self.panel, number), scores_page(self.panel, names or [])]
+        page_of_job = "" if number is None else jobs.job_page(self.panel, number)
+        return [number, now, page_of_job, scores_page(self.panel, names or [])]
 
     def part_choices(self, name: str | None, part: str | None) -> Any:
         """Return the tasks that a stage has records of; the chosen one stays where there is one."""

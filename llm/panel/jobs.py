@@ -17,7 +17,7 @@ from llm.panel.form import Form, problems_of
 from llm.panel.index import Row, process_of
 from llm.panel.markup import block, page, problem, section, table, text
 from llm.panel.runs_view import curves, progress
-from llm.panel.state import Panel
+from llm.panel.state import Panel, file_stamps
 from llm.panel.worker import start_worker
 from llm.run.lock import is_locked
 from llm.utils.format import duration
@@ -220,11 +220,4 @@ def stamp(panel: Panel, number: int | None) -> tuple:
         paths.append(log_of(queue, job))
         if job.folder:
             paths += [Path(job.folder) / name for name in ("metrics.csv", "run.json", "eval.json")]
-    found = []
-    for path in paths:
-        try:
-            facts = path.stat()
-            found.append((facts.st_mtime_ns, facts.st_size))
-        except OSError:
-            found.append((0, 0))
-    return (number, *found)
+    return (number, *file_stamps(paths))

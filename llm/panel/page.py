@@ -25,6 +25,7 @@ from llm.serving.guard import MAX_UPLOAD
 HERE = Path(__file__).parent
 PATH = "/panel"
 SECONDS = 2.0  # between two looks at what is running
+SLOW_SECONDS = 10.0  # between two looks at the table of all stages
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)
     **{"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"},
@@ -72,10 +73,11 @@ def build(panel: Panel) -> gr.Blocks:
                 inside = InsideTab(models)
         watching = [listed, trained, shown, evaluated, rolled]
         timers = [gr.Timer(SECONDS, active=tab is listed) for tab in watching]
+        slow = gr.Timer(SLOW_SECONDS)
         for tab in (*watching, compared, labelled, opened):
-            tab.select(_only_timer_of(tab, watching), None, timers, **QUIET)
+            tab.select(_only_timers_of(tab, [*watching, listed]), None, [*timers, slow], **QUIET)
         timer = dict(zip(watching, timers, strict=True))
-        runs.connect(demo, timer[listed])
+        runs.connect(demo, listed, timer[listed], slow)
         compare.connect(compared)
         train.connect(demo, timer[trained])
         data.connect(shown, timer[shown], train)
@@ -86,6 +88,6 @@ def build(panel: Panel) -> gr.Blocks:
     return demo.queue(max_size=64)
 
 
-def _only_timer_of(tab: gr.Tab, watching: list[gr.Tab]) -> Any:
-    """Return the function that lets the timer of a tab run, of those that watch, and no other."""
+def _only_timers_of(tab: gr.Tab, watching: list[gr.Tab]) -> Any:
+    """Return the function that lets the timers of a tab run, of those that watch, and no other."""
     return lambda: [gr.Timer(active=one is tab) for one in watching]

@@ -11,12 +11,13 @@ import gradio as gr
 from llm.errors import UserError
 from llm.panel import exports, jobs, shelf
 from llm.panel.markup import page, problem
-from llm.panel.runs_view import HEADER, NUMERIC, live_page, name_of, rest_page, run_table
-from llm.panel.state import Panel
+from llm.panel.runs_view import HEADER, NUMERIC, live_page, name_of, rest_page, run_table, states_of
+from llm.panel.state import Panel, file_stamps
 from llm.run.stage_folder import RunDir
 
 STATES = ("all", "running", "interrupted", "finished")
 NONE = "none"
+WATCHED = ("run.json", "metrics.csv", "eval.json", "samples.jsonl")  # files of an open stage
 MOST_REPORT = 400_000  # letters
 PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)\n*")  # of a report: the page draws these curves itself
 QUIET = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
@@ -58,7 +59,7 @@ class RunsTab:
             elem_id="panel-table",
             buttons=[],
         )
-        self.said = html("panel-runs-problems")
+        self.said, self.states = html("panel-runs-problems"), gr.State(())
         with gr.Row():
             self.open = gr.Dropdown([], label="Open", scale=2, elem_id="panel-open", min_width=260)
             self.other = gr.Dropdown([NONE], value=NONE, label="Configuration compared with", scale=2, min_width=260)
@@ -92,12 +93,14 @@ class RunsTab:
             self.away = gr.Dropdown([], label="Put away before")
             self.back = gr.Button("Bring back", size="sm")
 
-    def connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
-        """Connect the events."""
-        listed = [self.table, self.said, self.open, self.other, self.away]
+    def connect(self, demo: gr.Blocks, tab: gr.Tab, timer: gr.Timer, slow: gr.Timer) -> None:
+        """Connect the events. The table is looked at by the slow timer: a look at 500 runs costs milliseconds."""
+        listed = [self.table, self.said, self.open, self.other, self.away, self.states]
         query, opened = [self.query, self.state], [self.open, self.other]
         whole = [self.shown, self.rest, self.stamp, self.tags, self.note, self.report]
         demo.load(self.fill, query, listed, **QUIET)
+        for event in (tab.select, slow.tick):
+            event(self.watch_table, [*query, self.states], listed, **QUIET)
         self.refresh.click(self.fill, query, listed, **QUIET)
         self.query.submit(self.fill, query, listed, **QUIET)
         self.state.input(self.fill, query, listed, **QUIET)
@@ -120,7 +123,7 @@ class RunsTab:
         timer.tick(self.watch, [self.open, self.stamp], [self.shown, self.stamp], **QUIET)
 
     def fill(self, query: str, state: str) -> list[Any]:
-        """Return the table, what could not be read, and the choices of the lists."""
+        """Return the table, what could not be read, the choices of the lists, and the states of all stages."""
         rows, notes = self.panel.index.rows(), self.panel.notes.all()
         problems = [problem(line) for line in self.panel.index.problems]
         header, lines = run_table(rows, notes)
@@ -139,7 +142,13 @@ class RunsTab:
             gr.update(choices=names),
             gr.update(choices=[NONE, *names]),
             away,
+            states_of(rows),
         ]
+
+    def watch_table(self, query: str, state: str, states: tuple) -> list[Any]:
+        """Return what `fill` does, where a stage has come, gone, begun or ended since `states`."""
+        rows = self.panel.index.rows()
+        return [gr.skip()] * 6 if states_of(rows) == states else self.fill(query, state)
 
     def pick(self, event: gr.SelectData) -> str:
         """Return the stage in the line that was chosen."""
@@ -160,14 +169,7 @@ class RunsTab:
         return [live_page(self.panel, name), now]
 
     def _stamp(self, name: str) -> tuple:
-        found = []
-        for file in ("run.json", "metrics.csv", "eval.json", "samples.jsonl"):
-            try:
-                facts = (self.panel.runs / name / file).stat()
-                found.append((facts.st_mtime_ns, facts.st_size))
-            except OSError:
-                found.append((0, 0))
-        return tuple(found)
+        return file_stamps(self.panel.runs / name / file for file in WATCHED)
 
     def read_report(self, name: str | None) -> str:
         """Return report.md of the run without its pictures, whose curves stand above."""

@@ -39,6 +39,11 @@ def name_of(row: Row) -> str:
     return f"{row['run']}/{row['stage']}"
 
 
+def states_of(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    """Return (name, state) of every stage."""
+    return tuple((name_of(row), row["status"]) for row in rows)
+
+
 def run_table(
     rows: Sequence[Row], notes: Mapping[str, Note], query: str = "", state: str = "all"
 ) -> tuple[list[str], list[list[Any]]]:

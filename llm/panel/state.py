@@ -1,6 +1,7 @@
 """Holds what the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,18 @@ from llm.panel.notes import Notes
 from llm.panel.presets import Presets
 
 CACHE = ".panel"  # in paths.runs; may be deleted at any time
+
+
+def file_stamps(paths: Iterable[Path]) -> tuple[tuple[int, int], ...]:
+    """Return (time of the last change in ns, bytes) of each file; (0, 0) where there is none."""
+    found = []
+    for path in paths:
+        try:
+            facts = path.stat()
+            found.append((facts.st_mtime_ns, facts.st_size))
+        except OSError:
+            found.append((0, 0))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The Train tab: the form, the queue, the job that is watched. The functions behind it work without a browser."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -101,15 +102,14 @@ class TrainTab:
             )
         for one in (self.section, self.changed):
             one.input(self.first, filters, filled, **QUIET)
-        self.search.submit(self.first, filters, filled, **QUIET)
-        self.search.blur(self.first, filters, filled, **QUIET)
+        self.search.change(self.first, filters, filled, trigger_mode="always_last", **QUIET)
         self.sweep.input(self.several, [self.form, self.sweep], self.form, **QUIET).then(
             self.fill, filters, filled, **QUIET
         )
         for number, box in enumerate(self.boxes):
             for event in (box.submit, box.blur):
                 event(self._setter(number), [self.form, self.shown_keys, box], self.form, **QUIET).success(
-                    self.fill, filters, filled, **QUIET
+                    self.fill, [*filters, self.shown_keys], filled, **QUIET
                 )
         for button, step in ((self.before, -ROWS), (self.next, ROWS)):
             button.click(self._turner(step), filters, filled, **QUIET)
@@ -200,8 +200,13 @@ class TrainTab:
 
         return turn
 
-    def fill(self, form: Form, search: str, section: str, changed: bool, place: int) -> list[Any]:
-        """Return form, keys in the boxes, place of the first, sections, count, problem, command, boxes, mistakes."""
+    def fill(
+        self, form: Form, search: str, section: str, changed: bool, place: int, typed: Sequence[str] = ()
+    ) -> list[Any]:
+        """Return form, keys in the boxes, place of the first, sections, count, problem, command, boxes, mistakes.
+
+        Where the boxes show the keys `typed` already, what is in them stays: somebody may be writing in the next one.
+        """
         by_key, other = problems_of(form, self.panel.folders)
         found: list[Entry] = []
         names = ["main", "all"]
@@ -213,11 +218,12 @@ class TrainTab:
         shown = found[place : place + ROWS]
         count = f"keys {place + 1} to {place + len(shown)} of {len(found)}" if shown else "no key fits"
         section = section if section in names else "main"
-        boxes = [self._box(entry) for entry in shown] + [gr.update(visible=False)] * (ROWS - len(shown))
+        keys = [entry.key for entry in shown]
+        boxes = [self._box(entry, keys == list(typed)) for entry in shown]
+        boxes += [gr.update(visible=False)] * (ROWS - len(shown))
         wrong = [page(problem(entry.problem)) if entry.problem else "" for entry in shown]
         wrong += [""] * (ROWS - len(shown))
         told = page(problem(other)) if other else ""
-        keys = [entry.key for entry in shown]
         return [
             form,
             keys,
@@ -230,15 +236,15 @@ class TrainTab:
             *wrong,
         ]
 
-    def _box(self, entry: Entry) -> Any:
+    def _box(self, entry: Entry, stays: bool) -> Any:
         words = f"; {', '.join(entry.choices)}" if entry.choices else ""
         changed = f" (default {entry.default})" if entry.given is not None else ""
         return gr.update(
             visible=True,
             label=entry.key + changed,
             info=entry.help + words,
-            value=entry.given or "",
             placeholder=entry.default,
+            **({} if stays else {"value": entry.given or ""}),
         )
 
     # Start and watch

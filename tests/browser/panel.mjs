@@ -10,7 +10,7 @@ const FLAGS = [
   "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
   "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ];
-const WAIT = 900_000; // ms; a machine that is only busy takes less
+const WAIT = Number(process.env.FATHOM_WAIT ?? 900_000); // ms; a machine that is only busy takes less
 const LOOKS = [["desktop", 1280, 800], ["phone", 390, 844]];
 const SERIOUS = ["serious", "critical"];
 const NAME = "letters";
@@ -163,8 +163,11 @@ async function second() {
   ];
   for (const [key, value, words] of changes) {
     await search.fill(words);
-    await search.press("Enter");
-    const label = new RegExp(`^${key}( \\(default .*\\))?$`);
+    await until(`the keys with ${words}`, async () => {
+      const found = await page.locator('[id^="panel-key-"]').locator("visible=true").allInnerTexts();
+      return found.length > 0 && found.every((box) => box.includes(words));
+    });
+    const label = new RegExp(`^\\s*${key}( \\(default .*\\))?\\s*$`);
     const box = page.locator('[id^="panel-key-"]').filter({ has: page.getByText(label) }).locator("textarea, input");
     await type(box.locator("visible=true").first(), value);
     await until(`${key} in the command`, async () => (await command.inputValue()).includes(`${key}=${value}`));
@@ -214,12 +217,17 @@ async function evaluate() {
   await tab("Train");
   await ended();
   await tab("Evaluate");
+  await until("scores of both", async () => /bpb\s+[\d.]+\s+[\d.]+/.test(await saw("#panel-scores")));
   seen.scores = await saw("#panel-scores");
   await screenshot("evaluate");
 }
 
 async function exported() {
   await tab("Runs");
+  await until("both runs in the table", async () => {
+    const table = await saw("#panel-table");
+    return table.includes(PAIR[1]) && !/interrupted|running/.test(table);
+  });
   await choose("#panel-open", exactly(PAIR[0]));
   await page.locator("#panel-run svg").first().waitFor();
   seen.run = await saw("#panel-run");

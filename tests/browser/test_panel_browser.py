@@ -116,7 +116,7 @@ def test_a_paused_training_goes_on_after_the_server_was_killed_and_a_second_seed
 def test_two_seeds_are_compared(seen):
     after = seen["after"]
     assert "letters/pretrain" in after["compared"] and "letters-2/pretrain" in after["compared"]
-    assert "bpb" in after["verdict"]
+    assert after["verdict"].startswith("undecided") and "train more seeds" in after["verdict"]
 
 
 @pytest.mark.slow

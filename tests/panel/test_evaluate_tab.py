@@ -1,6 +1,7 @@
 """The Evaluate tab: scores with their errors, records of items, and evaluations that the queue runs."""
 
 import json
+import os
 import subprocess
 import time
 
@@ -185,7 +186,9 @@ def test_the_tab_checks_starts_and_watches(panel, no_worker):
     assert "must be at least 1" in tab.check(["mine/pretrain"], ["bpb"], *bad)[0]
     number, stamp, shown, scores = tab.begin(["mine/pretrain"], ["bpb"], *empty)
     assert f"job {number}" in shown and "75.0 ± 10.0 %" in scores
-    assert tab.watch(number, stamp, []) == [gr.skip()] * 4 == tab.watch(None, (), [])
+    assert tab.watch(number, stamp, ["mine/pretrain"]) == [gr.skip()] * 4
+    os.utime(panel.runs / "mine/pretrain/eval.json")  # a later job of the same start has written
+    assert tab.watch(number, stamp, ["mine/pretrain"])[3] == scores
     with pytest.raises(gr.Error, match="0 stages are chosen"):
         tab.begin([], ["bpb"], *empty)
     assert tab.part_choices("mine/pretrain", "core/hellaswag")["value"] == "core/hellaswag"

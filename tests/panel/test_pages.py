@@ -48,7 +48,7 @@ def tabs(panel):
 def test_only_the_open_tab_is_watched(panel):
     page = build(panel)
     timers = [block for block in page.blocks.values() if isinstance(block, gr.Timer)]
-    assert [timer.active for timer in timers] == [True, False, False, False, False]
+    assert [timer.active for timer in timers] == [True, False, False, False, False, True]
     tabs = [block for block in page.blocks.values() if isinstance(block, gr.Tab)]
     switched = {}
     for event in page.fns.values():
@@ -56,9 +56,9 @@ def test_only_the_open_tab_is_watched(panel):
             if kind == "select" and event.outputs == timers:
                 [label] = [tab.label for tab in tabs if tab._id == owner]
                 switched[label] = [timer.active for timer in event.fn()]
-    watching = ["Runs", "Train", "Data", "Evaluate", "Rollouts"]
+    watching = ["Runs", "Train", "Data", "Evaluate", "Rollouts", "Runs"]  # its table, and the run that is open
     named = {label: [label == name for name in watching] for label in watching}
-    assert switched == named | dict.fromkeys(("Compare", "Preferences", "Inside"), [False] * 5)
+    assert switched == named | dict.fromkeys(("Compare", "Preferences", "Inside"), [False] * 6)
     assert {owner for event in page.fns.values() for owner, kind in event.targets if kind == "tick"} == {
         timer._id for timer in timers
     }
@@ -66,7 +66,10 @@ def test_only_the_open_tab_is_watched(panel):
 
 def test_the_table_opens_a_stage_and_the_timer_draws_it_again_only_when_it_changed(panel, tabs):
     runs, folder = tabs[0], add_run(panel.runs, "watched", until=40)
-    table, said, names, others, _ = runs.fill("", "all")
+    table, said, names, others, _, states = runs.fill("", "all")
+    assert runs.watch_table("", "all", states) == [gr.skip()] * 6
+    add_run(panel.runs, "new", until=40)
+    assert "new/pretrain" in runs.watch_table("", "all", states)[2]["choices"]
     assert len(table["value"]["data"]) == 3 and said == "" and "watched/pretrain" in names["choices"]
     assert others["choices"][0] == NONE and len(table["datatype"]) == len(table["value"]["headers"])
     assert "bpb&lt;x: &lt; needs a number" in runs.fill("bpb<x", "all")[1]
@@ -113,7 +116,9 @@ def test_boxes_take_values_and_show_mistakes_beside_them(panel, tabs):
     assert boxes[place]["visible"] and "from 1" in boxes[place]["info"] and wrong == [""] * ROWS
     changed = train.put(form, keys, place, " 0 ")
     assert form.values == {"seed": "7"} and changed.values == {"seed": "7", "max_steps": "0"}
-    filled = train.fill(changed, "max_steps", "main", False, 0)
+    filled = train.fill(changed, "max_steps", "main", False, 0, keys)
+    assert "value" not in filled[7]  # while somebody writes in another box
+    assert train.fill(changed, "max_steps", "main", False, 0)[7 + place]["value"] == "0"
     assert "must be at least 1" in filled[7 + ROWS + filled[1].index("max_steps")]
     assert f"stage=sft seed=7 max_steps=0 paths.runs={panel.runs}" in filled[6]
     assert train.put(changed, keys, place, "").values == {"seed": "7"}
