@@ -16,6 +16,13 @@ from llm.tokenizer.chat_template import chat_template
 BOS, EOS = "<|bos|>", "<|assistant_end|>"
 UNLIMITED = int(1e30)  # what transformers writes for a tokenizer without a length limit
 
+# Where an answer begins in a rendered chat and where it ends; without it `transformers serve` takes Qwen's for a Qwen3.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant_start|>",
+    "fields": {"content": {"close": [EOS, BOS], "content": "text"}},
+}
+
 
 def write_hf_tokenizer(
     folder: Path, tokens: Sequence[bytes], pattern: str, special_tokens: Sequence[str], max_length: int | None
@@ -34,6 +41,7 @@ def write_hf_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length or UNLIMITED,
+        "response_template": RESPONSE_TEMPLATE,
     }
     contents = {
         "tokenizer.json": json.dumps(hf_tokenizer(tokens, pattern, special_tokens), ensure_ascii=False, indent=1),

@@ -128,3 +128,22 @@ def test_pretraining_and_finetuning_go_on_from_it_with_a_shorter_context(tmp_pat
         assert (net.config.arch, net.config.seq_len, net.config.n_embd, net.config.head_dim) == ("qwen3", 128, 48, 32)
     rows = read_metrics(tmp_path / "runs/a/pretrain")
     assert rows[-1]["bpb"] < rows[0]["bpb"]
+
+
+RL = {"stage.prompts_per_step": 2, "stage.samples_per_prompt": 4, "stage.max_new_tokens": 12, "stage.eval_examples": 2}
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_reinforcement_learning_begins_with_it(stage, tmp_path):
+    """Answers are drawn and rewarded by their length, weights move, and a model is handed over."""
+    checkpoint(tmp_path / "theirs", "qwen3")
+    first, _ = load_model_folder(imported_folder(f"hf:{tmp_path}/theirs", tmp_path / "runs"))
+    args = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "trainer=cpu", "run=a", f"stage={stage}", "max_steps=2"]
+    args += [f"init_from=hf:{tmp_path}/theirs", "optim=adamw", "optim.lr=1e-3", "data.size=40", "stage.reward=length"]
+    args += ["stage.reward_options={length: {words: 5}}"]
+    args += [f"{key}={value}" for key, value in RL.items()]
+    run_stage(compose("train", *args))
+    net, tokenizer = load_model_folder(tmp_path / f"runs/a/{stage}/model")
+    assert (net.config.arch, net.config.n_embd, tokenizer.vocab_size) == ("qwen3", 48, first.config.vocab_size)
+    assert not torch.equal(net.transformer.wte.weight, first.transformer.wte.weight)
+    assert max(row["step"] for row in read_metrics(tmp_path / f"runs/a/{stage}")) == 2
