@@ -20,6 +20,7 @@ from llm.panel.rollouts_tab import RolloutsTab
 from llm.panel.runs_tab import QUIET, RunsTab
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
+from llm.serving.browser import queued
 from llm.serving.guard import MAX_UPLOAD
 
 HERE = Path(__file__).parent
@@ -79,13 +80,13 @@ def build(panel: Panel) -> gr.Blocks:
         timer = dict(zip(watching, timers, strict=True))
         runs.connect(demo, listed, timer[listed], slow)
         compare.connect(compared)
-        train.connect(demo, timer[trained])
+        train.connect(trained, timer[trained])
         data.connect(shown, timer[shown], train)
         evaluate.connect(evaluated, timer[evaluated])
         rollouts.connect(rolled, timer[rolled])
         preferences.connect(labelled)
         inside.connect(opened)
-    return demo.queue(max_size=64)
+    return queued(demo, 64)
 
 
 def _only_timers_of(tab: gr.Tab, watching: list[gr.Tab]) -> Any:

@@ -87,15 +87,15 @@ class TrainTab:
         """Components that `opened` fills."""
         return [self.form, *self.groups, self.sweep]
 
-    def connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
-        """Connect the events."""
+    def connect(self, tab: gr.Tab, timer: gr.Timer) -> None:
+        """Connect the events. Nothing is filled before the tab is opened: the first view of the page waits for less."""
         keys = [*self.boxes, *self.wrong]
         filled = [self.form, self.shown_keys, self.place, self.section, self.count, self.other, self.line, *keys]
         filters = [self.form, self.search, self.section, self.changed, self.place]
         watched = [self.queue, self.shown, self.stamp, self.job]
         self.refill = {"fn": self.fill, "inputs": filters, "outputs": filled, **QUIET}
-        demo.load(self.fill, filters, filled, **QUIET)
-        demo.load(self.watch, [self.job, gr.State(())], watched, **QUIET)
+        tab.select(self.fill, filters, filled, **QUIET)
+        tab.select(self.watch, [self.job, gr.State(())], watched, **QUIET)
         for group in self.groups:
             group.input(self.choose, [self.form, *self.groups], self.form, **QUIET).then(
                 self.fill, filters, filled, **QUIET
@@ -121,13 +121,12 @@ class TrainTab:
             button.click(self._acting(name), self.job, watched, **QUIET)
         self.up.click(self._acting("up"), self.job, watched, **QUIET)
         self.work.click(self.go_on, self.job, watched, **QUIET)
-        demo.load(self.preset_names, None, self.preset, **QUIET)
+        tab.select(self.preset_names, None, self.preset, **QUIET)
         self.keep.click(self.save_preset, [self.preset, self.form], self.preset, **QUIET)
         self.drop.click(self.delete_preset, self.preset, self.preset, **QUIET)
         self.bring.click(self.load_preset, self.preset, self.whole, **QUIET).success(**self.refill)
-        timer.tick(self.look, None, self.machine, **QUIET)
         self.job.input(self.watch, [self.job, gr.State(())], watched, **QUIET)
-        timer.tick(self.watch, [self.job, self.stamp], watched, **QUIET)
+        timer.tick(self.watch_all, [self.job, self.stamp], [*watched, self.machine], **QUIET)
 
     # The form
 
@@ -280,6 +279,10 @@ class TrainTab:
             self.panel.check_may_change()
             jobs.see_to_worker(self.panel)
         return self.watch(number, ())
+
+    def watch_all(self, number: int | None, stamp: tuple) -> list[Any]:
+        """Return what `watch` does, and the line on the machine: one event costs half of two."""
+        return [*self.watch(number, stamp), self.look()]
 
     def watch(self, number: int | None, stamp: tuple) -> list[Any]:
         """Return queue, page of the watched job, stamp and list of jobs, where something has changed since `stamp`."""
