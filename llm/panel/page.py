@@ -26,7 +26,7 @@ from llm.serving.guard import MAX_UPLOAD
 HERE = Path(__file__).parent
 PATH = "/panel"
 SECONDS = 2.0  # between two looks at what is running
-SLOW_SECONDS = 10.0  # between two looks at the table of all stages
+SLOW_SECONDS = 15.0  # between two looks at the table of all stages
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)
     **{"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"},
