@@ -62,11 +62,9 @@ class EvaluateTab:
         typed = [self.stages, self.chosen, *self.boxes]
         told = [self.wrong, self.line]
         self.stages.change(scores_of(self.panel), self.stages, self.scores, **QUIET)
-        self.stages.input(self.check, typed, told, **QUIET)
-        self.chosen.input(self.check, typed, told, **QUIET)
-        for box in self.boxes:
-            box.blur(self.check, typed, told, **QUIET)
-            box.submit(self.check, typed, told, **QUIET)
+        left = [event for box in self.boxes for event in (box.submit, box.blur)]
+        left += [self.stages.input, self.chosen.input]
+        gr.on(left, self.check, typed, told, trigger_mode="always_last", **QUIET)
         watched = [self.job, self.stamp, self.shown, self.scores]
         self.start.click(self.begin, typed, watched, **QUIET)
         timer.tick(self.watch, [self.job, self.stamp, self.stages], watched, **QUIET)

@@ -104,14 +104,14 @@ class OwnTab:
         tab.select(self.choices, None, self.before, **QUIET)
         self.before.select(lambda name: name or gr.skip(), self.before, self.name, **QUIET)
         self.name.change(self.open, self.name, [self.texts, self.chats, *looked], **QUIET)
-        typed = {"fn": self.typed, "inputs": self.fields, "outputs": wrong, **QUIET}
         for kind, field, box in ((TEXT, "texts", self.texts), (CHAT, "chats", self.chats)):
             self.files[kind].upload(
                 self._keeper(kind), [self.name, self.files[kind]], [box, self.wrong[field]], **QUIET
             )
-        for field in self.fields:
-            for name in ("submit", "blur") if isinstance(field, gr.Textbox) else ("input",):
-                getattr(field, name)(**typed)
+        boxes = [field for field in self.fields if isinstance(field, gr.Textbox)]
+        left = [event for box in boxes for event in (box.submit, box.blur)]
+        left += [field.input for field in self.fields if field not in boxes]
+        gr.on(left, self.typed, self.fields, wrong, trigger_mode="always_last", **QUIET)
         for button, act, shown in ((self.check, self.check_data, self.checked), (self.ask, self.expect, self.time)):
             outputs = [shown, self.vocabulary] if act == self.check_data else [shown]
             button.click(lambda: UNDER_WAY, None, shown, **QUIET).then(act, self.fields, outputs, **QUIET).then(

@@ -25,7 +25,7 @@ from llm.serving.guard import MAX_UPLOAD
 
 HERE = Path(__file__).parent
 PATH = "/panel"
-SECONDS = 2.0  # between two looks at what is running
+SECONDS = 1.9  # between two looks at what is running
 SLOW_SECONDS = 15.0  # between two looks at the table of all stages
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)

@@ -59,7 +59,7 @@ class RunsTab:
             elem_id="panel-table",
             buttons=[],
         )
-        self.said, self.states = html("panel-runs-problems"), gr.State(())
+        self.said, self.states = html("panel-runs-problems"), gr.State(None)
         with gr.Row():
             self.open = gr.Dropdown([], label="Open", scale=2, elem_id="panel-open", min_width=260)
             self.other = gr.Dropdown([NONE], value=NONE, label="Configuration compared with", scale=2, min_width=260)
@@ -145,10 +145,10 @@ class RunsTab:
             states_of(rows),
         ]
 
-    def watch_table(self, query: str, state: str, states: tuple) -> list[Any]:
-        """Return what `fill` does, where a stage has come, gone, begun or ended since `states`."""
-        rows = self.panel.index.rows()
-        return [gr.skip()] * 6 if states_of(rows) == states else self.fill(query, state)
+    def watch_table(self, query: str, state: str, states: tuple | None) -> list[Any]:
+        """Return what `fill` does, where a stage has come, gone, begun or ended since `states` (None: never filled)."""
+        known = states is None or states_of(self.panel.index.rows()) == states
+        return [gr.skip()] * 6 if known else self.fill(query, state)
 
     def pick(self, event: gr.SelectData) -> str:
         """Return the stage in the line that was chosen."""

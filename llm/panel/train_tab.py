@@ -107,10 +107,9 @@ class TrainTab:
             self.fill, filters, filled, **QUIET
         )
         for number, box in enumerate(self.boxes):
-            for event in (box.submit, box.blur):
-                event(self._setter(number), [self.form, self.shown_keys, box], self.form, **QUIET).success(
-                    self.fill, [*filters, self.shown_keys], filled, **QUIET
-                )
+            left, typed = [box.submit, box.blur], [self.form, self.shown_keys, box]
+            put = gr.on(left, self._setter(number), typed, self.form, trigger_mode="always_last", **QUIET)
+            put.success(self.fill, [*filters, self.shown_keys], filled, **QUIET)
         for button, step in ((self.before, -ROWS), (self.next, ROWS)):
             button.click(self._turner(step), filters, filled, **QUIET)
         self.try_it.click(lambda: page("<p>A dry run is under way…</p>"), None, self.dry, **QUIET).then(
