@@ -30,7 +30,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap", "key_offset",
+    "asymmetric_cap", "key_offset", "qk_dim",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -57,6 +57,7 @@ class Shape:
             what = unknown[0] if unknown else f"arch={options['arch']}"
             raise ValueError(f"modeling_fathom.py does not compute {what}; take the file of the release that wrote it")
         self.__dict__.update(options)
+        self.key_dim = options.get("qk_dim") or options["head_dim"]  # channels of queries and keys
 
     def window(self, layer: int) -> int | None:
         """Return how many earlier positions a layer sees; None = all."""
@@ -90,8 +91,8 @@ def make_norm(shape):
 
 
 def rotary(shape, positions, dtype):
-    """Return cos and sin (B, T, 1, head_dim / 2) of the positions (B, T); frequencies as YaRN stretches them."""
-    D, base = shape.head_dim, shape.rope_base
+    """Return cos and sin (B, T, 1, key_dim / 2) of the positions (B, T); frequencies as YaRN stretches them."""
+    D, base = shape.key_dim, shape.rope_base
     turns = base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D)
     if shape.rope_scaling and shape.rope_original:
         length, factor = shape.rope_original, shape.seq_len / shape.rope_original
@@ -121,10 +122,10 @@ class Attention(nn.Module):
     def __init__(self, shape, layer):
         super().__init__()
         self.shape, self.layer, self.window = shape, layer, shape.window(layer)
-        bias, kv = shape.arch == "gpt2", shape.n_kv_head * shape.head_dim
-        self.c_q = nn.Linear(shape.n_embd, shape.n_head * shape.head_dim, bias=bias)
-        self.c_k = nn.Linear(shape.n_embd, kv, bias=bias)
-        self.c_v = nn.Linear(shape.n_embd, kv, bias=bias)
+        bias = shape.arch == "gpt2"
+        self.c_q = nn.Linear(shape.n_embd, shape.n_head * shape.key_dim, bias=bias)
+        self.c_k = nn.Linear(shape.n_embd, shape.n_kv_head * shape.key_dim, bias=bias)
+        self.c_v = nn.Linear(shape.n_embd, shape.n_kv_head * shape.head_dim, bias=bias)
         self.c_proj = nn.Linear(shape.n_head * shape.head_dim, shape.n_embd, bias=bias)
         self.out_gate = nn.Linear(shape.gate_channels, shape.n_head, bias=False) if shape.attention_gate else None
         self.exclusion = nn.Parameter(torch.zeros(shape.n_head)) if shape.exclusive_attention else None
@@ -136,7 +137,8 @@ class Attention(nn.Module):
     def forward(self, x, values, angles, mask, cache, kept, real):
         """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept: see `FathomForCausalLM.kept`; real: (B, S)."""
         (B, T, _), shape = x.shape, self.shape
-        q, k, v = (layer(x).view(B, T, -1, shape.head_dim) for layer in (self.c_q, self.c_k, self.c_v))
+        q, k = (layer(x).view(B, T, -1, shape.key_dim) for layer in (self.c_q, self.c_k))
+        v = self.c_v(x).view(B, T, -1, shape.head_dim)
         if values is not None:
             gate = shape.gate_range * torch.sigmoid(self.ve_gate(x[..., : shape.gate_channels]))
             v = v + gate.unsqueeze(-1) * values.view_as(v)
@@ -155,7 +157,7 @@ class Attention(nn.Module):
             v = v[..., : shape.head_dim]
         if self.offsets_keys:  # the cache holds keys as they are
             k = offset_keys(k, real)
-        scale = shape.qk_scale**2 / shape.head_dim**0.5
+        scale = shape.qk_scale**2 / shape.key_dim**0.5
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
         y = y.transpose(1, 2)
         if self.exclusion is not None:  # a share of what points along the token's own value is taken away

@@ -85,6 +85,13 @@ def offset_keys(
     return torch.where(is_slow, shifted, k)
 
 
+def without_own(y: torch.Tensor, v: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Take from y (B, T, H, D) the `share` (H,) of the part that points along v (B, T, Hkv, D), both of one token."""
+    v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
+    along = (y * v).sum(-1, keepdim=True, dtype=torch.float32) / v.float().square().sum(-1, keepdim=True).clamp(1e-12)
+    return y - (share.unsqueeze(-1) * along).to(y.dtype) * v
+
+
 def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend for any shape and length, as evaluation, sampling and reinforcement learning need it."""
     return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"

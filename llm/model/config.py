@@ -49,6 +49,7 @@ UNSTATED = MappingProxyType(
         "ngram_bos": None,
         "asymmetric_cap": False,
         "key_offset": False,
+        "qk_dim": None,
     }
 )
 
@@ -98,6 +99,7 @@ class GPTConfig:
     ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
+    qk_dim: int | None = UNSTATED["qk_dim"]  # channels of a head's queries and keys; None = head_dim, as its values
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -114,8 +116,13 @@ class GPTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"arch.activation={self.activation}: choose one of {', '.join(ACTIVATIONS)}")
-        if self.key_offset and self.head_dim % 4:
-            raise ValueError(f"model.head_dim={self.head_dim} must be divisible by 4 with arch.key_offset=true")
+        if self.qk_dim is not None and not (2 <= self.qk_dim <= self.head_dim and self.qk_dim % 2 == 0):
+            raise ValueError(
+                f"arch.qk_dim={self.qk_dim}: give an even number from 2 to model.head_dim={self.head_dim}, or null"
+            )
+        if self.key_offset and self.key_dim % 4:
+            key = "model.head_dim" if self.qk_dim is None else "arch.qk_dim"
+            raise ValueError(f"{key}={self.key_dim} must be divisible by 4 with arch.key_offset=true")
         if self.key_offset and self.bos_id is not None:
             raise ValueError(
                 "arch.key_offset=true: keys would pass from one document to the next; set arch.document_masks=false, "
@@ -136,6 +143,11 @@ class GPTConfig:
             raise ValueError(f"arch.ngram_into={self.ngram_into}: choose one of {', '.join(NGRAM_PLACES)}")
         if self.ngrams and self.ngram_into == "values" and not self.value_embeds:
             raise ValueError("arch.ngram_into=values: needs value embeddings; set arch.value_embeds=true, or residual")
+
+    @property
+    def key_dim(self) -> int:
+        """Return the channels of a query and of a key."""
+        return self.head_dim if self.qk_dim is None else self.qk_dim
 
     @property
     def ngram_width(self) -> int:
@@ -216,15 +228,15 @@ def num_params(config: GPTConfig) -> dict[str, int]:
     """Count the parameters by kind and in total, without building the model. Kinds that it lacks are left out."""
     c = config
     table = c.padded_vocab_size * c.n_embd
-    q_and_out = 2 * c.n_embd * c.n_head * c.head_dim
-    k_and_v = 2 * c.n_embd * c.n_kv_head * c.head_dim
+    q_and_out = c.n_embd * c.n_head * (c.key_dim + c.head_dim)
+    k_and_v = c.n_embd * c.n_kv_head * (c.key_dim + c.head_dim)
     mlp = 8 * c.n_embd**2
     n_value = sum(c.has_value_embed(layer) for layer in range(c.n_layer))
     blocks = c.n_layer * (q_and_out + k_and_v + mlp) + n_value * c.n_kv_head * c.gate_channels
     blocks += c.n_layer * c.n_head * c.gate_channels * c.attention_gate + c.further_block_params()
     counts = {"embedding": table, "head": 0 if c.tied else table, "blocks": blocks}
     if c.arch == "gpt2":  # biases of the six projections, weight and bias of the norms
-        attention_biases = (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd
+        attention_biases = (c.n_head + c.n_kv_head) * c.key_dim + c.n_kv_head * c.head_dim + c.n_embd
         counts["blocks"] += c.n_layer * (attention_biases + 5 * c.n_embd + 4 * c.n_embd)
         counts |= {"positions": c.seq_len * c.n_embd, "final_norm": 2 * c.n_embd}
     counts |= c.further_params()
@@ -252,8 +264,9 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """Return the training FLOPs per token: 6 per weight that multiplies (embeddings are look-ups) plus attention.
 
     Attention: 2 products forward, 4 backward, 2 FLOPs each, over the T keys of a full layer or the window of a short
-    one: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for causality).
+    one: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for causality). Half of them are of queries
+    with keys, whose D is `key_dim`.
     """
     c, length = config, seq_len or config.seq_len
     keys = sum(min(c.window(layer) or length, length) for layer in range(c.n_layer))
-    return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 12 * c.n_head * c.head_dim * keys
+    return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 6 * c.n_head * (c.key_dim + c.head_dim) * keys

@@ -26,6 +26,7 @@ FORMS = {
     "further": MODERN
     | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared", "asymmetric_cap": True},
     "key offset": MODERN | {"key_offset": True, "window_pattern": "LS"},
+    "narrow keys": MODERN | {"key_offset": True, "window_pattern": "LS", "qk_dim": 12},
     "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
     "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},

@@ -51,7 +51,7 @@ MODERN = {
 }
 SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
 NGRAMS = {"ngrams": (2, 3), "ngram_bos": 61}
-SWITCHES |= {"asymmetric_cap": True, "key_offset": True}
+SWITCHES |= {"asymmetric_cap": True, "key_offset": True, "qk_dim": 12}
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
 ARCHS = {
     "classic": {},
@@ -145,10 +145,10 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
     def rotate(x, t):
-        half = c.head_dim // 2
+        half = c.key_dim // 2
         out = x.clone()
         for i in range(half):
-            angle = t * c.rope_base ** (-2 * i / c.head_dim)
+            angle = t * c.rope_base ** (-2 * i / c.key_dim)
             cos, sin = math.cos(angle), math.sin(angle)
             out[i] = x[i] * cos + x[i + half] * sin
             out[i + half] = -x[i] * sin + x[i + half] * cos
@@ -160,7 +160,7 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     def key(k, t, window):
         found = position(k[t], t)
         if c.key_offset and window is None and t > 0:
-            quarter, before = c.head_dim // 4, position(k[t - 1], t - 1)
+            quarter, before = c.key_dim // 4, position(k[t - 1], t - 1)
             for first in (quarter, 3 * quarter):
                 found[first : first + quarter] = before[first : first + quarter]
         return found
@@ -193,10 +193,11 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
         for head in range(c.n_head):
             kv = head // (c.n_head // c.n_kv_head)
             s, skv = slice(head * c.head_dim, (head + 1) * c.head_dim), slice(kv * c.head_dim, (kv + 1) * c.head_dim)
+            own_q, own_k = (slice(i * c.key_dim, (i + 1) * c.key_dim) for i in (head, kv))
             for t in range(len(ids)):
                 first = max(0, t - window)
-                keys = torch.stack([key(k[:, skv], u, c.window(layer)) for u in range(first, t + 1)])
-                scores = keys @ position(q[t, s], t) / c.head_dim**0.5
+                keys = torch.stack([key(k[:, own_k], u, c.window(layer)) for u in range(first, t + 1)])
+                scores = keys @ position(q[t, own_q], t) / c.key_dim**0.5
                 out[t, s] = torch.softmax(scores, 0) @ v[first : t + 1, skv]
                 if c.exclusive_attention:
                     own = v[t, skv] / v[t, skv].norm()
@@ -488,6 +489,9 @@ def test_bf16_stays_close_to_fp32():
         ({"head_dim": 15}, "even"),
         ({"key_offset": True, "head_dim": 18}, "head_dim=18 must be divisible by 4"),
         ({"key_offset": True, "bos_id": 3}, "arch.key_offset=true: .*set arch.document_masks=false"),
+        ({"key_offset": True, "qk_dim": 6}, "arch.qk_dim=6 must be divisible by 4"),
+        ({"qk_dim": 18}, "arch.qk_dim=18: give an even number from 2 to model.head_dim=16"),
+        ({"qk_dim": 7}, "arch.qk_dim=7: give an even number"),
         ({"window_pattern": "SXL"}, "arch.window_pattern='SXL'"),
         ({"window_pattern": ""}, "arch.window_pattern"),
         ({"value_embeds": True, "gate_channels": 65}, "arch.gate_channels reads 65 channels"),
