@@ -30,7 +30,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap", "key_offset", "qk_dim",
+    "asymmetric_cap", "key_offset", "qk_dim", "paired_heads",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -57,6 +57,7 @@ class Shape:
             what = unknown[0] if unknown else f"arch={options['arch']}"
             raise ValueError(f"modeling_fathom.py does not compute {what}; take the file of the release that wrote it")
         self.__dict__.update(options)
+        self.paired_heads = options.get("paired_heads", False)
         self.key_dim = options.get("qk_dim") or options["head_dim"]  # channels of queries and keys
 
     def window(self, layer: int) -> int | None:
@@ -64,8 +65,12 @@ class Shape:
         if self.window_pattern[layer % len(self.window_pattern)] == "L" or layer == self.n_layer - 1:
             return None
         if self.window_multiple is None:
-            return max(1, self.seq_len // self.window_divisor)
-        return -(-self.seq_len // (self.window_divisor * self.window_multiple)) * self.window_multiple
+            short = max(1, self.seq_len // self.window_divisor)
+        else:
+            short = -(-self.seq_len // (self.window_divisor * self.window_multiple)) * self.window_multiple
+        if short >= self.seq_len:
+            return None
+        return max(1, short // 2) if self.paired_heads else short
 
     def has_values(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings."""
@@ -129,8 +134,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(shape.n_head * shape.head_dim, shape.n_embd, bias=bias)
         self.out_gate = nn.Linear(shape.gate_channels, shape.n_head, bias=False) if shape.attention_gate else None
         self.exclusion = nn.Parameter(torch.zeros(shape.n_head)) if shape.exclusive_attention else None
-        is_full = self.window is None or self.window >= shape.seq_len
-        self.offsets_keys = getattr(shape, "key_offset", False) and is_full
+        self.offsets_keys = getattr(shape, "key_offset", False) and self.window is None
+        self.pairs_heads = shape.paired_heads and self.window is not None
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
@@ -158,8 +163,10 @@ class Attention(nn.Module):
         if self.offsets_keys:  # the cache holds keys as they are
             k = offset_keys(k, real)
         scale = shape.qk_scale**2 / shape.key_dim**0.5
+        if self.pairs_heads:  # heads h and h + H/2 become one, token t of the two at places 2 t and 2 t + 1
+            q, k, v = (torch.stack(t.chunk(2, 1), 3).flatten(2, 3) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
-        y = y.transpose(1, 2)
+        y = y.transpose(1, 2).reshape(B, T, shape.n_head, -1)
         if self.exclusion is not None:  # a share of what points along the token's own value is taken away
             own = own.repeat_interleave(shape.n_head // shape.n_kv_head, dim=2)
             along = (y * own).sum(-1, keepdim=True).float() / own.float().square().sum(-1, keepdim=True).clamp(1e-12)
@@ -371,16 +378,26 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack([line[:, -T - 1 : -1], line[:, -T - 2 : -2]], -1)
 
     def masks(self, real, starts, T):
-        """Return {window: (B, 1, T, S)}, true where a query sees a key; padding sees itself."""
-        keys = torch.arange(real.size(1), device=real.device)
+        """Return {window: (B, 1, T, S)}, true where a query sees a key; padding sees itself.
+
+        Of layers with paired heads (B, 1, 2 T, 2 S).
+        """
+        keys, may = torch.arange(real.size(1), device=real.device), real.unsqueeze(1)
         back = keys[-T:].unsqueeze(1) - keys  # (T, S)
-        seen = (back >= 0) & real.unsqueeze(1)
         if starts is not None:
             documents = starts.cumsum(1)
-            seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
-        seen = seen | (back == 0)
-        windows = {self.shape.window(layer) for layer in range(self.shape.n_layer)}
-        return {w: (seen if w is None else seen & (back <= w)).unsqueeze(1) for w in windows}
+            may = may & (documents.unsqueeze(2) == documents.unsqueeze(1))
+        found = {}
+        for window in {self.shape.window(layer) for layer in range(self.shape.n_layer)}:
+            apart, allowed, reach = back, may | (back == 0), window
+            if window is not None and self.shape.paired_heads:
+                place = torch.arange(2, device=real.device)
+                apart = (2 * back[:, None, :, None] + place[:, None, None] - place).flatten(2).flatten(0, 1)
+                allowed = allowed.repeat_interleave(2, 1).repeat_interleave(2, 2)
+                reach = 2 * window
+            seen = allowed & (apart >= 0)
+            found[window] = (seen if window is None else seen & (apart <= reach)).unsqueeze(1)
+        return found
 
     def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real):
         """Return the normed output (B, T, C) of the last block."""

@@ -121,6 +121,9 @@ class ModernArch(ClassicArch):
         low=2,
         high=1024,
     )
+    paired_heads: bool = key(
+        "in layers with a short window, then half as long, a head sees the keys of a neighbour too"
+    )
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)

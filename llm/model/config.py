@@ -50,6 +50,7 @@ UNSTATED = MappingProxyType(
         "asymmetric_cap": False,
         "key_offset": False,
         "qk_dim": None,
+        "paired_heads": False,
     }
 )
 
@@ -100,6 +101,7 @@ class GPTConfig:
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
     qk_dim: int | None = UNSTATED["qk_dim"]  # channels of a head's queries and keys; None = head_dim, as its values
+    paired_heads: bool = UNSTATED["paired_heads"]  # in layers with a window heads attend to keys of a neighbour too
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -128,11 +130,24 @@ class GPTConfig:
                 "arch.key_offset=true: keys would pass from one document to the next; set arch.document_masks=false, "
                 "or arch.key_offset=false"
             )
+        self._check_pairs()
         self._check_ngrams()
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
+
+    def _check_pairs(self) -> None:
+        if self.paired_heads and self.n_kv_head % 2:
+            raise ValueError(
+                f"arch.paired_heads=true: {self.n_kv_head} key/value heads cannot be paired; take an even number of "
+                "them, as by another model.head_dim or model.n_kv_head, or set arch.paired_heads=false"
+            )
+        if self.paired_heads and not any(map(self.pairs_heads, range(self.n_layer))):
+            raise ValueError(
+                "arch.paired_heads=true pairs heads of layers with a short window, and no layer has one: set "
+                "arch.window_pattern=SSSL and a model.seq_len beyond the window, or arch.paired_heads=false"
+            )
 
     def _check_ngrams(self) -> None:
         if any(n not in NGRAM_LENGTHS for n in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
@@ -175,7 +190,10 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def window(self, layer: int) -> int | None:
-        """Return how many earlier positions a layer sees beside its own; None = all, as the last layer does."""
+        """Return how many earlier positions a layer sees beside its own; None = all, as the last layer does.
+
+        With paired heads a short window is half as long: each head sees the keys of two.
+        """
         letter = self.window_pattern[layer % len(self.window_pattern)]
         if letter == "L" or layer == self.n_layer - 1:
             return None
@@ -184,7 +202,13 @@ class GPTConfig:
             short = max(1, self.seq_len // self.window_divisor)
         else:
             short = -(-self.seq_len // (self.window_divisor * multiple)) * multiple
-        return short if short < self.seq_len else None
+        if short >= self.seq_len:
+            return None
+        return max(1, short // 2) if self.paired_heads else short
+
+    def pairs_heads(self, layer: int) -> bool:
+        """Return whether a layer's heads are paired: with paired_heads those of layers with a window are."""
+        return self.paired_heads and self.window(layer) is not None
 
     def has_value_embed(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings: every other layer does, the last one among them."""
@@ -264,9 +288,9 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """Return the training FLOPs per token: 6 per weight that multiplies (embeddings are look-ups) plus attention.
 
     Attention: 2 products forward, 4 backward, 2 FLOPs each, over the T keys of a full layer or the window of a short
-    one: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for causality). Half of them are of queries
-    with keys, whose D is `key_dim`.
+    one, twice as many where heads are paired: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for
+    causality). Half of them are of queries with keys, whose D is `key_dim`.
     """
     c, length = config, seq_len or config.seq_len
-    keys = sum(min(c.window(layer) or length, length) for layer in range(c.n_layer))
+    keys = sum(min(c.window(layer) or length, length) * (1 + c.pairs_heads(layer)) for layer in range(c.n_layer))
     return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 6 * c.n_head * (c.key_dim + c.head_dim) * keys

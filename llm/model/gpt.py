@@ -4,9 +4,9 @@
 the embedding, before each sublayer and before the head, untied embedding and head without biases, optional grouped-
 query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings, residual and
 x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention, a gate of the
-heads, a leaky activation, tables of n-grams, an asymmetric cap, an offset of keys, narrow queries and keys. `gpt2` is
-the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and
-multiplied in `compute_dtype`. This file knows nothing of training loops, configuration or files.
+heads, a leaky activation, tables of n-grams, an asymmetric cap, an offset of keys, narrow queries and keys, paired
+heads. `gpt2` is the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in
+fp32 and multiplied in `compute_dtype`. This file knows nothing of training loops, configuration or files.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from llm.config.registries import ARCHITECTURES
 from llm.model.attention import (
     apply_rotary,
-    attention_masks,
     causal_attention,
     choose_backend,
+    layer_masks,
     offset_keys,
     plain_backend,
     rotary_tables,
@@ -51,7 +51,8 @@ class Attention(nn.Module):
     A third makes queries and keys narrower than values. qk_dim: they have that many channels d, rotary positions and
     norm are over these, and the scores are q k / sqrt(d): to find a token takes fewer channels than to say what it
     holds (modded-nanogpt, pull request 344, 2026). Kernels and cache get them with zeros up to head_dim, as there:
-    what is saved are weights and products of c_q and c_k.
+    what is saved are weights and products of c_q and c_k. A fourth lets heads attend to the keys of a neighbour:
+    `llm.model.attention.pair_heads`.
     """
 
     joint_qkv = False  # set by llm.model.joint_qkv.enable_joint_qkv
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=self.is_gpt2)
         self.out_gate = Linear(config.gate_channels, config.n_head) if config.attention_gate else None
         self.exclusion = nn.Parameter(torch.empty(config.n_head)) if config.exclusive_attention else None
-        self.offsets_keys = config.offsets_keys(layer)
+        self.offsets_keys, self.pairs_heads = config.offsets_keys(layer), config.pairs_heads(layer)
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
@@ -94,9 +95,9 @@ class Attention(nn.Module):
         if self.key_dim < self.head_dim:  # zeros add nothing to a product
             q, k = (F.pad(t, (0, self.head_dim - self.key_dim)) for t in (q, k))
         if cache is None:
-            y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
+            y = causal_attention(q, k, v, self.scale, self.window, mask, backend, self.pairs_heads)
         else:
-            options = AttentionOptions(self.scale, self.window, mask, backend)
+            options = AttentionOptions(self.scale, self.window, mask, backend, self.pairs_heads)
             y = cache.attend(self.layer, q, k, v, positions, options)
         if self.exclusion is not None:
             y = without_own(y, v, torch.tanh(self.exclusion))
@@ -316,7 +317,7 @@ class GPT(nn.Module):
         x: torch.Tensor,
         values: list,
         starts: torch.Tensor | None,
-        masks: dict,
+        masks: list,
         backend: str,
         cache: SlotPass | None = None,
         ngrams: torch.Tensor | None = None,
@@ -324,7 +325,7 @@ class GPT(nn.Module):
         """Run all blocks on rows of the embedding (B, T, n_embd); return the normed output of the last one.
 
         values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
-        document begins, None if rows are not divided; masks: by window, from `attention_masks`; ngrams: rows of their
+        document begins, None if rows are not divided; masks: by layer, from `layer_masks`; ngrams: rows of their
         tables (B, T, n_embd), if a part of them is added to the input of every block. The output (B, T, n_embd) has the
         compute dtype.
         """
@@ -342,7 +343,7 @@ class GPT(nn.Module):
             if ngrams is not None:
                 x = x + self.ngrams.scalars[layer].to(x.dtype) * ngrams
             value_embed = None if values[layer] is None else values[layer].to(x.dtype)
-            inputs = (x, value_embed, rotary, masks[self.windows[layer]], backend, cache, positions)
+            inputs = (x, value_embed, rotary, masks[layer], backend, cache, positions)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -378,7 +379,8 @@ class GPT(nn.Module):
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
-        masks = attention_masks(self.windows, ids.size(1), starts, backend, x.device)
+        paired = [self.config.pairs_heads(layer) for layer in range(self.config.n_layer)]
+        masks = layer_masks(self.windows, paired, ids.size(1), starts, backend, x.device)
         if is_training and self.training_forward_blocks is not None:
             return self.training_forward_blocks(x, values, starts, masks, backend, None, ngrams)
         return self.forward_blocks(x, values, starts, masks, backend, cache, ngrams)
