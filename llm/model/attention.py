@@ -97,9 +97,9 @@ def pair_heads(x: torch.Tensor) -> torch.Tensor:
 
     Token t of the first lies at place 2 t, of the second at 2 t + 1. Causal attention of such queries, keys and values
     is that of paired heads (modded-nanogpt, track 1, 2026): a query meets keys of its own head and of the other one in
-    one softmax. The first head sees the other's tokens before its own; the second one's sees the same token too. Twice
-    a window of W places reaches W tokens of either. The source turns keys of the second head by another angle; that is
-    a change of basis of its weights, and is left out here. Contiguous tensors are not copied.
+    one softmax. Of the other head the first one sees earlier tokens, the second one the same token too. A window of 2 W
+    places reaches W tokens back. Both heads turn by the token's position; in the source the second turns half a step
+    further, which is a change of basis of its weights. Contiguous tensors are not copied.
     """
     B, T, H, D = x.shape
     return x.reshape(B, 2 * T, H // 2, D)

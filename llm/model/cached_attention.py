@@ -297,9 +297,8 @@ class StepPass:
         if options.paired:
             tokens = held(self.lengths + 1, part.k.size(3))[:, :end]
             mask = seen_by(tokens, self.lengths.unsqueeze(1), options.window, paired=True)
-            return _sdpa(pair_heads(q), halves_in_line(keys), halves_in_line(values), mask, options.scale).reshape(
-                q.shape
-            )
+            y = _sdpa(pair_heads(q), halves_in_line(keys), halves_in_line(values), mask, options.scale)
+            return y.reshape(q.shape)
         if self.way == "flash":
             return _flash_one(q, keys, values, (self.lengths + 1).clamp(max=end), options.scale)
         seen = torch.arange(end, device=keys.device) <= self.lengths.unsqueeze(1)  # (n, end)
