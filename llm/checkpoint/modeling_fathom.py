@@ -57,7 +57,7 @@ class Shape:
             what = unknown[0] if unknown else f"arch={options['arch']}"
             raise ValueError(f"modeling_fathom.py does not compute {what}; take the file of the release that wrote it")
         self.__dict__.update(options)
-        self.paired_heads = options.get("paired_heads", False)
+        self.paired_heads = options.get("paired_heads")
         self.key_dim = options.get("qk_dim") or options["head_dim"]  # channels of queries and keys
 
     def window(self, layer: int) -> int | None:
@@ -71,6 +71,10 @@ class Shape:
         if short >= self.seq_len:
             return None
         return max(1, short // 2) if self.paired_heads else short
+
+    def pairs_heads(self, window: int | None) -> bool:
+        """Return whether the heads of layers with a window are paired."""
+        return self.paired_heads == "all" or self.paired_heads == "short" and window is not None
 
     def has_values(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings."""
@@ -135,7 +139,7 @@ class Attention(nn.Module):
         self.out_gate = nn.Linear(shape.gate_channels, shape.n_head, bias=False) if shape.attention_gate else None
         self.exclusion = nn.Parameter(torch.zeros(shape.n_head)) if shape.exclusive_attention else None
         self.offsets_keys = getattr(shape, "key_offset", False) and self.window is None
-        self.pairs_heads = shape.paired_heads and self.window is not None
+        self.pairs_heads = shape.pairs_heads(self.window)
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
@@ -390,13 +394,13 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         found = {}
         for window in {self.shape.window(layer) for layer in range(self.shape.n_layer)}:
             apart, allowed, reach = back, may | (back == 0), window
-            if window is not None and self.shape.paired_heads:
+            if self.shape.pairs_heads(window):
                 place = torch.arange(2, device=real.device)
                 apart = (2 * back[:, None, :, None] + place[:, None, None] - place).flatten(2).flatten(0, 1)
                 allowed = allowed.repeat_interleave(2, 1).repeat_interleave(2, 2)
-                reach = 2 * window
+                reach = None if window is None else 2 * window
             seen = allowed & (apart >= 0)
-            found[window] = (seen if window is None else seen & (apart <= reach)).unsqueeze(1)
+            found[window] = (seen if reach is None else seen & (apart <= reach)).unsqueeze(1)
         return found
 
     def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real):

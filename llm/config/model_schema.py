@@ -7,6 +7,7 @@ from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
 ACTIVATIONS = ("relu_squared", "leaky_relu_squared")
 NGRAM_LENGTHS, NGRAM_PLACES = (2, 3), ("residual", "values")
+PAIRINGS = ("short", "all")
 
 
 @dataclass
@@ -121,8 +122,10 @@ class ModernArch(ClassicArch):
         low=2,
         high=1024,
     )
-    paired_heads: bool = key(
-        "in layers with a short window, then half as long, a head sees the keys of a neighbour too"
+    paired_heads: str | None = key(
+        "a head sees the keys of a neighbour too, in layers with a short window, then half as long, or in all; null = "
+        "in none",
+        choices=PAIRINGS,
     )
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)

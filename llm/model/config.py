@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
-from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES
+from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES, PAIRINGS
 from llm.config.registries import ARCHITECTURES
 from llm.model.logit_bound import ASYMMETRIC, Bound
 
@@ -50,7 +50,7 @@ UNSTATED = MappingProxyType(
         "asymmetric_cap": False,
         "key_offset": False,
         "qk_dim": None,
-        "paired_heads": False,
+        "paired_heads": None,
     }
 )
 
@@ -101,7 +101,7 @@ class GPTConfig:
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
     qk_dim: int | None = UNSTATED["qk_dim"]  # channels of a head's queries and keys; None = head_dim, as its values
-    paired_heads: bool = UNSTATED["paired_heads"]  # in layers with a window heads attend to keys of a neighbour too
+    paired_heads: str | None = UNSTATED["paired_heads"]  # layers whose heads see a neighbour's keys: one of PAIRINGS
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -138,15 +138,19 @@ class GPTConfig:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
 
     def _check_pairs(self) -> None:
-        if self.paired_heads and self.n_kv_head % 2:
+        if self.paired_heads is None:
+            return
+        if self.paired_heads not in PAIRINGS:
+            raise ValueError(f"arch.paired_heads={self.paired_heads}: choose one of {', '.join(PAIRINGS)}, or null")
+        if self.n_kv_head % 2:
             raise ValueError(
-                f"arch.paired_heads=true: {self.n_kv_head} key/value heads cannot be paired; take an even number of "
-                "them, as by another model.head_dim or model.n_kv_head, or set arch.paired_heads=false"
+                f"arch.paired_heads={self.paired_heads}: {self.n_kv_head} key/value heads cannot be paired; take an "
+                "even number of them, as by another model.head_dim or model.n_kv_head, or set arch.paired_heads=null"
             )
-        if self.paired_heads and not any(map(self.pairs_heads, range(self.n_layer))):
+        if not any(map(self.pairs_heads, range(self.n_layer))):
             raise ValueError(
-                "arch.paired_heads=true pairs heads of layers with a short window, and no layer has one: set "
-                "arch.window_pattern=SSSL and a model.seq_len beyond the window, or arch.paired_heads=false"
+                "arch.paired_heads=short pairs heads of layers with a short window, and no layer has one: set "
+                "arch.paired_heads=all, or arch.window_pattern=SSSL and a model.seq_len beyond the window"
             )
 
     def _check_ngrams(self) -> None:
@@ -207,8 +211,8 @@ class GPTConfig:
         return max(1, short // 2) if self.paired_heads else short
 
     def pairs_heads(self, layer: int) -> bool:
-        """Return whether a layer's heads are paired: with paired_heads those of layers with a window are."""
-        return self.paired_heads and self.window(layer) is not None
+        """Return whether a layer's heads are paired: in all layers, or in those with a window."""
+        return self.paired_heads == "all" or self.paired_heads == "short" and self.window(layer) is not None
 
     def has_value_embed(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings: every other layer does, the last one among them."""

@@ -58,13 +58,22 @@ ARCHS = {
     "modern": MODERN,
     "modern with all switches": MODERN | SWITCHES | NGRAMS,
     "n-grams in values": MODERN | NGRAMS | {"ngrams": (3,), "ngram_rows": 2, "ngram_into": "values"},
-    "paired heads": MODERN | {"paired_heads": True, "window_multiple": 2, "window_divisor": 6},
+    "paired heads": MODERN | {"paired_heads": "short", "window_multiple": 2, "window_divisor": 6},
+    "all heads paired": MODERN | {"paired_heads": "all", "key_offset": True, "window_pattern": "SL", "qk_dim": 8},
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"tied": False},
 }
 
 
-CACHED = ("classic", "modern", "gpt2", "modern with all switches", "n-grams in values", "paired heads")
+CACHED = (
+    "classic",
+    "modern",
+    "gpt2",
+    "modern with all switches",
+    "n-grams in values",
+    "paired heads",
+    "all heads paired",
+)
 
 
 def config(depth=2, vocab=70, seq_len=32, head_dim=16, n_head=4, n_kv_head=None, **more) -> GPTConfig:
@@ -201,7 +210,7 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
                 first = max(0, t - window)
                 keys = [key(k[:, own_k], u, c.window(layer)) for u in range(first, t + 1)]
                 values = v[first : t + 1, skv]
-                if c.paired_heads and c.window(layer) is not None:
+                if c.paired_heads == "all" or (c.paired_heads and c.window(layer) is not None):
                     is_second = head >= c.n_head // 2  # the first head of a pair sees the other's earlier tokens only
                     other = (head + c.n_head // 2) % c.n_head // (c.n_head // c.n_kv_head)
                     seen = range(max(0, t - window + is_second), t + is_second)
@@ -320,8 +329,9 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
         if paired:  # keys of the head itself, then those of the other one
             half = q.size(1) // 2
             k, v = (torch.cat((t, t.roll(half, 1)), dim=2) for t in (k, v))
-            first = torch.cat((hidden, (distance < 1) | (distance > window)), dim=1)
-            second = torch.cat((hidden, (distance < 0) | (distance > window - 1)), dim=1)
+            reach = q.size(2) if window is None else window
+            first = torch.cat((hidden, (distance < 1) | (distance > reach)), dim=1)
+            second = torch.cat((hidden, (distance < 0) | (distance > reach - 1)), dim=1)
             hidden = torch.stack([first] * half + [second] * half)
         scores = (scale * (q @ k.mT)).masked_fill(hidden, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
@@ -510,8 +520,9 @@ def test_bf16_stays_close_to_fp32():
         ({"key_offset": True, "qk_dim": 6}, "arch.qk_dim=6 must be divisible by 4"),
         ({"qk_dim": 18}, "arch.qk_dim=18: give an even number from 2 to model.head_dim=16"),
         ({"qk_dim": 7}, "arch.qk_dim=7: give an even number"),
-        ({"paired_heads": True, "n_head": 3}, "arch.paired_heads=true: 3 key/value heads cannot be paired"),
-        ({"paired_heads": True}, "arch.paired_heads=true pairs heads of layers with a short window, and no layer has"),
+        ({"paired_heads": "all", "n_head": 3}, "arch.paired_heads=all: 3 key/value heads cannot be paired"),
+        ({"paired_heads": "short"}, "no layer has one: set arch.paired_heads=all"),
+        ({"paired_heads": "long"}, "arch.paired_heads=long: choose one of short, all, or null"),
         ({"window_pattern": "SXL"}, "arch.window_pattern='SXL'"),
         ({"window_pattern": ""}, "arch.window_pattern"),
         ({"value_embeds": True, "gate_channels": 65}, "arch.gate_channels reads 65 channels"),

@@ -63,7 +63,7 @@ def test_every_kernel_gives_what_torchs_own_does(n_kv_head, window, dtype):
 @pytest.mark.parametrize("bos_id", [None, 69])
 def test_flex_attention_gives_the_same_as_one_graph(bos_id):
     torch._dynamo.reset()
-    shape = {"paired_heads": True, "window_pattern": "SL", "window_divisor": 2, "bos_id": bos_id, "arch": "modern"}
+    shape = {"paired_heads": "all", "window_pattern": "SL", "window_divisor": 2, "bos_id": bos_id, "arch": "modern"}
     net, ids = random_net(config(depth=3, seq_len=256, **shape)), drawn(2, 256)
     expected = net.hidden(ids)
     net.training_attention = "flex"
@@ -95,8 +95,9 @@ def test_windows_that_grow_keep_heads_paired():
 
 
 @torch.no_grad()
-def test_a_pass_that_is_looked_into_pairs_heads_too():
-    net, ids = random_net(config(depth=2, n_kv_head=2, **PAIRED)), drawn(1, 12)
+@pytest.mark.parametrize("paired_heads", ["short", "all"])
+def test_a_pass_that_is_looked_into_pairs_heads_too(paired_heads):
+    net, ids = random_net(config(depth=2, n_kv_head=2, **PAIRED | {"paired_heads": paired_heads})), drawn(1, 12)
     recorder = Recorder(net)
     torch.testing.assert_close(net(ids, cache=recorder), net(ids), atol=1e-5, rtol=1e-5)
     window, weights = net.windows[0], recorder.weights[0]
@@ -108,16 +109,19 @@ def test_a_pass_that_is_looked_into_pairs_heads_too():
 def test_the_work_of_a_short_layer_stays_what_it_was():
     cfg = compose("train", "model=d4", "model.seq_len=512")
     plain = model_config(cfg.model, cfg.arch, 8192)
-    cfg.arch.paired_heads = True
+    cfg.arch.paired_heads = "short"
     paired = model_config(cfg.model, cfg.arch, 8192)
+    cfg.arch.paired_heads = "all"
+    everywhere = model_config(cfg.model, cfg.arch, 8192)
     assert [plain.window(layer) for layer in range(4)] == [128, 128, 128, None]
     assert [paired.window(layer) for layer in range(4)] == [64, 64, 64, None]
     assert flops_per_token(paired) == flops_per_token(plain)
+    assert flops_per_token(everywhere) - flops_per_token(plain) == 12 * 2 * 128 * 512  # twice the keys of the last one
     assert sum(p.numel() for p in GPT(paired).parameters()) == sum(p.numel() for p in GPT(plain).parameters())
 
 
 @pytest.mark.parametrize("settings", [("model=d6",), ("model=d4", "model.n_kv_head=1")])
 def test_heads_without_a_neighbour_are_refused(settings):
-    cfg = compose("train", *settings, "arch.paired_heads=true")
-    with pytest.raises(UserError, match="arch.paired_heads=true: . key/value heads cannot be paired"):
+    cfg = compose("train", *settings, "arch.paired_heads=short")
+    with pytest.raises(UserError, match="arch.paired_heads=short: . key/value heads cannot be paired"):
         model_config(cfg.model, cfg.arch, 8192)
