@@ -126,7 +126,7 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     if kind == "ngrams":
         config = replace(config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9)
     if kind == "switched":  # so that windows shorter than a row exist
-        config = replace(config, window_multiple=None)
+        config = replace(config, window_multiple=None, qk_dim=16, paired_heads="all")
     net = GPT(config).init_weights(1).double()
     net.compute_dtype = torch.float64
     if "lora" in (kind, adapter):

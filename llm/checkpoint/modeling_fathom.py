@@ -30,7 +30,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap", "key_offset",
+    "asymmetric_cap", "key_offset", "qk_dim", "paired_heads",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -57,14 +57,24 @@ class Shape:
             what = unknown[0] if unknown else f"arch={options['arch']}"
             raise ValueError(f"modeling_fathom.py does not compute {what}; take the file of the release that wrote it")
         self.__dict__.update(options)
+        self.paired_heads = options.get("paired_heads")
+        self.key_dim = options.get("qk_dim") or options["head_dim"]  # channels of queries and keys
 
     def window(self, layer: int) -> int | None:
         """Return how many earlier positions a layer sees; None = all."""
         if self.window_pattern[layer % len(self.window_pattern)] == "L" or layer == self.n_layer - 1:
             return None
         if self.window_multiple is None:
-            return max(1, self.seq_len // self.window_divisor)
-        return -(-self.seq_len // (self.window_divisor * self.window_multiple)) * self.window_multiple
+            short = max(1, self.seq_len // self.window_divisor)
+        else:
+            short = -(-self.seq_len // (self.window_divisor * self.window_multiple)) * self.window_multiple
+        if short >= self.seq_len:
+            return None
+        return max(1, short // 2) if self.paired_heads else short
+
+    def pairs_heads(self, window: int | None) -> bool:
+        """Return whether the heads of layers with a window are paired."""
+        return self.paired_heads == "all" or self.paired_heads == "short" and window is not None
 
     def has_values(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings."""
@@ -90,8 +100,8 @@ def make_norm(shape):
 
 
 def rotary(shape, positions, dtype):
-    """Return cos and sin (B, T, 1, head_dim / 2) of the positions (B, T); frequencies as YaRN stretches them."""
-    D, base = shape.head_dim, shape.rope_base
+    """Return cos and sin (B, T, 1, key_dim / 2) of the positions (B, T); frequencies as YaRN stretches them."""
+    D, base = shape.key_dim, shape.rope_base
     turns = base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D)
     if shape.rope_scaling and shape.rope_original:
         length, factor = shape.rope_original, shape.seq_len / shape.rope_original
@@ -121,22 +131,23 @@ class Attention(nn.Module):
     def __init__(self, shape, layer):
         super().__init__()
         self.shape, self.layer, self.window = shape, layer, shape.window(layer)
-        bias, kv = shape.arch == "gpt2", shape.n_kv_head * shape.head_dim
-        self.c_q = nn.Linear(shape.n_embd, shape.n_head * shape.head_dim, bias=bias)
-        self.c_k = nn.Linear(shape.n_embd, kv, bias=bias)
-        self.c_v = nn.Linear(shape.n_embd, kv, bias=bias)
+        bias = shape.arch == "gpt2"
+        self.c_q = nn.Linear(shape.n_embd, shape.n_head * shape.key_dim, bias=bias)
+        self.c_k = nn.Linear(shape.n_embd, shape.n_kv_head * shape.key_dim, bias=bias)
+        self.c_v = nn.Linear(shape.n_embd, shape.n_kv_head * shape.head_dim, bias=bias)
         self.c_proj = nn.Linear(shape.n_head * shape.head_dim, shape.n_embd, bias=bias)
         self.out_gate = nn.Linear(shape.gate_channels, shape.n_head, bias=False) if shape.attention_gate else None
         self.exclusion = nn.Parameter(torch.zeros(shape.n_head)) if shape.exclusive_attention else None
-        is_full = self.window is None or self.window >= shape.seq_len
-        self.offsets_keys = getattr(shape, "key_offset", False) and is_full
+        self.offsets_keys = getattr(shape, "key_offset", False) and self.window is None
+        self.pairs_heads = shape.pairs_heads(self.window)
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
     def forward(self, x, values, angles, mask, cache, kept, real):
         """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept: see `FathomForCausalLM.kept`; real: (B, S)."""
         (B, T, _), shape = x.shape, self.shape
-        q, k, v = (layer(x).view(B, T, -1, shape.head_dim) for layer in (self.c_q, self.c_k, self.c_v))
+        q, k = (layer(x).view(B, T, -1, shape.key_dim) for layer in (self.c_q, self.c_k))
+        v = self.c_v(x).view(B, T, -1, shape.head_dim)
         if values is not None:
             gate = shape.gate_range * torch.sigmoid(self.ve_gate(x[..., : shape.gate_channels]))
             v = v + gate.unsqueeze(-1) * values.view_as(v)
@@ -155,9 +166,11 @@ class Attention(nn.Module):
             v = v[..., : shape.head_dim]
         if self.offsets_keys:  # the cache holds keys as they are
             k = offset_keys(k, real)
-        scale = shape.qk_scale**2 / shape.head_dim**0.5
+        scale = shape.qk_scale**2 / shape.key_dim**0.5
+        if self.pairs_heads:  # heads h and h + H/2 become one, token t of the two at places 2 t and 2 t + 1
+            q, k, v = (torch.stack(t.chunk(2, 1), 3).flatten(2, 3) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
-        y = y.transpose(1, 2)
+        y = y.transpose(1, 2).reshape(B, T, shape.n_head, -1)
         if self.exclusion is not None:  # a share of what points along the token's own value is taken away
             own = own.repeat_interleave(shape.n_head // shape.n_kv_head, dim=2)
             along = (y * own).sum(-1, keepdim=True).float() / own.float().square().sum(-1, keepdim=True).clamp(1e-12)
@@ -369,16 +382,26 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack([line[:, -T - 1 : -1], line[:, -T - 2 : -2]], -1)
 
     def masks(self, real, starts, T):
-        """Return {window: (B, 1, T, S)}, true where a query sees a key; padding sees itself."""
-        keys = torch.arange(real.size(1), device=real.device)
+        """Return {window: (B, 1, T, S)}, true where a query sees a key; padding sees itself.
+
+        Of layers with paired heads (B, 1, 2 T, 2 S).
+        """
+        keys, may = torch.arange(real.size(1), device=real.device), real.unsqueeze(1)
         back = keys[-T:].unsqueeze(1) - keys  # (T, S)
-        seen = (back >= 0) & real.unsqueeze(1)
         if starts is not None:
             documents = starts.cumsum(1)
-            seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
-        seen = seen | (back == 0)
-        windows = {self.shape.window(layer) for layer in range(self.shape.n_layer)}
-        return {w: (seen if w is None else seen & (back <= w)).unsqueeze(1) for w in windows}
+            may = may & (documents.unsqueeze(2) == documents.unsqueeze(1))
+        found = {}
+        for window in {self.shape.window(layer) for layer in range(self.shape.n_layer)}:
+            apart, allowed, reach = back, may | (back == 0), window
+            if self.shape.pairs_heads(window):
+                place = torch.arange(2, device=real.device)
+                apart = (2 * back[:, None, :, None] + place[:, None, None] - place).flatten(2).flatten(0, 1)
+                allowed = allowed.repeat_interleave(2, 1).repeat_interleave(2, 2)
+                reach = None if window is None else 2 * window
+            seen = allowed & (apart >= 0)
+            found[window] = (seen if reach is None else seen & (apart <= reach)).unsqueeze(1)
+        return found
 
     def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real):
         """Return the normed output (B, T, C) of the last block."""

@@ -7,6 +7,7 @@ from llm.config.registries import ARCHITECTURES, OPTIMIZERS
 
 ACTIVATIONS = ("relu_squared", "leaky_relu_squared")
 NGRAM_LENGTHS, NGRAM_PLACES = (2, 3), ("residual", "values")
+PAIRINGS = ("short", "all")
 
 
 @dataclass
@@ -116,6 +117,16 @@ class ModernArch(ClassicArch):
     )
     asymmetric_cap: bool = key("logits are 23 sigmoid((x + 5) / 7.5) in place of softcap, less a constant")
     key_offset: bool = key("in layers without a window half of a key comes from the token before")
+    qk_dim: int | None = key(
+        "channels of a head's queries and keys, an even number up to model.head_dim; null = as many as of values",
+        low=2,
+        high=1024,
+    )
+    paired_heads: str | None = key(
+        "a head sees the keys of a neighbour too, in layers with a short window, then half as long, or in all; null = "
+        "in none",
+        choices=PAIRINGS,
+    )
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llm.errors import UserError
+from llm.model.attention import pair_heads
 from llm.model.cached_attention import AttentionOptions
 from llm.model.gpt import GPT
 
@@ -122,14 +123,25 @@ class Recorder:
         return k[:, :1]
 
     def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
-        """Return the attention (1, T, H, D) of queries (1, T, H, D) over keys and values (1, T, Hkv, D), in fp32."""
+        """Return the attention (1, T, H, D) of queries (1, T, H, D) over keys and values (1, T, Hkv, D), in fp32.
+
+        Of paired heads a weight is the sum of those of both keys of a token.
+        """
+        shape, window = q.shape, options.window
+        if options.paired:
+            q, k, v = (pair_heads(x) for x in (q, k, v))
+            window = None if window is None else 2 * window
         groups = q.size(2) // k.size(2)
         query, key, value = (x[0].float().transpose(0, 1) for x in (q, k, v))  # (H, T, D)
         key, value = (x.repeat_interleave(groups, dim=0) for x in (key, value))
         at = torch.arange(q.size(1), device=q.device)
         distance = at.unsqueeze(1) - at
-        hidden = (distance < 0) if options.window is None else (distance < 0) | (distance > options.window)
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance > window)
         scores = (options.scale * query @ key.transpose(1, 2)).masked_fill(hidden, -torch.inf)
         weights = scores.softmax(-1)
+        y = (weights @ value).transpose(0, 1).to(q.dtype)
+        if options.paired:
+            (_, T, H, _), weights = shape, weights.unflatten(2, (-1, 2)).sum(-1)  # (H / 2, 2 T, T)
+            weights = weights.view(H // 2, T, 2, T).permute(2, 0, 1, 3).flatten(0, 1)
         self.weights[layer] = _kept(weights)
-        return (weights @ value).transpose(0, 1).unsqueeze(0).to(q.dtype)
+        return y.reshape(shape)

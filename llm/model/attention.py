@@ -85,6 +85,26 @@ def offset_keys(
     return torch.where(is_slow, shifted, k)
 
 
+def without_own(y: torch.Tensor, v: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Take from y (B, T, H, D) the `share` (H,) of the part that points along v (B, T, Hkv, D), both of one token."""
+    v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
+    along = (y * v).sum(-1, keepdim=True, dtype=torch.float32) / v.float().square().sum(-1, keepdim=True).clamp(1e-12)
+    return y - (share.unsqueeze(-1) * along).to(y.dtype) * v
+
+
+def pair_heads(x: torch.Tensor) -> torch.Tensor:
+    """Return x (B, T, H, D) as (B, 2 T, H / 2, D): heads h and h + H/2 become one head, interleaved along time.
+
+    Token t of the first lies at place 2 t, of the second at 2 t + 1. Causal attention of such queries, keys and values
+    is that of paired heads (modded-nanogpt, track 1, 2026): a query meets keys of its own head and of the other one in
+    one softmax. Of the other head the first one sees earlier tokens, the second one the same token too. A window of 2 W
+    places reaches W tokens back. Both heads turn by the token's position; in the source the second turns half a step
+    further, which is a change of basis of its weights. Contiguous tensors are not copied.
+    """
+    B, T, H, D = x.shape
+    return x.reshape(B, 2 * T, H // 2, D)
+
+
 def plain_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend for any shape and length, as evaluation, sampling and reinforcement learning need it."""
     return "cpu" if device.type == "cpu" and dtype in attention_cpu.DTYPES else "sdpa"
@@ -192,6 +212,29 @@ def attention_masks(
     return {window: make(window, documents) for window in windows}
 
 
+def layer_masks(
+    windows: list[int | None],
+    paired: list[bool],
+    length: int,
+    starts: torch.Tensor | None,
+    backend: str,
+    device: torch.device,
+) -> list:
+    """Return the mask of `attention_masks` for each layer; paired: of which layers heads are paired (`pair_heads`)."""
+    layers = list(zip(windows, paired, strict=True))
+    masks = attention_masks((window for window, pairs in layers if not pairs), length, starts, backend, device)
+    if not any(paired):
+        return [masks[window] for window in windows]
+    starts = None if starts is None else torch.stack((starts, torch.zeros_like(starts)), dim=2).flatten(1)
+    reaches = (_twice(window) for window, pairs in layers if pairs)
+    of_pairs = attention_masks(reaches, 2 * length, starts, backend, device)
+    return [of_pairs[_twice(window)] if pairs else masks[window] for window, pairs in layers]
+
+
+def _twice(window: int | None) -> int | None:
+    return None if window is None else 2 * window
+
+
 def causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -200,12 +243,16 @@ def causal_attention(
     window: int | None = None,
     mask: torch.Tensor | BlockMask | None = None,
     backend: str | None = None,
+    paired: bool = False,
 ) -> torch.Tensor:
     """Return softmax(scale * q k^T) v; a position sees itself and the `window` positions before it (None: all).
 
     q: (B, T, H, D); k, v: (B, T, Hkv, D); mask: from `attention_masks`; backend: from `choose_backend`, by default
-    `plain_backend`. Returns (B, T, H, D).
+    `plain_backend`; paired: heads are, see `pair_heads`. Returns (B, T, H, D).
     """
+    if paired:
+        y = causal_attention(*map(pair_heads, (q, k, v)), scale, _twice(window), mask, backend)
+        return y.reshape(q.shape)
     if window is not None and window >= q.size(1) - 1:
         window = None
     backend = backend or plain_backend(q.device, q.dtype)

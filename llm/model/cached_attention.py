@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from llm.model.attention import causal_attention
+from llm.model.attention import causal_attention, pair_heads
 from llm.model.kv_cache import Prefix, SlotCache, held
 
 
@@ -20,6 +20,7 @@ class AttentionOptions(NamedTuple):
     window: int | None
     mask: torch.Tensor | None
     backend: str | None
+    paired: bool = False
 
 
 class SlotPass:
@@ -90,7 +91,7 @@ class SlotPass:
         end, takes_places = self.longest + q.size(1), self.longest + q.size(1) > keys.size(2)
         if takes_places and q.size(1) > 1 and not self.is_fresh:  # of tokens that some of the queries still see
             own = [torch.cat(pair, dim=2) for pair in zip((keys, values), new, strict=True)]
-            mask = self._own_mask(0, keys.size(2), options.window, "before")
+            mask = self._own_mask(0, keys.size(2), options, "before")
             self._store(keys, values, *new)
         else:
             self._store(keys, values, *new)
@@ -99,13 +100,16 @@ class SlotPass:
             start = 0 if options.window is None or takes_places else max(0, self.shortest - options.window)
             end = min(end, keys.size(2))
             own = [keys[:, :, start:end], values[:, :, start:end]]
-            mask = self._own_mask(start, end, options.window, "ring" if takes_places else "line")
+            mask = self._own_mask(start, end, options, "ring" if takes_places else "line")
+        shape = q.shape
+        if options.paired:
+            q, own = pair_heads(q), [halves_in_line(x) for x in own]
         if not self.groups:
-            return _sdpa(q, *own, mask, options.scale)
+            return _sdpa(q, *own, mask, options.scale).reshape(shape)
         y, weight = attention_with_weight(q, *own, mask, options.scale)
         for prefix, rows in self.groups:
             y = self._add_prefix(y, weight, number, index, prefix, rows, q, options)
-        return y
+        return y.reshape(shape)
 
     def _store(self, keys, values, k, v) -> None:
         """Write keys and values (n, Hkv, T, D) of new tokens into their places of (n, Hkv, S, D)."""
@@ -122,13 +126,14 @@ class SlotPass:
                 chosen = tokens.clamp(min=0)[:, None, :, None].expand(-1, new.size(1), -1, new.size(3))
                 target.copy_(torch.where((tokens >= 0)[:, None, :, None], new.gather(2, chosen), target))
 
-    def _own_mask(self, start: int, end: int, window: int | None, form: str) -> torch.Tensor | None:
-        """Return booleans (n, T, keys), true where a query sees an own key of its row; None: all are seen.
+    def _own_mask(self, start: int, end: int, options: AttentionOptions, form: str) -> torch.Tensor | None:
+        """Return the mask of `seen_by` for the own keys of every row; None: all are seen.
 
         The keys lie in places start to end. form: "line" = every token in the place of its number; "ring" = the new
         ones have taken places of old ones; "before" = they are about to, and stand behind the places.
         """
-        key = (start, end, window, form)
+        window = options.window
+        key = (start, end, window, form, options.paired)
         if key not in self._masks:
             n_new = self.places.size(1)
             if form == "line":
@@ -137,16 +142,15 @@ class SlotPass:
                 tokens = held(self.own + n_new, end)
             else:
                 tokens = torch.cat((held(self.own, end), self.places), dim=1)
-            tokens, at = tokens.unsqueeze(1), self.places.unsqueeze(-1)
-            mask = (tokens >= 0) & (tokens <= at)
-            if window is not None:
-                mask &= tokens >= at - window
-            alone = n_new == 1 and self.shortest == self.longest
-            self._masks[key] = None if alone and (window is None or end - start <= window + 1) else mask
+            alone = n_new == 1 and self.shortest == self.longest and not options.paired
+            is_whole = alone and (window is None or end - start <= window + 1)
+            self._masks[key] = None if is_whole else seen_by(tokens, self.places, window, options.paired)
         return self._masks[key]
 
     def _add_prefix(self, y, weight, number: int, index: int, prefix: Prefix, rows, q, options) -> torch.Tensor:
         """Return y (n, T, H, D), the attention over own keys, with that over a prefix mixed in by their weights.
+
+        With paired heads y and q have the shape that `pair_heads` gives.
 
         weight: logarithm (n, T, H) of the sum that y was divided by; rows: which of them stand behind the prefix;
         number, index: part of the cache that holds the layer, and the layer's number there.
@@ -156,15 +160,17 @@ class SlotPass:
         if start >= prefix.length:
             return y
         queries = q if rows is None else q[rows]
-        mask, key = None, (id(prefix), start, options.window)
+        mask, key = None, (id(prefix), start, options.window, options.paired)
         if options.window is not None:
             if key not in self._masks:
                 places = self.before.unsqueeze(1) + self.places
-                at = torch.arange(start, prefix.length, device=self.device)
-                seen = at >= (places if rows is None else places[rows]).unsqueeze(-1) - options.window
+                tokens = torch.arange(start, prefix.length, device=self.device).unsqueeze(0)
+                seen = seen_by(tokens, places if rows is None else places[rows], options.window, options.paired)
                 self._masks[key] = seen.view(1, -1, seen.size(-1))
             mask = self._masks[key]
         keys, values = (x[index, :, start - part.first :].unsqueeze(0) for x in (part.k, part.v))
+        if options.paired:
+            keys, values = halves_in_line(keys), halves_in_line(values)
         flat = queries.reshape(1, -1, *queries.shape[2:])  # one long row: the keys are read once
         shared, log_sum = attention_with_weight(flat, keys, values, mask, options.scale)
         own = weight if rows is None else weight[rows]
@@ -190,6 +196,25 @@ class SlotPass:
         for layer, keys in self.fed_keys.items():
             self.cache.last_keys[kept, self.cache.key_layers.index(layer)] = keys[rows, last]
         self.fed, self.fed_ids, self.fed_keys = None, None, {}
+
+
+def seen_by(tokens: torch.Tensor, at: torch.Tensor, window: int | None, paired: bool = False) -> torch.Tensor:
+    """Return booleans (n, T, S), true where a query sees a key: itself and the `window` tokens before it (None: all).
+
+    tokens: (n, S), the numbers of the keys' tokens, below 0 = none, n or 1; at: (n, T), those of the queries. paired:
+    (n, 2 T, 2 S) for queries of `pair_heads` and keys of `halves_in_line`, token t of the two at places 2 t, 2 t + 1.
+    """
+    if paired:
+        tokens, at = torch.cat((2 * tokens, 2 * tokens + 1), dim=1), torch.stack((2 * at, 2 * at + 1), dim=2).flatten(1)
+        window = None if window is None else 2 * window
+    tokens, at = tokens.unsqueeze(1), at.unsqueeze(2)
+    mask = (tokens >= 0) & (tokens <= at)
+    return mask if window is None else mask & (tokens >= at - window)
+
+
+def halves_in_line(x: torch.Tensor) -> torch.Tensor:
+    """Return keys or values (B, Hkv, S, D) as (B, Hkv / 2, 2 S, D), those of head h and then those of h + Hkv / 2."""
+    return torch.cat(x.chunk(2, dim=1), dim=2)
 
 
 def _sdpa(q, k, v, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -269,6 +294,11 @@ class StepPass:
         keys[rows, :, places], values[rows, :, places] = k[:, 0].to(keys.dtype), v[:, 0].to(keys.dtype)
         end = min(keys.size(2), self.reach)  # of a window's places all count once they are full
         keys, values = keys[:, :, :end], values[:, :, :end]
+        if options.paired:
+            tokens = held(self.lengths + 1, part.k.size(3))[:, :end]
+            mask = seen_by(tokens, self.lengths.unsqueeze(1), options.window, paired=True)
+            y = _sdpa(pair_heads(q), halves_in_line(keys), halves_in_line(values), mask, options.scale)
+            return y.reshape(q.shape)
         if self.way == "flash":
             return _flash_one(q, keys, values, (self.lengths + 1).clamp(max=end), options.scale)
         seen = torch.arange(end, device=keys.device) <= self.lengths.unsqueeze(1)  # (n, end)
@@ -328,7 +358,7 @@ class SharedPrefixPass:
         last = cache.last_embed
         self.last_embed = None if last is None else last.unsqueeze(1).repeat_interleave(n, dim=0)
         self.last_ids = None if cache.last_ids is None else cache.last_ids.repeat_interleave(n, dim=0)
-        self._masks: dict[int | None, torch.Tensor] = {}
+        self._masks: dict[tuple, torch.Tensor] = {}
 
     def positions(self, n_new: int) -> torch.Tensor:
         """Return the positions (B * n, n_new) of the continuations' tokens.
@@ -345,24 +375,25 @@ class SharedPrefixPass:
 
     def attend(self, layer: int, q, k, v, positions, options: AttentionOptions) -> torch.Tensor:
         """Return the attention (B n, T, H, D) of the continuations over the prefix and over themselves."""
-        n_new, rows = q.size(1), len(self.lengths)
-        q, k, v = (t.reshape(rows, self.n * n_new, *t.shape[2:]).transpose(1, 2) for t in (q, k, v))  # (B, H, n T, D)
+        n_new, rows, shape = q.size(1), len(self.lengths), q.shape
+        q, k, v = (t.reshape(rows, self.n * n_new, *t.shape[2:]) for t in (q, k, v))  # (B, n T, H, D)
         number, index = self.cache.where[layer]
         part = self.cache.parts[number]
-        keys, values = (torch.cat((old[index], new), dim=2) for old, new in ((part.k, k), (part.v, v)))
-        mask, is_grouped = self._mask(n_new, options.window, part.k.size(3)), q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=options.scale, enable_gqa=is_grouped)
-        return y.transpose(1, 2).reshape(rows * self.n, n_new, *y.shape[1::2])
+        keys, values = (torch.cat((old[index], new.transpose(1, 2)), dim=2) for old, new in ((part.k, k), (part.v, v)))
+        if options.paired:
+            q, keys, values = pair_heads(q), halves_in_line(keys), halves_in_line(values)
+        mask = self._mask(n_new, part.k.size(3), options.window, options.paired)
+        return _sdpa(q, keys, values, mask, options.scale).reshape(shape)
 
-    def _mask(self, n_new: int, window: int | None, places: int) -> torch.Tensor:
-        """Return a mask (B, 1, n T, places + n T), true where a query sees a key: the prefix's keys, then new ones."""
-        if window not in self._masks:
-            lengths = self.lengths.view(-1, 1, 1, 1)
-            at = held(self.lengths, places).view(len(lengths), 1, 1, places)
-            new = torch.arange(self.n * n_new, device=lengths.device)
-            continuation, offset = new // n_new, (new % n_new).unsqueeze(1)
-            reach = self.seq_len if window is None else window
-            old = (at >= 0) & (lengths + offset - at <= reach)  # (B, 1, n T, places)
-            own = (continuation.unsqueeze(1) == continuation) & (offset >= offset.T) & (offset - offset.T <= reach)
-            self._masks[window] = torch.cat((old, own.expand(len(old), 1, -1, -1)), dim=-1)
-        return self._masks[window]
+    def _mask(self, n_new: int, places: int, window: int | None, paired: bool) -> torch.Tensor:
+        """Return the mask (B, n T, places + n T) of `seen_by` for the prefix's keys and then those of continuations."""
+        if (window, paired) not in self._masks:
+            new = torch.arange(self.n * n_new, device=self.lengths.device)
+            at = self.lengths.unsqueeze(1) + new % n_new
+            seen = seen_by(torch.cat((held(self.lengths, places), at), dim=1), at, window, paired)
+            apart = (new // n_new).unsqueeze(1) != new // n_new  # (n T, n T)
+            apart = F.pad(apart, (places, 0))
+            if paired:
+                apart = torch.cat((apart, apart), dim=1).repeat_interleave(2, dim=0)
+            self._masks[window, paired] = seen & ~apart
+        return self._masks[window, paired]

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 
-from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES
+from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES, PAIRINGS
 from llm.config.registries import ARCHITECTURES
 from llm.model.logit_bound import ASYMMETRIC, Bound
 
@@ -49,6 +49,8 @@ UNSTATED = MappingProxyType(
         "ngram_bos": None,
         "asymmetric_cap": False,
         "key_offset": False,
+        "qk_dim": None,
+        "paired_heads": None,
     }
 )
 
@@ -98,6 +100,8 @@ class GPTConfig:
     ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
+    qk_dim: int | None = UNSTATED["qk_dim"]  # channels of a head's queries and keys; None = head_dim, as its values
+    paired_heads: str | None = UNSTATED["paired_heads"]  # layers whose heads see a neighbour's keys: one of PAIRINGS
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -114,18 +118,40 @@ class GPTConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"arch.activation={self.activation}: choose one of {', '.join(ACTIVATIONS)}")
-        if self.key_offset and self.head_dim % 4:
-            raise ValueError(f"model.head_dim={self.head_dim} must be divisible by 4 with arch.key_offset=true")
+        if self.qk_dim is not None and not (2 <= self.qk_dim <= self.head_dim and self.qk_dim % 2 == 0):
+            raise ValueError(
+                f"arch.qk_dim={self.qk_dim}: give an even number from 2 to model.head_dim={self.head_dim}, or null"
+            )
+        if self.key_offset and self.key_dim % 4:
+            key = "model.head_dim" if self.qk_dim is None else "arch.qk_dim"
+            raise ValueError(f"{key}={self.key_dim} must be divisible by 4 with arch.key_offset=true")
         if self.key_offset and self.bos_id is not None:
             raise ValueError(
                 "arch.key_offset=true: keys would pass from one document to the next; set arch.document_masks=false, "
                 "or arch.key_offset=false"
             )
+        self._check_pairs()
         self._check_ngrams()
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
                 raise ValueError(f"{name} reads {channels} channels, but the model is {self.n_embd} wide")
+
+    def _check_pairs(self) -> None:
+        if self.paired_heads is None:
+            return
+        if self.paired_heads not in PAIRINGS:
+            raise ValueError(f"arch.paired_heads={self.paired_heads}: choose one of {', '.join(PAIRINGS)}, or null")
+        if self.n_kv_head % 2:
+            raise ValueError(
+                f"arch.paired_heads={self.paired_heads}: {self.n_kv_head} key/value heads cannot be paired; take an "
+                "even number of them, as by another model.head_dim or model.n_kv_head, or set arch.paired_heads=null"
+            )
+        if not any(map(self.pairs_heads, range(self.n_layer))):
+            raise ValueError(
+                "arch.paired_heads=short pairs heads of layers with a short window, and no layer has one: set "
+                "arch.paired_heads=all, or arch.window_pattern=SSSL and a model.seq_len beyond the window"
+            )
 
     def _check_ngrams(self) -> None:
         if any(n not in NGRAM_LENGTHS for n in self.ngrams) or len(set(self.ngrams)) < len(self.ngrams):
@@ -136,6 +162,11 @@ class GPTConfig:
             raise ValueError(f"arch.ngram_into={self.ngram_into}: choose one of {', '.join(NGRAM_PLACES)}")
         if self.ngrams and self.ngram_into == "values" and not self.value_embeds:
             raise ValueError("arch.ngram_into=values: needs value embeddings; set arch.value_embeds=true, or residual")
+
+    @property
+    def key_dim(self) -> int:
+        """Return the channels of a query and of a key."""
+        return self.head_dim if self.qk_dim is None else self.qk_dim
 
     @property
     def ngram_width(self) -> int:
@@ -163,7 +194,10 @@ class GPTConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def window(self, layer: int) -> int | None:
-        """Return how many earlier positions a layer sees beside its own; None = all, as the last layer does."""
+        """Return how many earlier positions a layer sees beside its own; None = all, as the last layer does.
+
+        With paired heads a short window is half as long: each head sees the keys of two.
+        """
         letter = self.window_pattern[layer % len(self.window_pattern)]
         if letter == "L" or layer == self.n_layer - 1:
             return None
@@ -172,7 +206,13 @@ class GPTConfig:
             short = max(1, self.seq_len // self.window_divisor)
         else:
             short = -(-self.seq_len // (self.window_divisor * multiple)) * multiple
-        return short if short < self.seq_len else None
+        if short >= self.seq_len:
+            return None
+        return max(1, short // 2) if self.paired_heads else short
+
+    def pairs_heads(self, layer: int) -> bool:
+        """Return whether a layer's heads are paired: in all layers, or in those with a window."""
+        return self.paired_heads == "all" or self.paired_heads == "short" and self.window(layer) is not None
 
     def has_value_embed(self, layer: int) -> bool:
         """Return whether a layer adds value embeddings: every other layer does, the last one among them."""
@@ -216,15 +256,15 @@ def num_params(config: GPTConfig) -> dict[str, int]:
     """Count the parameters by kind and in total, without building the model. Kinds that it lacks are left out."""
     c = config
     table = c.padded_vocab_size * c.n_embd
-    q_and_out = 2 * c.n_embd * c.n_head * c.head_dim
-    k_and_v = 2 * c.n_embd * c.n_kv_head * c.head_dim
+    q_and_out = c.n_embd * c.n_head * (c.key_dim + c.head_dim)
+    k_and_v = c.n_embd * c.n_kv_head * (c.key_dim + c.head_dim)
     mlp = 8 * c.n_embd**2
     n_value = sum(c.has_value_embed(layer) for layer in range(c.n_layer))
     blocks = c.n_layer * (q_and_out + k_and_v + mlp) + n_value * c.n_kv_head * c.gate_channels
     blocks += c.n_layer * c.n_head * c.gate_channels * c.attention_gate + c.further_block_params()
     counts = {"embedding": table, "head": 0 if c.tied else table, "blocks": blocks}
     if c.arch == "gpt2":  # biases of the six projections, weight and bias of the norms
-        attention_biases = (c.n_head + 2 * c.n_kv_head) * c.head_dim + c.n_embd
+        attention_biases = (c.n_head + c.n_kv_head) * c.key_dim + c.n_kv_head * c.head_dim + c.n_embd
         counts["blocks"] += c.n_layer * (attention_biases + 5 * c.n_embd + 4 * c.n_embd)
         counts |= {"positions": c.seq_len * c.n_embd, "final_norm": 2 * c.n_embd}
     counts |= c.further_params()
@@ -252,8 +292,9 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """Return the training FLOPs per token: 6 per weight that multiplies (embeddings are look-ups) plus attention.
 
     Attention: 2 products forward, 4 backward, 2 FLOPs each, over the T keys of a full layer or the window of a short
-    one: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for causality).
+    one, twice as many where heads are paired: 12 * H * D * T per layer (PaLM, appendix B, which does not halve for
+    causality). Half of them are of queries with keys, whose D is `key_dim`.
     """
     c, length = config, seq_len or config.seq_len
-    keys = sum(min(c.window(layer) or length, length) for layer in range(c.n_layer))
-    return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 12 * c.n_head * c.head_dim * keys
+    keys = sum(min(c.window(layer) or length, length) * (1 + c.pairs_heads(layer)) for layer in range(c.n_layer))
+    return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 6 * c.n_head * (c.key_dim + c.head_dim) * keys

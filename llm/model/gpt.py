@@ -4,9 +4,9 @@
 the embedding, before each sublayer and before the head, untied embedding and head without biases, optional grouped-
 query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings, residual and
 x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention, a gate of the
-heads, a leaky activation, tables of n-grams, an asymmetric cap, an offset of keys. `gpt2` is the baseline of 2019:
-learned positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in fp32 and multiplied in `compute_dtype`.
-This file knows nothing of training loops, configuration or files.
+heads, a leaky activation, tables of n-grams, an asymmetric cap, an offset of keys, narrow queries and keys, paired
+heads. `gpt2` is the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in
+fp32 and multiplied in `compute_dtype`. This file knows nothing of training loops, configuration or files.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from llm.config.registries import ARCHITECTURES
 from llm.model.attention import (
     apply_rotary,
-    attention_masks,
     causal_attention,
     choose_backend,
+    layer_masks,
     offset_keys,
     plain_backend,
     rotary_tables,
+    without_own,
 )
 from llm.model.cached_attention import AttentionOptions, SharedPrefixPass, SlotPass
 from llm.model.config import SMEAR_CHANNELS, GPTConfig
@@ -36,25 +37,7 @@ from llm.model.joint_qkv import joint_product
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import Linear, Table
 from llm.model.ngrams import NGrams
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm with its weights cast to the dtype of the input."""
-
-    def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm without weights."""
-
-    def forward(self, x):
-        return norm(x)
-
-
-def make_norm(config: GPTConfig) -> nn.Module:
-    """Return the norm of an architecture: LayerNorm for gpt2, RMSNorm for all others."""
-    return LayerNorm(config.n_embd) if config.arch == "gpt2" else RMSNorm()
+from llm.model.norms import make_norm
 
 
 class Attention(nn.Module):
@@ -64,6 +47,12 @@ class Attention(nn.Module):
     becomes sigmoid(w x[:gate_channels]) y, w zero at first (modded-nanogpt, 2025). exclusive_attention: y loses
     tanh(a) (y v) v / (v v), a trained number a per head, zero at first: what a token has of its own already reaches the
     next layer through the residual stream (exclusive self-attention, parameter-golf 2026).
+
+    A third makes queries and keys narrower than values. qk_dim: they have that many channels d, rotary positions and
+    norm are over these, and the scores are q k / sqrt(d): to find a token takes fewer channels than to say what it
+    holds (modded-nanogpt, pull request 344, 2026). Kernels and cache get them with zeros up to head_dim, as there:
+    what is saved are weights and products of c_q and c_k. A fourth lets heads attend to the keys of a neighbour:
+    `llm.model.attention.pair_heads`.
     """
 
     joint_qkv = False  # set by llm.model.joint_qkv.enable_joint_qkv
@@ -72,25 +61,25 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
         self.is_gpt2 = config.arch == "gpt2"
-        self.scale = config.qk_scale**2 / config.head_dim**0.5
+        self.key_dim, self.scale = config.key_dim, config.qk_scale**2 / config.key_dim**0.5
         self.gate_channels, self.gate_range = config.gate_channels, config.gate_range
-        kv_dim = config.n_kv_head * config.head_dim
-        self.c_q = Linear(config.n_embd, config.n_head * config.head_dim, bias=self.is_gpt2)
-        self.c_k = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
-        self.c_v = Linear(config.n_embd, kv_dim, bias=self.is_gpt2)
+        self.c_q = Linear(config.n_embd, config.n_head * config.key_dim, bias=self.is_gpt2)
+        self.c_k = Linear(config.n_embd, config.n_kv_head * config.key_dim, bias=self.is_gpt2)
+        self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=self.is_gpt2)
         self.c_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=self.is_gpt2)
         self.out_gate = Linear(config.gate_channels, config.n_head) if config.attention_gate else None
         self.exclusion = nn.Parameter(torch.empty(config.n_head)) if config.exclusive_attention else None
-        self.offsets_keys = config.offsets_keys(layer)
+        self.offsets_keys, self.pairs_heads = config.offsets_keys(layer), config.pairs_heads(layer)
         if config.has_value_embed(layer):
             self.ve_gate = Linear(config.gate_channels, config.n_kv_head)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return queries (B, T, H, D), keys and values (B, T, Hkv, D) of the layer's input (B, T, n_embd)."""
+        """Return queries (B, T, H, d), keys (B, T, Hkv, d) and values (B, T, Hkv, D) of the input (B, T, n_embd)."""
         layers = (self.c_q, self.c_k, self.c_v)
         joint = self.joint_qkv and torch.is_grad_enabled()
         parts = joint_product(x, layers) if joint else [layer(x) for layer in layers]
-        return [part.view(*x.shape[:2], -1, self.head_dim) for part in parts]
+        sizes = (self.key_dim, self.key_dim, self.head_dim)
+        return [part.view(*x.shape[:2], -1, size) for part, size in zip(parts, sizes, strict=True)]
 
     def forward(self, x, value_embed, rotary, mask, backend, cache: SlotPass | SharedPrefixPass | None, positions):
         B, T, _ = x.shape
@@ -103,23 +92,18 @@ class Attention(nn.Module):
         if self.offsets_keys:
             before = None if cache is None else cache.keys_before(self.layer, k)
             k = offset_keys(k, before, positions)
+        if self.key_dim < self.head_dim:  # zeros add nothing to a product
+            q, k = (F.pad(t, (0, self.head_dim - self.key_dim)) for t in (q, k))
         if cache is None:
-            y = causal_attention(q, k, v, self.scale, self.window, mask, backend)
+            y = causal_attention(q, k, v, self.scale, self.window, mask, backend, self.pairs_heads)
         else:
-            options = AttentionOptions(self.scale, self.window, mask, backend)
+            options = AttentionOptions(self.scale, self.window, mask, backend, self.pairs_heads)
             y = cache.attend(self.layer, q, k, v, positions, options)
         if self.exclusion is not None:
             y = without_own(y, v, torch.tanh(self.exclusion))
         if self.out_gate is not None:
             y = torch.sigmoid(self.out_gate(x[..., : self.gate_channels])).unsqueeze(-1) * y
         return self.c_proj(y.reshape(B, T, -1))
-
-
-def without_own(y: torch.Tensor, v: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Take from y (B, T, H, D) the `share` (H,) of the part that points along v (B, T, Hkv, D), both of one token."""
-    v = v.repeat_interleave(y.size(2) // v.size(2), dim=2)
-    along = (y * v).sum(-1, keepdim=True, dtype=torch.float32) / v.float().square().sum(-1, keepdim=True).clamp(1e-12)
-    return y - (share.unsqueeze(-1) * along).to(y.dtype) * v
 
 
 class MLP(nn.Module):
@@ -213,7 +197,7 @@ class GPT(nn.Module):
             self.backout_scalar = nn.Parameter(torch.empty(1))
         if config.arch != "gpt2":
             original = config.rope_original if config.rope_scaling else None
-            cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rope_base, original)
+            cos, sin = rotary_tables(config.seq_len, config.key_dim, config.rope_base, original)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
@@ -333,7 +317,7 @@ class GPT(nn.Module):
         x: torch.Tensor,
         values: list,
         starts: torch.Tensor | None,
-        masks: dict,
+        masks: list,
         backend: str,
         cache: SlotPass | None = None,
         ngrams: torch.Tensor | None = None,
@@ -341,7 +325,7 @@ class GPT(nn.Module):
         """Run all blocks on rows of the embedding (B, T, n_embd); return the normed output of the last one.
 
         values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
-        document begins, None if rows are not divided; masks: by window, from `attention_masks`; ngrams: rows of their
+        document begins, None if rows are not divided; masks: by layer, from `layer_masks`; ngrams: rows of their
         tables (B, T, n_embd), if a part of them is added to the input of every block. The output (B, T, n_embd) has the
         compute dtype.
         """
@@ -359,7 +343,7 @@ class GPT(nn.Module):
             if ngrams is not None:
                 x = x + self.ngrams.scalars[layer].to(x.dtype) * ngrams
             value_embed = None if values[layer] is None else values[layer].to(x.dtype)
-            inputs = (x, value_embed, rotary, masks[self.windows[layer]], backend, cache, positions)
+            inputs = (x, value_embed, rotary, masks[layer], backend, cache, positions)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -395,7 +379,8 @@ class GPT(nn.Module):
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
-        masks = attention_masks(self.windows, ids.size(1), starts, backend, x.device)
+        paired = [self.config.pairs_heads(layer) for layer in range(self.config.n_layer)]
+        masks = layer_masks(self.windows, paired, ids.size(1), starts, backend, x.device)
         if is_training and self.training_forward_blocks is not None:
             return self.training_forward_blocks(x, values, starts, masks, backend, None, ngrams)
         return self.forward_blocks(x, values, starts, masks, backend, cache, ngrams)

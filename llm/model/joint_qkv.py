@@ -37,7 +37,7 @@ def joint_product(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[torch.Tens
     Where the layers are in fp8, the weights have one scale together.
     """
     widths = [layer.out_features for layer in layers]
-    if layers[0].fp8 and takes_fp8(x):
+    if all(layer.fp8 for layer in layers) and takes_fp8(x):
         y = fp8_linear(x, torch.cat([layer.weight for layer in layers]))
     else:
         y = F.linear(x, torch.cat([layer.weight.to(x.dtype) for layer in layers]))

@@ -41,7 +41,7 @@ class Prefix:
     """Text that several rows begin with: keys and values of its `length` tokens, by part of the cache.
 
     They never change. last_embed: embedding (C,) of the last token, if the model smears; last_ids: (n - 1,) last ids,
-    if the model has tables of n-grams; last_keys: (layers, Hkv, D), the last token's keys before their offset.
+    if the model has tables of n-grams; last_keys: (layers, Hkv, d), the last token's keys before their offset.
     """
 
     parts: list[PrefixPart]
@@ -69,7 +69,8 @@ class Prefix:
             parts.append(part._replace(k=k, v=v))
         last_keys = self.last_keys
         if last_keys is not None and n < self.length:  # the next token's keys hold the half of them that counts
-            last_keys = next(part for part in self.parts if part.window is None).k[:, :, n].clone()
+            keys = next(part for part in self.parts if part.window is None).k
+            last_keys = keys[:, :, n, : last_keys.size(-1)].clone()
         return Prefix(parts, n, last_embed, last_ids, last_keys)
 
 
@@ -98,7 +99,7 @@ class SlotCache:
     (rows,) int64 on the host, as the caller sets them; prefix is an index of `prefixes`, -1 for none. last_embed:
     (rows, C), the embedding of every row's last token, if the model smears. last_ids: (rows, n - 1) int64, the last ids
     of every row, the newest last and `vocab_size` for none, if the model has tables of n-grams. last_keys: (rows,
-    layers, Hkv, D), keys of every row's last token in the layers that offset keys, before they do. Places without a
+    layers, Hkv, d), keys of every row's last token in the layers that offset keys, before they do. Places without a
     token hold anything.
 
     room: tokens that a row may hold. spare: places of a layer beside those of its window, at least 1; so many tokens
@@ -124,8 +125,10 @@ class SlotCache:
         self.last_ids = torch.full((rows, before), self.no_id, device=device) if before else None
         is_offset = getattr(config, "offsets_keys", lambda layer: False)
         self.key_layers = [layer for layer in sorted(self.where) if is_offset(layer)]
-        shape = (rows, len(self.key_layers), config.n_kv_head, config.head_dim)
-        self.last_keys = torch.zeros(shape, device=device, dtype=dtype) if self.key_layers else None
+        self.last_keys = None
+        if self.key_layers:
+            shape = (rows, len(self.key_layers), config.n_kv_head, config.key_dim)
+            self.last_keys = torch.zeros(shape, device=device, dtype=dtype)
         self.seq_len = config.seq_len
 
     @property

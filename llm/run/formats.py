@@ -169,6 +169,8 @@ SHAPE = mapping(
         "ngram_into": text,
         "ngram_bos": maybe(whole(0, 1 << 24)),
         **dict.fromkeys(("asymmetric_cap", "key_offset"), truth),
+        "qk_dim": maybe(whole(2, 1 << 16)),
+        "paired_heads": maybe(text),
         "gate_channels": whole(1, 1 << 20),
         "gate_range": _factor,
         "bos_id": maybe(whole(0, 1 << 24)),

@@ -71,6 +71,8 @@ def test_every_list_of_betas_has_a_length():
         ("stage.lr_frac=inf", "stage.lr_frac=inf: must be a finite number"),
         ("stage.lr_frac=nan", "must be a finite number"),
         ("arch.softcap=inf", "must be a finite number"),
+        ("arch.qk_dim=1", "arch.qk_dim=1: must be at least 2"),
+        ("arch.paired_heads=true", "arch.paired_heads=True: must be one of short, all"),
         ("arch.resid_init=[1,-inf]", "arch.resid_init.1=-inf: must be a finite number"),
         ("optim.eps=inf", "must be a finite number"),
         ("optim.ns_steps=100000000", "optim.ns_steps=100000000: must be at most 100"),

@@ -24,10 +24,14 @@ KINDS = [
     ("gpt2", 4),
     ("n-grams", 2),
     ("key offset", 2),
+    ("paired heads", 2),
+    ("all heads paired", 2),
 ]  # arch, key/value heads
 ARCHS = {"classic": {}, "modern": {**MODERN, "gate_channels": 4}, "gpt2": {"tied": True, "softcap": None}}
 ARCHS["n-grams"] = ARCHS["modern"] | {"arch": "modern", "ngrams": (2, 3), "ngram_bos": BOS}
 ARCHS["key offset"] = ARCHS["modern"] | {"arch": "modern", "key_offset": True}
+ARCHS["paired heads"] = ARCHS["modern"] | {"arch": "modern", "paired_heads": "short"}
+ARCHS["all heads paired"] = ARCHS["key offset"] | {"paired_heads": "all"}
 TIE = 1e-4  # logits nearer to each other are equally right
 
 
@@ -39,7 +43,7 @@ def sharp_net(arch: str, n_kv_head: int, window: int | None = None) -> GPT:
         | ({"window_pattern": "SSL", "window_divisor": SEQ_LEN // window} if window else {})
     )
     c = GPTConfig(3, 4, n_kv_head, 8, 32, SEQ_LEN, TOKENIZER.vocab_size, window_multiple=4, **options)
-    assert window in (None, c.window(0))
+    assert window is None or window == c.window(0) * (2 if c.paired_heads else 1)
     net, generator = GPT(c), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in net.parameters():

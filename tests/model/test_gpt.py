@@ -51,22 +51,34 @@ MODERN = {
 }
 SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
 NGRAMS = {"ngrams": (2, 3), "ngram_bos": 61}
-SWITCHES |= {"asymmetric_cap": True, "key_offset": True}
+SWITCHES |= {"asymmetric_cap": True, "key_offset": True, "qk_dim": 12}
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
 ARCHS = {
     "classic": {},
     "modern": MODERN,
     "modern with all switches": MODERN | SWITCHES | NGRAMS,
     "n-grams in values": MODERN | NGRAMS | {"ngrams": (3,), "ngram_rows": 2, "ngram_into": "values"},
+    "paired heads": MODERN | {"paired_heads": "short", "window_multiple": 2, "window_divisor": 6},
+    "all heads paired": MODERN | {"paired_heads": "all", "key_offset": True, "window_pattern": "SL", "qk_dim": 8},
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"tied": False},
 }
 
 
-CACHED = ("classic", "modern", "gpt2", "modern with all switches", "n-grams in values")
+CACHED = (
+    "classic",
+    "modern",
+    "gpt2",
+    "modern with all switches",
+    "n-grams in values",
+    "paired heads",
+    "all heads paired",
+)
 
 
 def config(depth=2, vocab=70, seq_len=32, head_dim=16, n_head=4, n_kv_head=None, **more) -> GPTConfig:
+    if more.get("paired_heads") and n_kv_head == 1:
+        n_kv_head = 2  # one head has no neighbour
     return GPTConfig(depth, n_head, n_kv_head or n_head, head_dim, n_head * head_dim, seq_len, vocab, **more)
 
 
@@ -145,10 +157,10 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
     def rotate(x, t):
-        half = c.head_dim // 2
+        half = c.key_dim // 2
         out = x.clone()
         for i in range(half):
-            angle = t * c.rope_base ** (-2 * i / c.head_dim)
+            angle = t * c.rope_base ** (-2 * i / c.key_dim)
             cos, sin = math.cos(angle), math.sin(angle)
             out[i] = x[i] * cos + x[i + half] * sin
             out[i + half] = -x[i] * sin + x[i + half] * cos
@@ -160,7 +172,7 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
     def key(k, t, window):
         found = position(k[t], t)
         if c.key_offset and window is None and t > 0:
-            quarter, before = c.head_dim // 4, position(k[t - 1], t - 1)
+            quarter, before = c.key_dim // 4, position(k[t - 1], t - 1)
             for first in (quarter, 3 * quarter):
                 found[first : first + quarter] = before[first : first + quarter]
         return found
@@ -193,11 +205,21 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
         for head in range(c.n_head):
             kv = head // (c.n_head // c.n_kv_head)
             s, skv = slice(head * c.head_dim, (head + 1) * c.head_dim), slice(kv * c.head_dim, (kv + 1) * c.head_dim)
+            own_q, own_k = (slice(i * c.key_dim, (i + 1) * c.key_dim) for i in (head, kv))
             for t in range(len(ids)):
                 first = max(0, t - window)
-                keys = torch.stack([key(k[:, skv], u, c.window(layer)) for u in range(first, t + 1)])
-                scores = keys @ position(q[t, s], t) / c.head_dim**0.5
-                out[t, s] = torch.softmax(scores, 0) @ v[first : t + 1, skv]
+                keys = [key(k[:, own_k], u, c.window(layer)) for u in range(first, t + 1)]
+                values = v[first : t + 1, skv]
+                if c.paired_heads == "all" or (c.paired_heads and c.window(layer) is not None):
+                    is_second = head >= c.n_head // 2  # the first head of a pair sees the other's earlier tokens only
+                    other = (head + c.n_head // 2) % c.n_head // (c.n_head // c.n_kv_head)
+                    seen = range(max(0, t - window + is_second), t + is_second)
+                    slices = (slice(other * size, (other + 1) * size) for size in (c.key_dim, c.head_dim))
+                    its_k, its_v = (x[:, at] for x, at in zip((k, v), slices, strict=True))
+                    keys += [key(its_k, u, c.window(layer)) for u in seen]
+                    values = torch.cat((values, its_v[seen.start : seen.stop]))
+                scores = torch.stack(keys) @ position(q[t, own_q], t) / c.key_dim**0.5
+                out[t, s] = torch.softmax(scores, 0) @ values
                 if c.exclusive_attention:
                     own = v[t, skv] / v[t, skv].norm()
                     out[t, s] -= torch.tanh(w[f"{p}attn.exclusion"][head]) * (out[t, s] @ own) * own
@@ -299,11 +321,18 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
     net = random_net(c)
     net(ids[:, :-1], ids[:, 1:]).backward()
 
-    def explicit(q, k, v, scale, window, mask, backend):
+    def explicit(q, k, v, scale, window, mask, backend, paired):
         assert mask is None
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         distance = torch.arange(q.size(2)).unsqueeze(1) - torch.arange(q.size(2))
         hidden = (distance < 0) | (distance > (q.size(2) if window is None else window))
+        if paired:  # keys of the head itself, then those of the other one
+            half = q.size(1) // 2
+            k, v = (torch.cat((t, t.roll(half, 1)), dim=2) for t in (k, v))
+            reach = q.size(2) if window is None else window
+            first = torch.cat((hidden, (distance < 1) | (distance > reach)), dim=1)
+            second = torch.cat((hidden, (distance < 0) | (distance > reach - 1)), dim=1)
+            hidden = torch.stack([first] * half + [second] * half)
         scores = (scale * (q @ k.mT)).masked_fill(hidden, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
@@ -319,7 +348,7 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
         assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + floor, name
 
 
-@pytest.mark.parametrize("arch", ["classic", "modern"])
+@pytest.mark.parametrize("arch", ["classic", "modern", "paired heads"])
 def test_masked_documents_are_as_if_alone(arch):
     """Losses and gradients of packed documents are those of every document in a row of its own (RoPE is relative)."""
     packed, alone = (random_net(config(depth=3, bos_id=bos, **ARCHS[arch])) for bos in (69, None))
@@ -442,7 +471,7 @@ def test_rows_behind_prefixes_moved_and_read_in_chunks_equal_the_full_forward(ar
 def test_continuations_of_long_prefixes_equal_the_full_forward_through_small_windows(arch):
     small = {"window_pattern": "SSL", "window_divisor": 8, "window_multiple": 4}
     net = random_net(config(depth=3, **(ARCHS[arch] | small)))
-    assert net.windows[0] == 4
+    assert net.windows[0] == (2 if net.config.paired_heads else 4)
     draw = torch.Generator().manual_seed(2)
     prefixes, rest = (torch.randint(0, 70, shape, generator=draw) for shape in ((2, 17), (6, 5)))
     lengths = torch.tensor([17, 6])
@@ -488,6 +517,12 @@ def test_bf16_stays_close_to_fp32():
         ({"head_dim": 15}, "even"),
         ({"key_offset": True, "head_dim": 18}, "head_dim=18 must be divisible by 4"),
         ({"key_offset": True, "bos_id": 3}, "arch.key_offset=true: .*set arch.document_masks=false"),
+        ({"key_offset": True, "qk_dim": 6}, "arch.qk_dim=6 must be divisible by 4"),
+        ({"qk_dim": 18}, "arch.qk_dim=18: give an even number from 2 to model.head_dim=16"),
+        ({"qk_dim": 7}, "arch.qk_dim=7: give an even number"),
+        ({"paired_heads": "all", "n_head": 3}, "arch.paired_heads=all: 3 key/value heads cannot be paired"),
+        ({"paired_heads": "short"}, "no layer has one: set arch.paired_heads=all"),
+        ({"paired_heads": "long"}, "arch.paired_heads=long: choose one of short, all, or null"),
         ({"window_pattern": "SXL"}, "arch.window_pattern='SXL'"),
         ({"window_pattern": ""}, "arch.window_pattern"),
         ({"value_embeds": True, "gate_channels": 65}, "arch.gate_channels reads 65 channels"),

@@ -22,9 +22,10 @@ IDS = torch.randint(0, 100, (2, 33), generator=torch.Generator().manual_seed(0))
 
 def network(arch: str = "modern") -> GPT:
     """Two layers with grouped heads, of which nothing is zero."""
-    features = {"value_embeds": True, "residual_scalars": True} if arch == "modern" else {}
+    features = {"value_embeds": True, "residual_scalars": True} if arch.startswith("modern") else {}
+    features |= {"qk_dim": 8} if arch.endswith("narrow keys") else {}
     build, shape = (Qwen3, Qwen3Config) if arch == "qwen3" else (GPT, GPTConfig)
-    net = build(shape(2, 2, 1, 16, 32, 64, 100, arch=arch, **features)).init_weights(0)
+    net = build(shape(2, 2, 1, 16, 32, 64, 100, arch=arch.split()[0], **features)).init_weights(0)
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
@@ -38,7 +39,7 @@ def gradients(net: GPT) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss.detach(), {name: p.grad for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("arch", ["modern", "classic", "qwen3"])
+@pytest.mark.parametrize("arch", ["modern", "modern with narrow keys", "classic", "qwen3"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 def test_loss_and_every_gradient_are_those_of_three_products(arch, again):
     net = network(arch).double()
@@ -84,6 +85,9 @@ def test_in_fp8_it_is_one_product_too():
     assert torch.equal(torch.cat(got, -1), fp8_linear(x, torch.cat([layer.weight for layer in layers])))
     short = joint_product(x[:, :3], layers)  # 6 tokens, which the kernels refuse
     torch.testing.assert_close(short[1], torch.nn.functional.linear(x[:, :3], layers[1].weight.bfloat16()))
+    layers[1].fp8 = False  # as one whose sides the kernels refuse
+    plain = torch.nn.functional.linear(x, layers[0].weight.bfloat16())
+    torch.testing.assert_close(joint_product(x, layers)[0], plain)
     net = network()
     net.compute_dtype = torch.bfloat16
     plain = net(IDS[:, :-1], IDS[:, 1:])

@@ -30,10 +30,11 @@ def test_a_pass_that_is_looked_into_offsets_keys_too():
         torch.testing.assert_close(net(ids, cache=Recorder(net)), net(ids), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("n", [3, 9])
-def test_rows_behind_a_cut_prefix_have_the_keys_in_front_of_them(n):
+@pytest.mark.parametrize(("n", "qk_dim"), [(3, None), (9, None), (3, 8), (9, 8)])
+def test_rows_behind_a_cut_prefix_have_the_keys_in_front_of_them(n, qk_dim):
     """Keeps the keys of a prefix's last tokens as before their offset; those of earlier ones are found in its keys."""
-    net = random_net(config(depth=3, seq_len=32, key_offset=True, window_pattern="LSL", window_multiple=None))
+    short = {"window_pattern": "LSL", "window_multiple": None}
+    net = random_net(config(depth=3, seq_len=32, key_offset=True, qk_dim=qk_dim, **short))
     assert net.windows == [None, 8, None]
     ids = torch.randint(0, 70, (1, 14), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

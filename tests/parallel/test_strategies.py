@@ -137,7 +137,7 @@ def test_processes_train_the_tables_of_one(trained, strategy, other, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
-def test_switches_of_the_objective_train_as_in_one_process(trained, strategy):
+def test_switches_of_objective_and_heads_train_as_in_one_process(trained, strategy):
     alone, found = (trained(*of, "switched")[1]["switched"]["weights"] for of in (("auto", 1), (strategy, 2)))
     for name, weight in alone.items():
         torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
