@@ -30,6 +30,8 @@ from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched
 from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.imports import pause_collector, resume_collector
+from llm.utils.light_torchmetrics import import_in_part
 from llm.utils.registry import resolved
 from llm.utils.source import check_packages
 from llm.utils.streams import is_lost, keep_going, open_streams
@@ -60,6 +62,8 @@ def run_app(config_name: str, target: Target) -> NoReturn:
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
     job ends a sweep, and the sweep says which one it was. A stop signal ends it by one line and status 128 + signal.
     """
+    pause_collector()
+    import_in_part()
     keep_private()
     open_streams()
     tune_process()
@@ -220,7 +224,9 @@ def _job(config_name: str, target: Target, command: Command) -> Callable[[Any], 
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
-            value = _function(target)(cfg)
+            function = _function(target)
+            resume_collector()
+            value = function(cfg)
         except (Exception, SystemExit) as error:
             if type(error).__name__ == "MissingMandatoryValue":
                 error = UserError(no_value(error))
