@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -177,6 +177,8 @@ def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> Non
     sys.argv[1:] = [*command.argv, *search_path(command.sources)]
     main = hydra.main(config_path=str(folders[0]), config_name=primary, version_base="1.3")(job)
     with contextlib.ExitStack() as stack:
+        if not command.sweeps:
+            stack.enter_context(_one_job())
         if "FATHOM_SWEEP_DIR" not in os.environ:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom_sweep_"))
             os.environ["FATHOM_SWEEP_DIR"] = folder
@@ -190,6 +192,18 @@ def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> Non
             if command.searches and "No trials are completed" in str(error):
                 raise UserError("every trial of this search failed; the lines above say why") from error
             raise UserError(f"{' '.join(own)}: Hydra cannot use this ({_root_of(error)}); leave it out") from error
+
+
+@contextlib.contextmanager
+def _one_job() -> Iterator[None]:
+    """Spare Hydra a composition of its own to find out whether this is a sweep: the check has found that it is none."""
+    from hydra._internal.hydra import Hydra
+
+    find, Hydra.get_mode = Hydra.get_mode, lambda *args, **named: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode = find
 
 
 def _root_of(error: BaseException) -> str:
