@@ -13,10 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def tell() -> None:
-    """Print when the first step was done and the processor seconds by then, those of ended children too; exit."""
+def tell(loss: float) -> None:
+    """Print when the first step was done, the processor seconds by then (ended children's too) and its loss; exit."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"at": time.time(), "cpu": sum(one.ru_utime + one.ru_stime for one in used)}), flush=True)
+    cpu = sum(one.ru_utime + one.ru_stime for one in used)
+    print(json.dumps({"at": time.time(), "cpu": cpu, "loss": loss}), flush=True)
     os._exit(0)
 
 
@@ -25,8 +26,8 @@ def first_step():
     import lightning as L
 
     class FirstStep(L.Callback):
-        def on_train_batch_end(self, *args) -> None:
-            tell()
+        def on_train_batch_end(self, trainer, module, *args) -> None:
+            tell(module.step_log.nats / module.step_log.trained)
 
     return FirstStep()
 
@@ -59,12 +60,14 @@ def plain(config: dict, model: Path) -> None:
     layout = StepLayout(length, rows, batch["tokens_per_step"] // (rows * length))
     steps = iter(TextSteps(text, tokenizer, layout, split="train", buffer=stage["buffer"]))
     optimizer = build_optimizer(net, Keys(config["optim"]))
-    step = next(steps)
+    step, losses = next(steps), []
     for micro in step["micro"]:
-        (net(micro["inputs"], micro["targets"], reduction="sum") / step["n_trained"]).backward()
+        loss = net(micro["inputs"], micro["targets"], reduction="sum") / step["n_trained"]
+        loss.backward()
+        losses.append(loss.item())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tell()
+    tell(sum(losses))
 
 
 class Keys(dict):

@@ -3,9 +3,10 @@
     python bench/start.py [--depth 4] [--seq-len 512] [--vocab 8192] [--repeats 5] [--compile both] [--text FOLDER]
 
 The plain script (bench/_start.py) builds the same network, data, optimizer and compiled step without Hydra and
-Lightning, and checks, saves and prints nothing. Both are started in turns; each has run once before, which fills the
-compile cache. Text is generated unless --text names a folder. cpu: processor seconds with those of child processes,
-which other programs of the machine hardly change; wall: seconds of the clock. Prints medians, and a last line of JSON.
+Lightning, and checks, saves and prints nothing; the losses of both first steps must be equal. They are started in
+turns, after each has run once, which fills the compile cache. Text is generated unless --text names a folder. cpu:
+processor seconds with those of child processes, which other programs of the machine hardly change; wall: seconds of
+the clock. Prints medians, and a last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -40,14 +41,14 @@ def training(args, folder: Path, compiled: bool) -> list[str]:
     return [*settings(args, folder), *rows, *more]
 
 
-def seconds(command: list[str]) -> tuple[float, float]:
-    """Return wall and processor seconds of a command from its start to the end of its first step."""
+def seconds(command: list[str]) -> tuple[float, float, float]:
+    """Return wall and processor seconds of a command from its start to the end of its first step, and its loss."""
     start = time.time()
     done = subprocess.run([sys.executable, *command], cwd=REPO, env=ENV, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     told = json.loads(done.stdout.splitlines()[-1])
-    return told["at"] - start, told["cpu"]
+    return told["at"] - start, told["cpu"], told["loss"]
 
 
 def measure(args, folder: Path, compiled: bool) -> dict[str, float]:
@@ -57,12 +58,15 @@ def measure(args, folder: Path, compiled: bool) -> dict[str, float]:
     write_json(config, OmegaConf.to_container(cfg, resolve=True))
     ours = ["train.py", *training(args, folder, compiled), "overwrite=true", "init_from=tok/tokenizer", END]
     plain = ["bench/_start.py", str(config), str(folder / "tok/tokenizer/model")]
-    found: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": []}
+    found: dict[str, list[tuple[float, ...]]] = {"ours": [], "plain": []}
     for turn in range(args.repeats + 1):
         for name, command in (("ours", ours), ("plain", plain)):
             taken = seconds(command)
             if turn:
                 found[name].append(taken)
+    losses = [taken[2] for values in found.values() for taken in values]
+    if max(losses) - min(losses) > 1e-4:
+        sys.exit(f"the first steps are not the same: losses {losses}")
     kind, result = "compiled" if compiled else "eager", {}
     for i, clock in enumerate(("wall", "cpu")):
         both = {name: _bench.median([taken[i] for taken in values]) for name, values in found.items()}
