@@ -20,6 +20,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 from conftest import run_cli
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
