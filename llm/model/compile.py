@@ -55,18 +55,19 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
     return False, f"fewer than {LONG_RUN} steps on a CPU" if device.type == "cpu" else f"on {device.type}"
 
 
-def compile_training(net, by_block: bool = False, tuned: bool = False) -> None:
+def compile_training(net, by_block: bool = False, tuned: bool = False, device: torch.device | None = None) -> None:
     """Make `net` run compiled whenever it gets targets and gradients are on.
 
     by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks; the blocks then
     run compiled everywhere. tuned: time several forms of every product of the blocks at the first step, which takes
-    minutes, and keep the fastest (untested on a GPU). The first step raises UserError, naming the part, if the compiler
-    fails. What an interrupted compilation has left in the compile cache is deleted, here and when the compiler fails.
+    minutes, and keep the fastest (untested on a GPU). device: where `net` will be; None = where it is. The first step
+    raises UserError, naming the part, if the compiler fails. What an interrupted compilation has left in the compile
+    cache is deleted, here and when the compiler fails.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine: the others print nothing
         heal()
     options = TUNED if tuned else None
-    ready = begin_sooner() if net.device.type == "cpu" else None
+    ready = begin_sooner() if (device or net.device).type == "cpu" else None
     if by_block:
         for block in net.transformer.h:
             block.forward = _named("a block", torch.compile(block.forward, dynamic=False, options=options), ready)

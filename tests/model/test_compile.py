@@ -168,6 +168,8 @@ def test_the_compiler_is_prepared_on_a_cpu_and_waited_for(monkeypatch):
     threading.Timer(0.1, may_end.set).start()
     net.training_forward_blocks(torch.zeros(1))
     assert asked == ["instructions", "step"]
+    compile_training(network(), device=GPU)  # which the network is moved to later
+    assert asked == ["instructions", "step"]
 
 
 @pytest.mark.slow
