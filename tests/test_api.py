@@ -20,6 +20,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
 from conftest import run_cli
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -235,6 +236,7 @@ def state() -> dict:
         "torch": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()),
         "precision": torch.get_float32_matmul_precision(),
         "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+        "compiler": torch._functorch.config.autograd_cache_allow_custom_autograd_functions,
         "streams": (sys.stdout, sys.stderr, sys.excepthook),
         "threads": {thread.name for thread in threading.enumerate() if not thread.daemon},
     }
@@ -287,6 +289,7 @@ def test_a_block_puts_back_what_is_changed_in_it():
         torch.use_deterministic_algorithms(True)
         torch.set_default_dtype(torch.float64)
         torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         raise KeyError
     assert changed(before) == set()
 

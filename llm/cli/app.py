@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +30,8 @@ from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched
 from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
+from llm.utils.imports import pause_collector, resume_collector
+from llm.utils.light_torchmetrics import import_in_part
 from llm.utils.registry import resolved
 from llm.utils.source import check_packages
 from llm.utils.streams import is_lost, keep_going, open_streams
@@ -60,6 +62,8 @@ def run_app(config_name: str, target: Target) -> NoReturn:
     `UserError` (one `error:` line), 130 after Ctrl-C, 1 after any other exception (with its traceback). A failing
     job ends a sweep, and the sweep says which one it was. A stop signal ends it by one line and status 128 + signal.
     """
+    pause_collector()
+    import_in_part()
     keep_private()
     open_streams()
     tune_process()
@@ -173,6 +177,8 @@ def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> Non
     sys.argv[1:] = [*command.argv, *search_path(command.sources)]
     main = hydra.main(config_path=str(folders[0]), config_name=primary, version_base="1.3")(job)
     with contextlib.ExitStack() as stack:
+        if not command.sweeps:
+            stack.enter_context(_one_job())
         if "FATHOM_SWEEP_DIR" not in os.environ:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fathom_sweep_"))
             os.environ["FATHOM_SWEEP_DIR"] = folder
@@ -186,6 +192,18 @@ def _hydra(config_name: str, command: Command, job: Callable[[Any], Any]) -> Non
             if command.searches and "No trials are completed" in str(error):
                 raise UserError("every trial of this search failed; the lines above say why") from error
             raise UserError(f"{' '.join(own)}: Hydra cannot use this ({_root_of(error)}); leave it out") from error
+
+
+@contextlib.contextmanager
+def _one_job() -> Iterator[None]:
+    """Spare Hydra a composition of its own to find out whether this is a sweep: the check has found that it is none."""
+    from hydra._internal.hydra import Hydra
+
+    find, Hydra.get_mode = Hydra.get_mode, lambda *args, **named: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode = find
 
 
 def _root_of(error: BaseException) -> str:
@@ -220,7 +238,9 @@ def _job(config_name: str, target: Target, command: Command) -> Callable[[Any], 
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
-            value = _function(target)(cfg)
+            function = _function(target)
+            resume_collector()
+            value = function(cfg)
         except (Exception, SystemExit) as error:
             if type(error).__name__ == "MissingMandatoryValue":
                 error = UserError(no_value(error))

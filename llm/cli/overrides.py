@@ -37,6 +37,7 @@ class Command:
     swept: list[Any]  # parsed overrides that have several values; none where it is one job
     launcher: str = "basic"  # starts the jobs of a sweep: option of hydra/launcher
     searches: str = ""  # the sweeper, if it chooses values by what earlier jobs have reached
+    sweeps: bool = True  # False: one job, where that is known
 
 
 def check_overrides(config_name: str, argv: Sequence[str], *, is_launched: bool = False) -> Command:
@@ -102,7 +103,7 @@ def _check_all(config_name: str, argv: list[str], sources: Sources, is_launched:
     if sweeps:
         _check_sweep(config_name, chosen, values, sources)
     flags = [arg for arg in argv if arg not in args.overrides]
-    return Command(sources, [*flags, *of_hydra, *lines], swept, launcher, search[1] if search else "")
+    return Command(sources, [*flags, *of_hydra, *lines], swept, launcher, search[1] if search else "", sweeps)
 
 
 def _sorted_out(

@@ -108,15 +108,23 @@ class StepLoader:
         if state is not None:
             self._check_state(state)
         self._running: Callable[[], _Background | None] = lambda: None
+        self._was_iterated = False
 
     def __len__(self) -> int:
         """Return a huge number: Lightning fetches ahead from a loader without a length. Stages stop at max_steps."""
         return 10**9
 
     def __iter__(self) -> "_Background":
+        """Begin at `state`, in the background; the first time only when the first step is asked for.
+
+        Lightning makes an iterator to see whether it can, and then the one that it uses.
+        """
         self.close()
         running = _Background(self)
         self._running = weakref.ref(running)
+        if self._was_iterated:
+            running.begin()
+        self._was_iterated = True
         return running
 
     def skip(self, steps: int) -> None:
@@ -405,12 +413,16 @@ class _Background:
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._free = threading.Semaphore(loader.layout.prefetch)
         stop = threading.Event()
-        thread = threading.Thread(
+        self._thread = threading.Thread(
             target=_prepare, args=(loader.steps, self._ready, self._free, stop), name="fathom-data", daemon=True
         )
         # `_stop` runs on close, garbage collection or exit.
-        self._finalizer = weakref.finalize(self, _stop, thread, self._free, stop)
-        thread.start()
+        self._finalizer = weakref.finalize(self, _stop, self._thread, self._free, stop)
+
+    def begin(self) -> None:
+        """Start the thread, if it has not been started."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def __iter__(self) -> "_Background":
         return self
@@ -418,6 +430,7 @@ class _Background:
     def __next__(self) -> dict:
         if self._ended:
             raise StopIteration
+        self.begin()
         start = time.perf_counter()
         step, error = self._patiently()
         self._loader.wait_seconds += time.perf_counter() - start
@@ -470,7 +483,7 @@ def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.E
     """Tell the thread to stop and wait for it, at most 10 seconds."""
     stop.set()
     free.release()
-    if thread is not threading.current_thread():
+    if thread.ident is not None and thread is not threading.current_thread():
         thread.join(timeout=10)
 
 

@@ -7,8 +7,10 @@ CPU with a C++ compiler for long runs, because the first step waits for the comp
 cache on disk is warm).
 """
 
+import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,35 +55,63 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
     return False, f"fewer than {LONG_RUN} steps on a CPU" if device.type == "cpu" else f"on {device.type}"
 
 
-def compile_training(net, by_block: bool = False, tuned: bool = False) -> None:
+def compile_training(net, by_block: bool = False, tuned: bool = False, device: torch.device | None = None) -> None:
     """Make `net` run compiled whenever it gets targets and gradients are on.
 
     by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks; the blocks then
     run compiled everywhere. tuned: time several forms of every product of the blocks at the first step, which takes
-    minutes, and keep the fastest (untested on a GPU). The first step raises UserError, naming the part, if the compiler
-    fails. What an interrupted compilation has left in the compile cache is deleted, here and when the compiler fails.
+    minutes, and keep the fastest (untested on a GPU). device: where `net` will be; None = where it is. The first step
+    raises UserError, naming the part, if the compiler fails. What an interrupted compilation has left in the compile
+    cache is deleted, here and when the compiler fails.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine: the others print nothing
         heal()
     options = TUNED if tuned else None
+    ready = begin_sooner() if (device or net.device).type == "cpu" else None
     if by_block:
         for block in net.transformer.h:
-            block.forward = _named("a block", torch.compile(block.forward, dynamic=False, options=options))
+            block.forward = _named("a block", torch.compile(block.forward, dynamic=False, options=options), ready)
         net.training_forward_blocks = net.forward_blocks
     else:
         whole = torch.compile(net.forward_blocks, dynamic=False, options=options)
-        net.training_forward_blocks = _named("the network", whole)
-    net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False))
+        net.training_forward_blocks = _named("the network", whole, ready)
+    net.loss_kernel = _named("the loss head", torch.compile(fused_chunk_loss, dynamic=False), ready)
 
 
-def _named(part: str, compiled: Callable) -> Callable:
-    """Return `compiled` with compiler errors turned into a UserError that names `part`.
+def begin_sooner() -> threading.Thread:
+    """Prepare the first step on a CPU; return a thread that must end before something is compiled.
+
+    The cache on disk may hold whole graphs with functions that have a gradient of their own, as the loss head does:
+    what torch keeps is found by the traced graph, in which the body of such a function stands, so a changed one is
+    compiled anew. Else torch would keep parts, and trace the gradient and divide the graph again at every start. The
+    thread asks processes of its own which vector instructions there are, which takes a second of waiting.
+    """
+    from torch._functorch import config
+
+    config.autograd_cache_allow_custom_autograd_functions = True
+    thread = threading.Thread(target=_find_vector_instructions, name="fathom-compiler", daemon=True)
+    thread.start()
+    return thread
+
+
+def _find_vector_instructions() -> None:
+    """Let torch's compiler find out what it asks first, and keeps."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    with contextlib.suppress(Exception):  # the compiler will ask again, and say what is wrong
+        pick_vec_isa()
+
+
+def _named(part: str, compiled: Callable, ready: threading.Thread | None = None) -> Callable:
+    """Return `compiled` with compiler errors turned into a UserError that names `part`; wait for `ready` first.
 
     Where the compile cache was damaged, it is healed and the compiler called again.
     """
     healed: set[Path] = set()
 
     def run(*args):
+        if ready is not None:
+            ready.join()
         try:
             return compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:

@@ -47,7 +47,7 @@ class DeviceOptions:
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
         compiled, why = decide(self.compile, stage, device, steps)
         if compiled:
-            compile_training(net, is_fsdp, tuned=self.tuned_products and device.type == "cuda")
+            compile_training(net, is_fsdp, self.tuned_products and device.type == "cuda", device)
             if self.tuned_products:
                 chosen.append(tells_tuned(device))
         return ", ".join([*chosen, f"attention {attention}", f"{'compiled' if compiled else 'eager'} ({why})"])

@@ -37,6 +37,7 @@ from llm.stages.parents import check_parents_unchanged, check_same_origin, find_
 from llm.stages.shape import take_shape
 from llm.stages.texts import check_same_texts
 from llm.utils.format import dollars
+from llm.utils.imports import importing
 from llm.utils.registry import resolved
 from llm.utils.terminal import waiting
 
@@ -140,7 +141,8 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         show_plan(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
         print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
         return
-    check_own_parts(cfg, row)
+    with importing():  # Lightning
+        check_own_parts(cfg, row)
     with waiting("starting", shows_bar(cfg)):
         job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
@@ -149,7 +151,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror
     with mirrored(mirror, run, row.name, job.models.values()):
-        with waiting("starting", shows_bar(cfg)):
+        with waiting("starting", shows_bar(cfg)), importing():
             work = runner(row)  # imports what the stage needs
         results = work(job)
         if results is not None:  # None: a dry run

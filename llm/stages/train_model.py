@@ -32,6 +32,7 @@ from llm.stages.plan import check_devices
 from llm.stages.start import show_start
 from llm.stages.step_module import StageContext
 from llm.stages.trainer import build_trainer, fit, quiet_lightning, roll_back
+from llm.utils.imports import importing
 from llm.utils.registry import resolved
 from llm.utils.terminal import waiting
 
@@ -54,7 +55,8 @@ def run(job: Job) -> dict | None:
         show_start(job, built)
         return None
     begin_longer(job, built)
-    trainer, stop = build_trainer(cfg, job.stage_dir, built)
+    with importing():  # torch's compiler
+        trainer, stop = build_trainer(cfg, job.stage_dir, built)
     forecast, begin = show_start(job, built) if collectives.is_main() else None, time.perf_counter()
     collectives.barrier()  # nobody writes before all have read
     if collectives.is_main():

@@ -126,7 +126,10 @@ def _torch() -> Callable[[], None]:
         (torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode()),
     ]
     cudnn = torch.backends.cudnn
-    flags = {name: getattr(cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")}
+    flags = [(cudnn, name, getattr(cudnn, name)) for name in ("benchmark", "deterministic", "allow_tf32")]
+    if compiler := sys.modules.get("torch._functorch.config"):
+        name = "autograd_cache_allow_custom_autograd_functions"
+        flags.append((compiler, name, getattr(compiler, name)))
 
     def put_back() -> None:
         torch.set_rng_state(state)
@@ -134,7 +137,7 @@ def _torch() -> Callable[[], None]:
             torch.cuda.set_rng_state_all(states)
         for change, value in settings:
             change(value)
-        for name, value in flags.items():
-            setattr(cudnn, name, value)
+        for place, name, value in flags:
+            setattr(place, name, value)
 
     return put_back

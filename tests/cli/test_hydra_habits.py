@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, run_cli
-from processes import run
+from processes import run, run_python
 
 from llm.cli import overrides
 from llm.cli.compose import find_sources
@@ -324,3 +324,25 @@ def test_a_search_over_learning_rates_finds_the_best_of_twenty(tmp_path, monkeyp
     best = float(re.search(r"best of the search: ([\d.]+) with optim.matrix_lr=", done.stdout)[1])
     assert len(reached) == 20 and best == min(reached) < max(reached)
     assert len(list(tmp_path.glob("tiny-matrix_lr=*/pretrain/run.json"))) == 20
+
+
+COMPOSITIONS = """
+import sys
+from hydra._internal.hydra import Hydra
+from llm.cli.app import run_command
+calls, compose, find = [], Hydra.compose_config, Hydra.get_mode
+Hydra.compose_config = lambda *args, **named: calls.append(1) or compose(*args, **named)
+run_command("train", lambda cfg: print(cfg.seed, len(calls)), sys.argv[1:])
+print(Hydra.get_mode is find)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "jobs"),
+    [(["seed=1"], ["1 2"]), (["-m", "seed=1,2"], ["1 3", "2 3"]), (["hydra.mode=MULTIRUN", "seed=1"], ["1 3"])],
+)
+def test_one_job_is_composed_twice_for_the_check_and_for_itself(argv, jobs):
+    """Hydra would compose it once more to find out whether it is a sweep, which the check knows."""
+    lines = run_python(COMPOSITIONS, *argv).stdout.splitlines()
+    assert [line for line in lines if re.fullmatch(r"\d+ \d+", line)] == jobs
+    assert lines[-1] == "True"

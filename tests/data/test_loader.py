@@ -300,6 +300,19 @@ def test_thread_ends_on_close_break_and_collection(folder):
     assert not data_threads()
 
 
+def test_an_iterator_that_is_made_for_a_try_prepares_no_step(folder):
+    """Lightning makes one to see whether it can; the next one begins at once, while other things are still done."""
+    loader = text_steps(folder)
+    tried = iter(loader)
+    assert not data_threads()
+    used = iter(loader)
+    assert len(data_threads()) == 1
+    assert next(tried, None) is None  # there is one at a time
+    assert next(used)["n_tokens"] == next(iter(text_steps(folder)))["n_tokens"]
+    loader.close()
+    assert not data_threads()
+
+
 def test_errors_of_the_thread_surface_in_the_consumer(tmp_path):
     rows = [json.dumps({"text": text}) for text in words(300)]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{broken"]))

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 
 import pytest
 import torch
@@ -118,6 +119,59 @@ def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, tuned, mon
         torch.testing.assert_close(eager(ids[:, :9]), compiled(ids[:, :9]))  # eager, whatever the shape
 
 
+OWN_GRADIENT = """
+import json, sys
+import torch
+from torch._dynamo.utils import counters
+from llm.model.compile import begin_sooner
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin() * FORWARD
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos() * BACKWARD
+
+begin_sooner().join()
+x = torch.zeros(8, requires_grad=True)
+value = torch.compile(lambda x: Scaled.apply(x + 1).sum())(x)
+value.backward()
+told = {"value": value.item(), "grad": x.grad[0].item(), "hits": counters["aot_autograd"]["autograd_cache_hit"]}
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_is_kept_on_disk_until_a_function_with_its_own_gradient_changes(tmp_path):
+    for forward, backward, hits in ((1, 1, 0), (1, 1, 1), (1, 3, 0), (2, 3, 0), (2, 3, 1)):
+        code = OWN_GRADIENT.replace("FORWARD", str(forward)).replace("BACKWARD", str(backward))
+        done = run(sys.executable, "-c", code, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+        want = {"value": 8 * forward * math.sin(1), "grad": backward * math.cos(1), "hits": hits}
+        assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(want, rel=1e-5), done.stderr
+
+
+def test_the_compiler_is_prepared_on_a_cpu_and_waited_for(monkeypatch):
+    """A thread that fails costs nothing: the compiler asks again."""
+    asked, may_end = [], threading.Event()
+
+    def pick() -> None:
+        may_end.wait(10)
+        asked.append("instructions")
+        raise OSError("no compiler")
+
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", pick)
+    monkeypatch.setattr(torch, "compile", lambda function, **more: lambda *args: asked.append("step") or args[0])
+    net = network()
+    compile_training(net)
+    threading.Timer(0.1, may_end.set).start()
+    net.training_forward_blocks(torch.zeros(1))
+    assert asked == ["instructions", "step"]
+    compile_training(network(), device=GPU)  # which the network is moved to later
+    assert asked == ["instructions", "step"]
+
+
 @pytest.mark.slow
 def test_a_failing_compiler_names_the_part(monkeypatch):
     torch._dynamo.reset()
@@ -140,6 +194,8 @@ def test_a_failing_compiler_names_the_part(monkeypatch):
          ["1024_full_ms", "2048_masked_peak_mb", "4096_banded_to_full"]),
         ("loss_head", ["--tokens", "64", "--width", "16", "--vocab", "100", "--repeats", "1"],
          ["chunked_ms", "sampled_ms"]),
+        ("start", ["--depth", "1", "--seq-len", "32", "--vocab", "300", "--repeats", "1", "--compile", "false"],
+         ["eager_ours_wall_s", "eager_plain_cpu_s"]),
     ],
 )  # fmt: skip
 def test_benchmarks_end_with_a_line_of_json(script, options, keys):
