@@ -1,6 +1,8 @@
 """Ends of the two processes that `bench/start.py` times, and the plain one of them: no Hydra, no Lightning.
 
-python bench/_start.py CONFIG MODEL        CONFIG: file of the resolved configuration; MODEL: folder of a tokenizer
+    python bench/_start.py CONFIG MODEL
+
+CONFIG: file of the resolved configuration. MODEL: folder of a tokenizer.
 """
 
 import json
