@@ -9,6 +9,7 @@ from llm.checkpoint.resume import list_checkpoints
 from llm.cli.changes import changes
 from llm.model.linear import resolve_compute_dtype
 from llm.parallel.launch import processes
+from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.machine import device_name
 from llm.stages.common import BuiltStage
 from llm.stages.expect import Expected, expect
@@ -126,8 +127,12 @@ def data_words(derived: Mapping[str, Any]) -> str:
 def step_words(derived: Mapping[str, Any], cfg) -> str:
     """Return number and size of the steps."""
     d, rows, world = derived, cfg.batch.micro_batch_size, processes(cfg)
-    micro = f"{d['micro_batches']:,} micro-batch{'es' if d['micro_batches'] > 1 else ''} of {rows} rows"
-    what = f"{d['samples_per_step']:,} answers" if "samples_per_step" in d else f"{d['tokens_per_step']:,} tokens"
+    batch = batch_schedule(cfg, d["tokens_per_step"])
+    first, few = (f"{batch.tokens // batch.parts:,} to ", f"{d['micro_batches'] // batch.parts:,} to ")
+    first, few = (first, few) if batch.parts > 1 else ("", "")
+    micro = f"{few}{d['micro_batches']:,} micro-batch{'es' if d['micro_batches'] > 1 else ''} of {rows} rows"
+    tokens = f"{first}{d['tokens_per_step']:,} tokens"
+    what = f"{d['samples_per_step']:,} answers" if "samples_per_step" in d else tokens
     return f"{d['steps']:,} steps of {what} ({micro}{f' on each of {world} devices' if world > 1 else ''})"
 
 
