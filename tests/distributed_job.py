@@ -59,7 +59,7 @@ EVEN = (
     "ramped",
 )  # in the lengths and numbers of micro-batches
 SWITCHED = {"sampled_softmax": 0.3, "multi_token": 0.5, "window_ramp": 0.8}  # keys of stage=pretrain
-RAMP = BatchSchedule(2**20, 0.8, 3)  # so large that rates and decay follow the batch
+RAMP = BatchSchedule(3 * 2**19, 0.4, 3)  # so large that rates and decay follow the batch
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 
 
