@@ -68,7 +68,7 @@ def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule) -> TextP
     tokens, passes = passes_over(source, tokenizer, planned)
     limit = cfg.stage.get("max_passes")
     if None not in (passes, limit) and cfg.max_steps is None and passes > limit:
-        steps = max(1, batch.steps_within(int(planned * limit / passes)))
+        steps = max(1, batch.steps_within(round(planned * limit / passes)))
         passes = passes * batch.total(steps) / planned
     packing = cfg.data.packing
     if packing == "auto":
