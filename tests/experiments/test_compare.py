@@ -82,7 +82,7 @@ def test_runs_with_equal_tokens_in_other_numbers_of_steps_are_judged_by_their_en
     assert one.found.b == pytest.approx(1.98 + 6 * math.exp(-100 / 15), abs=0.003)
     assert one.verdict.verdict == as_json(result)["verdict"] == "better" and "their ends, decides" in result.notes[0]
     module.show(result)
-    assert "59.50K tokens  last" in capsys.readouterr().out
+    assert re.search(r"\n59.50K tokens +last", capsys.readouterr().out)
     (row,) = screen(tmp_path, "base", ["ramp"])
     assert row["verdict"] == "better" and row["seconds"] == pytest.approx(72 / 60)
     add_sweep(tmp_path, "more", [1, 2, 3], level=1.98, sd=0.001, steps=100, tokens=100_000, lr=0.03)
