@@ -127,12 +127,13 @@ def data_words(derived: Mapping[str, Any]) -> str:
 def step_words(derived: Mapping[str, Any], cfg) -> str:
     """Return number and size of the steps."""
     d, rows, world = derived, cfg.batch.micro_batch_size, processes(cfg)
-    batch = batch_schedule(cfg, d["tokens_per_step"])
-    first, few = (f"{batch.tokens // batch.parts:,} to ", f"{d['micro_batches'] // batch.parts:,} to ")
-    first, few = (first, few) if batch.parts > 1 else ("", "")
-    micro = f"{few}{d['micro_batches']:,} micro-batch{'es' if d['micro_batches'] > 1 else ''} of {rows} rows"
-    tokens = f"{first}{d['tokens_per_step']:,} tokens"
-    what = f"{d['samples_per_step']:,} answers" if "samples_per_step" in d else tokens
+    parts = batch_schedule(cfg, d["tokens_per_step"]).parts
+
+    def sizes(whole: int) -> str:
+        return f"{whole:,}" if parts == 1 else f"{whole // parts:,} to {whole:,}"
+
+    micro = f"{sizes(d['micro_batches'])} micro-batch{'es' if d['micro_batches'] > 1 else ''} of {rows} rows"
+    what = f"{d['samples_per_step']:,} answers" if "samples_per_step" in d else f"{sizes(d['tokens_per_step'])} tokens"
     return f"{d['steps']:,} steps of {what} ({micro}{f' on each of {world} devices' if world > 1 else ''})"
 
 

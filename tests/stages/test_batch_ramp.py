@@ -15,6 +15,7 @@ from small_training import net
 
 from callbacks.progress import Progress
 from llm.errors import UserError
+from llm.model.lora import LoRA, add_adapter
 from llm.optim.schedules import decay_multiplier, lr_multiplier
 from llm.scaling.batch_ramp import BatchSchedule, batch_schedule
 from llm.stages import text_plan
@@ -135,7 +136,7 @@ def test_keys_without_an_effect_are_refused():
 
 @pytest.mark.parametrize("follows", [True, False])
 def test_rates_and_decay_follow_the_batch_of_the_step_where_the_rules_do(follows):
-    """But for the rate that follows no batch, and an adapter's."""
+    """But for the rate that follows no batch."""
     cfg = compose("train", "stage=pretrain", f"optim.scale_lr={follows}", f"optim.scale_decay={follows}")
     ramp, model = BatchSchedule(2**20, 0.5, 4), net()
     model.smear_gate = torch.nn.Linear(2, 1)
@@ -157,6 +158,18 @@ def test_rates_and_decay_follow_the_batch_of_the_step_where_the_rules_do(follows
         decay = decay_multiplier(cfg.optim.decay_schedule, step, 20) * size**0.5
         assert names["matrices"]["weight_decay"] == pytest.approx(names["matrices"]["initial_decay"] * decay)
     assert {"smear", "matrices", "head"} <= names.keys() and ramp.tokens_of(0, 20) == 2**18
+
+
+def test_the_rate_of_an_adapter_follows_no_batch():
+    cfg, model = compose("train", "stage=pretrain", "optim.scale_lr=true"), net()
+    add_adapter(model, LoRA(2), seed=0)
+    context = StageContext("pretrain", None, torch.ones(70), 20, 8, batch=BatchSchedule(2**20, 0.5, 4))
+    module = AtStep(model, cfg.optim, cfg.stage, context)
+    module._trainer = SimpleNamespace(strategy=None)
+    (group,) = module.configure_optimizers().param_groups
+    module.global_step = 6  # behind the warm-up
+    module.apply_schedules([group])
+    assert group["lr"] == group["initial_lr"] * module.lr_frac(6) and module.rate < module.lr_frac(6)
 
 
 def test_the_work_and_the_time_that_is_left_are_counted_in_tokens(monkeypatch):
