@@ -49,15 +49,8 @@ from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
-EVEN = (
-    "pretrain",
-    "clipped",
-    "sft",
-    "lora",
-    "ngrams",
-    "switched",
-    "ramped",
-)  # in the lengths and numbers of micro-batches
+# Even in the lengths and numbers of micro-batches.
+EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched", "ramped")
 SWITCHED = {"sampled_softmax": 0.3, "multi_token": 0.5, "window_ramp": 0.8}  # keys of stage=pretrain
 RAMP = BatchSchedule(3 * 2**19, 0.4, 3)  # so large that rates and decay follow the batch
 PAIRED = ("reward", *PREFERENCE_LOSSES)

@@ -59,7 +59,8 @@ def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: 
         drawn = derived["samples_per_step"] * longest
         tokens = derived["samples_per_step"] * min(longest + ANSWER_TOKENS, cfg.model.seq_len)
     batch, total = batch_schedule(cfg, derived["tokens_per_step"]), derived["steps"]
-    size = (batch.total(total) - batch.total(total, total - steps)) / (steps * batch.tokens)  # with a ramp below 1
+    rest = batch.total(total) - batch.total(total, total - steps)
+    size = 1.0 if batch.parts == 1 else rest / (steps * batch.tokens)  # of a step, on average
     is_muon = cfg.optim.name.startswith("muon") and not cfg.model.lora.rank
     evaluated, sampled = evaluated_tokens(cfg, derived, context, steps)
     return Work(
