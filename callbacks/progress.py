@@ -80,8 +80,9 @@ class Progress(L.Callback):
         if self.first_done is None or step == self.first_step:
             return None
         is_first = step - self.first_step == 1  # which may have waited for the compiler
-        since, steps = (self.begun, 1) if is_first else (self.first_done, step - self.first_step - 1)
-        left = (time.perf_counter() - since) / steps * (self.module.context.total_steps - step)
+        since, first = (self.begun, self.first_step) if is_first else (self.first_done, self.first_step + 1)
+        rate = (time.perf_counter() - since) / self.module.whole_steps(first, step)
+        left = rate * self.module.whole_steps(step, self.module.context.total_steps)
         return min(left, max(budget.seconds - budget.spent(), 0.0))
 
     def doing(self) -> str | None:

@@ -3,7 +3,7 @@
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
 adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams, `switched` has switches of the
-objective. With a checkpoint it goes on from there.
+objective, `ramped` steps of two, four and six micro-batches. With a checkpoint it goes on from there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -37,6 +37,7 @@ from llm.parallel import collectives
 from llm.parallel.env import end
 from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
+from llm.scaling.batch_ramp import BatchSchedule
 from llm.scaling.rules import model_config
 from llm.stages.best_of_n import BestObjective
 from llm.stages.distill import DistillObjective
@@ -48,8 +49,10 @@ from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
-EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched")  # in the lengths and numbers of micro-batches
+# Even in the lengths and numbers of micro-batches.
+EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched", "ramped")
 SWITCHED = {"sampled_softmax": 0.3, "multi_token": 0.5, "window_ramp": 0.8}  # keys of stage=pretrain
+RAMP = BatchSchedule(3 * 2**19, 0.4, 3)  # so large that rates and decay follow the batch
 PAIRED = ("reward", *PREFERENCE_LOSSES)
 
 
@@ -87,7 +90,10 @@ class Steps:
 
     def __iter__(self):
         while True:
-            numbers = range(collectives.rank(), MICRO - (self.kind not in EVEN), collectives.world_size())
+            end = MICRO - (self.kind not in EVEN)
+            if self.kind == "ramped":
+                end = MICRO * RAMP.tokens_of(self.step, STEPS) // RAMP.tokens
+            numbers = range(collectives.rank(), end, collectives.world_size())
             micro = [micro_batch(self.kind, self.step, number) for number in numbers]
             trained = len(micro) if self.kind in PAIRED else sum(int((m["targets"] >= 0).sum()) for m in micro)
             self.step += 1
@@ -132,7 +138,7 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     if "lora" in (kind, adapter):
         add_adapter(net, LoRA(2, targets=("attention", "mlp", "head", "embedding", "value_embeds")), seed=1)
     stage = OmegaConf.merge(CFG.stage, SWITCHED if kind == "switched" else {})
-    context = StageContext(kind, None, torch.ones(VOCAB), STEPS, 64)
+    context = StageContext(kind, None, torch.ones(VOCAB), STEPS, 64, batch=RAMP if kind == "ramped" else None)
     module = StepModule(net, CFG.optim, stage, context, OBJECTIVES.get(kind))
     trainer = L.Trainer(
         accelerator="cpu",

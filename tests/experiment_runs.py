@@ -21,12 +21,13 @@ def add_run(
     status="finished",
     until=None,
     spoil=None,
+    tokens=None,
     **extra,
 ):
     """Write a pretraining run whose bpb falls to `level`, evaluated every `every` steps; return its stage folder.
 
     seconds: of all its steps. until: the step at which it stopped, before its end. spoil: {step: text} of cells of bpb
-    to be replaced. extra: keys of run.json.
+    to be replaced. tokens: of all its steps, which metrics.csv counts then. extra: keys of run.json.
     """
     folder = RunDir(root, run).path / "pretrain"
     stage = {"name": "pretrain", "eval_every": every, "eval_tokens": 4096}
@@ -40,10 +41,13 @@ def add_run(
     facts |= {"parents": {"init_from": {"tokenizer": TOKENIZER}}, "data": {"held_out_text": "aa11", "read": {}}}
     facts |= {"metrics": {"bpb": curve[max(curve)], "loss": 2 * level, "tok_per_s": 1000.0}}
     write_manifest(folder, facts | {"derived": {"params_total": 1_000_000, "depth": 4}} | extra)
-    lines = ["step,bpb,seconds,loss"]
+    lines = ["step,bpb,seconds,loss" + (",tokens" if tokens else "")]
     for step in range(0, steps + 1, 10):
         clock = repr(seconds * step / steps) if step else ""
-        lines.append(f"{step},{cells.get(step, '')},{clock},{3.0 if step else ''}")
+        lines.append(
+            f"{step},{cells.get(step, '')},{clock},{3.0 if step else ''}"
+            + (f",{tokens * step / steps}" if tokens else "")
+        )
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     return folder
 

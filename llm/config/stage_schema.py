@@ -119,6 +119,14 @@ class PretrainStage(ModelStage):
         above=0,
         high=1,
     )
+    batch_ramp: float | None = key(
+        "share of the steps, at the start, in which steps have fewer tokens, at first one of batch_parts; null = none",
+        above=0,
+        high=1,
+    )
+    batch_parts: int | None = key(
+        "equal parts of batch.tokens_per_step, by which the steps of batch_ramp grow; null = 4", low=2, high=1024
+    )
     sampled_softmax: float | None = key(
         "share of the vocabulary in the softmax of the first training steps; it grows, and at the end is whole; null "
         "= whole",

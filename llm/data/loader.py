@@ -8,11 +8,11 @@ and those into steps:
      "n_trained": targets >= 0 in the step, "n_tokens": all positions,
      "state": a function that returns the position after this step}
 
-All counts are of this rank. The position holds the cursor of the source, the packing buffer and the balance of tokens
-(llm.data.balance) as tensors and primitives (up to buffer x (T + 1) int32 tokens), so torch.load(weights_only=True)
-reads it and a loader built with it continues with exactly the steps that would have followed. It rides with the batch
-because the thread is ahead of training, as a function because few positions are ever stored. Steps are a function of
-source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
+All counts are of this rank. The position holds the number of steps before it, the cursor of the source, the packing
+buffer and the balance of tokens (llm.data.balance) as tensors and primitives (up to buffer x (T + 1) int32 tokens), so
+torch.load(weights_only=True) reads it and a loader built with it continues with exactly the steps that would have
+followed. It rides with the batch because the thread is ahead of training, as a function because few positions are ever
+stored. Steps are a function of source, tokenizer, sizes and rank alone, never of prefetch depth or thread timing.
 """
 
 import logging
@@ -20,9 +20,10 @@ import queue
 import threading
 import time
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -44,7 +45,9 @@ VAL_PACKING = "crop"  # scores are measured on equal rows whatever the packing o
 class StepLayout:
     """Shape of a rank's steps, `micro_per_step` micro-batches of `rows_per_micro` rows of `seq_len` tokens, and waits.
 
-    Raises ValueError for sizes below 1 and a rank outside `world`.
+    grows_at: numbers of steps, rising, from which on a step has one part more of its micro-batches. The parts are
+    equal, one more than these numbers; the first step has one. Raises ValueError for sizes below 1, a rank outside
+    `world`, and parts that are no whole micro-batches.
     """
 
     seq_len: int
@@ -55,15 +58,21 @@ class StepLayout:
     prefetch: int = 2  # steps that are prepared ahead
     timeout_s: float = 900.0  # seconds without a step that mean there will be none
     pin_memory: bool = False
+    grows_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (self.seq_len, self.rows_per_micro, self.micro_per_step, self.prefetch)
-        if min(sizes) < 1 or not 0 <= self.rank < self.world:
+        parts_fit = self.micro_per_step % (1 + len(self.grows_at)) == 0
+        if min(sizes) < 1 or not 0 <= self.rank < self.world or not parts_fit:
             raise ValueError(f"{self}: out of range")
 
     def undivided(self) -> "StepLayout":
         """The layout of a loader that reads what all ranks read together."""
         return replace(self, rank=0, world=1)
+
+    def micro_batches_of(self, step: int) -> int:
+        """Return the micro-batches of the step `step`, counted from 0."""
+        return self.micro_per_step // (1 + len(self.grows_at)) * (1 + bisect_right(self.grows_at, step))
 
 
 class TextFeed:
@@ -128,12 +137,19 @@ class StepLoader:
         return running
 
     def skip(self, steps: int) -> None:
-        """Move the start behind the next `steps` steps."""
+        """Move the start behind the rows of the next `steps` steps, which are not counted as steps."""
+        number = self._steps_before()
         for step in islice(self.steps(), steps):
             before, self.state = self.state, step["state"]()
             balance = Balance.from_dict(self.state["balance"])
             balance.leave_out(Balance.from_dict((before or {}).get("balance", {})))
             self.state["balance"] = balance.to_dict()
+        if self.state is not None:
+            self.state["step"] = number
+
+    def _steps_before(self) -> int:
+        """Return the number of steps before the start; 0 where a state of an older release does not say."""
+        return (self.state or {}).get("step", 0)
 
     def close(self) -> None:
         """Stop the background thread, if one is running."""
@@ -148,8 +164,8 @@ class StepLoader:
             packer.load_state_dict({k: _to_numpy(v) for k, v in self.state["packer"].items()})
         feed = self._feed(cursor)
         balance = feed.balance = self._balance_so_far(packer)
-        rows = self.layout.rows_per_micro * self.layout.micro_per_step
-        while True:
+        for number in count(self._steps_before()):
+            rows = self.layout.rows_per_micro * self.layout.micro_batches_of(number)
             ids = np.full((rows, self.layout.seq_len + 1), self._pad_id(), np.int32)
             mask = np.zeros(ids.shape, np.float32)
             lost, repeated = packer.lost, packer.repeated
@@ -162,7 +178,7 @@ class StepLoader:
             balance.padded += ids.size - sum(used)
             balance.cut += 0 if isinstance(packer, BestFitPad) else packer.lost - lost
             balance.repeated += packer.repeated - repeated
-            yield step | {"state": self._position(feed.cursor, packer.snapshot(), balance.to_dict())}
+            yield step | {"state": self._position(number + 1, feed.cursor, packer.snapshot(), balance.to_dict())}
 
     def _balance_so_far(self, packer) -> Balance:
         """Return the balance at `state`; without counters there, what waits to be packed counts as read."""
@@ -172,8 +188,10 @@ class StepLoader:
             return Balance.from_dict(self.state["balance"])
         return Balance(read=packer.waiting_tokens, partial=1)
 
-    def _position(self, cursor: dict | None, snapshot: Callable[[], dict], balance: dict) -> Callable[[], dict]:
-        """Return a function that builds the resume state.
+    def _position(
+        self, step: int, cursor: dict | None, snapshot: Callable[[], dict], balance: dict
+    ) -> Callable[[], dict]:
+        """Return a function that builds the resume state, behind `step` steps.
 
         It is built lazily, because copying the buffer costs megabytes and only checkpoints need it.
         """
@@ -182,7 +200,7 @@ class StepLoader:
         def position() -> dict:
             packer = snapshot()
             counted = balance | {"waiting": int(packer["lengths"].sum())}
-            return identity | {"cursor": cursor, "packer": _tensors(packer), "balance": counted}
+            return identity | {"step": step, "cursor": cursor, "packer": _tensors(packer), "balance": counted}
 
         return position
 

@@ -20,7 +20,7 @@ from llm.experiments.comparison import Comparison, Measure, compare
 from llm.experiments.plot import draw_comparison
 from llm.experiments.statistics import ALPHA, POWER
 from llm.utils.files import plain
-from llm.utils.format import print_table
+from llm.utils.format import amount, print_table
 
 FORMAT = 1  # of --json; rises when a field changes its meaning or goes
 
@@ -120,9 +120,14 @@ TESTS = {
 }
 
 
+def place_of(at: str, point: float) -> str:
+    """Return in words where a measure compares: a step, a second, a number of tokens."""
+    return {"steps": f"step {point:,.0f}", "seconds": f"{point:,.1f} s", "tokens": f"{amount(point)} tokens"}[at]
+
+
 def _line(one: Measure) -> list[str]:
     found, verdict = one.found, one.verdict
-    place = f"step {one.point:,.0f}" if one.at == "steps" else f"{one.point:,.1f} s"
+    place = place_of(one.at, one.point)
     if found.stderr is None:
         return [place, one.of, f"{found.a:.4f}", f"{found.b:.4f}", f"{found.mean:+.4f}", *["-"] * 4, verdict.verdict]
     interval = f"{verdict.low:+.4f} to {verdict.high:+.4f}"

@@ -27,13 +27,14 @@ MARGIN = 0.005  # of A's value: a tenth more compute lowers the loss by about as
 MARGIN_OF_SHARES = 0.01
 LOWER = ("bpb*", "*loss", "ms_per_step", "kl")
 HIGHER = ("*core", "reward", "preference/*", "accuracy*", "tok_per_s", "mfu")
+SAME_TOKENS = 1.01  # most over fewest tokens of runs that were to have equally many: steps are whole
 UNEVEN = 1.1  # longest time over shortest within one side
 RANGE = (("min", min), ("max", max))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One way to compare: `at` equal steps or seconds, `point` of them, `of` the last evaluation or a mean of them.
+    """One way to compare: `at` equal steps, seconds or tokens, `point` of them, `of` the last evaluation or a mean.
 
     further: seeds that A and B need in addition where the verdict is undecided; None where nobody knows.
     """
@@ -98,9 +99,13 @@ def compare(
     steps, times = common_steps(everything), common_seconds(everything)
     if not steps:
         raise UserError(f"{a} and {b} have no evaluated step in common: train both with one stage.eval_every")
-    end = steps[-1]
-    floor = _noise(root, noise, used, stage, metric, lambda curve: curve.at(end))
-    wide = _margin(margin, fmean(curve.at(end) for curve in used[0]), metric, share)
+    end, tokens = steps[-1], _tokens_at_ends(everything)
+
+    def decisive(curve: Curve) -> float:
+        return curve.at(end) if tokens is None else curve.values[-1]
+
+    floor = _noise(root, noise, used, stage, metric, decisive)
+    wide = _margin(margin, fmean(map(decisive, used[0])), metric, share)
 
     def measure(at: str, point: float, of: str, value: Callable[[Curve], float]) -> Measure:
         found = compare_groups(*([value(c) for c in side] for side in used), pairs is not None, floor)
@@ -111,6 +116,11 @@ def compare(
 
     tail = steps[-last:]
     measures = [measure("steps", end, "last", lambda curve: curve.at(end))]
+    if tokens is not None:
+        measures.insert(0, measure("tokens", tokens, "last", decisive))
+        notes.append(
+            "runs end after equal tokens in different numbers of steps: the first line, of their ends, decides"
+        )
     if len(tail) > 1:
         mean = measure("steps", end, f"mean of {len(tail)}", lambda curve: fmean(curve.at(step) for step in tail))
         measures.append(mean)
@@ -149,6 +159,14 @@ def _check(sides: Sequence[Side], metric: str, force: bool) -> None:
             f"{metric} of {sides[0].name} and {sides[1].name} was not measured on the same things: "
             f"{'; '.join(reasons[:4])}; evaluate both alike, or use --force"
         )
+
+
+def _tokens_at_ends(curves: Sequence[Curve]) -> float | None:
+    """Return the tokens after which all runs end, where they took different numbers of steps for them; else None."""
+    tokens = [curve.tokens for curve in curves]
+    if None in tokens or len({curve.steps[-1] for curve in curves}) == 1:
+        return None
+    return min(tokens) if max(tokens) <= SAME_TOKENS * min(tokens) else None
 
 
 def _pairs(

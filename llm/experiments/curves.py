@@ -14,7 +14,8 @@ from llm.run.stage_folder import read_metrics
 class Curve:
     """A metric over one run. steps, values: where it was measured, ascending.
 
-    seconds: of training until each of those steps, without evaluations; None where they were not recorded.
+    seconds: of training until each of those steps, without evaluations; None where they were not recorded. tokens:
+    trained on until the last of those steps; None where they were not recorded.
     """
 
     run: str
@@ -22,6 +23,7 @@ class Curve:
     steps: tuple[int, ...]
     values: tuple[float, ...]
     seconds: tuple[float, ...] | None
+    tokens: float | None = None
 
     def at(self, step: int) -> float:
         """Return the value measured at a step."""
@@ -47,7 +49,8 @@ def read_curve(row: Row, metric: str) -> Curve:
     points = [(int(line["step"]), line[column]) for line in rows if column in line]
     steps, values = zip(*points, strict=True)
     timed = [(line["step"], line["seconds"]) for line in rows if math.isfinite(line.get("seconds", math.nan))]
-    return Curve(row["run"], row["seed"], steps, values, _seconds_at(steps, timed))
+    counted = [line["tokens"] for line in rows if line["step"] <= steps[-1] and line.get("tokens", math.nan) > 0]
+    return Curve(row["run"], row["seed"], steps, values, _seconds_at(steps, timed), max(counted, default=None))
 
 
 def _seconds_at(steps: Sequence[int], timed: list[tuple[float, float]]) -> tuple[float, ...] | None:

@@ -25,8 +25,8 @@ def screen(root: str, pool: str, changes: Sequence[str], **options: Any) -> list
     """Return a mapping for each change, the best first; options: those of `comparison.compare`.
 
     name; settings: {key: (before, after)}; pool, value: means of the metric; difference, stderr, p, verdict: at equal
-    steps, not paired by seed; seconds: training time over that of the pool, None where it is unknown; seeds; notes.
-    Raises UserError where a change cannot be compared.
+    steps, or at equal tokens where `compare` decides by these, not paired by seed; seconds: training time over that of
+    the pool, None where it is unknown; seeds; notes. Raises UserError where a change cannot be compared.
     """
     found = []
     for change in changes:
@@ -53,10 +53,13 @@ def screen(root: str, pool: str, changes: Sequence[str], **options: Any) -> list
 
 
 def _time_ratio(result: Comparison) -> float | None:
-    """Return B's seconds over A's up to the last common step; None where a run does not say its seconds."""
-    end = int(result.measures[0].point)
+    """Return B's seconds over A's up to where the verdict is; None where a run does not say its seconds."""
+    one = result.measures[0]
     times = [
-        [curve.seconds[curve.steps.index(end)] if curve.seconds else None for curve in side.curves]
+        [
+            curve.seconds[-1 if one.at == "tokens" else curve.steps.index(int(one.point))] if curve.seconds else None
+            for curve in side.curves
+        ]
         for side in (result.a, result.b)
     ]
     if any(time is None for side in times for time in side):

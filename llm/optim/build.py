@@ -30,9 +30,9 @@ def build_optimizer(
     """Build the optimizer of a GPT that the config group `optim` names, as an `optimizer` (GroupOptimizer or a kind).
 
     lr_scale multiplies the learning rates of all groups, but of those with `fixed_lr` where fixed_lr_scale is given:
-    that multiplies theirs. decay_scale multiplies the weight decay of groups with `decays`. A network with an adapter
-    has a group of its own. Raises UserError for a name that does not exist, and where a trained parameter is not in
-    exactly one group.
+    that multiplies theirs, and the mark stays. decay_scale multiplies the weight decay of groups with `decays`. A
+    network with an adapter has a group of its own. Raises UserError for a name that does not exist, and where a trained
+    parameter is not in exactly one group.
     """
     if getattr(net, "lora", None) is not None:
         groups = lora_groups(net)
@@ -41,6 +41,8 @@ def build_optimizer(
         for group in groups:
             is_fixed = group.pop("fixed_lr", False) and fixed_lr_scale is not None
             group["lr"] = group["lr"] * (fixed_lr_scale if is_fixed else lr_scale)
+            if is_fixed:
+                group["fixed_lr"] = True
             if group.get("decays"):
                 group["weight_decay"] = group["weight_decay"] * decay_scale
     if optimizer.holds_rows and any(group.get("hyperball") for group in groups):
@@ -75,7 +77,9 @@ def lora_groups(net: nn.Module) -> list[dict]:
     optimizer, and shares of them, say nothing about it.
     """
     params = [p for p in net.parameters() if p.requires_grad]
-    return [{"kind": "adamw", "params": params, "lr": net.lora.lr, "betas": LORA_BETAS, "eps": LORA_EPS}]
+    return [
+        {"kind": "adamw", "params": params, "lr": net.lora.lr, "betas": LORA_BETAS, "eps": LORA_EPS, "fixed_lr": True}
+    ]
 
 
 def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:

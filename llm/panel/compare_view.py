@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llm.errors import UserError
-from llm.experiments.compare import TESTS, as_json, in_words
+from llm.experiments.compare import TESTS, as_json, in_words, place_of
 from llm.experiments.comparison import compare
 from llm.panel.chart import COLOURS, Line, draw
 from llm.panel.columns import Columns
@@ -76,9 +76,15 @@ def verdict_page(panel: Panel, a: str, b: str, metric: str, margin: str = "") ->
     found = as_json(result)
     lines = []
     for one in found["measures"]:
-        place = f"step {one['point']:,.0f}" if one["at"] == "steps" else f"{one['point']:,.1f} s"
         numbers = [one[name] for name in ("a", "b", "difference", "stderr", "low", "high", "p", "p_equal")]
-        lines.append([place, one["of"], *("-" if n is None else f"{n:.4g}" for n in numbers), one["verdict"]])
+        lines.append(
+            [
+                place_of(one["at"], one["point"]),
+                one["of"],
+                *("-" if n is None else f"{n:.4g}" for n in numbers),
+                one["verdict"],
+            ]
+        )
     header = ["at", "of", "A", "B", "B - A", "s.e.", "low", "high", "p", "p equal", "verdict"]
     test = TESTS[result.measures[0].found.test].format(len(result.pairs or []))
     notes = "".join(f"<li>{text(note)}</li>" for note in found["notes"])

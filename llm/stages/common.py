@@ -21,6 +21,7 @@ from llm.parallel.launch import processes
 from llm.run.content import check_content, fingerprints
 from llm.run.notes import content_note, say
 from llm.run.stage_folder import find_further
+from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import micro_batches
 from llm.stages.device import DeviceOptions
@@ -184,14 +185,15 @@ def load_further(cfg, key: str, value: str, what: str, net: GPT, tokenizer: Toke
     return found, folder
 
 
-def steps_layout(cfg, config: GPTConfig, tokens: int | None) -> StepLayout:
+def steps_layout(cfg, config: GPTConfig, tokens: int | None, parts: int = 1) -> StepLayout:
     """Lay out a step of `tokens` over all ranks; resolves batch.micro_batch_size=auto.
 
-    Raises UserError where no whole number of micro-batches makes such a step.
+    parts: equal parts of a step, of a batch ramp, that are whole micro-batches each. Raises UserError where no whole
+    number of micro-batches makes such a step.
     """
     check_step(cfg, tokens)
     seq_len, world = cfg.model.seq_len, processes(cfg)
-    cfg.batch.micro_batch_size = rows = resolve_rows(cfg, config, tokens // seq_len // world)
+    cfg.batch.micro_batch_size = rows = resolve_rows(cfg, config, tokens // parts // seq_len // world)
     return StepLayout(
         seq_len=seq_len,
         rows_per_micro=rows,
@@ -264,7 +266,7 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
     """Return the derived numbers that every model stage prints and saves. FLOPs are of the training passes only."""
     n = num_params(net_config)
     per_token = flops_per_token(net_config)
-    tokens = total_steps * tokens_per_step
+    tokens = batch_schedule(cfg, tokens_per_step).total(total_steps)
     return {
         "depth": net_config.n_layer,
         "n_embd": net_config.n_embd,

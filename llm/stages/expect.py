@@ -7,6 +7,7 @@ from llm.config.stages import stage_row
 from llm.model.compile import decide
 from llm.model.linear import resolve_compute_dtype
 from llm.parallel.launch import processes
+from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.duration import Estimate, Work, estimate, expected
 from llm.scaling.machine import Parts, Run, earlier_runs, free_share, key, matmul_rate, remember
 from llm.stages.micro_batch import training_device
@@ -57,14 +58,17 @@ def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: 
         longest = min(stage.max_new_tokens, cfg.model.seq_len)
         drawn = derived["samples_per_step"] * longest
         tokens = derived["samples_per_step"] * min(longest + ANSWER_TOKENS, cfg.model.seq_len)
+    batch, total = batch_schedule(cfg, derived["tokens_per_step"]), derived["steps"]
+    rest = batch.total(total) - batch.total(total, total - steps)
+    size = 1.0 if batch.parts == 1 else rest / (steps * batch.tokens)  # of a step, on average
     is_muon = cfg.optim.name.startswith("muon") and not cfg.model.lora.rank
     evaluated, sampled = evaluated_tokens(cfg, derived, context, steps)
     return Work(
         stage=stage.name,
         steps=steps,
-        flops=tokens * per_token / world,
+        flops=tokens * size * per_token / world,
         drawn=drawn * per_token * FORWARD / world,
-        layers=derived["micro_batches"] * derived["depth"],
+        layers=round(derived["micro_batches"] * size * derived["depth"]),
         width=derived["n_embd"],
         blocks=derived["params_blocks"] if is_muon else 0,
         evaluated=evaluated * per_token * FORWARD / world,

@@ -17,6 +17,7 @@ from llm.model.config import GPTConfig
 from llm.model.linear import resolve_compute_dtype
 from llm.optim.build import ROWS_ONLY
 from llm.parallel.launch import check_strategy, processes, processes_of_node
+from llm.scaling.batch_ramp import BatchSchedule, batch_schedule
 from llm.scaling.rules import (
     REFERENCE_DEPTH,
     auto_batch,
@@ -67,11 +68,15 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
 
 def check_pretraining(cfg, config: GPTConfig) -> None:
     """Raise UserError for a horizon or a step that cannot be, or best weights that nobody measures."""
-    planned = plan(cfg, config.vocab_size)
+    check_planned(cfg, plan(cfg, config.vocab_size).batch.tokens)
+
+
+def check_planned(cfg, batch_tokens: int) -> None:
+    """Raise UserError for best weights that nobody measures, an average, a step or a ramp that cannot be."""
     check_keeps_best(cfg)
     check_average(cfg)
-    check_ramps(cfg)
-    check_step(cfg, planned.batch_tokens)
+    check_step(cfg, batch_tokens)
+    check_ramps(cfg, batch_tokens)
 
 
 def check_finetuning(cfg, config: GPTConfig) -> None:
@@ -164,7 +169,7 @@ class Plan(NamedTuple):
     """Shape, batch, horizon and scales that follow from the configuration and the size of the vocabulary."""
 
     config: GPTConfig
-    batch_tokens: int
+    batch: BatchSchedule
     steps: int
     scales: dict[str, float]  # lr_scale, decay_scale and fixed_lr_scale
 
@@ -183,13 +188,14 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
     by_rule, reference_tokens = (
         training_tokens(c, stage.tokens_per_param, stage.count_params) for c in (config, reference)
     )
-    batch = cfg.batch.tokens_per_step or auto_batch(by_rule, reference_tokens)
+    batch = batch_schedule(cfg, cfg.batch.tokens_per_step or auto_batch(by_rule, reference_tokens))
     if tokens is None:
-        horizon = pretrain_steps(config, batch, stage.tokens_per_param, stage.count_params, stage.target_flops)
+        whole = pretrain_steps(config, batch.tokens, stage.tokens_per_param, stage.count_params, stage.target_flops)
     else:
-        horizon = max(1, tokens // batch)
-    decay_scale = decay_factor(batch, by_rule, reference_tokens) if cfg.optim.scale_decay else 1.0
-    scales = {"lr_scale": lr_scale(cfg, batch), "decay_scale": decay_scale, "fixed_lr_scale": stage.lr_frac}
+        whole = max(1, tokens // batch.tokens)
+    horizon = batch.steps_within(whole * batch.tokens)  # as many tokens as `whole` steps without a ramp
+    decay_scale = decay_factor(batch.tokens, by_rule, reference_tokens) if cfg.optim.scale_decay else 1.0
+    scales = {"lr_scale": lr_scale(cfg, batch.tokens), "decay_scale": decay_scale, "fixed_lr_scale": stage.lr_frac}
     return Plan(config, batch, cfg.max_steps or horizon, scales)
 
 

@@ -3,6 +3,7 @@
 `build` also continues the network of a parent that has one, on the text of `data`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +35,8 @@ from llm.stages.common import (
     steps_layout,
 )
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
-from llm.stages.plan import Plan, check_average, check_keeps_best, evaluates, holds_weights, plan
-from llm.stages.ramps import check_ramps, check_windows
+from llm.stages.plan import Plan, check_planned, evaluates, holds_weights, plan
+from llm.stages.ramps import check_windows
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import left_out, plan_text
 from llm.tokenizer.bpe import Tokenizer
@@ -48,15 +49,14 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     """
     net, tokenizer = load_parent(parent, cfg) if holds_weights(parent) else (None, load_tokenizer(parent, cfg))
     planned = plan(cfg, tokenizer.vocab_size, tokens)
-    check_keeps_best(cfg)
-    check_average(cfg)
-    check_ramps(cfg)
+    check_planned(cfg, planned.batch.tokens)
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
     dropped = left_out(cfg, text.val)  # found before training waits for its first step
-    layout = steps_layout(cfg, planned.config, planned.batch_tokens)
+    layout = steps_layout(cfg, planned.config, planned.batch.tokens, planned.batch.parts)
     in_tables = num_params(planned.config).get("ngrams", 0)
-    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch_tokens, in_tables)
+    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch, in_tables)
     planned = planned._replace(steps=fitted.steps)
+    growing = replace(layout, grows_at=planned.batch.grows_at(planned.steps))
     net = net or build_network(planned.config).init_weights(cfg.seed)
     check_dropout(cfg, net)
     check_windows(net, cfg.stage.get("window_ramp"))
@@ -72,10 +72,10 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout.rank, layout.world)
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     more = {"val_batches": val_batches, "prompts": prompts, "optimizer_state": optimizer_state(cfg, parent, net)}
-    context = step_context(cfg, tokenizer, planned.steps, **more, **planned.scales)
+    context = step_context(cfg, tokenizer, planned.steps, batch=planned.batch, **more, **planned.scales)
     module = StepModule(net, cfg.optim, cfg.stage, context)
     data, numbers = (
-        StepData(lambda position: loader("train", layout, position)),
+        StepData(lambda position: loader("train", growing, position)),
         derived(cfg, planned, net) | fitted.facts() | dropped,
     )
     dropout = [] if cfg.stage.dropout is None else [Dropout(cfg.stage.dropout, cfg.seed)]
@@ -122,17 +122,18 @@ def find_text(cfg, tokenizer: Tokenizer) -> Text:
 
 def derived(cfg, planned: Plan, net: GPT) -> dict:
     """Return the numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
-    config, batch_tokens, total, scales = planned
-    micro = micro_batches(batch_tokens, cfg.batch.micro_batch_size, cfg.model.seq_len, processes(cfg))
-    values = model_facts(config, cfg, total, batch_tokens, micro) | learning_rates(net, cfg, **scales)
+    config, batch, total, scales = planned
+    micro = micro_batches(batch.tokens, cfg.batch.micro_batch_size, cfg.model.seq_len, processes(cfg))
+    values = model_facts(config, cfg, total, batch.tokens, micro) | learning_rates(net, cfg, **scales)
     return values | (gpu_estimate(config, cfg, values["planned_flops"]) if cfg.dry_run else {})
 
 
 def derived_without_tokenizer(cfg) -> dict:
     """Return the numbers that follow from `model.vocab_size` alone: no tokenizer, no data, no weights."""
     planned = plan(cfg, cfg.model.vocab_size)
+    check_planned(cfg, planned.batch.tokens)
     if cfg.batch.micro_batch_size == "auto":
-        choices = divisors(planned.batch_tokens // cfg.model.seq_len)
+        choices = divisors(planned.batch.tokens // planned.batch.parts // cfg.model.seq_len)
         budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
         cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
     with torch.device("meta"):

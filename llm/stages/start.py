@@ -9,6 +9,7 @@ from llm.checkpoint.resume import list_checkpoints
 from llm.cli.changes import changes
 from llm.model.linear import resolve_compute_dtype
 from llm.parallel.launch import processes
+from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.machine import device_name
 from llm.stages.common import BuiltStage
 from llm.stages.expect import Expected, expect
@@ -126,8 +127,13 @@ def data_words(derived: Mapping[str, Any]) -> str:
 def step_words(derived: Mapping[str, Any], cfg) -> str:
     """Return number and size of the steps."""
     d, rows, world = derived, cfg.batch.micro_batch_size, processes(cfg)
-    micro = f"{d['micro_batches']:,} micro-batch{'es' if d['micro_batches'] > 1 else ''} of {rows} rows"
-    what = f"{d['samples_per_step']:,} answers" if "samples_per_step" in d else f"{d['tokens_per_step']:,} tokens"
+    parts = batch_schedule(cfg, d["tokens_per_step"]).parts
+
+    def sizes(whole: int) -> str:
+        return f"{whole:,}" if parts == 1 else f"{whole // parts:,} to {whole:,}"
+
+    micro = f"{sizes(d['micro_batches'])} micro-batch{'es' if d['micro_batches'] > 1 else ''} of {rows} rows"
+    what = f"{d['samples_per_step']:,} answers" if "samples_per_step" in d else f"{sizes(d['tokens_per_step'])} tokens"
     return f"{d['steps']:,} steps of {what} ({micro}{f' on each of {world} devices' if world > 1 else ''})"
 
 

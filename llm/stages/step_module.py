@@ -31,6 +31,7 @@ from llm.optim.optimizer import GroupOptimizer
 from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, ramp_share, warmdown_progress
 from llm.parallel import collectives
 from llm.parallel.strategy import FSDPStrategy, MuonStrategy
+from llm.scaling.batch_ramp import BatchSchedule
 from llm.stages.device import DeviceOptions, take_over
 from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
@@ -52,6 +53,7 @@ class StageContext:
     lr_scale: float = 1.0  # on the optimizer's rates, from lr_frac and the batch
     decay_scale: float = 1.0  # on its weight decay
     fixed_lr_scale: float | None = None  # on rates that do not follow the batch; None = lr_scale on these too
+    batch: BatchSchedule | None = None  # tokens of every step, where they are planned
     loss_jump: float = math.inf  # nats above the median of the last steps that no sound training has
     val_batches: list | None = None  # [{"inputs", "targets"}] of this process; None: bits per byte are not measured
     text_batches: list | None = None  # the same of held-out text, beside conversations; None: not measured
@@ -285,14 +287,30 @@ class StepModule(L.LightningModule):
         place = self.budget.place(self.global_step, self.planned_steps)
         return ramp_share(place, self.planned_steps, getattr(self.stage_config, key, None))
 
+    def whole_steps(self, first: int, last: int) -> float:
+        """Return how many whole steps have the tokens of the steps from `first` to before `last`, with a ramp fewer."""
+        batch, total = self.context.batch, self.planned_steps
+        return last - first if batch is None else (batch.total(total, last) - batch.total(total, first)) / batch.tokens
+
+    def batch_factors(self) -> tuple[float, float]:
+        """Return the factors on rates and on decay of this step, for which the rules have another batch in a ramp."""
+        batch, optim, place = self.context.batch, self.optim_config, (self.global_step, self.planned_steps)
+        if batch is None:
+            return 1.0, 1.0
+        return (
+            batch.lr_factor(*place) if optim.scale_lr else 1.0,
+            batch.decay_factor(*place) if optim.scale_decay else 1.0,
+        )
+
     def apply_schedules(self, groups: list[dict]) -> None:
         step, total, optim = self.global_step, self.planned_steps, self.optim_config
         place = self.budget.place(step, total)
-        multiplier = self.rate = self.lr_frac(step)
-        decay = decay_multiplier(optim.decay_schedule, place, total)
+        multiplier, (by_batch, decay_by_batch) = self.lr_frac(step), self.batch_factors()
+        self.rate = multiplier * by_batch
+        decay = decay_multiplier(optim.decay_schedule, place, total) * decay_by_batch
         warmdown = warmdown_progress(place, total, self.stage_config.warmdown_ratio)
         for group in groups:
-            group["lr"] = group["initial_lr"] * multiplier
+            group["lr"] = group["initial_lr"] * (multiplier if group.get("fixed_lr") else self.rate)
             if group["decays"]:
                 group["weight_decay"] = group["initial_decay"] * decay
             if "momentum" in group and "momentum_warmup" in optim:

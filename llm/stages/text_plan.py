@@ -6,6 +6,7 @@ from llm.data.packing import PACKINGS
 from llm.data.text_size import passes_over
 from llm.errors import UserError
 from llm.run.stage_folder import RunDir
+from llm.scaling.batch_ramp import BatchSchedule
 
 MANY_PASSES = 10
 MOST_IN_TABLES = 1 / 4  # parameters of n-gram tables per token of a text that is read more than once
@@ -25,14 +26,14 @@ class TextPlan(NamedTuple):
         return known | {"packing": self.packing}
 
 
-def plan_text(cfg, source, tokenizer, steps: int, batch_tokens: int, in_tables: int = 0) -> TextPlan:
+def plan_text(cfg, source, tokenizer, steps: int, batch: BatchSchedule, in_tables: int = 0) -> TextPlan:
     """Return the plan of a run of `steps` steps, at most `stage.max_passes` over the text unless max_steps is given.
 
     in_tables: parameters of the network's tables of n-grams. A run with a checkpoint keeps the plan that its run.json
     holds. Warns where the text is read very often, where cropping loses text that is read again, and where the tables
     are large for such a text.
     """
-    found = _begun(cfg, steps) or _measured(cfg, source, tokenizer, steps, batch_tokens)
+    found = _begun(cfg, steps, batch) or _measured(cfg, source, tokenizer, steps, batch)
     if found.tokens is not None:
         for line in warnings_of(cfg, found, in_tables):
             print(f"WARNING: {line}", flush=True)
@@ -61,20 +62,21 @@ def warnings_of(cfg, found: TextPlan, in_tables: int = 0) -> list[str]:
     return lines
 
 
-def _measured(cfg, source, tokenizer, steps: int, batch_tokens: int) -> TextPlan:
+def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule) -> TextPlan:
     """Return the plan by the size of the text as it is now."""
-    tokens, passes = passes_over(source, tokenizer, steps * batch_tokens)
+    planned = batch.total(steps)
+    tokens, passes = passes_over(source, tokenizer, planned)
     limit = cfg.stage.get("max_passes")
     if None not in (passes, limit) and cfg.max_steps is None and passes > limit:
-        fewer = max(1, int(steps * limit / passes))
-        steps, passes = fewer, passes * fewer / steps
+        steps = max(1, batch.steps_within(round(planned * limit / passes)))
+        passes = passes * batch.total(steps) / planned
     packing = cfg.data.packing
     if packing == "auto":
         packing = "best_fit" if passes is not None and passes > 1 else "crop"
     return TextPlan(steps, packing, tokens, passes)
 
 
-def _begun(cfg, planned: int) -> TextPlan | None:
+def _begun(cfg, planned: int, batch: BatchSchedule) -> TextPlan | None:
     """Return the plan of a run that is resumed, None where there is none to keep.
 
     planned: steps by the configuration, to which stage.extend=true lengthens the run.
@@ -87,7 +89,7 @@ def _begun(cfg, planned: int) -> TextPlan | None:
             f"run.json: derived.packing is {kept['packing'][:60]!r}, but must be one of {', '.join(PACKINGS)}"
         )
     steps, passes = cfg.max_steps or (planned if cfg.stage.get("extend") else kept["steps"]), kept.get("text_passes")
-    passes = None if passes is None else passes * steps / kept["steps"]
+    passes = None if passes is None else passes * batch.total(steps) / batch.total(kept["steps"])
     return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)
 
 

@@ -96,6 +96,7 @@ def test_the_first_step_does_not_count_in_the_time_that_is_left(monkeypatch):
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     budget = SimpleNamespace(seconds=float("inf"), spent=lambda: 0.0)
     one.module = SimpleNamespace(global_step=0, context=SimpleNamespace(total_steps=11), budget=budget)
+    one.module.whole_steps = lambda first, last: last - first
     one.begun, one.first_step = 100.0, 0
     assert one.seconds_left() is None
     one.module.global_step, now[0] = 1, 160.0  # which has waited for the compiler
@@ -125,7 +126,7 @@ def test_a_long_training_has_about_a_hundred_lines(capsys, monkeypatch):
     one.module = module = make_module(20_000)
     steps = iter(range(20_001))
     fake = SimpleNamespace(global_step=next(steps), context=module.context, step_log=module.step_log)
-    fake.budget = module.budget
+    fake.budget, fake.whole_steps = module.budget, module.whole_steps
     one.module = fake
     one.on_train_start(trainer, fake)
     for fake.global_step in steps:

@@ -1,6 +1,7 @@
 """Comparison of two configurations, from synthetic run folders."""
 
 import json
+import math
 import re
 import sys
 
@@ -15,6 +16,7 @@ from llm.experiments.compare import as_json, in_words
 from llm.experiments.comparison import compare
 from llm.experiments.curves import Curve, common_seconds, common_steps, read_curve
 from llm.experiments.runs import stage_row_of
+from llm.experiments.screen import screen
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
 
@@ -67,6 +69,27 @@ def test_equal_seconds_can_decide_otherwise_than_equal_steps(tmp_path):
     add_sweep(tmp_path, "quick", [1, 2, 3], level=2.03, sd=0.001, seconds=25, lr=0.03)
     last, _, seconds = compare(tmp_path, "base", "quick").measures
     assert last.verdict.verdict == "worse" and seconds.verdict.verdict == "better" and seconds.point == 25
+
+
+def test_runs_with_equal_tokens_in_other_numbers_of_steps_are_judged_by_their_ends(tmp_path, capsys):
+    """A ramp of the batch: at the last common step it has seen fewer tokens, and looks worse."""
+    add_sweep(tmp_path, "base", [1, 2, 3], level=2.0, sd=0.001, steps=60, tokens=60_000, seconds=60)
+    add_sweep(tmp_path, "ramp", [1, 2, 3], level=2.02, sd=0.001, steps=100, tokens=59_500, seconds=72, lr=0.03)
+    result = compare(tmp_path, "base", "ramp")
+    assert [(one.at, one.point) for one in result.measures[:2]] == [("tokens", 59_500), ("steps", 60)]
+    one = result.measures[0]
+    assert one.found.a == pytest.approx(2.0 + 6 * math.exp(-60 / 15), abs=0.003)
+    assert one.found.b == pytest.approx(2.02 + 6 * math.exp(-100 / 15), abs=0.003)
+    assert one.verdict.verdict == as_json(result)["verdict"] == "better" and "their ends, decides" in result.notes[0]
+    assert result.measures[1].verdict.verdict == "worse"
+    module.show(result)
+    assert "59.50K tokens" in capsys.readouterr().out
+    (row,) = screen(tmp_path, "base", ["ramp"])
+    assert row["verdict"] == "better" and row["seconds"] == pytest.approx(72 / 60)
+    add_sweep(tmp_path, "more", [1, 2, 3], level=1.98, sd=0.001, steps=100, tokens=100_000, lr=0.03)
+    assert [one.at for one in compare(tmp_path, "base", "more").measures][0] == "steps"
+    add_sweep(tmp_path, "alike", [1, 2, 3], level=1.98, sd=0.001, steps=60, tokens=60_000, lr=0.03)
+    assert {one.at for one in compare(tmp_path, "base", "alike").measures} == {"steps", "seconds"}
 
 
 def test_runs_that_failed_are_counted_and_named(sweeps):

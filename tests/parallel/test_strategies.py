@@ -143,6 +143,19 @@ def test_switches_of_objective_and_heads_train_as_in_one_process(trained, strate
         torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
+def test_steps_that_grow_train_as_in_one_process(trained, strategy, other, tmp_path):
+    """Also one that went on, under another strategy, from a checkpoint amid the ramp."""
+    (_, alone), (folder, results) = trained("auto", 1, "ramped"), trained(strategy, 2, "ramped")
+    checkpoint = folder / "ramped" / "step_000002.ckpt"
+    resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ramped",), checkpoint, steps=4)
+    assert alone["ramped"]["tokens"] == (2 + 4 + 6 + 6) * 2 * 24
+    for found in (results, resumed):
+        assert found["ramped"]["tokens"] == alone["ramped"]["tokens"]
+        for name, weight in alone["ramped"]["weights"].items():
+            torch.testing.assert_close(found["ramped"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
     """A reduce-scatter of the gradients and an all-gather of the weights, but for what pads uneven shares."""

@@ -91,7 +91,7 @@ def test_a_ramp_changes_the_first_steps_and_resumes_to_the_bit(tmp_path, key):
 def test_ramps_that_cannot_be_are_refused():
     cfg = compose("train", "stage=pretrain", "model.seq_len=510", "stage.row_ramp=0.5")
     with pytest.raises(UserError, match="stage.row_ramp=0.5: .*multiple of 4, or set stage.row_ramp=null"):
-        check_ramps(cfg)
+        check_ramps(cfg, 2**19)
     net = random_net(config())
     del net.transformer.h[0].attn.window
     with pytest.raises(UserError, match="stage.window_ramp=0.5: .*arch=classic have no attn.window; set it to null"):

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from llm.data.sources import document_source
 from llm.errors import UserError
 from llm.run.config_diff import diff_configs, neutral_keys
+from llm.scaling.batch_ramp import batch_schedule
 from llm.stages import text_plan
 from llm.stages.run_stage import keep_old_defaults
 from llm.stages.text_plan import TextPlan, plan_text, warnings_of
@@ -25,8 +26,8 @@ def config(tmp_path, *keys):
     return compose("train", "experiment=own", "stage=pretrain", f"paths.runs={tmp_path}", *keys)
 
 
-def planned(cfg, steps, batch_tokens=100):
-    return plan_text(cfg, None, None, steps, batch_tokens)
+def planned(cfg, steps):
+    return plan_text(cfg, None, None, steps, batch_schedule(cfg, 100))
 
 
 @pytest.mark.parametrize(("steps", "packing"), [(50, "crop"), (100, "crop"), (101, "best_fit")])
