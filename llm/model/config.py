@@ -7,6 +7,7 @@ from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES
 from llm.config.registries import ARCHITECTURES
 from llm.model.logit_bound import ASYMMETRIC, Bound
 
+COPY_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # of what is looked for earlier in a document, see llm.model.copies
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
 
 # What an option is where nobody states it: in a config.json that was written before the option existed, and in a shape
@@ -49,6 +50,7 @@ UNSTATED = MappingProxyType(
         "ngram_bos": None,
         "asymmetric_cap": False,
         "key_offset": False,
+        "copy_bos": None,
     }
 )
 
@@ -98,6 +100,7 @@ class GPTConfig:
     ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
+    copy_bos: int | None = UNSTATED["copy_bos"]  # no copy candidate lies beyond this id; None = there are none
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -144,8 +147,8 @@ class GPTConfig:
 
     @property
     def ids_before(self) -> int:
-        """Return how many ids in front of a token the network reads beside its keys and values."""
-        return max(self.ngrams, default=1) - 1
+        """Return how many ids in front of a token the network reads beside its keys and values: all for copies."""
+        return max(self.ngrams, default=1) - 1 if self.copy_bos is None else self.seq_len - 1
 
     @property
     def bound(self) -> float | Bound | None:
@@ -232,6 +235,8 @@ def num_params(config: GPTConfig) -> dict[str, int]:
         counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
     if c.ngrams:
         counts["ngrams"] = len(c.ngrams) * c.ngram_rows * c.vocab_size * c.ngram_width
+    if c.copy_bos is not None:
+        counts["copies"] = 2 * len(COPY_LENGTHS) * (1 + c.n_embd)
     if c.smear:
         counts["smear_gate"] = SMEAR_CHANNELS
     exclusions = c.n_layer * c.n_head * c.exclusive_attention

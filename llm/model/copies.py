@@ -1,8 +1,8 @@
 """Copy candidate (`arch.copy_candidate`): the token that followed where the document last read as it does now.
 
-The last L tokens of a document are looked for earlier in it. Of `LENGTHS` the largest L counts that is found, of its
-places the newest, and what followed there is the candidate c. With e(c), the normed embedding, and b, the number of L
-in `LENGTHS`, x + s_b e(c) + v_b takes the place of x in the input of the first block and in that of the last norm,
+The last L tokens of a document are looked for earlier in it. Of `COPY_LENGTHS` the largest L that is found counts, of
+its places the newest, and what followed there is the candidate c. With e(c), the normed embedding, and b, the number of
+L among them, x + s_b e(c) + v_b takes the place of x in the input of the first block and in that of the last norm,
 each with trained numbers s_b and vectors v_b of its own, zero at first. Where nothing is found nothing is added.
 Source: the copy candidate of modded-nanogpt (DocCopy, October 2026), whose bounds of the lengths are not known.
 """
@@ -11,9 +11,27 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # each is the one before it and an earlier one, for `_found_by_sorting`
+from llm.model.config import COPY_LENGTHS as LENGTHS
+from llm.model.config import GPTConfig
+
 WIDE = 1 << 32  # above every id
+
+
+class CopyAdded(nn.Module):
+    """What one place of a network adds for candidates: `scale` (n,) and `bias` (n, n_embd), a row per length."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(len(LENGTHS)))
+        self.bias = nn.Parameter(torch.empty(len(LENGTHS), config.n_embd))
+
+    def forward(self, x: torch.Tensor, embedded: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Return x (B, T, C) with what is added for candidates e(c) (B, T, C) of lengths with these numbers (B, T)."""
+        chosen = (numbers.unsqueeze(-1) == torch.arange(1, len(LENGTHS) + 1, device=x.device)).to(x.dtype)  # (B, T, n)
+        share = (chosen @ self.scale.to(x.dtype)).unsqueeze(-1)
+        return x + share * embedded + chosen @ self.bias.to(x.dtype)
 
 
 @torch.no_grad()
@@ -51,8 +69,9 @@ def _found_by_looking(line: torch.Tensor, starts: torch.Tensor) -> tuple[torch.T
 def _found_by_sorting(line: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return places and numbers (B, N) of the candidates behind all tokens of line (B, N), by a sort per length.
 
-    Sequences of one length get names, equal where the sequences and the documents of all their tokens are. One that
-    reaches beyond the start of its document has no equal, so that rows can stand one behind the other.
+    Each length is the sum of the one before it and an earlier one. Sequences of one length get names, equal where the
+    sequences and the documents of all their tokens are. One that reaches beyond the start of its document has no equal,
+    so that rows can stand one behind the other.
     """
     n = line.numel()
     named, earlier = _named(starts.flatten().cumsum(0) * WIDE + line.flatten())

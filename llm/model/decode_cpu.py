@@ -23,7 +23,9 @@ MAX_HEAD = 1024  # channels of a head that the kernel has room for
 SPARE = 32  # places of a cache beside those of windows: so many tokens of a row attend at a time in layers with one
 THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them
 # Options that the kernel lacks.
-LEFT_TO_TORCH = ("exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap", "key_offset")
+LEFT_TO_TORCH = (
+    "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap", "key_offset", "copy_bos",
+)  # fmt: skip
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 
 

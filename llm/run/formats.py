@@ -167,7 +167,7 @@ SHAPE = mapping(
         "ngrams": listing(whole(2, 3), (0, 2)),
         "ngram_rows": whole(1, 1 << 16),
         "ngram_into": text,
-        "ngram_bos": maybe(whole(0, 1 << 24)),
+        **dict.fromkeys(("ngram_bos", "copy_bos"), maybe(whole(0, 1 << 24))),
         **dict.fromkeys(("asymmetric_cap", "key_offset"), truth),
         "gate_channels": whole(1, 1 << 20),
         "gate_range": _factor,
