@@ -24,10 +24,12 @@ KINDS = [
     ("gpt2", 4),
     ("n-grams", 2),
     ("key offset", 2),
+    ("copies", 2),
 ]  # arch, key/value heads
 ARCHS = {"classic": {}, "modern": {**MODERN, "gate_channels": 4}, "gpt2": {"tied": True, "softcap": None}}
 ARCHS["n-grams"] = ARCHS["modern"] | {"arch": "modern", "ngrams": (2, 3), "ngram_bos": BOS}
 ARCHS["key offset"] = ARCHS["modern"] | {"arch": "modern", "key_offset": True}
+ARCHS["copies"] = ARCHS["modern"] | {"arch": "modern", "copy_bos": BOS}
 TIE = 1e-4  # logits nearer to each other are equally right
 
 

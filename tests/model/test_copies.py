@@ -13,7 +13,7 @@ def drawn(*shape, seed: int = 1, most: int = 4) -> torch.Tensor:
     return torch.randint(0, most, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def naive(ids: list[int], t: int) -> tuple[int, int]:
+def naive_copy(ids: list[int], t: int) -> tuple[int, int]:
     """Candidate and number of its length at place t of a row, by loops."""
     start = max(u for u in range(t + 1) if u == 0 or ids[u] == BOS)
     for number in range(len(LENGTHS), 0, -1):
@@ -31,7 +31,7 @@ def test_a_match_is_the_longest_one_and_of_these_the_newest():
     for row, places in enumerate([(23,), (30, 31), (1, 69), (), (40,), (20, 40, 60)] * 2):
         ids[row, list(places)] = BOS
     found, numbers = copy_candidates(ids, None, BOS, NOTHING)
-    want = [[naive(row, t) for t in range(len(row))] for row in ids.tolist()]
+    want = [[naive_copy(row, t) for t in range(len(row))] for row in ids.tolist()]
     assert torch.equal(torch.stack((found, numbers), dim=-1), torch.tensor(want))
     assert set(numbers.unique().tolist()) == set(range(len(LENGTHS) + 1))
     assert not numbers[ids == BOS].any()
