@@ -124,7 +124,9 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     kind, _, adapter = name.partition("-")
     config = replace(model_config(CFG.model, CFG.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     if kind == "ngrams":
-        config = replace(config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9, copy_bos=VOCAB - 9)
+        config = replace(
+            config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9, copy_candidate=True, copy_bos=VOCAB - 9
+        )
     if kind == "switched":  # so that windows shorter than a row exist
         config = replace(config, window_multiple=None)
     net = GPT(config).init_weights(1).double()

@@ -32,7 +32,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap", "key_offset", "copy_bos",
+    "asymmetric_cap", "key_offset", "copy_candidate", "copy_bos",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -290,7 +290,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(rows, kv) for layer in layers})
         self.ngrams = NGrams(shape) if shape.ngrams else None
         self.copies = None
-        if getattr(shape, "copy_bos", None) is not None:
+        if getattr(shape, "copy_candidate", False):
             self.copies = nn.ModuleList(CopyAdded(shape) for _ in range(2))
         if shape.residual_scalars:
             self.resid_scalars = nn.Parameter(torch.ones(shape.n_layer))

@@ -50,6 +50,7 @@ UNSTATED = MappingProxyType(
         "ngram_bos": None,
         "asymmetric_cap": False,
         "key_offset": False,
+        "copy_candidate": False,
         "copy_bos": None,
     }
 )
@@ -100,7 +101,8 @@ class GPTConfig:
     ngram_bos: int | None = UNSTATED["ngram_bos"]  # no sequence reaches back beyond this id; None = there is none
     asymmetric_cap: bool = UNSTATED["asymmetric_cap"]  # logits are bounded by ASYMMETRIC in place of softcap
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
-    copy_bos: int | None = UNSTATED["copy_bos"]  # no copy candidate lies beyond this id; None = there are none
+    copy_candidate: bool = UNSTATED["copy_candidate"]  # what followed the longest earlier match is added, see copies
+    copy_bos: int | None = UNSTATED["copy_bos"]  # no match reaches back beyond this id; None = there is none
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -148,7 +150,7 @@ class GPTConfig:
     @property
     def ids_before(self) -> int:
         """Return how many ids in front of a token the network reads beside its keys and values: all for copies."""
-        return max(self.ngrams, default=1) - 1 if self.copy_bos is None else self.seq_len - 1
+        return self.seq_len - 1 if self.copy_candidate else max(self.ngrams, default=1) - 1
 
     @property
     def bound(self) -> float | Bound | None:
@@ -235,7 +237,7 @@ def num_params(config: GPTConfig) -> dict[str, int]:
         counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
     if c.ngrams:
         counts["ngrams"] = len(c.ngrams) * c.ngram_rows * c.vocab_size * c.ngram_width
-    if c.copy_bos is not None:
+    if c.copy_candidate:
         counts["copies"] = 2 * len(COPY_LENGTHS) * (1 + c.n_embd)
     if c.smear:
         counts["smear_gate"] = SMEAR_CHANNELS

@@ -36,7 +36,7 @@ class CopyAdded(nn.Module):
 
 @torch.no_grad()
 def copy_candidates(
-    ids: torch.Tensor, before: torch.Tensor | None, bos_id: int, nothing: int
+    ids: torch.Tensor, before: torch.Tensor | None, bos_id: int | None, nothing: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return candidates (B, T) for ids (B, T), and the numbers (B, T) of their lengths, from 1; both 0 for none.
 

@@ -24,7 +24,7 @@ SPARE = 32  # places of a cache beside those of windows: so many tokens of a row
 THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them
 # Options that the kernel lacks.
 LEFT_TO_TORCH = (
-    "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap", "key_offset", "copy_bos",
+    "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap", "key_offset", "copy_candidate",
 )  # fmt: skip
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 

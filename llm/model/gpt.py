@@ -186,7 +186,7 @@ class GPT(nn.Module):
             }
         )
         self.ngrams = NGrams(config) if config.ngrams else None
-        self.copies = None if config.copy_bos is None else nn.ModuleList(CopyAdded(config) for _ in range(2))
+        self.copies = nn.ModuleList(CopyAdded(config) for _ in range(2)) if config.copy_candidate else None
         if config.residual_scalars:
             self.resid_scalars = nn.Parameter(torch.empty(config.n_layer))
             self.x0_scalars = nn.Parameter(torch.empty(config.n_layer))
@@ -370,10 +370,8 @@ class GPT(nn.Module):
         """
         if ids.size(1) > self.config.seq_len:
             raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
-        tables = (
-            self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
-        )
-        values = [None if table is None else table(ids) for table in tables]
+        layers = range(self.config.n_layer)
+        values = [self.value_embeds[str(i)](ids) if self.config.has_value_embed(i) else None for i in layers]
         before, ngrams, copied = None if cache is None else cache.last_ids, None, None
         if before is not None:
             cache.fed_ids = ids
@@ -386,10 +384,8 @@ class GPT(nn.Module):
         if self.ngrams is not None:
             ngrams = self.ngrams(ids, before)
             if self.config.ngram_into == "values":
-                values = [
-                    None if v is None else v + s * ngrams for v, s in zip(values, self.ngrams.scalars, strict=True)
-                ]
-                ngrams = None
+                pairs = zip(values, self.ngrams.scalars, strict=True)
+                values, ngrams = [None if v is None else v + s * ngrams for v, s in pairs], None
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)

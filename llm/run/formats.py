@@ -168,7 +168,7 @@ SHAPE = mapping(
         "ngram_rows": whole(1, 1 << 16),
         "ngram_into": text,
         **dict.fromkeys(("ngram_bos", "copy_bos"), maybe(whole(0, 1 << 24))),
-        **dict.fromkeys(("asymmetric_cap", "key_offset"), truth),
+        **dict.fromkeys(("asymmetric_cap", "key_offset", "copy_candidate"), truth),
         "gate_channels": whole(1, 1 << 20),
         "gate_range": _factor,
         "bos_id": maybe(whole(0, 1 << 24)),

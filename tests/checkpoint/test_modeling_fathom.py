@@ -26,8 +26,8 @@ FORMS = {
     "further": MODERN
     | {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared", "asymmetric_cap": True},
     "key offset": MODERN | {"key_offset": True, "window_pattern": "LS"},
-    "copies": MODERN | {"copy_bos": 324, "smear": False},
-    "copies and n-grams": MODERN | {"copy_bos": 324, "ngrams": (2, 3), "ngram_bos": 324},
+    "copies": MODERN | {"copy_candidate": True, "copy_bos": 324, "smear": False},
+    "copies and n-grams": MODERN | {"copy_candidate": True, "copy_bos": 324, "ngrams": (2, 3), "ngram_bos": 324},
     "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
     "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},

@@ -29,7 +29,7 @@ KINDS = [
 ARCHS = {"classic": {}, "modern": {**MODERN, "gate_channels": 4}, "gpt2": {"tied": True, "softcap": None}}
 ARCHS["n-grams"] = ARCHS["modern"] | {"arch": "modern", "ngrams": (2, 3), "ngram_bos": BOS}
 ARCHS["key offset"] = ARCHS["modern"] | {"arch": "modern", "key_offset": True}
-ARCHS["copies"] = ARCHS["modern"] | {"arch": "modern", "copy_bos": BOS}
+ARCHS["copies"] = ARCHS["modern"] | {"arch": "modern", "copy_candidate": True, "copy_bos": BOS}
 TIE = 1e-4  # logits nearer to each other are equally right
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import compose
 from model.test_copies import drawn
-from model.test_gpt import MODERN, config, naive_forward, random_net
+from model.test_gpt import COPIES, MODERN, config, naive_forward, random_net
 
 from llm.inference.inside import Recorder
 from llm.model.cached_attention import SlotPass
@@ -17,7 +17,7 @@ BOS = 61
 
 
 def network(seq_len: int = 48, **more) -> GPT:
-    return random_net(config(depth=3, seq_len=seq_len, **MODERN | {"copy_bos": BOS, **more}))
+    return random_net(config(depth=3, seq_len=seq_len, **MODERN | COPIES | more))
 
 
 def test_forward_of_a_text_that_repeats_itself_equals_the_formulas():
@@ -79,7 +79,7 @@ def test_keys_of_the_architecture_and_of_the_optimizer_make_and_train_them():
         cfg = compose("train", "model=d2", *lines)
         return model_config(cfg.model, cfg.arch, 300), cfg.optim
 
-    assert made()[0].copy_bos is None and "copies" not in num_params(made()[0])
+    assert made()[0].copy_bos is None and not made()[0].copy_candidate and "copies" not in num_params(made()[0])
     shape, keys = made("arch.copy_candidate=true", "optim.copy_lr=0.7")
     assert shape.copy_bos == 291 and num_params(shape)["copies"] == 2 * 8 * 129
     assert GPTConfig.from_dict(shape.to_dict()) == shape
@@ -102,7 +102,7 @@ def test_a_training_that_goes_on_from_a_saved_state_is_equal_bit_by_bit():
             optimizer.step()
             optimizer.zero_grad()
 
-    whole, begun, resumed = (GPT(config(depth=2, **MODERN, copy_bos=BOS)).init_weights(0) for _ in range(3))
+    whole, begun, resumed = (GPT(config(depth=2, **MODERN, **COPIES)).init_weights(0) for _ in range(3))
     steps(whole, build_optimizer(whole, keys), 0, 4)
     steps(begun, before := build_optimizer(begun, keys), 0, 2)
     resumed.load_state_dict(begun.state_dict())
@@ -129,4 +129,4 @@ def test_a_text_that_repeats_itself_is_learnt_sooner():
             optimizer.zero_grad()
         return found.item()
 
-    assert loss(copy_bos=BOS) < loss() - 1
+    assert loss(**COPIES) < loss() - 1

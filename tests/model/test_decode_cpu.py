@@ -296,7 +296,9 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(monkeypatch):
     assert decode_cpu.supports(net)
     assert not decode_cpu.supports(OtherNetwork(net.config).init_weights())
     switches = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
-    for name, value in (switches | {"ngrams": (2,), "asymmetric_cap": True, "key_offset": True, "copy_bos": 0}).items():
+    for name, value in (
+        switches | {"ngrams": (2,), "asymmetric_cap": True, "key_offset": True, "copy_candidate": True}
+    ).items():
         assert not decode_cpu.supports(make_net(MODERN | {name: value}))
     net.compute_dtype = torch.float16
     assert DecodeStep.for_net(net) is None

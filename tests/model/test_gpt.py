@@ -52,12 +52,13 @@ MODERN = {
 }
 SWITCHES = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
 NGRAMS = {"ngrams": (2, 3), "ngram_bos": 61}
-SWITCHES |= {"asymmetric_cap": True, "key_offset": True, "copy_bos": 61}
+SWITCHES |= {"asymmetric_cap": True, "key_offset": True}
+COPIES = {"copy_candidate": True, "copy_bos": 61}
 GPT2 = {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True}
 ARCHS = {
     "classic": {},
     "modern": MODERN,
-    "modern with all switches": MODERN | SWITCHES | NGRAMS,
+    "modern with all switches": MODERN | SWITCHES | NGRAMS | COPIES,
     "n-grams in values": MODERN | NGRAMS | {"ngrams": (3,), "ngram_rows": 2, "ngram_into": "values"},
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"tied": False},
@@ -167,7 +168,7 @@ def naive_forward(net: GPT, ids: torch.Tensor) -> torch.Tensor:
         return found
 
     def with_copies(x, place):
-        found = [naive_copy(ids.tolist(), t) for t in range(len(ids) * (c.copy_bos is not None))]
+        found = [naive_copy(ids.tolist(), t) for t in range(len(ids) * c.copy_candidate)]
         for t, (candidate, n) in enumerate(found):
             if n:
                 x[t] += w[f"copies.{place}.scale"][n - 1] * rms(w["transformer.wte.weight"][candidate])
@@ -250,11 +251,10 @@ def test_forward_with_windows_equals_the_formulas(n_kv_head):
     torch.testing.assert_close(net(ids[None])[0].double(), naive_forward(net, ids), atol=5e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("switch", ["value_embeds", "residual_scalars", "smear", "backout", "ngrams", "copy_bos"])
+@pytest.mark.parametrize("switch", ["value_embeds", "residual_scalars", "smear", "backout", "ngrams", "copy_candidate"])
 def test_every_switch_of_modern_matters(switch):
-    on = config(depth=3, **MODERN, **NGRAMS, copy_bos=61)
-    nothing = {"ngrams": (), "copy_bos": None}.get(switch, False)
-    off = config(depth=3, **MODERN | NGRAMS | {"copy_bos": 61, switch: nothing})
+    on = config(depth=3, **MODERN, **NGRAMS, **COPIES)
+    off = config(depth=3, **MODERN | NGRAMS | COPIES | {switch: () if switch == "ngrams" else False})
     net = random_net(on)
     other = GPT(off)
     other.load_state_dict({name: value for name, value in net.state_dict().items() if name in other.state_dict()})
