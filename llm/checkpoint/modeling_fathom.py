@@ -230,7 +230,7 @@ class NGrams(nn.Module):
 
 
 class CopyAdded(nn.Module):
-    """What is added for the candidates of copies, by the number of their lengths."""
+    """The part that is added for the candidates of copies, by the number of their lengths."""
 
     def __init__(self, shape):
         super().__init__()

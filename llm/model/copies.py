@@ -20,7 +20,7 @@ WIDE = 1 << 32  # above every id
 
 
 class CopyAdded(nn.Module):
-    """What one place of a network adds for candidates: `scale` (n,) and `bias` (n, n_embd), a row per length."""
+    """The part that one place of a network adds for candidates: `scale` (n,), `bias` (n, n_embd), a row per length."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
