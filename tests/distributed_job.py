@@ -2,8 +2,9 @@
 
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
-adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams, `switched` has switches of the
-objective, `ramped` steps of two, four and six micro-batches. With a checkpoint it goes on from there.
+adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams and copy candidates, `switched`
+has switches of the objective, `ramped` steps of two, four and six micro-batches. With a checkpoint it goes on from
+there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -130,7 +131,9 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     kind, _, adapter = name.partition("-")
     config = replace(model_config(CFG.model, CFG.arch, VOCAB), scalar_head=kind in ("reward", "ppo"))
     if kind == "ngrams":
-        config = replace(config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9)
+        config = replace(
+            config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9, copy_candidate=True, copy_bos=VOCAB - 9
+        )
     if kind == "switched":  # so that windows shorter than a row exist
         config = replace(config, window_multiple=None, qk_dim=16, paired_heads="all")
     net = GPT(config).init_weights(1).double()

@@ -6,6 +6,7 @@ attention mask says so; with a cache a row is one conversation.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,14 @@ PRIME, FACTORS = (
         (133_916_831, 1_636_180_724, 1_168_765_833),
     ),
 )
+COPY_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # of what is looked for earlier in a document
 # Options of config.json's section `fathom.model` that the code below reads, or that say only how training began.
 READ = {
     "n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len", "vocab_size", "arch", "rope_base", "softcap",
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap", "key_offset", "qk_dim", "paired_heads",
+    "asymmetric_cap", "key_offset", "qk_dim", "paired_heads", "copy_candidate", "copy_bos",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",
@@ -240,6 +242,45 @@ class NGrams(nn.Module):
         return found
 
 
+class CopyAdded(nn.Module):
+    """The part that is added for the candidates of copies, by the number of their lengths."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(len(COPY_LENGTHS)))
+        self.bias = nn.Parameter(torch.zeros(len(COPY_LENGTHS), shape.n_embd))
+
+    def forward(self, x, embedded, numbers):
+        chosen = (numbers.unsqueeze(-1) == torch.arange(1, len(COPY_LENGTHS) + 1, device=x.device)).to(x.dtype)
+        return x + (chosen @ self.scale).unsqueeze(-1) * embedded + chosen @ self.bias
+
+
+def copy_candidates(line, bos_id):
+    """Return (B, S) what followed the longest earlier match in the document, and the number of its length, 0 = none.
+
+    line: (B, S) ids, -1 for padding. Sequences of one length get names, equal where they and their documents are.
+    """
+
+    def named(keys):
+        ordered, order = torch.sort(keys, stable=True)
+        again = F.pad(ordered[1:] == ordered[:-1], (1, 0))
+        found = torch.stack(((~again).cumsum(0), torch.where(again, order.roll(1), -1)))
+        return torch.empty_like(found).scatter_(1, order.expand(2, -1), found).unbind(0)
+
+    starts = (line == bos_id) | (F.pad(line[:, :-1], (1, 0), value=-1) < 0)
+    names, earlier = {}, {}
+    names[1], earlier[1] = named(starts.flatten().cumsum(0) * (1 << 32) + line.flatten())
+    for shorter, length in pairwise(COPY_LENGTHS):
+        rest = F.pad(names[length - shorter], (shorter, 0))[: line.numel()]
+        names[length], earlier[length] = named(names[shorter] * (line.numel() + 1) + rest)
+    at = numbers = torch.zeros_like(earlier[1])
+    for number, length in enumerate(COPY_LENGTHS, 1):
+        found = earlier[length] >= 0
+        at, numbers = torch.where(found, earlier[length] + 1, at), torch.where(found, number, numbers)
+    found = line.flatten()[at.clamp(max=line.numel() - 1)].masked_fill(numbers == 0, 0)
+    return found.view_as(line), numbers.view_as(line)
+
+
 class FathomForCausalLM(PreTrainedModel, GenerationMixin):
     """Language model of Fathom."""
 
@@ -261,6 +302,9 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         layers = [layer for layer in range(shape.n_layer) if shape.has_values(layer)]
         self.value_embeds = nn.ModuleDict({str(layer): nn.Embedding(rows, kv) for layer in layers})
         self.ngrams = NGrams(shape) if shape.ngrams else None
+        self.copies = None
+        if getattr(shape, "copy_candidate", False):
+            self.copies = nn.ModuleList(CopyAdded(shape) for _ in range(2))
         if shape.residual_scalars:
             self.resid_scalars = nn.Parameter(torch.ones(shape.n_layer))
             self.x0_scalars = nn.Parameter(torch.zeros(shape.n_layer))
@@ -327,11 +371,20 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             angles = rotary(shape, position_ids, x.dtype)
         if shape.smear:
             x = self.smeared(x, real, starts, past_key_values, past)
-        grams = None
+        grams, copied = None, None
+        line = self.line(input_ids, real, past_key_values, past)
         if self.ngrams is not None:
-            grams = self.ngrams(input_ids, self.ids_before(input_ids, real, past_key_values, past)).to(x.dtype)
+            filled = F.pad(line, (2, 0), value=-1)
+            before = torch.stack([filled[:, -T - 1 : -1], filled[:, -T - 2 : -2]], -1)
+            grams = self.ngrams(input_ids, before).to(x.dtype)
+        if self.copies is not None:
+            found, numbers = (t[:, -T:] for t in copy_candidates(line, shape.copy_bos))
+            copied = rms_norm(self.transformer["wte"](found)), numbers
+            x = self.copies[0](x, *copied)
         kept = self.kept(fed if shape.smear else None, input_ids, x.dtype)
-        x = self.run_blocks(x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams, real)
+        x = self.run_blocks(
+            x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams, real, copied
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(x[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]).float()
         if shape.asymmetric_cap:
@@ -365,21 +418,20 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
         """
         (B, T), heads = ids.shape, self.shape.n_kv_head
         parts = [] if fed is None else [fed.view(B, T, heads, -1)]
-        if self.ngrams is not None:
+        if self.ngrams is not None or self.copies is not None:
             digits = torch.stack([ids >> 16, (ids >> 8) & 255, ids & 255], -1).to(dtype)
             parts.append(digits.unsqueeze(2).expand(B, T, heads, 3))
         return torch.cat(parts, -1) if parts else None
 
-    def ids_before(self, ids, real, cache, past):
-        """Return the two ids (B, T, 2) in front of every token, the nearest first; -1 for padding and for none."""
+    def line(self, ids, real, cache, past):
+        """Return the ids (B, S) of all tokens, as far as something reads them, the newest last; -1 for padding."""
         T = ids.size(1)
         line = ids.masked_fill(~real[:, -T:], -1)
-        if past:
-            digits = cache.layers[0].values[:, 0, -2:, -3:].long()
+        if past and (self.ngrams is not None or self.copies is not None):
+            digits = cache.layers[0].values[:, 0, :, -3:].long()
             old = (digits[..., 0] << 16) + (digits[..., 1] << 8) + digits[..., 2]
             line = torch.cat((old.masked_fill(~real[:, -T - old.size(1) : -T], -1), line), dim=1)
-        line = F.pad(line, (2, 0), value=-1)
-        return torch.stack([line[:, -T - 1 : -1], line[:, -T - 2 : -2]], -1)
+        return line
 
     def masks(self, real, starts, T):
         """Return {window: (B, 1, T, S)}, true where a query sees a key; padding sees itself.
@@ -403,7 +455,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             found[window] = (seen if reach is None else seen & (apart <= reach)).unsqueeze(1)
         return found
 
-    def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real):
+    def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real, copied):
         """Return the normed output (B, T, C) of the last block."""
         shape, x0 = self.shape, x
         for layer, block in enumerate(self.transformer["h"]):
@@ -419,4 +471,4 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
                 middle = x
         if shape.backout:
             x = x - self.backout_scalar * middle
-        return self.final_norm(x)
+        return self.final_norm(x if copied is None else self.copies[1](x, *copied))

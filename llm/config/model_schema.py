@@ -127,6 +127,10 @@ class ModernArch(ClassicArch):
         "in none",
         choices=PAIRINGS,
     )
+    copy_candidate: bool = key(
+        "the token behind the longest earlier match of a document's last tokens is added to the first block's input "
+        "and to that of the last norm"
+    )
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)
@@ -201,6 +205,7 @@ class MuonAdamWConfig(AdamConfig):
     ngram_lr: float = key("learning rate of the tables of arch.ngrams at width 768 (AdamW)", above=0, high=10**6)
     ngram_betas: list[float] = key("AdamW betas of the tables of arch.ngrams", low=0, below=1, length=2)
     ngram_decay: float = key("weight decay of the rows of arch.ngrams that a step uses", low=0, high=100)
+    copy_lr: float = key("learning rate of scales and biases of arch.copy_candidate (AdamW)", above=0, high=10**6)
     resid_lr: float = key(
         "learning rate of the residual scalars r, of biases and of norms (AdamW)", above=0, high=10**6
     )

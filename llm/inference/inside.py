@@ -105,7 +105,7 @@ class Recorder:
         self.weights: dict[int, torch.Tensor] = {}
         # Nothing stands before the first token, of which a part could be mixed into it.
         self.last_embed = torch.zeros(1, 1, net.config.n_embd, device=net.device, dtype=net.compute_dtype)
-        self.last_ids: torch.Tensor | None = None  # nor an id that belongs to an n-gram
+        self.last_ids: torch.Tensor | None = None  # nor an id that belongs to an n-gram or a match
         self.fed = self.fed_ids = None
 
     def expect(self, lengths: torch.Tensor | None) -> None:

@@ -42,9 +42,10 @@ class SlotPass:
         self.groups = self._grouped(index)
         self.is_fresh = self.longest == 0 and not self.groups
         self.last_embed = None if cache.last_embed is None else cache.last_embed[self.rows].unsqueeze(1)
-        self.last_ids = None if cache.last_ids is None else cache.last_ids[self.rows]
+        most = max(2, int((before + own).max()))  # an n-gram reads two ids
+        self.last_ids = None if cache.last_ids is None else cache.last_ids[self.rows, -most:]
         self.fed: torch.Tensor | None = None  # embeddings (n, T, C) of the tokens just fed, if the model smears
-        self.fed_ids: torch.Tensor | None = None  # ids (n, T) of them, if it has tables of n-grams
+        self.fed_ids: torch.Tensor | None = None  # ids (n, T) of them, if the cache has ids
         self.fed_keys: dict[int, torch.Tensor] = {}  # keys (n, T, Hkv, D) of them, by layer that offsets keys
         self.lengths: torch.Tensor | None = None
         self._masks: dict[tuple, torch.Tensor | None] = {}
@@ -190,9 +191,10 @@ class SlotPass:
         if self.fed is not None:
             self.cache.last_embed[kept] = self.fed[rows, last].to(self.cache.last_embed.dtype)
         if self.fed_ids is not None:
-            line, most = torch.cat((self.last_ids, self.fed_ids), dim=1), self.last_ids.size(1)
+            ids = self.cache.last_ids
+            line, most = torch.cat((ids[self.rows], self.fed_ids), dim=1), ids.size(1)
             at = last.unsqueeze(1) + torch.arange(1, most + 1, device=self.device)  # in the line: behind its old ids
-            self.cache.last_ids[kept] = line[: self.live].gather(1, at)
+            ids[kept] = line[: self.live].gather(1, at)
         for layer, keys in self.fed_keys.items():
             self.cache.last_keys[kept, self.cache.key_layers.index(layer)] = keys[rows, last]
         self.fed, self.fed_ids, self.fed_keys = None, None, {}
@@ -270,7 +272,7 @@ class StepPass:
         self.last_embed = None if cache.last_embed is None else cache.last_embed[: self.n].unsqueeze(1)
         self.last_ids = None if cache.last_ids is None else cache.last_ids[: self.n]
         self.fed: torch.Tensor | None = None  # embeddings (n, 1, C) of the tokens just fed, if the model smears
-        self.fed_ids: torch.Tensor | None = None  # ids (n, 1) of them, if it has tables of n-grams
+        self.fed_ids: torch.Tensor | None = None  # ids (n, 1) of them, if the cache has ids
         self.fed_keys: dict[int, torch.Tensor] = {}  # keys (n, 1, Hkv, D) of them, by layer that offsets keys
 
     def expect(self, lengths: None) -> None:

@@ -7,6 +7,7 @@ from llm.config.model_schema import ACTIVATIONS, NGRAM_LENGTHS, NGRAM_PLACES, PA
 from llm.config.registries import ARCHITECTURES
 from llm.model.logit_bound import ASYMMETRIC, Bound
 
+COPY_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # of what is looked for earlier in a document, see llm.model.copies
 SMEAR_CHANNELS = 24  # channels of the embedding that set how much of the previous token is taken in
 
 # What an option is where nobody states it: in a config.json that was written before the option existed, and in a shape
@@ -51,6 +52,8 @@ UNSTATED = MappingProxyType(
         "key_offset": False,
         "qk_dim": None,
         "paired_heads": None,
+        "copy_candidate": False,
+        "copy_bos": None,
     }
 )
 
@@ -102,6 +105,8 @@ class GPTConfig:
     key_offset: bool = UNSTATED["key_offset"]  # keys of full layers hold half of the key of the token before
     qk_dim: int | None = UNSTATED["qk_dim"]  # channels of a head's queries and keys; None = head_dim, as its values
     paired_heads: str | None = UNSTATED["paired_heads"]  # layers whose heads see a neighbour's keys: one of PAIRINGS
+    copy_candidate: bool = UNSTATED["copy_candidate"]  # what followed the longest earlier match is added, see copies
+    copy_bos: int | None = UNSTATED["copy_bos"]  # no match reaches back beyond this id; None = there is none
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -175,8 +180,8 @@ class GPTConfig:
 
     @property
     def ids_before(self) -> int:
-        """Return how many ids in front of a token the network reads beside its keys and values."""
-        return max(self.ngrams, default=1) - 1
+        """Return how many ids in front of a token the network reads beside its keys and values: all for copies."""
+        return self.seq_len - 1 if self.copy_candidate else max(self.ngrams, default=1) - 1
 
     @property
     def bound(self) -> float | Bound | None:
@@ -272,6 +277,8 @@ def num_params(config: GPTConfig) -> dict[str, int]:
         counts["value_embeds"] = n_value * c.padded_vocab_size * c.n_kv_head * c.head_dim
     if c.ngrams:
         counts["ngrams"] = len(c.ngrams) * c.ngram_rows * c.vocab_size * c.ngram_width
+    if c.copy_candidate:
+        counts["copies"] = 2 * len(COPY_LENGTHS) * (1 + c.n_embd)
     if c.smear:
         counts["smear_gate"] = SMEAR_CHANNELS
     exclusions = c.n_layer * c.n_head * c.exclusive_attention

@@ -25,7 +25,7 @@ THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_pr
 # Options that the kernel lacks.
 LEFT_TO_TORCH = (
     "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap", "key_offset", "qk_dim",
-    "paired_heads",
+    "paired_heads", "copy_candidate",
 )  # fmt: skip
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
 

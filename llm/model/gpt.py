@@ -4,9 +4,9 @@
 the embedding, before each sublayer and before the head, untied embedding and head without biases, optional grouped-
 query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings, residual and
 x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention, a gate of the
-heads, a leaky activation, tables of n-grams, an asymmetric cap, an offset of keys, narrow queries and keys, paired
-heads. `gpt2` is the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding. Weights are kept in
-fp32 and multiplied in `compute_dtype`. This file knows nothing of training loops, configuration or files.
+heads, a leaky activation, tables of n-grams, copy candidates, an asymmetric cap, an offset of keys, narrow queries and
+keys, paired heads. `gpt2` is the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding. Weights
+are kept in fp32 and multiplied in `compute_dtype`. This file knows nothing of training loops, configuration or files.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ from llm.model.attention import (
 )
 from llm.model.cached_attention import AttentionOptions, SharedPrefixPass, SlotPass
 from llm.model.config import SMEAR_CHANNELS, GPTConfig
+from llm.model.copies import CopyAdded, copy_candidates
 from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import leaky_relu_squared, relu_squared
 from llm.model.fused_ops import rms_norm as norm
@@ -187,6 +188,7 @@ class GPT(nn.Module):
             }
         )
         self.ngrams = NGrams(config) if config.ngrams else None
+        self.copies = nn.ModuleList(CopyAdded(config) for _ in range(2)) if config.copy_candidate else None
         if config.residual_scalars:
             self.resid_scalars = nn.Parameter(torch.empty(config.n_layer))
             self.x0_scalars = nn.Parameter(torch.empty(config.n_layer))
@@ -240,6 +242,8 @@ class GPT(nn.Module):
             _uniform_(table.weight, -bound, bound, generator)
         if self.ngrams is not None:
             self.ngrams.init_weights()
+        for p in () if self.copies is None else self.copies.parameters():
+            p.zero_()
         if c.residual_scalars:
             self.resid_scalars.copy_(torch.linspace(*c.resid_init, c.n_layer))
             self.x0_scalars.copy_(torch.linspace(*c.x0_init, c.n_layer))
@@ -321,21 +325,24 @@ class GPT(nn.Module):
         backend: str,
         cache: SlotPass | None = None,
         ngrams: torch.Tensor | None = None,
+        copied: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Run all blocks on rows of the embedding (B, T, n_embd); return the normed output of the last one.
 
         values: rows of the value embeddings (B, T, kv_dim), None for layers without; starts: (B, T) true where a
-        document begins, None if rows are not divided; masks: by layer, from `layer_masks`; ngrams: rows of their
-        tables (B, T, n_embd), if a part of them is added to the input of every block. The output (B, T, n_embd) has the
-        compute dtype.
+        document begins, None if rows are not divided; masks: by layer, from `layer_masks`; ngrams: rows of tables (B,
+        T, n_embd), a part of which goes into every block; copied: rows of the embedding (B, T, n_embd) of copy
+        candidates and the numbers (B, T) of their lengths. The output (B, T, n_embd) has the compute dtype.
         """
         T, c = x.size(1), self.config
         positions = None if cache is None else cache.positions(T)
         at = slice(0, T) if cache is None else positions
-        rotary = None
-        if c.arch != "gpt2":
-            rotary = (self.cos[at].to(self.compute_dtype), self.sin[at].to(self.compute_dtype))
-        x = x0 = self.embed(x, cache, at, starts)
+        rotary = None if c.arch == "gpt2" else [table[at].to(self.compute_dtype) for table in (self.cos, self.sin)]
+        x = self.embed(x, cache, at, starts)
+        if copied is not None:
+            copied = norm(copied[0].to(x.dtype)), copied[1]
+            x = self.copies[0](x, *copied)
+        x0 = x
         ngrams = None if ngrams is None else ngrams.to(x.dtype)
         for layer, block in enumerate(self.transformer.h):
             if c.residual_scalars:
@@ -352,7 +359,7 @@ class GPT(nn.Module):
                 middle = x
         if c.backout:
             x = x - self.backout_scalar.to(x.dtype) * middle
-        return self.final_norm(x)
+        return self.final_norm(x if copied is None else self.copies[1](x, *copied))
 
     def hidden(self, ids: torch.Tensor, cache: SlotPass | None = None, is_training: bool = False) -> torch.Tensor:
         """Return the normed output (B, T, n_embd) of the last block for ids (B, T). Does not advance the cache.
@@ -362,28 +369,30 @@ class GPT(nn.Module):
         """
         if ids.size(1) > self.config.seq_len:
             raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
-        tables = (
-            self.value_embeds[str(i)] if self.config.has_value_embed(i) else None for i in range(self.config.n_layer)
-        )
-        values = [None if table is None else table(ids) for table in tables]
-        x, ngrams = self.transformer.wte(ids), None
+        layers = range(self.config.n_layer)
+        values = [self.value_embeds[str(i)](ids) if self.config.has_value_embed(i) else None for i in layers]
+        before, ngrams, copied = None if cache is None else cache.last_ids, None, None
+        if before is not None:
+            cache.fed_ids = ids
+        if self.copies is None:
+            x = self.transformer.wte(ids)
+        else:
+            found, numbers = copy_candidates(ids, before, self.config.copy_bos, self.config.vocab_size)
+            x, rows = self.transformer.wte(torch.cat((ids, found), dim=1)).chunk(2, dim=1)
+            copied = rows, numbers
         if self.ngrams is not None:
-            ngrams = self.ngrams(ids, None if cache is None else cache.last_ids)
-            if cache is not None:
-                cache.fed_ids = ids
+            ngrams = self.ngrams(ids, before)
             if self.config.ngram_into == "values":
-                values = [
-                    None if v is None else v + s * ngrams for v, s in zip(values, self.ngrams.scalars, strict=True)
-                ]
-                ngrams = None
+                pairs = zip(values, self.ngrams.scalars, strict=True)
+                values, ngrams = [None if v is None else v + s * ngrams for v, s in pairs], None
         apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
         starts = ids == self.config.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
         paired = [self.config.pairs_heads(layer) for layer in range(self.config.n_layer)]
         masks = layer_masks(self.windows, paired, ids.size(1), starts, backend, x.device)
         if is_training and self.training_forward_blocks is not None:
-            return self.training_forward_blocks(x, values, starts, masks, backend, None, ngrams)
-        return self.forward_blocks(x, values, starts, masks, backend, cache, ngrams)
+            return self.training_forward_blocks(x, values, starts, masks, backend, None, ngrams, copied)
+        return self.forward_blocks(x, values, starts, masks, backend, cache, ngrams, copied)
 
     def new_cache(self, rows: int, room: int, spare: int = 1) -> SlotCache:
         """Return an empty cache for `rows` rows of at most `room` tokens each; spare: see `SlotCache`."""

@@ -40,8 +40,8 @@ class PrefixPart(NamedTuple):
 class Prefix:
     """Text that several rows begin with: keys and values of its `length` tokens, by part of the cache.
 
-    They never change. last_embed: embedding (C,) of the last token, if the model smears; last_ids: (n - 1,) last ids,
-    if the model has tables of n-grams; last_keys: (layers, Hkv, d), the last token's keys before their offset.
+    They never change. last_embed: embedding (C,) of the last token, if the model smears; last_ids: those of
+    the row, see `SlotCache`; last_keys: (layers, Hkv, d), the last token's keys before their offset.
     """
 
     parts: list[PrefixPart]
@@ -97,10 +97,10 @@ class SlotCache:
     A row holds the newest of its own tokens, `lengths` in all, each layer as many as its window reaches. It may stand
     behind a `Prefix`: its own token j is then at position prefix length + j, and it attends to both. lengths, prefix:
     (rows,) int64 on the host, as the caller sets them; prefix is an index of `prefixes`, -1 for none. last_embed:
-    (rows, C), the embedding of every row's last token, if the model smears. last_ids: (rows, n - 1) int64, the last ids
-    of every row, the newest last and `vocab_size` for none, if the model has tables of n-grams. last_keys: (rows,
-    layers, Hkv, d), keys of every row's last token in the layers that offset keys, before they do. Places without a
-    token hold anything.
+    (rows, C), the embedding of every row's last token, if the model smears. last_ids: (rows, n) int64, the last
+    n = `config.ids_before` ids of every row, the newest last and `vocab_size` for none, if the model reads them.
+    last_keys: (rows, layers, Hkv, d), keys of every row's last token in the layers that offset keys, before they do.
+    Places without a token hold anything.
 
     room: tokens that a row may hold. spare: places of a layer beside those of its window, at least 1; so many tokens
     of a row can be written before the first of them attends.
@@ -196,7 +196,7 @@ class SlotCache:
         self.lengths[row] = prefix.length
 
     def last_of(self, tokens: Sequence[int]) -> torch.Tensor | None:
-        """Return the `last_ids` (n - 1,) of a row that has read these tokens; None where the model needs none."""
+        """Return the `last_ids` of a row that has read these tokens; None where the model needs none."""
         if self.last_ids is None:
             return None
         most = self.last_ids.size(1)

@@ -93,7 +93,7 @@ class NGrams(nn.Module):
     def forward(self, ids: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         """Return the sum of the tables' rows (B, T, width) for ids (B, T).
 
-        before: (B, n - 1) ids in front of them, the newest last; None = the rows begin here.
+        before: (B, n - 1) ids in front of them, or more, the newest last; None = the rows begin here.
         """
         line = self.line(ids, before)
         return sum(self.tables[str(n)](self.hashes(line[..., :n])).flatten(-2) for n in self.orders)
@@ -110,7 +110,7 @@ class NGrams(nn.Module):
         T, most = ids.size(1), max(self.orders)
         if before is None:
             before = ids.new_full((len(ids), most - 1), self.nothing)
-        whole, found = torch.cat((before, ids), dim=1), [ids]
+        whole, found = torch.cat((before[:, 1 - most :], ids), dim=1), [ids]
         for i in range(1, most):
             begins = (found[-1] == self.bos_id) | (found[-1] == self.nothing)
             found.append(whole[:, most - 1 - i :][:, :T].masked_fill(begins, self.nothing))

@@ -17,6 +17,7 @@ ROWS_ONLY = (
     "optim.hyperball=false"
 )
 LORA_BETAS, LORA_EPS = (0.9, 0.999), 1e-8  # AdamW's own
+KINDS = ("head", "embedding", "value_embeds", "ngrams", "residual", "x0", "copies", "smear", "vectors", "matrices")
 
 
 def build_optimizer(
@@ -97,6 +98,7 @@ def muon_adamw_groups(net: nn.Module, optim) -> list[dict]:
         "value_embeds": (optim.value_lr * width, optim.value_betas, optim.value_decay),
         "residual": (optim.resid_lr, optim.betas, optim.resid_decay),
         "x0": (optim.x0_lr, optim.x0_betas, 0.0),
+        "copies": (optim.get("copy_lr"), optim.betas, 0.0),  # older configurations lack it
         "smear": (optim.smear_lr, optim.betas, 0.0),
         "vectors": (optim.resid_lr, optim.betas, 0.0),
     }
@@ -158,13 +160,10 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters of a network by kind, each under one name; a kind may be empty.
 
     matrices: 2-D weights of the blocks; vectors: other parameters of the blocks and norms; head, embedding (tokens and
-    positions), value_embeds: tables; ngrams: tables of which a step uses few rows; residual, x0, smear: scalars and
-    gates of arch=modern, `residual` those of n-grams too, `smear` those of smear, backout and exclusive attention.
+    positions), value_embeds: tables; ngrams: tables of which a step uses few rows; residual, x0, copies, smear: scalars
+    and gates of arch=modern, `residual` those of n-grams too, `smear` those of smear, backout and exclusive attention.
     """
-    kinds: dict[str, list[nn.Parameter]] = {
-        kind: []
-        for kind in ("head", "embedding", "value_embeds", "ngrams", "residual", "x0", "smear", "vectors", "matrices")
-    }
+    kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     places = {
         "lm_head.": "head",
         "scalar_head.": "head",
@@ -173,6 +172,7 @@ def params_by_kind(net: nn.Module) -> dict[str, list[nn.Parameter]]:
         "value_embeds.": "value_embeds",
         "ngrams.tables.": "ngrams",
         "ngrams.scalars": "residual",
+        "copies.": "copies",
         "resid_scalars": "residual",
         "x0_scalars": "x0",
         "smear_": "smear",

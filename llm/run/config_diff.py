@@ -34,6 +34,7 @@ BEFORE_KEYS = {
     "optim.coupled_decay": False,
     "optim.momentum_overlap": True,
     "optim.norm_margin": None,
+    "optim.copy_lr": 0.05,  # of parameters that no run had
 }
 
 

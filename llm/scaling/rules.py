@@ -43,6 +43,8 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
     if "ngrams" in features:
         features["ngrams"] = tuple(features["ngrams"])
         features["ngram_bos"] = first_special if features["ngrams"] else None
+    if "copy_candidate" in features:
+        features["copy_bos"] = first_special if features["copy_candidate"] else None
     n_embd = features.pop("width", None) or n_head * model["head_dim"]  # only arch=qwen3 has a width of its own
     if arch["name"] == "gpt2":
         features |= GPT2_AS_PUBLISHED

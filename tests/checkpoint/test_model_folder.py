@@ -113,7 +113,8 @@ FROZEN = {
     "x0_init": (0.0, 0.0), "backout_init": 0.2, "gate_init": 0.0, "embedding_std": 1.0, "head_std": 0.0,
     "fc_scale": 1.0, "scalar_head": False, "exclusive_attention": False, "attention_gate": False,
     "activation": "relu_squared", "ngrams": (), "ngram_rows": 4, "ngram_into": "residual", "ngram_bos": None,
-    "asymmetric_cap": False, "key_offset": False, "qk_dim": None, "paired_heads": None,
+    "asymmetric_cap": False, "key_offset": False, "qk_dim": None, "paired_heads": None, "copy_candidate": False,
+    "copy_bos": None,
 }  # fmt: skip
 
 

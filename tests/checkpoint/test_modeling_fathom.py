@@ -30,6 +30,8 @@ FORMS = {
     "paired heads": MODERN | {"paired_heads": "short", "qk_dim": 8},
     "all heads paired": MODERN | {"paired_heads": "all", "key_offset": True},
     "paired heads and documents": MODERN | {"paired_heads": "all", "bos_id": 324},
+    "copies": MODERN | {"copy_candidate": True, "copy_bos": 324, "smear": False},
+    "copies and n-grams": MODERN | {"copy_candidate": True, "copy_bos": 324, "ngrams": (2, 3), "ngram_bos": 324},
     "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
     "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},
@@ -71,7 +73,9 @@ def draw(*shape) -> torch.Tensor:
 def test_logits_with_padding_on_either_side_and_with_a_cache(form, tok, tmp_path):
     net, theirs = saved(tmp_path / "model", tok, form)
     ids, close = draw(3, 60), {"atol": 1e-5, "rtol": 0}
-    if form.endswith("documents") or form.startswith("n-grams"):
+    if form.startswith("copies"):
+        ids %= 4
+    if form.endswith("documents") or "n-grams" in form or form == "copies":
         ids[:, [0, 20, 21]] = tok.bos_id
     expected = net(ids)
     assert torch.allclose(theirs(ids).logits, expected, **close)
@@ -96,7 +100,7 @@ def test_logits_with_padding_on_either_side_and_with_a_cache(form, tok, tmp_path
         assert torch.allclose(cached[row, 40 - n :], expected[row, :n], **close)
 
 
-@pytest.mark.parametrize("form", ["modern", "n-grams"])
+@pytest.mark.parametrize("form", ["modern", "copies and n-grams"])
 def test_generate_pipeline_chat_template_and_a_step_of_a_trainer(form, tok, tmp_path):
     folder = tmp_path / "model"
     net, theirs = saved(folder, tok, form)

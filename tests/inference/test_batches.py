@@ -26,12 +26,14 @@ KINDS = [
     ("key offset", 2),
     ("paired heads", 2),
     ("all heads paired", 2),
+    ("copies", 2),
 ]  # arch, key/value heads
 ARCHS = {"classic": {}, "modern": {**MODERN, "gate_channels": 4}, "gpt2": {"tied": True, "softcap": None}}
 ARCHS["n-grams"] = ARCHS["modern"] | {"arch": "modern", "ngrams": (2, 3), "ngram_bos": BOS}
 ARCHS["key offset"] = ARCHS["modern"] | {"arch": "modern", "key_offset": True}
 ARCHS["paired heads"] = ARCHS["modern"] | {"arch": "modern", "paired_heads": "short"}
 ARCHS["all heads paired"] = ARCHS["key offset"] | {"paired_heads": "all"}
+ARCHS["copies"] = ARCHS["modern"] | {"arch": "modern", "copy_candidate": True, "copy_bos": BOS}
 TIE = 1e-4  # logits nearer to each other are equally right
 
 

@@ -63,7 +63,7 @@ def network(bos_id=None) -> GPT:
 def test_no_gradient_is_lost_in_the_graph(arch):
     """Traced as for training, without the compiler behind it: torch 2.11 lost all gradients behind our norm."""
     torch._dynamo.reset()
-    features = MODERN if arch == "modern" else {}
+    features = MODERN | {"copy_candidate": True, "copy_bos": 99} if arch == "modern" else {}
     eager, traced = (GPT(GPTConfig(2, 2, 2, 16, 32, 64, 100, arch=arch, **features)).init_weights(0) for _ in range(2))
     traced.training_forward_blocks = torch.compile(traced.forward_blocks, backend="eager", dynamic=False)
     ids = torch.randint(0, 100, (2, 65), generator=torch.Generator().manual_seed(0))

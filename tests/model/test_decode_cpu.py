@@ -298,7 +298,8 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(monkeypatch):
     pairs = FORMS["modern small windows"] | {"paired_heads": "short"}
     assert not decode_cpu.supports(make_net(pairs)) and decode_cpu.supports(make_net(pairs | {"paired_heads": None}))
     switches = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
-    for name, value in (switches | {"ngrams": (2,), "asymmetric_cap": True, "key_offset": True, "qk_dim": 8}).items():
+    switches |= {"ngrams": (2,), "asymmetric_cap": True, "key_offset": True, "qk_dim": 8, "copy_candidate": True}
+    for name, value in switches.items():
         assert not decode_cpu.supports(make_net(MODERN | {name: value}))
     net.compute_dtype = torch.float16
     assert DecodeStep.for_net(net) is None

@@ -29,6 +29,10 @@ def names(optimizer) -> list[str]:
         ((), ["head", "embedding", "value_embeds", "residual", "x0", "smear", "matrices"]),
         (("arch=gpt2",), ["embedding", "matrices", "vectors"]),
         (("optim=adamw",), ["matrices", "others"]),
+        (
+            ("arch.copy_candidate=true",),
+            ["head", "embedding", "value_embeds", "residual", "x0", "copies", "smear", "matrices"],
+        ),
         (("optim=adamw", "arch.ngrams=[3]"), ["matrices", "others", "ngrams"]),
     ],
 )

@@ -124,13 +124,16 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
 
 
 @pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
-def test_processes_train_the_tables_of_one(trained, strategy, other, tmp_path):
+def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, tmp_path):
     """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
     (_, alone), (folder, results) = trained("auto", 1, "ngrams"), trained(strategy, 2, "ngrams")
     checkpoint = folder / "ngrams" / "step_000002.ckpt"
     resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ngrams",), checkpoint, steps=4)
     table = alone["ngrams"]["weights"]["ngrams.tables.3.weight"]
     assert 0 < (table != 0).any(1).float().mean() < 1
+    assert all(
+        alone["ngrams"]["weights"][f"copies.{place}.{name}"].any() for place in "01" for name in ("scale", "bias")
+    )
     for name, weight in alone["ngrams"]["weights"].items():
         torch.testing.assert_close(results["ngrams"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)
         torch.testing.assert_close(resumed["ngrams"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)

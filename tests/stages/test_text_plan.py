@@ -105,6 +105,17 @@ def test_an_old_run_is_resumed_with_the_defaults_of_its_time(stage, values):
     assert now["data"]["shuffle"] is None and now["data"]["packing"] == values.get("data.packing", "crop")
 
 
+def test_a_run_from_before_copy_candidates_is_one_without_them():
+    cfg = compose("train", "experiment=tiny")
+    old = OmegaConf.to_container(cfg, resolve=True)
+    del old["arch"]["copy_candidate"], old["optim"]["copy_lr"]
+    assert diff_configs(old, OmegaConf.to_container(cfg), neutral_keys("pretrain")) == []
+    asked = compose("train", "experiment=tiny", "arch.copy_candidate=true", "optim.copy_lr=0.1")
+    keep_old_defaults(asked, {"config": old})
+    found = diff_configs(old, OmegaConf.to_container(asked), neutral_keys("pretrain"))
+    assert [(key, now) for key, _, now in found] == [("arch.copy_candidate", True), ("optim.copy_lr", 0.1)]
+
+
 def test_an_old_run_keeps_the_update_rules_and_the_windows_it_began_with():
     """Runs from before tall matrices decayed at their own rate; February's windows were rounded up to 128."""
     february = ("optim=muon_2026_02", "arch=modern_2026_02")
