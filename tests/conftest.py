@@ -36,10 +36,13 @@ def pytest_configure(config):
 
 # What takes longest begins, so that both workers of `make test` end together: what is left for the end is short.
 LONGEST = (
-    *("stages/test_pipeline.py", "parallel/test_strategies.py", "parallel/test_launch.py", "eval/test_judges.py"),
-    *("test_processes.py", "eval/test_lm_eval_harness.py", "config/test_schema.py", "config/test_dead_keys.py"),
-    *("callbacks/test_damage_and_watch.py", "eval/test_core.py", "optim/test_muon_adamw.py", "model/test_attention.py"),
-    *("cli/test_command_line.py", "data/test_hub_documents.py", "serving/test_serve.py", "tasks/test_hub_tasks.py"),
+    *("parallel/test_strategies.py", "stages/test_pipeline.py", "test_api.py", "config/test_schema.py"),
+    *("cli/test_command_line.py", "test_extend.py", "model/test_attention.py", "config/test_dead_keys.py"),
+    *("stages/test_training_steps.py", "parallel/test_launch.py", "serving/test_terminal.py", "test_processes.py"),
+    *("callbacks/test_damage_and_watch.py", "stages/test_lightning_habits.py", "eval/test_core.py"),
+    *("cli/test_hydra_habits.py", "parallel/test_restart.py", "stages/test_identity.py", "stages/test_init_from.py"),
+    *("serving/test_conformance_of_texts.py", "serving/test_conformance.py", "tasks/test_sandbox.py"),
+    *("tasks/test_hub_tasks.py", "data/test_hub_documents.py", "test_prose.py"),
 )
 
 

@@ -46,7 +46,7 @@ def assert_same(got: tuple[list, dict], expected: tuple[list, dict]) -> None:
         assert all(torch.equal(value, state[number][name]) for name, value in tensors.items()), number
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize(
     ("kind", "rules"),
