@@ -12,7 +12,6 @@ from llm.utils.environment import die_with_parent
 
 die_with_parent()
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +47,7 @@ from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
 from llm.stages.step_module import StageContext, StepData, StepModule
 
-STEPS, VOCAB, MICRO = int(os.environ.get("STEPS", "6")), 301, 6
+STEPS, VOCAB, MICRO = 4, 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
 # Even in the lengths and numbers of micro-batches.
 EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched", "ramped")

@@ -26,14 +26,15 @@ from llm.parallel.muon_zero2 import BUCKET_BYTES, even_shares
 from llm.parallel.strategy import FSDPStrategy, MuonStrategy, SummingDDPStrategy
 
 KINDS = ("pretrain", "clipped", "sft", "grpo", "reward", "dpo", "ppo", "distill")
+USUAL = (*KINDS, "lora")
 MORE = ("policy", "best_of_n", "forward_kl", "sampled", "ipo", "orpo", "kto", "simpo")
 ADAPTERS = tuple(f"{kind}-lora" for kind in ("reward", "dpo", "kto", "ppo", "policy", "distill", "best_of_n"))
 
 
-def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None, steps: int = 6) -> dict[str, dict]:
+def job(n: int, strategy: str, folder, kinds, checkpoint=None) -> dict[str, dict]:
     """Results of distributed_job.py with `n` processes, by kind of step."""
-    script, port, own = REPO / "tests" / "distributed_job.py", free_port(), {"STEPS": str(steps)}
-    environments = [own | child_env(k, n, port) for k in range(n)] if n > 1 else [own]
+    script, port = REPO / "tests" / "distributed_job.py", free_port()
+    environments = [child_env(k, n, port) for k in range(n)] if n > 1 else [{}]
     command = (script, strategy, str(folder), ",".join(kinds), *([] if checkpoint is None else [str(checkpoint)]))
     processes = [start_warm(*command, env=env, stdout=subprocess.DEVNULL) for env in environments]
     ended = finish(*processes)
@@ -43,12 +44,12 @@ def job(n: int, strategy: str, folder, kinds=(*KINDS, "lora"), checkpoint=None, 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(strategy, n): folder and results of 6 steps, run once; with names of other kinds: 4 steps of these."""
+    """trained(strategy, n, *kinds): folder and results of 4 steps of each of these kinds (else the usual), run once."""
 
     @cache
     def run(strategy: str, n: int, *kinds: str):
         folder = tmp_path_factory.mktemp(strategy)
-        return folder, job(n, strategy, folder, kinds, steps=4) if kinds else job(n, strategy, folder)
+        return folder, job(n, strategy, folder, kinds or USUAL)
 
     return run
 
@@ -73,7 +74,7 @@ def test_the_checkpoint_under_way_is_awaited_at_the_end(kind, monkeypatch):
     ],
 )
 def test_processes_train_the_weights_of_one(trained, n, strategy):
-    """Six steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
+    """Four steps on full rows, uneven masks, and uneven lengths in uneven numbers of micro-batches."""
     (_, alone), (_, results) = trained("auto", 1), trained(strategy, n)
     for kind in KINDS:
         for name, weight in alone[kind]["weights"].items():
@@ -106,7 +107,7 @@ def test_processes_train_the_adapter_of_one(trained, strategy):
     for name, weight in alone["lora"]["weights"].items():
         torch.testing.assert_close(results["lora"]["weights"][name], weight, atol=1e-7, rtol=0)
     for path in (folder, others):
-        saved = load_checkpoint(path / "lora" / "step_000003.ckpt")["state_dict"]
+        saved = load_checkpoint(path / "lora" / "step_000002.ckpt")["state_dict"]
         assert {name.rpartition(".")[2] for name in saved} == {"lora_A", "lora_B"}
         assert all(weight.any() for name, weight in saved.items() if name.endswith("lora_B"))
 
@@ -117,7 +118,7 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
     (_, alone), (folder, results) = trained("auto", 1, "averaged"), trained(strategy, 2, "averaged")
     (tmp_path / "resumed").mkdir()
     checkpoint = folder / "averaged" / "step_000002.ckpt"
-    resumed = job(2, other, tmp_path / "resumed", ("averaged",), checkpoint, steps=4)
+    resumed = job(2, other, tmp_path / "resumed", ("averaged",), checkpoint)
     for name, weight in alone["averaged"]["weights"].items():
         torch.testing.assert_close(results["averaged"]["weights"][name], weight, atol=1e-7, rtol=0)
         torch.testing.assert_close(resumed["averaged"]["weights"][name], weight, atol=1e-7, rtol=0)
@@ -128,7 +129,7 @@ def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, 
     """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
     (_, alone), (folder, results) = trained("auto", 1, "ngrams"), trained(strategy, 2, "ngrams")
     checkpoint = folder / "ngrams" / "step_000002.ckpt"
-    resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ngrams",), checkpoint, steps=4)
+    resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ngrams",), checkpoint)
     table = alone["ngrams"]["weights"]["ngrams.tables.3.weight"]
     assert 0 < (table != 0).any(1).float().mean() < 1
     assert all(
@@ -169,7 +170,7 @@ def test_muon_sends_no_more_than_the_gradients_and_the_weights(trained, n):
 
 @pytest.mark.parametrize(("saved", "strategy", "n"), [("fsdp", "auto", 1), ("muon", "fsdp", 2)])
 def test_a_checkpoint_of_one_strategy_goes_on_under_another(trained, saved, strategy, n, tmp_path):
-    checkpoint = trained(saved, 2)[0] / "pretrain" / "step_000003.ckpt"
+    checkpoint = trained(saved, 2)[0] / "pretrain" / "step_000002.ckpt"
     weights = job(n, strategy, tmp_path, ("pretrain",), checkpoint)["pretrain"]["weights"]
     for name, weight in trained("auto", 1)[1]["pretrain"]["weights"].items():
         torch.testing.assert_close(weights[name], weight, atol=1e-7, rtol=0)
