@@ -152,7 +152,7 @@ def test_steps_that_grow_train_as_in_one_process(trained, strategy, other, tmp_p
     """Also one that went on, under another strategy, from a checkpoint amid the ramp."""
     (_, alone), (folder, results) = trained("auto", 1, "ramped"), trained(strategy, 2, "ramped")
     checkpoint = folder / "ramped" / "step_000002.ckpt"
-    resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ramped",), checkpoint, steps=4)
+    resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ramped",), checkpoint)
     assert alone["ramped"]["tokens"] == (2 + 4 + 6 + 6) * 2 * 24
     for found in (results, resumed):
         assert found["ramped"]["tokens"] == alone["ramped"]["tokens"]
