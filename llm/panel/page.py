@@ -78,7 +78,7 @@ def build(panel: Panel) -> gr.Blocks:
         for tab in (*watching, compared, labelled, opened):
             tab.select(_only_timers_of(tab, [*watching, listed]), None, [*timers, slow], **QUIET)
         timer = dict(zip(watching, timers, strict=True))
-        runs.connect(demo, listed, timer[listed], slow)
+        runs.connect(listed, timer[listed], slow)
         compare.connect(compared)
         train.connect(trained, timer[trained])
         data.connect(shown, timer[shown], train)

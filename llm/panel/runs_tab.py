@@ -93,13 +93,12 @@ class RunsTab:
             self.away = gr.Dropdown([], label="Put away before")
             self.back = gr.Button("Bring back", size="sm")
 
-    def connect(self, demo: gr.Blocks, tab: gr.Tab, timer: gr.Timer, slow: gr.Timer) -> None:
+    def connect(self, tab: gr.Tab, timer: gr.Timer, slow: gr.Timer) -> None:
         """Connect the events. The table is looked at by the slow timer: a look at 500 runs costs milliseconds."""
         listed = [self.table, self.said, self.open, self.other, self.away, self.states]
         query, opened = [self.query, self.state], [self.open, self.other]
         whole = [self.shown, self.rest, self.stamp, self.tags, self.note, self.report]
-        demo.load(self.fill, query, listed, **QUIET)
-        for event in (tab.select, slow.tick):
+        for event in (tab.select, slow.tick):  # the page selects its first tab
             event(self.watch_table, [*query, self.states], listed, **QUIET)
         self.refresh.click(self.fill, query, listed, **QUIET)
         self.query.submit(self.fill, query, listed, **QUIET)
@@ -147,7 +146,7 @@ class RunsTab:
 
     def watch_table(self, query: str, state: str, states: tuple | None) -> list[Any]:
         """Return what `fill` does, where a stage has come, gone, begun or ended since `states` (None: never filled)."""
-        known = states is None or states_of(self.panel.index.rows()) == states
+        known = states is not None and states_of(self.panel.index.rows()) == states
         return [gr.skip()] * 6 if known else self.fill(query, state)
 
     def pick(self, event: gr.SelectData) -> str:
