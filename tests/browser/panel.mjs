@@ -34,6 +34,10 @@ const choose = async (place, name) => {
 };
 const button = (name) => page.getByRole("button", { name, exact: true }).locator("visible=true");
 const tab = (name) => page.getByRole("tab", { name, exact: true }).click();
+const train = async () => { // its form is filled when it is opened
+  await tab("Train");
+  await until("the form", async () => (await page.locator("#panel-command textarea").inputValue()).includes("train.py"));
+};
 const own = (field) => page.locator(`#panel-own-${field} input, #panel-own-${field} textarea`).locator("visible=true").first();
 const saw = (place) => page.locator(place).innerText();
 const screenshot = (name) => page.screenshot({ path: `${folder}/panel-${name}.png`, fullPage: true });
@@ -129,12 +133,12 @@ async function pause() {
   await page.locator("#panel-own-jobs svg").first().waitFor();
   await until("its first steps", async () => /step [1-9]/.test(await saw("#panel-own-jobs")));
   seen.watched = await saw("#panel-own-jobs");
-  await tab("Train");
+  await train();
   await choose("#panel-job", /running/);
   await button("Pause").click();
   await until("the pause", async () => (await saw("#panel-job-page h3")).endsWith("paused"));
   seen.paused = await saw("#panel-queue");
-  await page.locator("#panel-machine").getByText("memory").first().waitFor();
+  await page.locator("#panel-machine").getByText("CPU").first().waitFor();
   seen.machine = await saw("#panel-machine");
 }
 
@@ -142,7 +146,7 @@ async function pause() {
 async function resume() {
   await page.locator("#panel-own-jobs").getByText("paused").first().waitFor();
   await sizes();
-  await tab("Train");
+  await train();
   await choose("#panel-job", /paused/);
   await button("Resume").click();
   await until("a job that runs", async () => (await saw("#panel-job-page h3")).endsWith("running"));
@@ -152,7 +156,7 @@ async function resume() {
 async function second() {
   await tab("Data");
   await button("Take this into the form of Train").click();
-  await tab("Train");
+  await train();
   const command = page.locator("#panel-command textarea");
   const search = page.getByLabel("Search keys");
   await until("the form", async () => (await command.inputValue()).includes("seed=1"));
@@ -214,7 +218,7 @@ async function evaluate() {
   await type(page.getByLabel("eval.tokens"), "4096");
   await button("Start").click();
   await until("the first job's end", async () => (await saw("#panel-eval-job h3")).endsWith("done"));
-  await tab("Train");
+  await train();
   await ended();
   await tab("Evaluate");
   await until("scores of both", async () => /bpb\s+[\d.]+\s+[\d.]+/.test(await saw("#panel-scores")));
