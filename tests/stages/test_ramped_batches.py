@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -73,7 +74,9 @@ def test_passes_over_the_text_are_those_of_the_ramp(tmp_path, monkeypatch):
     assert plan_text(cfg, None, None, 30, batch) == TextPlan(30, "best_fit", 500, 16.0)
 
 
-def test_the_size_of_a_micro_batch_is_found_in_a_part():
+def test_the_size_of_a_micro_batch_is_found_in_a_part(monkeypatch):
+    told = os.sysconf  # 32 GiB are free, whatever else runs
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 1 << 23}.get(name) or told(name))
     cfg = config("batch.micro_batch_size=auto", "model.vocab_size=8192", "trainer=cpu")
     layout = steps_layout(cfg, plan(cfg, 8192).config, 8192, 4)
     assert (layout.rows_per_micro, layout.micro_per_step) == (4, 4)
