@@ -23,7 +23,7 @@ NEUTRAL_KEYS = (
 )
 
 # What stages did before these keys existed: runs without them are equal to runs with these values.
-BEFORE_KEYS = {
+CHANGED_KEYS = {
     "stage.loss": "reinforce",
     "stage.advantage": "centred",
     "stage.correction": "none",
@@ -34,17 +34,28 @@ BEFORE_KEYS = {
     "optim.coupled_decay": False,
     "optim.momentum_overlap": True,
     "optim.norm_margin": None,
-    "optim.copy_lr": 0.05,  # of parameters that no run had
 }
+# Of switches, and of parameters that only these have: with the default a run is as before the key existed.
+ADDED_KEYS = {
+    "arch.activation": "relu_squared",
+    "arch.ngrams": [],
+    "arch.ngram_rows": 4,
+    "arch.ngram_into": "residual",
+    "optim.ngram_lr": 0.06,
+    "optim.ngram_betas": [0.75, 0.95],
+    "optim.ngram_decay": 0.0,
+    "optim.copy_lr": 0.05,
+}
+BEFORE_KEYS = CHANGED_KEYS | ADDED_KEYS
 
 
 def rules_before(config: dict[str, Any]) -> dict[str, Any]:
-    """Return those values of `BEFORE_KEYS` whose defaults are others now, by key, that a saved configuration goes by.
+    """Return those values of `CHANGED_KEYS`, by key, that a saved configuration goes by.
 
     It lacks the key; or it has the value, since the run was resumed by a later release.
     """
     found = {}
-    for key, before in BEFORE_KEYS.items():
+    for key, before in CHANGED_KEYS.items():
         group, name = key.split(".")
         saved = config.get(group) if group in ("arch", "optim") else None
         if isinstance(saved, dict) and saved.get(name, before) == before:

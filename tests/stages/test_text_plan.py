@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from llm.data.sources import document_source
 from llm.errors import UserError
+from llm.experiments.runs import settings
 from llm.run.config_diff import diff_configs, neutral_keys
 from llm.scaling.batch_ramp import batch_schedule
 from llm.stages import text_plan
@@ -105,15 +106,31 @@ def test_an_old_run_is_resumed_with_the_defaults_of_its_time(stage, values):
     assert now["data"]["shuffle"] is None and now["data"]["packing"] == values.get("data.packing", "crop")
 
 
-def test_a_run_from_before_copy_candidates_is_one_without_them():
+LATER = {  # keys of switches that came one after the other, off at first
+    "arch": ("activation", "ngrams", "ngram_rows", "ngram_into", "copy_candidate"),
+    "optim": ("ngram_lr", "ngram_betas", "ngram_decay", "copy_lr"),
+}
+
+
+def test_a_run_from_before_a_switch_is_one_without_it():
     cfg = compose("train", "experiment=tiny")
     old = OmegaConf.to_container(cfg, resolve=True)
-    del old["arch"]["copy_candidate"], old["optim"]["copy_lr"]
+    for group, names in LATER.items():
+        for name in names:
+            del old[group][name]
     assert diff_configs(old, OmegaConf.to_container(cfg), neutral_keys("pretrain")) == []
-    asked = compose("train", "experiment=tiny", "arch.copy_candidate=true", "optim.copy_lr=0.1")
+    row = {"stage": "pretrain"}
+    assert settings(row | {"config": old}) == settings(row | {"config": OmegaConf.to_container(cfg, resolve=True)})
+    words = ("arch.copy_candidate=true", "optim.copy_lr=0.1", "arch.ngrams=[2]", "arch.activation=leaky_relu_squared")
+    asked = compose("train", "experiment=tiny", *words)
     keep_old_defaults(asked, {"config": old})
     found = diff_configs(old, OmegaConf.to_container(asked), neutral_keys("pretrain"))
-    assert [(key, now) for key, _, now in found] == [("arch.copy_candidate", True), ("optim.copy_lr", 0.1)]
+    assert {key: now for key, _, now in found} == {
+        "arch.copy_candidate": True,
+        "optim.copy_lr": 0.1,
+        "arch.ngrams": [2],
+        "arch.activation": "leaky_relu_squared",
+    }
 
 
 def test_an_old_run_keeps_the_update_rules_and_the_windows_it_began_with():
