@@ -51,9 +51,8 @@ class EvaluateTab:
         boxes = []
         with gr.Row():
             for name in names:
-                with gr.Column(min_width=260):
-                    about, default = evaluations.about(name)
-                    boxes.append(gr.Textbox(label=name, info=about, placeholder=default, max_lines=2))
+                about, default = evaluations.about(name)
+                boxes.append(gr.Textbox(label=name, info=about, placeholder=default, max_lines=2, min_width=260))
         return boxes
 
     def connect(self, tab: gr.Tab, timer: gr.Timer) -> None:

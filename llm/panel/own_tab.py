@@ -11,7 +11,7 @@ from llm.panel.markup import block, page, problem
 from llm.panel.own_files import CHAT, TEXT
 from llm.panel.runs_tab import QUIET, html, told
 from llm.panel.state import Panel
-from llm.panel.train_tab import DEFAULT, TrainTab
+from llm.panel.train_tab import DEFAULT, IN_TURN, TrainTab
 from llm.utils.format import in_bytes
 
 UNDER_WAY = page("<p>This is under way…</p>")
@@ -121,7 +121,7 @@ class OwnTab:
             button.click(self._starter(act), self.fields, looked, **QUIET).then(
                 self.mistakes, self.fields, wrong, **QUIET
             )
-        self.take.click(self.to_form, self.fields, train.whole, **QUIET).success(**train.refill)
+        self.take.click(self.to_form, self.fields, train.whole, **IN_TURN).success(**train.refill)
         timer.tick(self.watch, [self.name, self.stamp], looked, **QUIET)
 
     def choices(self) -> Any:

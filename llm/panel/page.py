@@ -9,6 +9,8 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm.panel.compare_tab import CompareTab
 from llm.panel.data_tab import DataTab
@@ -25,8 +27,10 @@ from llm.serving.guard import MAX_UPLOAD
 
 HERE = Path(__file__).parent
 PATH = "/panel"
+API = ("api_info", "api_info_as_input", "api_info_as_output", "example_inputs")  # only Gradio's page of its API has it
 SECONDS = 1.9  # between two looks at what is running
 SLOW_SECONDS = 15.0  # between two looks at the table of all stages
+ONE_BY_ONE = {**QUIET, "concurrency_limit": 1, "concurrency_id": "tabs"}  # who goes through tabs fast ends in the last
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 COLOURS = {  # each at least 4.5 times as bright or dark as its ground (WCAG 2.2, 1.4.3)
     **{"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"},
@@ -46,11 +50,37 @@ PAGE = {
 
 def mount(app: FastAPI, panel: Panel) -> None:
     """Put the panel at `/panel` of an application."""
-    gr.mount_gradio_app(app, build(panel), path=PATH, max_file_size=MAX_UPLOAD, **PAGE)
+    page, runs = build(panel)
+    gr.mount_gradio_app(app, page, path=PATH, max_file_size=MAX_UPLOAD, **PAGE)
+    for component in page.config["components"]:
+        for name in API:
+            component.pop(name, None)
+    app.add_middleware(FilledPage, page=page, runs=runs)
 
 
-def build(panel: Panel) -> gr.Blocks:
-    """Build the page."""
+class FilledPage:
+    """ASGI middleware that fills the table of runs in the page that is sent, so that it waits for no event.
+
+    Gradio sends the configuration that it made when it was mounted; the table of now is written into that.
+    """
+
+    def __init__(self, app: ASGIApp, page: gr.Blocks, runs: RunsTab):
+        self.app, self.page, self.runs = app, page, runs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and scope["path"].rstrip("/") == PATH:
+            await run_in_threadpool(self.fill)
+        await self.app(scope, receive, send)
+
+    def fill(self) -> None:
+        """Write the table of now into the page."""
+        [table] = [one for one in self.page.config["components"] if one["id"] == self.runs.table._id]
+        table["props"].update(self.runs.first_view())
+
+
+def build(panel: Panel) -> tuple[gr.Blocks, RunsTab]:
+    """Build the page. Returns it and its first tab."""
     models = PanelModels(panel)
     with gr.Blocks(title="Fathom: panel", analytics_enabled=False) as demo:
         chat = " · [Chat with the model that is served](/)" if panel.chat else ""
@@ -75,9 +105,9 @@ def build(panel: Panel) -> gr.Blocks:
         watching = [listed, trained, shown, evaluated, rolled]
         timers = [gr.Timer(SECONDS, active=tab is listed) for tab in watching]
         slow = gr.Timer(SLOW_SECONDS)
-        for tab in (*watching, compared, labelled, opened):
-            tab.select(_only_timers_of(tab, [*watching, listed]), None, [*timers, slow], **QUIET)
         timer = dict(zip(watching, timers, strict=True))
+        for tab in (*watching, compared, labelled, opened):
+            tab.select(_only_timers_of(tab, [*watching, listed]), None, [*timers, slow], **ONE_BY_ONE)
         runs.connect(listed, timer[listed], slow)
         compare.connect(compared)
         train.connect(trained, timer[trained])
@@ -86,7 +116,7 @@ def build(panel: Panel) -> gr.Blocks:
         rollouts.connect(rolled, timer[rolled])
         preferences.connect(labelled)
         inside.connect(opened)
-    return queued(demo, 64)
+    return queued(demo, 64), runs
 
 
 def _only_timers_of(tab: gr.Tab, watching: list[gr.Tab]) -> Any:

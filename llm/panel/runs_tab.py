@@ -144,6 +144,11 @@ class RunsTab:
             states_of(rows),
         ]
 
+    def first_view(self) -> dict[str, Any]:
+        """Return the properties of the table, filled, as the page has them in its own text."""
+        filled = self.fill("", "all")[0]
+        return {"value": self.table.postprocess(filled["value"]).model_dump(), "datatype": filled["datatype"]}
+
     def watch_table(self, query: str, state: str, states: tuple | None) -> list[Any]:
         """Return what `fill` does, where a stage has come, gone, begun or ended since `states` (None: never filled)."""
         known = states is not None and states_of(self.panel.index.rows()) == states

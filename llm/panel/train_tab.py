@@ -1,6 +1,5 @@
 """The Train tab: the form, the queue, the job that is watched. The functions behind it work without a browser."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from llm.panel.state import Panel
 
 ROWS = 12  # keys that are shown at once
 DEFAULT = "default"
+IN_TURN = {**QUIET, "concurrency_limit": 1, "concurrency_id": "form"}  # a click that leaves a box finds what it held
 
 
 class TrainTab:
@@ -93,37 +93,37 @@ class TrainTab:
         filled = [self.form, self.shown_keys, self.place, self.section, self.count, self.other, self.line, *keys]
         filters = [self.form, self.search, self.section, self.changed, self.place]
         watched = [self.queue, self.shown, self.stamp, self.job]
-        self.refill = {"fn": self.fill, "inputs": filters, "outputs": filled, **QUIET}
-        tab.select(self.fill, filters, filled, **QUIET)
+        self.refill = {"fn": self.fill, "inputs": filters, "outputs": filled, **IN_TURN}
+        tab.select(self.fill, filters, filled, **IN_TURN)
         tab.select(self.watch, [self.job, gr.State(())], watched, **QUIET)
-        for group in self.groups:
-            group.input(self.choose, [self.form, *self.groups], self.form, **QUIET).then(
-                self.fill, filters, filled, **QUIET
-            )
+        gr.on(
+            [group.input for group in self.groups], self.choose, [self.form, *self.groups], self.form, **IN_TURN
+        ).then(self.fill, filters, filled, **IN_TURN)
         for one in (self.section, self.changed):
-            one.input(self.first, filters, filled, **QUIET)
-        self.search.change(self.first, filters, filled, trigger_mode="always_last", **QUIET)
-        self.sweep.input(self.several, [self.form, self.sweep], self.form, **QUIET).then(
-            self.fill, filters, filled, **QUIET
+            one.input(self.first, filters, filled, **IN_TURN)
+        self.search.change(self.first, filters, filled, trigger_mode="always_last", **IN_TURN)
+        self.sweep.input(self.several, [self.form, self.sweep], self.form, **IN_TURN).then(
+            self.fill, filters, filled, **IN_TURN
         )
-        for number, box in enumerate(self.boxes):
-            left, typed = [box.submit, box.blur], [self.form, self.shown_keys, box]
-            put = gr.on(left, self._setter(number), typed, self.form, trigger_mode="always_last", **QUIET)
-            put.success(self.fill, [*filters, self.shown_keys], filled, **QUIET)
+        left = [event for box in self.boxes for event in (box.submit, box.blur)]
+        typed = [self.form, self.shown_keys, *self.boxes]
+        gr.on(left, self.put, typed, self.form, trigger_mode="always_last", **IN_TURN).success(
+            self.fill, [*filters, self.shown_keys], filled, **IN_TURN
+        )
         for button, step in ((self.before, -ROWS), (self.next, ROWS)):
-            button.click(self._turner(step), filters, filled, **QUIET)
-        self.try_it.click(lambda: page("<p>A dry run is under way…</p>"), None, self.dry, **QUIET).then(
+            button.click(self._turner(step), filters, filled, **IN_TURN)
+        self.try_it.click(lambda: page("<p>A dry run is under way…</p>"), None, self.dry, **IN_TURN).then(
             self.dry_run, self.form, self.dry, **QUIET
         )
-        self.start.click(self.begin, [self.form, self.after, self.attempts], watched, **QUIET)
+        self.start.click(self.begin, [self.form, self.after, self.attempts], watched, **IN_TURN)
         for name, button in self.acts.items():
             button.click(self._acting(name), self.job, watched, **QUIET)
         self.up.click(self._acting("up"), self.job, watched, **QUIET)
         self.work.click(self.go_on, self.job, watched, **QUIET)
         tab.select(self.preset_names, None, self.preset, **QUIET)
-        self.keep.click(self.save_preset, [self.preset, self.form], self.preset, **QUIET)
+        self.keep.click(self.save_preset, [self.preset, self.form], self.preset, **IN_TURN)
         self.drop.click(self.delete_preset, self.preset, self.preset, **QUIET)
-        self.bring.click(self.load_preset, self.preset, self.whole, **QUIET).success(**self.refill)
+        self.bring.click(self.load_preset, self.preset, self.whole, **IN_TURN).success(**self.refill)
         self.job.input(self.watch, [self.job, gr.State(())], watched, **QUIET)
         timer.tick(self.watch_all, [self.job, self.stamp], [*watched, self.machine], **QUIET)
 
@@ -173,20 +173,12 @@ class TrainTab:
         """Return the form with or without several values."""
         return Form(form.groups, form.values, bool(sweep))
 
-    def put(self, form: Form, keys: list[str], number: int, given: str) -> Form:
-        """Return the form with the text in box `number`; an empty one takes the key out."""
-        form = copy.deepcopy(form)
-        if number < len(keys):
-            given = (given or "").strip()
-            form.values.pop(keys[number], None) if not given else form.values.update({keys[number]: given})
-        return form
-
-    def _setter(self, number: int) -> Any:
-        def put(form: Form, keys: list[str], given: str) -> Form:
-            changed = self.put(form, keys, number, given)
-            return gr.skip() if changed == form else changed
-
-        return put
+    def put(self, form: Form, keys: list[str], *given: str) -> Form:
+        """Return the form with the texts in the boxes of some keys; an empty one takes its key out."""
+        typed = zip(keys, given, strict=False)  # there are more boxes where fewer keys are shown
+        values = form.values | {key: (box or "").strip() for key, box in typed}
+        changed = Form(form.groups, {key: value for key, value in values.items() if value}, form.sweep)
+        return gr.skip() if changed == form else changed
 
     def first(self, form: Form, search: str, section: str, changed: bool, place: int) -> list[Any]:
         """Return the first keys that fit."""

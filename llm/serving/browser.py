@@ -22,7 +22,7 @@ MAX_VISITORS = 50  # conversations in memory; the one that waited longest is for
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # Gradio keeps 10,000 otherwise, four of every turn
 HERE = Path(__file__).parent
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-SECONDS_FREE = 0.04  # between two looks of an idle page at its events
+SECONDS_FREE = 0.05  # between two looks of an idle page at its events
 SECONDS_PROGRESS = 0.2  # between two looks at the progress of events
 PAGE = {
     "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", **FONTS),
@@ -49,7 +49,7 @@ def build(models: Models, params: SamplingParams) -> gr.Blocks:
 
 
 def queued(demo: gr.Blocks, most: int) -> gr.Blocks:
-    """Give a page its queue of at most `most` waiting events, looked at 25 times a second.
+    """Give a page its queue of at most `most` waiting events, looked at 20 times a second.
 
     Gradio looks for events 1,000 times and for progress 100 times a second, which costs 3 % of a core while nobody is
     there. It has no setting for that, so attributes of its queue are set.

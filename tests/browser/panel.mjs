@@ -173,11 +173,16 @@ async function second() {
     });
     const label = new RegExp(`^\\s*${key}( \\(default .*\\))?\\s*$`);
     const box = page.locator('[id^="panel-key-"]').filter({ has: page.getByText(label) }).locator("textarea, input");
+    if (key === "seed") {
+      await box.locator("visible=true").first().fill(value);
+      break; // the click on Start leaves the box
+    }
     await type(box.locator("visible=true").first(), value);
     await until(`${key} in the command`, async () => (await command.inputValue()).includes(`${key}=${value}`));
   }
-  seen.command = await command.inputValue();
   await button("Start").click();
+  await until("seed in the command", async () => (await command.inputValue()).includes("seed=2"));
+  seen.command = await command.inputValue();
   await until("the second job in the queue", async () => (await saw("#panel-queue")).includes(`${NAME}-2`));
   await ended();
   seen.queue = await saw("#panel-queue");

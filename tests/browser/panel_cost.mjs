@@ -7,6 +7,7 @@ import { chromium } from "playwright-core";
 const [url, pid, stage, executablePath, seconds] = process.argv.slice(2);
 const TICKS = 100; // of the system's clock in a second
 const SETTLE = 4_000; // ms until what a page has asked for is done
+const VIEWS = 9; // in a browser that knows the page; an odd number
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 async function spent() {
@@ -26,14 +27,31 @@ const found = { "idle, %": await share() };
 const browser = await chromium.launch({ executablePath, headless: true, args: ["--no-sandbox", "--disable-gpu"] });
 const context = await browser.newContext({ viewport: { width: 1280, height: 800 } });
 let page;
-for (const view of ["first view, new browser, ms", "second view, ms", "third view, ms"]) {
+
+// Milliseconds from the call of a page to the frame that shows a row of the table. Waiting for an element from here
+// would add up to half a second: it looks again ever less often.
+async function view() {
   await page?.close();
   page = await context.newPage();
-  const start = Date.now();
+  await page.addInitScript(() => {
+    const look = () => {
+      const cells = [...document.querySelectorAll("#panel-table td")];
+      const isThere = cells.some((cell) => cell.checkVisibility() && cell.textContent.includes("/pretrain"));
+      requestAnimationFrame(isThere ? () => (window.shown = performance.now()) : look);
+    };
+    requestAnimationFrame(look);
+  });
   await page.goto(url, { waitUntil: "commit" });
-  await page.locator("#panel-table").getByText("/pretrain").locator("visible=true").first().waitFor();
-  found[view] = Date.now() - start;
+  await page.waitForFunction(() => window.shown, null, { polling: 100 });
+  return Math.round(await page.evaluate(() => window.shown));
 }
+
+found["first view, new browser, ms"] = await view();
+const later = [];
+for (let i = 0; i < VIEWS; i++) later.push(await view());
+later.sort((a, b) => a - b);
+found[`${VIEWS} later views, median, ms`] = later[(VIEWS - 1) / 2];
+found["slowest of them, ms"] = later.at(-1);
 found["table of runs open, %"] = await share();
 await page.locator("#panel-open input").first().fill(stage);
 await page.getByRole("option", { name: stage, exact: true }).first().click();

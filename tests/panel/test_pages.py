@@ -46,7 +46,7 @@ def tabs(panel):
 
 
 def test_only_the_open_tab_is_watched(panel):
-    page = build(panel)
+    page, _ = build(panel)
     timers = [block for block in page.blocks.values() if isinstance(block, gr.Timer)]
     assert [timer.active for timer in timers] == [True, False, False, False, False, True]
     tabs = [block for block in page.blocks.values() if isinstance(block, gr.Tab)]
@@ -114,14 +114,17 @@ def test_boxes_take_values_and_show_mistakes_beside_them(panel, tabs):
     keys, boxes, wrong = filled[1], filled[7 : 7 + ROWS], filled[7 + ROWS :]
     place = keys.index("max_steps")
     assert boxes[place]["visible"] and "from 1" in boxes[place]["info"] and wrong == [""] * ROWS
-    changed = train.put(form, keys, place, " 0 ")
+    texts = ["7" if key == "seed" else "" for key in keys]
+    texts[place] = " 0 "
+    changed = train.put(form, keys, *texts, *[""] * (ROWS - len(keys)))
     assert form.values == {"seed": "7"} and changed.values == {"seed": "7", "max_steps": "0"}
     filled = train.fill(changed, "max_steps", "main", False, 0, keys)
     assert "value" not in filled[7]  # while somebody writes in another box
     assert train.fill(changed, "max_steps", "main", False, 0)[7 + place]["value"] == "0"
     assert "must be at least 1" in filled[7 + ROWS + filled[1].index("max_steps")]
     assert f"stage=sft seed=7 max_steps=0 paths.runs={panel.runs}" in filled[6]
-    assert train.put(changed, keys, place, "").values == {"seed": "7"}
+    texts[place] = ""
+    assert train.put(changed, keys, *texts).values == {"seed": "7"}
     later = train.fill(form, "", "all", False, 10_000)
     assert later[2] % ROWS == 0 and 0 < len(later[1]) <= ROWS and "of" in later[4]
     with pytest.raises(gr.Error, match="must be at least 1"):
@@ -223,8 +226,20 @@ def test_files_are_taken_with_the_key_and_by_a_panel_that_may_change_something_o
     assert (answer.status_code, "panel.readonly=true" in answer.text) == (403, True)
 
 
+def test_the_page_is_sent_with_the_runs_of_now(tmp_path):
+    add_run(tmp_path, "early")
+    shown = Panel(tmp_path, tmp_path / "queue.sqlite", (tmp_path,))
+    with TestClient(build_app(shown, compose("serve", ["ui=panel"])), base_url="http://127.0.0.1:7860") as client:
+        before = client.get("/panel/").text
+        add_run(tmp_path, "late")
+        after = client.get("/panel/").text
+    assert '"early/pretrain"' in before and '"late/pretrain"' not in before
+    assert '"early/pretrain"' in after and '"late/pretrain"' in after
+    assert "api_info_as_input" not in after
+
+
 def test_a_panel_that_only_shows_offers_no_button_that_changes(panel):
-    fixed = build(Panel(panel.runs, panel.queue_file, panel.folders, readonly=True))
+    fixed, _ = build(Panel(panel.runs, panel.queue_file, panel.folders, readonly=True))
     hidden = set()
 
     def look(block, covered):
@@ -270,8 +285,8 @@ def test_the_chat_beside_the_panel_is_a_link_away(panel):
         return [str(block["props"].get("value")) for block in made.get_config_file()["components"]]
 
     beside = Panel(panel.runs, panel.queue_file, panel.folders, chat=True)
-    assert any("[Chat with the model that is served](/)" in one for one in texts(build(beside)))
-    assert not any("[Chat" in one for one in texts(build(panel)))
+    assert any("[Chat with the model that is served](/)" in one for one in texts(build(beside)[0]))
+    assert not any("[Chat" in one for one in texts(build(panel)[0]))
     assert Panel.of(compose("serve", ["ui=panel", "run=demo"])).chat
     assert not Panel.of(compose("serve", ["ui=panel"])).chat
 
