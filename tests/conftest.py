@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,30 @@ def pytest_sessionstart():
 
 def pytest_collection_finish():
     gc.enable()
+
+
+def compose_sooner() -> None:
+    """Save a third of the time of a composition in this process: a YAML text is parsed once, and Hydra copies the list
+    of its folders, which it gives another content, without all that they hold.
+    """
+    import omegaconf.omegaconf as module
+    from hydra._internal.config_repository import CachingConfigRepository
+
+    def keep(repository, delegate):
+        repository.delegate, repository.cache = copy.copy(delegate), {}
+
+    CachingConfigRepository.__init__ = keep
+    parse, parsed = module.yaml.load, {}
+
+    def load(stream, Loader):
+        text = stream if isinstance(stream, str) else stream.read()
+        if text not in parsed:
+            if stream is not text:
+                stream.seek(0)
+            parsed[text] = parse(stream, Loader=Loader)  # of a file, whose name stands in an error
+        return copy.deepcopy(parsed[text])
+
+    module.yaml = types.SimpleNamespace(**{**vars(module.yaml), "load": load})
 
 
 def pytest_collection_modifyitems(items):
@@ -128,6 +153,7 @@ def composed_once():
     from llm.config.said import note_settings
     from llm.config.stages import all_stages
 
+    compose_sooner()
     compose_anew = compose.compose_all
     cached = functools.lru_cache(100)(lambda config_name, lines, stages: compose_anew(config_name, lines))
 

@@ -65,6 +65,7 @@ def runs(chain, tmp_path) -> Path:
 # ----- what is returned
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_documentation_run(examples):
     assert len(examples["blocks"]) == 5 and examples["stage"] == examples["last"]
     assert 0 < examples["scores"]["bpb"].value < 20
@@ -81,6 +82,7 @@ def test_a_chain_returns_its_stages_and_the_last_one_itself(chain):
     assert "bytes_per_token_val" in chain.chain[0].scores and len(chain.chain[0].metrics()) == 0
 
 
+@pytest.mark.slow
 def test_words_in_a_list_train_what_the_command_trains(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "other" / "runs")
     before = state()
@@ -109,6 +111,7 @@ def test_a_stage_without_a_run(runs, monkeypatch):
     assert (checked.run, checked.stage, checked.folder) == ("", "check", runs / "data")
 
 
+@pytest.mark.slow
 def test_a_sweep_over_values_returns_all_its_runs_and_knows_folders_of_the_users_own(runs, tmp_path):
     own = tmp_path / "conf" / "experiment" / "mine.yaml"
     own.parent.mkdir(parents=True)

@@ -138,6 +138,7 @@ def module(home, monkeypatch):
     schema._known_keys.cache_clear()
 
 
+@pytest.mark.slow
 def test_rows_of_a_task_type_are_checked_as_ours_are(home, module, tmp_path):
     from tasks import build_task
 
@@ -462,6 +463,7 @@ def composed(*lines: str):
 # ---- as processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recipes_of_training_work_together(trained):
     """The optimizer, the architecture, the source of text, the callback and the logger in one run of real processes."""
     stage = trained / "runs" / "all" / "pretrain"

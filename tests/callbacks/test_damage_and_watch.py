@@ -169,6 +169,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_no_memory_beside_the_state(tmp_path):
     """64 MB of weights that are there already and 128 MB of state: the file is mapped, not read."""
     net = torch.nn.Linear(4096, 4096, bias=False)

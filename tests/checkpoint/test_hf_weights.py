@@ -118,6 +118,7 @@ def test_what_is_not_whole_is_refused(case, tmp_path):
     assert not list(tmp_path.glob("runs/.hf/*/model"))
 
 
+@pytest.mark.slow
 def test_pretraining_and_finetuning_go_on_from_it_with_a_shorter_context(tmp_path):
     checkpoint(tmp_path / "theirs", "qwen3")
     for stage, parent in (("pretrain", f"hf:{tmp_path}/theirs"), ("sft", "a/pretrain")):

@@ -127,6 +127,7 @@ def flex(request, monkeypatch):
         monkeypatch.setattr(attention, "_compiled_flex", lambda: attention.flex_attention)
 
 
+@pytest.mark.slow
 def test_flex_attention_compiled_equals_a_mask():
     """One shape with all that masks can hold; the others are compiled in `make test-full`."""
     check_backend("flex", 20, True, 2)

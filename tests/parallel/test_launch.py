@@ -86,6 +86,7 @@ def test_two_launchers_take_a_pipeline(tmp_path):
     assert "finished" not in quiet
 
 
+@pytest.mark.slow
 def test_slurm_tasks_take_a_pipeline(tmp_path):
     (status, out, err), (other, quiet, _) = finish(*slurm_tasks(tmp_path, *PIPELINE))
     assert status == other == 0 and out.count("tiny/pretrain finished") == 1 and quiet == "", err
@@ -114,6 +115,7 @@ def test_a_dead_process_ends_every_node(root, tmp_path):
     assert "was ended by SIGKILL" in err
 
 
+@pytest.mark.slow
 def test_sigusr1_on_one_node_stops_and_saves_on_all(root, tmp_path):
     long = (*LONG, "run=preempted")
     nodes = two_nodes(root, *long, **{FOLDER: str(tmp_path)})

@@ -52,6 +52,7 @@ def weights(root: Path, run: str) -> bytes:
     return (root / run / "pretrain" / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_no_bit_differs(root, tmp_path):
     launcher = start_held(root, tmp_path, "run=killed", "trainer.devices=2", "trainer.max_restarts=3")
     workers = children_of(launcher.pid)

@@ -28,6 +28,7 @@ from llm.parallel.strategy import FSDPStrategy, MuonStrategy, SummingDDPStrategy
 KINDS = ("pretrain", "clipped", "sft", "grpo", "reward", "dpo", "ppo", "distill")
 USUAL = (*KINDS, "lora")
 MORE = ("policy", "best_of_n", "forward_kl", "sampled", "ipo", "orpo", "kto", "simpo")
+SWITCHED = ("ngrams", "switched", "ramped")  # what is off by default, by kinds of step
 ADAPTERS = tuple(f"{kind}-lora" for kind in ("reward", "dpo", "kto", "ppo", "policy", "distill", "best_of_n"))
 
 
@@ -112,7 +113,7 @@ def test_processes_train_the_adapter_of_one(trained, strategy):
         assert all(weight.any() for name, weight in saved.items() if name.endswith("lora_B"))
 
 
-@pytest.mark.parametrize(("strategy", "other"), [("muon", "ddp"), ("ddp", "muon")])
+@pytest.mark.parametrize(("strategy", "other"), [("muon", "ddp"), pytest.param("ddp", "muon", marks=pytest.mark.slow)])
 def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_path):
     """Also one that went on, under another strategy, from a checkpoint of half the steps."""
     (_, alone), (folder, results) = trained("auto", 1, "averaged"), trained(strategy, 2, "averaged")
@@ -127,7 +128,7 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
 @pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
 def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, tmp_path):
     """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
-    (_, alone), (folder, results) = trained("auto", 1, "ngrams"), trained(strategy, 2, "ngrams")
+    (_, alone), (folder, results) = trained("auto", 1, *SWITCHED), trained(strategy, 2, *SWITCHED)
     checkpoint = folder / "ngrams" / "step_000002.ckpt"
     resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ngrams",), checkpoint)
     table = alone["ngrams"]["weights"]["ngrams.tables.3.weight"]
@@ -142,7 +143,7 @@ def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, 
 
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
 def test_switches_of_objective_and_heads_train_as_in_one_process(trained, strategy):
-    alone, found = (trained(*of, "switched")[1]["switched"]["weights"] for of in (("auto", 1), (strategy, 2)))
+    alone, found = (trained(*of, *SWITCHED)[1]["switched"]["weights"] for of in (("auto", 1), (strategy, 2)))
     for name, weight in alone.items():
         torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
 
@@ -150,7 +151,7 @@ def test_switches_of_objective_and_heads_train_as_in_one_process(trained, strate
 @pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
 def test_steps_that_grow_train_as_in_one_process(trained, strategy, other, tmp_path):
     """Also one that went on, under another strategy, from a checkpoint amid the ramp."""
-    (_, alone), (folder, results) = trained("auto", 1, "ramped"), trained(strategy, 2, "ramped")
+    (_, alone), (folder, results) = trained("auto", 1, *SWITCHED), trained(strategy, 2, *SWITCHED)
     checkpoint = folder / "ramped" / "step_000002.ckpt"
     resumed = job(1 if other == "auto" else 2, other, tmp_path, ("ramped",), checkpoint)
     assert alone["ramped"]["tokens"] == (2 + 4 + 6 + 6) * 2 * 24

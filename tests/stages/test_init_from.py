@@ -147,6 +147,7 @@ def test_a_warm_start_that_cannot_be_is_refused(root, args, says):
     assert says in refusal(root, "run=no", *CONTINUE, "stage.warm_start=true", *args)
 
 
+@pytest.mark.slow
 def test_a_lengthened_stage_is_that_of_one_go(root, capsys):
     """With rates that do not depend on the horizon: same data, same weights, bit for bit."""
     run = ("stage=pretrain", "init_from=a/tokenizer", *EVEN)

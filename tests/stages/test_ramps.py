@@ -77,7 +77,7 @@ def test_rows_are_cut_and_nothing_else_changes():
     assert shorter_rows(micro, 1.0) is micro
 
 
-@pytest.mark.parametrize("key", ["window_ramp", "row_ramp"])
+@pytest.mark.parametrize("key", ["window_ramp", pytest.param("row_ramp", marks=pytest.mark.slow)])
 def test_a_ramp_changes_the_first_steps_and_resumes_to_the_bit(tmp_path, key):
     plain, whole = pretrain(tmp_path / "plain"), pretrain(tmp_path / "a", **{key: 0.7})
     losses = [[float(row["loss"]) for row in rows(tmp_path / name)] for name in ("plain", "a")]

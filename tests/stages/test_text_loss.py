@@ -81,7 +81,9 @@ def test_further_goals_equal_a_loop_over_tokens(done, sampled):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "key", [pytest.param(k, marks=() if k == "sampled_softmax" else pytest.mark.slow) for k in KEYS]
+)
 def test_a_switch_changes_training_and_resumes_to_the_bit(tmp_path, key):
     options = {"config": WIDE, "tokenizer": TOKENIZER, key: KEYS[key]}
     plain, whole = pretrain(tmp_path / "plain", config=WIDE), pretrain(tmp_path / "a", **options)

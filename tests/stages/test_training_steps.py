@@ -227,6 +227,7 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and saved[1] < 0.5 * saved[0]
 
 
+@pytest.mark.slow
 def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(tmp_path):
     exact, _ = fit(tmp_path / "fp32")
     half = StepModule(net(), OPTIM, STAGE, StageContext("sft", None, torch.ones(70), STEPS, 8))

@@ -40,6 +40,7 @@ def write_part(part, parts, *more):
     )
 
 
+@pytest.mark.slow
 def test_parts_again_and_a_part_that_is_missing(made, capsys):
     write_part(1, 2)
     assert "1 token files written, 0 were up to date" in capsys.readouterr().out

@@ -183,6 +183,7 @@ def count_rows(url, folder, results):
         results.put(len(build_task("talk", spec(), "train", Cache(folder / "cache"))))
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_fetch_once(hub, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
