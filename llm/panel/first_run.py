@@ -222,15 +222,21 @@ def watched(panel: Panel, name: str) -> str:
     )
 
 
+def vocabulary_of(panel: Panel, name: str) -> int | None:
+    """Return the size of the vocabulary of a finished tokenizer; None without one."""
+    if not name or state_of(panel, name, TOKENIZER) != "finished":
+        return None
+    return ((read_manifest(panel.runs / name / TOKENIZER) or {}).get("derived") or {}).get("vocab_size")
+
+
 def tokenizer_facts(panel: Panel, name: str) -> str:
     """Return what a finished tokenizer makes of its text; "" without one."""
-    if not name or state_of(panel, name, TOKENIZER) != "finished":
+    if (size := vocabulary_of(panel, name)) is None:
         return ""
-    manifest = read_manifest(panel.runs / name / TOKENIZER) or {}
-    size, metrics = (manifest.get("derived") or {}).get("vocab_size"), manifest.get("metrics") or {}
+    metrics = (read_manifest(panel.runs / name / TOKENIZER) or {}).get("metrics") or {}
     per = metrics.get("bytes_per_token_val") or metrics.get("bytes_per_token_train")
     held_out = f"; {per:.2f} bytes of held-out text per token" if isinstance(per, float) else ""
-    return page(f"<p><b>{text(f'The tokenizer is ready: vocabulary of {size:,}{held_out}')}</b></p>") if size else ""
+    return page(f"<p><b>{text(f'The tokenizer is ready: vocabulary of {size:,}{held_out}')}</b></p>")
 
 
 def afterwards(panel: Panel, name: str) -> str:

@@ -103,7 +103,7 @@ class OwnTab:
         wrong, looked = [*self.wrong.values(), self.other], [self.shown, self.about_tokenizer, self.stamp]
         tab.select(self.choices, None, self.before, **QUIET)
         self.before.select(lambda name: name or gr.skip(), self.before, self.name, **QUIET)
-        self.name.change(self.open, self.name, [self.texts, self.chats, *looked], **QUIET)
+        self.name.change(self.open, self.name, [self.texts, self.chats, self.vocabulary, *looked], **QUIET)
         for kind, field, box in ((TEXT, "texts", self.texts), (CHAT, "chats", self.chats)):
             self.files[kind].upload(
                 self._keeper(kind), [self.name, self.files[kind]], [box, self.wrong[field]], **QUIET
@@ -129,7 +129,7 @@ class OwnTab:
         return gr.update(choices=own_files.names(self.panel))
 
     def open(self, name: str | None) -> list[Any]:
-        """Return the folders of a name, and what is known of its run."""
+        """Return the folders of a name, the vocabulary of its tokenizer, and what is known of its run."""
         name, folders = (name or "").strip(), []
         for kind in (TEXT, CHAT):
             try:
@@ -137,7 +137,8 @@ class OwnTab:
                 folders.append(str(own_files.folder_of(self.panel, name, kind)) if found else gr.skip())
             except UserError:  # half a name
                 folders.append(gr.skip())
-        return [*folders, *self.watch(name, ())]
+        size = first_run.vocabulary_of(self.panel, name)
+        return [*folders, gr.skip() if size is None else str(size), *self.watch(name, ())]
 
     def _keeper(self, kind: str) -> Any:
         def keep(name: str | None, sent: list[str] | None) -> list[Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from llm.panel.markup import page
 from llm.panel.rollouts_view import ALL, LAST, MIXED, PER_PAGE, SAME, rollouts_page, stamp_of, steps_of, with_rollouts
 from llm.panel.runs_tab import QUIET, html
 from llm.panel.state import Panel
@@ -18,7 +19,8 @@ class RolloutsTab:
             self.stage = gr.Dropdown([], label="Stage", scale=2, elem_id="panel-rollouts-of", min_width=200)
             self.step = gr.Dropdown([LAST], value=LAST, label="Step", min_width=100)
             self.kind = gr.Dropdown([ALL, MIXED, SAME], value=ALL, label="Questions", min_width=160)
-        self.shown, self.place = html("panel-rollouts"), gr.State(0)
+        hint = "Answers that grpo, policy and ppo drew and were rewarded for stand here, once such a stage has trained."
+        self.shown, self.place = html("panel-rollouts", page(f"<p>{hint}</p>")), gr.State(0)
         self.stamp = gr.State(())
         with gr.Row():
             self.before = gr.Button("Questions before", size="sm", min_width=120)

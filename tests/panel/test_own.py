@@ -164,6 +164,9 @@ def test_the_page_fills_in_the_folders_of_a_name_and_shows_mistakes(panel, plan,
         tab = OwnTab(panel)
     assert tab.choices()["choices"] == ["mine"]
     assert tab.open("mine")[:2] == [plan.texts, plan.chats] and tab.open("min")[:2] == [gr.skip(), gr.skip()]
+    assert tab.open("mine")[2] == gr.skip()
+    finish(panel, "tokenizer", derived={"vocab_size": 512})
+    assert tab.open("mine")[2] == "512"
     assert tab.typed(*[""] * 9) == tab.typed("new", *[""] * 8) == [""] * 9, "what is still empty is no mistake yet"
     assert [bool(line) for line in tab.mistakes(*[""] * 9)] == [True, True, *[False] * 7]
     assert tab.typed("mine", plan.texts, "", "many", *[""] * 5) == tab.mistakes(
