@@ -117,7 +117,8 @@ def _run(queue: Queue, job: Job, stop: _Stop) -> tuple[str, str]:
     if wish is not None and started.returncode != 0:
         state = {"stop": "queued"}.get(wish, wish)
         message = "its values were worse than the median of its family" if state == "pruned" else ""
-        return queue.end(job.id, state, message, _result(job)[0]), message
+        reached = _result(job)[0] if state == "pruned" else None  # of one that goes on later it would be no result
+        return queue.end(job.id, state, message, reached), message
     if started.returncode == 0:
         result, message = _result(job)
         return queue.end(job.id, "done", message, result), message or _told(job, result)

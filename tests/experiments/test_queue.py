@@ -147,7 +147,7 @@ def test_a_running_job_saves_and_ends_when_asked(queue, tmp_path, scripts, actio
     helper.start()
     worker.work(queue, say=lambda line: None)
     helper.join()
-    assert queue.job(a).state == state and not done(tmp_path)
+    assert queue.job(a).state == state and queue.job(a).result is None and not done(tmp_path)
     (queue.retry if state == "cancelled" else queue.resume)([a])
     assert queue.job(a).state == "queued" and queue.job(a).attempts == 0
 
