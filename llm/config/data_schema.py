@@ -179,7 +179,7 @@ class DataConfig:
     column: str = key("column or field that holds the text")
     packing: str = key(
         "pretrain: best_fit = rows of whole documents, crops kept | crop = crops dropped | stream = one flat stream | "
-        "auto = best_fit where a run makes more than one pass, else crop",
+        "auto = crop where a run then reads the text once at most, else best_fit",
         choices=("auto", "best_fit", "crop", "stream"),
     )
     shuffle: int | None = key(

@@ -232,13 +232,13 @@ def _train_all(series: Series, vocab: int) -> None:
     jobs, begun, spent = series.jobs(), time.monotonic(), 0.0
     left = sum(job.flops for job in jobs if not _is_finished(_folder(series, job)))
     print(f"{len(jobs)} runs, {left:.3g} FLOPs to train")
-    text_tokens = float("inf")
+    one_pass = float("inf")  # tokens that a run trains while it reads the text once
     for job in jobs:
         folder = _folder(series, job)
         if not _is_finished(folder):
             tokens = job.flops / flops_per_token(_shape(tuple(series.settings), job.depth, vocab))
-            if tokens > text_tokens:
-                reason = f"{amount(tokens)} tokens are more than one pass over {amount(text_tokens)}"
+            if tokens > one_pass:
+                reason = f"{amount(tokens)} tokens are more than one pass over the text trains, {amount(one_pass)}"
                 series.skipped.append(f"{job.name(series.name)}: {reason}")
                 left -= job.flops
                 continue
@@ -246,7 +246,9 @@ def _train_all(series: Series, vocab: int) -> None:
             spent, left = spent + job.flops, left - job.flops
             rest = left / spent * (time.monotonic() - begun)
             print(f"{job.name(series.name)}: bpb {_point(folder, job).loss:.4f}, about {duration(rest)} left")
-        text_tokens = read_manifest(folder / "run.json")["derived"].get("text_tokens") or text_tokens
+        facts = read_manifest(folder / "run.json")["derived"]
+        if facts.get("text_passes"):
+            one_pass = facts["planned_tokens"] / facts["text_passes"]
     for line in series.skipped:
         print(f"skipped {line}")
 

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from callbacks.dropout import Dropout
-from llm.data.balance import Reading
+from llm.data.balance import Balance, Reading
 from llm.data.documents import DocumentSource, text_id, texts
 from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
 from llm.data.sources import document_source, is_remote
@@ -38,7 +39,7 @@ from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
 from llm.stages.plan import Plan, check_planned, evaluates, holds_weights, plan
 from llm.stages.ramps import check_windows
 from llm.stages.step_module import StepData, StepModule
-from llm.stages.text_plan import left_out, plan_text
+from llm.stages.text_plan import Sample, left_out, plan_text
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -54,7 +55,8 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     dropped = left_out(cfg, text.val)  # found before training waits for its first step
     layout = steps_layout(cfg, planned.config, planned.batch.tokens, planned.batch.parts)
     in_tables = num_params(planned.config).get("ngrams", 0)
-    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch, in_tables)
+    sample = packed_samples(cfg, text, tokenizer)
+    fitted = plan_text(cfg, text.train, tokenizer, planned.steps, planned.batch, in_tables, sample)
     planned = planned._replace(steps=fitted.steps)
     growing = replace(layout, grows_at=planned.batch.grows_at(planned.steps))
     net = net or build_network(planned.config).init_weights(cfg.seed)
@@ -79,7 +81,9 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         derived(cfg, planned, net) | fitted.facts() | dropped,
     )
     dropout = [] if cfg.stage.dropout is None else [Dropout(cfg.stage.dropout, cfg.seed)]
-    return BuiltStage(module, data, numbers, dropout, reading=reading(cfg, text, tokenizer, fitted.packing))
+    return BuiltStage(
+        module, data, numbers, dropout, reading=reading(cfg, text, fitted.packing, sample(fitted.packing))
+    )
 
 
 def check_dropout(cfg, net: GPT) -> None:
@@ -91,11 +95,22 @@ def check_dropout(cfg, net: GPT) -> None:
         )
 
 
-def reading(cfg, text: "Text", tokenizer: Tokenizer, packing: str) -> Reading:
+def packed_samples(cfg, text: "Text", tokenizer: Tokenizer) -> Sample:
+    """Return the function that says what a packing makes of the first documents; it packs them once."""
+
+    @cache
+    def sample(packing: str) -> Balance | None:
+        if text.val is None:
+            return None
+        return sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, packing, cfg.stage.buffer)
+
+    return sample
+
+
+def reading(cfg, text: "Text", packing: str, expected: Balance | None) -> Reading:
     """Return what packing makes of the first documents, and what was left out of the files."""
     if text.val is None:
         return Reading("documents")
-    expected = sample_balance(text.val, tokenizer, cfg.model.seq_len + 1, packing, cfg.stage.buffer)
     words = f"packed by {packing}, a sample"
     facts = {"seq_len": cfg.model.seq_len, "held_out_text": text_id(text.val)}
     return Reading("documents", expected, facts, [text.val], words)

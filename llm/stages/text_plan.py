@@ -1,7 +1,9 @@
 """Fit a pretraining plan to the amount of text: passes over it, horizon and packing."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from llm.data.balance import Balance
 from llm.data.packing import PACKINGS
 from llm.data.text_size import passes_over
 from llm.errors import UserError
@@ -13,7 +15,10 @@ MOST_IN_TABLES = 1 / 4  # parameters of n-gram tables per token of a text that i
 
 
 class TextPlan(NamedTuple):
-    """Steps and packing of a run on its text, whose size (tokens) and passes are None where they are unknown."""
+    """Steps and packing of a run on its text, whose size (tokens) and passes are None where they are unknown.
+
+    passes: how often the text is read, what packing drops of it included.
+    """
 
     steps: int
     packing: str
@@ -26,14 +31,19 @@ class TextPlan(NamedTuple):
         return known | {"packing": self.packing}
 
 
-def plan_text(cfg, source, tokenizer, steps: int, batch: BatchSchedule, in_tables: int = 0) -> TextPlan:
+Sample = Callable[[str], Balance | None]  # what a packing makes of some of the text; None where there is none to read
+
+
+def plan_text(
+    cfg, source, tokenizer, steps: int, batch: BatchSchedule, in_tables: int = 0, sample: Sample = lambda packing: None
+) -> TextPlan:
     """Return the plan of a run of `steps` steps, at most `stage.max_passes` over the text unless max_steps is given.
 
     in_tables: parameters of the network's tables of n-grams. A run with a checkpoint keeps the plan that its run.json
     holds. Warns where the text is read very often, where cropping loses text that is read again, and where the tables
     are large for such a text.
     """
-    found = _begun(cfg, steps, batch) or _measured(cfg, source, tokenizer, steps, batch)
+    found = _begun(cfg, steps, batch) or _measured(cfg, source, tokenizer, steps, batch, sample)
     if found.tokens is not None:
         for line in warnings_of(cfg, found, in_tables):
             print(f"WARNING: {line}", flush=True)
@@ -62,18 +72,26 @@ def warnings_of(cfg, found: TextPlan, in_tables: int = 0) -> list[str]:
     return lines
 
 
-def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule) -> TextPlan:
+def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule, sample: Sample) -> TextPlan:
     """Return the plan by the size of the text as it is now."""
-    planned = batch.total(steps)
+    planned, packing = batch.total(steps), cfg.data.packing
     tokens, passes = passes_over(source, tokenizer, planned)
+    if packing == "auto":
+        enough = passes is None or (passes <= 1 and passes * _read_per_trained(sample("crop")) <= 1)
+        packing = "crop" if enough else "best_fit"
+    if passes is None:
+        return TextPlan(steps, packing, tokens, None)
+    passes *= _read_per_trained(sample(packing))
     limit = cfg.stage.get("max_passes")
-    if None not in (passes, limit) and cfg.max_steps is None and passes > limit:
+    if limit is not None and cfg.max_steps is None and passes > limit:
         steps = max(1, batch.steps_within(round(planned * limit / passes)))
         passes = passes * batch.total(steps) / planned
-    packing = cfg.data.packing
-    if packing == "auto":
-        packing = "best_fit" if passes is not None and passes > 1 else "crop"
     return TextPlan(steps, packing, tokens, passes)
+
+
+def _read_per_trained(balance: Balance | None) -> float:
+    """Return the tokens that are read for one that is trained: packing crop drops the ends of documents."""
+    return 1.0 if balance is None or not balance.trained else 1 + balance.cut / balance.trained
 
 
 def _begun(cfg, planned: int, batch: BatchSchedule) -> TextPlan | None:

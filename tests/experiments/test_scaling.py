@@ -38,7 +38,7 @@ def trained(tmp_path, monkeypatch):
             flops, n = float(given["stage.target_flops"]), scaling_params(shape)
             tokens = flops / flops_per_token(shape)
             bpb = LAW.at(n, tokens) * (1 + 0.02 * math.log(float(given["stage.lr_frac"])) ** 2)
-            facts["derived"] |= {"params_scaling": n, "text_tokens": 10_000_000, "steps": 1}
+            facts["derived"] |= {"params_scaling": n, "planned_tokens": tokens, "text_passes": tokens / 1e7, "steps": 1}
             facts |= {"tokens": tokens, "flops": flops, "metrics": {"bpb": bpb}}
         write_manifest(folder, facts)
 
@@ -113,7 +113,7 @@ def test_more_than_one_pass_over_the_text_is_skipped_and_said(tmp_path, trained,
     assert series(tmp_path, "--flops", "1e11,2e11,4e11,1e14") == 0
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
     assert [line.split(":")[0] for line in skipped] == ["skipped s-d1-1e14", "skipped s-d2-1e14"]
-    assert all("tokens are more than one pass over 10.00M" in line for line in skipped)
+    assert all("tokens are more than one pass over the text trains, 10.00M" in line for line in skipped)
     assert read_json(tmp_path / "s" / "scaling.json")["skipped"] == [line.removeprefix("skipped ") for line in skipped]
 
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import compose
 from omegaconf import OmegaConf
 
+from llm.data.balance import Balance
 from llm.data.sources import document_source
 from llm.errors import UserError
 from llm.experiments.runs import settings
@@ -27,13 +28,32 @@ def config(tmp_path, *keys):
     return compose("train", "experiment=own", "stage=pretrain", f"paths.runs={tmp_path}", *keys)
 
 
-def planned(cfg, steps):
-    return plan_text(cfg, None, None, steps, batch_schedule(cfg, 100))
+def planned(cfg, steps, **options):
+    return plan_text(cfg, None, None, steps, batch_schedule(cfg, 100), **options)
+
+
+def cropping(packing):
+    """Of 100 tokens that `crop` reads it drops 40."""
+    return Balance(read=100, trained=60, cut=40) if packing == "crop" else Balance(read=100, trained=100)
 
 
 @pytest.mark.parametrize(("steps", "packing"), [(50, "crop"), (100, "crop"), (101, "best_fit")])
 def test_packing_follows_the_number_of_passes(tmp_path, steps, packing):
     assert planned(config(tmp_path), steps) == TextPlan(steps, packing, SIZE, steps / 100)
+
+
+@pytest.mark.parametrize(("steps", "packing", "passes"), [(59, "crop", 0.98), (61, "best_fit", 0.61)])
+def test_what_cropping_drops_is_read_too(tmp_path, steps, packing, passes):
+    found = planned(config(tmp_path), steps, sample=cropping)
+    assert found == TextPlan(steps, packing, SIZE, pytest.approx(passes, abs=0.005))
+    assert planned(config(tmp_path, "data.packing=crop"), 61, sample=cropping).passes == pytest.approx(1.017, abs=0.001)
+
+
+def test_passes_of_a_cropped_text_are_limited_and_warned_of(tmp_path, capsys):
+    found = planned(config(tmp_path, "data.packing=crop"), 5000, sample=cropping)
+    assert (found.steps, found.passes) == (600, pytest.approx(10))
+    tables = planned(config(tmp_path, "data.packing=crop"), 80, sample=cropping, in_tables=SIZE)
+    assert tables.passes > 1 and "the tables have 10,000 parameters" in capsys.readouterr().out
 
 
 def test_a_packing_that_is_named_stays(tmp_path):
