@@ -73,7 +73,7 @@ def test_the_collector_is_off_from_pause_to_resume_and_then_leaves_out_what_is_t
     frozen = gc.get_freeze_count()
     kept += [[] for _ in range(1000)]
     imports.resume_collector()  # what is garbage in a later job of a sweep must go
-    assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() <= frozen  # fewer where something of before has gone meanwhile
 
 
 def test_the_collector_is_off_while_importing_and_then_as_it_was(collector):
