@@ -33,7 +33,7 @@ def planned(cfg, steps, **options):
 
 
 def cropping(packing):
-    """Of 100 tokens that `crop` reads it drops 40."""
+    """Return a sample of 100 tokens, of which `crop` drops 40."""
     return Balance(read=100, trained=60, cut=40) if packing == "crop" else Balance(read=100, trained=100)
 
 
