@@ -19,7 +19,7 @@ class RolloutsTab:
             self.stage = gr.Dropdown([], label="Stage", scale=2, elem_id="panel-rollouts-of", min_width=200)
             self.step = gr.Dropdown([LAST], value=LAST, label="Step", min_width=100)
             self.kind = gr.Dropdown([ALL, MIXED, SAME], value=ALL, label="Questions", min_width=160)
-        hint = "Answers that grpo, policy and ppo drew and were rewarded for stand here, once such a stage has trained."
+        hint = "Answers that grpo, ppo, best_of_n and distill draw stand here, once such a stage has trained."
         self.shown, self.place = html("panel-rollouts", page(f"<p>{hint}</p>")), gr.State(0)
         self.stamp = gr.State(())
         with gr.Row():

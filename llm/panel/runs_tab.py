@@ -125,10 +125,10 @@ class RunsTab:
         """Return the table, what could not be read, the choices of the lists, and the states of all stages."""
         rows, notes = self.panel.index.rows(), self.panel.notes.all()
         problems = [problem(line) for line in self.panel.index.problems]
-        header, lines = run_table(rows, notes)
         try:
             header, lines = run_table(rows, notes, query or "", state)
         except UserError as error:
+            header, lines = run_table(rows, notes)
             problems.append(problem(str(error)))
         kinds = ["number" if name in NUMERIC or name not in HEADER else "str" for name in header]
         names = [name_of(row) for row in rows]

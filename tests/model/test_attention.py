@@ -129,7 +129,7 @@ def flex(request, monkeypatch):
 
 @pytest.mark.slow
 def test_flex_attention_compiled_equals_a_mask():
-    """One shape with all that masks can hold; the others are compiled in `make test-full`."""
+    """One shape with all that masks can hold."""
     check_backend("flex", 20, True, 2)
 
 
