@@ -1,15 +1,16 @@
 """Steps that optimizers need to a target, on one model, data, batch and schedule: a table, and a last line of JSON.
 
     python bench/optimizers.py [--set model=d4 data=local data.path=text ...] [--methods muon_adamw soap ...]
-                       [--steps 600] [--target 1.55] [--factors 0.5 1 2] [--seeds 1 2 3] [--tuning-seed 0]
-                       [--out bench_optimizers] [--vocab 8192] [--list]
+                       [--steps 600] [--target 1.55] [--factors 0.5 1 2] [--scalar-factors 0.1 1] [--seeds 1 2 3]
+                       [--tuning-seed 0] [--evaluations 40] [--vocab 8192] [--out bench_optimizers] [--list]
 
-Every method of `METHODS` is tuned alike before it is compared, or its place says nothing (Fantastic Optimizers, arXiv
-2509.02046): with a seed of its own, first its rate for the block matrices by `--factors`, then the rates of embedding,
-value embeddings and head, each time the lowest bpb after the last step. A method without such keys has one rate. Then
-come the seeds of the table. As in the third track of modded-nanogpt only the steps count: the first at which the
-validation's bits per byte are at most the target, on a line between two evaluations. Without `--target` this is the
-mean that today's default, muon_adamw, ends with. Trainings are jobs of the queue <out>/queue.sqlite and runs in
+Every method of `METHODS` but `default` is tuned alike before it is compared, or its place says nothing (Fantastic
+Optimizers, arXiv 2509.02046): with a seed of its own, first its rate for the block matrices, then the rates of
+embedding, value embeddings and head together, both by `--factors`, then that of the x0 scalars by `--scalar-factors`,
+each time the lowest bpb after the last step. A method without such keys has fewer. Then come the seeds of the table.
+`default` is today's muon_adamw with the rates it has. As in the third track of modded-nanogpt only the steps count: the
+first at which the validation's bits per byte are at most the target, on a line between two evaluations. Without
+`--target` this is the mean that `default` ends with. Trainings are jobs of the queue <out>/queue.sqlite and runs in
 <out>/runs. What is done is not done again, so the command goes on where it was stopped.
 """
 
@@ -32,24 +33,24 @@ from llm.utils.format import print_table, value
 
 FIXED = ["model=d4", "model.seq_len=512", "batch.tokens_per_step=8192", "batch.micro_batch_size=4", "data=embedded"]
 QUIET = ["stage.sample_every=0", "stage.core_every=0", "keep_last=1"]
-AUXILIARY = ("embedding_lr", "value_lr", "unembedding_lr")
-BASELINE, EVALUATIONS, TOKENIZER = "muon_adamw", 40, "tokenizer"
+TABLES, SCALARS = ("embedding_lr", "value_lr", "unembedding_lr"), ("x0_lr",)
+BASELINE, TOKENIZER = "default", "tokenizer"
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer: its settings, and the keys of `optim` that are tuned, first `own`, then `auxiliary`."""
+    """An optimizer: its settings, and the keys of `optim` that are tuned, one group of them after the other."""
 
     settings: tuple[str, ...] = ()
-    own: tuple[str, ...] = ("matrix_lr",)
-    auxiliary: tuple[str, ...] = AUXILIARY
+    rates: tuple[tuple[str, ...], ...] = (("matrix_lr",), TABLES, SCALARS)
 
 
 METHODS = {
+    "default": Method(rates=()),
     "muon_adamw": Method(),
     "muon_2025": Method(("optim=muon_2025",)),
-    "adamw": Method(("optim=adamw", "optim.lr=0.002"), ("lr",), ()),
-    "adamh": Method(("optim=adamw", "optim.hyperball=true", "optim.lr=0.01"), ("lr",), ()),
+    "adamw": Method(("optim=adamw", "optim.lr=0.002"), (("lr",),)),
+    "adamh": Method(("optim=adamw", "optim.hyperball=true", "optim.lr=0.01"), (("lr",),)),
     "average": Method(("stage.average_steps=50",)),
     "soap": Method(("optim.soap_beta=0.9",)),
     "soap_average": Method(("optim.soap_beta=0.9", "stage.average_steps=50")),
@@ -73,7 +74,7 @@ def main() -> int:
     try:
         bench = Bench(args)
         chosen = {name: bench.tuned(name) for name in args.methods}
-        curves = bench.curves({(name, seed): (name, *chosen[name], seed) for name in chosen for seed in args.seeds})
+        curves = bench.curves({(name, seed): (name, chosen[name], seed) for name in chosen for seed in args.seeds})
         show(args, chosen, curves)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,21 +90,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600, help="steps of a training (default: 600)")
     parser.add_argument("--target", type=float, help=f"bits per byte to reach (default: where {BASELINE} ends)")
     parser.add_argument("--factors", nargs="+", type=float, default=[0.5, 1, 2], help="of the rates that are tried")
+    parser.add_argument("--scalar-factors", nargs="+", type=float, default=[0.1, 1], help="of the x0 scalars' rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the table")
     parser.add_argument("--tuning-seed", type=int, default=0, help="of the search for rates")
+    parser.add_argument("--evaluations", type=int, default=40, help="of a training (default: 40)")
     parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary (default: 8192)")
     parser.add_argument("--out", type=Path, default=Path("bench_optimizers"), help="folder of queue and runs")
     parser.add_argument("--list", action="store_true", help="print the methods and end")
     args = parser.parse_args()
     if args.target is None and BASELINE not in args.methods:
         parser.error(f"give --target, or {BASELINE} among the --methods")
-    if args.tuning_seed in args.seeds and len(args.factors) > 1:
+    if args.tuning_seed in args.seeds and len(args.factors) + len(args.scalar_factors) > 2:
         parser.error(f"--tuning-seed {args.tuning_seed} is a seed of the table; rates would be chosen by what they win")
     return args
 
 
 class Bench:
-    """Trains runs through the queue. A run is (name of the method, own factor, auxiliary factor, seed)."""
+    """Trains runs through the queue. A run is (name of the method, factors of its groups of rates, seed)."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -111,29 +114,31 @@ class Bench:
         self.fixed = [*FIXED, *args.set, f"paths.runs={(args.out / 'runs').resolve()}"]
         self.train({TOKENIZER: ["stage=tokenizer", f"stage.vocab_size={args.vocab}", "run=tokenizer"]})
 
-    def tuned(self, name: str) -> tuple[float, float]:
-        """Return the factors on a method's own and auxiliary rates with the lowest last bpb, found one by one."""
-        own, auxiliary = 1.0, 1.0
-        for keys, at in ((METHODS[name].own, 0), (METHODS[name].auxiliary, 1)):
-            if not keys or len(self.args.factors) == 1:
-                continue
-            tried = {f: (f, auxiliary) if at == 0 else (own, f) for f in self.args.factors}
-            curves = self.curves({f: (name, *pair, self.args.tuning_seed) for f, pair in tried.items()})
-            own, auxiliary = tried[min(curves, key=lambda f: curves[f][-1][1])]
-        return own, auxiliary
+    def tuned(self, name: str) -> tuple[float, ...]:
+        """Return the factors on a method's groups of rates with the lowest last bpb, found one after the other."""
+        chosen = [1.0] * len(METHODS[name].rates)
+        for at, keys in enumerate(METHODS[name].rates):
+            factors = self.args.scalar_factors if keys == SCALARS else self.args.factors
+            tried = {factor: (*chosen[:at], factor, *chosen[at + 1 :]) for factor in factors}
+            if len(tried) > 1:
+                curves = self.curves({f: (name, tried[f], self.args.tuning_seed) for f in tried})
+                chosen[at] = min(curves, key=lambda factor: curves[factor][-1][1])
+            else:
+                chosen[at] = factors[0]
+        return tuple(chosen)
 
     def curves(self, runs: dict) -> dict:
         """Train runs that are missing and return the (step, bpb) of each, by their keys in `runs`."""
         self.train({name_of(run): self.settings(*run) for run in runs.values()})
         return {key: curve(self.folder(name_of(run))) for key, run in runs.items()}
 
-    def settings(self, name: str, own: float, auxiliary: float, seed: int) -> list[str]:
+    def settings(self, name: str, factors: tuple[float, ...], seed: int) -> list[str]:
         """Return what a training is told beside what all are."""
-        method, every = METHODS[name], max(1, self.args.steps // EVALUATIONS)
+        method, every = METHODS[name], max(1, self.args.steps // self.args.evaluations)
         optim = compose("train", [*self.fixed, *method.settings]).optim
-        rates = [(key, factor) for keys, factor in ((method.own, own), (method.auxiliary, auxiliary)) for key in keys]
+        rates = [(key, factor) for keys, factor in zip(method.rates, factors, strict=True) for key in keys]
         return [
-            *("stage=pretrain", f"run={name_of((name, own, auxiliary, seed))}", f"init_from={TOKENIZER}/tokenizer"),
+            *("stage=pretrain", f"run={name_of((name, factors, seed))}", f"init_from={TOKENIZER}/tokenizer"),
             *(f"seed={seed}", f"max_steps={self.args.steps}", f"stage.eval_every={every}", *QUIET, *method.settings),
             *(f"optim.{key}={optim[key] * factor:.6g}" for key, factor in rates),
         ]
@@ -159,8 +164,8 @@ class Bench:
 
 def name_of(run: tuple) -> str:
     """Return the name of the folder of a run."""
-    name, own, auxiliary, seed = run
-    return f"{name}-{own:g}-{auxiliary:g}-{seed}"
+    name, factors, seed = run
+    return "-".join([name, *(f"{factor:g}" for factor in factors), str(seed)])
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
@@ -183,10 +188,10 @@ def show(args: argparse.Namespace, chosen: dict, curves: dict) -> None:
     last = {name: [curves[name, seed][-1][1] for seed in args.seeds] for name in chosen}
     target = statistics.fmean(last[BASELINE]) if args.target is None else args.target
     rows = []
-    for name, (own, auxiliary) in chosen.items():
+    for name, factors in chosen.items():
         steps = [steps_to(target, curves[name, seed]) for seed in args.seeds]
         reached = [one for one in steps if one is not None]
-        row = {"method": name, "own": own, "auxiliary": auxiliary, "bpb": statistics.fmean(last[name])}
+        row = {"method": name, "factors": factors, "bpb": statistics.fmean(last[name])}
         row |= {"bpb_stderr": stderr(last[name]), "steps": steps, "reached": len(reached)}
         complete = len(reached) == len(steps)  # a mean over those that arrived would flatter
         row |= {"mean_steps": statistics.fmean(reached) if complete else None}
@@ -201,7 +206,7 @@ def show(args: argparse.Namespace, chosen: dict, curves: dict) -> None:
         header,
         [
             [
-                *(row["method"], f"x {row['own']:g}, x {row['auxiliary']:g}"),
+                *(row["method"], ", ".join(f"x {factor:g}" for factor in row["factors"]) or "as they are"),
                 *(value(row["mean_steps"], row["steps_stderr"], 1), value(row["share"])),
                 *(f"{row['reached']}/{len(args.seeds)}", value(row["bpb"], row["bpb_stderr"])),
             ]

@@ -27,11 +27,11 @@ def test_steps_to_a_target_lie_between_evaluations(target, steps):
 def test_every_method_composes_and_its_rates_exist(name):
     method = optimizers.METHODS[name]
     optim = compose("train", ["stage=pretrain", *method.settings]).optim
-    assert all(optim[key] > 0 for key in (*method.own, *method.auxiliary))
+    assert all(optim[key] > 0 for keys in method.rates for key in keys)
 
 
 def bench_of(tmp_path, bpb, monkeypatch):
-    """A bench whose trainings end with bpb(own factor, auxiliary factor, seed)."""
+    """A bench whose trainings end with bpb(factors, seed)."""
     monkeypatch.setattr(optimizers.Bench, "train", lambda self, wanted: None)
     monkeypatch.setattr(sys, "argv", ["optimizers.py", "--out", str(tmp_path), "--factors", "0.5", "1", "2"])
     bench = optimizers.Bench(optimizers.arguments())
@@ -46,24 +46,34 @@ def bench_of(tmp_path, bpb, monkeypatch):
 
 
 def test_rates_are_searched_one_after_the_other(tmp_path, monkeypatch):
-    bench, tried = bench_of(tmp_path, lambda own, auxiliary, seed: (own - 2) ** 2 + (auxiliary - 0.5) ** 2, monkeypatch)
-    assert bench.tuned("soap") == (2, 0.5)
-    assert [run[1:] for run in tried] == [(0.5, 1, 0), (1, 1, 0), (2, 1, 0), (2, 0.5, 0), (2, 1, 0), (2, 2, 0)]
-    settings = bench.settings("soap", 2, 0.5, 1)
-    assert {"optim.matrix_lr=0.04", "optim.embedding_lr=0.15", "optim.soap_beta=0.9", "seed=1"} <= set(settings)
-    assert bench.tuned("adamw")[1] == 1.0  # it has no other rates
+    best = (2, 0.5, 0.1)
+
+    def bpb(factors, seed):
+        return sum((factor - good) ** 2 for factor, good in zip(factors, best, strict=False))
+
+    bench, tried = bench_of(tmp_path, bpb, monkeypatch)
+    assert bench.tuned("soap") == best
+    assert [run[1] for run in tried[:3]] == [(0.5, 1, 1), (1, 1, 1), (2, 1, 1)]
+    assert [run[1] for run in tried[3:6]] == [(2, 0.5, 1), (2, 1, 1), (2, 2, 1)]
+    assert [run[1:] for run in tried[6:]] == [((2, 0.5, 0.1), 0), ((2, 0.5, 1), 0)]
+    settings = bench.settings("soap", best, 1)
+    wanted = {"optim.matrix_lr=0.04", "optim.embedding_lr=0.15", "optim.x0_lr=0.05", "optim.soap_beta=0.9", "seed=1"}
+    assert wanted <= set(settings)
+    assert len(bench.tuned("adamw")) == 1  # it has no other rates
+    assert bench.tuned("default") == ()
+    assert not any(word.startswith("optim.") for word in bench.settings("default", (), 1))
 
 
 def test_means_are_of_all_seeds_or_none(monkeypatch, capsys):
-    curves = {("muon_adamw", 1): [(0, 3.0), (10, 2.0)], ("muon_adamw", 2): [(0, 3.0), (10, 2.0)]}
+    curves = {("default", 1): [(0, 3.0), (10, 2.0)], ("default", 2): [(0, 3.0), (10, 2.0)]}
     curves |= {("soap", 1): [(0, 3.0), (10, 1.0)], ("soap", 2): [(0, 3.0), (10, 2.5)]}
     monkeypatch.setattr(sys, "argv", ["optimizers.py", "--seeds", "1", "2", "--steps", "10"])
-    optimizers.show(optimizers.arguments(), {"muon_adamw": (1, 1), "soap": (1, 2)}, curves)
+    optimizers.show(optimizers.arguments(), {"default": (), "soap": (1, 2, 1)}, curves)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     by_name = {row["method"]: row for row in told["methods"]}
-    assert told["target"] == 2.0 and by_name["muon_adamw"]["mean_steps"] == 10.0
+    assert told["target"] == 2.0 and by_name["default"]["mean_steps"] == 10.0
     assert by_name["soap"]["steps"] == [5.0, None] and by_name["soap"]["mean_steps"] is None
-    assert by_name["muon_adamw"]["share"] == 1.0 and by_name["soap"]["share"] is None
+    assert by_name["default"]["share"] == 1.0 and by_name["soap"]["share"] is None
 
 
 def test_a_tuning_seed_of_the_table_is_refused(tmp_path):
@@ -76,9 +86,9 @@ def test_a_tuning_seed_of_the_table_is_refused(tmp_path):
 def test_a_tiny_table_goes_on_where_it_was_stopped(tmp_path):
     tiny = ["experiment=tiny", "trainer=cpu", "compile=false", "model.seq_len=64", "batch.tokens_per_step=256"]
     line = [sys.executable, str(REPO / "bench/optimizers.py"), "--set", *tiny, "--vocab", "300", "--steps", "2"]
-    line += ["--factors", "1", "--seeds", "1", "--out", str(tmp_path), "--methods", "muon_adamw"]
+    line += ["--factors", "1", "--scalar-factors", "1", "--seeds", "1", "--out", str(tmp_path), "--methods", "default"]
     first = json.loads(run(*line).stdout.splitlines()[-1])
     both = json.loads(run(*line, "average").stdout.splitlines()[-1])
-    assert [row["method"] for row in first["methods"]] == ["muon_adamw"]
+    assert [row["method"] for row in first["methods"]] == ["default"]
     assert first["methods"][0] in both["methods"] and len(both["methods"]) == 2
     assert [job.state for job in Queue(tmp_path / "queue.sqlite").jobs()] == ["done"] * 3
