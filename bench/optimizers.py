@@ -111,7 +111,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         self.args, self.queue = args, Queue(args.out / "queue.sqlite")
-        self.fixed = [*FIXED, *args.set, f"paths.runs={(args.out / 'runs').resolve()}"]
+        of_stage = [word for word in args.set if word.startswith("stage.")]  # of pretraining, not of the tokenizer
+        self.common = [*FIXED, *(word for word in args.set if word not in of_stage)]
+        self.common += [f"paths.runs={(args.out / 'runs').resolve()}"]
+        self.stage = [*of_stage, *QUIET, f"max_steps={args.steps}"]
         self.train({TOKENIZER: ["stage=tokenizer", f"stage.vocab_size={args.vocab}", "run=tokenizer"]})
 
     def tuned(self, name: str) -> tuple[float, ...]:
@@ -135,11 +138,11 @@ class Bench:
     def settings(self, name: str, factors: tuple[float, ...], seed: int) -> list[str]:
         """Return what a training is told beside what all are."""
         method, every = METHODS[name], max(1, self.args.steps // self.args.evaluations)
-        optim = compose("train", [*self.fixed, *method.settings]).optim
+        optim = compose("train", [*self.common, *method.settings]).optim
         rates = [(key, factor) for keys, factor in zip(method.rates, factors, strict=True) for key in keys]
         return [
             *("stage=pretrain", f"run={name_of((name, factors, seed))}", f"init_from={TOKENIZER}/tokenizer"),
-            *(f"seed={seed}", f"max_steps={self.args.steps}", f"stage.eval_every={every}", *QUIET, *method.settings),
+            *(f"seed={seed}", f"stage.eval_every={every}", *self.stage, *method.settings),
             *(f"optim.{key}={optim[key] * factor:.6g}" for key, factor in rates),
         ]
 
@@ -152,7 +155,7 @@ class Bench:
         states = {job.folder: job.state for job in self.queue.jobs()}
         for run, settings in wanted.items():
             if states.get(str(self.folder(run).resolve())) not in (*OPEN, "done"):
-                self.queue.add(jobs_of([*self.fixed, *settings], family="optimizers"))
+                self.queue.add(jobs_of([*self.common, *settings], family="optimizers"))
         work(self.queue, say=lambda line: print(line, file=sys.stderr, flush=True))
         for job in self.queue.jobs():
             states[job.folder] = job.state if job.state != "failed" else f"failed: {job.message}"
