@@ -95,6 +95,16 @@ def count_rows(path: Path, column: Column) -> int:
     return sum(1 for _ in read_rows(path, column, 0))
 
 
+def text_bytes(path: Path, column: Column) -> int:
+    """Return about how many bytes the text in a parquet file has, by what the file says of its column.
+
+    Few texts that are repeated very often may be kept once, and then count once.
+    """
+    with seekable(path) as opened, _open_parquet(path, opened, column) as file:
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        return sum(max(0, _column_bytes(group, column.name) - 4 * group.num_rows) for group in groups)  # 4: a length
+
+
 def _text_of(row: Any, column: Column, path: Path, where: str) -> Row:
     """Return the text of a row; None where it is null, a BadRow where there is none."""
     if row is None or isinstance(row, BadRow):
@@ -242,12 +252,15 @@ def _one(value) -> str | UnicodeDecodeError | None:
 
 def _mean_bytes(metadata, groups: list[int], name: str) -> int:
     """Return the bytes of a text column per row, in the row group with the most."""
-    means = [1]
-    for group in map(metadata.row_group, groups):
-        parts = (group.column(i) for i in range(group.num_columns))
-        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == name)
-        means.append(size // max(1, group.num_rows))
-    return max(means)
+    return max(
+        [1, *(_column_bytes(group, name) // max(1, group.num_rows) for group in map(metadata.row_group, groups))]
+    )
+
+
+def _column_bytes(group, name: str) -> int:
+    """Return the bytes of a column in a row group of parquet, uncompressed."""
+    parts = map(group.column, range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema == name)
 
 
 # ---- plain text -----------------------------------------------------------------------------------------------------

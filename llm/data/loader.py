@@ -37,7 +37,6 @@ from llm.errors import UserError
 
 log = logging.getLogger(__name__)
 NEWS_SECONDS = 30.0  # seconds between lines in the log while no data come
-SAMPLE_CHARS = 2_000_000  # of text that is packed before training to foretell the losses
 VAL_PACKING = "crop"  # scores are measured on equal rows whatever the packing of training
 
 
@@ -330,29 +329,6 @@ class ConversationSteps(StepLoader):
 
     def _pad_id(self) -> int:
         return self.tokenizer.bos_id
-
-
-def sample_balance(source: DocumentSource, tokenizer, row_len: int, packing: str, buffer: int) -> Balance:
-    """Return the balance of the first documents of the training text, packed by themselves.
-
-    They are at most 2 x `buffer` and two million characters: enough to tell how much a packing will lose.
-    """
-    chars, texts = 0, []
-    for document in islice(source.iterate("train", loop=False), 2 * buffer):
-        texts.append(document)
-        chars += len(document[0])
-        if chars > SAMPLE_CHARS:
-            break
-    balance, packer = Balance(), PACKINGS[packing](row_len, buffer)
-    ids_of = texts if gives_ids(source) else encoded(iter(texts), tokenizer)
-    documents = [Document(ids) for ids, _ in ids_of]
-    ids, mask, feed = np.empty(row_len, np.int32), np.empty(row_len, bool), iter(documents)
-    while used := packer.fill(ids, mask, feed):
-        balance.trained += used - 1
-        balance.masked += 1
-        balance.padded += row_len - used
-    sums = Balance(documents=len(documents), read=sum(len(document.ids) for document in documents))
-    return balance + sums + Balance(cut=packer.lost, repeated=packer.repeated)
 
 
 def validation_batches(loader: StepLoader, eval_tokens: int, rank: int = 0, world: int = 1) -> list[dict]:

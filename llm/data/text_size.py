@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from llm.data.documents import FileDocuments, gives_ids, texts
+from llm.data.documents import FileDocuments, Shard, gives_ids, texts
 from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.files import ZipMember, format_of, kind_of, split_suffix
-from llm.data.formats import count_rows
+from llm.data.formats import Column, count_rows, text_bytes
+from llm.data.sample import PLACES, is_here, spread_documents
 from llm.data.stores import StoredFile
 from llm.data.text_mixture import MixedDocuments
 
@@ -44,18 +45,13 @@ def text_tokens(source, tokenizer) -> int | None:
         return round(_tokens(sample, tokenizer) / len(sample) * len(source))
     if gives_ids(source):
         return source.tokens("train")
-    if not isinstance(source, FileDocuments) or not all(map(_is_here, source.shards("train"))):
+    if not isinstance(source, FileDocuments) or not all(map(is_here, source.shards("train"))):
         return None
     paths = {shard.path for shard in source.shards("train")}
     if sum(map(_text_bytes, paths)) <= EXACT_BYTES:
         return _by_reading(texts(source), tokenizer)
     kept = 1.0 if source.near_duplicates is None else source.near_duplicates.share_kept()
     return round(kept * _by_files(source, tokenizer))
-
-
-def _is_here(shard) -> bool:
-    """Return whether the file of a shard is on this machine; a file of the hub may not be fetched yet."""
-    return isinstance(shard.path, ZipMember) or shard.path.is_file()
 
 
 def _by_reading(documents: Iterable[str], tokenizer) -> int:
@@ -67,27 +63,34 @@ def _by_reading(documents: Iterable[str], tokenizer) -> int:
 
 
 def _by_files(source: FileDocuments, tokenizer) -> int:
-    """Take tokens per document (parquet) or per byte (others) of the first documents for all files.
+    """Take tokens per byte of documents from many places for the bytes of all files.
 
-    In a store a look into a file costs requests: the names tell the formats, and the rows of parquet files are taken
-    from their sizes, by the first of them.
+    In a store a look into a file costs requests: the names tell the formats, and how much text the size of a parquet
+    file stands for is taken from the first of them.
     """
-    sample = _sample(islice(texts(source), SAMPLE_DOCUMENTS))
-    tokens, total = _tokens(sample, tokenizer), 0.0
-    per_byte = tokens / sum(len(text.encode()) for text in sample)
-    rows_per_byte = None
+    found = spread_documents(source, SAMPLE_DOCUMENTS, SAMPLE_CHARS)
+    sample = [text[: SAMPLE_CHARS // PLACES] for text, _ in found]
+    per_byte = _tokens(sample, tokenizer) / sum(len(text.encode()) for text in sample)
+    total, text_per_byte = 0.0, None
     for shard in source.shards("train"):
         in_store = isinstance(shard.path, StoredFile)
         if (kind_of(shard.path.name) if in_store else format_of(shard.path).kind) != "parquet":
-            total += per_byte * _text_bytes(shard.path)
+            total += _text_bytes(shard.path)
         elif in_store and shard.stop is None:
             size = shard.path.stat().st_size
-            rows_per_byte = rows_per_byte or count_rows(shard.path, source.column) / size
-            total += rows_per_byte * size * tokens / len(sample)
+            text_per_byte = text_per_byte or text_bytes(shard.path, source.column) / size
+            total += text_per_byte * size
         else:
-            rows = (shard.stop or count_rows(shard.path, source.column)) - shard.start
-            total += rows * tokens / len(sample)
-    return round(total)
+            total += _share(shard, source.column) * text_bytes(shard.path, source.column)
+    return round(per_byte * total)
+
+
+def _share(shard: Shard, column: Column) -> float:
+    """Return which part of a file's rows a shard is."""
+    if not shard.start and shard.stop is None:
+        return 1.0
+    rows = count_rows(shard.path, column)
+    return ((shard.stop or rows) - shard.start) / rows
 
 
 def _text_bytes(path: Path | ZipMember) -> float:

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from callbacks.dropout import Dropout
 from llm.data.balance import Balance, Reading
 from llm.data.documents import DocumentSource, text_id, texts
-from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, sample_balance, validation_batches
+from llm.data.loader import VAL_PACKING, StepLayout, TextSteps, validation_batches
+from llm.data.sample import sample_balance
 from llm.data.sources import document_source, is_remote
 from llm.data.tokens import CachedDocuments
 from llm.errors import UserError
@@ -96,7 +97,7 @@ def check_dropout(cfg, net: GPT) -> None:
 
 
 def packed_samples(cfg, text: "Text", tokenizer: Tokenizer) -> Sample:
-    """Return the function that says what a packing makes of the first documents; it packs them once."""
+    """Return the function that says what a packing makes of a sample of the text; it packs it once."""
 
     @cache
     def sample(packing: str) -> Balance | None:
@@ -108,7 +109,7 @@ def packed_samples(cfg, text: "Text", tokenizer: Tokenizer) -> Sample:
 
 
 def reading(cfg, text: "Text", packing: str, expected: Balance | None) -> Reading:
-    """Return what packing makes of the first documents, and what was left out of the files."""
+    """Return what packing makes of a sample of the text, and what was left out of the files."""
     if text.val is None:
         return Reading("documents")
     words = f"packed by {packing}, a sample"

@@ -11,7 +11,8 @@ import pytest
 from llm.data.balance import ANSWERS, Balance, Reading, describe, of_rollout, skipped_rows, total, warnings_of
 from llm.data.conversations import forecast, of_conversations, render
 from llm.data.documents import walk
-from llm.data.loader import ConversationSteps, StepLayout, TextSteps, positions_for, sample_balance
+from llm.data.loader import ConversationSteps, StepLayout, TextSteps, positions_for
+from llm.data.sample import sample_balance
 from llm.tokenizer.bpe import Tokenizer, split_pattern
 from llm.tokenizer.chat_format import render_conversation
 

@@ -10,7 +10,8 @@ from store_server import put_folder, s3_server
 
 from llm.data.documents import LocalDocuments, texts
 from llm.data.foreign_tokens import DOCUMENT_IDS, ForeignFile
-from llm.data.loader import StepLayout, TextSteps, sample_balance
+from llm.data.loader import StepLayout, TextSteps
+from llm.data.sample import sample_balance
 from llm.data.shuffle import Shuffle
 from llm.data.stores import Store
 from llm.data.text_size import passes_over
