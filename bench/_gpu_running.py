@@ -198,8 +198,8 @@ def finish(started: subprocess.Popen) -> str:
 
 
 def pretraining(run: str, small: bool) -> tuple[str, ...]:
-    """Return the words for train.py that pretrain a small network, with four or five checkpoints."""
-    every, steps = (6, 24) if small else (40, 200)
+    """Return the words for train.py that pretrain a small network, with four checkpoints or more."""
+    every, steps = (6, 96) if small else (40, 200)  # more checkpoints than a busy machine misses
     words = ["experiment=tiny", "stage=pretrain", f"run={run}", "init_from=tiny/tokenizer", f"save_every={every}"]
     words += [f"max_steps={steps}", "stage.eval_every=0", "stage.sample_every=0"]
     if not small:
@@ -231,8 +231,8 @@ def resume(found, small: bool) -> None:
                 pool.submit(lambda run=run: finish(start(folder, *pretraining(run, small)))) for run in ("one", "two")
             ]
             said = pool.submit(killed_and_continued, folder, small).result()
-            found.note(how=next(line for line in said.splitlines() if line.startswith("device ")))
-            found.note(resumed=next((line for line in said.splitlines() if line.startswith("resuming")), "no"))
+            for name, begin in (("how", "device "), ("resumed", "resuming")):
+                found.note(**{name: next((line for line in said.splitlines() if line.startswith(begin)), "no")})
             for one in straight:
                 one.result()
         between, after = (differing(folder, "one", other) for other in ("two", "killed"))

@@ -15,7 +15,7 @@ from _gpu_profile import memory_gib, traced
 from llm.cli.overrides import compose
 from llm.model.compile import compile_training
 from llm.model.config import flops_per_token
-from llm.model.fp8 import can_fp8, fp8_linear
+from llm.model.fp8 import HeadProducts, can_fp8, fp8_linear
 from llm.model.gpt import GPT
 from llm.model.joint_qkv import enable_joint_qkv
 from llm.model.linear import enable_fp8, resolve_compute_dtype
@@ -177,7 +177,9 @@ def step(found, small: bool, depth: int) -> None:
 
 
 def fp8(found, small: bool) -> None:
-    """Compare fp8 products with exact ones, and time passes of a network block by block in bf16 and in fp8."""
+    """Compare fp8 products with exact ones, and time passes of a network block by block in bf16, in fp8, and with the
+    head in fp8 too.
+    """
     sizes = (48, 64, 32) if small else (8192, 1280, 5120)
     if _bench.DEVICE.type == "cuda" and not can_fp8(_bench.DEVICE):
         return found.note(fp8="absent")
@@ -185,11 +187,13 @@ def fp8(found, small: bool) -> None:
         found.check(f"product_{name}", error, 0.05 if name == "output" else 0.08)
     args = arguments(small, 20, micro=1)
     args.dtype, batch, losses = torch.bfloat16, one_batch(args), {}
-    for name in ("bf16", "fp8"):
+    for name in ("bf16", "fp8", "fp8_head"):
         torch._dynamo.reset()
         net, cfg = train_step.build(args)
-        if name == "fp8":
+        if name != "bf16":
             found.note(matrices=enable_fp8(net))
+        if name == "fp8_head":
+            net.head_products = HeadProducts
         if not small:
             compile_training(net, by_block=True)
         found.note(**{f"{name}_first_step_s": _bench.seconds_of(lambda net=net: train_step.passes(net, batch))})
@@ -198,9 +202,10 @@ def fp8(found, small: bool) -> None:
         losses[name] = trained_loss(net, cfg, batch)
         found.note(**{f"{name}_loss_after_10": losses[name]})
         del net
-    found.note(fp8_to_bf16=found.values["fp8_passes_ms"] / found.values["bf16_passes_ms"])
     learnt = math.log(args.vocab) - losses["bf16"]
-    found.check("loss_after_10_steps", abs(losses["fp8"] - losses["bf16"]) / learnt, 0.1)
+    for name in ("fp8", "fp8_head"):
+        found.note(**{f"{name}_to_bf16": found.values[f"{name}_passes_ms"] / found.values["bf16_passes_ms"]})
+        found.check(f"{name}_loss_after_10_steps", abs(losses[name] - losses["bf16"]) / learnt, 0.1)
     return None
 
 

@@ -48,7 +48,7 @@ PARTS = (
     Part("compile", "_gpu_training:compilation", 120),
     Part("step_d12", "_gpu_training:step", 70, {"depth": 12}),
     Part("step_d20", "_gpu_training:step", 130, {"depth": 20}),
-    Part("fp8", "_gpu_training:fp8", 80),
+    Part("fp8", "_gpu_training:fp8", 110),
     Part("joint_qkv", "_gpu_training:switches", 60, {"key": "joint_qkv"}),
     Part("micro_batch", "_gpu_training:micro_batch", 60),
     Part("decode", "_gpu_running:decode", 80),

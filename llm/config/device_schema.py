@@ -26,6 +26,7 @@ class GPUConfig:
         "let torch.compile time Triton products, what follows fused in, against the library's: minutes at the first "
         "start; untested on a GPU"
     )
+    fp8_head: bool = key("the head's products in 8 bits too, beside precision.fp8=true; untested on a GPU")
 
 
 @dataclass

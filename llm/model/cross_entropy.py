@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.model import loss_cpu
+from llm.model.fp8 import MULTIPLE
 from llm.model.logit_bound import Bound, bound_of
 
 # Logits held at a time: those of a chunk in the compute dtype (a few large matrix products), and of a chunk those of a
@@ -16,6 +17,33 @@ from llm.model.logit_bound import Bound, bound_of
 CHUNK_ELEMENTS = {"cpu": (1 << 24, 1 << 19), "cuda": (1 << 28, 1 << 27)}
 OTHER_CHUNK_ELEMENTS = (1 << 25, 1 << 25)
 MIN_TOKENS = 256  # in a chunk or tile
+
+
+class Products:
+    """The products of a head (V, C) with hidden states (n, C), and with gradients of their logits (n, V)."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states."""
+        return F.linear(hidden, self.weight)
+
+    def put_d_hidden(self, d_logits: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the gradient of hidden states into `out`."""
+        torch.mm(d_logits, self.weight, out=out)
+
+    def add_d_weight(self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the gradient of the head to `total`, which is fp32."""
+        if total.dtype == d_logits.dtype:
+            total.addmm_(d_logits.T, hidden)
+        else:
+            total += d_logits.T @ hidden
+
+    @staticmethod
+    def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Return whether these products are made for matrices of such sizes."""
+        return True
 
 
 def softcapped(logits: torch.Tensor, cap: float | Bound | None) -> torch.Tensor:
@@ -94,14 +122,16 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     reduction: str = "sum",
     kernel=chunk_loss,
+    products: type[Products] = Products,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return the cross-entropy in nats of softcap * tanh(hidden @ weight^T / softcap) against `targets`.
 
     hidden: (..., C) in the compute dtype; weight: (V, C), the true vocabulary only; targets: (...) long, -1 = not
     trained, loss 0; softcap: None = no cap, or a `Bound` of another form; token_weights: (...) factors of the tokens'
     losses; reduction: sum | mean (over trained tokens) | none | both; kernel: `chunk_loss`, or `fused_chunk_loss`
-    compiled, which serves where our own kernel for CPUs (`llm.model.loss_cpu`) is missing. Returns an fp32 scalar, or
-    losses with the shape of `targets`; for both the sum, and losses without factors and without gradient.
+    compiled, which serves where our own kernel for CPUs (`llm.model.loss_cpu`) is missing; products: the kind of
+    summed losses, e.g. those of `llm.model.fp8`, where it takes the sizes. Returns an fp32 scalar, or losses with the
+    shape of `targets`; for both the sum, and losses without factors and without gradient.
 
     Tokens with K goals have targets and token_weights (..., K), and reduction sum alone; the first goal says whether
     the token is trained.
@@ -121,7 +151,7 @@ def linear_cross_entropy(
         losses = _TokenLosses.apply(flat, weight, goals, softcap)
         return _put_back(losses if factors is None else losses * factors, trained, targets)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, losses = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad, kernel)
+    total, losses = _SummedLoss.apply(flat, weight, goals, factors, softcap, with_grad, kernel, products)
     if reduction == "both":
         return total, _put_back(losses, trained, targets)
     return total / (goals >= 0).sum() if reduction == "mean" else total
@@ -134,14 +164,24 @@ def _put_back(losses: torch.Tensor, trained: torch.Tensor | None, targets: torch
     return losses.view_as(targets)
 
 
-def _run(hidden, weight, goals, factors, softcap, with_grad: bool, kernel=chunk_loss, trains_head: bool = True):
+def _run(
+    hidden,
+    weight,
+    goals,
+    factors,
+    softcap,
+    with_grad: bool,
+    kernel=chunk_loss,
+    trains_head: bool = True,
+    kind: type[Products] = Products,
+):
     """Return the losses (N,) without factors and, if `with_grad`, the gradients of sum(losses * factors).
 
     hidden: (N, C); weight: (V, C); goals, factors: (N,), or (N, K), whose losses come with factors and summed. The
     gradients are those of hidden and, if `trains_head`, of weight, else None.
     """
     elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
-    chunk = max(MIN_TOKENS, elements // len(weight))
+    chunk = max(MIN_TOKENS, elements // len(weight) // MULTIPLE * MULTIPLE)
     tile = max(MIN_TOKENS, tile_elements // len(weight))
     if hidden.device.type != "cpu":  # no token was left out there, so the tile has one fixed size
         tile = min(tile, len(goals))
@@ -158,9 +198,10 @@ def _run(hidden, weight, goals, factors, softcap, with_grad: bool, kernel=chunk_
     losses = hidden.new_empty(len(goals), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if with_grad else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad and trains_head else None
+    products = kind(weight) if kind.takes(hidden, weight) else Products(weight)
     for start in range(0, len(goals), chunk):
         rows = slice(start, start + chunk)
-        logits = F.linear(hidden[rows], weight)
+        logits = products.logits(hidden[rows])
         if several:
             losses[rows] = many_goal_loss(logits, goals[rows], scales[rows], softcap, one_goal)
         else:
@@ -168,13 +209,9 @@ def _run(hidden, weight, goals, factors, softcap, with_grad: bool, kernel=chunk_
             losses[rows] = one_goal(logits, goals[rows], scale, softcap)
         if not with_grad:
             continue
-        torch.mm(logits, weight, out=d_hidden[rows])
-        if d_weight is None:
-            continue
-        if d_weight.dtype == logits.dtype:
-            d_weight.addmm_(logits.T, hidden[rows])
-        else:
-            d_weight += logits.T @ hidden[rows]
+        products.put_d_hidden(logits, d_hidden[rows])
+        if d_weight is not None:
+            products.add_d_weight(logits, hidden[rows], d_weight)
     return losses if several else losses.mul_(trained), d_hidden, d_weight
 
 
@@ -190,9 +227,9 @@ def _in_tiles(logits, goals, scale, softcap, kernel, tile: int) -> torch.Tensor:
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, goals, factors, softcap, with_grad: bool, kernel):
+    def forward(ctx, hidden, weight, goals, factors, softcap, with_grad: bool, kernel, products):
         trains_head = with_grad and ctx.needs_input_grad[1]
-        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel, trains_head)
+        losses, *ctx.gradients = _run(hidden, weight, goals, factors, softcap, with_grad, kernel, trains_head, products)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() if factors is None or goals.dim() > 1 else (losses * factors).sum(), losses
@@ -201,7 +238,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         d_hidden, d_weight = ctx.gradients
         d_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden * grad.to(d_hidden.dtype), d_weight, *(None,) * 5
+        return d_hidden * grad.to(d_hidden.dtype), d_weight, *(None,) * 6
 
 
 class _TokenLosses(torch.autograd.Function):

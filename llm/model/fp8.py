@@ -37,6 +37,34 @@ def _multiply(a, scale_a, b, scale_b, dtype: torch.dtype, fast: bool) -> torch.T
     return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 
+class HeadProducts:
+    """The products of `llm.model.cross_entropy.Products` in fp8. The head is scaled once for all chunks of tokens."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.w_scale = _quantize(weight, torch.float8_e4m3fn)
+        self.turned = self.weight.t().contiguous()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states."""
+        x, self.x_scale = _quantize(hidden, torch.float8_e4m3fn)
+        self.x = x.t().contiguous()
+        return _multiply(x, self.x_scale, self.weight, self.w_scale, hidden.dtype, fast=True)
+
+    def put_d_hidden(self, d_logits: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the gradient of hidden states into `out`."""
+        self.g, self.g_scale = _quantize(d_logits, torch.float8_e5m2)
+        out.copy_(_multiply(self.g, self.g_scale, self.turned, self.w_scale, out.dtype, fast=False))
+
+    def add_d_weight(self, d_logits: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the gradient of the head to `total`: by the chunk that came last, as the other two methods scaled it."""
+        total += _multiply(self.g.t().contiguous(), self.g_scale, self.x, self.x_scale, hidden.dtype, fast=False)
+
+    @staticmethod
+    def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Return whether the kernels take all three products."""
+        return takes_fp8(hidden) and not any(side % MULTIPLE for side in weight.shape)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):

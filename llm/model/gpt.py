@@ -31,7 +31,7 @@ from llm.model.attention import (
 from llm.model.cached_attention import AttentionOptions, SharedPrefixPass, SlotPass
 from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.copies import CopyAdded, copy_candidates
-from llm.model.cross_entropy import chunk_loss, linear_cross_entropy, softcapped
+from llm.model.cross_entropy import Products, chunk_loss, linear_cross_entropy, softcapped
 from llm.model.fused_ops import leaky_relu_squared, relu_squared
 from llm.model.fused_ops import rms_norm as norm
 from llm.model.joint_qkv import joint_product
@@ -165,7 +165,8 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.activation_checkpointing = False
-        self.training_forward_blocks, self.loss_kernel = None, chunk_loss  # llm.model.compile puts compiled ones here
+        # llm.model.compile puts compiled ones here, llm.stages.device products in fp8
+        self.training_forward_blocks, self.loss_kernel, self.head_products = None, chunk_loss, Products
         self.training_attention: str | None = None  # set by set_attention; None = plain_backend
         self.windows = [config.window(layer) for layer in range(config.n_layer)]
         kv_dim = config.n_kv_head * config.head_dim
@@ -448,7 +449,6 @@ class GPT(nn.Module):
         """Return logits (B, T, V), or with `targets` the cross-entropy in nats, or with `scalars` those (B, T).
 
         targets and scalars: both, in this order, from one pass.
-
         ids: (B, T) long. targets: (B, T) long, -1 = not trained; reduction sum | mean | none (fp32 scalar or (B, T))
         | both (see `linear_cross_entropy`); token_weights: (B, T), factors of the tokens' losses.
         cache: continue every row behind its cached tokens, of which the caller keeps count; lengths: (B,) true tokens
@@ -475,8 +475,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(hidden)
         true_head = self.head_weight[: self.config.vocab_size]
-        kernel = self.loss_kernel if is_training else chunk_loss
-        found = linear_cross_entropy(hidden, true_head, targets, self.config.bound, token_weights, reduction, kernel)
+        how = (self.loss_kernel, self.head_products) if is_training else ()
+        found = linear_cross_entropy(hidden, true_head, targets, self.config.bound, token_weights, reduction, *how)
         return found if numbers is None else (found, numbers)
 
 

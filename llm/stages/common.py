@@ -257,6 +257,7 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
             row.draws_answers,
             cfg.gpu.joint_qkv,
             cfg.gpu.tuned_products,
+            cfg.gpu.fp8_head,
         ),
         **more,
     )

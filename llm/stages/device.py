@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from llm.model.compile import compile_training, decide
-from llm.model.fp8 import can_fp8
+from llm.model.fp8 import HeadProducts, can_fp8
 from llm.model.gpt import GPT
 from llm.model.joint_qkv import enable_joint_qkv
 from llm.model.linear import choose_fp32_products, enable_fp8, resolve_compute_dtype
@@ -19,7 +19,7 @@ class DeviceOptions:
     """Choices of the configuration that depend on the device: number formats, attention kernel, compilation.
 
     draws_answers: whether the stage trains on answers that an engine draws, which must agree with the network.
-    joint_qkv, tuned_products: keys of `gpu`.
+    joint_qkv, tuned_products, fp8_head: keys of `gpu`.
     """
 
     compute: str
@@ -31,6 +31,7 @@ class DeviceOptions:
     draws_answers: bool
     joint_qkv: bool = False
     tuned_products: bool = False
+    fp8_head: bool = False
 
     def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> str:
         """Set up the network of a stage of `steps` steps for a device; return what was chosen, in words."""
@@ -40,7 +41,7 @@ class DeviceOptions:
         chosen = [str(net.compute_dtype).removeprefix("torch.")]
         if self.fp8:
             check_fp8(net.compute_dtype, is_fsdp)
-            chosen.append(use_fp8(net, device))
+            chosen.append(use_fp8(net, device, self.fp8_head))
         if self.joint_qkv and not self.draws_answers:  # the engine multiplies one after the other
             chosen.append(f"q, k, v in one product: {enable_joint_qkv(net)} layers")
         net.activation_checkpointing = self.activation_checkpointing
@@ -53,11 +54,13 @@ class DeviceOptions:
         return ", ".join([*chosen, f"attention {attention}", f"{'compiled' if compiled else 'eager'} ({why})"])
 
 
-def use_fp8(net, device) -> str:
-    """Turn fp8 on where the device has it; returns what was done, in words for the log."""
+def use_fp8(net, device, with_head: bool = False) -> str:
+    """Turn fp8 on where the device has it, in the head's products too if asked; return what was done, for the log."""
     if not can_fp8(device):
         return f"precision.fp8=true: {device} has no fp8 (Hopper GPUs and newer do), so this trains in bf16"
-    return f"fp8: {enable_fp8(net)} matrices"
+    if with_head:
+        net.head_products = HeadProducts
+    return f"fp8: {enable_fp8(net)} matrices{' and the head' if with_head else ''}"
 
 
 def tells_tuned(device: torch.device) -> str:

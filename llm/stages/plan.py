@@ -132,6 +132,8 @@ def check_switches(cfg) -> None:
         raise UserError("gpu.joint_qkv=true: arch=gpt2 has biases, which the product leaves out; set it to false")
     if cfg.gpu.joint_qkv and cfg.model.lora.rank:
         raise UserError("gpu.joint_qkv=true: not made for adapters; set it to false or model.lora.rank=null")
+    if cfg.gpu.fp8_head and not cfg.precision.fp8:
+        raise UserError("gpu.fp8_head=true: goes with precision.fp8=true only; set that, or this to false")
     if cfg.gpu.tuned_products and cfg.compile is False:
         raise UserError("gpu.tuned_products=true: compile=false compiles no product; set compile=auto or this to false")
 

@@ -95,6 +95,7 @@ class TextLoss:
         def head(hidden: torch.Tensor) -> torch.Tensor:
             whole = net.head_weight
             rows, places = (whole[:vocab_size], goals) if ids is None else sampled_head(whole, goals, ids)
-            return linear_cross_entropy(hidden, rows, places, net.config.bound, factors, "sum", net.loss_kernel)
+            how = (factors, "sum", net.loss_kernel, net.head_products)
+            return linear_cross_entropy(hidden, rows, places, net.config.bound, *how)
 
         return net(micro["inputs"], head=head)

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from conftest import compose
 
 from llm.errors import UserError
+from llm.model import cross_entropy
 from llm.model.config import GPTConfig
-from llm.model.fp8 import can_fp8, fp8_linear, takes_fp8
+from llm.model.cross_entropy import Products, linear_cross_entropy
+from llm.model.fp8 import HeadProducts, can_fp8, fp8_linear, takes_fp8
 from llm.model.gpt import GPT
 from llm.model.linear import enable_fp8
+from llm.stages import device
 from llm.stages.device import use_fp8
-from llm.stages.plan import check_fp8
+from llm.stages.plan import check_fp8, check_switches
 
 
 def relative(a, b):
@@ -64,6 +68,54 @@ def test_a_network_trains_in_fp8_and_evaluates_without():
         assert want[name].norm() > 0 and relative(p.grad, want[name]) < limit, name
     with torch.no_grad():
         assert torch.equal(net(ids[:, :-1]), before)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_heads_losses_and_gradients_are_close_in_several_chunks(many, monkeypatch):
+    """Losses come from logits in fp8, and both gradients from fp8 products: 768 tokens, 256 at a time."""
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", (1, 1))
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn((768, 64), generator=g).bfloat16(), torch.randn((96, 64), generator=g) / 8
+    targets = torch.randint(0, 96, (768, 2) if many else (768,), generator=g)
+    factors = torch.rand((768, 2), generator=g) if many else None
+    found = []
+    for products in (Products, HeadProducts):
+        hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, targets, 15.0, factors, products=products)
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    (loss, dx, dw), (loss8, dx8, dw8) = found
+    assert loss8 != loss and loss8.item() == pytest.approx(loss.item(), rel=0.01)
+    assert dx8.dtype == torch.bfloat16 and 0 < relative(dx8, dx) < 0.1
+    assert dw8.dtype == torch.float32 and 0 < relative(dw8, dw) < 0.1
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(32, 90), (17, 96)])
+def test_sizes_that_the_kernels_refuse_leave_the_head_in_bf16(tokens, vocab):
+    x, w, targets = torch.ones(tokens, 64).bfloat16(), torch.eye(vocab, 64), torch.zeros(tokens, dtype=torch.long)
+    losses = [linear_cross_entropy(x, w, targets, None, products=kind) for kind in (Products, HeadProducts)]
+    assert losses[0] == losses[1]
+
+
+def test_a_network_trains_its_head_in_fp8_and_evaluates_without(monkeypatch):
+    net = GPT(GPTConfig(2, 1, 1, 32, 32, 16, 96, arch="modern")).init_weights(0)
+    net.compute_dtype = torch.bfloat16
+    ids = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(net.lm_head.weight, generator=torch.Generator().manual_seed(1))
+    plain = net(ids[:, :-1], ids[:, 1:])
+    monkeypatch.setattr(device, "can_fp8", lambda device: True)
+    assert use_fp8(net, torch.device("cpu"), with_head=True) == "fp8: 12 matrices and the head"
+    for layer in net.modules():
+        layer.fp8 = False
+    rounded = net(ids[:, :-1], ids[:, 1:])
+    assert rounded != plain and rounded.item() == pytest.approx(plain.item(), rel=0.02)
+    with torch.no_grad():
+        assert net(ids[:, :-1], ids[:, 1:]) == plain
+
+
+def test_a_head_in_fp8_goes_with_matrices_in_fp8_only():
+    check_switches(compose("train", "precision.fp8=true", "gpu.fp8_head=true"))
+    with pytest.raises(UserError, match="gpu.fp8_head=true: goes with precision.fp8=true only"):
+        check_switches(compose("train", "gpu.fp8_head=true"))
 
 
 def test_elsewhere_it_says_so_and_changes_nothing():
