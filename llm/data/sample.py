@@ -58,7 +58,7 @@ def _documents(source: DocumentSource, tokenizer, found: list) -> list[Document]
     if gives_ids(source):
         return [Document(ids) for ids in found]
     chars = sum(map(len, found))
-    every = -(-chars // ENCODED_CHARS)
+    every = max(1, -(-chars // ENCODED_CHARS))
     encoded = [tokenizer.encode_document(text) for text in found[::every]]
     if every == 1:
         return [Document(np.asarray(ids, np.int32)) for ids in encoded]

@@ -51,7 +51,7 @@ def test_what_cropping_drops_is_read_too(tmp_path, steps, packing, passes):
 
 def test_passes_of_a_cropped_text_are_limited_and_warned_of(tmp_path, capsys):
     found = planned(config(tmp_path, "data.packing=crop"), 5000, sample=cropping)
-    assert (found.steps, found.passes) == (600, pytest.approx(10))
+    assert (found.steps, found.passes) == (180, pytest.approx(3))
     tables = planned(config(tmp_path, "data.packing=crop"), 80, sample=cropping, in_tables=SIZE)
     assert tables.passes > 1 and "the tables have 10,000 parameters" in capsys.readouterr().out
 
@@ -68,7 +68,7 @@ def test_a_text_of_unknown_size_is_cropped_and_not_shortened(tmp_path, monkeypat
 
 
 def test_passes_are_limited_unless_max_steps_is_given(tmp_path, capsys):
-    assert planned(config(tmp_path), 5000) == TextPlan(1000, "best_fit", SIZE, 10.0)
+    assert planned(config(tmp_path), 5000) == TextPlan(300, "best_fit", SIZE, 3.0)
     capsys.readouterr()
     assert planned(config(tmp_path, "max_steps=5000"), 5000).passes == 50
     assert "WARNING: the run makes 50 passes over its text" in capsys.readouterr().out
