@@ -125,7 +125,10 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
         torch.testing.assert_close(resumed["averaged"]["weights"][name], weight, atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(
+    ("strategy", "other"),
+    [("muon", "auto"), ("ddp", "muon"), pytest.param("fsdp", "ddp", marks=pytest.mark.slow)],
+)
 def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, tmp_path):
     """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
     (_, alone), (folder, results) = trained("auto", 1, *SWITCHED), trained(strategy, 2, *SWITCHED)

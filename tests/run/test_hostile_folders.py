@@ -172,7 +172,7 @@ def test_the_loaders_take_a_sound_folder(sound, guarded):
     assert not guarded and load_checkpoint(run / "sft/checkpoints/step_000006.ckpt")
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
 def test_mutated_folders_are_read_or_refused_in_one_line(sound, tmp_path, guarded, capsys, part):
     run, needs = sound
     outcomes: Counter = Counter()

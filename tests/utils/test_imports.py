@@ -36,7 +36,13 @@ print(abs(metric._plot()[1].lines[0].get_ydata().item() - 1.442695) < 1e-5)
 }
 
 
-@pytest.mark.parametrize("more", FURTHER.values(), ids=FURTHER)
+ALWAYS = ("a metric of the package", "a plot")  # the others take seconds each, for `make test-full`
+
+
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param(more, id=name, marks=() if name in ALWAYS else pytest.mark.slow) for name, more in FURTHER.items()],
+)
 def test_torchmetrics_comes_in_part_and_whole_when_more_is_asked_for(more):
     assert run(sys.executable, "-c", LIGHT + more).stdout.split() == ["none", "True"]
 
