@@ -10,8 +10,8 @@ embedding, value embeddings and head together, both by `--factors`, then that of
 each time the lowest bpb after the last step. A method without such keys has fewer. Then come the seeds of the table.
 `default` is today's muon_adamw with the rates it has. As in the third track of modded-nanogpt only the steps count: the
 first at which the validation's bits per byte are at most the target, on a line between two evaluations. Without
-`--target` this is the mean that `default` ends with. Trainings are jobs of the queue <out>/queue.sqlite and runs in
-<out>/runs. What is done is not done again, so the command goes on where it was stopped.
+`--target` this is the mean that `default` ends with, so that it needs all steps. Trainings are jobs of the queue
+<out>/queue.sqlite and runs in <out>/runs. What is done is not done again, so the command goes on where it was stopped.
 """
 
 import _bench  # isort: skip  # noqa: F401  (puts the project on the path)
@@ -199,6 +199,8 @@ def show(args: argparse.Namespace, chosen: dict, curves: dict) -> None:
         complete = len(reached) == len(steps)  # a mean over those that arrived would flatter
         row |= {"mean_steps": statistics.fmean(reached) if complete else None}
         row |= {"steps_stderr": stderr(reached) if complete else None}
+        if name == BASELINE and args.target is None:  # half of its seeds end above their mean
+            row |= {"mean_steps": float(args.steps), "steps_stderr": None}
         rows.append(row)
     baseline = next((row["mean_steps"] for row in rows if row["method"] == BASELINE), None)
     for row in rows:

@@ -65,13 +65,14 @@ def test_rates_are_searched_one_after_the_other(tmp_path, monkeypatch):
 
 
 def test_means_are_of_all_seeds_or_none(monkeypatch, capsys):
-    curves = {("default", 1): [(0, 3.0), (10, 2.0)], ("default", 2): [(0, 3.0), (10, 2.0)]}
+    curves = {("default", 1): [(0, 3.0), (10, 1.9)], ("default", 2): [(0, 3.0), (10, 2.1)]}
     curves |= {("soap", 1): [(0, 3.0), (10, 1.0)], ("soap", 2): [(0, 3.0), (10, 2.5)]}
     monkeypatch.setattr(sys, "argv", ["optimizers.py", "--seeds", "1", "2", "--steps", "10"])
     optimizers.show(optimizers.arguments(), {"default": (), "soap": (1, 2, 1)}, curves)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     by_name = {row["method"]: row for row in told["methods"]}
     assert told["target"] == 2.0 and by_name["default"]["mean_steps"] == 10.0
+    assert by_name["default"]["reached"] == 1  # it ends at the target on the mean
     assert by_name["soap"]["steps"] == [5.0, None] and by_name["soap"]["mean_steps"] is None
     assert by_name["default"]["share"] == 1.0 and by_name["soap"]["share"] is None
 
