@@ -181,8 +181,8 @@ def _run(
     gradients are those of hidden and, if `trains_head`, of weight, else None.
     """
     elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
-    chunk = max(MIN_TOKENS, elements // len(weight) // MULTIPLE * MULTIPLE)
-    tile = max(MIN_TOKENS, tile_elements // len(weight))
+    tile = max(MIN_TOKENS, tile_elements // len(weight) // MULTIPLE * MULTIPLE)
+    chunk = max(MIN_TOKENS, elements // len(weight)) // tile * tile  # whole tiles, which a compiled kernel is made for
     if hidden.device.type != "cpu":  # no token was left out there, so the tile has one fixed size
         tile = min(tile, len(goals))
     trained = (goals >= 0).float()
