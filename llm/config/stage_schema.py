@@ -141,6 +141,10 @@ class PretrainStage(ModelStage):
     prefix_token: float | None = key(
         "weight at first of the loss for the longest token that the next one begins with; null = 0", above=0, high=10
     )
+    teachers: list[str] = key("models, <run> or <run>/<stage>, whose mean distribution is learnt beside the text")
+    teacher_share: float | None = key(
+        "share of the divergence from the teachers in the loss; null = 0.5", above=0, high=1
+    )
     buffer: int = key("documents that best-fit packing chooses from", low=1, high=10**7)
     core_every: int = key("steps between CORE evaluations, also after the last step; 0 = never", low=0, high=STEPS)
     core_max_per_task: int | None = key("examples per task of a CORE evaluation; null = all", low=1, high=ITEMS)

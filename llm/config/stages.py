@@ -127,6 +127,7 @@ _BUILTIN = (
         parents=("tokenizer",),
         takes="tokenizer",
         derive=f"{_STAGES}.pretrain.derived_without_tokenizer",
+        other_parents=("stage.teachers",),
     ),
     Stage(
         name="midtrain",

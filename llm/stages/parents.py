@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from llm.config.stages import Stage
 from llm.errors import UserError
@@ -34,9 +34,12 @@ def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None,
 def further_names(cfg: DictConfig, row: Stage) -> dict[str, str]:
     """Return what the keys of `Stage.other_parents` that are set name: a run, run/stage or folder, by the key.
 
+    Each item of a list has a key of its own, such as stage.teachers.0.
     Raises UserError for a value that is no text.
     """
     found = {key: value for key in row.other_parents if (value := _selected(cfg, key)) is not None}
+    for key in [key for key, value in found.items() if isinstance(value, ListConfig)]:
+        found |= {f"{key}.{i}": value for i, value in enumerate(found.pop(key))}
     for key, value in found.items():
         if not isinstance(value, str) or not value.strip("/ "):
             raise UserError(f"{key}={str(value)[:80]}: name a model, <run>/<stage> or a folder")

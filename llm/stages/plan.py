@@ -31,6 +31,7 @@ from llm.scaling.rules import (
 )
 from llm.stages.micro_batch import check_fits, divisors, training_device
 from llm.stages.ramps import check_ramps
+from llm.stages.text_loss import SWITCHES
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.environment import memory_gb
 from llm.utils.registry import resolved
@@ -72,9 +73,10 @@ def check_pretraining(cfg, config: GPTConfig) -> None:
 
 
 def check_planned(cfg, batch_tokens: int) -> None:
-    """Raise UserError for best weights that nobody measures, an average, a step or a ramp that cannot be."""
+    """Raise UserError for best weights that nobody measures; an average, teachers, a step or a ramp that cannot be."""
     check_keeps_best(cfg)
     check_average(cfg)
+    check_teachers(cfg)
     check_step(cfg, batch_tokens)
     check_ramps(cfg, batch_tokens)
 
@@ -165,6 +167,24 @@ def check_average(cfg) -> None:
             f"stage.average_steps={steps}: no process has all weights with strategy=fsdp; use strategy=muon or ddp, or "
             "set stage.average_steps=null"
         )
+
+
+def check_teachers(cfg) -> None:
+    """Raise UserError for a share of no teachers, and for switches of the loss that do not go with them."""
+    share = cfg.stage.get("teacher_share")
+    if not cfg.stage.get("teachers"):
+        if share is not None:
+            raise UserError(
+                f"stage.teacher_share={share}: there is nobody to learn from; name models, "
+                "stage.teachers=[<run>,<run>], or leave it out"
+            )
+        return
+    for name in SWITCHES:
+        if (value := cfg.stage.get(name)) is not None:
+            raise UserError(
+                f"stage.{name}={value}: not made for stage.teachers, whose loss is over all tokens of the "
+                "vocabulary; leave one of them out"
+            )
 
 
 class Plan(NamedTuple):

@@ -36,6 +36,7 @@ from llm.stages.common import (
     step_context,
     steps_layout,
 )
+from llm.stages.ensemble import ensemble_objective
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
 from llm.stages.plan import Plan, check_planned, evaluates, holds_weights, plan
 from llm.stages.ramps import check_windows
@@ -76,7 +77,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     more = {"val_batches": val_batches, "prompts": prompts, "optimizer_state": optimizer_state(cfg, parent, net)}
     context = step_context(cfg, tokenizer, planned.steps, batch=planned.batch, **more, **planned.scales)
-    module = StepModule(net, cfg.optim, cfg.stage, context)
+    module = StepModule(net, cfg.optim, cfg.stage, context, ensemble_objective(cfg, net, tokenizer))
     data, numbers = (
         StepData(lambda position: loader("train", growing, position)),
         derived(cfg, planned, net) | fitted.facts() | dropped,
