@@ -3,7 +3,7 @@
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
 adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams and copy candidates, `switched`
-has switches of the objective, `ramped` steps of two, four and six micro-batches. With a checkpoint it goes on from
+has switches of the objective, `ramped` steps of two, four and six micro-batches, `looped` blocks that run twice. With a checkpoint it goes on from
 there.
 """
 
@@ -50,7 +50,7 @@ from llm.stages.step_module import StageContext, StepData, StepModule
 STEPS, VOCAB, MICRO = 4, 301, 6
 CFG = compose("train", "model=d4", "model.seq_len=64", "model.aspect_ratio=16", "model.head_dim=32", "optim.eps=1e-4")
 # Even in the lengths and numbers of micro-batches.
-EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched", "ramped")
+EVEN = ("pretrain", "clipped", "sft", "lora", "ngrams", "switched", "ramped", "looped")
 SWITCHED = {"sampled_softmax": 0.3, "multi_token": 0.5, "window_ramp": 0.8}  # keys of stage=pretrain
 RAMP = BatchSchedule(3 * 2**19, 0.4, 3)  # so large that rates and decay follow the batch
 PAIRED = ("reward", *PREFERENCE_LOSSES)
@@ -133,6 +133,8 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
         config = replace(
             config, ngrams=(2, 3), ngram_rows=1, ngram_bos=VOCAB - 9, copy_candidate=True, copy_bos=VOCAB - 9
         )
+    if kind == "looped":
+        config = replace(config, loops=2)
     if kind == "switched":  # so that windows shorter than a row exist
         config = replace(config, window_multiple=None, qk_dim=16, paired_heads="all")
     net = GPT(config).init_weights(1).double()

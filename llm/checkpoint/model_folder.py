@@ -54,11 +54,12 @@ def save_model_folder(folder: str | os.PathLike, net: GPT, tokenizer: Tokenizer)
         _write_json(new / GENERATION_FILE, generation_config(tokenizer))
         if has_program(config):
             shutil.copyfile(PROGRAM, new / PROGRAM.name)
-        tensors = {}
+        tensors, seen = {}, set()
         for name, value in merged(net).state_dict().items():
-            tensors[file_name(name, config)] = (
-                value[: rows_kept(name, value, config)].detach().to("cpu", torch.float32).contiguous()
-            )
+            kept = value[: rows_kept(name, value, config)].detach().to("cpu", torch.float32).contiguous()
+            # the file has no names for one tensor: what blocks share stands in it for each of them
+            tensors[file_name(name, config)] = kept.clone() if kept.data_ptr() in seen else kept
+            seen.add(kept.data_ptr())
         try:
             save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
             if net.lora is not None:

@@ -32,7 +32,7 @@ READ = {
     "rope_scaling", "rope_original", "qk_scale", "window_pattern", "window_divisor", "window_multiple", "value_embeds",
     "gate_channels", "gate_range", "residual_scalars", "smear", "backout", "tied", "bos_id", "scalar_head",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "ngram_rows", "ngram_into", "ngram_bos",
-    "asymmetric_cap", "key_offset", "qk_dim", "paired_heads", "copy_candidate", "copy_bos",
+    "asymmetric_cap", "key_offset", "qk_dim", "paired_heads", "copy_candidate", "copy_bos", "loops",
 }  # fmt: skip
 INITIAL = {
     "vocab_multiple", "resid_init", "x0_init", "backout_init", "gate_init", "embedding_std", "head_std", "fc_scale",

@@ -54,6 +54,7 @@ UNSTATED = MappingProxyType(
         "paired_heads": None,
         "copy_candidate": False,
         "copy_bos": None,
+        "loops": 1,
     }
 )
 
@@ -107,6 +108,7 @@ class GPTConfig:
     paired_heads: str | None = UNSTATED["paired_heads"]  # layers whose heads see a neighbour's keys: one of PAIRINGS
     copy_candidate: bool = UNSTATED["copy_candidate"]  # what followed the longest earlier match is added, see copies
     copy_bos: int | None = UNSTATED["copy_bos"]  # no match reaches back beyond this id; None = there is none
+    loops: int = UNSTATED["loops"]  # times that the middle half of the blocks runs: n_layer counts them every time
     scalar_head: bool = UNSTATED["scalar_head"]  # a second head gives one number per token: a reward, or a value
 
     def __post_init__(self):
@@ -137,6 +139,8 @@ class GPTConfig:
             )
         self._check_pairs()
         self._check_ngrams()
+        if len(self.places) != self.n_layer:
+            raise ValueError(f"n_layer={self.n_layer}: no number of blocks makes it with arch.loops={self.loops}")
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear
             if used and channels > self.n_embd:
@@ -167,6 +171,19 @@ class GPTConfig:
             raise ValueError(f"arch.ngram_into={self.ngram_into}: choose one of {', '.join(NGRAM_PLACES)}")
         if self.ngrams and self.ngram_into == "values" and not self.value_embeds:
             raise ValueError("arch.ngram_into=values: needs value embeddings; set arch.value_embeds=true, or residual")
+
+    @property
+    def n_blocks(self) -> int:
+        """Return how many blocks have weights of their own: `n_layer`, but fewer where some run several times."""
+        return depth_of(self.n_layer, self.loops)
+
+    @property
+    def places(self) -> list[int]:
+        """Return the number of the block that runs at each place, in order."""
+        half = self.n_blocks // 2
+        start = (self.n_blocks - half) // 2
+        order = list(range(self.n_blocks))
+        return order[:start] + self.loops * order[start : start + half] + order[start + half :]
 
     @property
     def key_dim(self) -> int:
@@ -252,20 +269,27 @@ class GPTConfig:
         return cls(**(UNSTATED | stated))
 
 
+def depth_of(n_layer: int, loops: int) -> int:
+    """Return how many blocks make `n_layer` places where half of them run `loops` times."""
+    return next(n for n in range(n_layer + 1) if n + (loops - 1) * (n // 2) >= n_layer)
+
+
 def config_class(arch: str) -> type[GPTConfig]:
     """Return the class of the shape of an architecture. Raises UserError where there is no such architecture."""
     return ARCHITECTURES.get(arch, "arch.name").config_class
+
+
+def block_matrices(c: GPTConfig) -> int:
+    """Count the parameters in the matrices of a block of the three forms."""
+    return c.n_embd * (c.n_head + c.n_kv_head) * (c.key_dim + c.head_dim) + 8 * c.n_embd**2
 
 
 def num_params(config: GPTConfig) -> dict[str, int]:
     """Count the parameters by kind and in total, without building the model. Kinds that it lacks are left out."""
     c = config
     table = c.padded_vocab_size * c.n_embd
-    q_and_out = c.n_embd * c.n_head * (c.key_dim + c.head_dim)
-    k_and_v = c.n_embd * c.n_kv_head * (c.key_dim + c.head_dim)
-    mlp = 8 * c.n_embd**2
     n_value = sum(c.has_value_embed(layer) for layer in range(c.n_layer))
-    blocks = c.n_layer * (q_and_out + k_and_v + mlp) + n_value * c.n_kv_head * c.gate_channels
+    blocks = c.n_blocks * block_matrices(c) + n_value * c.n_kv_head * c.gate_channels
     blocks += c.n_layer * c.n_head * c.gate_channels * c.attention_gate + c.further_block_params()
     counts = {"embedding": table, "head": 0 if c.tied else table, "blocks": blocks}
     if c.arch == "gpt2":  # biases of the six projections, weight and bias of the norms
@@ -304,4 +328,6 @@ def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
     """
     c, length = config, seq_len or config.seq_len
     keys = sum(min(c.window(layer) or length, length) * (1 + c.pairs_heads(layer)) for layer in range(c.n_layer))
-    return 6 * (scaling_params(c) + num_params(c).get("smear_gate", 0)) + 6 * c.n_head * (c.key_dim + c.head_dim) * keys
+    again = (c.n_layer - c.n_blocks) * block_matrices(c)  # matrices that multiply once more
+    multiplied = scaling_params(c) + again + num_params(c).get("smear_gate", 0)
+    return 6 * multiplied + 6 * c.n_head * (c.key_dim + c.head_dim) * keys

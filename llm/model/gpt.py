@@ -5,8 +5,8 @@ the embedding, before each sublayer and before the head, untied embedding and he
 query attention, logits soft-capped at 15. `modern` (2026) adds, each by its own switch: value embeddings, residual and
 x0 scalars, sliding windows, smear, backout, a q/k scale, and what is off by default: exclusive attention, a gate of the
 heads, a leaky activation, tables of n-grams, copy candidates, an asymmetric cap, an offset of keys, narrow queries and
-keys, paired heads. `gpt2` is the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding. Weights
-are kept in fp32 and multiplied in `compute_dtype`. This file knows nothing of training loops, configuration or files.
+keys, paired heads, loops. `gpt2` is the baseline of 2019: learned positions, LayerNorm, GELU, biases, tied embedding.
+Weights are fp32, products in `compute_dtype`. This file knows nothing of training, configuration or files.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,7 @@ from llm.model.fused_ops import rms_norm as norm
 from llm.model.joint_qkv import joint_product
 from llm.model.kv_cache import SlotCache
 from llm.model.linear import Linear, Table
+from llm.model.loops import share_matrices
 from llm.model.ngrams import NGrams
 from llm.model.norms import make_norm
 
@@ -52,8 +53,7 @@ class Attention(nn.Module):
     A third makes queries and keys narrower than values. qk_dim: they have that many channels d, rotary positions and
     norm are over these, and the scores are q k / sqrt(d): to find a token takes fewer channels than to say what it
     holds (modded-nanogpt, pull request 344, 2026). Kernels and cache get them with zeros up to head_dim, as there:
-    what is saved are weights and products of c_q and c_k. A fourth lets heads attend to the keys of a neighbour:
-    `llm.model.attention.pair_heads`.
+    what is saved are weights and products of c_q and c_k. A fourth pairs heads: `llm.model.attention.pair_heads`.
     """
 
     joint_qkv = False  # set by llm.model.joint_qkv.enable_joint_qkv
@@ -76,8 +76,7 @@ class Attention(nn.Module):
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return queries (B, T, H, d), keys (B, T, Hkv, d) and values (B, T, Hkv, D) of the input (B, T, n_embd)."""
-        layers = (self.c_q, self.c_k, self.c_v)
-        joint = self.joint_qkv and torch.is_grad_enabled()
+        layers, joint = (self.c_q, self.c_k, self.c_v), self.joint_qkv and torch.is_grad_enabled()
         parts = joint_product(x, layers) if joint else [layer(x) for layer in layers]
         sizes = (self.key_dim, self.key_dim, self.head_dim)
         return [part.view(*x.shape[:2], -1, size) for part, size in zip(parts, sizes, strict=True)]
@@ -176,6 +175,7 @@ class GPT(nn.Module):
                 "h": nn.ModuleList(self.block_class(config, layer) for layer in range(config.n_layer)),
             }
         )
+        share_matrices(self.transformer.h, config.places)
         if config.arch == "gpt2":
             self.transformer["wpe"] = Table(config.seq_len, config.n_embd)
         self.final_norm = make_norm(config)

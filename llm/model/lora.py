@@ -71,8 +71,11 @@ def add_adapter(net: GPT, lora: LoRA, seed: int = 0) -> GPT:
     """Freeze a network and give it an adapter; returns the network, which computes what it did before.
 
     A scalar head stays trained: the base has none.
-    A is drawn from N(0, 1 / in) by `seed`, with equal numbers on any device; B is zero.
+    A is drawn from N(0, 1 / in) by `seed`, with equal numbers on any device; B is zero. Raises UserError for a network
+    whose blocks run several times, where every turn would have a product of its own.
     """
+    if net.config.loops > 1:
+        raise UserError(f"model.lora.rank={lora.rank}: not made for arch.loops={net.config.loops}; set it to null")
     generator = torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():
         p.requires_grad_(is_trained(name))

@@ -8,7 +8,7 @@ from llm.model.config import UNSTATED, GPTConfig
 FOREIGN = (
     "softcap", "qk_scale", "window_pattern", "value_embeds", "residual_scalars", "smear", "backout",
     "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap",
-    "key_offset", "qk_dim", "paired_heads", "copy_candidate",
+    "key_offset", "qk_dim", "paired_heads", "copy_candidate", "loops",
 )  # fmt: skip
 
 

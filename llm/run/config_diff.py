@@ -41,6 +41,8 @@ ADDED_KEYS = {
     "arch.ngrams": [],
     "arch.ngram_rows": 4,
     "arch.ngram_into": "residual",
+    "arch.loops": 1,
+    "stage.teachers": [],
     "optim.ngram_lr": 0.06,
     "optim.ngram_betas": [0.75, 0.95],
     "optim.ngram_decay": 0.0,

@@ -171,6 +171,7 @@ SHAPE = mapping(
         **dict.fromkeys(("asymmetric_cap", "key_offset", "copy_candidate"), truth),
         "qk_dim": maybe(whole(2, 1 << 16)),
         "paired_heads": maybe(text),
+        "loops": whole(1, 64),
         "gate_channels": whole(1, 1 << 20),
         "gate_range": _factor,
         "bos_id": maybe(whole(0, 1 << 24)),

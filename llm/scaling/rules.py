@@ -38,6 +38,8 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         features[name] = tuple(features[name])
     first_special = vocab_size - len(SPECIAL_TOKENS)  # BOS
     bos_id = first_special if features.pop("document_masks", False) else None
+    if features.get("loops", 1) > 1 and model["depth"] == 1:
+        raise UserError(f"arch.loops={features['loops']}: model.depth=1 has no middle blocks; set arch.loops=1")
     if features.get("backout") and not has_middle_block(model["depth"]):
         features["backout"] = False
     if "ngrams" in features:
@@ -50,7 +52,7 @@ def model_config(model, arch, vocab_size: int) -> GPTConfig:
         features |= GPT2_AS_PUBLISHED
     try:
         return config_class(arch["name"])(
-            n_layer=model["depth"],
+            n_layer=model["depth"] + (features.get("loops", 1) - 1) * (model["depth"] // 2),
             n_head=n_head,
             n_kv_head=n_head if model["n_kv_head"] is None else model["n_kv_head"],
             head_dim=model["head_dim"],

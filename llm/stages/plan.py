@@ -115,9 +115,16 @@ def check_step(cfg, tokens: int | None) -> None:
 
 
 def check_whole(cfg) -> None:
-    """Raise UserError for an update that needs whole matrices where processes have rows of them."""
-    if cfg.optim.get("hyperball") and cfg.strategy.name == "fsdp" and processes(cfg) > 1:
+    """Raise UserError for an update that needs whole matrices, and for shared ones, where processes have rows."""
+    if cfg.strategy.name != "fsdp" or processes(cfg) == 1:
+        return
+    if cfg.optim.get("hyperball"):
         raise UserError(ROWS_ONLY)
+    if cfg.arch.get("loops", 1) > 1:
+        raise UserError(
+            f"arch.loops={cfg.arch.loops}: strategy=fsdp gathers each block by itself, and these share matrices; set "
+            "strategy=muon or ddp"
+        )
 
 
 def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:

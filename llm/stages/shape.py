@@ -13,6 +13,7 @@ from llm.config.said import knows_settings, said
 from llm.config.schema import VARIANTS
 from llm.config.stages import Stage
 from llm.errors import UserError
+from llm.model.config import depth_of
 from llm.run.config_diff import BEFORE_KEYS
 from llm.run.formats import SHAPE
 from llm.run.stage_folder import RunDir, find_parent, stage_before
@@ -76,7 +77,7 @@ def shape_in(folder: Path) -> dict | None:
 
 def set_model(cfg: Any, shape: dict) -> None:
     """Set the keys of `cfg.model` that the command did not say to those that make `shape`."""
-    layers, heads, head_dim = shape["n_layer"], shape["n_head"], shape["head_dim"]
+    layers, heads, head_dim = depth_of(shape["n_layer"], shape.get("loops", 1)), shape["n_head"], shape["head_dim"]
     taken = {"depth": layers, "head_dim": head_dim, "seq_len": shape["seq_len"]}
     taken["n_kv_head"] = None if shape["n_kv_head"] == heads else shape["n_kv_head"]
     if -(-layers * cfg.model.aspect_ratio // head_dim) != heads:

@@ -114,7 +114,7 @@ FROZEN = {
     "fc_scale": 1.0, "scalar_head": False, "exclusive_attention": False, "attention_gate": False,
     "activation": "relu_squared", "ngrams": (), "ngram_rows": 4, "ngram_into": "residual", "ngram_bos": None,
     "asymmetric_cap": False, "key_offset": False, "qk_dim": None, "paired_heads": None, "copy_candidate": False,
-    "copy_bos": None,
+    "copy_bos": None, "loops": 1,
 }  # fmt: skip
 
 

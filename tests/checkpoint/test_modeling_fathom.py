@@ -35,6 +35,7 @@ FORMS = {
     "n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 324},
     "n-grams in values": MODERN | {"ngrams": (3,), "ngram_bos": 324, "ngram_into": "values", "smear": False},
     "no switches": {"arch": "modern"},
+    "loops": MODERN | {"loops": 2},
     "documents": MODERN | {"bos_id": 324},
     "yarn": {"arch": "modern", "rope_scaling": "yarn", "rope_original": 24, "n_kv_head": 1},
     "reward model": MODERN | {"scalar_head": True},

@@ -151,6 +151,13 @@ def test_switches_of_objective_and_heads_train_as_in_one_process(trained, strate
         torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("strategy", ["muon", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_blocks_that_run_twice_train_as_in_one_process(trained, strategy):
+    alone, found = (trained(*of, "looped")[1]["looped"]["weights"] for of in (("auto", 1), (strategy, 2)))
+    for name, weight in alone.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
 def test_steps_that_grow_train_as_in_one_process(trained, strategy, other, tmp_path):
     """Also one that went on, under another strategy, from a checkpoint amid the ramp."""
