@@ -25,6 +25,7 @@ FORMS = {
     "modern": MODERN,
     "modern windows": MODERN | {"window_pattern": "SSL", "seq_len": 512, "n_kv_head": 1},
     "modern small windows": MODERN | {"window_pattern": "SSL", "window_divisor": 16, "n_kv_head": 2},
+    "modern loops": MODERN | {"loops": 2, "n_layer": 6},
     "modern long context": MODERN | {"rope_scaling": "yarn", "rope_original": 64},
     "gpt2": {"arch": "gpt2", "tied": True, "softcap": None},
     "gpt2 untied GQA": {"arch": "gpt2", "n_kv_head": 2},

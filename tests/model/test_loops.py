@@ -9,7 +9,7 @@ from test_gpt import MODERN, config, random_net
 
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
 from llm.errors import UserError
-from llm.inference.engine import Engine, SamplingParams
+from llm.model.cached_attention import SlotPass
 from llm.model.config import depth_of, flops_per_token, num_params
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, add_adapter
@@ -77,11 +77,15 @@ def test_a_saved_model_is_read_with_shared_matrices(tmp_path):
     assert again.config == net.config and len(list(again.parameters())) == len(list(net.parameters()))
     ids = torch.tensor([tokenizer.encode("abcabd")])
     assert torch.equal(again(ids), net(ids))
-    prompt = [tokenizer.encode("abc")]
-    drawn = [
-        Engine(one, tokenizer).generate(prompt, SamplingParams(max_new_tokens=8, temperature=0)) for one in (net, again)
-    ]
-    assert drawn[0] == drawn[1]
+
+
+def test_every_place_has_its_own_keys_and_values_in_the_cache():
+    net, ids = looped(), torch.randint(0, 70, (2, 12), generator=torch.Generator().manual_seed(4))
+    cache, at = net.new_cache(2, 12), 0
+    for part in ids.split([5, 1, 1, 5], dim=1):
+        cache.lengths = torch.full((2,), at)
+        logits, at = net(part, cache=SlotPass(cache, 0, 2)), at + part.size(1)
+        torch.testing.assert_close(logits, net(ids[:, :at])[:, -part.size(1) :], atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_not_made_for_it_is_refused(monkeypatch):
