@@ -87,6 +87,16 @@ def test_processes_train_the_weights_of_one(trained, n, strategy):
         assert strategy == "fsdp" or results[kind]["noticed"]
 
 
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_sums_that_begin_during_the_backward_pass_are_the_same(trained, n, tmp_path):
+    """Also where processes have uneven numbers of micro-batches, and in a training that was resumed."""
+    kinds = ("clipped", "grpo", "ngrams")
+    (folder, early), (_, late) = trained("muon-early", n, *kinds), trained("muon", n, *kinds)
+    resumed = job(n, "muon-early", tmp_path, ("grpo",), folder / "grpo" / "step_000002.ckpt")
+    for kind, results in [*early.items(), *resumed.items()]:
+        assert all(torch.equal(late[kind]["weights"][name], w) for name, w in results["weights"].items()), kind
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
 @pytest.mark.parametrize("n", [2, 3])
