@@ -22,7 +22,9 @@ from llm.parallel import collectives
 from llm.parallel.early_sums import Arrival, EarlySums
 
 SMALL = 1 << 14  # parameters of at most so many numbers are updated by every process
-BUCKET_BYTES = 1 << 28  # of matrices that travel together, about
+# Matrices that travel together, about: one bucket is summed while another is updated and a third is sent.
+BUCKET_BYTES = {"cpu": 1 << 22}
+OTHER_BUCKET_BYTES = 1 << 25  # a GPU's link wants more at a time
 
 # The old names warn from torch 2.13 on, the new ones are missing before it.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -255,8 +257,9 @@ def even_shares(params: Sequence[torch.Tensor], world: int) -> list[list[list[to
     The largest matrix comes first, and each goes to the process with the fewest numbers so far.
     """
     largest_first, loads, buckets = sorted(params, key=lambda p: -p.numel()), [0] * world, []
+    size = BUCKET_BYTES.get(params[0].device.type, OTHER_BUCKET_BYTES)
     while largest_first:
-        count = world * max(1, BUCKET_BYTES // (4 * world * largest_first[0].numel()))
+        count = world * max(1, size // (4 * world * largest_first[0].numel()))
         bucket, largest_first = largest_first[:count], largest_first[count:]
         owned: list[list[torch.Tensor]] = [[] for _ in range(world)]
         for p in bucket:
