@@ -5,8 +5,9 @@
 Compute: the step's FLOPs at 45 % of 989 TFLOP/s. A ring moves its bytes at 80 % of the slowest link: 450 GB/s of NVLink
 within a node; between nodes 8 adapters of 50 GB/s, through which 8 rings pass side by side. Latency, stragglers and the
 host are left out. Update: the orthogonalisation's products, also at 45 %, and 28 bytes per parameter at 3.35 TB/s.
-Exposed: transfer that no computation hides. muon exchanges after the backward pass, ddp during the last micro-batch's
-backward pass (two thirds of its time), fsdp during all of the computing. Prints a table and a last line of JSON.
+Exposed: transfer that no computation hides. muon exchanges after the backward pass, but with strategy.early_sums
+(muon-early) sums gradients, half of its transfer, during the last micro-batch's backward pass (two thirds of its time),
+as ddp does with all of its transfer, and fsdp during all of the computing. Prints a table and a last line of JSON.
 """
 
 import _bench  # noqa: F401  isort: skip  (puts the project on the path)
@@ -49,7 +50,8 @@ def step_of(model: str, world: int, strategy: str) -> dict:
         numbers = 3 * micro * params + 2 * matrices
     sent = 4 * numbers * (world - 1) / world
     transfer = sent / (REACHED * (NVLINK if world <= NODE else ADAPTERS))
-    hidden = {"muon": 0.0, "ddp": compute / micro * 2 / 3, "fsdp": compute}[strategy]
+    backward = compute / micro * 2 / 3
+    hidden = {"muon": 0.0, "muon-early": min(backward, transfer / 2), "ddp": backward, "fsdp": compute}[strategy]
     update = (muon_flops(config) / RATE + UPDATE_BYTES * params / MEMORY_RATE) / (1 if strategy == "ddp" else world)
     exposed = max(0.0, transfer - hidden)
     step = compute + exposed + update
@@ -71,7 +73,7 @@ def step_of(model: str, world: int, strategy: str) -> dict:
 
 def main() -> None:
     """Print the table of all models, numbers of GPUs and strategies."""
-    steps = [step_of(m, w, s) for m in ROWS for w in (8, 64, 256) for s in ("muon", "ddp", "fsdp")]
+    steps = [step_of(m, w, s) for m in ROWS for w in (8, 64, 256) for s in ("muon", "muon-early", "ddp", "fsdp")]
     header = ("model", "GPUs", "strategy", "micro-batches", "sent, GB", "compute, ms", "transfer, ms", "exposed, ms")
     rows = [
         [s["model"], f"{s['gpus']}", s["strategy"], f"{s['micro']}", f"{s['sent_gb']:.1f}"]

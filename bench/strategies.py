@@ -1,9 +1,11 @@
 """Milliseconds of a step on several processes of this machine by strategy, and how long a checkpoint makes it wait.
 
     python bench/strategies.py [--processes 2] [--depth 6] [--vocab 8192] [--rows 2] [--seq 256] [--steps 8]
+        [--strategies muon,muon-early,ddp,fsdp]
 
 Every strategy trains one network for some steps, in turns and by one set of processes, each with a fair share of the
-cores. The first two steps of a round are left out. Prints a table and a last line of JSON.
+cores; muon-early is muon with `strategy.early_sums`. The first two steps of a round are left out. Prints a table and a
+last line of JSON.
 """
 
 import _bench  # isort: skip  (puts the project on the path)
@@ -30,7 +32,7 @@ from llm.scaling.rules import model_config
 from llm.stages.step_module import StageContext, StepData, StepModule
 from llm.stages.trainer import quiet_lightning
 
-STRATEGIES = ("muon", "ddp", "fsdp")
+STRATEGIES = "muon,muon-early,ddp,fsdp"
 
 
 class Clock(L.Callback):
@@ -80,7 +82,7 @@ def train(name: str, args, folder: Path) -> Clock:
     trainer = L.Trainer(
         accelerator=_bench.DEVICE.type.replace("cuda", "gpu"),
         **layout_of_processes(),
-        strategy=make_strategy(name),
+        strategy=make_strategy(name.removesuffix("-early"), name.endswith("-early")),
         max_steps=args.steps,
         max_epochs=-1,
         logger=False,
@@ -101,9 +103,10 @@ def work(args, folder: Path) -> None:
     """Run all strategies in turn, as one of the processes; the main one writes the medians to result.json."""
     quiet_lightning()
     join(on_gpu=_bench.DEVICE.type == "cuda")
-    steps, saves, syncs = ({name: [] for name in STRATEGIES} for _ in range(3))
+    names = args.strategies.split(",")
+    steps, saves, syncs = ({name: [] for name in names} for _ in range(3))
     for _ in range(args.rounds):
-        for name in STRATEGIES:
+        for name in names:
             clock = train(name, args, folder)
             steps[name] += clock.seconds[1:]
             saves[name].append(clock.saves[True])
@@ -118,7 +121,7 @@ def work(args, folder: Path) -> None:
 def main() -> None:
     """Start the processes, wait for them and print the results."""
     numbers = {"processes": 2, "depth": 6, "vocab": 8192, "rows": 2, "seq": 256, "steps": 8, "rounds": 3}
-    args = _bench.arguments(__doc__, numbers)
+    args = _bench.arguments(__doc__, numbers, strategies=STRATEGIES)
     if "RANK" in os.environ:
         return work(args, Path(os.environ["FATHOM_BENCH"]))
     with tempfile.TemporaryDirectory() as folder:
@@ -129,9 +132,10 @@ def main() -> None:
             raise SystemExit("a process failed")
         steps, saves, syncs = json.loads((Path(folder) / "result.json").read_text())
     result = vars(args) | {f"{name}_step_ms": 1000 * seconds for name, seconds in steps.items()}
-    result |= {f"{name}_to_ddp": steps[name] / steps["ddp"] for name in STRATEGIES}
+    first = next(iter(steps))
+    result |= {f"{name}_to_{first}": steps[name] / steps[first] for name in steps}
     result |= {f"{name}_checkpoint_waits_ms": 1000 * seconds for name, seconds in saves.items()}
-    result |= {f"{name}_checkpoint_to_sync": saves[name] / syncs[name] for name in STRATEGIES}
+    result |= {f"{name}_checkpoint_to_sync": saves[name] / syncs[name] for name in steps}
     _bench.show(result)
     return None
 

@@ -3,8 +3,8 @@
 Trains a small network in fp64 on each kind of step, `<kind>,<kind>...`, and saves the weights and the checkpoint of
 half the steps; alone on all micro-batches of a step, with others on its share of them. `lora` in a kind trains an
 adapter, `averaged` hands over an average of the weights, `ngrams` has tables of n-grams and copy candidates, `switched`
-has switches of the objective, `ramped` steps of two, four and six micro-batches, `looped` blocks that run twice. With a checkpoint it goes on from
-there.
+has switches of the objective, `ramped` steps of two, four and six micro-batches, `looped` blocks that run twice. The
+strategy muon-early is muon with `early_sums`. With a checkpoint it goes on from there.
 """
 
 # ruff: noqa: E402  before the imports, which take seconds: a parent that is gone by then would not be missed
@@ -147,7 +147,7 @@ def train(name: str, strategy: str, folder: Path, checkpoint: str | None) -> tup
     trainer = L.Trainer(
         accelerator="cpu",
         **layout_of_processes(),
-        strategy=make_strategy(strategy),
+        strategy=make_strategy(strategy.removesuffix("-early"), strategy.endswith("-early")),
         precision="32-true",
         max_steps=STEPS,
         max_epochs=-1,

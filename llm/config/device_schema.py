@@ -47,3 +47,7 @@ class StrategyConfig:
         choices=("auto", "single", "muon", "ddp", "fsdp"),
         fixed=True,
     )
+    early_sums: bool = key(
+        "muon sums gradients over processes during a step's last backward pass; blocks are compiled one by one; "
+        "untested on a GPU"
+    )

@@ -58,11 +58,11 @@ def decide(choice: str | bool, stage: str, device: torch.device, steps: int) -> 
 def compile_training(net, by_block: bool = False, tuned: bool = False, device: torch.device | None = None) -> None:
     """Make `net` run compiled whenever it gets targets and gradients are on.
 
-    by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks; the blocks then
-    run compiled everywhere. tuned: time several forms of every product of the blocks at the first step, which takes
-    minutes, and keep the fastest (untested on a GPU). device: where `net` will be; None = where it is. The first step
-    raises UserError, naming the part, if the compiler fails. What an interrupted compilation has left in the compile
-    cache is deleted, here and when the compiler fails.
+    by_block: compile each block separately, for FSDP2, which gathers and frees weights between blocks, and for sums
+    that begin when a block's gradients are ready; the blocks then run compiled everywhere. tuned: time several forms of
+    every product of the blocks at the first step, which takes minutes, and keep the fastest (untested on a GPU).
+    device: where `net` will be; None = where it is. The first step raises UserError, naming the part, if the compiler
+    fails. What an interrupted compilation has left in the compile cache is deleted, here and when the compiler fails.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine: the others print nothing
         heal()

@@ -52,8 +52,13 @@ def processes_of_node(cfg) -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else processes_here(cfg)
 
 
-def check_strategy(name: str, n: int) -> None:
-    """Raise UserError where `strategy.name` is not for `n` processes."""
+def check_strategy(name: str, n: int, early_sums: bool = False) -> None:
+    """Raise UserError where `strategy.name` is not for `n` processes, or `strategy.early_sums` not for it."""
+    if early_sums and name not in ("auto", "muon"):
+        raise UserError(
+            f"strategy.early_sums=true: strategy={name} does not leave sums to the optimizer; choose strategy=muon, or "
+            "set it to false"
+        )
     if name == "single" and n > 1:
         raise UserError(f"strategy=single: there are {n} processes; choose strategy=auto, muon, ddp or fsdp")
 

@@ -4,12 +4,13 @@ Weights and gradients are whole everywhere. In a step gradients are summed into 
 updates its share, and the new weights go to all (all-gather): the bytes of one all-reduce. How a parameter is divided
 follows from its update rule. A matrix rule, such as Muon, needs matrices whole: each has one owner, and the owners'
 loads are even. Parameters of an elementwise rule, such as AdamW, are cut into equal parts of a flat view; small ones
-are summed and updated everywhere. All sums start at once, so one part travels while another is computed. `state_dict`
-is that of `GroupOptimizer`, whole, so that any number of processes can go on.
+are summed and updated everywhere. All sums start at once, so one part travels while another is computed; with
+`sum_early` they start during the backward pass. `state_dict` is that of `GroupOptimizer`, whole, so that any number of
+processes can go on.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,16 @@ import torch.distributed as dist
 from llm.optim.optimizer import GroupOptimizer, rule_of, squares
 from llm.optim.update_rules import MatrixRule
 from llm.parallel import collectives
+from llm.parallel.early_sums import Arrival, EarlySums
 
 SMALL = 1 << 14  # parameters of at most so many numbers are updated by every process
-BUCKET_BYTES = 1 << 28  # of matrices that travel together, about
+# Matrices that travel together, about: one bucket is summed while another is updated and a third is sent.
+BUCKET_BYTES = {"cpu": 1 << 22}
+OTHER_BUCKET_BYTES = 1 << 25  # a GPU's link wants more at a time
 
 # The old names warn from torch 2.13 on, the new ones are missing before it.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-Arrival = Callable[[], torch.Tensor]  # waits for what was started, returns what arrived
 
 
 def total_squares(own: list[torch.Tensor], everywhere: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -46,6 +49,11 @@ class Matrices:
     owned: list[list[torch.Tensor]]
 
     @property
+    def params(self) -> list[torch.Tensor]:
+        """Return the matrices of all processes."""
+        return [p for share in self.owned for p in share]
+
+    @property
     def chunk(self) -> int:
         """Return how many numbers travel per process: those of the largest share."""
         return max(sum(p.numel() for p in share) for share in self.owned)
@@ -62,6 +70,11 @@ class FlatShard:
     group: int
     param: torch.Tensor
     chunk: int
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        """Return the parameter in a list of its own."""
+        return [self.param]
 
     def share(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
         """Return the part of a flat view that falls to process `rank`."""
@@ -92,6 +105,11 @@ class ShardedOptimizer(GroupOptimizer):
         self.parts = [part for number in range(len(self.param_groups)) for part in self._cut(number)]
         self.flat_shards = {part.param: part for part in self.parts if isinstance(part, FlatShard)}
         self.whole_state: dict[int, dict] | None = None
+        self.early_sums: EarlySums | None = None
+
+    def sum_early(self) -> None:
+        """Start sums during the backward passes that run within `early_sums.last_pass()`."""
+        self.early_sums = EarlySums([part.params for part in self.parts], lambda n: self._sum(self.parts[n]))
 
     def _cut(self, number: int) -> Iterable[Matrices | FlatShard | Small]:
         """Divide a parameter group into parts. They know its number: loading a state replaces the group."""
@@ -105,7 +123,8 @@ class ShardedOptimizer(GroupOptimizer):
     def _update(self) -> None:
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return  # a step that overflowed, on all processes alike
-        sums, arriving = [self._sum(part) for part in self.parts], []
+        sums = [self._sum(part) for part in self.parts] if self.early_sums is None else self.early_sums.take()
+        arriving = []
         if self.max_norm is not None:
             sums = self._clipped([summed() for summed in sums])
         for part, summed in zip(self.parts, sums, strict=True):
@@ -238,8 +257,9 @@ def even_shares(params: Sequence[torch.Tensor], world: int) -> list[list[list[to
     The largest matrix comes first, and each goes to the process with the fewest numbers so far.
     """
     largest_first, loads, buckets = sorted(params, key=lambda p: -p.numel()), [0] * world, []
+    size = BUCKET_BYTES.get(params[0].device.type, OTHER_BUCKET_BYTES)
     while largest_first:
-        count = world * max(1, BUCKET_BYTES // (4 * world * largest_first[0].numel()))
+        count = world * max(1, size // (4 * world * largest_first[0].numel()))
         bucket, largest_first = largest_first[:count], largest_first[count:]
         owned: list[list[torch.Tensor]] = [[] for _ in range(world)]
         for p in bucket:

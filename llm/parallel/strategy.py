@@ -31,10 +31,14 @@ from llm.parallel.muon_zero2 import ShardedOptimizer
 
 @StrategyRegistry.register("muon", description="gradients, optimizer state and updates in shares (ZeRO-2)")
 class MuonStrategy(DDPStrategy):
-    """Sends weights once, at the start, and leaves the sum of the gradients to the optimizer's step (ZeRO-2)."""
+    """Sends weights once, at the start, and leaves the sum of the gradients to the optimizer (ZeRO-2)."""
 
     strategy_name = "muon"
     optimizer_kind = ShardedOptimizer
+
+    def __init__(self, early_sums: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.early_sums = early_sums  # whether sums begin during a step's last backward pass
 
     def configure_ddp(self) -> None:
         """No wrapper, so no all-reduce during the backward pass."""
@@ -130,9 +134,15 @@ def cluster_environment() -> ClusterEnvironment:
     return TorchElasticEnvironment() if is_launched() else LightningEnvironment()
 
 
-def make_strategy(name: str) -> str | Strategy:
-    """Build the strategy `strategy.name` for the processes there are. UserError for single with several of them."""
+def make_strategy(name: str, early_sums: bool = False) -> str | Strategy:
+    """Build the strategy `strategy.name` for the processes there are.
+
+    early_sums: `strategy.early_sums`. Raises UserError for single with several processes, and for sums that other
+    strategies make.
+    """
     if world_size() == 1:
         return "auto"
-    check_strategy(name, world_size())
-    return {"ddp": SummingDDPStrategy, "fsdp": FSDPStrategy}.get(name, MuonStrategy)()
+    check_strategy(name, world_size(), early_sums)
+    if name in ("ddp", "fsdp"):
+        return SummingDDPStrategy() if name == "ddp" else FSDPStrategy()
+    return MuonStrategy(early_sums)

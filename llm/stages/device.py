@@ -33,8 +33,13 @@ class DeviceOptions:
     tuned_products: bool = False
     fp8_head: bool = False
 
-    def prepare(self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int) -> str:
-        """Set up the network of a stage of `steps` steps for a device; return what was chosen, in words."""
+    def prepare(
+        self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int, by_block: bool = False
+    ) -> str:
+        """Set up the network of a stage of `steps` steps for a device; return what was chosen, in words.
+
+        by_block: compile each block by itself, as under FSDP.
+        """
         net.compute_dtype = resolve_compute_dtype(self.compute, device, self.draws_answers)
         if device.type == "cpu":
             choose_fp32_products(by_onednn=self.draws_answers)
@@ -48,7 +53,7 @@ class DeviceOptions:
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
         compiled, why = decide(self.compile, stage, device, steps)
         if compiled:
-            compile_training(net, is_fsdp, self.tuned_products and device.type == "cuda", device)
+            compile_training(net, is_fsdp or by_block, self.tuned_products and device.type == "cuda", device)
             if self.tuned_products:
                 chosen.append(tells_tuned(device))
         return ", ".join([*chosen, f"attention {attention}", f"{'compiled' if compiled else 'eager'} ({why})"])

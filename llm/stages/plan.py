@@ -54,13 +54,18 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
     parent: model/ folder that it starts from, of which the shape and the size of the vocabulary are read.
     """
     check_devices(cfg)
-    check_strategy(cfg.strategy.name, processes(cfg))
+    check_strategy(cfg.strategy.name, processes(cfg), cfg.strategy.early_sums)
     if not row.makes_model or parent is None:
         return
     check_whole(cfg)
     if cfg.precision.fp8:
         dtype = resolve_compute_dtype(cfg.precision.compute, training_device(cfg), row.draws_answers)
         check_fp8(dtype, cfg.strategy.name == "fsdp")
+    if cfg.strategy.early_sums and cfg.precision.compute == "fp16":
+        raise UserError(
+            "strategy.early_sums=true: with fp16 gradients are sums of scaled losses, and are scaled back after the "
+            "last one; set precision.compute=bf16, or this to false"
+        )
     config = shape_from(cfg, parent, read_config(parent)) if holds_weights(parent) else fresh_shape(cfg, parent)
     check_fits(config, memory_gb(), processes_of_node(cfg))
     if row.check:

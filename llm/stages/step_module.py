@@ -147,8 +147,9 @@ class StepModule(L.LightningModule):
         if self.context.options is None or self.device_ready == device:
             return False
         self.device_ready, is_fsdp = device, isinstance(trainer.strategy, FSDPStrategy)
-        steps = self.context.total_steps
-        self.made_ready = self.context.options.prepare(self.net, device, is_fsdp, self.context.name, steps)
+        options, steps = self.context.options, self.context.total_steps
+        by_block = getattr(trainer.strategy, "early_sums", False)
+        self.made_ready = options.prepare(self.net, device, is_fsdp, self.context.name, steps, by_block)
         keeps = device.type == "cpu" and isinstance(trainer.strategy, (SingleDeviceStrategy, MuonStrategy))
         for module in self.net.modules():  # the other strategies wait for every gradient to be made anew
             if isinstance(module, RowTable):
@@ -238,15 +239,17 @@ class StepModule(L.LightningModule):
     def passes(self, micro_batches: list[dict], factor: float) -> list[torch.Tensor]:
         """Run forward and backward of all micro-batches, the losses times `factor`; returns the losses."""
         ddp, losses, self.sums = self.trainer.model, [], Sums()
+        early = getattr(self.optimizers(use_pl_optimizer=False), "early_sums", None)
         if isinstance(self.net, FSDPModule):
             micro_batches = pad_micro_batches(micro_batches)
         for i, micro in enumerate(micro_batches):
-            loss = self.micro_loss(micro)
+            loss, is_last = self.micro_loss(micro), i + 1 == len(micro_batches)
             if isinstance(ddp, DistributedDataParallel):
-                with nullcontext() if i + 1 == len(micro_batches) else ddp.no_sync():
+                with nullcontext() if is_last else ddp.no_sync():
                     self.manual_backward(loss * factor)
             else:
-                (loss * factor).backward()
+                with early.last_pass() if early and is_last else nullcontext():
+                    (loss * factor).backward()
             losses.append(loss.detach())
         return losses
 
@@ -326,6 +329,8 @@ class StepModule(L.LightningModule):
         scales = (self.context.lr_scale, self.context.decay_scale)
         optimizer = build_optimizer(self.net, self.optim_config, *scales, kind, self.context.fixed_lr_scale)
         optimizer.max_norm = self.gradient_clip_val
+        if getattr(self.trainer.strategy, "early_sums", False):
+            optimizer.sum_early()
         return optimizer
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:

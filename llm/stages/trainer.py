@@ -138,7 +138,7 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             **{name: cfg.trainer[name] for name in PASSED_ON if cfg.trainer[name] is not None},
             profiler=profiler(cfg.trainer.profiler, stage_dir),
             **layout_of_processes(),
-            strategy=make_strategy(cfg.strategy.name),
+            strategy=make_strategy(cfg.strategy.name, cfg.strategy.early_sums),
             precision="32-true",
             max_steps=built.module.context.total_steps,
             max_epochs=-1,

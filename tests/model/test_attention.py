@@ -173,6 +173,66 @@ def test_what_flash_attention_3_is_asked_for(monkeypatch):
         torch.testing.assert_close(got, masked(q, k, v, window), atol=1e-5, rtol=1e-5)
 
 
+def test_flash_attention_3_stays_within_the_compiled_graph(monkeypatch):
+    """In the form of its wheels since autumn 2025: an autograd function over two operators whose shapes torch knows."""
+
+    def weights(q, k, window: int):
+        distance = torch.arange(q.size(1)).unsqueeze(1) - torch.arange(q.size(1))
+        hidden = (distance < 0) | (distance > (window if window >= 0 else q.size(1)))
+        scores = SCALE * torch.einsum("bthd,bshd->bhts", q, k)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+    @torch.library.custom_op("fathom_test::flash_forward", mutates_args=())
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        return torch.einsum("bhts,bshd->bthd", weights(q, k, window), v).contiguous()
+
+    @torch.library.custom_op("fathom_test::flash_backward", mutates_args=("dq", "dk", "dv"))
+    def backward(
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        window: int,
+    ) -> None:
+        p, dp = weights(q, k, window), torch.einsum("bthd,bshd->bhts", dout, v)
+        ds = SCALE * p * (dp - (p * dp).sum(-1, keepdim=True))
+        dq.copy_(torch.einsum("bhts,bshd->bthd", ds, k))
+        dk.copy_(torch.einsum("bhts,bthd->bshd", ds, q))
+        dv.copy_(torch.einsum("bhts,bthd->bshd", p, dout))
+
+    forward.register_fake(lambda q, k, v, window: torch.empty_like(q))
+    backward.register_fake(lambda dout, q, k, v, dq, dk, dv, window: None)
+
+    class Flash(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, window):
+            ctx.save_for_backward(q, k, v)
+            ctx.window = window
+            return forward(q, k, v, window[0])
+
+        @staticmethod
+        def backward(ctx, dout):
+            grads = [torch.empty_like(t) for t in ctx.saved_tensors]
+            backward(dout, *ctx.saved_tensors, *grads, ctx.window[0])
+            return *grads, None
+
+    def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
+        return Flash.apply(q, k, v, window_size)
+
+    monkeypatch.setattr("llm.model.attention.flash_attn_func", flash_attn_func)
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager", dynamic=False)
+    for window in (None, 8):
+        tensors, grad = inputs(60, torch.float32)
+        (compiled(*tensors, SCALE, window, backend="flash3") * grad).sum().backward()
+        plain, _ = inputs(60, torch.float32)
+        (masked(*plain, window) * grad).sum().backward()
+        for got, want in zip(tensors, plain, strict=True):
+            torch.testing.assert_close(got.grad, want.grad, atol=1e-5, rtol=1e-5)
+
+
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
 
 
