@@ -527,7 +527,7 @@ def chunked_distillation(
     name: str,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `distillation_loss` (N,) and the student's log-probabilities (N,) of `goals` (N,).
+    """Return `distillation_loss` (N,) and the student's log-probabilities (N,) of `goals` (N,), without gradient.
 
     student, teacher: heads that make logits (n, V) of rows of hidden (N, C) and hidden_teacher (N, C'). Logits of
     `chunk` tokens exist at a time, in the backward pass too, which makes them again.
@@ -537,7 +537,7 @@ def chunked_distillation(
         logits = student(x)
         with torch.no_grad():
             others = teacher(y)
-        at_goal = logits.gather(1, goal.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+            at_goal = logits.gather(1, goal.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
         return distillation_loss(logits, others, name), at_goal
 
     parts = zip(hidden.split(chunk), hidden_teacher.split(chunk), goals.split(chunk), strict=True)

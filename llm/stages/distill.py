@@ -88,7 +88,7 @@ class DistillObjective(AnswerObjective):
             return objectives.chunked_distillation(*heads, *rows, self.divergence, chunk)
 
         losses, logprobs = net(inputs, head=head)
-        return losses, losses, logprobs.detach()
+        return losses, losses, logprobs
 
     def sampled(self, net: GPT, inputs, targets, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return losses, l - l_teacher and log-probabilities l (N,) of the trained tokens, by these alone."""

@@ -10,9 +10,11 @@ students: slowrun, 2026). Teachers stand still and run without gradient beside e
 """
 
 import torch
+import torch.nn.functional as F
 
+from llm.model.cross_entropy import softcapped
 from llm.model.gpt import GPT
-from llm.objectives import CHUNK_ELEMENTS, chunked_distillation
+from llm.model.soft_targets import soft_cross_entropy
 from llm.stages.common import load_further
 
 SHARE = 0.5
@@ -27,7 +29,6 @@ class EnsembleObjective:
 
     def __init__(self, teachers: list[GPT], share: float):
         self.teachers, self.share = [teacher.requires_grad_(False).eval() for teacher in teachers], share
-        self.widths = [teacher.config.n_embd for teacher in teachers]
 
     def __call__(self, net: GPT, micro: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs, targets = micro["inputs"], micro["targets"]
@@ -37,22 +38,24 @@ class EnsembleObjective:
         for teacher in self.teachers:
             teacher.to(net.device).compute_dtype = net.compute_dtype
         with torch.no_grad():
-            theirs = torch.cat([teacher.hidden(inputs)[mask] for teacher in self.teachers], dim=-1)
-        chunk = max(1, CHUNK_ELEMENTS // net.config.vocab_size)
+            theirs = [self.output(teacher, inputs, mask) for teacher in self.teachers]
 
-        def head(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = (hidden[mask], theirs, targets[mask])
-            return chunked_distillation(net.logits, self.mean_logits, *rows, "forward_kl", chunk)
+        def mean(rows: slice) -> torch.Tensor:
+            q = sum(softcapped(F.linear(x[rows], head), bound).softmax(-1) for x, head, bound in theirs)
+            return q.div_(len(theirs))
 
-        divergences, logprobs = net(inputs, head=head)
-        divergence, nats = divergences.sum(), -logprobs.sum()
-        sums = {"cross_entropy": nats.detach(), "divergence": divergence.detach()}
-        return (1 - self.share) * nats + self.share * divergence, sums
+        def head(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            whole = net.head_weight[: net.config.vocab_size]
+            return soft_cross_entropy(hidden[mask], whole, targets[mask], net.config.bound, self.share, mean)
 
-    def mean_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the log (n, V) of the mean distribution for the teachers' outputs side by side (n, sum of widths)."""
-        parts = zip(self.teachers, hidden.split(self.widths, dim=-1), strict=True)
-        return torch.stack([teacher.logits(x).log_softmax(-1) for teacher, x in parts]).logsumexp(0)
+        loss, nats, divergence = net(inputs, head=head)
+        return loss, {"cross_entropy": nats, "divergence": divergence}
+
+    @staticmethod
+    def output(teacher: GPT, inputs: torch.Tensor, mask: torch.Tensor) -> tuple:
+        """Return a teacher's hidden states (N, C) at the trained tokens, its head, and the bound of its logits."""
+        hidden = teacher.hidden(inputs)[mask]
+        return hidden, teacher.head_weight[: teacher.config.vocab_size].to(hidden.dtype), teacher.config.bound
 
 
 def ensemble_objective(cfg, net: GPT, tokenizer) -> EnsembleObjective | None:

@@ -11,11 +11,12 @@ from conftest import compose
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from small_rollouts import kill
-from small_training import net, step_batch
+from small_training import CONFIG, net, step_batch
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.config.stages import stage_row
 from llm.errors import UserError
+from llm.model import soft_targets
 from llm.model.gpt import GPT
 from llm.run.stage_folder import write_manifest
 from llm.scaling.rules import model_config
@@ -28,13 +29,15 @@ from llm.tokenizer.bpe import Tokenizer
 
 def teachers() -> list[GPT]:
     """Two networks, one of another width."""
-    return [net(seed=1), net(seed=2, config=replace(net().config, n_embd=24, n_layer=1))]
+    return [net(seed=1), net(seed=2, config=replace(CONFIG, n_embd=24, n_layer=1))]
 
 
+@pytest.mark.parametrize("bound", [{}, {"softcap": None}, {"asymmetric_cap": True}], ids=str)
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_loss_and_the_gradient_are_those_of_the_whole_distributions(share, monkeypatch):
-    monkeypatch.setattr("llm.stages.ensemble.CHUNK_ELEMENTS", 3 * net().config.vocab_size)  # three tokens at a time
-    student, others, micro = net(), teachers(), step_batch(1)["micro"][0]
+def test_the_loss_and_the_gradient_are_those_of_the_whole_distributions(share, bound, monkeypatch):
+    monkeypatch.setattr(soft_targets, "CHUNK_ELEMENTS", {"cpu": (350, 210)})  # five tokens at a time, then three
+    monkeypatch.setattr(soft_targets, "MIN_TOKENS", 1)
+    student, others, micro = net(config=replace(CONFIG, **bound)), teachers(), step_batch(1)["micro"][0]
     loss, sums = EnsembleObjective(others, share)(student, micro)
     found = torch.autograd.grad(loss, list(student.parameters()))
     mask = micro["targets"] >= 0
