@@ -22,21 +22,24 @@ def soft_cross_entropy(
     softcap: float | Bound | None,
     share: float,
     others: Distribution,
+    products: type[Products] = Products,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (1 - share) nats + share divergence, nats and divergence, summed over tokens: fp32 scalars.
 
     nats: -log p of goals (N,), for hidden states (N, C) in the compute dtype, a head (V, C), and `softcap` as in
-    `linear_cross_entropy`; divergence: sum q (log q - log p), with the q of `others`. The first has a gradient.
+    `linear_cross_entropy`, as `products` is; divergence: sum q (log q - log p), with the q of `others`. The first has a
+    gradient.
     """
-    return _SoftTargets.apply(hidden, weight.to(hidden.dtype), goals, softcap, share, others)
+    return _SoftTargets.apply(hidden, weight.to(hidden.dtype), goals, softcap, share, others, products)
 
 
 class _SoftTargets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, goals, softcap, share: float, others: Distribution):
+    def forward(ctx, hidden, weight, goals, softcap, share: float, others: Distribution, kind: type[Products]):
         elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
         chunk, tile = (max(MIN_TOKENS, size // len(weight)) for size in (elements, tile_elements))
-        products, goals, sums = Products(weight), goals.unsqueeze(1), hidden.new_zeros(2, dtype=torch.float32)
+        products = kind(weight) if kind.takes(hidden, weight) else Products(weight)
+        goals, sums = goals.unsqueeze(1), hidden.new_zeros(2, dtype=torch.float32)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(goals), chunk):
             rows = slice(start, start + chunk)
@@ -54,7 +57,7 @@ class _SoftTargets(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         d_hidden, d_weight = ctx.gradients
-        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), *(None,) * 4
+        return d_hidden * grad.to(d_hidden.dtype), (d_weight * grad).to(ctx.weight_dtype), *(None,) * 5
 
 
 def _tile_loss(logits: torch.Tensor, goals: torch.Tensor, softcap, share: float, q: torch.Tensor) -> torch.Tensor:

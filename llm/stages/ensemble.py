@@ -45,8 +45,9 @@ class EnsembleObjective:
             return q.div_(len(theirs))
 
         def head(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            whole = net.head_weight[: net.config.vocab_size]
-            return soft_cross_entropy(hidden[mask], whole, targets[mask], net.config.bound, self.share, mean)
+            whole, c = net.head_weight[: net.config.vocab_size], net.config
+            how = (c.bound, self.share, mean, net.head_products)
+            return soft_cross_entropy(hidden[mask], whole, targets[mask], *how)
 
         loss, nats, divergence = net(inputs, head=head)
         return loss, {"cross_entropy": nats, "divergence": divergence}
