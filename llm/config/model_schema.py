@@ -131,7 +131,7 @@ class ModernArch(ClassicArch):
         "the token behind the longest earlier match of a document's last tokens is added to the first block's input "
         "and to that of the last norm"
     )
-    loops: int = key("times that the middle half of the blocks runs, with the same matrices each time", low=1, high=64)
+    loops: int = key("times that the middle half of the blocks runs, always with one set of matrices", low=1, high=64)
     embedding_std: float = key("standard deviation of the initial embedding", above=0, high=100)
     head_std: float = key("standard deviation of the initial output head", low=0, high=100)
     fc_scale: float = key("factor on the initial weights of the MLP's first layer", above=0, high=1000)

@@ -139,7 +139,7 @@ class GPTConfig:
             )
         self._check_pairs()
         self._check_ngrams()
-        if len(self.places) != self.n_layer:
+        if self.loops > 1 and len(self.places) != self.n_layer:
             raise ValueError(f"n_layer={self.n_layer}: no number of blocks makes it with arch.loops={self.loops}")
         for name, channels in (("arch.gate_channels", self.gate_channels), ("arch.smear", SMEAR_CHANNELS)):
             used = self.value_embeds or self.attention_gate if name == "arch.gate_channels" else self.smear

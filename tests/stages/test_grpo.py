@@ -21,7 +21,7 @@ from llm.data.packing import Document
 from llm.errors import UserError
 from llm.inference.engine import Completion, Engine
 from llm.model.linear import resolve_compute_dtype
-from llm.run.config_diff import BEFORE_KEYS, diff_configs
+from llm.run.config_diff import BEFORE_KEYS, CHANGED_KEYS, diff_configs
 from llm.stages.choices import check_policy
 from llm.stages.grpo import GroupSteps, PolicyObjective
 from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
@@ -373,7 +373,7 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
 def test_a_run_from_before_the_keys_is_one_with_their_defaults():
     new = OmegaConf.to_container(compose("train", "stage=grpo").stage)
     old = {key: value for key, value in new.items() if f"stage.{key}" not in BEFORE_KEYS}
-    assert len(old) == len(new) - sum(key.startswith("stage.") for key in BEFORE_KEYS)
+    assert len(old) == len(new) - sum(key.startswith("stage.") for key in CHANGED_KEYS)
     assert diff_configs({"stage": old}, {"stage": new}) == []
     assert diff_configs({"stage": old}, {"stage": new | {"kl": 0.1}}) == [("stage.kl", 0.0, 0.1)]
 
