@@ -8,8 +8,9 @@ STAGE ?= sft
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# A file goes to one of the two workers as a whole, for what its tests share; tests/conftest.py says in which order.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A file goes to one worker as a whole, for what its tests share; tests/conftest.py says in which order. Three workers keep
+# two cores busy where some tests wait.
+PYTEST := $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 

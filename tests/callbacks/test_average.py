@@ -101,7 +101,11 @@ def test_training_and_its_checkpoints_are_as_without(tmp_path):
     assert rows(tmp_path / "plain")[-1]["loss"] == rows(tmp_path / "averaged")[-1]["loss"]
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+# One amid the run; the others, just behind its start and before its end, under test-full.
+STOPS = [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))]
+
+
+@pytest.mark.parametrize("stop_at", STOPS)
 def test_a_resumed_run_reads_out_the_same_bits(tmp_path, stop_at):
     whole, seen, _ = run(tmp_path / "a")
     run(tmp_path / "b", extra=[StopAt(stop_at)])

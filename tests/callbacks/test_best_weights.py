@@ -56,7 +56,11 @@ def test_an_earlier_best_is_handed_over(tmp_path):
     assert not torch.equal(scores.weights[2]["lm_head.weight"], scores.weights[6]["lm_head.weight"])
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+# One amid the run; the others, just behind its start and before its end, under test-full.
+STOPS = [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))]
+
+
+@pytest.mark.parametrize("stop_at", STOPS)
 def test_a_resumed_run_keeps_the_best_of_a_straight_one(tmp_path, stop_at):
     straight, scores = Scores(RISING), Scores(RISING)
     train(tmp_path / "a", straight)

@@ -134,7 +134,7 @@ def test_pretraining_and_finetuning_go_on_from_it_with_a_shorter_context(tmp_pat
 RL = {"stage.prompts_per_step": 2, "stage.samples_per_prompt": 4, "stage.max_new_tokens": 12, "stage.eval_examples": 2}
 
 
-@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+@pytest.mark.parametrize("stage", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_reinforcement_learning_begins_with_it(stage, tmp_path):
     """Answers are drawn and rewarded by their length, weights move, and a model is handed over."""
     checkpoint(tmp_path / "theirs", "qwen3")

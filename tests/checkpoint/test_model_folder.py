@@ -238,7 +238,8 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("limit", [1_000, 50_000])  # the tokenizer files fail to fit, then the weights
+# The tokenizer files fail to fit, then the weights.
+@pytest.mark.parametrize("limit", [pytest.param(1_000, marks=pytest.mark.slow), 50_000])
 def test_a_full_disk_leaves_the_old_folder_intact(limit, folder, tmp_path):
     target = tmp_path / "model"
     shutil.copytree(folder, target)

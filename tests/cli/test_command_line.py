@@ -270,10 +270,15 @@ SWEEP = ["-m", "experiment=demo", "stage=pretrain,midtrain,sft", "max_steps=9"]
             2,
             "error: data.path=x: no such folder [job 2 of 3: stage=",
         ),
-        ("MemoryError()", 2, "error: out of memory (MemoryError): make room"),
-        ("PermissionError(13, 'Permission denied', '/x')", 2, "error: /x: no permission [job 2 of 3: stage="),
-        ("RuntimeError('broken')", 1, "error: job 2 of 3: stage=midtrain; later jobs were not started"),
         ("KeyboardInterrupt", 130, "interrupted"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("MemoryError()", 2, "error: out of memory (MemoryError): make room"),
+                ("PermissionError(13, 'Permission denied', '/x')", 2, "error: /x: no permission [job 2 of 3: stage="),
+                ("RuntimeError('broken')", 1, "error: job 2 of 3: stage=midtrain; later jobs were not started"),
+            )
+        ),
     ],
 )
 def test_a_sweep_ends_at_the_first_job_that_fails(entry, tmp_path, raised, code, last):
@@ -299,7 +304,11 @@ under_nohup = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     "signum",
-    [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=under_nohup), signal.SIGUSR1],
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=[under_nohup, pytest.mark.slow]),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
     ids=lambda signum: signum.name,
 )
 def test_a_stop_signal_where_nothing_is_to_be_saved_is_one_line(entry, tmp_path, signum):

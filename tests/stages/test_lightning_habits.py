@@ -134,7 +134,7 @@ def test_averaged_weights_are_evaluated_and_handed_over(config, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", pytest.param("WeightAveraging", marks=pytest.mark.slow)])
 def test_averages_resume_exactly(config, tmp_path, name, rank):
     cfg = config.copy()
     cfg.save_every, cfg.callbacks = 2, callback(name, **({"decay": 0.5} if name.startswith("EMA") else {}))
