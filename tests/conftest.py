@@ -35,15 +35,16 @@ def pytest_configure(config):
         processes.mark_all()
 
 
-# What takes longest begins, so that both workers of `make test` end together: what is left for the end is short.
+# What takes longest begins, so that the workers of `make test` end together: what is left for the end is short.
 LONGEST = (
-    *("parallel/test_strategies.py", "stages/test_pipeline.py", "test_api.py", "config/test_schema.py"),
-    *("cli/test_command_line.py", "test_extend.py", "model/test_attention.py", "config/test_dead_keys.py"),
-    *("stages/test_training_steps.py", "parallel/test_launch.py", "serving/test_terminal.py", "test_processes.py"),
-    *("callbacks/test_damage_and_watch.py", "stages/test_lightning_habits.py", "eval/test_core.py"),
-    *("cli/test_hydra_habits.py", "parallel/test_restart.py", "stages/test_identity.py", "stages/test_init_from.py"),
-    *("serving/test_conformance_of_texts.py", "serving/test_conformance.py", "tasks/test_sandbox.py"),
-    *("tasks/test_hub_tasks.py", "data/test_hub_documents.py", "test_prose.py"),
+    *("parallel/test_strategies.py", "stages/test_pipeline.py", "config/test_schema.py", "test_api.py"),
+    *("stages/test_lightning_habits.py", "config/test_dead_keys.py", "cli/test_command_line.py"),
+    *("callbacks/test_damage_and_watch.py", "stages/test_training_steps.py", "serving/test_conformance_of_texts.py"),
+    *("cli/test_hydra_habits.py", "stages/test_ramped_batches.py", "stages/test_init_from.py"),
+    *("serving/test_terminal.py", "tasks/test_sandbox.py", "stages/test_identity.py", "stages/test_start.py"),
+    *("callbacks/test_average.py", "test_extend.py", "stages/test_write_tokens.py", "data/test_streaming.py"),
+    *("data/test_stores.py", "eval/test_core.py", "serving/test_conformance.py", "data/test_hub_documents.py"),
+    *("tasks/test_hub_tasks.py", "test_processes.py", "test_prose.py"),
 )
 
 
