@@ -28,9 +28,11 @@ ROWS = {"d24": 16, "d32": 8}  # largest number of rows in a micro-batch
 
 def muon_flops(config: GPTConfig) -> float:
     """Return the FLOPs of orthogonalising all matrices: 5 times x x^T, its square, and its product with x."""
-    kv = config.n_kv_head * config.head_dim
-    shapes = [(config.n_embd, config.n_embd)] * 2 + [(kv, config.n_embd)] * 2 + [(config.n_embd, 4 * config.n_embd)] * 2
-    return config.n_layer * sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in shapes)
+    c, outputs = config, []
+    for heads in (config.n_head, config.n_kv_head):  # of queries and what the heads return, of keys and values
+        outputs += [heads * c.key_dim, heads * c.head_dim]
+    shapes = [sorted((n, c.n_embd)) for n in (*outputs, 4 * c.n_embd, 4 * c.n_embd)]
+    return c.n_blocks * sum(5 * (4 * small**2 * large + 2 * small**3) for small, large in shapes)
 
 
 def step_of(model: str, world: int, strategy: str) -> dict:
