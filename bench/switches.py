@@ -1,6 +1,6 @@
 """Seconds of a training step with a switch over those without, for the table of switches in docs/lab_notebook.md.
 
-    python bench/switches.py --text FOLDER [--depth 4] [--repeats 8] [--only ngrams soap] [--set model.n_kv_head=1]
+    python bench/switches.py --text FOLDER [--depth 4] [--repeats 8] [--only ngrams soap ngram_rows+qk_dim] [--set model.n_kv_head=1]
 
 FOLDER holds text (`data=local data.path`); the tokenizer is trained on it first. Each switch trains beside the plain
 form, steps in turn, each on its own copy of the network and on the same text: forward and backward passes of all
@@ -93,10 +93,13 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=SWITCHES, default=list(SWITCHES))
+    parser.add_argument("--only", nargs="+", default=list(SWITCHES), help="names above, also several joined by +")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--set", nargs="+", default=[])
     args = parser.parse_args()
+    if unknown := {part for name in args.only for part in name.split("+")} - set(SWITCHES):
+        parser.error(f"--only {', '.join(sorted(unknown))}: choose among {', '.join(SWITCHES)}")
+    chosen = {name: [line for part in name.split("+") for line in SWITCHES[part]] for name in args.only}
     with tempfile.TemporaryDirectory() as folder:
         plain = [f"model=d{args.depth}", "model.seq_len=512", "arch.window_pattern=L", "data=local"]
         plain += [f"data.path={args.text}", "batch.tokens_per_step=8192", "batch.micro_batch_size=4", "max_steps=300"]
@@ -104,13 +107,13 @@ def main() -> None:
         run_stage(compose("train", [*plain, "stage=tokenizer", "stage.vocab_size=8192"]))
         tokenizer = RunDir(folder, "bench").model_dir("tokenizer")
         rows = []
-        for name in args.only:
+        for name, settings in chosen.items():
             steps = {
                 one: stepper([*plain, "stage=pretrain", *more], tokenizer, args.compiled)
-                for one, more in (("plain", ()), (name, SWITCHES[name]))
+                for one, more in (("plain", ()), (name, settings))
             }
             seconds = _bench.alternating(steps, args.repeats, clock=time.process_time)
-            rows.append({"switch": name, "settings": SWITCHES[name], "plain_ms": 1000 * seconds["plain"]})
+            rows.append({"switch": name, "settings": settings, "plain_ms": 1000 * seconds["plain"]})
             rows[-1] |= {"ms": 1000 * seconds[name], "ratio": seconds[name] / seconds["plain"]}
             print(f"{name}: {rows[-1]['ratio']:.3f}", flush=True)
     table = [
