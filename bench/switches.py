@@ -1,6 +1,7 @@
 """Seconds of a training step with a switch over those without, for the table of switches in docs/lab_notebook.md.
 
-    python bench/switches.py --text FOLDER [--depth 4] [--repeats 8] [--only ngrams soap ngram_rows+qk_dim] [--set model.n_kv_head=1]
+    python bench/switches.py --text FOLDER [--depth 4] [--repeats 8] [--only ngrams soap ngram_rows+qk_dim]
+        [--set model.n_kv_head=1] [--compiled]
 
 FOLDER holds text (`data=local data.path`); the tokenizer is trained on it first. Each switch trains beside the plain
 form, steps in turn, each on its own copy of the network and on the same text: forward and backward passes of all
