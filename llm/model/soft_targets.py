@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from llm.model.cross_entropy import CHUNK_ELEMENTS, MIN_TOKENS, OTHER_CHUNK_ELEMENTS, Products, softcapped
+from llm.model.fp8 import MULTIPLE
 from llm.model.logit_bound import Bound, bound_of
 
 Distribution = Callable[[slice], torch.Tensor]  # rows of the hidden states -> probabilities (n, V), fp32
@@ -37,7 +38,8 @@ class _SoftTargets(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, goals, softcap, share: float, others: Distribution, kind: type[Products]):
         elements, tile_elements = CHUNK_ELEMENTS.get(hidden.device.type, OTHER_CHUNK_ELEMENTS)
-        chunk, tile = (max(MIN_TOKENS, size // len(weight)) for size in (elements, tile_elements))
+        sizes = (size // len(weight) // MULTIPLE * MULTIPLE for size in (elements, tile_elements))
+        chunk, tile = (max(MIN_TOKENS, size) for size in sizes)
         products = kind(weight) if kind.takes(hidden, weight) else Products(weight)
         goals, sums = goals.unsqueeze(1), hidden.new_zeros(2, dtype=torch.float32)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)

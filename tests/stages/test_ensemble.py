@@ -37,6 +37,7 @@ def teachers() -> list[GPT]:
 def test_the_loss_and_the_gradient_are_those_of_the_whole_distributions(share, bound, monkeypatch):
     monkeypatch.setattr(soft_targets, "CHUNK_ELEMENTS", {"cpu": (350, 210)})  # five tokens at a time, then three
     monkeypatch.setattr(soft_targets, "MIN_TOKENS", 1)
+    monkeypatch.setattr(soft_targets, "MULTIPLE", 1)
     student, others, micro = net(config=replace(CONFIG, **bound)), teachers(), step_batch(1)["micro"][0]
     loss, sums = EnsembleObjective(others, share)(student, micro)
     found = torch.autograd.grad(loss, list(student.parameters()))
