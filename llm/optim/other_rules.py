@@ -5,6 +5,7 @@ The first two are for matrices; like Muon's they work on stacks (n, r, c) of mat
 
 import torch
 
+from llm.optim import row_adamw_cpu
 from llm.optim.muon_switches import on_hyperball, stacked, write
 from llm.optim.update_rules import ElementwiseRule, MatrixRule
 
@@ -64,10 +65,13 @@ def row_adamw_update(group: dict, params: list[torch.Tensor], grads: list[torch.
     for param, grad, state in zip(params, grads, states, strict=True):
         state["step"] = state["step"].to(param.device) + 1
         whole = (param, state["exp_avg"], state["exp_avg_sq"])
-        if not hasattr(grad, "rows"):
+        rows = torch.cat(grad.rows).unique() if hasattr(grad, "rows") else None
+        if row_adamw_cpu.computes((grad, *whole)):
+            row_adamw_cpu.update(group, (grad, *whole), rows, state["step"].item())
+            continue
+        if rows is None:
             lazy_adamw(group, grad, *whole, state["step"])
             continue
-        rows = torch.cat(grad.rows).unique()
         parts = [tensor.index_select(0, rows) for tensor in whole]
         lazy_adamw(group, grad.index_select(0, rows), *parts, state["step"])
         for tensor, part in zip(whole, parts, strict=True):
