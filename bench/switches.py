@@ -1,6 +1,7 @@
 """Seconds of a training step with a switch over those without, for the table of switches in docs/lab_notebook.md.
 
-    python bench/switches.py --text FOLDER [--depth 4] [--repeats 8] [--only ngrams soap ngram_rows+qk_dim]
+    python bench/switches.py --text FOLDER [--depth 4] [--repeats 8]
+        [--only ngrams soap ngram_rows+qk_dim ngram_rows+stage.sampled_softmax=0.5]
         [--set model.n_kv_head=1] [--compiled]
 
 FOLDER holds text (`data=local data.path`); the tokenizer is trained on it first. Each switch trains beside the plain
@@ -94,13 +95,14 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--only", nargs="+", default=list(SWITCHES), help="names above, also several joined by +")
+    parser.add_argument("--only", nargs="+", default=list(SWITCHES), help="names above or settings, also several joined by +")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--set", nargs="+", default=[])
     args = parser.parse_args()
-    if unknown := {part for name in args.only for part in name.split("+")} - set(SWITCHES):
+    named = {part for name in args.only for part in name.split("+") if "=" not in part}
+    if unknown := named - set(SWITCHES):
         parser.error(f"--only {', '.join(sorted(unknown))}: choose among {', '.join(SWITCHES)}")
-    chosen = {name: [line for part in name.split("+") for line in SWITCHES[part]] for name in args.only}
+    chosen = {name: [line for part in name.split("+") for line in SWITCHES.get(part, (part,))] for name in args.only}
     with tempfile.TemporaryDirectory() as folder:
         plain = [f"model=d{args.depth}", "model.seq_len=512", "arch.window_pattern=L", "data=local"]
         plain += [f"data.path={args.text}", "batch.tokens_per_step=8192", "batch.micro_batch_size=4", "max_steps=300"]
