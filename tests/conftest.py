@@ -58,16 +58,9 @@ def pytest_collection_finish():
 
 
 def compose_sooner() -> None:
-    """Save a fifth of the time of a composition in this process: a YAML text is parsed once, and Hydra copies the list
-    of its folders, which it gives another content, without all that they hold.
-    """
+    """Parse a YAML text once in this process: a sixth of the time of a composition."""
     import omegaconf.omegaconf as module
-    from hydra._internal.config_repository import CachingConfigRepository
 
-    def keep(repository, delegate):
-        repository.delegate, repository.cache = copy.copy(delegate), {}
-
-    CachingConfigRepository.__init__ = keep
     parse, parsed = module.yaml.load, {}
 
     def load(stream, Loader):
@@ -90,15 +83,18 @@ def pytest_collection_modifyitems(items):
 
 
 begun = itertools.count(1)
+thaw = gc.unfreeze
 
 
 def pytest_runtest_setup(item):
     """Set aside what is there, all that was imported above all: every training in this process looks for garbage when
     it begins, which takes 0.3 s and more with it. What the last test left is looked through before that; what becomes
     garbage later, as objects of a module's tests do, is found after a thousand tests: it takes 1.5 s to look for it.
+    So a training that ends must not bring all of it back: `gc.unfreeze` does nothing in tests, `thaw` does.
     """
+    gc.unfreeze = lambda: None
     if next(begun) % 1000 == 0:
-        gc.unfreeze()
+        thaw()
     gc.collect()
     gc.freeze()
 

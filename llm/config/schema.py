@@ -444,6 +444,7 @@ def register(folders: Sequence[Path] = ()) -> None:
     from hydra.core.config_store import ConfigStore
 
     store, mixtures = ConfigStore.instance(), tuple(chat_mixtures())
+    store.__deepcopy__ = lambda memo: store  # Hydra would copy all of it for every composition, and never changes it
     for name in ROOTS:
         _store(store, "schema", name, root_schema(name), "_global_")
     for group, variants in VARIANTS.items():

@@ -64,7 +64,7 @@ def collector():
     yield
     (gc.enable if was_on else gc.disable)()
     if not frozen:
-        gc.unfreeze()
+        thaw()
 
 
 def test_the_collector_is_off_from_pause_to_resume_and_then_leaves_out_what_is_there(collector):
@@ -93,7 +93,7 @@ def test_the_collector_is_off_while_importing_and_then_as_it_was(collector):
 
 def test_importing_leaves_the_objects_of_a_notebook_in_the_collectors_sight(collector):
     gc.enable()
-    gc.unfreeze()
+    thaw()
     with imports.importing():
         kept = [[] for _ in range(1000)]
     assert gc.get_freeze_count() == 0
@@ -101,7 +101,7 @@ def test_importing_leaves_the_objects_of_a_notebook_in_the_collectors_sight(coll
     with imports.importing():
         kept += [[] for _ in range(1000)]
     frozen = gc.get_freeze_count()
-    gc.unfreeze()
+    thaw()
     assert frozen >= 2000
 
 
