@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--only", nargs="+", default=list(SWITCHES), help="names above or settings, also several joined by +")
+    parser.add_argument(
+        "--only", nargs="+", default=list(SWITCHES), help="names above, settings, or several joined by +"
+    )
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--set", nargs="+", default=[])
     args = parser.parse_args()

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from conftest import thaw
 from processes import run
 
 from llm.utils import imports
