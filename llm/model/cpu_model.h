@@ -10,7 +10,7 @@ struct Layer {
     const float* gate;                   // (n_kv_head, gate_channels)
     int64_t window;                      // earlier positions that are seen; -1: all
     int64_t part, index;                 // part of the cache that holds it, and its number there
-    float residual, x0;
+    float residual, x0, grams;  // grams: of the sum of n-gram rows that is added
 };
 
 // Low-rank adapter: thin matrices of every layer in the order below, then those of the embedding and the head.
@@ -32,6 +32,9 @@ struct Model {
     const Layer* layers;
     const Adapter* adapters;  // (n_adapters,)
     int64_t n_adapters, low;  // low: the most numbers that an adapter makes of a token's row at a time
+    const void* grams[2];     // tables of pairs and of triples (parts x gram_rows, n_embd / parts), null: none
+    const int64_t* factors;   // (parts, 3) of their hashes
+    int64_t parts, gram_rows, prime, bos;
 };
 
 // Part of the cache: keys and values of layers with one window. A row's own token j lies in place j % places. Where
@@ -60,6 +63,8 @@ struct Batch {
     const Part* parts;        // (n_parts,)
     int64_t n_prefixes, n_parts, cache_rows, room;
     void* last_embed;         // (cache rows, n_embd) of the compute type; null: no smear
+    int64_t* last_ids;        // (cache rows, n_last), the newest last; null: no n-grams
+    int64_t n_last;
     const int64_t* outputs;   // (n_outputs,) tokens whose logits are asked for, null: those of all
     int64_t n_outputs;
     float* logits;            // (n_outputs, vocab)

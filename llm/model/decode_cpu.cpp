@@ -17,13 +17,13 @@ static int64_t wide(int64_t n) { return (n + 31) / 32 * 32; }  // whole cache li
 // Memory of one call, in numbers of T: every part has room for `capacity` tokens.
 template <class T>
 struct Scratch {
-    T *x, *x0, *middle, *before, *normed, *qkv, *attended, *inner, *low;
-    int64_t c, all_heads, heads, four_c, low_width, total;
+    T *x, *x0, *middle, *before, *normed, *qkv, *attended, *inner, *low, *grams;
+    int64_t c, all_heads, heads, four_c, low_width, gram_width, total;
 
     Scratch(const Model& m, int64_t capacity, void* memory)
         : c(wide(m.n_embd)), all_heads(wide((m.n_head + 2 * m.n_kv_head) * m.head_dim)),
           heads(wide(m.n_head * m.head_dim)), four_c(wide(4 * m.n_embd)),
-          low_width(wide(m.low * sizeof(float) / sizeof(T))), total(0) {
+          low_width(wide(m.low * sizeof(float) / sizeof(T))), gram_width(m.parts ? c : 0), total(0) {
         auto part = [&](int64_t width) {
             T* start = static_cast<T*>(memory) + total;
             total += capacity * width;
@@ -31,6 +31,7 @@ struct Scratch {
         };
         x = part(c), x0 = part(c), middle = part(c), before = part(c), normed = part(c);
         qkv = part(all_heads), attended = part(heads), inner = part(four_c), low = part(low_width);
+        grams = part(gram_width);
     }
 };
 
@@ -172,7 +173,47 @@ struct Pass {
         each(x, m.n_embd, [&](auto get) { return get(own) + rounded<T>(gate * get(earlier)); });
     }
 
+    // Id of the token `back` places before token i, in this call or before it.
+    int64_t id_before(int64_t i, int64_t back) const {
+        int64_t here = 0;
+        while (here < back && here < i && row(i - here - 1) == row(i)) here++;
+        return here == back ? b.ids[i - back] : b.last_ids[row(i) * b.n_last + b.n_last - (back - here)];
+    }
+
+    // Sums the rows of the n-grams that end in a token, as llm/model/ngrams.py chooses them.
+    void sum_grams(int64_t i, T* y) const {
+        const int64_t width = m.n_embd / m.parts, nothing = m.vocab;
+        int64_t line[3] = {b.ids[i], nothing, nothing};
+        for (int64_t k = 1; k <= b.n_last && line[k - 1] != m.bos && line[k - 1] != nothing; k++) line[k] = id_before(i, k);
+        for (int64_t part = 0; part < m.parts; part++) {
+            T* to = y + part * width;
+            bool is_first = true;
+            for (int64_t n = 2; n <= 3; n++) {
+                if (!m.grams[n - 2]) continue;
+                int64_t mixed = 0;
+                for (int64_t k = 0; k < n; k++) mixed += line[k] * m.factors[part * 3 + k];
+                with_table(m.grams[n - 2], part * m.gram_rows + mixed % m.prime % m.gram_rows, width, [&](auto found) {
+                    each(to, width, [&](auto get) { return is_first ? get(found) : get(to) + get(found); });
+                });
+                is_first = false;
+            }
+        }
+    }
+
+    void remember_ids() {
+        team.share(b.n, [&](int64_t i) {
+            if (i + 1 < b.n && row(i + 1) == row(i)) return;
+            int64_t newest[3];
+            for (int64_t k = 0; k < b.n_last; k++) newest[b.n_last - 1 - k] = id_before(i, k);
+            std::copy_n(newest, b.n_last, b.last_ids + row(i) * b.n_last);
+        });
+    }
+
     void begin() {
+        if (m.parts) {
+            team.share(b.n, [&](int64_t i) { sum_grams(i, s.grams + i * s.c); });
+            remember_ids();
+        }
         T* target = m.smear_gate ? s.before : s.x;
         team.share(b.n, [&](int64_t i) { embed(i, target + i * s.c, s.normed + i * s.c); });
         if (!m.smear_gate) return;
@@ -195,6 +236,10 @@ struct Pass {
             if (index == 0) std::copy_n(x, m.n_embd, x0);
             if (m.has_scalars)
                 each(x, m.n_embd, [&](auto get) { return rounded<T>(r * get(x)) + rounded<T>(a * get(x0)); });
+            if (m.parts) {
+                const T* sum = s.grams + i * s.c;
+                each(x, m.n_embd, [&](auto get) { return get(static_cast<const T*>(x)) + rounded<T>(layer.grams * get(sum)); });
+            }
             norm(x, layer.norm_1, s.normed + i * s.c);
             shrunk(i, i, index, QUERIES, 3, s.normed + i * s.c);
         });
@@ -418,7 +463,7 @@ struct Pass {
 template <class T>
 static void run(const Model& m, const Batch& b, int64_t threads) {
     const Pass<T> pass(m, b, threads);
-    int64_t phases = 8;
+    int64_t phases = 10;
     for (int64_t i = 0; i < m.n_layer; i++) phases += 9 + 2 * pass.turns(b, pass.starts, b.parts[m.layers[i].part]);
     in_parallel(phases, threads, [&](Team team) {
         Pass<T> own(pass);

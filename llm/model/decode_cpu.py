@@ -15,6 +15,7 @@ import torch
 from llm.model import native
 from llm.model.config import SMEAR_CHANNELS, UNSTATED
 from llm.model.gpt import GPT, Block, Linear
+from llm.model.ngrams import FACTORS, PRIME
 from llm.model.kv_cache import Part, Prefix, SlotCache, layers_by_window
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
@@ -24,7 +25,7 @@ SPARE = 32  # places of a cache beside those of windows: so many tokens of a row
 THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them
 # Options that the kernel lacks.
 LEFT_TO_TORCH = (
-    "exclusive_attention", "attention_gate", "activation", "ngrams", "asymmetric_cap", "key_offset", "qk_dim",
+    "exclusive_attention", "attention_gate", "activation", "asymmetric_cap", "key_offset", "qk_dim",
     "paired_heads", "copy_candidate",
 )  # fmt: skip
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
@@ -40,7 +41,7 @@ class _Layer(Structure):
         *((name, c_void_p * 2) for name in ("norm_1", "norm_2")),
         *((name, c_void_p) for name in ("values", "gate")),
         *((name, c_int64) for name in ("window", "part", "index")),
-        *((name, c_float) for name in ("residual", "x0")),
+        *((name, c_float) for name in ("residual", "x0", "grams")),
     ]
 
 
@@ -60,6 +61,9 @@ class _Model(Structure):
         ("layers", POINTER(_Layer)),
         ("adapters", POINTER(POINTER(_Thin))),
         *((n, c_int64) for n in "n_adapters low".split()),
+        ("grams", c_void_p * 2),
+        ("factors", c_void_p),
+        *((n, c_int64) for n in "parts gram_rows prime bos".split()),
     ]
 
 
@@ -82,7 +86,9 @@ class _Batch(Structure):
         ("shared", POINTER(_PrefixPart)),
         ("parts", POINTER(_Part)),
         *((n, c_int64) for n in "n_prefixes n_parts cache_rows room".split()),
-        *((n, c_void_p) for n in "last_embed outputs".split()),
+        *((n, c_void_p) for n in "last_embed last_ids".split()),
+        ("n_last", c_int64),
+        ("outputs", c_void_p),
         ("n_outputs", c_int64),
         *((n, c_void_p) for n in "logits scratch".split()),
     ]
@@ -118,6 +124,7 @@ def supports(net) -> bool:
         and weights[0] == {torch.Tensor}
         and weights[1] in ({torch.float32}, {torch.bfloat16})
         and net.config.head_dim <= MAX_HEAD
+        and (net.ngrams is None or net.config.ngram_into == "residual")
         and all(getattr(net.config, name) == UNSTATED[name] for name in LEFT_TO_TORCH)
     )
 
@@ -183,8 +190,19 @@ class DecodeStep:
             m.smear = self._number(net.smear_scalar)
         if c.backout:
             m.backout = self._number(net.backout_scalar)
+        if net.ngrams is not None:
+            self._read_grams(m)
         if net.adapters is not None:
             self._read_adapters(m)
+
+    def _read_grams(self, m: _Model) -> None:
+        """Describe the tables of n-grams, which stay where they are."""
+        grams = self.net.ngrams
+        factors = torch.tensor(FACTORS[: grams.parts])
+        self._kept.append(factors)
+        addresses = {n: self._table(grams.tables[str(n)]) for n in grams.orders}
+        m.grams, m.factors = (c_void_p * 2)(addresses.get(2), addresses.get(3)), factors.data_ptr()
+        m.parts, m.gram_rows, m.prime, m.bos = grams.parts, grams.rows, PRIME, grams.bos_id
 
     def _read_adapters(self, m: _Model) -> None:
         """Describe the adapters of the network, whose matrices stay where they are."""
@@ -228,6 +246,8 @@ class DecodeStep:
             layer.gate = self._numbers(attn.ve_gate.weight)
         if c.residual_scalars:
             layer.residual, layer.x0 = self._number(net.resid_scalars[index]), self._number(net.x0_scalars[index])
+        if net.ngrams is not None:
+            layer.grams = self._number(net.ngrams.scalars[index])
         return layer
 
     def _linear(self, *layers: Linear) -> _Matrix:
@@ -286,7 +306,7 @@ class DecodeStep:
     def __call__(self, cache: SlotCache, ids: torch.Tensor, adapters: torch.Tensor | None = None) -> torch.Tensor:
         """Feed row i of the cache its next token ids[i]; return the logits (n, V) fp32 behind them.
 
-        Keys, values and `last_embed` are written; the caller advances `lengths`. See `extend`.
+        Keys, values, `last_embed` and `last_ids` are written; the caller advances `lengths`. See `extend`.
         """
         return self.extend(cache, ids, cache.lengths[: len(ids)], adapters=adapters)
 
@@ -345,6 +365,10 @@ class DecodeStep:
         if self.net.config.smear:
             shape = (b.cache_rows, self.net.config.n_embd)
             b.last_embed = self._address("last_embed", cache.last_embed, self.dtype, shape)
+        b.last_ids = None
+        if self.net.ngrams is not None:
+            b.n_last = self.net.config.ids_before
+            b.last_ids = self._address("last_ids", cache.last_ids, torch.int64, (b.cache_rows, b.n_last))
         b.prefix, n = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), len(cache.prefixes)
         b.n_prefixes, b.lengths = n, (c_int64 * n)(*(-1 if p is None else p.length for p in cache.prefixes))
         shared = (one for prefix in cache.prefixes for one in self._prefix(prefix))

@@ -26,6 +26,8 @@ FORMS = {
     "modern windows": MODERN | {"window_pattern": "SSL", "seq_len": 512, "n_kv_head": 1},
     "modern small windows": MODERN | {"window_pattern": "SSL", "window_divisor": 16, "n_kv_head": 2},
     "modern loops": MODERN | {"loops": 2, "n_layer": 6},
+    "modern n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 2, "ngram_rows": 1},
+    "modern triples": MODERN | {"ngrams": (3,), "ngram_bos": 2, "ngram_rows": 2},
     "modern long context": MODERN | {"rope_scaling": "yarn", "rope_original": 64},
     "gpt2": {"arch": "gpt2", "tied": True, "softcap": None},
     "gpt2 untied GQA": {"arch": "gpt2", "n_kv_head": 2},
@@ -299,9 +301,10 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(monkeypatch):
     pairs = FORMS["modern small windows"] | {"paired_heads": "short"}
     assert not decode_cpu.supports(make_net(pairs)) and decode_cpu.supports(make_net(pairs | {"paired_heads": None}))
     switches = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
-    switches |= {"ngrams": (2,), "asymmetric_cap": True, "key_offset": True, "qk_dim": 8, "copy_candidate": True}
+    switches |= {"asymmetric_cap": True, "key_offset": True, "qk_dim": 8, "copy_candidate": True}
     for name, value in switches.items():
         assert not decode_cpu.supports(make_net(MODERN | {name: value}))
+    assert not decode_cpu.supports(make_net(FORMS["modern n-grams"] | {"ngram_into": "values"}))
     net.compute_dtype = torch.float16
     assert DecodeStep.for_net(net) is None
     net.compute_dtype = torch.float32
