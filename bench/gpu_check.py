@@ -50,6 +50,7 @@ PARTS = (
     Part("step_d20", "_gpu_training:step", 130, {"depth": 20}),
     Part("fp8", "_gpu_training:fp8", 110),
     Part("joint_qkv", "_gpu_training:switches", 60, {"key": "joint_qkv"}),
+    Part("bf16_tables", "_gpu_training:switches", 60, {"key": "bf16_tables"}),
     Part("micro_batch", "_gpu_training:micro_batch", 60),
     Part("decode", "_gpu_running:decode", 80),
     Part("core", "_gpu_running:core", 50),

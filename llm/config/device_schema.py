@@ -26,6 +26,9 @@ class GPUConfig:
         "let torch.compile time Triton products, what follows fused in, against the library's: minutes at the first "
         "start; untested on a GPU"
     )
+    bf16_tables: bool = key(
+        "embeddings hand out rows in bf16, and add up gradients in it, beside precision.compute=bf16; untested on a GPU"
+    )
     fp8_head: bool = key("the head's products in 8 bits too, beside precision.fp8=true; untested on a GPU")
 
 

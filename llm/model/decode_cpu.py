@@ -15,8 +15,8 @@ import torch
 from llm.model import native
 from llm.model.config import SMEAR_CHANNELS, UNSTATED
 from llm.model.gpt import GPT, Block, Linear
-from llm.model.ngrams import FACTORS, PRIME
 from llm.model.kv_cache import Part, Prefix, SlotCache, layers_by_window
+from llm.model.ngrams import FACTORS, PRIME
 
 SOURCE = Path(__file__).with_name("decode_cpu.cpp")
 HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("model", "product", "team", "thin", "vector"))

@@ -63,17 +63,49 @@ class Linear(nn.Linear, LowRank):
 class Table(nn.Embedding, LowRank):
     """Embedding table (rows, width) whose weights are left to `GPT.init_weights`."""
 
+    in_bf16 = False  # set by `enable_bf16_tables`
+
     def __init__(self, rows: int, width: int):
         super().__init__(rows, width, _weight=torch.empty(rows, width))
         self.hold_adapter()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(ids, self.weight)
+        in_bf16 = self.in_bf16 and torch.is_grad_enabled()
+        rows = _RowsInBF16.apply(self.weight, ids) if in_bf16 else F.embedding(ids, self.weight)
         if self.by_row is not None:
             rows = rows + self.by_row.of_ids(ids)
         if self.lora_A is None:
             return rows
         return rows + F.embedding(ids, self.lora_B) * self.lora_scale @ self.lora_A
+
+
+class _RowsInBF16(torch.autograd.Function):
+    """Rows of a table (V, C) for ids, in bf16, and from their gradient in bf16 that of the table."""
+
+    @staticmethod
+    def forward(ctx, weight, ids):
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return F.embedding(ids, weight.bfloat16())
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.float() if grad.device.type == "cpu" else grad  # a GPU's kernel adds bf16 in fp32, a CPU's does not
+        total = torch.ops.aten.embedding_dense_backward(grad, ctx.saved_tensors[0], ctx.shape[0], -1, False)
+        return total.to(ctx.dtype), None
+
+
+def enable_bf16_tables(net) -> int:
+    """Let the tables of a network hand out rows in bf16 while training; return how many do.
+
+    Weights and optimizer stay as they are. In a network that computes in bf16, rows are rounded no more than before;
+    gradients of rows, already bf16, are added up and rounded once for each micro-batch. Tables of n-grams have far more
+    rows than a micro-batch asks for, and tables with adapters or frozen weights have no such gradient: they stay.
+    """
+    tables = [m for m in net.modules() if type(m) is Table and m.lora_A is None and m.weight.requires_grad]
+    for table in tables:
+        table.in_bf16 = True
+    return len(tables)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -258,6 +258,7 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
             cfg.gpu.joint_qkv,
             cfg.gpu.tuned_products,
             cfg.gpu.fp8_head,
+            cfg.gpu.bf16_tables,
         ),
         **more,
     )

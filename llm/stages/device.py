@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from llm.errors import UserError
 from llm.model.compile import compile_training, decide
 from llm.model.fp8 import HeadProducts, can_fp8
 from llm.model.gpt import GPT
 from llm.model.joint_qkv import enable_joint_qkv
-from llm.model.linear import choose_fp32_products, enable_fp8, resolve_compute_dtype
+from llm.model.linear import choose_fp32_products, enable_bf16_tables, enable_fp8, resolve_compute_dtype
 from llm.stages.plan import check_fp8
 
 
@@ -19,7 +20,7 @@ class DeviceOptions:
     """Choices of the configuration that depend on the device: number formats, attention kernel, compilation.
 
     draws_answers: whether the stage trains on answers that an engine draws, which must agree with the network.
-    joint_qkv, tuned_products, fp8_head: keys of `gpu`.
+    joint_qkv, tuned_products, fp8_head, bf16_tables: keys of `gpu`.
     """
 
     compute: str
@@ -32,6 +33,7 @@ class DeviceOptions:
     joint_qkv: bool = False
     tuned_products: bool = False
     fp8_head: bool = False
+    bf16_tables: bool = False
 
     def prepare(
         self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int, by_block: bool = False
@@ -49,6 +51,12 @@ class DeviceOptions:
             chosen.append(use_fp8(net, device, self.fp8_head))
         if self.joint_qkv and not self.draws_answers:  # the engine multiplies one after the other
             chosen.append(f"q, k, v in one product: {enable_joint_qkv(net)} layers")
+        if self.bf16_tables:
+            if net.compute_dtype != torch.bfloat16:
+                raise UserError(
+                    f"gpu.bf16_tables=true: this trains in {chosen[0]}; set precision.compute=bf16, or this to false"
+                )
+            chosen.append(f"rows in bf16: {enable_bf16_tables(net)} tables")
         net.activation_checkpointing = self.activation_checkpointing
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
         compiled, why = decide(self.compile, stage, device, steps)

@@ -146,6 +146,17 @@ def check_switches(cfg) -> None:
         raise UserError("gpu.joint_qkv=true: arch=gpt2 has biases, which the product leaves out; set it to false")
     if cfg.gpu.joint_qkv and cfg.model.lora.rank:
         raise UserError("gpu.joint_qkv=true: not made for adapters; set it to false or model.lora.rank=null")
+    if cfg.gpu.bf16_tables and cfg.precision.compute in ("fp32", "fp16"):
+        raise UserError(
+            f"gpu.bf16_tables=true: goes with bf16, not with precision.compute={cfg.precision.compute}; set one of them"
+        )
+    adds = "arch=gpt2" if cfg.arch.name == "gpt2" else "arch.ngram_into=values"
+    if cfg.gpu.bf16_tables and (
+        cfg.arch.name == "gpt2" or (cfg.arch.get("ngrams") and cfg.arch.ngram_into == "values")
+    ):
+        raise UserError(f"gpu.bf16_tables=true: {adds} adds rows of two tables, in fp32; set it to false")
+    if cfg.gpu.bf16_tables and cfg.model.lora.rank:
+        raise UserError("gpu.bf16_tables=true: not made for adapters; set it to false or model.lora.rank=null")
     if cfg.gpu.fp8_head and not cfg.precision.fp8:
         raise UserError("gpu.fp8_head=true: goes with precision.fp8=true only; set that, or this to false")
     if cfg.gpu.tuned_products and cfg.compile is False:

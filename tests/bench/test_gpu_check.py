@@ -230,7 +230,10 @@ def test_memory_of_the_card_bounds_the_rows(monkeypatch):
     assert rows(24, 12) == 16 and rows(24, 20) < 8
 
 
-@pytest.mark.parametrize(("key", "is_wrong"), [("joint_qkv", False), ("joint_qkv", True), ("tuned_products", False)])
+@pytest.mark.parametrize(
+    ("key", "is_wrong"),
+    [("joint_qkv", False), ("joint_qkv", True), ("bf16_tables", False), ("tuned_products", False)],
+)
 def test_switches_are_compared(tmp_path, monkeypatch, key, is_wrong):
     """A product whose keys and values change places is noticed by the gradients; it learns as well as the right one."""
     import _gpu_training
