@@ -150,10 +150,9 @@ def check_switches(cfg) -> None:
         raise UserError(
             f"gpu.bf16_tables=true: goes with bf16, not with precision.compute={cfg.precision.compute}; set one of them"
         )
-    adds = "arch=gpt2" if cfg.arch.name == "gpt2" else "arch.ngram_into=values"
-    if cfg.gpu.bf16_tables and (
-        cfg.arch.name == "gpt2" or (cfg.arch.get("ngrams") and cfg.arch.ngram_into == "values")
-    ):
+    into_values = cfg.arch.get("ngrams") and cfg.arch.ngram_into == "values"
+    if cfg.gpu.bf16_tables and (into_values or cfg.arch.name == "gpt2"):
+        adds = "arch.ngram_into=values" if into_values else "arch=gpt2"
         raise UserError(f"gpu.bf16_tables=true: {adds} adds rows of two tables, in fp32; set it to false")
     if cfg.gpu.bf16_tables and cfg.model.lora.rank:
         raise UserError("gpu.bf16_tables=true: not made for adapters; set it to false or model.lora.rank=null")
