@@ -21,7 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from llm.cli.overrides import compose
-from llm.model.ngrams import RowTable
+from llm.model.linear import Table
 from llm.optim.build import build_optimizer
 from llm.run.stage_folder import RunDir
 from llm.stages.pretrain import build
@@ -65,7 +65,7 @@ def stepper(lines: list[str], tokenizer: Path, compiled: bool) -> Callable[[], N
     module.context.options.prepare(module.net, _bench.DEVICE, False, "pretrain", module.context.total_steps)
     module.net.to(_bench.DEVICE)
     for part in module.net.modules():
-        if isinstance(part, RowTable):  # as a single process trains
+        if isinstance(part, Table):  # as a single process trains
             part.keeps_gradient = _bench.DEVICE.type == "cpu"
     optimizer = optimizer_of(module)
     batches = cycle(list(islice(built.data.train_dataloader(), STEPS)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from llm.errors import UserError
 from llm.model.fp8 import MULTIPLE, fp8_linear, takes_fp8
+from llm.model.table_rows import KeptRows, add_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,22 +62,50 @@ class Linear(nn.Linear, LowRank):
 
 
 class Table(nn.Embedding, LowRank):
-    """Embedding table (rows, width) whose weights are left to `GPT.init_weights`."""
+    """Embedding table (rows, width) whose weights are left to `GPT.init_weights`.
+
+    Where `keeps_gradient` is set, a backward pass adds the gradients of rows to `weight.grad`, one tensor for the whole
+    training. Only for strategies that leave `.grad` to the backward pass.
+    """
 
     in_bf16 = False  # set by `enable_bf16_tables`
+    keeps_gradient = False
+    kept: torch.Tensor | None = None
 
     def __init__(self, rows: int, width: int):
         super().__init__(rows, width, _weight=torch.empty(rows, width))
         self.hold_adapter()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        in_bf16 = self.in_bf16 and torch.is_grad_enabled()
-        rows = _RowsInBF16.apply(self.weight, ids) if in_bf16 else F.embedding(ids, self.weight)
+        rows = self.rows_of(ids)
         if self.by_row is not None:
             rows = rows + self.by_row.of_ids(ids)
         if self.lora_A is None:
             return rows
         return rows + F.embedding(ids, self.lora_B) * self.lora_scale @ self.lora_A
+
+    def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return rows of the weights (..., width) for ids (...), without adapters."""
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            if self.keeps_gradient:
+                return KeptRows.apply(self.weight, ids, self, torch.bfloat16 if self.in_bf16 else self.weight.dtype)
+            if self.in_bf16:
+                return _RowsInBF16.apply(self.weight, ids)
+        return F.embedding(ids, self.weight)
+
+    def add_gradient(self, ids: torch.Tensor, grads: torch.Tensor) -> None:
+        """Add grads (n, width) to the rows ids (n,) of the gradient, which begins a step as zeros."""
+        if self.weight.grad is None:
+            if self.kept is None or self.kept.device != grads.device:
+                self.kept = torch.zeros_like(self.weight, requires_grad=False)
+            else:
+                self.clear_kept()
+            self.weight.grad = self.kept
+        add_rows(self.weight.grad, ids, grads)
+
+    def clear_kept(self) -> None:
+        """Fill the kept gradient with zeros."""
+        self.kept.zero_()
 
 
 class _RowsInBF16(torch.autograd.Function):

@@ -10,11 +10,11 @@ what would lie before its start. Tables begin at zero. Sources: hashed bigrams i
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llm.model.config import GPTConfig
 from llm.model.linear import Table
+from llm.model.table_rows import clear_rows
 
 PRIME = 2**31 - 1
 FIRST_SHARE = 0.1  # of a row in the input of every block
@@ -29,48 +29,19 @@ FACTORS = (
 
 
 class RowTable(Table):
-    """Table of which a step uses few rows. Where `keeps_gradient` is set, a backward pass adds to these rows alone.
+    """Table of which a step uses few rows. A gradient that is kept lists in `rows` what was added to."""
 
-    The gradient then lies in one tensor for the whole training, and lists in `rows` what was added to: a new dense
-    gradient for every micro-batch would cost more than the rest of the table. Only for strategies that leave `.grad` to
-    the backward pass.
-    """
-
-    keeps_gradient = False
-    kept: torch.Tensor | None = None
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.keeps_gradient and self.weight.requires_grad and torch.is_grad_enabled():
-            return _KeptRows.apply(self.weight, ids, self)
-        return super().forward(ids)
-
-    def add_gradient(self, ids: torch.Tensor, grad: torch.Tensor) -> None:
-        """Add grad (n, width) to the rows ids (n,) of the gradient, which begins a step as zeros."""
-        if self.weight.grad is None:
-            if self.kept is None or self.kept.device != grad.device:
-                self.kept = torch.zeros_like(self.weight, requires_grad=False)
-            for rows in getattr(self.kept, "rows", ()):
-                self.kept.index_fill_(0, rows, 0.0)
-            self.kept.rows = []
-            self.weight.grad = self.kept
-        self.weight.grad.index_add_(0, ids, grad.to(self.weight.dtype))
+    def add_gradient(self, ids: torch.Tensor, grads: torch.Tensor) -> None:
+        """Add grads (n, width) to the rows ids (n,) of the gradient, which begins a step as zeros."""
+        super().add_gradient(ids, grads)
         if self.weight.grad is self.kept:
-            self.kept.rows.append(ids)
+            self.kept.rows = [*getattr(self.kept, "rows", ()), ids]
 
-
-class _KeptRows(torch.autograd.Function):
-    """Rows of a `RowTable` whose gradient goes to `add_gradient`."""
-
-    @staticmethod
-    def forward(ctx, weight, ids, table):
-        ctx.table = table
-        ctx.save_for_backward(ids)
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.table.add_gradient(ctx.saved_tensors[0].flatten(), grad.flatten(0, -2))
-        return None, None, None
+    def clear_kept(self) -> None:
+        """Fill with zeros what the last step has added to."""
+        for rows in self.kept.rows:
+            clear_rows(self.kept, rows)
+        self.kept.rows = []
 
 
 class NGrams(nn.Module):

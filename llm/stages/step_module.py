@@ -24,6 +24,7 @@ from llm.errors import BadLoss
 from llm.eval.metrics import BitsPerByte
 from llm.model.config import flops_per_token
 from llm.model.gpt import GPT
+from llm.model.linear import Table
 from llm.model.lora import is_trained
 from llm.model.ngrams import RowTable
 from llm.optim.build import build_optimizer
@@ -150,10 +151,12 @@ class StepModule(L.LightningModule):
         options, steps = self.context.options, self.context.total_steps
         by_block = getattr(trainer.strategy, "early_sums", False)
         self.made_ready = options.prepare(self.net, device, is_fsdp, self.context.name, steps, by_block)
-        keeps = device.type == "cpu" and isinstance(trainer.strategy, (SingleDeviceStrategy, MuonStrategy))
-        for module in self.net.modules():  # the other strategies wait for every gradient to be made anew
-            if isinstance(module, RowTable):
-                module.keeps_gradient = keeps
+        # Other strategies wait for every gradient to be made anew; Muon's, with several processes, for that of an
+        # embedding, whose sum may begin early, and which is then made as without.
+        keeps = isinstance(trainer.strategy, SingleDeviceStrategy), isinstance(trainer.strategy, MuonStrategy)
+        for module in self.net.modules():
+            if isinstance(module, Table):
+                module.keeps_gradient = device.type == "cpu" and any(keeps[: 1 + isinstance(module, RowTable)])
         return True
 
     def on_train_start(self) -> None:

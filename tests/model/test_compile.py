@@ -194,6 +194,8 @@ def test_a_failing_compiler_names_the_part(monkeypatch):
          ["1024_full_ms", "2048_masked_peak_mb", "4096_banded_to_full"]),
         ("loss_head", ["--tokens", "64", "--width", "16", "--vocab", "100", "--repeats", "1"],
          ["chunked_ms", "sampled_ms"]),
+        ("tables", ["--vocab", "100", "--width", "16", "--rows", "2", "--tokens", "64", "--repeats", "1"],
+         ["embeddings_kept_ms", "ngrams_update_ms"]),
         ("start", ["--depth", "1", "--seq-len", "32", "--vocab", "300", "--repeats", "1", "--compile", "false"],
          ["eager_ours_wall_s", "eager_plain_cpu_s"]),
     ],
