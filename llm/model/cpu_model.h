@@ -10,6 +10,7 @@ struct Layer {
     const float* gate;                   // (n_kv_head, gate_channels)
     int64_t window;                      // earlier positions that are seen; -1: all
     int64_t part, index;                 // part of the cache that holds it, and its number there
+    int64_t offset;                      // its number among the layers that offset keys, -1: it does not
     float residual, x0, grams;  // grams: of the sum of n-gram rows that is added
 };
 
@@ -65,6 +66,8 @@ struct Batch {
     void* last_embed;         // (cache rows, n_embd) of the compute type; null: no smear
     int64_t* last_ids;        // (cache rows, n_last), the newest last; null: no n-grams
     int64_t n_last;
+    void* last_keys;          // (cache rows, n_offset, n_kv_head, head_dim) of the compute type; null: no offset
+    int64_t n_offset;
     const int64_t* outputs;   // (n_outputs,) tokens whose logits are asked for, null: those of all
     int64_t n_outputs;
     float* logits;            // (n_outputs, vocab)

@@ -281,13 +281,21 @@ struct Pass {
         for (int64_t h = 0; h < m.n_head + m.n_kv_head && !m.is_gpt2; h++) rotate(q + h * d, position(i));
     }
 
-    // Stores keys and values of a token in the cache.
+    const T* keys_of(int64_t i) const { return s.qkv + i * s.all_heads + m.n_head * d; }
+    T* last_keys(const Layer& layer, int64_t i) const {
+        return static_cast<T*>(b.last_keys) + (row(i) * b.n_offset + layer.offset) * kv_dim;
+    }
+
+    // Stores keys and values of a token in the cache. With an offset its keys have half of those of the token before it.
     void keep(const Layer& layer, int64_t i) const {
         const Part& p = b.parts[layer.part];
-        const T *k = s.qkv + i * s.all_heads + m.n_head * d, *v = k + kv_dim;
-        const int64_t at = b.at[i] % p.places * p.place_stride;
+        const T *k = keys_of(i), *v = k + kv_dim, *slow = k;
+        if (layer.offset >= 0 && position(i) > 0)
+            slow = i > 0 && row(i - 1) == row(i) ? keys_of(i - 1) : last_keys(layer, i);
+        const int64_t at = b.at[i] % p.places * p.place_stride, quarter = slow == k ? d : d / 4;
         for (int64_t h = 0; h < m.n_kv_head; h++) {
-            std::copy_n(k + h * d, d, place(p.k, layer, i, h) + at);
+            for (int64_t c = 0; c < d; c += quarter)
+                std::copy_n((c / quarter % 2 ? slow : k) + h * d + c, quarter, place(p.k, layer, i, h) + at + c);
             std::copy_n(v + h * d, d, place(p.v, layer, i, h) + at);
         }
     }
@@ -403,16 +411,23 @@ struct Pass {
             each(s.qkv + i * s.all_heads + at, width, [&](auto get) { return get(y); });
         });
         const int64_t all = turns(b, starts, b.parts[layer.part]);
+        const bool is_offset = layer.offset >= 0;  // a token's keys then wait for those of the token before it
         team.share(b.n, [&](int64_t i) {
             remember(layer, index, i);
-            if (turn(layer, i) == 0) keep(layer, i);
+            if (!is_offset && turn(layer, i) == 0) keep(layer, i);
         });
+        if (is_offset)
+            team.share(b.n, [&](int64_t i) { if (turn(layer, i) == 0) keep(layer, i); });
         for (int64_t now = 0; now < all; now++) {
             if (now > 0)
                 team.share(b.n, [&](int64_t i) { if (turn(layer, i) == now) keep(layer, i); });
             team.share((groups.size() - 1) * m.n_kv_head,
                        [&](int64_t j) { attend(layer, j / m.n_kv_head, j % m.n_kv_head, now); });
         }
+        if (is_offset)
+            team.share(b.n, [&](int64_t i) {
+                if (i + 1 == b.n || row(i + 1) != row(i)) std::copy_n(keys_of(i), kv_dim, last_keys(layer, i));
+            });
         add(s.attended, s.heads, layer.out, index, OUT);
         team.share(b.n, [&](int64_t i) {
             norm(s.x + i * s.c, layer.norm_2, s.normed + i * s.c);
@@ -464,7 +479,7 @@ template <class T>
 static void run(const Model& m, const Batch& b, int64_t threads) {
     const Pass<T> pass(m, b, threads);
     int64_t phases = 10;
-    for (int64_t i = 0; i < m.n_layer; i++) phases += 9 + 2 * pass.turns(b, pass.starts, b.parts[m.layers[i].part]);
+    for (int64_t i = 0; i < m.n_layer; i++) phases += 11 + 2 * pass.turns(b, pass.starts, b.parts[m.layers[i].part]);
     in_parallel(phases, threads, [&](Team team) {
         Pass<T> own(pass);
         own.team = team;

@@ -25,7 +25,7 @@ SPARE = 32  # places of a cache beside those of windows: so many tokens of a row
 THIN = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # as the kernel orders them
 # Options that the kernel lacks.
 LEFT_TO_TORCH = (
-    "exclusive_attention", "attention_gate", "activation", "asymmetric_cap", "key_offset", "qk_dim",
+    "exclusive_attention", "attention_gate", "activation", "asymmetric_cap", "qk_dim",
     "paired_heads", "copy_candidate",
 )  # fmt: skip
 THREADS = native.Threads(1 << 24)  # multiplications from which waiting for each other 30 times may pay
@@ -40,7 +40,7 @@ class _Layer(Structure):
         *((name, _Matrix) for name in ("qkv", "out", "fc", "proj")),
         *((name, c_void_p * 2) for name in ("norm_1", "norm_2")),
         *((name, c_void_p) for name in ("values", "gate")),
-        *((name, c_int64) for name in ("window", "part", "index")),
+        *((name, c_int64) for name in ("window", "part", "index", "offset")),
         *((name, c_float) for name in ("residual", "x0", "grams")),
     ]
 
@@ -88,6 +88,8 @@ class _Batch(Structure):
         *((n, c_int64) for n in "n_prefixes n_parts cache_rows room".split()),
         *((n, c_void_p) for n in "last_embed last_ids".split()),
         ("n_last", c_int64),
+        ("last_keys", c_void_p),
+        ("n_offset", c_int64),
         ("outputs", c_void_p),
         ("n_outputs", c_int64),
         *((n, c_void_p) for n in "logits scratch".split()),
@@ -169,6 +171,7 @@ class DecodeStep:
         windows = layers_by_window(net.windows)
         self._windows, self._n_layers = list(windows), [len(layers) for layers in windows.values()]
         self._where = {layer: (i, j) for i, layers in enumerate(windows.values()) for j, layer in enumerate(layers)}
+        self._key_layers = [layer for layer in range(c.n_layer) if c.offsets_keys(layer)]
         self._layers = (_Layer * c.n_layer)(*(self._layer(i, block) for i, block in enumerate(net.transformer.h)))
         self._model = m = _Model(layers=self._layers)
         for name in ("n_layer", "n_head", "n_kv_head", "head_dim", "n_embd", "seq_len"):
@@ -241,6 +244,7 @@ class DecodeStep:
         layer.out, layer.fc, layer.proj = map(self._linear, (attn.c_proj, mlp.c_fc, mlp.c_proj))
         layer.window = -1 if attn.window is None else attn.window
         layer.part, layer.index = self._where[index]
+        layer.offset = self._key_layers.index(index) if index in self._key_layers else -1
         if c.has_value_embed(index):
             layer.values = self._table(net.value_embeds[str(index)])
             layer.gate = self._numbers(attn.ve_gate.weight)
@@ -306,7 +310,7 @@ class DecodeStep:
     def __call__(self, cache: SlotCache, ids: torch.Tensor, adapters: torch.Tensor | None = None) -> torch.Tensor:
         """Feed row i of the cache its next token ids[i]; return the logits (n, V) fp32 behind them.
 
-        Keys, values, `last_embed` and `last_ids` are written; the caller advances `lengths`. See `extend`.
+        Keys, values, `last_embed`, `last_ids` and `last_keys` are written; the caller advances `lengths`. See `extend`.
         """
         return self.extend(cache, ids, cache.lengths[: len(ids)], adapters=adapters)
 
@@ -369,6 +373,10 @@ class DecodeStep:
         if self.net.ngrams is not None:
             b.n_last = self.net.config.ids_before
             b.last_ids = self._address("last_ids", cache.last_ids, torch.int64, (b.cache_rows, b.n_last))
+        b.last_keys, b.n_offset = None, len(self._key_layers)
+        if self._key_layers:
+            shape = (b.cache_rows, b.n_offset, self.net.config.n_kv_head, self.net.config.head_dim)
+            b.last_keys = self._address("last_keys", cache.last_keys, self.dtype, shape)
         b.prefix, n = self._address("prefix", cache.prefix, torch.int64, (b.cache_rows,)), len(cache.prefixes)
         b.n_prefixes, b.lengths = n, (c_int64 * n)(*(-1 if p is None else p.length for p in cache.prefixes))
         shared = (one for prefix in cache.prefixes for one in self._prefix(prefix))

@@ -27,6 +27,7 @@ FORMS = {
     "modern small windows": MODERN | {"window_pattern": "SSL", "window_divisor": 16, "n_kv_head": 2},
     "modern loops": MODERN | {"loops": 2, "n_layer": 6},
     "modern n-grams": MODERN | {"ngrams": (2, 3), "ngram_bos": 2, "ngram_rows": 1},
+    "modern key offset": MODERN | {"key_offset": True, "window_pattern": "SL", "window_divisor": 16},
     "modern triples": MODERN | {"ngrams": (3,), "ngram_bos": 2, "ngram_rows": 2},
     "modern long context": MODERN | {"rope_scaling": "yarn", "rope_original": 64},
     "gpt2": {"arch": "gpt2", "tied": True, "softcap": None},
@@ -121,7 +122,12 @@ def test_random_shapes_prefixes_and_chunks_give_the_plain_logits(seed):
     options = dict(FORMS[draw.choice(list(FORMS))])
     options |= dict(n_layer=draw.randint(1, 4), n_kv_head=heads, n_head=heads * draw.randint(1, 3))
     options |= dict(window_pattern=draw.choice(("L", "SL", "SSL")), window_divisor=draw.choice((8, 32)))
-    options |= dict(head_dim=2 * draw.randint(1, 30), n_embd=draw.randint(24, 150), vocab_size=draw.randint(3, 400))
+    quarter = 2 if options.get("key_offset") else 1  # of the sizes that a head may have
+    options |= dict(
+        head_dim=2 * quarter * draw.randint(1, 30 // quarter),
+        n_embd=draw.randint(24, 150),
+        vocab_size=draw.randint(3, 400),
+    )
     net = make_net(options, seed=seed)
     step, vocab = DecodeStep.for_net(net), options["vocab_size"]
     n_prefixes, rows = draw.randint(1, 3), draw.randint(1, 9)
@@ -301,7 +307,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(monkeypatch):
     pairs = FORMS["modern small windows"] | {"paired_heads": "short"}
     assert not decode_cpu.supports(make_net(pairs)) and decode_cpu.supports(make_net(pairs | {"paired_heads": None}))
     switches = {"exclusive_attention": True, "attention_gate": True, "activation": "leaky_relu_squared"}
-    switches |= {"asymmetric_cap": True, "key_offset": True, "qk_dim": 8, "copy_candidate": True}
+    switches |= {"asymmetric_cap": True, "qk_dim": 8, "copy_candidate": True}
     for name, value in switches.items():
         assert not decode_cpu.supports(make_net(MODERN | {name: value}))
     assert not decode_cpu.supports(make_net(FORMS["modern n-grams"] | {"ngram_into": "values"}))
