@@ -66,7 +66,7 @@ def test_a_kept_gradient_is_that_of_autograd_step_after_step():
 
 
 def test_a_gradient_that_is_there_already_is_added_to():
-    """As that of a head which shares the table's weights, and comes first."""
+    """Add rows behind the gradient of a head that shares the table's weights, and comes first."""
     (plain, kept), ids = tables(dtype=torch.float64), torch.tensor([3, 3, 1])
     for table in (plain, kept):
         (table.weight.square().sum() + 0).backward()
