@@ -15,7 +15,7 @@ DEMO_STAGES := tokenizer,pretrain,midtrain,sft,grpo
 DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eval.batch_size=100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rl bench-rl test test-full test-guide docs browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos llama-cpp
+.PHONY: help setup demo demo-rl bench-rl test test-full test-guide docs browser check bench bench-optimizers bench-serve soak abuse check-data gpu-check chaos llama-cpp triton
 .PHONY: table report inspect show-data clean
 
 help: ## list the targets
@@ -106,6 +106,13 @@ $(LLAMA_CPP):
 	$(PYTHON) -m venv $(VENV)/llama-cpp
 	$(VENV)/llama-cpp/bin/pip install --disable-pip-version-check $(PIP_ARGS) 'llama-cpp-python>=0.3.16' || \
 	  { rm -rf $(VENV)/llama-cpp; exit 1; }
+
+# torch for GPUs brings Triton, torch for CPUs does not.
+TRITON := $(VENV)/triton
+triton: $(STAMP) $(TRITON)/triton ## Triton, 1 GB, and the tests that run Muon's kernels for GPUs by its interpreter
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(PY) -m pytest tests/optim/test_muon_gpu.py
+$(TRITON)/triton:
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(TRITON) 'triton>=3.4'
 
 abuse: $(STAMP) $(SCHEMATHESIS) ## 10,000 requests made from the server's own /openapi.json (ARGS="--requests 1000")
 	$(PY) tests/abuse.py --schemathesis $(SCHEMATHESIS) $(ARGS)

@@ -15,6 +15,7 @@ from llm.errors import UserError
 from llm.model.attention import attention_masks, causal_attention, choose_backend
 from llm.model.gpt import GPT
 from llm.model.linear import resolve_compute_dtype
+from llm.optim import muon_gpu
 from llm.optim.build import build_optimizer
 from llm.scaling.gpu_estimate import peak_of
 from llm.scaling.rules import model_config
@@ -169,3 +170,26 @@ def moves(name: str, dtype: torch.dtype, device: torch.device, steps: int = 3) -
 def worst(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
     """Return the largest relative error among pairs of tensors."""
     return max(relative(a, b) for a, b in zip(got, want, strict=True))
+
+
+def muon_kernels(found, small: bool) -> None:
+    """Compare the changes of the weights by Muon's Triton kernels with the CPU's, and time an update without and with.
+
+    With products in bf16 they may be 1.5 times as far from fp32 as the CPU is. On a CPU both forms are its own.
+    """
+    cpu, full, half = torch.device("cpu"), torch.float32, torch.bfloat16
+    dtype, (depth, vocab, repeats) = full if small else half, (2, 300, 1) if small else (20, 32768, 10)
+    try:
+        for name in ("muon_adamw", "muon_2026_02"):  # rows, then columns, and cautious decay by both
+            exact = moves(name, full, cpu)
+            muon_gpu.turn_on(True)
+            found.check(f"{name}_fp32", worst(moves(name, full, _bench.DEVICE), exact), 1e-3)
+            limit = 1.5 * worst(moves(name, half, cpu), exact)
+            found.check(f"{name}_bf16", worst(moves(name, half, _bench.DEVICE), exact), limit)
+        for key, is_on in (("plain", False), ("kernels", True)):
+            muon_gpu.turn_on(is_on)
+            args = SimpleNamespace(depth=depth, vocab=vocab, repeats=repeats, dtype=dtype)
+            times = optimizer_bench.measure(args)
+            found.note(**{f"{key}_ms": times["2026_muon_ms"], "products_ms": times["muon_floor_ms"]})
+    finally:
+        muon_gpu.turn_on(False)

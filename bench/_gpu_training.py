@@ -262,6 +262,39 @@ def switches(found, small: bool, key: str) -> None:
         found.check(what, error, 1e-2 if key == "bf16_tables" else 1e-3)  # rows that fp32 would not round
 
 
+def early_check(found, small: bool, depth: int) -> None:
+    """Time steps of a stage whose loss is read after the last backward pass, and before it: `gpu.early_check`.
+
+    One micro-batch of few rows a step, where the launches of the update weigh most. The losses must be equal.
+    """
+    args, losses = arguments(small, depth, micro=1), {}
+    args.rows = min(args.rows, 8)
+    quiet_lightning()
+    for name, is_early in (("late", False), ("early", True)):
+        torch._dynamo.reset()
+        net, cfg = train_step.build(args)
+        if not small:
+            compile_training(net, by_block=True)
+        losses[name] = []
+
+        class Checked(StepModule):
+            def checked_sum(self, *args, seen=losses[name]):
+                seen.append(super().checked_sum(*args))
+                return seen[-1]
+
+            def setup(self, stage, is_early=is_early):
+                super().setup(stage)
+                self.checks_early = is_early
+
+        steps, own = train_step.WARMUP + args.steps + 3, type(found)(found.path.with_suffix(f".{name}"))
+        watch = Watch(own, train_step.WARMUP, args.steps, args.rows * args.seq_len)
+        train_step.run_lightning(net, cfg, train_step.loader_of(args), steps, Checked, watch)
+        found.note(**{f"{name}_step_ms": own.values["step_ms"]})
+    found.note(early_to_late=found.values["early_step_ms"] / found.values["late_step_ms"])
+    a, b = (torch.tensor(losses[name][:3]) for name in ("late", "early"))
+    found.check("losses", relative(b, a), 1e-3)
+
+
 # ---- Micro-batches --------------------------------------------------------------------------------------------------
 
 

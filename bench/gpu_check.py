@@ -51,6 +51,8 @@ PARTS = (
     Part("fp8", "_gpu_training:fp8", 110),
     Part("joint_qkv", "_gpu_training:switches", 60, {"key": "joint_qkv"}),
     Part("bf16_tables", "_gpu_training:switches", 60, {"key": "bf16_tables"}),
+    Part("muon_kernels", "_gpu_kernels:muon_kernels", 40),
+    Part("early_check", "_gpu_training:early_check", 50, {"depth": 12}),
     Part("micro_batch", "_gpu_training:micro_batch", 60),
     Part("decode", "_gpu_running:decode", 80),
     Part("core", "_gpu_running:core", 50),

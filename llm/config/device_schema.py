@@ -30,6 +30,13 @@ class GPUConfig:
         "embeddings hand out rows in bf16, and add up gradients in it, beside precision.compute=bf16; untested on a GPU"
     )
     fp8_head: bool = key("the head's products in 8 bits too, beside precision.fp8=true; untested on a GPU")
+    early_check: bool = key(
+        "read a step's loss once its last forward pass ends, so that the update is launched during the backward pass; "
+        "untested on a GPU"
+    )
+    muon_kernels: bool = key(
+        "Muon's passes over memory by Triton kernels of our own, beside optim=muon_adamw; untested on a GPU"
+    )
 
 
 @dataclass

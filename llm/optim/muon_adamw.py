@@ -6,10 +6,12 @@ a second-moment step (NorMuon, arXiv 2510.05491), renormalisation, cautious weig
 switches, off by default, are in `llm.optim.muon_switches`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.optim.adamw import adamw as fused_adamw
 
-from llm.optim import muon_cpu
+from llm.optim import muon_cpu, muon_gpu
 from llm.optim.muon_switches import (
     SWITCHES,
     agreeing,
@@ -33,6 +35,14 @@ POLAR_EXPRESS = (
 )
 COEFFICIENTS = {"newton_schulz": lambda i: NEWTON_SCHULZ, "polar_express": lambda i: POLAR_EXPRESS[min(i, 4)]}
 NORM_MARGIN = {"newton_schulz": 1.0, "polar_express": 1.01}  # rounding must not lift a singular value above 1
+
+
+STACK_DTYPES = (torch.bfloat16, torch.float32)  # of updates, as the kernels of our own take them
+
+
+def kernels_for(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype] = (torch.float32,)):
+    """Return the module of our own kernels that takes tensors like these, of one device; None = torch does it."""
+    return next((kernels for kernels in (muon_cpu, muon_gpu) if kernels.computes(tensors, dtypes)), None)
 
 
 def orthogonalize(
@@ -68,8 +78,8 @@ def row_mean_square(update: torch.Tensor, always_rows: bool = False) -> torch.Te
     fp32, of shape (n, r, 1) or (n, 1, c). always_rows: rows, also where columns are more.
     """
     of_rows = always_rows or update.size(-2) >= update.size(-1)
-    if muon_cpu.computes([update], muon_cpu.STACK_DTYPES):
-        return muon_cpu.row_mean_square(update, of_rows)
+    if kernels := kernels_for([update], STACK_DTYPES):
+        return kernels.row_mean_square(update, of_rows)
     return update.float().square().mean(dim=-1 if of_rows else -2, keepdim=True)
 
 
@@ -119,10 +129,8 @@ def muon_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
         factors = factors * row_factors(mean_square, moments, beta2)
         torch._foreach_copy_([s["second_moment"] for s in states], list(moments.unbind(0)))
     factors = factors * (-group["lr"] * max(1.0, rows / cols) ** 0.5)
-    if beta2 is not None and muon_cpu.computes([update], muon_cpu.STACK_DTYPES):  # factors of rows or columns
-        step = muon_cpu.scaled(update, factors)
-    else:
-        step = update * factors
+    kernels = kernels_for([update], STACK_DTYPES) if beta2 is not None else None  # factors of rows or columns
+    step = kernels.scaled(update, factors) if kernels else update * factors
     return agreeing(step, torch.stack(grads)) if group["cautious_update"] else step
 
 
@@ -134,8 +142,8 @@ def orthogonalize_ahead(group: dict, grads: list[torch.Tensor], states: list[dic
     length = grads[0].size(0) ** 0.5 * (group["norm_margin"] or NORM_MARGIN[method])
     buffers = [s["momentum_buffer"] for s in states]
     switched = any(group[name] is not None for name in ("slow_momentum", "soap_beta", "muon2_beta"))
-    if group["row_normalize"] and not switched and muon_cpu.computes([*grads, *buffers]):
-        update = muon_cpu.look_ahead(grads, buffers, momentum, length, dtype)
+    if group["row_normalize"] and not switched and (kernels := kernels_for([*grads, *buffers])):
+        update = kernels.look_ahead(grads, buffers, momentum, length, dtype)
         return polar_iterations(update, group["ns_steps"], method)
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     if group["slow_momentum"] is not None:
@@ -180,8 +188,8 @@ def muon_apply(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> N
     if not (decay and group["cautious"]):
         decay_and_add(group, params, step)
         return
-    if muon_cpu.computes([*params, step]):
-        muon_cpu.apply(params, step, decay)
+    if kernels := kernels_for([*params, step]):
+        kernels.apply(params, step, decay)
         return
     weights = torch.stack([p.detach() for p in params])
     decayed = (step * weights).le_(0).mul_(weights)  # 0 or 1 in fp32: masks of booleans are slow on a CPU

@@ -17,7 +17,6 @@ from llm.model import native
 SOURCE = Path(__file__).with_name("muon_cpu.cpp")
 HEADERS = tuple(Path(native.__file__).with_name(f"cpu_{name}.h") for name in ("team", "vector"))
 SHAPE = [c_int64] * 3  # n, rows, columns
-STACK_DTYPES = (torch.bfloat16, torch.float32)  # of the updates, which the matrix products made
 
 
 def load() -> ctypes.CDLL | None:

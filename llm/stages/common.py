@@ -259,6 +259,8 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
             cfg.gpu.tuned_products,
             cfg.gpu.fp8_head,
             cfg.gpu.bf16_tables,
+            cfg.gpu.early_check,
+            cfg.gpu.muon_kernels,
         ),
         **more,
     )

@@ -12,6 +12,7 @@ from llm.model.fp8 import HeadProducts, can_fp8
 from llm.model.gpt import GPT
 from llm.model.joint_qkv import enable_joint_qkv
 from llm.model.linear import choose_fp32_products, enable_bf16_tables, enable_fp8, resolve_compute_dtype
+from llm.optim import muon_gpu
 from llm.stages.plan import check_fp8
 
 
@@ -20,7 +21,7 @@ class DeviceOptions:
     """Choices of the configuration that depend on the device: number formats, attention kernel, compilation.
 
     draws_answers: whether the stage trains on answers that an engine draws, which must agree with the network.
-    joint_qkv, tuned_products, fp8_head, bf16_tables: keys of `gpu`.
+    joint_qkv, tuned_products, fp8_head, bf16_tables, early_check, muon_kernels: keys of `gpu`.
     """
 
     compute: str
@@ -34,6 +35,8 @@ class DeviceOptions:
     tuned_products: bool = False
     fp8_head: bool = False
     bf16_tables: bool = False
+    early_check: bool = False
+    muon_kernels: bool = False
 
     def prepare(
         self, net: GPT, device: torch.device, is_fsdp: bool, stage: str, steps: int, by_block: bool = False
@@ -57,6 +60,9 @@ class DeviceOptions:
                     f"gpu.bf16_tables=true: this trains in {chosen[0]}; set precision.compute=bf16, or this to false"
                 )
             chosen.append(f"rows in bf16: {enable_bf16_tables(net)} tables")
+        muon_gpu.turn_on(self.muon_kernels)
+        if self.muon_kernels:
+            chosen.append(tells_muon(device))
         net.activation_checkpointing = self.activation_checkpointing
         attention = net.set_attention(self.attention, device, self.fixed_shapes)
         compiled, why = decide(self.compile, stage, device, steps)
@@ -81,6 +87,15 @@ def tells_tuned(device: torch.device) -> str:
     if device.type != "cuda":
         return f"gpu.tuned_products=true: {device.type} has one form of each product, so nothing is tuned"
     return "products tuned: the first step takes minutes"
+
+
+def tells_muon(device: torch.device) -> str:
+    """Return what becomes of `gpu.muon_kernels` on a device, in words. Raises UserError where a GPU has no Triton."""
+    if device.type != "cuda":
+        return f"gpu.muon_kernels=true: they are for GPUs, and this is {device.type}"
+    if muon_gpu.load() is None:
+        raise UserError("gpu.muon_kernels=true: Triton is missing; pip install triton, or set it to false")
+    return "Muon by Triton kernels"
 
 
 def take_over(trainer) -> float | None:

@@ -140,6 +140,9 @@ def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:
         raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
 
 
+MUON_PASSES = ("row_normalize", "normuon_beta2", "renormalize", "cautious")  # what Muon's kernels on a GPU compute
+
+
 def check_switches(cfg) -> None:
     """Raise UserError where a key of `gpu` could have no effect, whatever the device."""
     if cfg.gpu.joint_qkv and cfg.arch.name == "gpt2":
@@ -158,6 +161,10 @@ def check_switches(cfg) -> None:
         raise UserError("gpu.bf16_tables=true: not made for adapters; set it to false or model.lora.rank=null")
     if cfg.gpu.fp8_head and not cfg.precision.fp8:
         raise UserError("gpu.fp8_head=true: goes with precision.fp8=true only; set that, or this to false")
+    passes = [key for key in MUON_PASSES if cfg.optim.get(key) not in (None, False)]
+    if cfg.gpu.muon_kernels and (cfg.model.lora.rank or not passes):
+        what = "an adapter learns by AdamW" if cfg.model.lora.rank else f"none of optim.{', '.join(MUON_PASSES)} is on"
+        raise UserError(f"gpu.muon_kernels=true: {what}, so they would have nothing to do; set it to false")
     if cfg.gpu.tuned_products and cfg.compile is False:
         raise UserError("gpu.tuned_products=true: compile=false compiles no product; set compile=auto or this to false")
 

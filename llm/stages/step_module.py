@@ -37,7 +37,7 @@ from llm.stages.device import DeviceOptions, take_over
 from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.ramps import short_windows, shorter_rows
-from llm.stages.step_state import Budget, LossWatch, Progress, StepLog, Sums, Votes
+from llm.stages.step_state import Budget, LossWatch, Progress, SentNumber, StepLog, Sums, Votes
 from llm.stages.text_loss import TextLoss
 from llm.stages.warm_start import take_state
 
@@ -92,6 +92,8 @@ class StepModule(L.LightningModule):
         self.step_log, self.progress, self.votes = StepLog(), Progress(), Votes()
         self.loss_watch, self.budget = LossWatch(context.loss_jump), Budget(context.max_minutes)
         self.planned_steps = context.total_steps
+        self.checks_early = context.options is not None and context.options.early_check
+        self.sent_sum: SentNumber | None = None  # the losses of a step, where it is checked early
         self.rate: float | None = None  # the share of the learning rates in the last step
         self.gradient_clip_val: float | None = None  # the Trainer's
         self.device_ready: torch.device | None = None
@@ -247,23 +249,27 @@ class StepModule(L.LightningModule):
             micro_batches = pad_micro_batches(micro_batches)
         for i, micro in enumerate(micro_batches):
             loss, is_last = self.micro_loss(micro), i + 1 == len(micro_batches)
+            losses.append(loss.detach())
+            if is_last and self.checks_early:
+                self.sent_sum = SentNumber(torch.stack(losses).sum())
             if isinstance(ddp, DistributedDataParallel):
                 with nullcontext() if is_last else ddp.no_sync():
                     self.manual_backward(loss * factor)
             else:
                 with early.last_pass() if early and is_last else nullcontext():
                     (loss * factor).backward()
-            losses.append(loss.detach())
         return losses
 
     def checked_sum(self, losses: list[torch.Tensor], batch: dict, n_trained: int) -> float:
         """Sum the losses of all processes. Raises `BadLoss`, before the weights are touched, if the sum is bad.
 
-        The one wait for the device in a step: it leaves the launches of the update uncovered, about a millisecond on
-        a GPU, and no step can spoil the weights.
+        The one wait for the device in a step, by which no step can spoil the weights. It leaves the launches of the
+        update uncovered, about a millisecond on a GPU; with `gpu.early_check` it ends when the last forward pass has,
+        and they are made during the backward pass.
         """
-        spent = self.budget.spent() / collectives.world_size()
-        nats, spent, *votes = collectives.all_reduce_sum([torch.stack(losses).sum().item(), spent, *self.votes.cast()])
+        spent, sent = self.budget.spent() / collectives.world_size(), self.sent_sum
+        total, self.sent_sum = torch.stack(losses).sum().item() if sent is None else sent.item(), None
+        nats, spent, *votes = collectives.all_reduce_sum([total, spent, *self.votes.cast()])
         self.votes.count(votes)
         self.budget.used = spent / self.budget.seconds
         if not math.isfinite(nats):

@@ -58,6 +58,25 @@ class StepLog:
         self.nats, self.trained, self.numbers = state["nats"], state["trained"], state["metrics"]
 
 
+class SentNumber:
+    """A number of a device on its way to the host, which does not wait for what the device is given to do after it."""
+
+    def __init__(self, number: torch.Tensor):
+        self.arrived = torch.cuda.Event() if number.device.type == "cuda" else None
+        if self.arrived is None:
+            self.number = number
+        else:
+            self.number = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self.number.copy_(number, non_blocking=True)
+            self.arrived.record()
+
+    def item(self) -> float:
+        """Wait until the number is here, and return it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.number.item()
+
+
 @dataclass
 class Progress:
     """Tokens trained so far, and the time that went elsewhere."""

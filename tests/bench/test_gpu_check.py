@@ -15,6 +15,8 @@ sys.path.append(str(REPO / "bench"))
 import gpu_check  # noqa: E402
 from gpu_check import Findings, Part  # noqa: E402
 
+from llm.optim import muon_gpu  # noqa: E402
+
 PARTS = """
 import subprocess, time, sys
 def fine(found, small, more=0):
@@ -248,6 +250,17 @@ def test_switches_are_compared(tmp_path, monkeypatch, key, is_wrong):
     assert found.checks.keys() == {"loss_after_10_steps", f"gradients_{key}_and_cpu"} and found.values["on_to_off"] > 0
     wrong = {name for name, check in found.checks.items() if not check["ok"]}
     assert wrong == ({"gradients_joint_qkv_and_cpu"} if is_wrong else set())
+
+
+def test_muon_kernels_and_early_checks_are_compared(tmp_path):
+    import _gpu_kernels
+    import _gpu_training
+
+    found = findings(tmp_path)
+    _gpu_kernels.muon_kernels(found, True)
+    _gpu_training.early_check(found, True, 2)
+    assert len(found.checks) == 5 and all(check["ok"] for check in found.checks.values())
+    assert found.values["plain_ms"] > 0 and found.values["early_to_late"] > 0 and not muon_gpu._is_on
 
 
 @pytest.mark.slow

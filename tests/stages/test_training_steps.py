@@ -1,5 +1,6 @@
 """Training steps: what a gradient is the gradient of, how rollouts become batches, how a stage resumes and stops."""
 
+import math
 import shutil
 import signal
 from dataclasses import replace
@@ -15,12 +16,14 @@ from callbacks.checkpoint import StepCheckpoint
 from callbacks.progress import Progress
 from callbacks.watch import LossGuard
 from llm.checkpoint.resume import CheckpointWriter, list_checkpoints, newest_checkpoint
-from llm.errors import UserError
+from llm.errors import BadLoss, UserError
 from llm.model.config import num_params
 from llm.parallel.env import STOP_SIGNALS
+from llm.stages.device import DeviceOptions
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.micro_batch import check_fits, out_of_memory
 from llm.stages.step_module import StageContext, StepModule
+from llm.stages.step_state import SentNumber
 
 
 def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys, monkeypatch):
@@ -69,6 +72,45 @@ def test_the_step_gradient_is_that_of_the_mean_over_trained_tokens():
     module.net(inputs, targets, reduction="mean").backward()
     for g, p in zip(got, module.net.parameters(), strict=True):
         torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_may_be_read_before_the_last_backward_pass(tmp_path, monkeypatch):
+    """Weights and log are the same bits; a loss that is no number is found as before, and no weight is touched."""
+    events, trained = [], {}
+
+    class Watched(StepModule):
+        spoils = False
+
+        def micro_loss(self, micro):
+            events.append("forward")
+            loss = super().micro_loss(micro) * (math.nan if self.spoils else 1)
+            loss.register_hook(lambda _: events.append("backward"))
+            return loss
+
+    class Sent(SentNumber):
+        def __init__(self, number):
+            events.append("sent")
+            super().__init__(number)
+
+    def module(is_early: bool) -> Watched:
+        options = DeviceOptions("fp32", False, "auto", False, False, True, False, early_check=is_early)
+        return Watched(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), STEPS, 8, options=options))
+
+    monkeypatch.setattr("llm.stages.step_module.SentNumber", Sent)
+    for is_early, seen in ((False, []), (True, ["sent"])):
+        events.clear()
+        folder = tmp_path / str(is_early)
+        trained[is_early], _ = fit(folder, lambda step: step_batch(step, split=2), module=module(is_early))
+        assert events == STEPS * ["forward", "backward", "forward", *seen, "backward"]
+    for p, q in zip(trained[False].net.parameters(), trained[True].net.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert [row["loss"] for row in rows(tmp_path / "False")] == [row["loss"] for row in rows(tmp_path / "True")]
+    bad = module(is_early=True)
+    bad.spoils = True
+    with pytest.raises(BadLoss, match="the training loss became nan in step 1, micro-batch 0"):
+        fit(tmp_path / "bad", module=bad)
+    for p, q in zip(bad.net.parameters(), net().parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_step_without_trained_tokens_is_zero_and_not_nan(tmp_path):
