@@ -119,12 +119,11 @@ def rotary(shape, positions, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def offset_keys(k, real):
-    """Return keys (B, Hkv, S, D) whose slow channels are those of the key before; real: (B, S), false = padding."""
-    has_one = F.pad(real, (1, 0))[:, :-1, None]
+def offset_keys(k, follows):
+    """Return keys (B, Hkv, S, D) whose slow channels are those of the key before; follows: (B, S), false = own ones."""
     D = k.size(-1)
     is_slow = torch.arange(D, device=k.device) % (D // 2) >= D // 4
-    return torch.where((has_one & is_slow).unsqueeze(1), torch.cat((k[:, :, :1], k[:, :, :-1]), 2), k)
+    return torch.where((follows.unsqueeze(-1) & is_slow).unsqueeze(1), torch.cat((k[:, :, :1], k[:, :, :-1]), 2), k)
 
 
 class Attention(nn.Module):
@@ -145,8 +144,8 @@ class Attention(nn.Module):
         if shape.has_values(layer):
             self.ve_gate = nn.Linear(shape.gate_channels, shape.n_kv_head, bias=False)
 
-    def forward(self, x, values, angles, mask, cache, kept, real):
-        """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept: see `FathomForCausalLM.kept`; real: (B, S)."""
+    def forward(self, x, values, angles, mask, cache, kept, follows):
+        """Return (B, T, n_embd). mask: (B, 1, T, S), true = seen; kept, follows (B, S): see `FathomForCausalLM`."""
         (B, T, _), shape = x.shape, self.shape
         q, k = (layer(x).view(B, T, -1, shape.key_dim) for layer in (self.c_q, self.c_k))
         v = self.c_v(x).view(B, T, -1, shape.head_dim)
@@ -167,7 +166,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer)
             v = v[..., : shape.head_dim]
         if self.offsets_keys:  # the cache holds keys as they are
-            k = offset_keys(k, real)
+            k = offset_keys(k, follows)
         scale = shape.qk_scale**2 / shape.key_dim**0.5
         if self.pairs_heads:  # heads h and h + H/2 become one, token t of the two at places 2 t and 2 t + 1
             q, k, v = (torch.stack(t.chunk(2, 1), 3).flatten(2, 3) for t in (q, k, v))
@@ -204,8 +203,8 @@ class Block(nn.Module):
         self.norm_1, self.attn = make_norm(shape), Attention(shape, layer)
         self.norm_2, self.mlp = make_norm(shape), MLP(shape)
 
-    def forward(self, x, values, angles, mask, cache, kept, real):
-        x = x + self.attn(self.norm_1(x), values, angles, mask, cache, kept, real)
+    def forward(self, x, values, angles, mask, cache, kept, follows):
+        x = x + self.attn(self.norm_1(x), values, angles, mask, cache, kept, follows)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -363,6 +362,9 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the context of {shape.seq_len} tokens is full")
         x = self.transformer["wte"](input_ids)
         starts = input_ids == shape.bos_id if shape.bos_id is not None and past_key_values is None else None
+        follows = F.pad(real, (1, 0))[:, :-1]  # (B, S), true = a token of the same document comes before
+        if starts is not None:
+            follows = follows & ~starts
         angles, fed = None, None
         if shape.arch == "gpt2":
             x = x + self.transformer["wpe"](position_ids)
@@ -370,7 +372,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             x = fed = rms_norm(x)
             angles = rotary(shape, position_ids, x.dtype)
         if shape.smear:
-            x = self.smeared(x, real, starts, past_key_values, past)
+            x = self.smeared(x, follows, past_key_values, past)
         grams, copied = None, None
         line = self.line(input_ids, real, past_key_values, past)
         if self.ngrams is not None:
@@ -383,7 +385,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             x = self.copies[0](x, *copied)
         kept = self.kept(fed if shape.smear else None, input_ids, x.dtype)
         x = self.run_blocks(
-            x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams, real, copied
+            x, input_ids, angles, self.masks(real, starts, T), past_key_values, kept, grams, follows, copied
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.lm_head(x[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]).float()
@@ -396,7 +398,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.size(-1), **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def smeared(self, x, real, starts, cache, past):
+    def smeared(self, x, follows, cache, past):
         """Return the embeddings (B, T, C) with some of the one before; none of padding or of another document."""
         before = torch.zeros_like(x[:, :1])
         if past:
@@ -404,11 +406,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             values = cache.layers[0].values[:, :, -1:, D : D + self.shape.n_embd // self.shape.n_kv_head]
             before = values.transpose(1, 2).reshape(before.shape).to(x.dtype)
         before = torch.cat((before, x[:, :-1]), dim=1)
-        T = x.size(1)
-        has_one = F.pad(real, (1, 0))[:, -T - 1 : -1].unsqueeze(-1)
-        before = before.masked_fill(~has_one, 0)
-        if starts is not None:
-            before = before.masked_fill(starts.unsqueeze(-1), 0)
+        before = before.masked_fill(~follows[:, -x.size(1) :].unsqueeze(-1), 0)
         return x + self.smear_scalar * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * before
 
     def kept(self, fed, ids, dtype):
@@ -455,7 +453,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             found[window] = (seen if reach is None else seen & (apart <= reach)).unsqueeze(1)
         return found
 
-    def run_blocks(self, x, ids, angles, masks, cache, kept, grams, real, copied):
+    def run_blocks(self, x, ids, angles, masks, cache, kept, grams, follows, copied):
         """Return the normed output (B, T, C) of the last block."""
         shape, x0 = self.shape, x
         for layer, block in enumerate(self.transformer["h"]):
@@ -466,7 +464,7 @@ class FathomForCausalLM(PreTrainedModel, GenerationMixin):
             values = self.value_embeds[str(layer)](ids) if shape.has_values(layer) else None
             if values is not None and grams is not None and shape.ngram_into == "values":
                 values = values + self.ngrams.scalars[layer] * grams
-            x = block(x, values, angles, masks[block.attn.window], cache, kept if layer == 0 else None, real)
+            x = block(x, values, angles, masks[block.attn.window], cache, kept if layer == 0 else None, follows)
             if layer == shape.n_layer // 2:
                 middle = x
         if shape.backout:

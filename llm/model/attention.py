@@ -74,8 +74,9 @@ def offset_keys(
 
     A query then finds, by one product, what came behind a token like its own: the first layer of an induction head is
     not needed. k: (B, T, Hkv, D), normed and rotated; before: (B, 1, Hkv, D), the keys in front of the first ones;
-    positions: (B, T). The token at position 0 keeps its own; without positions that is the first one. Slow are channels
-    D/4 to D/2 and 3 D/4 to D, whose rotary wavelengths are the longer ones; the source has no rotation at all there.
+    positions: (B, T), in a row or in its documents. The token at position 0 keeps its own; without positions that is
+    the first one. Slow are channels D/4 to D/2 and 3 D/4 to D, whose rotary wavelengths are the longer ones; the source
+    has no rotation at all there.
     """
     shifted = torch.cat((k[:, :1] if before is None else before, k[:, :-1]), dim=1)
     if positions is not None:
@@ -83,6 +84,14 @@ def offset_keys(
     D = k.size(-1)
     is_slow = torch.arange(D, device=k.device) % (D // 2) >= D // 4
     return torch.where(is_slow, shifted, k)
+
+
+def places_in_documents(starts: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the positions (B, T) of tokens in their documents; starts: (B, T), true where one begins, or None."""
+    if starts is None:
+        return None
+    at = torch.arange(starts.size(1), device=starts.device)
+    return at - (at * starts).cummax(1).values
 
 
 def without_own(y: torch.Tensor, v: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

@@ -132,11 +132,6 @@ class GPTConfig:
         if self.key_offset and self.key_dim % 4:
             key = "model.head_dim" if self.qk_dim is None else "arch.qk_dim"
             raise ValueError(f"{key}={self.key_dim} must be divisible by 4 with arch.key_offset=true")
-        if self.key_offset and self.bos_id is not None:
-            raise ValueError(
-                "arch.key_offset=true: keys would pass from one document to the next; set arch.document_masks=false, "
-                "or arch.key_offset=false"
-            )
         self._check_pairs()
         self._check_ngrams()
         if self.loops > 1 and len(self.places) != self.n_layer:

@@ -24,6 +24,7 @@ from llm.model.attention import (
     choose_backend,
     layer_masks,
     offset_keys,
+    places_in_documents,
     plain_backend,
     rotary_tables,
     without_own,
@@ -52,8 +53,8 @@ class Attention(nn.Module):
 
     A third makes queries and keys narrower than values. qk_dim: they have that many channels d, rotary positions and
     norm are over these, and the scores are q k / sqrt(d): to find a token takes fewer channels than to say what it
-    holds (modded-nanogpt, pull request 344, 2026). Kernels and cache get them with zeros up to head_dim, as there:
-    what is saved are weights and products of c_q and c_k. A fourth pairs heads: `llm.model.attention.pair_heads`.
+    holds (modded-nanogpt, pull request 344, 2026). Zeros up to head_dim follow, as there: what is saved are weights and
+    products of c_q and c_k. A fourth pairs heads: `llm.model.attention.pair_heads`.
     """
 
     joint_qkv = False  # set by llm.model.joint_qkv.enable_joint_qkv
@@ -288,8 +289,8 @@ class GPT(nn.Module):
 
         Raises UserError if the backend `asked` for cannot run there.
         """
-        windows, documents = any(self.windows), self.config.bos_id is not None
-        shape = (self.compute_dtype, self.config.head_dim, windows, documents, fixed_shapes)
+        c, windows = self.config, any(self.windows)
+        shape = (self.compute_dtype, c.head_dim, windows, c.bos_id is not None, fixed_shapes)
         self.training_attention = choose_backend(asked, device, *shape)
         return self.training_attention
 
@@ -336,7 +337,7 @@ class GPT(nn.Module):
         candidates and the numbers (B, T) of their lengths. The output (B, T, n_embd) has the compute dtype.
         """
         T, c = x.size(1), self.config
-        positions = None if cache is None else cache.positions(T)
+        positions = places_in_documents(starts) if cache is None else cache.positions(T)
         at = slice(0, T) if cache is None else positions
         rotary = None if c.arch == "gpt2" else [table[at].to(self.compute_dtype) for table in (self.cos, self.sin)]
         x = self.embed(x, cache, at, starts)
@@ -370,27 +371,26 @@ class GPT(nn.Module):
         """
         if ids.size(1) > self.config.seq_len:
             raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.seq_len}")
-        layers = range(self.config.n_layer)
-        values = [self.value_embeds[str(i)](ids) if self.config.has_value_embed(i) else None for i in layers]
+        layers, c = range(self.config.n_layer), self.config
+        values = [self.value_embeds[str(i)](ids) if c.has_value_embed(i) else None for i in layers]
         before, ngrams, copied = None if cache is None else cache.last_ids, None, None
         if before is not None:
             cache.fed_ids = ids
         if self.copies is None:
             x = self.transformer.wte(ids)
         else:
-            found, numbers = copy_candidates(ids, before, self.config.copy_bos, self.config.vocab_size)
+            found, numbers = copy_candidates(ids, before, c.copy_bos, c.vocab_size)
             x, rows = self.transformer.wte(torch.cat((ids, found), dim=1)).chunk(2, dim=1)
             copied = rows, numbers
         if self.ngrams is not None:
             ngrams = self.ngrams(ids, before)
-            if self.config.ngram_into == "values":
+            if c.ngram_into == "values":
                 pairs = zip(values, self.ngrams.scalars, strict=True)
                 values, ngrams = [None if v is None else v + s * ngrams for v, s in pairs], None
-        apart = self.config.bos_id is not None and cache is None  # with a cache a row holds one conversation
-        starts = ids == self.config.bos_id if apart else None
+        apart = c.bos_id is not None and cache is None  # with a cache a row holds one conversation
+        starts = ids == c.bos_id if apart else None
         backend = (is_training and self.training_attention) or plain_backend(x.device, self.compute_dtype)
-        paired = [self.config.pairs_heads(layer) for layer in range(self.config.n_layer)]
-        masks = layer_masks(self.windows, paired, ids.size(1), starts, backend, x.device)
+        masks = layer_masks(self.windows, [*map(c.pairs_heads, layers)], ids.size(1), starts, backend, x.device)
         if is_training and self.training_forward_blocks is not None:
             return self.training_forward_blocks(x, values, starts, masks, backend, None, ngrams, copied)
         return self.forward_blocks(x, values, starts, masks, backend, cache, ngrams, copied)

@@ -37,6 +37,7 @@ FORMS = {
     "no switches": {"arch": "modern"},
     "loops": MODERN | {"loops": 2},
     "documents": MODERN | {"bos_id": 324},
+    "key offset and documents": MODERN | {"key_offset": True, "bos_id": 324, "window_pattern": "L"},
     "yarn": {"arch": "modern", "rope_scaling": "yarn", "rope_original": 24, "n_kv_head": 1},
     "reward model": MODERN | {"scalar_head": True},
     "gpt2": {"arch": "gpt2", "softcap": None, "vocab_multiple": 1, "tied": True},

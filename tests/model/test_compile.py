@@ -52,7 +52,8 @@ def test_orders_that_cannot_be_followed(monkeypatch):
 
 
 def network(bos_id=None) -> GPT:
-    net = GPT(GPTConfig(3, 2, 2, 16, 32, 256, 100, arch="modern", bos_id=bos_id, **MODERN)).init_weights(0)
+    documents = {} if bos_id is None else {"bos_id": bos_id, "key_offset": True}
+    net = GPT(GPTConfig(3, 2, 2, 16, 32, 256, 100, arch="modern", **documents, **MODERN)).init_weights(0)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)

@@ -359,7 +359,7 @@ def test_gradients_equal_float64_with_explicit_attention(arch, monkeypatch):
         assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + floor, name
 
 
-@pytest.mark.parametrize("arch", ["classic", "modern", "paired heads"])
+@pytest.mark.parametrize("arch", ["classic", "modern", "paired heads", "all heads paired"])
 def test_masked_documents_are_as_if_alone(arch):
     """Losses and gradients of packed documents are those of every document in a row of its own (RoPE is relative)."""
     packed, alone = (random_net(config(depth=3, bos_id=bos, **ARCHS[arch])) for bos in (69, None))
@@ -527,7 +527,6 @@ def test_bf16_stays_close_to_fp32():
         ({"n_kv_head": 3}, "n_kv_head"),
         ({"head_dim": 15}, "even"),
         ({"key_offset": True, "head_dim": 18}, "head_dim=18 must be divisible by 4"),
-        ({"key_offset": True, "bos_id": 3}, "arch.key_offset=true: .*set arch.document_masks=false"),
         ({"key_offset": True, "qk_dim": 6}, "arch.qk_dim=6 must be divisible by 4"),
         ({"qk_dim": 18}, "arch.qk_dim=18: give an even number from 2 to model.head_dim=16"),
         ({"qk_dim": 7}, "arch.qk_dim=7: give an even number"),

@@ -5,7 +5,7 @@ import torch
 from model.test_gpt import config, random_net
 
 from llm.inference.inside import Recorder
-from llm.model.attention import offset_keys
+from llm.model.attention import offset_keys, places_in_documents
 from llm.model.cached_attention import SlotPass
 
 
@@ -21,6 +21,11 @@ def test_slow_channels_come_from_the_token_before():
     assert torch.equal(offset_keys(k, before, positions), want)
     assert torch.equal(offset_keys(k)[0], want[0])
     assert torch.equal(offset_keys(k)[1, 0], k[1, 0])
+
+
+def test_places_are_counted_from_the_start_of_a_document():
+    starts = torch.tensor([[1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0]]).bool()
+    assert places_in_documents(starts).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
 
 
 def test_a_pass_that_is_looked_into_offsets_keys_too():
