@@ -2,12 +2,15 @@
 
     python bench/optimizers.py [--set model=d4 data=local data.path=text ...] [--methods muon_adamw soap ...]
                        [--steps 600] [--target 1.55] [--factors 0.5 1 2] [--scalar-factors 0.1 1] [--seeds 1 2 3]
-                       [--tuning-seed 0] [--evaluations 40] [--vocab 8192] [--out bench_optimizers] [--list]
+                       [--tuning-seed 0] [--share muon_adamw] [--evaluations 40] [--vocab 8192]
+                       [--out bench_optimizers] [--list]
 
 Every method of `METHODS` but `default` is tuned alike before it is compared, or its place says nothing (Fantastic
 Optimizers, arXiv 2509.02046): with a seed of its own, first its rate for the block matrices, then the rates of
 embedding, value embeddings and head together, both by `--factors`, then that of the x0 scalars by `--scalar-factors`,
-each time the lowest bpb after the last step. A method without such keys has fewer. Then come the seeds of the table.
+each time the lowest bpb after the last step. A method without such keys has fewer. With `--share`, methods take the
+factors that were found for the named one, but for that of the matrices, which alone is tuned: so it costs less than
+half, and is as fair where a method changes nothing but the matrices. Then come the seeds of the table.
 `default` is today's muon_adamw with the rates it has. As in the third track of modded-nanogpt only the steps count: the
 first at which the validation's bits per byte are at most the target, on a line between two evaluations. Without
 `--target` this is the mean that `default` ends with, so that it needs all steps. Trainings are jobs of the queue
@@ -93,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scalar-factors", nargs="+", type=float, default=[0.1, 1], help="of the x0 scalars' rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the table")
     parser.add_argument("--tuning-seed", type=int, default=0, help="of the search for rates")
+    parser.add_argument("--share", choices=[*METHODS], metavar="NAME", help="take its factors, but on the matrices' rate")
     parser.add_argument("--evaluations", type=int, default=40, help="of a training (default: 40)")
     parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary (default: 8192)")
     parser.add_argument("--out", type=Path, default=Path("bench_optimizers"), help="folder of queue and runs")
@@ -119,8 +123,11 @@ class Bench:
 
     def tuned(self, name: str) -> tuple[float, ...]:
         """Return the factors on a method's groups of rates with the lowest last bpb, found one after the other."""
-        chosen = [1.0] * len(METHODS[name].rates)
-        for at, keys in enumerate(METHODS[name].rates):
+        rates, shared = METHODS[name].rates, self.args.share
+        chosen = [1.0] * len(rates)
+        if shared not in (None, name) and rates[1:] == METHODS[shared].rates[1:]:
+            rates, chosen[1:] = rates[:1], self.tuned(shared)[1:]
+        for at, keys in enumerate(rates):
             factors = self.args.scalar_factors if keys == SCALARS else self.args.factors
             tried = {factor: (*chosen[:at], factor, *chosen[at + 1 :]) for factor in factors}
             if len(tried) > 1:

@@ -64,6 +64,19 @@ def test_rates_are_searched_one_after_the_other(tmp_path, monkeypatch):
     assert not any(word.startswith("optim.") for word in bench.settings("default", (), 1))
 
 
+def test_rates_of_tables_and_scalars_may_be_those_of_another_method(tmp_path, monkeypatch):
+    def bpb(factors, seed):
+        return sum((factor - good) ** 2 for factor, good in zip(factors, (2, 0.5, 0.1), strict=False))
+
+    bench, tried = bench_of(tmp_path, bpb, monkeypatch)
+    bench.args.share = "muon_adamw"
+    assert bench.tuned("soap") == (2, 0.5, 0.1)
+    assert [run[1] for run in tried if run[0] == "soap"] == [(0.5, 0.5, 0.1), (1, 0.5, 0.1), (2, 0.5, 0.1)]
+    assert len([run for run in tried if run[0] == "muon_adamw"]) == 8
+    tried.clear()
+    assert bench.tuned("adamw") == (2,) and {run[0] for run in tried} == {"adamw"}
+
+
 def test_means_are_of_all_seeds_or_none(monkeypatch, capsys):
     curves = {("default", 1): [(0, 3.0), (10, 1.9)], ("default", 2): [(0, 3.0), (10, 2.1)]}
     curves |= {("soap", 1): [(0, 3.0), (10, 1.0)], ("soap", 2): [(0, 3.0), (10, 2.5)]}
