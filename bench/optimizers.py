@@ -96,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scalar-factors", nargs="+", type=float, default=[0.1, 1], help="of the x0 scalars' rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the table")
     parser.add_argument("--tuning-seed", type=int, default=0, help="of the search for rates")
-    parser.add_argument("--share", choices=[*METHODS], metavar="NAME", help="take its factors, but on the matrices' rate")
+    parser.add_argument("--share", choices=[*METHODS], metavar="NAME", help="take its factors, but for matrix_lr")
     parser.add_argument("--evaluations", type=int, default=40, help="of a training (default: 40)")
     parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary (default: 8192)")
     parser.add_argument("--out", type=Path, default=Path("bench_optimizers"), help="folder of queue and runs")
