@@ -31,7 +31,7 @@ class GPUConfig:
     )
     fp8_head: bool = key("the head's products in 8 bits too, beside precision.fp8=true; untested on a GPU")
     early_check: bool = key(
-        "read a step's loss once its last forward pass ends, so that the update is launched during the backward pass; "
+        "read the loss of a step before the last backward pass, so that the update is launched during that pass; "
         "untested on a GPU"
     )
     muon_kernels: bool = key(
