@@ -42,8 +42,11 @@ class AverageReadOut(L.Callback):
     def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
         """Save the weights of training, also where a checkpoint is made in the middle of an evaluation."""
         if self.trained is not None:
-            names = (f"net.{name}" for name in self.average)
-            checkpoint["state_dict"] = checkpoint["state_dict"] | dict(zip(names, self.trained, strict=True))
+            names = module.net.named_parameters(remove_duplicate=False)  # shared matrices stand at every place
+            trained = dict(zip(self.average, self.trained, strict=True))
+            own = {id(p): trained[name] for name, p in module.net.named_parameters() if name in trained}
+            weights = {f"net.{name}": own[id(p)] for name, p in names if id(p) in own}
+            checkpoint["state_dict"] = checkpoint["state_dict"] | weights
 
     def on_fit_end(self, trainer, module) -> None:
         """Leave the read-out in the network once the last checkpoint is made."""

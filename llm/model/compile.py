@@ -24,6 +24,9 @@ from llm.model.cross_entropy import fused_chunk_loss
 # Inductor times its own Triton products, with elementwise work behind them fused in where that is faster, against the
 # library's, and keeps the fastest of each shape. Of the MLP's products that work is relu^2 and its gradient.
 TUNED = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON", "epilogue_fusion": True}
+# Forms of a block that compiled code is kept for: with and without windows, value embeddings, gradients, at every size
+# that a ramp takes. Torch's own limit of 8 leaves a block that has more forms uncompiled.
+BLOCK_FORMS = 64
 LONG_RUN = 500  # steps from which compiling pays on a CPU
 
 
@@ -69,6 +72,7 @@ def compile_training(net, by_block: bool = False, tuned: bool = False, device: t
     options = TUNED if tuned else None
     ready = begin_sooner() if (device or net.device).type == "cpu" else None
     if by_block:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, BLOCK_FORMS)
         for block in net.transformer.h:
             block.forward = _named("a block", torch.compile(block.forward, dynamic=False, options=options), ready)
         net.training_forward_blocks = net.forward_blocks

@@ -380,8 +380,8 @@ class GPT(nn.Module):
             x = self.transformer.wte(ids)
         else:
             found, numbers = copy_candidates(ids, before, c.copy_bos, c.vocab_size)
-            x, rows = self.transformer.wte(torch.cat((ids, found), dim=1)).chunk(2, dim=1)
-            copied = rows, numbers
+            x = self.transformer.wte(ids)
+            copied = self.transformer.wte.forward(found), numbers  # without hooks: noise is for the tokens themselves
         if self.ngrams is not None:
             ngrams = self.ngrams(ids, before)
             if c.ngram_into == "values":

@@ -179,11 +179,11 @@ def muon_apply(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> N
     if group["coupled_decay"]:
         rows, cols = group["shape"]
         group = group | {"weight_decay": group["weight_decay"] * max(1.0, rows / cols) ** 0.5}
-    if group["row_floor"] is not None:
-        step = floored(group, params, step)
     if group["hyperball"]:
         on_hyperball(group, params, step)
         return
+    if group["row_floor"] is not None:
+        step = floored(group, params, step)
     decay = group["lr"] * group["weight_decay"]
     if not (decay and group["cautious"]):
         decay_and_add(group, params, step)

@@ -7,7 +7,7 @@ import torch
 
 from llm.config.registries import UPDATE_RULES
 from llm.errors import UserError
-from llm.optim.update_rules import ElementwiseRule, MatrixRule, UpdateRule
+from llm.optim.update_rules import ElementwiseRule, MatrixRule, State, UpdateRule
 
 # Matrices stacked for one update: on a CPU as many as stay in a core's cache between the passes over them.
 STACK_BYTES = {"cpu": 1 << 21}
@@ -112,6 +112,15 @@ class GroupOptimizer(torch.optim.Optimizer):
 def rule_of(group: dict) -> UpdateRule:
     """Return the rule that updates a parameter group."""
     return UPDATE_RULES.get(group["kind"], "kind")
+
+
+def first_states(groups: list[dict]) -> list[State]:
+    """Return the state of every parameter before its first step, in the order of the groups, without its numbers."""
+    return [
+        rule_of(group).new_state(group, torch.empty_like(parameter, device="meta"))
+        for group in groups
+        for parameter in group["params"]
+    ]
 
 
 def set_defaults(group: dict) -> None:

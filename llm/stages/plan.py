@@ -140,9 +140,6 @@ def check_fp8(dtype: torch.dtype, is_fsdp: bool) -> None:
         raise UserError("precision.fp8=true: works beside bf16 only; set precision.compute=bf16")
 
 
-MUON_PASSES = ("row_normalize", "normuon_beta2", "renormalize", "cautious")  # what Muon's kernels on a GPU compute
-
-
 def check_switches(cfg) -> None:
     """Raise UserError where a key of `gpu` could have no effect, whatever the device."""
     if cfg.gpu.joint_qkv and cfg.arch.name == "gpt2":
@@ -161,12 +158,21 @@ def check_switches(cfg) -> None:
         raise UserError("gpu.bf16_tables=true: not made for adapters; set it to false or model.lora.rank=null")
     if cfg.gpu.fp8_head and not cfg.precision.fp8:
         raise UserError("gpu.fp8_head=true: goes with precision.fp8=true only; set that, or this to false")
-    passes = [key for key in MUON_PASSES if cfg.optim.get(key) not in (None, False)]
-    if cfg.gpu.muon_kernels and (cfg.model.lora.rank or not passes):
-        what = "an adapter learns by AdamW" if cfg.model.lora.rank else f"none of optim.{', '.join(MUON_PASSES)} is on"
-        raise UserError(f"gpu.muon_kernels=true: {what}, so they would have nothing to do; set it to false")
+    if cfg.gpu.muon_kernels and (why := idle_kernels(cfg)) is not None:
+        raise UserError(f"gpu.muon_kernels=true: {why}, so they would have nothing to do; set it to false")
     if cfg.gpu.tuned_products and cfg.compile is False:
         raise UserError("gpu.tuned_products=true: compile=false compiles no product; set compile=auto or this to false")
+
+
+def idle_kernels(cfg) -> str | None:
+    """Say in words why Muon's kernels for a GPU would have nothing to do; None if they have."""
+    passes = ("row_normalize", "normuon_beta2", "renormalize", "cautious")
+    if cfg.model.lora.rank:
+        return "an adapter learns by AdamW"
+    if cfg.optim.get("dion_rank") is not None:
+        return f"optim.dion_rank={cfg.optim.dion_rank} takes the place of Muon"
+    is_idle = all(cfg.optim.get(key) in (None, False) for key in passes)
+    return f"none of optim.{', '.join(passes)} is on" if is_idle else None
 
 
 def evaluates(cfg) -> bool:
@@ -340,8 +346,9 @@ def check_vocab_size(cfg, found: int) -> None:
 
 def check_same_model(wanted: GPTConfig, found: GPTConfig, where: Path) -> None:
     """Raise UserError naming every key in which the configured model differs from the one in a model/ folder."""
+    implied = dict.fromkeys(("rope_original", "ngram_bos", "copy_bos"))  # of other keys
     a, b = (
-        c.to_dict() | {"bos_id": c.bos_id is not None, "rope_original": None, "scalar_head": False}
+        c.to_dict() | implied | {"n_layer": c.n_blocks, "bos_id": c.bos_id is not None, "scalar_head": False}
         for c in (wanted, found)
     )
     differing = [

@@ -377,7 +377,7 @@ class StepModule(L.LightningModule):
         self.progress.tokens = state["tokens"]
         self.step_log.load_state_dict(state["window"])
         self.loss_watch.recent.extend(state["recent"])
-        self.budget.before = state.get("seconds", 0.0)
+        self.budget.resume(state.get("seconds", 0.0))
         if "scaler" in state:
             self.scaler = LossScaler()
             self.scaler.load_state_dict(state["scaler"])

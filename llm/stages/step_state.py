@@ -107,7 +107,7 @@ class Votes:
 class Budget:
     """Wall-clock budget of a training in seconds, over all its sittings: the schedules end when it does.
 
-    used: share that is spent, as all processes agreed in the last step.
+    used: share that is spent, as all processes agreed in the last step, or read from a checkpoint.
     """
 
     def __init__(self, minutes: float | None):
@@ -117,6 +117,10 @@ class Budget:
     def start(self) -> None:
         """Begin to count: the first step is next."""
         self.begun = time.perf_counter()
+
+    def resume(self, seconds: float) -> None:
+        """Go on behind earlier sittings of that many seconds."""
+        self.before, self.used = seconds, seconds / self.seconds
 
     def spent(self) -> float:
         """Return the seconds that this process has trained, in earlier sittings too."""

@@ -58,11 +58,9 @@ def fit(trainer, built, stage_dir: Path) -> None:
 
 def needed(module) -> Any:
     """Return what a checkpoint must hold for a stage: the tensors of its network and of its optimizer."""
-    import torch
-
     from llm.checkpoint.parts import Needed, facts
     from llm.optim.build import build_optimizer
-    from llm.optim.optimizer import rule_of
+    from llm.optim.optimizer import first_states, rule_of
 
     always = ("kind", "lr", "weight_decay", "decays", "initial_lr", "initial_decay", "params")
     groups = build_optimizer(module.net, module.optim_config).param_groups
@@ -70,11 +68,7 @@ def needed(module) -> Any:
         module.context.total_steps,
         facts(module.kept(module.state_dict())),
         [{name: group[name] for name in (*always, *rule_of(group).needs)} for group in groups],
-        [
-            facts(rule_of(group).new_state(group, torch.empty_like(parameter, device="meta")))
-            for group in groups
-            for parameter in group["params"]
-        ],
+        [*map(facts, first_states(groups))],
     )
 
 

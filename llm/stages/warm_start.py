@@ -5,10 +5,12 @@ The weights of a parent come from its model/ folder, which has no optimizer stat
 
 from pathlib import Path
 
+from llm.checkpoint.parts import differs, facts
 from llm.checkpoint.resume import load_checkpoint, newest_checkpoint
 from llm.errors import UserError
 from llm.model.gpt import GPT
 from llm.optim.build import build_optimizer
+from llm.optim.optimizer import first_states
 from llm.run.stage_folder import read_manifest
 
 
@@ -18,18 +20,25 @@ def parent_optimizer(parent: Path, net: GPT, optim) -> dict:
     Its tensors are mapped into memory. Raises UserError where the last checkpoint is gone or has another optimizer.
     """
     stage, fix = parent.parent, "set stage.warm_start=false to begin with a fresh optimizer"
-    found = newest_checkpoint(stage / "checkpoints")
+    newest = newest_checkpoint(stage / "checkpoints")
     steps = (read_manifest(stage) or {}).get("steps")
-    if found is None or found[0] != steps:
+    if newest is None or newest[0] != steps:
         raise UserError(f"stage.warm_start=true: {stage / 'checkpoints'} has no checkpoint of the last step; {fix}")
-    saved = load_checkpoint(found[1])["optimizer_states"][0]
+    saved = load_checkpoint(newest[1])["optimizer_states"][0]
+    groups = build_optimizer(net, optim).param_groups
     theirs = [(group["kind"], len(group["params"])) for group in saved["param_groups"]]
-    ours = [(group["kind"], len(group["params"])) for group in build_optimizer(net, optim).param_groups]
+    ours = [(group["kind"], len(group["params"])) for group in groups]
     if theirs != ours:
         raise UserError(
             f"stage.warm_start=true: {stage} was trained by another optimizer than optim.name={optim.name} "
             f"(groups {_words(theirs)}, here {_words(ours)}); choose its optim, or {fix}"
         )
+    for place, state in enumerate(map(facts, first_states(groups))):
+        found = saved["state"].get(place)  # a parameter that never had a gradient has none
+        if found and (problem := differs(found, state, f"state.{place}", surplus=True)):
+            raise UserError(
+                f"stage.warm_start=true: {stage} was trained with other keys of optim ({problem}); take these, or {fix}"
+            )
     return saved["state"]
 
 

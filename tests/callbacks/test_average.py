@@ -4,14 +4,16 @@ import pytest
 import torch
 from conftest import compose
 from lightning import Callback
-from small_training import StopAt, fit, rows
+from small_training import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
 from stages_by_conf import BPB, trained
 
 from callbacks.average import AverageReadOut
 from callbacks.cadence import Periodic
 from llm.checkpoint.resume import checkpoint_path, newest_checkpoint
 from llm.errors import UserError
+from llm.model.config import GPTConfig
 from llm.stages.plan import check_average
+from llm.stages.step_module import StageContext, StepModule
 
 
 def weights(module) -> list[torch.Tensor]:
@@ -124,7 +126,10 @@ def test_an_evaluation_that_is_made_again_is_of_the_read_out(tmp_path):
     assert_same(weights(resumed), weights(whole))
 
 
-def test_a_checkpoint_in_the_middle_of_an_evaluation_has_the_weights_of_training(tmp_path):
+@pytest.mark.parametrize("loops", [1, 2])
+def test_a_checkpoint_in_the_middle_of_an_evaluation_has_the_weights_of_training(tmp_path, loops):
+    """A matrix that blocks share stands in it at every place."""
+
     class Saves(Measured):
         def act(self, trainer, module, step):
             super().act(trainer, module, step)
@@ -132,10 +137,17 @@ def test_a_checkpoint_in_the_middle_of_an_evaluation_has_the_weights_of_training
                 trainer.save_checkpoint(tmp_path / "during.ckpt")
 
     average, measured, after = AverageReadOut(3), Saves(), Trained()
-    fit(tmp_path, first=[average], extra=[after, Around(average, measured)])
+    config = GPTConfig(1 + loops, 1, 1, 16, 16, 8, 70, arch="modern", loops=loops)  # two blocks
+    context = StageContext("pretrain", None, torch.ones(70), STEPS, 8)
+    module = StepModule(net(config=config), OPTIM, STAGE, context)
+    fit(tmp_path, first=[average], extra=[after, Around(average, measured)], module=module)
     saved = torch.load(tmp_path / "during.ckpt", weights_only=True)["state_dict"]
     names = list(average.average)
     assert_same([saved[f"net.{name}"] for name in names], after.after[3])
+    places = module.net.named_parameters(remove_duplicate=False)
+    first = {id(p): f"net.{name}" for name, p in module.net.named_parameters()}
+    assert all(torch.equal(saved[f"net.{name}"], saved[first[id(p)]]) for name, p in places)
+    assert (len(saved) > len(names)) == (loops > 1)
     assert not torch.equal(saved[f"net.{names[0]}"], measured.seen[4][0])
 
 

@@ -15,6 +15,7 @@ from llm.model.compile import TUNED, compile_training, decide
 from llm.model.config import GPTConfig
 from llm.model.cross_entropy import CHUNK_ELEMENTS
 from llm.model.gpt import GPT
+from llm.stages.ramps import short_windows, shorter_rows
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MODERN = {"value_embeds": True, "residual_scalars": True, "smear": True, "backout": True, "window_pattern": "SL"}
@@ -118,6 +119,27 @@ def test_compiled_equals_eager_and_is_compiled_once(bos_id, by_block, tuned, mon
     assert graphs > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     with torch.no_grad():
         torch.testing.assert_close(eager(ids[:, :9]), compiled(ids[:, :9]))  # eager, whatever the shape
+
+
+def test_blocks_stay_compiled_at_every_size_of_the_ramps(monkeypatch):
+    """Compiled one by one they have a form for each window, size and kind of pass: more than torch's limit of 8."""
+    compile_any = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda what, **_: compile_any(what, backend="eager", dynamic=False))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    options = MODERN | {"window_pattern": "SSSL", "window_divisor": 4, "window_multiple": 16}
+    net = GPT(GPTConfig(8, 2, 2, 16, 32, 128, 64, arch="modern", **options)).init_weights(1)
+    compile_training(net, by_block=True)
+    ids = {"ids": torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))}
+    with monkeypatch.context() as strict:
+        strict.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+        for share in (0.25, 0.5, 1.0):
+            rows = shorter_rows(ids, share)["ids"]
+            with short_windows(net, share):
+                net(rows, rows).backward()
+            with torch.no_grad():
+                net(ids["ids"], ids["ids"])
+    torch._dynamo.reset()
 
 
 OWN_GRADIENT = """

@@ -14,7 +14,7 @@ from llm.model.config import depth_of, flops_per_token, num_params
 from llm.model.gpt import GPT
 from llm.model.lora import LoRA, add_adapter
 from llm.scaling.rules import model_config
-from llm.stages.plan import check_whole
+from llm.stages.plan import check_same_model, check_whole
 from llm.tokenizer.bpe import Tokenizer
 
 LOOPED = MODERN | {"loops": 2, "n_kv_head": 2}
@@ -48,6 +48,20 @@ def test_depth_is_the_number_of_blocks_and_flops_are_those_of_all_places():
     assert flops_per_token(c) == flops_per_token(whole) and num_params(whole)["blocks"] > num_params(c)["blocks"]
     with pytest.raises(UserError, match="arch.loops=2: model.depth=1 has no middle blocks"):
         model_config(compose("train", "model=d1").model, compose("train", "arch.loops=2").arch, 300)
+
+
+def test_a_contradiction_with_a_parent_names_keys_that_can_be_set():
+    def shape(*words):
+        cfg = compose("train", "model=d4", *words)
+        return model_config(cfg.model, cfg.arch, 300)
+
+    both = "arch.loops=2", "arch.ngrams=[2]", "arch.copy_candidate=true"
+    with pytest.raises(UserError) as caught:
+        check_same_model(shape(), shape(*both), "runs/a/pretrain/model")
+    named = str(caught.value).partition("(")[2].partition(": leave these keys out")[0]
+    keys = {part.split(":")[0].strip() for part in named.split(";")}
+    assert keys == {"arch.loops", "arch.ngrams", "arch.copy_candidate"}
+    check_same_model(shape(*both), shape(*both), "runs/a/pretrain/model")
 
 
 def test_it_computes_what_a_network_with_copies_does_and_their_gradients_add_up():

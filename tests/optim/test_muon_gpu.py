@@ -149,6 +149,7 @@ def test_they_are_off_until_a_stage_turns_them_on_and_a_cpu_keeps_its_own():
         (["optim=adamw"], "none of optim.row_normalize, normuon_beta2, renormalize, cautious is on"),
         (["optim=muon_2025"], "none of optim.row_normalize"),
         (["model.lora.rank=4"], "an adapter learns by AdamW"),
+        (["optim.dion_rank=0.25"], "optim.dion_rank=0.25 takes the place of Muon"),
     ],
 )
 def test_a_switch_without_effect_is_refused(settings, message):

@@ -108,6 +108,15 @@ def naive_hyperball(weight, u, g, rate):
     return radius * out / np.linalg.norm(out)
 
 
+def naive_floored_ball(weight, u, g, rate, floor=1.2):
+    """Rows of the step that the sphere has made lr R long are lengthened, and then all is put back on the sphere."""
+    if not u.any():
+        return weight
+    radius = np.linalg.norm(weight)
+    out = naive_floor(weight, u, g, LR * radius / np.linalg.norm(u), floor)
+    return radius * out / np.linalg.norm(out)
+
+
 def naive_rows(weight, u, g, rate, state):
     out, norm = u.copy(), np.linalg.norm(u)
     for i in range(len(u)):
@@ -120,6 +129,7 @@ AFTER = {  # name: switches, what they make of a weight
     "agreeing": ({"cautious_update": True}, naive_agreeing),
     "floor": ({"row_floor": 0.4 * 100}, naive_floor),
     "hyperball": ({"hyperball": True}, naive_hyperball),
+    "floor on the hyperball": ({"hyperball": True, "row_floor": 1.2}, naive_floored_ball),
 }
 
 

@@ -147,6 +147,17 @@ def test_a_warm_start_that_cannot_be_is_refused(root, args, says):
     assert says in refusal(root, "run=no", *CONTINUE, "stage.warm_start=true", *args)
 
 
+def test_a_warm_start_with_switches_that_the_parent_did_not_have_is_refused(root):
+    shape = ("model.seq_len=64", "arch=classic", "max_steps=1", "stage.sample_every=0")
+    train(root, "run=m", "stage=pretrain", "init_from=a/tokenizer", *shape)
+    warm = ("run=no", "stage=pretrain", "init_from=m/pretrain", "stage.warm_start=true", *shape)
+    for key in ("soap_beta=0.9", "muon2_beta=0.9", "slow_momentum=0.98", "normuon_rows=true"):
+        said = refusal(root, *warm, f"optim.{key}")
+        assert "m/pretrain was trained with other keys of optim (tensor state." in said
+        assert "set stage.warm_start=false" in said
+    train(root, *warm, "optim.normuon_beta2=null")  # what the parent has besides is left
+
+
 @pytest.mark.slow
 def test_a_lengthened_stage_is_that_of_one_go(root, capsys):
     """With rates that do not depend on the horizon: same data, same weights, bit for bit."""

@@ -138,6 +138,18 @@ def test_resuming_equals_a_straight_run(tmp_path):
         assert [r[name] for r in rows(tmp_path / "straight")] == [r[name] for r in rows(tmp_path / "broken")]
 
 
+def test_a_time_budget_goes_on_where_the_sitting_before_ended(tmp_path):
+    """Schedules of the first step are those of half of the time already, not of step 6 of many."""
+    fit(tmp_path)
+    saved = torch.load(newest_checkpoint(tmp_path / "checkpoints")[1], weights_only=True)
+    saved["fathom"]["seconds"] = 30.0
+    for minutes, place in ((1, 500), (0.1, 1000), (None, 6)):
+        context = StageContext("pretrain", None, torch.ones(70), 1000, 8, max_minutes=minutes)
+        module = StepModule(net(), OPTIM, STAGE, context)
+        module.on_load_checkpoint(saved)
+        assert module.budget.place(6, 1000) == place
+
+
 @pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda signum: signum.name)
 def test_a_signal_saves_and_stops_after_the_step(tmp_path, signum):
     before = signal.getsignal(signum)
