@@ -175,8 +175,8 @@ def enable_fp8(net) -> int:
 def choose_fp32_products(by_onednn: bool) -> None:
     """Let fp32 products on a CPU go through oneDNN, or through torch's choice, which is MKL.
 
-    oneDNN is twice as fast on processors of AMD. torch goes there only with permission to round to bf16, of which
-    processors with AMX make use: where a trial shows that, the permission is taken back.
+    oneDNN is twice as fast on processors of AMD with AVX-512, and as fast on those without. torch goes there only with
+    permission to round to bf16, of which processors with AMX make use: where a trial shows that, it is taken back.
     """
     torch.set_float32_matmul_precision("medium" if by_onednn else "highest")
     if by_onednn and not _is_exact():
