@@ -83,7 +83,7 @@ def apply(params: Sequence[torch.Tensor], step: torch.Tensor, decay: float) -> N
 
 
 def _of_rows(cols: int) -> dict[str, int]:
-    """Return the options of a kernel whose programs have a whole row each: 8 to 16 numbers of it for every thread."""
+    """Return the options of a kernel whose programs have a whole row each: at most 16 numbers a thread up to 8,192."""
     block = 1 << max(cols - 1, 1).bit_length()
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
