@@ -16,6 +16,7 @@ NEUTRAL_KEYS = (
     *("run", "plugins", "trust", "resume", "overwrite", "dry_run", "verbose", "paths", "log_every", "save_*"),
     *("keep_last", "watch", "verify", "objective", "objective_mode", "device_price"),
     *("logger", "callbacks", "trainer", "strategy", "batch.micro_batch_size", "estimate"),
+    *("gpu.early_check", "gpu.muon_kernels"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
     *("stage.extend", "stage.judge", "stage.prompts", "data.prompts"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
