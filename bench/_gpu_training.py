@@ -78,6 +78,8 @@ def compilation(found, small: bool) -> None:
         found.note(**{f"{name}_first_step_s": first, f"{name}_passes_ms": 1000 * seconds})
         found.note(**{f"{name}_graphs": graphs, f"{name}_graph_breaks": breaks, f"{name}_recompiled": again})
         found.note(**{f"{name}_attention": args.attention})
+        if args.attention in ("flex", "sdpa"):  # wheels of FlashAttention 3 of before autumn 2025 break the graph
+            found.check(f"{name}_breaks_and_recompilations", float(breaks + again), 0.0)
         del net
     for name, error in gradient_errors(compiles=not small).items():
         found.check(name, error, 1e-3)
@@ -203,8 +205,8 @@ def fp8(found, small: bool) -> None:
         found.note(**{f"{name}_passes_ms": 1000 * _bench.alternating(one, 2 if small else 8)[name]})
         losses[name] = trained_loss(net, cfg, batch)
         found.note(**{f"{name}_loss_after_10": losses[name]})
-        del net
-    learnt = math.log(args.vocab) - losses["bf16"]
+        del net, one  # which holds the network too
+    learnt = abs(math.log(args.vocab) - losses["bf16"])
     for name in ("fp8", "fp8_head"):
         found.note(**{f"{name}_to_bf16": found.values[f"{name}_passes_ms"] / found.values["bf16_passes_ms"]})
         found.check(f"{name}_loss_after_10_steps", abs(losses[name] - losses["bf16"]) / learnt, 0.1)
@@ -253,7 +255,7 @@ def switches(found, small: bool, key: str) -> None:
         one = {name: lambda net=net: train_step.passes(net, batch)}
         found.note(**{f"{name}_passes_ms": 1000 * _bench.alternating(one, 2 if small else 8)[name]})
         losses[name] = trained_loss(net, cfg, batch)
-        del net
+        del net, one  # which holds the network too
     found.note(on_to_off=found.values[f"{key}_passes_ms"] / found.values["plain_passes_ms"])
     learnt = abs(math.log(args.vocab) - losses["plain"])
     found.check("loss_after_10_steps", abs(losses[key] - losses["plain"]) / learnt, 0.05)
@@ -299,8 +301,8 @@ def early_check(found, small: bool, depth: int) -> None:
 
 
 def micro_batch(found, small: bool) -> None:
-    """Let the size of a micro-batch be chosen, and train a step with it: peak memory, and its share of the card's."""
-    args = arguments(small, 20, micro=1)
+    """Let the size of a micro-batch be chosen, and train steps of two: peak memory, and its share of the card's."""
+    args = arguments(small, 20, micro=2)
     words = [f"model=d{args.depth}", f"model.seq_len={args.seq_len}", "batch.micro_batch_size=auto"]
     cfg = compose("train", words)
     config = model_config(cfg.model, cfg.arch, args.vocab)

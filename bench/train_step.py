@@ -144,7 +144,8 @@ def build(args) -> tuple[GPT, object]:
 def loader_of(args) -> TextSteps:
     """Return a loader of steps of random documents."""
     stored = Stored(args.vocab)
-    return TextSteps(stored, stored, StepLayout(args.seq_len, args.rows, args.micro), split="train", buffer=1000)
+    layout = StepLayout(args.seq_len, args.rows, args.micro, pin_memory=_bench.DEVICE.type == "cuda")
+    return TextSteps(stored, stored, layout, split="train", buffer=1000)
 
 
 def measure(args) -> dict:

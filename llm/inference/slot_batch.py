@@ -73,8 +73,9 @@ def default_budget(net, max_rows: int, sharers: int = 1) -> int:
     sharers: engines that use the memory, this one too; each takes its part of that half.
     """
     config, size = net.config, net.compute_dtype.itemsize
-    if net.device.type == "cuda":
-        free = torch.cuda.mem_get_info(net.device)[0]
+    if net.device.type == "cuda":  # what torch keeps for the next tensors is free too
+        kept = torch.cuda.memory_reserved(net.device) - torch.cuda.memory_allocated(net.device)
+        free = torch.cuda.mem_get_info(net.device)[0] + kept
     else:
         free = free_memory()
     per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * size

@@ -306,7 +306,8 @@ class StepPass:
         seen = torch.arange(end, device=keys.device) <= self.lengths.unsqueeze(1)  # (n, end)
         grouped = q.view(self.n, keys.size(1), -1, q.size(3))  # query heads of one key/value head are as rows of it
         mask = seen[:, None, None]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale).view_as(q)
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=options.scale)
+        return y.reshape(q.shape)  # a copy where a GPU's kernel lays heads of a group apart
 
     def advance(self, n_new: int) -> None:
         """Keep the embedding and keys of every live row's token, and its last ids."""

@@ -26,9 +26,12 @@ def sample_vocabulary(targets: torch.Tensor, vocab_size: int, share: float, step
 
     P is `share` of the vocabulary in whole multiples of 64, twice that, and so on, until all targets fit.
     """
+    size = math.ceil(share * vocab_size / MULTIPLE) * MULTIPLE
+    if size >= vocab_size:
+        return None
     wanted = torch.zeros(vocab_size + 1, dtype=torch.bool, device=targets.device)
     wanted[targets.flatten()] = True  # -1 is the place behind the vocabulary
-    wanted, size = wanted[:vocab_size], math.ceil(share * vocab_size / MULTIPLE) * MULTIPLE
+    wanted = wanted[:vocab_size]
     if targets.numel() > size:  # else they fit; on a GPU, counting makes the host wait
         count = int(wanted.sum())
         while size < count:

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+from llm.optim.update_rules import unwaited
+
 DEVICES = ("cuda",)
 _is_on = False
 
@@ -100,5 +102,4 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 @lru_cache(256)  # those of weights and momentum stay, those of gradients come again
 def _on_device(device: torch.device, *addresses: int) -> torch.Tensor:
     """Return addresses as a tensor (n,) on the device, which is not waited for."""
-    there = torch.tensor(addresses, dtype=torch.int64)
-    return there if device.type == "cpu" else there.pin_memory().to(device, non_blocking=True)
+    return unwaited(torch.tensor(addresses, dtype=torch.int64), device)

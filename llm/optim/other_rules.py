@@ -7,7 +7,7 @@ import torch
 
 from llm.optim import row_adamw_cpu
 from llm.optim.muon_switches import on_hyperball, stacked, write
-from llm.optim.update_rules import ElementwiseRule, MatrixRule
+from llm.optim.update_rules import ElementwiseRule, MatrixRule, unwaited
 
 
 def adam_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -24,9 +24,10 @@ def adam_step(group: dict, grads: list[torch.Tensor], states: list[dict]) -> tor
     write(states, "exp_avg_sq", square)
     for state in states:
         state["step"] += 1
-    done = stacked(states, "step")[:, :, None].double()
-    root = square.div_((1 - beta2**done).to(g)).sqrt_().add_(group["eps"])
-    return mean.div_((1 - beta1**done).to(g)).div_(root).mul_(-group["lr"])
+    done = stacked(states, "step")[:, :, None].double()  # on the host
+    first, second = (unwaited((1 - beta**done).to(g.dtype), g.device) for beta in (beta1, beta2))
+    root = square.div_(second).sqrt_().add_(group["eps"])
+    return mean.div_(first).div_(root).mul_(-group["lr"])
 
 
 def dion_state(group: dict, matrix: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -36,6 +36,11 @@ class ElementwiseRule:
         return numbers | {name: torch.zeros_like(piece) for name in self.state}
 
 
+def unwaited(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return numbers of the host on the device, for which the host does not wait."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
 def decay_and_add(group: Group, params: list[torch.Tensor], step: torch.Tensor) -> None:
     """Shrink n matrices (r, c), or some of their rows, by lr x weight_decay and add step (n, r, c), in place."""
     decay = group["lr"] * group["weight_decay"]

@@ -101,12 +101,14 @@ def largest_trial(choices, attempt) -> int:
     for rows in choices:
         try:
             attempt(rows)
-            return rows
+            fits = True
         except torch.OutOfMemoryError:
-            pass
+            fits = False
         gc.collect()  # not earlier: within `except` the error's frames still hold what the trial made
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if fits:
+            return rows
     raise UserError(
         "batch.micro_batch_size=auto: not even one row fits the device; use a smaller model or model.seq_len, or "
         "trainer.activation_checkpointing=true"
@@ -114,7 +116,10 @@ def largest_trial(choices, attempt) -> int:
 
 
 def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
-    """Run forward and backward of one micro-batch beside all that an optimizer keeps, in `SHARE` of the memory."""
+    """Run forward and backward of a later micro-batch of a step, in `SHARE` of the memory.
+
+    Beside it are all that an optimizer keeps, and the gradients of the micro-batches before.
+    """
     from llm.model.linear import resolve_compute_dtype
 
     torch.cuda.set_per_process_memory_fraction(SHARE, device)
@@ -124,6 +129,8 @@ def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
         net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
         net.activation_checkpointing = cfg.trainer.activation_checkpointing
         state = [torch.zeros_like(p) for p in net.parameters() for _ in range(2)]
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
         ids = torch.zeros(rows, config.seq_len, dtype=torch.long, device=device)
         net(ids, ids, reduction="sum").backward()
         del net, state

@@ -37,7 +37,7 @@ from llm.stages.device import DeviceOptions, take_over
 from llm.stages.from_checkpoint import saved_module
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.ramps import short_windows, shorter_rows
-from llm.stages.step_state import Budget, LossWatch, Progress, SentNumber, StepLog, Sums, Votes
+from llm.stages.step_state import Budget, LossWatch, Progress, Sent, StepLog, Sums, Votes
 from llm.stages.text_loss import TextLoss
 from llm.stages.warm_start import take_state
 
@@ -93,7 +93,7 @@ class StepModule(L.LightningModule):
         self.loss_watch, self.budget = LossWatch(context.loss_jump), Budget(context.max_minutes)
         self.planned_steps = context.total_steps
         self.checks_early = context.options is not None and context.options.early_check
-        self.sent_sum: SentNumber | None = None  # the losses of a step, where it is checked early
+        self.sent_sum: Sent | None = None  # the losses of a step, where it is checked early
         self.rate: float | None = None  # the share of the learning rates in the last step
         self.gradient_clip_val: float | None = None  # the Trainer's
         self.device_ready: torch.device | None = None
@@ -197,11 +197,11 @@ class StepModule(L.LightningModule):
             self.context.total_steps, self.trainer.should_stop = self.global_step + 1, True
         if self.scaler is not None:
             self.scaler.unscale(list(self.parameters()))  # without gradients the update changes nothing
+        means = (value / collectives.world_size() for value in metrics)
+        numbers = dict(zip(own, means, strict=True)) | self.objective_numbers(max(n_trained, 1))  # known: no wait
         self.is_updating = True
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        means = (value / collectives.world_size() for value in metrics)
-        numbers = dict(zip(own, means, strict=True)) | self.objective_numbers(max(n_trained, 1))
         self.step_log.add_step(nats, int(n_trained), numbers)
         self.progress.tokens += int(n_tokens)
         if self.trainer.datamodule is not None:
@@ -251,7 +251,8 @@ class StepModule(L.LightningModule):
             loss, is_last = self.micro_loss(micro), i + 1 == len(micro_batches)
             losses.append(loss.detach())
             if is_last and self.checks_early:
-                self.sent_sum = SentNumber(torch.stack(losses).sum())
+                self.sent_sum = Sent(torch.stack(losses).sum())
+                self.sums.send()
             if isinstance(ddp, DistributedDataParallel):
                 with nullcontext() if is_last else ddp.no_sync():
                     self.manual_backward(loss * factor)
@@ -268,7 +269,7 @@ class StepModule(L.LightningModule):
         and they are made during the backward pass.
         """
         spent, sent = self.budget.spent() / collectives.world_size(), self.sent_sum
-        total, self.sent_sum = torch.stack(losses).sum().item() if sent is None else sent.item(), None
+        total, self.sent_sum = torch.stack(losses).sum().item() if sent is None else sent.get().item(), None
         nats, spent, *votes = collectives.all_reduce_sum([total, spent, *self.votes.cast()])
         self.votes.count(votes)
         self.budget.used = spent / self.budget.seconds

@@ -58,23 +58,23 @@ class StepLog:
         self.nats, self.trained, self.numbers = state["nats"], state["trained"], state["metrics"]
 
 
-class SentNumber:
-    """A number of a device on its way to the host, which does not wait for what the device is given to do after it."""
+class Sent:
+    """Numbers of a device on their way to the host, which do not wait for what the device is given to do after them."""
 
-    def __init__(self, number: torch.Tensor):
-        self.arrived = torch.cuda.Event() if number.device.type == "cuda" else None
+    def __init__(self, numbers: torch.Tensor):
+        self.arrived = torch.cuda.Event() if numbers.device.type == "cuda" else None
         if self.arrived is None:
-            self.number = number
+            self.numbers = numbers
         else:
-            self.number = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self.number.copy_(number, non_blocking=True)
+            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
             self.arrived.record()
 
-    def item(self) -> float:
-        """Wait until the number is here, and return it."""
+    def get(self) -> torch.Tensor:
+        """Wait until the numbers are here, and return them."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.number.item()
+        return self.numbers
 
 
 @dataclass
@@ -136,6 +136,7 @@ class Sums:
 
     def __init__(self):
         self._values: dict[str, torch.Tensor] = {}
+        self._sent: Sent | None = None
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Add numbers, tensors () on the device, of one micro-batch."""
@@ -144,9 +145,16 @@ class Sums:
             both = torch.maximum if name.endswith("_max") else torch.add
             self._values[name] = value if old is None else both(old, value)
 
+    def send(self) -> None:
+        """Send the numbers to the host: no more are added. `total` does it where nobody did before."""
+        if self._values:
+            self._sent = Sent(torch.stack([value.float() for value in self._values.values()]))
+
     def total(self) -> dict[str, float]:
         """Return the numbers of all processes together."""
-        numbers = torch.stack([value.float() for value in self._values.values()]).tolist() if self._values else []
+        if self._sent is None:
+            self.send()
+        numbers = [] if self._sent is None else self._sent.get().tolist()
         every = collectives.all_gather_object(dict(zip(self._values, numbers, strict=True)))
         names = dict.fromkeys(name for one in every for name in one)
         return {n: (max if n.endswith("_max") else sum)(one[n] for one in every if n in one) for n in names}

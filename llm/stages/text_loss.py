@@ -85,9 +85,9 @@ class TextLoss:
         """Return the summed loss in nats. done: share of the steps that is over; step: their number."""
         goals, factors, vocab_size = micro["targets"], micro.get("weights"), net.config.vocab_size
         if more := self.further(goals, done):
-            shares = torch.tensor([1.0, *(share for _, share in more)], device=goals.device)
+            factors = torch.ones(goals.shape, device=goals.device) if factors is None else factors
+            factors = torch.stack([factors, *(factors * share for _, share in more)], dim=-1)  # nothing is sent
             goals = torch.stack([goals, *(goal for goal, _ in more)], dim=-1)  # (B, T, K)
-            factors = shares.expand(goals.shape) if factors is None else factors.unsqueeze(-1) * shares
         ids = sample_vocabulary(goals, vocab_size, sample_share(self.sampled_softmax, done), step)
         if ids is None and not more:
             return net(micro["inputs"], goals, reduction="sum", token_weights=factors)

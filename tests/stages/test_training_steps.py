@@ -23,7 +23,7 @@ from llm.stages.device import DeviceOptions
 from llm.stages.loss_scaler import LossScaler
 from llm.stages.micro_batch import check_fits, out_of_memory
 from llm.stages.step_module import StageContext, StepModule
-from llm.stages.step_state import SentNumber
+from llm.stages.step_state import Sent
 
 
 def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, capsys, monkeypatch):
@@ -87,16 +87,16 @@ def test_the_loss_may_be_read_before_the_last_backward_pass(tmp_path, monkeypatc
             loss.register_hook(lambda _: events.append("backward"))
             return loss
 
-    class Sent(SentNumber):
-        def __init__(self, number):
+    class Watching(Sent):
+        def __init__(self, numbers):
             events.append("sent")
-            super().__init__(number)
+            super().__init__(numbers)
 
     def module(is_early: bool) -> Watched:
         options = DeviceOptions("fp32", False, "auto", False, False, True, False, early_check=is_early)
         return Watched(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), STEPS, 8, options=options))
 
-    monkeypatch.setattr("llm.stages.step_module.SentNumber", Sent)
+    monkeypatch.setattr("llm.stages.step_module.Sent", Watching)
     for is_early, seen in ((False, []), (True, ["sent"])):
         events.clear()
         folder = tmp_path / str(is_early)
