@@ -125,14 +125,12 @@ def test_blocks_stay_compiled_at_every_size_of_the_ramps(monkeypatch):
     """Compiled one by one they have a form for each window, size and kind of pass: more than torch's limit of 8."""
     compile_any = torch.compile
     monkeypatch.setattr(torch, "compile", lambda what, **_: compile_any(what, backend="eager", dynamic=False))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     options = MODERN | {"window_pattern": "SSSL", "window_divisor": 4, "window_multiple": 16}
     net = GPT(GPTConfig(8, 2, 2, 16, 32, 128, 64, arch="modern", **options)).init_weights(1)
-    compile_training(net, by_block=True)
     ids = {"ids": torch.randint(0, 64, (2, 128), generator=torch.Generator().manual_seed(0))}
-    with monkeypatch.context() as strict:
-        strict.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_training(net, by_block=True)
         for share in (0.25, 0.5, 1.0):
             rows = shorter_rows(ids, share)["ids"]
             with short_windows(net, share):
