@@ -36,40 +36,55 @@ def steps_of(group: dict, rows: int, cols: int, threads: int = 1, steps: int = 3
     return [*params, *[value for state in states for value in state.values()]]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_momentum_and_rows_are_those_of_float64(shape, dtype):
+def check_look_ahead(kernels, shape: tuple[int, int], dtype: torch.dtype, rtol: float) -> None:
+    """Compare momentum and rows of length 1 with float64; `rtol` is of the rows."""
     grads, buffers = drawn(*shape), drawn(*shape)[::-1]
     grads[1][0] = 0.0
     buffers[1][0] = 0.0  # a row of nothing stays one
     averages = [torch.lerp(b.double(), g.double(), 0.1) for b, g in zip(buffers, grads, strict=True)]
     ahead = torch.stack([torch.lerp(g.double(), a, 0.9) for g, a in zip(grads, averages, strict=True)])
     want = ahead / (ahead.norm(dim=-1, keepdim=True).clamp_min(1e-10) * 7.0)
-    found = muon_cpu.look_ahead(grads, buffers, 0.9, 7.0, dtype)
+    found = kernels.look_ahead(grads, buffers, 0.9, 7.0, dtype)
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), want, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    torch.testing.assert_close(found.double(), want, rtol=rtol, atol=1e-7)
     torch.testing.assert_close(torch.stack(buffers).double(), torch.stack(averages), rtol=1e-5, atol=1e-6)
+
+
+def check_mean_squares_and_scaling(kernels, shape: tuple[int, int], dtype: torch.dtype, of_rows: bool) -> None:
+    """Compare mean squares of rows or columns, and the stack times them, with float64."""
+    update = torch.stack(drawn(*shape)).to(dtype)
+    means = update.double().square().mean(dim=-1 if of_rows else -2, keepdim=True)
+    found = kernels.row_mean_square(update, of_rows)
+    torch.testing.assert_close(found.double(), means, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(kernels.scaled(update, found), update.float() * found, rtol=0, atol=0)
+
+
+def check_cautious_decay(kernels, shape: tuple[int, int]) -> None:
+    """Compare weights behind a step with cautious decay with float64."""
+    params, step = drawn(*shape), torch.stack(drawn(*shape)[::-1])
+    step[0, 0, 0] = 0.0  # a number that is not moved decays
+    weights = torch.stack(params).double()
+    want = weights + step.double() - 0.1 * weights * (step.double() * weights <= 0)
+    kernels.apply(params, step, 0.1)
+    torch.testing.assert_close(torch.stack(params).double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum_and_rows_are_those_of_float64(shape, dtype):
+    check_look_ahead(muon_cpu, shape, dtype, 4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_rows", [True, False])
 def test_mean_squares_and_scaling_are_those_of_float64(shape, dtype, of_rows):
-    update = torch.stack(drawn(*shape)).to(dtype)
-    means = update.double().square().mean(dim=-1 if of_rows else -2, keepdim=True)
-    found = muon_cpu.row_mean_square(update, of_rows)
-    torch.testing.assert_close(found.double(), means, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(muon_cpu.scaled(update, found), update.float() * found, rtol=0, atol=0)
+    check_mean_squares_and_scaling(muon_cpu, shape, dtype, of_rows)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_cautious_decay_is_that_of_float64(shape):
-    params, step = drawn(*shape), torch.stack(drawn(*shape)[::-1])
-    step[0, 0, 0] = 0.0  # a number that is not moved decays
-    weights = torch.stack(params).double()
-    want = weights + step.double() - 0.1 * weights * (step.double() * weights <= 0)
-    muon_cpu.apply(params, step, 0.1)
-    torch.testing.assert_close(torch.stack(params).double(), want, rtol=1e-6, atol=1e-6)
+    check_cautious_decay(muon_cpu, shape)
 
 
 @pytest.mark.parametrize("shape", [(5, 37), (37, 5), (64, 64)])

@@ -10,7 +10,15 @@ import sys
 import pytest
 import torch
 from conftest import REPO, compose
-from test_muon_cpu import SHAPES, drawn, group, steps_of
+from test_muon_cpu import (
+    SHAPES,
+    check_cautious_decay,
+    check_look_ahead,
+    check_mean_squares_and_scaling,
+    drawn,
+    group,
+    steps_of,
+)
 
 from llm.errors import UserError
 from llm.optim import muon_adamw, muon_cpu, muon_gpu
@@ -57,17 +65,7 @@ def on_cpu(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_momentum_and_rows_are_those_of_float64(shape, dtype):
-    grads, buffers = drawn(*shape), drawn(*shape)[::-1]
-    grads[1][0] = 0.0
-    buffers[1][0] = 0.0  # a row of nothing stays one
-    averages = [torch.lerp(b.double(), g.double(), 0.1) for b, g in zip(buffers, grads, strict=True)]
-    ahead = torch.stack([torch.lerp(g.double(), a, 0.9) for g, a in zip(grads, averages, strict=True)])
-    want = ahead / (ahead.norm(dim=-1, keepdim=True).clamp_min(1e-10) * 7.0)
-    found = muon_gpu.look_ahead(grads, buffers, 0.9, 7.0, dtype)
-    assert found.dtype == dtype
-    rtol = 8e-3 if dtype == torch.bfloat16 else 1e-5  # the interpreter cuts bits off where a GPU rounds
-    torch.testing.assert_close(found.double(), want, rtol=rtol, atol=1e-7)
-    torch.testing.assert_close(torch.stack(buffers).double(), torch.stack(averages), rtol=1e-5, atol=1e-6)
+    check_look_ahead(muon_gpu, shape, dtype, 8e-3 if dtype == torch.bfloat16 else 1e-5)  # the interpreter cuts bits off
 
 
 @interpreted
@@ -75,22 +73,13 @@ def test_momentum_and_rows_are_those_of_float64(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_rows", [True, False])
 def test_mean_squares_and_scaling_are_those_of_float64(shape, dtype, of_rows):
-    update = torch.stack(drawn(*shape)).to(dtype)
-    means = update.double().square().mean(dim=-1 if of_rows else -2, keepdim=True)
-    found = muon_gpu.row_mean_square(update, of_rows)
-    torch.testing.assert_close(found.double(), means, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(muon_gpu.scaled(update, found), update.float() * found, rtol=0, atol=0)
+    check_mean_squares_and_scaling(muon_gpu, shape, dtype, of_rows)
 
 
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_cautious_decay_is_that_of_float64(shape):
-    params, step = drawn(*shape), torch.stack(drawn(*shape)[::-1])
-    step[0, 0, 0] = 0.0  # a number that is not moved decays
-    weights = torch.stack(params).double()
-    want = weights + step.double() - 0.1 * weights * (step.double() * weights <= 0)
-    muon_gpu.apply(params, step, 0.1)
-    torch.testing.assert_close(torch.stack(params).double(), want, rtol=1e-6, atol=1e-6)
+    check_cautious_decay(muon_gpu, shape)
 
 
 @interpreted
