@@ -102,9 +102,15 @@ def _deviation(values: torch.Tensor, dim: int) -> torch.Tensor:
     return values.std(dim=dim, keepdim=True)
 
 
+def _centred(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Subtract the mean along `dim`; equal values become exactly 0, where a rounded mean would leave a trace."""
+    differs = values.amax(dim, keepdim=True) > values.amin(dim, keepdim=True)
+    return torch.where(differs, values - values.mean(dim=dim, keepdim=True), 0.0)
+
+
 def advantage_centred(rewards: torch.Tensor) -> torch.Tensor:
     """Subtract from rewards (P, G) the mean of each question's answers (Dr. GRPO, arXiv 2503.20783)."""
-    return rewards - rewards.mean(dim=1, keepdim=True)
+    return _centred(rewards, 1)
 
 
 def advantage_zscore(rewards: torch.Tensor) -> torch.Tensor:
@@ -138,9 +144,9 @@ def advantage_gdpo(rewards: torch.Tensor, weights: torch.Tensor | None = None) -
     question; their weighted sum loses its mean and is divided by its standard deviation + 1e-4 over all P G answers.
     """
     parts = rewards.unsqueeze(-1) if rewards.dim() == 2 else rewards
-    parts = (parts - parts.mean(dim=1, keepdim=True)) / (_deviation(parts, 1) + STD_FLOOR)
-    total = total_rewards(parts, weights)
-    return (total - total.mean()) / (_deviation(total.flatten(), 0) + STD_FLOOR)
+    parts = _centred(parts, 1) / (_deviation(parts, 1) + STD_FLOOR)
+    total = total_rewards(parts, weights).flatten()
+    return (_centred(total, 0) / (_deviation(total, 0) + STD_FLOOR)).view(rewards.shape[:2])
 
 
 ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

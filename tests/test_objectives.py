@@ -84,6 +84,14 @@ def test_gdpo_gives_every_reward_its_say():
     assert not o.group_advantages("gdpo", torch.ones(1, 1)).any()
 
 
+@pytest.mark.parametrize("name", [*o.ADVANTAGES, "gdpo"])
+@pytest.mark.parametrize("group", [6, 12, 16])
+def test_equal_rewards_have_no_advantage_at_all(name, group):
+    rewards = torch.tensor([0.2, 0.7, 1.2])[:, None].expand(3, group)  # numbers whose mean is rounded
+    assert not o.group_advantages(name, rewards).any()
+    assert not o.group_advantages(name, torch.stack((rewards, 0 * rewards), -1), torch.tensor([0.7, 0.3])).any()
+
+
 def test_overlong_answers_lose_up_to_one():
     lengths = torch.tensor([10.0, 16.0, 18.0, 20.0, 25.0])
     assert o.overlong_penalty(lengths, torch.tensor(20.0), 4).tolist() == [0.0, 0.0, -0.5, -1.0, -1.0]

@@ -170,7 +170,8 @@ class _KernelGroup:
     """All rows of a batch on a CPU, drawn by our own kernel whatever their settings."""
 
     def __init__(self, settings: Sequence[SamplingParams]):
-        self._temperature = torch.tensor([0.0 if one.is_greedy else one.temperature for one in settings])
+        temperatures = [0.0 if one.is_greedy else one.temperature for one in settings]
+        self._temperature = torch.tensor(temperatures, dtype=torch.float32)  # whole numbers too
         self._top_k = torch.tensor([one.top_k for one in settings])
         self._top_p = torch.tensor([one.top_p for one in settings], dtype=torch.float64)
         self._min_p = torch.tensor([one.min_p for one in settings], dtype=torch.float64)

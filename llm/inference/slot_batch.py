@@ -318,7 +318,8 @@ class SlotBatch:
             text = tuple(request.tokens)
             if request.adapter != adapter:
                 continue
-            if texts and text not in texts and self.store.find(text, adapter) != (entry, skip):
+            is_known = len(text) == skip  # the whole of it: nothing would be read, and it joins when its turn comes
+            if texts and text not in texts and (is_known or self.store.find(text, adapter) != (entry, skip)):
                 continue
             more = texts | {text: [*texts.get(text, []), request]}
             if texts and not (self._pass_size(more, skip) <= self._chunk and self._planned_size(more, entry, skip)):

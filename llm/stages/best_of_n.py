@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from llm import objectives
 from llm.parallel import collectives
 from llm.stages.choices import check_overlong
 from llm.stages.common import BuiltStage, load_parent
@@ -39,9 +38,8 @@ class BestSteps(RolloutSteps):
 
     def chosen(self, groups: Sequence[Group]) -> tuple[list[float], dict[str, float]]:
         """Return 1 for each kept answer and 0 for all others, and numbers: kept questions, mean reward of the kept."""
-        totals = objectives.total_rewards(torch.stack([group.rewards for group in groups]), self.reward_weights)
         weights, kept = [], []
-        for rewards in totals.tolist():
+        for rewards in self.totals(groups).tolist():
             best = winner(rewards, self.stage.min_reward)
             weights += [float(i == best) for i in range(len(rewards))]
             kept += [] if best is None else [rewards[best]]

@@ -267,10 +267,14 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
 
 
 def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
-    """Return the derived numbers that every model stage prints and saves. FLOPs are of the training passes only."""
+    """Return the derived numbers that every model stage prints and saves, with dry_run also what it needs on a GPU.
+
+    FLOPs are of the training passes only.
+    """
     n = num_params(net_config)
     per_token = flops_per_token(net_config)
     tokens = batch_schedule(cfg, tokens_per_step).total(total_steps)
+    on_gpu = gpu_estimate(net_config, cfg, float(tokens * per_token)) if cfg.dry_run else {}
     return {
         "depth": net_config.n_layer,
         "n_embd": net_config.n_embd,
@@ -288,11 +292,12 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
         "planned_tokens": tokens,
         "tokens_per_param": tokens / n["total"],
         "planned_flops": float(tokens * per_token),
+        **on_gpu,
     }
 
 
 def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
-    """Estimate memory, time and cost on the GPU of `estimate`, for dry_run."""
+    """Estimate memory, time and cost on the GPU of `estimate`."""
     e = cfg.estimate
     again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.micro_batch_size}
     return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)

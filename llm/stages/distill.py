@@ -114,9 +114,11 @@ def build(cfg, parent: Path) -> BuiltStage:
     objective: Objective = DistillObjective(load_teacher(cfg, net, tokenizer), cfg.stage.divergence)
     if mixture is None:
         return build_stage(cfg, net, tokenizer, task, objective, StudentSteps)
-    per_epoch = len(mixture) // (cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt)
+    rows = cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt
     steps = partial(ConversationSteps, mixture=mixture)
-    built = build_stage(cfg, net, tokenizer, task, objective, steps, per_epoch)
+    built = build_stage(cfg, net, tokenizer, task, objective, steps, len(mixture) // rows)
+    del built.derived["questions"]
+    built.derived |= {"conversations": len(mixture), "epochs": built.derived["rollouts"] * rows / len(mixture)}
     built.reading = Reading("conversations", facts={"conversations": len(mixture)}, parts=mixture.tasks)
     return built
 

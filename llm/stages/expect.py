@@ -56,7 +56,7 @@ def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: 
     per_token, tokens, drawn = derived["flops_per_token"], derived["tokens_per_step"], 0
     if "samples_per_step" in derived and stage.get("source") != "data":
         longest = min(stage.max_new_tokens, cfg.model.seq_len)
-        drawn = derived["samples_per_step"] * longest
+        drawn = derived["samples_per_step"] * longest / stage.updates_per_rollout
         tokens = derived["samples_per_step"] * min(longest + ANSWER_TOKENS, cfg.model.seq_len)
     batch, total = batch_schedule(cfg, derived["tokens_per_step"]), derived["steps"]
     rest = batch.total(total) - batch.total(total, total - steps)

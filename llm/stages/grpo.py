@@ -23,7 +23,15 @@ from llm.parallel.strategy import full_model
 from llm.stages.choices import check_policy
 from llm.stages.common import BuiltStage, load_parent
 from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
-from llm.stages.rollouts import Group, Reference, RolloutSteps, add_old_logprobs, counts, micro_batches_of
+from llm.stages.rollouts import (
+    Group,
+    Reference,
+    RolloutSteps,
+    add_old_logprobs,
+    counts,
+    micro_batches_of,
+    passed_tokens,
+)
 
 SILENT_STEPS = 5  # so many steps in a row without a signal are told
 TRIES = 3  # of stage.filter_equal=resample: further draws for groups without a signal
@@ -47,7 +55,7 @@ class GroupSteps(RolloutSteps):
         self.log_answers(step, kept, advantages)
         answers = [answer for group in kept for answer in group.answers]
         ids, masks = [a.ids for a in answers], [a.mask for a in answers]
-        n_sampled, n_tokens = counts(ids, masks)
+        n_sampled, _ = counts(ids, masks)
         trained = [bool(advantage) or self.reference is not None for advantage in advantages]
         columns = {"advantages": advantages, "logprobs_engine": [a.logprobs for a in answers]}
         micro = micro_batches_of(ids, masks, self.rows_per_micro, trained, **columns)
@@ -56,7 +64,7 @@ class GroupSteps(RolloutSteps):
         return {
             "micro": micro,
             "n_trained": max(self.loss.units(n_sampled, len(answers), self.stage.max_new_tokens), 1),
-            "n_tokens": n_tokens,
+            "n_tokens": passed_tokens(ids, trained),
             "metrics": self.metrics(asked, step),
         }
 
@@ -65,12 +73,23 @@ class GroupSteps(RolloutSteps):
         how = self.stage.filter_equal
         new = asked
         for attempt in range(1, TRIES + 1 if how == "resample" else 1):
-            (missing,) = collectives.all_reduce_sum([sum(not has_signal(group) for group in new)])
+            (missing,) = collectives.all_reduce_sum([sum(not self.has_signal(group) for group in new)])
             if not missing:
                 break
             new = self.ask(self.share(self.questions.take(int(missing))), step, attempt)
             asked = asked + new
-        return asked, asked if how is None else [group for group in asked if has_signal(group)]
+        return asked, asked if how is None else [group for group in asked if self.has_signal(group)]
+
+    def has_signal(self, group: Group) -> bool:
+        """Return whether the answers of a group were rewarded differently: only then do they give a gradient.
+
+        Their totals count, and for gdpo each of several rewards that has a weight.
+        """
+        if self.stage.advantage == "gdpo" and self.reward_weights is not None:
+            found = group.rewards[:, self.reward_weights != 0]
+        else:
+            found = self.totals([group])[0]
+        return bool((found != found[:1]).any())
 
     def advantages(self, groups: list[Group]) -> list[float]:
         """Return one advantage per answer; gdpo compares with the answers of all processes."""
@@ -93,16 +112,11 @@ class GroupSteps(RolloutSteps):
 
     def metrics(self, groups: list[Group], step: int) -> dict[str, float]:
         """Return the numbers of a step's answers, and let the watch see them."""
-        mixed = [has_signal(group) for group in groups]
+        mixed = [self.has_signal(group) for group in groups]
         silent = not collectives.all_reduce_sum([float(sum(mixed))])[0]
         numbers = self.answer_metrics(groups)
         self.signal.count(silent, step, numbers["reward"])
         return numbers | {"mixed_groups": sum(mixed) / len(mixed), "no_signal": float(silent)}
-
-
-def has_signal(group: Group) -> bool:
-    """Return whether the answers of a group were rewarded differently: only then do they give a gradient."""
-    return bool((group.rewards != group.rewards[:1]).any())
 
 
 class PolicyObjective(AnswerObjective):

@@ -38,13 +38,11 @@ class CriticSteps(RolloutSteps):
     def rollout(self, step: int) -> dict:
         groups = self.ask(self.share(self.questions.take(self.stage.prompts_per_step)), step)
         answers = [answer for group in groups for answer in group.answers]
-        rewards = objectives.total_rewards(torch.stack([group.rewards for group in groups]), self.reward_weights)
+        rewards = self.totals(groups).flatten().tolist()
         ids, masks = [a.ids for a in answers], [a.mask for a in answers]
         columns = {
             "logprobs_engine": [a.logprobs for a in answers],
-            "rewards": [
-                at_the_end(a.mask, reward) for a, reward in zip(answers, rewards.flatten().tolist(), strict=True)
-            ],
+            "rewards": [at_the_end(a.mask, reward) for a, reward in zip(answers, rewards, strict=True)],
             "answer": list(range(len(answers))),
         }
         micro = micro_batches_of(ids, masks, self.rows_per_micro, **columns)

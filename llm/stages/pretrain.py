@@ -27,7 +27,6 @@ from llm.scaling.gpu_estimate import named_gpu
 from llm.scaling.rules import micro_batches
 from llm.stages.common import (
     BuiltStage,
-    gpu_estimate,
     learning_rates,
     load_parent,
     load_tokenizer,
@@ -138,11 +137,10 @@ def find_text(cfg, tokenizer: Tokenizer) -> Text:
 
 
 def derived(cfg, planned: Plan, net: GPT) -> dict:
-    """Return the numbers that are printed and saved; with dry_run also what the run would need on a GPU."""
+    """Return the numbers that are printed and saved."""
     config, batch, total, scales = planned
     micro = micro_batches(batch.tokens, cfg.batch.micro_batch_size, cfg.model.seq_len, processes(cfg))
-    values = model_facts(config, cfg, total, batch.tokens, micro) | learning_rates(net, cfg, **scales)
-    return values | (gpu_estimate(config, cfg, values["planned_flops"]) if cfg.dry_run else {})
+    return model_facts(config, cfg, total, batch.tokens, micro) | learning_rates(net, cfg, **scales)
 
 
 def derived_without_tokenizer(cfg) -> dict:

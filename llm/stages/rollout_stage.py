@@ -43,12 +43,14 @@ from tasks.rewards import Rewards, build_rewards
 class RewardScore:
     """Scores of completions as tensors: (N,) by one reward, (N, R) by several, with their `weights` (R,).
 
-    names: of the rewards, whose means metrics.csv tells where there are several.
+    names: of the rewards, whose means metrics.csv tells where there are several. full: score of an answer to which
+    every reward gives 1, but for those of weights below 0.
     """
 
     def __init__(self, rewards: Rewards):
         self.rewards, self.names = rewards, rewards.names
         self.weights = torch.tensor(rewards.weights) if len(self.names) > 1 else None
+        self.full = sum(max(weight, 0.0) for weight in rewards.weights)
         self.attach = rewards.attach
 
     def __call__(self, conversations: Sequence[dict], completions: Sequence[str]) -> torch.Tensor:
@@ -106,17 +108,17 @@ def build_stage(
     task: RewardedTask,
     objective: Objective,
     steps: Callable[..., RolloutSteps],
-    steps_per_epoch: int | None = None,
+    rollouts_per_epoch: int | None = None,
 ) -> BuiltStage:
     """Build the stage that trains `net` by an objective of sampled answers, and measures pass@k on held-out questions.
 
-    steps: makes the loader from the arguments of `RolloutSteps`. steps_per_epoch: where a pass is not one through the
-    questions. Raises UserError for a step smaller than the devices.
+    steps: makes the loader from the arguments of `RolloutSteps`. rollouts_per_epoch: where a pass is not one through
+    the questions. Raises UserError for a step smaller than the devices.
     """
     stage, world = cfg.stage, processes(cfg)
     answers = stage.prompts_per_step * stage.samples_per_prompt
-    per_epoch = len(task.train) / stage.prompts_per_step if steps_per_epoch is None else steps_per_epoch
-    total = cfg.max_steps or max(1, int(stage.epochs * per_epoch))
+    per_epoch = len(task.train) / stage.prompts_per_step if rollouts_per_epoch is None else rollouts_per_epoch
+    total = cfg.max_steps or max(1, int(stage.epochs * per_epoch * stage.updates_per_rollout))
     check_shares(cfg)
     cfg.batch.micro_batch_size = rows = resolve_rows(cfg, net.config, answers // world)
     scales = finetuning_scales(cfg, None)
@@ -125,6 +127,7 @@ def build_stage(
     tokens_per_step = answers * cfg.model.seq_len  # at most
     derived = model_facts(net.config, cfg, total, tokens_per_step, -(-answers // (rows * world)))
     derived |= learning_rates(net, cfg, **scales) | {"questions": len(task.train), "samples_per_step": answers}
+    derived["rollouts"] = -(-total // stage.updates_per_rollout)
     task.score.attach(cfg, net, tokenizer)
     engine, log = Engine(net, tokenizer), None
     if stage.keep_rollouts and collectives.is_main():

@@ -29,7 +29,7 @@ from llm.tokenizer.chat_format import render_prompt
 
 # (conversations, completions) -> rewards (N,), or (N, R) for R rewards of each; `weights` (R,), if it has them.
 Score = Callable[[Sequence[dict], Sequence[str]], torch.Tensor]
-RIGHT = 1.0  # reward of a right answer, by which the curriculum goes
+ROUNDING = 1e-6  # by which the reward of a right answer may fall short
 NEXT_TRY = 15_485_863  # between the seeds of a step's tries
 
 
@@ -55,9 +55,10 @@ class Answer:
 
 @dataclass
 class Group:
-    """Answers to one question of the task, with what they scored and what they are rewarded by, (G,) or (G, R).
+    """Answers to one question of the task, with what they scored, (G,) or (G, R), and what they are rewarded by.
 
-    The reward is the score less the penalty for answers that are too long, which goes to the first of R rewards.
+    The reward (G,) is the score less the penalty for answers that are too long. With R scores the penalty is one more
+    reward, (G, R + 1), of weight 1 whatever those of the others are.
     """
 
     question: int
@@ -182,7 +183,9 @@ class RolloutSteps:
     ):
         self.engine, self.task, self.stage, self.rehearsal = engine, task, stage, rehearsal
         self.rows_per_micro, self.seed, self.score, self.log = rows_per_micro, seed, score, log
-        self.reward_weights = getattr(score, "weights", None)  # of several rewards of each answer
+        weights = getattr(score, "weights", None)  # of several scores of each answer
+        self.score_weights = weights
+        self.reward_weights = None if weights is None else torch.cat((weights, torch.ones(1)))
         position = {"step": 0, "balance": {}} if position is None else position
         self.step = position["step"]
         self.balance = Balance.from_dict(position.get("balance", {"partial": 1}))
@@ -289,9 +292,8 @@ class RolloutSteps:
             prompt = self.prompts[question]
             room = min(stage.max_new_tokens, seq_len - len(prompt))
             lengths = torch.tensor([float(len(sample.ids)) for sample in samples])
-            rewards = own.clone()
-            first = rewards if rewards.dim() == 1 else rewards[:, 0]
-            first += objectives.overlong_penalty(lengths, torch.tensor(room), stage.overlong)
+            penalty = objectives.overlong_penalty(lengths, torch.tensor(room), stage.overlong)
+            rewards = own + penalty if own.dim() == 1 else torch.cat((own, penalty.unsqueeze(1)), dim=1)
             groups.append(Group(question, [answer_of(prompt, sample, room) for sample in samples], own, rewards))
         return groups
 
@@ -301,8 +303,8 @@ class RolloutSteps:
         The curriculum learns from them: all processes call it together.
         """
         parts = torch.stack([group.scores for group in groups])
-        scores = objectives.total_rewards(parts, self.reward_weights)
-        right = [(group.question, bool((row >= RIGHT).all())) for group, row in zip(groups, scores, strict=True)]
+        scores = objectives.total_rewards(parts, self.score_weights)
+        right = [(one.question, bool(row.all())) for one, row in zip(groups, self.are_right(parts), strict=True)]
         self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         answers = [answer for group in groups for answer in group.answers]
         n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
@@ -319,9 +321,25 @@ class RolloutSteps:
             "entropy": -sum(map(math.fsum, (answer.logprobs for answer in answers))) / max(n_sampled, 1),
             "rollout_tok_per_s": n_sampled / max(self.seconds["rollout"], 1e-9),
         }
-        if self.reward_weights is not None:
+        if self.score_weights is not None:
             numbers |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
         return numbers
+
+    def totals(self, groups: Sequence[Group]) -> torch.Tensor:
+        """Return the rewards (P, G) of groups, the weighted sums of several."""
+        return objectives.total_rewards(torch.stack([group.rewards for group in groups]), self.reward_weights)
+
+    def are_right(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which answers (P, G) are right by their scores (P, G) or (P, G, R).
+
+        Among several rewards that of the task alone decides, where it is there: 1 is right. Otherwise an answer is
+        right whose weighted sum is at least that of rewards of 1, where weights below 0 add nothing.
+        """
+        names = getattr(self.score, "names", [])
+        if scores.dim() == 3 and "task" in names:
+            return scores[..., names.index("task")] >= 1 - ROUNDING
+        full = getattr(self.score, "full", 1.0)
+        return objectives.total_rewards(scores, self.score_weights) >= full - ROUNDING
 
     def trained_on(self, answers: Sequence[Answer], weights: Sequence[float]) -> dict:
         """Return micro, n_trained and n_tokens of answers whose tokens have one weight per answer, as `advantages`.
@@ -337,14 +355,14 @@ class RolloutSteps:
             self.seconds["forward"] += time.perf_counter() - begin
         self.balance += of_rollout(list(zip(ids, masks, strict=True)), kept, [a.is_finished for a in answers])
         n_trained = sum(answer.n_sampled for answer, is_kept in zip(answers, kept, strict=True) if is_kept)
-        return {"micro": micro, "n_trained": max(n_trained, 1), "n_tokens": counts(ids, masks)[1]}
+        return {"micro": micro, "n_trained": max(n_trained, 1), "n_tokens": passed_tokens(ids, kept)}
 
     def log_answers(self, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> None:
         """Keep the answers of a step, and an advantage of each, for the report."""
         if self.log is None:
             return
         rows, names = [], getattr(self.score, "names", ["reward"])
-        totals = [objectives.total_rewards(group.rewards[None], self.reward_weights)[0] for group in groups]
+        totals = self.totals(groups) if groups else []
         answers = [(i, j, answer) for i, group in enumerate(groups) for j, answer in enumerate(group.answers)]
         for (i, j, answer), advantage in zip(answers, advantages, strict=True):
             scores = groups[i].scores[j].view(-1).tolist()
@@ -366,7 +384,8 @@ class RolloutSteps:
         n_rehearsed, n_tokens = counts(ids, masks)
         trained, rehearsed = collectives.all_reduce_sum([n_trained, n_rehearsed])
         weight = self.stage.rehearsal_weight * trained / max(rehearsed, 1)
-        return micro_batches_of(ids, masks, self.rows_per_micro, weights=[weight] * len(ids)), n_tokens
+        weights = [[weight * factor for factor in row] for row in factors]
+        return micro_batches_of(ids, masks, self.rows_per_micro, weights=weights), n_tokens
 
 
 def conversations_of(mixture: Sequence, engine: Engine, step: int, n: int) -> tuple[list, list, Balance]:
@@ -392,6 +411,20 @@ def counts(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tupl
     return sum(sum(mask[1:]) for mask in masks), sum(len(row) - 1 for row in ids)
 
 
+def in_passes(ids: Sequence[Sequence[int]], keep: Sequence[bool] | None) -> list[int]:
+    """Return the places of the sequences that passes run over, long ones first; keep: those that have a gradient.
+
+    If none is kept, the shortest one stands for them, so that the step is an ordinary one.
+    """
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    return [i for i in order if keep is None or keep[i]] or order[-1:]
+
+
+def passed_tokens(ids: Sequence[Sequence[int]], keep: Sequence[bool]) -> int:
+    """Return the number of tokens that passes over the kept sequences of `ids` have as targets."""
+    return sum(len(ids[i]) - 1 for i in in_passes(ids, keep))
+
+
 def micro_batches_of(
     ids: Sequence[Sequence[int]],
     masks: Sequence[Sequence[int]],
@@ -401,15 +434,13 @@ def micro_batches_of(
 ) -> list[dict]:
     """Return micro-batches of `rows` right-padded sequences of similar length: inputs, targets and the columns, (B, T).
 
-    masks: 1 on trained tokens. keep: sequences that have a gradient, all by default; others are left out of the passes.
-    If none is kept, the shortest one stands for them, so that the step is an ordinary one; without any sequence it is a
-    row of one token that is not trained. columns: per sequence a number, or one for each of its ids.
+    masks: 1 on trained tokens. keep: see `in_passes`, all by default; others are left out. Without any sequence there
+    is a row of one token that is not trained. columns: per sequence a number, or one for each of its ids.
     """
     if not ids:
         empty = {"inputs": torch.zeros(1, 1, dtype=torch.long), "targets": torch.full((1, 1), -1)}
         return [empty | {name: torch.zeros(1, 1) for name in columns}]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    order, micro = [i for i in order if keep is None or keep[i]] or order[-1:], []
+    order, micro = in_passes(ids, keep), []
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
         shape = len(part), len(ids[part[0]]) - 1

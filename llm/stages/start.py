@@ -7,6 +7,7 @@ from typing import Any
 
 from llm.checkpoint.resume import list_checkpoints
 from llm.cli.changes import changes
+from llm.config.stages import stage_row
 from llm.model.linear import resolve_compute_dtype
 from llm.parallel.launch import processes
 from llm.scaling.batch_ramp import batch_schedule
@@ -37,7 +38,9 @@ def show_start(job: Job, built: BuiltStage) -> Expected:
 def show_numbers(cfg, derived: Mapping[str, Any]) -> None:
     """Print what the stage needs on a GPU and what is derived, in a dry run; the configuration with verbose=true."""
     if cfg.dry_run:
-        print("\n".join(labelled({"on a GPU": gpu_words(derived)})))
+        is_plain = stage_row(cfg.stage.name).kind in ("text", "chat")
+        more = "" if is_plain else "; training passes alone, without answers drawn and other networks"
+        print("\n".join(labelled({"on a GPU": gpu_words(derived) + more})))
     if cfg.verbose:
         show_config(cfg)
     if cfg.dry_run or cfg.verbose:
@@ -113,7 +116,7 @@ def data_words(derived: Mapping[str, Any]) -> str:
     """Return what there is to train on, and how often the stage goes through it."""
     d = derived
     if "questions" in d:
-        asked = d["steps"] * d["samples_per_step"]
+        asked = d["rollouts"] * d["samples_per_step"]
         return f"{d['questions']:,} questions; {asked:,} answers to them"
     for name in ("conversations", "preferences"):
         if name in d:

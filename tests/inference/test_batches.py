@@ -258,6 +258,22 @@ def test_waiting_prompts_with_a_common_beginning_read_it_once():
         check(net, request)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_prompt_that_is_known_already_may_wait_behind_a_longer_one(kernel, frozen, monkeypatch):
+    if not kernel:
+        without_kernel(monkeypatch)
+    net, prompt, params = sharp_net("classic", 2), [BOS, *range(20)], SamplingParams(0.0, max_new_tokens=6)
+    engine = Engine(net, TOKENIZER, frozen=frozen)
+    rows = [engine.submit(prompt, params, sample=sample) for sample in range(2)]  # read once, and kept with its logits
+    for _ in range(2):
+        engine.step()
+    longer, same = (engine.submit(text, params) for text in ([*prompt, 5], prompt))
+    while engine.has_work:
+        engine.step()
+    assert same.ids == rows[0].ids and longer.ids == Engine(net, TOKENIZER).generate([[*prompt, 5]], params)[0][0].ids
+
+
 def test_a_long_prompt_is_read_in_chunks_while_others_go_on(monkeypatch):
     monkeypatch.setattr("llm.inference.slot_batch.CHUNK", 16)
     net = sharp_net("classic", 4)

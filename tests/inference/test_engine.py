@@ -344,6 +344,14 @@ def test_a_network_that_gives_no_numbers_is_noticed(temperature):
         Engine(net, TOKENIZER).generate([[BOS, *b"abc"]], SamplingParams(temperature))
 
 
+def test_a_whole_number_is_a_temperature():
+    net = tiny_net()
+    whole, point = (
+        Engine(net, TOKENIZER).generate([[1, 2, 3]], SamplingParams(temperature=number, seed=3)) for number in (1, 1.0)
+    )
+    assert whole[0][0].ids == point[0][0].ids
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 1e-12])
 def test_the_smallest_temperatures_write_what_greedy_decoding_does(temperature):
     net, prompts = tiny_net(), [[BOS, *b"abc"], [BOS, *b"the"]]

@@ -35,6 +35,8 @@ def test_one_answer_per_question_is_trained_by_its_cross_entropy():
     assert batch["metrics"]["kept_reward"] >= batch["metrics"]["reward"]
     assert batch["n_trained"] == sum(int((micro["targets"] >= 0).sum()) for micro in batch["micro"])
     (micro,) = batch["micro"]
+    ends = [max(i for i, target in enumerate(row) if target >= 0) for row in micro["targets"].tolist()]
+    assert batch["n_tokens"] == sum(end + 1 for end in ends)  # those of answers left out are not trained on
     loss, sums = BestObjective()(network, micro)
     torch.testing.assert_close(loss, network(micro["inputs"], micro["targets"], reduction="sum"))
     assert sums["logprob_gap"] / sums["tokens"] < 1e-5

@@ -24,7 +24,7 @@ from llm.model.linear import resolve_compute_dtype
 from llm.run.config_diff import BEFORE_KEYS, CHANGED_KEYS, diff_configs
 from llm.stages.choices import check_policy
 from llm.stages.grpo import GroupSteps, PolicyObjective
-from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of
+from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of, passed_tokens
 from llm.stages.step_module import StageContext, StepModule
 from llm.stages.step_state import Sums
 
@@ -134,6 +134,7 @@ def test_answers_without_advantage_are_left_out_of_the_passes():
     micro = micro_batches_of(ids, masks, 8, [False, True, True], advantages=[0.0, 0.5, -0.5])
     assert len(micro) == 1 and micro[0]["inputs"].tolist() == [[1, 5], [1, 0]]
     assert micro[0]["targets"].tolist() == [[-1, 6], [7, -1]] and micro[0]["advantages"][1, 0] == -0.5
+    assert passed_tokens(ids, [False, True, True]) == 3 and passed_tokens(ids, [False] * 3) == 1
     micro = micro_batches_of(ids, masks, 8, [False] * 3, advantages=[0.0] * 3)
     assert len(micro) == 1 and micro[0]["inputs"].shape == (1, 1) and not micro[0]["advantages"].any()
     (nothing,) = micro_batches_of([], [], 8, [], advantages=[], logprobs_engine=[])
@@ -170,7 +171,20 @@ def test_rehearsal_adds_the_mean_loss_of_other_conversations(monkeypatch):
         lambda own: [a + b for a, b in zip(own, of_others, strict=True)],
     )
     micro, _ = steps.rehearse(1, n_trained=10)
-    assert {micro[0]["weights"][0, 0].item(), micro[1]["weights"][0, 0].item()} == {0.5 * (10 + 30) / (3 + 5)}
+    assert {one["weights"].max().item() for one in micro} == {0.5 * (10 + 30) / (3 + 5)}
+
+
+def test_a_message_is_rehearsed_by_its_own_weight():
+    def row(**more):
+        answer = {"role": "assistant", "content": "yes"} | more
+        return {"messages": [{"role": "user", "content": "Well?"}, answer]}
+
+    rehearsal = [row(train=0.25), row()]
+    engine = Engine(model(), TOKENIZER)
+    steps = RolloutSteps(engine, Task(), settings(rehearsal=2), 1, 1, None, by_length, rehearsal=rehearsal)
+    light, full = steps.rehearse(0, n_trained=8)[0]
+    kept = light["targets"] >= 0
+    assert kept.any() and torch.allclose(light["weights"][kept], 0.25 * full["weights"][kept])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,9 +324,61 @@ def test_long_answers_are_rewarded_less():
         assert group.scores.tolist() == [1.0] * 3
         for answer, reward in zip(group.answers, group.rewards.tolist(), strict=True):
             assert reward == pytest.approx(1.0 - max(answer.length - 2, 0) / 4) and answer.room == 6
-    several = group_steps(score=lambda asked, answers: torch.ones(len(answers), 2), overlong=4, advantage="gdpo")
-    (group,) = several.ask([0], 0)
-    assert group.rewards.shape == (3, 2) and group.rewards[:, 1].tolist() == [1.0] * 3 and group.rewards[:, 0].min() < 1
+
+
+class Several:
+    """A score of several rewards, whose numbers of every answer are the same, or come from a list."""
+
+    def __init__(self, weights: dict[str, float], *rows):
+        self.names, self.weights = list(weights), torch.tensor(list(weights.values()))
+        self.full, self.rows = sum(max(weight, 0.0) for weight in weights.values()), rows
+
+    def __call__(self, conversations, completions) -> torch.Tensor:
+        return torch.tensor([self.rows[i % len(self.rows)] for i in range(len(completions))])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.2), (0.2, 1.0), (-0.2, 1.0)])
+def test_the_penalty_of_long_answers_is_the_same_whatever_the_weights_are(weights):
+    score = Several(dict(zip(("number", "length"), weights, strict=True)), [1.0, 1.0])
+    steps = group_steps(score=score, overlong=4)
+    groups = steps.ask([0, 1], 0)
+    for group, totals in zip(groups, steps.totals(groups), strict=True):
+        assert group.scores.tolist() == [[1.0, 1.0]] * 3 and group.rewards.shape == (3, 3)
+        wanted = [sum(weights) - max(answer.length - 2, 0) / 4 for answer in group.answers]
+        assert totals.tolist() == pytest.approx(wanted) and min(wanted) < sum(weights)
+
+
+def test_a_reward_without_weight_gives_no_signal():
+    rows = [[0.0, 0.0], [0.0, 5.0], [0.0, 2.0]]
+    for advantage, weights, mixed in (
+        ("centred", (1.0, 0.0), 0),
+        ("gdpo", (1.0, 0.0), 0),
+        ("centred", (1.0, 1.0), 1),
+        ("gdpo", (1.0, 1.0), 1),
+    ):
+        score = Several(dict(zip(("task", "length"), weights, strict=True)), *rows)
+        batch = next(iter(group_steps(score=score, advantage=advantage, filter_equal="drop")))
+        assert (batch["metrics"]["mixed_groups"], batch["metrics"]["no_signal"]) == (mixed, 1 - mixed)
+    trade = Several({"number": 1.0, "length": 1.0}, [1.0, 0.0], [0.0, 1.0], [1.0, 0.0])  # equal in total
+    for advantage, mixed in (("centred", 0), ("gdpo", 1)):
+        batch = next(iter(group_steps(score=trade, advantage=advantage)))
+        assert batch["metrics"]["mixed_groups"] == mixed
+
+
+@pytest.mark.parametrize(
+    "weights, row, is_solved",
+    [
+        ({"task": 1.0, "length": 1.0}, [0.0, 1.0], False),
+        ({"task": 0.5, "length": 0.2}, [1.0, 0.0], True),
+        ({"number": 0.7, "length": 0.3}, [1.0, 1.0], True),
+        ({"number": 0.7, "length": 0.3}, [1.0, 0.9], False),
+        ({"number": 1.0, "length": -1.0}, [1.0, 0.0], True),
+    ],
+)
+def test_an_answer_is_right_by_its_task_or_by_all_its_rewards(weights, row, is_solved):
+    steps = group_steps(score=Several(weights, row), curriculum="pass_rate")
+    next(iter(steps))
+    assert len(steps.questions.solved) == (2 if is_solved else 0)
 
 
 def test_a_rollout_serves_several_updates_and_goes_on_after_a_kill():

@@ -193,10 +193,28 @@ def test_overwrite_destroys_nothing_before_the_checks_are_done(tiny_runs):
     assert before == sorted(p for p in (tiny_runs / "tiny").rglob("*"))
 
 
-def test_dry_run_prints_and_writes_nothing(tiny_runs, capsys):
-    train_here("stage=pretrain", "init_from=tiny/tokenizer", "run=dry", "dry_run=true", root=tiny_runs)
+@pytest.mark.parametrize(
+    "stage, parent, words",
+    [
+        ("pretrain", "tokenizer", "tokens of text"),
+        ("midtrain", "pretrain", " conversations; "),
+        ("sft", "midtrain", " conversations; "),
+        ("dpo", "sft", " preferences; "),
+        ("reward", "sft", " preferences; "),
+        ("grpo", "sft", "8,000 questions; 16,000 answers to them"),
+        ("ppo", "sft", "8,000 questions; 16,000 answers to them"),
+        ("best_of_n", "sft", "8,000 questions; 16,000 answers to them"),
+        ("distill", "sft", "8,000 questions; 16,000 answers to them"),
+        ("distill", "sft stage.source=data", " conversations; 1 passes"),
+    ],
+)
+def test_dry_run_prints_and_writes_nothing(tiny_runs, capsys, stage, parent, words):
+    more = ["max_steps=null", "stage.teacher=tiny/midtrain"] if stage == "distill" else ["max_steps=null"]
+    lines = f"stage={stage} run=dry dry_run=true init_from=tiny/{parent}".split()
+    train_here(*lines, *more, root=tiny_runs)
     out = capsys.readouterr().out
-    assert "params_total" in out and "flops_per_token" in out
+    assert "params_total" in out and "flops_per_token" in out and words in out
+    assert "on a GPU about " in out and " on 8 x h100 " in out
     assert not (tiny_runs / "dry").exists()
 
 

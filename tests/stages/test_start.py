@@ -163,7 +163,8 @@ def test_the_data_of_each_kind_of_stage():
     assert data_words(DERIVED | {"conversations": 130, "epochs": 40.0}) == (
         "130 conversations; 40 passes, 10.24K tokens"
     )
-    assert data_words(DERIVED | {"questions": 8000, "samples_per_step": 64}) == "8,000 questions; 640 answers to them"
+    answers = {"questions": 8000, "samples_per_step": 64, "rollouts": 5}
+    assert data_words(DERIVED | answers) == "8,000 questions; 320 answers to them"
 
 
 def test_the_steps_of_several_devices():
@@ -221,6 +222,9 @@ def test_answers_that_are_drawn_are_work():
     cfg = compose("train", "experiment=tiny", "stage=grpo")
     work = work_of(cfg, DERIVED | {"samples_per_step": 4}, None, 0, compiled=False)
     assert work.drawn == pytest.approx(4 * 32 * 1e6) and work.flops == pytest.approx(4 * 96 * 3e6)
+    twice = compose("train", "experiment=tiny", "stage=grpo", "stage.loss=dapo", "stage.updates_per_rollout=2")
+    work = work_of(twice, DERIVED | {"samples_per_step": 4}, None, 0, compiled=False)
+    assert work.drawn == pytest.approx(2 * 32 * 1e6) and work.flops == pytest.approx(4 * 96 * 3e6)
 
 
 def test_what_a_run_took_is_known_by_the_next(monkeypatch, tmp_path):
