@@ -10,6 +10,7 @@ from llm.utils.terminal import can_redraw
 FORMATS = {
     "loss": "loss {:.4f}",
     "bpb": "bpb {:.4f}",
+    "preference/accuracy": "preferred {:.1%}",
     "reward": "reward {:.3f}",
     "pass@1": "pass@1 {:.3f}",
     "lr": "lr x{:.3f}",
@@ -19,7 +20,8 @@ FORMATS = {
     "data_wait": "data {:.1%}",
 }
 # What a bar shows first, where the terminal is too narrow for all of it.
-IMPORTANT = ("loss", "bpb", "tok_per_s", "reward", "pass@1", "ms_per_step", "lr", "mfu", "data_wait")
+IMPORTANT = ("loss", "bpb", "preference/accuracy", "tok_per_s", "reward", "pass@1")
+IMPORTANT += ("ms_per_step", "lr", "mfu", "data_wait")
 WIDTHS = ((110, 24), (70, 12), (0, 6))  # of a terminal from which on a bar has so many signs
 LINES = 100  # of a whole training, where there is no bar,
 SILENCE = 300  # and one after so many seconds in any case

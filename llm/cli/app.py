@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from llm.cli.compose import find_sources, parse, quote_raw, search_path, unwrap_names, whole_mixtures, without_groups
 from llm.cli.help import help_text
 from llm.cli.overrides import Command, check_overrides, no_value
-from llm.cli.sweep import best_of_search, job_title, separate_run
+from llm.cli.sweep import best_of_search, follow_sweep, job_title, separate_run, values_of
 from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_origin, note_settings
 from llm.config.trust import trust_command
@@ -238,6 +238,7 @@ def _job(config_name: str, target: Target, command: Command) -> Callable[[Any], 
             load_plugins(cfg.plugins)  # those that a YAML file names, too late for a schema of theirs
             if swept and "init_from" in cfg:
                 separate_run(cfg, lines)
+                follow_sweep(cfg, next((values_of(one) for one in swept if one.key_or_group == "stage"), []))
             function = _function(target)
             resume_collector()
             value = function(cfg)

@@ -266,9 +266,8 @@ def _try_override(config_name: str, cfg: Any, override: Any, value: Any, choice:
         raise UserError(f"{line}: {name!r} cannot be {verb}, {above or 'the top level'} has a fixed set of keys")
     if adds and name.startswith("data.") and cfg.data is None:
         raise UserError(f"{line}: choose data=<option> first ({', '.join(group_options('data'))})")
-    for group, what in (("tasks", "task"), ("preferences", "source of preferences")):
-        if adds and name.startswith(f"data.{group}.") and name.split(".")[2] not in cfg.data[group]:
-            raise UserError(f"{line}: describe a new {what} in a file of conf/data/ or conf/experiment/")
+    if adds and (advice := _in_a_file(cfg, name)):
+        raise UserError(f"{line}: {advice}")
     if adds:
         _update(config_name, cfg, name, value, add=True)
 
@@ -369,9 +368,19 @@ def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> st
     last = name.rpartition(".")[2]
     elsewhere = [key for key in (*cfg, *_dotted(cfg, "")) if key.rpartition(".")[2] == last]
     message = unknown_key(config_name, name, siblings + elsewhere if siblings else _dotted(cfg, ""))
+    if advice := _in_a_file(cfg, name):
+        return f"{message}; {advice}"
     if isinstance(parent, DictConfig) and not _is_typed(parent):
         message += f"; to add a new one write +{name}=..."
     return message
+
+
+def _in_a_file(cfg: Any, name: str) -> str | None:
+    """Return where to describe the new task or source of preferences that `name` belongs to; None for other keys."""
+    for group, what in (("tasks", "task"), ("preferences", "source of preferences")):
+        if name.startswith(f"data.{group}.") and cfg.data is not None and name.split(".")[2] not in cfg.data[group]:
+            return f"describe a new {what} in a file of conf/data/ or conf/experiment/ (docs/data.md has one)"
+    return None
 
 
 def _dotted(cfg: Any, prefix: str) -> Iterable[str]:

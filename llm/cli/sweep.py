@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.cli.options import group_options, listed
-from llm.config.stages import row_or_stranger
+from llm.config.stages import row_or_stranger, stage_row
 from llm.errors import UserError
 from llm.run.stage_folder import RunDir, stage_before
 
@@ -112,12 +112,40 @@ def separate_run(cfg: Any, lines: Sequence[str]) -> None:
     parts = [_short(name, value) for name, value in values.items() if name not in told]
     if "run" in values or not parts or not row_or_stranger(cfg.stage.name).in_run:
         return
-    base = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    base = run_of(cfg)
     own = RunDir(cfg.paths.runs, "-".join([base.name, *parts]))
     cfg.run = own.name
     before = stage_before(cfg)
     if cfg.init_from is None and before and before not in own.finished() and before in base.finished():
         cfg.init_from = f"{base.name}/{before}"
+
+
+def run_of(cfg: Any) -> RunDir:
+    """Return the run that a job works on, named after the depth where no name is given."""
+    return RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+
+
+def follow_sweep(cfg: Any, stages: Sequence[str]) -> None:
+    """Let the stage of a job start from one that a sweep over `stages` trains, where the usual one is not there.
+
+    So `stage=tokenizer,pretrain,sft` finetunes what it has pretrained. Changes `cfg.init_from`. Raises UserError for a
+    stage of the sweep that none of its parents comes before, already in the first job.
+    """
+    if not stages or cfg.init_from is not None:
+        return
+    run = run_of(cfg)
+    for place, name in enumerate(stages[1:], start=1):  # the first one says by itself what it lacks
+        row, there = row_or_stranger(name), {*run.finished(), *stages[:place]}
+        if row.in_run and row.parents and not there & {*row.parents}:
+            raise UserError(
+                f"stage={','.join(stages)}: {name} starts from {' or '.join(row.parents)}, which neither comes before "
+                f"it nor is finished in run={run.name}: add it to the list, or give {name} a command of its own with "
+                "init_from=<run>/<stage>"
+            )
+    before, there = stage_before(cfg), {*run.finished(), *stages}
+    others = [name for name in stage_row(cfg.stage.name).parents if name in there]
+    if before is not None and before not in there and others:
+        cfg.init_from = f"{run.name}/{others[0]}"
 
 
 def _short(name: str, value: str) -> str:

@@ -1,6 +1,8 @@
 """The models that a stage starts from: found, and compared by their content with those that it began with."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -127,10 +129,28 @@ def beginning_notes(job: Job, record: dict, saved: list[dict]) -> list[str | Non
     return [code_note(saved[-1] if saved else record, job.stage_dir), note]
 
 
+def differing(
+    origin: dict, config: dict, ignored: Iterable[str], parent: Callable[[], Path | None]
+) -> list[tuple[str, Any, Any]]:
+    """Return in which keys `config` differs from that of a run.json, `origin`; see `diff_configs`.
+
+    Two names of one model that the stage starts from are no difference. parent: returns the model/ folder that `config`
+    names; it is called where the names differ, and may raise UserError.
+    """
+    found = diff_configs(origin.get("config") or {}, config, ignored)
+    if not any(key == "init_from" for key, _, _ in found):
+        return found
+    try:
+        is_same = origin.get("parent") == str(parent())
+    except UserError:
+        is_same = False
+    return [one for one in found if one[0] != "init_from" or not is_same]
+
+
 def check_same_settings(job: Job, path: Path, origin: dict) -> None:
     """Raise UserError where a training with another configuration has saved a checkpoint; a horizon may differ."""
     ignored = (*neutral_keys(job.row.name), *HORIZONS)
-    if differences := diff_configs(origin.get("config") or {}, job.config, ignored):
+    if differences := differing(origin, job.config, ignored, lambda: job.parent):
         raise UserError(
             f"{path} was saved by a training with another configuration ({describe_differences(differences)}): put "
             "the checkpoints of this stage back, or overwrite=true starts the stage again"

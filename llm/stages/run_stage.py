@@ -22,7 +22,7 @@ from llm.errors import UserError
 from llm.parallel.env import LAUNCHER, check_layout, is_launched, launched_rank
 from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
-from llm.run.config_diff import describe_differences, diff_configs, neutral_keys, rules_before
+from llm.run.config_diff import describe_differences, neutral_keys, rules_before
 from llm.run.cost import cost
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, fetch_named, mirrored
@@ -33,8 +33,15 @@ from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
 from llm.stages.loggers import check_packages
 from llm.stages.own_parts import check_own_parts
-from llm.stages.parents import check_parents_unchanged, check_same_origin, find_parents, further_names, holds_work
-from llm.stages.shape import take_shape
+from llm.stages.parents import (
+    check_parents_unchanged,
+    check_same_origin,
+    differing,
+    find_parents,
+    further_names,
+    holds_work,
+)
+from llm.stages.shape import parent_of, take_shape
 from llm.stages.texts import check_same_texts
 from llm.utils.format import dollars
 from llm.utils.imports import importing
@@ -277,7 +284,7 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
         raise UserError(
             f"{run.stage_dir(stage) / 'run.json'}: config is missing; restore the file, or overwrite=true starts again"
         )
-    differences = diff_configs(manifest["config"], config, neutral_keys(stage))
+    differences = differing(manifest, config, neutral_keys(stage), lambda: parent_of(cfg, stage_row(stage), run))
     if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
         check_parents_unchanged(run, stage, manifest)
         return False

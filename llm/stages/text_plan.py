@@ -7,10 +7,12 @@ from llm.data.balance import Balance
 from llm.data.packing import PACKINGS
 from llm.data.text_size import passes_over
 from llm.errors import UserError
+from llm.parallel.launch import processes
 from llm.run.stage_folder import RunDir
 from llm.scaling.batch_ramp import BatchSchedule
 
 MANY_PASSES = 10
+FEW_STEPS = 200  # that stage.max_passes leaves
 MOST_IN_TABLES = 1 / 4  # parameters of n-gram tables per token of a text that is read more than once
 
 
@@ -40,12 +42,12 @@ def plan_text(
     """Return the plan of a run of `steps` steps, at most `stage.max_passes` over the text unless max_steps is given.
 
     in_tables: parameters of the network's tables of n-grams. A run with a checkpoint keeps the plan that its run.json
-    holds. Warns where the text is read very often, where cropping loses text that is read again, and where the tables
-    are large for such a text.
+    holds. Warns where the text is read very often, where cropping loses text that is read again, where the tables are
+    large for such a text, and where few steps are left.
     """
     found = _begun(cfg, steps, batch) or _measured(cfg, source, tokenizer, steps, batch, sample)
     if found.tokens is not None:
-        for line in warnings_of(cfg, found, in_tables):
+        for line in warnings_of(cfg, found, in_tables) + few_steps(cfg, found, steps, batch):
             print(f"WARNING: {line}", flush=True)
     return found
 
@@ -70,6 +72,22 @@ def warnings_of(cfg, found: TextPlan, in_tables: int = 0) -> list[str]:
             "Set a smaller number, or arch.ngrams=[]; or add text, or set fewer max_steps"
         )
     return lines
+
+
+def few_steps(cfg, found: TextPlan, planned: int, batch: BatchSchedule) -> list[str]:
+    """Return a sentence where stage.max_passes leaves few of the `planned` steps: with smaller ones more is learnt."""
+    least = cfg.model.seq_len * processes(cfg)
+    smaller, more = batch.tokens, found.steps
+    while more < FEW_STEPS and smaller % (2 * least) == 0:
+        smaller, more = smaller // 2, 2 * more
+    if found.steps == planned or cfg.max_steps is not None or more == found.steps:
+        return []
+    rows = cfg.batch.micro_batch_size
+    also = "" if rows == "auto" or rows <= smaller // least else f" batch.micro_batch_size={smaller // least}"
+    return [
+        f"stage.max_passes={cfg.stage.max_passes:g} leaves {found.steps} steps of {batch.tokens:,} tokens. As many "
+        f"tokens in {more} steps teach more, in hardly more time: batch.tokens_per_step={smaller}{also}"
+    ]
 
 
 def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule, sample: Sample) -> TextPlan:

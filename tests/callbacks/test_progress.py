@@ -64,6 +64,7 @@ def test_times_on_a_clock():
 
 def test_values_stand_in_one_order():
     assert described({"mfu": 0.5, "seconds": 3.0, "loss": 1.0}) == ["loss 1.0000", "mfu 50.0%"]
+    assert described({"preference/accuracy": 0.75, "bpb": 1.0}) == ["bpb 1.0000", "preferred 75.0%"]
 
 
 def test_in_a_terminal_there_is_one_bar_from_the_first_moment(tmp_path, open_screen):

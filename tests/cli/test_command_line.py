@@ -17,7 +17,7 @@ from llm.cli.compose import quote_raw
 from llm.cli.help import help_text
 from llm.cli.options import CONF, Sources, nearest
 from llm.cli.overrides import check_overrides, config_groups
-from llm.cli.sweep import separate_run
+from llm.cli.sweep import follow_sweep, separate_run
 from llm.config.check import check_values
 from llm.config.schema import VARIANTS, known_keys
 from llm.errors import UserError
@@ -233,6 +233,44 @@ def test_a_sweep_prefers_the_parent_in_its_own_run(tmp_path):
     cfg = overrides.compose("train", [f"paths.runs={tmp_path}", "experiment=demo", "model=d2"])
     separate_run(cfg, ["model=d2"])
     assert (cfg.run, cfg.init_from) == ("demo-d2", None)
+
+
+@pytest.mark.parametrize(
+    "stages,stage,init_from",
+    [
+        ("tokenizer,pretrain,sft", "sft", "demo/pretrain"),
+        ("tokenizer,pretrain,midtrain,sft", "sft", None),
+        ("tokenizer,pretrain,sft,dpo", "dpo", None),
+        ("tokenizer,pretrain,sft", "tokenizer", None),
+        ("sft,dpo", "sft", "there/pretrain"),
+    ],
+)
+def test_a_stage_of_a_sweep_follows_what_the_sweep_trains(tmp_path, stages, stage, init_from):
+    finish(tmp_path, "there", "pretrain")
+    run = (init_from or "demo").partition("/")[0]
+    cfg = overrides.compose("train", [f"paths.runs={tmp_path}", "experiment=demo", f"stage={stage}", f"run={run}"])
+    follow_sweep(cfg, stages.split(","))
+    assert cfg.init_from == init_from
+
+
+def test_a_sweep_without_a_parent_ends_in_its_first_job(tmp_path):
+    cfg = overrides.compose("train", [f"paths.runs={tmp_path}", "experiment=demo", "stage=tokenizer"])
+    with pytest.raises(
+        UserError, match="stage=tokenizer,pretrain,dpo: dpo starts from sft, which neither comes before"
+    ):
+        follow_sweep(cfg, ["tokenizer", "pretrain", "dpo"])
+    cfg.init_from = "x"
+    follow_sweep(cfg, ["tokenizer", "pretrain", "dpo"])
+    assert cfg.init_from == "x"
+
+
+@pytest.mark.parametrize(
+    "line", ["data.preferences.mine={}", "+data.preferences.mine={}", "data.preferences.mine.train=a"]
+)
+def test_a_new_source_of_preferences_is_described_in_a_file(line):
+    with pytest.raises(UserError, match="describe a new source of preferences in a file") as caught:
+        check_overrides("train", ["experiment=own", "stage=dpo", line])
+    assert "write +data" not in str(caught.value)
 
 
 TARGET = """

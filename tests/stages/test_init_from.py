@@ -1,6 +1,7 @@
 """Tests of what a stage takes from its parent, and of how a finished stage goes on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from llm.errors import UserError
 from llm.run.stage_folder import read_metrics
 from llm.scaling.rules import model_config
+from llm.stages.parents import differing
 from llm.stages.run_stage import run_stage
 from llm.stages.shape import set_arch
 
@@ -179,3 +181,15 @@ def test_a_lengthened_stage_is_that_of_one_go(root, capsys):
         file.unlink()
     assert "no checkpoint of step 5" in refusal(root, "run=longer", *run, "max_steps=9")
     assert record(root, "longer")["status"] == "finished"
+
+
+def test_two_names_of_one_parent_are_one_configuration():
+    def missing():
+        raise UserError("there is no such run")
+
+    origin, config = {"config": {"init_from": None, "seed": 1}, "parent": "/runs/a/pretrain/model"}, {"seed": 1}
+    same, other = Path(origin["parent"]), Path("/b")
+    for parent, keys in ((lambda: same, []), (lambda: other, ["init_from"]), (missing, ["init_from"])):
+        differences = differing(origin, config | {"init_from": "a/pretrain"}, (), parent)
+        assert [key for key, _, _ in differences] == keys
+    assert differing(origin, config | {"init_from": None}, (), missing) == []  # nothing is looked for

@@ -208,3 +208,19 @@ def test_a_seed_for_documents_that_are_made_up_is_refused(tmp_path):
     with pytest.raises(UserError, match="data.shuffle=1 is not read by this option of data"):
         document_source(compose("train", "experiment=tiny", "data.shuffle=1").data, tmp_path)
     assert document_source(compose("train", "experiment=tiny").data, tmp_path) is not None
+
+
+def test_few_steps_are_told_with_the_size_that_makes_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text_plan, "passes_over", lambda source, tokenizer, planned: (330_000, planned / 330_000))
+
+    def told(*keys):
+        cfg = config(tmp_path, *keys)
+        plan_text(cfg, None, None, 10_000, batch_schedule(cfg, 16_384))
+        return [line for line in capsys.readouterr().out.splitlines() if "steps of 16,384" in line]
+
+    (line,) = told()
+    assert line.startswith("WARNING: stage.max_passes=3 leaves 60 steps of 16,384 tokens. As many tokens in 240 steps")
+    assert line.endswith(": batch.tokens_per_step=4096")
+    assert told("model.seq_len=1024")[0].endswith(": batch.tokens_per_step=4096 batch.micro_batch_size=4")
+    assert told("stage.max_passes=20") == told("stage.max_passes=null") == told("max_steps=60") == []
+    assert "in 120 steps" in told("model.seq_len=8192")[0] and told("model.seq_len=16384") == []
