@@ -78,6 +78,30 @@ def test_seeds_of_one_configuration_are_one_row(runs):
     assert lines[0][header.index("bpb")] == f"{slow['bpb']:.4f} ± {slow['bpb_stderr']:.4f}"
 
 
+@pytest.mark.parametrize(
+    "scores, stage, left_out",
+    [
+        ({}, {}, []),
+        ({"chat": {"choice": {"accuracy": 0.6, "n": 200}}}, {}, ["choice"]),
+        ({"bpb": 2.5}, {}, ["bpb"]),
+        ({}, {"eval_tokens": 8192}, ["bpb"]),
+    ],
+)
+def test_a_score_that_one_seed_lacks_or_measures_otherwise_has_no_mean(tmp_path, capsys, scores, stage, left_out):
+    for seed in (1, 2, 3):
+        folder = add_run(tmp_path, f"a-seed={seed}", seed)
+    config = json.loads((folder / "run.json").read_text())
+    config["config"]["stage"] |= stage
+    write_json(folder / "run.json", config)
+    write_json(folder / "eval.json", scores)
+    (row,) = grouped(read_rows(tmp_path))
+    assert row["seeds"] == 3 and [name for name in score_names([row]) if row[name] is None] == left_out
+    header, ((*cells,),) = as_text([row], "run,bpb,loss" + (",choice" if "chat" in scores else ""))
+    assert [name for name, cell in zip(header, cells, strict=True) if cell == "-"] == left_out
+    note = f"note: {left_out[0]}: no mean where a seed lacks it or has measured it otherwise" if left_out else ""
+    assert note in capsys.readouterr().err
+
+
 def test_what_is_executed_or_read_otherwise_makes_no_other_configuration(runs):
     row = stage_row_of(runs / "d10/pretrain")
     same = json.loads(json.dumps(row))
