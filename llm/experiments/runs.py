@@ -160,14 +160,16 @@ def settings(row: Row) -> dict[str, Any]:
     """Return what decides the result of a stage as {dotted key: value}, without the seed.
 
     Keys that the stage does not read, or that only say how it is executed or watched, are left out. So is what is off
-    (null, false, empty): a run that is older than such a key is equal to one that leaves it off. Other seeds are
+    (null, false, empty; of `BEFORE_KEYS` only the value there): a run that is older than such a key is equal to one
+    that leaves it off. Other seeds are
     replaced by a star: the one in the name of a parent (`init_from=demo-seed=3/pretrain`), and `data.shuffle`.
     """
     kept = {}
     for key, value in flatten(row["config"]).items():
-        off = value is False or value in (None, {}, []) or value == BEFORE_KEYS.get(key)
+        off = value == BEFORE_KEYS[key] if key in BEFORE_KEYS else value is False or value in (None, {}, [])
         if not off and key != "seed" and not _is_neutral(key, row["stage"]):
             kept[key] = SEED.sub("seed=*", value) if key == "init_from" else "*" if key == "data.shuffle" else value
+            kept[key] = "null" if value is None else kept[key]  # of `BEFORE_KEYS`; None stands for an absent key
     return kept
 
 

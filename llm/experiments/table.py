@@ -222,7 +222,7 @@ def layout(rows: Sequence[Row], columns: str | None, diff: bool) -> tuple[list[s
     partial = [name for name in names if name in scores and any(row.get(name, 0) is None for row in rows)]
     if partial:
         print(
-            f"note: {', '.join(partial)}: no mean where a seed lacks it or has measured it otherwise; --each shows each",
+            f"note: {', '.join(partial)}: no mean where a seed lacks it or has measured it otherwise; see --each",
             file=sys.stderr,
         )
     return names, [column(name, rows, "--columns") for name in names]

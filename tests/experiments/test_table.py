@@ -9,6 +9,7 @@ from experiment_runs import add_run, add_sweep
 
 from llm.experiments import table
 from llm.experiments.runs import score_names, settings, stage_row_of, stage_rows
+from llm.experiments.sides import changed
 from llm.experiments.table import as_text, differing, filtered, grouped, ordered, read_rows
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
@@ -113,6 +114,19 @@ def test_what_is_executed_or_read_otherwise_makes_no_other_configuration(runs):
     assert settings(first) == settings(second) != settings(row)
     same["config"]["optim"]["matrix_lr"] = 0.0
     assert settings(same) != settings(row) and differing([row, same]) == ["optim.matrix_lr"]
+
+
+@pytest.mark.parametrize(
+    "key, before, other",
+    [("optim.momentum_overlap", True, False), ("arch.window_multiple", 128, None), ("optim.muon2_beta", None, 0.9)],
+)
+def test_a_run_older_than_a_key_is_equal_to_one_with_the_rule_of_then_only(runs, key, before, other):
+    group, name = key.split(".")
+    old, same, new = (json.loads(json.dumps(stage_row_of(runs / "d10/pretrain"))) for _ in range(3))
+    same["config"].setdefault(group, {})[name] = before
+    new["config"].setdefault(group, {})[name] = other
+    assert settings(old) == settings(same) != settings(new)
+    assert differing([old, same, new]) == [key] == list(changed(settings(old), settings(new)))
 
 
 def test_rows_are_sorted_and_filtered_by_columns_and_keys(runs):
