@@ -6,6 +6,7 @@ import sqlite3
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import processes
@@ -16,7 +17,7 @@ import llm.experiments.queue as command
 import llm.experiments.worker as worker
 from llm.errors import UserError
 from llm.experiments.queue_store import MOST_DEATHS, Job, NewJob, Queue, is_alive, process_name
-from llm.run.stage_folder import read_manifest
+from llm.run.stage_folder import read_manifest, write_manifest
 from llm.utils.files import parse_json
 
 # Stands in for train.py: counts to `steps` in a file, goes on where a SIGTERM ended it, notes that it is done, and does
@@ -180,6 +181,42 @@ def test_what_is_worse_than_the_median_of_its_family_is_given_up(queue, tmp_path
     assert states(queue) == ["done"] * 3 + ["pruned", "done", "done"]
     pruned = queue.jobs()[3]
     assert "median" in pruned.message and pruned.result is not None
+
+
+def test_a_curve_that_the_job_overwrites_does_not_judge_it(queue, tmp_path, scripts):
+    queue.add([job(tmp_path, f"g{i}", f"bpb={i}", family="lr") for i in (1, 2, 3)])
+    worker.work(queue, say=lambda line: None)
+    new = job(tmp_path, "new", "overwrite=true", family="lr", prune_after=1)
+    table = Path(new.folder) / "metrics.csv"
+    table.parent.mkdir()
+    table.write_text("step,bpb\n1,9\n")
+    os.utime(table, (time.time() - 60,) * 2)
+    queue.add([new])
+    mine = queue.claim(process_name(os.getpid()))
+    assert not worker.is_worse(mine, queue.jobs())
+    table.write_text("step,bpb\n1,9\n")
+    os.utime(table, (mine.started + 1,) * 2)
+    assert worker.is_worse(mine, queue.jobs())
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "runs"),
+    [
+        (-60, ["overwrite=true"], ["overwrite=true"]),  # that of an earlier training, which is to go
+        (60, ["overwrite=true", "seed=1"], ["seed=1", "overwrite=false", "resume=true"]),
+        (60, ["resume=false"], ["overwrite=false", "resume=true"]),
+        (None, ["overwrite=true"], ["overwrite=true"]),
+    ],
+)
+def test_what_a_job_has_begun_it_does_not_overwrite(queue, tmp_path, scripts, begun, given, runs):
+    (a,) = queue.add([job(tmp_path, "a", *given)])
+    if begun is not None:
+        at = datetime.fromtimestamp(queue.job(a).added + begun, UTC).isoformat()
+        write_manifest(queue.job(a).folder, {"stage": "pretrain", "status": "interrupted", "started": at})
+    worker.work(queue, say=lambda line: None)
+    assert queue.job(a).state == "done" and queue.job(a).settings[1:] == given
+    log = worker.log_of(queue, queue.job(a)).read_text().splitlines()
+    assert log[0] == f"$ train.py {' '.join([queue.job(a).settings[0], *runs])}"
 
 
 @pytest.mark.parametrize(
