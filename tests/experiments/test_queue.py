@@ -256,6 +256,16 @@ def test_a_job_that_kills_its_workers_fails_in_the_end(queue, tmp_path):
     assert queue.job(a).state == "failed" and f"{MOST_DEATHS} times" in queue.job(a).message
 
 
+def test_a_stop_in_good_order_is_no_death(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"
+    for _ in range(MOST_DEATHS):
+        assert queue.end(queue.claim(gone).id, "queued") == "queued"
+    for _ in range(MOST_DEATHS):
+        assert queue.claim(gone).id == a
+    assert queue.claim(gone) is None and queue.job(a).state == "failed"
+
+
 def test_a_worker_elsewhere_is_believed_until_it_is_silent():
     assert is_alive("elsewhere:1:x", time.time()) and not is_alive("elsewhere:1:x", time.time() - 1000)
 
@@ -293,6 +303,18 @@ def test_clear_keeps_what_is_needed(queue, tmp_path, scripts):
     worker.work(queue, say=lambda line: None)
     queue.add([job(tmp_path, "c", needs=(b,))])
     assert queue.clear() == 1 and [one.id for one in queue.jobs()] == [b, 3]
+
+
+def test_clear_keeps_what_a_failed_job_needs_that_an_open_one_waits_for(queue, tmp_path, scripts):
+    names = {"first": [], "a": ["first"], "b": ["a"], "c": ["b"]}
+    ids = {}
+    for name, needs in names.items():
+        settings = ["fail=1"] if name == "b" else []
+        (ids[name],) = queue.add([job(tmp_path, name, *settings, needs=tuple(ids[n] for n in needs))])
+    worker.work(queue, say=lambda line: None)
+    assert queue.clear() == 1 and [one.id for one in queue.jobs()] == [ids["a"], ids["b"], ids["c"]]
+    queue.retry([ids["b"]])
+    assert queue.claim(process_name(os.getpid())).id == ids["b"]
 
 
 # The command
