@@ -328,8 +328,10 @@ class Queue:
                 db.execute("UPDATE jobs SET verdict = ? WHERE id = ?", (verdict, number))
 
     def move(self, number: int, before: int) -> None:
-        """Start a job before another one. Raises UserError where one of them is not there."""
+        """Start a job before another one. Raises UserError where one of them is not there, or both are one."""
         self.job(number), self.job(before)
+        if number == before:
+            raise UserError(f"--before {before}: is the job that is moved; name another one")
         with self._transaction() as db:
             order = [job for job in self._jobs(db) if job.id != number]
             place = next(i for i, job in enumerate(order) if job.id == before)

@@ -285,6 +285,8 @@ def test_mistakes_are_told(queue, tmp_path):
         queue.resume([a])
     with pytest.raises(UserError, match="job 9 is not in the queue; the list has 1"):
         queue.cancel([a, 9])
+    with pytest.raises(UserError, match="--before 1: is the job that is moved"):
+        queue.move(a, before=a)
     assert queue.job(a).state == "queued"
 
 
@@ -345,9 +347,30 @@ def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsy
     assert run(tmp_path, "add", "--script", "evaluate", words[1], "run=a", "stage=pretrain") == 0
     tokenizer, pretrain, sft, one, two, scored = Queue(tmp_path / "q.sqlite").jobs()
     assert pretrain.needs == (tokenizer.id,) and scored.needs == (pretrain.id,)
+    assert run(tmp_path, "add", "--script", "evaluate", words[1], "run=a") == 0  # of the last stage that there will be
+    assert Queue(tmp_path / "q.sqlite").jobs()[-1].needs == (tokenizer.id, pretrain.id, sft.id)
     assert one.needs == two.needs == (tokenizer.id,)
     assert "init_from='a/tokenizer'" in one.settings and "run='a-seed=1'" in one.settings
     assert not sft.needs, "sft of this experiment starts from midtrain, which no job makes"
+
+
+@pytest.mark.parametrize(
+    ("words", "of_jobs"),
+    [
+        (["logger=null"], [["logger=null"]]),
+        (["-m", "logger=null", "seed=1,2"], [["~logger", "seed=1"], ["~logger", "seed=2"]]),
+        (["-m", "arch=glob(mod*)"], [["arch=modern"], ["arch=modern_2026_02"]]),
+        (["-m", 'hydra.sweeper.params={seed: "choice(1,2)"}'], [["seed=1"], ["seed=2"]]),
+        (["-m", "--config-dir={}", "seed=1,2"], [["--config-dir={}", "seed=1"], ["--config-dir={}", "seed=2"]]),
+    ],
+)
+def test_a_command_line_means_what_it_means_to_train(tmp_path, words, of_jobs):
+    fixed = ["stage=tokenizer", f"paths.runs={tmp_path}/runs", "run=a"]
+    assert run(tmp_path, "add", *fixed, *(word.replace("{}", str(tmp_path)) for word in words)) == 0
+    jobs = Queue(tmp_path / "q.sqlite").jobs()
+    wanted = [[word.replace("{}", str(tmp_path)) for word in one] for one in of_jobs]
+    left = [[word for word in one.settings if word not in fixed and not word.startswith("run=")] for one in jobs]
+    assert sorted(left) == sorted(wanted)
 
 
 @pytest.mark.parametrize(
