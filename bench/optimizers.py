@@ -14,7 +14,8 @@ half, and is as fair where a method changes nothing but the matrices. Then come 
 `default` is today's muon_adamw with the rates it has. As in the third track of modded-nanogpt only the steps count: the
 first at which the validation's bits per byte are at most the target, on a line between two evaluations. Without
 `--target` this is the mean that `default` ends with, so that it needs all steps. Trainings are jobs of the queue
-<out>/queue.sqlite and runs in <out>/runs. What is done is not done again, so the command goes on where it was stopped.
+<out>/queue.sqlite and runs in <out>/runs. What is done is not done again, so the command goes on where it was stopped;
+with other settings it takes another --out.
 """
 
 import _bench  # isort: skip  # noqa: F401  (puts the project on the path)
@@ -30,6 +31,7 @@ from llm.cli.overrides import compose
 from llm.errors import UserError
 from llm.experiments.queue import jobs_of
 from llm.experiments.queue_store import OPEN, Queue
+from llm.experiments.runs import MOST_NAMED
 from llm.experiments.worker import work
 from llm.run.stage_folder import read_metrics
 from llm.utils.format import print_table, value
@@ -158,11 +160,25 @@ class Bench:
         return self.args.out / "runs" / run / ("tokenizer" if run == TOKENIZER else "pretrain")
 
     def train(self, wanted: dict[str, list[str]]) -> None:
-        """Work off the queue until these runs are done. Raises UserError where one is not."""
-        states = {job.folder: job.state for job in self.queue.jobs()}
+        """Work off the queue until these runs are done.
+
+        Raises UserError where one is not, and where one has other settings: its numbers are not those of this command.
+        """
+        jobs = {job.folder: job for job in self.queue.jobs() if job.state in (*OPEN, "done")}
+        missing = []
         for run, settings in wanted.items():
-            if states.get(str(self.folder(run).resolve())) not in (*OPEN, "done"):
-                self.queue.add(jobs_of([*self.common, *settings], family="optimizers"))
+            words = [*self.common, *settings]
+            job = jobs.get(str(self.folder(run).resolve()))
+            if job is None:
+                missing.append(words)
+            elif others := set(job.settings) ^ set(words):
+                raise UserError(
+                    f"--out {self.args.out}: {run} was begun with other settings than this command has "
+                    f"({', '.join(sorted(others)[:MOST_NAMED])}); name another folder"
+                )
+        for words in missing:
+            self.queue.add(jobs_of(words, family="optimizers"))
+        states = {}
         work(self.queue, say=lambda line: print(line, file=sys.stderr, flush=True))
         for job in self.queue.jobs():
             states[job.folder] = job.state if job.state != "failed" else f"failed: {job.message}"

@@ -37,7 +37,7 @@ from llm.run.config_diff import ABSENT, diff_configs
 from llm.run.formats import read_scores
 from llm.run.lock import waiting_lock
 from llm.run.notes import say, stage_notes
-from llm.run.stage_folder import HF, find_stage, read_manifest
+from llm.run.stage_folder import HF, OTHER_DATA, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.files import write_json
@@ -230,7 +230,7 @@ class Subject:
         """Return the folder of what stands beside eval.json, item by item; another one for each other data."""
         if self.is_own_data:
             return self.folder
-        return self.folder / "other_data" / re.sub(r"[^\w.-]+", "_", self.data_name).strip("_")
+        return self.folder / OTHER_DATA / re.sub(r"[^\w.-]+", "_", self.data_name).strip("_")
 
     @property
     def reads_text(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from llm.experiments.runs import Row
+from llm.experiments.runs import Row, way_of
 from llm.run.stage_folder import read_metrics
 
 
@@ -15,7 +15,8 @@ class Curve:
     """A metric over one run. steps, values: where it was measured, ascending.
 
     seconds: of training until each of those steps, without evaluations; None where they were not recorded. tokens:
-    trained on until the last of those steps; None where they were not recorded.
+    trained on until the last of those steps; None where they were not recorded. way: see `runs.way_of`, None where the
+    training measured it.
     """
 
     run: str
@@ -24,6 +25,7 @@ class Curve:
     values: tuple[float, ...]
     seconds: tuple[float, ...] | None
     tokens: float | None = None
+    way: tuple[str, str | None] | None = None
 
     def at(self, step: int) -> float:
         """Return the value measured at a step."""
@@ -45,7 +47,7 @@ def read_curve(row: Row, metric: str) -> Curve:
     if column is None:
         measured = isinstance(row.get(metric), int | float)
         steps, values = ((row["steps"] or 0,), (row[metric],)) if measured else ((), ())
-        return Curve(row["run"], row["seed"], steps, values, None)
+        return Curve(row["run"], row["seed"], steps, values, None, way=way_of(row, metric))
     points = [(int(line["step"]), line[column]) for line in rows if column in line]
     steps, values = zip(*points, strict=True)
     timed = [(line["step"], line["seconds"]) for line in rows if math.isfinite(line.get("seconds", math.nan))]

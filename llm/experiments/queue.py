@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llm.cli.compose import compose, find_sources, quote_raw, quoted, unwrap_names
+from llm.cli.compose import compose, find_sources, flags_of, quote_raw, quoted, unwrap_names
 from llm.cli.overrides import check_overrides
 from llm.cli.sweep import lines_of, separate_run
 from llm.config.stages import row_or_stranger
@@ -81,28 +81,31 @@ def jobs_of(
     """Check settings like the command line of the script, one of `SCRIPTS`, and return a job for every combination.
 
     A job needs the job that writes the stage it starts from, scores or exports: an earlier one of these, or one of
-    `queued`, the stage folders that open jobs write and their numbers. options: further fields of `NewJob`. Raises
+    `queued`, the stage folders that open jobs write and their numbers. Where a run is to be scored and no stage of it
+    is named, these are all that write one. options: further fields of `NewJob`. Raises
     UserError for a setting that the script would refuse, and for a sweep without multirun.
     """
     command = check_overrides(script, [*(["-m"] if multirun else []), *words])
     if command.searches or command.launcher != "basic":
         raise UserError("a queue takes lists of values; leave hydra/sweeper and hydra/launcher out")
     swept = {override.input_line: lines_of(override) for override in command.swept}
-    single = [word for word in words if word not in swept]
+    single = [line for line in flags_of(command.argv).overrides if line not in swept]
+    places = [word for word in words if word not in find_sources(script, words)[1]]  # as --config-dir=<folder>
     jobs, writes = [], dict(queued)
     for chosen in product(*swept.values()):
-        settings = [*single, *chosen]
-        sources, argv = find_sources(script, quote_raw(script, settings))
-        cfg = compose(script, argv, sources)
+        cfg = compose(script, quote_raw(script, [*single, *chosen]), command.sources)
         unwrap_names(cfg)
+        settings = [*places, *single, *chosen] if command.sweeps else list(words)
         root, folder, read = Path(cfg.paths.runs).resolve(), None, {}
         if script != "train":
-            parent = str(root / (cfg.run or "") / (cfg.stage or ""))
+            run = root / (cfg.run or "")
+            parents = [str(run / cfg.stage)] if cfg.stage else [name for name in writes if Path(name).parent == run]
         else:
             parent, settings = _placed(cfg, settings, chosen, root, writes)
+            parents = [parent]
             folder = str(root / cfg.run / cfg.stage.name) if row_or_stranger(cfg.stage.name).in_run else None
             read = {"metric": cfg.objective, "mode": cfg.objective_mode}
-        needs = (*options.get("needs", ()), *([writes[parent]] if parent in writes else []))
+        needs = (*options.get("needs", ()), *(writes[parent] for parent in parents if parent in writes))
         jobs.append(NewJob(settings, script, os.getcwd(), folder, **(read | options | {"needs": needs})))
         if folder:
             writes[folder] = -len(jobs)

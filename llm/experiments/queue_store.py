@@ -21,8 +21,7 @@ from llm.utils.files import parse_json
 
 STALE_SECONDS = 120.0  # without a sign of life from another machine, after which its job is taken over
 MOST_DEATHS = 10  # of a worker in the middle of one job, after which the job counts as failed
-OPEN = ("queued", "paused", "running")
-ENDED = ("done", "failed", "cancelled", "pruned")
+OPEN = ("queued", "paused", "running")  # others have ended: done, failed, cancelled, pruned
 SCRIPTS = ("train", "evaluate", "export")
 FORM = 1  # of the tables, kept in the file
 
@@ -36,7 +35,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     folder TEXT,                             -- stage folder that the job writes, NULL = none
     state TEXT NOT NULL DEFAULT 'queued',
     wish TEXT,                               -- state that a running job is asked to end in
-    attempts INTEGER NOT NULL DEFAULT 0,     -- begun since it was queued, those that a death cut short too
+    attempts INTEGER NOT NULL DEFAULT 0,     -- begun since it was queued, but for those that were stopped in good order
     most_attempts INTEGER NOT NULL,          -- of attempts that failed
     failures INTEGER NOT NULL DEFAULT 0,
     family TEXT NOT NULL DEFAULT '',         -- jobs that are compared with each other
@@ -270,13 +269,13 @@ class Queue:
         """Record how a running job ended; returns its state, queued again where a failure leaves attempts."""
         with self._transaction() as db:
             job = next(job for job in self._jobs(db) if job.id == number)
-            failures = job.failures + (state == "failed")
+            failures, attempts = job.failures + (state == "failed"), job.attempts - (state in OPEN)
             if state == "failed" and failures < job.most_attempts:
                 state = "queued"
             db.execute(
-                "UPDATE jobs SET state = ?, message = ?, result = ?, failures = ?, ended = ?, wish = NULL, "
-                "owner = NULL, process = NULL WHERE id = ?",
-                (state, message, result, failures, time.time(), number),
+                "UPDATE jobs SET state = ?, message = ?, result = ?, failures = ?, attempts = ?, ended = ?, "
+                "wish = NULL, owner = NULL, process = NULL WHERE id = ?",
+                (state, message, result, failures, attempts, time.time(), number),
             )
             return state
 
@@ -329,8 +328,10 @@ class Queue:
                 db.execute("UPDATE jobs SET verdict = ? WHERE id = ?", (verdict, number))
 
     def move(self, number: int, before: int) -> None:
-        """Start a job before another one. Raises UserError where one of them is not there."""
+        """Start a job before another one. Raises UserError where one of them is not there, or both are one."""
         self.job(number), self.job(before)
+        if number == before:
+            raise UserError(f"--before {before}: is the job that is moved; name another one")
         with self._transaction() as db:
             order = [job for job in self._jobs(db) if job.id != number]
             place = next(i for i, job in enumerate(order) if job.id == before)
@@ -339,11 +340,14 @@ class Queue:
             db.execute("UPDATE jobs SET position = ? WHERE id = ?", (position, number))
 
     def clear(self) -> int:
-        """Forget jobs that have ended and that no open one waits for; returns how many. Their runs stay."""
+        """Forget jobs that have ended and that no open one needs, by others too; returns how many. Their runs stay."""
         with self._transaction() as db:
-            jobs = self._jobs(db)
-            needed = {n for job in jobs if job.state in OPEN for n in job.needs}
-            gone = [job.id for job in jobs if job.state in ENDED and job.id not in needed]
+            jobs = {job.id: job for job in self._jobs(db)}
+            kept = [job.id for job in jobs.values() if job.state in OPEN]
+            for number in kept:  # it grows: who fails and is queued again needs what was done before it
+                if jobs[number].state != "done":
+                    kept += [n for n in jobs[number].needs if n in jobs and n not in kept]
+            gone = [number for number in jobs if number not in kept]
             db.executemany("DELETE FROM jobs WHERE id = ?", [(n,) for n in gone])
             db.executemany("DELETE FROM needs WHERE job = ?", [(n,) for n in gone])
             return len(gone)

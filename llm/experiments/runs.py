@@ -5,7 +5,7 @@ Small files only, run.json and eval.json; no learning curves, and neither torch 
 
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
-from llm.report.results import final_metrics
+from llm.report.results import evaluated_metrics, final_metrics
 from llm.run.config_diff import BEFORE_KEYS, covers, flatten, neutral_keys
 from llm.run.formats import read_scores
 from llm.run.stage_folder import list_runs, read_manifest
@@ -21,6 +21,7 @@ from llm.run.stage_folder import list_runs, read_manifest
 FACTS = ("run", "stage", "status", "seed", "parent", "steps", "tokens", "flops", "seconds")  # first columns of a row
 ORIGIN = ("depth", "params", "started", "finished", "commit", "folder", "config")  # the last ones
 GROUP = ("seeds", "members")  # of a row that stands for several, see `table.grouped`
+EVALUATED = "evaluated"  # of a row: {score of eval.json: what it was measured on, as `200 items`; None = unknown}
 SEED = re.compile(r"\bseed=\d+")  # in the name of a run that a sweep has made
 MOST_NAMED = 6  # runs or keys that an error names
 
@@ -40,7 +41,8 @@ def stage_rows(
     A row has `FACTS` (flops: floating-point operations; parent: `run/stage`), every score by its name (`bpb`, `loss`,
     tasks as shares from 0 to 1) with its standard error as `<score>_stderr` where there is one, and `ORIGIN`: times as
     ISO 8601 in UTC, the folder of the stage, and the nested configuration under today's names of keys, {} where none
-    was saved. A fact that a stage lacks is None, a score that it lacks is no key.
+    was saved. `EVALUATED` says which scores are those of eval.json. A fact that a stage lacks is None, a score that it
+    lacks is no key.
 
     wanted: takes (run, stage) and says whether to read this stage. problem: is called with a line for each file that
     cannot be read; a stage without a readable run.json has no row.
@@ -79,6 +81,9 @@ def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
         row[name] = score
         if error is not None:
             row[f"{name}_stderr"] = error
+    counts = {name: f"{one['tokens']} tokens" for name, one in scores.get("scored", {}).items() if "tokens" in one}
+    counts |= {task: f"{one['n']} items" for task, one in scores.get("chat", {}).items() if one.get("n") is not None}
+    row[EVALUATED] = {name: counts.get(name) for name in evaluated_metrics({"eval": scores})}
     depth = derived.get("depth", (config.get("model") or {}).get("depth"))
     times = (manifest.get(name) for name in ("started", "finished", "commit"))
     return row | dict(zip(ORIGIN, (depth, derived.get("params_total"), *times, str(folder), config), strict=True))
@@ -112,7 +117,7 @@ def runs_named(root: str | Path, text: str, stages: Collection[str] = ()) -> lis
 
 def score_names(rows: Collection[Row]) -> list[str]:
     """Return the names of all scores in rows, without those of standard errors, in order of first appearance."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in (*FACTS, *ORIGIN, *GROUP))
+    names = dict.fromkeys(name for row in rows for name in row if name not in (*FACTS, *ORIGIN, *GROUP, EVALUATED))
     return [name for name in names if not name.endswith("_stderr")]
 
 
@@ -123,6 +128,25 @@ def is_share(name: str, rows: Collection[Row]) -> bool:
     if name.startswith("lm_eval/"):
         return "/acc" in name or "/exact_match" in name  # others are perplexities and the like
     return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
+
+
+def way_of(row: Row, score: str) -> tuple[str, str | None]:
+    """Return how a score of a row was measured: by whom, and on how many tokens or items (None = unknown)."""
+    if score in row[EVALUATED]:
+        return "evaluate.py", row[EVALUATED][score]
+    is_task = score in (setting(row["config"], "data.tasks") or {}) or score == "chatcore"
+    key, unit = ("chat_max_per_task", "items") if is_task else ("eval_tokens", "tokens")
+    stage = row["config"].get("stage") or {}
+    known = key in stage and (is_task or score.startswith("bpb"))
+    return "the training", f"{stage[key] or 'all'} {unit}" if known else None
+
+
+def unlike(ways: Iterable[tuple[str, str | None]]) -> str | None:
+    """Say that scores were not measured in one way (see `way_of`); None where they were, as far as it is known."""
+    found = list(dict.fromkeys(ways))
+    if len({who for who, _ in found}) == 1 and len({count for _, count in found} - {None}) < 2:
+        return None
+    return " and ".join(f"by {who}" + ("" if count is None else f" on {count}") for who, count in found[:2])
 
 
 def setting(config: Any, key: str) -> Any:
@@ -136,14 +160,16 @@ def settings(row: Row) -> dict[str, Any]:
     """Return what decides the result of a stage as {dotted key: value}, without the seed.
 
     Keys that the stage does not read, or that only say how it is executed or watched, are left out. So is what is off
-    (null, false, empty): a run that is older than such a key is equal to one that leaves it off. Other seeds are
+    (null, false, empty; of `BEFORE_KEYS` only the value there): a run that is older than such a key is equal to one
+    that leaves it off. Other seeds are
     replaced by a star: the one in the name of a parent (`init_from=demo-seed=3/pretrain`), and `data.shuffle`.
     """
     kept = {}
     for key, value in flatten(row["config"]).items():
-        off = value is False or value in (None, {}, []) or value == BEFORE_KEYS.get(key)
+        off = value == BEFORE_KEYS[key] if key in BEFORE_KEYS else value is False or value in (None, {}, [])
         if not off and key != "seed" and not _is_neutral(key, row["stage"]):
             kept[key] = SEED.sub("seed=*", value) if key == "init_from" else "*" if key == "data.shuffle" else value
+            kept[key] = "null" if value is None else kept[key]  # of `BEFORE_KEYS`; None stands for an absent key
     return kept
 
 

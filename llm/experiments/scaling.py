@@ -77,6 +77,7 @@ class Series:
     runs: Path
     settings: list[str]
     form: type[Law] | None = None  # None: the one that predicts fitted runs better
+    rate: float = 1.0  # `stage.lr_frac` of the settings, which the runs' own factors multiply
     skipped: list[str] = field(default_factory=list)
 
     def budgets(self) -> dict[int, list[float]]:
@@ -166,8 +167,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     series = Series(
         args.name, args.depths, args.held_out, *budgets, args.more_seeds, args.runs, args.settings, FORMS[args.form]
     )
-    check_overrides("train", _overrides(series, series.jobs()[0]))
-    own = compose("train", ["stage=pretrain", *args.settings]).seed
+    for words in (_overrides(series, series.jobs()[0]), _tokenizer_overrides(series)):
+        check_overrides("train", words)
+    cfg = compose("train", ["stage=pretrain", *args.settings])
+    series.rate, own = cfg.stage.lr_frac, cfg.seed
     seeds = [own, *args.more_seeds]
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise UserError(f"--more-seeds: seed {twice[0]} is there twice (that of the settings is {own}); give each once")
@@ -202,11 +205,17 @@ def _overrides(series: Series, job: Job) -> list[str]:
         f"model=d{job.depth}",
         "max_steps=null",
         f"stage.target_flops={job.flops:g}",
-        f"stage.lr_frac={job.lr_frac:g}",
+        f"stage.lr_frac={series.rate * job.lr_frac:g}",
     ]
     own += [] if job.seed is None else [f"seed={job.seed}"]
     names = [f"run={job.name(series.name)}", f"init_from={series.name}/tokenizer", f"paths.runs={series.runs}"]
     return ["stage=pretrain", *series.settings, *own, *names]
+
+
+def _tokenizer_overrides(series: Series) -> list[str]:
+    """Return the command line of the tokenizer; settings of `stage` are those of pretraining."""
+    settings = [word for word in series.settings if not word.lstrip("+~").startswith("stage.")]
+    return ["stage=tokenizer", *settings, f"run={series.name}", f"paths.runs={series.runs}"]
 
 
 def _begin(series: Series) -> int:
@@ -220,10 +229,15 @@ def _begin(series: Series) -> int:
         raise UserError(
             f"--name {series.name}: begun with {' '.join(begun['settings'])}; give these, or another --name"
         )
-    write_json(record, {"settings": series.settings})
+    if begun is not None and begun.get("lr_frac", 1.0) != series.rate:
+        raise UserError(
+            f"--name {series.name}: begun with stage.lr_frac={begun.get('lr_frac', 1.0):g}, now it is {series.rate:g}; "
+            "give another --name"
+        )
+    write_json(record, {"settings": series.settings, "lr_frac": series.rate})
     folder = RunDir(series.runs, series.name).stage_dir("tokenizer")
     if not _is_finished(folder):
-        _run(["stage=tokenizer", *series.settings, f"run={series.name}", f"paths.runs={series.runs}"], folder)
+        _run(_tokenizer_overrides(series), folder)
     return int(read_manifest(folder / "run.json")["derived"]["vocab_size"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.curves import Curve, read_curve
-from llm.experiments.runs import MOST_NAMED, Row, runs_named, settings, stage_row_of
+from llm.experiments.runs import MOST_NAMED, Row, runs_named, settings, stage_row_of, unlike
 from llm.run.config_diff import NEUTRAL_KEYS, covers, flatten
 from llm.run.stage_folder import RunDir, read_manifest
 
@@ -108,9 +108,13 @@ def incomparable(a: Side, b: Side, metric: str) -> list[str]:
         texts = [(fact.get("data") or {}).get("held_out_text") for fact in facts]
         reasons.append(_several("held-out text", texts))
         patterns = ("stage.eval_tokens",) if all(texts) else ("stage.eval_tokens", "data")
-    one, other = (flatten(side.rows[0]["config"]) for side in (a, b))
-    for key, (before, after) in changed(one, other).items():
-        if key in one and key in other and any(covers(pattern, key) for pattern in patterns):
+    ways = unlike(curve.way or ("the training", None) for side in (a, b) for curve in side.curves)
+    reasons.append(ways and f"it was measured {ways}")
+    configs = [flatten(row["config"]) for side in (a, b) for row in side.rows]
+    for key in sorted({key for config in configs for key in config}):
+        before, *others = (config[key] for config in configs if key in config)
+        after = next((value for value in others if value != before), before)
+        if after != before and any(covers(pattern, key) for pattern in patterns):
             if not any(covers(pattern, key) for pattern in NOT_MEASURED):
                 reasons.append(f"{key} is {before} and {after}")
     return [reason for reason in reasons if reason]

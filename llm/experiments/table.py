@@ -32,6 +32,8 @@ from llm.experiments.runs import (
     setting,
     settings,
     stage_rows,
+    unlike,
+    way_of,
 )
 from llm.run.config_diff import flatten
 from llm.utils.files import plain
@@ -140,7 +142,8 @@ def grouped(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with those in one that differ in nothing but the seed.
 
     Such a row has their number as `seeds` and themselves as `members`, means of numbers, as standard errors those over
-    the seeds, and what the names have in common. A second run of a seed is no further seed: it has a row of its own.
+    the seeds, and what the names have in common. A score that not all of them have, or that was not measured in one
+    way, is None. A second run of a seed is no further seed: it has a row of its own.
     So has every run without a saved configuration, as its seed is not known.
     """
     groups: dict[Any, list[Row]] = {}
@@ -160,7 +163,9 @@ def _together(rows: Sequence[Row]) -> Row:
         found = [row[name] for row in rows if row.get(name) is not None]
         if name.endswith("_stderr") and name.removesuffix("_stderr") in scores:
             continue  # of single runs
-        if name != "seed" and found and all(isinstance(number, int | float) for number in found):
+        if name in scores and (len(found) < len(rows) or unlike(way_of(row, name) for row in rows)):
+            merged[name] = None
+        elif name != "seed" and found and all(isinstance(number, int | float) for number in found):
             merged[name] = found[0] if len(set(found)) == 1 else fmean(found)
             if name in scores and len(found) > 1:
                 merged[f"{name}_stderr"] = stdev(found) / math.sqrt(len(found))
@@ -200,7 +205,8 @@ def differing(rows: Sequence[Row]) -> list[str]:
 def layout(rows: Sequence[Row], columns: str | None, diff: bool) -> tuple[list[str], list[Getter]]:
     """Return the names of the columns and their getters. columns: names with commas; default: those that hold a value.
 
-    diff: also the settings in which rows differ, at most `MOST_DIFFERING`; a line on stderr names the others.
+    diff: also the settings in which rows differ, at most `MOST_DIFFERING`; a line on stderr names the others. Another
+    one names scores without a mean.
     """
     scores = score_names(rows)
     names = [name.strip() for name in columns.split(",") if name.strip()] if columns else None
@@ -213,6 +219,12 @@ def layout(rows: Sequence[Row], columns: str | None, diff: bool) -> tuple[list[s
         if len(keys) > MOST_DIFFERING:
             more = ", ".join(keys[MOST_DIFFERING:][:20])
             print(f"note: {len(keys) - MOST_DIFFERING} more settings differ: {more}", file=sys.stderr)
+    partial = [name for name in names if name in scores and any(row.get(name, 0) is None for row in rows)]
+    if partial:
+        print(
+            f"note: {', '.join(partial)}: no mean where a seed lacks it or has measured it otherwise; see --each",
+            file=sys.stderr,
+        )
     return names, [column(name, rows, "--columns") for name in names]
 
 

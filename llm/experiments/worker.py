@@ -1,18 +1,20 @@
 """The worker of a queue: it runs one job after another as a process of its own, and watches the one that runs."""
 
+import contextlib
 import os
 import signal
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from llm.errors import UserError
 from llm.experiments.queue_store import OPEN, Job, Queue, process_name
 from llm.run.objective import PICK, objective_of
-from llm.run.stage_folder import read_metrics
+from llm.run.stage_folder import read_manifest, read_metrics
 from llm.utils.environment import die_with_parent
 from llm.utils.format import duration
 from llm.utils.source import program, python_path
@@ -95,10 +97,11 @@ def _run(queue: Queue, job: Job, stop: _Stop) -> tuple[str, str]:
     """Run a claimed job to its end; returns its state and what is to be said about it."""
     log = log_of(queue, job)
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [*program(job.script), *job.settings]
+    settings = _present_settings(job)
+    command = [*program(job.script), *settings]
     try:
         with log.open("ab") as out:
-            out.write(f"$ {job.program} {' '.join(job.settings)}\n".encode())
+            out.write(f"$ {job.program} {' '.join(settings)}\n".encode())
             out.flush()
             at = out.tell()
             started = subprocess.Popen(
@@ -126,6 +129,18 @@ def _run(queue: Queue, job: Job, stop: _Stop) -> tuple[str, str]:
     return queue.end(job.id, "failed", message), message
 
 
+def _present_settings(job: Job) -> list[str]:
+    """Return a job's settings; once it has begun its stage, it goes on and does not overwrite that again."""
+    started = None
+    if job.script == "train" and job.folder:
+        with contextlib.suppress(UserError, ValueError):  # train.py says what is wrong with the file
+            started = datetime.fromisoformat((read_manifest(job.folder) or {}).get("started") or "").timestamp()
+    if started is None or started < job.added:
+        return job.settings
+    kept = [word for word in job.settings if word.split("=")[0].lstrip("+") not in ("overwrite", "resume")]
+    return [*kept, "overwrite=false", "resume=true"]
+
+
 def _watch(queue: Queue, job: Job, started: subprocess.Popen, stop: _Stop) -> str | None:
     """Wait for a process; returns the state that it was asked to end in: by the queue, by its curve, or `stop`."""
     wish, asked, beaten, judged = None, False, -BEAT_SECONDS, time.monotonic()
@@ -150,9 +165,12 @@ def is_worse(job: Job, jobs: Sequence[Job]) -> bool:
     """Return whether a running job is behind the median of its family's finished jobs at its last measured step.
 
     Compared is the best value so far of the job's metric (its last one for mode=last), as in the median rule of Golovin
-    et al. 2017 (Google Vizier). Never before `prune_after` steps, nor with fewer than three finished jobs.
+    et al. 2017 (Google Vizier). Never before `prune_after` steps, nor with fewer than three finished jobs, nor by a
+    curve from before the job was started: it may be one that the job overwrites.
     """
-    own = _curve(job)
+    table = Path(job.folder or "") / "metrics.csv"
+    is_own = table.is_file() and table.stat().st_mtime >= (job.started or 0.0)
+    own = _curve(job) if is_own else []
     if not own or job.prune_after is None or own[-1][0] < job.prune_after:
         return False
     step, sign = own[-1][0], -1.0 if job.mode == "max" else 1.0

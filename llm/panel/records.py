@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
+from llm.run.stage_folder import ITEM_FOLDERS, OTHER_DATA
 from llm.tokenizer.chat_format import readable
 from llm.utils.files import parse_json, read_bytes
 
-FOLDERS = ("records", "core", "lm_eval")  # of eval=[chat], [core], [lm_eval]; beside eval.json, one file per task
-OTHER_DATA = "other_data"  # holds the same folders for every data that is not the stage's own
 MOST_BYTES = 1 << 28
 RIGHT = {True: "right", False: "wrong", None: "no verdict"}
 
@@ -32,8 +31,8 @@ class Item:
 
 def parts_of(folder: Path) -> list[str]:
     """Return the files of items that a stage has, as `records/choice`, those of its own data first."""
-    found = [path for name in FOLDERS for path in sorted((folder / name).glob("*.jsonl"))]
-    found += [path for name in FOLDERS for path in sorted((folder / OTHER_DATA).glob(f"*/{name}/*.jsonl"))]
+    found = [path for name in ITEM_FOLDERS for path in sorted((folder / name).glob("*.jsonl"))]
+    found += [path for name in ITEM_FOLDERS for path in sorted((folder / OTHER_DATA).glob(f"*/{name}/*.jsonl"))]
     return [path.relative_to(folder).with_suffix("").as_posix() for path in found]
 
 

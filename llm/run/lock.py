@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-HELD = "FATHOM_LOCKED"  # paths of the locks that this process or the one that started it holds, by os.pathsep
+HELD = "FATHOM_LOCKED"  # paths of the locks that this process or the one that started it holds, a line each
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # the file system has none
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # who cannot make a file there does no harm
 MOST_SHOWN = 200  # characters of a holder
@@ -54,7 +54,7 @@ def one_writer(stage_dir: Path) -> Iterator[None]:
         if error.errno in NO_LOCKS:
             print(f"note: {path.parent} has no file locks: start each stage once only", file=sys.stderr)
     before = os.environ.get(HELD, "")
-    os.environ[HELD] = os.pathsep.join(filter(None, (before, str(path))))
+    os.environ[HELD] = "\n".join(filter(None, (before, str(path))))  # a name may have a colon
     try:
         yield
     finally:
@@ -114,7 +114,7 @@ def is_locked(stage_dir: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    return str(path) in os.environ.get(HELD, "").split(os.pathsep)
+    return str(path) in os.environ.get(HELD, "").splitlines()
 
 
 def _locked(path: Path) -> int:

@@ -24,6 +24,9 @@ from llm.utils.files import read_bytes, read_json, write_json
 
 MANIFEST = "run.json"
 MOST_METRICS = 1 << 29  # bytes of metrics.csv: a million rows have 200 MB
+ITEM_FOLDERS = ("records", "core", "lm_eval")  # of eval=[chat], [core], [lm_eval]: a file per task, item by item
+OTHER_DATA = "other_data"  # holds the same folders for every data that is not the stage's own
+SCORE_FILES = ("eval.json", "core.csv", *ITEM_FOLDERS, OTHER_DATA)  # all that evaluations leave in a stage folder
 HF = "hf:"  # names of models that are no run's, but of Hugging Face, begin with it
 
 

@@ -15,7 +15,8 @@ from llm.parallel.env import launched_rank
 from llm.parallel.launch import processes
 from llm.run.content import fingerprints
 from llm.run.formats import FORMAT
-from llm.run.stage_folder import RunDir, read_manifest, write_manifest
+from llm.run.lock import waiting_lock
+from llm.run.stage_folder import SCORE_FILES, RunDir, read_manifest, write_manifest
 from llm.utils.addresses import public
 from llm.utils.environment import code_facts, code_version, environment
 from llm.utils.files import plain, write_atomic
@@ -81,6 +82,8 @@ class Job:
         """Remove what was there if overwrite=true, and let run.json say `running`: the last act before work starts."""
         if self.cfg.overwrite and self.stage_dir.exists():
             shutil.rmtree(self.stage_dir)
+        if "horizons" in self.manifest:  # a finished stage is lengthened
+            set_scores_aside(self.stage_dir, self.manifest["horizons"][-1])
         old = read_manifest(self.stage_dir) or {}
         names = ("started", "seconds", "device_seconds", "horizons")
         kept = {key: old[key] for key in names if old.get(key) is not None}
@@ -98,10 +101,25 @@ class Job:
             write_manifest(self.stage_dir, self.manifest)
             return self.manifest["signal"]
         if "horizons" in self.manifest:  # a lengthened stage: the steps of each time that it was finished
+            set_scores_aside(self.stage_dir, self.manifest["horizons"][-1])  # of model/ as it was until now
             self.manifest["horizons"] = [*self.manifest["horizons"], self.manifest["steps"]]
         own = {"fingerprints": fingerprints(self.stage_dir / "model") | {"data": data_fingerprint(self.config)}}
         write_manifest(self.stage_dir, self.manifest | own | {"status": "finished", "finished": now()})
         return None
+
+
+def set_scores_aside(stage_dir: Path, steps: int) -> None:
+    """Move the scores of weights of `steps` steps, which go, into a folder of their own, so that nobody reads them."""
+    with waiting_lock(stage_dir / ".eval.json.lock"):  # an evaluation may be writing
+        found = [name for name in SCORE_FILES if (stage_dir / name).exists()]
+        folder = stage_dir / f"scores_of_step_{steps}"
+        while found and folder.exists():  # some were measured after the first ones had been set aside
+            folder = folder.with_name(f"{folder.name}_more")
+        for name in found:
+            folder.mkdir(exist_ok=True)
+            (stage_dir / name).rename(folder / name)
+    if found:
+        print(f"scores of the weights of step {steps} are set aside: {folder}", flush=True)
 
 
 def shows_bar(cfg) -> bool:

@@ -8,6 +8,7 @@ from conftest import REPO
 from processes import run
 
 from llm.cli.overrides import compose
+from llm.errors import UserError
 from llm.experiments.queue_store import Queue
 
 sys.path.append(str(REPO / "bench"))
@@ -94,6 +95,26 @@ def test_a_tuning_seed_of_the_table_is_refused(tmp_path):
     done = run(sys.executable, str(REPO / "bench/optimizers.py"), "--tuning-seed", "1", "--out", str(tmp_path / "new"))
     assert done.returncode == 2 and "rates would be chosen by what they win" in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_runs_of_other_settings_are_no_results_of_these(tmp_path, monkeypatch):
+    def work(queue, say):
+        while job := queue.claim("worker"):
+            queue.end(job.id, "done")
+
+    def train(*more):
+        line = ["optimizers.py", "--out", str(tmp_path), "--steps", "600", "--vocab", "300", *more]
+        monkeypatch.setattr(sys, "argv", line)
+        bench = optimizers.Bench(optimizers.arguments())
+        bench.train({"default-1": bench.settings("default", (), 1)})
+
+    monkeypatch.setattr(optimizers, "work", work)
+    train()
+    train("--seeds", "1", "2")
+    for more in (["--steps", "300"], ["--evaluations", "10"], ["--vocab", "400"], ["--set", "stage.lr_frac=0.5"]):
+        with pytest.raises(UserError, match=f"--out {tmp_path}: .* was begun with other settings"):
+            train(*more)
+    assert len(Queue(tmp_path / "queue.sqlite").jobs()) == 2
 
 
 @pytest.mark.slow

@@ -145,8 +145,39 @@ def test_other_numbers_of_validation_tokens_are_refused(sweeps):
         manifest = json.loads((folder / "run.json").read_text())
         manifest["config"]["stage"]["eval_tokens"] = 8192
         write_json(folder / "run.json", manifest)
-    with pytest.raises(UserError, match="stage.eval_tokens is 4096 and 8192"):
-        compare(sweeps, "base", "much")
+    for one, other in (("base", "much"), ("base-seed=3,much-seed=1,much-seed=2", "slow"), ("slow", "base-seed=3,much")):
+        with pytest.raises(UserError, match="stage.eval_tokens is (4096 and 8192|8192 and 4096)"):
+            compare(sweeps, one, other)
+
+
+@pytest.mark.parametrize(
+    "metric, of_base, of_other, said",
+    [
+        ("core", {"core": 0.1}, {"core": 0.2}, None),
+        ("bpb_text", 4096, 4096, None),
+        ("bpb_text", 4096, None, None),  # an old eval.json does not say
+        ("bpb_text", 4096, 8192, "by evaluate.py on 4096 tokens and by evaluate.py on 8192 tokens"),
+        ("choice", 200, 1000, "by evaluate.py on 200 items and by evaluate.py on 1000 items"),
+        ("choice", "training", 1000, "by the training and by evaluate.py on 1000 items"),
+    ],
+)
+def test_scores_of_evaluations_are_of_equally_much(tmp_path, metric, of_base, of_other, said):
+    for name, lr, of in (("base", 0.02, of_base), ("other", 0.03, of_other)):
+        for seed in (1, 2):
+            folder = add_run(tmp_path, f"{name}-seed={seed}", seed, lr=lr)
+            scores = of if isinstance(of, dict) else {metric: 1.0, "scored": {metric: {"data": "x", "source": "y"}}}
+            if metric == "choice":
+                scores = {"chat": {"choice": {"accuracy": 0.5, "n": 9 if of == "training" else of}}}
+            elif isinstance(of, int):
+                scores["scored"][metric]["tokens"] = of
+            write_json(folder / "eval.json", scores)
+            if of == "training":
+                (folder / "metrics.csv").write_text("step,chat/choice\n100,0.5\n")
+    if said is None:
+        assert compare(tmp_path, "base", "other", metric=metric, direction="min").measures
+        return
+    with pytest.raises(UserError, match=f"it was measured {said}"):
+        compare(tmp_path, "base", "other", metric=metric, direction="min")
 
 
 def test_older_runs_without_a_key_or_with_another_tokenizer_within_a_side(sweeps):

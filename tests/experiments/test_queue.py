@@ -6,6 +6,7 @@ import sqlite3
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import processes
@@ -16,7 +17,7 @@ import llm.experiments.queue as command
 import llm.experiments.worker as worker
 from llm.errors import UserError
 from llm.experiments.queue_store import MOST_DEATHS, Job, NewJob, Queue, is_alive, process_name
-from llm.run.stage_folder import read_manifest
+from llm.run.stage_folder import read_manifest, write_manifest
 from llm.utils.files import parse_json
 
 # Stands in for train.py: counts to `steps` in a file, goes on where a SIGTERM ended it, notes that it is done, and does
@@ -182,6 +183,42 @@ def test_what_is_worse_than_the_median_of_its_family_is_given_up(queue, tmp_path
     assert "median" in pruned.message and pruned.result is not None
 
 
+def test_a_curve_that_the_job_overwrites_does_not_judge_it(queue, tmp_path, scripts):
+    queue.add([job(tmp_path, f"g{i}", f"bpb={i}", family="lr") for i in (1, 2, 3)])
+    worker.work(queue, say=lambda line: None)
+    new = job(tmp_path, "new", "overwrite=true", family="lr", prune_after=1)
+    table = Path(new.folder) / "metrics.csv"
+    table.parent.mkdir()
+    table.write_text("step,bpb\n1,9\n")
+    os.utime(table, (time.time() - 60,) * 2)
+    queue.add([new])
+    mine = queue.claim(process_name(os.getpid()))
+    assert not worker.is_worse(mine, queue.jobs())
+    table.write_text("step,bpb\n1,9\n")
+    os.utime(table, (mine.started + 1,) * 2)
+    assert worker.is_worse(mine, queue.jobs())
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "runs"),
+    [
+        (-60, ["overwrite=true"], ["overwrite=true"]),  # that of an earlier training, which is to go
+        (60, ["overwrite=true", "seed=1"], ["seed=1", "overwrite=false", "resume=true"]),
+        (60, ["resume=false"], ["overwrite=false", "resume=true"]),
+        (None, ["overwrite=true"], ["overwrite=true"]),
+    ],
+)
+def test_what_a_job_has_begun_it_does_not_overwrite(queue, tmp_path, scripts, begun, given, runs):
+    (a,) = queue.add([job(tmp_path, "a", *given)])
+    if begun is not None:
+        at = datetime.fromtimestamp(queue.job(a).added + begun, UTC).isoformat()
+        write_manifest(queue.job(a).folder, {"stage": "pretrain", "status": "interrupted", "started": at})
+    worker.work(queue, say=lambda line: None)
+    assert queue.job(a).state == "done" and queue.job(a).settings[1:] == given
+    log = worker.log_of(queue, queue.job(a)).read_text().splitlines()
+    assert log[0] == f"$ train.py {' '.join([queue.job(a).settings[0], *runs])}"
+
+
 @pytest.mark.parametrize(
     ("mode", "own", "worse"), [("min", 2.5, True), ("min", 1.5, False), ("max", 1.5, True), ("max", 2.5, False)]
 )
@@ -219,6 +256,16 @@ def test_a_job_that_kills_its_workers_fails_in_the_end(queue, tmp_path):
     assert queue.job(a).state == "failed" and f"{MOST_DEATHS} times" in queue.job(a).message
 
 
+def test_a_stop_in_good_order_is_no_death(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"
+    for _ in range(MOST_DEATHS):
+        assert queue.end(queue.claim(gone).id, "queued") == "queued"
+    for _ in range(MOST_DEATHS):
+        assert queue.claim(gone).id == a
+    assert queue.claim(gone) is None and queue.job(a).state == "failed"
+
+
 def test_a_worker_elsewhere_is_believed_until_it_is_silent():
     assert is_alive("elsewhere:1:x", time.time()) and not is_alive("elsewhere:1:x", time.time() - 1000)
 
@@ -238,6 +285,8 @@ def test_mistakes_are_told(queue, tmp_path):
         queue.resume([a])
     with pytest.raises(UserError, match="job 9 is not in the queue; the list has 1"):
         queue.cancel([a, 9])
+    with pytest.raises(UserError, match="--before 1: is the job that is moved"):
+        queue.move(a, before=a)
     assert queue.job(a).state == "queued"
 
 
@@ -256,6 +305,18 @@ def test_clear_keeps_what_is_needed(queue, tmp_path, scripts):
     worker.work(queue, say=lambda line: None)
     queue.add([job(tmp_path, "c", needs=(b,))])
     assert queue.clear() == 1 and [one.id for one in queue.jobs()] == [b, 3]
+
+
+def test_clear_keeps_what_a_failed_job_needs_that_an_open_one_waits_for(queue, tmp_path, scripts):
+    names = {"first": [], "a": ["first"], "b": ["a"], "c": ["b"]}
+    ids = {}
+    for name, needs in names.items():
+        settings = ["fail=1"] if name == "b" else []
+        (ids[name],) = queue.add([job(tmp_path, name, *settings, needs=tuple(ids[n] for n in needs))])
+    worker.work(queue, say=lambda line: None)
+    assert queue.clear() == 1 and [one.id for one in queue.jobs()] == [ids["a"], ids["b"], ids["c"]]
+    queue.retry([ids["b"]])
+    assert queue.claim(process_name(os.getpid())).id == ids["b"]
 
 
 # The command
@@ -286,9 +347,30 @@ def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsy
     assert run(tmp_path, "add", "--script", "evaluate", words[1], "run=a", "stage=pretrain") == 0
     tokenizer, pretrain, sft, one, two, scored = Queue(tmp_path / "q.sqlite").jobs()
     assert pretrain.needs == (tokenizer.id,) and scored.needs == (pretrain.id,)
+    assert run(tmp_path, "add", "--script", "evaluate", words[1], "run=a") == 0  # of the last stage that there will be
+    assert Queue(tmp_path / "q.sqlite").jobs()[-1].needs == (tokenizer.id, pretrain.id, sft.id)
     assert one.needs == two.needs == (tokenizer.id,)
     assert "init_from='a/tokenizer'" in one.settings and "run='a-seed=1'" in one.settings
     assert not sft.needs, "sft of this experiment starts from midtrain, which no job makes"
+
+
+@pytest.mark.parametrize(
+    ("words", "of_jobs"),
+    [
+        (["logger=null"], [["logger=null"]]),
+        (["-m", "logger=null", "seed=1,2"], [["~logger", "seed=1"], ["~logger", "seed=2"]]),
+        (["-m", "arch=glob(mod*)"], [["arch=modern"], ["arch=modern_2026_02"]]),
+        (["-m", 'hydra.sweeper.params={seed: "choice(1,2)"}'], [["seed=1"], ["seed=2"]]),
+        (["-m", "--config-dir={}", "seed=1,2"], [["--config-dir={}", "seed=1"], ["--config-dir={}", "seed=2"]]),
+    ],
+)
+def test_a_command_line_means_what_it_means_to_train(tmp_path, words, of_jobs):
+    fixed = ["stage=tokenizer", f"paths.runs={tmp_path}/runs", "run=a"]
+    assert run(tmp_path, "add", *fixed, *(word.replace("{}", str(tmp_path)) for word in words)) == 0
+    jobs = Queue(tmp_path / "q.sqlite").jobs()
+    wanted = [[word.replace("{}", str(tmp_path)) for word in one] for one in of_jobs]
+    left = [[word for word in one.settings if word not in fixed and not word.startswith("run=")] for one in jobs]
+    assert sorted(left) == sorted(wanted)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import llm.experiments.scaling as scaling
 from llm.experiments.laws import Surface, bootstrap
 from llm.model.config import flops_per_token, scaling_params
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
-from llm.utils.files import read_json
+from llm.utils.files import read_json, write_json
 
 LAW = Surface(E=0.9, A=30.0, a=0.34, B=200.0, b=0.36)
 SETTINGS = ["experiment=tiny"]
@@ -123,6 +123,21 @@ def test_other_settings_are_another_series(tmp_path, trained, capsys):
     assert "begun with experiment=tiny; give these, or another --name" in capsys.readouterr().err
 
 
+def test_settings_of_pretraining_are_no_settings_of_the_tokenizer_and_factors_multiply_theirs(
+    tmp_path, trained, capsys
+):
+    own = ["stage.eval_tokens=4096", "stage.lr_frac=0.5"]
+    assert series(tmp_path, "--lr-fracs", "0.5,2", *own) == 0
+    assert not any(key.startswith("stage.") for key in trained[0])
+    assert {line["stage.eval_tokens"] for line in trained[1:]} == {"4096"}
+    rates = {line["run"].partition("-lr")[2]: line["stage.lr_frac"] for line in trained[1:]}
+    assert rates == {"": "0.5", "0.5": "0.25", "2": "1"}
+    record = tmp_path / "s" / "series.json"  # as an earlier release left it, which trained with 1
+    write_json(record, {"settings": read_json(record)["settings"]})
+    assert series(tmp_path, *own) == 1
+    assert "begun with stage.lr_frac=1, now it is 0.5; give another --name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -138,6 +153,7 @@ def test_other_settings_are_another_series(tmp_path, trained, capsys):
         (["--flops", "1e11", "--predict", "eight"], "--predict eight: write depth and FLOPs, as 8:1e15"),
         (["--flops", "1e11", "max_steps=3"], "max_steps=3: the series sets this key itself"),
         (["--flops", "1e11", "sed=3"], "sed"),
+        (["--flops", "1e11", "stage.vocab_size=300"], "vocab_size"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(tmp_path, trained, capsys, words, line):

@@ -9,6 +9,7 @@ from experiment_runs import add_run, add_sweep
 
 from llm.experiments import table
 from llm.experiments.runs import score_names, settings, stage_row_of, stage_rows
+from llm.experiments.sides import changed
 from llm.experiments.table import as_text, differing, filtered, grouped, ordered, read_rows
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
@@ -78,6 +79,30 @@ def test_seeds_of_one_configuration_are_one_row(runs):
     assert lines[0][header.index("bpb")] == f"{slow['bpb']:.4f} ± {slow['bpb_stderr']:.4f}"
 
 
+@pytest.mark.parametrize(
+    "scores, stage, left_out",
+    [
+        ({}, {}, []),
+        ({"chat": {"choice": {"accuracy": 0.6, "n": 200}}}, {}, ["choice"]),
+        ({"bpb": 2.5}, {}, ["bpb"]),
+        ({}, {"eval_tokens": 8192}, ["bpb"]),
+    ],
+)
+def test_a_score_that_one_seed_lacks_or_measures_otherwise_has_no_mean(tmp_path, capsys, scores, stage, left_out):
+    for seed in (1, 2, 3):
+        folder = add_run(tmp_path, f"a-seed={seed}", seed)
+    config = json.loads((folder / "run.json").read_text())
+    config["config"]["stage"] |= stage
+    write_json(folder / "run.json", config)
+    write_json(folder / "eval.json", scores)
+    (row,) = grouped(read_rows(tmp_path))
+    assert row["seeds"] == 3 and [name for name in score_names([row]) if row[name] is None] == left_out
+    header, ((*cells,),) = as_text([row], "run,bpb,loss" + (",choice" if "chat" in scores else ""))
+    assert [name for name, cell in zip(header, cells, strict=True) if cell == "-"] == left_out
+    note = f"note: {left_out[0]}: no mean where a seed lacks it or has measured it otherwise" if left_out else ""
+    assert note in capsys.readouterr().err
+
+
 def test_what_is_executed_or_read_otherwise_makes_no_other_configuration(runs):
     row = stage_row_of(runs / "d10/pretrain")
     same = json.loads(json.dumps(row))
@@ -89,6 +114,19 @@ def test_what_is_executed_or_read_otherwise_makes_no_other_configuration(runs):
     assert settings(first) == settings(second) != settings(row)
     same["config"]["optim"]["matrix_lr"] = 0.0
     assert settings(same) != settings(row) and differing([row, same]) == ["optim.matrix_lr"]
+
+
+@pytest.mark.parametrize(
+    "key, before, other",
+    [("optim.momentum_overlap", True, False), ("arch.window_multiple", 128, None), ("optim.muon2_beta", None, 0.9)],
+)
+def test_a_run_older_than_a_key_is_equal_to_one_with_the_rule_of_then_only(runs, key, before, other):
+    group, name = key.split(".")
+    old, same, new = (json.loads(json.dumps(stage_row_of(runs / "d10/pretrain"))) for _ in range(3))
+    same["config"].setdefault(group, {})[name] = before
+    new["config"].setdefault(group, {})[name] = other
+    assert settings(old) == settings(same) != settings(new)
+    assert differing([old, same, new]) == [key] == list(changed(settings(old), settings(new)))
 
 
 def test_rows_are_sorted_and_filtered_by_columns_and_keys(runs):

@@ -71,13 +71,15 @@ def test_nothing_is_left_and_a_folder_with_something_in_it_stays(tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["report.md"]
 
 
-def test_processes_that_the_holder_starts_belong_to_its_job(tmp_path):
+@pytest.mark.parametrize("run_name", ["demo", "lr:0.5"])
+def test_processes_that_the_holder_starts_belong_to_its_job(tmp_path, run_name):
+    folder = tmp_path / run_name / "sft"
     code = "import sys; from pathlib import Path; from llm.run.lock import one_writer\n"
     code += "with one_writer(Path(sys.argv[1])): print('worker')"
-    with one_writer(tmp_path / "sft"):
-        assert run_python(code, str(tmp_path / "sft")).stdout == "worker\n"
-        assert is_locked(tmp_path / "sft")
-    assert not lock_path(tmp_path / "sft").exists()
+    with one_writer(folder):
+        assert run_python(code, str(folder)).stdout == "worker\n"
+        assert is_locked(folder)
+    assert not lock_path(folder).exists()
 
 
 def test_twenty_processes_that_start_at_once_write_one_after_another(tmp_path):

@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compose
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from llm.config.stages import stage_row
 from llm.errors import UserError
-from llm.run.stage_folder import read_metrics
+from llm.experiments.runs import stage_row_of
+from llm.run.formats import read_scores
+from llm.run.stage_folder import ITEM_FOLDERS, OTHER_DATA, SCORE_FILES, RunDir, read_metrics
 from llm.scaling.rules import model_config
+from llm.stages.job import Job
 from llm.stages.parents import differing
 from llm.stages.run_stage import run_stage
 from llm.stages.shape import set_arch
+from llm.utils.files import write_json
 
 EVEN = ("stage.warmdown_ratio=0", "stage.warmup_steps=0", "optim=adamw", "stage.sample_every=0")
 
@@ -166,9 +172,11 @@ def test_a_lengthened_stage_is_that_of_one_go(root, capsys):
     run = ("stage=pretrain", "init_from=a/tokenizer", *EVEN)
     train(root, "run=straight", *run, "max_steps=5")
     train(root, "run=longer", *run, "max_steps=3")
+    (root / "longer" / "pretrain" / "eval.json").write_text("{}")
     train(root, "run=longer", *run, "max_steps=5")
     assert "lengthened from 3 to 5 steps" in capsys.readouterr().out
     assert same(weights(root, "straight"), weights(root, "longer"))
+    assert (root / "longer" / "pretrain" / "scores_of_step_3" / "eval.json").exists()
     assert record(root, "longer")["horizons"] == [3, 5] and record(root, "longer")["status"] == "finished"
     train(root, "run=longer", *run, "max_steps=5")
     assert "is finished" in capsys.readouterr().out
@@ -193,3 +201,28 @@ def test_two_names_of_one_parent_are_one_configuration():
         differences = differing(origin, config | {"init_from": "a/pretrain"}, (), parent)
         assert [key for key, _, _ in differences] == keys
     assert differing(origin, config | {"init_from": None}, (), missing) == []  # nothing is looked for
+
+
+def test_scores_of_weights_that_go_are_set_aside(tmp_path, capsys):
+    """Where a finished stage goes on, and at its end those that were measured meanwhile."""
+    cfg = compose("train", "experiment=tiny", f"paths.runs={tmp_path}", "run=demo")
+    job = Job(cfg, stage_row("pretrain"), RunDir(tmp_path, "demo"), OmegaConf.to_container(cfg, resolve=True), None)
+    job.manifest["horizons"] = [3]  # as `begin_longer` notes it
+
+    def measure(bpb):
+        for name in (*ITEM_FOLDERS, OTHER_DATA):
+            (job.stage_dir / name).mkdir(parents=True)
+        for name in ("core.csv", "records/choice.jsonl"):
+            (job.stage_dir / name).write_text("")
+        write_json(job.stage_dir / "eval.json", {"bpb": bpb})
+
+    measure(2.0)
+    job.begin()
+    assert not any((job.stage_dir / name).exists() for name in SCORE_FILES)
+    measure(2.1)
+    job.finish({"steps": 5}, 1.0)
+    assert capsys.readouterr().out.count("scores of the weights of step 3 are set aside") == 2
+    assert stage_row_of(job.stage_dir).get("bpb") is None and record(tmp_path, "demo")["horizons"] == [3, 5]
+    for name, bpb in (("scores_of_step_3", 2.0), ("scores_of_step_3_more", 2.1)):
+        assert read_scores(job.stage_dir / name) == {"bpb": bpb}
+        assert sorted(path.name for path in (job.stage_dir / name).iterdir()) == sorted(SCORE_FILES)
