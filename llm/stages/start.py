@@ -53,7 +53,7 @@ def show_plan(cfg, derived: Mapping[str, Any]) -> None:
         "model": model_words(derived, cfg.arch.name),
         "machine": f"{machine_words(cfg)}; {precision_words(cfg)}",
         "steps": step_words(derived, cfg),
-        "time": time_words(expect(cfg, derived)),
+        "time": time_words(expect(cfg, derived), cfg.max_minutes),
     }
     print("\n".join([*labelled(lines), *change_lines(cfg)]))
     show_numbers(cfg, derived)
@@ -77,7 +77,7 @@ def start_lines(job: Job, built: BuiltStage, forecast: Expected) -> list[str]:
         "parent": parent_words(job, built),
         "data": data_words(derived),
         "steps": step_words(derived, cfg),
-        "time": time_words(forecast),
+        "time": time_words(forecast, cfg.max_minutes),
     }
     return [*labelled(lines), *change_lines(cfg)]
 
@@ -140,15 +140,17 @@ def step_words(derived: Mapping[str, Any], cfg) -> str:
     return f"{d['steps']:,} steps of {what} ({micro}{f' on each of {world} devices' if world > 1 else ''})"
 
 
-def time_words(forecast: Expected) -> str:
-    """Return how long the stage will take here, and how that is known."""
+def time_words(forecast: Expected, max_minutes: float | None = None) -> str:
+    """Return how long the stage will take here, how that is known, and whether its minutes end it before."""
     found, share = forecast.estimate, forecast.share
     runs = f"{found.runs} earlier run{'s' if found.runs > 1 else ''} here"
     source = f"from {runs}" if found.runs else f"from matrix rate, {in_rate(forecast.rate)}"
     busy = f"; the machine is busy: {share:.0%} of its time is free" if share < 0.7 else ""
     pauses = found.parts.pauses
     evaluations = f", {duration(pauses)} of it evaluations" if pauses > 0.1 * found.seconds else ""
-    return f"about {duration(found.seconds)} on this machine{evaluations} ({source}{busy})"
+    is_cut = max_minutes is not None and found.seconds > 60 * max_minutes
+    cut = f"; max_minutes={max_minutes:g} ends it earlier, with fewer steps" if is_cut else ""
+    return f"about {duration(found.seconds)} on this machine{evaluations} ({source}{busy}){cut}"
 
 
 def change_lines(cfg) -> list[str]:

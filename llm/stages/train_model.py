@@ -12,7 +12,7 @@ from llm.checkpoint.examples import save_examples
 from llm.checkpoint.model_folder import save_model_folder
 from llm.checkpoint.resume import list_checkpoints
 from llm.config.stages import Stage
-from llm.data.balance import Reading, describe, total
+from llm.data.balance import FEW_STEPS, Reading, describe, total
 from llm.errors import BadLoss, UserError, is_out_of_memory
 from llm.eval.examples import choose_examples
 from llm.inference.engine import Engine
@@ -118,6 +118,12 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
         return results | {"status": "interrupted", "signal": int(signum)}
     if trainer.global_step < module.planned_steps and collectives.is_main():
         print(f"ended at step {trainer.global_step} of {module.planned_steps}: max_minutes or a callback", flush=True)
+        if job.cfg.max_minutes is not None and trainer.global_step < FEW_STEPS:
+            print(
+                f"WARNING: {trainer.global_step} steps teach next to nothing: give more than "
+                f"max_minutes={job.cfg.max_minutes:g}, in which compiling counts, or set compile=false",
+                flush=True,
+            )
     net = full_model(module.net)
     if job.row.servable and net.config.scalar_head:  # a critic, which is of no use behind its training
         net.scalar_head, net.config = None, replace(net.config, scalar_head=False)

@@ -173,9 +173,9 @@ def test_the_steps_of_several_devices():
 
 
 def test_the_time_is_said_with_its_source():
-    def words(runs=0, share=1.0, pauses=0.0):
+    def words(runs=0, share=1.0, pauses=0.0, minutes=None):
         parts = Parts(10.0, 20.0, pauses, 0.0)
-        return time_words(Expected(None, 4.53e11, share, "", Estimate(parts, 11, runs)))
+        return time_words(Expected(None, 4.53e11, share, "", Estimate(parts, 11, runs)), minutes)
 
     assert words() == "about 2 min 00 s on this machine (from matrix rate, 453 GFLOP/s)"
     assert words(1) == "about 2 min 00 s on this machine (from 1 earlier run here)"
@@ -183,6 +183,8 @@ def test_the_time_is_said_with_its_source():
         "about 3 min 00 s on this machine, 1 min 00 s of it evaluations (from 3 earl"
     )
     assert words(share=0.2).endswith("; the machine is busy: 20% of its time is free)")
+    assert words(minutes=1.5).endswith("GFLOP/s); max_minutes=1.5 ends it earlier, with fewer steps")
+    assert words(minutes=2.5) == words()
 
 
 def test_a_gpu_that_is_too_small():
