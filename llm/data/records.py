@@ -193,7 +193,7 @@ def too_long() -> str:
 
 
 def _json(path, encoding: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) of JSON lines, of one array of rows, or of objects over several lines."""
+    """Yield (number, row) of JSON lines, of arrays of rows, or of objects over several lines."""
     if not is_json_lines(path, encoding):
         yield from enumerate(_json_values(path, encoding), start=1)
         return
@@ -219,7 +219,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
 
 
 def is_json_lines(path, encoding: str = "utf-8") -> bool:
-    """Return whether a file of JSON holds a row per line; False for one array of rows and rows over several lines."""
+    """Return whether a file of JSON holds a row per line; False for arrays of rows and rows over several lines."""
     if _begins_array_of_rows(path, encoding):
         return False
     first = None
@@ -265,8 +265,9 @@ def _is_turn(value) -> bool:
 
 
 def _json_values(path, encoding: str) -> Iterator[Any]:
-    """Yield the rows of one array, or values one after the other. After a fault nothing more can be read: UserError."""
+    """Yield the rows of arrays, or values one after the other. After a fault nothing more can be read: UserError."""
     decoder, text, at, number, in_array, ended = json.JSONDecoder(), "", 0, 0, None, False
+    behind_array = False  # another may follow: files are joined by cat, and a line may hold an array
     turns: list = []
     with damage(path, lambda: f"row {number:,}"), open_utf8(path, encoding) as (file, encoding):
         reader = codecs.getreader("utf-8-sig" if encoding == "utf-8" else encoding)(file)
@@ -274,10 +275,18 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
             at = BETWEEN.match(text, at).end()
             if in_array is None and at < len(text):
                 in_array = text[at] == "["
+                if behind_array and not in_array:
+                    raise UserError(
+                        f"{path}: behind row {number:,}, the last of an array, stands {text[at : at + 20]!r}, "
+                        "which is no array of rows. Correct it."
+                    )
                 at += in_array
                 continue
             if at < len(text) and in_array and text[at] == "]":
-                break
+                if turns:
+                    yield turns
+                in_array, behind_array, turns, at = None, True, [], at + 1
+                continue
             try:
                 if at >= len(text):
                     raise ValueError("the file ends within the array") if in_array else StopIteration
@@ -303,8 +312,6 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
                 continue
             more = reader.read(max(CHUNK, len(text) - at))
             text, at, ended = text[at:] + more, 0, not more
-    if turns:
-        yield turns
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -120,6 +120,26 @@ def test_an_array_over_several_chunks_and_one_that_is_cut(tmp_path, monkeypatch)
         list(read_records(path))
 
 
+@pytest.mark.parametrize("between", ["", "\n", ",\n", "\n\n"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_arrays_that_follow_each_other_are_all_read(tmp_path, monkeypatch, between, indent):
+    monkeypatch.setattr("llm.data.records.CHUNK", 7)
+    arrays = [objects(ROWS), [], objects(words(9)), objects(words(5, 9))]
+    path = tmp_path / "a.jsonl"
+    path.write_text(between.join(json.dumps(rows, indent=indent) for rows in arrays))
+    rows = list(read_rows(path, Column("text"), 0))
+    assert rows == [*ROWS, *words(14)] and count_rows(path, Column("text")) == len(rows)
+    path.write_text(path.read_text() + '\n{"text": "lost"}\n')
+    with pytest.raises(UserError, match="a.jsonl: behind row 18, the last of an array, stands .* no array of rows"):
+        list(read_records(path))
+
+
+def test_conversations_over_several_lines_that_follow_each_other_are_a_row_each(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.json").write_text("\n".join([json.dumps(turns, indent=1)] * 2))
+    assert list(read_records(tmp_path / "a.json")) == [(1, turns), (2, turns)]
+
+
 def test_nested_columns_and_columns_of_bytes(tmp_path):
     docs = [{"doc": {"text": row, "n": 1}} for row in ROWS]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, docs)))
