@@ -181,7 +181,7 @@ def _answers(message: Mapping) -> bool:
 
 
 def _left(taken: list[list[str]], thing: Mapping, before: str = "") -> dict:
-    """Return the keys of an object but for those that the paths in `taken` lead to; `before` is put in front of each."""
+    """Return the keys of an object without those that the paths in `taken` lead to, each behind the text `before`."""
     left = {}
     for key, value in thing.items():
         inner = [path[1:] for path in taken if path[0] == key]

@@ -333,7 +333,15 @@ def test_hugging_face_cuts_by_any_pattern_as_we_do(pattern, tmp_path):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
-@pytest.mark.parametrize(("pattern", "problem"), [("(", "not a regular expression"), (r"\p{L}+", "leaves out parts")])
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("(", "not a regular expression"),
+        (r"\p{L}+", r"leaves out parts of a text, such as \"'\""),
+        (r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|[ \t\r\n]+", r"such as '\\x0b'"),  # and no-break spaces
+        (r"\s+|[^\s\x{20000}-\x{10FFFF}]+", "such as '\U00020000'"),
+    ],
+)
 def test_a_pattern_that_cannot_be_used_is_named(pattern, problem):
     with pytest.raises(UserError, match=problem):
         checked_pattern(pattern)
