@@ -22,6 +22,7 @@ from llm.data.records import (
     count_lines,
     damage,
     is_json_lines,
+    known_encoding,
     lines,
     open_utf8,
     parse,
@@ -243,6 +244,7 @@ def _texts(batch, column: Column, path: Path, before: int, skip: int) -> Iterato
     """Yield the text of the rows of a record batch behind its first `skip`; `before` rows of the file precede it."""
     import pyarrow.compute as pc
 
+    encoding, _ = known_encoding(column.encoding)
     names = [column.name] if column.name in batch.schema.names else column.name.split(".")
     values = batch.column(names[0])
     if len(names) > 1:
@@ -254,7 +256,7 @@ def _texts(batch, column: Column, path: Path, before: int, skip: int) -> Iterato
     for number, text in enumerate(rows[skip:], start=before + skip + 1):
         if text.__class__ is bytes:
             try:
-                text = text.decode(column.encoding)
+                text = text.decode(encoding)
             except UnicodeDecodeError as error:
                 text = error
         if isinstance(text, UnicodeDecodeError):

@@ -94,7 +94,9 @@ def broken(path, error: Exception, place: str) -> BadData:
 def undecodable(error: UnicodeDecodeError) -> str:
     """Return in words that bytes do not fit the encoding, with a proposal."""
     name = {"utf-8": "UTF-8"}.get(error.encoding, error.encoding)
-    other = "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8"
+    other = (
+        "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8 (or utf-16-le)" if "BOM" in error.reason else "utf-8"
+    )
     keys = f"data.encoding={other}, or for a task data.tasks.<name>.encoding"
     return f"not {name} text ({error.reason}). Convert the file, or name its encoding by {keys}"
 
@@ -151,24 +153,30 @@ def count_lines(path, encoding: str = "utf-8") -> int:
 @contextmanager
 def open_utf8(path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
     """Open a text file whose lines end at the byte 10; return it and the encoding its lines have then."""
-    try:
-        encoding = codecs.lookup(encoding).name
-    except LookupError:
-        raise UserError(
-            f"data.encoding={encoding}: Python knows no such encoding. Try utf-8, cp1252 or utf-16."
-        ) from None
+    encoding, line_end = known_encoding(encoding)
     with open_bytes(path) as file:
-        if "\n".encode(encoding) == b"\n":
+        if line_end == b"\n":
             yield file, encoding
         else:  # utf-16, utf-32
             yield io.BufferedReader(_Recoded(file, encoding)), "utf-8"
+
+
+def known_encoding(encoding: str) -> tuple[str, bytes]:
+    """Return Python's name of an encoding, and its bytes for a line end. Raises UserError if it is none of text."""
+    try:
+        return codecs.lookup(encoding).name, "\n".encode(encoding)
+    except (LookupError, UnicodeError):  # base64 is an encoding, but of bytes
+        raise UserError(
+            f"data.encoding={encoding}: Python knows no such encoding of text. Try utf-8, cp1252 or utf-16."
+        ) from None
 
 
 class _Recoded(io.RawIOBase):
     """Bytes of a file in UTF-8, whatever its encoding."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self.file, self.decoder, self.rest = file, codecs.getincrementaldecoder(encoding)(), b""
+        self.file, self.encoding, self.rest = file, encoding, b""
+        self.decoder = codecs.getincrementaldecoder(encoding)()
 
     def readable(self) -> bool:
         return True
@@ -176,7 +184,12 @@ class _Recoded(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self.rest:
             raw = self.file.read(len(buffer))
-            self.rest = self.decoder.decode(raw, final=not raw).encode()
+            try:
+                self.rest = self.decoder.decode(raw, final=not raw).encode()
+            except UnicodeDecodeError:
+                raise
+            except UnicodeError as error:  # the file does not begin as the encoding does
+                raise UnicodeDecodeError(self.encoding, raw, 0, len(raw), str(error)) from None
             if not raw:
                 break
         data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
@@ -248,7 +261,7 @@ def _begins_array_of_rows(path, encoding: str) -> bool:
     try:
         with open_utf8(path, encoding) as (file, encoding):
             text = file.read(1 << 16).decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n")
-    except DAMAGE:
+    except (*DAMAGE, UnicodeDecodeError):
         return False  # told where the rows are read
     if not text.startswith("["):
         return False

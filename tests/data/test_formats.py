@@ -161,8 +161,26 @@ def test_encodings(tmp_path, encoding):
     for name in ("a.txt", "a.jsonl"):
         source = LocalDocuments(tmp_path / name, encoding=encoding)
         assert (read(source), read(source, "val")) == (rows[:1], rows[1:])
-    with pytest.raises(UserError, match="data.encoding=nonsense: Python knows no such encoding"):
-        LocalDocuments(tmp_path / "a.txt", encoding="nonsense").check()
+
+
+@pytest.mark.parametrize("name", ["array.json", "lines.jsonl", "table.csv", "text.txt"])
+@pytest.mark.parametrize("encoding, reason", [("utf-16", "does not start with BOM"), ("utf-32", "not in range")])
+def test_a_file_of_another_encoding_is_named(tmp_path, name, encoding, reason):
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name](ROWS))
+    with pytest.raises(UserError, match=f"{name}: not {encoding}.* text .*{reason}.* data.encoding=utf-8"):
+        LocalDocuments(path, encoding=encoding).check()
+    with pytest.raises(UserError, match=f"{name}: not {encoding}"):
+        list(read_records(path, encoding=encoding))
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "undefined"])
+def test_an_encoding_that_is_none_of_text_is_named(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("text")
+    pq.write_table(pa.table({"text": [b"text"]}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.parquet"):
+        with pytest.raises(UserError, match=f"data.encoding={encoding}: Python knows no such encoding of text"):
+            LocalDocuments(tmp_path / name, encoding=encoding).check()
 
 
 def test_separators_stand_inside_lines_or_are_line_ends(tmp_path, monkeypatch):
