@@ -185,8 +185,12 @@ def _text_names(schema) -> list[str]:
 
 
 def _check_column(schema, column: Column, path: Path) -> None:
-    """Raise UserError unless a schema has text in the column."""
+    """Raise UserError unless a schema has text in the column, and one column of the name."""
     names = _text_names(schema)
+    if schema.names.count(column.name) > 1:
+        raise UserError(
+            f"{path}: {column} is the name of {schema.names.count(column.name)} columns. Rename all but one."
+        )
     if column.name not in names:
         problem = f"is of type {schema.field(column.name).type}" if column.name in schema.names else "does not exist"
         inner = [name for name in names if name.endswith(f".{column.name}")]

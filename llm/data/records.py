@@ -142,12 +142,14 @@ def _skip_lines(file: BinaryIO, count: int) -> int:
 
 
 def count_lines(path, encoding: str = "utf-8") -> int:
-    """Count the lines of a text file by their ends."""
-    count, last = 0, b"\n"
+    """Count the lines of a text file by their ends, without blank lines behind the last that is not."""
+    count, used = 0, 0
     with damage(path, lambda: f"line {count:,}"), open_utf8(path, encoding) as (file, _):
         while raw := file.read(CHUNK):
-            count, last = count + raw.count(b"\n"), raw[-1:]
-    return count + (last != b"\n")
+            if text := raw.rstrip(b" \t\r\n"):
+                used = count + text.count(b"\n") + 1
+            count += raw.count(b"\n")
+    return used
 
 
 @contextmanager
@@ -355,8 +357,7 @@ def _csv(path, encoding: str) -> Iterator[dict | BadRow]:
         elif head is None:
             if row:
                 head = row
-            if len(set(row)) < len(row):
-                raise UserError(f"{path}: the head line names a column twice ({', '.join(row)}). Name each once.")
+            _check_names(row, path)
         elif row:
             where = f"{path}: line {rows.line_num:,}"
             fits = len(row) == len(head)
@@ -365,6 +366,12 @@ def _csv(path, encoding: str) -> Iterator[dict | BadRow]:
                 if fits
                 else BadRow(where, f"has {len(row)} fields, the head line {len(head)}")
             )
+
+
+def _check_names(names: Sequence[str], path) -> None:
+    """Raise UserError for a table in which two columns have one name: a row would lose one of them."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: names a column twice ({', '.join(names)}). Name each once.")
 
 
 @contextmanager
@@ -429,6 +436,7 @@ def arrow_batches(path) -> Iterator:
 
 def _dicts(batch, path, before: int) -> Iterator[Any]:
     """Yield the rows of a record batch as dicts, a BadRow for one whose text is not UTF-8."""
+    _check_names(batch.schema.names, path)
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:

@@ -11,6 +11,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from conftest import compose
@@ -413,6 +414,29 @@ def test_lines_are_counted_and_skipped_without_a_look_at_them(tmp_path, monkeypa
     assert rows[:60] == words(60) and rows[60] is None and rows[61].where.endswith("line 62")
     for start in (1, 7, 59, 60, 62, 64, 65, 70):
         assert list(read_rows(path, column, start)) == rows[start:]
+
+
+@pytest.mark.parametrize("val_size", [None, 2])
+@pytest.mark.parametrize("end", ["\n\n\n", "\r\n \t\r\n", "\n" * 300])
+def test_blank_lines_at_the_end_are_no_documents(tmp_path, monkeypatch, end, val_size):
+    monkeypatch.setattr("llm.data.records.CHUNK", 100)
+    path = write(tmp_path / "a.jsonl", words(20))
+    path.write_text(path.read_text().rstrip() + end)
+    source = LocalDocuments(path, val_size=val_size)
+    source.check()
+    held = val_size or 1
+    assert (read(source), read(source, "val")) == (words(20)[:-held], words(20)[-held:])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    twice = pa.Table.from_arrays([pa.array(ROWS), pa.array(ROWS[::-1])], names=["text", "text"])
+    path = tmp_path / f"a.{suffix}"
+    pq.write_table(twice, path) if suffix == "parquet" else pa.feather.write_feather(twice, path)
+    with pytest.raises(UserError, match=f"a.{suffix}: data.column=text is the name of 2 columns. Rename all but one."):
+        LocalDocuments(path, val_size=1).check()
+    with pytest.raises(UserError, match=f"a.{suffix}: names a column twice .text, text.. Name each once."):
+        list(read_records(path))
 
 
 PROSE = "A text of several words that a row may hold."
