@@ -76,12 +76,14 @@ class ChatReader:
         return {"messages": self.tidied(messages)} | {key: row[key] for key in self.keeps if row.get(key) is not None}
 
     def renamed(self, row: Mapping) -> Mapping:
-        """Return the row with the columns of `fields` under the names of the table."""
+        """Return the row with the columns of `fields` under the names of the table.
+
+        What else stands in an object that they lead into has its whole name, such as `talk.tools`.
+        """
         fields = self.reading.fields
         if not fields:
             return row
-        taken = {column.split(".")[0] for column in fields.values()}
-        rest = {key: value for key, value in row.items() if key not in taken}
+        rest = _left([[column] if column in row else column.split(".") for column in fields.values()], row)
         for name, column in fields.items():
             if rest.get(name) and name not in self.reading.ignore:
                 raise UserError(f"{self.reading.key}.fields.{name}={column}, but the row has a {name!r} of its own")
@@ -176,6 +178,18 @@ def _join(group: list[dict]) -> dict:
 
 def _answers(message: Mapping) -> bool:
     return message["role"] == "assistant"
+
+
+def _left(taken: list[list[str]], thing: Mapping, before: str = "") -> dict:
+    """Return the keys of an object without those that the paths in `taken` lead to, each behind the text `before`."""
+    left = {}
+    for key, value in thing.items():
+        inner = [path[1:] for path in taken if path[0] == key]
+        if not inner:
+            left[before + key] = value
+        elif all(inner) and isinstance(value, Mapping):
+            left |= _left(inner, value, f"{before}{key}.")
+    return left
 
 
 def _is_blank(content: Any) -> bool:

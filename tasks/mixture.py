@@ -21,7 +21,7 @@ class Mixture:
             if not repeats >= 0:
                 raise UserError(f"mixture: repeats of {task.name} are {repeats}, they cannot be negative")
         self.tasks = [task for task, _ in entries]
-        counts = [_count(task, repeats) for task, repeats in entries]
+        counts = [row_count(task, repeats) for task, repeats in entries]
         self.starts = np.cumsum([0, *counts])
         self.order = np.random.default_rng(seed).permutation(int(self.starts[-1]))
 
@@ -44,5 +44,6 @@ class Mixture:
         return entry, int(position - self.starts[entry]) % len(self.tasks[entry])
 
 
-def _count(task: Task, repeats: float) -> int:
+def row_count(task: Task, repeats: float) -> int:
+    """Return how many conversations of a task a mixture holds."""
     return floor(len(task) * repeats + 1e-9)

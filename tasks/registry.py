@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import ceil
 from types import NoneType
 from typing import Any
 
@@ -15,7 +16,7 @@ from tasks.base import Task
 from tasks.columns import ColumnReader, Columns
 from tasks.files import FileRows, count_rows, existing, find_files, is_web, named_for, read_words
 from tasks.hub import Cache, HubRows, HubTask
-from tasks.mixture import Mixture
+from tasks.mixture import Mixture, row_count
 from tasks.rows import FirstAnswers, RowCheck
 from tasks.slices import cut, is_share, share_out
 from tasks.spelling import words_of_split
@@ -99,14 +100,24 @@ def build_mixture(
     seed: int = 42,
     cache: Cache | None = None,
     bad_rows: str = "stop",
+    key: str = "data.mixture",
 ) -> Mixture:
-    """Build the mixture of the tasks that `weights` names with repeats above 0, in a global order drawn from `seed`."""
+    """Build the mixture of the tasks that `weights` names with repeats above 0, in a global order drawn from `seed`.
+
+    key: where the weights stand. Raises UserError for repeats that come to no row of a task.
+    """
     entries = []
     for name, repeats in weights.items():
         if name not in tasks:
-            raise UserError(f"data.mixture names {name!r}, which is not in data.tasks ({', '.join(tasks)})")
+            raise UserError(f"{key} names {name!r}, which is not in data.tasks ({', '.join(tasks)})")
         if repeats != 0:  # a task with weight 0 needs no files
-            entries.append((build_task(name, tasks[name], split, cache, bad_rows), repeats))
+            task = build_task(name, tasks[name], split, cache, bad_rows)
+            if len(task) and not row_count(task, repeats):
+                raise UserError(
+                    f"{key}.{name}={repeats}: of {len(task):,} {split} rows that is none; give "
+                    f"{ceil(1000 / len(task)) / 1000} or more, or 0 to leave the task out"
+                )
+            entries.append((task, repeats))
     return Mixture(entries, seed)
 
 
@@ -121,13 +132,13 @@ def held_out_weights(data, stage: str) -> dict[str, float]:
 
 def held_out_mixture(data, stage: str, seed: int, cache: Cache | None = None) -> Mixture:
     """Build the mixture of held-out rows that the chat stage `stage`, a key of `data.mixture`, validates on."""
-    weights = held_out_weights(data, stage)
+    weights, key = held_out_weights(data, stage), f"data.mixture.{stage}_val"
     if not weights:
         raise UserError(
             f"none of the tasks of data.mixture.{stage} has held-out rows: name a file val.jsonl, or set "
             "data.tasks.<name>.test for one of them, to files or to a share of its rows: data.tasks.<name>.test=5%"
         )
-    return build_mixture(data.tasks, weights, "test", seed, cache, bad_rows(data))
+    return build_mixture(data.tasks, weights, "test", seed, cache, bad_rows(data), key)
 
 
 def bad_rows(data) -> str:

@@ -98,14 +98,18 @@ class Reading:
         return f"{skip}, or read them without it: {self.key}.ignore=[{','.join(keys)}]" if keys else skip
 
     def check_keys(self, thing: Mapping, used: Collection[str], what: str) -> None:
-        """Raise UserError for a key of a row, message or part (`what`) that is neither used nor without meaning."""
+        """Raise UserError for a key of a row, message or part (`what`) that is neither used nor without meaning.
+
+        A key with dots stands in an object inside the row.
+        """
         unknown = []
         for key, value in thing.items():
-            if key in used or key in IGNORED or key in self.ignore or _absent(value):
+            name = key.rpartition(".")[2]
+            if key in used or name in IGNORED or key in self.ignore or _absent(value):
                 continue
-            if key in REFUSED:
+            if name in REFUSED:
                 if value not in ("[]", "{}"):
-                    raise UserError(f"{key!r} of {what}: {REFUSED[key]}. {self.way_out(key)}")
+                    raise UserError(f"{key!r} of {what}: {REFUSED[name]}. {self.way_out(key)}")
                 continue
             unknown.append(key)
         if unknown:

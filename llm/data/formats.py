@@ -5,12 +5,14 @@ row that cannot be used comes as a `BadRow` in its place.
 """
 
 import codecs
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.data.files import PLAIN_TEXT, format_of
+from llm.data.files import PLAIN_TEXT, format_of, open_bytes
 from llm.data.records import (
     DOCUMENT_BYTES,
     READ_ROWS,
@@ -20,6 +22,7 @@ from llm.data.records import (
     count_lines,
     damage,
     is_json_lines,
+    known_encoding,
     lines,
     open_utf8,
     parse,
@@ -34,6 +37,7 @@ READ_BYTES = 1 << 26  # parquet: bytes decoded at a time, where rows are long
 TXT_CHARS = 2_000  # a text file: a document ends at the first blank line after this many characters ...
 TXT_CHARS_MAX = 8_000  # ... or at the first line end after this many
 TXT_LINE_BYTES = 1 << 16  # longer lines are cut
+SHARE_BYTES = 1 << 22  # of a file tell how much of its bytes is text
 PROSE_CHARS = 30  # a shorter text is not proposed as the text of a row: it may be a name or an address
 TXT_SEPARATOR = "<|endoftext|>"  # a line of its own that always ends a document
 
@@ -105,6 +109,24 @@ def text_bytes(path: Path, column: Column) -> int:
         return sum(max(0, _column_bytes(group, column.name) - 4 * group.num_rows) for group in groups)  # 4: a length
 
 
+def text_share(path: Path, column: Column) -> float:
+    """Return how many bytes of UTF-8 text there are for one byte of a file, decompressed: of its first SHARE_BYTES.
+
+    Rows may hold far more than their text, and escapes such as \\u0434 are longer than the letter. 1 where no row ends
+    there.
+    """
+    with damage(path, lambda: "its beginning"), open_bytes(path) as file:
+        data = file.read(SHARE_BYTES)
+    data = data[: data.rfind(b"\n") + 1] or data  # the line after it is cut
+    size = 0
+    with tempfile.TemporaryDirectory() as folder, suppress(UserError):  # of the end of an array, which is cut
+        beginning = Path(folder, f"beginning.{format_of(path).kind}")
+        beginning.write_bytes(data)
+        for row in read_rows(beginning, column, 0):
+            size += len(row.encode("utf-8", "surrogatepass")) if isinstance(row, str) else 0
+    return size / len(data) if size else 1.0
+
+
 def _text_of(row: Any, column: Column, path: Path, where: str) -> Row:
     """Return the text of a row; None where it is null, a BadRow where there is none."""
     if row is None or isinstance(row, BadRow):
@@ -163,8 +185,12 @@ def _text_names(schema) -> list[str]:
 
 
 def _check_column(schema, column: Column, path: Path) -> None:
-    """Raise UserError unless a schema has text in the column."""
+    """Raise UserError unless a schema has text in the column, and one column of the name."""
     names = _text_names(schema)
+    if schema.names.count(column.name) > 1:
+        raise UserError(
+            f"{path}: {column} is the name of {schema.names.count(column.name)} columns. Rename all but one."
+        )
     if column.name not in names:
         problem = f"is of type {schema.field(column.name).type}" if column.name in schema.names else "does not exist"
         inner = [name for name in names if name.endswith(f".{column.name}")]
@@ -222,6 +248,7 @@ def _texts(batch, column: Column, path: Path, before: int, skip: int) -> Iterato
     """Yield the text of the rows of a record batch behind its first `skip`; `before` rows of the file precede it."""
     import pyarrow.compute as pc
 
+    encoding, _ = known_encoding(column.encoding)
     names = [column.name] if column.name in batch.schema.names else column.name.split(".")
     values = batch.column(names[0])
     if len(names) > 1:
@@ -233,7 +260,7 @@ def _texts(batch, column: Column, path: Path, before: int, skip: int) -> Iterato
     for number, text in enumerate(rows[skip:], start=before + skip + 1):
         if text.__class__ is bytes:
             try:
-                text = text.decode(column.encoding)
+                text = text.decode(encoding)
             except UnicodeDecodeError as error:
                 text = error
         if isinstance(text, UnicodeDecodeError):

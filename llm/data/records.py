@@ -94,7 +94,9 @@ def broken(path, error: Exception, place: str) -> BadData:
 def undecodable(error: UnicodeDecodeError) -> str:
     """Return in words that bytes do not fit the encoding, with a proposal."""
     name = {"utf-8": "UTF-8"}.get(error.encoding, error.encoding)
-    other = "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8"
+    other = (
+        "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8 (or utf-16-le)" if "BOM" in error.reason else "utf-8"
+    )
     keys = f"data.encoding={other}, or for a task data.tasks.<name>.encoding"
     return f"not {name} text ({error.reason}). Convert the file, or name its encoding by {keys}"
 
@@ -140,35 +142,43 @@ def _skip_lines(file: BinaryIO, count: int) -> int:
 
 
 def count_lines(path, encoding: str = "utf-8") -> int:
-    """Count the lines of a text file by their ends."""
-    count, last = 0, b"\n"
+    """Count the lines of a text file by their ends, without blank lines behind the last that is not."""
+    count, used = 0, 0
     with damage(path, lambda: f"line {count:,}"), open_utf8(path, encoding) as (file, _):
         while raw := file.read(CHUNK):
-            count, last = count + raw.count(b"\n"), raw[-1:]
-    return count + (last != b"\n")
+            if text := raw.rstrip(b" \t\r\n"):
+                used = count + text.count(b"\n") + 1
+            count += raw.count(b"\n")
+    return used
 
 
 @contextmanager
 def open_utf8(path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
     """Open a text file whose lines end at the byte 10; return it and the encoding its lines have then."""
-    try:
-        encoding = codecs.lookup(encoding).name
-    except LookupError:
-        raise UserError(
-            f"data.encoding={encoding}: Python knows no such encoding. Try utf-8, cp1252 or utf-16."
-        ) from None
+    encoding, line_end = known_encoding(encoding)
     with open_bytes(path) as file:
-        if "\n".encode(encoding) == b"\n":
+        if line_end == b"\n":
             yield file, encoding
         else:  # utf-16, utf-32
             yield io.BufferedReader(_Recoded(file, encoding)), "utf-8"
+
+
+def known_encoding(encoding: str) -> tuple[str, bytes]:
+    """Return Python's name of an encoding, and its bytes for a line end. Raises UserError if it is none of text."""
+    try:
+        return codecs.lookup(encoding).name, "\n".encode(encoding)
+    except (LookupError, UnicodeError):  # base64 is an encoding, but of bytes
+        raise UserError(
+            f"data.encoding={encoding}: Python knows no such encoding of text. Try utf-8, cp1252 or utf-16."
+        ) from None
 
 
 class _Recoded(io.RawIOBase):
     """Bytes of a file in UTF-8, whatever its encoding."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self.file, self.decoder, self.rest = file, codecs.getincrementaldecoder(encoding)(), b""
+        self.file, self.encoding, self.rest = file, encoding, b""
+        self.decoder = codecs.getincrementaldecoder(encoding)()
 
     def readable(self) -> bool:
         return True
@@ -176,7 +186,12 @@ class _Recoded(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self.rest:
             raw = self.file.read(len(buffer))
-            self.rest = self.decoder.decode(raw, final=not raw).encode()
+            try:
+                self.rest = self.decoder.decode(raw, final=not raw).encode()
+            except UnicodeDecodeError:
+                raise
+            except UnicodeError as error:  # the file does not begin as the encoding does
+                raise UnicodeDecodeError(self.encoding, raw, 0, len(raw), str(error)) from None
             if not raw:
                 break
         data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
@@ -193,7 +208,7 @@ def too_long() -> str:
 
 
 def _json(path, encoding: str) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) of JSON lines, of one array of rows, or of objects over several lines."""
+    """Yield (number, row) of JSON lines, of arrays of rows, or of objects over several lines."""
     if not is_json_lines(path, encoding):
         yield from enumerate(_json_values(path, encoding), start=1)
         return
@@ -219,7 +234,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
 
 
 def is_json_lines(path, encoding: str = "utf-8") -> bool:
-    """Return whether a file of JSON holds a row per line; False for one array of rows and rows over several lines."""
+    """Return whether a file of JSON holds a row per line; False for arrays of rows and rows over several lines."""
     if _begins_array_of_rows(path, encoding):
         return False
     first = None
@@ -248,7 +263,7 @@ def _begins_array_of_rows(path, encoding: str) -> bool:
     try:
         with open_utf8(path, encoding) as (file, encoding):
             text = file.read(1 << 16).decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n")
-    except DAMAGE:
+    except (*DAMAGE, UnicodeDecodeError):
         return False  # told where the rows are read
     if not text.startswith("["):
         return False
@@ -265,8 +280,9 @@ def _is_turn(value) -> bool:
 
 
 def _json_values(path, encoding: str) -> Iterator[Any]:
-    """Yield the rows of one array, or values one after the other. After a fault nothing more can be read: UserError."""
+    """Yield the rows of arrays, or values one after the other. After a fault nothing more can be read: UserError."""
     decoder, text, at, number, in_array, ended = json.JSONDecoder(), "", 0, 0, None, False
+    behind_array = False  # another may follow: files are joined by cat, and a line may hold an array
     turns: list = []
     with damage(path, lambda: f"row {number:,}"), open_utf8(path, encoding) as (file, encoding):
         reader = codecs.getreader("utf-8-sig" if encoding == "utf-8" else encoding)(file)
@@ -274,10 +290,18 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
             at = BETWEEN.match(text, at).end()
             if in_array is None and at < len(text):
                 in_array = text[at] == "["
+                if behind_array and not in_array:
+                    raise UserError(
+                        f"{path}: behind row {number:,}, the last of an array, stands {text[at : at + 20]!r}, "
+                        "which is no array of rows. Correct it."
+                    )
                 at += in_array
                 continue
             if at < len(text) and in_array and text[at] == "]":
-                break
+                if turns:
+                    yield turns
+                in_array, behind_array, turns, at = None, True, [], at + 1
+                continue
             try:
                 if at >= len(text):
                     raise ValueError("the file ends within the array") if in_array else StopIteration
@@ -303,8 +327,6 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
                 continue
             more = reader.read(max(CHUNK, len(text) - at))
             text, at, ended = text[at:] + more, 0, not more
-    if turns:
-        yield turns
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -335,8 +357,7 @@ def _csv(path, encoding: str) -> Iterator[dict | BadRow]:
         elif head is None:
             if row:
                 head = row
-            if len(set(row)) < len(row):
-                raise UserError(f"{path}: the head line names a column twice ({', '.join(row)}). Name each once.")
+            _check_names(row, path)
         elif row:
             where = f"{path}: line {rows.line_num:,}"
             fits = len(row) == len(head)
@@ -345,6 +366,12 @@ def _csv(path, encoding: str) -> Iterator[dict | BadRow]:
                 if fits
                 else BadRow(where, f"has {len(row)} fields, the head line {len(head)}")
             )
+
+
+def _check_names(names: Sequence[str], path) -> None:
+    """Raise UserError for a table in which two columns have one name: a row would lose one of them."""
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: names a column twice ({', '.join(names)}). Name each once.")
 
 
 @contextmanager
@@ -409,6 +436,7 @@ def arrow_batches(path) -> Iterator:
 
 def _dicts(batch, path, before: int) -> Iterator[Any]:
     """Yield the rows of a record batch as dicts, a BadRow for one whose text is not UTF-8."""
+    _check_names(batch.schema.names, path)
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:

@@ -1,7 +1,8 @@
 """Estimate how many tokens the training text of a source holds, in about a second.
 
 The characters of a sample are tokenised. Text of up to `EXACT_BYTES` of files is read once and its characters are
-counted; of larger text the size of the files says how much there is.
+counted; of larger text the size of the files says how much there is, and the beginnings of some how much of that is
+text.
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from pathlib import Path
 from llm.data.documents import FileDocuments, Shard, gives_ids, texts
 from llm.data.embedded_documents import EmbeddedDocuments
 from llm.data.files import ZipMember, format_of, kind_of, split_suffix
-from llm.data.formats import Column, count_rows, text_bytes
+from llm.data.formats import Column, count_rows, text_bytes, text_share
 from llm.data.sample import PLACES, is_here, spread_documents
 from llm.data.stores import StoredFile
 from llm.data.text_mixture import MixedDocuments
@@ -63,25 +64,29 @@ def _by_reading(documents: Iterable[str], tokenizer) -> int:
 
 
 def _by_files(source: FileDocuments, tokenizer) -> int:
-    """Take tokens per byte of documents from many places for the bytes of all files.
+    """Take tokens per byte of documents from many places for the bytes of text in all files.
 
-    In a store a look into a file costs requests: the names tell the formats, and how much text the size of a parquet
-    file stands for is taken from the first of them.
+    How much of a file is text, the beginnings of up to `PLACES` files tell. In a store a look into a file costs
+    requests: the names tell the formats, and the first file stands for all.
     """
     found = spread_documents(source, SAMPLE_DOCUMENTS, SAMPLE_CHARS)
     sample = [text[: SAMPLE_CHARS // PLACES] for text, _ in found]
-    per_byte = _tokens(sample, tokenizer) / sum(len(text.encode()) for text in sample)
-    total, text_per_byte = 0.0, None
+    per_byte = _tokens(sample, tokenizer) / sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
+    total, text_per_byte, others = 0.0, None, []
     for shard in source.shards("train"):
         in_store = isinstance(shard.path, StoredFile)
         if (kind_of(shard.path.name) if in_store else format_of(shard.path).kind) != "parquet":
-            total += _text_bytes(shard.path)
+            others.append(shard.path)
         elif in_store and shard.stop is None:
             size = shard.path.stat().st_size
             text_per_byte = text_per_byte or text_bytes(shard.path, source.column) / size
             total += text_per_byte * size
         else:
             total += _share(shard, source.column) * text_bytes(shard.path, source.column)
+    if others:
+        looked = others[:1] if isinstance(others[0], StoredFile) else others[:: -(-len(others) // PLACES)]
+        text_per_byte = sum(text_share(path, source.column) for path in looked) / len(looked)
+        total += text_per_byte * sum(map(_text_bytes, others))
     return round(per_byte * total)
 
 

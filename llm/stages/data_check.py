@@ -6,12 +6,20 @@ stage itself reads every row once, before it loads or builds a network.
 
 from omegaconf import OmegaConf
 
+from llm.config.said import names_key
 from llm.config.stages import CHAT_KINDS, Stage
 from llm.errors import UserError
+
+# Keys of the group `data` with defaults of every source of text, and the sources that do not read them.
+UNREAD = {"column": ("embedded", "tokens", "mixture", "custom"), "val_size": ("tokens", "mixture", "custom")}
 
 
 def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
+    for name in [name for name, sources in UNREAD.items() if row.reads_text and cfg.data.name in sources]:
+        if names_key(cfg, f"data.{name}") and cfg.data[name] is not None:
+            way = f"give data.sources.<name>.{name}" if cfg.data.name == "mixture" else "leave it out"
+            raise UserError(f"data.{name}={cfg.data[name]} is not read by data={cfg.data.name}; {way}")
     if row.reads_text and cfg.data.name in ("local", "tokens"):
         from llm.data.sources import build_source, is_remote
 
@@ -21,6 +29,7 @@ def check_data(cfg, row: Stage) -> None:
         return
     from tasks.registry import all_specs, check_files, held_out_weights
 
+    check_sizes(cfg)
     if row.kind == "preference":
         trained = preferred(cfg)
         held_out = trained
@@ -34,6 +43,24 @@ def check_data(cfg, row: Stage) -> None:
         held_out = [*held_out, *(cfg.data.eval if chosen is None else chosen)]
     check_files(all_specs(cfg.data), trained, "train")
     check_files(all_specs(cfg.data), held_out, "test")
+
+
+def check_sizes(cfg) -> None:
+    """Raise UserError where the command gives a size to a task whose rows are not drawn: those of files are all read.
+
+    An option of `data` may give one to a task that is generated until `source` is changed.
+    """
+    from tasks.registry import GENERATED, all_specs, place, task_class
+
+    for task, spec in all_specs(cfg.data).items():
+        where = place(task, spec or {})
+        for name in [name for name in ("size", "test_size") if names_key(cfg, f"{where}.{name}")]:
+            if spec.get(name) is None or spec.source in GENERATED or task_class(spec, where).reads == "words":
+                continue
+            raise UserError(
+                f"{where}.{name}={spec[name]}: only generated rows and lists of words read it, not "
+                f"source={spec.source}; {where}.limit takes the first rows"
+            )
 
 
 def trained_tasks(cfg, row: Stage) -> list[str]:

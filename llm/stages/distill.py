@@ -129,8 +129,8 @@ def conversations(cfg) -> Mixture | None:
         return None
     row = stage_row(cfg.stage.name)
     trained_tasks(cfg, row)
-    weights = dict(cfg.data.mixture[row.mixture_key])
-    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)
+    weights, key = dict(cfg.data.mixture[row.mixture_key]), f"data.mixture.{row.mixture_key}"
+    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows, key)
 
 
 def load_teacher(cfg, net: GPT, tokenizer) -> GPT:

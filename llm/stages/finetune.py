@@ -116,7 +116,6 @@ def mixtures(cfg) -> tuple[Mixture, Mixture]:
     row = stage_row(cfg.stage.name)
     name = row.mixture_key
     trained_tasks(cfg, row)
-    train = build_mixture(
-        cfg.data.tasks, dict(cfg.data.mixture[name]), "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows
-    )
+    weights, key = dict(cfg.data.mixture[name]), f"data.mixture.{name}"
+    train = build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows, key)
     return train, held_out_mixture(cfg.data, name, cfg.seed, task_cache(cfg))

@@ -191,8 +191,9 @@ def score_of(task, stage) -> RewardScore:
 
 def rehearsal_mixture(cfg, rewarded: str) -> Mixture:
     """Return the mixture of finetuning without the rewarded task: that one is to be learnt from its rewards alone."""
-    key = stage_row(cfg.stage.name).mixture_key
-    weights = {name: repeats for name, repeats in dict(cfg.data.mixture[key]).items() if name != rewarded and repeats}
+    name = stage_row(cfg.stage.name).mixture_key
+    key = f"data.mixture.{name}"
+    weights = {task: repeats for task, repeats in cfg.data.mixture[name].items() if task != rewarded and repeats}
     if not weights:
-        raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: data.mixture.{key} names no task besides {rewarded}")
-    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows)
+        raise UserError(f"stage.rehearsal={cfg.stage.rehearsal}: {key} names no task besides {rewarded}")
+    return build_mixture(cfg.data.tasks, weights, "train", cfg.seed, task_cache(cfg), cfg.data.bad_rows, key)

@@ -9,17 +9,12 @@ from llm.run.content import write_content
 from llm.stages.job import Job, show_config
 from llm.stages.start import change_lines
 from llm.tokenizer.bpe import Tokenizer, checked_pattern, split_pattern, train_tokenizer
-from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, named_encoder
+from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, named_encoders
 from llm.tokenizer.pretrained import load_pretrained
 from llm.utils.files import replaced_folder, write_atomic
 from llm.utils.format import amount
 
 TABLE_CHARS = 200_000  # of the training and of the validation text
-
-
-def named_encoders(names) -> dict:
-    """Return encoders of `stage.compare` by the name their column gets."""
-    return {Path(name).name: named_encoder(name) for name in names}
 
 
 def prepared(stage) -> Tokenizer | str:

@@ -41,7 +41,8 @@ def run(cfg) -> None:
     print(
         f"{written} token files written, {len(mine) - written} were up to date, {seconds:.1f} s: {folder}", flush=True
     )
-    print(f"train on them, once all parts are written: data=tokens data.path={folder}", flush=True)
+    shuffle = "" if cfg.data.shuffle is None else f" data.shuffle={cfg.data.shuffle}"  # data=own has one of its own
+    print(f"train on them, once all parts are written: data=tokens data.path={folder}{shuffle}", flush=True)
 
 
 def facts(cached: CachedDocuments, tokenizer: Tokenizer) -> dict:

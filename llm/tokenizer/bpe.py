@@ -232,21 +232,31 @@ class Tokenizer:
 
 
 def checked_pattern(pattern: str) -> str:
-    """Return the pattern, or the one of that name, if the regex engine takes it and it loses no text.
+    """Return the pattern, or the one of that name, if the regex engine takes it and it loses no character of Unicode.
 
     Raises UserError otherwise.
     """
-    pattern = NAMED_PATTERNS.get(pattern, pattern)
+    pattern, text = NAMED_PATTERNS.get(pattern, pattern), PROBE + _every_character()
     try:
         encoding = tiktoken.Encoding(
             "probe", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}
         )
-        is_lossless = encoding.decode(encoding.encode_ordinary(PROBE)) == PROBE
+        kept = encoding.decode(encoding.encode_ordinary(text))
     except Exception as error:  # the engine's own error type is not exported
         raise UserError(f"stage.pattern={pattern}: not a regular expression that tiktoken takes ({error})") from error
-    if not is_lossless:
-        raise UserError(f"stage.pattern={pattern}: leaves out parts of a text; end it with |\\s+|. for what is left")
+    if kept != text:
+        lost = text[len(os.path.commonprefix([text, kept]))]
+        raise UserError(
+            f"stage.pattern={pattern}: leaves out parts of a text, such as {lost!r}; end it with |\\s+|. for what is "
+            "left"
+        )
     return pattern
+
+
+def _every_character() -> str:
+    """Return all characters of Unicode, each between letters, in short lines: engines look far ahead in long ones."""
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    return "\n".join("a".join(["", *characters[at : at + 100], ""]) for at in range(0, len(characters), 100))
 
 
 def train_tokenizer(

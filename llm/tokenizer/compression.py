@@ -5,6 +5,7 @@ The texts differ in kind on purpose: a tokenizer trained on English prose should
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,6 +64,12 @@ SAMPLE_TEXTS = {
 }
 
 
+def named_encoders(names: Sequence[str]) -> dict[str, Callable[[str], Sequence[int]]]:
+    """Return encoders by the names of their columns: the end of a path, or all of it where another has that end."""
+    ends = Counter(Path(name).name for name in set(names))
+    return {name if ends[Path(name).name] > 1 else Path(name).name: named_encoder(name) for name in names}
+
+
 def named_encoder(name: str) -> Callable[[str], Sequence[int]]:
     """Return the encoder of a tokenizer folder, a Hugging Face tokenizer.json, or a tiktoken encoding such as gpt2.
 
@@ -119,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         texts = SAMPLE_TEXTS | {path.name: _read_text(path) for path in args.text}
-        others = {Path(name).name if Path(name).suffix else name: named_encoder(name) for name in args.against}
-        print(format_compression_table(compression_table(Tokenizer.load(args.folder), texts, others)))
+        table = compression_table(Tokenizer.load(args.folder), texts, named_encoders(args.against))
+        print(format_compression_table(table))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ from pathlib import Path
 from llm.errors import UserError
 from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.compression import SAMPLE_TEXTS, read_hf_tokenizer, tiktoken_encoding
-from llm.tokenizer.hf_files import byte_alphabet
+from llm.tokenizer.hf_files import byte_alphabet, merge_pair
 from llm.utils.files import parse_json
 
 BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -75,7 +75,12 @@ def _pattern_of(pre_tokenizer: dict | None) -> str | None:
 
 
 def _tokenizer(name: str, key: str, tokens: list[bytes], pattern: str) -> Tokenizer:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
     try:
-        return Tokenizer(tokens, pattern)
+        tokenizer = Tokenizer(tokens, pattern)
+        for token in tokens:  # it is saved with its merges
+            if len(token) > 1:
+                merge_pair(token, ranks)
     except ValueError as error:
-        raise UserError(f"{key}={name}: {error}") from error
+        raise UserError(f"{key}={name}: {error}; choose another one, such as cl100k_base") from error
+    return tokenizer

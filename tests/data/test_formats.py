@@ -11,6 +11,7 @@ import zipfile
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from conftest import compose
@@ -120,6 +121,26 @@ def test_an_array_over_several_chunks_and_one_that_is_cut(tmp_path, monkeypatch)
         list(read_records(path))
 
 
+@pytest.mark.parametrize("between", ["", "\n", ",\n", "\n\n"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_arrays_that_follow_each_other_are_all_read(tmp_path, monkeypatch, between, indent):
+    monkeypatch.setattr("llm.data.records.CHUNK", 7)
+    arrays = [objects(ROWS), [], objects(words(9)), objects(words(5, 9))]
+    path = tmp_path / "a.jsonl"
+    path.write_text(between.join(json.dumps(rows, indent=indent) for rows in arrays))
+    rows = list(read_rows(path, Column("text"), 0))
+    assert rows == [*ROWS, *words(14)] and count_rows(path, Column("text")) == len(rows)
+    path.write_text(path.read_text() + '\n{"text": "lost"}\n')
+    with pytest.raises(UserError, match="a.jsonl: behind row 18, the last of an array, stands .* no array of rows"):
+        list(read_records(path))
+
+
+def test_conversations_over_several_lines_that_follow_each_other_are_a_row_each(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.json").write_text("\n".join([json.dumps(turns, indent=1)] * 2))
+    assert list(read_records(tmp_path / "a.json")) == [(1, turns), (2, turns)]
+
+
 def test_nested_columns_and_columns_of_bytes(tmp_path):
     docs = [{"doc": {"text": row, "n": 1}} for row in ROWS]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, docs)))
@@ -141,8 +162,26 @@ def test_encodings(tmp_path, encoding):
     for name in ("a.txt", "a.jsonl"):
         source = LocalDocuments(tmp_path / name, encoding=encoding)
         assert (read(source), read(source, "val")) == (rows[:1], rows[1:])
-    with pytest.raises(UserError, match="data.encoding=nonsense: Python knows no such encoding"):
-        LocalDocuments(tmp_path / "a.txt", encoding="nonsense").check()
+
+
+@pytest.mark.parametrize("name", ["array.json", "lines.jsonl", "table.csv", "text.txt"])
+@pytest.mark.parametrize("encoding, reason", [("utf-16", "does not start with BOM"), ("utf-32", "not in range")])
+def test_a_file_of_another_encoding_is_named(tmp_path, name, encoding, reason):
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name](ROWS))
+    with pytest.raises(UserError, match=f"{name}: not {encoding}.* text .*{reason}.* data.encoding=utf-8"):
+        LocalDocuments(path, encoding=encoding).check()
+    with pytest.raises(UserError, match=f"{name}: not {encoding}"):
+        list(read_records(path, encoding=encoding))
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "undefined"])
+def test_an_encoding_that_is_none_of_text_is_named(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("text")
+    pq.write_table(pa.table({"text": [b"text"]}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.parquet"):
+        with pytest.raises(UserError, match=f"data.encoding={encoding}: Python knows no such encoding of text"):
+            LocalDocuments(tmp_path / name, encoding=encoding).check()
 
 
 def test_separators_stand_inside_lines_or_are_line_ends(tmp_path, monkeypatch):
@@ -375,6 +414,29 @@ def test_lines_are_counted_and_skipped_without_a_look_at_them(tmp_path, monkeypa
     assert rows[:60] == words(60) and rows[60] is None and rows[61].where.endswith("line 62")
     for start in (1, 7, 59, 60, 62, 64, 65, 70):
         assert list(read_rows(path, column, start)) == rows[start:]
+
+
+@pytest.mark.parametrize("val_size", [None, 2])
+@pytest.mark.parametrize("end", ["\n\n\n", "\r\n \t\r\n", "\n" * 300])
+def test_blank_lines_at_the_end_are_no_documents(tmp_path, monkeypatch, end, val_size):
+    monkeypatch.setattr("llm.data.records.CHUNK", 100)
+    path = write(tmp_path / "a.jsonl", words(20))
+    path.write_text(path.read_text().rstrip() + end)
+    source = LocalDocuments(path, val_size=val_size)
+    source.check()
+    held = val_size or 1
+    assert (read(source), read(source, "val")) == (words(20)[:-held], words(20)[-held:])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    twice = pa.Table.from_arrays([pa.array(ROWS), pa.array(ROWS[::-1])], names=["text", "text"])
+    path = tmp_path / f"a.{suffix}"
+    pq.write_table(twice, path) if suffix == "parquet" else pa.feather.write_feather(twice, path)
+    with pytest.raises(UserError, match=f"a.{suffix}: data.column=text is the name of 2 columns. Rename all but one."):
+        LocalDocuments(path, val_size=1).check()
+    with pytest.raises(UserError, match=f"a.{suffix}: names a column twice .text, text.. Name each once."):
+        list(read_records(path))
 
 
 PROSE = "A text of several words that a row may hold."

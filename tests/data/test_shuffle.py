@@ -1,5 +1,6 @@
 """Tests of the seeded order of documents and of the estimated size of a text."""
 
+import gzip
 import json
 
 import numpy as np
@@ -81,6 +82,30 @@ def test_larger_text_is_estimated_by_its_files(folder, monkeypatch):
     monkeypatch.setattr("llm.data.text_size.EXACT_BYTES", 1)
     rows = sum((folder / f"{name}.jsonl").stat().st_size for name in "ab")
     assert 200 <= text_tokens(LocalDocuments(folder), Letters()) <= 1.5 * rows
+
+
+CYRILLIC = "Съешь же ещё этих мягких французских булок. "
+
+
+@pytest.mark.parametrize(
+    "suffix, pack, content",
+    [
+        (".jsonl", bytes, lambda row: json.dumps(row) + "\n"),  # escapes: six bytes for a letter of two
+        (".json", bytes, lambda row: json.dumps([row], indent=1)),
+        (".jsonl", lambda data: gzip.compress(data, 0), lambda row: json.dumps(row, ensure_ascii=False) + "\n"),
+        (".csv", bytes, lambda row: f"{row['url']},{row['text']}\n"),
+        (".txt", bytes, lambda row: row["text"] + "\n<|endoftext|>\n"),
+    ],
+)
+def test_what_stands_beside_the_text_of_rows_is_not_counted(tmp_path, monkeypatch, suffix, pack, content):
+    rows = [{"url": "x" * (number % 1000), "text": CYRILLIC * (1 + number % 9)} for number in range(4000)]
+    content = "url,text\n" * (suffix == ".csv") + "".join(map(content, rows))
+    for number in range(2):
+        (tmp_path / f"{number}{suffix}").write_bytes(pack(content.encode()))
+    monkeypatch.setattr("llm.data.text_size.COMPRESSED", 1.0)
+    exact = text_tokens(LocalDocuments(tmp_path), Letters())
+    monkeypatch.setattr("llm.data.text_size.EXACT_BYTES", 1)
+    assert text_tokens(LocalDocuments(tmp_path), Letters()) == pytest.approx(exact, rel=0.1)
 
 
 def test_generated_text_is_sampled_and_no_source_has_no_size():

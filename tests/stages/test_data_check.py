@@ -73,6 +73,49 @@ def test_files_of_evaluated_and_rewarded_tasks_count_too(tmp_path):
             check_data(cfg, stage_row(stage))
 
 
+@pytest.mark.parametrize(
+    "source, setting, way",
+    [
+        ("mixture", "data.column=body", "give data.sources.<name>.column"),
+        ("mixture", "data.val_size=5", "give data.sources.<name>.val_size"),
+        ("tokens", "data.val_size=5", "leave it out"),
+        ("embedded", "data.column=body", "leave it out"),
+    ],
+)
+def test_a_key_of_text_that_the_source_does_not_read_is_refused(tmp_path, source, setting, way):
+    said = refused(tmp_path, "tokenizer", f"data={source}", setting)
+    assert said == f"{setting} is not read by data={source}; {way}"
+    cfg = compose("train", *settings(tmp_path, "sft", f"data={source}", "dry_run=true", setting))
+    check_data(cfg, stage_row("sft"))  # reads no text
+
+
+@pytest.mark.parametrize("key", ["size", "test_size"])
+def test_a_size_of_rows_that_are_not_drawn_is_refused(tmp_path, key):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(GOOD)
+    files = [f"data.tasks.{task}.{split}={rows}" for task in ("chat", "identity") for split in ("train", "test")]
+    files.append("data.tasks.identity.source=local")  # its size is that of the option, not of the command
+    check_data(compose("train", *settings(tmp_path, "sft", *files)), stage_row("sft"))
+    for task in ("chat", "identity"):
+        said = refused(tmp_path, "sft", *files, f"data.tasks.{task}.{key}=5")
+        assert said.startswith(f"data.tasks.{task}.{key}=5: only generated rows") and f"{task}.limit takes" in said
+
+
+@pytest.mark.parametrize("part, key", [("train", "data.mixture.sft"), ("test", "data.mixture.sft_val")])
+def test_repeats_that_come_to_no_row_are_refused(tmp_path, part, key):
+    files = {"train": tmp_path / "train.jsonl", "test": tmp_path / "test.jsonl"}
+    for path in files.values():
+        path.write_text(GOOD * 4)
+    lines = [f"data.tasks.chat.{name}={path}" for name, path in files.items()]
+    shares = ["data.mixture.sft.chat=0.25", "data.mixture.sft_val={chat: 0.25, identity: 1}"]
+    assert [
+        len(mixture) for mixture in finetune.mixtures(compose("train", *settings(tmp_path, "sft", *lines, *shares)))
+    ]
+    cfg = compose("train", *settings(tmp_path, "sft", *lines, *shares, f"{key}.chat=0.2"))
+    with pytest.raises(UserError, match=rf"{key}.chat=0.2: of 4 {part} rows that is none; give 0.25 or more, or 0 to"):
+        finetune.mixtures(cfg)
+
+
 def test_nothing_to_train_on_is_said_first(tmp_path):
     said = refused(tmp_path, "midtrain", "data.mixture.midtrain={}")
     assert said == "data.mixture.midtrain names no task with repeats above 0: nothing to train on"

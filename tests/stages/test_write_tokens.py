@@ -68,6 +68,12 @@ def test_tokens_are_checked_as_text_is(made, capsys):
     assert "data=tokens holds token ids and no text" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shuffle", ["", " data.shuffle=42"])
+def test_what_is_printed_trains_in_the_order_of_the_text(made, capsys, shuffle):
+    write_part(0, 1, *shuffle.split())
+    assert f"once all parts are written: data=tokens data.path=t{shuffle}\n" in capsys.readouterr().out
+
+
 def test_near_duplicates_are_left_out_of_the_files(made, capsys):
     rows = [" ".join(f"w{i}x{j}" for j in range(30)) for i in range(60)]
     write(made / "text/part0.jsonl", [*rows, *(row + " more" for row in rows[:7])])

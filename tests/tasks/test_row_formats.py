@@ -236,6 +236,31 @@ def test_fields_name_the_columns(tmp_path):
         build(tmp_path, row, fields={"usr": "q"})
 
 
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        ({"tools": ["x"]}, "'talk.tools' of the row: the model has no tools.*ignore=.talk.tools."),
+        ({"system": "S"}, "a key of unknown meaning: 'talk.system'"),
+        ({"label": False, "mood": "sad"}, "'talk.label', 'talk.mood'.*ignore=.talk.label,talk.mood."),
+        ({"a": {"text": "A", "mood": "sad"}}, "'talk.a.mood'"),
+    ],
+)
+def test_what_else_stands_in_an_object_that_fields_lead_into_is_as_strict_as_the_row(tmp_path, more, problem):
+    row = {"talk": {"q": "Q", "a": {"text": "A"}, "id": 3, "tools": []}}
+    fields = {"user": "talk.q", "assistant": "talk.a.text"}
+    assert texts(build(tmp_path, row, fields=fields)[0]) == [("u", "Q"), ("a", "A")]
+    row["talk"] |= more
+    with pytest.raises(UserError, match=problem):
+        build(tmp_path, row, fields=fields)
+    ignore = [f"talk.{key}" for key in more] + ["talk.a.mood"]
+    assert texts(build(tmp_path, row, fields=fields, ignore=ignore)[0]) == [("u", "Q"), ("a", "A")]
+
+
+def test_a_column_may_have_a_dot_in_its_name(tmp_path):
+    row = {"talk.q": "Q", "talk.a": "A"}
+    assert texts(build(tmp_path, row, fields={"user": "talk.q", "assistant": "talk.a"})[0]) == [("u", "Q"), ("a", "A")]
+
+
 def test_the_chosen_answers_of_preferences_can_be_trained_by_configuration(tmp_path):
     row = {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "No."}]}
     task = build(tmp_path, row, fields={"user": "prompt", "assistant": "chosen"}, ignore=["rejected"])

@@ -23,7 +23,14 @@ from llm.tokenizer.bpe import (
     split_pattern,
     train_tokenizer,
 )
-from llm.tokenizer.compression import SAMPLE_TEXTS, compression_table, format_compression_table, main, named_encoder
+from llm.tokenizer.compression import (
+    SAMPLE_TEXTS,
+    compression_table,
+    format_compression_table,
+    main,
+    named_encoder,
+    named_encoders,
+)
 from llm.tokenizer.hf_files import byte_alphabet, merge_pair
 from llm.tokenizer.pretrained import load_pretrained
 
@@ -333,7 +340,15 @@ def test_hugging_face_cuts_by_any_pattern_as_we_do(pattern, tmp_path):
         assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
 
 
-@pytest.mark.parametrize(("pattern", "problem"), [("(", "not a regular expression"), (r"\p{L}+", "leaves out parts")])
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("(", "not a regular expression"),
+        (r"\p{L}+", r"leaves out parts of a text, such as \"'\""),
+        (r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+|[ \t\r\n]+", r"such as '\\x0b'"),  # and no-break spaces
+        (r"\s+|[^\s\x{20000}-\x{10FFFF}]+", "such as '\U00020000'"),
+    ],
+)
 def test_a_pattern_that_cannot_be_used_is_named(pattern, problem):
     with pytest.raises(UserError, match=problem):
         checked_pattern(pattern)
@@ -361,6 +376,28 @@ def test_a_vocabulary_of_another_kind_is_refused(tmp_path):
         load_pretrained(str(tmp_path / "words.json"))
     with pytest.raises(UserError, match="stage.pretrained no_such.*nor a tiktoken encoding"):
         load_pretrained("no_such_encoding")
+
+
+def test_a_vocabulary_with_a_token_that_no_merge_makes_is_refused(tmp_path, tiny_tokenizer):
+    pytest.importorskip("tokenizers")
+    tiny_tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["qzqz"] = len(content["model"]["vocab"]) + 20
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="stage.pretrained=.*b'qzqz' cannot be made by merging two.*choose another"):
+        load_pretrained(str(path))
+
+
+def test_tokenizers_of_one_name_have_a_column_each(tmp_path, tok, tiny_tokenizer):
+    for name, tokenizer in (("a", tok), ("b", tiny_tokenizer)):
+        tokenizer.save(tmp_path / name / "model")
+        tokenizer.save(tmp_path / name)
+    folders = [str(tmp_path / name / "model") for name in "ab"]
+    both = named_encoders([*folders, str(tmp_path / "a")])
+    assert list(both) == [*folders, "a"]
+    assert [len(encode(TEXT)) for encode in both.values()] == [len(t.encode(TEXT)) for t in (tok, tiny_tokenizer, tok)]
+    assert list(named_encoders(folders[:1] * 2)) == ["model"]
 
 
 def test_the_stage_takes_a_vocabulary_of_others(tmp_path, tiny_tokenizer, tiny_config, capsys):
