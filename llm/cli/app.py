@@ -149,6 +149,8 @@ def _report(failure: JobFailed) -> int:
     where = f"{failure.job}; later jobs were not started" if failure.job else ""
     mistake = str(failure.cause) if isinstance(failure.cause, UserError) else system_problem(failure.cause)
     if mistake:
+        if " stage=" in where and "set stage." in mistake:
+            where += "; give a key stage.* to a command of this stage alone, and leave the stage out of the sweep"
         status = _complain(mistake + (f" [{where}]" if where else ""))
         if is_out_of_memory(failure.cause):
             end(status)  # without what libraries do at exit, which would fail too

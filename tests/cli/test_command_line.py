@@ -308,6 +308,11 @@ SWEEP = ["-m", "experiment=demo", "stage=pretrain,midtrain,sft", "max_steps=9"]
             2,
             "error: data.path=x: no such folder [job 2 of 3: stage=",
         ),
+        (
+            "UserError('set stage.lr_frac=0.5')",
+            2,
+            "error: set stage.lr_frac=0.5 [job 2 of 3: stage=midtrain; later jobs were not started; give a key stage.*",
+        ),
         ("KeyboardInterrupt", 130, "interrupted"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
