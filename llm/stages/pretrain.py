@@ -37,7 +37,7 @@ from llm.stages.common import (
 )
 from llm.stages.ensemble import ensemble_objective
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
-from llm.stages.plan import Plan, check_planned, evaluates, holds_weights, plan
+from llm.stages.plan import Plan, check_planned, evaluates, held_out_tokens, holds_weights, plan
 from llm.stages.ramps import check_windows
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import Sample, left_out, plan_text
@@ -70,9 +70,9 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         return TextSteps(reads, tokenizer, layout, position, **options)
 
     val_batches = None
-    if evaluates(cfg):
+    if evaluates(cfg) and text.val is not None:
         whole = loader("val", layout.undivided())
-        val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout.rank, layout.world)
+        val_batches = validation_batches(whole, held_out_tokens(cfg), layout.rank, layout.world)
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     more = {"val_batches": val_batches, "prompts": prompts, "optimizer_state": optimizer_state(cfg, parent, net)}
     context = step_context(cfg, tokenizer, planned.steps, batch=planned.batch, **more, **planned.scales)

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import compose, run_cli
 
 from callbacks.stopwatch import Stopwatch
@@ -15,9 +16,10 @@ from llm.config.said import note_origin
 from llm.scaling.duration import Estimate
 from llm.scaling.machine import Parts, earlier_runs
 from llm.stages import start
-from llm.stages.expect import Expected, expect, note, work_of
+from llm.stages.expect import Expected, expect, measured_tokens, note, work_of
+from llm.stages.plan import held_out_tokens
 from llm.stages.run_stage import run_stage
-from llm.stages.start import data_words, gpu_words, labelled, step_words, time_words
+from llm.stages.start import data_words, gpu_words, held_out_words, labelled, step_words, time_words
 
 DERIVED = {"depth": 2, "n_embd": 128, "n_head": 1, "seq_len": 128, "params_total": 540_713, "params_blocks": 393_228}
 DERIVED |= {"flops_per_token": 3_000_000, "micro_batches": 2, "tokens_per_step": 1024, "steps": 10}
@@ -57,7 +59,10 @@ def test_a_stage_begins_with_six_lines(runs, capsys):
     assert lines["model"] == "modern, 2 layers, 128 wide, context 128: 540,713 parameters"
     assert "attention cpu, eager (fewer than 500 steps on a CPU)" in lines["machine"]
     assert lines["parent"] == f"{runs}/tiny/tokenizer/model: tokenizer (384 tokens); the weights are fresh"
-    assert lines["data"] == "about 25.17K tokens of text; 0.1 passes, 1.54K tokens, packing crop"
+    assert lines["data"] == (
+        "about 25.17K tokens of text; 0.1 passes, 1.54K tokens, packing crop; bpb of 896 held-out tokens, fewer than "
+        "stage.eval_tokens=2048"
+    )
     assert lines["steps"] == "3 steps of 512 tokens (1 micro-batch of 4 rows)"
     assert re.match(
         r"about [\d.]+ (s|min .*) on this machine.*\(from matrix rate, [\d.]+ [GT]FLOP/s.*\)", lines["time"]
@@ -207,7 +212,7 @@ def test_lines_are_wrapped_in_a_terminal_only(monkeypatch):
 
 def test_the_work_of_a_stage_follows_its_keys():
     cfg = compose("train", "experiment=tiny", "stage=pretrain", "stage.eval_every=5", "stage.eval_tokens=2000")
-    context = SimpleNamespace(prompts=["a"] * 4, eval_tasks={})
+    context = SimpleNamespace(prompts=["a"] * 4, eval_tasks={}, val_batches=None, text_batches=None)
     work = work_of(cfg, DERIVED, context, 0, compiled=False)
     assert (work.steps, work.flops, work.drawn, work.layers) == (10, 1024 * 3e6, 0, 4)
     assert work.evaluated == pytest.approx(3 * 2000 * 1e6)  # before the first step, at 5, at 10
@@ -216,6 +221,33 @@ def test_the_work_of_a_stage_follows_its_keys():
     plain = compose("train", "experiment=tiny", "stage=pretrain", "optim=adamw", "callbacks=none")
     work = work_of(plain, DERIVED, context, 0, compiled=False)
     assert (work.blocks, work.evaluated, work.sampled) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("keys", [(), ("dry_run=true",)])
+@pytest.mark.parametrize(
+    ("rows", "positions", "words"),
+    [
+        ({"val_batches": 8}, 1024, "; bpb of 1,016 held-out tokens, fewer than stage.eval_tokens=2000"),
+        ({"val_batches": 16}, 2000, ""),
+        ({"val_batches": 16, "text_batches": 8}, 3024, "; bpb_text of 1,016 held-out tokens, fewer than"),
+    ],
+)
+def test_an_evaluation_is_as_large_as_the_held_out_rows(keys, rows, positions, words):
+    cfg = compose("train", "experiment=tiny", "stage=pretrain", "stage.eval_every=5", "stage.eval_tokens=2000", *keys)
+    targets = torch.ones(4, 128, dtype=torch.long)
+    targets[:, 0] = -1
+    batches = {name: [{"targets": targets}] * (count // 4) for name, count in rows.items()}
+    context = SimpleNamespace(prompts=[], eval_tasks={}, **{"val_batches": None, "text_batches": None} | batches)
+    work = work_of(cfg, DERIVED, context, 0, compiled=False)
+    assert work.evaluated == pytest.approx(3 * positions * 1e6)
+    assert held_out_words(cfg, context).startswith(words) and bool(words) == bool(held_out_words(cfg, context))
+
+
+def test_a_dry_run_looks_at_a_part_of_much_held_out_text():
+    cfg = compose("train", "stage=pretrain", "dry_run=true")
+    assert held_out_tokens(cfg) < cfg.stage.eval_tokens
+    context = SimpleNamespace(val_batches=[{"targets": torch.ones(1, held_out_tokens(cfg))}], text_batches=None)
+    assert measured_tokens(cfg, context) == cfg.stage.eval_tokens and held_out_words(cfg, context) == ""
 
 
 def test_answers_that_are_drawn_are_work():
