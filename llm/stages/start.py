@@ -52,7 +52,8 @@ def show_plan(cfg, derived: Mapping[str, Any]) -> None:
     lines = {
         "model": model_words(derived, cfg.arch.name),
         "machine": f"{machine_words(cfg)}; {precision_words(cfg)}",
-        "steps": step_words(derived, cfg),
+        **({"data": data_words(derived)} if "bytes_per_token" in derived else {}),
+        "steps": step_words(derived, cfg) + unread_words(cfg, derived),
         "time": time_words(expect(cfg, derived)),
     }
     print("\n".join([*labelled(lines), *change_lines(cfg)]))
@@ -124,7 +125,16 @@ def data_words(derived: Mapping[str, Any]) -> str:
     planned, packing = f"{amount(d['planned_tokens'])} tokens", f", packing {d['packing']}" if "packing" in d else ""
     if d.get("text_tokens") is None:
         return f"text of unknown size; {planned} of it{packing}"
-    return f"about {amount(d['text_tokens'])} tokens of text; {d['text_passes']:.1f} passes, {planned}{packing}"
+    guess = f", guessed at {d['bytes_per_token']} bytes a token" if "bytes_per_token" in d else ""
+    return f"about {amount(d['text_tokens'])} tokens of text{guess}; {d['text_passes']:.1f} passes, {planned}{packing}"
+
+
+def unread_words(cfg, derived: Mapping[str, Any]) -> str:
+    """Return that a text which was not looked at may shorten the run; "" where it cannot, or was."""
+    limit = cfg.stage.get("max_passes")
+    if limit is None or cfg.max_steps is not None or derived.get("text_tokens") is not None:
+        return ""
+    return f"; fewer where that is more than stage.max_passes={limit:g} over the text, which was not looked at"
 
 
 def held_out_words(cfg, context: Any) -> str:

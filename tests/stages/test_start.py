@@ -20,6 +20,7 @@ from llm.stages.expect import Expected, expect, measured_tokens, note, work_of
 from llm.stages.plan import held_out_tokens
 from llm.stages.run_stage import run_stage
 from llm.stages.start import data_words, gpu_words, held_out_words, labelled, step_words, time_words
+from llm.utils.format import amount
 
 DERIVED = {"depth": 2, "n_embd": 128, "n_head": 1, "seq_len": 128, "params_total": 540_713, "params_blocks": 393_228}
 DERIVED |= {"flops_per_token": 3_000_000, "micro_batches": 2, "tokens_per_step": 1024, "steps": 10}
@@ -104,6 +105,31 @@ def test_a_dry_run_without_a_tokenizer_says_what_follows_from_the_keys(tmp_path,
     assert lines["steps"].startswith("5,568 steps of 1,048,576 tokens")
     assert "about 2 h 10 min and $52.20 on 8 x h100" in lines["on a GPU"] and "(fits)" in lines["on a GPU"]
     assert re.match(r"about [\d,.]+ (days|h \d+ min) on this machine", lines["time"])
+
+
+def test_a_dry_run_without_a_tokenizer_guesses_the_tokens_of_files(tmp_path, capsys):
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text("The red fox. " * 200)
+    keys = ("experiment=own", "stage=pretrain", "model=d2", "model.vocab_size=512", "model.seq_len=128", "dry_run=true")
+    keys += ("batch.tokens_per_step=1024", f"data.path={tmp_path}", f"paths.runs={tmp_path}/runs")
+    run_stage(composed(*keys))
+    out = capsys.readouterr().out
+    lines, tokens = lines_of(out), 9 * (1 + 13 * 200 // 4)  # the last file validates
+    assert lines["data"].startswith(f"about {amount(tokens)} tokens of text, guessed at 4 bytes a token; 3.0 passes, ")
+    assert lines["steps"].startswith(f"{3 * tokens // 1024} steps of 1,024 tokens") and "not looked at" not in out
+    run_stage(composed(*keys, "max_steps=100"))
+    out = capsys.readouterr().out
+    assert lines_of(out)["steps"].startswith("100 steps") and "WARNING: the run makes 17 passes over its text" in out
+
+
+def test_a_dry_run_without_a_tokenizer_says_that_text_elsewhere_may_shorten_it(tmp_path, capsys):
+    keys = ("experiment=own", "stage=pretrain", "data=fineweb_edu", "model.vocab_size=512", f"paths.runs={tmp_path}")
+    run_stage(composed(*keys, "dry_run=true"))
+    assert (
+        "; fewer where that is more than stage.max_passes=3 over the text" in lines_of(capsys.readouterr().out)["steps"]
+    )
+    run_stage(composed(*keys, "dry_run=true", "max_steps=3"))
+    assert "max_passes" not in lines_of(capsys.readouterr().out)["steps"]
 
 
 def test_a_tokenizer_says_its_size(tmp_path, capsys):
