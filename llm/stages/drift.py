@@ -9,7 +9,7 @@ from llm.errors import UserError
 from llm.eval.samples import questions
 from llm.parallel import collectives
 from llm.stages.common import task_cache
-from llm.stages.plan import evaluates
+from llm.stages.plan import evaluates, held_out_tokens
 from tasks.registry import held_out_mixture, held_out_weights
 
 
@@ -46,7 +46,7 @@ def _layout(cfg) -> StepLayout:
 
 
 def _batches(cfg, steps) -> list[dict]:
-    return validation_batches(steps, cfg.stage.eval_tokens, collectives.rank(), collectives.world_size())
+    return validation_batches(steps, held_out_tokens(cfg), collectives.rank(), collectives.world_size())
 
 
 def _say(text: str) -> None:

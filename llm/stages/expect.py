@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 from llm.config.stages import stage_row
 from llm.model.compile import decide
 from llm.model.linear import resolve_compute_dtype
+from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.duration import Estimate, Work, estimate, expected
 from llm.scaling.machine import Parts, Run, earlier_runs, free_share, key, matmul_rate, remember
 from llm.stages.micro_batch import training_device
+from llm.stages.plan import evaluates, held_out_tokens
 
 SAMPLE_TOKENS = 48  # of a printed sample
 ANSWER_TOKENS = 64  # of an answer in an evaluation, and of a question before a drawn answer
@@ -30,6 +32,13 @@ class Expected(NamedTuple):
     share: float
     on: str
     estimate: Estimate
+
+
+class HeldOut(NamedTuple):
+    """Held-out rows of all processes: their positions, padding included, and the targets among them."""
+
+    positions: int
+    targets: int
 
 
 def expect(cfg, derived: Mapping[str, Any], context: Any = None, done: int = 0) -> Expected:
@@ -81,7 +90,7 @@ def evaluated_tokens(cfg, derived: Mapping[str, Any], context: Any, steps: int) 
     """Return the tokens that all evaluations pass through the network, and those that they draw, roughly."""
     stage, callbacks = cfg.stage, cfg.callbacks
     rounds = times(stage.eval_every, steps) + 1  # before the first step too
-    evaluated = rounds * (stage.get("eval_tokens") or 0) if stage.eval_every and "bpb" in callbacks else 0
+    evaluated = rounds * measured_tokens(cfg, context) if evaluates(cfg) else 0
     if stage.eval_every and "eval_pairs" in stage:
         evaluated += rounds * stage.eval_pairs * derived["tokens_per_step"] // stage.pairs_per_step
     sampled = 0
@@ -94,6 +103,27 @@ def evaluated_tokens(cfg, derived: Mapping[str, Any], context: Any, steps: int) 
         items = sum(min(len(task), limit) for task in context.eval_tasks.values())
         sampled += times(stage.get("chat_every") or 0, steps) * items * ANSWER_TOKENS
     return evaluated, sampled
+
+
+def measured_tokens(cfg, context: Any) -> int:
+    """Return the tokens of one measurement of bits per byte, on all processes; `stage.eval_tokens` of unknown rows."""
+    asked = cfg.stage.get("eval_tokens") or 0
+    sizes = [] if context is None else list(held_out_sizes(cfg, context).values())
+    return sum(asked if few is None else few.positions for few in sizes) if sizes else asked
+
+
+def held_out_sizes(cfg, context: Any) -> dict[str, HeldOut | None]:
+    """Return the sizes of held-out rows by the metric of them; None where they are as many as `stage.eval_tokens`.
+
+    With several processes they are rounded up: each has only its share of the rows.
+    """
+    found: dict[str, HeldOut | None] = {}
+    for name, batches in (("bpb", context.val_batches), ("bpb_text", context.text_batches)):
+        if batches is not None:
+            targets, world = [batch["targets"] for batch in batches], collectives.world_size()
+            size = HeldOut(world * sum(t.numel() for t in targets), world * sum(int((t >= 0).sum()) for t in targets))
+            found[name] = size if size.positions < held_out_tokens(cfg) else None
+    return found
 
 
 def times(every: int, steps: int) -> int:

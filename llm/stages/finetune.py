@@ -29,7 +29,7 @@ from llm.stages.common import (
 )
 from llm.stages.data_check import trained_tasks
 from llm.stages.micro_batch import divisors
-from llm.stages.plan import evaluates
+from llm.stages.plan import evaluates, held_out_tokens
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, held_out_mixture
 
@@ -58,7 +58,7 @@ def build(cfg, parent: Path) -> BuiltStage:
     val_batches = None
     if evaluates(cfg):
         whole = loader(held_out, layout.undivided(), loop=False)
-        val_batches = validation_batches(whole, stage.eval_tokens, layout.rank, layout.world)
+        val_batches = validation_batches(whole, held_out_tokens(cfg), layout.rank, layout.world)
     context = step_context(
         cfg,
         tokenizer,

@@ -36,6 +36,7 @@ from llm.tokenizer.bpe import Tokenizer
 from llm.utils.environment import memory_gb
 from llm.utils.registry import resolved
 
+DRY_TOKENS = 2**18  # held-out ones that a dry run packs: about a second
 CONFIG_KEYS = {
     "n_layer": "model.depth",
     "n_head": "model.depth (heads)",
@@ -176,8 +177,13 @@ def idle_kernels(cfg) -> str | None:
 
 
 def evaluates(cfg) -> bool:
-    """Return True if the stage will measure bits per byte: only then are validation batches made."""
-    return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks and not cfg.dry_run
+    """Return True if the stage measures bits per byte: only then are validation batches made."""
+    return cfg.stage.eval_every > 0 and "bpb" in cfg.callbacks
+
+
+def held_out_tokens(cfg) -> int:
+    """Return how many held-out tokens are made ready: a dry run looks whether there are few, and measures nothing."""
+    return min(cfg.stage.eval_tokens, DRY_TOKENS) if cfg.dry_run else cfg.stage.eval_tokens
 
 
 def check_keeps_best(cfg) -> None:

@@ -37,11 +37,13 @@ from llm.stages.common import (
 )
 from llm.stages.ensemble import ensemble_objective
 from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
-from llm.stages.plan import Plan, check_planned, evaluates, holds_weights, plan
+from llm.stages.plan import Plan, check_planned, evaluates, held_out_tokens, holds_weights, plan
 from llm.stages.ramps import check_windows
 from llm.stages.step_module import StepData, StepModule
 from llm.stages.text_plan import Sample, left_out, plan_text
 from llm.tokenizer.bpe import Tokenizer
+
+BYTES_PER_TOKEN = 4  # of a text whose tokenizer is not trained yet
 
 
 def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
@@ -70,9 +72,9 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
         return TextSteps(reads, tokenizer, layout, position, **options)
 
     val_batches = None
-    if evaluates(cfg):
+    if evaluates(cfg) and text.val is not None:
         whole = loader("val", layout.undivided())
-        val_batches = validation_batches(whole, cfg.stage.eval_tokens, layout.rank, layout.world)
+        val_batches = validation_batches(whole, held_out_tokens(cfg), layout.rank, layout.world)
     prompts = [] if text.val is None else text_prompts(texts(text.val, "val"))
     more = {"val_batches": val_batches, "prompts": prompts, "optimizer_state": optimizer_state(cfg, parent, net)}
     context = step_context(cfg, tokenizer, planned.steps, batch=planned.batch, **more, **planned.scales)
@@ -124,16 +126,29 @@ class Text(NamedTuple):
     val: DocumentSource | None
 
 
+class GuessedTokens:
+    """Stands for a tokenizer that is not trained yet, where tokens are only counted."""
+
+    def encode_document(self, text: str) -> range:
+        """Return as many ids as a text has tokens, BOS included, at `BYTES_PER_TOKEN`."""
+        return range(1 + len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
+
+
 def find_text(cfg, tokenizer: Tokenizer) -> Text:
     """Open the sources of `data`, that of training through the cache of tokens where `data.token_cache` says so."""
     if cfg.dry_run and is_remote(cfg.data):  # numbers only: nothing is fetched
         return Text(None, None)
-    sought = {"near_duplicates": None} if cfg.dry_run else {}  # they take a pass over the text
-    source = document_source(OmegaConf.merge(cfg.data, sought), cfg.paths.data, tokenizer)
+    source = read_text(cfg, tokenizer, cfg.dry_run)
     if not cfg.data.token_cache:
         return Text(source, source)
     folder = Path(cfg.paths.runs) / "token_cache" if cfg.data.token_cache is True else cfg.data.token_cache
     return Text(CachedDocuments(source, tokenizer, folder), source)
+
+
+def read_text(cfg, tokenizer: Tokenizer | None, is_dry: bool) -> DocumentSource:
+    """Open the text of `data`; near-duplicates, which take a pass over it, are not sought in a dry run (`is_dry`)."""
+    sought = {"near_duplicates": None} if is_dry else {}
+    return document_source(OmegaConf.merge(cfg.data, sought), cfg.paths.data, tokenizer)
 
 
 def derived(cfg, planned: Plan, net: GPT) -> dict:
@@ -144,13 +159,23 @@ def derived(cfg, planned: Plan, net: GPT) -> dict:
 
 
 def derived_without_tokenizer(cfg) -> dict:
-    """Return the numbers that follow from `model.vocab_size` alone: no tokenizer, no data, no weights."""
+    """Return the numbers that follow from `model.vocab_size`, and from the size of your text where its files are here.
+
+    There is no tokenizer: the tokens of the text are guessed from its bytes.
+    """
     planned = plan(cfg, cfg.model.vocab_size)
     check_planned(cfg, planned.batch.tokens)
     if cfg.batch.micro_batch_size == "auto":
         choices = divisors(planned.batch.tokens // planned.batch.parts // cfg.model.seq_len)
         budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
         cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
+    facts = {}
+    if cfg.data.name == "local" and not is_remote(cfg.data):
+        source, guess = read_text(cfg, None, is_dry=True), GuessedTokens()
+        in_tables, sample = num_params(planned.config).get("ngrams", 0), packed_samples(cfg, Text(None, source), guess)
+        fitted = plan_text(cfg, source, guess, planned.steps, planned.batch, in_tables, sample)
+        planned = planned._replace(steps=fitted.steps)
+        facts = fitted.facts() | {"bytes_per_token": BYTES_PER_TOKEN}
     with torch.device("meta"):
         net = build_network(planned.config)
-    return derived(cfg, planned, net)
+    return derived(cfg, planned, net) | facts

@@ -146,7 +146,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         from llm.stages.start import show_plan
 
         show_plan(cfg, resolved(row.derive, f"stage={row.name}")(cfg))
-        print("No tokenizer yet: numbers for model.vocab_size, nothing else was checked.")
+        print("No tokenizer yet: numbers for model.vocab_size, nothing but files of text was checked.")
         return
     with importing():  # Lightning
         check_own_parts(cfg, row)

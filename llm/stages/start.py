@@ -13,7 +13,7 @@ from llm.parallel.launch import processes
 from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.machine import device_name
 from llm.stages.common import BuiltStage
-from llm.stages.expect import Expected, expect
+from llm.stages.expect import Expected, expect, held_out_sizes
 from llm.stages.job import Job, show_config, show_derived
 from llm.stages.micro_batch import training_device
 from llm.stages.plan import holds_weights
@@ -52,7 +52,8 @@ def show_plan(cfg, derived: Mapping[str, Any]) -> None:
     lines = {
         "model": model_words(derived, cfg.arch.name),
         "machine": f"{machine_words(cfg)}; {precision_words(cfg)}",
-        "steps": step_words(derived, cfg),
+        **({"data": data_words(derived)} if "bytes_per_token" in derived else {}),
+        "steps": step_words(derived, cfg) + unread_words(cfg, derived),
         "time": time_words(expect(cfg, derived), cfg.max_minutes),
     }
     print("\n".join([*labelled(lines), *change_lines(cfg)]))
@@ -75,7 +76,7 @@ def start_lines(job: Job, built: BuiltStage, forecast: Expected) -> list[str]:
         "model": model_words(derived, cfg.arch.name),
         "machine": f"{machine_words(cfg)}; {ready or precision_words(cfg)}",
         "parent": parent_words(job, built),
-        "data": data_words(derived),
+        "data": data_words(derived) + held_out_words(cfg, built.module.context),
         "steps": step_words(derived, cfg),
         "time": time_words(forecast, cfg.max_minutes),
     }
@@ -124,7 +125,22 @@ def data_words(derived: Mapping[str, Any]) -> str:
     planned, packing = f"{amount(d['planned_tokens'])} tokens", f", packing {d['packing']}" if "packing" in d else ""
     if d.get("text_tokens") is None:
         return f"text of unknown size; {planned} of it{packing}"
-    return f"about {amount(d['text_tokens'])} tokens of text; {d['text_passes']:.1f} passes, {planned}{packing}"
+    guess = f", guessed at {d['bytes_per_token']} bytes a token" if "bytes_per_token" in d else ""
+    return f"about {amount(d['text_tokens'])} tokens of text{guess}; {d['text_passes']:.1f} passes, {planned}{packing}"
+
+
+def unread_words(cfg, derived: Mapping[str, Any]) -> str:
+    """Return that a text which was not looked at may shorten the run; "" where it cannot, or was."""
+    limit = cfg.stage.get("max_passes")
+    if limit is None or cfg.max_steps is not None or derived.get("text_tokens") is not None:
+        return ""
+    return f"; fewer where that is more than stage.max_passes={limit:g} over the text, which was not looked at"
+
+
+def held_out_words(cfg, context: Any) -> str:
+    """Return on how few tokens bits per byte are measured, where not as many are held out as are asked for; else ""."""
+    few = [f"{name} of {size.targets:,}" for name, size in held_out_sizes(cfg, context).items() if size is not None]
+    return f"; {', '.join(few)} held-out tokens, fewer than stage.eval_tokens={cfg.stage.eval_tokens}" if few else ""
 
 
 def step_words(derived: Mapping[str, Any], cfg) -> str:

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import compose, run_cli
 
 from callbacks.stopwatch import Stopwatch
@@ -15,9 +16,11 @@ from llm.config.said import note_origin
 from llm.scaling.duration import Estimate
 from llm.scaling.machine import Parts, earlier_runs
 from llm.stages import start
-from llm.stages.expect import Expected, expect, note, work_of
+from llm.stages.expect import Expected, expect, measured_tokens, note, work_of
+from llm.stages.plan import held_out_tokens
 from llm.stages.run_stage import run_stage
-from llm.stages.start import data_words, gpu_words, labelled, step_words, time_words
+from llm.stages.start import data_words, gpu_words, held_out_words, labelled, step_words, time_words
+from llm.utils.format import amount
 
 DERIVED = {"depth": 2, "n_embd": 128, "n_head": 1, "seq_len": 128, "params_total": 540_713, "params_blocks": 393_228}
 DERIVED |= {"flops_per_token": 3_000_000, "micro_batches": 2, "tokens_per_step": 1024, "steps": 10}
@@ -57,7 +60,10 @@ def test_a_stage_begins_with_six_lines(runs, capsys):
     assert lines["model"] == "modern, 2 layers, 128 wide, context 128: 540,713 parameters"
     assert "attention cpu, eager (fewer than 500 steps on a CPU)" in lines["machine"]
     assert lines["parent"] == f"{runs}/tiny/tokenizer/model: tokenizer (384 tokens); the weights are fresh"
-    assert lines["data"] == "about 25.17K tokens of text; 0.1 passes, 1.54K tokens, packing crop"
+    assert lines["data"] == (
+        "about 25.17K tokens of text; 0.1 passes, 1.54K tokens, packing crop; bpb of 896 held-out tokens, fewer than "
+        "stage.eval_tokens=2048"
+    )
     assert lines["steps"] == "3 steps of 512 tokens (1 micro-batch of 4 rows)"
     assert re.match(
         r"about [\d.]+ (s|min .*) on this machine.*\(from matrix rate, [\d.]+ [GT]FLOP/s.*\)", lines["time"]
@@ -99,6 +105,31 @@ def test_a_dry_run_without_a_tokenizer_says_what_follows_from_the_keys(tmp_path,
     assert lines["steps"].startswith("5,568 steps of 1,048,576 tokens")
     assert "about 2 h 10 min and $52.20 on 8 x h100" in lines["on a GPU"] and "(fits)" in lines["on a GPU"]
     assert re.match(r"about [\d,.]+ (days|h \d+ min) on this machine", lines["time"])
+
+
+def test_a_dry_run_without_a_tokenizer_guesses_the_tokens_of_files(tmp_path, capsys):
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text("The red fox. " * 200)
+    keys = ("experiment=own", "stage=pretrain", "model=d2", "model.vocab_size=512", "model.seq_len=128", "dry_run=true")
+    keys += ("batch.tokens_per_step=1024", f"data.path={tmp_path}", f"paths.runs={tmp_path}/runs")
+    run_stage(composed(*keys))
+    out = capsys.readouterr().out
+    lines, tokens = lines_of(out), 9 * (1 + 13 * 200 // 4)  # the last file validates
+    assert lines["data"].startswith(f"about {amount(tokens)} tokens of text, guessed at 4 bytes a token; 3.0 passes, ")
+    assert lines["steps"].startswith(f"{3 * tokens // 1024} steps of 1,024 tokens") and "not looked at" not in out
+    run_stage(composed(*keys, "max_steps=100"))
+    out = capsys.readouterr().out
+    assert lines_of(out)["steps"].startswith("100 steps") and "WARNING: the run makes 17 passes over its text" in out
+
+
+def test_a_dry_run_without_a_tokenizer_says_that_text_elsewhere_may_shorten_it(tmp_path, capsys):
+    keys = ("experiment=own", "stage=pretrain", "data=fineweb_edu", "model.vocab_size=512", f"paths.runs={tmp_path}")
+    run_stage(composed(*keys, "dry_run=true"))
+    assert (
+        "; fewer where that is more than stage.max_passes=3 over the text" in lines_of(capsys.readouterr().out)["steps"]
+    )
+    run_stage(composed(*keys, "dry_run=true", "max_steps=3"))
+    assert "max_passes" not in lines_of(capsys.readouterr().out)["steps"]
 
 
 def test_a_tokenizer_says_its_size(tmp_path, capsys):
@@ -209,7 +240,7 @@ def test_lines_are_wrapped_in_a_terminal_only(monkeypatch):
 
 def test_the_work_of_a_stage_follows_its_keys():
     cfg = compose("train", "experiment=tiny", "stage=pretrain", "stage.eval_every=5", "stage.eval_tokens=2000")
-    context = SimpleNamespace(prompts=["a"] * 4, eval_tasks={})
+    context = SimpleNamespace(prompts=["a"] * 4, eval_tasks={}, val_batches=None, text_batches=None)
     work = work_of(cfg, DERIVED, context, 0, compiled=False)
     assert (work.steps, work.flops, work.drawn, work.layers) == (10, 1024 * 3e6, 0, 4)
     assert work.evaluated == pytest.approx(3 * 2000 * 1e6)  # before the first step, at 5, at 10
@@ -218,6 +249,33 @@ def test_the_work_of_a_stage_follows_its_keys():
     plain = compose("train", "experiment=tiny", "stage=pretrain", "optim=adamw", "callbacks=none")
     work = work_of(plain, DERIVED, context, 0, compiled=False)
     assert (work.blocks, work.evaluated, work.sampled) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("keys", [(), ("dry_run=true",)])
+@pytest.mark.parametrize(
+    ("rows", "positions", "words"),
+    [
+        ({"val_batches": 8}, 1024, "; bpb of 1,016 held-out tokens, fewer than stage.eval_tokens=2000"),
+        ({"val_batches": 16}, 2000, ""),
+        ({"val_batches": 16, "text_batches": 8}, 3024, "; bpb_text of 1,016 held-out tokens, fewer than"),
+    ],
+)
+def test_an_evaluation_is_as_large_as_the_held_out_rows(keys, rows, positions, words):
+    cfg = compose("train", "experiment=tiny", "stage=pretrain", "stage.eval_every=5", "stage.eval_tokens=2000", *keys)
+    targets = torch.ones(4, 128, dtype=torch.long)
+    targets[:, 0] = -1
+    batches = {name: [{"targets": targets}] * (count // 4) for name, count in rows.items()}
+    context = SimpleNamespace(prompts=[], eval_tasks={}, **{"val_batches": None, "text_batches": None} | batches)
+    work = work_of(cfg, DERIVED, context, 0, compiled=False)
+    assert work.evaluated == pytest.approx(3 * positions * 1e6)
+    assert held_out_words(cfg, context).startswith(words) and bool(words) == bool(held_out_words(cfg, context))
+
+
+def test_a_dry_run_looks_at_a_part_of_much_held_out_text():
+    cfg = compose("train", "stage=pretrain", "dry_run=true")
+    assert held_out_tokens(cfg) < cfg.stage.eval_tokens
+    context = SimpleNamespace(val_batches=[{"targets": torch.ones(1, held_out_tokens(cfg))}], text_batches=None)
+    assert measured_tokens(cfg, context) == cfg.stage.eval_tokens and held_out_words(cfg, context) == ""
 
 
 def test_answers_that_are_drawn_are_work():
