@@ -68,7 +68,8 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
 
     def loader(split: str, layout: StepLayout, position=None) -> TextSteps:
         reads, packing = (text.train, fitted.packing) if split == "train" else (text.val, VAL_PACKING)
-        options = {"split": split, "packing": packing, "buffer": cfg.stage.buffer}
+        buffer = (fitted.buffer if split == "train" else None) or cfg.stage.buffer
+        options = {"split": split, "packing": packing, "buffer": buffer}
         return TextSteps(reads, tokenizer, layout, position, **options)
 
     val_batches = None

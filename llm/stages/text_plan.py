@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llm.config.said import names_key
 from llm.data.balance import Balance
 from llm.data.packing import PACKINGS
 from llm.data.text_size import passes_over
@@ -13,24 +14,28 @@ from llm.scaling.batch_ramp import BatchSchedule
 
 MANY_PASSES = 10
 FEW_STEPS = 200  # that stage.max_passes leaves
+BUFFERED, LEAST_BUFFER = 1 / 4, 16  # of a small text that waits to be packed; documents
 MOST_IN_TABLES = 1 / 4  # parameters of n-gram tables per token of a text that is read more than once
 
 
 class TextPlan(NamedTuple):
     """Steps and packing of a run on its text, whose size (tokens) and passes are None where they are unknown.
 
-    passes: how often the text is read, what packing drops of it included.
+    passes: how often the text is read, what packing drops of it included. buffer: documents (of best_fit: pieces) that
+    packing chooses from where the text is too small for `stage.buffer`; None = that many.
     """
 
     steps: int
     packing: str
     tokens: int | None
     passes: float | None
+    buffer: int | None = None
 
     def facts(self) -> dict:
         """Return the values that are printed and kept in run.json, from where a resumed run takes them."""
         known = {} if self.tokens is None else {"text_tokens": self.tokens, "text_passes": self.passes}
-        return known | {"packing": self.packing}
+        smaller = {} if self.buffer is None else {"buffer": self.buffer}
+        return known | {"packing": self.packing} | smaller
 
 
 Sample = Callable[[str], Balance | None]  # what a packing makes of some of the text; None where there is none to read
@@ -104,7 +109,22 @@ def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule, sample: 
     if limit is not None and cfg.max_steps is None and passes > limit:
         steps = max(1, batch.steps_within(round(planned * limit / passes)))
         passes = passes * batch.total(steps) / planned
-    return TextPlan(steps, packing, tokens, passes)
+    given = _has_begun(cfg) or names_key(cfg, "stage.buffer")  # by an older version, which had none, or the command
+    buffer = None if given else small_buffer(cfg, tokens, sample(packing))
+    return TextPlan(steps, packing, tokens, passes, buffer)
+
+
+def small_buffer(cfg, tokens: int, balance: Balance | None) -> int | None:
+    """Return a buffer of `BUFFERED` of a text of `tokens`, None where that is no less than `stage.buffer`.
+
+    A buffer larger than the text is filled by several passes over it, and then lends its shortest documents, several
+    times, while the others wait to the end. The buffers of all processes together are such a share.
+    """
+    if balance is None or not balance.documents:
+        return None
+    pieces = tokens * (balance.documents + balance.repeated) / balance.read
+    buffer = max(LEAST_BUFFER, int(BUFFERED * pieces / processes(cfg)))
+    return buffer if buffer < cfg.stage.buffer else None
 
 
 def _read_per_trained(balance: Balance | None) -> float:
@@ -126,16 +146,22 @@ def _begun(cfg, planned: int, batch: BatchSchedule) -> TextPlan | None:
         )
     steps, passes = cfg.max_steps or (planned if cfg.stage.get("extend") else kept["steps"]), kept.get("text_passes")
     passes = None if passes is None else passes * batch.total(steps) / batch.total(kept["steps"])
-    return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes)
+    return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes, kept.get("buffer"))
 
 
 def _kept(cfg) -> dict:
     """Return the derived values in the run.json of a run that is resumed, {} where none is."""
-    run = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
-    begun = any((run.stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt"))
-    if not begun or cfg.overwrite or cfg.dry_run:
-        return {}
-    return (run.manifest(cfg.stage.name) or {}).get("derived") or {}
+    return (_run(cfg).manifest(cfg.stage.name) or {}).get("derived") or {} if _has_begun(cfg) else {}
+
+
+def _has_begun(cfg) -> bool:
+    """Return whether a run is resumed: it has a checkpoint."""
+    saved = (_run(cfg).stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt")
+    return not (cfg.overwrite or cfg.dry_run) and any(saved)
+
+
+def _run(cfg) -> RunDir:
+    return RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
 
 
 def left_out(cfg, source) -> dict:

@@ -73,8 +73,9 @@ def test_a_stage_begins_with_six_lines(runs, capsys):
         assert text not in out
     (one,) = earlier_runs()
     assert one.stage == "pretrain" and one.took.step > 0 and one.took.rest > 0
-    derived = json.loads((runs / "tiny" / "pretrain" / "run.json").read_text())["derived"]
-    assert {"lr/head", "lr/embedding", "lr/matrices"} <= derived.keys()
+    manifest = json.loads((runs / "tiny" / "pretrain" / "run.json").read_text())
+    assert {"lr/head", "lr/embedding", "lr/matrices"} <= manifest["derived"].keys()
+    assert manifest["derived"]["buffer"] == 100 and manifest["data"]["read"]["documents"] < 200  # of 400
     run_stage(composed("experiment=tiny", "stage=pretrain", f"paths.runs={runs}", "run=b", "init_from=tiny/tokenizer"))
     assert "(from 1 earlier run here" in lines_of(capsys.readouterr().out)["time"]
 

@@ -96,6 +96,34 @@ def test_a_resumed_run_keeps_the_plan_it_began_with(tmp_path):
     assert planned(config(tmp_path, "overwrite=true"), 50).packing == "crop"
 
 
+@pytest.mark.parametrize(
+    ("keys", "balance", "buffer"),
+    [
+        ((), Balance(read=100, trained=60, cut=40, documents=1), 25),  # a quarter of 100 documents of 100 tokens
+        ((), Balance(read=100, trained=100, documents=1, repeated=3), 100),  # cut in 4 pieces each
+        ((), Balance(read=1000, trained=1000, documents=1), 16),
+        ((), Balance(read=100, trained=100, documents=50), None),  # 5000 of them
+        (("stage.buffer=20",), Balance(read=100, trained=100, documents=1), None),
+        (("stage.buffer=500",), Balance(read=100, trained=100, documents=1), None),
+        (("trainer.devices=2", "trainer=cpu"), Balance(read=100, trained=100, documents=2), 25),
+    ],
+)
+def test_packing_chooses_from_a_quarter_of_a_small_text(tmp_path, keys, balance, buffer):
+    found = planned(config(tmp_path, *keys), 20, sample=lambda packing: balance)
+    assert found.buffer == buffer and found.facts().get("buffer") == buffer
+
+
+def test_a_run_that_began_with_a_larger_buffer_keeps_it(tmp_path):
+    stage_dir, few = tmp_path / "own" / "pretrain", Balance(read=100, trained=100, documents=1)
+    (stage_dir / "checkpoints").mkdir(parents=True)
+    (stage_dir / "checkpoints" / "step.ckpt").touch()
+    kept = {"steps": 40, "packing": "crop", "text_tokens": 500, "text_passes": 8.0}
+    for derived, buffer in ((kept, None), (kept | {"buffer": 30}, 30), ({}, None)):
+        (stage_dir / "run.json").write_text(json.dumps({"config": {}, "derived": derived}))
+        assert planned(config(tmp_path), 20, sample=lambda packing: few).buffer == buffer
+    assert planned(config(tmp_path, "overwrite=true"), 20, sample=lambda packing: few).buffer == 25
+
+
 def old_manifest(cfg, **values):
     """Return the run.json of a run from before the keys of small texts existed, with the defaults of that time."""
     config = OmegaConf.to_container(cfg)
