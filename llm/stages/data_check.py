@@ -83,8 +83,8 @@ def preferred(cfg) -> list[str]:
     names = list(cfg.data.preferences) if chosen is None else list(chosen)
     if not names:
         raise UserError(
-            f"data.preferences is empty: stage={cfg.stage.name} trains on preferences; take data=own with files in "
-            "my_data/preferences, or describe a source in a file of conf/data/ or conf/experiment/ (docs/data.md)"
+            f"data.preferences is empty: stage={cfg.stage.name} trains on preferences; describe a source in a file of "
+            "conf/data/ or conf/experiment/, as under Preferences in docs/data.md"
         )
     return names
 
