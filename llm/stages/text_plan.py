@@ -81,16 +81,16 @@ def warnings_of(cfg, found: TextPlan, in_tables: int = 0) -> list[str]:
 
 def few_steps(cfg, found: TextPlan, planned: int, batch: BatchSchedule) -> list[str]:
     """Return a sentence where stage.max_passes leaves few of the `planned` steps: with smaller ones more is learnt."""
-    least = cfg.model.seq_len * processes(cfg)
+    limit, least = cfg.stage.get("max_passes"), cfg.model.seq_len * processes(cfg)
     smaller, more = batch.tokens, found.steps
     while more < FEW_STEPS and smaller % (2 * least) == 0:
         smaller, more = smaller // 2, 2 * more
-    if found.steps == planned or cfg.max_steps is not None or more == found.steps:
+    if limit is None or found.steps == planned or cfg.max_steps is not None or more == found.steps:
         return []
     rows = cfg.batch.micro_batch_size
     also = "" if rows == "auto" or rows <= smaller // least else f" batch.micro_batch_size={smaller // least}"
     return [
-        f"stage.max_passes={cfg.stage.max_passes:g} leaves {found.steps} steps of {batch.tokens:,} tokens. As many "
+        f"stage.max_passes={limit:g} leaves {found.steps} steps of {batch.tokens:,} tokens. As many "
         f"tokens in {more} steps teach more, in hardly more time: batch.tokens_per_step={smaller}{also}"
     ]
 

@@ -252,3 +252,5 @@ def test_few_steps_are_told_with_the_size_that_makes_more(tmp_path, monkeypatch,
     assert told("model.seq_len=1024")[0].endswith(": batch.tokens_per_step=4096 batch.micro_batch_size=4")
     assert told("stage.max_passes=20") == told("stage.max_passes=null") == told("max_steps=60") == []
     assert "in 120 steps" in told("model.seq_len=8192")[0] and told("model.seq_len=16384") == []
+    unlimited, resumed = config(tmp_path, "stage.max_passes=null"), TextPlan(60, "crop", 330_000, 3.0)
+    assert text_plan.few_steps(unlimited, resumed, 10_000, batch_schedule(unlimited, 16_384)) == []  # of a kept plan
