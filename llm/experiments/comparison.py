@@ -104,7 +104,7 @@ def compare(
     def decisive(curve: Curve) -> float:
         return curve.at(end) if tokens is None else curve.values[-1]
 
-    floor = _noise(root, noise, used, stage, metric, decisive)
+    floor = _noise(root, noise, sides[0], used[0], decisive, metric, force)
     wide = _margin(margin, fmean(map(decisive, used[0])), metric, share)
 
     def measure(at: str, point: float, of: str, value: Callable[[Curve], float]) -> Measure:
@@ -186,19 +186,27 @@ def _pairs(
 
 
 def _noise(
-    root: str | Path, given: str | None, used: Sequence[Sequence[Curve]], stage: str, metric: str, value: Callable
+    root: str | Path, given: str | None, a: Side, used: Sequence[Curve], value: Callable, metric: str, force: bool
 ) -> Noise | None:
-    """Return the spread of single runs: as given (a number, or runs to take it from), else that of A over its seeds."""
+    """Return the spread of single runs: as given (a number, or runs to take it from), else that of A over its seeds.
+
+    used: the runs of A that are compared. Runs that are given must be measured on the same things as A, unless `force`.
+    """
     if given is None:
-        numbers = [value(curve) for curve in used[0]]
+        numbers = [value(curve) for curve in used]
         return Noise(stdev(numbers), len(numbers) - 1, "seeds of A") if len(numbers) > 1 else None
     try:
         sd = float(given)
     except ValueError:
-        pool = load_side(root, given, stage, metric).curves
-        if len(pool) < 2:
+        pool = load_side(root, given, a.stage, metric)
+        if len(pool.curves) < 2:
             raise UserError(f"--noise {given}: takes two finished runs or more, with different seeds") from None
-        numbers = [curve.values[-1] for curve in pool]
+        if (reasons := incomparable(a, pool, metric)) and not force:
+            raise UserError(
+                f"--noise {given}: {metric} was not measured on the same things as that of {a.name}: "
+                f"{'; '.join(reasons[:4])}; name other runs, give a number, or use --force"
+            ) from None
+        numbers = [curve.values[-1] for curve in pool.curves]
         return Noise(stdev(numbers), len(numbers) - 1, f"{len(numbers)} runs of {given}")
     if not 0 < sd < math.inf:
         raise UserError(f"--noise {given}: must be above 0, a standard deviation between seeds, or the name of runs")

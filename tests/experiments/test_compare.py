@@ -134,9 +134,14 @@ def test_what_was_measured_on_other_things_is_refused(tmp_path, change, reason):
     if reason is None:
         assert compare(tmp_path, "base", "other").measures
         return
-    with pytest.raises(UserError, match=f"not measured on the same things: .*{reason}.*--force"):
+    refusal = f"not measured on the same things: .*{reason}.*--force"
+    with pytest.raises(UserError, match=refusal):
         compare(tmp_path, "base", "other")
     assert compare(tmp_path, "base", "other", force=True).measures
+    singles = {"a": "base-seed=1", "b": "base-seed=2", "noise": "other"}
+    with pytest.raises(UserError, match=f"--noise other: .*{reason}.*--force"):
+        compare(tmp_path, **singles)
+    assert compare(tmp_path, **singles, force=True).noise.df == 1
 
 
 def test_other_numbers_of_validation_tokens_are_refused(sweeps):
