@@ -65,7 +65,7 @@ class Index:
                     except UserError as error:
                         problems.append(str(error))
             if changed != len(found):
-                with contextlib.suppress(OSError):  # of somebody else's runs: they are read again next time
+                with contextlib.suppress(UserError):  # a full disk: they are read again next time
                     write_json(self.file, {"format": [FORMAT, __version__], "rows": found})
             self._rows, self.problems = found, problems
             rows = [row for _, row in found.values()]
@@ -95,8 +95,12 @@ class Index:
         return rows if content.get("format") == [FORMAT, __version__] and isinstance(rows, dict) else {}
 
     def _live(self, row: Row) -> Row:
-        """Return the row of a running stage with what it has reached."""
-        last = self.columns.last(row["folder"])
+        """Return the row of a running stage with what it has reached, as far as that can be read."""
+        last: dict[str, float] = {}
+        try:
+            last = self.columns.last(row["folder"])
+        except UserError as error:
+            self.problems += [str(error)] if str(error) not in self.problems else []
         known = {"steps": int(last["step"])} if "step" in last else {}
         known |= {name: last[name] for name in ("tokens", "flops", "seconds") if name in last}
         scores = row["scores"] | {name: last[name] for name in ("bpb", "loss") if name in last}

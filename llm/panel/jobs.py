@@ -211,13 +211,12 @@ def job_page(panel: Panel, number: int) -> str:
 def stamp(panel: Panel, number: int | None) -> tuple:
     """Return what changes whenever `queue_page` or `job_page` would show something else; cheap to ask for."""
     paths = [panel.queue_file]
-    queue = panel.queue if panel.queue_file.is_file() else None  # to open it may write into the file
-    if number is not None and queue is not None:
+    if number is not None and panel.queue_file.is_file():  # to open it may write into the file
         try:
-            job = queue.job(number)
+            job = panel.queue.job(number)
         except UserError:
             return (number,)
-        paths.append(log_of(queue, job))
+        paths.append(log_of(panel.queue, job))
         if job.folder:
             paths += [Path(job.folder) / name for name in ("metrics.csv", "run.json", "eval.json")]
     return (number, *file_stamps(paths))

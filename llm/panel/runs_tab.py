@@ -11,6 +11,7 @@ import gradio as gr
 from llm.errors import UserError
 from llm.panel import exports, jobs, shelf
 from llm.panel.markup import page, problem
+from llm.panel.notes import Note
 from llm.panel.runs_view import HEADER, NUMERIC, live_page, name_of, rest_page, run_table, states_of
 from llm.panel.state import Panel, file_stamps
 from llm.run.stage_folder import RunDir
@@ -123,8 +124,8 @@ class RunsTab:
 
     def fill(self, query: str, state: str) -> list[Any]:
         """Return the table, what could not be read, the choices of the lists, and the states of all stages."""
-        rows, notes = self.panel.index.rows(), self.panel.notes.all()
-        problems = [problem(line) for line in self.panel.index.problems]
+        rows, (notes, wrong) = self.panel.index.rows(), self._notes()
+        problems = [problem(line) for line in [*self.panel.index.problems, *wrong]]
         try:
             header, lines = run_table(rows, notes, query or "", state)
         except UserError as error:
@@ -144,6 +145,13 @@ class RunsTab:
             states_of(rows),
         ]
 
+    def _notes(self) -> tuple[dict[str, Note], list[str]]:
+        """Return the notes, {} where their file cannot be read, and a line that says why it cannot."""
+        try:
+            return self.panel.notes.all(), []
+        except UserError as error:
+            return {}, [str(error)]
+
     def first_view(self) -> dict[str, Any]:
         """Return the properties of the table, filled, as the page has them in its own text."""
         filled = self.fill("", "all")[0]
@@ -162,7 +170,7 @@ class RunsTab:
         """Return the two parts of the page of a stage, its stamp, its tags and note, and an empty report."""
         if not name:
             return ["", "", (), "", "", ""]
-        note, stamp = self.panel.notes.all().get(name, ("", "")), self._stamp(name)
+        note, stamp = self._notes()[0].get(name, ("", "")), self._stamp(name)
         rest = rest_page(self.panel, name, None if other in (None, NONE) else other)
         return [live_page(self.panel, name), rest, stamp, *note, ""]
 

@@ -280,7 +280,10 @@ class TrainTab:
         now = jobs.stamp(self.panel, number)
         if now == tuple(stamp):
             return [gr.skip()] * 4
-        listed = self.panel.queue.jobs()[-jobs.MOST_JOBS :] if self.panel.queue_file.is_file() else []
+        try:
+            listed = self.panel.queue.jobs()[-jobs.MOST_JOBS :] if self.panel.queue_file.is_file() else []
+        except UserError as error:
+            return [page(problem(str(error))), "", now, gr.skip()]
         choices = [(jobs.job_label(job), job.id) for job in reversed(listed)]
         if number is None:
             number = next((job.id for job in listed if job.state == "running"), None)

@@ -4,16 +4,18 @@ import json
 import re
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from experiment_runs import add_run, add_sweep
 
 from llm.errors import UserError
-from llm.panel import shelf
+from llm.panel import index, shelf
 from llm.panel.compare_view import comparison_page, lines_of, metrics_of, verdict_page
 from llm.panel.notes import Note, Notes
 from llm.panel.runs_tab import RunsTab
 from llm.panel.runs_view import MOST_TIMES, lineage, live_page, rest_page, run_table
 from llm.panel.state import Panel
+from llm.panel.train_tab import TrainTab
 from llm.run.lock import one_writer
 from llm.run.samples_file import SamplesFile
 from llm.run.stage_folder import RunDir, write_manifest
@@ -166,3 +168,26 @@ def test_a_panel_that_only_shows_changes_nothing(panel):
         with pytest.raises(UserError, match="panel.readonly=true"):
             act()
     assert len(stages(fixed)) == 6
+
+
+def test_what_cannot_be_read_or_written_beside_the_runs_hides_none_of_them(panel):
+    (panel.runs / ".panel").write_text("a file in the place of the cache, as in a folder that may not be written")
+    panel.queue_file.write_bytes(b"no database")
+    live = panel.runs / "base-seed=1/pretrain"
+    write_manifest(live, json.loads((live / "run.json").read_text()) | {"status": "running"})
+    with gr.Blocks():
+        runs, train = RunsTab(panel), TrainTab(panel)
+    assert len(runs.first_view()["value"]["data"]) == 6
+    assert "notes cannot be kept there" in runs.fill("", "all")[1]
+    assert panel.runs not in panel.cache.parents and "<polyline" in live_page(panel, "fast-seed=2/pretrain")
+    (live / "metrics.csv").write_text("step,loss\n1," + "x" * 200_000 + "\n")
+    assert "field larger than" in runs.fill("", "all")[1] and "field larger than" in live_page(panel, "base-seed=1/pretrain")
+    assert "cannot be used as a queue" in train.watch(None, ())[0]
+
+
+def test_a_cache_on_a_full_disk_hides_no_run(panel, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write: no space left on the device")
+
+    monkeypatch.setattr(index, "write_json", full)
+    assert len(panel.index.rows()) == 6
