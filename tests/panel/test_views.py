@@ -181,7 +181,9 @@ def test_what_cannot_be_read_or_written_beside_the_runs_hides_none_of_them(panel
     assert "notes cannot be kept there" in runs.fill("", "all")[1]
     assert panel.runs not in panel.cache.parents and "<polyline" in live_page(panel, "fast-seed=2/pretrain")
     (live / "metrics.csv").write_text("step,loss\n1," + "x" * 200_000 + "\n")
-    assert "field larger than" in runs.fill("", "all")[1] and "field larger than" in live_page(panel, "base-seed=1/pretrain")
+    assert "field larger than" in runs.fill("", "all")[1] and "field larger than" in live_page(
+        panel, "base-seed=1/pretrain"
+    )
     assert "cannot be used as a queue" in train.watch(None, ())[0]
 
 
