@@ -99,7 +99,10 @@ def stop_process(panel: Panel, name: str) -> str:
     process = process_of(row["folder"])
     if not process or not is_locked(row["folder"]):
         raise UserError(f"{name}: no process of this machine trains it")
-    os.kill(process, signal.SIGTERM)
+    try:
+        os.kill(process, signal.SIGTERM)
+    except OSError as error:  # of another user, or it ended at this moment
+        raise UserError(f"{name}: process {process} cannot be asked ({error.strerror})") from error
     return f"{name} was asked to save and end; the same command resumes"
 
 

@@ -197,6 +197,8 @@ def test_a_chart_has_a_curve_for_each_line_and_breaks_where_a_number_fails():
     banded = draw("bpb", [Line("a", x, x, 0, x - 1, x + 1)], "step")
     assert banded.count("<polygon") == 1
     assert "nothing was measured" in draw("kl", lines[1:], "step")
+    for once in (0.0, 100.0, 4e19):  # steps, FLOPs
+        assert draw("core", [Line("a", np.array([once]), np.array([0.2]))], "FLOPs").count("<polyline") == 1
     for low, high in ((0, 1), (-3e-5, 2e-5), (1e9, 3.3e12), (2.0001, 2.0002)):
         marks = ticks(low, high)
         assert 2 <= len(marks) <= 7 and all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)

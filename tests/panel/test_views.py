@@ -9,11 +9,11 @@ import pytest
 from experiment_runs import add_run, add_sweep
 
 from llm.errors import UserError
-from llm.panel import index, shelf
+from llm.panel import index, runs_view, shelf
 from llm.panel.compare_view import comparison_page, lines_of, metrics_of, verdict_page
 from llm.panel.notes import Note, Notes
 from llm.panel.runs_tab import RunsTab
-from llm.panel.runs_view import MOST_TIMES, lineage, live_page, rest_page, run_table
+from llm.panel.runs_view import MOST_TIMES, files, lineage, live_page, rest_page, run_table
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
 from llm.run.lock import one_writer
@@ -144,8 +144,26 @@ def test_runs_are_put_away_brought_back_and_deleted_only_with_their_name(panel):
     assert "fast-seed=1/pretrain" not in stages(panel) and shelf.archived(panel) == ["fast-seed=1"]
     shelf.bring_back(panel, "fast-seed=1")
     assert "fast-seed=1/pretrain" in stages(panel) and shelf.archived(panel) == []
+    (panel.runs / ".deleted-fast-seed=1/pretrain").mkdir(parents=True)  # of a deletion that was cut off
     shelf.delete(panel, "fast-seed=1", "fast-seed=1")
     assert not any("fast-seed=1" in path.name for path in panel.runs.iterdir())
+
+
+def test_a_run_that_cannot_be_moved_is_a_line(panel):
+    (panel.runs / shelf.ARCHIVE).write_text("a file in the place of the folder")
+    with pytest.raises(UserError, match="fast-seed=1: cannot be moved"):
+        shelf.archive(panel, "fast-seed=1", "fast-seed=1")
+
+
+def test_files_that_go_while_they_are_listed_are_left_out(panel, monkeypatch):
+    folder = panel.runs / "base-seed=1/pretrain"
+
+    def sized(size):
+        (folder / "run.json").unlink(missing_ok=True)
+        return str(size)
+
+    monkeypatch.setattr(runs_view, "in_bytes", sized)
+    assert "metrics.csv" in files(folder) and "run.json" not in files(folder)
 
 
 def test_a_run_that_is_written_or_needed_stays(panel):
@@ -181,9 +199,8 @@ def test_what_cannot_be_read_or_written_beside_the_runs_hides_none_of_them(panel
     assert "notes cannot be kept there" in runs.fill("", "all")[1]
     assert panel.runs not in panel.cache.parents and "<polyline" in live_page(panel, "fast-seed=2/pretrain")
     (live / "metrics.csv").write_text("step,loss\n1," + "x" * 200_000 + "\n")
-    assert "field larger than" in runs.fill("", "all")[1] and "field larger than" in live_page(
-        panel, "base-seed=1/pretrain"
-    )
+    assert "field larger than" in runs.fill("", "all")[1]
+    assert "field larger than" in live_page(panel, "base-seed=1/pretrain")
     assert "cannot be used as a queue" in train.watch(None, ())[0]
 
 
