@@ -11,11 +11,13 @@ from experiment_runs import add_run, add_sweep
 from llm.errors import UserError
 from llm.panel import index, runs_view, shelf
 from llm.panel.compare_view import comparison_page, lines_of, metrics_of, verdict_page
+from llm.panel.eval_view import scores_page
 from llm.panel.notes import Note, Notes
 from llm.panel.runs_tab import RunsTab
 from llm.panel.runs_view import MOST_TIMES, files, lineage, live_page, rest_page, run_table
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
+from llm.report.report import build_report
 from llm.run.lock import one_writer
 from llm.run.samples_file import SamplesFile
 from llm.run.stage_folder import RunDir, write_manifest
@@ -202,6 +204,24 @@ def test_what_cannot_be_read_or_written_beside_the_runs_hides_none_of_them(panel
     assert "field larger than" in runs.fill("", "all")[1]
     assert "field larger than" in live_page(panel, "base-seed=1/pretrain")
     assert "cannot be used as a queue" in train.watch(None, ())[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("run.json", {"config": {"init_from": 5}}),
+        ("run.json", {"environment": {"cpu": 5}}),
+        ("run.json", {"code": {"characters": 5, "files": None}}),
+        ("eval.json", {"chat": {"a": {"accuracy": 0.5, "subjects": {"b": None}}}}),
+        ("eval.json", {"lm_eval": {"arc": {"acc": 0.5, "acc_stderr": "N/A"}, "cola": {"mcc": "N/A"}}}),
+    ],
+)
+def test_a_wrong_value_in_a_file_of_a_run_is_a_line_at_most(panel, file, keys):
+    name, path = "base-seed=1/pretrain", panel.runs / "base-seed=1/pretrain" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | keys))
+    assert len(panel.index.rows()) + len(panel.index.problems) >= 6
+    assert "base-seed=1" in run_page(panel, name) + scores_page(panel, [name])
+    assert "base-seed=1" in build_report(path.parents[1]).read_text()
 
 
 def test_a_cache_on_a_full_disk_hides_no_run(panel, monkeypatch):
