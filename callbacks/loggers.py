@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from llm.checkpoint.resume import newest_step
 from llm.utils.files import plain
 from llm.utils.format import markdown_table
 
@@ -94,7 +95,7 @@ class OfflineComet(CometLogger):
 class TrackioLogger(Logger):
     """Logger of Trackio: all runs of a project are in one database, in `folder` unless $TRACKIO_DIR names another.
 
-    A stage that is resumed goes on in its run; `save_dir`, its folder, tells whether it is.
+    A stage that is resumed goes on in its run; `save_dir`, its folder, tells whether it is: it has a checkpoint then.
     """
 
     version = None
@@ -104,7 +105,8 @@ class TrackioLogger(Logger):
         os.environ.setdefault("TRACKIO_DIR", folder)  # read once, when the package is imported
         import trackio
 
-        self.trackio, self.project, self.run_name, self.stage_dir = trackio, project, name, Path(save_dir)
+        self.trackio, self.project, self.run_name = trackio, project, name
+        self.resumes = newest_step(Path(save_dir) / "checkpoints") > 0
         self.config, self._experiment = {}, None
 
     @property
@@ -114,7 +116,7 @@ class TrackioLogger(Logger):
     def begun(self) -> Any:
         """Return Trackio's run, which begins with the first value: no `experiment`, which Lightning asks for sooner."""
         if self._experiment is None:
-            resume = "allow" if (self.stage_dir / "metrics.csv").exists() else "never"
+            resume = "allow" if self.resumes else "never"
             options = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
             self._experiment = self.trackio.init(
                 self.project, self.run_name, config=self.config, resume=resume, **options

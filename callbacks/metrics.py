@@ -129,12 +129,22 @@ class MetricsLog(L.Callback):
                 logger.log_metrics(values, step)
 
     def _read(self) -> list[dict[str, str]]:
+        """Return the rows that have a step, a whole number as text: not what a crash cut off or filled with zeros.
+
+        Raises UserError for a file without a column of steps.
+        """
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        reader = csv.DictReader(line for line in lines if line.endswith("\n"))  # not what a crash cut off
-        self.columns = list(reader.fieldnames or ["step"])
-        return list(reader)
+        lines = self.path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True)
+        reader = csv.DictReader(line for line in lines if line.endswith("\n"))
+        try:
+            self.columns = list(reader.fieldnames or ["step"])
+            found = [(_step(row.get("step")), row) for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{self.path} cannot be read ({error}); restore it, or move it away") from error
+        if "step" not in self.columns:
+            raise UserError(f"{self.path} has no column step in its first line; restore it, or move it away")
+        return [{name: row[name] for name in self.columns} | {"step": str(at)} for at, row in found if at is not None]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
@@ -149,6 +159,14 @@ def publish(trainer: L.Trainer, values: dict[str, float]) -> None:
     trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in values.items()})
     trainer.logged_metrics.update(values)
     trainer.progress_bar_metrics.update({name: values[name] for name in FORMATS if name in values})
+
+
+def _step(cell: str | None) -> int | None:
+    """Return the step of a row, also where a program has written it as 5.0; None for what is no number."""
+    try:
+        return int(float(cell or ""))
+    except (ValueError, OverflowError):
+        return None
 
 
 def _cell(value: float | None) -> str:

@@ -107,7 +107,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         scores = combined(scores, found)
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
     print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
-    report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw=False)}"
+    redraw = [*wanted, *own] != ["samples"]  # figures end with the scores of evaluations
+    report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw)}"
     print(f"scores: {subject.folder / 'eval.json'}{report}")
     return merged
 

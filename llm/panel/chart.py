@@ -38,7 +38,7 @@ def draw(title: str, lines: Sequence[Line], x_name: str) -> str:
         return f'<figure class="chart"><figcaption>{html.escape(title)}: nothing was measured</figcaption></figure>'
     x_low, x_high = min(line.x[0] for line in shown), max(line.x[-1] for line in shown)
     y_low, y_high = _range(shown, x_low + LATE * (x_high - x_low))
-    x_high = x_high if x_high > x_low else x_low + 1
+    x_high = x_high if x_high > x_low else x_low + max(1.0, 0.05 * abs(x_low))  # 1 is nothing to 1e18 FLOPs
     sx, sy = (WIDTH - LEFT - RIGHT) / (x_high - x_low), (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
 
     def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

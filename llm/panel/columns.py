@@ -105,8 +105,9 @@ class Columns:
                 place.mkdir(parents=True, exist_ok=True)
                 with waiting_lock(place / ".lock", seconds=20):
                     state = _update(path, place, _saved(place, source))
-            except OSError as error:
-                raise UserError(f"{path} cannot be read into the cache {self.folder} ({error.strerror})") from error
+            except (OSError, csv.Error) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise UserError(f"{path} cannot be read into the cache {self.folder} ({reason})") from error
             with self._lock:
                 self._states[source] = state
                 while len(self._states) > MOST_STATES:

@@ -9,7 +9,7 @@ from llm.panel.differences_view import answers_page, items_page, shared_parts
 from llm.panel.eval_view import evaluated
 from llm.panel.markup import page
 from llm.panel.models import MOST_TOKENS, PanelModels
-from llm.panel.runs_tab import QUIET, html
+from llm.panel.runs_tab import CHOSEN, QUIET, html
 from llm.panel.runs_view import name_of
 from llm.panel.state import Panel
 
@@ -54,20 +54,20 @@ class CompareTab:
         settings = [self.stages, self.metrics, self.axis, self.share, self.seeds]
         tab.select(self.choices, None, self.stages, **QUIET)
         two = [self.one, self.other]
-        tab.select(self.answering, two, two, **QUIET)
-        self.stages.input(self.choose, [self.stages, self.metrics], self.metrics, **QUIET).then(
-            self.draw, settings, self.shown, **QUIET
+        tab.select(self.answering, two, two, **CHOSEN)
+        self.stages.input(self.choose, [self.stages, self.metrics], self.metrics, **CHOSEN).then(
+            self.draw, settings, self.shown, **CHOSEN
         )
         for one in (self.metrics, self.axis, self.seeds):
-            one.input(self.draw, settings, self.shown, **QUIET)
-        self.share.release(self.draw, settings, self.shown, **QUIET)
+            one.input(self.draw, settings, self.shown, **CHOSEN)
+        self.share.release(self.draw, settings, self.shown, **CHOSEN)
         sides = [self.a, self.b, self.metric, self.margin]
         self.judge.click(self.decide, sides, self.verdict, **QUIET)
         for one in two:
-            one.change(self.parts, [*two, self.part], self.part, **QUIET).then(
-                self.differ, [*two, self.part], self.items, **QUIET
+            one.change(self.parts, [*two, self.part], self.part, **CHOSEN).then(
+                self.differ, [*two, self.part], self.items, **CHOSEN
             )
-        self.part.input(self.differ, [*two, self.part], self.items, **QUIET)
+        self.part.input(self.differ, [*two, self.part], self.items, **CHOSEN)
         asked = [*two, self.question, self.temperature, self.length, self.seed]
         self.ask.click(lambda: page("<p>The answers are being written…</p>"), None, self.answers, **QUIET).then(
             self.answer, asked, self.answers, **QUIET

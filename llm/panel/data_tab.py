@@ -9,7 +9,7 @@ from llm.panel.data_view import MOST_ROWS, cut, tokenizers, training_rows
 from llm.panel.form import Form
 from llm.panel.markup import page, problem
 from llm.panel.own_tab import OwnTab
-from llm.panel.runs_tab import NONE, QUIET, html
+from llm.panel.runs_tab import CHOSEN, NONE, QUIET, html
 from llm.panel.state import Panel
 from llm.panel.train_tab import TrainTab
 
@@ -48,7 +48,7 @@ class DataTab:
         )
         chosen = [self.one, self.other, self.text]
         for event in (self.cut.click, self.one.input, self.other.input):
-            event(self.tokens, chosen, [self.left, self.right], **QUIET)
+            event(self.tokens, chosen, [self.left, self.right], **CHOSEN)
 
     def choices(self) -> list[Any]:
         """Return the stages that have a tokenizer."""

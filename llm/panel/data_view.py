@@ -14,7 +14,6 @@ from llm.panel.form import Form
 from llm.panel.jobs import ANSI, DRY_SECONDS, check
 from llm.panel.markup import page, problem, text
 from llm.panel.state import Panel
-from llm.run.stage_folder import RunDir
 from llm.stages.show_batch import KINDS, LEGEND
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils.source import python_path
@@ -40,9 +39,8 @@ def cut(panel: Panel, name: str, content: str) -> str:
         return page("<p>Choose a stage with a tokenizer.</p>")
     if len(content) > MOST_LETTERS:
         return page(problem(f"{len(content):,} letters; {MOST_LETTERS:,} are cut at most"))
-    run, _, stage = name.partition("/")
     try:
-        folder = RunDir(panel.runs, run).model_dir(stage)
+        folder = Path(panel.index.row(name)["folder"]) / "model"
         tokenizer = _loaded(str(folder), (folder / "fathom_tokenizer.json").stat().st_mtime_ns)
     except (UserError, OSError) as error:
         return page(problem(str(error)))

@@ -83,8 +83,8 @@ def main_scores(scores: Mapping[str, Any], suffix: str = "") -> Cells:
         cells[f"core/{task}{suffix}"] = _accuracy(own)
     for kind in ("lm_eval", "judges"):
         for task, own in (scores.get(kind) or {}).items():
-            errors = {name: own.get(f"{name}_stderr") for name in own}
             numbers = {name: one for name, one in own.items() if isinstance(one, int | float)}
+            errors = {name: numbers.get(f"{name}_stderr") for name in numbers}
             kept = [name for name in numbers if name not in ("n", "shots") and not name.endswith("_stderr")]
             cells |= {f"{kind}/{task} {name}{suffix}": value(numbers[name], errors[name]) for name in kept}
     preferences = scores.get("preferences") or {}

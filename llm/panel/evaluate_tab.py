@@ -10,7 +10,7 @@ from llm.panel import evaluations, jobs
 from llm.panel.eval_view import ANY, PER_PAGE, choices, evaluated, parts, records_page, scores_page
 from llm.panel.markup import page, problem
 from llm.panel.records import RIGHT
-from llm.panel.runs_tab import QUIET, html, told
+from llm.panel.runs_tab import CHOSEN, QUIET, html, told
 from llm.panel.state import Panel, file_stamps
 
 SHOWN_FIRST = ("eval.max_per_task", "eval.num_samples", "eval.max_new_tokens", "eval.tokens")
@@ -60,24 +60,24 @@ class EvaluateTab:
         tab.select(self.stage_choices, None, [self.stages, self.one], **QUIET)
         typed = [self.stages, self.chosen, *self.boxes]
         told = [self.wrong, self.line]
-        self.stages.change(scores_of(self.panel), self.stages, self.scores, **QUIET)
+        self.stages.change(scores_of(self.panel), self.stages, self.scores, **CHOSEN)
         left = [event for box in self.boxes for event in (box.submit, box.blur)]
         left += [self.stages.input, self.chosen.input]
-        gr.on(left, self.check, typed, told, trigger_mode="always_last", **QUIET)
+        gr.on(left, self.check, typed, told, trigger_mode="always_last", **CHOSEN)
         watched = [self.job, self.stamp, self.shown, self.scores]
-        self.start.click(self.begin, typed, watched, **QUIET)
-        timer.tick(self.watch, [self.job, self.stamp, self.stages], watched, **QUIET)
+        self.start.click(self.begin, typed, watched, **CHOSEN)
+        timer.tick(self.watch, [self.job, self.stamp, self.stages], watched, **CHOSEN)
         found, filters = [self.records, self.place], [self.one, self.part, self.verdict, self.subject, self.words]
         listed = [self.verdict, self.subject]
-        self.one.change(self.part_choices, [self.one, self.part], self.part, **QUIET)
-        self.part.change(self.filter_choices, [self.one, self.part], listed, **QUIET).then(
-            self.first, filters, found, **QUIET
+        self.one.change(self.part_choices, [self.one, self.part], self.part, **CHOSEN)
+        self.part.change(self.filter_choices, [self.one, self.part], listed, **CHOSEN).then(
+            self.first, filters, found, **CHOSEN
         )
         for one in listed:
-            one.input(self.first, filters, found, **QUIET)
-        self.words.submit(self.first, filters, found, **QUIET)
+            one.input(self.first, filters, found, **CHOSEN)
+        self.words.submit(self.first, filters, found, **CHOSEN)
         for button, step in ((self.before, -PER_PAGE), (self.next, PER_PAGE)):
-            button.click(self._turner(step), [*filters, self.place], found, **QUIET)
+            button.click(self._turner(step), [*filters, self.place], found, **CHOSEN)
 
     def stage_choices(self) -> list[Any]:
         """Return the stages that can be evaluated."""

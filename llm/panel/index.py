@@ -23,6 +23,7 @@ from llm.utils.files import read_json, write_json
 FORMAT = 1
 FILES = (MANIFEST, "eval.json")  # whose change makes a row new
 BUSY = ("running",)
+LOCKS = Path("/proc/locks")
 HOLDER = re.compile(r"process (\d+) on (\S+) since ")
 
 Row = dict[str, Any]
@@ -65,7 +66,7 @@ class Index:
                     except UserError as error:
                         problems.append(str(error))
             if changed != len(found):
-                with contextlib.suppress(OSError):  # of somebody else's runs: they are read again next time
+                with contextlib.suppress(UserError):  # a full disk: they are read again next time
                     write_json(self.file, {"format": [FORMAT, __version__], "rows": found})
             self._rows, self.problems = found, problems
             rows = [row for _, row in found.values()]
@@ -95,8 +96,12 @@ class Index:
         return rows if content.get("format") == [FORMAT, __version__] and isinstance(rows, dict) else {}
 
     def _live(self, row: Row) -> Row:
-        """Return the row of a running stage with what it has reached."""
-        last = self.columns.last(row["folder"])
+        """Return the row of a running stage with what it has reached, as far as that can be read."""
+        last: dict[str, float] = {}
+        try:
+            last = self.columns.last(row["folder"])
+        except UserError as error:
+            self.problems += [str(error)] if str(error) not in self.problems else []
         known = {"steps": int(last["step"])} if "step" in last else {}
         known |= {name: last[name] for name in ("tokens", "flops", "seconds") if name in last}
         scores = row["scores"] | {name: last[name] for name in ("bpb", "loss") if name in last}
@@ -115,7 +120,19 @@ def process_of(stage_dir: str | Path) -> int | None:
         return None
     if named[2] != socket.gethostname():
         return 0
-    return int(named[1]) if Path("/proc", named[1]).is_dir() or not Path("/proc").is_dir() else None
+    return int(named[1]) if _holds_a_lock(named[1]) else None
+
+
+def _holds_a_lock(process: str) -> bool:
+    """Say whether a process holds a lock on any file: since the machine began anew, another may have its number.
+
+    Where the system does not tell its locks, whether there is a process of this number.
+    """
+    try:
+        locks = [line.split() for line in LOCKS.read_text().splitlines()]  # 1: FLOCK ADVISORY WRITE 4711 fe:00:99 0 EOF
+    except OSError:
+        return Path("/proc", process).is_dir() or not Path("/proc").is_dir()
+    return any(fields[4:5] == [process] for fields in locks)
 
 
 def _stamp(path: Path) -> list[int]:

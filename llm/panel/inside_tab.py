@@ -8,7 +8,7 @@ from llm.errors import UserError
 from llm.panel import inside_view as view
 from llm.panel.markup import page, problem
 from llm.panel.models import MOST_TOKENS, PanelModels
-from llm.panel.runs_tab import QUIET, html
+from llm.panel.runs_tab import CHOSEN, QUIET, html
 
 TEXT, QUESTION = "a text", "a question and the model's answer"
 Look = tuple[str, tuple[int, ...], tuple[int, ...]]  # stage, tokens, mask
@@ -53,7 +53,7 @@ class InsideTab:
 
     def connect(self, tab: gr.Tab) -> None:
         """Connect the events."""
-        tab.select(self.choices, self.stage, self.stage, **QUIET)
+        tab.select(self.choices, self.stage, self.stage, **CHOSEN)
         places = [self.at, self.layer, self.head]
         moving = [self.tokens, self.next, self.attention, self.lens]
         whole = [self.look, self.said, self.rest, *places, *moving, self.all, self.heads, self.grid, self.calculator]

@@ -99,7 +99,10 @@ def stop_process(panel: Panel, name: str) -> str:
     process = process_of(row["folder"])
     if not process or not is_locked(row["folder"]):
         raise UserError(f"{name}: no process of this machine trains it")
-    os.kill(process, signal.SIGTERM)
+    try:
+        os.kill(process, signal.SIGTERM)
+    except OSError as error:  # of another user, or it ended at this moment
+        raise UserError(f"{name}: process {process} cannot be asked ({error.strerror})") from error
     return f"{name} was asked to save and end; the same command resumes"
 
 
@@ -211,13 +214,12 @@ def job_page(panel: Panel, number: int) -> str:
 def stamp(panel: Panel, number: int | None) -> tuple:
     """Return what changes whenever `queue_page` or `job_page` would show something else; cheap to ask for."""
     paths = [panel.queue_file]
-    queue = panel.queue if panel.queue_file.is_file() else None  # to open it may write into the file
-    if number is not None and queue is not None:
+    if number is not None and panel.queue_file.is_file():  # to open it may write into the file
         try:
-            job = queue.job(number)
+            job = panel.queue.job(number)
         except UserError:
             return (number,)
-        paths.append(log_of(queue, job))
+        paths.append(log_of(panel.queue, job))
         if job.folder:
             paths += [Path(job.folder) / name for name in ("metrics.csv", "run.json", "eval.json")]
     return (number, *file_stamps(paths))

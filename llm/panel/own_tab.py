@@ -9,7 +9,7 @@ from llm.panel import first_run, own_files
 from llm.panel.first_run import DEPTHS, KEYS, VOCABULARIES, Plan
 from llm.panel.markup import block, page, problem
 from llm.panel.own_files import CHAT, TEXT
-from llm.panel.runs_tab import QUIET, html, told
+from llm.panel.runs_tab import CHOSEN, QUIET, html, told
 from llm.panel.state import Panel
 from llm.panel.train_tab import DEFAULT, IN_TURN, TrainTab
 from llm.utils.format import in_bytes
@@ -102,7 +102,7 @@ class OwnTab:
         """Connect the events, after those of the Train tab."""
         wrong, looked = [*self.wrong.values(), self.other], [self.shown, self.about_tokenizer, self.stamp]
         tab.select(self.choices, None, self.before, **QUIET)
-        self.before.select(lambda name: name or gr.skip(), self.before, self.name, **QUIET)
+        self.before.select(lambda name: name or gr.skip(), self.before, self.name, **CHOSEN)
         self.name.change(self.open, self.name, [self.texts, self.chats, self.vocabulary, *looked], **QUIET)
         for kind, field, box in ((TEXT, "texts", self.texts), (CHAT, "chats", self.chats)):
             self.files[kind].upload(

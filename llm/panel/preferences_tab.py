@@ -22,12 +22,12 @@ from llm.panel.labels import (
 )
 from llm.panel.markup import block, page, problem, section, table, text
 from llm.panel.models import MOST_TOKENS, PanelModels
-from llm.panel.runs_tab import QUIET, html, told
+from llm.panel.runs_tab import CHOSEN, QUIET, html, told
 from llm.run.stage_folder import read_manifest
 from llm.tokenizer.chat_format import readable
 
 TYPED = "typed above"
-ONE_BY_ONE = QUIET | {"concurrency_limit": 1, "concurrency_id": "labels"}
+ONE_BY_ONE = CHOSEN | {"concurrency_limit": 1, "concurrency_id": "labels"}
 BUTTONS = {"left": "← Left is better", "right": "Right is better →", "tie": "Tie (T)", "skip": "Skip (S)"}
 
 
@@ -80,12 +80,12 @@ class PreferencesTab:
     def connect(self, tab: gr.Tab) -> None:
         """Connect the events."""
         given = [self.name, self.one]
-        tab.select(self.choices, [self.name, self.one, self.other], [self.name, self.one, self.other], **QUIET).then(
-            self.sources, self.one, self.source, **QUIET
-        ).then(self.count, given, self.counts, **QUIET)
-        self.one.input(self.sources, self.one, self.source, **QUIET)
+        tab.select(self.choices, [self.name, self.one, self.other], [self.name, self.one, self.other], **CHOSEN).then(
+            self.sources, self.one, self.source, **CHOSEN
+        ).then(self.count, given, self.counts, **CHOSEN)
+        self.one.input(self.sources, self.one, self.source, **CHOSEN)
         for one in given:
-            one.input(self.count, given, self.counts, **QUIET)
+            one.input(self.count, given, self.counts, **CHOSEN)
         asked = [self.one, self.other, self.questions, self.source, self.temperature, self.length, self.seed]
         self.draw.click(lambda: page("<p>The answers are being written…</p>"), None, self.pair, **QUIET).then(
             self.begin, asked, [self.work, self.pair, self.seed], **QUIET

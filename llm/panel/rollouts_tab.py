@@ -6,7 +6,7 @@ import gradio as gr
 
 from llm.panel.markup import page
 from llm.panel.rollouts_view import ALL, LAST, MIXED, PER_PAGE, SAME, rollouts_page, stamp_of, steps_of, with_rollouts
-from llm.panel.runs_tab import QUIET, html
+from llm.panel.runs_tab import CHOSEN, html
 from llm.panel.state import Panel
 
 
@@ -30,13 +30,13 @@ class RolloutsTab:
         """Connect the events."""
         filters, found = [self.stage, self.step, self.kind], [self.shown, self.place]
         ask, told = [*filters, self.place, self.stamp], [*found, self.step, self.stamp]
-        tab.select(self.choices, self.stage, self.stage, **QUIET).then(self.watch, ask, told, **QUIET)
-        self.stage.input(self.watch, ask, told, **QUIET)
-        timer.tick(self.watch, ask, told, **QUIET)
+        tab.select(self.choices, self.stage, self.stage, **CHOSEN).then(self.watch, ask, told, **CHOSEN)
+        self.stage.input(self.watch, ask, told, **CHOSEN)
+        timer.tick(self.watch, ask, told, **CHOSEN)
         for one in (self.step, self.kind):
-            one.input(self.first, filters, found, **QUIET)
+            one.input(self.first, filters, found, **CHOSEN)
         for button, step in ((self.before, -PER_PAGE), (self.next, PER_PAGE)):
-            button.click(self._turner(step), [*filters, self.place], found, **QUIET)
+            button.click(self._turner(step), [*filters, self.place], found, **CHOSEN)
 
     def choices(self, name: str | None) -> Any:
         """Return the stages that have rollouts; the first is taken where none was."""

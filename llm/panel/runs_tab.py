@@ -11,6 +11,7 @@ import gradio as gr
 from llm.errors import UserError
 from llm.panel import exports, jobs, shelf
 from llm.panel.markup import page, problem
+from llm.panel.notes import Note
 from llm.panel.runs_view import HEADER, NUMERIC, live_page, name_of, rest_page, run_table, states_of
 from llm.panel.state import Panel, file_stamps
 from llm.run.stage_folder import RunDir
@@ -21,6 +22,9 @@ WATCHED = ("run.json", "metrics.csv", "eval.json", "samples.jsonl")  # files of 
 MOST_REPORT = 400_000  # letters
 PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)\n*")  # of a report: the page draws these curves itself
 QUIET = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+# For lists whose names come and go. Gradio refuses what is chosen and not in its list any more, after a run was deleted
+# or the server began anew, at every tick of a timer; the functions of the tabs say in their place what there is not.
+CHOSEN = {**QUIET, "preprocess": False}
 
 
 @contextlib.contextmanager
@@ -104,27 +108,27 @@ class RunsTab:
         self.query.submit(self.fill, query, listed, **QUIET)
         self.state.input(self.fill, query, listed, **QUIET)
         self.table.select(self.pick, None, self.open, **QUIET)
-        self.open.change(self.show, opened, whole, **QUIET)
-        self.other.input(self.show, opened, whole, **QUIET)
-        self.load.click(self.read_report, self.open, self.report, **QUIET)
-        self.save.click(self.write_note, [self.open, self.tags, self.note], None, **QUIET).then(
+        self.open.change(self.show, opened, whole, **CHOSEN)
+        self.other.input(self.show, opened, whole, **CHOSEN)
+        self.load.click(self.read_report, self.open, self.report, **CHOSEN)
+        self.save.click(self.write_note, [self.open, self.tags, self.note], None, **CHOSEN).then(
             self.fill, query, listed, **QUIET
         )
         job = [self.export_job, self.exported_stamp]
-        self.export.click(self.start_export, [self.open, self.to, self.replace], [self.exported, *job], **QUIET)
+        self.export.click(self.start_export, [self.open, self.to, self.replace], [self.exported, *job], **CHOSEN)
         exported = [self.exported, self.exported_stamp]
-        timer.tick(self.watch_both, [self.open, self.stamp, *job], [self.shown, self.stamp, *exported], **QUIET)
-        self.stop.click(self.stop_training, self.open, None, **QUIET)
+        timer.tick(self.watch_both, [self.open, self.stamp, *job], [self.shown, self.stamp, *exported], **CHOSEN)
+        self.stop.click(self.stop_training, self.open, None, **CHOSEN)
         for button, act in ((self.archive, shelf.archive), (self.delete, shelf.delete)):
-            button.click(self._moving(act), [self.open, self.confirm], self.confirm, **QUIET).then(
+            button.click(self._moving(act), [self.open, self.confirm], self.confirm, **CHOSEN).then(
                 self.fill, query, listed, **QUIET
             )
-        self.back.click(self.bring_back, self.away, None, **QUIET).then(self.fill, query, listed, **QUIET)
+        self.back.click(self.bring_back, self.away, None, **CHOSEN).then(self.fill, query, listed, **QUIET)
 
     def fill(self, query: str, state: str) -> list[Any]:
         """Return the table, what could not be read, the choices of the lists, and the states of all stages."""
-        rows, notes = self.panel.index.rows(), self.panel.notes.all()
-        problems = [problem(line) for line in self.panel.index.problems]
+        rows, (notes, wrong) = self.panel.index.rows(), self._notes()
+        problems = [problem(line) for line in [*self.panel.index.problems, *wrong]]
         try:
             header, lines = run_table(rows, notes, query or "", state)
         except UserError as error:
@@ -144,6 +148,13 @@ class RunsTab:
             states_of(rows),
         ]
 
+    def _notes(self) -> tuple[dict[str, Note], list[str]]:
+        """Return the notes, {} where their file cannot be read, and a line that says why it cannot."""
+        try:
+            return self.panel.notes.all(), []
+        except UserError as error:
+            return {}, [str(error)]
+
     def first_view(self) -> dict[str, Any]:
         """Return the properties of the table, filled, as the page has them in its own text."""
         filled = self.fill("", "all")[0]
@@ -162,7 +173,7 @@ class RunsTab:
         """Return the two parts of the page of a stage, its stamp, its tags and note, and an empty report."""
         if not name:
             return ["", "", (), "", "", ""]
-        note, stamp = self.panel.notes.all().get(name, ("", "")), self._stamp(name)
+        note, stamp = self._notes()[0].get(name, ("", "")), self._stamp(name)
         rest = rest_page(self.panel, name, None if other in (None, NONE) else other)
         return [live_page(self.panel, name), rest, stamp, *note, ""]
 
@@ -197,6 +208,7 @@ class RunsTab:
             self.panel.check_may_change()
             if not name:
                 raise UserError("open a stage first")
+            self.panel.index.row(name)  # refuses a name that is none
             self.panel.notes.write(name, tags or "", note or "")
         gr.Info("saved", duration=3)
 

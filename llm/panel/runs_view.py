@@ -1,5 +1,6 @@
 """Builds the Runs tab: the table of stages, and the page of one of them."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -265,11 +266,14 @@ def files(folder: Path) -> str:
         sums = read_content(folder / "model")
     except UserError as error:
         lines.append([str(error), "", ""])
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(Path(inner, name) for inner, _, names in os.walk(folder) for name in names):
+        try:
+            size = path.stat().st_size
+        except OSError:
+            continue  # a training has replaced it meanwhile
         listed = sums.get(path.name, {}) if path.parent == folder / "model" else {}
         code = Markup(f"<code>{text(listed['sha256'])}</code>") if listed.get("sha256") else ""
-        lines.append([name, in_bytes(path.stat().st_size), code])
+        lines.append([path.relative_to(folder).as_posix(), in_bytes(size), code])
     return table(["file", "size", "SHA-256"], lines, (1,), "files")
 
 

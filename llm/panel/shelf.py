@@ -26,8 +26,7 @@ def archive(panel: Panel, run: str, confirmed: str) -> str:
     target = panel.runs / ARCHIVE / run
     if target.exists():
         raise UserError(f"{run}: a run of this name was put away before; bring that one back or delete it first")
-    target.parent.mkdir(exist_ok=True)
-    os.replace(folder, target)
+    _move(folder, target)
     return f"{run} was put away; Bring back undoes this"
 
 
@@ -39,7 +38,7 @@ def bring_back(panel: Panel, run: str) -> str:
         raise UserError(f"{run} was not put away")
     if target.exists():
         raise UserError(f"{run}: there is a run of this name again; rename one of the two")
-    os.replace(source, target)
+    _move(source, target)
     return f"{run} is back"
 
 
@@ -49,9 +48,22 @@ def delete(panel: Panel, run: str, confirmed: str) -> str:
     if needed := descendants(panel.index.rows(), run):
         raise UserError(f"{run}: {', '.join(needed[:4])} started from it; put it away instead, or delete those first")
     gone = panel.runs / f".deleted-{run}"
-    os.replace(folder, gone)  # at once, so that nobody reads half a run
-    shutil.rmtree(gone)
+    try:
+        if gone.exists():
+            shutil.rmtree(gone)  # of one of this name, whose deletion was cut off
+        os.replace(folder, gone)  # at once, so that nobody reads half a run
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise UserError(f"{run}: cannot be deleted ({error})") from error
     return f"{run} was deleted"
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(exist_ok=True)
+        os.replace(source, target)
+    except OSError as error:
+        raise UserError(f"{source.name}: cannot be moved ({error})") from error
 
 
 def _checked(panel: Panel, run: str, confirmed: str) -> Path:

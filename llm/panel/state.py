@@ -1,6 +1,9 @@
 """Holds what the pages of the panel share: folders, readers, queue and notes, and whether anything may be changed."""
 
+import contextlib
+import os
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,14 +67,33 @@ class Panel:
         ]
 
     @cached_property
+    def cache(self) -> Path:
+        """Folder of the caches: beside the runs, or, where nothing can be written there, one that ends with the panel.
+
+        Runs of others may be looked at too.
+        """
+        folder = self.runs / CACHE
+        if not self.runs.is_dir():
+            return folder  # it is made with the first run
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        return Path(self._own_folder.name)
+
+    @cached_property
+    def _own_folder(self) -> "tempfile.TemporaryDirectory[str]":
+        return tempfile.TemporaryDirectory(prefix="fathom_panel_")
+
+    @cached_property
     def columns(self) -> Columns:
         """Cache of all metrics.csv."""
-        return Columns(self.runs / CACHE / "columns")
+        return Columns(self.cache / "columns")
 
     @cached_property
     def index(self) -> Index:
         """Rows of all stages."""
-        return Index(self.runs, self.runs / CACHE, self.columns)
+        return Index(self.runs, self.cache, self.columns)
 
     @cached_property
     def notes(self) -> Notes:

@@ -9,7 +9,7 @@ from llm.errors import UserError
 from llm.panel import jobs
 from llm.panel.form import GROUPS, Entry, Form, entries, options_of, problems_of, sections
 from llm.panel.markup import block, page, problem, text
-from llm.panel.runs_tab import QUIET, html, told
+from llm.panel.runs_tab import CHOSEN, QUIET, html, told
 from llm.panel.state import Panel
 
 ROWS = 12  # keys that are shown at once
@@ -95,7 +95,7 @@ class TrainTab:
         watched = [self.queue, self.shown, self.stamp, self.job]
         self.refill = {"fn": self.fill, "inputs": filters, "outputs": filled, **IN_TURN}
         tab.select(self.fill, filters, filled, **IN_TURN)
-        tab.select(self.watch, [self.job, gr.State(())], watched, **QUIET)
+        tab.select(self.watch, [self.job, gr.State(())], watched, **CHOSEN)
         gr.on(
             [group.input for group in self.groups], self.choose, [self.form, *self.groups], self.form, **IN_TURN
         ).then(self.fill, filters, filled, **IN_TURN)
@@ -117,15 +117,15 @@ class TrainTab:
         )
         self.start.click(self.begin, [self.form, self.after, self.attempts], watched, **IN_TURN)
         for name, button in self.acts.items():
-            button.click(self._acting(name), self.job, watched, **QUIET)
-        self.up.click(self._acting("up"), self.job, watched, **QUIET)
-        self.work.click(self.go_on, self.job, watched, **QUIET)
+            button.click(self._acting(name), self.job, watched, **CHOSEN)
+        self.up.click(self._acting("up"), self.job, watched, **CHOSEN)
+        self.work.click(self.go_on, self.job, watched, **CHOSEN)
         tab.select(self.preset_names, None, self.preset, **QUIET)
         self.keep.click(self.save_preset, [self.preset, self.form], self.preset, **IN_TURN)
         self.drop.click(self.delete_preset, self.preset, self.preset, **QUIET)
         self.bring.click(self.load_preset, self.preset, self.whole, **IN_TURN).success(**self.refill)
-        self.job.input(self.watch, [self.job, gr.State(())], watched, **QUIET)
-        timer.tick(self.watch_all, [self.job, self.stamp], [*watched, self.machine], **QUIET)
+        self.job.input(self.watch, [self.job, gr.State(())], watched, **CHOSEN)
+        timer.tick(self.watch_all, [self.job, self.stamp], [*watched, self.machine], **CHOSEN)
 
     # The form
 
@@ -280,7 +280,10 @@ class TrainTab:
         now = jobs.stamp(self.panel, number)
         if now == tuple(stamp):
             return [gr.skip()] * 4
-        listed = self.panel.queue.jobs()[-jobs.MOST_JOBS :] if self.panel.queue_file.is_file() else []
+        try:
+            listed = self.panel.queue.jobs()[-jobs.MOST_JOBS :] if self.panel.queue_file.is_file() else []
+        except UserError as error:
+            return [page(problem(str(error))), "", now, gr.skip()]
         choices = [(jobs.job_label(job), job.id) for job in reversed(listed)]
         if number is None:
             number = next((job.id for job in listed if job.state == "running"), None)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.config.stages import row_or_stranger
 from llm.report.results import TITLES, curve, evaluated_metrics, final_metrics, is_held_out, plain, task_names
+from llm.utils.files import write_atomic
 from llm.utils.format import percent
 
 Stages = Mapping[str, Mapping[str, Any]]  # {stage: its run.json with "eval" and "rows"}
@@ -178,9 +180,9 @@ def drawing(path: Path, title: str, size: tuple[float, float]) -> Iterator[Any]:
         FigureCanvasAgg(figure)
         figure.suptitle(title, fontsize=11, fontweight="bold")
         yield figure
-        temporary = path.with_suffix(".tmp.png")
-        figure.savefig(temporary)
-        temporary.replace(path)
+        picture = BytesIO()
+        figure.savefig(picture, format="png")
+        write_atomic(path, picture.getvalue())  # a training and an evaluation may draw one run at once
 
 
 def _figure(path: Path, title: str, height: float, draw: Callable[[Any], None]) -> None:

@@ -60,7 +60,7 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     """Write report.md and its figures anew from whatever stages exist so far; returns its path.
 
     A stage file that cannot be read is named in the report instead of hiding the other stages. redraw=False keeps
-    figures that exist: enough where no stage has trained since. Raises UserError for a folder without a stage.
+    figures that exist: enough where no stage has a new score since. Raises UserError for a folder without a stage.
     """
     folder = Path(run_dir)
     stages, problems = read_stages(folder)

@@ -102,7 +102,8 @@ def evaluated_metrics(facts: dict[str, Any]) -> Metrics:
         found |= {f"judges/{judge}/{metric}": (number, None) for metric, number in numbers.items()}
     for task, result in (scores.get("lm_eval") or {}).items():
         for metric, number in result.items():
-            if metric not in ("n", "shots") and not metric.endswith("_stderr"):
+            is_number = isinstance(number, int | float)
+            if is_number and metric not in ("n", "shots") and not metric.endswith("_stderr"):
                 error = result.get(f"{metric}_stderr")  # lm-eval writes a text where there is none
                 found[f"lm_eval/{task}/{metric}"] = (number, error if isinstance(error, int | float) else None)
     return found

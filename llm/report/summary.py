@@ -136,7 +136,7 @@ def code_size(facts: Mapping[str, Any]) -> str | None:
     if not code.get("characters"):
         return None
     tokens = amount(code["characters"] / CHARACTERS_PER_TOKEN)
-    parts = [f"{code['characters']:,} characters", f"{code.get('lines', 0):,} lines", f"{code.get('files', 0):,} files"]
+    parts = [f"{code.get(name) or 0:,} {name}" for name in ("characters", "lines", "files")]
     parts += [f"about {tokens} tokens", f"{value(code.get('dependencies'))} dependencies"]
     return ", ".join(parts)
 

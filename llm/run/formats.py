@@ -26,6 +26,7 @@ CONFIG = mapping(
         "gpu": _group,
         "data": maybe(mapping({"tasks": _entry, "mixture": _entry, "sources": _entry, "eval": maybe(listing(text))})),
         "device_price": maybe(real(0)),
+        "init_from": maybe(text),
         "callbacks": _group,
         "logger": _group,
         "plugins": maybe(listing(text, (0, 1000))),
@@ -82,7 +83,7 @@ RUN = mapping(
         "texts": maybe(listing(listing(text, (2, 2)))),
         "config": maybe(CONFIG),
         "commit": maybe(text),
-        "environment": maybe(mapping({"gpus": maybe(listing(_gpu))})),
+        "environment": maybe(mapping({"gpus": maybe(listing(_gpu)), "cpu": maybe(text)})),
         "version": maybe(text),
         "started": maybe(text),
         "finished": maybe(text),
@@ -105,10 +106,9 @@ RUN = mapping(
     }
 )
 
-_task = mapping(
-    {"accuracy": real(), "stderr": _number, "n": maybe(whole()), "subjects": _entry, "baseline": maybe(real(0, 0.999))},
-    needs=("accuracy",),
-)
+_accuracy: dict[str, Kind] = {"accuracy": real(), "stderr": _number, "n": maybe(whole())}
+_subjects = maybe(mapping(others=mapping(_accuracy, needs=("accuracy",))))
+_task = mapping(_accuracy | {"subjects": _subjects, "baseline": maybe(real(0, 0.999))}, needs=("accuracy",))
 _sample = mapping({"prompt": text, "completion": text}, needs=("prompt", "completion"))
 SAMPLED = mapping({"step": whole(), "samples": listing(_sample)}, needs=("step", "samples"))  # a line of samples.jsonl
 _scored = mapping(

@@ -42,6 +42,30 @@ def saved(tmp_path):
     return tmp_path
 
 
+DAMAGED_ROWS = {
+    "more cells than columns": ("\n4,", "\n4," + 20 * "1,"),
+    "zeros of a lost page": ("\n4,", "\n" + "\0" * 9 + "\n4,"),
+    "no letters of UTF-8": ("\n4,", "\n\udcff\n4,"),
+    "numbers as a spreadsheet writes them": ("\n4,", "\n4.0,"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ROWS)
+def test_a_damaged_row_of_metrics_stops_no_resume(tmp_path, kind):
+    fit(tmp_path, extra=[StopAt(4)])
+    path = tmp_path / "metrics.csv"
+    before, after = DAMAGED_ROWS[kind]
+    path.write_bytes(path.read_text().replace("\r", "").replace(before, after).encode(errors="surrogateescape"))
+    fit(tmp_path, ckpt=newest_checkpoint(tmp_path / "checkpoints")[1])
+    assert [row["step"] for row in rows(tmp_path)] == [str(step) for step in range(1, STEPS + 1)]
+
+
+def test_metrics_without_steps_are_a_line(tmp_path):
+    (tmp_path / "metrics.csv").write_text("loss\n1\n")
+    with pytest.raises(UserError, match="no column step"):
+        fit(tmp_path)
+
+
 def flip(path: Path, at: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(at * (len(content) - 1))] ^= 4

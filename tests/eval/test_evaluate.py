@@ -291,6 +291,14 @@ def test_a_section_that_fails_costs_none_before_it(runs, monkeypatch):
     assert read_json(runs / "demo" / "pretrain" / "eval.json").keys() == {"bpb", "scored"}
 
 
+@pytest.mark.parametrize(("sections", "drawn"), [(["samples"], False), (["bpb"], True), (["bpb", "samples"], True)])
+def test_new_scores_stand_in_the_figures_too(runs, sections, drawn, monkeypatch):
+    asked = []
+    monkeypatch.setattr("llm.eval.evaluate.build_report", lambda folder, redraw: asked.append(redraw))
+    run_evaluation(settings(runs, sections))
+    assert asked == [drawn]
+
+
 def test_sections_measured_earlier_stay(tmp_path):
     path = tmp_path / "eval.json"
     write_json(path, {"bpb": 1.5, "chat": {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.25}}, "core": 0.1})

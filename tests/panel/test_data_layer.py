@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +12,12 @@ from experiment_runs import add_run, add_sweep
 
 from llm.errors import UserError
 from llm.panel import columns as columns_module
+from llm.panel import index as index_module
 from llm.panel.chart import Line, draw, ticks
 from llm.panel.columns import Columns
 from llm.panel.curves import band, curve, fewer, smooth
 from llm.panel.index import Index, process_of
-from llm.run.lock import one_writer
+from llm.run.lock import lock_path, one_writer
 from llm.run.stage_folder import read_metrics
 
 
@@ -175,6 +179,19 @@ def test_a_running_stage_shows_what_it_has_reached_and_a_dead_one_that_it_was_in
         assert (row["steps"], row["scores"]["bpb"]) == (50, 1.25)
 
 
+def test_a_number_that_another_process_has_now_is_no_holder(tmp_path, cache, monkeypatch):
+    folder = add_run(tmp_path / "runs", "dead", status="running", until=40)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        text = f"process {other.pid} on {socket.gethostname()} since 2026-01-01 00:00:00 UTC"
+        lock_path(folder).write_text(text)
+        assert process_of(folder) is None
+        assert Index(tmp_path / "runs", tmp_path / "cache", cache).rows()[0]["status"] == "interrupted"
+        monkeypatch.setattr(index_module, "LOCKS", tmp_path / "not told by this system")
+        assert process_of(folder) == other.pid
+        other.communicate(b"\n")
+    assert process_of(folder) is None
+
+
 def test_two_readers_at_once_leave_a_whole_cache(tmp_path, stage):
     import threading
 
@@ -197,6 +214,8 @@ def test_a_chart_has_a_curve_for_each_line_and_breaks_where_a_number_fails():
     banded = draw("bpb", [Line("a", x, x, 0, x - 1, x + 1)], "step")
     assert banded.count("<polygon") == 1
     assert "nothing was measured" in draw("kl", lines[1:], "step")
+    for once in (0.0, 100.0, 4e19):  # steps, FLOPs
+        assert draw("core", [Line("a", np.array([once]), np.array([0.2]))], "FLOPs").count("<polyline") == 1
     for low, high in ((0, 1), (-3e-5, 2e-5), (1e9, 3.3e12), (2.0001, 2.0002)):
         marks = ticks(low, high)
         assert 2 <= len(marks) <= 7 and all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)

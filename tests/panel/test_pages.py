@@ -1,5 +1,6 @@
 """The tabs' functions as a browser would call them, the key, the guard, and one real server."""
 
+import asyncio
 import base64
 import re
 import signal
@@ -11,6 +12,7 @@ import gradio as gr
 import pytest
 from experiment_runs import add_run, add_sweep
 from fastapi.testclient import TestClient
+from gradio.state_holder import SessionState
 from omegaconf import OmegaConf
 from processes import REPO, start
 
@@ -43,6 +45,24 @@ def panel(tmp_path_factory):
 def tabs(panel):
     with gr.Blocks():
         return RunsTab(panel), CompareTab(panel, PanelModels(panel)), TrainTab(panel)
+
+
+def gone(component):
+    """Return what a page has of a component: of a list that names runs, jobs or tasks one that is gone."""
+    if not isinstance(component, gr.Dropdown) or len(component.choices) > 1:
+        return getattr(component, "value", None)
+    name = 77 if component.elem_id == "panel-job" else "gone/pretrain"
+    return [name] if component.multiselect else name
+
+
+def test_a_chosen_run_that_is_gone_is_no_error_of_every_look(panel):
+    """Also where the server began anew and the page did not: its lists are empty in the new session."""
+    page, _ = build(panel)
+    looks = [event for event in page.fns.values() if any(kind in ("tick", "select") for _, kind in event.targets)]
+    looks = [event for event in looks if any(isinstance(one, gr.Dropdown) for one in event.inputs)]
+    assert sum(kind == "tick" for event in looks for _, kind in event.targets) == 5
+    for event in looks:
+        asyncio.run(page.process_api(event, list(map(gone, event.inputs)), state=SessionState(page)))
 
 
 def test_only_the_open_tab_is_watched(panel):

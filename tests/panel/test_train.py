@@ -196,7 +196,7 @@ def test_a_job_shows_progress_curves_and_the_end_of_its_log(panel):
     assert "job 99 is not in the queue" in jobs.job_page(panel, 99)
 
 
-def test_a_training_that_somebody_else_started_is_asked_to_save(panel):
+def test_a_training_that_somebody_else_started_is_asked_to_save(panel, monkeypatch):
     folder = add_run(panel.runs, "mine", status="running", until=40)
     code = "import sys, time; from llm.run.lock import one_writer; from pathlib import Path\n"
     code += "with one_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -205,6 +205,10 @@ def test_a_training_that_somebody_else_started_is_asked_to_save(panel):
         [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root}
     ) as other:
         assert other.stdout.readline() == b"held\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs.os, "kill", lambda *_: os.stat("/nothing/there"))
+            with pytest.raises(UserError, match="cannot be asked"):
+                jobs.stop_process(panel, "mine/pretrain")
         assert "asked to save" in jobs.stop_process(panel, "mine/pretrain")
         assert other.wait(20) == -signal.SIGTERM
     with pytest.raises(UserError, match="no process of this machine"):

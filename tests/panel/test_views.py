@@ -4,16 +4,20 @@ import json
 import re
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from experiment_runs import add_run, add_sweep
 
 from llm.errors import UserError
-from llm.panel import shelf
+from llm.panel import index, runs_view, shelf
 from llm.panel.compare_view import comparison_page, lines_of, metrics_of, verdict_page
+from llm.panel.eval_view import scores_page
 from llm.panel.notes import Note, Notes
 from llm.panel.runs_tab import RunsTab
-from llm.panel.runs_view import MOST_TIMES, lineage, live_page, rest_page, run_table
+from llm.panel.runs_view import MOST_TIMES, files, lineage, live_page, rest_page, run_table
 from llm.panel.state import Panel
+from llm.panel.train_tab import TrainTab
+from llm.report.report import build_report
 from llm.run.lock import one_writer
 from llm.run.samples_file import SamplesFile
 from llm.run.stage_folder import RunDir, write_manifest
@@ -142,8 +146,26 @@ def test_runs_are_put_away_brought_back_and_deleted_only_with_their_name(panel):
     assert "fast-seed=1/pretrain" not in stages(panel) and shelf.archived(panel) == ["fast-seed=1"]
     shelf.bring_back(panel, "fast-seed=1")
     assert "fast-seed=1/pretrain" in stages(panel) and shelf.archived(panel) == []
+    (panel.runs / ".deleted-fast-seed=1/pretrain").mkdir(parents=True)  # of a deletion that was cut off
     shelf.delete(panel, "fast-seed=1", "fast-seed=1")
     assert not any("fast-seed=1" in path.name for path in panel.runs.iterdir())
+
+
+def test_a_run_that_cannot_be_moved_is_a_line(panel):
+    (panel.runs / shelf.ARCHIVE).write_text("a file in the place of the folder")
+    with pytest.raises(UserError, match="fast-seed=1: cannot be moved"):
+        shelf.archive(panel, "fast-seed=1", "fast-seed=1")
+
+
+def test_files_that_go_while_they_are_listed_are_left_out(panel, monkeypatch):
+    folder = panel.runs / "base-seed=1/pretrain"
+
+    def sized(size):
+        (folder / "run.json").unlink(missing_ok=True)
+        return str(size)
+
+    monkeypatch.setattr(runs_view, "in_bytes", sized)
+    assert "metrics.csv" in files(folder) and "run.json" not in files(folder)
 
 
 def test_a_run_that_is_written_or_needed_stays(panel):
@@ -166,3 +188,45 @@ def test_a_panel_that_only_shows_changes_nothing(panel):
         with pytest.raises(UserError, match="panel.readonly=true"):
             act()
     assert len(stages(fixed)) == 6
+
+
+def test_what_cannot_be_read_or_written_beside_the_runs_hides_none_of_them(panel):
+    (panel.runs / ".panel").write_text("a file in the place of the cache, as in a folder that may not be written")
+    panel.queue_file.write_bytes(b"no database")
+    live = panel.runs / "base-seed=1/pretrain"
+    write_manifest(live, json.loads((live / "run.json").read_text()) | {"status": "running"})
+    with gr.Blocks():
+        runs, train = RunsTab(panel), TrainTab(panel)
+    assert len(runs.first_view()["value"]["data"]) == 6
+    assert "notes cannot be kept there" in runs.fill("", "all")[1]
+    assert panel.runs not in panel.cache.parents and "<polyline" in live_page(panel, "fast-seed=2/pretrain")
+    (live / "metrics.csv").write_text("step,loss\n1," + "x" * 200_000 + "\n")
+    assert "field larger than" in runs.fill("", "all")[1]
+    assert "field larger than" in live_page(panel, "base-seed=1/pretrain")
+    assert "cannot be used as a queue" in train.watch(None, ())[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("run.json", {"config": {"init_from": 5}}),
+        ("run.json", {"environment": {"cpu": 5}}),
+        ("run.json", {"code": {"characters": 5, "files": None}}),
+        ("eval.json", {"chat": {"a": {"accuracy": 0.5, "subjects": {"b": None}}}}),
+        ("eval.json", {"lm_eval": {"arc": {"acc": 0.5, "acc_stderr": "N/A"}, "cola": {"mcc": "N/A"}}}),
+    ],
+)
+def test_a_wrong_value_in_a_file_of_a_run_is_a_line_at_most(panel, file, keys):
+    name, path = "base-seed=1/pretrain", panel.runs / "base-seed=1/pretrain" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | keys))
+    assert len(panel.index.rows()) + len(panel.index.problems) >= 6
+    assert "base-seed=1" in run_page(panel, name) + scores_page(panel, [name])
+    assert "base-seed=1" in build_report(path.parents[1]).read_text()
+
+
+def test_a_cache_on_a_full_disk_hides_no_run(panel, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write: no space left on the device")
+
+    monkeypatch.setattr(index, "write_json", full)
+    assert len(panel.index.rows()) == 6

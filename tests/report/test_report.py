@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from llm.errors import UserError
@@ -313,6 +314,22 @@ def test_figures_are_kept_on_request_and_drawn_where_missing(tmp_path):
     assert (tmp_path / "loss.png").read_bytes() == b"kept" and (tmp_path / "bpb.png").stat().st_size > 1000
     draw_curves(tmp_path, "kept", rows)
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("figures")
+def test_two_programs_may_draw_one_figure_at_once(tmp_path, monkeypatch):
+    path, save, others = tmp_path / "loss.png", Figure.savefig, ["another"]
+
+    def saved(figure, *args, **options):
+        save(figure, *args, **options)
+        if others:
+            with plots.drawing(path, others.pop(), (1, 1)):
+                pass
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    with plots.drawing(path, "one", (1, 1)):
+        pass
+    assert path.read_bytes().startswith(b"\x89PNG") and [one.name for one in tmp_path.iterdir()] == ["loss.png"]
 
 
 def test_smoothing_keeps_start_and_constants():

@@ -8,9 +8,12 @@ import csv
 import importlib.util
 import json
 import re
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -19,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 from small_training import rows
 from stages_by_conf import BPB, trained
 
-from callbacks.loggers import log_table
+from callbacks.loggers import TrackioLogger, log_table
 from llm.errors import UserError
 from llm.run.samples_file import read_samples
 from llm.stages.loggers import PACKAGES, check_packages, placed
@@ -246,6 +249,21 @@ def test_what_a_logger_stores_is_what_metrics_csv_holds(config, tmp_path, monkey
 
 def json_text(text: str) -> str:
     return text.encode().decode("unicode_escape") if "\\u" in text else text
+
+
+@pytest.mark.parametrize(("checkpoint", "resume"), [(False, "never"), (True, "allow")])
+def test_trackio_goes_on_in_the_run_of_a_stage_that_is_resumed_only(tmp_path, monkeypatch, checkpoint, resume):
+    asked = []
+    package = SimpleNamespace(init=lambda *names, **options: asked.append(options["resume"]) or MagicMock())
+    monkeypatch.setitem(sys.modules, "trackio", package)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    if checkpoint:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints/step_000002.ckpt").touch()
+    logger = TrackioLogger("fathom", "run/pretrain", str(tmp_path), tmp_path)
+    (tmp_path / "metrics.csv").write_text("step\n")  # every training begins it before its first row
+    logger.log_metrics({"loss": 1.0}, 1)
+    assert asked == [resume]
 
 
 # ----- loggers of one's own, and what can be wrong
