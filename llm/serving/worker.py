@@ -129,7 +129,8 @@ class Loop:
         spent = 0.0
         while spent < TAKE_SECONDS:
             try:
-                message = self.inbox.get(block=not self.engine.has_work, timeout=STATS_SECONDS)
+                idle = not (self.engine.has_work or self._out)  # a refusal is sent before there is more to do
+                message = self.inbox.get(block=idle, timeout=STATS_SECONDS)
             except queue.Empty:
                 return
             begun = time.monotonic()
