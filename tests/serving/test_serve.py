@@ -246,7 +246,8 @@ def test_weights_in_int8_reach_the_engine_of_a_worker(runs, monkeypatch):
         pytest.skip("there is no C++ compiler")
     monkeypatch.setattr(http, "_serve", AsyncMock(side_effect=lambda cfg, source, *rest: found.append(source)))
     keys = dict(adapters=None, offer="none", verify=True, host="127.0.0.1", port=0, public_names=[], ui="api")
-    keys |= dict(paths=SimpleNamespace(runs=str(runs)), api=SimpleNamespace(access_key=None), plugins=[], trust=[])
+    keys |= dict(paths=SimpleNamespace(runs=str(runs)), plugins=[], trust=[])
+    keys |= dict(api=SimpleNamespace(access_key=None, origins=[]))
     for weights, told in ((None, ""), ("int8", ", matrices in int8")):
         http.serve(SimpleNamespace(**keys, compute="fp32", weights=weights), str(runs / "tiny" / "sft"), GREEDY)
         place = {"device": "cpu", "threads": None, "rows": 4, "sharers": 1}
