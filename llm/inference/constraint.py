@@ -6,6 +6,7 @@ form is completed: it takes a short way out once little more room is left than t
 
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from llm.errors import UserError
 
 MARGINS = (2, 64)  # tokens of room that are left when the way out is taken: at least, and at most an eighth of it
 LONGEST_WAY = 512  # tokens; a form that takes more is not completed in time
+WAY_SECONDS = 0.5  # of this thread alone, for a look for the way out: one that takes more is the last for its row
 OBJECT = {"type": "object"}
 COMPACT = {"whitespace_flexible": False}  # a model that has learnt nothing would write spaces for ever
 # What ends a form of JSON soonest comes first. Inside a string, where both braces are letters, that is its end.
@@ -56,25 +58,35 @@ class Constraint:
         return self._matcher.is_stopped()
 
     def allowed(self) -> torch.Tensor:
-        """Return which tokens may come next, as booleans (V,)."""
+        """Return which tokens may come next, as booleans (V,). Raises UserError where the form is too complex."""
         mask = self._mask(self._matcher)
+        self._check()
         if self._way is None and self._room <= self._look_at:
-            way = self._way_out(mask)
+            until = time.thread_time() + WAY_SECONDS
+            way = self._way_out(mask, until)
             spare = self._room - len(way) - self._margin
             self._way = way if way and spare <= 0 else None
             self._look_at = self._room - max(1, spare // 8)  # a token rarely makes the way out much longer
+            if time.thread_time() >= until:
+                self._look_at = 0
         if self._way:
             mask[:] = False
             mask[self._way[0]] = True
         return torch.from_numpy(mask)
 
     def accept(self, token: int) -> None:
-        """Note the token that the row has gained."""
+        """Note the token that the row has gained. Raises UserError where the form is too complex to go on."""
         self._room -= 1
         if self._way:
             self._way.pop(0)
         if token not in self._ends:
             self._matcher.consume_token(token)
+            self._check()
+
+    def _check(self) -> None:
+        """Raise UserError where the matcher has given up: it would let the text end anywhere."""
+        if self._matcher.is_error():
+            raise UserError(_first_line(self._matcher.get_error()))
 
     def _mask(self, matcher: Any) -> np.ndarray:
         """Return the tokens that may come next, booleans (V,); the ends of a turn where the form is complete."""
@@ -83,10 +95,13 @@ class Constraint:
         mask[self._ends] = matcher.is_accepting()
         return mask
 
-    def _way_out(self, mask: np.ndarray) -> list[int]:
-        """Return the tokens of a short way to a complete form; [] where none is found."""
+    def _way_out(self, mask: np.ndarray, until: float) -> list[int]:
+        """Return the tokens of a short way to a complete form; [] where none is found.
+
+        None that has no place in the row's room, and none that is not found until `until`, by time.thread_time.
+        """
         matcher, way, before = self._matcher.deep_copy(), [], mask
-        while len(way) < LONGEST_WAY:
+        while len(way) <= min(LONGEST_WAY, self._room) and time.thread_time() < until:
             if mask[self._ends].any() or matcher.is_stopped():
                 return [*way, self._ends[0]]
             if not mask.any():

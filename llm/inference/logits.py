@@ -23,8 +23,9 @@ def adjusted(logits: torch.Tensor, requests: Sequence[Request], stop_ids: Collec
     for row in rows:
         request, own = requests[row], logits[row]
         _penalise(own, request)
-        for one, bias in request.params.logit_bias:
-            own[one] += bias
+        if request.params.logit_bias:
+            ids, biases = request.params.biases
+            own.index_add_(0, ids.to(own.device), biases.to(own.device))
         if len(request.ids) < request.params.min_new_tokens and stop_ids:
             own[list(stop_ids)] = -torch.inf
         if request.constraint is not None:

@@ -40,7 +40,8 @@ def _chat_in_terminal(cfg: Any, ctrl_c: CtrlC) -> None:
     params, model = sampling(cfg), model_name(cfg)
     adapters = chosen_adapters(cfg.adapters, cfg.paths.runs, model, verify=cfg.verify)
     first = load_chat_model(model, None, cfg.compute, cfg.verify, adapters, cfg.weights)
-    terminal.chat(Models(first, cfg.paths.runs, cfg.verify), params, ctrl_c)
+    models = Models(first, cfg.paths.runs, cfg.verify, cfg.compute, cfg.weights)
+    terminal.chat(models, params, ctrl_c)
 
 
 def _answer_once(cfg: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Router
 
 from llm.inference.sampling import SamplingParams
 from llm.serving.models import Models
@@ -35,7 +36,8 @@ PAGE = {
 
 
 def mount(app: FastAPI, demo: gr.Blocks) -> None:
-    """Put the page at `/` of an application, whose own routes come first."""
+    """Put the page at `/` of an application, whose own routes come first: below /v1 the page has nothing to say."""
+    app.mount("/v1", Router())
     gr.mount_gradio_app(app, demo, path="/", **PAGE)
 
 

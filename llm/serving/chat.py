@@ -4,7 +4,6 @@ Nothing here prints or knows of a browser. A conversation that has outgrown the 
 over-long message its beginning; the reply says so in its notes instead of failing.
 """
 
-import codecs
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
+from llm.inference.text import TextStream
 from llm.run.notes import say, stage_notes
 from llm.run.stage_folder import HF
 from llm.serving.adapters import load_adapters
@@ -191,7 +191,7 @@ def stream_reply(
     reply = Reply() if reply is None else reply
     seq_len = engine.net.config.seq_len
     prompt, notes = fit_prompt(engine.tokenizer, messages, seq_len, params.max_new_tokens)
-    builder = _ReplyBuilder(engine.tokenizer, reply.content)
+    builder = _ReplyBuilder(engine.tokenizer, reply.content, params)
     said = {note for message in messages for note in message.get("notes") or ()}
     reply.notes += [note for note in notes if note != LEFT_OUT.format(seq_len) or note not in said]
     yield reply
@@ -270,15 +270,16 @@ def part_switches(tokenizer: Any) -> dict[int, str]:
 class _ReplyBuilder:
     """Folds token ids into content parts. Bytes of an unfinished character wait for the rest of it."""
 
-    def __init__(self, tokenizer, content: list[dict[str, str]]):
-        self.tokenizer, self.content = tokenizer, content
-        self._kind = "text"
+    def __init__(self, tokenizer, content: list[dict[str, str]], params: SamplingParams):
+        self.tokenizer, self.content, self.params = tokenizer, content, params
+        self._kind, self._n_tokens = "text", 0
         self._switch = part_switches(tokenizer)
-        self._new_decoder()
+        self._new_text()
 
     def push(self, token: int) -> None:
+        self._n_tokens += 1
         if token not in self.tokenizer.special_ids:
-            self._add(self._decoder.decode(self.tokenizer.decode_bytes([token])))
+            self._add(self._text.push(token, self._n_tokens >= self.params.min_new_tokens))
         elif token in self._switch:
             self.flush()
             self._kind = self._switch[token]
@@ -287,11 +288,11 @@ class _ReplyBuilder:
 
     def flush(self) -> None:
         """Turn bytes that still wait into U+FFFD, like `Tokenizer.decode`."""
-        self._add(self._decoder.decode(b"", final=True))
-        self._new_decoder()
+        self._add(self._text.flush())
+        self._new_text()
 
-    def _new_decoder(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def _new_text(self) -> None:
+        self._text = TextStream(self.tokenizer, self.params.stop, self.params.keep_stop)
 
     def _add(self, text: str) -> None:
         if not text:

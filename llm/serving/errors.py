@@ -1,7 +1,7 @@
 """Errors of the API in OpenAI's JSON form: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -90,7 +90,7 @@ def install(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     """Return the refusal that names the first wrong field."""
-    first = error.errors()[0]
+    first = _first(error.errors())
     place = [clean(str(part)) for part in first["loc"] if part != "body"]
     param = ".".join(place)[:200] or None
     message = clean(str(first["msg"])).removeprefix("Value error, ")
@@ -99,6 +99,14 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         return bad(message, param, "unknown_parameter")
     if first["type"] == "missing":
         return bad(f"you must provide the parameter {param}" if param else "the body is missing", param)
-    if first["type"] == "json_invalid":
-        return bad("the body of a request must be JSON")
+    if first["type"] == "json_invalid" or (first["type"] == "model_attributes_type" and not place):
+        return bad("the body of a request must be a JSON object, sent with Content-Type: application/json")
     return bad(f"{param}: {message}" if param else message, param, "invalid_value")
+
+
+def _first(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the first error; of a value that may be a text or a list, the one of the form that was read furthest."""
+    place = found[0]["loc"][:-1]
+    if found[0]["loc"][-1] != "str":
+        return found[0]
+    return max((one for one in found if one["loc"][: len(place)] == place), key=lambda one: len(one["loc"]))

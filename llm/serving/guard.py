@@ -17,6 +17,7 @@ from llm.errors import UserError
 from llm.serving.errors import ApiError
 
 MAX_BODY = 1 << 20  # bytes of a request: a message has at most some thousand characters
+PORTS = {"http": 80, "https": 443}  # that an origin does not name
 MAX_UPLOAD = 1 << 30  # bytes of the files that are sent at once, where files are taken
 API = "/gradio_api"
 OPEN_ROUTES = {
@@ -129,6 +130,19 @@ def check_names(names: Iterable[str]) -> None:
         if not name or _name_and_port(f"//{name}") != (name.lower(), None):
             raise UserError(
                 f"public_names: {name!r} is no name; write it as in an address, public_names=[chat.example.org]"
+            )
+
+
+def check_origins(origins: Iterable[str]) -> None:
+    """Raise UserError for an entry of api.origins that no browser sends, such as a name alone or one with a path."""
+    for origin in origins:
+        scheme, (name, port) = origin.partition("://")[0], _name_and_port(origin)
+        sent = f"{scheme.lower()}://{f'[{name}]' if ':' in name else name}"
+        sent += f":{port}" if port not in (None, PORTS.get(scheme)) else ""
+        if origin not in ("*", "null") and (origin != sent or not name):
+            raise UserError(
+                f"api.origins: {origin!r} is no origin of a page as browsers send it: scheme and name in small "
+                "letters, a port where it is not the usual one, no / behind; as in api.origins=[https://chat.example.org]"
             )
 
 

@@ -19,7 +19,7 @@ from llm.serving.api.server import build_app, check_key, guard_app, run
 from llm.serving.api.service import Service
 from llm.serving.api.watch import log_to_stderr
 from llm.serving.chat import ChatModel, is_hf
-from llm.serving.guard import check_names, is_private
+from llm.serving.guard import check_names, check_origins, is_private
 from llm.serving.pool import Pool, Source
 from llm.serving.remote import RemoteEngine, RemoteModels
 from llm.tokenizer.bpe import Tokenizer
@@ -41,6 +41,7 @@ def serve(cfg: Any, model: str, params: SamplingParams, beside: Beside | None = 
     Raises UserError where nothing can listen, the key is blank, or the model cannot be loaded.
     """
     check_names(cfg.public_names)
+    check_origins(cfg.api.origins)
     check_key(cfg.api.access_key)
     if cfg.ui == "gradio" and cfg.api.access_key and not is_private(cfg.host, cfg.public_names):
         raise UserError(

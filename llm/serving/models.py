@@ -20,14 +20,22 @@ class Models:
     """Chat models by name, run/stage: the one that is there, and finished stages, of which `KEPT` stay in memory.
 
     Adapters beside the first model are answered by its engine, and stay with it.
-    root: folder of runs whose finished stages are offered too; None = only the first model is. verify: compare
-    every file of a model with its checksum.
+    root: folder of runs whose finished stages are offered too; None = only the first model is. compute, verify,
+    weights: how these are loaded, see `load_chat_model`.
     """
 
     at_once = 1  # answers that may be under way: an engine belongs to one thread at a time
 
-    def __init__(self, first: ChatModel, root: str | Path | None = None, verify: bool = True):
-        self.first, self.root, self.verify = first.name, root, verify
+    def __init__(
+        self,
+        first: ChatModel,
+        root: str | Path | None = None,
+        verify: bool = True,
+        compute: str = "auto",
+        weights: str | None = None,
+    ):
+        self.first, self.root = first.name, root
+        self._how = {"compute": compute, "verify": verify, "weights": weights}
         self._loaded = OrderedDict({first.name: first})
         self._beside = {one.name: one for one in first.beside}
         self._lock = threading.Lock()  # of `_loaded`
@@ -72,7 +80,7 @@ class Models:
 
     def _load(self, name: str) -> ChatModel:
         """Load a model that is offered. Raises UserError where it cannot be loaded."""
-        return load_chat_model(find_stage(self.root, *name.split("/")), verify=self.verify)
+        return load_chat_model(find_stage(self.root, *name.split("/")), **self._how)
 
     def _surplus(self) -> str | None:
         """Return the name of the model that must make room for one more; None where there is room."""

@@ -367,7 +367,8 @@ class Pool:
     def _load_message(self, worker: Worker) -> dict[str, Any]:
         sharers = sum(other.device == worker.device for other in self.workers)  # of the device's memory
         told = {"device": worker.device, "rows": self.rows, "threads": self.threads, "sharers": sharers}
-        return asdict(self.source) | told
+        known = self.facts.get("fingerprints")  # None at the start, and for models of others
+        return asdict(self.source) | told | {"known": known}
 
     def _hear(self, worker: Worker, message: tuple) -> None:
         """Give what a worker says to the jobs that it is about."""

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
@@ -55,15 +56,22 @@ def _read_forever(connection: socket.socket, inbox: queue.SimpleQueue) -> None:
 
 
 def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Load the model that `source` describes (llm.serving.pool.Source); return its engine and facts about it."""
+    """Load the model that `source` describes (llm.serving.pool.Source); return its engine and facts about it.
+
+    Raises UserError where it is not the one that the server began with, by the fingerprints `known`.
+    """
     import torch
 
     from llm.config.plugins import load_plugins
     from llm.config.trust import trust
     from llm.inference.engine import Engine
     from llm.inference.sampling import SamplingParams
-    from llm.serving.chat import load_chat_model
+    from llm.run.content import fingerprints, other_part
+    from llm.serving.chat import is_hf, load_chat_model
 
+    folder = Path(source["model"]) / "model"
+    if source["known"] and (part := other_part(folder, source["known"])) is not None:
+        raise UserError(f"{folder} holds {part} than the server began with: start the server again")
     trust([*source["trust"], *source["plugins"]])
     load_plugins(source["plugins"])
     if source["threads"]:
@@ -78,6 +86,7 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         adapters=model.engine.adapters,
     )
     facts = {"device": str(engine.net.device), **_told(model), "beside": [_told(one) for one in model.beside]}
+    facts["fingerprints"] = source["known"] or (None if is_hf(source["model"]) else fingerprints(folder))
     engine.generate([[engine.tokenizer.bos_id]], SamplingParams(max_new_tokens=2))  # or the first answer would be slow
     return engine, facts | {"seq_len": engine.net.config.seq_len, "vocab_size": engine.net.config.vocab_size}
 
@@ -129,7 +138,8 @@ class Loop:
         spent = 0.0
         while spent < TAKE_SECONDS:
             try:
-                message = self.inbox.get(block=not self.engine.has_work, timeout=STATS_SECONDS)
+                idle = not (self.engine.has_work or self._out)  # a refusal is sent before there is more to do
+                message = self.inbox.get(block=idle, timeout=STATS_SECONDS)
             except queue.Empty:
                 return
             begun = time.monotonic()

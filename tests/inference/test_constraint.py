@@ -106,3 +106,26 @@ def test_a_form_is_compiled_once_and_its_rows_are_apart(tokenizers, monkeypatch)
 def test_a_tokenizer_that_changes_texts_can_have_forms(tokenizers, monkeypatch):
     monkeypatch.setattr(Tokenizer, "token_bytes", lambda self: 1 / 0)  # those of others refuse to count a text's bytes
     assert drawn(Tokenizer(tokenizers[0].tokens), FORMS["choice"][0], 40, random.Random(1)) in ("yes", "no (never)*")
+
+
+def test_a_matcher_that_gives_up_ends_no_answer(tokenizers):
+    row = Constraint(tokenizers[0], {"type": "regex", "regex": "ab*"}, 10)
+    row.accept(ord("a"))
+    with pytest.raises(UserError):
+        row.accept(ord("z"))  # as one that meets a form too complex for it
+    with pytest.raises(UserError):
+        row.allowed()
+
+
+def test_the_way_out_is_looked_for_where_it_has_room_and_as_long_as_it_pays(tokenizers, monkeypatch):
+    form = {"type": "regex", "regex": "a{50}b?"}
+    for room, length in ((20, 0), (60, 51)):
+        row = Constraint(tokenizers[0], form, room)
+        assert len(row._way_out(row._mask(row._matcher), float("inf"))) == length
+    monkeypatch.setattr(constraint, "WAY_SECONDS", 0)
+    row, looks = Constraint(tokenizers[0], form, 60), []
+    monkeypatch.setattr(row, "_way_out", lambda mask, until: looks.append(until) or [])
+    for _ in range(50):
+        row.allowed()
+        row.accept(ord("a"))
+    assert len(looks) == 1

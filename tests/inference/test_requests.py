@@ -1,11 +1,15 @@
 """Requests that come and go step by step: settings of their own, ends, aborts, log-probabilities."""
 
+import time
+
 import pytest
 import torch
 from test_engine import BOS, END, GREEDY, TOKENIZER, ScriptNet, plain_greedy, tiny_net
 
 from llm.errors import UserError
 from llm.inference.engine import Engine
+from llm.inference.logits import adjusted
+from llm.inference.request import Request
 from llm.inference.sampling import SamplingParams
 from llm.inference.text import TextStream
 
@@ -103,6 +107,18 @@ def test_penalties_biases_and_limits_change_what_is_said():
     ended = Engine(net, TOKENIZER).generate([prompt], stops)[0][0]
     assert len(ended.ids) == 4 and ended.stop_id == END
     assert said(logit_bias=((END, 1000.0),), ignore_eos=True) == [END] * 20
+
+
+def test_many_biases_are_added_together():
+    biases = tuple((token, float(token % 7)) for token in range(257)) * 2  # twice: each adds
+    params, logits = SamplingParams(logit_bias=biases), torch.randn(1, 265)
+    expected = logits.clone()
+    for token, bias in biases:
+        expected[0, token] += bias
+    request, begun = Request([BOS], params), time.process_time()
+    for _ in range(100):
+        found = adjusted(logits, [request], ())
+    assert torch.equal(found, expected) and time.process_time() - begun < 0.2  # 1 s or more one by one
 
 
 def test_a_bias_of_an_unknown_token_is_refused():

@@ -273,6 +273,26 @@ def test_a_stop_text_before_min_tokens_does_not_cut_the_answer(streams):
         assert "".join(text or "" for text in texts) == "a stop b " and choices[-1]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ('{"a": "\\ud800"}', '{"a": "\\ud800"}'),
+        ('{"ä": "\\u00e4"}', '{"ä": "ä"}'),
+        ('{"a": NaN}', None),
+        ('{"a": 1e999}', None),
+    ],
+)
+def test_arguments_of_a_call_are_json_whatever_the_model_writes(said, arguments):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = f'{{"name": "f", "arguments": {said}}}'
+    (answer,) = requests(served(scripted([*text.encode()])), chat(tools=tools))
+    message = answer.json()["choices"][0]["message"]
+    if arguments is None:
+        assert message["content"] == text and "tool_calls" not in message
+    else:
+        assert [call["function"]["arguments"] for call in message["tool_calls"]] == [arguments]
+
+
 def test_the_end_of_a_stream_is_one_write():
     async def run():
         app, sent = served(scripted([*b"ok"])), []

@@ -134,6 +134,11 @@ def test_reasoning_is_an_item(client):
     answer = respond(client, APPLES)
     assert answer.output_text == SUM and answer.output[1].type == "reasoning"
     assert answer.output[1].content[0].text == "12+7 = 19\n"
+    again = respond(client, [*user("Greet me."), *respond(client, "Greet me.").output, *user("Again.")])
+    assert again.output_text == "Привет 👋"
+    sent_back = respond(client, [*user(APPLES), *answer.output, *user("Who are you?")])
+    plain = respond(client, [*user(APPLES), *answer.output[:1], *user("Who are you?")])
+    assert sent_back.output_text == plain.output_text
 
 
 def test_a_response_has_a_form(client):
@@ -164,6 +169,14 @@ def test_the_clients_own_stream_of_responses(client):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page beside the API
+
+
+def test_routes_that_do_not_exist_have_openais_form_beside_the_page_too(server, client):
+    with pytest.raises(openai.NotFoundError, match="Not Found") as refused:
+        client.embeddings.create(model=MODEL, input="x")
+    assert refused.value.type == "invalid_request_error"
+    assert httpx.head(f"{server.url}/health").status_code == 200
+    assert httpx.get(server.url).status_code == 200
 
 
 def test_the_page_asks_the_same_workers(server):

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 from llm.errors import UserError  # noqa: E402
 from llm.inference.sampling import SamplingParams  # noqa: E402
 from llm.serving.chat import load_chat_model  # noqa: E402
-from llm.serving.guard import MAX_BODY, MAX_UPLOAD, OPEN_ROUTES, Guard, check_names, is_private  # noqa: E402
+from llm.serving.guard import MAX_BODY, MAX_UPLOAD, OPEN_ROUTES, Guard, check_names, check_origins, is_private  # noqa: E402
 from llm.serving.models import Models  # noqa: E402
 
 PORT = 7860
@@ -103,6 +103,16 @@ def test_public_names_are_names():
     for wrong in ("https://chat.example.org", "chat.example.org:443", "chat.example.org/chat", "", "a b@c"):
         with pytest.raises(UserError, match="public_names: "):
             check_names(["good.example", wrong])
+
+
+def test_origins_are_as_browsers_send_them():
+    check_origins(["https://chat.example.org", "http://127.0.0.1:3000", "http://[::1]:8080", "*", "null"])
+    for wrong in (
+        *("chat.example.org", "https://chat.example.org/", "https://Chat.example.org", "https://chat.example.org:443"),
+        *("https://a.org/chat", "", "://", "http://[x", "https://*.example.org:x", "HTTPS://a.org"),
+    ):
+        with pytest.raises(UserError, match="api.origins: "):
+            check_origins(["https://good.example", wrong])
 
 
 def test_a_server_is_private_where_nobody_else_reaches_it():

@@ -24,6 +24,11 @@ def test_chat_answers_a_question_and_messages_whole_or_in_pieces(model):
     assert answer and answer == model.chat([{"role": "user", "content": question}], temperature=0, max_new_tokens=20)
     pieces = list(model.chat(question, stream=True, temperature=0, max_new_tokens=20))
     assert "".join(pieces) == answer and len(pieces) > 1
+    settings = {"temperature": 0, "max_new_tokens": 20, "stop": answer[3:5]}
+    cut = answer[: answer.index(answer[3:5])]
+    assert model.chat(question, **settings) == cut + answer[3:5]
+    assert model.chat(question, keep_stop=False, **settings) == cut
+    assert "".join(model.chat(question, stream=True, keep_stop=False, **settings)) == cut
 
 
 def test_generate_continues_a_text(model):

@@ -16,7 +16,7 @@ from llm.errors import UserError  # noqa: E402
 from llm.inference.request import TokenEvent  # noqa: E402
 from llm.serving import pool as pools  # noqa: E402
 from llm.serving.pool import Pool, Source  # noqa: E402
-from llm.serving.worker import TAKE_SECONDS, Loop  # noqa: E402
+from llm.serving.worker import STATS_SECONDS, TAKE_SECONDS, Loop  # noqa: E402
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_a_worker_goes_on_with_its_rows_between_messages_that_take_long(monkeypa
     monkeypatch.setattr(loop, "_submit", lambda number, job: None)
     loop._take()
     assert inbox.empty()
+
+
+def test_an_idle_worker_does_not_wait_with_a_refusal():
+    inbox = queue.SimpleQueue()
+    inbox.put(("submit", 3, {"params": {"temperature": -1.0}}))
+    loop, begun = Loop(SimpleNamespace(has_work=False), Wire(), inbox), time.monotonic()
+    loop._take()
+    loop._flush()
+    assert time.monotonic() - begun < STATS_SECONDS / 2
+    assert [message[:2] for message in loop.connection.messages] == [("refused", 3)]
 
 
 class Wire:

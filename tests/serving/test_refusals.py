@@ -71,8 +71,9 @@ REFUSED = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         400,
         "invalid_value",
-        None,
+        "messages.0.user.content.list[TextPart].0.type",
     ),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "invalid_value", "messages.0.user.content.str"),
     ({"structured_outputs": {"choice": ["x" * 100] * 81}}, 400, "invalid_value", "structured_outputs"),
     ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
     ({"response_format": {"type": "json_schema"}}, 400, None, "response_format.json_schema.json_schema"),
@@ -119,6 +120,12 @@ def test_wrong_completions_are_refused(change):
 def test_a_body_that_is_no_request_is_refused(body):
     answer = post("/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_not_said_to_be_json_is_told_how_to_say_so():
+    body = json.dumps({"model": MODEL, "messages": user("Who are you?")}).encode()
+    answer = post("/v1/chat/completions", content=body, headers={"content-type": "application/x-www-form-urlencoded"})
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def nested(depth: int) -> dict:

@@ -246,10 +246,11 @@ def test_weights_in_int8_reach_the_engine_of_a_worker(runs, monkeypatch):
         pytest.skip("there is no C++ compiler")
     monkeypatch.setattr(http, "_serve", AsyncMock(side_effect=lambda cfg, source, *rest: found.append(source)))
     keys = dict(adapters=None, offer="none", verify=True, host="127.0.0.1", port=0, public_names=[], ui="api")
-    keys |= dict(paths=SimpleNamespace(runs=str(runs)), api=SimpleNamespace(access_key=None), plugins=[], trust=[])
+    keys |= dict(paths=SimpleNamespace(runs=str(runs)), plugins=[], trust=[])
+    keys |= dict(api=SimpleNamespace(access_key=None, origins=[]))
     for weights, told in ((None, ""), ("int8", ", matrices in int8")):
         http.serve(SimpleNamespace(**keys, compute="fp32", weights=weights), str(runs / "tiny" / "sft"), GREEDY)
-        place = {"device": "cpu", "threads": None, "rows": 4, "sharers": 1}
+        place = {"device": "cpu", "threads": None, "rows": 4, "sharers": 1, "known": None}
         engine, facts = worker.load(asdict(found[-1]) | place)
         assert engine.net.int8 is (weights == "int8") and f"parameters{told}, context" in facts["summary"]
         packed = {matrix.dtype for matrix in engine._batch._kernel._packed}
@@ -257,6 +258,17 @@ def test_weights_in_int8_reach_the_engine_of_a_worker(runs, monkeypatch):
     monkeypatch.setattr(decode_cpu, "load", lambda: None)
     with pytest.raises(UserError, match="weights=int8 needs .*; use weights=null"):
         load_chat_model(runs / "tiny" / "sft", weights="int8")
+
+
+def test_a_worker_that_starts_again_takes_no_other_model(runs):
+    worker, pool = pytest.importorskip("llm.serving.worker"), pytest.importorskip("llm.serving.pool")
+    pool = pool.Pool(pool.Source(str(runs / "tiny" / "sft")), ["cpu"], rows=4, queue=1)
+    _, pool.facts = worker.load(pool._load_message(pool.workers[0]))
+    worker.load(pool._load_message(pool.workers[0]))
+    for part in ("another tokenizer", "other weights"):
+        pool.facts["fingerprints"] = {part.split()[1]: "of before"}
+        with pytest.raises(UserError, match=f"holds {part} .* than the server began with"):
+            worker.load(pool._load_message(pool.workers[0]))
 
 
 def test_threads_of_the_server_leave_gradients_on(runs):

@@ -258,6 +258,9 @@ def test_models_offer_the_finished_stages_of_all_runs(tmp_path):
     for wrong in ("c/sft", "a/grpo", "../a/sft", "a", ""):
         with pytest.raises(UserError, match="no model"):
             models.get(wrong)
+    for compute in ("fp32", "bf16"):
+        other = Models(first, tmp_path, compute=compute).get("b/sft")
+        assert str(other.engine.net.compute_dtype) == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[compute]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,17 @@ class InputMessage(Body):
     status: Hint = None
 
 
+class InputReasoning(Body):
+    """Calculations of an earlier answer, sent back by clients that append a response's output; they are not read."""
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: Hint = None
+    content: Hint = None
+    encrypted_content: Hint = None
+    status: Hint = None
+
+
 class SchemaFormat(JsonSchema):
     """Answer that follows a JSON schema."""
 
@@ -77,7 +88,7 @@ class ResponseRequest(WholeBody):
     """Body of /v1/responses."""
 
     model: str
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[InputMessage | InputReasoning], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -103,7 +114,9 @@ class ResponseRequest(WholeBody):
         """Return the request to /v1/chat/completions that asks for the answer."""
         head = [{"role": "system", "content": self.instructions}] if self.instructions else []
         given = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        messages = [{"role": one.role, "content": _joined(one.content)} for one in given]
+        messages = [
+            {"role": one.role, "content": _joined(one.content)} for one in given if isinstance(one, InputMessage)
+        ]
         wanted = self.text.format if self.text else None
         form: dict[str, Any] | None = None if wanted is None else {"type": wanted.type}
         if isinstance(wanted, SchemaFormat):

@@ -34,7 +34,7 @@ def build_app(service: Service, key: str | None = None, origins: Iterable[str] =
     """Return the application.
 
     key: bearer key of requests; origins: of pages elsewhere that may send requests; log: see `Watch`. Raises UserError
-    for a blank key.
+    for a key that `check_key` refuses.
     """
     app = FastAPI(title="Fathom", description=__doc__, version="1", docs_url=None, redoc_url=None)
     app.state.service, app.state.metrics = service, Metrics(service.pool)
@@ -58,9 +58,14 @@ def guard_app(
 
 
 def check_key(key: str | None) -> None:
-    """Raise UserError for a key of nothing but spaces, which every client would have; None asks for no key."""
+    """Raise UserError for a key that every client would have, or that none could send; None asks for no key."""
     if key is not None and not key.strip():
         raise UserError("api.access_key is blank: give it (or FATHOM_API_KEY) a secret, or unset it to ask for no key")
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UserError(
+            "api.access_key (or FATHOM_API_KEY) begins or ends with blanks or a line break, or has signs beyond ASCII: "
+            "no client could send it as Authorization: Bearer KEY; give it letters, digits and signs of ASCII"
+        )
 
 
 def _key_check(key: str | None) -> Callable:

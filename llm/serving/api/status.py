@@ -31,6 +31,7 @@ def _model(service: Service) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "fathom", **own}
 
 
+@open_router.head("/health", include_in_schema=False)  # as some monitors ask
 @open_router.get("/health")
 async def health(request: Request) -> Response:
     """Say whether requests are answered: 200, or 503 while the server drains or no worker is ready."""

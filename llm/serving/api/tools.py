@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 
 from llm.serving.api.requests import ChatRequest, NamedTool
-from llm.serving.errors import bad
+from llm.serving.errors import bad, clean
 
 
 def tool_form(body: ChatRequest) -> dict[str, Any]:
@@ -57,12 +57,15 @@ class ToolWatch:
         return said
 
     def _call(self, text: str) -> dict[str, Any] | None:
-        """Return the call that a text is, None if it is none."""
+        """Return the call that a text is, None if it is none: JSON has no NaN and no infinity."""
         try:
             value = json.loads(text)
+            if not isinstance(value, dict) or "arguments" not in value or value.get("name") not in self.names:
+                return None
+            arguments = json.dumps(value["arguments"], ensure_ascii=False, allow_nan=False)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(value, dict) or "arguments" not in value or value.get("name") not in self.names:
-            return None
-        function = {"name": value["name"], "arguments": json.dumps(value["arguments"], ensure_ascii=False)}
+        if arguments != clean(arguments):  # half a surrogate pair can only be written as an escape
+            arguments = json.dumps(value["arguments"])
+        function = {"name": value["name"], "arguments": arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
