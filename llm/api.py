@@ -124,7 +124,7 @@ def train(
     try:
         _run("train", job, words)
     except SystemExit as stop:
-        if stop.code != INTERRUPTED:
+        if stop.code not in (0, INTERRUPTED):  # 0: Hydra has printed a help text
             raise
     if not done:
         raise UserError(f"{shlex.join(words)}: this trains nothing; leave out what asks for help or shows settings")

@@ -164,6 +164,7 @@ def test_a_frame_of_all_runs(chain, tmp_path):
             "submitit_local starts jobs elsewhere: give it to train.py",
         ),
         ("--cfg job", "--cfg job: this trains nothing"),
+        ("--help", "--help: this trains nothing"),
     ],
 )
 def test_a_mistake_is_the_line_of_the_command(overrides, error, tmp_path):

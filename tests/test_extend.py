@@ -463,6 +463,20 @@ def composed(*lines: str):
 # ---- as processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["queue", "scaling"])
+def test_the_queue_and_the_series_import_plugins(home, module, monkeypatch, tmp_path, command):
+    """Both compose the settings before the process of train.py does."""
+    from llm.experiments import queue, scaling
+
+    monkeypatch.chdir(home)
+    words = ["experiment=tiny", f"hydra.searchpath=[file://{home}]", "optim=lion", "plugins=[lion]"]
+    if command == "queue":
+        assert queue.main(["add", "--queue", str(tmp_path / "q.sqlite"), "stage=tokenizer", *words]) == 0
+    else:
+        series = ["--name", "s", "--depths", "1", "--flops", "1e11", "--runs", str(tmp_path)]
+        assert scaling._parse([*series, *words])[0].settings == words
+
+
 @pytest.mark.slow
 def test_recipes_of_training_work_together(trained):
     """The optimizer, the architecture, the source of text, the callback and the logger in one run of real processes."""

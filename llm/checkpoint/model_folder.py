@@ -141,7 +141,11 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str]:
     text(ours.get("tokenizer"), f"{path}: fathom.tokenizer")
     arch = ours["model"].get("arch", "classic")
     try:
-        return config_class(arch).from_dict(ours["model"]), ours["tokenizer"]
+        shape = config_class(arch)
+    except UserError as error:  # no damage: its plugin is not imported
+        raise UserError(f"{path}: {error}: name its module in this command, plugins=[<module>]") from None
+    try:
+        return shape.from_dict(ours["model"]), ours["tokenizer"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged `fathom` section ({error}); copy it again or train again") from error
 

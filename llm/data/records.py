@@ -94,9 +94,10 @@ def broken(path, error: Exception, place: str) -> BadData:
 def undecodable(error: UnicodeDecodeError) -> str:
     """Return in words that bytes do not fit the encoding, with a proposal."""
     name = {"utf-8": "UTF-8"}.get(error.encoding, error.encoding)
-    other = (
-        "cp1252, latin-1 or utf-16" if name == "UTF-8" else "utf-8 (or utf-16-le)" if "BOM" in error.reason else "utf-8"
-    )
+    # In most of these any byte is a letter: with that of another language text is read without an error, as nonsense.
+    other = "utf-16, or by language cp1252 (western), cp1251 (Russian), cp1253 (Greek), cp1256 (Arabic), cp874 (Thai)"
+    if name != "UTF-8":
+        other = "utf-8 (or utf-16-le)" if "BOM" in error.reason else "utf-8"
     keys = f"data.encoding={other}, or for a task data.tasks.<name>.encoding"
     return f"not {name} text ({error.reason}). Convert the file, or name its encoding by {keys}"
 

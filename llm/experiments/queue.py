@@ -22,6 +22,7 @@ from typing import Any
 from llm.cli.compose import compose, find_sources, flags_of, quote_raw, quoted, unwrap_names
 from llm.cli.overrides import check_overrides
 from llm.cli.sweep import lines_of, separate_run
+from llm.config.plugins import load_plugins, plugins_in
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.queue_store import OPEN, SCRIPTS, Job, NewJob, Queue
@@ -82,9 +83,10 @@ def jobs_of(
 
     A job needs the job that writes the stage it starts from, scores or exports: an earlier one of these, or one of
     `queued`, the stage folders that open jobs write and their numbers. Where a run is to be scored and no stage of it
-    is named, these are all that write one. options: further fields of `NewJob`. Raises
-    UserError for a setting that the script would refuse, and for a sweep without multirun.
+    is named, these are all that write one. options: further fields of `NewJob`. Imports the plugins that are named.
+    Raises UserError for a setting that the script would refuse, and for a sweep without multirun.
     """
+    load_plugins(plugins_in(words))  # the settings are composed here, so what they register is needed
     command = check_overrides(script, [*(["-m"] if multirun else []), *words])
     if command.searches or command.launcher != "basic":
         raise UserError("a queue takes lists of values; leave hydra/sweeper and hydra/launcher out")

@@ -19,6 +19,7 @@ from typing import Any
 
 from llm.cli.compose import compose
 from llm.cli.overrides import check_overrides
+from llm.config.plugins import load_plugins, plugins_in
 from llm.errors import UserError
 from llm.experiments.laws import (
     Coupled,
@@ -167,6 +168,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     series = Series(
         args.name, args.depths, args.held_out, *budgets, args.more_seeds, args.runs, args.settings, FORMS[args.form]
     )
+    load_plugins(plugins_in(args.settings))
     for words in (_overrides(series, series.jobs()[0]), _tokenizer_overrides(series)):
         check_overrides("train", words)
     cfg = compose("train", ["stage=pretrain", *args.settings])

@@ -180,7 +180,7 @@ DAMAGES = {
     "binary config": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xff"), "config.json cannot be read"),
     "foreign model": (_edit_config(lambda c: c.pop("fathom")), "no `fathom` section"),
     "newer format": (_edit_config(lambda c: c["fathom"].update(format_version=9)), "format_version 9"),
-    "unknown arch": (_edit_config(lambda c: c["fathom"]["model"].update(arch="spiral")), "spiral"),
+    "unknown arch": (_edit_config(lambda c: c["fathom"]["model"].update(arch="spiral")), "spiral.*name its module"),
     "unknown key": (_edit_config(lambda c: c["fathom"]["model"].update(n_gate=1)), "n_gate"),
     "missing key": (_edit_config(lambda c: c["fathom"]["model"].pop("n_head")), "n_head"),
     "no tokenizer": (lambda f: (f / RANKS_FILE).unlink(), RANKS_FILE),
