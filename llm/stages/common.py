@@ -269,9 +269,10 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
 def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
     """Return the derived numbers that every model stage prints and saves, with dry_run also what it needs on a GPU.
 
-    FLOPs are of the training passes only.
+    FLOPs are of the training passes only. tokens_per_param counts parameters as `stage.tokens_per_param` does.
     """
-    n = num_params(net_config)
+    n, scaling = num_params(net_config), scaling_params(net_config)
+    counted = n["total"] if cfg.stage.get("count_params") == "all" else scaling
     per_token = flops_per_token(net_config)
     tokens = batch_schedule(cfg, tokens_per_step).total(total_steps)
     on_gpu = gpu_estimate(net_config, cfg, float(tokens * per_token)) if cfg.dry_run else {}
@@ -283,14 +284,14 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
         "vocab_size": net_config.vocab_size,
         "seq_len": net_config.seq_len,
         **{f"params_{kind}": count for kind, count in n.items()},
-        "params_scaling": scaling_params(net_config),
+        "params_scaling": scaling,
         "windows": " ".join(str(net_config.window(layer) or "full") for layer in range(net_config.n_layer)),
         "flops_per_token": per_token,
         "micro_batches": micro_per_step,
         "tokens_per_step": tokens_per_step,
         "steps": total_steps,
         "planned_tokens": tokens,
-        "tokens_per_param": tokens / n["total"],
+        "tokens_per_param": tokens / counted,
         "planned_flops": float(tokens * per_token),
         **on_gpu,
     }

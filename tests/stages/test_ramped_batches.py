@@ -53,7 +53,7 @@ def test_max_steps_is_a_number_of_steps():
     values = derived_without_tokenizer(config("max_steps=375", "model.vocab_size=8192"))
     assert (values["steps"], values["planned_tokens"]) == (375, 300 * 8192)
     assert values["planned_flops"] == 300 * 8192 * values["flops_per_token"]
-    assert values["tokens_per_param"] == 300 * 8192 / values["params_total"]
+    assert values["tokens_per_param"] == 300 * 8192 / values["params_scaling"]
     assert (values["tokens_per_step"], values["micro_batches"]) == (8192, 4)
 
 
