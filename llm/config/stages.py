@@ -14,7 +14,7 @@ TASKS = ("data.tasks", "data.tasks_path", "data.mixture", "data.rl")
 TEXT = ("data.path", "data.repo", "data.revision", "data.files", "data.shards", "data.sources", "data.column")
 TEXT += ("data.train", "data.val", "data.encoding", "data.separator", "data.end_of_text")
 TEXT += ("data.seed", "data.size", "data.val_size", "data.packing", "data.shuffle", "data.near_duplicates")
-MODEL = ("model", "arch", "optim", "batch", "precision", "gpu", "compile", "attention")
+MODEL = ("model", "arch", "optim", "batch", "precision", "gpu", "compile", "attention", "trainer")
 # Kind of stage -> patterns of config keys that such a stage does not read. "" stands for a plugin that is not loaded.
 KINDS: dict[str, tuple[str, ...]] = {
     "data": (),

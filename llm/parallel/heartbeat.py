@@ -21,10 +21,14 @@ from llm.utils.shapes import listing, whole
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 45.0
+MOST_DIGITS = 20  # of a rank, with the end of its line
 
 
 class Register(socketserver.ThreadingTCPServer):
-    """Server on rank 0 that notes when each process called last. A call is a rank, the answer the silent ranks."""
+    """Server on rank 0 that notes when each process called last. A call is a rank, the answer the silent ranks.
+
+    Others may find the port too, as scanners of a network do: what is no rank is not noted and gets no answer.
+    """
 
     daemon_threads = True
 
@@ -38,13 +42,19 @@ class Register(socketserver.ThreadingTCPServer):
         now = time.monotonic()
         return [rank for rank, at in self.heard.items() if now - at > SILENT_SECONDS]
 
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing of a call that broke off: who does not call again is silent."""
+
 
 class Call(socketserver.StreamRequestHandler):
     """A call of one process."""
 
     def handle(self) -> None:
-        self.server.heard[int(self.rfile.readline())] = time.monotonic()
-        self.wfile.write(json.dumps(self.server.silent()).encode())
+        said = self.rfile.readline(MOST_DIGITS).strip()
+        rank = int(said) if said.isdigit() else None
+        if rank in self.server.heard:
+            self.server.heard[rank] = time.monotonic()
+            self.wfile.write(json.dumps(self.server.silent()).encode())
 
 
 def start() -> None:

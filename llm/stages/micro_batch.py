@@ -35,6 +35,7 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
         again = cfg.trainer.activation_checkpointing
+        free /= processes_of_node(cfg)  # which all choose at the same time
         rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
         what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
     print(f"batch.micro_batch_size=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)

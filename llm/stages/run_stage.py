@@ -136,8 +136,10 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         return
     check_data(cfg, row)
     check_packages(cfg)
-    if not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts)):
+    starts = not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts))
+    if starts or (is_launched() and row.parallel and LAUNCHER not in os.environ):  # our own launcher has done it
         check_ahead(cfg, row, run)
+    if starts:
         if status := start_processes(cfg, row, run, config):
             raise SystemExit(status)
         return
@@ -194,7 +196,10 @@ def fetch_missing(cfg: DictConfig, row: Stage, run: RunDir) -> None:
 
 
 def check_ahead(cfg: DictConfig, row: Stage, run: RunDir) -> None:
-    """Raise UserError in this process for what would fail in all those that it is to start, and needs no data."""
+    """Raise UserError in this process for what would fail in all that train together, and needs no data.
+
+    That is before it starts any, or in each of those that torchrun or srun has started.
+    """
     from llm.stages import plan
 
     parents = find_parents(cfg, row, run)

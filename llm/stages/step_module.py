@@ -392,10 +392,10 @@ def pad_micro_batches(micro_batches: list[dict]) -> list[dict]:
 
 
 class FirstSteps:
-    """The first `n` steps of a loader, again and again."""
+    """The first `n` steps of a loader, again and again; `done` steps were trained before."""
 
-    def __init__(self, loader, n: int):
-        self.loader, self.n, self.steps = loader, n, None
+    def __init__(self, loader, n: int, done: int = 0):
+        self.loader, self.n, self.done, self.steps = loader, n, done, None
 
     def __len__(self) -> int:
         return 10**9
@@ -403,7 +403,8 @@ class FirstSteps:
     def __iter__(self):
         if self.steps is None:
             self.steps = list(islice(self.loader, self.n))
-        return cycle(self.steps)
+        begin, self.done = self.done % self.n, 0  # of the first epoch; Lightning takes `n` steps for one
+        yield from islice(cycle(self.steps), begin, None)
 
     def __getattr__(self, name: str):
         return getattr(self.loader, name)
@@ -434,9 +435,10 @@ class StepData(L.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def train_dataloader(self):
-        self.loader = self.make_loader(self.position)
-        if self.trainer is not None and self.trainer.overfit_batches:
-            self.loader = FirstSteps(self.loader, self.trainer.overfit_batches)
+        repeated = 0 if self.trainer is None else self.trainer.overfit_batches
+        self.loader = self.make_loader(None if repeated else self.position)
+        if repeated:
+            self.loader = FirstSteps(self.loader, repeated, self.trainer.global_step)
         if self.left_out:
             self.loader.skip(self.left_out)
         return self.loader

@@ -8,9 +8,12 @@ from omegaconf import OmegaConf
 from processes import run_python
 
 from llm.checkpoint.model_folder import save_model_folder
-from llm.config.stages import all_stages
+from llm.config.stages import all_stages, stage_row
 from llm.errors import UserError
 from llm.model.gpt import build_network
+from llm.parallel.env import LAUNCHER
+from llm.parallel.launch import child_env
+from llm.run.stage_folder import RunDir
 from llm.scaling.rules import model_config
 from llm.stages import run_stage
 from llm.utils.registry import resolved
@@ -63,6 +66,7 @@ TEXT = [
     (GOOD | {"trainer.accelerator": "gpu"}, "trainer.accelerator=gpu: no GPU that torch can use"),
     (GOOD | {"strategy.name": "single"}, "strategy=single: there are 2 processes"),
     (GOOD | {"strategy.name": "fsdp", "precision.fp8": True, "precision.compute": "bf16"}, "not tested with strategy"),
+    (GOOD | {"strategy.early_sums": True, "precision.compute": "fp16"}, "with fp16 gradients are sums of scaled"),
     (GOOD | {"precision.fp8": True, "precision.compute": "fp32"}, "precision.fp8=true: works beside bf16 only"),
     (GOOD | {"model.vocab_size": 5000}, "model.vocab_size=5000: the tokenizer has 300 tokens"),
 ]
@@ -106,6 +110,25 @@ FEW = {"stage.prompts_per_step": 1}
 def test_a_bad_setting_starts_no_process(stage, parent, later, said, launched):
     line = launched(stage, parent, **later)
     assert re.search(said, line) and "\n" not in line, line
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (("strategy=muon", "strategy.early_sums=true", "precision.compute=fp16"), "with fp16 gradients are sums"),
+        (("strategy=fsdp", "arch.loops=2"), "strategy=fsdp gathers each block by itself"),
+        (("strategy=single",), "there are 2 processes"),
+    ],
+)
+def test_processes_that_torchrun_has_started_check_too(settings, said, parents, tmp_path, monkeypatch):
+    """Sums of scaled losses would be taken for gradients, and blocks that share matrices end in a traceback."""
+    for name, value in child_env(0, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    cfg = compose("train", "experiment=tiny", "stage=pretrain", "trainer=cpu", "batch.tokens_per_step=1024", *settings)
+    cfg.init_from = str(parents / "tokenizer")
+    with pytest.raises(UserError, match=said):
+        run_stage.work_as_writer(cfg, stage_row("pretrain"), RunDir(tmp_path, "two"))
 
 
 def test_another_shape_than_the_parent_s_starts_no_process(launched):

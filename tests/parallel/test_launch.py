@@ -6,6 +6,7 @@ Two "nodes" are two launchers on 127.0.0.1, each with one process.
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -341,3 +342,15 @@ def test_a_call_tells_rank_0_who_calls_and_the_caller_who_is_silent(monkeypatch)
         assert heartbeat.silent_processes(None, ("127.0.0.1", register.server_address[1])) == [1]
         assert register.heard[2] > 0
         register.shutdown()
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n", b"99\n", b"0\n", b"\xff" * 100, b""])
+def test_a_call_of_a_stranger_is_neither_noted_nor_told(said, capfd):
+    """A scanner of the network left a traceback, and a number was a rank that is silent 45 s later."""
+    with heartbeat.Register("127.0.0.1", 3) as register:
+        with socket.create_connection(register.server_address, timeout=HANG) as call:
+            call.sendall(said)
+            call.shutdown(socket.SHUT_WR)
+            assert call.recv(100) == b""
+        register.shutdown()
+    assert set(register.heard) == {1, 2} and capfd.readouterr().err == ""

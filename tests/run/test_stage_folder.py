@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from llm.cli.overrides import CONF
 from llm.config.stages import stage_names
 from llm.errors import UserError
+from llm.experiments.runs import settings
 from llm.run.config_diff import ABSENT, covers, describe_differences, diff_configs, flatten, neutral_keys
 from llm.run.stage_folder import (
     RunDir,
@@ -254,6 +255,19 @@ def test_keys_that_a_stage_does_not_read_are_neutral_for_it():
         "dpo": ["optim.matrix_lr"],
         **dict.fromkeys(("ppo", "grpo", "distill", "best_of_n"), ["data.mixture.sft.x", "optim.matrix_lr"]),
     }
+
+
+@pytest.mark.parametrize("key, value", [("gradient_clip_val", 1.0), ("overfit_batches", 2), ("devices", 2)])
+def test_of_the_trainer_what_changes_weights_is_not_neutral(key, value):
+    """A finished run was said to be finished with another clipping, and experiments took such runs for seeds of one."""
+    old = {"trainer": {"gradient_clip_val": None, "overfit_batches": 0, "devices": 1}}
+    new = {"trainer": old["trainer"] | {key: value}}
+    changes = key != "devices"
+    for stage in ("pretrain", "sft", "grpo"):
+        found = [name for name, *_ in diff_configs(old, new, neutral_keys(stage))]
+        assert found == ([f"trainer.{key}"] if changes else [])
+        assert (settings({"stage": stage, "config": old}) != settings({"stage": stage, "config": new})) == changes
+    assert diff_configs(old, new, neutral_keys("tokenizer")) == []
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,8 @@ def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
     assert "batch.micro_batch_size=auto: 16 rows of 512 tokens" in capsys.readouterr().out
     monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3) if "PHYS_PAGES" in name else 1)
     assert resolve_rows(cfg, config, 48) == 3
+    cfg.trainer.devices = 3
+    assert resolve_rows(cfg, config, 48) == 1  # three processes share what is free
     with pytest.raises(UserError, match="holds no whole row"):
         resolve_rows(cfg, config, 0)
     for wrong in ("many", "0", "1.5", "true"):

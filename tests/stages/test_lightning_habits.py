@@ -255,6 +255,21 @@ def test_overfitting_repeats_the_first_steps(config, tmp_path):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_resumed_training_overfits_to_the_same_steps(config, tmp_path, n):
+    cfg = config.copy()
+    cfg.save_every, cfg.trainer.overfit_batches = 3, n
+
+    def go() -> StepModule:
+        built = BuiltStage(make_module(), StepData(Numbers), {})
+        resume(build_trainer(cfg, tmp_path, built)[0], built, tmp_path)
+        return built.module
+
+    whole = go()
+    (tmp_path / "checkpoints" / "step_000006.ckpt").unlink()
+    assert all(map(torch.equal, whole.net.parameters(), go().net.parameters()))
+
+
 def test_plugins_reach_the_trainer(config, tmp_path):
     plugin = {"mine": {"_target_": "lightning.pytorch.plugins.environments.LightningEnvironment"}}
     with pytest.raises(UserError, match="Lightning refuses this: .*multiple"):

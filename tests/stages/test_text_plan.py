@@ -157,6 +157,7 @@ def test_an_old_run_is_resumed_with_the_defaults_of_its_time(stage, values):
 LATER = {  # keys of switches that came one after the other, off at first
     "arch": ("activation", "ngrams", "ngram_rows", "ngram_into", "copy_candidate"),
     "optim": ("ngram_lr", "ngram_betas", "ngram_decay", "copy_lr"),
+    "trainer": ("gradient_clip_val", "overfit_batches"),
 }
 
 
