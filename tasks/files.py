@@ -17,6 +17,7 @@ from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
 from llm.data.stores import is_address
 from llm.errors import UserError, reason_of
+from llm.tokenizer.bpe import without_surrogates
 from llm.utils.addresses import without_secrets as shown
 from tasks.hub import Cache
 from tasks.rows import RowCheck
@@ -248,11 +249,22 @@ def members(path: Path) -> list:
 def parse_line(line: bytes | str | BadRow, path: Any, number: int) -> Any:
     """Return the value of a line of JSON, a BadRow for what is none."""
     try:
-        return parse(decode(line) if isinstance(line, bytes) else line, path, number)
+        text = decode(line) if isinstance(line, bytes) else line
+        row = parse(text, path, number)
+        return whole(row) if isinstance(text, str) and "\\u" in text else row
     except UnicodeDecodeError as error:
         return BadRow(
             str(path), f"byte {error.start} is not UTF-8 text: convert the file, or set data.tasks.<name>.encoding"
         )
+
+
+def whole(value: Any) -> Any:
+    """Return a value of JSON whose texts UTF-8 can hold: half a surrogate pair becomes U+FFFD, as in its tokens."""
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return {whole(key): whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def decode(line: bytes) -> str:
@@ -274,7 +286,7 @@ def _others(path: Any, encoding: str) -> Iterator[tuple[int, Any, None]]:
     """Yield (number, row, None) of the rows of a file of any format; lines of text are lines of JSON."""
     for number, row in read_records(path, encoding=encoding):
         if not (row is None or (isinstance(row, str) and not row.strip())):
-            yield number, parse_line(row, path, number) if isinstance(row, str) else row, None
+            yield number, parse_line(row, path, number) if isinstance(row, str) else whole(row), None
 
 
 def read_words(files: Sequence[Path]) -> list[str]:

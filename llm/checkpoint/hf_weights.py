@@ -17,6 +17,7 @@ from llm.errors import UserError, reason_of
 from llm.model.gpt import GPT, build_network
 from llm.model.qwen3_config import Qwen3Config
 from llm.run.formats import SHAPE
+from llm.run.lock import IMPORT_SECONDS, waiting_lock
 from llm.tokenizer.bpe import META_FILE, SPECIAL_TOKENS, Tokenizer
 from llm.tokenizer.hf_files import byte_alphabet
 from llm.tokenizer.pretrained import load_pretrained
@@ -46,10 +47,11 @@ def imported_folder(init_from: str, runs: str | Path) -> Path:
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     folder = Path(runs) / ".hf" / hashlib.sha256(repr(stats).encode()).hexdigest()[:16] / "model"
     if not (folder / CONFIG_FILE).is_file():
-        net, tokenizer, note = read_hf(source)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save_model_folder(folder, net, tokenizer)
-        print(f"{source} was written as {folder}{note}; train it with small rates (docs/runs.md)", flush=True)
+        with waiting_lock(folder.parent.with_suffix(".lock"), IMPORT_SECONDS):  # another job may start from it too
+            if not (folder / CONFIG_FILE).is_file():
+                net, tokenizer, note = read_hf(source)
+                save_model_folder(folder, net, tokenizer)
+                print(f"{source} was written as {folder}{note}; train it with small rates (docs/runs.md)", flush=True)
     return folder
 
 

@@ -21,6 +21,7 @@ from llm.checkpoint.nanochat_tokenizer import read_tokenizer
 from llm.errors import UserError, reason_of
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT, build_network
+from llm.run.lock import IMPORT_SECONDS, waiting_lock
 from llm.utils.files import read_json
 
 PREFIX = "nanochat:"
@@ -64,9 +65,10 @@ def imported_folder(init_from: str, runs: str | Path) -> Path:
     name = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
     folder = Path(runs) / ".nanochat" / name / "model"
     if not (folder / CONFIG_FILE).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save_model_folder(folder, *read_nanochat(weights, meta, tokenizer))
-        print(f"{weights} was written as {folder}, without its optimizer state", flush=True)
+        with waiting_lock(folder.parent.with_suffix(".lock"), IMPORT_SECONDS):  # another job may start from it too
+            if not (folder / CONFIG_FILE).is_file():
+                save_model_folder(folder, *read_nanochat(weights, meta, tokenizer))
+                print(f"{weights} was written as {folder}, without its optimizer state", flush=True)
     return folder
 
 

@@ -349,7 +349,7 @@ class ExportConfig:
     )
     out: str | None = key("folder to write; null = exports/<run>-<stage>-<to> beside paths.runs", main=True)
     dtype: str = key("number format of the weights", choices=("fp32", "bf16", "fp16"), main=True)
-    overwrite: bool = key("replace the folder `out` if there is one")
+    overwrite: bool = key("replace the folder `out` if an export wrote it")
     licence: str | None = key(
         "licence of the model for the card, as in mit or apache-2.0; null = not stated", main=True
     )

@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,25 +293,33 @@ def record(task: CoreTask, index: int, scored: Sequence[Scored], cut: int, token
 COLUMNS = ("task", "accuracy", "stderr", "centered", "n", "shots", "cut", "seconds")
 
 
-def measure_core(net: Any, tokenizer: Any, tasks: Sequence[CoreTask], options: Any, folder: Path) -> dict[str, Any]:
+def measure_core(
+    net: Any,
+    tokenizer: Any,
+    tasks: Sequence[CoreTask],
+    options: Any,
+    folder: Path,
+    keep: Callable[[dict], None] = lambda found: None,
+) -> dict[str, Any]:
     """Measure CORE, print a table, write core.csv and core/<task>.jsonl; return the entries of eval.json.
 
-    "core" is left out if only some tasks of the bundle were asked for (`eval.core_tasks`).
+    keep: takes those of each task as soon as it is measured. "core" is left out if only some tasks of the bundle were
+    asked for (`eval.core_tasks`).
     """
     from llm.eval.metrics import numbers
 
-    results, rows, metric = {}, [], core_metric(tasks)
-    (folder / "core").mkdir(parents=True, exist_ok=True)
+    scores, rows, metric = {}, [], core_metric(tasks)
     for task in tasks:
         start = time.perf_counter()
         result = evaluate_core_task(net, tokenizer, task, options.batch_size, metric)
-        results[task.name] = result
         rows.append({"task": task.name, **result, "seconds": round(time.perf_counter() - start, 2)})
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in result["records"])
         write_atomic(folder / "core" / f"{task.name}.jsonl", "".join(lines))
         shown = percent(result["accuracy"], result["stderr"])
         took = duration(rows[-1]["seconds"])
         print(f"{task.name}: {shown} ({result['n']} examples, {took}{notes(task, result)})", flush=True)
+        scores[task.name] = {key: result[key] for key in ("accuracy", "centered", "n", "stderr")}
+        keep({"core_tasks": scores})
     _write_csv(rows, folder / "core.csv")
     _print_table(rows)
     mean = numbers(metric)
@@ -319,9 +327,8 @@ def measure_core(net: Any, tokenizer: Any, tasks: Sequence[CoreTask], options: A
     print(
         f"{name}: {mean['core']:.4f} ± {mean['core_stderr']:.4f}   details: {folder / 'core.csv'}, {folder / 'core'}/"
     )
-    kept = ("accuracy", "centered", "n", "stderr")
-    scores = {"core_tasks": {task: {key: result[key] for key in kept} for task, result in results.items()}}
-    return scores if options.core_tasks is not None else {"core": mean["core"]} | scores
+    found = {"core_tasks": scores}
+    return found if options.core_tasks is not None else {"core": mean["core"]} | found
 
 
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

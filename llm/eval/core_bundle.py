@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from llm.errors import UserError, reason_of
+from llm.tokenizer.bpe import without_surrogates
 
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234  # seeds of a task's examples, and of an example's shots (plus its index)
@@ -150,6 +151,11 @@ def _entries(file: Any) -> dict[str, dict[str, Any]]:
         wanted = ("label", "dataset_uri", "num_fewshot", "icl_task_type")
         if missing := [key for key in wanted if not isinstance(row, dict) or key not in row]:
             raise UserError(f"{file}: task {number} has no {missing[0]!r}")
+        for key in ("dataset_uri", "continuation_delimiter"):
+            if not isinstance(row.get(key, ""), str):
+                raise UserError(f"{file}: {row['label']}: {key}={row[key]!r} must be text")
+        if row["label"] in entries:
+            raise UserError(f"{file}: two tasks have the label {row['label']!r}, so only one would count")
         if row["icl_task_type"] not in FIELDS:
             kinds = ", ".join(FIELDS)
             raise UserError(f"{file}: {row['label']} is of type {row['icl_task_type']!r}; known are {kinds}")
@@ -215,7 +221,7 @@ def _example(line: str, kind: str, where: str) -> dict[str, Any]:
 
 
 def _text(value: Any, name: str, where: str) -> str:
-    """Return a string or number as text. Raises UserError for any other value."""
+    """Return a string or number as text, half a surrogate pair as U+FFFD. Raises UserError for any other value."""
     if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+        return without_surrogates(str(value))
     raise UserError(f"{where}: {name!r} must be text, not {value!r}")

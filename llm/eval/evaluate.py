@@ -28,7 +28,7 @@ from llm.eval.judges import judges
 from llm.eval.preferences import preference_scores, scalar_rewards
 from llm.eval.samples import draw_samples, given_prompts, questions, text_prompts
 from llm.eval.saved import saved_config, saved_keys
-from llm.eval.task_scores import chat_core, evaluate_task
+from llm.eval.task_scores import chat_core, check_task, evaluate_task
 from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
@@ -40,7 +40,7 @@ from llm.run.notes import say, stage_notes
 from llm.run.stage_folder import HF, OTHER_DATA, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
-from llm.utils.files import write_json
+from llm.utils.files import check_writable, write_atomic, write_json
 from llm.utils.format import duration, percent, print_table, value
 from llm.utils.source import pip_install
 from tasks import Cache, bad_rows, build_task, held_out_mixture
@@ -98,14 +98,20 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
     if subject.is_reward_model:  # it writes no text
         wanted, own = [], {"preferences": subject.preferences}
     scores, merged = dict(subject.facts), {}
-    for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
-        with saved_keys(subject.folder) if cfg.data is None else contextlib.nullcontext():
-            found = (own | measure)[section]()
-            if not subject.is_own_data:
-                found = {"other_data": {subject.data_name: found}}
+
+    def keep(found: dict[str, Any]) -> None:
+        nonlocal scores, merged
+        found = found if subject.is_own_data else {"other_data": {subject.data_name: found}}
         warn_of_change(subject.folder / "eval.json", found)
         scores = combined(scores, found)
         merged = merge_scores(subject.folder / "eval.json", subject.facts | found)
+
+    subject.keep = keep
+    with saved_keys(subject.folder) if cfg.data is None else contextlib.nullcontext():
+        if "chat" in wanted and (subject.is_chat or cfg.model is not None):
+            subject.check_tasks()
+        for section in [*wanted, *own]:  # each is kept at once: the next one may take hours
+            keep((own | measure)[section]())
     print_scores(subject.title, scores | ({"chatcore": merged.get("chatcore")} if scores.get("chat") else {}))
     redraw = [*wanted, *own] != ["samples"]  # figures end with the scores of evaluations
     report = "" if cfg.model is not None else f"   report: {build_report(subject.folder.parent, redraw)}"
@@ -167,8 +173,7 @@ def data_title(data: Any) -> str:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON line per record, replacing the file; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def print_scores(title: str, scores: dict[str, Any]) -> None:
@@ -205,7 +210,8 @@ def score_rows(scores: dict[str, Any]) -> list[list[str]]:
 class Subject:
     """A model under evaluation: its network, its tokenizer, and the data and tasks it has to be judged on.
 
-    folder: where its results go; facts: what eval.json says about it beside scores. Subclasses set `net`, `tokenizer`,
+    folder: where its results go; facts: what eval.json says about it beside scores; keep: takes the scores of a part of
+    a section, such as a task, as soon as they are there. Subclasses set `net`, `tokenizer`,
     `data`, `seed`, `is_chat`, `folder` and `title`; what can be wrong about tasks is checked before a model is loaded.
     """
 
@@ -220,11 +226,14 @@ class Subject:
     is_own_data = True  # scores are measured on the held-out part of what the stage was trained on
 
     def __init__(self, cfg: DictConfig):
+        check_writable(self.folder)
         self.options, self.cache = cfg.eval, cfg.paths.data
         names, most = cfg.eval.core_tasks, cfg.eval.max_per_task
         self.core_tasks = load_bundle(cfg.eval.bundle, names, most) if cfg.eval.core else []
         self.harness = load_harness(cfg.eval) if cfg.eval.lm_eval else None
         self.facts: dict[str, Any] = {}
+        self.keep: Callable[[dict], None] = lambda found: None
+        self.tasks: dict[str, Any] = {}  # that were built so far
 
     @property
     def details(self) -> Path:
@@ -304,8 +313,8 @@ class Subject:
 
     def chat(self) -> dict[str, dict]:
         """Return {"chat": {task: its scores}} for the tasks of `data.eval`; answers go to records/<task>.jsonl."""
-        options, scores, scored = self.options, {}, {}
-        sampling = None
+        options, sampling = self.options, None
+        found: dict[str, Any] = {}
         if not self.data.eval:
             print("chat: left out, data.eval names no task: set data.eval=[<task of data.tasks>,...]", flush=True)
             return {}
@@ -324,30 +333,34 @@ class Subject:
                 options.ks,
             )
             write_records(self.details / "records" / f"{name}.jsonl", result.pop("records"))
-            scores[name] = result
             spec = self.data.tasks[name]
             files = spec.get("test") if spec.source in ("local", "hub") else None
-            scored[f"chat/{name}"] = {
-                "data": data_title(self.data),
-                "source": without_secrets(
-                    " ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part)
-                ),
-                "rows": result["n"],
-            }
+            source = without_secrets(" ".join(str(part) for part in (spec.source, spec.get("repo"), files) if part))
+            origin = {"data": data_title(self.data), "source": source, "rows": result["n"]}
+            found = combined(found, {"chat": {name: result}, "scored": {f"chat/{name}": origin}})
+            self.keep(found)
             note = f", {result['too_long']} prompts do not fit model.seq_len" if result["too_long"] else ""
             took = duration(time.perf_counter() - start)
             shown = percent(result["accuracy"], result["stderr"])
             print(f"{name}: {shown} ({result['n']} items, {took}{note})", flush=True)
-        return {"chat": scores, "scored": scored}
+        return found
+
+    def check_tasks(self) -> None:
+        """Read the tasks of `data.eval`, all before the first is measured. Raises UserError for one that cannot be."""
+        for name in self.data.eval:
+            check_task(self._task(name))
 
     def _task(self, name: str) -> Any:
         if name not in self.data.tasks:
             raise UserError(f"data.eval names {name!r}, which is not in data.tasks ({', '.join(self.data.tasks)})")
-        return build_task(name, self.data.tasks[name], "test", Cache(self.cache), bad_rows(self.data))
+        if name not in self.tasks:
+            spec = self.data.tasks[name]
+            self.tasks[name] = build_task(name, spec, "test", Cache(self.cache), bad_rows(self.data))
+        return self.tasks[name]
 
     def core(self) -> dict[str, Any]:
         """Return {"core", "core_tasks"}; details go to core.csv and core/<task>.jsonl beside eval.json."""
-        return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.details)
+        return measure_core(self.net, self.tokenizer, self.core_tasks, self.options, self.details, self.keep)
 
     def lm_eval(self) -> dict[str, Any]:
         """Return {"lm_eval": {task: {metric: value}}}; every item goes to lm_eval/<task>.jsonl beside eval.json."""

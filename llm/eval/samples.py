@@ -6,6 +6,7 @@ from typing import Any
 from llm.config.check import shown
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
+from llm.tokenizer.bpe import without_surrogates
 from llm.tokenizer.chat_format import render_prompt
 
 
@@ -22,11 +23,11 @@ def questions(mixture, n: int = 4) -> list[dict]:
 def text_prompts(documents: Iterable[str], n: int = 4, n_words: int = 6) -> list[str]:
     """Return the first words of n held-out documents, prompts that suit the language and subject of a run.
 
-    They are cut before the end of a sentence, where a model could rightly stop.
+    They are cut before the end of a sentence, where a model could rightly stop. Half a surrogate pair is U+FFFD.
     """
     prompts = []
     for document in documents:
-        words = document.split()[: n_words + 1]
+        words = without_surrogates(document).split()[: n_words + 1]
         if len(words) <= n_words:
             continue
         del words[n_words:]

@@ -42,12 +42,9 @@ def evaluate_task(
     context counts as wrong. verdicts: how many answers ended how; records: one dict per answer, in task order. Raises
     UserError for a task that cannot be evaluated.
     """
-    if task.kind not in ("categorical", "generative"):
-        raise UserError(f"task {task.name} is only for training (kind {task.kind}): remove it from data.eval")
+    check_task(task)
     indices = spread(len(task), max_items)
     conversations = [task[i] for i in indices]
-    if not conversations:
-        raise UserError(f"task {task.name} has no items to evaluate: check its data and limit")
     if task.kind == "categorical":
         answers, num_samples = _chosen_letters(engine, conversations, batch_size), 1
     else:
@@ -71,6 +68,14 @@ def evaluate_task(
         for record in _records(index, conversation, item)
     ]
     return scores
+
+
+def check_task(task: Any) -> None:
+    """Raise UserError for a task that cannot be evaluated."""
+    if task.kind not in ("categorical", "generative"):
+        raise UserError(f"task {task.name} is only for training (kind {task.kind}): remove it from data.eval")
+    if not len(task):
+        raise UserError(f"task {task.name} has no items to evaluate: check its data and limit")
 
 
 def _subject_scores(conversations: Sequence[dict], shares: Sequence[float]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from llm.run.cost import cost, device_hours
 from llm.utils.addresses import without_secrets
 from llm.utils.format import markdown_table
 
+TAG = "fathom"  # in the head of every card
 NUMBERS = (
     "Measured by Fathom on held-out data. ± is one standard error, brackets are a 95 % interval, and - means not "
     "measured. Other harnesses prompt otherwise, so their numbers differ."
@@ -28,7 +29,7 @@ def model_card(stage: Path, net: GPT, to: str, licence: str | None) -> str:
         "---",
         *(f"{key}: {text}" for key, text in head.items() if text),
         "tags:",
-        "- fathom",
+        f"- {TAG}",
         f"- {c.arch}",
         "---",
     ]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from llm.checkpoint.model_folder import CONFIG_FILE, WEIGHTS_FILE, load_model_folder
 from llm.errors import UserError
-from llm.export.card import model_card
+from llm.export.card import TAG, model_card
 from llm.export.gguf_file import check_gguf, write_gguf
 from llm.export.hub import check_hub, push
 from llm.model.linear import DTYPES
@@ -27,6 +27,11 @@ def run_export(cfg: Any) -> None:
     out = Path(cfg.out or Path(cfg.paths.runs).parent / "exports" / f"{run}-{stage.name}-{cfg.to}")
     if out.exists() and not cfg.overwrite:
         raise UserError(f"out={out} exists; set another out=, or overwrite=true to replace the folder")
+    if not is_replaceable(out):
+        raise UserError(
+            f"out={out} is not what an export has written (files alone, {CARD} with the tag {TAG}), so overwrite=true "
+            "does not replace it; set another out="
+        )
     name, private = cfg.push, cfg.private
     if name is not None:
         check_hub(name)
@@ -44,6 +49,17 @@ def run_export(cfg: Any) -> None:
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))} ({size / 2**20:,.1f} MiB)", flush=True)
     if name is not None:
         print(f"pushed to {push(out, name, private)}", flush=True)
+
+
+def is_replaceable(out: Path) -> bool:
+    """Return whether a folder may go: it is empty or not there, or holds an export by its card, and no folder."""
+    if not out.exists():
+        return True
+    if not out.is_dir() or any(path.is_dir() for path in out.iterdir()):
+        return False
+    card = out / CARD
+    is_export = card.is_file() and f"\n- {TAG}\n" in card.read_text(encoding="utf-8", errors="replace")
+    return is_export or not any(out.iterdir())
 
 
 def copy_folder(model: Path, out: Path, dtype: str) -> None:

@@ -24,6 +24,7 @@ except ImportError:  # Windows
 HELD = "FATHOM_LOCKED"  # paths of the locks that this process or the one that started it holds, a line each
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # the file system has none
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # who cannot make a file there does no harm
+IMPORT_SECONDS = 3600.0  # to wait while another process reads the weights of another program, which may be giants
 MOST_SHOWN = 200  # characters of a holder
 
 _open: set[int] = set()  # file descriptors of the locks held here

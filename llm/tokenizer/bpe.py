@@ -162,7 +162,8 @@ class Tokenizer:
         If the text begins with <|bos|>, as a rendered chat does, its special tokens get their own ids.
         """
         if text.startswith("<|bos|>"):
-            return self._encoding.encode(text, allowed_special="all")
+            encode = self._encoding.encode
+            return [one for piece in _pieces(text) for one in encode(piece, allowed_special="all")]
         return [self.bos_id, *self.encode(text)]
 
     def encode_document(self, text: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where no file can be written into a folder, or into the one in which it is to be made."""
+    place = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(1 << 12))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {reason_of(error, place)}") from error
 
 
 def write_atomic(path: str | Path, text: str | bytes) -> None:

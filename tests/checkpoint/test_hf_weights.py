@@ -1,12 +1,15 @@
 """init_from=hf: models of transformers become ours, whole or not at all, and are trained on."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import compose
 from safetensors.torch import load_file, save_file
 
+from llm.checkpoint import hf_weights
 from llm.checkpoint.hf_weights import imported_folder
 from llm.checkpoint.model_folder import load_model_folder
 from llm.errors import UserError
@@ -67,6 +70,23 @@ def test_tokens_keep_their_rows_and_logits(form, tmp_path, capsys):
 
 
 @torch.no_grad()
+def test_jobs_that_start_at_once_read_it_once(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "theirs", "llama")
+    read, times = hf_weights.read_hf, []
+
+    def slow(folder):
+        times.append(1)
+        time.sleep(0.3)
+        return read(folder)
+
+    monkeypatch.setattr(hf_weights, "read_hf", slow)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(imported_folder, f"hf:{tmp_path}/theirs", tmp_path / "runs") for _ in range(3)]
+        (folder,) = {job.result() for job in jobs}
+    assert len(times) == 1 and load_model_folder(folder)
+    assert [path.name for path in (tmp_path / "runs/.hf").iterdir()] == [folder.parent.name]
+
+
 def test_our_own_special_tokens_keep_their_rows(tmp_path):
     model, tok = checkpoint(tmp_path / "theirs", "qwen3", own_names=True)
     net, found = load_model_folder(imported_folder(f"hf:{tmp_path}/theirs", tmp_path / "runs"))

@@ -314,6 +314,14 @@ def test_a_cut_changes_no_prompt(nets, tokenizer, bundle):
     )
 
 
+def test_half_a_surrogate_pair_is_a_replacement_character(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "b")
+    path = tmp_path / "b/eval_data/kinds/story.jsonl"
+    path.write_text(json.dumps({"context": "a \ud83d", "continuation": "b\udc00"}))
+    (task,) = load_bundle(tmp_path / "b", ["story"])
+    assert (task.examples[0]["context"], task.examples[0]["continuation"]) == ("a \ufffd", "b\ufffd")
+
+
 def test_zip_and_folder_are_the_same(bundle, tmp_path):
     for inside in ("", "eval_bundle/"):
         path = tmp_path / f"{len(inside)}.zip"
@@ -331,6 +339,13 @@ def test_zip_and_folder_are_the_same(bundle, tmp_path):
         ("core.yaml", lambda s: "tasks: []", "core.yaml: has no list `icl_tasks`"),
         ("core.yaml", lambda s: s.replace("num_fewshot", "shots", 1), "core.yaml: task 1 has no 'num_fewshot'"),
         ("core.yaml", lambda s: s.replace(": schema", ": essay"), "who is of type 'essay'"),
+        ("core.yaml", lambda s: s.replace("label: who", "label: letters"), "two tasks have the label 'letters'"),
+        ("core.yaml", lambda s: s.replace("kinds/who.jsonl", "7"), "who: dataset_uri=7 must be text"),
+        (
+            "core.yaml",
+            lambda s: s.replace("- dataset_uri: kinds/who", "- continuation_delimiter: null\n  dataset_uri: kinds/who"),
+            "who: continuation_delimiter=None must be text",
+        ),
         ("eval_meta_data.csv", None, "eval_meta_data.csv: missing"),
         ("eval_meta_data.csv", lambda s: s.replace("Random", "Chance"), "csv: line 1: no column 'Random baseline'"),
         (

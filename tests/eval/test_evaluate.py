@@ -1,18 +1,20 @@
 """evaluate.py on a run folder with a small untrained model and task files on disk."""
 
+import errno
 import json
 
 import pytest
 from conftest import compose, run_cli
-from eval_data import TEXT, data_config
+from eval_data import TEXT, data_config, jsonl
 from omegaconf import OmegaConf
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.data.documents import text_id
 from llm.data.sources import build_source
 from llm.errors import UserError
+from llm.eval import core, evaluate
 from llm.eval.bits_per_byte import bits_per_byte
-from llm.eval.evaluate import merge_scores, run_evaluation, same_data, warn_of_change
+from llm.eval.evaluate import data_title, merge_scores, run_evaluation, same_data, warn_of_change
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
@@ -297,6 +299,51 @@ def test_new_scores_stand_in_the_figures_too(runs, sections, drawn, monkeypatch)
     monkeypatch.setattr("llm.eval.evaluate.build_report", lambda folder, redraw: asked.append(redraw))
     run_evaluation(settings(runs, sections))
     assert asked == [drawn]
+
+
+def test_tasks_are_read_before_anything_is_measured(runs, tmp_path):
+    data = data_config(tmp_path)
+    (tmp_path / "sums.jsonl").write_text('{"question": "1 + 1?"}\n')
+    with pytest.raises(UserError, match="data.tasks.sums.test: .*sums.jsonl row 1: key 'answer' is missing"):
+        run_evaluation(settings(runs, ["bpb", "chat"], data=data, paths={"runs": str(runs), "data": str(tmp_path)}))
+    scored = read_json(runs / "demo" / "sft" / "eval.json") or {}
+    assert data_title(OmegaConf.create(data)) not in scored.get("other_data", {})
+
+
+@pytest.mark.parametrize(("section", "part"), [("chat", "chat"), ("core", "core_tasks")])
+def test_an_evaluation_that_is_stopped_keeps_the_tasks_before(runs, tmp_path, monkeypatch, section, part):
+    path, bundle = runs / "demo" / "sft" / "eval.json", tmp_path / "bundle"
+    path.unlink(missing_ok=True)
+    rows = [{"context": f"fox {i}", "continuation": "apples"} for i in range(3)]
+    for name in ("first", "second"):
+        jsonl(bundle / f"eval_data/{name}.jsonl", rows)
+    task = "{{label: {0}, dataset_uri: {0}.jsonl, num_fewshot: [1], icl_task_type: language_modeling}}"
+    (bundle / "core.yaml").write_text(f"icl_tasks: [{task.format('first')}, {task.format('second')}]")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nfirst,0\nsecond,0\n")
+    module = {"chat": evaluate, "core": core}[section]
+    name = {"chat": "evaluate_task", "core": "evaluate_core_task"}[section]
+    measure, done = getattr(module, name), []
+
+    def stopped(*args, **more):
+        if done:
+            raise KeyboardInterrupt
+        done.append(True)
+        return measure(*args, **more)
+
+    monkeypatch.setattr(module, name, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(settings(runs, [section], eval={"bundle": str(bundle) if section == "core" else None}))
+    kept = read_json(path)
+    assert list(kept[part]) == [{"chat": "choice", "core": "first"}[section]] and "core" not in kept
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_loaded(runs, monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(UserError, match="demo/sft: cannot be written: the file system is read-only"):
+        run_evaluation(settings(runs, ["bpb"]))
 
 
 def test_sections_measured_earlier_stay(tmp_path):

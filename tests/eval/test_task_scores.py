@@ -284,6 +284,7 @@ def test_text_prompts_are_unfinished_beginnings_of_documents():
         "unused a b c",
     ]
     assert text_prompts(documents, n=2, n_words=3) == ["one two three", "six seven. Eight"]
+    assert text_prompts(["half \ud83d a pair"], n_words=3) == ["half \ufffd a"]  # UTF-8 cannot hold it
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

@@ -85,6 +85,17 @@ def test_a_folder_for_transformers_with_a_card(tmp_path, capsys):
     assert "license:" not in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("out", ["runs/tiny/sft", "runs/tiny/sft/model", "notes", "notes/todo.txt"])
+def test_overwrite_replaces_nothing_but_an_export(out, tmp_path):
+    make_run(tmp_path / "runs", steps=1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("buy milk")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"out=.*{out} is not what an export has written"):
+        export(tmp_path, "run=tiny", f"out={tmp_path / out}", "overwrite=true")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_card_follows_the_parents(tmp_path):
     parents = {"pretrain": None, "sft": "pretrain", "dpo": "sft", "grpo": "sft"}
     for stage, parent in parents.items():

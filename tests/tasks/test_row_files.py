@@ -129,6 +129,14 @@ def test_lists_of_messages_per_line_are_no_array_of_rows(tmp_path):
     assert len(build(path)) == 5
 
 
+@pytest.mark.parametrize("write", [lambda row: f"{row}\n{row}\n", lambda row: f"[{row}, {row}]"])
+def test_half_a_surrogate_pair_is_a_replacement_character(tmp_path, write):
+    """UTF-8 cannot hold it: a sample that showed the question ended the training."""
+    path = tmp_path / "rows.json"
+    path.write_text(write(json.dumps({"messages": dialogue("Hi \ud83d", "\ude00 \U0001f600")})))
+    assert [row["messages"] for row in build(path)] == [dialogue("Hi \ufffd", "\ufffd \U0001f600")] * 2
+
+
 def test_an_array_of_long_rows_is_read_piece_by_piece(tmp_path, monkeypatch):
     monkeypatch.setattr("llm.data.records.CHUNK", 7)
     rows = [{"prompt": "é" * 50, "completion": "x" * i + "]", "score": i} for i in range(1, 30)]

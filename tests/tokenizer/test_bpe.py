@@ -179,6 +179,7 @@ def test_token_bytes_count_the_utf8_bytes_of_a_text(tok):
 def test_long_whitespace_runs_and_lone_surrogates_are_encoded(tok):
     text = "a" + " " * (10 * MAX_WHITESPACE_RUN + 7) + "b" + "\t" * MAX_WHITESPACE_RUN
     assert tok.decode(tok.encode(text)) == text
+    assert tok.decode(tok.encode_prompt("<|bos|>" + text)) == "<|bos|>" + text
     assert tok.decode(tok.encode("a\ud83db")) == "a\ufffdb"
     assert Tokenizer.train([text + "\ud83d"], 270).vocab_size == 270
 
