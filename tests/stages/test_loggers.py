@@ -90,8 +90,10 @@ def read_tensorboard(folder: Path) -> Stored:
 
 
 def read_wandb(folder: Path) -> Stored:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.finish()
     [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
     config, metrics, tables = {}, {}, {}
     for data in records_of_wandb(path.read_bytes()):
