@@ -248,9 +248,9 @@ def test_few_steps_are_told_with_the_size_that_makes_more(tmp_path, monkeypatch,
         return [line for line in capsys.readouterr().out.splitlines() if "steps of 16,384" in line]
 
     (line,) = told()
-    assert line.startswith("WARNING: stage.max_passes=3 leaves 60 steps of 16,384 tokens. As many tokens in 240 steps")
-    assert line.endswith(": batch.tokens_per_step=4096")
-    assert told("model.seq_len=1024")[0].endswith(": batch.tokens_per_step=4096 batch.micro_batch_size=4")
+    assert line.startswith("WARNING: stage.max_passes=3 leaves 60 steps of 16,384 tokens. As many tokens in 120 steps")
+    assert line.endswith(": batch.tokens_per_step=8192")
+    assert told("model.seq_len=2048")[0].endswith(": batch.tokens_per_step=8192 batch.micro_batch_size=4")
     assert told("stage.max_passes=20") == told("stage.max_passes=null") == told("max_steps=60") == []
     assert "in 120 steps" in told("model.seq_len=8192")[0] and told("model.seq_len=16384") == []
     unlimited, resumed = config(tmp_path, "stage.max_passes=null"), TextPlan(60, "crop", 330_000, 3.0)
