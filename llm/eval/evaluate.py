@@ -299,14 +299,16 @@ class Subject:
         return TextSteps(self.source, self.tokenizer, self._layout(), split="val")
 
     def _bits_per_byte(self, name: str, steps: Any) -> tuple[float | None, int, str]:
-        """Return (bits per byte or None, tokens measured, their fingerprint)."""
+        """Return (bits per byte or None, tokens that are predicted, their fingerprint)."""
         start = time.perf_counter()
         batches = validation_batches(steps, self.options.tokens)
         bpb = bits_per_byte(self.net, batches, self.tokenizer.token_bytes())
-        tokens = sum(batch["inputs"].numel() for batch in batches)
-        digest = hashlib.sha256()
+        tokens, digest = 0, hashlib.sha256()
         for batch in batches:
-            digest.update(batch["targets"].cpu().numpy().tobytes())
+            targets = batch["targets"].cpu()
+            counted = targets >= 0
+            tokens += int(counted.sum())
+            digest.update(targets[counted.any(1)].numpy().tobytes())  # the last micro-batch has rows of padding
         shown = "not measured, the targets have no bytes" if bpb is None else f"{bpb:.4f}"
         print(f"{name}: {shown} ({tokens:,} tokens, {duration(time.perf_counter() - start)})", flush=True)
         return bpb, tokens, digest.hexdigest()[:16]

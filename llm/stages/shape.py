@@ -56,11 +56,18 @@ def parent_of(cfg: Any, row: Stage, run: RunDir) -> Path | None:
 
 
 def parent_shape(cfg: Any, row: Stage, run: RunDir) -> dict | None:
-    """Return the options of the parent's GPTConfig; None where there is no parent, or one without a model."""
+    """Return the options of the parent's GPTConfig; None where there is no parent, or one without a model.
+
+    A finished stage can do without its parent: its own model has the shape. Raises UserError where that of an
+    unfinished one is gone: with another shape its configuration would be refused, for keys that nobody has changed.
+    """
     try:
         parent = parent_of(cfg, row, run)
-    except UserError:  # said where the parent is needed: a finished stage can do without
-        return None
+    except UserError:
+        status = run.status(row.name)
+        if status not in ("missing", "finished"):
+            raise
+        parent = run.model_dir(row.name) if status == "finished" else None  # said where the parent is needed
     return None if parent is None else shape_in(parent)
 
 

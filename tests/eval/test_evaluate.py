@@ -86,6 +86,17 @@ def test_pretraining_is_scored_on_text_only(runs, capsys):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_padding_is_no_token_that_was_measured(runs, stage):
+    """Few rows are held out; micro-batches of 4 and of 64 are filled up with different numbers of empty ones."""
+    measured = []
+    for rows in (4, 64):
+        scores = run_evaluation(settings(runs, ["bpb"], stage=stage, eval={"tokens": 10**6, "batch_size": rows}))
+        measured.append((scores["bpb"], scores["scored"]["bpb"]))
+    (first, origin), (second, again) = measured
+    assert origin == again and first == pytest.approx(second, rel=1e-5) and 0 < origin["tokens"] < 64 * 256
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_samples_take_the_prompts_that_the_training_was_given(runs, stage):
     folder, given = runs / "demo" / stage, ["The fox", "Which one?"]
     before = read_manifest(folder)

@@ -1,6 +1,7 @@
 """Tests of what a stage takes from its parent, and of how a finished stage goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def test_what_the_command_says_against_the_parent_is_refused(root, args, says):
     said = refusal(root, "run=no", *CONTINUE, *args)
     assert says in said and "takes the model's shape from its parent" in said
     assert not (root / "no").exists()
+
+
+def test_a_stage_that_has_begun_says_that_its_parent_is_gone(root):
+    """Not that its configuration differs: without the parent's shape it would."""
+    shutil.copytree(root / "a", root / "parent")
+    args = ("run=begun", "stage=pretrain", "init_from=parent/pretrain", "max_steps=1", "stage.sample_every=0")
+    train(root, *args)
+    shutil.rmtree(root / "parent")
+    train(root, *args)  # a finished stage can do without
+    write_json(root / "begun" / "pretrain" / "run.json", record(root, "begun") | {"status": "interrupted"})
+    said = refusal(root, *args)
+    assert "parent/pretrain" in said and "another configuration" not in said
 
 
 def test_a_stage_is_not_its_own_parent(root):
