@@ -251,20 +251,22 @@ def parse_line(line: bytes | str | BadRow, path: Any, number: int) -> Any:
     try:
         text = decode(line) if isinstance(line, bytes) else line
         row = parse(text, path, number)
-        return whole(row) if isinstance(text, str) and "\\u" in text else row
+        return without_halves(row) if isinstance(text, str) and "\\u" in text else row
     except UnicodeDecodeError as error:
         return BadRow(
             str(path), f"byte {error.start} is not UTF-8 text: convert the file, or set data.tasks.<name>.encoding"
         )
 
 
-def whole(value: Any) -> Any:
+def without_halves(value: Any) -> Any:
     """Return a value of JSON whose texts UTF-8 can hold: half a surrogate pair becomes U+FFFD, as in its tokens."""
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, list):
-        return [whole(item) for item in value]
-    return {whole(key): whole(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [without_halves(item) for item in value]
+    if isinstance(value, dict):
+        return {without_halves(key): without_halves(item) for key, item in value.items()}
+    return value
 
 
 def decode(line: bytes) -> str:
@@ -284,9 +286,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, tuple[int, int]]]:
 
 def _others(path: Any, encoding: str) -> Iterator[tuple[int, Any, None]]:
     """Yield (number, row, None) of the rows of a file of any format; lines of text are lines of JSON."""
+    has_escapes = format_of(path).kind in ("json", "jsonl")
     for number, row in read_records(path, encoding=encoding):
-        if not (row is None or (isinstance(row, str) and not row.strip())):
-            yield number, parse_line(row, path, number) if isinstance(row, str) else whole(row), None
+        if isinstance(row, str) and row.strip():
+            yield number, parse_line(row, path, number), None
+        elif row is not None and not isinstance(row, str):
+            yield number, without_halves(row) if has_escapes else row, None
 
 
 def read_words(files: Sequence[Path]) -> list[str]:

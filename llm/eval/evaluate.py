@@ -211,8 +211,8 @@ class Subject:
     """A model under evaluation: its network, its tokenizer, and the data and tasks it has to be judged on.
 
     folder: where its results go; facts: what eval.json says about it beside scores; keep: takes the scores of a part of
-    a section, such as a task, as soon as they are there. Subclasses set `net`, `tokenizer`,
-    `data`, `seed`, `is_chat`, `folder` and `title`; what can be wrong about tasks is checked before a model is loaded.
+    a section, such as a task, as soon as they are there. Subclasses set `net`, `tokenizer`, `data`, `seed`, `is_chat`,
+    `folder` and `title`; what can be wrong about tasks of CORE and lm-eval is checked before a model is loaded.
     """
 
     net: Any

@@ -18,7 +18,7 @@ from llm.errors import UserError
 
 MARGINS = (2, 64)  # tokens of room that are left when the way out is taken: at least, and at most an eighth of it
 LONGEST_WAY = 512  # tokens; a form that takes more is not completed in time
-WAY_SECONDS = 0.5  # of this thread alone, for a look for the way out: one that takes more is the last for its row
+WAY_SECONDS = 0.5  # of this thread alone, for a look for the way out: one that takes more is the last for its form
 OBJECT = {"type": "object"}
 COMPACT = {"whitespace_flexible": False}  # a model that has learnt nothing would write spaces for ever
 # What ends a form of JSON soonest comes first. Inside a string, where both braces are letters, that is its end.
@@ -31,6 +31,7 @@ COMPILED = 16  # forms that are kept compiled: samples of one request have the s
 
 _tokenizers: dict[int, Any] = {}
 _compiled: OrderedDict[tuple[int, str], Any] = OrderedDict()  # matchers by tokenizer and form, the latest used last
+_without_way: set[tuple[int, str]] = set()  # those of them whose way out is not looked for: that takes too long
 
 
 class Constraint:
@@ -41,7 +42,8 @@ class Constraint:
     """
 
     def __init__(self, tokenizer: Any, form: Mapping[str, Any], room: int):
-        self._matcher, self._lengths = _matcher(tokenizer, form), _for_llguidance(tokenizer)[1]
+        self._key = id(tokenizer), json.dumps(form)
+        self._matcher, self._lengths = _matcher(tokenizer, form, self._key), _for_llguidance(tokenizer)[1]
         self._vocab_size, self._ends = tokenizer.vocab_size, sorted(tokenizer.stop_ids)
         self._around, self._inside = (
             [ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1]
@@ -61,14 +63,14 @@ class Constraint:
         """Return which tokens may come next, as booleans (V,). Raises UserError where the form is too complex."""
         mask = self._mask(self._matcher)
         self._check()
-        if self._way is None and self._room <= self._look_at:
+        if self._way is None and self._room <= self._look_at and self._key not in _without_way:
             until = time.thread_time() + WAY_SECONDS
             way = self._way_out(mask, until)
             spare = self._room - len(way) - self._margin
             self._way = way if way and spare <= 0 else None
             self._look_at = self._room - max(1, spare // 8)  # a token rarely makes the way out much longer
-            if time.thread_time() >= until:
-                self._look_at = 0
+            if time.thread_time() >= until and self._key in _compiled:
+                _without_way.add(self._key)
         if self._way:
             mask[:] = False
             mask[self._way[0]] = True
@@ -101,7 +103,7 @@ class Constraint:
         None that has no place in the row's room, and none that is not found until `until`, by time.thread_time.
         """
         matcher, way, before = self._matcher.deep_copy(), [], mask
-        while len(way) <= min(LONGEST_WAY, self._room) and time.thread_time() < until:
+        while len(way) <= min(LONGEST_WAY, self._room) and time.thread_time() < until and not matcher.is_error():
             if mask[self._ends].any() or matcher.is_stopped():
                 return [*way, self._ends[0]]
             if not mask.any():
@@ -125,11 +127,10 @@ class Constraint:
         return int(allowed[np.lexsort((self._lengths[allowed], used))[0]])
 
 
-def _matcher(tokenizer: Any, form: Mapping[str, Any]) -> Any:
+def _matcher(tokenizer: Any, form: Mapping[str, Any], key: tuple[int, str]) -> Any:
     """Return a matcher at the beginning of a form, compiled where none is kept. Raises UserError as `Constraint`."""
     import llguidance
 
-    key = id(tokenizer), json.dumps(form)
     matcher = _compiled.pop(key, None)
     if matcher is None:
         matcher = llguidance.LLMatcher(_for_llguidance(tokenizer)[0], _grammar(form), log_level=0)
@@ -137,7 +138,7 @@ def _matcher(tokenizer: Any, form: Mapping[str, Any]) -> Any:
             raise UserError(f"the form of the answer ({form['type']}) cannot be used: {_first_line(problem)}")
     _compiled[key] = matcher
     if len(_compiled) > COMPILED:
-        _compiled.popitem(last=False)
+        _without_way.discard(_compiled.popitem(last=False)[0])
     return matcher.deep_copy()
 
 

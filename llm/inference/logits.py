@@ -1,6 +1,7 @@
 """Changes of logits that a request asks for, and the log-probabilities of tokens."""
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -24,13 +25,19 @@ def adjusted(logits: torch.Tensor, requests: Sequence[Request], stop_ids: Collec
         request, own = requests[row], logits[row]
         _penalise(own, request)
         if request.params.logit_bias:
-            ids, biases = request.params.biases
-            own.index_add_(0, ids.to(own.device), biases.to(own.device))
+            own.index_add_(0, *_biases(request.params.logit_bias, own.device))
         if len(request.ids) < request.params.min_new_tokens and stop_ids:
             own[list(stop_ids)] = -torch.inf
         if request.constraint is not None:
             own.masked_fill_(~_allowed(request).to(own.device), -torch.inf)
     return logits
+
+
+@lru_cache(maxsize=64)
+def _biases(given: tuple[tuple[int, float], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids (n,), int64, and what is added to their logits, fp32 (n,), on a device: one by one they take long."""
+    ids, numbers = zip(*given, strict=True)
+    return torch.tensor(ids, device=device), torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _allowed(request: Request) -> torch.Tensor:

@@ -84,12 +84,6 @@ class SamplingParams:
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
         return bool(self.logit_bias or self.min_new_tokens or any(penalties))
 
-    @cached_property
-    def biases(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (n,) of `logit_bias`, int64, and what is added to their logits, fp32 (n,): one by one they take long."""
-        ids, numbers = zip(*self.logit_bias, strict=True) if self.logit_bias else ((), ())
-        return torch.tensor(ids, dtype=torch.long), torch.tensor(numbers, dtype=torch.float32)
-
     @property
     def is_greedy(self) -> bool:
         """True if the most likely token is always taken, so that nothing is drawn."""

@@ -120,19 +120,20 @@ def process_of(stage_dir: str | Path) -> int | None:
         return None
     if named[2] != socket.gethostname():
         return 0
-    return int(named[1]) if _holds_a_lock(named[1]) else None
+    return int(named[1]) if _holds(named[1], path) else None
 
 
-def _holds_a_lock(process: str) -> bool:
-    """Say whether a process holds a lock on any file: since the machine began anew, another may have its number.
+def _holds(process: str, path: Path) -> bool:
+    """Say whether a process holds the lock of a file: since the machine began anew, another may have its number.
 
     Where the system does not tell its locks, whether there is a process of this number.
     """
     try:
-        locks = [line.split() for line in LOCKS.read_text().splitlines()]  # 1: FLOCK ADVISORY WRITE 4711 fe:00:99 0 EOF
+        inode, lines = str(path.stat().st_ino), LOCKS.read_text().splitlines()
     except OSError:
-        return Path("/proc", process).is_dir() or not Path("/proc").is_dir()
-    return any(fields[4:5] == [process] for fields in locks)
+        return path.is_file() and (Path("/proc", process).is_dir() or not Path("/proc").is_dir())
+    locks = [line.split() for line in lines]  # 1: FLOCK ADVISORY WRITE 4711 fe:00:99 0 EOF, of which 99 is the inode
+    return any(fields[4:5] == [process] and fields[5].rpartition(":")[2] == inode for fields in locks)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -1,6 +1,7 @@
 """Errors of the API in OpenAI's JSON form: `{"error": {"message", "type", "param", "code"}}`."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+FORM = re.compile(r"str$|[A-Z]|\w+\[")  # of a value that may have several, as in content.list[TextPart].0: no name
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "server_error"}
 
 
@@ -92,6 +94,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     """Return the refusal that names the first wrong field."""
     first = _first(error.errors())
     place = [clean(str(part)) for part in first["loc"] if part != "body"]
+    last = place.pop() if first["type"] == "extra_forbidden" else None  # a name, whatever it looks like
+    place = [part for part in place if not FORM.match(part)] + ([] if last is None else [last])
     param = ".".join(place)[:200] or None
     message = clean(str(first["msg"])).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -109,4 +113,7 @@ def _first(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     place = found[0]["loc"][:-1]
     if found[0]["loc"][-1] != "str":
         return found[0]
-    return max((one for one in found if one["loc"][: len(place)] == place), key=lambda one: len(one["loc"]))
+    forms = [one for one in found if one["loc"][: len(place)] == place]
+    if isinstance(found[0]["input"], list):
+        forms = forms[1:] or forms
+    return max(forms, key=lambda one: len(one["loc"]))

@@ -139,7 +139,7 @@ def check_origins(origins: Iterable[str]) -> None:
         scheme, (name, port) = origin.partition("://")[0], _name_and_port(origin)
         sent = f"{scheme.lower()}://{f'[{name}]' if ':' in name else name}"
         sent += f":{port}" if port not in (None, PORTS.get(scheme)) else ""
-        if origin not in ("*", "null") and (origin != sent or not name):
+        if origin not in ("*", "null") and (origin != sent or not name or not origin.isascii()):
             raise UserError(
                 f"api.origins: {origin!r} is no origin of a page as browsers send it: scheme and name in small "
                 "letters, a port where it is not the usual one, no / behind; as in api.origins=[https://chat.example.org]"

@@ -38,7 +38,7 @@ class Beside:
 def serve(cfg: Any, model: str, params: SamplingParams, beside: Beside | None = None) -> None:
     """Serve API and page until SIGTERM or Ctrl-C. model: a stage folder or hf:<name>. beside: a further page.
 
-    Raises UserError where nothing can listen, the key is blank, or the model cannot be loaded.
+    Raises UserError where nothing can listen, key or origins are of no use, or the model cannot be loaded.
     """
     check_names(cfg.public_names)
     check_origins(cfg.api.origins)

@@ -71,7 +71,9 @@ def load(source: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     folder = Path(source["model"]) / "model"
     if source["known"] and (part := other_part(folder, source["known"])) is not None:
-        raise UserError(f"{folder} holds {part} than the server began with: start the server again")
+        raise UserError(
+            f"{folder} holds {part} than the server began with, which alone is served until the server is restarted"
+        )
     trust([*source["trust"], *source["plugins"]])
     load_plugins(source["plugins"])
     if source["threads"]:

@@ -13,7 +13,7 @@ from llm.run.stage_folder import RunDir
 from llm.scaling.batch_ramp import BatchSchedule
 
 MANY_PASSES = 10
-FEW_STEPS = 100  # that stage.max_passes leaves; of 200 and more a d4 overfits in three passes over 1.5 MB
+FEW_STEPS = 100  # that stage.max_passes leaves; in 304 a d4 overfits 1.5 MB, in 152 it does not
 BUFFERED, LEAST_BUFFER = 1 / 4, 16  # of a small text that waits to be packed; documents
 MOST_IN_TABLES = 1 / 4  # parameters of n-gram tables per token of a text that is read more than once
 

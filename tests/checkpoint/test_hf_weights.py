@@ -69,7 +69,6 @@ def test_tokens_keep_their_rows_and_logits(form, tmp_path, capsys):
     assert imported_folder(f"hf:{tmp_path}/theirs", tmp_path / "runs") == folder and not capsys.readouterr().out
 
 
-@torch.no_grad()
 def test_jobs_that_start_at_once_read_it_once(tmp_path, monkeypatch):
     checkpoint(tmp_path / "theirs", "llama")
     read, times = hf_weights.read_hf, []
@@ -87,6 +86,7 @@ def test_jobs_that_start_at_once_read_it_once(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "runs/.hf").iterdir()] == [folder.parent.name]
 
 
+@torch.no_grad()
 def test_our_own_special_tokens_keep_their_rows(tmp_path):
     model, tok = checkpoint(tmp_path / "theirs", "qwen3", own_names=True)
     net, found = load_model_folder(imported_folder(f"hf:{tmp_path}/theirs", tmp_path / "runs"))

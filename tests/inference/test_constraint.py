@@ -123,9 +123,11 @@ def test_the_way_out_is_looked_for_where_it_has_room_and_as_long_as_it_pays(toke
         row = Constraint(tokenizers[0], form, room)
         assert len(row._way_out(row._mask(row._matcher), float("inf"))) == length
     monkeypatch.setattr(constraint, "WAY_SECONDS", 0)
-    row, looks = Constraint(tokenizers[0], form, 60), []
-    monkeypatch.setattr(row, "_way_out", lambda mask, until: looks.append(until) or [])
-    for _ in range(50):
-        row.allowed()
-        row.accept(ord("a"))
+    monkeypatch.setattr(constraint, "_without_way", set())
+    looks = []
+    monkeypatch.setattr(Constraint, "_way_out", lambda self, mask, until: looks.append(until) or [])
+    for row in (Constraint(tokenizers[0], form, 60) for _ in range(3)):
+        for _ in range(50):
+            row.allowed()
+            row.accept(ord("a"))
     assert len(looks) == 1

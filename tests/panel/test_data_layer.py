@@ -181,7 +181,10 @@ def test_a_running_stage_shows_what_it_has_reached_and_a_dead_one_that_it_was_in
 
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path, cache, monkeypatch):
     folder = add_run(tmp_path / "runs", "dead", status="running", until=40)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+    program = "import fcntl; file = open('another', 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": tmp_path}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as other:
+        other.stdout.readline()  # it holds a lock, of another file
         text = f"process {other.pid} on {socket.gethostname()} since 2026-01-01 00:00:00 UTC"
         lock_path(folder).write_text(text)
         assert process_of(folder) is None

@@ -110,6 +110,7 @@ def test_origins_are_as_browsers_send_them():
     for wrong in (
         *("chat.example.org", "https://chat.example.org/", "https://Chat.example.org", "https://chat.example.org:443"),
         *("https://a.org/chat", "", "://", "http://[x", "https://*.example.org:x", "HTTPS://a.org"),
+        "https://bücher.example",  # browsers send its form in ASCII
     ):
         with pytest.raises(UserError, match="api.origins: "):
             check_origins(["https://good.example", wrong])

@@ -71,9 +71,10 @@ REFUSED = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         400,
         "invalid_value",
-        "messages.0.user.content.list[TextPart].0.type",
+        "messages.0.user.content.0.type",
     ),
-    ({"messages": [{"role": "user", "content": 5}]}, 400, "invalid_value", "messages.0.user.content.str"),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "invalid_value", "messages.0.user.content"),
+    ({"Temperature": 1}, 400, "unknown_parameter", "Temperature"),
     ({"structured_outputs": {"choice": ["x" * 100] * 81}}, 400, "invalid_value", "structured_outputs"),
     ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
     ({"response_format": {"type": "json_schema"}}, 400, None, "response_format.json_schema.json_schema"),
@@ -120,6 +121,16 @@ def test_wrong_completions_are_refused(change):
 def test_a_body_that_is_no_request_is_refused(body):
     answer = post("/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [([], "List should have at least 1 item"), ([{"type": "reasoning", "id": "rs_1"}], "input holds no message")],
+)
+def test_an_input_without_a_message_is_refused(given, says):
+    answer = post("/v1/responses", json={"model": MODEL, "input": given})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "input" and says in error["message"]
 
 
 def test_a_body_that_is_not_said_to_be_json_is_told_how_to_say_so():

@@ -117,6 +117,8 @@ class ResponseRequest(WholeBody):
         messages = [
             {"role": one.role, "content": _joined(one.content)} for one in given if isinstance(one, InputMessage)
         ]
+        if not messages:
+            raise bad("input holds no message", "input", "invalid_value")
         wanted = self.text.format if self.text else None
         form: dict[str, Any] | None = None if wanted is None else {"type": wanted.type}
         if isinstance(wanted, SchemaFormat):
