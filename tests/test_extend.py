@@ -463,18 +463,18 @@ def composed(*lines: str):
 # ---- as processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["queue", "scaling"])
-def test_the_queue_and_the_series_import_plugins(home, module, monkeypatch, tmp_path, command):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m llm.experiments.queue add --queue queue.sqlite stage=tokenizer",
+        "python -c 'import sys; from llm.experiments.scaling import _parse; _parse(sys.argv[1:])' --name s --depths 1"
+        " --flops 1e11 --runs runs",
+    ],
+    ids=["queue", "scaling"],
+)
+def test_the_queue_and_the_series_import_plugins(home, command):
     """Both compose the settings before the process of train.py does."""
-    from llm.experiments import queue, scaling
-
-    monkeypatch.chdir(home)
-    words = ["experiment=tiny", f"hydra.searchpath=[file://{home}]", "optim=lion", "plugins=[lion]"]
-    if command == "queue":
-        assert queue.main(["add", "--queue", str(tmp_path / "q.sqlite"), "stage=tokenizer", *words]) == 0
-    else:
-        series = ["--name", "s", "--depths", "1", "--flops", "1e11", "--runs", str(tmp_path)]
-        assert scaling._parse([*series, *words])[0].settings == words
+    shell(f"{command} experiment=tiny hydra.searchpath=[file://$PWD] optim=lion plugins=[lion]", home)
 
 
 @pytest.mark.slow
