@@ -124,7 +124,7 @@ def train(
     try:
         _run("train", job, words)
     except SystemExit as stop:
-        if stop.code not in (0, INTERRUPTED):  # 0: Hydra has printed a help text
+        if stop.code != INTERRUPTED:
             raise
     if not done:
         raise UserError(f"{shlex.join(words)}: this trains nothing; leave out what asks for help or shows settings")
@@ -144,20 +144,22 @@ def evaluate(
     ["eval=[bpb,chat]", "paths.runs=/content/runs"], or one text. Shares are between 0 and 1. Raises UserError for what
     evaluate.py answers with an `error:` line.
     """
-    found: dict[str, Any] = {}
+    done: list[dict[str, Any]] = []
 
     def job(cfg: Any) -> None:
         from llm.eval.evaluate import run_evaluation
 
         with process_as_it_was(), _memory_given_back():
-            found.update(run_evaluation(cfg))
+            done.append(run_evaluation(cfg))
 
     named = [f"{key}={quoted(name)}" for key, name in (("run", run), ("stage", stage)) if name is not None]
     words = [*(["--config-dir", os.fspath(config_dir)] if config_dir else []), *named, *_words(overrides)]
     if {"-m", "--multirun"} & set(words):
         raise UserError("llm.evaluate scores one stage: call it once for each, without -m")
     _run("evaluate", job, words)
-    return _scores({"eval": found})
+    if not done:
+        raise UserError(f"{shlex.join(words)}: this scores nothing; leave out what asks for help or shows settings")
+    return _scores({"eval": done[0]})
 
 
 def list_runs(folder: str | os.PathLike[str] = "runs") -> "DataFrame":
@@ -218,6 +220,9 @@ def _run(config_name: str, job: Callable[[Any], Any], words: list[str]) -> None:
             if problem is None or (isinstance(error, UserError) and not where):
                 raise error from error.__cause__
             raise UserError(without_secrets(problem) + where) from None
+        except SystemExit as stop:
+            if stop.code != 0:  # else Hydra has printed a help text
+                raise
 
 
 @contextmanager

@@ -172,6 +172,12 @@ def test_a_mistake_is_the_line_of_the_command(overrides, error, tmp_path):
         llm.train(f"experiment=tiny paths.runs={tmp_path} {overrides}")
 
 
+@pytest.mark.parametrize("shown", ["--help", "--cfg job"])
+def test_what_scores_nothing_is_the_line_of_the_command(shown, tmp_path):
+    with pytest.raises(UserError, match=f"{shown}: this scores nothing"):
+        llm.evaluate(overrides=f"paths.runs={tmp_path} {shown}")
+
+
 def test_a_job_that_fails_is_named(runs):
     with pytest.raises(UserError, match=r"is missing.*\[job 1 of 2: stage=sft; later jobs were not started\]"):
         llm.train(words(runs, "-m stage=sft,grpo"))
