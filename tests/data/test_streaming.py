@@ -22,11 +22,19 @@ KINDS = ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt"]
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub; blocks are small, so that files have several."""
+    """A hub; blocks are small, so that files have several. What is read ahead comes before the next test's hub."""
     with Hub({}) as hub:
         point_to(hub, monkeypatch, tmp_path / "hf")
         monkeypatch.setattr(blocks, "BLOCK_BYTES", 500)
         yield hub
+        all_blocks_come()
+
+
+def all_blocks_come():
+    """Wait for the threads that fetch blocks: a late one would ask the hub of another test."""
+    for thread in threading.enumerate():
+        if thread.name == "fathom-stream":
+            thread.join()
 
 
 def fill(hub, tmp_path, suffix="parquet", count=3, n=60):
@@ -97,9 +105,7 @@ def test_blocks_are_fetched_ahead(hub, tmp_path):
     (file,) = remote.files()
     blocks = Blocks(remote, file)
     assert blocks.read(3) == b"\0\1\2"
-    for thread in threading.enumerate():
-        if thread.name == "fathom-stream":
-            thread.join()
+    all_blocks_come()
     assert sorted(start for _, start in hub.downloads()) == [0, 500, 1000, 1500, 2000]
     assert blocks.seek(-6, 2) == len(hub.files["a.txt"]) - 6
     assert blocks.read() == bytes(range(250, 256)) and blocks.read() == b"" and blocks.tell() == file.size
