@@ -214,6 +214,7 @@ def test_a_chart_has_a_curve_for_each_line_and_breaks_where_a_number_fails():
     text = draw("bpb", lines, "step")
     assert text.count("<polyline") == 2 and "a&lt;b<b> 1.5</b> <em>with gaps" in text
     assert "empty<b> not measured" in text and "\n" not in text
+    assert 'text-anchor="middle">2</text>' in text and 'text-anchor="end">4</text>' in text  # nothing beyond the edge
     banded = draw("bpb", [Line("a", x, x, 0, x - 1, x + 1)], "step")
     assert banded.count("<polygon") == 1
     assert "nothing was measured" in draw("kl", lines[1:], "step")
