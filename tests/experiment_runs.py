@@ -22,23 +22,25 @@ def add_run(
     until=None,
     spoil=None,
     tokens=None,
+    start=None,
     **extra,
 ):
     """Write a pretraining run whose bpb falls to `level`, evaluated every `every` steps; return its stage folder.
 
     seconds: of all its steps. until: the step at which it stopped, before its end. spoil: {step: text} of cells of bpb
-    to be replaced. tokens: of all its steps, which metrics.csv counts then. extra: keys of run.json.
+    to be replaced. tokens: of all its steps, which metrics.csv counts then. start: the setting `init_from`. extra: keys
+    of run.json.
     """
     folder = RunDir(root, run).path / "pretrain"
     stage = {"name": "pretrain", "eval_every": every, "eval_tokens": 4096}
     config = {"stage": stage, "model": {"depth": 4}, "optim": {"matrix_lr": lr}, "data": {"name": "embedded"}}
-    config |= {"seed": seed, "run": run, "max_steps": steps}
+    config |= {"seed": seed, "run": run, "max_steps": steps, "init_from": start}
     steps = until or steps
     curve = {step: level + 6 * math.exp(-step / 15) for step in range(0, steps + 1, every)}
     cells = {step: repr(number) for step, number in curve.items()} | (spoil or {})
     facts = {"stage": "pretrain", "status": status, "config": config, "commit": "c0ffee" * 6, "steps": steps}
     facts |= {"tokens": 512 * steps, "flops": 1e9 * steps, "seconds": seconds + 3, "environment": MACHINE}
-    facts |= {"parents": {"init_from": {"tokenizer": TOKENIZER}}, "data": {"held_out_text": "aa11", "read": {}}}
+    facts |= {"parents": {"init_from": {"tokenizer": TOKENIZER, "weights": None}}, "data": {"held_out_text": "aa11", "read": {}}}
     facts |= {"metrics": {"bpb": curve[max(curve)], "loss": 2 * level, "tok_per_s": 1000.0}}
     write_manifest(folder, facts | {"derived": {"params_total": 1_000_000, "depth": 4}} | extra)
     lines = ["step,bpb,seconds,loss" + (",tokens" if tokens else "")]

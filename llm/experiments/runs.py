@@ -5,7 +5,7 @@ Small files only, run.json and eval.json; no learning curves, and neither torch 
 
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from llm.run.stage_folder import list_runs, read_manifest
 FACTS = ("run", "stage", "status", "seed", "parent", "steps", "tokens", "flops", "seconds")  # first columns of a row
 ORIGIN = ("depth", "params", "started", "finished", "commit", "folder", "config")  # the last ones
 GROUP = ("seeds", "members")  # of a row that stands for several, see `table.grouped`
+TOKENIZER = "tokenizer"  # of a row: fingerprint of the tokenizer, where the stage starts from nothing else; or None
 EVALUATED = "evaluated"  # of a row: {score of eval.json: what it was measured on, as `200 items`; None = unknown}
 SEED = re.compile(r"\bseed=\d+")  # in the name of a run that a sweep has made
 MOST_NAMED = 6  # runs or keys that an error names
@@ -41,7 +42,7 @@ def stage_rows(
     A row has `FACTS` (flops: floating-point operations; parent: `run/stage`), every score by its name (`bpb`, `loss`,
     tasks as shares from 0 to 1) with its standard error as `<score>_stderr` where there is one, and `ORIGIN`: times as
     ISO 8601 in UTC, the folder of the stage, and the nested configuration under today's names of keys, {} where none
-    was saved. `EVALUATED` says which scores are those of eval.json. A fact that a stage lacks is None, a score that it
+    was saved. `EVALUATED` says which scores are those of eval.json, `TOKENIZER` what a pretraining starts from. A fact that a stage lacks is None, a score that it
     lacks is no key.
 
     wanted: takes (run, stage) and says whether to read this stage. problem: is called with a line for each file that
@@ -72,6 +73,8 @@ def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
         "parent": "/".join(Path(parent).parts[-3:-1]) if parent else None,
     }
     row |= {name: manifest.get(name) for name in FACTS[len(row) :]}
+    start = (manifest.get("parents") or {}).get("init_from") or {}
+    row[TOKENIZER] = None if start.get("weights") else start.get("tokenizer")
     scores: dict[str, Any] = {}
     try:
         scores = read_scores(folder)
@@ -117,7 +120,8 @@ def runs_named(root: str | Path, text: str, stages: Collection[str] = ()) -> lis
 
 def score_names(rows: Collection[Row]) -> list[str]:
     """Return the names of all scores in rows, without those of standard errors, in order of first appearance."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in (*FACTS, *ORIGIN, *GROUP, EVALUATED))
+    known = (*FACTS, *ORIGIN, *GROUP, TOKENIZER, EVALUATED)
+    names = dict.fromkeys(name for row in rows for name in row if name not in known)
     return [name for name in names if not name.endswith("_stderr")]
 
 
@@ -171,6 +175,19 @@ def settings(row: Row) -> dict[str, Any]:
             kept[key] = SEED.sub("seed=*", value) if key == "init_from" else "*" if key == "data.shuffle" else value
             kept[key] = "null" if value is None else kept[key]  # of `BEFORE_KEYS`; None stands for an absent key
     return kept
+
+
+def settings_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the `settings` of rows. Those that start from one tokenizer have one `init_from`.
+
+    So a second seed, which names the tokenizer of the first, differs from it in nothing.
+    """
+    each, names = [settings(row) for row in rows], {}
+    for row, kept in zip(rows, each, strict=True):
+        if row[TOKENIZER] is not None:
+            own = kept.get("init_from", SEED.sub("seed=*", row["parent"] or ""))
+            kept["init_from"] = names.setdefault(row[TOKENIZER], own)
+    return each
 
 
 @lru_cache(maxsize=1 << 16)

@@ -8,7 +8,7 @@ from typing import Any
 from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.curves import Curve, read_curve
-from llm.experiments.runs import MOST_NAMED, Row, runs_named, settings, stage_row_of, unlike
+from llm.experiments.runs import MOST_NAMED, Row, runs_named, settings_of, stage_row_of, unlike
 from llm.run.config_diff import NEUTRAL_KEYS, covers, flatten
 from llm.run.stage_folder import RunDir, read_manifest
 
@@ -60,9 +60,9 @@ def common_stage(root: str | Path, texts: Sequence[str]) -> str:
 
 
 def _check_one_configuration(text: str, rows: Sequence[Row]) -> None:
-    first = settings(rows[0])
-    for row in rows[1:]:
-        differing = changed(first, settings(row))
+    first, *others = settings_of(rows)
+    for row, other in zip(rows[1:], others, strict=True):
+        differing = changed(first, other)
         if differing:
             keys = ", ".join(list(differing)[:MOST_NAMED])
             raise UserError(
@@ -92,7 +92,7 @@ def differences(a: Side, b: Side) -> dict[str, tuple[Any, Any]]:
     """Return {key: (of A, of B)}: the commits and settings in which the sides differ, beside the seed."""
     commits = [sorted({(row["commit"] or "unknown")[:10] for row in side.rows}) for side in (a, b)]
     shown = tuple(", ".join(names) for names in commits)
-    return ({"commit": shown} if shown[0] != shown[1] else {}) | changed(settings(a.rows[0]), settings(b.rows[0]))
+    return ({"commit": shown} if shown[0] != shown[1] else {}) | changed(*settings_of([a.rows[0], b.rows[0]]))
 
 
 def incomparable(a: Side, b: Side, metric: str) -> list[str]:

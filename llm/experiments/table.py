@@ -30,7 +30,7 @@ from llm.experiments.runs import (
     runs_named,
     score_names,
     setting,
-    settings,
+    settings_of,
     stage_rows,
     unlike,
     way_of,
@@ -147,8 +147,8 @@ def grouped(rows: Sequence[Row]) -> list[Row]:
     So has every run without a saved configuration, as its seed is not known.
     """
     groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        what = json.dumps([row["stage"], row["status"], plain(settings(row))], sort_keys=True)
+    for row, kept in zip(rows, settings_of(rows), strict=True):
+        what = json.dumps([row["stage"], row["status"], plain(kept)], sort_keys=True)
         again = 0
         while any(other["seed"] == row["seed"] for other in groups.get((what, again), ())):
             again += 1
@@ -194,7 +194,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
     """Return the settings in which rows of one stage differ, those that take the most values first."""
     counts: dict[str, int] = {}
     for stage in dict.fromkeys(row["stage"] for row in rows):
-        each = [settings(row) for row in rows if row["stage"] == stage and row["config"]]
+        each = settings_of([row for row in rows if row["stage"] == stage and row["config"]])
         for key in dict.fromkeys(key for one in each for key in one):
             kinds = len({json.dumps(plain(one.get(key))) for one in each})
             if kinds > 1:

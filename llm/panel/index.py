@@ -13,14 +13,14 @@ from typing import Any
 
 from llm import __version__
 from llm.errors import UserError
-from llm.experiments.runs import score_names, settings, stage_row_of
+from llm.experiments.runs import TOKENIZER, score_names, settings, stage_row_of
 from llm.panel.columns import Columns
 from llm.run.cost import cost
 from llm.run.lock import holder, lock_path
 from llm.run.stage_folder import MANIFEST, RunDir, list_runs, read_manifest
 from llm.utils.files import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 FILES = (MANIFEST, "eval.json")  # whose change makes a row new
 BUSY = ("running",)
 LOCKS = Path("/proc/locks")
@@ -147,7 +147,8 @@ def _stamp(path: Path) -> list[int]:
 def _row(folder: Path, problem: Callable[[str], None]) -> Row:
     """Return the row of a stage folder. Raises UserError where its run.json cannot be read."""
     row = stage_row_of(folder, problem)
-    kind = json.dumps([row["stage"], settings(row)], sort_keys=True, default=str)
+    start = {} if row[TOKENIZER] is None else {"init_from": row[TOKENIZER]}  # by whatever name a second seed calls it
+    kind = json.dumps([row["stage"], settings(row) | start], sort_keys=True, default=str)
     manifest, names = read_manifest(folder) or {}, score_names([row])
     row["family"] = hashlib.sha256(kind.encode()).hexdigest()[:16]
     row["scores"] = {name: row[name] for name in names}

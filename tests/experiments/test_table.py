@@ -7,9 +7,10 @@ import processes
 import pytest
 from experiment_runs import add_run, add_sweep
 
+from llm.errors import UserError
 from llm.experiments import table
-from llm.experiments.runs import score_names, settings, stage_row_of, stage_rows
-from llm.experiments.sides import changed
+from llm.experiments.runs import score_names, settings, settings_of, stage_row_of, stage_rows
+from llm.experiments.sides import changed, load_side
 from llm.experiments.table import as_text, differing, filtered, grouped, ordered, read_rows
 from llm.run.stage_folder import RunDir, write_manifest
 from llm.utils.files import write_json
@@ -114,6 +115,27 @@ def test_what_is_executed_or_read_otherwise_makes_no_other_configuration(runs):
     assert settings(first) == settings(second) != settings(row)
     same["config"]["optim"]["matrix_lr"] = 0.0
     assert settings(same) != settings(row) and differing([row, same]) == ["optim.matrix_lr"]
+
+
+def test_a_second_seed_that_names_the_tokenizer_of_the_first_is_a_seed(tmp_path):
+    first = add_run(tmp_path, "a", 1, parent=str(tmp_path / "a/tokenizer/model"))
+    second = add_run(tmp_path, "b", 2, start="a/tokenizer")
+    other = {"parents": {"init_from": {"tokenizer": "71" * 32, "weights": None}}}
+    add_run(tmp_path, "c", 3, start="c/tokenizer", **other)
+    rows = read_rows(tmp_path)
+    assert [row["run"] for row in grouped(rows)] == ["a, b", "c"] and differing(rows) == ["init_from"]
+    assert [kept["init_from"] for kept in settings_of(rows)] == ["a/tokenizer", "a/tokenizer", "c/tokenizer"]
+    assert load_side(tmp_path, "a,b", "pretrain", "bpb").rows == [stage_row_of(first), stage_row_of(second)]
+    with pytest.raises(UserError, match="a and c differ in init_from"):
+        load_side(tmp_path, "a,c", "pretrain", "bpb")
+
+
+def test_models_that_start_from_other_weights_are_told_apart_by_their_names(tmp_path):
+    parents = [{"init_from": {"tokenizer": "70" * 32, "weights": digit * 64}} for digit in "12"]
+    add_run(tmp_path, "a", 1, parents=parents[0])
+    add_run(tmp_path, "b", 2, parents=parents[1])  # seeds of whole pipelines
+    add_run(tmp_path, "c", 3, parents=parents[1], start="b/pretrain")
+    assert [row["run"] for row in grouped(read_rows(tmp_path))] == ["a, b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def test_axes_follow_the_recorded_amounts(cache, tmp_path):
 
 def test_the_index_reads_a_stage_again_only_when_it_changed(tmp_path, cache, monkeypatch):
     root = tmp_path / "runs"
-    add_sweep(root, "base", (1, 2))
+    add_sweep(root, "base", (1,))
+    add_run(root, "base-seed=2", 2, start="base-seed=1/tokenizer")
     add_run(root, "other", lr=0.5)
     index = Index(root, tmp_path / "cache", cache)
     rows = index.rows()
