@@ -40,7 +40,10 @@ def add_run(
     cells = {step: repr(number) for step, number in curve.items()} | (spoil or {})
     facts = {"stage": "pretrain", "status": status, "config": config, "commit": "c0ffee" * 6, "steps": steps}
     facts |= {"tokens": 512 * steps, "flops": 1e9 * steps, "seconds": seconds + 3, "environment": MACHINE}
-    facts |= {"parents": {"init_from": {"tokenizer": TOKENIZER, "weights": None}}, "data": {"held_out_text": "aa11", "read": {}}}
+    facts |= {
+        "parents": {"init_from": {"tokenizer": TOKENIZER, "weights": None}},
+        "data": {"held_out_text": "aa11", "read": {}},
+    }
     facts |= {"metrics": {"bpb": curve[max(curve)], "loss": 2 * level, "tok_per_s": 1000.0}}
     write_manifest(folder, facts | {"derived": {"params_total": 1_000_000, "depth": 4}} | extra)
     lines = ["step,bpb,seconds,loss" + (",tokens" if tokens else "")]

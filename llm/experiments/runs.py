@@ -42,8 +42,8 @@ def stage_rows(
     A row has `FACTS` (flops: floating-point operations; parent: `run/stage`), every score by its name (`bpb`, `loss`,
     tasks as shares from 0 to 1) with its standard error as `<score>_stderr` where there is one, and `ORIGIN`: times as
     ISO 8601 in UTC, the folder of the stage, and the nested configuration under today's names of keys, {} where none
-    was saved. `EVALUATED` says which scores are those of eval.json, `TOKENIZER` what a pretraining starts from. A fact that a stage lacks is None, a score that it
-    lacks is no key.
+    was saved. `EVALUATED` says which scores are those of eval.json, `TOKENIZER` what a pretraining starts from. A fact
+    that a stage lacks is None, a score that it lacks is no key.
 
     wanted: takes (run, stage) and says whether to read this stage. problem: is called with a line for each file that
     cannot be read; a stage without a readable run.json has no row.
@@ -178,15 +178,17 @@ def settings(row: Row) -> dict[str, Any]:
 
 
 def settings_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the `settings` of rows. Those that start from one tokenizer have one `init_from`.
+    """Return the `settings` of rows. Those that start from a tokenizer which one of them names have one `init_from`.
 
     So a second seed, which names the tokenizer of the first, differs from it in nothing.
     """
     each, names = [settings(row) for row in rows], {}
     for row, kept in zip(rows, each, strict=True):
-        if row[TOKENIZER] is not None:
-            own = kept.get("init_from", SEED.sub("seed=*", row["parent"] or ""))
-            kept["init_from"] = names.setdefault(row[TOKENIZER], own)
+        if row[TOKENIZER] and "init_from" in kept:
+            names.setdefault(row[TOKENIZER], kept["init_from"])
+    for row, kept in zip(rows, each, strict=True):
+        if row[TOKENIZER] in names:
+            kept["init_from"] = names[row[TOKENIZER]]
     return each
 
 

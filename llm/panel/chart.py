@@ -108,7 +108,7 @@ def _grid(x_low: float, x_high: float, y_low: float, y_high: float, place) -> li
     for tick in ticks(x_low, x_high, 6):
         x = float(place(np.array(tick), np.array(y_low))[0])
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        anchor = "end" if x > WIDTH - 2 * RIGHT else "middle"  # on a phone letters are large: half a number would be cut
+        anchor = "end" if x > WIDTH - 2 * RIGHT else "middle"  # nothing is cut on a phone
         place_of = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}"'
         parts.append(f'<text class="tick" {place_of}>{number(tick)}</text>')
     return parts
