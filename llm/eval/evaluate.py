@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -139,11 +140,16 @@ def merge_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def combined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return scores with newer ones in their places, ChatCORE over all tasks; those of other data by its name."""
+    """Return scores with newer ones in their places, ChatCORE and CORE over all tasks; those of other data by its name.
+
+    CORE only where it was measured before: some tasks alone make none.
+    """
     by_name = {key: {**(old.get(key) or {}), **(new.get(key) or {})} for key in BY_NAME}
     merged = old | new | {key: part for key, part in by_name.items() if part}
     if (overall := chat_core(by_name["chat"])) is not None:
         merged["chatcore"] = overall
+    if "core" in old and "core" not in new and new.get("core_tasks"):  # some of its tasks, or not yet all
+        merged["core"] = fmean(task["centered"] for task in by_name["core_tasks"].values())
     others = dict(old.get("other_data") or {})
     for title, part in (new.get("other_data") or {}).items():
         others[title] = combined(others.get(title, {}), part)

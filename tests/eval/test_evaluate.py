@@ -369,6 +369,15 @@ def test_sections_measured_earlier_stay(tmp_path):
     }
 
 
+def test_core_is_the_mean_of_the_tasks_that_stand_beside_it(tmp_path):
+    path = tmp_path / "eval.json"
+    some = {"core_tasks": {"a": {"centered": 0.5}}}
+    assert "core" not in merge_scores(path, some)  # of all tasks it was never measured
+    merge_scores(path, {"core": 0.25, "core_tasks": {"a": {"centered": 0.5}, "b": {"centered": 0.0}}})
+    assert merge_scores(path, {"core_tasks": {"b": {"centered": 0.3}}})["core"] == pytest.approx(0.4)
+    assert merge_scores(path, {"bpb": 1.5})["core"] == pytest.approx(0.4)
+
+
 def test_user_errors(runs):
     for more, pattern in (
         ({"stage": "midtrain"}, "stage=midtrain of run=demo is missing"),
