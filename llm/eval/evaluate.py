@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -149,7 +148,8 @@ def combined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if (overall := chat_core(by_name["chat"])) is not None:
         merged["chatcore"] = overall
     if "core" in old and "core" not in new and new.get("core_tasks"):  # some of its tasks, or not yet all
-        merged["core"] = fmean(task["centered"] for task in by_name["core_tasks"].values())
+        centered = [task["centered"] for task in by_name["core_tasks"].values()]
+        merged["core"] = torch.tensor(centered, dtype=torch.float64).mean().item()  # as the metric computes it
     others = dict(old.get("other_data") or {})
     for title, part in (new.get("other_data") or {}).items():
         others[title] = combined(others.get(title, {}), part)

@@ -73,8 +73,6 @@ def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
         "parent": "/".join(Path(parent).parts[-3:-1]) if parent else None,
     }
     row |= {name: manifest.get(name) for name in FACTS[len(row) :]}
-    start = (manifest.get("parents") or {}).get("init_from") or {}
-    row[TOKENIZER] = None if start.get("weights") else start.get("tokenizer")
     scores: dict[str, Any] = {}
     try:
         scores = read_scores(folder)
@@ -87,6 +85,8 @@ def stage_row_of(folder: Path, problem: Callable[[str], None] = warn) -> Row:
     counts = {name: f"{one['tokens']} tokens" for name, one in scores.get("scored", {}).items() if "tokens" in one}
     counts |= {task: f"{one['n']} items" for task, one in scores.get("chat", {}).items() if one.get("n") is not None}
     row[EVALUATED] = {name: counts.get(name) for name in evaluated_metrics({"eval": scores})}
+    start = (manifest.get("parents") or {}).get("init_from") or {}
+    row[TOKENIZER] = None if start.get("weights") else start.get("tokenizer")
     depth = derived.get("depth", (config.get("model") or {}).get("depth"))
     times = (manifest.get(name) for name in ("started", "finished", "commit"))
     return row | dict(zip(ORIGIN, (depth, derived.get("params_total"), *times, str(folder), config), strict=True))
