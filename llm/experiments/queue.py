@@ -27,7 +27,7 @@ from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.queue_store import OPEN, SCRIPTS, Job, NewJob, Queue
 from llm.experiments.worker import METRIC, log_of, waiting, work
-from llm.run.stage_folder import RunDir, stage_before
+from llm.run.stage_folder import RunDir, further_names, stage_before
 from llm.utils.format import print_table, value
 
 
@@ -81,9 +81,9 @@ def jobs_of(
 ) -> list[NewJob]:
     """Check settings like the command line of the script, one of `SCRIPTS`, and return a job for every combination.
 
-    A job needs the job that writes the stage it starts from, scores or exports: an earlier one of these, or one of
-    `queued`, the stage folders that open jobs write and their numbers. Where a run is to be scored and no stage of it
-    is named, these are all that write one. options: further fields of `NewJob`. Imports the plugins that are named.
+    A job needs the jobs that write what it starts from, reads beside it (as a teacher), scores or exports: earlier ones
+    of these, or of `queued`, the stage folders that open jobs write and their numbers. Where a run is named and no
+    stage of it, these are all that write one. options: further fields of `NewJob`. Imports the plugins that are named.
     Raises UserError for a setting that the script would refuse, and for a sweep without multirun.
     """
     load_plugins(plugins_in(words))  # the settings are composed here, so what they register is needed
@@ -100,14 +100,15 @@ def jobs_of(
         settings = [*places, *single, *chosen] if command.sweeps else list(words)
         root, folder, read = Path(cfg.paths.runs).resolve(), None, {}
         if script != "train":
-            run = root / (cfg.run or "")
-            parents = [str(run / cfg.stage)] if cfg.stage else [name for name in writes if Path(name).parent == run]
+            parents = {root / (cfg.run or "") / (cfg.stage or "")}
         else:
+            row = row_or_stranger(cfg.stage.name)
             parent, settings = _placed(cfg, settings, chosen, root, writes)
-            parents = [parent]
-            folder = str(root / cfg.run / cfg.stage.name) if row_or_stranger(cfg.stage.name).in_run else None
+            parents = {parent, *(root / name for name in further_names(cfg, row).values())}
+            folder = str(root / cfg.run / row.name) if row.in_run else None
             read = {"metric": cfg.objective, "mode": cfg.objective_mode}
-        needs = (*options.get("needs", ()), *(writes[parent] for parent in parents if parent in writes))
+        made = (job for stage, job in writes.items() if {Path(stage), Path(stage).parent} & parents)
+        needs = (*options.get("needs", ()), *made)
         jobs.append(NewJob(settings, script, os.getcwd(), folder, **(read | options | {"needs": needs})))
         if folder:
             writes[folder] = -len(jobs)
@@ -116,7 +117,7 @@ def jobs_of(
 
 def _placed(
     cfg: Any, settings: list[str], chosen: Sequence[str], root: Path, writes: Mapping[str, int]
-) -> tuple[str | None, list[str]]:
+) -> tuple[Path | None, list[str]]:
     """Name the run and the parent of a job, as a sweep of train.py does for its values `chosen`; changes `cfg`.
 
     A run of a sweep that lacks the stage before shares that of the sweep's own name, if that is finished or one of
@@ -134,9 +135,9 @@ def _placed(
         settings = [word for word in settings if word.split("=")[0] not in named]
         settings += [f"{key}={quoted(value)}" for key, value in named.items()]
     if cfg.init_from is None:
-        return None if before is None else str(own.path / before), settings
+        return None if before is None else own.path / before, settings
     run, _, stage = str(cfg.init_from).partition("/")
-    return str(root / run / (stage or before or "")), settings
+    return root / run / (stage or before or ""), settings
 
 
 def _add(queue: Queue, args: argparse.Namespace) -> int:

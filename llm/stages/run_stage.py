@@ -27,7 +27,7 @@ from llm.run.cost import cost
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
-from llm.run.stage_folder import RunDir
+from llm.run.stage_folder import RunDir, further_names
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
@@ -38,7 +38,6 @@ from llm.stages.parents import (
     check_same_origin,
     differing,
     find_parents,
-    further_names,
     holds_work,
 )
 from llm.stages.shape import parent_of, take_shape

@@ -354,6 +354,17 @@ def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsy
     assert not sft.needs, "sft of this experiment starts from midtrain, which no job makes"
 
 
+def test_a_job_waits_for_the_queued_jobs_that_make_its_other_models(tmp_path):
+    words = ["experiment=tiny", f"paths.runs={tmp_path}/runs"]
+    assert run(tmp_path, "add", "-m", "stage=pretrain", "run=a,b,c", "init_from=old/tokenizer", *words) == 0
+    taught = ["stage=pretrain", "run=d", "init_from=old/tokenizer", "stage.teachers=[a,b/pretrain]", *words]
+    assert run(tmp_path, "add", *taught) == 0
+    copied = ["stage=distill", "run=e", "init_from=a/pretrain", f"stage.teacher={tmp_path}/runs/c/pretrain", *words]
+    assert run(tmp_path, "add", *copied) == 0
+    a, b, c, two, one = Queue(tmp_path / "q.sqlite").jobs()
+    assert two.needs == (a.id, b.id) and one.needs == (a.id, c.id)
+
+
 @pytest.mark.parametrize(
     ("words", "of_jobs"),
     [
