@@ -14,7 +14,7 @@ from llm.serving.interrupts import CtrlC
 from llm.utils.source import pip_install
 
 PANEL = "llm.panel.serve"  # on a floor above: named, not imported
-SERVER_PACKAGES = ("gradio", "fastapi", "starlette", "uvicorn", "prometheus_client")
+SERVER_PACKAGES = ("gradio", "fastapi", "starlette", "uvicorn", "httptools", "prometheus_client")
 
 
 def serve(cfg: Any) -> None:

@@ -1,8 +1,10 @@
 """The API around the model: queue, limits, key, timeouts, cancels, drain, log and metrics, with scripted workers."""
 
 import asyncio
+import gc
 import json
 import logging
+import signal
 import threading
 
 import httpx
@@ -14,7 +16,9 @@ from scripted_pool import BODY, scripted, served  # noqa: E402
 
 from llm.serving.api.chat import ChatAnswer  # noqa: E402
 from llm.serving.api.completions import _mean_logprob  # noqa: E402
+from llm.serving.api.server import MAX_HEAD, run  # noqa: E402
 from llm.serving.errors import unavailable  # noqa: E402
+from llm.serving.http import listen  # noqa: E402
 from llm.serving.pool import SLACK, Event  # noqa: E402
 
 
@@ -315,3 +319,49 @@ def test_the_end_of_a_stream_is_one_write():
     assert start["status"] == 200 and [message["more_body"] for message in bodies] == [False]
     *chunks, usage, done = bodies[0]["body"].decode().split("\n\n")[:-1]
     assert len(chunks) == 1 and '"usage":{"prompt_tokens":' in usage and done == "data: [DONE]"
+
+
+HOST = b" HTTP/1.1\r\nHost: 127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("begin", "more", "end"),
+    [
+        (b"GET /health" + HOST + b"\r\nX-Long: ", b"x", b""),
+        (b"GET /health?", b"x", HOST),
+        (b"GET /health" + HOST, b"\r\nX-Many: x", b""),
+        (b"GET /health" + HOST + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ", b"x", b""),
+    ],
+    ids=["one header", "address", "many headers", "trailer"],
+)
+def test_a_request_without_end_is_refused_before_it_fills_memory(begin, more, end):
+    end += b"\r\n\r\n"
+    short = begin + more * ((MAX_HEAD - len(begin + end)) // len(more)) + end
+    endless = (begin + more * MAX_HEAD)[: MAX_HEAD + 1]
+
+    async def answers():
+        started = asyncio.Event()
+        with listen("127.0.0.1", 0) as bound:
+            server = asyncio.create_task(run(served(scripted([])), [], bound, 0, started.set))
+            await started.wait()
+            try:
+                port = bound.getsockname()[1]
+                return await _answer(port, short, first_line=True), await _answer(port, endless, first_line=False)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                await server
+                gc.unfreeze()
+
+    taken, refused = asyncio.run(answers())
+    assert taken == b"HTTP/1.1 200 OK\r\n"
+    assert b"HTTP/1.1 400 " in refused and f"{MAX_HEAD:,} bytes".encode() in refused
+
+
+async def _answer(port: int, data: bytes, first_line: bool) -> bytes:
+    """Send `data` and return the first line that the server says, or all until it hangs up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        return await asyncio.wait_for(reader.readuntil(b"\r\n") if first_line else reader.read(), 60)
+    finally:
+        writer.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from llm.errors import UserError
 from llm.serving import errors
@@ -28,6 +29,7 @@ ROUTERS = (chat.router, completions.router, responses.router, nanochat.router, s
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection: else one would ask just as it is closed
 RETURN_SECONDS = 10.0  # between two times that memory is given back
 END_SECONDS = 2  # for what is still being sent when the server ends
+MAX_HEAD = 1 << 16  # bytes of a request before its body: the address and the headers
 
 
 def build_app(service: Service, key: str | None = None, origins: Iterable[str] = (), log: str = "none") -> FastAPI:
@@ -102,11 +104,34 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
+class _Protocol(HttpToolsProtocol):
+    """Connection that ends where a request has more than `MAX_HEAD` bytes before, between or behind its body.
+
+    httptools keeps headers in memory without a limit.
+    """
+
+    unread = 0  # bytes since the last ones of a body, or the end of the last request
+
+    def data_received(self, data: bytes) -> None:
+        self.unread += len(data)
+        super().data_received(data)  # calls the two below
+        if self.unread > MAX_HEAD and not self.transport.is_closing():
+            self.send_400_response(f"the address and headers of a request may have {MAX_HEAD:,} bytes")
+
+    def on_body(self, body: bytes) -> None:
+        self.unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.unread = 0
+        super().on_message_complete()
+
+
 async def run(
     app: FastAPI, pools: list[Pool], bound: socket.socket, drain_seconds: float, on_start: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM (after the answers under way) or Ctrl-C (at once); call `on_start` once it answers."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, ws="none")
+    config = uvicorn.Config(app, http=_Protocol, log_config=None, access_log=False, server_header=False, ws="none")
     config.timeout_graceful_shutdown, config.timeout_keep_alive = END_SECONDS, KEEP_ALIVE_SECONDS
     server, loop, draining = _Server(config, on_start), asyncio.get_running_loop(), set()
     tidying = loop.create_task(_return_memory())
