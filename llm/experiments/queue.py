@@ -27,7 +27,8 @@ from llm.config.stages import row_or_stranger
 from llm.errors import UserError
 from llm.experiments.queue_store import OPEN, SCRIPTS, Job, NewJob, Queue
 from llm.experiments.worker import METRIC, log_of, waiting, work
-from llm.run.stage_folder import RunDir, further_names, stage_before
+from llm.run.further import further_names
+from llm.run.stage_folder import RunDir, stage_before
 from llm.utils.format import print_table, value
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-
 from llm.config.plugins import load_plugins
 from llm.config.renamed import renamed_manifest
 from llm.config.stages import Stage, row_or_stranger, stage_names, stage_row
@@ -312,30 +310,6 @@ def find_parent(
     if parent.resolve() == (here.path / row.name / "model").resolve():
         raise UserError(f"init_from={init_from} is the result of this stage itself: give the new one a run=<name>")
     return parent
-
-
-def further_names(cfg: Any, row: Stage) -> dict[str, str]:
-    """Return what the keys of `Stage.other_parents` that are set name: a run, run/stage or folder, by the key.
-
-    Each item of a list has a key of its own, such as stage.teachers.0.
-    Raises UserError for a value that is no text.
-    """
-    found = {key: value for key in row.other_parents if (value := _selected(cfg, key)) is not None}
-    for key in [key for key, value in found.items() if isinstance(value, ListConfig)]:
-        found |= {f"{key}.{i}": value for i, value in enumerate(found.pop(key))}
-    for key, value in found.items():
-        if not isinstance(value, str) or not value.strip("/ "):
-            raise UserError(f"{key}={str(value)[:80]}: name a model, <run>/<stage> or a folder")
-    return found
-
-
-def _selected(cfg: Any, key: str) -> object:
-    """Return the value at a key, None where the keys above it hold no mapping: those are checked elsewhere."""
-    *above, last = key.split(".")
-    node = OmegaConf.select(cfg, above[0])
-    for name in above[1:]:
-        node = node.get(name) if isinstance(node, DictConfig) else None
-    return node.get(last) if isinstance(node, DictConfig) else None
 
 
 def find_further(runs_root: str | Path, run: str, stage: str, key: str, value: str) -> Path:

@@ -11,8 +11,9 @@ from llm.errors import UserError
 from llm.parallel.env import launched_rank
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
 from llm.run.content import other_part
+from llm.run.further import further_names
 from llm.run.notes import code_note, say
-from llm.run.stage_folder import MANIFEST, RunDir, find_further, further_names
+from llm.run.stage_folder import MANIFEST, RunDir, find_further
 from llm.stages.job import Job, identity
 from llm.stages.lengthen import HORIZONS
 from llm.stages.shape import parent_of

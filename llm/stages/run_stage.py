@@ -24,10 +24,11 @@ from llm.parallel.launch import launch, processes, processes_here
 from llm.parallel.process_group import join
 from llm.run.config_diff import describe_differences, neutral_keys, rules_before
 from llm.run.cost import cost
+from llm.run.further import further_names
 from llm.run.lock import one_writer
 from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
-from llm.run.stage_folder import RunDir, further_names
+from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
 from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens

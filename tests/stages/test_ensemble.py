@@ -18,7 +18,8 @@ from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.model import soft_targets
 from llm.model.gpt import GPT
-from llm.run.stage_folder import further_names, write_manifest
+from llm.run.further import further_names
+from llm.run.stage_folder import write_manifest
 from llm.scaling.rules import model_config
 from llm.stages.ensemble import EnsembleObjective
 from llm.stages.plan import check_teachers
