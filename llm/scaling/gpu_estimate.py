@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from llm.errors import UserError
-from llm.model.config import GPTConfig, num_params
+from llm.model.config import GPTConfig
 
 
 class GPU(NamedTuple):
@@ -50,15 +50,17 @@ def estimate(
     gpu: str,
     devices: int,
     mfu: float,
+    kept: float,
     activation_checkpointing: bool = False,
 ) -> dict[str, float | str]:
     """Estimate a run of `flops` on `devices` GPUs at a share `mfu` of the bf16 peak.
 
-    rows: sequences in a micro-batch. Returns peak memory of one device in GiB, whether it fits, hours and dollars.
+    rows: sequences in a micro-batch. kept: as of `memory_bytes`. Returns peak memory of one device in GiB, whether it
+    fits, hours and dollars.
     """
     card = named_gpu(gpu)
     hours = flops / (card.flops * devices * mfu) / 3600
-    memory = memory_bytes(config, rows, activation_checkpointing) / 2**30
+    memory = memory_bytes(config, rows, kept, activation_checkpointing) / 2**30
     return {
         "estimate_gpu": f"{devices} x {gpu} at {mfu:.0%} of {card.flops / 1e12:.0f} TFLOP/s",
         "estimate_memory_gib": memory,
@@ -70,16 +72,16 @@ def estimate(
     }
 
 
-def memory_bytes(config: GPTConfig, rows: int, activation_checkpointing: bool = False) -> float:
-    """Estimate the peak bytes on one device: fp32 weights, gradients and optimizer state, bf16 activations, loss head.
+def memory_bytes(config: GPTConfig, rows: int, kept: float, activation_checkpointing: bool = False) -> float:
+    """Estimate the peak bytes on one device: what it keeps from step to step, bf16 activations, loss head.
+
+    kept: bytes of weights, gradients and optimizer state.
 
     Activations kept per token and layer, in units of n_embd values: normed inputs 2, q k v 3, rotated and normed q k 4,
     attention output 1, MLP 4 + 4 (before and after the square), residual stream 2; value embeddings 2 in every other
     layer. With activation checkpointing 2 per layer, and one whole layer at a time.
     """
-    n = num_params(config)
-    state = 4 * n["total"] * 2 + 4 * n["blocks"] + 8 * (n["total"] - n["blocks"])
     layer = 20 + config.value_embeds
     values = 2 * config.n_layer + layer if activation_checkpointing else config.n_layer * layer
     per_token = values * config.n_embd * 2
-    return state + rows * config.seq_len * per_token + CHUNK_BYTES
+    return kept + rows * config.seq_len * per_token + CHUNK_BYTES

@@ -25,7 +25,7 @@ from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.gpu_estimate import estimate
 from llm.scaling.rules import micro_batches
 from llm.stages.device import DeviceOptions
-from llm.stages.micro_batch import resolve_rows
+from llm.stages.micro_batch import kept_bytes, resolve_rows
 from llm.stages.plan import check_fresh, check_step, check_vocab_size, lr_scale, shape_from
 from llm.stages.step_module import StageContext, StepData, StepModule
 from llm.stages.warm_start import parent_optimizer
@@ -266,16 +266,17 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
     )
 
 
-def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
+def model_facts(net: GPT, cfg, total_steps: int, tokens_per_step: int, micro_per_step: int) -> dict:
     """Return the derived numbers that every model stage prints and saves, with dry_run also what it needs on a GPU.
 
     FLOPs are of the training passes only. tokens_per_param counts parameters as `stage.tokens_per_param` does.
     """
+    net_config = net.config
     n, scaling = num_params(net_config), scaling_params(net_config)
     counted = n["total"] if cfg.stage.get("count_params") == "all" else scaling
     per_token = flops_per_token(net_config)
     tokens = batch_schedule(cfg, tokens_per_step).total(total_steps)
-    on_gpu = gpu_estimate(net_config, cfg, float(tokens * per_token)) if cfg.dry_run else {}
+    on_gpu = gpu_estimate(net, cfg, float(tokens * per_token)) if cfg.dry_run else {}
     return {
         "depth": net_config.n_layer,
         "n_embd": net_config.n_embd,
@@ -297,11 +298,12 @@ def model_facts(net_config: GPTConfig, cfg, total_steps: int, tokens_per_step: i
     }
 
 
-def gpu_estimate(net_config: GPTConfig, cfg, flops: float) -> dict:
+def gpu_estimate(net: GPT, cfg, flops: float) -> dict:
     """Estimate memory, time and cost on the GPU of `estimate`."""
     e = cfg.estimate
     again, size = cfg.trainer.activation_checkpointing, {"flops": flops, "rows": cfg.batch.micro_batch_size}
-    return estimate(net_config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, activation_checkpointing=again)
+    more = {"activation_checkpointing": again, "kept": kept_bytes(net, cfg)}
+    return estimate(net.config, **size, gpu=e.gpu, devices=e.devices, mfu=e.mfu, **more)
 
 
 def learning_rates(net: GPT, cfg, lr_scale: float, decay_scale: float, fixed_lr_scale: float | None = None) -> dict:

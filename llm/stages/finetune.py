@@ -69,7 +69,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         optimizer_state=optimizer_state(cfg, parent, net),
         **scales,
     )
-    derived = model_facts(net.config, cfg, total, tokens, layout.micro_per_step)
+    derived = model_facts(net, cfg, total, tokens, layout.micro_per_step)
     derived |= {"conversations": len(train), "epochs": epochs} | learning_rates(net, cfg, **scales)
     module = StepModule(net, cfg.optim, stage, context)
     data = StepData(lambda position: loader(train, layout, position))

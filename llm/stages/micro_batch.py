@@ -7,7 +7,9 @@ import torch
 
 from llm.errors import UserError, memory_detail
 from llm.model.config import GPTConfig, num_params
-from llm.model.gpt import build_network
+from llm.model.gpt import GPT, build_network
+from llm.optim.build import build_optimizer
+from llm.optim.optimizer import first_states
 from llm.parallel.launch import processes_of_node
 from llm.scaling.gpu_estimate import memory_bytes
 from llm.utils.environment import memory_gb
@@ -36,8 +38,10 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
         again = cfg.trainer.activation_checkpointing
         free /= processes_of_node(cfg)  # which all choose at the same time
-        rows = largest_by_arithmetic(choices, config, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
-        what = f"about {memory_bytes(config, rows, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
+        with torch.device("meta"):
+            kept = kept_bytes(build_network(config), cfg)
+        rows = largest_by_arithmetic(choices, config, kept, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
+        what = f"about {memory_bytes(config, rows, kept, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
     print(f"batch.micro_batch_size=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
     return min(collectives.all_gather_object(rows))
 
@@ -87,12 +91,33 @@ def training_device(cfg) -> torch.device:
     return torch.device("cpu")
 
 
+def kept_bytes(net: GPT, cfg) -> int:
+    """Return the bytes of what a device keeps from step to step: weights, gradients, optimizer state, an average.
+
+    All are counted as if no other device shared them.
+    """
+    weights = sum(p.nbytes for p in net.parameters())
+    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    states = first_states(build_optimizer(net, cfg.optim).param_groups)
+    average = weights if cfg.stage.get("average_steps") else 0
+    return weights + trained + average + sum(value.nbytes for state in states for value in state.values())
+
+
 def largest_by_arithmetic(
-    choices, config: GPTConfig, budget: float, activation_checkpointing: bool, max_tokens: float = float("inf")
+    choices,
+    config: GPTConfig,
+    kept: float,
+    budget: float,
+    activation_checkpointing: bool,
+    max_tokens: float = float("inf"),
 ) -> int:
-    """Return the first of the falling `choices` estimated to need at most `budget` bytes; the smallest if none is."""
+    """Return the first of the falling `choices` estimated to need at most `budget` bytes; the smallest if none is.
+
+    kept: as of `memory_bytes`.
+    """
     for rows in choices:
-        if rows * config.seq_len <= max_tokens and memory_bytes(config, rows, activation_checkpointing) <= budget:
+        needed = memory_bytes(config, rows, kept, activation_checkpointing)
+        if rows * config.seq_len <= max_tokens and needed <= budget:
             return rows
     return choices[-1]
 
@@ -129,9 +154,10 @@ def one_pass(cfg, config: GPTConfig, rows: int, device: torch.device) -> None:
         net = build_network(config).init_weights(0).to(device)
         net.compute_dtype = resolve_compute_dtype(cfg.precision.compute, device)
         net.activation_checkpointing = cfg.trainer.activation_checkpointing
-        state = [torch.zeros_like(p) for p in net.parameters() for _ in range(2)]
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
+        held = 2 * sum(p.nbytes for p in net.parameters())
+        state = torch.zeros(kept_bytes(net, cfg) - held, dtype=torch.uint8, device=device)
         ids = torch.zeros(rows, config.seq_len, dtype=torch.long, device=device)
         net(ids, ids, reduction="sum").backward()
         del net, state

@@ -125,7 +125,7 @@ def build_stage(
     chat = {} if chat_tasks is None else drift_context(cfg, tokenizer, chat_tasks)
     context = step_context(cfg, tokenizer, total, **chat, **scales)
     micro = math.ceil(2 * per_step / (cfg.batch.micro_batch_size * processes(cfg)))
-    derived = model_facts(net.config, cfg, total, 2 * per_step * rows.usable.median, micro)
+    derived = model_facts(net, cfg, total, 2 * per_step * rows.usable.median, micro)
     derived |= {"preferences": len(rows.usable), "preferences_held_out": len(rows.usable_held_out)}
     derived |= {"prompts_cut": rows.usable.cut, "rows_dropped": rows.usable.dropped}
     derived |= {"epochs": total * per_step / len(rows.usable)} | learning_rates(net, cfg, **scales)

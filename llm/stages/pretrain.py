@@ -36,7 +36,7 @@ from llm.stages.common import (
     steps_layout,
 )
 from llm.stages.ensemble import ensemble_objective
-from llm.stages.micro_batch import SHARE, divisors, largest_by_arithmetic
+from llm.stages.micro_batch import SHARE, divisors, kept_bytes, largest_by_arithmetic
 from llm.stages.plan import Plan, check_planned, evaluates, held_out_tokens, holds_weights, plan
 from llm.stages.ramps import check_windows
 from llm.stages.step_module import StepData, StepModule
@@ -154,9 +154,9 @@ def read_text(cfg, tokenizer: Tokenizer | None, is_dry: bool) -> DocumentSource:
 
 def derived(cfg, planned: Plan, net: GPT) -> dict:
     """Return the numbers that are printed and saved."""
-    config, batch, total, scales = planned
+    _, batch, total, scales = planned
     micro = micro_batches(batch.tokens, cfg.batch.micro_batch_size, cfg.model.seq_len, processes(cfg))
-    return model_facts(config, cfg, total, batch.tokens, micro) | learning_rates(net, cfg, **scales)
+    return model_facts(net, cfg, total, batch.tokens, micro) | learning_rates(net, cfg, **scales)
 
 
 def derived_without_tokenizer(cfg) -> dict:
@@ -166,10 +166,13 @@ def derived_without_tokenizer(cfg) -> dict:
     """
     planned = plan(cfg, cfg.model.vocab_size)
     check_planned(cfg, planned.batch.tokens)
+    with torch.device("meta"):
+        net = build_network(planned.config)
     if cfg.batch.micro_batch_size == "auto":
         choices = divisors(planned.batch.tokens // planned.batch.parts // cfg.model.seq_len)
         budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
-        cfg.batch.micro_batch_size = largest_by_arithmetic(choices, planned.config, budget, again)
+        rows = largest_by_arithmetic(choices, planned.config, kept_bytes(net, cfg), budget, again)
+        cfg.batch.micro_batch_size = rows
     facts = {}
     if cfg.data.name == "local" and not is_remote(cfg.data):
         source, guess = read_text(cfg, None, is_dry=True), GuessedTokens()
@@ -177,6 +180,4 @@ def derived_without_tokenizer(cfg) -> dict:
         fitted = plan_text(cfg, source, guess, planned.steps, planned.batch, in_tables, sample)
         planned = planned._replace(steps=fitted.steps)
         facts = fitted.facts() | {"bytes_per_token": BYTES_PER_TOKEN}
-    with torch.device("meta"):
-        net = build_network(planned.config)
     return derived(cfg, planned, net) | facts

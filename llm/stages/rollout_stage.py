@@ -125,7 +125,7 @@ def build_stage(
     more = drift_context(cfg, tokenizer, task.eval_tasks) | {"prompts": questions(task.test)} | scales
     context = step_context(cfg, tokenizer, total, **more)
     tokens_per_step = answers * cfg.model.seq_len  # at most
-    derived = model_facts(net.config, cfg, total, tokens_per_step, -(-answers // (rows * world)))
+    derived = model_facts(net, cfg, total, tokens_per_step, -(-answers // (rows * world)))
     derived |= learning_rates(net, cfg, **scales) | {"questions": len(task.train), "samples_per_step": answers}
     derived["rollouts"] = -(-total // stage.updates_per_rollout)
     task.score.attach(cfg, net, tokenizer)

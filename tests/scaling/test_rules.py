@@ -11,6 +11,9 @@ from conftest import compose
 
 from llm.errors import UserError
 from llm.model.config import flops_per_token, num_params, scaling_params
+from llm.model.gpt import GPT
+from llm.model.lora import LoRA, add_adapter
+from llm.optim.build import build_optimizer
 from llm.optim.schedules import decay_multiplier, lr_multiplier, muon_momentum, warmdown_progress
 from llm.scaling.gpu_estimate import estimate, memory_bytes, peak_of
 from llm.scaling.rules import (
@@ -25,7 +28,7 @@ from llm.scaling.rules import (
     pretrain_steps,
     training_tokens,
 )
-from llm.stages.micro_batch import largest_trial, resolve_rows
+from llm.stages.micro_batch import kept_bytes, largest_trial, resolve_rows
 from llm.stages.plan import check_same_model, shape_from
 from llm.stages.pretrain import derived_without_tokenizer, plan
 
@@ -190,13 +193,54 @@ def test_micro_batches():
 
 def test_estimates():
     config = shape(20)
-    values = estimate(config, flops=3.91767e19, rows=32, gpu="h100", devices=8, mfu=0.475)
+    values = estimate(config, flops=3.91767e19, rows=32, gpu="h100", devices=8, mfu=0.475, kept=0)
     assert values["estimate_hours"] == pytest.approx(2.9, abs=0.1)  # 21,400 steps of 487 ms
     assert values["estimate_dollars"] == pytest.approx(values["estimate_hours"] * 24)
-    more = memory_bytes(config, 32) - memory_bytes(config, 16)
+    more = memory_bytes(config, 32, 10**9) - memory_bytes(config, 16, 10**9)
     assert more == 16 * 2048 * 20 * 20 * 1280 * 2  # rows x positions x layers x values x width x bytes
     with pytest.raises(UserError, match="estimate.gpu=tpu"):
-        estimate(config, flops=1, rows=1, gpu="tpu", devices=1, mfu=0.5)
+        estimate(config, flops=1, rows=1, gpu="tpu", devices=1, mfu=0.5, kept=0)
+
+
+KEPT = {
+    "muon_adamw": (),
+    "adamw": ("optim=adamw",),
+    "soap": ("optim.soap_beta=0.9", "optim.slow_momentum=0.98"),
+    "dion": ("optim.dion_rank=0.25",),
+    "tables": ("arch.ngrams=[2]",),
+    "adapter": (),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_device_keeps_is_what_a_step_leaves_behind(name):
+    cfg = compose("train", "model=d2", "model.aspect_ratio=16", "model.head_dim=16", *KEPT[name])
+    net = GPT(model_config(cfg.model, cfg.arch, 70)).init_weights(0)
+    if name == "adapter":
+        add_adapter(net, LoRA(2, targets=("attention",)), 0)
+    predicted = kept_bytes(net, cfg)
+    optimizer = build_optimizer(net, cfg.optim)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    net(ids, ids).backward()
+    optimizer.step()
+    tensors = [*net.parameters()] + [p.grad for p in net.parameters() if p.grad is not None]
+    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    assert sum(tensor.nbytes for tensor in tensors) == predicted
+    cfg.stage.average_steps = 10
+    assert kept_bytes(net, cfg) - predicted == sum(p.nbytes for p in net.parameters())
+
+
+def test_a_dry_run_counts_what_the_optimizer_and_an_average_keep():
+    def memory(*lines: str) -> dict:
+        return derived_without_tokenizer(
+            compose("train", "model=d12", "model.vocab_size=32768", "dry_run=true", *lines)
+        )
+
+    plain, gib = memory(), 2**30
+    more = {"optim=adamw": plain["params_blocks"], "stage.average_steps=100": plain["params_total"]}
+    for line, count in more.items():
+        found = (memory(line)["estimate_memory_gib"] - plain["estimate_memory_gib"]) * gib
+        assert found == pytest.approx(4 * count, rel=0.01)  # bytes of a number for each
 
 
 def test_peaks_are_found_by_the_drivers_names():
@@ -208,10 +252,11 @@ def test_peaks_are_found_by_the_drivers_names():
 def test_auto_rows_divide_the_step_and_fit(capsys, monkeypatch):
     cfg = compose("train", "batch.micro_batch_size=auto", "model.seq_len=512", "trainer=cpu")
     config = shape(4, seq_len=512)
+    kept = kept_bytes(GPT(config), cfg)
     monkeypatch.setattr(os, "sysconf", lambda name: 16 << 30 if "PHYS_PAGES" in name else 1)  # bytes that are free
     assert resolve_rows(cfg, config, 48) == 16  # 24 and 48 rows are more than 8,192 tokens
     assert "batch.micro_batch_size=auto: 16 rows of 512 tokens" in capsys.readouterr().out
-    monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3) if "PHYS_PAGES" in name else 1)
+    monkeypatch.setattr(os, "sysconf", lambda name: 2 * memory_bytes(config, 3, kept) if "PHYS_PAGES" in name else 1)
     assert resolve_rows(cfg, config, 48) == 3
     cfg.trainer.devices = 3
     assert resolve_rows(cfg, config, 48) == 1  # three processes share what is free
