@@ -3,7 +3,7 @@
     python bench/optimizers.py [--set model=d4 data=local data.path=text ...] [--methods muon_adamw soap ...]
                        [--steps 600] [--target 1.55] [--factors 0.5 1 2] [--scalar-factors 0.1 1] [--seeds 1 2 3]
                        [--tuning-seed 0] [--share muon_adamw] [--evaluations 40] [--vocab 8192]
-                       [--out bench_optimizers] [--list]
+                       [--out bench_optimizers] [--plot FILE] [--list]
 
 Every method of `METHODS` but `default` is tuned alike before it is compared, or its place says nothing (Fantastic
 Optimizers, arXiv 2509.02046): with a seed of its own, first its rate for the block matrices, then the rates of
@@ -33,6 +33,7 @@ from llm.experiments.queue import jobs_of
 from llm.experiments.queue_store import OPEN, Queue
 from llm.experiments.runs import MOST_NAMED
 from llm.experiments.worker import work
+from llm.report.plots import COLOURS, WIDTH, drawing
 from llm.run.stage_folder import read_metrics
 from llm.utils.format import print_table, value
 
@@ -81,6 +82,8 @@ def main() -> int:
         chosen = {name: bench.tuned(name) for name in args.methods}
         curves = bench.curves({(name, seed): (name, chosen[name], seed) for name in chosen for seed in args.seeds})
         show(args, chosen, curves)
+        if args.plot is not None:
+            draw(args.plot, {name: [curves[name, seed] for seed in args.seeds] for name in chosen})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -102,6 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluations", type=int, default=40, help="of a training (default: 40)")
     parser.add_argument("--vocab", type=int, default=8192, help="size of the vocabulary (default: 8192)")
     parser.add_argument("--out", type=Path, default=Path("bench_optimizers"), help="folder of queue and runs")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of all methods as PNG")
     parser.add_argument("--list", action="store_true", help="print the methods and end")
     args = parser.parse_args()
     if args.target is None and BASELINE not in args.methods:
@@ -243,6 +247,29 @@ def show(args: argparse.Namespace, chosen: dict, curves: dict) -> None:
         f"target {target:.4f} bpb, {args.steps} steps, seeds {', '.join(map(str, args.seeds))}",
     )
     print(json.dumps({"target": target, "steps": args.steps, "seeds": args.seeds, "methods": rows}))
+
+
+def draw(path: Path, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
+    """Draw bpb by step, above, and the difference to the first method, below: means over seeds, from lowest to highest.
+
+    curves: (step, bpb) of each seed by method; the same steps in all. The first quarter is left out: it is steep.
+    """
+    first = next(iter(curves))
+    with drawing(path, "Bits per byte by optimizer", (WIDTH, 5.6)) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        for colour, (name, seeds) in zip(COLOURS, curves.items(), strict=False):
+            steps = [step for step, _ in seeds[0] if step >= seeds[0][-1][0] / 4]
+            values = [[bpb for step, bpb in one if step in steps] for one in seeds]
+            base = [[bpb for step, bpb in one if step in steps] for one in curves[first]]
+            apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(values, base, strict=True)]
+            for ax, lines in ((above, values), (below, apart)):
+                at_step = list(zip(*lines, strict=True))
+                ax.fill_between(steps, [min(v) for v in at_step], [max(v) for v in at_step], color=colour, alpha=0.2)
+                ax.plot(steps, [statistics.fmean(v) for v in at_step], color=colour, linewidth=1.6, label=name)
+        above.set_ylabel("bits per byte")
+        below.set_ylabel(f"less that of {first}, same seed")
+        below.set_xlabel("step")
+        above.legend(loc="upper right")
 
 
 def stderr(values: list[float]) -> float | None:

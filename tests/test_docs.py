@@ -4,6 +4,7 @@
 """
 
 import re
+import runpy
 import shlex
 import textwrap
 import tomllib
@@ -194,6 +195,22 @@ def test_the_experiment_to_copy_composes(tmp_path):
     assert {p.name for p in tmp_path.rglob("*.yaml")} >= {"mine.yaml", "pretrain.yaml", "tokenizer.yaml"}
     for stage in ("tokenizer", "pretrain"):
         check_overrides("train", ["--config-dir", str(tmp_path), "experiment=mine", f"stage={stage}"])
+
+
+def test_every_row_of_records_and_screenings_can_be_drawn(tmp_path):
+    drawn = runpy.run_path(str(ROOT / "docs/draw_records.py"))
+    counts = {}
+    for function, at in (("draw_records", 0), ("draw_switches", 2)):
+        whole = drawn[function]
+
+        def counted(path, rows, whole=whole, at=at):
+            counts[path.name] = len([float(row[at]) for row in rows])
+            whole(path, rows)
+
+        drawn["main"].__globals__[function] = counted
+    drawn["main"](tmp_path)
+    assert counts["records.png"] >= 15 and counts["switches.png"] >= 32
+    assert {path.name for path in tmp_path.iterdir()} == set(counts)
 
 
 def arrows() -> dict[str, set[str]]:

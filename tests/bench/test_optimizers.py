@@ -3,6 +3,7 @@
 import json
 import sys
 
+import matplotlib.image
 import pytest
 from conftest import REPO
 from processes import run
@@ -89,6 +90,15 @@ def test_means_are_of_all_seeds_or_none(monkeypatch, capsys):
     assert by_name["default"]["reached"] == 1  # it ends at the target on the mean
     assert by_name["soap"]["steps"] == [5.0, None] and by_name["soap"]["mean_steps"] is None
     assert by_name["default"]["share"] == 1.0 and by_name["soap"]["share"] is None
+
+
+def test_curves_of_all_methods_are_drawn(tmp_path):
+    """Also with a single seed, and where a method falls below another later."""
+    steps = range(0, 101, 10)
+    curves = {"default": [[(s, 3.0 - s / 100) for s in steps]], "soap": [[(s, 3.2 - s / 70) for s in steps]]}
+    optimizers.draw(tmp_path / "curves.png", curves)
+    width, height = matplotlib.image.imread(tmp_path / "curves.png").shape[1::-1]
+    assert width > height > 500
 
 
 def test_a_tuning_seed_of_the_table_is_refused(tmp_path):
