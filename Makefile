@@ -81,8 +81,8 @@ check: $(STAMP) ## style (ruff check, ruff format) and the floors of the package
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 
-bench: $(STAMP) ## every benchmark in bench/; each prints a table and a last line of JSON
-	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py bench/optimizers.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+bench: $(STAMP) ## the benchmarks in bench/ that need nothing more; each prints a table and a last line of JSON
+	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py bench/optimizers.py bench/switches.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 bench-optimizers: $(STAMP) ## steps of each optimizer to one target, tuned, with three seeds, for hours; goes on where it was stopped
 	$(PY) bench/optimizers.py $(ARGS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from llm.model.attention import attention_masks, causal_attention, choose_backend
 
-LENGTHS = (1024, 2048, 4096)
+LENGTHS = (512, 1024, 2048, 4096)
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ SWITCHES = {
     "row_floor": ("optim.row_floor=0.38",),
     "hyperball": ("optim.hyperball=true",),
     "per_head": ("optim.per_head=true",),
+    "adamh": ("optim=adamw", "optim.hyperball=true", "optim.lr=0.01"),
     "dion": ("optim.dion_rank=0.25",),
 }
 STEPS = 6  # different ones, which are repeated

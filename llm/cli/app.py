@@ -34,7 +34,7 @@ from llm.utils.imports import pause_collector, resume_collector
 from llm.utils.light_torchmetrics import import_in_part
 from llm.utils.registry import resolved
 from llm.utils.source import check_packages
-from llm.utils.streams import is_lost, keep_going, open_streams
+from llm.utils.streams import is_lost, keep_going, open_streams, without_reader
 
 __all__ = ["JobFailed", "check_overrides", "run_app", "run_command"]
 
@@ -72,9 +72,8 @@ def run_app(config_name: str, target: Target) -> NoReturn:
             status = _run(config_name, target, sys.argv[1:])
         sys.stdout.flush()
         status = status or (FAILED if is_lost() else 0)
-    except BrokenPipeError:  # the reader has gone, as in `train.py --help | head`; keep Python from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = FAILED
+    except BrokenPipeError:  # as in `train.py --help | head`
+        status = without_reader()
     except OSError as error:
         where = (
             f"{error.filename}: {reason_of(error, error.filename)}" if error.filename else f"output: {error.strerror}"

@@ -21,6 +21,7 @@ from llm.experiments.plot import draw_comparison
 from llm.experiments.statistics import ALPHA, POWER
 from llm.utils.files import plain
 from llm.utils.format import amount, print_table
+from llm.utils.streams import run_and_exit
 
 FORMAT = 1  # of --json; rises when a field changes its meaning or goes
 
@@ -179,4 +180,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -30,6 +30,7 @@ from llm.experiments.worker import METRIC, log_of, waiting, work
 from llm.run.further import further_names
 from llm.run.stage_folder import RunDir, stage_before
 from llm.utils.format import print_table, value
+from llm.utils.streams import keep_going, run_and_exit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,6 +161,7 @@ def _add(queue: Queue, args: argparse.Namespace) -> int:
 
 
 def _run(queue: Queue, args: argparse.Namespace) -> int:
+    keep_going()  # jobs do not end because nobody reads of them
     good, bad = work(queue, args.minutes, args.wait, say=lambda line: print(line, flush=True))
     print(f"{good} done, {bad} failed")
     return int(bad > 0)
@@ -298,4 +300,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

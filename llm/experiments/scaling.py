@@ -40,6 +40,7 @@ from llm.scaling.rules import model_config
 from llm.utils.files import read_json, write_json
 from llm.utils.format import amount, duration, print_table
 from llm.utils.source import program
+from llm.utils.streams import run_and_exit
 
 FORMS = {"auto": None, "added": Surface, "coupled": Coupled}
 RESERVED = ("stage", "run", "model", "max_steps", "stage.target_flops", "stage.tokens_per_param", "init_from", "-m")
@@ -450,4 +451,4 @@ def _rates(series: Series) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

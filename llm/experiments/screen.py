@@ -19,6 +19,7 @@ from llm.experiments.comparison import Comparison, compare
 from llm.experiments.statistics import ALPHA
 from llm.utils.files import plain
 from llm.utils.format import print_table
+from llm.utils.streams import run_and_exit
 
 
 def screen(root: str, pool: str, changes: Sequence[str], **options: Any) -> list[dict[str, Any]]:
@@ -116,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -38,6 +38,7 @@ from llm.experiments.runs import (
 from llm.run.config_diff import flatten
 from llm.utils.files import plain
 from llm.utils.format import amount, percent, print_table, value
+from llm.utils.streams import run_and_exit
 
 FIRST = ("run", "seeds", "stage", "depth", "params", "tokens", "flops", "seconds", "loss", "bpb")
 TITLES = {"flops": "FLOPs"}
@@ -292,4 +293,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

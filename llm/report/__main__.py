@@ -1,7 +1,6 @@
 """Rebuild a report: `python -m llm.report runs/demo`."""
 
-import sys
-
 from llm.report.report import main
+from llm.utils.streams import run_and_exit
 
-sys.exit(main())
+run_and_exit(main)

@@ -1,7 +1,6 @@
 """Compare the compression of tokenizers: `python -m llm.tokenizer runs/demo/tokenizer/model --against gpt2`."""
 
-import sys
-
 from llm.tokenizer.compression import main
+from llm.utils.streams import run_and_exit
 
-sys.exit(main())
+run_and_exit(main)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
 
 
 def open_streams() -> None:
@@ -22,6 +23,26 @@ def open_streams() -> None:
     if sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr = _Output(sys.stderr)
+
+
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Run the `main` of a module that `python -m` starts, with usable streams, and exit with its status.
+
+    It is 1, and nothing is printed, where the reader of stdout has gone, as in `... | head`.
+    """
+    open_streams()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = without_reader()
+    sys.exit(status)
+
+
+def without_reader() -> int:
+    """Send what is left of stdout to nowhere, else Python complains at exit that nobody reads it. Returns status 1."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def keep_going() -> None:

@@ -154,6 +154,12 @@ def test_speedrun_derives_the_published_numbers():
     assert at_ratio_12["steps"] == 8_352
 
 
+def test_the_speedrun_of_august_has_its_size_ratio_and_vocabulary():
+    values = derived_without_tokenizer(compose("train", "experiment=speedrun_2026_08", "dry_run=true"))
+    assert (values["depth"], values["n_embd"], values["vocab_size"]) == (22, 22 * 64, 49_152)
+    assert values["tokens_per_param"] == pytest.approx(9.4, abs=0.01)
+
+
 def test_horizons():
     config = shape(20)
     assert pretrain_steps(config, 524_288, 20.0, "all", 1e18) == round(1e18 / (3_491_758_080 * 524_288))

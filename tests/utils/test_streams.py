@@ -52,17 +52,32 @@ def test_a_full_output_is_said_once_and_the_work_goes_on(tmp_path):
     assert done.returncode == 0 and done.stdout.count("\n") == 3000
 
 
-def test_a_reader_that_has_gone_is_said_once_and_the_work_goes_on(tmp_path):
-    command = [sys.executable, "-c", SPEAKER, str(tmp_path / "out")]
+LOST = "error: the output cannot be written (Broken pipe); going on without\n"
+
+
+def without_reader(*words: str) -> tuple[int, str]:
+    """Run Python with a stdout that nobody reads; return its exit status and what it says on stderr."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
         env = os.environ | {"PYTHONPATH": str(REPO)}
+        command = [sys.executable, *words]
         done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, env=env)
     finally:
         os.close(writing)
-    said = "error: the output cannot be written (Broken pipe); going on without\nthe end\n"
-    assert (done.returncode, done.stderr) == (0, said)
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_gone_is_said_once_and_the_work_goes_on(tmp_path):
+    assert without_reader("-c", SPEAKER, str(tmp_path / "out")) == (0, LOST + "the end\n")
+
+
+def test_a_program_whose_reader_has_gone_ends_in_silence_and_a_worker_of_the_queue_works_on(tmp_path):
+    queue = ("-m", "llm.experiments.queue", "--queue", str(tmp_path / "queue.sqlite"))
+    assert without_reader(*queue, "list", "--json") == (1, "")
+    assert without_reader(*queue, "run") == (0, LOST)
+    for program in ("compare", "scaling", "screen", "table"):
+        assert without_reader("-m", f"llm.experiments.{program}", "--help")[1] == ""
 
 
 @pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}], ids=str)
