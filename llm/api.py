@@ -19,7 +19,7 @@ from llm.cli.app import INTERRUPTED, JobFailed, run_command
 from llm.cli.compose import quoted
 from llm.config.stages import row_or_stranger, stage_row
 from llm.errors import UserError, system_problem
-from llm.parallel.env import is_launched
+from llm.parallel.env import is_one_of_many
 from llm.run.stage_folder import read_manifest, read_metrics
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private
@@ -207,7 +207,7 @@ def _run(config_name: str, job: Callable[[Any], Any], words: list[str]) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call it in the main thread: only there can Ctrl-C save a training")
-    if is_launched():
+    if is_one_of_many():
         raise UserError("torchrun and srun start train.py and evaluate.py themselves; here, trainer.devices=<n> does")
     with process_as_it_was():
         keep_private()

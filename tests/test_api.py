@@ -27,7 +27,10 @@ from hydra.core.hydra_config import HydraConfig
 from processes import REPO
 
 import llm
+from llm.checkpoint.model_folder import load_model_folder
+from llm.checkpoint.resume import list_checkpoints
 from llm.errors import UserError
+from llm.stages.step_module import StepModule
 from llm.utils.restore import process_as_it_was
 
 TINY = "experiment=tiny trainer=cpu stage.eval_every=0"
@@ -204,6 +207,20 @@ def test_it_is_called_in_the_main_thread_and_without_torchrun(monkeypatch):
         monkeypatch.setenv(name, "1")
     with pytest.raises(UserError, match="trainer.devices"):
         llm.train(TINY)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="trainer.devices"):
+        llm.train(TINY)
+
+
+def test_a_checkpoint_of_a_longer_context_makes_its_network_again(runs, chain):
+    longer = f"stage=pretrain run=longer init_from={chain.folder}/model model.seq_len=256 arch.rope_scaling=yarn"
+    made = llm.train(words(runs, f"{longer} batch.tokens_per_step=1024 max_steps=1 stage.sample_every=0"))
+    again = StepModule.load_from_checkpoint(list_checkpoints(made.folder / "checkpoints")[-1][1]).net
+    kept = load_model_folder(made.folder / "model")[0]
+    assert again.config == kept.config and again.config.rope_factor == 2.0
+    ids = torch.arange(200)[None]
+    assert torch.equal(again(ids), kept(ids))
 
 
 # ----- signals

@@ -33,13 +33,18 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
+def is_one_of_many() -> bool:
+    """Return whether torchrun, or an srun step of several tasks, started this process."""
+    return is_launched() or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
 def adopt_slurm() -> None:
     """Set the variables that torchrun would set, in a task of an srun step of several; elsewhere do nothing.
 
     The variables of the step are absent in a batch script and in the shell of salloc, where those of the job are set.
     """
     slurm = os.environ
-    if is_launched() or int(slurm.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    if is_launched() or not is_one_of_many():
         return
     per_node = set(re.findall(r"(?:^|,)(\d+)", slurm["SLURM_STEP_TASKS_PER_NODE"]))  # 8(x2),4
     if len(per_node) > 1:

@@ -278,7 +278,7 @@ def model_facts(net: GPT, cfg, total_steps: int, tokens_per_step: int, micro_per
     tokens = batch_schedule(cfg, tokens_per_step).total(total_steps)
     on_gpu = gpu_estimate(net, cfg, float(tokens * per_token)) if cfg.dry_run else {}
     return {
-        "depth": net_config.n_layer,
+        "depth": net_config.n_blocks,
         "n_embd": net_config.n_embd,
         "n_head": net_config.n_head,
         "n_kv_head": net_config.n_kv_head,

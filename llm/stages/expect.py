@@ -77,7 +77,7 @@ def work_of(cfg, derived: Mapping[str, Any], context: Any, done: int, compiled: 
         steps=steps,
         flops=tokens * size * per_token / world,
         drawn=drawn * per_token * FORWARD / world,
-        layers=round(derived["micro_batches"] * size * derived["depth"]),
+        layers=round(derived["micro_batches"] * size * len(derived["windows"].split())),  # with those that run again
         width=derived["n_embd"],
         blocks=derived["params_blocks"] if is_muon else 0,
         evaluated=evaluated * per_token * FORWARD / world,

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from llm.checkpoint.model_folder import read_config
 from llm.checkpoint.resume import load_checkpoint
 from llm.config.renamed import renamed_config
 from llm.errors import UserError
 from llm.model.gpt import GPT, build_network
 from llm.run.config_diff import rules_before
 from llm.scaling.rules import model_config
+from llm.stages.plan import holds_weights, shape_from
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -36,8 +38,12 @@ def saved_module(path: str | Path) -> SavedModule:
         OmegaConf.update(cfg, key, value)
     if (cfg.model.get("lora") or {}).get("rank"):
         raise UserError(f"{path}: holds an adapter without its base; load {Path(path).parents[1] / 'model'}")
-    tokenizer = Tokenizer.load(Path(origin["parent"]))
-    config = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    parent = Path(origin["parent"])
+    tokenizer = Tokenizer.load(parent)
+    if holds_weights(parent):  # the stage may have made its context longer
+        config = shape_from(cfg, parent, read_config(parent))
+    else:
+        config = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
     net = build_network(replace(config, scalar_head="net.scalar_head.weight" in weights))
     net.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
     hparams = saved.get("hyper_parameters") or origin["config"]  # a checkpoint from before there were any

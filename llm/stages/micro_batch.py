@@ -11,6 +11,7 @@ from llm.model.gpt import GPT, build_network
 from llm.optim.build import build_optimizer
 from llm.optim.optimizer import first_states
 from llm.parallel.launch import processes_of_node
+from llm.scaling.batch_ramp import batch_schedule
 from llm.scaling.gpu_estimate import memory_bytes
 from llm.utils.environment import memory_gb
 
@@ -77,7 +78,8 @@ def out_of_memory(cfg, micro_batches: int, error: BaseException, saved: int | No
     """
     rows = cfg.batch.micro_batch_size
     less = ["trainer.activation_checkpointing=true"] if not cfg.trainer.activation_checkpointing else []
-    if smaller := next((n for n in divisors(rows * micro_batches) if n < rows), None):
+    part = rows * micro_batches // batch_schedule(cfg, 1).parts  # the smallest step of a batch ramp
+    if smaller := next((n for n in divisors(part) if n < rows), None):
         less.insert(0, f"batch.micro_batch_size={smaller}")
     advice = f"give {' or '.join(less)}" if less else "take a smaller model or model.seq_len"
     kept = "nothing was saved" if saved is None else f"step {saved} is saved, the same command with that resumes"

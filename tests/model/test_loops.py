@@ -15,6 +15,7 @@ from llm.model.gpt import GPT
 from llm.model.lora import LoRA, add_adapter
 from llm.scaling.rules import model_config
 from llm.stages.plan import check_same_model, check_whole
+from llm.stages.pretrain import derived_without_tokenizer
 from llm.tokenizer.bpe import Tokenizer
 
 LOOPED = MODERN | {"loops": 2, "n_kv_head": 2}
@@ -109,3 +110,9 @@ def test_what_is_not_made_for_it_is_refused(monkeypatch):
     with pytest.raises(UserError, match="arch.loops=2: strategy=fsdp gathers each block by itself"):
         check_whole(compose("train", "arch.loops=2", "strategy=fsdp"))
     check_whole(compose("train", "arch.loops=2", "strategy=ddp"))
+
+
+def test_depth_is_the_number_of_blocks():
+    lines = ("model=d4", "arch.loops=2", "model.vocab_size=300", "dry_run=true")
+    told = derived_without_tokenizer(compose("train", *lines))
+    assert told["depth"] == 4 and len(told["windows"].split()) == 6

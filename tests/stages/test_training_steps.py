@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import compose
 from processes import run_python
 from small_training import CONFIG, OPTIM, STAGE, STEPS, StopAt, fit, net, rows, step_batch
 
@@ -208,14 +209,17 @@ def test_short_memory_while_weights_change_saves_nothing(tmp_path):
 
 
 def test_short_memory_names_the_next_smaller_micro_batch_that_divides():
-    def line(rows, micro_batches, again, saved):
-        batch, trainer = SimpleNamespace(micro_batch_size=rows), SimpleNamespace(activation_checkpointing=again)
-        cfg = SimpleNamespace(batch=batch, trainer=trainer)
+    def line(rows, micro_batches, again, saved, *more):
+        again = f"trainer.activation_checkpointing={str(again).lower()}"
+        cfg = compose("train", f"batch.micro_batch_size={rows}", again, *more)
         return out_of_memory(cfg, micro_batches, MemoryError(), saved)
 
     assert "give batch.micro_batch_size=6 or trainer.activation_checkpointing=true; step 7 is" in line(8, 3, False, 7)
     assert "give batch.micro_batch_size=4; nothing was saved" in line(8, 1, True, None)
     assert "take a smaller model or model.seq_len; nothing" in line(1, 9, True, None)
+    assert "give batch.micro_batch_size=3; nothing" in line(
+        6, 4, True, None, "stage.batch_ramp=0.4"
+    )  # of 24, in 4 parts
 
 
 def test_a_model_larger_than_the_machine_is_refused_before_it_is_built():
