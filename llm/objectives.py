@@ -142,11 +142,13 @@ def advantage_gdpo(rewards: torch.Tensor, weights: torch.Tensor | None = None) -
 
     rewards: (P, G, R) for R rewards of weights (R,), or (P, G) for one. Each is (R - mean) / (std + 1e-4) within its
     question; their weighted sum loses its mean and is divided by its standard deviation + 1e-4 over all P G answers.
+    A question whose answers are rewarded alike gets exactly 0.
     """
     parts = rewards.unsqueeze(-1) if rewards.dim() == 2 else rewards
     parts = _centred(parts, 1) / (_deviation(parts, 1) + STD_FLOOR)
     total = total_rewards(parts, weights).flatten()
-    return (_centred(total, 0) / (_deviation(total, 0) + STD_FLOOR)).view(rewards.shape[:2])
+    advantages = (_centred(total, 0) / (_deviation(total, 0) + STD_FLOOR)).view(rewards.shape[:2])
+    return advantages * parts.flatten(1).ne(0).any(1, keepdim=True)
 
 
 ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -335,7 +335,7 @@ def _rank(reply: Any) -> float:
 
 SYSTEM = ("system", "system_prompt", "label")
 AROUND = ("input", "context", "history", *SYSTEM)
-# The first format whose keys a row has is the row's. `label` may stand in all: false marks a wrong answer (KTO).
+# The first format whose keys a row has is the row's. `label` may stand in all but trees: false is a wrong answer (KTO).
 FORMATS = (
     Format("messages", ("messages",), ("prompt", *SYSTEM), _lists("messages")),
     Format("ShareGPT", ("conversations",), ("prompt", *SYSTEM), _lists("conversations")),

@@ -82,6 +82,8 @@ def test_gdpo_gives_every_reward_its_say():
     torch.testing.assert_close(got, torch.tensor([[x / spread for x in total]], dtype=torch.float64))
     assert not o.group_advantages("gdpo", torch.ones(2, 3)).any()
     assert not o.group_advantages("gdpo", torch.ones(1, 1)).any()
+    beside = o.group_advantages("gdpo", torch.tensor([[1.0, 1.0, 1.0], [0.1, 0.7, 0.3], [0.2, 0.9, 0.4]]))
+    assert not beside[0].any() and beside[1:].all()
 
 
 @pytest.mark.parametrize("name", [*o.ADVANTAGES, "gdpo"])

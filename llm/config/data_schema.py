@@ -114,9 +114,9 @@ class SourceSpec:
     )
     train: Any = field(default=None, metadata={"help": "text to train on: a path, a pattern or a list, before path"})
     val: Any = field(default=None, metadata={"help": "text that validates: a path, a pattern or a list"})
-    bad_rows: str = field(
-        default="stop",
-        metadata={"help": "rows that cannot be used: stop, or skip and count them", "choices": ("stop", "skip")},
+    bad_rows: str | None = field(
+        default=None,
+        metadata={"help": "rows that cannot be used: stop, or skip; null = data.bad_rows", "choices": ("stop", "skip")},
     )
     encoding: str | None = field(default=None, metadata={"help": "encoding of text files; null = utf-8"})
     separator: str | None = field(

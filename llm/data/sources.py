@@ -118,6 +118,8 @@ def mixture_source(data, cache: str) -> DocumentSource:
     specs = {
         name: structured(values, SourceSpec, f"data.sources.{name}") for name, values in (data.sources or {}).items()
     }
+    for spec in specs.values():
+        spec.bad_rows = spec.bad_rows or data.get("bad_rows")
     sources = {name: spec for name, spec in specs.items() if spec.weight > 0}
     if not sources:
         raise UserError("data.sources: no source has a weight above 0; data=mixture needs at least one (docs/data.md)")

@@ -123,15 +123,19 @@ def _placed(
     """Name the run and the parent of a job, as a sweep of train.py does for its values `chosen`; changes `cfg`.
 
     A run of a sweep that lacks the stage before shares that of the sweep's own name, if that is finished or one of
-    `writes`. Returns the stage folder that the job starts from (None = from none), and its settings.
+    `writes`; else it starts from another stage that may come before and is there. Returns the stage folder that the job
+    starts from (None = from none), and its settings.
     """
     shared, before = cfg.run or f"d{cfg.model.depth}", stage_before(cfg)
     separate_run(cfg, list(chosen))
     cfg.run = cfg.run or shared
     own = RunDir(root, cfg.run)
-    if cfg.init_from is None and before and before not in own.finished() and str(own.path / before) not in writes:
+    there = [name for name in row_or_stranger(cfg.stage.name).parents if _is_there(own, name, writes)]
+    if chosen and cfg.init_from is None and before and before not in there:
         if str(root / shared / before) in writes and shared != cfg.run:
             cfg.init_from = f"{shared}/{before}"
+        elif there:
+            cfg.init_from = f"{cfg.run}/{there[0]}"
     if chosen:
         named = {"run": cfg.run} | ({"init_from": cfg.init_from} if cfg.init_from else {})
         settings = [word for word in settings if word.split("=")[0] not in named]
@@ -140,6 +144,11 @@ def _placed(
         return None if before is None else own.path / before, settings
     run, _, stage = str(cfg.init_from).partition("/")
     return root / run / (stage or before or ""), settings
+
+
+def _is_there(run: RunDir, stage: str, writes: Mapping[str, int]) -> bool:
+    """Return whether a stage of a run is finished, or one of the folders that queued jobs write."""
+    return stage in run.finished() or str(run.path / stage) in writes
 
 
 def _add(queue: Queue, args: argparse.Namespace) -> int:

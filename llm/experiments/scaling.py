@@ -44,6 +44,7 @@ from llm.utils.streams import run_and_exit
 
 FORMS = {"auto": None, "added": Surface, "coupled": Coupled}
 RESERVED = ("stage", "run", "model", "max_steps", "stage.target_flops", "stage.tokens_per_param", "init_from", "-m")
+RUNS = "paths.runs"  # --runs names it
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def budget(flops: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a series, fit its laws and print them. Returns the exit status."""
+    """Run a series, fit its laws and print them. Returns the exit status, 2 after a user's mistake."""
     try:
         series, wanted = _parse(argv)
         vocab = _begin(series)
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(series, wanted, vocab)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
@@ -151,6 +152,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
     for setting in args.settings:
         if setting.split("=")[0].lstrip("+~") in RESERVED:
             raise UserError(f"{setting}: the series sets this key itself; leave it out")
+        if setting.split("=")[0] == RUNS:
+            raise UserError(f"{setting}: the folder of all runs is given by --runs={setting.partition('=')[2]}")
     for depth in args.depths + args.held_out:
         if depth < 1:
             raise UserError(f"--depths {depth}: must be at least 1")
@@ -333,6 +336,7 @@ def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
     draw_isoflops(folder / "isoflop.png", points + held)
     if series.lr_fracs:
         result["rates"] = _rates(series)
+    pictures = [folder / "isoflop.png"]
     try:
         law, left_out = choose_law(points)
         law = law if series.form is None else fit_law(points, series.form)
@@ -347,9 +351,10 @@ def _tell(series: Series, wanted: list[Job], vocab: int) -> None:
         result |= _forms(left_out) | _law(points, law, laws)
         result["predictions"] = list(_predictions(points, law, laws, asked))
         draw_law(folder / "law.png", points, held, law)
+        pictures.append(folder / "law.png")
     result["skipped"] = series.skipped
     write_json(folder / "scaling.json", result)
-    print(f"wrote {folder / 'scaling.json'}, {folder / 'isoflop.png'}, {folder / 'law.png'}")
+    print(f"wrote {', '.join(map(str, [folder / 'scaling.json', *pictures]))}")
 
 
 def _isoflops(series: Series, points: list[Point]) -> Iterator[dict[str, Any]]:

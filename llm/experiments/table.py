@@ -73,7 +73,7 @@ def column(name: str, rows: Sequence[Row], flag: str) -> Getter:
     name that no row has.
     """
     name = {title: key for key, title in TITLES.items()}.get(name, name)
-    if any(name in row for row in rows):
+    if name in FIRST or any(name in row for row in rows):
         return lambda row: row.get(name)
     keys = dict.fromkeys(key for row in rows for key in flatten(row["config"]))
     found = [name] if name in keys else [key for key in keys if key.endswith(f".{name}")]

@@ -10,6 +10,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import compose
 from data_files import read, words, write
 from omegaconf import OmegaConf
 
@@ -164,6 +165,25 @@ def test_a_mixture_follows_its_weights_from_the_start(mixture):
         chars = documents[-1][1]["chars"]
         assert chars["long"] / 3 == pytest.approx(chars["short"], abs=100)
     assert documents[-1][1]["sources"]["long"]["epoch"] > documents[-1][1]["sources"]["short"]["epoch"]
+
+
+def test_sources_of_a_mixture_leave_out_bad_rows_where_all_are_to(tmp_path):
+    for name, row in {"good": '{"text": "one"}', "bad": '{"text": 1}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text((row + '\n{"text": "two"}\n') * 4)
+    sources = f"{{good: {{path: {tmp_path}/good}}, bad: {{path: {tmp_path}/bad, BAD}}}}"
+
+    def mixed(own: str, *more: str):
+        lines = ["data=mixture", f"data.sources={sources.replace(', BAD', own)}", *more]
+        return build_source(compose("train", *lines).data, str(tmp_path))
+
+    for source in (mixed("", "data.bad_rows=skip"), mixed(", bad_rows: skip")):
+        source.check()
+        assert set(read(source)) == {"one", "two"}
+    for own in ("", ", bad_rows: stop"):
+        more = ["data.bad_rows=skip"] if own else []
+        with pytest.raises(UserError, match=r"data.sources.bad.bad_rows=skip"):
+            mixed(own, *more).check()
 
 
 def test_one_pass_over_a_mixture_delivers_every_document(mixture):

@@ -351,7 +351,8 @@ def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsy
     assert Queue(tmp_path / "q.sqlite").jobs()[-1].needs == (tokenizer.id, pretrain.id, sft.id)
     assert one.needs == two.needs == (tokenizer.id,)
     assert "init_from='a/tokenizer'" in one.settings and "run='a-seed=1'" in one.settings
-    assert not sft.needs, "sft of this experiment starts from midtrain, which no job makes"
+    # usually sft starts from midtrain, which no job makes: as by `train.py -m`, it takes what this sweep has pretrained
+    assert sft.needs == (pretrain.id,) and "init_from='a/pretrain'" in sft.settings
 
 
 def test_a_job_waits_for_the_queued_jobs_that_make_its_other_models(tmp_path):

@@ -97,7 +97,7 @@ def test_more_seeds_are_runs_of_their_own_whose_mean_counts(tmp_path, trained, c
     assert {point["seeds"] for point in points} == {3} and len(points) == 9
     changed = next(point for point in points if point["depth"] == 2 and point["budget"] == 2e11)
     assert changed["loss"] == pytest.approx(before + 0.1)
-    assert series(tmp_path, "--more-seeds", "1,1") == 1
+    assert series(tmp_path, "--more-seeds", "1,1") == 2
     assert "seed 1 is there twice" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_more_than_one_pass_over_the_text_is_skipped_and_said(tmp_path, trained,
 
 def test_other_settings_are_another_series(tmp_path, trained, capsys):
     assert series(tmp_path) == 0
-    assert scaling.main(["--name", "s", "--runs", str(tmp_path), "--flops", "1e11", *SETTINGS, "seed=2"]) == 1
+    assert scaling.main(["--name", "s", "--runs", str(tmp_path), "--flops", "1e11", *SETTINGS, "seed=2"]) == 2
     assert "begun with experiment=tiny; give these, or another --name" in capsys.readouterr().err
 
 
@@ -134,7 +134,7 @@ def test_settings_of_pretraining_are_no_settings_of_the_tokenizer_and_factors_mu
     assert rates == {"": "0.5", "0.5": "0.25", "2": "1"}
     record = tmp_path / "s" / "series.json"  # as an earlier release left it, which trained with 1
     write_json(record, {"settings": read_json(record)["settings"]})
-    assert series(tmp_path, *own) == 1
+    assert series(tmp_path, *own) == 2
     assert "begun with stage.lr_frac=1, now it is 0.5; give another --name" in capsys.readouterr().err
 
 
@@ -152,12 +152,13 @@ def test_settings_of_pretraining_are_no_settings_of_the_tokenizer_and_factors_mu
         (["--flops", "1e11", "--held-out", "3"], "--held-out 3: is also one of --depths"),
         (["--flops", "1e11", "--predict", "eight"], "--predict eight: write depth and FLOPs, as 8:1e15"),
         (["--flops", "1e11", "max_steps=3"], "max_steps=3: the series sets this key itself"),
+        (["--flops", "1e11", "paths.runs=/x"], "paths.runs=/x: the folder of all runs is given by --runs=/x"),
         (["--flops", "1e11", "sed=3"], "sed"),
         (["--flops", "1e11", "stage.vocab_size=300"], "vocab_size"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(tmp_path, trained, capsys, words, line):
-    assert scaling.main(["--name", "s", "--runs", str(tmp_path), *words, *SETTINGS]) == 1
+    assert scaling.main(["--name", "s", "--runs", str(tmp_path), *words, *SETTINGS]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and line in error and error.count("\n") == 1
     assert not trained and not any(tmp_path.iterdir())

@@ -175,6 +175,8 @@ def test_columns_and_differences_are_shown(runs, capsys):
     assert table.main(["--each", "--columns", "run,seed,matrix_lr", "--json", "--runs", str(runs), "base"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found[0] == {"run": "base-seed=1", "seed": 1, "matrix_lr": 0.02} and len(found) == 3
+    assert table.main(["--each", "--columns", "run,seeds", "--json", "--runs", str(runs), "base"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == {"run": "base-seed=1", "seeds": None}
 
 
 def test_shares_are_percentages(tmp_path):
