@@ -22,7 +22,7 @@ from llm.model.linear import enable_bf16_tables, enable_fp8, resolve_compute_dty
 from llm.optim.build import build_optimizer
 from llm.scaling.gpu_estimate import memory_bytes, peak_of
 from llm.scaling.rules import model_config
-from llm.stages.micro_batch import largest_by_arithmetic, resolve_rows
+from llm.stages.micro_batch import kept_bytes, kept_unbuilt, largest_by_arithmetic, resolve_rows
 from llm.stages.step_module import StepModule
 from llm.stages.trainer import quiet_lightning
 
@@ -38,7 +38,9 @@ def arguments(small: bool, depth: int, micro: int = 2, steps: int = 5) -> Simple
     elif _bench.DEVICE.type == "cuda":
         cfg = compose("train", [f"model=d{depth}", "model.seq_len=2048"])
         config, free = model_config(cfg.model, cfg.arch, sizes["vocab"]), torch.cuda.mem_get_info()[0]
-        sizes["rows"] = largest_by_arithmetic([32, 16, 8, 4, 2, 1], config, 0.85 * free, False)
+        sizes["rows"] = largest_by_arithmetic(
+            [32, 16, 8, 4, 2, 1], config, kept_unbuilt(config, cfg), 0.85 * free, False
+        )
     choices = {"arch": "modern", "optim": "muon_adamw", "window": "SSSL", "attention": "auto", "plain_logits": "false"}
     dtype = torch.float32 if small else torch.bfloat16
     return SimpleNamespace(**sizes, **choices, dtype=dtype, compile="false" if small else "true")
@@ -173,7 +175,7 @@ def step(found, small: bool, depth: int) -> None:
     flops = flops_per_token(net.config, args.seq_len) * found.values["tok_per_s"]
     sheet = peak_of(torch.cuda.get_device_name()) if _bench.DEVICE.type == "cuda" else None
     found.note(tflops=flops / 1e12, share_of_matmul_rate=flops / rate, mfu=flops / sheet if sheet else None)
-    estimate = memory_bytes(net.config, args.rows) / 2**30
+    estimate = memory_bytes(net.config, args.rows, kept_bytes(net, cfg)) / 2**30
     found.note(estimated_gib=estimate, peak_to_estimate=found.values.get("peak_gib", 0.0) / estimate)
 
 
@@ -309,7 +311,7 @@ def micro_batch(found, small: bool) -> None:
     begin = time.perf_counter()
     args.rows = resolve_rows(cfg, config, 4 if small else 256)
     found.note(rows=args.rows, trial_s=time.perf_counter() - begin)
-    found.note(estimated_gib=memory_bytes(config, args.rows) / 2**30)
+    found.note(estimated_gib=memory_bytes(config, args.rows, kept_unbuilt(config, cfg)) / 2**30)
     if _bench.DEVICE.type == "cuda":
         found.note(trial_peak_gib=memory_gib())
         torch.cuda.empty_cache()

@@ -39,8 +39,7 @@ def resolve_rows(cfg, config: GPTConfig, total_rows: int) -> int:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
         again = cfg.trainer.activation_checkpointing
         free /= processes_of_node(cfg)  # which all choose at the same time
-        with torch.device("meta"):
-            kept = kept_bytes(build_network(config), cfg)
+        kept = kept_unbuilt(config, cfg)
         rows = largest_by_arithmetic(choices, config, kept, CPU_SHARE * free, again, max_tokens=CPU_TOKENS)
         what = f"about {memory_bytes(config, rows, kept, again) / 2**30:.1f} of {free / 2**30:.1f} GiB free"
     print(f"batch.micro_batch_size=auto: {rows} rows of {config.seq_len} tokens ({what})", flush=True)
@@ -103,6 +102,12 @@ def kept_bytes(net: GPT, cfg) -> int:
     states = first_states(build_optimizer(net, cfg.optim).param_groups)
     average = weights if cfg.stage.get("average_steps") else 0
     return weights + trained + average + sum(value.nbytes for state in states for value in state.values())
+
+
+def kept_unbuilt(config: GPTConfig, cfg) -> int:
+    """Return `kept_bytes` of a network of this shape, without building it."""
+    with torch.device("meta"):
+        return kept_bytes(build_network(config), cfg)
 
 
 def largest_by_arithmetic(
