@@ -177,7 +177,13 @@ def test_the_rate_of_an_adapter_follows_no_batch():
 
 def test_the_work_and_the_time_that_is_left_are_counted_in_tokens(monkeypatch):
     cfg = config("max_steps=15", "callbacks=none")
-    numbers = {"depth": 4, "n_embd": 256, "params_blocks": 9, "flops_per_token": 10, "micro_batches": 4}
+    numbers = {
+        "windows": "full full full full",
+        "n_embd": 256,
+        "params_blocks": 9,
+        "flops_per_token": 10,
+        "micro_batches": 4,
+    }
     numbers |= {"tokens_per_step": 8192, "steps": 15}
     work = work_of(cfg, numbers, None, 0, compiled=False)
     assert (work.steps, work.flops * 15, work.layers) == (15, pytest.approx(12 * 8192 * 10), round(16 * 0.8))

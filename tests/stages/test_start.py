@@ -22,7 +22,14 @@ from llm.stages.run_stage import run_stage
 from llm.stages.start import data_words, gpu_words, held_out_words, labelled, step_words, time_words
 from llm.utils.format import amount
 
-DERIVED = {"depth": 2, "n_embd": 128, "n_head": 1, "seq_len": 128, "params_total": 540_713, "params_blocks": 393_228}
+DERIVED = {
+    "windows": "full full",
+    "n_embd": 128,
+    "n_head": 1,
+    "seq_len": 128,
+    "params_total": 540_713,
+    "params_blocks": 393_228,
+}
 DERIVED |= {"flops_per_token": 3_000_000, "micro_batches": 2, "tokens_per_step": 1024, "steps": 10}
 DERIVED |= {"planned_tokens": 10_240}
 
