@@ -13,7 +13,7 @@ from llm.errors import UserError
 from llm.model.gpt import GPT, build_network
 from llm.run.config_diff import rules_before
 from llm.scaling.rules import model_config
-from llm.stages.plan import holds_weights, shape_from
+from llm.stages.plan import holds_weights
 from llm.tokenizer.bpe import Tokenizer
 
 
@@ -40,10 +40,11 @@ def saved_module(path: str | Path) -> SavedModule:
         raise UserError(f"{path}: holds an adapter without its base; load {Path(path).parents[1] / 'model'}")
     parent = Path(origin["parent"])
     tokenizer = Tokenizer.load(parent)
-    if holds_weights(parent):  # the stage may have made its context longer
-        config = shape_from(cfg, parent, read_config(parent))
-    else:
-        config = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    config = model_config(cfg.model, cfg.arch, tokenizer.vocab_size)
+    if holds_weights(parent):  # by the rule of `shape_from`, whose checks older configurations lack keys for
+        found = read_config(parent)
+        longer = found.seq_len if config.seq_len > found.seq_len else None
+        config = replace(config, rope_original=found.rope_original or longer)
     net = build_network(replace(config, scalar_head="net.scalar_head.weight" in weights))
     net.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
     hparams = saved.get("hyper_parameters") or origin["config"]  # a checkpoint from before there were any
