@@ -178,7 +178,7 @@ def recorded_questions(panel: Panel, name: str, part: str, n: int, seed: int) ->
 def settings_for(labels: Labels, data: str) -> list[str]:
     """Return the settings by which stage=reward and stage=dpo train on a set, where a data option takes it so.
 
-    data: name of the option, as run.json has it. [] where the source must be described in a file, `option_of`.
+    data: name of the option, as run.json has it under `options`. [] where a file must describe the source, `option_of`.
     """
     if data != "embedded":
         return []

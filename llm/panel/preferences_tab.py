@@ -165,14 +165,15 @@ class PreferencesTab:
         try:
             labels = Labels(self.panel, name or "")
             votes = labels.votes()
-            config = (read_manifest(self.panel.index.row(one)["folder"]) or {}).get("config") or {} if one else {}
+            manifest = (read_manifest(self.panel.index.row(one)["folder"]) or {}) if one else {}
         except UserError as error:
             return page(problem(str(error)))
         by_choice = {choice: sum(vote["choice"] == choice for vote in votes) for choice in CHOICES}
         rows = by_choice["left"] + by_choice["right"]
         about = f"{labels.name}: {rows:,} rows of preferences, {by_choice['tie']:,} ties, {by_choice['skip']:,} skipped"
         wins = table(["A", "B", "A wins", "ties", "B wins"], tally(votes), (2, 3, 4), "wins") if tally(votes) else ""
-        data = str((config.get("data") or {}).get("name") or "own")
+        source = ((manifest.get("config") or {}).get("data") or {}).get("name")  # for runs that kept no options
+        data = str((manifest.get("options") or {}).get("data") or source or "own")
         settings = shlex.join(settings_for(labels, data))
         use = (
             f"Further settings of train.py stage=reward or stage=dpo:\n{settings}"

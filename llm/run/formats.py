@@ -82,6 +82,7 @@ RUN = mapping(
         "parents": maybe(mapping(others=maybe(mapping(others=maybe(text))))),
         "texts": maybe(listing(listing(text, (2, 2)))),
         "config": maybe(CONFIG),
+        "options": maybe(mapping(others=maybe(either(text, listing(text))))),
         "commit": maybe(text),
         "environment": maybe(mapping({"gpus": maybe(listing(_gpu)), "cpu": maybe(text)})),
         "version": maybe(text),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.said import origin_of
 from llm.config.stages import Stage
 from llm.parallel.env import launched_rank
 from llm.parallel.launch import processes
@@ -52,6 +53,9 @@ class Job:
             "environment": environment(),
             "started": now(),
         }
+        if (origin := origin_of(self.cfg)) is not None:
+            groups = [name for name in origin.choices if "@" not in name and name.partition("/")[0] != "hydra"]
+            self.manifest["options"] = {name: plain(origin.choices[name]) for name in groups}
         if self.further:
             self.manifest["further"] = {key: [str(path), identity(path)] for key, path in self.further.items()}
 

@@ -15,6 +15,7 @@ from llm.panel.labels import Labels, Pair, draw_pairs, option_of, recorded_quest
 from llm.panel.models import PanelModels
 from llm.panel.preferences_tab import PreferencesTab, Work, pair_page
 from llm.panel.state import Panel
+from llm.run.stage_folder import read_manifest, write_manifest
 from tasks.hub import Cache
 from tasks.registry import build_preferences
 
@@ -161,6 +162,16 @@ def test_the_tab_draws_decides_and_takes_back(models, panel):
     assert "choose a stage" in tab.begin(None, None, "x", "typed above", 1, 8, 1)[1]
     assert "problem" in tab.count("../x", None) and "preferences:&#10;  mine:" in tab.count("mine", None)
     assert "&lt;b&gt;" in pair_page(Work((pair(),)))
+
+
+def test_labels_join_the_data_option_that_a_run_was_composed_of(models, panel):
+    with gr.Blocks():
+        tab = PreferencesTab(models)
+    folder = panel.runs / "tiny/sft"
+    manifest = read_manifest(folder) | {"config": {"data": {"name": "local"}}}
+    for options, option in ((None, "local"), ({"data": "own"}, "own")):
+        write_manifest(folder, manifest | {"options": options})
+        assert f"defaults:&#10;  - {option}&#10;" in tab.count("mine", "tiny/sft")
 
 
 def test_a_set_is_not_endless(panel, monkeypatch):

@@ -171,3 +171,15 @@ def test_generated_rows_keep_what_their_rule_needs():
 def test_wrong_configurations_are_refused(line, words):
     with pytest.raises(UserError, match=words):
         compose("train", "stage=dpo", line)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_pairs_of_own_data_lie_beside_its_conversations(tmp_path, stage):
+    cfg = compose("train", "experiment=own", f"stage={stage}", f"data.tasks_path={tmp_path}")
+    (tmp_path / "pairs").mkdir()
+    rows = [json.dumps({"prompt": f"Where is {n}?", "chosen": "Here.", "rejected": "Gone."}) for n in range(20)]
+    for names, held_out in ((("some.jsonl",), 1), (("some.jsonl", "val.jsonl"), 20)):
+        for name in names:
+            (tmp_path / "pairs" / name).write_text("\n".join(rows))
+        split = {part: build_preferences(cfg.data, ["pairs"], part)[0] for part in ("train", "test")}
+        assert len(split["test"]) == held_out and len(split["train"]) == 20 - held_out % 20
