@@ -19,7 +19,7 @@ DEMO_EVAL := eval.tokens=32768 eval.max_per_task=200 eval.max_new_tokens=160 eva
 .PHONY: table report inspect show-data clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create .venv and install the pinned versions (PIP_ARGS is passed to pip)
 
@@ -82,7 +82,7 @@ check: $(STAMP) ## style (ruff check, ruff format) and the floors of the package
 	$(VENV)/bin/lint-imports
 
 bench: $(STAMP) ## the benchmarks in bench/ that need nothing more; each prints a table and a last line of JSON
-	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py bench/optimizers.py bench/switches.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(filter-out bench/gpu_check.py bench/serve.py bench/rl.py bench/gap.py bench/optimizers.py bench/switches.py bench/core.py,$(wildcard bench/[a-z]*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 bench-optimizers: $(STAMP) ## steps of each optimizer to one target, tuned, with three seeds, for hours; goes on where it was stopped
 	$(PY) bench/optimizers.py $(ARGS)
@@ -155,5 +155,5 @@ check-data: $(STAMP) ## read all data once: bad rows, lengths, markers, repeated
 	$(PY) train.py stage=check $(or $(ARGS),experiment=own)
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	rm -rf $(VENV) $(DOCS_VENV) docs/_build docs/reference build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules
+	rm -rf $(VENV) $(DOCS_VENV) docs/_build docs/reference build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis tests/browser/node_modules
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

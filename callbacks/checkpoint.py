@@ -10,8 +10,9 @@ import torch
 
 from callbacks.cadence import Periodic
 from llm.checkpoint.resume import checkpoint_path
-from llm.errors import BadData, is_out_of_memory
+from llm.errors import BadData, UserError, is_out_of_memory
 from llm.parallel import collectives
+from llm.parallel.strategy import FSDPStrategy
 
 
 class StepCheckpoint(Periodic):
@@ -62,6 +63,7 @@ class StepCheckpoint(Periodic):
 
     def act(self, trainer, module, step) -> None:
         if self.saved != step:
+            compare_processes(trainer, module, step)
             trainer.save_checkpoint(checkpoint_path(self.folder, step))
             self.saved, self.saved_at = step, time.monotonic()
 
@@ -69,6 +71,26 @@ class StepCheckpoint(Periodic):
         """Save this step and return once the file and its line in the manifest are on the disk: then it can be said."""
         self.act(trainer, module, module.global_step)
         trainer.strategy.checkpoint_io.finish()
+
+
+def compare_processes(trainer, module, step: int) -> None:
+    """Raise UserError if processes that all have the whole weights hold different ones; all of them call it."""
+    if collectives.world_size() > 1 and not isinstance(trainer.strategy, FSDPStrategy):
+        check_same_weights(dict(module.net.named_parameters()), step)
+
+
+def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
+    """Raise UserError if the fp32 bits of a parameter add up to another number in another process."""
+    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
+    by_process = collectives.all_gather_object(sums)
+    for number, its in enumerate(by_process):
+        differing = [name for name, a, b in zip(params, by_process[0], its, strict=True) if a != b]
+        if differing:
+            raise UserError(
+                f"after step {step} process {number} holds other weights than process 0 ({len(differing)} of "
+                f"{len(params)} parameters, first {differing[0]}): a fault of memory, network or driver. Nothing was "
+                "saved since the processes last agreed; the same command resumes from there"
+            )
 
 
 def make_room(trainer, module, exception: BaseException) -> None:

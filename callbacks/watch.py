@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 
 import lightning as L
-import torch
 
-from llm.errors import BadLoss, UserError
+from callbacks.checkpoint import compare_processes
+from llm.errors import BadLoss
 from llm.parallel import collectives
-from llm.parallel.strategy import FSDPStrategy
 
 
 class LossGuard(L.Callback):
@@ -37,13 +36,13 @@ class LossGuard(L.Callback):
 
 
 class ProcessWatch(L.Callback):
-    """Compares the processes every `every` steps and before each checkpoint: same weights, similar speed?
+    """Compares the processes every `every` steps: same weights, similar speed?
 
     slow: how many times the others' time for its part of a step makes a process worth a line. Nothing in one process.
     """
 
-    def __init__(self, checkpoint, every: int, slow: float):
-        self.checkpoint, self.every, self.slow = checkpoint, every, slow
+    def __init__(self, every: int, slow: float):
+        self.every, self.slow = every, slow
 
     def on_train_start(self, trainer, module) -> None:
         self._begin_window(module)
@@ -54,30 +53,14 @@ class ProcessWatch(L.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step = module.global_step
-        if collectives.world_size() == 1 or not (step % self.every == 0 or self.checkpoint.due(module, step)):
+        if collectives.world_size() == 1 or step % self.every:
             return
-        if not isinstance(trainer.strategy, FSDPStrategy):  # which has no weights twice
-            check_same_weights(dict(module.net.named_parameters()), step)
-        if step % self.every == 0:
-            busy = time.perf_counter() - collectives.waited_seconds() - module.progress.paused_seconds - self.start
-            report = slow_processes(1000 * busy / (step - self.first_step), self.slow)
-            if report:
-                print(f"step {step}: {report}", flush=True)
-            self._begin_window(module)
-
-
-def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
-    """Raise UserError if the fp32 bits of a parameter add up to another number in another process."""
-    sums = torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values()]).tolist()
-    by_process = collectives.all_gather_object(sums)
-    for number, its in enumerate(by_process):
-        differing = [name for name, a, b in zip(params, by_process[0], its, strict=True) if a != b]
-        if differing:
-            raise UserError(
-                f"after step {step} process {number} holds other weights than process 0 ({len(differing)} of "
-                f"{len(params)} parameters, first {differing[0]}): a fault of memory, network or driver. Nothing was "
-                "saved since the processes last agreed; the same command resumes from there"
-            )
+        compare_processes(trainer, module, step)
+        busy = time.perf_counter() - collectives.waited_seconds() - module.progress.paused_seconds - self.start
+        report = slow_processes(1000 * busy / (step - self.first_step), self.slow)
+        if report:
+            print(f"step {step}: {report}", flush=True)
+        self._begin_window(module)
 
 
 def slow_processes(milliseconds: float, slow: float) -> str | None:

@@ -54,7 +54,7 @@ def bounds(spec: Field) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Return a type as a reader knows it: `int`, `str or null`, `list of int`."""
+    """Return a type as a reader knows it: `int`, `str or null`, `list[int]`."""
     if kind is Any:
         return "any"
     text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)

@@ -24,8 +24,7 @@ from conftest import compose
 from omegaconf import OmegaConf
 
 from callbacks.average import AverageReadOut
-from callbacks.checkpoint import StepCheckpoint
-from callbacks.watch import check_same_weights
+from callbacks.checkpoint import StepCheckpoint, check_same_weights
 from llm.checkpoint.resume import CheckpointWriter
 from llm.errors import UserError
 from llm.eval.metrics import BitsPerByte, TaskAccuracy, numbers

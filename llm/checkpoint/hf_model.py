@@ -284,11 +284,19 @@ def _is_ours(folder: Path) -> bool:
 def _load_ours(
     name: str, folder: Path, seq_len: int | None, device: str | torch.device, verify: bool
 ) -> tuple[GPT, Tokenizer]:
-    """Load a model that Fathom wrote. Raises UserError for damaged files and a longer context than the model has."""
+    """Load a model that Fathom wrote. Raises UserError for damaged files and a context that the model cannot have."""
     net, tokenizer = load_model_folder(folder, device, verify)
     say(content_note(folder))
-    _check_context(name, seq_len, net.config.seq_len)
-    net.config = replace(net.config, seq_len=seq_len or net.config.seq_len)
+    own = net.config
+    _check_context(name, seq_len, own.seq_len)
+    net.config = replace(own, seq_len=seq_len or own.seq_len)
+    follows = [config.window(layer) for config in (own, net.config) for layer in range(own.n_layer)]
+    is_other = follows[: own.n_layer] != follows[own.n_layer :] or own.rope_scaling or own.arch == "gpt2"
+    if net.config != own and is_other:
+        raise UserError(
+            f"eval.seq_len={seq_len}: the windows or positions of hf:{name} belong to its context of {own.seq_len} "
+            "tokens; leave eval.seq_len=null"
+        )
     return net.eval(), tokenizer
 
 

@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "tokenizer": (*TASKS, "data.preferences", *MODEL, "data.packing", "data.shuffle", "max_steps", "seed"),
     "text": (*TASKS, "data.preferences"),
     "chat": (*TEXT, "data.rl", "data.preferences"),
-    "rl": (*TEXT, "batch.tokens_per_step", "compile", "gpu"),
+    "rl": (*TEXT, "batch.tokens_per_step", "compile", "gpu.joint_qkv", "gpu.tuned_products"),
     "preference": (*TEXT, *TASKS, "batch.tokens_per_step", "compile", "gpu.tuned_products"),
     "": (),
 }
@@ -192,10 +192,11 @@ _BUILTIN = (
         kind="preference",
         schema=f"{_SCHEMA}.DPOStage",
         build=f"{_STAGES}.dpo.build",
-        check=f"{_STAGES}.plan.check_shares",
+        check=f"{_STAGES}.choices.check_kto",
         parents=("sft",),
         fixed_shapes=False,
         mixture="sft",  # drift is measured on it
+        ignores=("stage.max_new_tokens",),  # of answers that are compared with the parent's
         other_parents=("stage.judge",),
         no_curves=("loss",),  # of pairs
     ),

@@ -84,6 +84,8 @@ def run_evaluation(cfg: DictConfig) -> dict[str, Any]:
         raise UserError("eval=[core] needs eval.bundle=<folder or zip of a CORE bundle>; see docs/evaluation.md")
     if cfg.eval.bundle is not None and not cfg.eval.core:
         raise UserError(f"eval.bundle={cfg.eval.bundle}: only eval=[core] reads it")
+    if cfg.eval.core_tasks is not None and not cfg.eval.core:
+        raise UserError(f"eval.core_tasks={list(cfg.eval.core_tasks)}: only eval=[core] reads it")
     if cfg.eval.lm_eval and not cfg.eval.tasks:
         raise UserError("eval=lm_eval needs the names of tasks, as in eval.tasks=[arc_easy,hellaswag]")
     for key in ("tasks", "num_fewshot", "include_path", "chat_template"):

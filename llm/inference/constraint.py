@@ -164,8 +164,8 @@ def _ascii_classes(regex: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return a regular expression for a text, in a group of its own."""
-    return "(" + re.sub(r"[^\w\s]", lambda sign: "\\" + sign[0], text, flags=re.ASCII) + ")"
+    """Return a regular expression for a text, in a group of its own. Signs without a meaning may not be escaped."""
+    return "(" + re.sub(r"[\\.+*?()|\[\]{}^$#&~-]", lambda sign: "\\" + sign[0], text) + ")"
 
 
 def _for_llguidance(tokenizer: Any) -> tuple[Any, np.ndarray]:

@@ -322,7 +322,8 @@ class SlotBatch:
             if texts and text not in texts and (is_known or self.store.find(text, adapter) != (entry, skip)):
                 continue
             more = texts | {text: [*texts.get(text, []), request]}
-            if texts and not (self._pass_size(more, skip) <= self._chunk and self._planned_size(more, entry, skip)):
+            fits = text in texts or self._pass_size(more, skip) <= self._chunk  # an equal text is not read again
+            if texts and not (fits and self._planned_size(more, entry, skip)):
                 break
             texts = more
         reading = self._begin(texts, entry, skip, adapter)

@@ -21,7 +21,7 @@ NEUTRAL_KEYS = (
     *("trainer.profiler", "trainer.enable_progress_bar"),
     *("gpu.early_check", "gpu.muon_kernels"),
     *("stage.*_every", "stage.eval_*", "stage.chat_max_per_task", "stage.chat_tasks", "stage.core_*", "data.eval"),
-    *("stage.extend", "stage.judge", "stage.prompts", "data.prompts"),
+    *("stage.extend", "stage.judge", "stage.keep_rollouts", "stage.prompts", "data.prompts", "stage.compare"),
     *("data.mixture.*_val", "data.token_cache", "data.workers", "data.streaming", "data.sources.*.streaming"),
     *("data.bad_rows", "data.sources.*.bad_rows"),
 )

@@ -100,7 +100,7 @@ class Session:
             raise UserError("there is nothing to take back")
         self._drop_answer()
         question = self.messages.pop()["content"]
-        self.say(f"taken back: {' '.join(question.split())[:60]}")
+        self.say(f"taken back: {_beginning(question)}")
 
     def _drop_answer(self) -> None:
         if self.messages[-1]["role"] == "assistant":
@@ -131,7 +131,10 @@ class Session:
 
     def _load(self, value: str) -> None:
         read = load_chat(_file("load", value))
-        self.chat = Chat([Thread(self.model.name, read.threads[0].messages)], read.system)
+        messages = read.threads[0].messages
+        if messages and messages[-1]["role"] == "user":
+            self.say(f"left out: a question without an answer at the end: {_beginning(messages.pop()['content'])}")
+        self.chat = Chat([Thread(self.model.name, messages)], read.system)
         self.say(f"loaded: {len(self.messages)} messages with {read.threads[0].model}; {self.model.name} goes on")
 
     def _help(self, _: str) -> None:
@@ -152,6 +155,11 @@ COMMANDS = {
     "help": Session._help,
     "quit": Session._quit,
 }
+
+
+def _beginning(question: str) -> str:
+    """Return the first words of a question, in a line."""
+    return " ".join(question.split())[:60]
 
 
 def _file(name: str, value: str) -> Path:

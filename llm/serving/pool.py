@@ -7,6 +7,7 @@ keeps that until whoever asked takes it. A worker that dies is replaced after a 
 import asyncio
 import itertools
 import os
+import secrets
 import socket
 import sys
 import time
@@ -241,15 +242,16 @@ class Pool:
     def submit(
         self,
         prompts: Sequence[Sequence[int]],
-        params: dict[str, Any],
+        given: dict[str, Any],
         *,
         n: int = 1,
         form: dict[str, Any] | None = None,
         adapter: str | None = None,
         timeout: float = 600.0,
     ) -> Batch:
-        """Give n samples of each prompt to workers. params: fields of SamplingParams; form: of a structured answer.
+        """Give n samples of each prompt to workers. given: fields of SamplingParams; form: of a structured answer.
 
+        Without a seed in `given` one is drawn for each prompt, so equal prompts have different samples.
         adapter: name of the one that answers, None for the model itself. timeout: seconds until whoever waits gets an
         error. Raises ApiError where the queue is full, no worker is there, or the form cannot be sent.
         """
@@ -262,6 +264,7 @@ class Pool:
         try:
             for prompt in prompts:
                 worker = self._choose(prompt, adapter)
+                params = {"seed": secrets.randbits(63)} | given
                 for sample in range(n):
                     job = Job(next(self._numbers), worker, prompt, batch.news)
                     told = {"prompt": prompt, "params": params, "sample": sample, "form": form, "adapter": adapter}
@@ -388,6 +391,9 @@ class Pool:
             elif kind == "refused":
                 del worker.jobs[job.number]
                 job.fail(bad(rest[1]))
+            elif kind == "failed":
+                del worker.jobs[job.number]
+                job.fail(ApiError(500, rest[1], code="model_failed"))
             else:  # prompt
                 _, job.prompt_logprobs, job.cached = rest
 

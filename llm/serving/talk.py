@@ -166,8 +166,8 @@ class Handlers:
         given = {name: value for name, value in given.items() if value is not None}
         given |= {name: int(given[name]) for name in ("top_k", "max_new_tokens") if name in given}
         seed = (seed or "").strip() or str(following)
-        if not seed.isdecimal():
-            raise UserError(f"Seed {seed[:20]}: it must be a whole number, or empty.")
+        if not (seed.isdecimal() and len(seed) <= 18):
+            raise UserError(f"Seed {seed[:20]}: it must be a whole number of at most 18 digits, or empty.")
         return replace(self.params, **given, seed=int(seed))
 
     def _frames(self, talk: Talk, turn: int, params: SamplingParams) -> Iterator[tuple]:

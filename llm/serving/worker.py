@@ -203,7 +203,8 @@ class Loop:
             if request.error is None:
                 self._events[number].append((number, *event[1:]))
             else:
-                failed.append(("refused", number, request.error))
+                has_wishes = request.constraint is not None or request.params.logit_bias
+                failed.append(("refused" if has_wishes else "failed", number, request.error))
             if is_first or event.finish_reason is not None:
                 told += self._taken(number)
             if event.finish_reason is not None:

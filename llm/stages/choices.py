@@ -9,19 +9,39 @@ from llm.stages.plan import check_shares
 def check_sampled(cfg, config: GPTConfig) -> None:
     """Raise UserError for settings of sampled answers that cannot be, or that leave a device without any."""
     check_overlong(cfg.stage)
+    check_drawn(cfg)
     check_shares(cfg, config)
 
 
 def check_grpo(cfg, config: GPTConfig) -> None:
     """Raise UserError for a loss that does not go with its settings, or too few questions for the devices."""
     check_policy(cfg.stage)
+    check_drawn(cfg)
     check_shares(cfg, config)
 
 
 def check_distill(cfg, config: GPTConfig) -> None:
     """Raise UserError for a divergence that does not go with its settings, or too few questions for the devices."""
     check_distillation(cfg.stage)
+    if cfg.stage.source == "rollouts":
+        check_drawn(cfg)
     check_shares(cfg, config)
+
+
+def check_kto(cfg, config: GPTConfig) -> None:
+    """Raise UserError for kto with a row a step: its baseline is of answers to another question of the step."""
+    if cfg.stage.loss == "kto" and cfg.stage.pairs_per_step < 2:
+        raise UserError("stage.pairs_per_step=1: stage.loss=kto needs the answers of another row; give 2 or more")
+    check_shares(cfg, config)
+
+
+def check_drawn(cfg) -> None:
+    """Raise UserError where steps are to be repeated whose answers the network draws anew in each."""
+    if first := cfg.trainer.overfit_batches:
+        raise UserError(
+            f"trainer.overfit_batches={first}: stage={cfg.stage.name} trains on answers that the weights of each step "
+            "draw, so none comes twice; set it to 0"
+        )
 
 
 def check_overlong(stage) -> None:

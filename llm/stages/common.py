@@ -234,6 +234,8 @@ def step_context(cfg, tokenizer, total_steps: int, **more) -> StageContext:
     Prompts of `stage.prompts` come before those in `more`. Raises UserError for those that nothing can be said to.
     """
     row = stage_row(cfg.stage.name)
+    if not row.servable and cfg.stage.get("sample_every"):
+        raise UserError(f"stage.sample_every: a model of stage={row.name} writes no text; set it to 0")
     if (prompts := cfg.stage.get("prompts")) is not None:
         if not row.servable:
             raise UserError(f"stage.prompts: a model of stage={row.name} writes no text; leave the key out")

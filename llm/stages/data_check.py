@@ -12,6 +12,7 @@ from llm.errors import UserError
 
 # Keys of the group `data` with defaults of every source of text, and the sources that do not read them.
 UNREAD = {"column": ("embedded", "tokens", "mixture", "custom"), "val_size": ("tokens", "mixture", "custom")}
+UNREAD |= dict.fromkeys(("size", "seed"), ("local", "tokens", "mixture", "custom", "hub"))
 
 
 def check_data(cfg, row: Stage) -> None:

@@ -116,7 +116,7 @@ def build(cfg, parent: Path) -> BuiltStage:
         return build_stage(cfg, net, tokenizer, task, objective, StudentSteps)
     rows = cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt
     steps = partial(ConversationSteps, mixture=mixture)
-    built = build_stage(cfg, net, tokenizer, task, objective, steps, len(mixture) // rows)
+    built = build_stage(cfg, net, tokenizer, task, objective, steps, len(mixture) / rows)
     del built.derived["questions"]
     built.derived |= {"conversations": len(mixture), "epochs": built.derived["rollouts"] * rows / len(mixture)}
     built.reading = Reading("conversations", facts={"conversations": len(mixture)}, parts=mixture.tasks)

@@ -108,7 +108,7 @@ def build_stage(
     task: RewardedTask,
     objective: Objective,
     steps: Callable[..., RolloutSteps],
-    rollouts_per_epoch: int | None = None,
+    rollouts_per_epoch: float | None = None,
 ) -> BuiltStage:
     """Build the stage that trains `net` by an objective of sampled answers, and measures pass@k on held-out questions.
 

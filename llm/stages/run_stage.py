@@ -30,6 +30,7 @@ from llm.run.mirror import fetch, fetch_named, mirrored
 from llm.run.objective import objective_of
 from llm.run.stage_folder import RunDir
 from llm.stages.data_check import check_data
+from llm.stages.idle import check_idle
 from llm.stages.job import Job, shows_bar
 from llm.stages.lengthen import lengthens
 from llm.stages.loggers import check_packages
@@ -135,6 +136,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
     check_data(cfg, row)
+    check_idle(cfg)
     check_packages(cfg)
     starts = not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts))
     if starts or (is_launched() and row.parallel and LAUNCHER not in os.environ):  # our own launcher has done it
@@ -168,12 +170,16 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
 
 
 def own_run(cfg: DictConfig, row: Stage) -> RunDir:
-    """Return the run that the stage belongs to, with what its mirror holds of it, and take its parent's shape."""
+    """Return the run that the stage belongs to, with what its mirror holds of it, and take its parent's shape.
+
+    Changes `cfg.run`, null until then, to its name.
+    """
     named = RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
     fetch_missing(cfg, row, named)
     run = take_shape(cfg, row, named)
     if run != named:
         fetch_missing(cfg, row, run)
+    cfg.run = run.name
     return run
 
 

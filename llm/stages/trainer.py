@@ -181,7 +181,7 @@ def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:
     speed, display = ([chosen.pop(name)] if name in chosen else [] for name in ("throughput", "progress"))
     log = MetricsLog(stage_dir / "metrics.csv", cfg.log_every)
     guards = [LossGuard(checkpoint, stage_dir, saves=cfg.watch.bad_loss == "stop"), GarbageControl()]
-    processes = ProcessWatch(checkpoint, cfg.watch.every, cfg.watch.slow)
+    processes = ProcessWatch(cfg.watch.every, cfg.watch.slow)
     own = [*built.callbacks, *([BestWeights(stage_dir)] if cfg.stage.get("keep_best") else [])]
     begin = ValidationBegin([one for one in (*chosen.values(), *own) if isinstance(one, Periodic)])
     for one in chosen.values():  # there are evaluations, though none that Lightning knows of

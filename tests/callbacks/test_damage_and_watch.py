@@ -371,7 +371,8 @@ def test_data_that_does_not_come_is_named(monkeypatch, caplog):
 
 
 def test_a_slow_process_is_named(monkeypatch):
-    from callbacks.watch import check_same_weights, slow_processes
+    from callbacks.checkpoint import check_same_weights
+    from callbacks.watch import slow_processes
 
     monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, (100.0, "a"), (180.0, "b"), (90.0, "a")])
     assert slow_processes(110.0, 1.5) == "slow processes: process 2 on b 180 ms; the others 100 ms a step"

@@ -11,6 +11,7 @@ from llm.inference import slot_batch
 from llm.inference.engine import Engine
 from llm.inference.request import Request
 from llm.inference.sampling import SamplingParams, draw_keys, uniform_draws
+from llm.inference.slot_batch import SlotBatch
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 
@@ -400,3 +401,19 @@ def test_prompts_of_different_lengths_share_a_pass_that_needs_no_padding(monkeyp
     requests = [engine.submit([BOS, *[i] * n], SamplingParams(max_new_tokens=9)) for i, n in enumerate((39, 9, 9))]
     engine.step()
     assert [len(request.ids) for request in requests] == [1, 1, 1]  # 60 tokens; padded they would be 120
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_equal_prompts_are_read_once_however_long_they_are(monkeypatch, frozen):
+    monkeypatch.setattr(slot_batch, "CHUNK", 16)
+    read, read_chunk = [], SlotBatch._read_chunk
+
+    def counted(batch, reading):
+        read.append(sum(min(len(text) - reading.skip - reading.done, batch._chunk) for text in reading.texts))
+        return read_chunk(batch, reading)
+
+    monkeypatch.setattr(SlotBatch, "_read_chunk", counted)
+    engine = Engine(sharp_net("classic", 4), TOKENIZER, frozen=frozen)
+    prompt = [BOS, *range(1, 48)]
+    found = engine.generate([prompt], SamplingParams(max_new_tokens=4), num_samples=6)
+    assert len(found[0]) == 6 and sum(read) <= len(prompt) + 1

@@ -7,10 +7,13 @@ import re
 import pytest
 
 pytest.importorskip("llguidance")
+pytest.importorskip("fastapi")
 
 from llm.errors import UserError  # noqa: E402
 from llm.inference import constraint  # noqa: E402
 from llm.inference.constraint import Constraint  # noqa: E402
+from llm.serving.api.requests import ChatRequest  # noqa: E402
+from llm.serving.api.tools import tool_form  # noqa: E402
 from llm.tokenizer.bpe import Tokenizer  # noqa: E402
 
 TEXT = "the red fox of the hill has 12 apples, and 3 friends. {}[]"
@@ -29,6 +32,7 @@ def fits_schema(text: str) -> bool:
     return set(value) == {"name", "items"} and isinstance(value["name"], str) and all(map(is_item, value["items"]))
 
 
+SIGNS = ["café", "<yes>", "日本", "€5", r"a.b*(c)[d]{e}^$|\\#&~-x y+?/'\"!%,:;=@_`"]
 FORMS = {
     "object": ({"type": "json_object"}, lambda text: isinstance(json.loads(text), dict)),
     "schema": ({"type": "json_schema", "schema": SCHEMA}, fits_schema),
@@ -39,6 +43,7 @@ FORMS = {
     "words": ({"type": "regex", "regex": r"(yes|no)( [a-z]+)+\."}, re.compile(r"(yes|no)( [a-z]+)+\.").fullmatch),
     "date": ({"type": "regex", "regex": r"\d{4}-[\d]{2}\\"}, re.compile(r"[0-9]{4}-[0-9]{2}\\").fullmatch),
     "choice": ({"type": "choice", "choice": ["yes", "no (never)*"]}, ("yes", "no (never)*").__contains__),
+    "signs": ({"type": "choice", "choice": SIGNS}, SIGNS.__contains__),
 }
 
 
@@ -131,3 +136,17 @@ def test_the_way_out_is_looked_for_where_it_has_room_and_as_long_as_it_pays(toke
             row.allowed()
             row.accept(ord("a"))
     assert len(looks) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_arguments_of_a_function_may_refer_to_their_own_parts(tokenizers, n):
+    point = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
+    tree = {"$ref": "#/$defs/Tree"}
+    parts = {"Point": point, "Tree": {"type": "array", "maxItems": 1, "items": tree}}
+    inner = {"at": {"$ref": "#/$defs/Point"}, "tree": tree}
+    parameters = {"type": "object", "$defs": parts, "properties": inner, "required": ["at"]}
+    tools = [{"type": "function", "function": {"name": f"go{i}", "parameters": parameters}} for i in range(n)]
+    body = ChatRequest(model="a", messages=[{"role": "user", "content": "x"}], tools=tools, tool_choice="required")
+    for seed in range(4):
+        call = json.loads(drawn(tokenizers[1], tool_form(body), 200, random.Random(seed)))
+        assert call["name"] in ("go0", "go1")[:n] and isinstance(call["arguments"]["at"]["x"], bool)

@@ -17,9 +17,13 @@ from scripted_pool import BODY, scripted, served  # noqa: E402
 from llm.serving.api.chat import ChatAnswer  # noqa: E402
 from llm.serving.api.completions import _mean_logprob  # noqa: E402
 from llm.serving.api.server import MAX_HEAD, run  # noqa: E402
+from llm.serving.api.text import AnswerText  # noqa: E402
 from llm.serving.errors import unavailable  # noqa: E402
 from llm.serving.http import listen  # noqa: E402
 from llm.serving.pool import SLACK, Event  # noqa: E402
+from llm.tokenizer.bpe import Tokenizer  # noqa: E402
+
+WIDE, XEN = Tokenizer([*(bytes([b]) for b in range(256)), b"xEN"]), 256  # with a token over the edge of a stop text
 
 
 def requests(app, *steps):
@@ -178,6 +182,58 @@ def test_settings_reach_the_engine():
     assert plain == plain | defaults
     assert full["seed"] == 2**63 - 1 and full["stop"] == ("a",) and full["logit_bias"] == ((5, 1),)
     assert 0 < full["top_p"] < 1e-6 and full["logprobs"] == 4 and full["max_new_tokens"] == 9
+
+
+def test_equal_prompts_of_a_request_are_drawn_apart_unless_a_seed_was_given():
+    pool = scripted([*b"ok"])
+    body = {"model": "a/b", "prompt": ["Once", "Once"], "n": 2}
+    requests(served(pool), *(("POST", "/v1/completions", {"json": body | more}) for more in ({}, {"seed": 7})))
+    drawn = [(message[2]["params"]["seed"], message[2]["sample"]) for message in pool.workers[0].writer.heard]
+    assert len(set(drawn[:4])) == 4 and drawn[4:] == [(7, 0), (7, 1)] * 2
+
+
+def test_a_network_without_numbers_is_an_error_of_the_server():
+    pool = scripted(None)
+    worker = pool.workers[0]
+    worker.writer.answer = lambda number, ids: pool._hear(worker, ("failed", number, "the network gives NaN"))
+    worker.writer.ids = []
+    (answer,) = requests(served(pool), chat())
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+
+
+def pieces_of(ids, stops, at_once) -> tuple[str, list[int]]:
+    """Text and ids of the tokens that an answer of `ids` tells, whole or token by token."""
+    events = [Event(token, False, -0.5, [], None) for token in ids]
+    events[-1] = events[-1]._replace(finish_reason="stop")
+    answer = AnswerText(WIDE, stops)
+    parts = [answer.push_to_end(some)[0] for some in ([events] if at_once else [[event] for event in events])]
+    return "".join(part.text for part in parts), [one.id for part in parts for one in part.tokens]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_tokens_of_an_answer_are_those_of_its_text(at_once):
+    assert pieces_of([*b"abEND"], ["END"], at_once) == ("ab", [*b"ab"])
+    assert pieces_of([*b"b", XEN, *b"D"], ["END"], at_once) == ("bx", [*b"b", XEN]), "it holds the end of the text"
+    assert pieces_of([*b"b", XEN], ["EN"], at_once) == ("bx", [*b"b", XEN])
+    assert pieces_of([*"é!".encode(), *b"E"], ["E"], at_once) == ("é!", [*"é!".encode()])
+    assert pieces_of([*b"END"], ["END"], at_once) == ("", [])
+    assert pieces_of([*b"abEN"], ["END"], at_once) == ("abEN", [*b"abEN"])
+
+
+def test_places_in_the_text_count_its_characters():
+    ids = [*"é!x".encode()]
+    events = [Event(token, False, -0.5, [], None) for token in ids]
+    pool = scripted(ids)
+    worker = pool.workers[0]
+
+    def answer(number, _):
+        pool._hear(worker, ("prompt", number, None, 3))
+        pool._hear(worker, ("tokens", [*((number, *one) for one in events), (number, None, False, None, None, "stop")]))
+
+    worker.writer.answer = answer
+    body = {"model": "a/b", "prompt": "Once", "logprobs": 0}
+    (told,) = requests(served(pool), ("POST", "/v1/completions", {"json": body}))
+    assert told.json()["choices"][0]["logprobs"]["text_offset"] == [0, 0, 1, 2]
 
 
 def test_a_response_tells_the_settings_that_were_used():

@@ -100,7 +100,9 @@ class Wire:
 
 
 def test_a_worker_tells_first_tokens_and_ends_at_once_and_the_others_together():
-    wire, request = Wire(), SimpleNamespace(id=5, prompt_logprobs=None, cached_tokens=2, error=None)
+    wishes = SimpleNamespace(logit_bias=())
+    wire, request = Wire(), SimpleNamespace(id=5, prompt_logprobs=None, cached_tokens=2, error=None, params=wishes)
+    request.constraint = None
     loop = Loop(None, wire, queue.SimpleQueue())
     loop._requests, loop._numbers = {1: request}, {5: 1}
 
@@ -119,7 +121,7 @@ def test_a_worker_tells_first_tokens_and_ends_at_once_and_the_others_together():
     loop._next_frame = time.monotonic() + 600
     assert told(TokenEvent(request, 11)) == []
     request.error = "the network gives NaN"
-    tokens, refused = told(TokenEvent(request, None, finish_reason="error"))
+    tokens, failed = told(TokenEvent(request, None, finish_reason="error"))
     assert [event[1] for event in tokens[1]] == [11]
-    assert refused == ("refused", 1, "the network gives NaN")
+    assert failed == ("failed", 1, "the network gives NaN")
     assert not loop._events and not loop._requests

@@ -166,6 +166,7 @@ def test_settings_reach_the_engine_and_wrong_ones_are_said(handlers, warned):
     assert [*seeds, engine.params.seed] == [GREEDY.seed + 1, GREEDY.seed + 2]  # another answer each time
     for wrong, message in (
         ({"seed": "x"}, "Seed x"),
+        ({"seed": "1" * 5000}, f"Seed {'1' * 20}: it must be a whole number of at most 18 digits"),
         ({"temperature": -1}, "temperature=-1"),
         ({"system": "s" * 9000}, "9,000"),
     ):

@@ -156,6 +156,13 @@ def test_a_chat_is_saved_and_read_again(session, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine" and session.messages == saved
 
 
+def test_a_question_without_an_answer_is_left_out_of_a_chat_that_is_read(session, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps(no_chat()))
+    answer(session, f"/load {tmp_path}/chat.json", "one")
+    assert "a question without an answer at the end: x" in session.said[-2]
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+
+
 def no_chat(**change) -> dict:
     chat = {"system": "", "threads": [{"model": "a/b", "messages": [user("x")]}]}
     return chat | change

@@ -1,6 +1,7 @@
 """Route /v1/completions: continuations of texts or ids, with echo, logprobs and best_of, as lm-eval asks for them."""
 
 import time
+from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ class CompletionAnswer:
     def __init__(self, service: Service, batch: Batch, body: CompletionRequest, n_samples: int, added: Sequence[int]):
         self.service, self.batch, self.body, self.n_samples, self.added = service, batch, body, n_samples, added
         self.texts = [AnswerText(service.tokenizer, body.stops(), body.min_tokens or 0) for _ in batch.jobs]
-        self.offsets = [0] * len(batch.jobs)
+        self.offsets = [0] * len(batch.jobs)  # characters of text that their tokens have made so far
+        self.decoders = [getincrementaldecoder("utf-8")("replace") for _ in batch.jobs]
         self.head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -160,7 +162,7 @@ class CompletionAnswer:
                 likeliest.setdefault(text, finite(logprob))
             told["top_logprobs"].append(likeliest)
             told["text_offset"].append(self.offsets[index])
-            self.offsets[index] += len(text)
+            self.offsets[index] += len(self.decoders[index].decode(tokenizer.decode_bytes([token])))
         return told
 
 

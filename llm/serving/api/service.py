@@ -81,7 +81,8 @@ class Service:
         }
         params = {name: self.defaults[name] for name in ("temperature", "top_k", "top_p")}
         params |= {name: value for name, value in given.items() if value is not None}
-        params["seed"] = secrets.randbits(63) if body.seed is None else body.seed & (2**63 - 1)
+        if body.seed is not None:  # else every prompt gets one of its own
+            params["seed"] = body.seed & (2**63 - 1)
         params["logit_bias"] = tuple(sorted(self._bias(body.logit_bias or {}).items()))
         return params | {"max_new_tokens": max_tokens, "stop": body.stops(), **more}
 

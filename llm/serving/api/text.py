@@ -43,7 +43,8 @@ class AnswerText:
         self._special, self._marks = tokenizer.special_ids, part_switches(tokenizer)
         self._text, self._calls = TextStream(tokenizer, stops, keep_stop=False), TextStream(tokenizer)
         self._kind, self._line_open = "text", False
-        self._sent, self._ends = 0, []  # characters of text returned; (end in characters, TokenInfo) not returned
+        self._sent, self._read = 0, 0  # characters of text returned; and where the last token ended
+        self._waiting: list[tuple[int, int, TokenInfo]] = []  # tokens not returned: (begin, end) in characters
 
     @property
     def is_cut(self) -> bool:
@@ -66,7 +67,8 @@ class AnswerText:
             elif not self.is_cut:
                 text += self._said(self._text.push(event.id, self._n_tokens >= self._min_tokens))
                 info = TokenInfo(event.id, event.logprob, event.top or [])
-                self._ends.append((self._sent + self._text.n_waiting, info))
+                begin, self._read = self._read, self._sent + self._text.n_waiting
+                self._waiting.append((begin, self._read, info))
         return Delta(text, call, self._certain())
 
     def push_to_end(self, events: Sequence[Event]) -> tuple[Delta, str | None]:
@@ -87,10 +89,13 @@ class AnswerText:
         return text
 
     def _certain(self) -> list[TokenInfo]:
-        """Return the tokens whose text has been returned; those behind a stop text never are."""
-        n = sum(end <= self._sent for end, _ in self._ends)
-        found, self._ends = self._ends[:n], [] if self.is_cut else self._ends[n:]
-        return [info for _, info in found]
+        """Return the tokens whose text has been returned; once a stop text was found, those that begin before it."""
+        if self.is_cut:
+            found, self._waiting = [one for one in self._waiting if one[0] < self._sent], []
+        else:
+            n = sum(end <= self._sent for _, end, _ in self._waiting)
+            found, self._waiting = self._waiting[:n], self._waiting[n:]
+        return [info for _, _, info in found]
 
     def _switch(self, kind: str) -> str:
         """Begin another kind of text; return what separates calls from their results and from each other."""

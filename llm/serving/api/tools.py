@@ -23,16 +23,26 @@ def tool_form(body: ChatRequest) -> dict[str, Any]:
         functions = [one for one in functions if one.name == wanted]
         if not functions:
             raise bad(f"tool_choice names {wanted!r}, which is not among tools", "tool_choice")
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": one.name}, "arguments": one.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for one in functions
-    ]
+    calls = []
+    for i, one in enumerate(functions):
+        root = ("#" if len(functions) == 1 else f"#/anyOf/{i}") + "/properties/arguments"
+        arguments = _moved(one.parameters, root) if one.parameters else {"type": "object"}
+        call = {"type": "object", "properties": {"name": {"const": one.name}, "arguments": arguments}}
+        calls.append(call | {"required": ["name", "arguments"], "additionalProperties": False})
     return {"type": "json_schema", "schema": calls[0] if len(calls) == 1 else {"anyOf": calls}}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """Return a JSON schema whose own references (`#/$defs/...`) hold where it stands at `root` of another one."""
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(item, root) for key, item in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        moved["$ref"] = root + target[1:]
+    return moved
 
 
 class ToolWatch:

@@ -1,0 +1,44 @@
+"""Settings that a command gives beside others that leave them without effect: refused, and not half honoured."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llm.config.check import shown
+from llm.config.said import names_key
+from llm.errors import UserError
+
+# (keys, what leaves them unread, whether the configuration has that)
+IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("arch.ngram_rows", "arch.ngram_into", "optim.ngram_lr"), "arch.ngrams=[]", lambda c: not c.arch.get("ngrams")),
+    (("optim.copy_lr",), "arch.copy_candidate=false", lambda c: not c.arch.get("copy_candidate")),
+    (("arch.gate_range",), "arch.value_embeds=false", lambda c: not c.arch.get("value_embeds")),
+    (("optim.momentum_overlap",), "optim.momentum_final=null", lambda c: c.optim.get("momentum_final") is None),
+    (("optim.weight_decay",), "optim.hyperball=true", lambda c: bool(c.optim.get("hyperball"))),
+    (
+        ("optim.orthogonalizer", "optim.ns_steps", "optim.row_normalize", "optim.renormalize", "optim.cautious"),
+        "optim.dion_rank",
+        lambda c: c.optim.get("dion_rank") is not None,
+    ),
+    (("stage.gamma",), "a stage.loss other than simpo", lambda c: c.stage.get("loss") != "simpo"),
+    (("stage.odds_weight",), "a stage.loss other than orpo", lambda c: c.stage.get("loss") != "orpo"),
+    (
+        ("stage.desirable_weight", "stage.undesirable_weight"),
+        "a stage.loss other than kto",
+        lambda c: c.stage.get("loss") != "kto",
+    ),
+    (
+        ("stage.label_smoothing",),
+        "a stage.loss other than dpo and simpo",
+        lambda c: c.stage.get("loss") not in ("dpo", "simpo"),
+    ),
+    (("stage.curriculum",), "stage.source=data", lambda c: c.stage.get("source") == "data"),
+)
+
+
+def check_idle(cfg) -> None:
+    """Raise UserError for a key that the command names, and that another setting leaves without a reader."""
+    for keys, why, is_so in IDLE:
+        for key in keys:
+            group, _, name = key.partition(".")
+            if names_key(cfg, key) and name in cfg[group] and cfg[group][name] is not None and is_so(cfg):
+                raise UserError(f"{key}={shown(cfg[group][name])}: nothing reads it with {why}; leave it out")
