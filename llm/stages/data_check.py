@@ -19,7 +19,8 @@ def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
     for name in [name for name, sources in UNREAD.items() if row.reads_text and cfg.data.name in sources]:
         if names_key(cfg, f"data.{name}") and cfg.data[name] is not None:
-            way = f"give data.sources.<name>.{name}" if cfg.data.name == "mixture" else "leave it out"
+            of_each = cfg.data.name == "mixture" and name not in ("size", "seed")
+            way = f"give data.sources.<name>.{name}" if of_each else "leave it out"
             raise UserError(f"data.{name}={cfg.data[name]} is not read by data={cfg.data.name}; {way}")
     if row.reads_text and cfg.data.name in ("local", "tokens"):
         from llm.data.sources import build_source, is_remote

@@ -29,7 +29,7 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (
         ("stage.label_smoothing",),
         "a stage.loss other than dpo and simpo",
-        lambda c: c.stage.get("loss") not in ("dpo", "simpo"),
+        lambda c: c.stage.get("loss") in ("ipo", "orpo", "kto"),
     ),
     (("stage.curriculum",), "stage.source=data", lambda c: c.stage.get("source") == "data"),
 )

@@ -8,6 +8,7 @@ import sys
 import threading
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from processes import HANG, run, run_python, wait_until
 from small_training import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
 
 from callbacks.cadence import Periodic
+from callbacks.checkpoint import StepCheckpoint, check_same_weights
+from callbacks.watch import slow_processes
 from llm.checkpoint.resume import CheckpointWriter, HostCopy, inspect, list_checkpoints, newest_checkpoint
 from llm.data.loader import StepLayout, StepLoader, TextSteps
 from llm.errors import BadLoss, UserError
@@ -371,9 +374,6 @@ def test_data_that_does_not_come_is_named(monkeypatch, caplog):
 
 
 def test_a_slow_process_is_named(monkeypatch):
-    from callbacks.checkpoint import check_same_weights
-    from callbacks.watch import slow_processes
-
     monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, (100.0, "a"), (180.0, "b"), (90.0, "a")])
     assert slow_processes(110.0, 1.5) == "slow processes: process 2 on b 180 ms; the others 100 ms a step"
     assert slow_processes(110.0, 2.0) is None
@@ -381,6 +381,21 @@ def test_a_slow_process_is_named(monkeypatch):
     monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, mine, [mine[0], mine[1] + 1]])
     with pytest.raises(UserError, match="after step 7 process 2 holds other weights than process 0.*first b"):
         check_same_weights(params, 7)
+
+
+def test_weights_that_have_come_apart_are_never_saved(monkeypatch, tmp_path):
+    saved = []
+    trainer = SimpleNamespace(strategy=None, save_checkpoint=saved.append)
+    module = SimpleNamespace(net=torch.nn.Linear(2, 2), global_step=3)
+    checkpoint = StepCheckpoint(10, tmp_path)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, [one + 1 for one in mine]])
+    with pytest.raises(UserError, match="after step 3 process 1 holds other weights"):
+        checkpoint.on_train_end(trainer, module)  # a callback ended the training between two planned checkpoints
+    assert saved == []
+    monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, mine])
+    checkpoint.on_train_end(trainer, module)
+    assert len(saved) == 1
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from processes import run_python
 from safetensors.torch import load_file, save_file
 
+from llm.checkpoint.hf_model import load_hf
 from llm.checkpoint.model_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -315,3 +316,14 @@ def test_transformers_loads_the_folder_and_agrees(tok, tmp_path, n_kv_head, rope
             break
     generated = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24)
     assert generated[0].tolist() == expected
+
+
+def test_a_shorter_context_is_refused_where_windows_follow_it(folder, tok, tmp_path):
+    assert load_hf(str(folder), 64, "cpu")[0].config.seq_len == 64
+    config = dataclasses.replace(build(tok).config, window_pattern="SSL", window_multiple=16)
+    save_model_folder(tmp_path / "model", GPT(config).init_weights(1), tok)
+    assert load_hf(str(tmp_path / "model"), config.seq_len, "cpu")[0].windows[0] == config.window(0)
+    with pytest.raises(
+        UserError, match=r"eval.seq_len=64: the windows .* context of 96 tokens; leave eval.seq_len=null"
+    ):
+        load_hf(str(tmp_path / "model"), 64, "cpu")

@@ -137,6 +137,8 @@ def test_defaults_are_the_published_ones():
     for experiment, batches in published.items():
         sft, midtrain = (compose("train", experiment, f"stage={stage}") for stage in ("sft", "midtrain"))
         assert (sft.batch.tokens_per_step, midtrain.batch.tokens_per_step, sft.stage.epochs) == (*batches, 1)
+        for cfg in (sft, midtrain):  # a row or more on each of eight devices
+            assert (cfg.batch.tokens_per_step or 2**20) % (8 * cfg.batch.micro_batch_size * cfg.model.seq_len) == 0
     grpo = compose("train", "stage=grpo")
     assert (grpo.stage.prompts_per_step, grpo.stage.samples_per_prompt, grpo.batch.micro_batch_size) == (16, 16, 8)
     assert (grpo.stage.temperature, grpo.stage.top_k, grpo.stage.max_new_tokens) == (1.0, 50, 256)

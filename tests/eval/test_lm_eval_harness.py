@@ -196,6 +196,7 @@ def test_mistakes_about_keys(tmp_path):
     core_keys = {"eval": ["core"], "bundle": str(tmp_path)}
     for changes, message in (
         ({"eval": ["lm_eval"]}, "eval=lm_eval needs the names of tasks"),
+        ({"eval": ["samples"], "core_tasks": ["x"]}, r"eval.core_tasks=\['x'\]: only eval=\[core\] reads it"),
         ({"eval": ["core"], "bundle": "x", "num_fewshot": 3}, "eval.num_fewshot=3: only eval=lm_eval reads it"),
         ({"eval": ["bpb"], "tasks": ["arc_easy"]}, "eval.tasks=.*: only eval=lm_eval"),
         (core_keys | {"model": "gpt2"}, "model=gpt2: write model=hf:"),

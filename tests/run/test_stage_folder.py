@@ -257,6 +257,23 @@ def test_keys_that_a_stage_does_not_read_are_neutral_for_it():
     }
 
 
+@pytest.mark.parametrize(
+    "stage, key, differs",
+    [
+        ("grpo", "stage.keep_rollouts", False),
+        ("dpo", "stage.max_new_tokens", False),
+        ("grpo", "stage.max_new_tokens", True),
+        ("tokenizer", "stage.compare", False),
+        ("grpo", "gpu.bf16_tables", True),
+        ("grpo", "gpu.fp8_head", True),
+        ("grpo", "gpu.joint_qkv", False),
+    ],
+)
+def test_what_changes_no_weights_may_be_changed(stage, key, differs):
+    group, name = key.split(".")
+    assert bool(diff_configs({group: {name: 1}}, {group: {name: 2}}, neutral_keys(stage))) == differs
+
+
 @pytest.mark.parametrize("key, value", [("gradient_clip_val", 1.0), ("overfit_batches", 2), ("devices", 2)])
 def test_of_the_trainer_what_changes_weights_is_not_neutral(key, value):
     """A finished run was said to be finished with another clipping, and experiments took such runs for seeds of one."""

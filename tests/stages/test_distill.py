@@ -183,3 +183,28 @@ def test_a_killed_stage_resumes_exactly_and_comes_nearer_to_its_teacher(runs, so
     with open(runs / "straight" / "distill" / "metrics.csv", newline="") as file:
         found = [float(row["divergence"]) for row in csv.DictReader(file) if row["divergence"]]
     assert found[1] < found[0] and len(found) == 4
+
+
+def test_steps_for_all_passes_over_the_conversations_are_not_rounded_down_pass_by_pass(runs):
+    lines = ("stage=distill", "run=tiny", f"paths.runs={runs}", "stage.teacher=large/sft", "stage.source=data")
+    more = ("stage.epochs=3", "max_steps=null", "stage.prompts_per_step=16", "stage.samples_per_prompt=4")
+    built = build(compose("train", "experiment=tiny", *SMALL, *lines, *more), runs / "tiny" / "sft" / "model")
+    conversations = built.derived["conversations"]
+    assert conversations % 64 and 3 - 64 / conversations < built.derived["epochs"] <= 3
+
+
+def test_a_run_without_a_name_has_that_of_its_model(runs):
+    lines = ("stage=distill", "run=null", "init_from=tiny/sft", f"paths.runs={runs}", "stage.teacher=large/sft")
+    more = (
+        "max_steps=1",
+        "stage.rehearsal=0",
+        "stage.max_new_tokens=4",
+        "stage.eval_examples=2",
+        "stage.keep_rollouts=1",
+    )
+    run_stage(compose("train", "experiment=tiny", *SMALL, *lines, *more))
+    folder = runs / "d1/distill"
+    manifest = json.loads((folder / "run.json").read_text())
+    assert (manifest["status"], manifest["config"]["run"]) == ("finished", "d1") and (
+        folder / "rollouts.jsonl"
+    ).is_file()

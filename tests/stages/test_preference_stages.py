@@ -18,6 +18,7 @@ from llm.eval.preferences import compared, interval
 from llm.model.gpt import GPT
 from llm.run.stage_folder import find_stage, write_manifest
 from llm.scaling.rules import model_config
+from llm.stages.choices import check_drawn, check_kto
 from llm.stages.common import load_parent
 from llm.stages.data_check import preferred
 from llm.stages.run_stage import run_stage
@@ -182,3 +183,17 @@ def test_accuracy_and_margin_by_hand():
 def test_the_interval_is_wilsons():
     assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert interval(1.0, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+
+
+def test_kto_with_one_row_a_step_has_no_other_question_to_compare_with():
+    lines = ("experiment=tiny", "stage=dpo", "stage.loss=kto")
+    with pytest.raises(UserError, match="stage.pairs_per_step=1: stage.loss=kto needs the answers of another row"):
+        check_kto(compose("train", *lines, "stage.pairs_per_step=1"), None)
+    check_kto(compose("train", *lines, "stage.pairs_per_step=2"), None)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo", "best_of_n", "distill"])
+def test_steps_that_draw_answers_are_not_repeated(stage):
+    cfg = compose("train", "experiment=tiny", f"stage={stage}", "trainer.overfit_batches=2")
+    with pytest.raises(UserError, match=f"trainer.overfit_batches=2: stage={stage} trains on answers that the weights"):
+        check_drawn(cfg)

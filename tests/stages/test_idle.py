@@ -1,0 +1,39 @@
+"""Settings that nothing would read beside others: refused where the command names them, and taken where it does not."""
+
+import pytest
+from conftest import compose
+
+from llm.errors import UserError
+from llm.stages.idle import check_idle
+
+
+@pytest.mark.parametrize(
+    "idle, read, why",
+    [
+        ("stage=dpo stage.gamma=2", "stage.loss=simpo", "a stage.loss other than simpo"),
+        ("stage=dpo stage.odds_weight=2", "stage.loss=orpo", "a stage.loss other than orpo"),
+        ("stage=dpo stage.undesirable_weight=2", "stage.loss=kto", "a stage.loss other than kto"),
+        ("stage=dpo stage.loss=ipo stage.label_smoothing=0.1", "stage.loss=dpo", "other than dpo and simpo"),
+        ("arch.ngram_rows=8", "arch.ngrams=[2]", "arch.ngrams=[]"),
+        ("optim.copy_lr=0.1", "arch.copy_candidate=true", "arch.copy_candidate=false"),
+        ("arch.value_embeds=false arch.gate_range=2", "arch.value_embeds=true", "arch.value_embeds=false"),
+        ("optim.momentum_final=null optim.momentum_overlap=true", "optim.momentum_final=0.8", "momentum_final=null"),
+        ("optim.hyperball=true optim.weight_decay=0.1", "optim.hyperball=false", "optim.hyperball=true"),
+        ("optim.dion_rank=0.5 optim.ns_steps=4", "optim.dion_rank=null", "optim.dion_rank"),
+        ("stage=distill stage.source=data stage.curriculum=pass_rate", "stage.source=rollouts", "stage.source=data"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused_where_the_command_names_it(idle, read, why):
+    *others, named = idle.split()
+    with pytest.raises(UserError, match=r"nothing reads it with .*leave it out") as refused:
+        check_idle(compose("train", *others, named))
+    assert str(refused.value).startswith(named) and why in str(refused.value)
+    check_idle(compose("train", *others))
+    key = read.split("=")[0]
+    check_idle(compose("train", *(one for one in others if not one.startswith(f"{key}=")), named, read))
+
+
+def test_experiments_set_what_they_like():
+    for experiment in ("small", "own", "speedrun", "speedrun_2025", "speedrun_2026_08", "demo", "tiny"):
+        for stage in ("pretrain", "dpo"):
+            check_idle(compose("train", f"experiment={experiment}", f"stage={stage}"))
