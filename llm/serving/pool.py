@@ -229,7 +229,8 @@ class Pool:
         """End the workers, and jobs that have not ended with an error."""
         self.is_draining = True
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():  # a second time would not wait for the end of its process
+                task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def retire(self) -> None:

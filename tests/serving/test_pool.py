@@ -3,6 +3,7 @@
 import asyncio
 import pickle
 import queue
+import sys
 import time
 from types import SimpleNamespace
 
@@ -125,3 +126,31 @@ def test_a_worker_tells_first_tokens_and_ends_at_once_and_the_others_together():
     assert [event[1] for event in tokens[1]] == [11]
     assert failed == ("failed", 1, "the network gives NaN")
     assert not loop._events and not loop._requests
+
+
+HEARS = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\nwhile s.recv(4096): pass\n"
+
+
+def test_a_signal_while_workers_load_leaves_no_process_behind(monkeypatch):
+    processes = []
+
+    async def spawn(worker, fd):
+        more = {"pass_fds": [fd], "stdin": asyncio.subprocess.DEVNULL}
+        processes.append(await asyncio.create_subprocess_exec(sys.executable, "-c", HEARS, str(fd), **more))
+        return processes[-1]
+
+    async def start():
+        def interrupt():
+            if pool.workers[0].writer is None:
+                loop.call_later(0.01, interrupt)
+            else:
+                raise SystemExit(143)  # as the handler of SIGTERM does
+
+        loop, pool = asyncio.get_running_loop(), Pool(Source("a/b"), ["cpu"], rows=1, queue=1)
+        interrupt()
+        await pool.start()
+
+    monkeypatch.setattr(pools, "_spawn", spawn)
+    with pytest.raises(SystemExit):
+        asyncio.run(start())
+    assert [process.returncode for process in processes] == [0]
