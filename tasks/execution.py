@@ -85,10 +85,13 @@ class ProgramResult:
         return self.verdict == "pass"
 
 
-def run_program(program: Program, limits: Limits | None = None, namespaces: bool = True) -> ProgramResult:
+def run_program(
+    program: Program, limits: Limits | None = None, namespaces: bool = True, head: bool = False
+) -> ProgramResult:
     """Run one program and return the verdict. Never raises for what the program does.
 
-    namespaces: False is for testing the protections that are left where the kernel allows no namespaces.
+    head: of a long output keep the beginning, not the end. namespaces: False is for testing the protections that are
+    left where the kernel allows no namespaces.
     """
     limits = limits or Limits()
     with (
@@ -102,7 +105,7 @@ def run_program(program: Program, limits: Limits | None = None, namespaces: bool
         answer = _ask_runner(
             [*RUNNER, folder, str(os.getpid())], question, (out.fileno(), err.fileno()), limits.seconds + STARTING
         )
-        shown = [_tail(file) for file in (out, err)]
+        shown = [_shown(file, head) for file in (out, err)]
     if answer["verdict"] == "timeout":
         answer["detail"] = f"stopped after {limits.seconds:g} s"
     return ProgramResult(answer["verdict"], answer["detail"], *shown, answer.get("held", {}))
@@ -129,8 +132,8 @@ def _ask_runner(command: list[str], question: bytes, output: tuple[int, int], se
         return {"verdict": "killed", "detail": f"the sandbox was ended: {last}"}
 
 
-def _tail(file: IO[bytes]) -> str:
-    file.seek(max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
+def _shown(file: IO[bytes], head: bool) -> str:
+    file.seek(0 if head else max(0, file.seek(0, os.SEEK_END) - SHOWN_BYTES))
     return file.read(SHOWN_BYTES).decode(errors="replace")
 
 

@@ -65,7 +65,7 @@ def find_files(
             print(f"{where}: left out by their names: {_some(others)}", flush=True)
         found += chosen
     left_out = {path.resolve() for path in exclude}
-    found = [path for path in found if path.resolve() not in left_out]
+    found = list({path.resolve(): path for path in found if path.resolve() not in left_out}.values())
     if not found:
         held_out = f" that is not also a test file ({', '.join(map(str, exclude))})" if exclude else ""
         raise UserError(f"{where}: names no file{held_out}")
@@ -86,12 +86,15 @@ def named_for(entry: object, split: str, where: str, suffixes: tuple[str, ...] =
     """Return the files of a folder or glob that belong to a split, "train" or "test", by their names.
 
     Files without a split in their names are trained on. Held out are the files for validation, or if there are none
-    those for the test. Of a single file, whose name does not matter, that is none.
+    those for the test. Of a single file, whose name does not matter, that is none; so it is of files that are all held
+    out by their names, which are then all trained on.
     """
     kind, files = _matching(entry, where, suffixes)
     if kind == "file":
         return []
     names = [split_of(name) for _, name in files]
+    if not {"train", None} & set(names):
+        return []
     wanted = ("train", None) if split == "train" else ("val",) if "val" in names else ("test",)
     return [path for (path, _), own in zip(files, names, strict=True) if own in wanted]
 
@@ -170,8 +173,7 @@ class FileRows(Sequence):
             form = format_of(path)
             if form.note:
                 print(f"{self._check.key}: {form.note}", flush=True)
-            plain = form.kind not in TABLES and not form.compression and isinstance(path, Path)
-            plain = plain and self._encoding == "utf-8" and is_json_lines(path)
+            plain = _has_places(path, self._encoding)
             self._states.append(path.stat() if plain else None)
             for number, row, place in _lines(path) if plain else _others(path, self._encoding):
                 rows, self._passed = rows + 1, self._passed + 1
@@ -233,7 +235,15 @@ class FileRows(Sequence):
 
 def count_rows(files: Sequence[Path], encoding: str = "utf-8") -> int:
     """Return the number of rows of task files, bad ones with them. Raises UserError for a file that cannot be read."""
-    return sum(1 for path in files for member in members(path) for _ in _others(member, encoding))
+    found = (member for path in files for member in members(path))
+    return sum(1 for one in found for _ in (_lines(one) if _has_places(one, encoding) else _others(one, encoding)))
+
+
+def _has_places(path: Any, encoding: str) -> bool:
+    """Return whether the rows of a file can be found again by their places: plain lines of JSON in UTF-8."""
+    form = format_of(path)
+    is_plain = form.kind not in TABLES and not form.compression and isinstance(path, Path)
+    return is_plain and encoding == "utf-8" and is_json_lines(path)
 
 
 def members(path: Path) -> list:

@@ -24,7 +24,7 @@ def render_question(question: str, options: Sequence[str], letters: Sequence[str
 
 def parse_choices(row: dict) -> tuple[list[str], tuple[str, ...], str]:
     """Return options, their letters and the right letter of a row of ARC (labels are kept) or MMLU (A, B, ...)."""
-    if "answerKey" in row:
+    if isinstance(row["choices"], dict):
         return row["choices"]["text"], tuple(row["choices"]["label"]), row["answerKey"]
     letters = tuple(ascii_uppercase[: len(row["choices"])])
     return row["choices"], letters, letters[row["answer"]]

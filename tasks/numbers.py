@@ -224,7 +224,7 @@ _SYMBOLS = (
     (re.compile(r"\\[()\[\]!]|\\(?:left|right)\b"), ""),
     (re.compile(r"\\[,;: ]|~"), " "),
     (re.compile(r"\$([^$]*)\$"), r"\1"),  # a formula, not money
-    (re.compile(r"(?<![\d*])(?<!\d )\*+|\*+(?![*]| ?\d)"), ""),  # bold, where it is no product
+    (re.compile(r"(?<![\d*])(?<!\d )\*+|(?<!\*)\*+(?![*]| ?\d)"), ""),  # bold, where it is no product
     (re.compile(r"(?<!\d)_+|_+(?!\d)|[`\"“”]"), ""),
 )
 _CHARACTERS = str.maketrans("−–—﹣－⁄’٫٬", "-----/'.,")

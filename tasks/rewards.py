@@ -126,14 +126,25 @@ class JsonReward(Reward):
         except SchemaError as error:
             raise UserError(f"schema is no JSON schema ({error.message[:100]})") from error
         self.validator = kind(schema)
+        for value in ({}, [], "", 0, None):
+            self._fits(value)  # a reference that leads nowhere is told now
+
+    def _fits(self, value: Any) -> bool:
+        from referencing.exceptions import Unresolvable
+
+        try:
+            return self.validator.is_valid(value)
+        except Unresolvable as error:
+            raise UserError(f"schema refers to what is not there ({error})"[:200]) from None
 
     def one(self, conversation: dict, completion: str) -> float:
         if len(completion) > MAX_CHARS:
             return 0.0
         try:
-            return float(self.validator.is_valid(parse_json(completion.encode(), "the completion")))
+            value = parse_json(completion.encode(), "the completion")
         except (UserError, UnicodeEncodeError):
             return 0.0
+        return float(self._fits(value))
 
 
 class LengthReward(Reward):

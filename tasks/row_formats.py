@@ -327,6 +327,8 @@ def _tree(row: dict, reading: Reading) -> list:
 
 def _rank(reply: Any) -> float:
     rank = reply.get("rank") if isinstance(reply, Mapping) else None
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float) or rank != rank):
+        raise UserError(f"'rank' of a reply must be a number or null, found {_short(rank)}")
     return float("inf") if rank is None else rank
 
 

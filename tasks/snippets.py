@@ -26,6 +26,6 @@ def run_snippet(source: str) -> str:
     It runs in the sandbox of `tasks.execution`, within seconds; nothing that it does can raise here.
     """
     program = Program(_RUNNER.format(source=source), "run", "def check(candidate):\n    candidate()\n")
-    result = run_program(program, LIMITS)
+    result = run_program(program, LIMITS, head=True)
     text = result.stdout.strip() if result.ok else f"error: {result.detail or result.verdict}"
     return text[:MOST_CHARACTERS]

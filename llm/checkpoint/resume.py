@@ -128,7 +128,7 @@ class HostCopy:
                 buffer = old.get(place)
                 if buffer is None or buffer.shape != thing.shape or buffer.dtype != thing.dtype:
                     buffer = torch.empty(thing.shape, dtype=thing.dtype, pin_memory=thing.is_cuda)
-                seen[same] = self.buffers[place] = buffer.copy_(thing.detach(), non_blocking=True)
+                seen[same] = self.buffers[place] = buffer.copy_(thing.detach(), non_blocking=thing.is_cuda)
             return seen[same]
 
         copy = copied(checkpoint, ())

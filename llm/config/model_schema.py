@@ -61,7 +61,8 @@ class ClassicArch(ArchConfig):
         "where model.seq_len is above the parent's: yarn = stretch the long wavelengths; null = none is stretched",
         choices=("yarn",),
     )
-    softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0, high=10**6)
+    # e^70 times a vocabulary is finite in fp32, so the loss subtracts no maximum
+    softcap: float = key("bound of the logits: softcap x tanh(logits / softcap)", above=0, high=70)
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Balance:
     def leave_out(self, since: "Balance") -> None:
         """Count what was placed in rows after `since` as dropped: a roll-back leaves out the data of its steps."""
         self.dropped += self.trained - since.trained + self.masked - since.masked
-        self.trained, self.masked = since.trained, since.masked
+        self.trained, self.masked, self.padded = since.trained, since.masked, since.padded
 
     def scaled(self, factor: float) -> "Balance":
         """Return the balance of `factor` times as much data; `read` is the rounded sum of its parts."""

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm.data.files import ZipMember, find_data_files, format_of
+from llm.data.files import ZipMember, find_data_files, format_of, size_of
 from llm.data.formats import Column, check_file, count_rows, read_rows
 from llm.data.records import SHOWN, BadRow, bad_rows_error
 from llm.data.splits import divide
@@ -199,7 +199,7 @@ class FileDocuments:
         self.column = Column(column, f"{key}.column", encoding or "utf-8", separator)
         self.names: dict[Any, str] = {}  # files by their names below the data folder; the name alone where not given
         self.skipped: dict[str, int] = {}  # by file: bad rows that were left out, each counted once
-        self._last_bad: dict[str, int] = {}
+        self._bad: dict[str, set[int]] = {}  # numbers of the bad rows that were counted, by file
         self._split: dict[str, list[Shard]] | None = None
         self._checked: str | None = None  # the line of `check`
 
@@ -270,7 +270,7 @@ class FileDocuments:
         """
         bad: list[BadRow] = []
         limit = SCAN_BYTES if self.is_stored else SCAN_BYTES_STORE
-        small = sum(path.stat().st_size for path in self.files) <= limit
+        small = sum(map(size_of, self.files)) <= limit
         end = time.monotonic() + SCAN_SECONDS if small else 0.0
         whole = sum(1 for _ in takewhile(lambda path: self._scan_file(path, end, bad), self.files))
         if bad and self.bad_rows == "stop":
@@ -293,9 +293,9 @@ class FileDocuments:
     def _count(self, path: Path, number: int) -> None:
         """Count a bad row of a file, unless it was counted in an epoch before."""
         name = str(path)
-        if number > self._last_bad.get(name, -1):
-            self._last_bad[name] = number
-            self.skipped[name] = self.skipped.get(name, 0) + 1
+        counted = self._bad.setdefault(name, set())
+        counted.add(number)
+        self.skipped[name] = len(counted)
 
     def _find_documents(self) -> None:
         """Raise UserError if a split has no document."""
@@ -322,7 +322,7 @@ class FileDocuments:
 
     def size_of(self, path: Path) -> int:
         """Return the bytes of a file."""
-        return path.stat().st_size
+        return size_of(path)
 
     def present(self, path: Path) -> Path:
         """Return a path that can be read; subclasses may first have to fetch the file."""

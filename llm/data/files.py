@@ -91,7 +91,11 @@ class ZipMember:
     def __str__(self) -> str:
         return f"{self.archive}/{self.member}"
 
-    as_posix = resolve = __str__
+    as_posix = __str__
+
+    def resolve(self) -> str:
+        """Return the one name of the member: below the archive's resolved path."""
+        return f"{self.archive.resolve()}/{self.member}"
 
     def stat(self) -> os.stat_result:
         """Return the size and times of the archive."""
@@ -233,8 +237,13 @@ def check_one_kind(files: Sequence, what: str, fix: str) -> None:
     raise UserError(f"{what} mixes {counts} files. Name those to read, such as {fix % suffix}.")
 
 
+def size_of(file: Any) -> int:
+    """Return the bytes of a file, of a member of an archive those of its content."""
+    return file.size if hasattr(file, "size") else file.stat().st_size
+
+
 def _size(files: Sequence) -> int:
-    return sum(file.size if hasattr(file, "size") else file.stat().st_size for file in files)
+    return sum(map(size_of, files))
 
 
 def _first_class(files: Sequence) -> tuple[str, ...]:
@@ -251,7 +260,10 @@ def list_files(entry: object, key: str) -> Listed:
     """
     if is_address(entry):
         return Listed(*listed(str(entry), key))
-    root = Path(str(entry)).expanduser()
+    try:
+        root = Path(str(entry)).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise UserError(f"{key}={entry}: {error}") from None
     if root.is_dir():
         return Listed("folder", sorted(_below(root)))
     if root.exists():
@@ -269,7 +281,7 @@ def _until_pattern(parts: Sequence[str]) -> list[str]:
 def _below(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files of a folder and of linked folders; a folder that a link leads back into is read once."""
     seen = {os.path.realpath(root)}
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_unreadable):
         kept = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(folder, name))
@@ -283,6 +295,10 @@ def _below(root: Path) -> Iterator[tuple[Path, str]]:
                 yield path, path.relative_to(root).as_posix()
 
 
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it, or name the files that can be")
+
+
 def _expanded(files: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tuple]:
     """Yield the data files among those listed, the members of zip archives among them; count the others in `left`."""
     for path, name in files:
@@ -290,8 +306,9 @@ def _expanded(files: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tupl
             left["broken link"] += 1
         elif path.name.lower().endswith(".zip"):
             for member in zip_members(path):
-                if kind_of(member.name):
-                    yield member, member.member if "/" in member.member else f"{name}/{member.member}"
+                if kind := kind_of(member.name):  # of code the first folder counts, of others the archive's name too
+                    is_tree = kind == "code" and "/" in member.member
+                    yield member, member.member if is_tree else f"{name}/{member.member}"
                 else:
                     left[_suffix(member.name)] += 1
         elif kind_of(path.name) and path.is_file():

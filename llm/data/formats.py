@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.data.files import PLAIN_TEXT, format_of, open_bytes
+from llm.data.files import PLAIN_TEXT, format_of, open_bytes, size_of
 from llm.data.records import (
     DOCUMENT_BYTES,
     READ_ROWS,
@@ -66,7 +66,7 @@ class Column(NamedTuple):
 
 def check_file(path: Path, column: Column) -> None:
     """Raise UserError for obvious mistakes in a file: empty, no parquet, no such column."""
-    if path.stat().st_size == 0:
+    if size_of(path) == 0:
         raise UserError(f"{path} is empty. Delete it or fetch it again.")
     if format_of(path).kind == "parquet":
         with seekable(path) as opened:

@@ -136,8 +136,7 @@ class _Packer:
 
         Raises ValueError for a state of another row length.
         """
-        older = state.get("cropped", state.get("padded", 0))  # former names of `lost`
-        self.placed, self.lost = int(state["placed"]), int(state.get("lost", older))
+        self.placed, self.lost = int(state["placed"]), _lost(state)
         self._arrivals, self._keys, self._waiting = 0, [], {}
         tokens, mask, start = np.asarray(state["tokens"]), state.get("mask"), 0
         for length in np.asarray(state["lengths"]).tolist():
@@ -147,6 +146,11 @@ class _Packer:
             start = stop
         if start != len(tokens):
             raise ValueError(f"packing state holds {len(tokens)} tokens where rows of {self.row_len} need {start}")
+
+
+def _lost(state: dict) -> int:
+    """Return the tokens that a packer had lost, also under the former names."""
+    return int(state.get("lost", state.get("cropped", state.get("padded", 0))))
 
 
 def _flat(waiting: list[tuple[int, Document]]) -> dict[str, np.ndarray]:
@@ -179,7 +183,8 @@ def deal(states: list[dict], n: int) -> list[dict]:
             turn += 1
     dealt = []
     for number, hand in enumerate(hands):
-        state = {key: sum(int(one[key]) for one in states) * (number == 0) for key in ("placed", "lost")}
+        state = {"placed": sum(int(one["placed"]) for one in states) * (number == 0)}
+        state["lost"] = sum(map(_lost, states)) * (number == 0)
         state["row_len"] = states[0]["row_len"]
         state["lengths"] = np.array(hand["lengths"], np.int64)
         state["tokens"] = np.concatenate([*hand["tokens"], np.zeros(0, np.int32)])

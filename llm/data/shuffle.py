@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm.data.documents import Cursor, in_order
+from llm.data.files import size_of
 
 WHOLE_BYTES = 64 * 2**20  # files of this size in all are held in memory, a few times as much if they are compressed
 
@@ -60,4 +61,4 @@ class Shuffle:
 
 def fits(files: Sequence[Path]) -> bool:
     """Return whether the text of `files` is small enough to be shuffled as a whole."""
-    return sum(path.stat().st_size for path in files) <= WHOLE_BYTES
+    return sum(map(size_of, files)) <= WHOLE_BYTES

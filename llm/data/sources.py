@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from llm.config.check import structured
+from llm.config.check import shown, structured
 from llm.config.data_schema import SourceSpec
 from llm.config.registries import TEXT_SOURCES
 from llm.config.targets import TARGET, arguments_of, check_arguments, load_target, takes
@@ -128,9 +128,12 @@ def mixture_source(data, cache: str) -> DocumentSource:
         key = f"data.sources.{name}"
         for part in ("train", "val"):
             check_entries(source.get(part), f"{key}.{part}")
-        if (source.path is None) == (source.repo is None):
-            raise UserError(f"{key}: set either path (files) or repo (a data set on the hub)")
+        if (source.path is None and source.train is None) == (source.repo is None):
+            raise UserError(f"{key}: set either path (files; train and val name some) or repo (a data set on the hub)")
         kind = "path" if source.repo is None else "repo"
+        for other in ("revision", "files", "shards") if kind == "path" else ("val",):
+            if source.get(other) is not None:
+                raise UserError(f"{key}.{other}={shown(source[other])} is not read with {key}.{kind}; leave it out")
         built[name] = _files_source(source, cache, data.workers, key, kind, data.get("shuffle")), source.weight
     return MixedDocuments(built)
 

@@ -130,7 +130,8 @@ class ForeignTokens(TokenDocuments):
     """Token files of other programs: .bin, .npy and .h5. The id `end_of_text` stands between their documents.
 
     end_of_text: None = the first id behind the ordinary tokens of the tokenizer, as in the vocabulary of GPT-2. The
-    names of the files say what validates, else the last one does; `val` names it.
+    names of the files say what validates, else the last one does; `val` names it. What data.train names is trained on,
+    whatever its name.
     """
 
     def __init__(
@@ -139,10 +140,13 @@ class ForeignTokens(TokenDocuments):
         self.key, self.where, self.end_of_text = key, f"{key}={shown(path)}", end_of_text
         found = token_files(path, key)
         parts = [[found.files[i][0] for i in part] for part in divide([name for _, name in found.files])]
+        if key.endswith(".train"):  # named by the user: the names need not say anything
+            parts = [[file for file, _ in found.files], [], []]
         train, held = parts[0], parts[1]
         if val is not None:
             held = [file for file, _ in token_files(val, "data.val").files]
-            train = [file for file in (train or parts[1]) if file not in held]
+            validates = {str(file.resolve()) for file in held}
+            train = [file for file in (train or parts[1]) if str(file.resolve()) not in validates]
         elif not held:
             train, held = train[:-1], train[-1:]
         if not train or not held:

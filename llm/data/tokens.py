@@ -148,8 +148,10 @@ class CachedDocuments:
         parts = (self.tokenizer.fingerprint, name, size, shard.start, shard.stop, self.column)
         if self._left_out is not None:
             parts += (self._left_out.identity(),)
-        digest = hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
-        shown = shard.path.name.encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
+        digest = hashlib.sha256(repr(tuple(map(str, parts))).encode(errors="replace")).hexdigest()
+        shown = shard.path.name.encode(errors="replace")[:200].decode(
+            errors="ignore"
+        )  # a file's name has 255 bytes at most
         return f"{shown}-{digest[:16]}.tokens"
 
     def _is_current(self, name: str, shard) -> bool:

@@ -194,7 +194,14 @@ struct Row {
             open(index);
             n = some.size();
         }
-        return n ? pick(n, left) : BROKEN;
+        if (n == 0) {  // rounding led past all that is left: its last token
+            for (index = end; index > 0 && !(sums[index - 1] > 0); index--) continue;
+            if (index == 0) return BROKEN;
+            open(index - 1);
+            n = some.size();
+            left = std::numeric_limits<double>::infinity();
+        }
+        return pick(n, left);
     }
 };
 

@@ -354,7 +354,9 @@ struct Pass {
     // Attention of the tokens of a turn in a group with one prefix, for the query heads of one key/value head.
     void attend(const Layer& layer, int64_t group, int64_t head, int64_t now) const {
         const int64_t first = groups[group], end = groups[group + 1], per_kv = m.n_head / m.n_kv_head;
-        if (turn(layer, end - 1) < now || turn(layer, first) > now) return;  // a group in order, as most are
+        bool has_turn = false;  // the rows of a group may be in different ones
+        for (int64_t i = first; i < end && !has_turn; i++) has_turn = turn(layer, i) == now;
+        if (!has_turn) return;
         thread_local std::vector<float> memory;
         memory.assign((end - first) * per_kv * d, 0.0f);
         std::vector<Softmax> states((end - first) * per_kv);

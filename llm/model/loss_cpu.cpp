@@ -3,7 +3,7 @@
 #include "cpu_vector.h"
 
 constexpr int64_t ROWS = 8;           // of one item of work
-constexpr float LARGEST_CAP = 80.0f;  // e^z of a logit within this cap needs no maximum subtracted
+constexpr float LARGEST_CAP = 70.0f;  // e^z of a logit within this cap needs no maximum subtracted
 
 struct Bound {  // of logits x: z = cap tanh((x + shift) / width); cap 0 = none
     float cap, width, shift;

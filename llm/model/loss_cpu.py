@@ -38,8 +38,10 @@ def row_losses(
     """Compute `llm.model.cross_entropy.chunk_loss` of contiguous logits (n, V), bf16 or fp32.
 
     goal: (n, 1) long; scale: (n, 1) fp32 or None. Returns losses (n,) in nats; with `scale`, `logits` is overwritten
-    with the gradient of sum(losses * scale).
+    with the gradient of sum(losses * scale). Raises IndexError for a target that is no token.
     """
+    if len(goal) and not 0 <= int(goal.min()) <= int(goal.max()) < logits.size(1):
+        raise IndexError(f"targets {int(goal.min())} to {int(goal.max())} for a vocabulary of {logits.size(1)}")
     losses = torch.empty(len(logits))
     goal, scale = goal.contiguous(), None if scale is None else scale.contiguous()
     load().row_losses(

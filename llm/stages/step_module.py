@@ -346,7 +346,8 @@ class StepModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
         if "micro" not in batch:  # one to evaluate
             return {key: value.to(device) for key, value in batch.items()}
-        micro = [{k: v.to(device, non_blocking=True) for k, v in m.items()} for m in batch["micro"]]
+        waits = device.type != "cuda"  # elsewhere the copy may read memory that has been freed
+        micro = [{k: v.to(device, non_blocking=not waits) for k, v in m.items()} for m in batch["micro"]]
         return batch | {"micro": micro}  # the loader's state stays on the host
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

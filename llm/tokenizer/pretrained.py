@@ -50,6 +50,8 @@ def _from_hf(name: str, key: str, text: str) -> Tokenizer:
             f"{key}={name}: a {model['type']} tokenizer whose text is not split by one pattern into bytes; "
             "only byte-level BPE can be used, such as that of GPT-2, Llama 3 or Qwen"
         )
+    if kind := (content.get("normalizer") or {}).get("type"):
+        print(f"{key}={name}: its normalizer ({kind}) is left out: text is encoded as it stands", flush=True)
     special = {token["content"] for token in content.get("added_tokens", [])}
     tokens = [t for t in sorted(model["vocab"], key=model["vocab"].get) if t not in special]
     try:

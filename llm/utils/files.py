@@ -107,7 +107,7 @@ def write_atomic(path: str | Path, text: str | bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(text if isinstance(text, bytes) else text.encode())
+            file.write(text if isinstance(text, bytes) else text.encode(errors="replace"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

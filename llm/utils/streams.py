@@ -20,7 +20,7 @@ def open_streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-    if sys.stdout.errors == "strict":
+    if sys.stdout.errors != "backslashreplace":
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr = _Output(sys.stderr)
 

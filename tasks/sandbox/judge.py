@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 import confine
 from messages import BadMessage, pack, receive, send, unpack
@@ -19,8 +19,8 @@ from messages import BadMessage, pack, receive, send, unpack
 STDOUT, STDERR = 3, 4  # where the runner has put what the program's output and errors go to
 
 
-class Ended(Exception):
-    """The program is no more, or does not keep to the messages: (verdict, detail)."""
+class Ended(BaseException):
+    """The program is no more, or does not keep to the messages: (verdict, detail). No test can take it for its own."""
 
 
 def judge(job: dict, folder: str, held: dict[str, bool], report: int) -> None:
@@ -55,14 +55,22 @@ def judge(job: dict, folder: str, held: dict[str, bool], report: int) -> None:
 def verdict_of(tests: dict, child: int, ask: int, answer: int) -> tuple[str, str]:
     """Run the tests against the program; an error of theirs (comparing None with a number) is a failed test."""
 
+    ends: list[tuple[str, str]] = []  # the first one counts, whatever tests make of it
+
+    def end(verdict: str, detail: str) -> NoReturn:
+        ends.append((verdict, detail))
+        raise Ended(*ends[0]) from None
+
     def call(message: Any) -> Any:
+        if ends:
+            raise Ended(*ends[0])
         try:
             send(ask, message)
             kind, content = receive(answer)
         except (BrokenPipeError, EOFError):
-            raise Ended(*_how_it_ended(child)) from None
+            end(*_how_it_ended(child))
         except (BadMessage, TypeError, ValueError):
-            raise Ended("error", "the program wrote something that is no answer") from None
+            end("error", "the program wrote something that is no answer")
         if kind == "raise":
             raise _exception(content)
         return content
@@ -71,7 +79,7 @@ def verdict_of(tests: dict, child: int, ask: int, answer: int) -> tuple[str, str
         try:
             return unpack(call([pack(args), pack(kwargs)]))
         except BadMessage:
-            raise Ended("error", "the program wrote something that is no answer") from None
+            end("error", "the program wrote something that is no answer")
 
     try:
         call("start")
@@ -80,7 +88,7 @@ def verdict_of(tests: dict, child: int, ask: int, answer: int) -> tuple[str, str
         scope[tests["entry_point"]] = candidate  # tests may call it by its name too
         exec(compile(tests["tests"], "tests.py", "exec"), scope)
         scope["check"](candidate)
-        return "pass", ""
+        return ends[0] if ends else ("pass", "")
     except Ended as ended:
         verdict, detail = ended.args
         return verdict, detail
@@ -105,7 +113,9 @@ def _exception(content: Any) -> Exception:
 def _how_it_ended(child: int) -> tuple[str, str]:
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return "killed", f"ended by {signal.Signals(os.WTERMSIG(status)).name}"
+        number = os.WTERMSIG(status)
+        known = number in signal.Signals._value2member_map_
+        return "killed", f"ended by {signal.Signals(number).name if known else f'signal {number}'}"
     return "error", f"ended early with status {os.WEXITSTATUS(status)}"
 
 

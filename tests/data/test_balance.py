@@ -215,6 +215,7 @@ def test_data_left_out_counts_as_dropped():
     balance, trained = Balance.from_dict(behind.state["balance"]), Balance.from_dict(done[2]["state"]()["balance"])
     assert balance.missing == 0 and balance.trained == done[0]["n_trained"]
     assert balance.dropped == trained.dropped + trained.trained + trained.masked - balance.trained - balance.masked
+    assert balance.padded == Balance.from_dict(done[0]["state"]()["balance"]).padded
 
 
 LONG = [

@@ -3,7 +3,9 @@
 import errno
 import gzip
 import json
+import os
 import re
+import zipfile
 import zlib
 from collections import Counter
 
@@ -235,6 +237,11 @@ def test_mixtures_by_configuration(tmp_path):
             built(a=values)
     with pytest.raises(UserError, match="data.sources.a.path=nowhere: no such file"):
         built(a={"path": "nowhere"})
+    assert read(built(a={"train": path})) == ["one"]
+    for values in ({"path": path, "shards": 1}, {"path": path, "revision": "v1"}, {"repo": "a/b", "val": path}):
+        other = list(values)[1]
+        with pytest.raises(UserError, match=rf"data.sources.a.{other}=.* is not read with data.sources.a"):
+            built(a=values)
     write(tmp_path / "c.parquet", words(4))
     with pytest.raises(UserError, match="data.sources.c.column=body does not exist"):
         built(c={"path": str(tmp_path / "c.parquet"), "column": "body"}).check()
@@ -373,3 +380,25 @@ def test_a_validation_split_that_would_be_empty(tmp_path, rows):
 def test_a_cursor_past_the_shards_that_are_left(folder):
     with pytest.raises(UserError, match="position is in shard 2, but there are 2 shards now"):
         next(LocalDocuments(folder).iterate("train", {"epoch": 0, "shard": 2, "row": 0, "index": 9}))
+
+
+def test_the_name_of_an_archive_says_what_its_members_are(tmp_path):
+    for name in ("train", "test", "val"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("data/rows.jsonl", f'{{"text": "{name}"}}\n' * 3)
+    source = LocalDocuments(str(tmp_path))
+    assert {*read(source)} == {"train"} and {*read(source, "val")} == {"val"}
+    assert source.size_of(source.files[0]) == 3 * len('{"text": "train"}\n'), "and not that of the archive"
+    other = LocalDocuments(os.path.relpath(tmp_path), val=str(tmp_path / "test.zip"))
+    assert {*read(other)} == {"train"} and {*read(other, "val")} == {"test"}
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", ["one", "two"])
+
+    def walk(root, followlinks, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{root}/sub"))
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(UserError, match="sub: cannot be read .Permission denied"):
+        LocalDocuments(str(tmp_path))

@@ -7,7 +7,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 
-from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream
+from llm.data.packing import PACKINGS, BestFit, BestFitCrop, BestFitPad, Document, Stream, deal
 
 
 def make_documents(lengths, masked=False):
@@ -193,3 +193,15 @@ def test_packing_searches_its_buffer_and_does_not_scan_it(packer_class):
         return least
 
     assert seconds(16_000) < 5 * seconds(1000)
+
+
+def test_positions_of_older_releases_are_dealt_to_other_ranks():
+    states = [pack_state(seed) for seed in (1, 2)]
+    old = [{("cropped" if key == "lost" else key): value for key, value in state.items()} for state in states]
+    assert [one["lost"] for one in deal(old, 3)] == [one["lost"] for one in deal(states, 3)]
+
+
+def pack_state(seed: int) -> dict:
+    packer = BestFitCrop(64, buffer=10)
+    pack(packer, make_documents(random.Random(seed).choices(range(1, 200), k=60)), rows=20)
+    return packer.state_dict()

@@ -314,13 +314,21 @@ def test_a_damaged_part_of_an_array_is_one_line(tmp_path):
         documents(written(tmp_path), loop=False)
 
 
-def test_splits_by_names_by_place_and_by_key(tmp_path):
+def test_splits_by_names_by_place_and_by_key(tmp_path, monkeypatch):
     for name in ("shard_0.bin", "shard_1.BIN", "shard_2.bin"):
         save(tmp_path / name, ids_of(words(3, int(name[6]))))
     by_place = written(tmp_path)
     assert [len(by_place.shards(split)) for split in ("train", "val")] == [2, 1]
     named = token_source(str(tmp_path), None, str(tmp_path / "shard_0.bin"), None, None)
     assert [str(file).rsplit("_", 1)[1] for file in named.shards("train")] == ["1.BIN", "2.bin"]
+    monkeypatch.chdir(tmp_path.parent)
+    here = token_source(tmp_path.name, None, str(tmp_path / "shard_0.bin"), None, None)
+    assert [str(file).rsplit("_", 1)[1] for file in here.shards("train")] == ["1.BIN", "2.bin"], "relative or not"
+    save(tmp_path / "my_test.bin", ids_of(words(3, 7)))
+    save(tmp_path / "b_val.bin", ids_of(words(3, 8)))
+    chosen = [str(tmp_path / name) for name in ("my_test.bin", "b_val.bin")]
+    said = token_source(None, chosen, str(tmp_path / "shard_0.bin"), None, None)
+    assert sorted(str(file) for file in said.shards("train")) == sorted(chosen), "whatever their names say"
     with pytest.raises(UserError, match="none is left to train on|none is left to validate"):
         token_source(str(tmp_path / "shard_0.bin"), None, None, None, None)
     with pytest.raises(UserError, match="data.path is not set"):

@@ -113,3 +113,10 @@ def test_min_p_leaves_what_is_likely_enough_beside_the_best(top_k, top_p):
     assert set(ids.tolist()) == set(may.tolist())
     counts = ids.bincount(minlength=300)[may] / 500
     torch.testing.assert_close(counts, weights[may] / weights[may].sum(), atol=0.005, rtol=0)
+
+
+def test_the_last_possible_draw_gives_a_token():
+    logits = torch.randn(64, 5003, generator=torch.Generator().manual_seed(0))
+    draws = torch.full((64,), 1 - 2**-53, dtype=torch.float64)
+    found = sample_rows(logits, *rows_of(64, 1.0, 0, 0.95, 0.05), draws)
+    assert (found != BROKEN).all() and logits.gather(1, found.unsqueeze(1)).min() > 0

@@ -319,3 +319,21 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(monkeypatch):
     monkeypatch.setenv("FATHOM_KERNELS", "off")
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     assert DecodeStep.for_net(make_net({})) is None
+
+
+@pytest.mark.parametrize("lengths", [(100, 30), (30, 100), (5, 60, 100, 1), (64, 64)])
+@pytest.mark.parametrize("form", ["modern", "modern windows", "modern small windows", "modern key offset"])
+def test_rows_behind_one_prefix_are_read_together_as_each_alone(form, lengths):
+    net = make_net(FORMS[form])
+    step = DecodeStep.for_net(net)
+    shared, *texts = (torch.randint(net.config.vocab_size, (n,)) for n in (40, *lengths))
+    with torch.inference_mode():
+        first = make_cache(net, 1, 140)
+        feed(step, first, 0, shared)
+        prefix = first.snapshot(0)
+        cache = make_cache(net, len(texts), 140, behind=[prefix] * len(texts))
+        at = torch.cat([torch.arange(len(text)) for text in texts])
+        rows = torch.cat([torch.full((len(text),), row) for row, text in enumerate(texts)])
+        together = step.extend(cache, torch.cat(texts), at, rows=rows)
+        plain = torch.cat([net(torch.cat((shared, text))[None])[0, len(shared) :] for text in texts])
+    torch.testing.assert_close(together, plain, rtol=1e-4, atol=1e-4)

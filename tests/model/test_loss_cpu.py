@@ -64,6 +64,14 @@ def test_large_logits_stay_finite_and_nan_stays_nan(cap):
     assert found[0].isnan() and found[1:].isfinite().all() and logits[0].isnan().all()
 
 
+@pytest.mark.parametrize("goal", [-1, 1000])
+def test_a_target_that_is_no_token_reads_no_foreign_memory(goal):
+    logits, goals, scale = drawn(1000, torch.float32)
+    goals[3] = goal
+    with pytest.raises(IndexError, match=f"targets .*{goal}.* for a vocabulary of 1000"):
+        loss_cpu.row_losses(logits, goals, scale, 15.0)
+
+
 def test_threads_do_not_change_a_bit():
     results = []
     for threads in (1, 3):

@@ -241,6 +241,8 @@ def test_named_files_win_over_names(folder):
     task = build(folder, "test", test=str(folder / "more.csv"))
     assert files_of(task) == {"more.csv"}
     assert files_of(build(folder, test=str(folder / "more.csv"))) == {"train.jsonl"}
+    spec = OmegaConf.create({"type": "chat", "source": "local", "train": str(folder / "test.*"), "test": None})
+    assert not has_split("talk", spec, "test"), "or it would be trained on and held out at once"
 
 
 def test_the_names_of_folders_speak_too(folder):
@@ -302,3 +304,23 @@ def test_rows_in_another_encoding(tmp_path, suffix):
         build(path, encoding="nonsense")
     with pytest.raises(UserError, match="encoding=cp1252: only rows of local files have an encoding"):
         build(path, source="embedded", encoding="cp1252")
+
+
+def test_slices_of_rows_lose_none_of_them(tmp_path):
+    rows = [json.dumps({"messages": dialogue(f"q{n}", "A")}) for n in range(10)]
+    for place in (2, 3, 5, 7):
+        rows.insert(place, "null")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    found = []
+    for split in ("train", "test"):
+        cuts = {"train": f"{tmp_path}/rows.jsonl[:-3]", "test": f"{tmp_path}/rows.jsonl[-3:]"}
+        spec = {"type": "chat", "source": "local"} | cuts
+        task = build_task("talk", spec, split, bad_rows="skip")
+        found += [task[i]["messages"][0]["content"] for i in range(len(task))]
+    assert sorted(found) == [f"q{n}" for n in range(10)]
+
+
+def test_a_file_that_two_entries_match_is_read_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TALKS[0]))
+    spec = {"type": "chat", "source": "local", "train": [f"{tmp_path}/rows.jsonl", f"{tmp_path}/r*.jsonl"]}
+    assert len(build_task("talk", spec, "train")) == 1

@@ -355,3 +355,10 @@ def test_the_context_of_a_question_is_used_by_its_template(tmp_path):
     row = {"question": "Who wrote it?", "context": "Ada wrote it.", "answer": "Ada"}
     task = build(tmp_path, row, type="exact", question="{context} {question}", answer="{answer}")
     assert texts(task[0]) == [("u", "Ada wrote it. Who wrote it?"), ("a", "Ada")]
+
+
+@pytest.mark.parametrize("rank", ["0", [], {}, True, float("nan")])
+def test_a_rank_that_is_no_number_is_refused(tmp_path, rank):
+    tree = TREE | {"prompt": node("prompter", "Q", node("assistant", "A", rank=rank), node("assistant", "B", rank=1))}
+    with pytest.raises(UserError, match="'rank' of a reply must be a number or null"):
+        build(tmp_path, tree)

@@ -263,6 +263,17 @@ def test_tests_see_exceptions_and_may_expect_them():
     assert (result.verdict, result.detail) == ("error", "Odd: x")
 
 
+@pytest.mark.parametrize("excepted", ["except Exception:", "except:"])
+def test_a_program_that_ends_itself_passes_no_test(excepted):
+    tests = f"def check(f):\n    try: f()\n    {excepted} return\n"
+    result = run_program(Program("import os\ndef f(): os._exit(3)", "f", tests))
+    assert (result.verdict, result.detail) == ("error", "ended early with status 3")
+    again = "def check(f):\n    for _ in range(3):\n        try: f()\n        except BaseException: pass\n"
+    assert run_program(Program("import os\ndef f(): os._exit(3)", "f", again)).verdict == "error"
+    killed = run_program(Program("import os\ndef f(): os.kill(os.getpid(), 40)", "f", tests))
+    assert (killed.verdict, killed.detail) == ("killed", "ended by signal 40")
+
+
 def test_many_programs_side_by_side_keep_their_order(monkeypatch):
     """None is started before eight are under way: programs that run one after the other never meet."""
     execution.announce_sandbox()  # which runs one by itself

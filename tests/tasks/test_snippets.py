@@ -14,6 +14,7 @@ from tasks.snippets import MOST_CHARACTERS, run_snippet
         ("y = 1", ""),
         ("1 / 0", "error: ZeroDivisionError: division by zero"),
         ("'z' * 10_000", "z" * MOST_CHARACTERS),
+        ("for i in range(10_000): print(i)", "\n".join(map(str, range(200)))[:MOST_CHARACTERS]),
     ],
 )
 def test_output_and_last_value_come_back(source, output):

@@ -85,3 +85,11 @@ def test_letters_that_the_encoding_lacks_end_nothing(tmp_path, env):
     done = speak("", tmp_path / "out", **env)
     assert done.returncode == 0 and done.stdout.count("\n") == 3000
     assert done.stdout.startswith(r"\xe9\u2014 0" if "PYTHONIOENCODING" in env else "é— 0")
+
+
+def test_half_a_letter_ends_no_command():
+    """Under C.UTF-8 Python's stdout refuses half a surrogate pair; names of files may hold such."""
+    said = "from llm.utils.streams import open_streams; open_streams(); print(chr(0xD800))"
+    env = os.environ | {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", said], cwd=REPO, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\ud800\n"
