@@ -1,6 +1,5 @@
 """Reads what evaluations leave item by item, in one form: question, answer, verdict. Compares two stages by item."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,9 +118,11 @@ def compare_items(a: Sequence[Item], b: Sequence[Item]) -> Pairing:
 
 def sign_test(a: int, b: int) -> float:
     """Return the two-sided p-value of counts that chance alone would make equal (McNemar 1947, in its exact form)."""
-    n = a + b
-    tail = sum(math.comb(n, k) for k in range(min(a, b) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    n, ways, total = a + b, 1, 0  # ways: n over k
+    for k in range(min(a, b) + 1):
+        total += ways
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * (total / 2**n))
 
 
 def _by_question(items: Sequence[Item]) -> dict[tuple[int, str], list[Item]]:

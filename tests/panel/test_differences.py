@@ -1,6 +1,7 @@
 """The Compare tab on answers: two stages asked the same, and items that one alone has right."""
 
 import json
+import time
 
 import gradio as gr
 import pytest
@@ -49,8 +50,14 @@ def test_items_that_one_alone_has_right_are_shown_with_both_answers(models):
 
 
 def test_the_sign_test_is_that_of_a_fair_coin():
-    for a, b in ((0, 0), (6, 25), (25, 6), (3, 3), (0, 5)):
+    for a, b in ((0, 0), (6, 25), (25, 6), (3, 3), (0, 5), (3400, 3600)):
         assert sign_test(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
+
+
+def test_the_sign_test_of_many_items_takes_no_time():
+    start = time.perf_counter()
+    assert sign_test(3500, 3500) == 1
+    assert time.perf_counter() - start < 1  # 0.01 s; 5 s where every binomial is computed anew
 
 
 def test_both_answer_the_same_question(models):
