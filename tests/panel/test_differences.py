@@ -12,7 +12,7 @@ from llm.inference.sampling import SamplingParams
 from llm.panel.compare_tab import CompareTab
 from llm.panel.differences_view import answers_page, items_page, shared_parts
 from llm.panel.models import PanelModels
-from llm.panel.records import sign_test
+from llm.panel.records import read_items, sign_test
 from llm.panel.state import Panel
 from llm.tokenizer.chat_format import readable
 
@@ -47,6 +47,25 @@ def test_items_that_one_alone_has_right_are_shown_with_both_answers(models):
     assert "q1 &lt;b&gt;" in shown and "q0" not in shown and "\n" not in shown
     assert "Choose two stages" in items_page(panel, A, None, "records/choice")
     assert "no such records" in items_page(panel, A, B, "records/alone")
+
+
+def test_an_item_of_lm_eval_counts_once_for_each_filter(models):
+    panel, part = models.panel, "lm_eval/gsm8k"
+    for stage, strict, flexible in (("sft", "110", "111"), ("pretrain", "100", "000")):
+        folder = panel.runs / "tiny" / stage / "lm_eval"
+        folder.mkdir()
+        rows = [
+            {"index": n, "arguments": [[f"q{n}", {}]], "responses": ["7"], "filter": name, "exact_match": float(right)}
+            for name, verdicts in (("strict-match", strict), ("flexible-extract", flexible))
+            for n, right in enumerate(verdicts)
+        ]
+        (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = items_page(panel, A, B, part)
+    first, second = shown.index("Answers read by strict-match"), shown.index("Answers read by flexible-extract")
+    assert "1 and 0 would differ" in shown[first:second] and "3 and 0 would differ" in shown[second:]
+    assert '<td>both</td><td class="n">1</td>' in shown[first:second]
+    assert "have no verdict" not in shown
+    assert {one.subject for one in read_items(panel.runs / A, part)} == {"strict-match", "flexible-extract"}
 
 
 def test_the_sign_test_is_that_of_a_fair_coin():
