@@ -297,7 +297,11 @@ def _environment(stages: dict[str, dict]) -> list[str]:
         return ["Of the machine that wrote this report:", _machine_table(environment())]
     if len(machines) == 1:
         return [_machine_table(machines[0][1])]
-    return [part for names, machine in machines for part in (f"### {in_markdown(', '.join(names))}", _machine_table(machine))]
+    return [
+        part
+        for names, machine in machines
+        for part in (f"### {in_markdown(', '.join(names))}", _machine_table(machine))
+    ]
 
 
 def _machine_table(machine: dict[str, Any]) -> str:
