@@ -253,7 +253,8 @@ class Subject:
     @property
     def reads_text(self) -> bool:
         """Return whether a section that is wanted reads held-out text."""
-        return bool(self.options.bpb or (self.options.samples and not self.is_chat and self.prompts is None))
+        wanted = self.options.bpb or (self.options.samples and not self.is_chat and self.prompts is None)
+        return bool(wanted and not self.is_reward_model)
 
     @cached_property
     def text_id(self) -> str:
@@ -406,6 +407,9 @@ class StageSubject(Subject):
         self.folder = find_stage(cfg.paths.runs, cfg.run, cfg.stage, any_model=True)
         self.name, self.title = self.folder.name, f"{self.folder.parent.name}/{self.folder.name}"
         reads_data = bool(cfg.eval.bpb or cfg.eval.chat or cfg.eval.samples or cfg.eval.judges)
+        self.is_reward_model = not stage_row(self.name).servable
+        if self.is_reward_model:
+            self._check_sections(cfg.eval)
         config = saved_config(self.folder, cfg.paths.data if cfg.data is None and reads_data else None)
         if cfg.eval.seq_len is not None:
             raise UserError(f"eval.seq_len={cfg.eval.seq_len}: only model=hf:... takes it; a run has its model.seq_len")
@@ -413,14 +417,23 @@ class StageSubject(Subject):
         saved = OmegaConf.create(config, flags={"allow_objects": False})
         self.seed, self.settings, self.is_chat = saved.seed, saved.stage, stage_row(self.name).kind in CHAT_KINDS
         self.data = saved.data if cfg.data is None else cfg.data
-        self.is_reward_model = not stage_row(self.name).servable
-        self.has_own_settings = same_data(self.data, saved.data, self.is_chat)
+        self.has_own_settings = same_data(self.data, saved.data, self.is_chat, self.is_reward_model)
         self.trained_beside = ((read_manifest(self.folder) or {}).get("data") or {}).get("held_out_text")
         net, self.tokenizer = load_model_folder(self.folder / "model", verify=cfg.verify)
         say(*stage_notes(self.folder))
         use_gpu = torch.cuda.is_available() and saved.trainer.accelerator != "cpu"
         self.net = net.to("cuda" if use_gpu else "cpu")
         self.net.compute_dtype = resolve_compute_dtype(saved.precision.compute, self.net.device)
+
+    def _check_sections(self, options: Any) -> None:
+        """Raise UserError for what a reward model cannot be measured by."""
+        asked = [f"eval={name}" for name in ("core", "lm_eval") if options[name]]
+        asked += [f"eval.judges.{name}" for name in options.judges]
+        if asked:
+            raise UserError(
+                f"{', '.join(asked)}: {self.title} is a reward model and writes no text; leave it out, or choose "
+                "another stage=. It is measured on held-out pairs of data.preferences"
+            )
 
     @cached_property
     def has_own_text(self) -> bool:
@@ -535,12 +548,15 @@ class HFSubject(Subject):
         self.facts = {"model": self.title, "seq_len": seq_len}
 
 
-def same_data(data: Any, other: Any, is_chat: bool) -> bool:
-    """Return whether two data configurations measure a stage on the same data; tasks count for chat stages.
+def same_data(data: Any, other: Any, is_chat: bool, is_reward_model: bool = False) -> bool:
+    """Return whether two data configurations measure a stage on the same data.
+
+    Tasks count for chat stages, preferences for reward models: of others they are not measured.
 
     A key that only one of them has is younger than the other; it counts unless it is null or changes nothing.
     """
     left_out = NO_TEXT if is_chat else (*NO_TEXT, "tasks", "mixture")
+    left_out = [key for key in left_out if key != "preferences" or not is_reward_model]
     differences = diff_configs(_resolved(data), _resolved(other), left_out)
     return all({old, new} == {ABSENT, "stop"} for _, old, new in differences)  # data.bad_rows=stop, as ever
 

@@ -11,7 +11,7 @@ from llm.report.report import read_stages
 from llm.report.results import results_table
 from llm.run.cost import cost, device_hours
 from llm.utils.addresses import without_secrets
-from llm.utils.format import markdown_table
+from llm.utils.format import in_markdown, markdown_table
 
 TAG = "fathom"  # in the head of every card
 NUMBERS = (
@@ -35,7 +35,7 @@ def model_card(stage: Path, net: GPT, to: str, licence: str | None) -> str:
     ]
     parts = [
         "\n".join(front),
-        f"# {stage.parent.name}/{stage.name}",
+        f"# {in_markdown(stage.parent.name)}/{in_markdown(stage.name)}",
         f"A language model of {num_params(c)['total']:,} parameters (`arch={c.arch}`, {c.n_layer} layers, {c.n_embd} "
         f"wide, context {c.seq_len:,}, vocabulary {c.vocab_size:,}), trained and exported by Fathom {__version__}.",
         "## Use",

@@ -27,6 +27,8 @@ def run_export(cfg: Any) -> None:
     out = Path(cfg.out or Path(cfg.paths.runs).parent / "exports" / f"{run}-{stage.name}-{cfg.to}")
     if out.exists() and not cfg.overwrite:
         raise UserError(f"out={out} exists; set another out=, or overwrite=true to replace the folder")
+    if out.exists() and out.samefile(Path.cwd()):
+        raise UserError(f"out={out} is the folder that this command runs in; set another out=")
     if not is_replaceable(out):
         raise UserError(
             f"out={out} is not what an export has written (files alone, {CARD} with the tag {TAG}), so overwrite=true "

@@ -1,5 +1,6 @@
 """Builds the part of the Compare tab on answers: one question to two stages, and items that one alone has right."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm.errors import UserError
@@ -7,7 +8,7 @@ from llm.inference.sampling import SamplingParams
 from llm.panel.eval_view import mark, parts
 from llm.panel.markup import block, page, problem, section, table, text
 from llm.panel.models import PanelModels
-from llm.panel.records import Item, compare_items, read_items, sign_test
+from llm.panel.records import Item, by_filter, compare_items, read_items, sign_test
 from llm.panel.state import Panel
 from llm.tokenizer.chat_format import readable
 from llm.utils.format import value
@@ -55,18 +56,25 @@ def items_page(panel: Panel, one: str | None, other: str | None, part: str | Non
         sides = [read_items(Path(panel.index.row(name)["folder"]), part) for name in (one, other)]
     except UserError as error:
         return page(problem(str(error)))
-    found = compare_items(*sides)
+    ways = {name: _compared(one, other, *items) for name, items in by_filter(*sides).items()}
+    if len(ways) == 1:
+        return page(*next(iter(ways.values())))
+    return page(*(section(f"Answers read by {name or 'no filter'}", *parts) for name, parts in ways.items()))
+
+
+def _compared(one: str, other: str, a: Sequence[Item], b: Sequence[Item]) -> list[str]:
+    found = compare_items(a, b)
     only_a, only_b = len(found.only_a), len(found.only_b)
     counts = [["both", found.both], [f"only {one}", only_a], [f"only {other}", only_b], ["none of them", found.neither]]
     rest = f" {found.other:,} items are of one of them only, or have no verdict." if found.other else ""
     about = f"If neither were better, {only_a:,} and {only_b:,} would differ as much with p = "
     about += f"{value(sign_test(only_a, only_b))} (exact sign test of McNemar)."
-    return page(
+    return [
         table(["who is right", "items"], counts, (1,), "items by both verdicts"),
         f"<p>{text(about + rest)}</p>",
         section(f"Only {one} is right: {only_a:,}", *_items(found.only_a, one, other)),
         section(f"Only {other} is right: {only_b:,}", *_items(found.only_b, one, other)),
-    )
+    ]
 
 
 def _items(pairs: list[tuple[Item, Item]], one: str, other: str) -> list[str]:

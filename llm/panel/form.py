@@ -196,11 +196,17 @@ def refusal(key: str, given: str, folders: Iterable[Path]) -> str | None:
     if len(given) > MOST_LETTERS:
         return f"{key}: {len(given):,} letters, at most {MOST_LETTERS:,} are taken"
     allowed = [Path(folder).resolve() for folder in folders]
-    for word in [] if key in NAMES else filter(None, re.split(r"[\s,\[\]{}()'\"]+", given)):
+    for word in [] if key in NAMES else _words(given):
         if leads_out(word, allowed, is_file=FILES.search(key) is not None):
             places = ", ".join(map(str, allowed))
             return f"{key}={word}: the panel takes paths in these folders only: {places} (paths.* of serve.py)"
     return None
+
+
+def _words(given: str) -> list[str]:
+    """Return the words of a value, those of its lists and mappings too; an address stays whole."""
+    words = re.split(r"[\s,\[\]{}()'\"]+", given)
+    return [part for word in words for part in ([word] if "://" in word else word.split(":")) if part]
 
 
 def leads_out(word: str, allowed: Sequence[Path], is_file: bool) -> bool:

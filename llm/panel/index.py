@@ -51,7 +51,7 @@ class Index:
         """
         with self._lock:
             known = self._saved() if self._rows is None else self._rows
-            found, problems, changed = {}, [], len(known)
+            found, problems, changed = {}, _unreadable(self.root), len(known)
             for run in list_runs(self.root):
                 for stage in run.stages():
                     folder = run.path / stage
@@ -134,6 +134,13 @@ def _holds(process: str, path: Path) -> bool:
         return path.is_file() and (Path("/proc", process).is_dir() or not Path("/proc").is_dir())
     locks = [line.split() for line in lines]  # 1: FLOCK ADVISORY WRITE 4711 fe:00:99 0 EOF, of which 99 is the inode
     return any(fields[4:5] == [process] and fields[5].rpartition(":")[2] == inode for fields in locks)
+
+
+def _unreadable(root: Path) -> list[str]:
+    """Return a line for each folder of runs that this process may not read."""
+    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()] if root.is_dir() else []
+    closed = [folder for folder in folders if not os.access(folder, os.R_OK | os.X_OK)]
+    return [f"{folder} cannot be read: it may belong to another user; its stages are left out" for folder in closed]
 
 
 def _stamp(path: Path) -> list[int]:

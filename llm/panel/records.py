@@ -1,6 +1,5 @@
 """Reads what evaluations leave item by item, in one form: question, answer, verdict. Compares two stages by item."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,10 @@ RIGHT = {True: "right", False: "wrong", None: "no verdict"}
 
 @dataclass(frozen=True)
 class Item:
-    """An item of a task and one answer to it. right: None where nothing says whether it is right."""
+    """An item of a task and one answer to it. right: None where nothing says whether it is right.
+
+    filter: of lm-eval, which reads some answers in several ways, a line each; "" for all others.
+    """
 
     index: int
     prompt: str
@@ -27,6 +29,7 @@ class Item:
     right: bool | None
     verdict: str
     subject: str = ""
+    filter: str = ""
 
 
 def parts_of(folder: Path) -> list[str]:
@@ -70,7 +73,9 @@ def _item(kind: str, row: Mapping[str, Any]) -> Item:
         (bool(numbers[name]) for name in ("exact_match", "acc", "pass@1") if numbers.get(name) in (0, 1)), None
     )
     told = ", ".join(f"{name} {number}" for name, number in numbers.items())
-    return Item(int(row["index"]), _first_text(row["arguments"]), _first_text(row["responses"]), first, told)
+    name = "" if row.get("filter") in (None, "none") else str(row["filter"])  # a subject too: the tab finds it by that
+    asked, answer = _first_text(row["arguments"]), _first_text(row["responses"])
+    return Item(int(row["index"]), asked, answer, first, told, subject=name, filter=name)
 
 
 def _first_text(content: Any) -> str:
@@ -97,8 +102,14 @@ class Pairing:
     other: int
 
 
+def by_filter(a: Sequence[Item], b: Sequence[Item]) -> dict[str, tuple[list[Item], list[Item]]]:
+    """Return the items of two stages by their filter: an item stands there once for each, with another verdict."""
+    names = dict.fromkeys(one.filter for one in (*a, *b)) or [""]
+    return {name: tuple([one for one in side if one.filter == name] for side in (a, b)) for name in names}
+
+
 def compare_items(a: Sequence[Item], b: Sequence[Item]) -> Pairing:
-    """Compare two stages item by item; an item is known by its index and question."""
+    """Compare two stages item by item, with one filter; an item is known by its index and question."""
     left, right = _by_question(a), _by_question(b)
     both, neither, other, only_a, only_b = 0, 0, len(left.keys() ^ right.keys()), [], []
     for key in left.keys() & right.keys():
@@ -119,9 +130,11 @@ def compare_items(a: Sequence[Item], b: Sequence[Item]) -> Pairing:
 
 def sign_test(a: int, b: int) -> float:
     """Return the two-sided p-value of counts that chance alone would make equal (McNemar 1947, in its exact form)."""
-    n = a + b
-    tail = sum(math.comb(n, k) for k in range(min(a, b) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    n, ways, total = a + b, 1, 0  # ways: n over k
+    for k in range(min(a, b) + 1):
+        total += ways
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * (total / 2**n))
 
 
 def _by_question(items: Sequence[Item]) -> dict[tuple[int, str], list[Item]]:

@@ -128,15 +128,22 @@ def rollouts_page(panel: Panel, name: str | None, step: str, kind: str, place: i
 
 
 def by_source(rollouts: Sequence[Rollout]) -> str:
-    """Return a table of rewards: mean, standard error, lowest and highest of each source; "" without answers."""
+    """Return a table of rewards: mean, standard error, lowest and highest of each source; "" without answers.
+
+    Answers to one question are much alike, so the error is that of the means of the questions.
+    """
     if not rollouts:
         return ""
-    sources = {"all together": [one.reward for one in rollouts]}
+    sources = {"all together": [(one.question, one.reward) for one in rollouts]}
     for name in dict.fromkeys(name for one in rollouts for name in one.rewards):
-        sources[name] = [one.rewards[name] for one in rollouts if name in one.rewards]
+        sources[name] = [(one.question, one.rewards[name]) for one in rollouts if name in one.rewards]
     lines = []
-    for name, numbers in sources.items():
-        error = f"{np.std(numbers, ddof=1) / len(numbers) ** 0.5:.3g}" if len(numbers) > 1 else "-"
+    for name, pairs in sources.items():
+        of_question: dict[int, list[float]] = {}
+        for question, number in pairs:
+            of_question.setdefault(question, []).append(number)
+        means, numbers = [np.mean(own) for own in of_question.values()], [number for _, number in pairs]
+        error = f"{np.std(means, ddof=1) / len(means) ** 0.5:.3g}" if len(means) > 1 else "-"
         mean, low, high = (f"{number:.4g}" for number in (np.mean(numbers), min(numbers), max(numbers)))
         lines.append([name, mean, error, low, high, len(numbers)])
     return table(["source", "mean", "s.e.", "lowest", "highest", "answers"], lines, range(1, 6), "rewards by source")

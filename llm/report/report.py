@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llm import __version__
 from llm.config.stages import row_or_stranger
@@ -27,7 +29,7 @@ from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import environment
 from llm.utils.files import write_atomic
-from llm.utils.format import markdown_table, percent, value
+from llm.utils.format import in_markdown, in_one_line, markdown_table, percent, value
 
 SAMPLES_PER_STAGE = 8
 NOTHING = ("-", "0", "0 (0.0 %)", "0.0 %")  # cells that say nothing
@@ -71,8 +73,8 @@ def build_report(run_dir: str | os.PathLike[str], redraw: bool = True) -> Path:
     first, curves = _draw(folder, stages, redraw)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     models = {name: facts for name, facts in stages.items() if row_or_stranger(name).makes_model}
-    parts = [f"# Run `{folder.name}`", f"Written by Fathom {__version__} on {now}."]
-    parts += [f"> **Problem:** {problem}" for problem in problems]
+    parts = [f"# Run `{in_markdown(folder.name)}`", f"Written by Fathom {__version__} on {now}."]
+    parts += [f"> **Problem:** {in_markdown(problem)}" for problem in problems]
     parts += ["## Summary", key_figures(stages), "## Results", results_table(models), RESULTS, *first]
     parts += ["## Stages", stage_table(stages, folder.name)]
     parts += _methods(folder, models, redraw)
@@ -138,7 +140,7 @@ def _methods(folder: Path, stages: dict[str, dict], redraw: bool) -> list[str]:
 def _best(stages: dict[str, dict]) -> list[str]:
     """List of the stages that measured bpb: best and last value, and from which step the weights handed over are."""
     lines = {name: best_line(facts["rows"], facts.get("weights")) for name, facts in stages.items()}
-    items = "\n".join(f"- **{name}** {line}" for name, line in lines.items() if line)
+    items = "\n".join(f"- **{in_markdown(name)}** {in_markdown(line)}" for name, line in lines.items() if line)
     return [BEST, items] if items else []
 
 
@@ -189,7 +191,7 @@ def _data(stages: dict[str, dict]) -> list[str]:
     keys = dict.fromkeys(key for column in table.values() for key in column)
     rows = [[key, *(column.get(key, "-") for column in table.values())] for key in keys]
     lines = {name: warnings_of(balances[name], block.get("unit", "documents")) for name, block in blocks.items()}
-    warnings = [f"> **{name}:** {line}" for name in lines for line in lines[name]]
+    warnings = [f"> **{in_markdown(name)}:** {in_markdown(line)}" for name in lines for line in lines[name]]
     shown = [row for row in rows if any(cell not in NOTHING for cell in row[1:])]
     table_text = markdown_table(["tokens", *table], shown, numeric=range(1, len(table) + 1))
     return ["## Balance of tokens", table_text, BALANCE, *warnings]
@@ -220,7 +222,9 @@ def _rollout_pages(folder: Path, stages: Iterable[str]) -> tuple[list[str], list
         except UserError as error:
             problems.append(str(error))
             continue
-        links += [f"[Answers of {stage} with their rewards]({page.relative_to(folder).as_posix()})"] if page else []
+        if page is not None:
+            address = quote(page.relative_to(folder).as_posix())
+            links.append(f"[Answers of {in_markdown(stage)} with their rewards]({address})")
     return links, problems
 
 
@@ -228,7 +232,7 @@ def _samples(stages: dict[str, dict]) -> list[str]:
     parts = []
     for stage, facts in stages.items():
         samples = facts["eval"].get("samples") or []
-        parts += [f"### {stage}"] if samples else []
+        parts += [f"### {in_markdown(stage)}"] if samples else []
         for sample in samples[:SAMPLES_PER_STAGE]:
             prompt = "\n".join(f"> {line}" for line in sample["prompt"].strip().splitlines())
             parts.append(fenced(f"{prompt}\n{readable(sample['completion']).strip()}", "text"))
@@ -275,7 +279,7 @@ def _configuration(stages: dict[str, dict]) -> list[str]:
 
 def _details(title: str, config: dict[str, Any]) -> str:
     lines = "\n".join(f"{key}: {'null' if item is None else item}" for key, item in sorted(config.items()))
-    return f"<details><summary>{title}</summary>\n\n{fenced(lines, 'yaml')}\n\n</details>"
+    return f"<details><summary>{escape(in_one_line(title))}</summary>\n\n{fenced(lines, 'yaml')}\n\n</details>"
 
 
 def _environment(stages: dict[str, dict]) -> list[str]:
@@ -293,7 +297,11 @@ def _environment(stages: dict[str, dict]) -> list[str]:
         return ["Of the machine that wrote this report:", _machine_table(environment())]
     if len(machines) == 1:
         return [_machine_table(machines[0][1])]
-    return [part for names, machine in machines for part in (f"### {', '.join(names)}", _machine_table(machine))]
+    return [
+        part
+        for names, machine in machines
+        for part in (f"### {in_markdown(', '.join(names))}", _machine_table(machine))
+    ]
 
 
 def _machine_table(machine: dict[str, Any]) -> str:

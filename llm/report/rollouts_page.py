@@ -95,8 +95,8 @@ def page_of(title: str, rows: Sequence[dict[str, Any]]) -> str:
 <h1>Rollouts of {escape(title)}</h1>
 <p>Dotted text was written by a tool or the task and is not trained on. Green is good, red is bad.</p>
 <form><label>step <select name="step"><option value="">all</option>{steps}</select></label>
-<label>reward from <input name="low" type="number" step="any" value="{low:g}"></label>
-<label>to <input name="high" type="number" step="any" value="{high:g}"></label><output></output></form>
+<label>reward from <input name="low" type="number" step="any" value="{low!r}"></label>
+<label>to <input name="high" type="number" step="any" value="{high!r}"></label><output></output></form>
 {"".join(_article(row, largest, low, high) for row in rows)}
 <script>{SCRIPT}</script></body></html>
 """

@@ -75,13 +75,19 @@ class RunDir:
 
 
 def stages_in(run: Path) -> list[str]:
-    """Return the stages of a run folder in pipeline order, see `RunDir.stages`."""
-    found = [entry.name for entry in run.iterdir() if _holds_stage(entry)] if run.is_dir() else []
+    """Return the stages of a run folder in pipeline order, see `RunDir.stages`; none where it may not be read."""
+    try:
+        found = [entry.name for entry in run.iterdir() if _holds_stage(entry)] if run.is_dir() else []
+    except OSError:  # a folder of another user must not hide the others
+        return []
     return sorted(found, key=lambda name: (row_or_stranger(name).rank, name))
 
 
 def _holds_stage(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

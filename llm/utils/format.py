@@ -72,17 +72,22 @@ def dollars(amount: float | None) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
-    """Return a Markdown table; columns in `numeric` are right-aligned, what cells hold stands as text."""
+    """Return a Markdown table; columns in `numeric` are right-aligned, what cells and header hold stands as text."""
     numeric = set(numeric)
     ruler = ["---:" if number in numeric else "---" for number in range(len(header))]
-    lines = [header, ruler, *(map(_cell, row) for row in rows)]
+    lines = [map(in_markdown, header), ruler, *(map(in_markdown, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(text: str) -> str:
-    """Return text of a cell in one line, without signs that end the cell, move the cursor, or load something."""
-    text = "".join(sign if sign.isprintable() else " " for sign in text)
+def in_markdown(text: str) -> str:
+    """Return text for one line of Markdown, without signs that end a cell, move the cursor, or load something."""
+    text = in_one_line(text).replace("\\", "\\\\")
     return text.replace("|", "\\|").replace("<", "\\<").replace("![", "!\\[")
+
+
+def in_one_line(text: str) -> str:
+    """Return text with a blank in the place of every sign that does not print: ends of lines, colours, the bell."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

@@ -268,6 +268,13 @@ def test_tasks_count_for_chat_stages_only(tmp_path):
     assert same_data(other, saved, False) and not same_data(other, saved, True)
 
 
+def test_preferences_count_for_reward_models_only(tmp_path):
+    saved = data_config(tmp_path) | {"preferences": {"mine": {"source": "local", "test": "a.jsonl"}}}
+    other = saved | {"preferences": {"mine": {"source": "local", "test": "b.jsonl"}}}
+    assert same_data(other, saved, True) and not same_data(other, saved, True, is_reward_model=True)
+    assert same_data(saved, saved, True, is_reward_model=True)
+
+
 def test_files_that_have_changed_since_the_last_score_are_told(tmp_path, capsys):
     path, score = tmp_path / "eval.json", {"data": "local x", "source": "1 file", "tokens": 64}
     write_json(path, {"bpb": 1.0, "scored": {"bpb": score | {"fingerprint": "a"}}})

@@ -96,6 +96,17 @@ def test_overwrite_replaces_nothing_but_an_export(out, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("out", [".", "./", "../here", "{here}"])
+def test_the_folder_that_a_command_runs_in_is_not_replaced(out, tmp_path, monkeypatch):
+    make_run(tmp_path / "runs", steps=1)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match=r"out=.* is the folder that this command runs in"):
+        export(tmp_path, "run=tiny", f"out={out.format(here=here)}", "overwrite=true")
+    assert list(here.iterdir()) == []
+
+
 def test_a_card_follows_the_parents(tmp_path):
     parents = {"pretrain": None, "sft": "pretrain", "dpo": "sft", "grpo": "sft"}
     for stage, parent in parents.items():

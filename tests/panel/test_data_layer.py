@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +165,25 @@ def test_a_damaged_stage_is_a_problem_and_the_others_stay(tmp_path, cache):
     index = Index(root, tmp_path / "cache", cache)
     assert [row["run"] for row in index.rows()] == ["good"]
     assert len(index.problems) == 1 and "bad" in index.problems[0]
+
+
+def test_a_run_that_may_not_be_read_is_a_problem_and_the_others_stay(tmp_path, cache, monkeypatch):
+    root = tmp_path / "runs"
+    add_run(root, "good")
+    add_run(root, "theirs")
+    iterdir = Path.iterdir
+
+    def refused(self):
+        if self == root / "theirs":
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root / "theirs")
+    index = Index(root, tmp_path / "cache", cache)
+    assert [row["run"] for row in index.rows()] == ["good"]
+    (said,) = index.problems
+    assert str(root / "theirs") in said and "cannot be read" in said
 
 
 def test_a_running_stage_shows_what_it_has_reached_and_a_dead_one_that_it_was_interrupted(tmp_path, cache):

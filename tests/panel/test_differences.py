@@ -1,6 +1,7 @@
 """The Compare tab on answers: two stages asked the same, and items that one alone has right."""
 
 import json
+import time
 
 import gradio as gr
 import pytest
@@ -11,7 +12,7 @@ from llm.inference.sampling import SamplingParams
 from llm.panel.compare_tab import CompareTab
 from llm.panel.differences_view import answers_page, items_page, shared_parts
 from llm.panel.models import PanelModels
-from llm.panel.records import sign_test
+from llm.panel.records import read_items, sign_test
 from llm.panel.state import Panel
 from llm.tokenizer.chat_format import readable
 
@@ -48,9 +49,34 @@ def test_items_that_one_alone_has_right_are_shown_with_both_answers(models):
     assert "no such records" in items_page(panel, A, B, "records/alone")
 
 
+def test_an_item_of_lm_eval_counts_once_for_each_filter(models):
+    panel, part = models.panel, "lm_eval/gsm8k"
+    for stage, strict, flexible in (("sft", "110", "111"), ("pretrain", "100", "000")):
+        folder = panel.runs / "tiny" / stage / "lm_eval"
+        folder.mkdir()
+        rows = [
+            {"index": n, "arguments": [[f"q{n}", {}]], "responses": ["7"], "filter": name, "exact_match": float(right)}
+            for name, verdicts in (("strict-match", strict), ("flexible-extract", flexible))
+            for n, right in enumerate(verdicts)
+        ]
+        (folder / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = items_page(panel, A, B, part)
+    first, second = shown.index("Answers read by strict-match"), shown.index("Answers read by flexible-extract")
+    assert "1 and 0 would differ" in shown[first:second] and "3 and 0 would differ" in shown[second:]
+    assert '<td>both</td><td class="n">1</td>' in shown[first:second]
+    assert "have no verdict" not in shown
+    assert {one.subject for one in read_items(panel.runs / A, part)} == {"strict-match", "flexible-extract"}
+
+
 def test_the_sign_test_is_that_of_a_fair_coin():
-    for a, b in ((0, 0), (6, 25), (25, 6), (3, 3), (0, 5)):
+    for a, b in ((0, 0), (6, 25), (25, 6), (3, 3), (0, 5), (3400, 3600)):
         assert sign_test(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue if a + b else 1.0)
+
+
+def test_the_sign_test_of_many_items_takes_no_time():
+    start = time.perf_counter()
+    assert sign_test(3500, 3500) == 1
+    assert time.perf_counter() - start < 1  # 0.01 s; 5 s where every binomial is computed anew
 
 
 def test_both_answer_the_same_question(models):

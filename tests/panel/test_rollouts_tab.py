@@ -53,6 +53,13 @@ def test_rewards_by_source_have_mean_and_error(panel):
     assert '<td>short</td><td class="n">0.25</td><td class="n">-</td>' in shown
 
 
+def test_the_error_of_rewards_is_that_of_questions(panel):
+    rows = [row(9, question, float(question % 2), 0.0) for question in range(4) for _ in range(16)]
+    write(panel.runs / "mine/pretrain", rows)
+    shown, _ = rollouts_page(panel, "mine/pretrain", LAST, ALL, 0)
+    assert '<td>task</td><td class="n">0.5</td><td class="n">0.289</td>' in shown  # not 0.063, of 64 answers
+
+
 def test_questions_without_a_signal_can_be_told_from_others(panel):
     asked = (panel, "mine/pretrain")
     assert "question 7" in rollouts_page(*asked, LAST, MIXED, 0)[0]

@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -388,3 +389,18 @@ def test_cells_of_a_table_load_nothing_and_move_no_cursor():
     assert markdown_table(["a", "b", "c"], [row]).splitlines()[2] == (
         "| !\\[a](http://127.0.0.1/z) # X |  [31mred | a\\|b \\<img src=x> |"
     )
+    table = markdown_table(["\\<b>"], [["\\<img src=x> \\| x"]]).splitlines()  # a backslash takes none of ours away
+    assert (table[0], table[2]) == ("| \\\\\\<b> |", "| \\\\\\<img src=x> \\\\\\| x |")
+
+
+def test_names_of_folders_and_problems_are_text(tmp_path):
+    for name in ("<img src=x>", "\\<b>x"):
+        config = {"seed": len(name)}
+        write_manifest(tmp_path / "r" / name, {"stage": name, "config": config, "environment": {"cpu": name}})
+        write_json(tmp_path / "r" / name / "eval.json", {"samples": [{"prompt": "a", "completion": "b"}]})
+    (tmp_path / "r" / "<i>bad").mkdir()
+    (tmp_path / "r" / "<i>bad" / "run.json").write_text("{broken")
+    text = build_report(tmp_path / "r").read_text()
+    assert "> **Problem:** " in text and "\\<i>bad" in text and "<summary>Only in &lt;img src=x&gt;" in text
+    shown = MarkdownIt("commonmark").enable("table").render(text)
+    assert "&lt;img src=x&gt;" in shown and not re.search("<(img|b|i)\\b", shown)

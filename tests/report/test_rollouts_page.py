@@ -65,6 +65,14 @@ def test_the_page_shows_answers_with_their_masks_and_numbers(tmp_path):
     assert (good, bad) == ("--good", "--bad")
 
 
+def test_no_answer_is_hidden_before_a_reader_chooses(tmp_path):
+    rewards = [-1.2345649, 0.5, 2.3456749]
+    RolloutLog(tmp_path, 3, TOKENIZER).add(0, [row(reward=reward) for reward in rewards])
+    page = write_page(tmp_path).read_text()
+    low, high = (float(number) for number in re.findall(r'type="number" step="any" value="([^"]*)"', page))
+    assert all(low <= float(number) <= high for number in re.findall(r'data-reward="([^"]*)"', page))
+
+
 def test_hostile_answers_are_text(tmp_path):
     RolloutLog(tmp_path, 3, TOKENIZER).add(0, [row(HOSTILE)])
     page = write_page(tmp_path).read_text()

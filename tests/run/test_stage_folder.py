@@ -209,6 +209,25 @@ def test_runs_are_listed_in_natural_order(tmp_path):
     assert list_runs(tmp_path / "none") == []
 
 
+def test_a_run_or_stage_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
+    for name in ("mine", "theirs"):
+        add_stage(tmp_path, name, "pretrain")
+    add_stage(tmp_path, "mine", "sft")
+    closed = (tmp_path / "theirs", tmp_path / "mine" / "sft" / "run.json")
+    iterdir, stat = Path.iterdir, Path.stat
+
+    def refuse(path):
+        if path in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", lambda self: refuse(self) or iterdir(self))
+    monkeypatch.setattr(
+        Path, "stat", lambda self, **more: (self.name == "run.json" and refuse(self)) or stat(self, **more)
+    )
+    assert [run.name for run in list_runs(tmp_path)] == ["mine"]
+    assert RunDir(tmp_path, "mine").stages() == ["pretrain"] and RunDir(tmp_path, "theirs").stages() == []
+
+
 # ----- configurations
 
 

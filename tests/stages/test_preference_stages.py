@@ -124,6 +124,29 @@ def test_a_reward_model_is_evaluated_and_cannot_be_served_or_chat(runs):
     assert "| pairs told apart" in (runs / "judge" / "report.md").read_text()
     with pytest.raises(UserError, match="stage=reward holds no model that generates text"):
         find_stage(runs, "judge", "reward")
+    cfg.data = config(runs, "judge", "reward").data
+    cfg.data.preferences.politeness.test_size = 6
+    merged = run_evaluation(cfg)
+    assert merged["preferences"] == found["preferences"], "other pairs replace no score of the stage's own"
+    ((_, score),) = merged["other_data"].items()
+    assert score["preferences"]["n"] == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("eval=[core]", "eval.bundle=x"), "eval=core"),
+        (("eval=lm_eval", "eval.tasks=[arc_easy]"), "eval=lm_eval"),
+        (("+eval.judges.mine._target_=builtins.len",), "eval.judges.mine"),
+    ],
+)
+def test_what_needs_text_is_refused_of_a_reward_model_before_it_is_loaded(runs, more, named):
+    write_manifest(runs / "unread" / "reward", {"status": "finished", "stage": "reward"})
+    (runs / "unread" / "reward" / "model").mkdir(exist_ok=True)
+    cfg = compose("evaluate", "run=unread", "trust=[builtins]", f"paths.runs={runs}", *more)
+    cfg.stage = "reward"
+    with pytest.raises(UserError, match=f"{named}: unread/reward is a reward model and writes no text"):
+        run_evaluation(cfg)
 
 
 def test_a_scalar_head_is_added_and_left_out_by_the_stage(runs):
