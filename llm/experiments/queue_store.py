@@ -266,12 +266,17 @@ class Queue:
             return row["wish"] if row else "cancelled"
 
     def end(self, number: int, state: str, message: str = "", result: float | None = None) -> str:
-        """Record how a running job ended; returns its state, queued again where a failure leaves attempts."""
+        """Record how a running job ended; returns its state.
+
+        It is queued again where a failure leaves attempts. What has not ended is cancelled or paused where asked for.
+        """
         with self._transaction() as db:
             job = next(job for job in self._jobs(db) if job.id == number)
             failures, attempts = job.failures + (state == "failed"), job.attempts - (state in OPEN)
             if state == "failed" and failures < job.most_attempts:
                 state = "queued"
+            if job.wish and state in OPEN:  # asked for while it saved, which its worker has not heard
+                state = job.wish
             db.execute(
                 "UPDATE jobs SET state = ?, message = ?, result = ?, failures = ?, attempts = ?, ended = ?, "
                 "wish = NULL, owner = NULL, process = NULL WHERE id = ?",

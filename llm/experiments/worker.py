@@ -149,7 +149,7 @@ def _watch(queue: Queue, job: Job, started: subprocess.Popen, stop: _Stop) -> st
         now = time.monotonic()
         if now - beaten >= BEAT_SECONDS:
             wanted, beaten = queue.beat(job.id, name), now
-            wish = wish or wanted
+            wish = wanted or wish  # a later one counts
         wish = wish or ("stop" if stop.is_asked() else None)
         if job.prune_after is not None and wish is None and now - judged >= PRUNE_SECONDS:
             judged = now

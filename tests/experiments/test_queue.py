@@ -153,6 +153,33 @@ def test_a_running_job_saves_and_ends_when_asked(queue, tmp_path, scripts, actio
     assert queue.job(a).state == "queued" and queue.job(a).attempts == 0
 
 
+@pytest.mark.parametrize("ended", ["queued", "paused", "failed"])
+@pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_what_is_asked_of_a_job_while_it_ends_is_done(queue, tmp_path, ended, action, state):
+    (a,) = queue.add([job(tmp_path, "a", most_attempts=2)])
+    queue.claim(process_name(os.getpid()))
+    getattr(queue, action)([a])
+    assert queue.end(a, ended) == state == queue.job(a).state and queue.job(a).wish is None
+
+
+def test_a_job_that_ended_before_it_heard_of_a_cancel_has_its_end(queue, tmp_path):
+    for name, state in (("a", "done"), ("b", "failed")):
+        (number,) = queue.add([job(tmp_path, name)])
+        queue.claim(process_name(os.getpid()))
+        queue.cancel([number])
+        assert queue.end(number, state) == state
+
+
+def test_a_later_wish_replaces_that_which_a_job_saves_for(queue, tmp_path, scripts, monkeypatch):
+    (scripts / "train.py").write_text(SCRIPT.replace("sys.exit(143)", "(time.sleep(0.6), sys.exit(143))"))
+    queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
+    saved, wishes, ends = tmp_path / "out" / "a" / "metrics.csv", iter(["paused"]), []
+    monkeypatch.setattr(queue, "beat", lambda *_: next(wishes, "cancelled") if saved.exists() else None)
+    monkeypatch.setattr(queue, "end", lambda number, state, *_: ends.append(state))
+    worker._run(queue, queue.claim(process_name(os.getpid())), worker._Stop(None))
+    assert ends == ["cancelled"]
+
+
 def test_time_that_is_up_puts_the_job_back(queue, tmp_path, scripts):
     (a,) = queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
     begun = time.monotonic()
