@@ -132,7 +132,7 @@ def is_alive(name: str | None, heartbeat: float | None) -> bool:
 
 
 class Queue:
-    """The jobs in one SQLite file. Every method is one transaction; processes and threads may call them at once."""
+    """The jobs in one SQLite file. Every change is one transaction; processes and threads may call them at once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -173,6 +173,7 @@ class Queue:
         Raises UserError, and adds none, where a needed job is not there, and where an open one writes the same folder.
         """
         with self._transaction() as db:
+            self._take_back(db)
             known = {job.id: job for job in self._jobs(db)}
             taken = {job.folder: job.id for job in known.values() if job.folder and job.state in OPEN}
             ends = db.execute("SELECT min(position), max(position) FROM jobs").fetchone()
@@ -305,6 +306,8 @@ class Queue:
     def _wish(self, numbers: Sequence[int], state: str, from_states: Sequence[str]) -> None:
         """Put jobs into a state, those that run as soon as their worker hears of it; all of them or none."""
         with self._transaction() as db:
+            self._take_back(db)  # of its own: it stays where a mistake undoes the rest
+        with self._transaction() as db:
             jobs = {job.id: job for job in self._jobs(db)}
             for number in numbers:
                 if number not in jobs:
@@ -347,6 +350,7 @@ class Queue:
     def clear(self) -> int:
         """Forget jobs that have ended and that no open one needs, by others too; returns how many. Their runs stay."""
         with self._transaction() as db:
+            self._take_back(db)
             jobs = {job.id: job for job in self._jobs(db)}
             kept = [job.id for job in jobs.values() if job.state in OPEN]
             for number in kept:  # it grows: who fails and is queued again needs what was done before it

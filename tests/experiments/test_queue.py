@@ -274,6 +274,29 @@ def test_a_job_whose_worker_has_died_is_taken_over_when_its_process_has_ended(qu
     assert again.id == a and again.attempts == 2
 
 
+def test_a_job_whose_worker_has_died_can_be_cancelled_replaced_and_cleared(queue, tmp_path):
+    gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"
+
+    def killed(wish=None):
+        (number,) = queue.add([job(tmp_path, "a")])
+        assert queue.claim(gone).id == number
+        if wish:
+            with sqlite3.connect(queue.path) as db:
+                db.execute("UPDATE jobs SET wish = ? WHERE id = ?", (wish, number))
+        return number
+
+    number = killed()
+    queue.cancel([number])
+    assert queue.job(number).state == "cancelled"
+    number = killed("cancelled")
+    with pytest.raises(UserError, match=f"job {number} is cancelled"):
+        queue.cancel([number])
+    assert queue.job(number).state == "cancelled", "the list says so too"
+    number = killed("cancelled")
+    killed("cancelled")  # it writes the same folder
+    assert queue.job(number).state == "cancelled" and queue.clear() == 4
+
+
 def test_a_job_that_kills_its_workers_fails_in_the_end(queue, tmp_path):
     (a,) = queue.add([job(tmp_path, "a")])
     gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"
