@@ -11,7 +11,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,16 +175,12 @@ class Queue:
         with self._transaction() as db:
             self._take_back(db)
             known = {job.id: job for job in self._jobs(db)}
-            taken = {job.folder: job.id for job in known.values() if job.folder and job.state in OPEN}
+            taken = _writers(known.values())
             ends = db.execute("SELECT min(position), max(position) FROM jobs").fetchone()
             at, step = ((ends[0] or 0.0) - len(jobs), 1.0) if first else ((ends[1] or 0.0) + 1.0, 1.0)
             numbers: list[int] = []
             for job in jobs:
-                if job.folder in taken:
-                    raise UserError(
-                        f"{' '.join(job.settings)}: job {taken[job.folder]} of the queue writes {job.folder} already; "
-                        "give this one run=<name>"
-                    )
+                _check_folder(job, taken, "give this one run=<name>")
                 needed = [numbers[-n - 1] if n < 0 else n for n in job.needs]
                 if missing := [n for n in needed if n not in known and n not in numbers]:
                     raise UserError(f"--after {missing[0]}: there is no such job; the list has {_listed(known)}")
@@ -300,7 +296,10 @@ class Queue:
         self._wish(numbers, "queued", from_states=("paused",))
 
     def retry(self, numbers: Sequence[int]) -> None:
-        """Queue failed, cancelled and pruned jobs again, with all their attempts. Raises UserError for others."""
+        """Queue failed, cancelled and pruned jobs again, with all their attempts.
+
+        Raises UserError for others, and where an open job writes the same folder.
+        """
         self._wish(numbers, "queued", from_states=("failed", "cancelled", "pruned"))
 
     def _wish(self, numbers: Sequence[int], state: str, from_states: Sequence[str]) -> None:
@@ -309,6 +308,7 @@ class Queue:
             self._take_back(db)  # of its own: it stays where a mistake undoes the rest
         with self._transaction() as db:
             jobs = {job.id: job for job in self._jobs(db)}
+            taken = _writers(jobs.values())
             for number in numbers:
                 if number not in jobs:
                     raise UserError(f"job {number} is not in the queue; the list has {_listed(jobs)}")
@@ -317,6 +317,9 @@ class Queue:
                     raise UserError(
                         f"job {number} is {job.state}: this is for jobs that are {' or '.join(from_states)}"
                     )
+                if job.state not in OPEN and job.folder:
+                    _check_folder(job, taken, "cancel that one first")
+                    taken[job.folder] = number
                 if job.state == "running":
                     db.execute("UPDATE jobs SET wish = ? WHERE id = ?", (state, number))
                 else:
@@ -360,6 +363,18 @@ class Queue:
             db.executemany("DELETE FROM jobs WHERE id = ?", [(n,) for n in gone])
             db.executemany("DELETE FROM needs WHERE job = ?", [(n,) for n in gone])
             return len(gone)
+
+
+def _writers(jobs: Iterable[Job]) -> dict[str, int]:
+    """Return the stage folders that open jobs write, and the numbers of these."""
+    return {job.folder: job.id for job in jobs if job.folder and job.state in OPEN}
+
+
+def _check_folder(job: NewJob, taken: Mapping[str, int], fix: str) -> None:
+    """Raise UserError where a job that is to be queued writes a folder that is taken."""
+    if job.folder in taken:
+        what = f"job {taken[job.folder]} of the queue writes {job.folder} already"
+        raise UserError(f"{' '.join(job.settings)}: {what}; {fix}")
 
 
 def _listed(jobs: Iterable[int]) -> str:

@@ -327,6 +327,19 @@ def test_two_open_jobs_never_write_one_folder(queue, tmp_path):
     assert len(queue.jobs()) == 1, "a mistake adds nothing"
 
 
+def test_a_job_is_not_retried_into_a_folder_that_another_open_one_writes(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    queue.cancel([a])
+    (again,) = queue.add([job(tmp_path, "a")])
+    with pytest.raises(UserError, match=f"job {again} of the queue writes .*a already; cancel that one first"):
+        queue.retry([a])
+    queue.cancel([again])
+    with pytest.raises(UserError, match=f"job {a} of the queue writes"):
+        queue.retry([a, again])
+    queue.retry([again])
+    assert states(queue) == ["cancelled", "queued"]
+
+
 def test_mistakes_are_told(queue, tmp_path):
     (a,) = queue.add([job(tmp_path, "a")])
     with pytest.raises(UserError, match="--after 7: there is no such job"):
