@@ -344,11 +344,9 @@ class Queue:
         if number == before:
             raise UserError(f"--before {before}: is the job that is moved; name another one")
         with self._transaction() as db:
-            order = [job for job in self._jobs(db) if job.id != number]
-            place = next(i for i, job in enumerate(order) if job.id == before)
-            above = order[place - 1].position if place else order[place].position - 2
-            position = (above + order[place].position) / 2
-            db.execute("UPDATE jobs SET position = ? WHERE id = ?", (position, number))
+            order = [job.id for job in self._jobs(db) if job.id != number]
+            order.insert(order.index(before), number)
+            db.executemany("UPDATE jobs SET position = ? WHERE id = ?", enumerate(order, 1))
 
     def clear(self) -> int:
         """Forget jobs that have ended and that no open one needs, by others too; returns how many. Their runs stay."""

@@ -101,6 +101,17 @@ def test_jobs_run_in_order_and_after_what_they_need(queue, tmp_path, scripts):
     assert any(line.startswith(f"job {a}: done after") and "bpb 0.5" in line for line in said)
 
 
+def test_jobs_can_be_moved_before_one_as_often_as_wanted(queue, tmp_path):
+    a, b, c = queue.add([job(tmp_path, name) for name in "abc"])
+    for _ in range(40):
+        queue.move(b, before=c)
+        queue.move(a, before=c)
+        assert [one.id for one in queue.jobs()] == [b, a, c]
+    (d,) = queue.add([job(tmp_path, "d")])
+    (e,) = queue.add([job(tmp_path, "e")], first=True)
+    assert [one.id for one in queue.jobs()] == [e, b, a, c, d]
+
+
 def test_a_failure_is_tried_again_and_holds_back_what_needs_it(queue, tmp_path, scripts):
     a, b, c = queue.add(
         [job(tmp_path, "a", "fail=1", most_attempts=2), job(tmp_path, "b", needs=(-1,)), job(tmp_path, "c")]
