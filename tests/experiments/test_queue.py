@@ -273,6 +273,20 @@ def test_the_median_rule_knows_which_way_is_better(tmp_path, mode, own, worse):
     assert not worker.is_worse(mine, others[:2]), "two are too few to compare with"
 
 
+def test_the_median_rule_reads_one_metric_of_the_whole_family(tmp_path):
+    def told(name, bpb, loss, metric=None, **more):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(f"step,bpb,loss\n5,{bpb},{loss}\n")
+        return Job([], folder=str(folder), family="f", metric=metric, prune_after=5, **more)
+
+    others = [told(f"o{v}", v, v + 4, "bpb", state="done") for v in (1, 2, 3)]
+    fine = told("fine", 1.5, 5.5, "loss", state="running")  # a loss above all bpb
+    assert not worker.is_worse(fine, [*others, fine])
+    poor = told("poor", 2.5, 6.5, "loss", state="running")
+    assert worker.is_worse(poor, [*others, poor])
+
+
 def test_a_job_whose_worker_has_died_is_taken_over_when_its_process_has_ended(queue, tmp_path):
     (a,) = queue.add([job(tmp_path, "a")])
     gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"  # this number, but started at another time
