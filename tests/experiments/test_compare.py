@@ -8,6 +8,7 @@ import sys
 import processes
 import pytest
 from experiment_runs import add_run, add_sweep
+from matplotlib.figure import Figure
 from PIL import Image
 
 from llm.errors import UserError
@@ -15,6 +16,7 @@ from llm.experiments import compare as module
 from llm.experiments.compare import as_json, in_words
 from llm.experiments.comparison import compare
 from llm.experiments.curves import Curve, common_seconds, common_steps, read_curve
+from llm.experiments.plot import _sides
 from llm.experiments.runs import stage_row_of
 from llm.experiments.screen import screen
 from llm.run.stage_folder import RunDir, write_manifest
@@ -285,6 +287,16 @@ def test_the_command_prints_a_table_and_draws_a_picture(sweeps):
     assert "optim.matrix_lr: 0.02 -> 0.004" in done.stdout and "paired by seed: t-test over 4 pairs" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("B is worse than A")
     assert Image.open(picture).size[0] > 1000
+
+
+def test_the_legend_counts_the_runs_that_are_drawn(tmp_path):
+    add_sweep(tmp_path, "base", [1, 2, 3], sd=0.002)
+    add_sweep(tmp_path, "slow", [1, 2], sd=0.002, lr=0.004)
+    for unpaired, counts in ((False, (2, 2)), (True, (3, 2))):
+        result, axes = compare(tmp_path, "base", "slow", unpaired=unpaired), Figure().subplots()
+        _sides(axes, result.points["steps"], result)
+        names = axes.get_legend_handles_labels()[1]
+        assert names == [f"A: base (band: {counts[0]} runs)", f"B: slow (band: {counts[1]} runs)"]
 
 
 # ----- curves
