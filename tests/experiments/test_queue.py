@@ -455,6 +455,25 @@ def test_a_job_waits_for_the_queued_jobs_that_make_its_other_models(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "folder"),
+    [
+        ("init_from", "runs/a/pretrain"),
+        ("init_from", "{}/runs/a/pretrain"),
+        ("init_from", "{}/runs/a/pretrain/model"),
+        ("stage.teacher", "runs/a/pretrain/model"),
+    ],
+)
+def test_a_job_waits_for_the_queued_job_that_makes_the_folder_it_names(tmp_path, monkeypatch, key, folder):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=tiny", "paths.runs=runs"]
+    assert run(tmp_path, "add", "-m", "stage=pretrain,sft", "run=a", "init_from=old/tokenizer", *words) == 0
+    named = {"init_from": "old/pretrain", "stage.teacher": "old/pretrain"} | {key: folder.format(tmp_path)}
+    assert run(tmp_path, "add", "stage=distill", "run=b", *(f"{k}={v}" for k, v in named.items()), *words) == 0
+    made, _, taking = Queue(tmp_path / "q.sqlite").jobs()
+    assert taking.needs == (made.id,), "and not what else the run makes"
+
+
+@pytest.mark.parametrize(
     ("words", "of_jobs"),
     [
         (["logger=null"], [["logger=null"]]),
