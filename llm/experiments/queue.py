@@ -171,7 +171,8 @@ def _add(queue: Queue, args: argparse.Namespace) -> int:
     jobs = jobs_of(args.words, args.script, args.multirun, queued, **options)
     numbers = queue.add(jobs, args.first)
     if args.json:
-        _print_json([_as_json(queue, number) for number in numbers])
+        added = {job.id: job for job in queue.jobs()}
+        _print_json([_as_json(queue, added[number]) for number in numbers])
     else:
         for number, job in zip(numbers, jobs, strict=True):
             print(f"job {number}: {job.program} {shlex.join(job.settings)}")
@@ -188,7 +189,7 @@ def _run(queue: Queue, args: argparse.Namespace) -> int:
 def _list(queue: Queue, args: argparse.Namespace) -> int:
     jobs = queue.jobs()
     if args.json:
-        _print_json([_as_json(queue, job.id) for job in jobs])
+        _print_json([_as_json(queue, job) for job in jobs])
         return 0
     rows = [
         [
@@ -207,10 +208,11 @@ def _list(queue: Queue, args: argparse.Namespace) -> int:
 
 def _show(queue: Queue, args: argparse.Namespace) -> int:
     for number in _numbers(args.words):
+        facts = _as_json(queue, queue.job(number))
         if args.json:
-            _print_json(_as_json(queue, number))
+            _print_json(facts)
             continue
-        for name, content in _as_json(queue, number).items():
+        for name, content in facts.items():
             print(f"{name:>13}  {content if isinstance(content, str) else json.dumps(content)}")
     return 0
 
@@ -295,9 +297,8 @@ def _numbers(words: Sequence[str], where: str = "job") -> list[int]:
     return [int(word) for word in words]
 
 
-def _as_json(queue: Queue, number: int) -> dict[str, Any]:
+def _as_json(queue: Queue, job: Job) -> dict[str, Any]:
     """Return what a program reads of a job: its fields, and the file with its output."""
-    job = queue.job(number)
     return asdict(job) | {"log": str(log_of(queue, job))}
 
 

@@ -427,6 +427,15 @@ def test_a_sweep_becomes_jobs_with_runs_of_their_own(tmp_path, capsys):
     assert run(tmp_path, "list") == 0 and "waits for 1 (queued)" in capsys.readouterr().out
 
 
+def test_a_list_reads_the_queue_once(queue, tmp_path, capsys, monkeypatch):
+    queue.add([job(tmp_path, f"a{i}") for i in range(5)])
+    reads, jobs = [], Queue.jobs
+    monkeypatch.setattr(Queue, "jobs", lambda self: reads.append(self) or jobs(self))
+    assert run(tmp_path, "list", "--json") == 0 and len(reads) == 1
+    found = parse_json(capsys.readouterr().out.encode(), "jobs")
+    assert [one["log"] for one in found] == [str(worker.log_of(queue, one)) for one in jobs(queue)]
+
+
 def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsys):
     words = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "run=a"]
     assert run(tmp_path, "add", "stage=tokenizer", *words) == 0
