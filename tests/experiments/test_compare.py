@@ -15,7 +15,7 @@ from llm.errors import UserError
 from llm.experiments import compare as module
 from llm.experiments.compare import as_json, in_words
 from llm.experiments.comparison import compare
-from llm.experiments.curves import Curve, common_seconds, common_steps, read_curve
+from llm.experiments.curves import Curve, common_seconds, common_steps, interpolate, read_curve
 from llm.experiments.plot import _sides
 from llm.experiments.runs import stage_row_of
 from llm.experiments.screen import screen
@@ -314,6 +314,25 @@ def test_curves_know_their_seconds_at_evaluations(tmp_path):
     old = "\n".join(",".join(line[:2]) for line in lines) + "\n"
     (folder / "metrics.csv").write_text(old)
     assert read_curve(stage_row_of(folder), "bpb").seconds is None
+
+
+class Counted(tuple):
+    """A tuple that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, key):
+        self.reads += 1
+        return super().__getitem__(key)
+
+
+def test_a_value_between_points_is_found_in_a_few_reads():
+    xs, ys = Counted(range(0, 20000, 2)), tuple(x * x for x in range(10000))
+    assert [interpolate(x, xs, ys) for x in (-1, 0, 1, 2, 2.5, 9001, 19998, 30000)] == [
+        *(0, 0, 0.5, 1, 1.75, (4500**2 + 4501**2) / 2, 9999**2, 9999**2)
+    ]
+    assert xs.reads < 100
+    assert interpolate(1.0, (0.0, 1.0, 1.0, 2.0), (5.0, 6.0, 7.0, 8.0)) == 6.0
 
 
 def test_common_steps_and_seconds():
