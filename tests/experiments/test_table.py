@@ -163,6 +163,12 @@ def test_rows_are_sorted_and_filtered_by_columns_and_keys(runs):
     assert names(filtered(rows, ["FLOPs<=1e12", "depth=4.0", "bpb<1.7"])) == ["d10"]
 
 
+def test_names_with_other_letters_are_found_and_shown_as_they_are(tmp_path):
+    add_run(tmp_path, "größe", start="straße/tokenizer")
+    rows = filtered(read_rows(tmp_path), ["run=größe", "init_from=straß*"])
+    assert as_text(rows, "run,init_from") == (["run", "init_from"], [["größe", "straße/tokenizer"]])
+
+
 def test_names_of_runs_are_names_patterns_or_sweeps(runs):
     assert names(read_rows(runs, ["slow", "d10"])) == ["d10", "slow-seed=1", "slow-seed=2"]
     assert names(read_rows(runs, ["*=1"])) == ["base-seed=1", "slow-seed=1"]
