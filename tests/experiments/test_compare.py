@@ -246,6 +246,14 @@ def test_a_task_of_eval_json_and_shares_are_compared(tmp_path):
     assert result.measures[0].found.stderr == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_margin_of_pairs_is_no_share(tmp_path):
+    for name in ("base", "more"):
+        for seed in (1, 2):
+            folder = add_run(tmp_path, f"{name}-seed={seed}", seed, lr=0.02 if name == "base" else 0.03)
+            write_json(folder / "eval.json", {"preferences": {"margin": 0.8, "margin_stderr": 0.1}})
+    assert compare(tmp_path, "base", "more", metric="preference/margin").margin == pytest.approx(0.005 * 0.8)
+
+
 def test_runs_of_a_longer_training_are_compared_where_both_have_been(sweeps):
     add_sweep(sweeps, "long", [1, 2], sd=0.002, steps=140, lr=0.01)
     result = compare(sweeps, "base", "long")

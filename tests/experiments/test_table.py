@@ -195,6 +195,15 @@ def test_shares_are_percentages(tmp_path):
     assert [line[header.index("choice")] for line in lines] == ["51.0 %", "52.0 %"]
 
 
+def test_a_mean_that_is_no_share_is_no_percentage(tmp_path):
+    scores = {"preferences": {"margin": 0.7, "margin_stderr": 0.1, "win_rate": 0.6, "win_rate_stderr": 0.05}}
+    scores["judges"] = {"mine": {"marks": 1.7, "marks_stderr": 0.1, "right": 0.25, "right_stderr": 0.02}}
+    write_json(add_run(tmp_path, "a") / "eval.json", scores)
+    rows = read_rows(tmp_path)
+    columns = "preference/margin,preference/win_rate,judges/mine/marks,judges/mine/right"
+    assert as_text(rows, columns)[1] == [["0.7000", "60.0 %", "1.7000", "25.0 %"]]
+
+
 @pytest.mark.parametrize(
     "words, problem",
     [
