@@ -165,8 +165,8 @@ def is_worse(job: Job, jobs: Sequence[Job]) -> bool:
     """Return whether a running job is behind the median of its family's finished jobs at its last measured step.
 
     Compared is the best value so far of this job's metric (its last one for mode=last), as in the median rule of
-    Golovin et al. 2017 (Google Vizier). Never before `prune_after` steps, nor with fewer than three finished jobs, nor by a
-    curve from before the job was started: it may be one that the job overwrites.
+    Golovin et al. 2017 (Google Vizier). Never before `prune_after` steps, nor with fewer than three finished jobs, nor
+    by a curve from before the job was started: it may be one that the job overwrites.
     """
     table = Path(job.folder or "") / "metrics.csv"
     is_own = table.is_file() and table.stat().st_mtime >= (job.started or 0.0)

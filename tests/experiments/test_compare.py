@@ -333,6 +333,9 @@ class Counted(tuple):
         self.reads += 1
         return super().__getitem__(key)
 
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
 
 def test_a_value_between_points_is_found_in_a_few_reads():
     xs, ys = Counted(range(0, 20000, 2)), tuple(x * x for x in range(10000))
