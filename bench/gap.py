@@ -32,9 +32,9 @@ def main() -> None:
     variants = {"as it is": (1, []), "bf16": (1, ["precision.compute=bf16"]), stale: (args.every, [])}
     found = {}
     for number, (name, (every, settings)) in enumerate(variants.items()):
-        run = f"gap-{number}"
+        run = f"gap-{number}-{every}"
         common = [f"paths.runs={args.runs}", *args.set, "stage=grpo", f"run={run}", f"init_from={args.parent}"]
-        common += [f"max_steps={args.steps}", f"stage.eval_every={args.steps // 4}", "log_every=1"]
+        common += [f"max_steps={args.steps}", f"stage.eval_every={max(1, args.steps // 4)}", "log_every=1"]
         line = [sys.executable, str(Path(__file__).resolve()), "--train", str(every), *common, *settings]
         if subprocess.run(line, cwd=REPO, check=False).returncode:
             sys.exit(f"the training {run} ended with an error")

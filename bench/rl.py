@@ -171,9 +171,10 @@ def command(script: str, *settings: str) -> None:
 
 def scores_of(one: dict) -> Iterator[tuple[str, float, float]]:
     """Yield (name, percent, standard error of the items) of all that was measured of a stage."""
-    for key in ("pass@1", f"pass@{SAMPLES}"):
-        if GAINED in one:
-            yield key, 100 * one[GAINED][key], 100 * one[GAINED]["stderr"]
+    if GAINED in one:
+        own, key = one[GAINED], f"pass@{SAMPLES}"
+        yield "pass@1", 100 * own["pass@1"], 100 * own["stderr"]
+        yield key, 100 * own[key], 100 * math.sqrt(own[key] * (1 - own[key]) / own["n"])  # of an item it is 0 or 1
     for task in FORGOTTEN:
         if task in one:
             yield task, 100 * one[task]["accuracy"], 100 * one[task]["stderr"]

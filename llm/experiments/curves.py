@@ -1,9 +1,9 @@
 """Learning curves of a metric at evaluated steps, and their values at equal steps and at equal seconds."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from llm.experiments.runs import Row, way_of
@@ -68,10 +68,11 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Return the value at `x` of the line through points with ascending `xs`, constant beyond its ends."""
     if x <= xs[0]:
         return ys[0]
-    for (left, right), (before, after) in zip(pairwise(xs), pairwise(ys), strict=True):
-        if x <= right:
-            return before + (after - before) * (x - left) / (right - left) if right > left else after
-    return ys[-1]
+    i = bisect_left(xs, x)
+    if i == len(xs):
+        return ys[-1]
+    (left, right), (before, after) = xs[i - 1 : i + 1], ys[i - 1 : i + 1]
+    return before + (after - before) * (x - left) / (right - left)
 
 
 def common_steps(curves: Sequence[Curve]) -> list[int]:

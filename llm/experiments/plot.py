@@ -40,9 +40,10 @@ def draw_comparison(path: Path, result: Comparison) -> None:
 
 def _sides(ax: Any, points: list[dict[str, Any]], result: Comparison) -> None:
     at = [point["at"] for point in points]
-    for letter, side, colour in zip("ab", (result.a, result.b), COLOURS, strict=False):
+    drawn = [len(result.pairs or side.curves) for side in (result.a, result.b)]  # pairs leave others out
+    for letter, side, colour, runs in zip("ab", (result.a, result.b), COLOURS, drawn, strict=False):
         low, high = ([point[f"{letter}_{end}"] for point in points] for end in ("min", "max"))
-        band = f" (band: all {len(side.curves)} runs)" if len(side.curves) > 1 else ""
+        band = f" (band: {runs} runs)" if runs > 1 else ""
         name = f"{letter.upper()}: {side.name}{band}"
         ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.plot(at, [point[letter] for point in points], color=colour, linewidth=1.8, label=name)

@@ -105,8 +105,8 @@ def jobs_of(
             parents = {root / (cfg.run or "") / (cfg.stage or "")}
         else:
             row = row_or_stranger(cfg.stage.name)
-            parent, settings = _placed(cfg, settings, chosen, root, writes)
-            parents = {parent, *(root / name for name in further_names(cfg, row).values())}
+            parents, settings = _placed(cfg, settings, chosen, root, writes)
+            parents |= {place for name in further_names(cfg, row).values() for place in _places(root, name)}
             folder = str(root / cfg.run / row.name) if row.in_run else None
             read = {"metric": cfg.objective, "mode": cfg.objective_mode}
         made = (job for stage, job in writes.items() if {Path(stage), Path(stage).parent} & parents)
@@ -119,12 +119,12 @@ def jobs_of(
 
 def _placed(
     cfg: Any, settings: list[str], chosen: Sequence[str], root: Path, writes: Mapping[str, int]
-) -> tuple[Path | None, list[str]]:
+) -> tuple[set[Path], list[str]]:
     """Name the run and the parent of a job, as a sweep of train.py does for its values `chosen`; changes `cfg`.
 
     A run of a sweep that lacks the stage before shares that of the sweep's own name, if that is finished or one of
-    `writes`; else it starts from another stage that may come before and is there. Returns the stage folder that the job
-    starts from (None = from none), and its settings.
+    `writes`; else it starts from another stage that may come before and is there. Returns the stage folders that the
+    job may start from (none: it starts from nothing), and its settings.
     """
     shared, before = cfg.run or f"d{cfg.model.depth}", stage_before(cfg)
     separate_run(cfg, list(chosen))
@@ -141,9 +141,18 @@ def _placed(
         settings = [word for word in settings if word.split("=")[0] not in named]
         settings += [f"{key}={quoted(value)}" for key, value in named.items()]
     if cfg.init_from is None:
-        return None if before is None else own.path / before, settings
-    run, _, stage = str(cfg.init_from).partition("/")
-    return root / run / (stage or before or ""), settings
+        return set() if before is None else {own.path / before}, settings
+    return _places(root, str(cfg.init_from), before or ""), settings
+
+
+def _places(root: Path, name: str, before: str = "") -> set[Path]:
+    """Return what the name of a model may stand for: a run (its stage `before`), a run/stage, or a folder."""
+    run, _, stage = name.strip("/").partition("/")
+    places = {root / run / (stage or before)}
+    if "/" in name:
+        folder = Path(name).resolve()
+        places.add(folder.parent if folder.name == "model" else folder)
+    return places
 
 
 def _is_there(run: RunDir, stage: str, writes: Mapping[str, int]) -> bool:
@@ -162,7 +171,8 @@ def _add(queue: Queue, args: argparse.Namespace) -> int:
     jobs = jobs_of(args.words, args.script, args.multirun, queued, **options)
     numbers = queue.add(jobs, args.first)
     if args.json:
-        _print_json([_as_json(queue, number) for number in numbers])
+        added = {job.id: job for job in queue.jobs()}
+        _print_json([_as_json(queue, added[number]) for number in numbers])
     else:
         for number, job in zip(numbers, jobs, strict=True):
             print(f"job {number}: {job.program} {shlex.join(job.settings)}")
@@ -179,7 +189,7 @@ def _run(queue: Queue, args: argparse.Namespace) -> int:
 def _list(queue: Queue, args: argparse.Namespace) -> int:
     jobs = queue.jobs()
     if args.json:
-        _print_json([_as_json(queue, job.id) for job in jobs])
+        _print_json([_as_json(queue, job) for job in jobs])
         return 0
     rows = [
         [
@@ -198,10 +208,11 @@ def _list(queue: Queue, args: argparse.Namespace) -> int:
 
 def _show(queue: Queue, args: argparse.Namespace) -> int:
     for number in _numbers(args.words):
+        facts = _as_json(queue, queue.job(number))
         if args.json:
-            _print_json(_as_json(queue, number))
+            _print_json(facts)
             continue
-        for name, content in _as_json(queue, number).items():
+        for name, content in facts.items():
             print(f"{name:>13}  {content if isinstance(content, str) else json.dumps(content)}")
     return 0
 
@@ -286,9 +297,8 @@ def _numbers(words: Sequence[str], where: str = "job") -> list[int]:
     return [int(word) for word in words]
 
 
-def _as_json(queue: Queue, number: int) -> dict[str, Any]:
+def _as_json(queue: Queue, job: Job) -> dict[str, Any]:
     """Return what a program reads of a job: its fields, and the file with its output."""
-    job = queue.job(number)
     return asdict(job) | {"log": str(log_of(queue, job))}
 
 

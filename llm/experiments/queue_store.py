@@ -11,7 +11,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def is_alive(name: str | None, heartbeat: float | None) -> bool:
 
 
 class Queue:
-    """The jobs in one SQLite file. Every method is one transaction; processes and threads may call them at once."""
+    """The jobs in one SQLite file. Every change is one transaction; processes and threads may call them at once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -173,17 +173,14 @@ class Queue:
         Raises UserError, and adds none, where a needed job is not there, and where an open one writes the same folder.
         """
         with self._transaction() as db:
+            self._take_back(db)
             known = {job.id: job for job in self._jobs(db)}
-            taken = {job.folder: job.id for job in known.values() if job.folder and job.state in OPEN}
+            taken = _writers(known.values())
             ends = db.execute("SELECT min(position), max(position) FROM jobs").fetchone()
             at, step = ((ends[0] or 0.0) - len(jobs), 1.0) if first else ((ends[1] or 0.0) + 1.0, 1.0)
             numbers: list[int] = []
             for job in jobs:
-                if job.folder in taken:
-                    raise UserError(
-                        f"{' '.join(job.settings)}: job {taken[job.folder]} of the queue writes {job.folder} already; "
-                        "give this one run=<name>"
-                    )
+                _check_folder(job, taken, "give this one run=<name>")
                 needed = [numbers[-n - 1] if n < 0 else n for n in job.needs]
                 if missing := [n for n in needed if n not in known and n not in numbers]:
                     raise UserError(f"--after {missing[0]}: there is no such job; the list has {_listed(known)}")
@@ -266,12 +263,17 @@ class Queue:
             return row["wish"] if row else "cancelled"
 
     def end(self, number: int, state: str, message: str = "", result: float | None = None) -> str:
-        """Record how a running job ended; returns its state, queued again where a failure leaves attempts."""
+        """Record how a running job ended; returns its state.
+
+        It is queued again where a failure leaves attempts. What has not ended is cancelled or paused where asked for.
+        """
         with self._transaction() as db:
             job = next(job for job in self._jobs(db) if job.id == number)
             failures, attempts = job.failures + (state == "failed"), job.attempts - (state in OPEN)
             if state == "failed" and failures < job.most_attempts:
                 state = "queued"
+            if job.wish and state in OPEN:  # asked for while it saved, which its worker has not heard
+                state = job.wish
             db.execute(
                 "UPDATE jobs SET state = ?, message = ?, result = ?, failures = ?, attempts = ?, ended = ?, "
                 "wish = NULL, owner = NULL, process = NULL WHERE id = ?",
@@ -294,13 +296,19 @@ class Queue:
         self._wish(numbers, "queued", from_states=("paused",))
 
     def retry(self, numbers: Sequence[int]) -> None:
-        """Queue failed, cancelled and pruned jobs again, with all their attempts. Raises UserError for others."""
+        """Queue failed, cancelled and pruned jobs again, with all their attempts.
+
+        Raises UserError for others, and where an open job writes the same folder.
+        """
         self._wish(numbers, "queued", from_states=("failed", "cancelled", "pruned"))
 
     def _wish(self, numbers: Sequence[int], state: str, from_states: Sequence[str]) -> None:
         """Put jobs into a state, those that run as soon as their worker hears of it; all of them or none."""
         with self._transaction() as db:
+            self._take_back(db)  # of its own: it stays where a mistake undoes the rest
+        with self._transaction() as db:
             jobs = {job.id: job for job in self._jobs(db)}
+            taken = _writers(jobs.values())
             for number in numbers:
                 if number not in jobs:
                     raise UserError(f"job {number} is not in the queue; the list has {_listed(jobs)}")
@@ -309,6 +317,9 @@ class Queue:
                     raise UserError(
                         f"job {number} is {job.state}: this is for jobs that are {' or '.join(from_states)}"
                     )
+                if job.state not in OPEN and job.folder:
+                    _check_folder(job, taken, "cancel that one first")
+                    taken[job.folder] = number
                 if job.state == "running":
                     db.execute("UPDATE jobs SET wish = ? WHERE id = ?", (state, number))
                 else:
@@ -333,15 +344,14 @@ class Queue:
         if number == before:
             raise UserError(f"--before {before}: is the job that is moved; name another one")
         with self._transaction() as db:
-            order = [job for job in self._jobs(db) if job.id != number]
-            place = next(i for i, job in enumerate(order) if job.id == before)
-            above = order[place - 1].position if place else order[place].position - 2
-            position = (above + order[place].position) / 2
-            db.execute("UPDATE jobs SET position = ? WHERE id = ?", (position, number))
+            order = [job.id for job in self._jobs(db) if job.id != number]
+            order.insert(order.index(before), number)
+            db.executemany("UPDATE jobs SET position = ? WHERE id = ?", enumerate(order, 1))
 
     def clear(self) -> int:
         """Forget jobs that have ended and that no open one needs, by others too; returns how many. Their runs stay."""
         with self._transaction() as db:
+            self._take_back(db)
             jobs = {job.id: job for job in self._jobs(db)}
             kept = [job.id for job in jobs.values() if job.state in OPEN]
             for number in kept:  # it grows: who fails and is queued again needs what was done before it
@@ -351,6 +361,18 @@ class Queue:
             db.executemany("DELETE FROM jobs WHERE id = ?", [(n,) for n in gone])
             db.executemany("DELETE FROM needs WHERE job = ?", [(n,) for n in gone])
             return len(gone)
+
+
+def _writers(jobs: Iterable[Job]) -> dict[str, int]:
+    """Return the stage folders that open jobs write, and the numbers of these."""
+    return {job.folder: job.id for job in jobs if job.folder and job.state in OPEN}
+
+
+def _check_folder(job: NewJob, taken: Mapping[str, int], fix: str) -> None:
+    """Raise UserError where a job that is to be queued writes a folder that is taken."""
+    if job.folder in taken:
+        what = f"job {taken[job.folder]} of the queue writes {job.folder} already"
+        raise UserError(f"{' '.join(job.settings)}: {what}; {fix}")
 
 
 def _listed(jobs: Iterable[int]) -> str:

@@ -23,6 +23,7 @@ ORIGIN = ("depth", "params", "started", "finished", "commit", "folder", "config"
 GROUP = ("seeds", "members")  # of a row that stands for several, see `table.grouped`
 TOKENIZER = "tokenizer"  # of a row: fingerprint of the tokenizer, where the stage starts from nothing else; or None
 EVALUATED = "evaluated"  # of a row: {score of eval.json: what it was measured on, as `200 items`; None = unknown}
+NO_SHARES = ("preference/margin",)  # means of other things, also where they lie between 0 and 1
 SEED = re.compile(r"\bseed=\d+")  # in the name of a run that a sweep has made
 MOST_NAMED = 6  # runs or keys that an error names
 
@@ -126,12 +127,16 @@ def score_names(rows: Collection[Row]) -> list[str]:
 
 
 def is_share(name: str, rows: Collection[Row]) -> bool:
-    """Say whether a score is a share of items: a task of the data, or one that has a standard error over items."""
+    """Say whether a score is a share of items: a task of the data, or what has a standard error and is from 0 to 1."""
     single = [row for one in rows for row in one.get("members", [one])]
     tasks = (setting(row["config"], "data.tasks") or {} for row in single)
     if name.startswith("lm_eval/"):
         return "/acc" in name or "/exact_match" in name  # others are perplexities and the like
-    return name.startswith("pass@") or any(f"{name}_stderr" in row for row in single) or any(name in t for t in tasks)
+    if name.startswith("pass@") or any(name in t for t in tasks):
+        return True
+    values = [row[name] for row in single if row.get(name) is not None]
+    is_mean = name not in NO_SHARES and any(f"{name}_stderr" in row for row in single)
+    return is_mean and not any(number < 0 or number > 1 for number in values)
 
 
 def way_of(row: Row, score: str) -> tuple[str, str | None]:

@@ -154,6 +154,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[Series, list[Job]]:
             raise UserError(f"{setting}: the series sets this key itself; leave it out")
         if setting.split("=")[0] == RUNS:
             raise UserError(f"{setting}: the folder of all runs is given by --runs={setting.partition('=')[2]}")
+    for option, values, example in (("--depths", args.depths, "2,3,4"), ("--flops", args.flops, "1e13,2e13")):
+        if not values:
+            raise UserError(f"{option}: names no number; give one or more, as {option} {example}")
     for depth in args.depths + args.held_out:
         if depth < 1:
             raise UserError(f"--depths {depth}: must be at least 1")

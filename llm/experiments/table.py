@@ -115,8 +115,13 @@ def _holds(found: Any, sign: str, text: str, number: float | None) -> bool:
     if number is not None and isinstance(found, int | float):
         equal = float(found) == number
     else:
-        equal = fnmatchcase(json.dumps(found).strip('"'), text)
+        equal = fnmatchcase(_as_set(found), text)
     return equal == (sign == "=")
+
+
+def _as_set(found: Any) -> str:
+    """Return a value as a configuration writes it."""
+    return json.dumps(found, ensure_ascii=False).strip('"')
 
 
 def _number(text: str) -> float | None:
@@ -251,7 +256,7 @@ def _cell(row: Row, name: str, found: Any, share: bool) -> str:
         return percent(found, error)
     if name in row or found is None:
         return value(found, error)
-    return json.dumps(found).strip('"')  # of the configuration, as it is written there
+    return _as_set(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

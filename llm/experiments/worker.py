@@ -149,7 +149,7 @@ def _watch(queue: Queue, job: Job, started: subprocess.Popen, stop: _Stop) -> st
         now = time.monotonic()
         if now - beaten >= BEAT_SECONDS:
             wanted, beaten = queue.beat(job.id, name), now
-            wish = wish or wanted
+            wish = wanted or wish  # a later one counts
         wish = wish or ("stop" if stop.is_asked() else None)
         if job.prune_after is not None and wish is None and now - judged >= PRUNE_SECONDS:
             judged = now
@@ -164,17 +164,18 @@ def _watch(queue: Queue, job: Job, started: subprocess.Popen, stop: _Stop) -> st
 def is_worse(job: Job, jobs: Sequence[Job]) -> bool:
     """Return whether a running job is behind the median of its family's finished jobs at its last measured step.
 
-    Compared is the best value so far of the job's metric (its last one for mode=last), as in the median rule of Golovin
-    et al. 2017 (Google Vizier). Never before `prune_after` steps, nor with fewer than three finished jobs, nor by a
-    curve from before the job was started: it may be one that the job overwrites.
+    Compared is the best value so far of this job's metric (its last one for mode=last), as in the median rule of
+    Golovin et al. 2017 (Google Vizier). Never before `prune_after` steps, nor with fewer than three finished jobs, nor
+    by a curve from before the job was started: it may be one that the job overwrites.
     """
     table = Path(job.folder or "") / "metrics.csv"
     is_own = table.is_file() and table.stat().st_mtime >= (job.started or 0.0)
-    own = _curve(job) if is_own else []
+    metric = job.metric or METRIC
+    own = _curve(job, metric) if is_own else []
     if not own or job.prune_after is None or own[-1][0] < job.prune_after:
         return False
     step, sign = own[-1][0], -1.0 if job.mode == "max" else 1.0
-    others = [_curve(other) for other in jobs if other.family == job.family and other.state == "done"]
+    others = [_curve(other, metric) for other in jobs if other.family == job.family and other.state == "done"]
     reached = [seen for curve in others if (seen := [value for at, value in curve if at <= step])]
     if len(reached) < FEWEST_OTHERS:
         return False
@@ -182,10 +183,10 @@ def is_worse(job: Job, jobs: Sequence[Job]) -> bool:
     return sign * pick([value for _, value in own]) > statistics.median(sign * pick(seen) for seen in reached)
 
 
-def _curve(job: Job) -> list[tuple[int, float]]:
-    """Return the steps and values of a job's metric so far."""
-    rows, name = read_metrics(job.folder) if job.folder else [], job.metric or METRIC
-    return [(int(row["step"]), row[name]) for row in rows if name in row]
+def _curve(job: Job, metric: str) -> list[tuple[int, float]]:
+    """Return the steps and values of a metric that a job has measured so far."""
+    rows = read_metrics(job.folder) if job.folder else []
+    return [(int(row["step"]), row[metric]) for row in rows if metric in row]
 
 
 def _result(job: Job) -> tuple[float | None, str]:

@@ -53,14 +53,16 @@ def lines_of(columns: Columns, rows: Sequence[Row], metric: str, axis: str, shar
         groups.setdefault(row["family"] if seeds else name_of(row), []).append(row)
     lines = []
     for number, members in enumerate(groups.values()):
-        curves = [curve(columns, row["folder"], metric, axis) for row in members]
-        curves = [(x, smooth(y, share)) for x, y in curves]
+        curves = [(row, curve(columns, row["folder"], metric, axis)) for row in members]
+        curves = [(row, x, smooth(y, share)) for row, (x, y) in curves]
+        drawn = [one for one in curves if len(one[1])]
         colour = number % COLOURS
-        if len(members) == 1:
-            lines.append(Line(name_of(members[0]), *fewer(*curves[0]), colour=colour))
+        if len(drawn) < 2:
+            row, x, y = (drawn or curves)[0]
+            lines.append(Line(name_of(row), *fewer(x, y), colour=colour))
             continue
-        x, mean, low, high = band([one for one in curves if len(one[0])])
-        name = f"{len(members)} seeds of {name_of(members[0])}"
+        x, mean, low, high = band([(x, y) for _, x, y in drawn])
+        name = f"{len(drawn)} seeds of {name_of(drawn[0][0])}"
         lines.append(Line(name, x, mean, colour, low, high))
     return lines
 

@@ -8,13 +8,15 @@ import sys
 import processes
 import pytest
 from experiment_runs import add_run, add_sweep
+from matplotlib.figure import Figure
 from PIL import Image
 
 from llm.errors import UserError
 from llm.experiments import compare as module
 from llm.experiments.compare import as_json, in_words
 from llm.experiments.comparison import compare
-from llm.experiments.curves import Curve, common_seconds, common_steps, read_curve
+from llm.experiments.curves import Curve, common_seconds, common_steps, interpolate, read_curve
+from llm.experiments.plot import _sides
 from llm.experiments.runs import stage_row_of
 from llm.experiments.screen import screen
 from llm.run.stage_folder import RunDir, write_manifest
@@ -244,6 +246,14 @@ def test_a_task_of_eval_json_and_shares_are_compared(tmp_path):
     assert result.measures[0].found.stderr == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_margin_of_pairs_is_no_share(tmp_path):
+    for name in ("base", "more"):
+        for seed in (1, 2):
+            folder = add_run(tmp_path, f"{name}-seed={seed}", seed, lr=0.02 if name == "base" else 0.03)
+            write_json(folder / "eval.json", {"preferences": {"margin": 0.8, "margin_stderr": 0.1}})
+    assert compare(tmp_path, "base", "more", metric="preference/margin").margin == pytest.approx(0.005 * 0.8)
+
+
 def test_runs_of_a_longer_training_are_compared_where_both_have_been(sweeps):
     add_sweep(sweeps, "long", [1, 2], sd=0.002, steps=140, lr=0.01)
     result = compare(sweeps, "base", "long")
@@ -287,6 +297,16 @@ def test_the_command_prints_a_table_and_draws_a_picture(sweeps):
     assert Image.open(picture).size[0] > 1000
 
 
+def test_the_legend_counts_the_runs_that_are_drawn(tmp_path):
+    add_sweep(tmp_path, "base", [1, 2, 3], sd=0.002)
+    add_sweep(tmp_path, "slow", [1, 2], sd=0.002, lr=0.004)
+    for unpaired, counts in ((False, (2, 2)), (True, (3, 2))):
+        result, axes = compare(tmp_path, "base", "slow", unpaired=unpaired), Figure().subplots()
+        _sides(axes, result.points["steps"], result)
+        names = axes.get_legend_handles_labels()[1]
+        assert names == [f"A: base (band: {counts[0]} runs)", f"B: slow (band: {counts[1]} runs)"]
+
+
 # ----- curves
 
 
@@ -302,6 +322,28 @@ def test_curves_know_their_seconds_at_evaluations(tmp_path):
     old = "\n".join(",".join(line[:2]) for line in lines) + "\n"
     (folder / "metrics.csv").write_text(old)
     assert read_curve(stage_row_of(folder), "bpb").seconds is None
+
+
+class Counted(tuple):
+    """A tuple that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, key):
+        self.reads += 1
+        return super().__getitem__(key)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def test_a_value_between_points_is_found_in_a_few_reads():
+    xs, ys = Counted(range(0, 20000, 2)), tuple(x * x for x in range(10000))
+    assert [interpolate(x, xs, ys) for x in (-1, 0, 1, 2, 2.5, 9001, 19998, 30000)] == [
+        *(0, 0, 0.5, 1, 1.75, (4500**2 + 4501**2) / 2, 9999**2, 9999**2)
+    ]
+    assert xs.reads < 100
+    assert interpolate(1.0, (0.0, 1.0, 1.0, 2.0), (5.0, 6.0, 7.0, 8.0)) == 6.0
 
 
 def test_common_steps_and_seconds():

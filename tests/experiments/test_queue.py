@@ -101,6 +101,17 @@ def test_jobs_run_in_order_and_after_what_they_need(queue, tmp_path, scripts):
     assert any(line.startswith(f"job {a}: done after") and "bpb 0.5" in line for line in said)
 
 
+def test_jobs_can_be_moved_before_one_as_often_as_wanted(queue, tmp_path):
+    a, b, c = queue.add([job(tmp_path, name) for name in "abc"])
+    for _ in range(40):
+        queue.move(b, before=c)
+        queue.move(a, before=c)
+        assert [one.id for one in queue.jobs()] == [b, a, c]
+    (d,) = queue.add([job(tmp_path, "d")])
+    (e,) = queue.add([job(tmp_path, "e")], first=True)
+    assert [one.id for one in queue.jobs()] == [e, b, a, c, d]
+
+
 def test_a_failure_is_tried_again_and_holds_back_what_needs_it(queue, tmp_path, scripts):
     a, b, c = queue.add(
         [job(tmp_path, "a", "fail=1", most_attempts=2), job(tmp_path, "b", needs=(-1,)), job(tmp_path, "c")]
@@ -151,6 +162,33 @@ def test_a_running_job_saves_and_ends_when_asked(queue, tmp_path, scripts, actio
     assert queue.job(a).state == state and queue.job(a).result is None and not done(tmp_path)
     (queue.retry if state == "cancelled" else queue.resume)([a])
     assert queue.job(a).state == "queued" and queue.job(a).attempts == 0
+
+
+@pytest.mark.parametrize("ended", ["queued", "paused", "failed"])
+@pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_what_is_asked_of_a_job_while_it_ends_is_done(queue, tmp_path, ended, action, state):
+    (a,) = queue.add([job(tmp_path, "a", most_attempts=2)])
+    queue.claim(process_name(os.getpid()))
+    getattr(queue, action)([a])
+    assert queue.end(a, ended) == state == queue.job(a).state and queue.job(a).wish is None
+
+
+def test_a_job_that_ended_before_it_heard_of_a_cancel_has_its_end(queue, tmp_path):
+    for name, state in (("a", "done"), ("b", "failed")):
+        (number,) = queue.add([job(tmp_path, name)])
+        queue.claim(process_name(os.getpid()))
+        queue.cancel([number])
+        assert queue.end(number, state) == state
+
+
+def test_a_later_wish_replaces_that_which_a_job_saves_for(queue, tmp_path, scripts, monkeypatch):
+    (scripts / "train.py").write_text(SCRIPT.replace("sys.exit(143)", "(time.sleep(0.6), sys.exit(143))"))
+    queue.add([job(tmp_path, "a", "steps=100000", "pause=0.01")])
+    saved, wishes, ends = tmp_path / "out" / "a" / "metrics.csv", iter(["paused"]), []
+    monkeypatch.setattr(queue, "beat", lambda *_: next(wishes, "cancelled") if saved.exists() else None)
+    monkeypatch.setattr(queue, "end", lambda number, state, *_: ends.append(state))
+    worker._run(queue, queue.claim(process_name(os.getpid())), worker._Stop(None))
+    assert ends == ["cancelled"]
 
 
 def test_time_that_is_up_puts_the_job_back(queue, tmp_path, scripts):
@@ -235,6 +273,20 @@ def test_the_median_rule_knows_which_way_is_better(tmp_path, mode, own, worse):
     assert not worker.is_worse(mine, others[:2]), "two are too few to compare with"
 
 
+def test_the_median_rule_reads_one_metric_of_the_whole_family(tmp_path):
+    def told(name, bpb, loss, metric=None, **more):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(f"step,bpb,loss\n5,{bpb},{loss}\n")
+        return Job([], folder=str(folder), family="f", metric=metric, prune_after=5, **more)
+
+    others = [told(f"o{v}", v, v + 4, "bpb", state="done") for v in (1, 2, 3)]
+    fine = told("fine", 1.5, 5.5, "loss", state="running")  # a loss above all bpb
+    assert not worker.is_worse(fine, [*others, fine])
+    poor = told("poor", 2.5, 6.5, "loss", state="running")
+    assert worker.is_worse(poor, [*others, poor])
+
+
 def test_a_job_whose_worker_has_died_is_taken_over_when_its_process_has_ended(queue, tmp_path):
     (a,) = queue.add([job(tmp_path, "a")])
     gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"  # this number, but started at another time
@@ -245,6 +297,29 @@ def test_a_job_whose_worker_has_died_is_taken_over_when_its_process_has_ended(qu
     queue.beat(a, gone)
     again = queue.claim(process_name(os.getpid()))
     assert again.id == a and again.attempts == 2
+
+
+def test_a_job_whose_worker_has_died_can_be_cancelled_replaced_and_cleared(queue, tmp_path):
+    gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"
+
+    def killed(wish=None):
+        (number,) = queue.add([job(tmp_path, "a")])
+        assert queue.claim(gone).id == number
+        if wish:
+            with sqlite3.connect(queue.path) as db:
+                db.execute("UPDATE jobs SET wish = ? WHERE id = ?", (wish, number))
+        return number
+
+    number = killed()
+    queue.cancel([number])
+    assert queue.job(number).state == "cancelled"
+    number = killed("cancelled")
+    with pytest.raises(UserError, match=f"job {number} is cancelled"):
+        queue.cancel([number])
+    assert queue.job(number).state == "cancelled", "the list says so too"
+    number = killed("cancelled")
+    killed("cancelled")  # it writes the same folder
+    assert queue.job(number).state == "cancelled" and queue.clear() == 4
 
 
 def test_a_job_that_kills_its_workers_fails_in_the_end(queue, tmp_path):
@@ -275,6 +350,19 @@ def test_two_open_jobs_never_write_one_folder(queue, tmp_path):
     with pytest.raises(UserError, match="job 1 of the queue writes .*a already"):
         queue.add([job(tmp_path, "b"), job(tmp_path, "a")])
     assert len(queue.jobs()) == 1, "a mistake adds nothing"
+
+
+def test_a_job_is_not_retried_into_a_folder_that_another_open_one_writes(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    queue.cancel([a])
+    (again,) = queue.add([job(tmp_path, "a")])
+    with pytest.raises(UserError, match=f"job {again} of the queue writes .*a already; cancel that one first"):
+        queue.retry([a])
+    queue.cancel([again])
+    with pytest.raises(UserError, match=f"job {a} of the queue writes"):
+        queue.retry([a, again])
+    queue.retry([again])
+    assert states(queue) == ["cancelled", "queued"]
 
 
 def test_mistakes_are_told(queue, tmp_path):
@@ -339,6 +427,15 @@ def test_a_sweep_becomes_jobs_with_runs_of_their_own(tmp_path, capsys):
     assert run(tmp_path, "list") == 0 and "waits for 1 (queued)" in capsys.readouterr().out
 
 
+def test_a_list_reads_the_queue_once(queue, tmp_path, capsys, monkeypatch):
+    queue.add([job(tmp_path, f"a{i}") for i in range(5)])
+    reads, jobs = [], Queue.jobs
+    monkeypatch.setattr(Queue, "jobs", lambda self: reads.append(self) or jobs(self))
+    assert run(tmp_path, "list", "--json") == 0 and len(reads) == 1
+    found = parse_json(capsys.readouterr().out.encode(), "jobs")
+    assert [one["log"] for one in found] == [str(worker.log_of(queue, one)) for one in jobs(queue)]
+
+
 def test_a_job_waits_for_the_queued_job_that_makes_what_it_takes(tmp_path, capsys):
     words = ["experiment=tiny", f"paths.runs={tmp_path}/runs", "run=a"]
     assert run(tmp_path, "add", "stage=tokenizer", *words) == 0
@@ -364,6 +461,25 @@ def test_a_job_waits_for_the_queued_jobs_that_make_its_other_models(tmp_path):
     assert run(tmp_path, "add", *copied) == 0
     a, b, c, two, one = Queue(tmp_path / "q.sqlite").jobs()
     assert two.needs == (a.id, b.id) and one.needs == (a.id, c.id)
+
+
+@pytest.mark.parametrize(
+    ("key", "folder"),
+    [
+        ("init_from", "runs/a/pretrain"),
+        ("init_from", "{}/runs/a/pretrain"),
+        ("init_from", "{}/runs/a/pretrain/model"),
+        ("stage.teacher", "runs/a/pretrain/model"),
+    ],
+)
+def test_a_job_waits_for_the_queued_job_that_makes_the_folder_it_names(tmp_path, monkeypatch, key, folder):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=tiny", "paths.runs=runs"]
+    assert run(tmp_path, "add", "-m", "stage=pretrain,sft", "run=a", "init_from=old/tokenizer", *words) == 0
+    named = {"init_from": "old/pretrain", "stage.teacher": "old/pretrain"} | {key: folder.format(tmp_path)}
+    assert run(tmp_path, "add", "stage=distill", "run=b", *(f"{k}={v}" for k, v in named.items()), *words) == 0
+    made, _, taking = Queue(tmp_path / "q.sqlite").jobs()
+    assert taking.needs == (made.id,), "and not what else the run makes"
 
 
 @pytest.mark.parametrize(

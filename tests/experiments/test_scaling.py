@@ -141,6 +141,8 @@ def test_settings_of_pretraining_are_no_settings_of_the_tokenizer_and_factors_mu
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["--flops", ","], "--flops: names no number; give one or more, as --flops 1e13,2e13"),
+        (["--flops", "1e11", "--depths", ","], "--depths: names no number; give one or more, as --depths 2,3,4"),
         (["--flops", "0"], "--flops 0: all must be positive numbers"),
         (["--flops", "1e11", "--held-out-flops", "2e11"], "--held-out-flops: no depth is held out"),
         (

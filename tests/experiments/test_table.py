@@ -163,6 +163,12 @@ def test_rows_are_sorted_and_filtered_by_columns_and_keys(runs):
     assert names(filtered(rows, ["FLOPs<=1e12", "depth=4.0", "bpb<1.7"])) == ["d10"]
 
 
+def test_names_with_other_letters_are_found_and_shown_as_they_are(tmp_path):
+    add_run(tmp_path, "größe", start="straße/tokenizer")
+    rows = filtered(read_rows(tmp_path), ["run=größe", "init_from=straß*"])
+    assert as_text(rows, "run,init_from") == (["run", "init_from"], [["größe", "straße/tokenizer"]])
+
+
 def test_names_of_runs_are_names_patterns_or_sweeps(runs):
     assert names(read_rows(runs, ["slow", "d10"])) == ["d10", "slow-seed=1", "slow-seed=2"]
     assert names(read_rows(runs, ["*=1"])) == ["base-seed=1", "slow-seed=1"]
@@ -187,6 +193,15 @@ def test_shares_are_percentages(tmp_path):
     assert lines[0][header.index("choice")] == "51.5 ± 0.5 %"
     header, lines = as_text(read_rows(tmp_path))
     assert [line[header.index("choice")] for line in lines] == ["51.0 %", "52.0 %"]
+
+
+def test_a_mean_that_is_no_share_is_no_percentage(tmp_path):
+    scores = {"preferences": {"margin": 0.7, "margin_stderr": 0.1, "win_rate": 0.6, "win_rate_stderr": 0.05}}
+    scores["judges"] = {"mine": {"marks": 1.7, "marks_stderr": 0.1, "right": 0.25, "right_stderr": 0.02}}
+    write_json(add_run(tmp_path, "a") / "eval.json", scores)
+    rows = read_rows(tmp_path)
+    columns = "preference/margin,preference/win_rate,judges/mine/marks,judges/mine/right"
+    assert as_text(rows, columns)[1] == [["0.7000", "60.0 %", "1.7000", "25.0 %"]]
 
 
 @pytest.mark.parametrize(

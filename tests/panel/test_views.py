@@ -133,6 +133,17 @@ def test_seeds_become_one_band_and_colours_stay(panel):
     assert "takes 40 at most" in comparison_page(panel, names * 9, ["bpb"], "step", 0.0, True)
 
 
+def test_a_band_counts_the_seeds_that_have_points(panel):
+    def drawn():
+        rows = [row for row in panel.index.rows() if row["run"].startswith("base")]
+        return [line.name for line in lines_of(panel.columns, rows, "bpb", "step", 0.0, seeds=True)]
+
+    (panel.runs / "base-seed=1/pretrain/metrics.csv").write_text("step,loss\n1,3.0\n")
+    assert drawn() == ["2 seeds of base-seed=2/pretrain"]
+    (panel.runs / "base-seed=2/pretrain/metrics.csv").write_text("step,loss\n1,3.0\n")
+    assert drawn() == ["base-seed=3/pretrain"]
+
+
 def test_the_verdict_is_that_of_compare(panel):
     shown = verdict_page(panel, "base", "fast", "bpb")
     assert '<p class="verdict better">B is better than A' in shown and "optim.matrix_lr" in shown
