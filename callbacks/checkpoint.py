@@ -29,7 +29,7 @@ class StepCheckpoint(Periodic):
         self.folder, self.seconds, self.saved = Path(folder), 60 * (minutes or float("inf")), None
 
     def on_train_start(self, trainer, module) -> None:
-        self.saved_at = time.monotonic()
+        self.saved, self.saved_at = module.global_step or None, time.monotonic()  # a resumed step is on the disk
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         module.votes.checkpoint = time.monotonic() - self.saved_at > self.seconds

@@ -105,7 +105,7 @@ class MetricsLog(L.Callback):
 
     def _log(self, trainer, module, step: int) -> None:
         if step > 0:
-            rate = module.lr_frac(step - 1) if module.rate is None else module.rate
+            rate = module.rate_at(step - 1) if module.rate is None else module.rate
             module.row.update({"lr": rate} | module.step_log.flush())
         row = module.step_log.take_row()
         values = {name: value for name, value in row.items() if value is not None}

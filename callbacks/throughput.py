@@ -29,6 +29,7 @@ class Throughput(L.Callback):
 
     def __init__(self, log_every: int, peak_flops: float | None = None):
         self.log_every, self.peak, self.train_seconds = log_every, peak_flops, 0.0
+        self.progress = None  # the module's, once training has begun
 
     def on_train_start(self, trainer, module) -> None:
         self.peak = self.peak or peak_flops(module.device, module.net.compute_dtype)
@@ -39,6 +40,7 @@ class Throughput(L.Callback):
         self._open_window(module)
 
     def _open_window(self, module) -> None:
+        self.progress = module.progress
         self.start, self.paused = time.perf_counter(), module.progress.paused_seconds
         self.first_step, self.first_token = module.global_step, module.progress.tokens
         self.waited = _wait_seconds(module)
@@ -49,7 +51,7 @@ class Throughput(L.Callback):
             return
         if module.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.start - (module.progress.paused_seconds - self.paused)
+        seconds = self._open_seconds()
         rate = (module.progress.tokens - self.first_token) / seconds
         self.train_seconds += seconds
         if compiles:
@@ -62,6 +64,12 @@ class Throughput(L.Callback):
         if self._due(module):
             self._write(module, *rates)
         self._open_window(module)
+
+    def _open_seconds(self) -> float:
+        """Return the seconds since the window began, without those of periodic callbacks."""
+        if self.progress is None:
+            return 0.0
+        return time.perf_counter() - self.start - (self.progress.paused_seconds - self.paused)
 
     def _due(self, module) -> bool:
         step = module.global_step
@@ -82,7 +90,8 @@ class Throughput(L.Callback):
         print(f"waited {waited:.2f} s for data, {share:.2%} of the time", flush=True)
 
     def state_dict(self) -> dict:
-        return {"train_seconds": self.train_seconds}
+        """Return the seconds of training, those since the last row included."""
+        return {"train_seconds": self.train_seconds + self._open_seconds()}
 
     def load_state_dict(self, state: dict) -> None:
         self.train_seconds = state["train_seconds"]

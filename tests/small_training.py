@@ -18,6 +18,7 @@ from llm.checkpoint.resume import CheckpointWriter
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.stages.step_module import StageContext, StepData, StepModule
+from llm.stages.trainer import begin_always
 
 OPTIM = compose("train", "optim=muon_2025", "optim.momentum_warmup=4").optim
 STAGE = SimpleNamespace(lr_frac=1.0, warmup_steps=0, warmdown_ratio=0.5, final_lr_frac=0.0)
@@ -103,6 +104,7 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    begin_always(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     data = StepData(lambda position: Numbers(position, make))
     trainer.fit(module, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))

@@ -13,6 +13,8 @@ from llm.optim.update_rules import ElementwiseRule, MatrixRule, State, UpdateRul
 STACK_BYTES = {"cpu": 1 << 21}
 OTHER_STACK_BYTES = 1 << 32
 
+KEPT = ("name", "in_bf16")  # by a group, whatever the loaded file says
+
 Pieces = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # (parameter, whole or piece of it, gradient of that)
 
 
@@ -56,14 +58,14 @@ class GroupOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a saved state as copies of its own, since what is loaded may be a file mapped into memory.
 
-        Groups keep their names, which older files lack. Hyperparameters that these lack have their defaults.
+        Groups keep their names, which older files lack, and their number format, which follows from the network.
+        Hyperparameters that the file lacks have their defaults.
         """
-        names = [group.get("name") for group in self.param_groups]
+        own = [{name: group[name] for name in KEPT if name in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, name in zip(self.param_groups, names, strict=True):
+        for group, kept in zip(self.param_groups, own, strict=True):
             set_defaults(group)
-            if name is not None:
-                group["name"] = name
+            group.update(kept)
         for state in self.state.values():
             state.update({name: value.clone() for name, value in state.items()})
 

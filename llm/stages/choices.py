@@ -28,8 +28,16 @@ def check_distill(cfg, config: GPTConfig) -> None:
     check_shares(cfg, config)
 
 
-def check_kto(cfg, config: GPTConfig) -> None:
-    """Raise UserError for kto with a row a step: its baseline is of answers to another question of the step."""
+def check_kto(cfg, config: GPTConfig | None = None) -> None:
+    """Raise UserError for kto with a row a step, or steps that are repeated: its baseline belongs to one step.
+
+    It is of answers to another question of the step, by the weights of that step.
+    """
+    if cfg.stage.loss == "kto" and (first := cfg.trainer.overfit_batches):
+        raise UserError(
+            f"trainer.overfit_batches={first}: stage.loss=kto measures its baseline when a step is made, so repeated "
+            "steps would keep an old one; set it to 0, or choose another loss"
+        )
     if cfg.stage.loss == "kto" and cfg.stage.pairs_per_step < 2:
         raise UserError("stage.pairs_per_step=1: stage.loss=kto needs the answers of another row; give 2 or more")
     check_shares(cfg, config)

@@ -22,6 +22,7 @@ from llm.objectives import (
 )
 from llm.parallel import collectives
 from llm.parallel.strategy import full_model
+from llm.stages.choices import check_kto
 from llm.stages.common import BuiltStage, eval_tasks, load_parent
 from llm.stages.preferences import build_stage, read_sources, usable_rows
 
@@ -130,6 +131,7 @@ def settings_of(stage) -> PreferenceSettings:
 def build(cfg, parent: Path) -> BuiltStage:
     """Build the parent's network with the loss `stage.loss` on the sources `stage.preferences`."""
     loss, settings = PREFERENCE_LOSSES[cfg.stage.loss], settings_of(cfg.stage)
+    check_kto(cfg)
     sources, chat_tasks = read_sources(cfg), eval_tasks(cfg)  # all rows are checked before weights are loaded
     net, tokenizer = load_parent(parent, cfg)
     rows = usable_rows(cfg, tokenizer, sources, labelled=not loss.is_paired)

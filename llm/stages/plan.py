@@ -247,7 +247,8 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
         raise UserError(
             f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one"
         )
-    reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, cfg.arch, vocab_size)
+    arch = dict(cfg.arch) | ({"paired_heads": None} if "paired_heads" in cfg.arch else {})  # heads may be odd there
+    reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, arch, vocab_size)
     by_rule, reference_tokens = (
         training_tokens(c, stage.tokens_per_param, stage.count_params) for c in (config, reference)
     )

@@ -169,7 +169,7 @@ def derived_without_tokenizer(cfg) -> dict:
     with torch.device("meta"):
         net = build_network(planned.config)
     if cfg.batch.micro_batch_size == "auto":
-        choices = divisors(planned.batch.tokens // planned.batch.parts // cfg.model.seq_len)
+        choices = divisors(planned.batch.tokens // planned.batch.parts // cfg.model.seq_len // processes(cfg))
         budget, again = SHARE * named_gpu(cfg.estimate.gpu).memory_gib * 2**30, cfg.trainer.activation_checkpointing
         rows = largest_by_arithmetic(choices, planned.config, kept_bytes(net, cfg), budget, again)
         cfg.batch.micro_batch_size = rows

@@ -305,9 +305,13 @@ class StepModule(L.LightningModule):
         batch, total = self.context.batch, self.planned_steps
         return last - first if batch is None else (batch.total(total, last) - batch.total(total, first)) / batch.tokens
 
-    def batch_factors(self) -> tuple[float, float]:
-        """Return the factors on rates and on decay of this step, for which the rules have another batch in a ramp."""
-        batch, optim, place = self.context.batch, self.optim_config, (self.global_step, self.planned_steps)
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate at `step` as such a share, with the factor of the step's batch."""
+        return self.lr_frac(step) * self.batch_factors(step)[0]
+
+    def batch_factors(self, step: int) -> tuple[float, float]:
+        """Return the factors on rates and on decay of a step, for which the rules have another batch in a ramp."""
+        batch, optim, place = self.context.batch, self.optim_config, (step, self.planned_steps)
         if batch is None:
             return 1.0, 1.0
         return (
@@ -318,7 +322,7 @@ class StepModule(L.LightningModule):
     def apply_schedules(self, groups: list[dict]) -> None:
         step, total, optim = self.global_step, self.planned_steps, self.optim_config
         place = self.budget.place(step, total)
-        multiplier, (by_batch, decay_by_batch) = self.lr_frac(step), self.batch_factors()
+        multiplier, (by_batch, decay_by_batch) = self.lr_frac(step), self.batch_factors(step)
         self.rate = multiplier * by_batch
         decay = decay_multiplier(optim.decay_schedule, place, total) * decay_by_batch
         warmdown = warmdown_progress(place, total, self.stage_config.warmdown_ratio)

@@ -135,7 +135,7 @@ def _read_per_trained(balance: Balance | None) -> float:
 def _begun(cfg, planned: int, batch: BatchSchedule) -> TextPlan | None:
     """Return the plan of a run that is resumed, None where there is none to keep.
 
-    planned: steps by the configuration, to which stage.extend=true lengthens the run.
+    planned: steps by the configuration, to which stage.extend=true lengthens a finished run, within stage.max_passes.
     """
     kept = _kept(cfg)
     if not {"packing", "steps"} <= kept.keys():
@@ -144,8 +144,14 @@ def _begun(cfg, planned: int, batch: BatchSchedule) -> TextPlan | None:
         raise UserError(
             f"run.json: derived.packing is {kept['packing'][:60]!r}, but must be one of {', '.join(PACKINGS)}"
         )
-    steps, passes = cfg.max_steps or (planned if cfg.stage.get("extend") else kept["steps"]), kept.get("text_passes")
-    passes = None if passes is None else passes * batch.total(steps) / batch.total(kept["steps"])
+    passes = kept.get("text_passes")
+    per_token = None if passes is None else passes / batch.total(kept["steps"])
+    steps = cfg.max_steps or kept["steps"]
+    if cfg.max_steps is None and cfg.stage.get("extend") and _is_finished(cfg):
+        steps, limit = planned, cfg.stage.get("max_passes")
+        if limit is not None and per_token and per_token * batch.total(planned) > limit:
+            steps = max(1, batch.steps_within(round(limit / per_token)))
+    passes = None if passes is None else per_token * batch.total(steps)
     return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes, kept.get("buffer"))
 
 
@@ -158,6 +164,11 @@ def _has_begun(cfg) -> bool:
     """Return whether a run is resumed: it has a checkpoint."""
     saved = (_run(cfg).stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt")
     return not (cfg.overwrite or cfg.dry_run) and any(saved)
+
+
+def _is_finished(cfg) -> bool:
+    """Return whether the stage was trained to its end before: only then does stage.extend=true lengthen it."""
+    return cfg.stage.name in _run(cfg).finished()
 
 
 def _run(cfg) -> RunDir:

@@ -151,8 +151,24 @@ def build_trainer(cfg, stage_dir: Path, built) -> tuple[Any, Any]:
             inference_mode=False,
             check_val_every_n_epoch=None,
         )
+    begin_always(trainer)
     built.module.make_ready(trainer)
     return trainer, stop
+
+
+def begin_always(trainer) -> None:
+    """Let a training that resumes at its last step begin and end as others do; Lightning calls no hook of such a one.
+
+    A run that was killed between its last checkpoint and the row of that step makes up its evaluation and its row when
+    training begins.
+    """
+    from lightning.pytorch.loops import _FitLoop
+
+    class FitLoop(_FitLoop):
+        skip = False
+
+    loop = FitLoop(trainer, max_epochs=-1)
+    loop.epoch_loop, trainer.fit_loop = trainer.fit_loop.epoch_loop, loop
 
 
 def build_callbacks(cfg, stage_dir: Path, built) -> tuple[list, Any]:

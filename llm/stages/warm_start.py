@@ -5,6 +5,8 @@ The weights of a parent come from its model/ folder, which has no optimizer stat
 
 from pathlib import Path
 
+import torch
+
 from llm.checkpoint.parts import differs, facts
 from llm.checkpoint.resume import load_checkpoint, newest_checkpoint
 from llm.errors import UserError
@@ -17,13 +19,25 @@ from llm.run.stage_folder import read_manifest
 def parent_optimizer(parent: Path, net: GPT, optim) -> dict:
     """Return the state by number of the parameter of the optimizer that trained the model/ folder `parent`.
 
-    Its tensors are mapped into memory. Raises UserError where the last checkpoint is gone or has another optimizer.
+    Its tensors are mapped into memory. Raises UserError where the last checkpoint is gone, has another optimizer, or
+    is not of the weights in model/.
     """
     stage, fix = parent.parent, "set stage.warm_start=false to begin with a fresh optimizer"
     newest = newest_checkpoint(stage / "checkpoints")
-    steps = (read_manifest(stage) or {}).get("steps")
+    manifest = read_manifest(stage) or {}
+    steps, handed = manifest.get("steps"), (manifest.get("weights") or {}).get("step")
     if newest is None or newest[0] != steps:
         raise UserError(f"stage.warm_start=true: {stage / 'checkpoints'} has no checkpoint of the last step; {fix}")
+    if handed not in (None, steps):
+        raise UserError(
+            f"stage.warm_start=true: {stage} handed over the weights of step {handed} (stage.keep_best), but its last "
+            f"checkpoint is of step {steps}; {fix}"
+        )
+    if averaged := ((manifest.get("config") or {}).get("stage") or {}).get("average_steps"):
+        raise UserError(
+            f"stage.warm_start=true: {stage} handed over an average of weights (stage.average_steps={averaged}), which "
+            f"its optimizer did not train; {fix}"
+        )
     saved = load_checkpoint(newest[1])["optimizer_states"][0]
     groups = build_optimizer(net, optim).param_groups
     theirs = [(group["kind"], len(group["params"])) for group in saved["param_groups"]]
@@ -44,7 +58,7 @@ def parent_optimizer(parent: Path, net: GPT, optim) -> dict:
 
 def take_state(trainer, state: dict) -> None:
     """Give the trainer's optimizer the state `state` of every parameter; rates and betas stay those configured."""
-    groups = trainer.optimizers[0].state_dict()["param_groups"]
+    groups = torch.optim.Optimizer.state_dict(trainer.optimizers[0])["param_groups"]  # on every process, none gathers
     trainer.strategy.load_optimizer_state_dict({"optimizer_states": [{"state": state, "param_groups": groups}]})
 
 

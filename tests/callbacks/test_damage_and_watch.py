@@ -256,7 +256,7 @@ def killed(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("killed_at", range(1, STEPS))
+@pytest.mark.parametrize("killed_at", range(1, STEPS + 1))  # the last: before the stage is handed over
 @pytest.mark.parametrize("row_written", [True, False])
 def test_a_row_that_a_kill_cost_is_written_again(straight, killed, tmp_path, killed_at, row_written):
     """Killed right before or after the row of the checkpoint's step."""

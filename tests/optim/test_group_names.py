@@ -75,6 +75,15 @@ def test_a_state_without_names_does_not_take_them_away():
     assert names(loaded) == ["a"]
 
 
+def test_the_number_format_is_that_of_the_network_and_not_of_the_file():
+    model, cfg = net()
+    saved = build_optimizer(model, cfg.optim).state_dict()
+    model.compute_dtype = torch.bfloat16
+    loaded = build_optimizer(model, cfg.optim)
+    loaded.load_state_dict(saved)
+    assert [group["in_bf16"] for group in loaded.param_groups if group["kind"] == "muon"] == [True]
+
+
 def test_rates_of_lightnings_monitor_have_short_columns():
     log = RowLogger("folder")
     log.log_metrics({"lr-GroupOptimizer/head": 1.0, "lr-GroupOptimizer/head-momentum": 2.0, "lr": 3.0, "epoch": 0})

@@ -185,6 +185,12 @@ def test_scales_of_a_plan():
     assert small[1]["decay_scale"] == pytest.approx(small[0]["decay_scale"] / 2**2.5)
 
 
+def test_the_reference_of_a_plan_refuses_no_model():
+    """768 / 256 = 3 heads of the reference cannot be paired."""
+    keys = ("model.depth=8", "model.aspect_ratio=64", "model.head_dim=256", "arch.paired_heads=all")
+    assert plan(compose("train", "stage=pretrain", *keys), 8192).config.n_head == 2
+
+
 def test_adam_scale_at_d20():
     assert adam_lr_scale(1280) == pytest.approx(0.774597, abs=1e-6)
 

@@ -1,8 +1,10 @@
 """Tests of what a stage takes from its parent, and of how a finished stage goes on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from llm.config.stages import stage_row
 from llm.errors import UserError
 from llm.experiments.runs import stage_row_of
+from llm.optim.optimizer import GroupOptimizer
 from llm.run.formats import read_scores
 from llm.run.stage_folder import ITEM_FOLDERS, OTHER_DATA, SCORE_FILES, RunDir, read_metrics
 from llm.scaling.rules import model_config
@@ -20,6 +23,7 @@ from llm.stages.job import Job
 from llm.stages.parents import differing
 from llm.stages.run_stage import run_stage
 from llm.stages.shape import set_arch
+from llm.stages.warm_start import parent_optimizer, take_state
 from llm.utils.files import write_json
 
 EVEN = ("stage.warmdown_ratio=0", "stage.warmup_steps=0", "optim=adamw", "stage.sample_every=0")
@@ -166,6 +170,40 @@ def test_warm_start_takes_the_optimizer_state(root):
 )
 def test_a_warm_start_that_cannot_be_is_refused(root, args, says):
     assert says in refusal(root, "run=no", *CONTINUE, "stage.warm_start=true", *args)
+
+
+def test_a_warm_start_asks_no_other_process_for_its_state():
+    """The optimizer of several processes refuses `state_dict` until its shares were gathered."""
+
+    class Sharded(GroupOptimizer):
+        def state_dict(self):
+            raise RuntimeError("call consolidate_state_dict first")
+
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Sharded([{"kind": "adamw", "params": [p], "lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-8}])
+    state = {0: {"step": torch.tensor(5.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
+    strategy = SimpleNamespace(
+        load_optimizer_state_dict=lambda saved: optimizer.load_state_dict(saved["optimizer_states"][0])
+    )
+    take_state(SimpleNamespace(optimizers=[optimizer], strategy=strategy), state)
+    assert optimizer.state[p]["step"] == 5 and optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"weights": {"step": 2}}, "handed over the weights of step 2 (stage.keep_best)"),
+        ({"config": {"stage": {"average_steps": 3}}}, "an average of weights (stage.average_steps=3)"),
+    ],
+)
+def test_a_warm_start_with_the_optimizer_of_other_weights_is_refused(root, changed, says):
+    manifest = record(root, "a")
+    try:
+        write_json(root / "a" / "pretrain" / "run.json", manifest | changed)
+        with pytest.raises(UserError, match=re.escape(says)):
+            parent_optimizer(root / "a" / "pretrain" / "model", None, None)
+    finally:
+        write_json(root / "a" / "pretrain" / "run.json", manifest)
 
 
 def test_a_warm_start_with_switches_that_the_parent_did_not_have_is_refused(root):

@@ -21,6 +21,7 @@ from llm.scaling.rules import model_config
 from llm.stages.choices import check_drawn, check_kto
 from llm.stages.common import load_parent
 from llm.stages.data_check import preferred
+from llm.stages.dpo import build
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
 
@@ -213,6 +214,14 @@ def test_kto_with_one_row_a_step_has_no_other_question_to_compare_with():
     with pytest.raises(UserError, match="stage.pairs_per_step=1: stage.loss=kto needs the answers of another row"):
         check_kto(compose("train", *lines, "stage.pairs_per_step=1"), None)
     check_kto(compose("train", *lines, "stage.pairs_per_step=2"), None)
+
+
+def test_kto_on_repeated_steps_is_refused_and_dpo_is_not(tmp_path):
+    lines = ("experiment=tiny", "stage=dpo", "trainer.overfit_batches=2")
+    for check in (check_kto, lambda cfg: build(cfg, tmp_path)):
+        with pytest.raises(UserError, match="trainer.overfit_batches=2: stage.loss=kto measures its baseline"):
+            check(compose("train", *lines, "stage.loss=kto"))
+    check_kto(compose("train", *lines))
 
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo", "best_of_n", "distill"])

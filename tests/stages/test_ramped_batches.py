@@ -82,6 +82,8 @@ def test_the_size_of_a_micro_batch_is_found_in_a_part(monkeypatch):
     assert (layout.rows_per_micro, layout.micro_per_step) == (4, 4)
     dry = config("batch.micro_batch_size=auto", "model.vocab_size=8192")
     assert derived_without_tokenizer(dry)["micro_batches"] == 4 and dry.batch.micro_batch_size == 4
+    two = config("batch.micro_batch_size=auto", "model.vocab_size=8192", "trainer=cpu", "trainer.devices=2")
+    assert derived_without_tokenizer(two)["micro_batches"] == 4 and two.batch.micro_batch_size == 2
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -244,10 +246,13 @@ def test_a_run_counts_its_tokens_and_resumes_amid_the_ramp(tokenizer_runs, tmp_p
         shutil.rmtree(again / "model")
         for path in sorted((again / "checkpoints").glob("*.ckpt"))[done:]:
             path.unlink()
+        log = (again / "metrics.csv").read_text().splitlines(keepends=True)  # as if killed before the row of the step
+        (again / "metrics.csv").write_text("".join(log[:1] + [row for row in log[1:] if int(row.split(",")[0]) < done]))
         (again / "run.json").write_text(json.dumps(manifest | {"status": "interrupted", "run": again.parent.name}))
         tiny(root, f"run={again.parent.name}")
         assert f"resuming at step {done} of 6" in capsys.readouterr().out
         weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, again)]
         assert weights[0] == weights[1]
-        assert [row["loss"] for row in rows(again)] == [row["loss"] for row in rows(whole)]
+        for column in ("loss", "lr"):
+            assert [row[column] for row in rows(again)] == [row[column] for row in rows(whole)]
         assert json.loads((again / "run.json").read_text())["tokens"] == sum(sizes)

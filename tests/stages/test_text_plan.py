@@ -96,6 +96,24 @@ def test_a_resumed_run_keeps_the_plan_it_began_with(tmp_path):
     assert planned(config(tmp_path, "overwrite=true"), 50).packing == "crop"
 
 
+def test_extend_lengthens_a_finished_run_alone_and_within_the_passes(tmp_path):
+    stage_dir = tmp_path / "own" / "pretrain"
+    for folder in ("checkpoints", "model"):
+        (stage_dir / folder).mkdir(parents=True)
+    (stage_dir / "checkpoints" / "step.ckpt").touch()
+    manifest = {"config": {}, "derived": {"steps": 30, "packing": "best_fit", "text_tokens": 500, "text_passes": 1.5}}
+
+    def steps(status, *keys):
+        (stage_dir / "run.json").write_text(json.dumps(manifest | {"status": status}))
+        found = planned(config(tmp_path, "stage.extend=true", *keys), 5000)
+        assert found.passes == pytest.approx(found.steps / 20)
+        return found.steps
+
+    assert steps("interrupted") == steps("running") == 30
+    assert steps("finished") == 60 and steps("finished", "stage.max_passes=null") == 5000
+    assert steps("finished", "max_steps=70") == steps("interrupted", "max_steps=70") == 70
+
+
 @pytest.mark.parametrize(
     ("keys", "balance", "buffer"),
     [

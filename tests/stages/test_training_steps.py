@@ -53,6 +53,9 @@ def test_the_first_step_counts_in_the_seconds_but_not_in_the_rates(tmp_path, cap
     assert first["step"] == "3" and float(first["ms_per_step"]) == pytest.approx(1000)
     assert float(first["seconds"]) == pytest.approx(62)
     assert "first step: 60.0 s with compilation" in capsys.readouterr().out
+    saved = dict(list_checkpoints(tmp_path / "3" / "checkpoints"))[4]  # in the middle of a window of three steps
+    state = torch.load(saved, weights_only=True)["callbacks"]["Throughput"]
+    assert state["train_seconds"] == pytest.approx(63)
 
 
 def test_the_split_into_micro_batches_does_not_change_the_weights(tmp_path):
