@@ -64,6 +64,7 @@ class StepCheckpoint(Periodic):
     def act(self, trainer, module, step) -> None:
         if self.saved != step:
             compare_processes(trainer, module, step)
+            check_finite(module.net, step, "Nothing was saved; the same command resumes from the last sound checkpoint")
             trainer.save_checkpoint(checkpoint_path(self.folder, step))
             self.saved, self.saved_at = step, time.monotonic()
 
@@ -91,6 +92,26 @@ def check_same_weights(params: dict[str, torch.Tensor], step: int) -> None:
                 f"{len(params)} parameters, first {differing[0]}): a fault of memory, network or driver. Nothing was "
                 "saved since the processes last agreed; the same command resumes from there"
             )
+
+
+def check_finite(net: torch.nn.Module, step: int, then: str) -> None:
+    """Raise UserError, which ends with `then`, if a weight is not finite; all processes call it together."""
+    if spoilt := not_finite(net):
+        raise UserError(
+            f"the weights of step {step} are not finite (first {spoilt[0]}): a gradient was not, though the loss was. "
+            f"{then}. Where it comes again, lower stage.lr_frac, with overwrite=true or run=<new name>"
+        )
+
+
+@torch.no_grad()
+def not_finite(net: torch.nn.Module) -> list[str]:
+    """Return the names of the trained parameters that are not finite in a process; all of them call it together."""
+    named = {name: collectives.to_local(p) for name, p in net.named_parameters() if p.requires_grad}
+    held = {name: p for name, p in named.items() if p.numel()}  # of few rows a process may have none
+    norms = torch._foreach_norm(list(held.values()), float("inf")) if held else []
+    is_finite = torch.stack(norms).isfinite().tolist() if held else []
+    own = [name for name, is_sound in zip(held, is_finite, strict=True) if not is_sound]
+    return [name for its in collectives.all_gather_object(own) for name in its]
 
 
 def make_room(trainer, module, exception: BaseException) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
-from callbacks.checkpoint import compare_processes
+from callbacks.checkpoint import compare_processes, not_finite
 from llm.errors import BadLoss
 from llm.parallel import collectives
 
@@ -30,8 +30,11 @@ class LossGuard(L.Callback):
             path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
             text = f"; its text is in {path}"
         if self.saves and not exception.finite:
-            self.checkpoint.save_now(trainer, module)
-            text += f"; step {module.global_step} was saved"
+            if not_finite(module.net):
+                text += f"; the weights of step {module.global_step} are not finite either, so nothing was saved"
+            else:
+                self.checkpoint.save_now(trainer, module)
+                text += f"; step {module.global_step} was saved"
         exception.args = (f"{exception.args[0]}{text}",)
 
 

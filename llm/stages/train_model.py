@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 
 from callbacks.best import hand_over_best
+from callbacks.checkpoint import check_finite
 from callbacks.stopwatch import Stopwatch
 from llm.checkpoint.examples import save_examples
 from llm.checkpoint.model_folder import save_model_folder
@@ -125,6 +126,9 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
                 flush=True,
             )
     net = full_model(module.net)
+    saved = job.stage_dir / "checkpoints"
+    after = f"Nothing was handed over; delete the newest file in {saved}, and the same command uses the one before"
+    check_finite(net, trainer.global_step, after)  # a checkpoint of an older release may hold such weights
     if job.row.servable and net.config.scalar_head:  # a critic, which is of no use behind its training
         net.scalar_head, net.config = None, replace(net.config, scalar_head=False)
     if collectives.is_main():

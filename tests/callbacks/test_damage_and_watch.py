@@ -19,7 +19,7 @@ from small_training import OPTIM, STAGE, STEPS, StopAt, fit, net, rows
 
 from callbacks.cadence import Periodic
 from callbacks.checkpoint import StepCheckpoint, check_same_weights
-from callbacks.watch import slow_processes
+from callbacks.watch import LossGuard, slow_processes
 from llm.checkpoint.resume import CheckpointWriter, HostCopy, inspect, list_checkpoints, newest_checkpoint
 from llm.data.loader import StepLayout, StepLoader, TextSteps
 from llm.errors import BadLoss, UserError
@@ -396,6 +396,30 @@ def test_weights_that_have_come_apart_are_never_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, mine])
     checkpoint.on_train_end(trainer, module)
     assert len(saved) == 1
+
+
+class Spoils(StepModule):
+    """A gradient that is not finite in step 3, beside a finite loss."""
+
+    def passes(self, *args):
+        losses = super().passes(*args)
+        if self.global_step == 2:
+            self.net.lm_head.weight.grad[0, 0] = float("inf")
+        return losses
+
+
+def test_weights_that_a_gradient_has_spoilt_are_never_saved(tmp_path):
+    def spoilt():
+        words = SimpleNamespace(decode=str)
+        return Spoils(net(), OPTIM, STAGE, StageContext("pretrain", words, torch.ones(70), STEPS, 8))
+
+    with pytest.raises(UserError, match="weights of step 3 are not finite .first lm_head.weight.*Nothing was saved"):
+        fit(tmp_path / "a", module=spoilt(), save_every=1)
+    assert [step for step, _ in list_checkpoints(tmp_path / "a" / "checkpoints")] == [1, 2]
+    module, checkpoint = spoilt(), StepCheckpoint(100, tmp_path / "b" / "checkpoints")
+    with pytest.raises(BadLoss, match="loss became nan in step 4.*weights of step 3 are not finite either, so nothing"):
+        fit(tmp_path / "b", module=module, save_every=100, extra=[LossGuard(checkpoint, tmp_path)])
+    assert list_checkpoints(tmp_path / "b" / "checkpoints") == []
 
 
 @pytest.mark.slow
