@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import compose
 from data_files import read, words, write
 from omegaconf import OmegaConf
@@ -375,9 +376,10 @@ def test_the_last_step_before_a_bad_row_is_saved(tmp_path):
     io_of = SimpleNamespace(finish=lambda: saved.append("written"))
     trainer = SimpleNamespace(save_checkpoint=saved.append, strategy=SimpleNamespace(checkpoint_io=io_of))
     callback, error = StepCheckpoint(1000, tmp_path), bad_rows_error([BadRow("a", "b")], 1, "data.bad_rows")
-    callback.on_exception(trainer, SimpleNamespace(global_step=7, is_updating=False), ValueError("no data"))
+    module = SimpleNamespace(global_step=7, is_updating=False, net=torch.nn.Linear(1, 1))
+    callback.on_exception(trainer, module, ValueError("no data"))
     assert saved == []
-    callback.on_exception(trainer, SimpleNamespace(global_step=7, is_updating=False), error)
+    callback.on_exception(trainer, module, error)
     assert [str(saved[0]).endswith("step_000007.ckpt"), saved[1]] == [True, "written"]
     assert "Step 7 was saved; the same command resumes." in str(error)
 
