@@ -366,7 +366,7 @@ def test_finetuning_from_the_base_model_on_rows_of_the_hub(hub, tmp_path, capsys
     assert "conversations: 70" in capsys.readouterr().out
     run_stage(compose("train", "stage=sft", *args))
     out = capsys.readouterr().out
-    assert "pretrain/model" in out and "spell_words" in out and "sft finished" in out
+    assert "pretrain/model" in out and "Spell the word" in out and "sft finished" in out
     assert len(hub.requests) == count and (tmp_path / "runs/tiny/sft/model/model.safetensors").is_file()
 
 
