@@ -86,15 +86,12 @@ def named_for(entry: object, split: str, where: str, suffixes: tuple[str, ...] =
     """Return the files of a folder or glob that belong to a split, "train" or "test", by their names.
 
     Files without a split in their names are trained on. Held out are the files for validation, or if there are none
-    those for the test. Of a single file, whose name does not matter, that is none; so it is of files that are all held
-    out by their names, which are then all trained on.
+    those for the test. Of a single file, whose name does not matter, that is none.
     """
     kind, files = _matching(entry, where, suffixes)
     if kind == "file":
         return []
     names = [split_of(name) for _, name in files]
-    if not {"train", None} & set(names):
-        return []
     wanted = ("train", None) if split == "train" else ("val",) if "val" in names else ("test",)
     return [path for (path, _), own in zip(files, names, strict=True) if own in wanted]
 

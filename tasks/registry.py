@@ -360,9 +360,13 @@ def _without_share(name: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _held_out_by_name(name: str, spec: Mapping[str, Any]) -> list:
-    """Return the files among those of `train` whose names say that they are held out, where `test` is null."""
-    entries = [entry for entry in _as_list(spec.get("train")) if not is_web(entry)]
-    return [path for entry in entries for path in named_for(entry, "test", f"{place(name, spec)}.train")]
+    """Return the files among those of `train` whose names say that they are held out, where `test` is null.
+
+    Where none would be left of an entry, all of it is trained on.
+    """
+    key, entries = f"{place(name, spec)}.train", [one for one in _as_list(spec.get("train")) if not is_web(one)]
+    divided = [entry for entry in entries if named_for(entry, "train", key)]
+    return [path for entry in divided for path in named_for(entry, "test", key)]
 
 
 def _size(task: type[Task], spec: Mapping[str, Any], split: str) -> int:

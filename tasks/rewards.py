@@ -127,7 +127,7 @@ class JsonReward(Reward):
             raise UserError(f"schema is no JSON schema ({error.message[:100]})") from error
         self.validator = kind(schema)
         for value in ({}, [], "", 0, None):
-            self._fits(value)  # a reference that leads nowhere is told now
+            self._fits(value)  # a reference of the schema itself that leads nowhere is told now
 
     def _fits(self, value: Any) -> bool:
         from referencing.exceptions import Unresolvable
@@ -136,6 +136,8 @@ class JsonReward(Reward):
             return self.validator.is_valid(value)
         except Unresolvable as error:
             raise UserError(f"schema refers to what is not there ({error})"[:200]) from None
+        except RecursionError:
+            raise UserError("schema refers to itself without end") from None
 
     def one(self, conversation: dict, completion: str) -> float:
         if len(completion) > MAX_CHARS:

@@ -202,7 +202,7 @@ def find_data_files(paths: str | Path | Sequence, key: str) -> Found:
             )
         folders = folders or here.kind == "folder"
         named.update(path for path, _ in here.files if here.kind == "file")
-        for path, name in _expanded(here.files, left):
+        for path, name in _expanded(here.files, left, here.kind == "file"):
             found.setdefault(path, name)
     files = sorted(found, key=lambda path: path.as_posix())
     if not files:
@@ -299,15 +299,18 @@ def _unreadable(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be read ({error.strerror}); allow it, or name the files that can be")
 
 
-def _expanded(files: Sequence[tuple[Path, str]], left: Counter) -> Iterator[tuple]:
-    """Yield the data files among those listed, the members of zip archives among them; count the others in `left`."""
+def _expanded(files: Sequence[tuple[Path, str]], left: Counter, alone: bool) -> Iterator[tuple]:
+    """Yield the data files among those listed, the members of zip archives among them; count the others in `left`.
+
+    alone: the user names this one file, so the name of an archive says nothing of its members.
+    """
     for path, name in files:
         if isinstance(path, Path) and path.is_symlink() and not path.exists():
             left["broken link"] += 1
         elif path.name.lower().endswith(".zip"):
             for member in zip_members(path):
                 if kind := kind_of(member.name):  # of code the first folder counts, of others the archive's name too
-                    is_tree = kind == "code" and "/" in member.member
+                    is_tree = "/" in member.member and (alone or kind == "code")
                     yield member, member.member if is_tree else f"{name}/{member.member}"
                 else:
                     left[_suffix(member.name)] += 1

@@ -149,9 +149,8 @@ class CachedDocuments:
         if self._left_out is not None:
             parts += (self._left_out.identity(),)
         digest = hashlib.sha256(repr(tuple(map(str, parts))).encode(errors="replace")).hexdigest()
-        shown = shard.path.name.encode(errors="replace")[:200].decode(
-            errors="ignore"
-        )  # a file's name has 255 bytes at most
+        # A file's name has 255 bytes at most.
+        shown = shard.path.name.encode(errors="replace")[:200].decode(errors="ignore")
         return f"{shown}-{digest[:16]}.tokens"
 
     def _is_current(self, name: str, shard) -> bool:

@@ -309,7 +309,7 @@ class Queue:
         with self._transaction() as db:
             jobs = {job.id: job for job in self._jobs(db)}
             taken = _writers(jobs.values())
-            for number in numbers:
+            for number in dict.fromkeys(numbers):
                 if number not in jobs:
                     raise UserError(f"job {number} is not in the queue; the list has {_listed(jobs)}")
                 job = jobs[number]

@@ -23,8 +23,7 @@ def check_grpo(cfg, config: GPTConfig) -> None:
 def check_distill(cfg, config: GPTConfig) -> None:
     """Raise UserError for a divergence that does not go with its settings, or too few questions for the devices."""
     check_distillation(cfg.stage)
-    if cfg.stage.source == "rollouts":
-        check_drawn(cfg)
+    check_drawn(cfg)
     check_shares(cfg, config)
 
 
@@ -45,7 +44,7 @@ def check_kto(cfg, config: GPTConfig | None = None) -> None:
 
 def check_drawn(cfg) -> None:
     """Raise UserError where steps are to be repeated whose answers the network draws anew in each."""
-    if first := cfg.trainer.overfit_batches:
+    if (first := cfg.trainer.overfit_batches) and cfg.stage.get("source") != "data":
         raise UserError(
             f"trainer.overfit_batches={first}: stage={cfg.stage.name} trains on answers that the weights of each step "
             "draw, so none comes twice; set it to 0"

@@ -12,15 +12,13 @@ from llm.errors import UserError
 
 # Keys of the group `data` with defaults of every source of text, and the sources that do not read them.
 UNREAD = {"column": ("embedded", "tokens", "mixture", "custom"), "val_size": ("tokens", "mixture", "custom")}
-UNREAD |= dict.fromkeys(("size", "seed"), ("local", "tokens", "mixture", "custom", "hub"))
 
 
 def check_data(cfg, row: Stage) -> None:
     """Raise UserError with key and value for data of the stage that is not there."""
     for name in [name for name, sources in UNREAD.items() if row.reads_text and cfg.data.name in sources]:
         if names_key(cfg, f"data.{name}") and cfg.data[name] is not None:
-            of_each = cfg.data.name == "mixture" and name not in ("size", "seed")
-            way = f"give data.sources.<name>.{name}" if of_each else "leave it out"
+            way = f"give data.sources.<name>.{name}" if cfg.data.name == "mixture" else "leave it out"
             raise UserError(f"data.{name}={cfg.data[name]} is not read by data={cfg.data.name}; {way}")
     if row.reads_text and cfg.data.name in ("local", "tokens"):
         from llm.data.sources import build_source, is_remote

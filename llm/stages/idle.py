@@ -7,9 +7,14 @@ from llm.config.check import shown
 from llm.config.said import names_key
 from llm.errors import UserError
 
+# dpo alone has stage.beta; other stages may have further keys of its names.
 # (keys, what leaves them unread, whether the configuration has that)
 IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (("arch.ngram_rows", "arch.ngram_into", "optim.ngram_lr"), "arch.ngrams=[]", lambda c: not c.arch.get("ngrams")),
+    (
+        ("arch.ngram_rows", "arch.ngram_into", "optim.ngram_lr", "optim.ngram_betas", "optim.ngram_decay"),
+        "arch.ngrams=[]",
+        lambda c: not c.arch.get("ngrams"),
+    ),
     (("optim.copy_lr",), "arch.copy_candidate=false", lambda c: not c.arch.get("copy_candidate")),
     (("arch.gate_range",), "arch.value_embeds=false", lambda c: not c.arch.get("value_embeds")),
     (("optim.momentum_overlap",), "optim.momentum_final=null", lambda c: c.optim.get("momentum_final") is None),
@@ -19,18 +24,19 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         "optim.dion_rank",
         lambda c: c.optim.get("dion_rank") is not None,
     ),
-    (("stage.gamma",), "a stage.loss other than simpo", lambda c: c.stage.get("loss") != "simpo"),
-    (("stage.odds_weight",), "a stage.loss other than orpo", lambda c: c.stage.get("loss") != "orpo"),
+    (("stage.gamma",), "a stage.loss other than simpo", lambda c: "beta" in c.stage and c.stage.loss != "simpo"),
+    (("stage.odds_weight",), "a stage.loss other than orpo", lambda c: "beta" in c.stage and c.stage.loss != "orpo"),
     (
         ("stage.desirable_weight", "stage.undesirable_weight"),
         "a stage.loss other than kto",
-        lambda c: c.stage.get("loss") != "kto",
+        lambda c: "beta" in c.stage and c.stage.loss != "kto",
     ),
     (
         ("stage.label_smoothing",),
         "a stage.loss other than dpo and simpo",
         lambda c: c.stage.get("loss") in ("ipo", "orpo", "kto"),
     ),
+    (("data.size", "data.seed"), "text that is not generated", lambda c: c.data.get("name") != "embedded"),
     (("stage.curriculum",), "stage.source=data", lambda c: c.stage.get("source") == "data"),
 )
 

@@ -18,6 +18,7 @@ from llm.inference.sampling import SamplingParams
 from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.run.stage_folder import RunDir
+from llm.stages.choices import check_drawn
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -79,6 +80,7 @@ class RewardedTask:
 def read_task(cfg, parent: Path) -> RewardedTask:
     """Read all rows that the stage needs. Raises UserError where they give no reward, or there are none."""
     stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
+    check_drawn(cfg)
     if name is None:
         raise UserError(
             f"data.rl=null: name the task to be rewarded for, stage.task=<one of {', '.join(cfg.data.tasks)}>"

@@ -136,7 +136,8 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
         print(f"{run.name}/{row.name} is finished: {run.stage_dir(row.name)}")
         return
     check_data(cfg, row)
-    check_idle(cfg)
+    if cfg.overwrite or run.manifest(row.name) is None:  # older releases took such keys, and their runs may go on
+        check_idle(cfg)
     check_packages(cfg)
     starts = not (cfg.dry_run or is_launched()) and (processes(cfg) > 1 or (row.parallel and cfg.trainer.max_restarts))
     if starts or (is_launched() and row.parallel and LAUNCHER not in os.environ):  # our own launcher has done it

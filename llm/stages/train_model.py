@@ -128,7 +128,8 @@ def hand_over(job: Job, built, trainer, signum: int | None) -> dict:
     net = full_model(module.net)
     saved = job.stage_dir / "checkpoints"
     after = f"Nothing was handed over; delete the newest file in {saved}, and the same command uses the one before"
-    check_finite(net, trainer.global_step, after)  # a checkpoint of an older release may hold such weights
+    if not job.cfg.stage.get("keep_best"):  # a checkpoint of an older release may hold such weights
+        check_finite(net, trainer.global_step, after)
     if job.row.servable and net.config.scalar_head:  # a critic, which is of no use behind its training
         net.scalar_head, net.config = None, replace(net.config, scalar_head=False)
     if collectives.is_main():

@@ -389,8 +389,12 @@ def test_the_name_of_an_archive_says_what_its_members_are(tmp_path):
     source = LocalDocuments(str(tmp_path))
     assert {*read(source)} == {"train"} and {*read(source, "val")} == {"val"}
     assert source.size_of(source.files[0]) == 3 * len('{"text": "train"}\n'), "and not that of the archive"
+    with zipfile.ZipFile(tmp_path / "test.zip", "a") as archive:
+        archive.writestr("data/more.jsonl", '{"text": "more"}\n')
+    alone = LocalDocuments(str(tmp_path / "test.zip"))
+    assert len({*read(alone), *read(alone, "val")}) == 2, "named by the user, whatever its name"
     other = LocalDocuments(os.path.relpath(tmp_path), val=str(tmp_path / "test.zip"))
-    assert {*read(other)} == {"train"} and {*read(other, "val")} == {"test"}
+    assert {*read(other)} == {"train"} and {*read(other, "val")} == {"test", "more"}
 
 
 def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from llm.stages.idle import check_idle
         ("stage=dpo stage.undesirable_weight=2", "stage.loss=kto", "a stage.loss other than kto"),
         ("stage=dpo stage.loss=ipo stage.label_smoothing=0.1", "stage.loss=dpo", "other than dpo and simpo"),
         ("arch.ngram_rows=8", "arch.ngrams=[2]", "arch.ngrams=[]"),
+        ("data=local data.size=5", "data=embedded", "text that is not generated"),
+        ("data=fineweb_edu data.seed=5", "data=embedded", "text that is not generated"),
         ("optim.copy_lr=0.1", "arch.copy_candidate=true", "arch.copy_candidate=false"),
         ("arch.value_embeds=false arch.gate_range=2", "arch.value_embeds=true", "arch.value_embeds=false"),
         ("optim.momentum_final=null optim.momentum_overlap=true", "optim.momentum_final=0.8", "momentum_final=null"),
@@ -37,3 +39,7 @@ def test_experiments_set_what_they_like():
     for experiment in ("small", "own", "speedrun", "speedrun_2025", "speedrun_2026_08", "demo", "tiny"):
         for stage in ("pretrain", "dpo"):
             check_idle(compose("train", f"experiment={experiment}", f"stage={stage}"))
+
+
+def test_other_stages_may_have_keys_of_these_names():
+    check_idle(compose("train", "stage=ppo", "stage.gamma=0.99"))

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from llm.eval.preferences import compared, interval
 from llm.model.gpt import GPT
 from llm.run.stage_folder import find_stage, write_manifest
 from llm.scaling.rules import model_config
-from llm.stages.choices import check_drawn, check_kto
+from llm.stages.choices import check_kto
 from llm.stages.common import load_parent
 from llm.stages.data_check import preferred
 from llm.stages.dpo import build
+from llm.stages.rollout_stage import read_task
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
 
@@ -228,4 +230,4 @@ def test_kto_on_repeated_steps_is_refused_and_dpo_is_not(tmp_path):
 def test_steps_that_draw_answers_are_not_repeated(stage):
     cfg = compose("train", "experiment=tiny", f"stage={stage}", "trainer.overfit_batches=2")
     with pytest.raises(UserError, match=f"trainer.overfit_batches=2: stage={stage} trains on answers that the weights"):
-        check_drawn(cfg)
+        read_task(cfg, Path("model"))

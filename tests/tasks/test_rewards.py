@@ -41,6 +41,7 @@ def test_several_rewards_are_a_row_each():
         ({"language": 1}, {}, "give either script"),
         ({"json": 1}, {"json": {"schema": {"type": "objekt"}}}, "schema is no JSON schema"),
         ({"json": 1}, {"json": {"schema": {"$ref": "#/$defs/x"}}}, "schema refers to what is not there"),
+        ({"json": 1}, {"json": {"schema": {"$ref": "#"}}}, "schema refers to itself without end"),
         ({"task": "x"}, {}, "stage.rewards.task=x: must be a number"),
         ({"task": float("nan")}, {}, "stage.rewards.task=nan: must be a number"),
         ("task", {}, "stage.rewards=task: must be a mapping"),
