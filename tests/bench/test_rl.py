@@ -10,7 +10,7 @@ import rl  # noqa: E402
 
 
 def test_every_pass_rate_has_a_standard_error_of_its_own():
-    """Of an item, pass@k with all its k answers is 0 or 1; pass@1 is the share of right answers."""
+    """Tell pass@k from pass@1: of an item the first, with all its k answers, is 0 or 1, the second a share."""
     own = {"accuracy": 0.5, "n": 100, "stderr": 0.02, "pass@1": 0.5, f"pass@{rl.SAMPLES}": 0.9}
     assert list(rl.scores_of({rl.GAINED: own, "metrics": {}})) == [
         ("pass@1", 50.0, 2.0),
