@@ -191,11 +191,13 @@ def has_split(name: str, spec, split: str) -> bool:
     return split == "test" and spec.source == "local" and bool(_held_out_by_name(name, spec))
 
 
-def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], split: str) -> None:
-    """Raise UserError for the first of the tasks `names` of which a local file of a split is not there.
+def local_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], split: str) -> list:
+    """Return the files on this machine that a split of the tasks `names` names, held-out ones among them.
 
-    Nothing is opened. What lies on the network, and splits that are found by names, are left to `build_task`.
+    Nothing is opened. What lies on the network, and splits that are found by names, are left to `build_task`. Raises
+    UserError for the first file that is not there.
     """
+    found: list = []
     for name in names:
         if name not in tasks or tasks[name].get("source") != "local":
             continue
@@ -203,7 +205,8 @@ def check_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], sp
         suffixes = (".txt",) if task_class(spec, place(name, spec)).reads == "words" else ()
         for entry in _as_list(cut(_plain(spec.get(split)), key)[0]):
             if not is_address(entry):
-                existing(entry, key, suffixes)
+                found += existing(entry, key, suffixes)
+    return found
 
 
 def remotes(name: str, spec: Mapping[str, Any], cache: Cache) -> list[Remote]:

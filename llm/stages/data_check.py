@@ -27,9 +27,21 @@ def check_data(cfg, row: Stage) -> None:
             build_source(cfg.data, cfg.paths.data)
     if row.kind not in CHAT_KINDS or cfg.dry_run:  # a dry run does without what it cannot find
         return
-    from tasks.registry import all_specs, check_files, held_out_weights
+    from tasks.registry import all_specs, local_files
 
     check_sizes(cfg)
+    trained, held_out = read_tasks(cfg, row)
+    local_files(all_specs(cfg.data), trained, "train")
+    local_files(all_specs(cfg.data), held_out, "test")
+
+
+def read_tasks(cfg, row: Stage) -> tuple[list[str], list[str]]:
+    """Return the tasks, or sources of preferences, that a stage trains on and those that it holds rows out of.
+
+    Raises UserError where it needs one and the configuration names none.
+    """
+    from tasks.registry import held_out_weights
+
     if row.kind == "preference":
         trained = preferred(cfg)
         held_out = trained
@@ -41,8 +53,7 @@ def check_data(cfg, row: Stage) -> None:
     if OmegaConf.select(cfg, "stage.chat_every"):
         chosen = OmegaConf.select(cfg, "stage.chat_tasks")
         held_out = [*held_out, *(cfg.data.eval if chosen is None else chosen)]
-    check_files(all_specs(cfg.data), trained, "train")
-    check_files(all_specs(cfg.data), held_out, "test")
+    return trained, held_out
 
 
 def check_sizes(cfg) -> None:

@@ -42,8 +42,8 @@ from llm.stages.parents import (
     find_parents,
     holds_work,
 )
+from llm.stages.same_files import check_same_files
 from llm.stages.shape import parent_of, take_shape
-from llm.stages.texts import check_same_texts
 from llm.utils.format import dollars
 from llm.utils.imports import importing
 from llm.utils.registry import resolved
@@ -158,7 +158,7 @@ def work_as_writer(cfg: DictConfig, row: Stage, run: RunDir) -> None:
     with waiting("starting", shows_bar(cfg)):
         job = Job(cfg, row, run, config, *parents)
     check_same_origin(job)
-    check_same_texts(job)
+    check_same_files(job)
     print(f"\n== {job.title}", flush=True)
     begin = time.perf_counter()
     mirror = None if cfg.dry_run or launched_rank() > 0 else cfg.save_mirror

@@ -1,7 +1,10 @@
 """What a stage begins with is known by its content: nothing else is resumed, evaluated, served or started from."""
 
+import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import small_training
 import torch
@@ -24,7 +27,7 @@ from llm.serving.chat import load_chat_model
 from llm.stages.common import load_parent, load_tokenizer
 from llm.stages.job import Job
 from llm.stages.parents import check_same_origin, find_parents
-from llm.stages.texts import check_same_texts
+from llm.stages.same_files import check_same_files
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils import environment
 
@@ -148,17 +151,68 @@ def test_an_unfinished_stage_is_not_resumed_with_other_text(runs, tmp_path, chan
         (folder / f"{name}.txt").write_text(f"The story of {name}, told again and again.\n" * 9)
     more = ("data=local", f"data.path={folder}", "init_from=tiny/tokenizer", "run=other")
     job = job_of(runs, "pretrain", *more)
-    check_same_texts(job)
+    check_same_files(job)
     job.begin()
     save(job, 2, job.origin)
     (folder / "a.txt").touch()  # a copy has other times
-    check_same_texts(job_of(runs, "pretrain", *more))
+    check_same_files(job_of(runs, "pretrain", *more))
     change(folder)
     with pytest.raises(UserError, match=rf"begun with other text: {said}\. Put the files back, or overwrite=true"):
-        check_same_texts(job_of(runs, "pretrain", *more))
-    check_same_texts(job_of(runs, "pretrain", *more, "overwrite=true"))
+        check_same_files(job_of(runs, "pretrain", *more))
+    check_same_files(job_of(runs, "pretrain", *more, "overwrite=true"))
     write_manifest(job.stage_dir, {key: value for key, value in job.manifest.items() if key != "texts"})
-    check_same_texts(job_of(runs, "pretrain", *more))  # an older release began it
+    check_same_files(job_of(runs, "pretrain", *more))  # an older release began it
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Return a folder with three files of text and a list of token ids, and one of rows."""
+    folder = tmp_path / "files"
+    for part in ("texts", "ids"):
+        (folder / part).mkdir(parents=True)
+    for name in "abc":
+        (folder / "texts" / f"{name}.txt").write_text(f"The story of {name}, told again and again.\n" * 9)
+        np.arange(900, dtype=np.uint16).tofile(folder / "ids" / f"{name}.bin")
+    talk = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    (folder / "rows.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 20)
+    pair = {"prompt": "Who?", "chosen": "I.", "rejected": "Nobody."}
+    (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stage,name,more",
+    [
+        ("pretrain", "texts/b.txt", ["data=mixture", "+data.sources.one.path={files}/texts"]),
+        ("pretrain", "ids/b.bin", ["data=tokens", "data.path={files}/ids"]),
+        ("sft", "rows.jsonl", ["data.tasks.smalltalk.source=local", "data.tasks.smalltalk.train={files}/rows.jsonl"]),
+        (
+            "grpo",
+            "rows.jsonl",
+            ["data.tasks.arithmetic.source=local", "data.tasks.arithmetic.train={files}/rows.jsonl"],
+        ),
+        (
+            "dpo",
+            "pairs.jsonl",
+            ["data.preferences.brevity.source=local", "data.preferences.brevity.train={files}/pairs.jsonl"],
+        ),
+    ],
+)
+def test_an_unfinished_stage_is_not_resumed_with_other_files(runs, files, stage, name, more):
+    more = [word.format(files=files) for word in more]
+    more += ["run=other", f"init_from=tiny/{'tokenizer' if stage == 'pretrain' else 'pretrain'}"]
+    job = job_of(runs, stage, *more)
+    check_same_files(job)
+    job.begin()
+    save(job, 2, job.origin)
+    check_same_files(job_of(runs, stage, *more))
+    with open(files / name, "ab") as file:
+        file.write(b" \n")
+    what = "text" if stage == "pretrain" else "rows"
+    with pytest.raises(
+        UserError, match=rf"begun with other {what}: {Path(name).name} has changed\. Put the files back"
+    ):
+        check_same_files(job_of(runs, stage, *more))
 
 
 def test_a_parent_trained_again_to_the_same_weights_is_the_same_parent(runs):

@@ -17,7 +17,7 @@ from llm.errors import UserError
 from tasks import build_mixture, build_task
 from tasks.base import dialogue
 from tasks.files import count_rows
-from tasks.registry import check_files, has_split, held_out_weights
+from tasks.registry import has_split, held_out_weights, local_files
 
 ROWS = [{"question": f'What, "is" {i}?\né', "answer": f"A {i}"} for i in range(5)]
 TALKS = [{"messages": dialogue(f"Q {i}", "A")} for i in range(5)]
@@ -279,7 +279,7 @@ def test_a_share_is_held_out_where_no_name_does_so(folder, tmp_path):
     assert len(build(alone / "talks.jsonl", "test", test="40%")) == 2
     spec = OmegaConf.create({"type": "chat", "source": "local", "train": str(alone), "test": "5%"})
     assert has_split("talk", spec, "test")
-    check_files({"talk": spec}, ["talk"], "test")
+    local_files({"talk": spec}, ["talk"], "test")
     for train in ([str(alone)], f"{alone}/talks.jsonl[:3]", None):
         with pytest.raises(UserError, match=r"data\.tasks\.talk\.test=5%: a share is held out of one file"):
             build(alone, train=train, test="5%")

@@ -12,7 +12,7 @@ from store_server import put_folder, s3_server
 from llm.errors import UserError
 from tasks import Cache, build_task
 from tasks.base import dialogue
-from tasks.registry import check_files, has_split
+from tasks.registry import has_split, local_files
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_patterns_parts_archives_and_shares(s3, chats, tmp_path, entry, keys):
 def test_what_is_not_there_names_key_and_address(s3):
     with pytest.raises(UserError, match=r"data\.tasks\.talk\.train=s3://bucket/none\.jsonl: there is no such file"):
         questions("s3://bucket/none.jsonl")
-    check_files({"talk": spec("s3://bucket/none.jsonl")}, ["talk"], "train")  # opens and asks nothing
+    local_files({"talk": spec("s3://bucket/none.jsonl")}, ["talk"], "train")  # opens and asks nothing
 
 
 def test_bad_rows_in_a_store_are_named(s3, tmp_path):
