@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llm.data.files import PLAIN_TEXT, ZipMember, format_of, open_bytes
 from llm.errors import BadData, UserError, system_reason
+from llm.utils.files import once
 from llm.utils.format import in_bytes
 
 DOCUMENT_BYTES = 1 << 28  # a longer row is bad: its text, ids and copies would take gigabytes
@@ -28,6 +29,8 @@ READ_ROWS = 1024  # parquet rows decoded at a time, or fewer where they are long
 SHOWN = 10  # bad rows that one message names
 LISTED = 1_000  # bad rows of a file that stage=check writes down
 CHUNK = 1 << 20
+DECODER = json.JSONDecoder(object_pairs_hook=once)
+NO_ROW = "null is no row"
 BETWEEN = re.compile(r"[ \t\r\n,]*")  # what stands between the values of an array
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError)
 
@@ -218,15 +221,16 @@ def _json(path, encoding: str) -> Iterator[tuple[int, Any]]:
 
 
 def parse(line: str | BadRow, path, number: int) -> Any:
-    """Return the value of a line of JSON; None for a blank line, a BadRow for what is no JSON."""
+    """Return the value of a line of JSON; None for a blank line, a BadRow for `null` and for what is no JSON."""
     if isinstance(line, BadRow):
         return line
     if not line.strip():
         return None
     try:
-        return json.loads(line)
+        value = DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         return BadRow(f"{path}: line {number:,}", f"not valid JSON ({json_problem(error)})")
+    return BadRow(f"{path}: line {number:,}", NO_ROW) if value is None else value
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
@@ -282,7 +286,7 @@ def _is_turn(value) -> bool:
 
 def _json_values(path, encoding: str) -> Iterator[Any]:
     """Yield the rows of arrays, or values one after the other. After a fault nothing more can be read: UserError."""
-    decoder, text, at, number, in_array, ended = json.JSONDecoder(), "", 0, 0, None, False
+    text, at, number, in_array, ended = "", 0, 0, None, False
     behind_array = False  # another may follow: files are joined by cat, and a line may hold an array
     turns: list = []
     with damage(path, lambda: f"row {number:,}"), open_utf8(path, encoding) as (file, encoding):
@@ -306,7 +310,7 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
             try:
                 if at >= len(text):
                     raise ValueError("the file ends within the array") if in_array else StopIteration
-                value, end = decoder.raw_decode(text, at)
+                value, end = DECODER.raw_decode(text, at)
                 if end == len(text) and not ended:
                     raise ValueError("unfinished")
             except StopIteration:
@@ -324,7 +328,7 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
                 if in_array and _is_turn(value):
                     turns.append(value)
                 else:
-                    yield value
+                    yield BadRow(f"{path}: row {number:,}", NO_ROW) if value is None else value
                 continue
             more = reader.read(max(CHUNK, len(text) - at))
             text, at, ended = text[at:] + more, 0, not more

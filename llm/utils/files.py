@@ -166,7 +166,7 @@ def parse_json(content: bytes, path: str | Path) -> Any:
     """
     try:
         value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+            content.decode("utf-8"), object_pairs_hook=once, parse_constant=_no_number, parse_float=_finite
         )
         _check_values(value)
         return value
@@ -175,7 +175,8 @@ def parse_json(content: bytes, path: str | Path) -> Any:
         raise UserError(f"{path} cannot be read ({reason}); {MEND}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError for a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -320,6 +320,23 @@ def test_slices_of_rows_lose_none_of_them(tmp_path):
     assert sorted(found) == [f"q{n}" for n in range(10)]
 
 
+@pytest.mark.parametrize("form", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
+@pytest.mark.parametrize(
+    "bad,reason", [("null", "null is no row"), ('{"a": {"b": 1, "b": 2}}', "'b' stands there twice")]
+)
+def test_null_and_a_key_that_stands_twice_are_bad_rows(tmp_path, form, bad, reason):
+    rows = [json.dumps({"messages": dialogue(f"q{n}", "A")}) for n in range(3)]
+    rows.insert(1, bad)
+    text = f"[{','.join(rows)}]" if form.endswith(".json") else "\n".join(rows)
+    (tmp_path / form).write_bytes(gzip.compress(text.encode()) if form.endswith(".gz") else text.encode())
+    spec = {"type": "chat", "source": "local", "train": f"{tmp_path}/{form}"}
+    with pytest.raises(UserError, match=f"(line|row) 2.*{reason}"):
+        build_task("talk", spec, "train")
+    if form != "rows.json" or bad == "null":  # a fault within an array of rows is a damaged file
+        task = build_task("talk", spec, "train", bad_rows="skip")
+        assert len(task) == 3 and task.skipped == {f"bad rows of {form}": 1}
+
+
 def test_a_file_that_two_entries_match_is_read_once(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(TALKS[0]))
     spec = {"type": "chat", "source": "local", "train": [f"{tmp_path}/rows.jsonl", f"{tmp_path}/r*.jsonl"]}
