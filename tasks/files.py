@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm.data.download import WebFile
-from llm.data.files import Listed, format_of, kind_of, list_files, open_bytes, zip_members
+from llm.data.files import Listed, ZipMember, format_of, kind_of, list_files, open_bytes, zip_members
 from llm.data.records import BadRow, is_json_lines, parse, read_records
 from llm.data.splits import split_of
 from llm.data.stores import is_address
@@ -57,8 +57,7 @@ def find_files(
     found: list = []
     for entry in [paths] if isinstance(paths, (str, Path)) else list(paths):
         if is_web(entry) and cache is not None:
-            found.append(web_file(str(entry), where, cache))
-            continue
+            entry = web_file(str(entry), where, cache)
         matches = existing(entry, where, suffixes)
         chosen = (split and named_for(entry, split, where, suffixes)) or matches
         if others := [path.name for path in matches if path not in set(chosen)]:
@@ -97,17 +96,25 @@ def named_for(entry: object, split: str, where: str, suffixes: tuple[str, ...] =
 
 
 def _matching(entry: object, where: str, suffixes: tuple[str, ...]) -> Listed:
-    """Return the files that an entry names; of a folder those of rows, or with `suffixes`."""
-    found = list_files(entry, where)
+    """Return the files that an entry names; of a folder those of rows, or with `suffixes`.
+
+    A zip archive stands for its files of rows, and is a folder of them.
+    """
+    kind, listed = list_files(entry, where)
     wanted = (lambda name: name.lower().endswith(suffixes)) if suffixes else _holds_rows
-    named = found.kind != "folder"
+    files = [(path, name) for path, name in listed if path.is_file() and (kind != "folder" or wanted(name))]
+    if suffixes or not any(is_zip(name) for _, name in files):
+        return Listed(kind, files)
+    above = (lambda name: "") if kind == "file" else "{}/".format  # the own name of a file says nothing
+    within = [(member, name) for path, name in files for member in members(path, where)]
     return Listed(
-        found.kind, [(path, name) for path, name in found.files if path.is_file() and (named or wanted(name))]
+        "folder" if kind == "file" else kind,
+        [(one, above(name) + one.member if isinstance(one, ZipMember) else name) for one, name in within],
     )
 
 
 def _holds_rows(name: str) -> bool:
-    return kind_of(name) in (*TABLES, "jsonl", "json") or name.lower().endswith(".zip")
+    return kind_of(name) in (*TABLES, "jsonl", "json") or is_zip(name)
 
 
 def _beside(entry: object) -> str:
@@ -145,7 +152,7 @@ class FileRows(Sequence):
         wanted: range | None = None,
         encoding: str = "utf-8",
     ) -> None:
-        self._files = [member for path in files for member in members(path)]
+        self._files = list(files)
         self._check, self._wanted, self._encoding = check, wanted, encoding
         self._passed = 0  # rows of all files so far
         self._offsets, self._lengths, self._numbers = array("q"), array("I"), array("I")  # of the bytes of each row
@@ -232,8 +239,7 @@ class FileRows(Sequence):
 
 def count_rows(files: Sequence[Path], encoding: str = "utf-8") -> int:
     """Return the number of rows of task files, bad ones with them. Raises UserError for a file that cannot be read."""
-    found = (member for path in files for member in members(path))
-    return sum(1 for one in found for _ in (_lines(one) if _has_places(one, encoding) else _others(one, encoding)))
+    return sum(1 for one in files for _ in (_lines(one) if _has_places(one, encoding) else _others(one, encoding)))
 
 
 def _has_places(path: Any, encoding: str) -> bool:
@@ -243,13 +249,24 @@ def _has_places(path: Any, encoding: str) -> bool:
     return is_plain and encoding == "utf-8" and is_json_lines(path)
 
 
-def members(path: Path) -> list:
-    """Return the files of rows in a zip archive, hidden ones not; of any other file the file."""
-    if not path.name.lower().endswith(".zip"):
+def is_zip(name: str) -> bool:
+    """Return whether a name is that of a zip archive."""
+    return name.lower().endswith(".zip")
+
+
+def members(path: Any, where: str) -> list:
+    """Return the files of rows in a zip archive, hidden ones not; of any other file the file.
+
+    Raises UserError naming `where` (the config key) for an archive that holds none or cannot be read.
+    """
+    if not is_zip(path.name):
         return [path]
-    found = [member for member in zip_members(path) if _holds_rows(member.name)]
+    try:
+        found = [member for member in zip_members(path) if _holds_rows(member.name)]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if not found:
-        raise UserError(f"{path}: the archive holds no file of rows (jsonl, json, csv, tsv, parquet, arrow)")
+        raise UserError(f"{where}: {path}: the archive holds no file of rows (jsonl, json, csv, tsv, parquet, arrow)")
     return sorted(found, key=str)
 
 

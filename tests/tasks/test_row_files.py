@@ -320,6 +320,20 @@ def test_slices_of_rows_lose_none_of_them(tmp_path):
     assert sorted(found) == [f"q{n}" for n in range(10)]
 
 
+@pytest.mark.parametrize("place", ["rows.zip", ".", "*.zip"])
+def test_names_in_an_archive_divide_its_rows(tmp_path, capsys, place):
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        for name, rows in (("train/a.jsonl", TALKS[:2]), ("b.jsonl", TALKS[2:3]), ("test/a.jsonl", TALKS[3:])):
+            archive.writestr(name, lines(rows))
+    spec = OmegaConf.create({"type": "chat", "source": "local", "train": f"{tmp_path}/{place}", "test": None})
+    assert has_split("talk", spec, "test")
+    assert held_out_weights(OmegaConf.create({"tasks": {"talk": spec}, "mixture": {"sft": {"talk": 1}}}), "sft")
+    parts = {split: build_task("talk", spec, split) for split in ("train", "test")}
+    asked = {split: [row["messages"][0]["content"] for row in part] for split, part in parts.items()}
+    assert asked["test"] == ["Q 3", "Q 4"] and sorted(asked["train"]) == ["Q 0", "Q 1", "Q 2"]
+    assert "left out by their names: a.jsonl" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
 @pytest.mark.parametrize(
     "bad,reason", [("null", "null is no row"), ('{"a": {"b": 1, "b": 2}}', "'b' stands there twice")]
