@@ -172,12 +172,12 @@ def step_of_heads(group: dict, grads: list[torch.Tensor], states: list[dict]) ->
 def muon_apply(group: dict, params: list[torch.Tensor], step: torch.Tensor) -> None:
     """Decay n matrices (r, c), or some of their rows, and add step (n, r, c), in place.
 
-    With `coupled_decay` a tall matrix decays at the rate of its step, lr x sqrt(rows / columns). With `cautious` only
-    those weights decay that the step shrinks too; `step` is then used as scratch. With `hyperball` nothing decays, and
-    matrices must be whole.
+    With `coupled_decay` a tall matrix, or head, decays at the rate of its step, lr x sqrt(rows / columns). With
+    `cautious` only those weights decay that the step shrinks too; `step` is then used as scratch. With `hyperball`
+    nothing decays, and matrices must be whole.
     """
     if group["coupled_decay"]:
-        rows, cols = group["shape"]
+        rows, cols = group["head_rows"] or group["shape"][0], group["shape"][1]
         group = group | {"weight_decay": group["weight_decay"] * max(1.0, rows / cols) ** 0.5}
     if group["hyperball"]:
         on_hyperball(group, params, step)

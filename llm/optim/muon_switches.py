@@ -24,6 +24,7 @@ SWITCHES = {
 DETAILS = [("soap_every", "soap_beta", 0.9), ("soap_side", "soap_beta", 0.9), ("slow_share", "slow_momentum", 0.98)]
 DETAILS += [("normuon_rows", "normuon_beta2", 0.9)]
 SOAP_EVERY, SOAP_SIDE, SLOW_SHARE = 10, 1024, 0.5
+RIDGE = 1e-3  # on the diagonals of SOAP's covariances, in means of them
 FROM_ZERO = 0.5  # norm to which a matrix of zeros grows on the hyperball, relative to a semi-orthogonal one
 
 
@@ -58,9 +59,11 @@ def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[di
     """Return momenta (n, r, c) that are divided, in the eigenbases of the gradients, by their root mean squares.
 
     L = EMA(g g'), R = EMA(g' g), with bases P and Q of their eigenvectors; v = EMA((P' g Q)^2); the result is
-    P ((P' m Q) / (sqrt v + eps)) Q'. Every `soap_every` steps the bases make one orthogonal iteration, P = qr(L P). All
-    EMAs have `soap_beta`. SOAP: arXiv 2409.11321. In front of Muon's orthogonalisation: modded-nanogpt, track 3,
-    2026-06-09 (all matrices, beta 0.9, each step). A side longer than `soap_side` keeps its own basis.
+    P ((P' m Q) / (sqrt v + eps)) Q'. Every `soap_every` steps the bases make one orthogonal iteration, P = qr((L + r) P).
+    r, a thousandth of the mean of L's diagonal, changes no eigenvector; without it rounding alone would turn P where L
+    has less than full rank. All EMAs have `soap_beta`. SOAP: arXiv 2409.11321. In front of Muon's orthogonalisation:
+    modded-nanogpt, track 3, 2026-06-09 (all matrices, beta 0.9, each step). A side longer than `soap_side` keeps its
+    own basis.
     """
     beta, every = group["soap_beta"], group["soap_every"] or SOAP_EVERY
     is_due = int(states[0]["step"]) % every == 0
@@ -72,7 +75,8 @@ def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[di
         covariances.lerp_(product(), 1 - beta)
         write(states, f"soap_{side}", covariances)
         if is_due:
-            bases[side] = torch.linalg.qr(covariances @ bases[side]).Q
+            mean = covariances.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            bases[side] = torch.linalg.qr(covariances @ bases[side] + RIDGE * mean * bases[side]).Q
             write(states, f"soap_{side}_basis", bases[side])
     second = stacked(states, "soap_second").lerp_(rotated(grads, bases).square_(), 1 - beta)
     write(states, "soap_second", second)

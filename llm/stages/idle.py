@@ -16,11 +16,24 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         lambda c: not c.arch.get("ngrams"),
     ),
     (("optim.copy_lr",), "arch.copy_candidate=false", lambda c: not c.arch.get("copy_candidate")),
-    (("arch.gate_range",), "arch.value_embeds=false", lambda c: not c.arch.get("value_embeds")),
-    (("optim.momentum_overlap",), "optim.momentum_final=null", lambda c: c.optim.get("momentum_final") is None),
-    (("optim.weight_decay",), "optim.hyperball=true", lambda c: bool(c.optim.get("hyperball"))),
+    (("arch.gate_range", "optim.value_lr"), "arch.value_embeds=false", lambda c: not c.arch.get("value_embeds")),
+    (("arch.x0_init", "optim.x0_lr"), "arch.residual_scalars=false", lambda c: not c.arch.get("residual_scalars")),
+    (("arch.softcap",), "arch.asymmetric_cap=true", lambda c: bool(c.arch.get("asymmetric_cap"))),
     (
-        ("optim.orthogonalizer", "optim.ns_steps", "optim.row_normalize", "optim.renormalize", "optim.cautious"),
+        ("arch.window_divisor", "arch.window_multiple"),
+        "arch.window_pattern=L",
+        lambda c: set(c.arch.get("window_pattern") or "S") == {"L"} and c.stage.get("window_ramp") is None,
+    ),
+    (("stage.warmdown_power",), "stage.warmdown_ratio=0", lambda c: c.stage.get("warmdown_ratio") == 0),
+    (("optim.momentum_overlap",), "optim.momentum_final=null", lambda c: c.optim.get("momentum_final") is None),
+    (
+        ("optim.weight_decay", "optim.cautious", "optim.coupled_decay", "optim.decay_schedule"),
+        "optim.hyperball=true",
+        lambda c: bool(c.optim.get("hyperball")),
+    ),
+    (
+        ("optim.orthogonalizer", "optim.ns_steps", "optim.norm_margin", "optim.row_normalize", "optim.renormalize")
+        + ("optim.normuon_beta2", "optim.cautious", "optim.coupled_decay"),
         "optim.dion_rank",
         lambda c: c.optim.get("dion_rank") is not None,
     ),

@@ -13,7 +13,7 @@ import torch
 from llm.checkpoint.model_folder import WEIGHTS_FILE, read_config
 from llm.config.stages import Stage
 from llm.errors import UserError
-from llm.model.config import GPTConfig
+from llm.model.config import SMEAR_CHANNELS, GPTConfig
 from llm.model.linear import resolve_compute_dtype
 from llm.optim.build import ROWS_ONLY
 from llm.parallel.launch import check_strategy, processes, processes_of_node
@@ -75,16 +75,17 @@ def check_ahead(cfg, row: Stage, parent: Path | None) -> None:
 
 def check_pretraining(cfg, config: GPTConfig) -> None:
     """Raise UserError for a horizon or a step that cannot be, or best weights that nobody measures."""
-    check_planned(cfg, plan(cfg, config.vocab_size).batch.tokens)
+    planned = plan(cfg, config.vocab_size)
+    check_planned(cfg, planned.config, planned.batch.tokens)
 
 
-def check_planned(cfg, batch_tokens: int) -> None:
+def check_planned(cfg, config: GPTConfig, batch_tokens: int) -> None:
     """Raise UserError for best weights that nobody measures; an average, teachers, a step or a ramp that cannot be."""
     check_keeps_best(cfg)
     check_average(cfg)
     check_teachers(cfg)
     check_step(cfg, batch_tokens)
-    check_ramps(cfg, batch_tokens)
+    check_ramps(cfg, config, batch_tokens)
 
 
 def check_finetuning(cfg, config: GPTConfig) -> None:
@@ -247,8 +248,7 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
         raise UserError(
             f"max_steps={cfg.max_steps} and stage.target_flops={stage.target_flops:g} are two horizons: keep one"
         )
-    arch = dict(cfg.arch) | ({"paired_heads": None} if "paired_heads" in cfg.arch else {})  # heads may be odd there
-    reference = model_config(dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}, arch, vocab_size)
+    reference = reference_config(cfg, vocab_size)
     by_rule, reference_tokens = (
         training_tokens(c, stage.tokens_per_param, stage.count_params) for c in (config, reference)
     )
@@ -261,6 +261,19 @@ def plan(cfg, vocab_size: int, tokens: int | None = None) -> Plan:
     decay_scale = decay_factor(batch.tokens, by_rule, reference_tokens) if cfg.optim.scale_decay else 1.0
     scales = {"lr_scale": lr_scale(cfg, batch.tokens), "decay_scale": decay_scale, "fixed_lr_scale": stage.lr_frac}
     return Plan(config, batch, cfg.max_steps or horizon, scales)
+
+
+def reference_config(cfg, vocab_size: int) -> GPTConfig:
+    """Return the model of depth 12 that batch and decay are measured by, without what only another width can have."""
+    model = dict(cfg.model) | {"depth": REFERENCE_DEPTH, "n_kv_head": None}
+    width = -(-REFERENCE_DEPTH * cfg.model.aspect_ratio // cfg.model.head_dim) * cfg.model.head_dim
+    fitting = {
+        "paired_heads": None,  # heads may be odd there
+        "gate_channels": min(cfg.arch.get("gate_channels") or width, width),
+        "smear": cfg.arch.get("smear") and width >= SMEAR_CHANNELS,
+    }
+    arch = dict(cfg.arch)
+    return model_config(model, arch | {name: fitting[name] for name in fitting.keys() & arch.keys()}, vocab_size)
 
 
 def lr_scale(cfg, batch_tokens: int | None) -> float:

@@ -53,7 +53,7 @@ def build(cfg, parent: Path, tokens: int | None = None) -> BuiltStage:
     """
     net, tokenizer = load_parent(parent, cfg) if holds_weights(parent) else (None, load_tokenizer(parent, cfg))
     planned = plan(cfg, tokenizer.vocab_size, tokens)
-    check_planned(cfg, planned.batch.tokens)
+    check_planned(cfg, planned.config, planned.batch.tokens)
     text = find_text(cfg, tokenizer)  # before a network is built, also one to find the size of a micro-batch
     dropped = left_out(cfg, text.val)  # found before training waits for its first step
     layout = steps_layout(cfg, planned.config, planned.batch.tokens, planned.batch.parts)
@@ -165,7 +165,7 @@ def derived_without_tokenizer(cfg) -> dict:
     There is no tokenizer: the tokens of the text are guessed from its bytes.
     """
     planned = plan(cfg, cfg.model.vocab_size)
-    check_planned(cfg, planned.batch.tokens)
+    check_planned(cfg, planned.config, planned.batch.tokens)
     with torch.device("meta"):
         net = build_network(planned.config)
     if cfg.batch.micro_batch_size == "auto":

@@ -54,9 +54,19 @@ def shorter_rows(micro: dict[str, torch.Tensor], share: float) -> dict[str, torc
     return {name: t.reshape(-1, int(t.size(1) * share)) for name, t in micro.items()} if share < 1 else micro
 
 
-def check_ramps(cfg, batch_tokens: int) -> None:
-    """Raise UserError for rows that cannot be cut into four, and steps of `batch_tokens` that cannot grow by parts."""
+def check_ramps(cfg, config: GPTConfig, batch_tokens: int) -> None:
+    """Raise UserError for rows that cannot be cut into four, windows that cannot grow, and steps that cannot by parts.
+
+    batch_tokens: of a whole step.
+    """
     check_batch_ramp(cfg, batch_tokens)
+    own = [config.window(layer) for layer in range(config.n_layer)]
+    if cfg.stage.get("window_ramp") is not None and own == [shorter_window(config, one, 1 / LEVELS) for one in own]:
+        fix = "arch.window_multiple=null or stage.window_ramp=null" if "window_multiple" in cfg.arch else "it to null"
+        raise UserError(
+            f"stage.window_ramp={cfg.stage.window_ramp}: windows are whole multiples of {config.window_multiple} "
+            f"tokens, and none is longer with model.seq_len={config.seq_len}; set {fix}"
+        )
     if cfg.stage.get("row_ramp") is not None and cfg.model.seq_len % LEVELS:
         raise UserError(
             f"stage.row_ramp={cfg.stage.row_ramp}: rows of model.seq_len={cfg.model.seq_len} tokens cannot be cut into "

@@ -15,6 +15,7 @@ from itertools import cycle, islice
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -377,6 +378,9 @@ class StepModule(L.LightningModule):
         return {name: weight for name, weight in weights.items() if is_trained(name.removeprefix("net."))}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        averages = self._trainer is None or any(isinstance(one, WeightAveraging) for one in self._trainer.callbacks)
+        if not averages and "current_model_state" in checkpoint:  # the callback is gone, and its average with it
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
         if self.net.lora is not None and checkpoint.keys() >= WEIGHTS:  # an average is loaded whole, with its base
             checkpoint |= {key: self.state_dict() | checkpoint[key] for key in WEIGHTS}
         state = checkpoint["fathom"]

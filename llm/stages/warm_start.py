@@ -33,12 +33,17 @@ def parent_optimizer(parent: Path, net: GPT, optim) -> dict:
             f"stage.warm_start=true: {stage} handed over the weights of step {handed} (stage.keep_best), but its last "
             f"checkpoint is of step {steps}; {fix}"
         )
+    saved = load_checkpoint(newest[1])
     if averaged := ((manifest.get("config") or {}).get("stage") or {}).get("average_steps"):
+        averaged = f"stage.average_steps={averaged}"
+    elif "current_model_state" in saved:  # what a callback of Lightning left beside its average
+        averaged = "a callback of `callbacks`"
+    if averaged:
         raise UserError(
-            f"stage.warm_start=true: {stage} handed over an average of weights (stage.average_steps={averaged}), which "
-            f"its optimizer did not train; {fix}"
+            f"stage.warm_start=true: {stage} handed over an average of weights ({averaged}), which its optimizer did "
+            f"not train; {fix}"
         )
-    saved = load_checkpoint(newest[1])["optimizer_states"][0]
+    saved = saved["optimizer_states"][0]
     groups = build_optimizer(net, optim).param_groups
     theirs = [(group["kind"], len(group["params"])) for group in saved["param_groups"]]
     ours = [(group["kind"], len(group["params"])) for group in groups]

@@ -135,6 +135,16 @@ def test_the_decay_of_a_tall_matrix_is_a_choice(shape, factor, cautious):
         torch.testing.assert_close(weight, torch.full(shape, 1 - rate))
 
 
+@pytest.mark.parametrize("cautious", [True, False])
+def test_heads_decay_as_fast_as_they_move(cautious):
+    """A tall matrix of square heads moves, and so decays, at the rate of a square one."""
+    param = torch.nn.Parameter(torch.ones(20, 5))
+    param.grad = torch.zeros(20, 5)
+    own = {"coupled_decay": True, "cautious": cautious, "lr": 0.1, "weight_decay": 0.5, "head_rows": 5}
+    GroupOptimizer([muon_settings("july") | own | {"params": [param]}]).step()
+    torch.testing.assert_close(param.detach(), torch.full((20, 5), 0.95))
+
+
 # ---- what each parameter gets, and when -----------------------------------------------------------------------------
 
 VOCAB = 32_768

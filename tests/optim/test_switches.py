@@ -46,7 +46,7 @@ def naive_soap(m, g, state, beta=0.8, every=3):
         cov, basis = state.get(name, (np.zeros((size, size)), np.eye(size)))
         cov = beta * cov + (1 - beta) * product
         if state["step"] % every == 0:
-            basis = np.linalg.qr(cov @ basis)[0]
+            basis = np.linalg.qr((cov + 1e-3 * np.trace(cov) / size * np.eye(size)) @ basis)[0]
         state[name] = cov, basis
     p, q = state["left"][1], state["right"][1]
     seen, out = p.T @ g @ q, np.zeros_like(g)
@@ -248,6 +248,20 @@ def test_a_matrix_of_zeros_grows_to_half_a_semi_orthogonal_one():
         norms.append(p.norm().item())
     assert norms[0] == pytest.approx(0.3 * 0.5 * 8**0.5)
     assert norms[-1] == pytest.approx(0.5 * 8**0.5) == max(norms)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, (2, 12)])
+def test_the_eigenbases_do_not_follow_rounding(shape):
+    """After the first turn the longer side's covariance has less than full rank: its null space is any basis."""
+    ends = []
+    for noise in (0.0, 1e-14):
+        p = torch.nn.Parameter(first(shape))
+        optimizer = GroupOptimizer([PLAIN_MUON | {"soap_beta": 0.9, "params": [p], "lr": LR}])
+        for step in range(12):
+            p.grad = gradient(shape, step) * (1 + noise * gradient(shape, 100 + step))
+            optimizer.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, atol=1e-10, rtol=0)
 
 
 def test_a_long_side_keeps_its_own_basis():

@@ -185,10 +185,16 @@ def test_scales_of_a_plan():
     assert small[1]["decay_scale"] == pytest.approx(small[0]["decay_scale"] / 2**2.5)
 
 
-def test_the_reference_of_a_plan_refuses_no_model():
-    """768 / 256 = 3 heads of the reference cannot be paired."""
-    keys = ("model.depth=8", "model.aspect_ratio=64", "model.head_dim=256", "arch.paired_heads=all")
-    assert plan(compose("train", "stage=pretrain", *keys), 8192).config.n_head == 2
+@pytest.mark.parametrize(
+    "keys,heads",
+    [
+        (("model.depth=8", "model.aspect_ratio=64", "model.head_dim=256", "arch.paired_heads=all"), 2),  # there 3
+        (("model=d20", "arch.gate_channels=1000"), 10),  # there 768 channels
+        (("model=d24", "model.aspect_ratio=1", "model.head_dim=8"), 3),  # there 16, and smear reads 24
+    ],
+)
+def test_the_reference_of_a_plan_refuses_no_model(keys, heads):
+    assert plan(compose("train", "stage=pretrain", *keys), 8192).config.n_head == heads
 
 
 def test_adam_scale_at_d20():

@@ -206,6 +206,13 @@ def test_a_warm_start_with_the_optimizer_of_other_weights_is_refused(root, chang
         write_json(root / "a" / "pretrain" / "run.json", manifest)
 
 
+def test_a_warm_start_with_the_optimizer_beside_an_average_of_a_callback_is_refused(root, monkeypatch):
+    saved = {"current_model_state": {}, "optimizer_states": [{}]}
+    monkeypatch.setattr("llm.stages.warm_start.load_checkpoint", lambda path: saved)
+    with pytest.raises(UserError, match=r"an average of weights \(a callback of `callbacks`\), which its optimizer"):
+        parent_optimizer(root / "a" / "pretrain" / "model", None, None)
+
+
 def test_a_warm_start_with_switches_that_the_parent_did_not_have_is_refused(root):
     shape = ("model.seq_len=64", "arch=classic", "max_steps=1", "stage.sample_every=0")
     train(root, "run=m", "stage=pretrain", "init_from=a/tokenizer", *shape)

@@ -154,6 +154,25 @@ def test_averages_resume_exactly(config, tmp_path, name, rank):
     assert all(map(torch.equal, whole.net.parameters(), go().net.parameters()))
 
 
+def test_a_resume_without_the_callback_goes_on_from_the_trained_weights(config, tmp_path):
+    cfg = config.copy()
+    cfg.save_every = 2
+
+    def go(folder, callbacks) -> StepModule:
+        cfg.callbacks = callbacks
+        module = StepModule(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), 6, 8))
+        module.context.val_batches = step_batch(99)["micro"]
+        built = BuiltStage(module, StepData(Numbers), {})
+        resume(build_trainer(cfg, folder, built)[0], built, folder)
+        return module
+
+    plain = go(tmp_path / "plain", {})
+    go(tmp_path / "averaged", callback("EMAWeightAveraging", decay=0.5))
+    (tmp_path / "averaged" / "checkpoints" / "step_000006.ckpt").unlink()
+    resumed = go(tmp_path / "averaged", {})
+    assert all(map(torch.equal, plain.net.parameters(), resumed.net.parameters()))
+
+
 def test_an_average_of_weights_is_refused_where_they_are_sharded(monkeypatch):
     monkeypatch.setattr("llm.parallel.collectives.world_size", lambda: 2)
     averaging = {"mine": EMAWeightAveraging()}

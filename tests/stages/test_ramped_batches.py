@@ -19,6 +19,7 @@ from llm.errors import UserError
 from llm.model.lora import LoRA, add_adapter
 from llm.optim.schedules import decay_multiplier, lr_multiplier
 from llm.scaling.batch_ramp import BatchSchedule, batch_schedule
+from llm.scaling.rules import model_config
 from llm.stages import text_plan
 from llm.stages.common import steps_layout
 from llm.stages.expect import work_of
@@ -34,6 +35,10 @@ SMALL = ("stage=pretrain", "model=d4", "model.seq_len=512", "batch.tokens_per_st
 
 def config(*keys):
     return compose("train", *SMALL, "stage.batch_ramp=0.4", *keys)
+
+
+def check(cfg):
+    check_planned(cfg, model_config(cfg.model, cfg.arch, 8192), cfg.batch.tokens_per_step)
 
 
 # ---- horizons and derived numbers -----------------------------------------------------------------------------------
@@ -102,12 +107,12 @@ def test_the_size_of_a_micro_batch_is_found_in_a_part(monkeypatch):
 )
 def test_parts_that_do_not_fit_are_refused_with_what_would(keys, message):
     with pytest.raises(UserError, match=message) as refused:
-        check_planned(config(*keys), 8192)
+        check(config(*keys))
     fixes = re.findall(r"(?:stage|batch)\.\w+=\d+", str(refused.value).rpartition("; set ")[2])
     assert fixes and fixes[-1].startswith("batch.tokens_per_step=")
     for fix in fixes:
         cfg = config(*keys, fix)
-        check_planned(cfg, cfg.batch.tokens_per_step)
+        check(cfg)
     with pytest.raises(UserError, match=message):  # before there is a tokenizer, too
         derived_without_tokenizer(config(*keys, "model.vocab_size=8192", "dry_run=true"))
 
@@ -130,10 +135,10 @@ def test_wrong_values_are_refused_by_the_schema(keys, message):
 
 def test_keys_without_an_effect_are_refused():
     with pytest.raises(UserError, match="stage.batch_parts=4: .*set stage.batch_ramp=0.4, or leave it out"):
-        check_planned(config("stage.batch_ramp=null", "stage.batch_parts=4"), 8192)
+        check(config("stage.batch_ramp=null", "stage.batch_parts=4"))
     with pytest.raises(UserError, match="trainer.overfit_batches=2 repeats the first steps.*stage.batch_ramp=null"):
-        check_planned(config("trainer.overfit_batches=2"), 8192)
-    check_planned(config(), 8192)
+        check(config("trainer.overfit_batches=2"))
+    check(config())
 
 
 # ---- rates, and what is foretold ------------------------------------------------------------------------------------

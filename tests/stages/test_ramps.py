@@ -13,6 +13,7 @@ from llm.checkpoint.resume import newest_checkpoint
 from llm.errors import UserError
 from llm.model.config import GPTConfig
 from llm.optim.schedules import ramp_share
+from llm.scaling.rules import model_config
 from llm.stages.plan import check_ramps
 from llm.stages.ramps import check_windows, short_windows, shorter_rows, shorter_window
 
@@ -91,9 +92,27 @@ def test_a_ramp_changes_the_first_steps_and_resumes_to_the_bit(tmp_path, key):
 def test_ramps_that_cannot_be_are_refused():
     cfg = compose("train", "stage=pretrain", "model.seq_len=510", "stage.row_ramp=0.5")
     with pytest.raises(UserError, match="stage.row_ramp=0.5: .*multiple of 4, or set stage.row_ramp=null"):
-        check_ramps(cfg, 2**19)
+        check_ramps(cfg, model_config(cfg.model, cfg.arch, 300), 2**19)
     net = random_net(config())
     del net.transformer.h[0].attn.window
     with pytest.raises(UserError, match="stage.window_ramp=0.5: .*arch=classic have no attn.window; set it to null"):
         check_windows(net, 0.5)
     check_windows(net, None)
+
+
+@pytest.mark.parametrize(
+    "keys,fix",
+    [
+        (("experiment=tiny",), "arch.window_multiple=null or stage.window_ramp=null"),
+        (("arch=classic", "model.seq_len=128"), "it to null"),
+        (("experiment=tiny", "model.seq_len=256"), None),
+        (("experiment=tiny", "arch.window_multiple=null"), None),
+    ],
+)
+def test_windows_that_cannot_grow_are_refused(keys, fix):
+    cfg = compose("train", "stage=pretrain", *keys, "stage.window_ramp=0.4")
+    shape = model_config(cfg.model, cfg.arch, 300)
+    if fix is None:
+        return check_ramps(cfg, shape, 2**19)
+    with pytest.raises(UserError, match=rf"stage.window_ramp=0.4: .*128 tokens, .*model.seq_len=128; set {fix}"):
+        check_ramps(cfg, shape, 2**19)
