@@ -327,6 +327,16 @@ def test_training_goes_back_and_leaves_bad_data_out(tmp_path, monkeypatch, tiny_
         roll_back(folder, BadLoss(6, "the loss", False), 1)
 
 
+@pytest.mark.parametrize(("saves", "finite"), [(True, False), (True, True), (False, False)])
+def test_a_bad_step_is_saved_before_only_where_training_stops_at_it(saves, finite, tmp_path):
+    saved = []
+    checkpoint = SimpleNamespace(save_now=lambda trainer, module: saved.append(module.global_step))
+    error, module = BadLoss(5, "the loss is bad", finite), SimpleNamespace(net=net(), global_step=4)
+    LossGuard(checkpoint, tmp_path, saves).on_exception(None, module, error)
+    is_saved = saves and not finite
+    assert saved == [4] * is_saved and str(error).endswith("; step 4 was saved") == is_saved
+
+
 def test_data_left_out_is_that_of_the_steps():
     class Source:
         def iterate(self, split, cursor, rank, world, loop):
