@@ -25,6 +25,7 @@ from llm.data.loader import StepLayout, StepLoader, TextSteps
 from llm.errors import BadLoss, UserError
 from llm.parallel import collectives
 from llm.stages.step_module import StageContext, StepModule
+from llm.stages.step_state import Votes
 from llm.stages.trainer import roll_back
 
 
@@ -220,6 +221,23 @@ def test_a_checkpoint_is_also_written_by_the_clock(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path / "never" / "checkpoints")] == [STEPS]
     fit(tmp_path / "often", save_every=1000, minutes=1e-9)
     assert [step for step, _ in list_checkpoints(tmp_path / "often" / "checkpoints")] == [STEPS - 1, STEPS]
+
+
+def test_the_clock_of_checkpoints_begins_anew_with_each(tmp_path, monkeypatch):
+    clock, saved = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr("callbacks.checkpoint.time", SimpleNamespace(monotonic=lambda: clock.now))
+    module, callback = SimpleNamespace(net=net(), global_step=3, votes=Votes()), StepCheckpoint(1000, tmp_path, 1.0)
+    trainer = SimpleNamespace(save_checkpoint=saved.append)
+    callback.on_train_start(trainer, module)
+    wishes = []
+    for clock.now in (59.0, 61.0, 100.0, 122.0):
+        callback.on_train_batch_start(trainer, module, None, 0)
+        wishes.append(module.votes.checkpoint)
+        if module.votes.checkpoint:
+            module.global_step += 1
+            callback.act(trainer, module, module.global_step)
+    assert wishes == [False, True, False, True]
+    assert [path.name for path in saved] == ["step_000004.ckpt", "step_000005.ckpt"]
 
 
 class Bits(Periodic):
