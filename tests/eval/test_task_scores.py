@@ -2,10 +2,12 @@
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from callbacks.chat_eval import ChatEval
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.metrics import pass_at_k
@@ -207,6 +209,26 @@ def test_evaluation_keeps_training_mode_and_weights(engine):
 def test_score_of_a_proportion():
     assert score([True, True, False, False]) == {"accuracy": 0.5, "n": 4, "stderr": 0.25}
     assert score([True] * 3)["stderr"] == 0.0
+
+
+def test_training_asks_as_many_items_as_it_is_told_to(engine, tokenizer, monkeypatch):
+    """Logs the accuracy of these items of every task, and the mean over guessing of those that have a baseline."""
+    asked, evaluate = [], evaluate_task
+
+    def counted(*args, **options):
+        asked.append(evaluate(*args, **options))
+        return asked[-1]
+
+    monkeypatch.setattr("callbacks.chat_eval.evaluate_task", counted)
+    context = SimpleNamespace(tokenizer=tokenizer, eval_tasks={"a": Choices(9), "b": Written(9)})
+    module = SimpleNamespace(net=engine.net, context=context, row={})
+    ChatEval(1, max_per_task=4, max_new_tokens=2).act(None, module, 1)
+    engine.net.eval()
+    assert [one["n"] for one in asked] == [4, 4]
+    assert asked[1]["records"] == evaluate(engine, context.eval_tasks["b"], 4, 2)["records"]
+    accuracies = {f"chat/{name}": one["accuracy"] for name, one in zip("ab", asked, strict=True)}
+    chance = ((accuracies["chat/a"] - 0.25) / 0.75 + accuracies["chat/b"]) / 2
+    assert module.row == accuracies | {"chatcore": pytest.approx(chance)}
 
 
 def test_chat_core_is_the_mean_over_guessing():
