@@ -383,6 +383,19 @@ def test_answers_are_drawn_as_the_stage_says(changes, number):
         assert len({tuple(answer.ids) for answer in group.answers}) == number
 
 
+def test_draws_hang_on_the_seed_the_step_and_the_rank(monkeypatch):
+    """Asks one question: in another epoch, by another run or on another process, it has other answers."""
+
+    def drawn(step=0, seed=1, rank=0):
+        monkeypatch.setattr("llm.stages.rollouts.collectives.rank", lambda: rank)
+        steps = group_steps()
+        steps.seed = seed
+        return tuple(tuple(answer.ids) for answer in steps.ask([0], step)[0].answers)
+
+    different = {drawn(), drawn(step=1), drawn(seed=2), drawn(rank=1), drawn(step=1, seed=2)}
+    assert len(different) == 5 and drawn() in different
+
+
 def test_the_room_of_an_answer_ends_with_the_context():
     steps = group_steps(max_new_tokens=30, overlong=10)
     (group,) = steps.ask([0], 0)
