@@ -314,6 +314,11 @@ def test_questions_are_visited_once_per_epoch_and_position_restores(monkeypatch)
         loader(prompts_per_step=9)
 
 
+def test_another_seed_asks_in_another_order():
+    orders = [Questions(range(20), seed).take(20) for seed in (1, 2, 1)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(20))
+
+
 def test_solved_questions_wait_longer_and_longer():
     order = Questions(range(4), seed=1, skip_solved=True)
     asked = []
