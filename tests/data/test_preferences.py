@@ -175,6 +175,18 @@ def test_labelled_answers_stand_alone_with_their_labels_and_meet_other_questions
     assert mixed == {f"<0><1>{end}<4" for end in ("abc<2><3>yes", "abc<2><3>no", "aaa<2><3>bbb")}
 
 
+def test_questions_meet_the_answers_to_the_next_one_of_their_step():
+    """Gives the last question of a step the answers to the first: no row of another step is needed."""
+    rows = [pair(question=f"{i}", good=f"good {i}", bad=f"bad {i}") for i in range(7)]
+    few = steps(rows, per_step=3)
+    order = [int(few.row(number)["messages"][-1]["content"]) for number in range(3, 6)]
+    (micro,) = few.mismatched(range(3, 6))
+    found = {text(ids.tolist()).rstrip("<0>") for ids in micro["inputs"]}
+    nexts = zip(order, [*order[1:], order[0]], strict=True)
+    wanted = {f"<0><1>{i}<2><3>{answer} {other}<4>" for i, other in nexts for answer in ("good", "bad")}
+    assert found == {one.rstrip("<0>") for one in wanted}
+
+
 def test_held_out_rows_are_dealt_to_the_ranks():
     parts = [steps(ROWS[:3], rank=rank, world=2).fixed() for rank in range(2)]
     assert [sum(len(m["inputs"]) for m in part) for part in parts] == [4, 2]
