@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from callbacks.chat_eval import ChatEval
+from callbacks.samples import Samples
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.metrics import pass_at_k
@@ -25,7 +26,7 @@ from llm.inference.sampling import SamplingParams
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.chat_format import render_prompt
+from llm.tokenizer.chat_format import readable, render_prompt
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,18 @@ def test_training_asks_as_many_items_as_it_is_told_to(engine, tokenizer, monkeyp
     accuracies = {f"chat/{name}": one["accuracy"] for name, one in zip("ab", asked, strict=True)}
     chance = ((accuracies["chat/a"] - 0.25) / 0.75 + accuracies["chat/b"]) / 2
     assert module.row == accuracies | {"chatcore": pytest.approx(chance)}
+
+
+def test_samples_while_training_are_as_long_as_they_are_told_to_be(engine, tokenizer, monkeypatch):
+    told = []
+    monkeypatch.setattr("callbacks.samples.log_table", lambda loggers, name, columns, rows, step: told.extend(rows))
+    prompts = ["the cat", "the mat"]
+    module = SimpleNamespace(net=engine.net, context=SimpleNamespace(tokenizer=tokenizer, prompts=prompts))
+    Samples(1, max_new_tokens=3).act(SimpleNamespace(is_global_zero=True, loggers=[]), module, 1)
+    engine.net.eval()
+    wanted = draw_samples(engine, prompts, 3)
+    assert told == [(one["prompt"], readable(one["completion"])) for one in wanted]
+    assert told[0][1] != readable(draw_samples(engine, prompts, 48)[0]["completion"])
 
 
 def test_chat_core_is_the_mean_over_guessing():
