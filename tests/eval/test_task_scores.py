@@ -212,6 +212,18 @@ def test_score_of_a_proportion():
     assert score([True] * 3)["stderr"] == 0.0
 
 
+def test_every_batch_draws_by_a_seed_of_its_own(engine):
+    """Asks one question again and again: equal draws would count one answer as many."""
+
+    class Again(Written):
+        def __getitem__(self, i):
+            return super().__getitem__(0)
+
+    params = SamplingParams(1.0, max_new_tokens=12, seed=3)
+    outputs = [one["output"] for one in evaluate_task(engine, Again(4), batch_size=1, sampling=params)["records"]]
+    assert len(set(outputs)) == 4
+
+
 def test_training_asks_as_many_items_as_it_is_told_to(engine, tokenizer, monkeypatch):
     """Logs the accuracy of these items of every task, and the mean over guessing of those that have a baseline."""
     asked, evaluate = [], evaluate_task
