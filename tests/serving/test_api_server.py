@@ -178,7 +178,7 @@ def test_pages_elsewhere_may_ask_where_they_are_named():
 def test_settings_reach_the_engine():
     pool = scripted([*b"ok"])
     own = {"seed": -1, "stop": ["a", ""], "logit_bias": {"5": 1}, "top_p": 0, "min_tokens": 2, "logprobs": True}
-    requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9))
+    requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9, max_tokens=5))
     plain, full = (message[2]["params"] for message in pool.workers[0].writer.heard)
     defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50, "use_tools": True}
     assert plain == plain | defaults
