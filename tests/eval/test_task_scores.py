@@ -212,6 +212,17 @@ def test_score_of_a_proportion():
     assert score([True] * 3)["stderr"] == 0.0
 
 
+def test_the_chance_of_guessing_is_that_of_most_questions(engine):
+    """Takes one in four, though the first question has two choices only."""
+
+    class Uneven(Choices):
+        def __getitem__(self, i):
+            item = super().__getitem__(4 * i)
+            return item | {"letters": item["letters"][: 2 if i == 0 else 4]}
+
+    assert evaluate_task(engine, Uneven(4))["baseline"] == 0.25
+
+
 def test_every_batch_draws_by_a_seed_of_its_own(engine):
     """Asks one question again and again: equal draws would count one answer as many."""
 
