@@ -25,6 +25,7 @@ from llm.data.loader import StepLayout, StepLoader, TextSteps
 from llm.errors import BadLoss, UserError
 from llm.parallel import collectives
 from llm.stages.step_module import StageContext, StepModule
+from llm.stages.step_state import Votes
 from llm.stages.trainer import roll_back
 
 
@@ -222,6 +223,23 @@ def test_a_checkpoint_is_also_written_by_the_clock(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path / "often" / "checkpoints")] == [STEPS - 1, STEPS]
 
 
+def test_the_clock_of_checkpoints_begins_anew_with_each(tmp_path, monkeypatch):
+    clock, saved = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr("callbacks.checkpoint.time", SimpleNamespace(monotonic=lambda: clock.now))
+    module, callback = SimpleNamespace(net=net(), global_step=3, votes=Votes()), StepCheckpoint(1000, tmp_path, 1.0)
+    trainer = SimpleNamespace(save_checkpoint=saved.append)
+    callback.on_train_start(trainer, module)
+    wishes = []
+    for clock.now in (59.0, 61.0, 100.0, 122.0):
+        callback.on_train_batch_start(trainer, module, None, 0)
+        wishes.append(module.votes.checkpoint)
+        if module.votes.checkpoint:
+            module.global_step += 1
+            callback.act(trainer, module, module.global_step)
+    assert wishes == [False, True, False, True]
+    assert [path.name for path in saved] == ["step_000004.ckpt", "step_000005.ckpt"]
+
+
 class Bits(Periodic):
     """An evaluation that can be told from others."""
 
@@ -325,6 +343,16 @@ def test_training_goes_back_and_leaves_bad_data_out(tmp_path, monkeypatch, tiny_
     assert json.loads((folder / "rollbacks.json").read_text()) == {"count": 1, "left_out": {"4": 1}}
     with pytest.raises(UserError, match=r"rolled back 1 times before \(watch.rollbacks=1\)"):
         roll_back(folder, BadLoss(6, "the loss", False), 1)
+
+
+@pytest.mark.parametrize(("saves", "finite"), [(True, False), (True, True), (False, False)])
+def test_a_bad_step_is_saved_before_only_where_training_stops_at_it(saves, finite, tmp_path):
+    saved = []
+    checkpoint = SimpleNamespace(save_now=lambda trainer, module: saved.append(module.global_step))
+    error, module = BadLoss(5, "the loss is bad", finite), SimpleNamespace(net=net(), global_step=4)
+    LossGuard(checkpoint, tmp_path, saves).on_exception(None, module, error)
+    is_saved = saves and not finite
+    assert saved == [4] * is_saved and str(error).endswith("; step 4 was saved") == is_saved
 
 
 def test_data_left_out_is_that_of_the_steps():

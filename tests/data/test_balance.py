@@ -293,6 +293,29 @@ def test_what_is_lost_is_said():
     assert "60 of 60 answers lost their end" in lines[1]
 
 
+def test_rows_that_are_left_out_hold_no_padding_either():
+    """Keeps both sums of the balance: that of the tokens, and that of the positions of the rows trained on."""
+    before = Balance(documents=2, read=20, trained=12, masked=4, waiting=4, padded=2)
+    after = Balance(documents=5, read=50, trained=30, masked=10, waiting=10, padded=8)
+    after.leave_out(before)
+    assert (after.dropped, after.missing, after.read) == (24, 0, 50)
+    assert after.trained + after.masked + after.padded == 12 + 4 + 2
+
+
+def test_answers_that_no_row_holds_are_warned_of_apart_from_those_that_are_cut():
+    unanswered = Balance(documents=100, answers=100, answers_cut=6, unanswered=6)
+    (line,) = warnings_of(unanswered)
+    assert line.startswith("6 of 100 conversations have a question that fills the row")
+    assert len(warnings_of(unanswered + Balance(answers_cut=5))) == 1  # 5 of 100
+    cut, _ = warnings_of(unanswered + Balance(answers_cut=6))
+    assert cut.startswith("12 of 100 answers are cut (12%)")
+
+
+def test_rows_left_out_of_several_tasks_are_added_up_by_their_cause():
+    found = ({"empty answer": 2}, 3, None, {"empty answer": 1, "bad": 4}, 5)
+    assert skipped_rows(SimpleNamespace(skipped=one) for one in found) == {"empty answer": 3, "bad": 12}
+
+
 def test_sampled_answers_without_a_signal_are_dropped():
     sequences = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3], [0, 0, 1]), ([1, 2, 3, 4, 5], [0, 0, 1, 0, 1])]
     balance = of_rollout(sequences, [0.5, 0.0, -0.5], [True, False, False])

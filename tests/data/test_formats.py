@@ -305,6 +305,17 @@ def test_all_bad_rows_are_found_before_training(tmp_path):
     assert source.skipped == {str(tmp_path / "a.jsonl"): 15} == MixedDocuments({"a": (source, 1.0)}).skipped
 
 
+def test_a_bad_row_counts_once_wherever_reading_begins(tmp_path):
+    good = [json.dumps({"text": row}).encode() for row in words(6)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good[:2], BAD_LINES[0], *good[2:4], BAD_LINES[1], *good[4:]]))
+    write(tmp_path / "b.jsonl", words(3, 100))
+    source = LocalDocuments(tmp_path, bad_rows="skip")
+    cursors = [cursor for _, cursor in source.iterate("train", loop=False)]
+    for cursor in cursors[:-1]:
+        assert list(source.iterate("train", cursor, loop=False))
+    assert source.skipped == {str(tmp_path / "a.jsonl"): 2}
+
+
 @pytest.mark.parametrize("limit", ["SCAN_SECONDS", "SCAN_BYTES"])
 def test_the_search_for_bad_rows_is_bounded_and_says_so(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(f"llm.data.documents.{limit}", -1)

@@ -153,6 +153,7 @@ def test_the_size_of_a_text_does_not_count_them(folder, monkeypatch, tiny_tokeni
     assert exact == sum(len(tiny_tokenizer.encode_document(text)) for text in KEPT)
     monkeypatch.setattr("llm.data.text_size.EXACT_BYTES", 1)
     assert text_tokens(source(folder), tiny_tokenizer) == pytest.approx(exact, rel=0.3)
+    assert source(folder).near_duplicates.share_kept() == pytest.approx(7 / 12)  # by which an estimate is scaled
 
 
 def test_what_cannot_be_done_ends_in_one_line(folder, tmp_path, monkeypatch):

@@ -123,6 +123,27 @@ def test_every_epoch_shows_every_row_once_in_another_order():
     assert len(seen(next(iter(steps(ROWS[:2]))))) == 4  # fewer rows than a step: no endless search
 
 
+def test_another_seed_gives_another_order():
+    orders = [[seen(batch) for _, batch in zip(range(5), steps(ROWS, seed=seed), strict=False)] for seed in (1, 2, 1)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_few_held_out_rows_are_taken_from_every_source():
+    """Takes as many of each source as of the others, and all of a source that has fewer."""
+    places = Usable.of([ROWS, ROWS[:1], ROWS], TOKENIZER, 64, most=6).places
+    assert places == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert len(Usable.of([ROWS, ROWS], TOKENIZER, 64, most=100)) == 20
+
+
+def test_tokens_are_counted_in_both_answers_and_a_row_is_as_long_as_the_longer_one():
+    rows = [pair(good="y" * n, bad="n" * 9) for n in (3, 20, 30)]
+    lengths = [[len(ids) for ids, _ in render_row(TOKENIZER, row, 64)[0]] for row in rows]
+    usable = Usable.of([rows], TOKENIZER, 64)
+    assert usable.median == sorted(map(max, lengths))[1] == lengths[1][0]
+    batch = PreferenceSteps([rows], usable, TOKENIZER, rows_per_micro=4).batch(rows)
+    assert batch["n_tokens"] == sum(map(sum, lengths)) and batch["n_trained"] == 3
+
+
 def test_steps_resume_at_their_position_and_are_shared_by_ranks():
     alone = steps(ROWS)
     first = [batch for _, batch in zip(range(6), alone, strict=False)]
@@ -152,6 +173,18 @@ def test_labelled_answers_stand_alone_with_their_labels_and_meet_other_questions
     mixed = {text(ids.tolist()).rstrip("<0>") for ids in others["inputs"]}
     assert own == {f"<0><1>{end}<4" for end in ("aaa<2><3>yes", "aaa<2><3>no", "abc<2><3>bbb")}
     assert mixed == {f"<0><1>{end}<4" for end in ("abc<2><3>yes", "abc<2><3>no", "aaa<2><3>bbb")}
+
+
+def test_questions_meet_the_answers_to_the_next_one_of_their_step():
+    """Gives the last question of a step the answers to the first: no row of another step is needed."""
+    rows = [pair(question=f"{i}", good=f"good {i}", bad=f"bad {i}") for i in range(7)]
+    few = steps(rows, per_step=3)
+    order = [int(few.row(number)["messages"][-1]["content"]) for number in range(3, 6)]
+    (micro,) = few.mismatched(range(3, 6))
+    found = {text(ids.tolist()).rstrip("<0>") for ids in micro["inputs"]}
+    nexts = zip(order, [*order[1:], order[0]], strict=True)
+    wanted = {f"<0><1>{i}<2><3>{answer} {other}<4>" for i, other in nexts for answer in ("good", "bad")}
+    assert found == {one.rstrip("<0>") for one in wanted}
 
 
 def test_held_out_rows_are_dealt_to_the_ranks():

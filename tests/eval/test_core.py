@@ -451,6 +451,11 @@ def test_training_measures_core_on_all_processes(tokenizer_runs, bundle, tmp_pat
         assert row["core"] == pytest.approx(sum(row[f"core/{name}"] for name in KINDS) / len(KINDS))
 
 
+def test_training_measures_as_many_examples_as_it_is_told_to(bundle):
+    assert {len(task.examples) for task in CoreEval(5, bundle=str(bundle), max_per_task=8).tasks} == {8}
+    assert {len(task.examples) for task in CoreEval(5, bundle=str(bundle)).tasks} == {20}
+
+
 def test_without_a_bundle_nothing_is_measured(tmp_path):
     assert CoreEval(5).every == 0 and CoreEval(5).tasks == []
     assert CoreEval(0, bundle=str(tmp_path / "missing")).tasks == []

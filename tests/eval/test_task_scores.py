@@ -2,10 +2,13 @@
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from callbacks.chat_eval import ChatEval
+from callbacks.samples import Samples
 from llm.errors import UserError
 from llm.eval.bits_per_byte import bits_per_byte
 from llm.eval.metrics import pass_at_k
@@ -23,7 +26,7 @@ from llm.inference.sampling import SamplingParams
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.tokenizer.bpe import Tokenizer
-from llm.tokenizer.chat_format import render_prompt
+from llm.tokenizer.chat_format import readable, render_prompt
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,61 @@ def test_evaluation_keeps_training_mode_and_weights(engine):
 def test_score_of_a_proportion():
     assert score([True, True, False, False]) == {"accuracy": 0.5, "n": 4, "stderr": 0.25}
     assert score([True] * 3)["stderr"] == 0.0
+
+
+def test_the_chance_of_guessing_is_that_of_most_questions(engine):
+    """Takes one in four, though the first question has two choices only."""
+
+    class Uneven(Choices):
+        def __getitem__(self, i):
+            item = super().__getitem__(4 * i)
+            return item | {"letters": item["letters"][: 2 if i == 0 else 4]}
+
+    assert evaluate_task(engine, Uneven(4))["baseline"] == 0.25
+
+
+def test_every_batch_draws_by_a_seed_of_its_own(engine):
+    """Asks one question again and again: equal draws would count one answer as many."""
+
+    class Again(Written):
+        def __getitem__(self, i):
+            return super().__getitem__(0)
+
+    params = SamplingParams(1.0, max_new_tokens=12, seed=3)
+    outputs = [one["output"] for one in evaluate_task(engine, Again(4), batch_size=1, sampling=params)["records"]]
+    assert len(set(outputs)) == 4
+
+
+def test_training_asks_as_many_items_as_it_is_told_to(engine, tokenizer, monkeypatch):
+    """Logs the accuracy of these items of every task, and the mean over guessing of those that have a baseline."""
+    asked, evaluate = [], evaluate_task
+
+    def counted(*args, **options):
+        asked.append(evaluate(*args, **options))
+        return asked[-1]
+
+    monkeypatch.setattr("callbacks.chat_eval.evaluate_task", counted)
+    context = SimpleNamespace(tokenizer=tokenizer, eval_tasks={"a": Choices(9), "b": Written(9)})
+    module = SimpleNamespace(net=engine.net, context=context, row={})
+    ChatEval(1, max_per_task=4, max_new_tokens=2).act(None, module, 1)
+    engine.net.eval()
+    assert [one["n"] for one in asked] == [4, 4]
+    assert asked[1]["records"] == evaluate(engine, context.eval_tasks["b"], 4, 2)["records"]
+    accuracies = {f"chat/{name}": one["accuracy"] for name, one in zip("ab", asked, strict=True)}
+    chance = ((accuracies["chat/a"] - 0.25) / 0.75 + accuracies["chat/b"]) / 2
+    assert module.row == accuracies | {"chatcore": pytest.approx(chance)}
+
+
+def test_samples_while_training_are_as_long_as_they_are_told_to_be(engine, tokenizer, monkeypatch):
+    told = []
+    monkeypatch.setattr("callbacks.samples.log_table", lambda loggers, name, columns, rows, step: told.extend(rows))
+    prompts = ["the cat", "the mat"]
+    module = SimpleNamespace(net=engine.net, context=SimpleNamespace(tokenizer=tokenizer, prompts=prompts))
+    Samples(1, max_new_tokens=3).act(SimpleNamespace(is_global_zero=True, loggers=[]), module, 1)
+    engine.net.eval()
+    wanted = draw_samples(engine, prompts, 3)
+    assert told == [(one["prompt"], readable(one["completion"])) for one in wanted]
+    assert told[0][1] != readable(draw_samples(engine, prompts, 48)[0]["completion"])
 
 
 def test_chat_core_is_the_mean_over_guessing():

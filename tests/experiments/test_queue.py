@@ -287,6 +287,21 @@ def test_the_median_rule_reads_one_metric_of_the_whole_family(tmp_path):
     assert worker.is_worse(poor, [*others, poor])
 
 
+def test_the_median_rule_compares_with_what_others_had_at_that_step(tmp_path):
+    """Leaves a job alone that leads at its step, though the others, which have ended, went on to better values."""
+
+    def told(name, *rows, **more):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "metrics.csv").write_text("\n".join(["step,bpb", *rows, ""]))
+        return Job([], folder=str(folder), family="f", mode="min", prune_after=5, **more)
+
+    others = [told(f"o{i}", "5,2.0", "10,1.0", state="done") for i in range(3)]
+    ahead, behind = told("ahead", "5,1.5", state="running"), told("behind", "5,2.5", state="running")
+    late = told("late", "5,1.5", "10,1.4", state="running")
+    assert [worker.is_worse(one, [*others, one]) for one in (ahead, behind, late)] == [False, True, True]
+
+
 def test_a_job_whose_worker_has_died_is_taken_over_when_its_process_has_ended(queue, tmp_path):
     (a,) = queue.add([job(tmp_path, "a")])
     gone = process_name(os.getpid()).rsplit(":", 1)[0] + ":0-0"  # this number, but started at another time
@@ -534,6 +549,16 @@ def test_the_ledger_holds_every_hypothesis_with_its_mean_and_verdict(queue, tmp_
     assert first["stderr"] == pytest.approx(0.5 / 3**0.5) and first["jobs"] == [1, 2, 3]
     assert second["mean"] is None and second["states"] == ["failed"]
     assert run(tmp_path, "ledger") == 0 and "smaller is better" in capsys.readouterr().out
+
+
+def test_the_mean_of_a_hypothesis_is_of_jobs_that_came_to_their_end(queue, tmp_path, capsys):
+    """Leaves out what a job had reached when it was given up."""
+    queue.add([job(tmp_path, name, hypothesis="it helps") for name in ("whole", "given-up")])
+    for state, result in (("done", 1.0), ("pruned", 9.0)):
+        queue.end(queue.claim(process_name(os.getpid())).id, state, "", result)
+    assert run(tmp_path, "ledger", "--json") == 0
+    (told,) = parse_json(capsys.readouterr().out.encode(), "ledger")
+    assert told["results"] == [1.0] and told["mean"] == 1.0 and told["states"] == ["done", "pruned"]
 
 
 @pytest.mark.slow

@@ -107,6 +107,22 @@ def test_penalties_biases_and_limits_change_what_is_said():
     assert said(logit_bias=((END, 1000.0),), ignore_eos=True) == [END] * 20
 
 
+def test_penalties_by_hand():
+    """Counts what the prompt says for repetition alone, all along; what the answer says for each of the three."""
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    request = Request([1, 2], params, 0, None, None)
+    request.ids += [2, 3, 3]
+    (found,) = adjusted(torch.tensor([[4.0, 4.0, -4.0, 4.0, -1.0]]), [request], ())
+    assert found.tolist() == [4.0, 4 / 2, -4 * 2 - 0.5 - 0.25, 4 / 2 - 0.5 - 2 * 0.25, -1.0]
+
+
+def test_requests_of_one_batch_are_told_as_many_likely_tokens_as_each_asks_for():
+    engine = Engine(tiny_net(), TOKENIZER)
+    few, many, none = (engine.submit([BOS, 7], SamplingParams(max_new_tokens=3, logprobs=n)) for n in (1, 4, 0))
+    finish(engine)
+    assert [[len(top) for top in request.top] for request in (few, many, none)] == [[1] * 3, [4] * 3, [0] * 3]
+
+
 def test_many_biases_are_added_together():
     biases = tuple((token, float(token % 7)) for token in range(257)) * 2  # twice: each adds
     params, logits = SamplingParams(logit_bias=biases), torch.randn(1, 265)

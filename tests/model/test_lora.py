@@ -9,6 +9,7 @@ from llm.inference.engine import Engine
 from llm.inference.sampling import SamplingParams
 from llm.inference.weights import in_compute_dtype
 from llm.model import decode_cpu
+from llm.model.adapters import with_adapters
 from llm.model.lora import LoRA, adapter_weights, add_adapter, base_weights, merged, targeted
 from llm.optim.build import build_optimizer
 
@@ -47,6 +48,15 @@ def test_a_new_adapter_changes_nothing(arch):
     assert torch.equal(net(IDS), before)
     assert set(base_weights(net)) == names
     assert {p.requires_grad for p in net.parameters()} == {True, False}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_copy_with_an_adapter_computes_in_the_same_format(int8):
+    """Keeps 8 bits where they were asked for: one that is forgotten costs the speed that they are for."""
+    net = adapted("classic")
+    net.compute_dtype, net.int8 = torch.bfloat16, int8
+    for copy in (merged(net), with_adapters(merged(net), {}, torch.float32), in_compute_dtype(merged(net))):
+        assert copy is not net and (copy.compute_dtype, copy.int8) == (torch.bfloat16, int8)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import threading
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from scripted_pool import BODY, scripted, served  # noqa: E402
 from llm.serving.api.chat import ChatAnswer  # noqa: E402
 from llm.serving.api.completions import _mean_logprob  # noqa: E402
 from llm.serving.api.server import MAX_HEAD, run  # noqa: E402
+from llm.serving.api.service import usage_of  # noqa: E402
 from llm.serving.api.text import AnswerText  # noqa: E402
 from llm.serving.errors import unavailable  # noqa: E402
 from llm.serving.http import listen  # noqa: E402
@@ -176,7 +178,7 @@ def test_pages_elsewhere_may_ask_where_they_are_named():
 def test_settings_reach_the_engine():
     pool = scripted([*b"ok"])
     own = {"seed": -1, "stop": ["a", ""], "logit_bias": {"5": 1}, "top_p": 0, "min_tokens": 2, "logprobs": True}
-    requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9))
+    requests(served(pool), chat(), chat(**own, top_logprobs=4, max_completion_tokens=9, max_tokens=5))
     plain, full = (message[2]["params"] for message in pool.workers[0].writer.heard)
     defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 50, "use_tools": True}
     assert plain == plain | defaults
@@ -220,6 +222,25 @@ def test_the_tokens_of_an_answer_are_those_of_its_text(at_once):
     assert pieces_of([*b"abEN"], ["END"], at_once) == ("abEN", [*b"abEN"])
 
 
+def test_tokens_of_calls_are_counted_apart():
+    """Counts the marks of a call and its result, and what stands between them; not the text around."""
+    marks = [WIDE.special_id(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")]
+    ids = [*b"It is ", marks[0], *b"12*3", marks[1], marks[2], *b"36", marks[3], *b"36."]
+    events = [Event(token, False, None, None, None) for token in ids]
+    answer = AnswerText(WIDE)
+    delta, reason = answer.push_to_end([*events, Event(None, False, None, None, "length")])
+    assert (delta.text, delta.call, reason) == ("It is 36.", "12*3 = 36\n", "length")
+    assert answer.n_call_tokens == 4 + 4 + 2
+
+
+def test_an_answer_that_a_stop_text_cuts_has_stopped():
+    """Says so also where the engine's last token was the last that it might be."""
+    events = [Event(token, False, None, None, None) for token in b"abEND"]
+    events[-1] = events[-1]._replace(finish_reason="length")
+    assert AnswerText(WIDE, ["END"]).push_to_end(events)[1] == "stop"
+    assert AnswerText(WIDE).push_to_end(events)[1] == "length"
+
+
 def test_places_in_the_text_count_its_characters():
     ids = [*"é!x".encode()]
     events = [Event(token, False, -0.5, [], None) for token in ids]
@@ -248,6 +269,15 @@ def test_a_response_tells_the_settings_that_were_used():
 def test_tokens_that_a_tool_wrote_do_not_count_for_the_best():
     events = [Event(1, False, -1.0, [], None), Event(2, True, -9.0, [], None), Event(None, False, None, None, "stop")]
     assert _mean_logprob(events) == -1.0 and _mean_logprob(events[1:]) == float("-inf")
+
+
+def test_a_prompt_counts_once_whatever_the_number_of_its_samples():
+    """Takes two prompts with two answers each; what later samples find in the cache is not told."""
+    of_jobs = ((3, 2, 1), (3, 4, 3), (5, 1, 4), (5, 1, 5))
+    jobs = [SimpleNamespace(prompt=[0] * p, ids=[0] * n, cached=cached) for p, n, cached in of_jobs]
+    used = usage_of(jobs, n_prompts=2)
+    assert (used["prompt_tokens"], used["completion_tokens"], used["total_tokens"]) == (8, 8, 16)
+    assert used["prompt_tokens_details"] == {"cached_tokens": 1 + 4}
 
 
 def test_requests_with_one_beginning_go_to_one_worker_unless_it_is_busy():

@@ -8,6 +8,7 @@ from small_rollouts import TOKENIZER, Task, by_length, model, same, settings
 from llm.errors import UserError
 from llm.inference.engine import Engine
 from llm.stages.best_of_n import BestObjective, BestSteps, build, winner
+from llm.stages.rollouts import Group
 
 
 def steps(network, position=None, score=by_length, **changes) -> BestSteps:
@@ -40,6 +41,14 @@ def test_one_answer_per_question_is_trained_by_its_cross_entropy():
     loss, sums = BestObjective()(network, micro)
     torch.testing.assert_close(loss, network(micro["inputs"], micro["targets"], reduction="sum"))
     assert sums["logprob_gap"] / sums["tokens"] < 1e-5
+
+
+def test_the_reward_of_the_kept_is_a_mean_over_these_alone():
+    """Leaves out a question none of whose answers is good enough."""
+    scores = [torch.tensor(rewards) for rewards in ([0.9, 0.6, 0.0], [0.1, 0.2, 0.4], [0.0, 0.0, 0.7], [0.3, 0.0, 0.0])]
+    weights, numbers = steps(model()).chosen([Group(i, [], one, one) for i, one in enumerate(scores)])
+    assert weights == [1.0, 0.0, 0.0, *[0.0] * 3, 0.0, 0.0, 1.0, *[0.0] * 3]
+    assert numbers == {"kept": 0.5, "kept_reward": pytest.approx((0.9 + 0.7) / 2)}
 
 
 def test_where_no_answer_is_good_enough_nothing_is_trained():

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_conversations_follow_one_another_and_their_weights_count():
     assert loss < sums["divergence"] and DistillObjective.summary({k: v.item() for k, v in sums.items()}, 1).keys() == {
         "divergence"
     }
+
+
+def test_no_conversation_is_left_out_where_a_rollout_serves_several_updates():
+    rows, more = [Task()[i] for i in range(5)], {"prompts_per_step": 1, "updates_per_rollout": 2}
+    batches = islice(steps(model(), kind=ConversationSteps, more={"mixture": rows}, **more), 4)
+    ids = [{token for micro in batch["micro"] for token in micro["inputs"].flatten().tolist()} for batch in batches]
+    asked = [{number for number in range(5) if ord(str(number)) in found} for found in ids]
+    assert asked == [{0, 1, 2}, {0, 1, 2}, {3, 4, 0}, {3, 4, 0}]
 
 
 SMALL = ("model.depth=1", "precision.compute=fp32", "trainer=cpu", "callbacks=none", "optim=adamw")

@@ -19,12 +19,25 @@ from llm.data.conversations import Rendered
 from llm.data.loader import positions_for
 from llm.data.packing import Document
 from llm.errors import UserError
+from llm.eval.task_scores import draw_answers
 from llm.inference.engine import Completion, Engine
+from llm.inference.sampling import SamplingParams
 from llm.model.linear import resolve_compute_dtype
 from llm.run.config_diff import BEFORE_KEYS, CHANGED_KEYS, diff_configs
 from llm.stages.choices import check_policy
-from llm.stages.grpo import GroupSteps, PolicyObjective
-from llm.stages.rollouts import Questions, Reference, RolloutSteps, answer_of, counts, micro_batches_of, passed_tokens
+from llm.stages.grpo import GroupSteps, PolicyObjective, SignalWatch
+from llm.stages.rollout_stage import evaluations
+from llm.stages.rollouts import (
+    Answer,
+    Group,
+    Questions,
+    Reference,
+    RolloutSteps,
+    answer_of,
+    counts,
+    micro_batches_of,
+    passed_tokens,
+)
 from llm.stages.step_module import StageContext, StepModule
 from llm.stages.step_state import Sums
 
@@ -88,6 +101,14 @@ def test_a_rollout_trains_the_token_that_ended_an_answer_and_tells_of_its_signal
     told = [line for line in capsys.readouterr().out.splitlines() if "no signal" in line]
     assert len(told) == 2 and told[0].startswith("grpo: no signal in 5 steps in a row, up to step 6: all answers")
     assert "of questions had the same reward (mean 1.000)" in told[0] and "in 10 steps" in told[1]
+
+
+def test_a_step_with_a_signal_begins_the_count_of_silent_ones_anew(capsys):
+    watch = SignalWatch("questions")
+    for step, silent in enumerate([True] * 4 + [False] + [True] * 5):
+        watch.count(silent, step, 0.5)
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told.startswith("grpo: no signal in 5 steps in a row, up to step 10: ")
 
 
 def random_answers() -> tuple[list, list, list[float], list]:
@@ -242,6 +263,26 @@ def test_the_parent_and_the_old_weights_go_with_the_batch():
     assert numbers_of(module, batch)["clip_high"] > 0
 
 
+@pytest.mark.parametrize("loss", ["dapo", "ipo_rl"])
+def test_a_loss_has_the_bounds_of_the_stage_and_the_ratio_that_is_its_own(loss):
+    """Compares with the formula: ipo_rl's ratio is to what the engine drew from, those of others to the old weights."""
+    ids, masks, advantages, engine = random_answers()
+    (micro,) = micro_batches_of(ids, masks, 8, advantages=advantages, logprobs_engine=engine)
+    network, mask = net(), micro["targets"] >= 0
+    logprobs = objectives.token_logprobs(network, micro["inputs"], micro["targets"]).detach()
+    moved = 0.2 * (-1.0) ** torch.arange(mask.size(1))
+    micro |= {"logprobs_old": logprobs + moved, "logprobs_engine": logprobs - 2 * moved}
+    others = micro["logprobs_engine" if loss == "ipo_rl" else "logprobs_old"]
+    bounds = (0.001, 0.004) if loss == "ipo_rl" else (0.1, 0.3)
+    formula = objectives.POLICY_LOSSES[loss]
+    losses, low, high = formula(logprobs, others, micro["advantages"], mask, *bounds)
+    stage = settings(loss=loss, clip_low=bounds[0], clip_high=bounds[1])
+    total, sums = PolicyObjective(stage)(network, micro)
+    torch.testing.assert_close(total, formula.total(losses, mask))
+    assert (sums["clip_low"], sums["clip_high"]) == (low.sum(), high.sum())
+    assert sums["clip_low"] != sums["clip_high"]
+
+
 @pytest.mark.parametrize("name", objectives.POLICY_LOSSES)
 def test_every_loss_counts_a_step_by_its_own_unit(name):
     steps = group_steps(score=all_different, loss=name)
@@ -271,6 +312,11 @@ def test_questions_are_visited_once_per_epoch_and_position_restores(monkeypatch)
     assert loader({"step": 4}, updates_per_rollout=2).questions.take(2) == order[4:6]  # two rollouts are behind it
     with pytest.raises(UserError, match="stage.prompts_per_step=9"):
         loader(prompts_per_step=9)
+
+
+def test_another_seed_asks_in_another_order():
+    orders = [Questions(range(20), seed).take(20) for seed in (1, 2, 1)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[1]) == list(range(20))
 
 
 def test_solved_questions_wait_longer_and_longer():
@@ -316,6 +362,86 @@ def test_groups_without_a_signal_are_kept_dropped_or_drawn_again():
     assert len(batch["micro"]) == 1 and not (batch["micro"][0]["targets"] >= 0).any()
     ids = [sorted(map(str, (g.answers[0].ids for g in steps.ask([0], 0, attempt)))) for attempt in (0, 1, 0)]
     assert ids[0] == ids[2] != ids[1]
+
+
+def test_every_try_of_a_step_draws_anew(monkeypatch):
+    """Counts the tries: a question that a small task asks twice in a step would get equal answers from equal ones."""
+    attempts, ask = [], GroupSteps.ask
+
+    def counted(self, questions, step, attempt=0):
+        attempts.append(attempt)
+        return ask(self, questions, step, attempt)
+
+    monkeypatch.setattr(GroupSteps, "ask", counted)
+    next(iter(group_steps(score=scores_of(), filter_equal="resample")))
+    assert attempts == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"), [({}, 3), ({"top_k": 1}, 1), ({"temperature": 0.0}, 1), ({"max_new_tokens": 1}, None)]
+)
+def test_answers_are_drawn_as_the_stage_says(changes, number):
+    (group,) = group_steps(**changes).ask([0], 0)
+    if number is None:
+        assert {answer.length for answer in group.answers} <= {0, 1}
+    else:
+        assert len({tuple(answer.ids) for answer in group.answers}) == number
+
+
+def test_draws_hang_on_the_seed_the_step_and_the_rank(monkeypatch):
+    """Asks one question: in another epoch, by another run or on another process, it has other answers."""
+
+    def drawn(step=0, seed=1, rank=0):
+        monkeypatch.setattr("llm.stages.rollouts.collectives.rank", lambda: rank)
+        steps = group_steps()
+        steps.seed = seed
+        return tuple(tuple(answer.ids) for answer in steps.ask([0], step)[0].answers)
+
+    different = {drawn(), drawn(step=1), drawn(seed=2), drawn(rank=1), drawn(step=1, seed=2)}
+    assert len(different) == 5 and drawn() in different
+
+
+def test_the_room_of_an_answer_ends_with_the_context():
+    steps = group_steps(max_new_tokens=30, overlong=10)
+    (group,) = steps.ask([0], 0)
+    room = 24 - len(steps.prompts[0])
+    assert room < 30 and {answer.room for answer in group.answers} == {room}
+    penalties = [min(0.0, (room - 10 - answer.length) / 10) for answer in group.answers]
+    assert (group.rewards - group.scores).tolist() == pytest.approx(penalties) and min(penalties) < 0
+
+
+def test_the_numbers_of_a_step_are_those_of_its_answers():
+    """Computes them by hand, for two answers: one that ended, with a token of a tool, and one that was cut."""
+    ended = Answer([1, 2, 7, 8, 9], [0, 0, 1, 0, 1], [0.0, 0.0, -1.0, 0.0, -0.5], True, 2, 6)
+    cut = Answer([1, 2, 5, 5, 5, 5], [0, 0, 1, 1, 1, 1], [0.0, 0.0, -2.0, -1.0, -1.0, -0.5], False, 4, 4)
+    scores = torch.tensor([1.0, 0.0])
+    steps = group_steps()
+    steps.seconds["rollout"] = 2.0
+    numbers = steps.answer_metrics([Group(0, [ended, cut], scores, scores)])
+    assert numbers["response_len"] == 3 and numbers["finished"] == numbers["truncated"] == 0.5
+    assert numbers["entropy"] == pytest.approx(6 / 6) and numbers["rollout_tok_per_s"] == pytest.approx(6 / 2)
+    assert (numbers["reward"], numbers["reward_std"]) == (0.5, 0.5)
+
+
+class HeldOut(Task):
+    """Questions of a task that replies to answers; none has a rule by which free answers are judged."""
+
+    reply = None
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_held_out_questions_are_answered_as_the_rollouts_are(turns):
+    lines = ("temperature=0.7", "top_k=5", "max_new_tokens=9", "eval_samples=3", "eval_examples=4", f"turns={turns}")
+    lines = (*(f"stage.{line}" for line in lines), "stage.prompts_per_step=2", "stage.eval_every=6", "seed=7")
+    cfg = compose("train", "experiment=tiny", "stage=grpo", *lines)
+    test = HeldOut()
+    found = evaluations(cfg, model(), TOKENIZER, SimpleNamespace(test=test, parent=None))[0]
+    assert found.params == SamplingParams(0.7, 5, max_new_tokens=9, seed=7) and found.every == 6
+    assert (found.task, found.num_samples, found.max_items, found.batch_size) == (test, 3, 4, 2)
+    assert (found.draw is draw_answers) == (turns == 1)
 
 
 def test_long_answers_are_rewarded_less():

@@ -19,6 +19,7 @@ from llm.optim.optimizer import GroupOptimizer
 from llm.run.formats import read_scores
 from llm.run.stage_folder import ITEM_FOLDERS, OTHER_DATA, SCORE_FILES, RunDir, read_metrics
 from llm.scaling.rules import model_config
+from llm.stages import finetune, pretrain
 from llm.stages.job import Job
 from llm.stages.parents import differing
 from llm.stages.run_stage import run_stage
@@ -284,3 +285,17 @@ def test_scores_of_weights_that_go_are_set_aside(tmp_path, capsys):
     for name, bpb in (("scores_of_step_3", 2.0), ("scores_of_step_3_more", 2.1)):
         assert read_scores(job.stage_dir / name) == {"bpb": bpb}
         assert sorted(path.name for path in (job.stage_dir / name).iterdir()) == sorted(SCORE_FILES)
+
+
+def test_the_seed_decides_the_first_weights_and_the_order_of_conversations(tokenizer_runs):
+    """Lets results scatter over seeds: what is said of their spread would be 0 where the seed reaches nothing."""
+
+    def config(stage, seed):
+        return compose("train", "experiment=tiny", "trainer=cpu", f"stage={stage}", f"seed={seed}")
+
+    tokenizer = tokenizer_runs / "tiny" / "tokenizer" / "model"
+    nets = [pretrain.build(config("pretrain", seed), tokenizer).module.net for seed in (1, 2, 1)]
+    first, second, again = (net.transformer.wte.weight for net in nets)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    orders = [finetune.mixtures(config("sft", seed))[0].order.tolist() for seed in (1, 2, 1)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])

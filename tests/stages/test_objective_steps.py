@@ -6,6 +6,7 @@ from small_training import OPTIM, STAGE, STEPS, fit, net, rows, step_batch
 
 from llm import objectives
 from llm.stages.step_module import StageContext, StepModule
+from llm.stages.step_state import StepLog
 
 
 def nll(model, micro):
@@ -43,3 +44,12 @@ def test_an_objective_may_make_other_numbers_of_its_sums(tmp_path):
     (row,) = rows(tmp_path)
     assert float(row["perplexity"]) == pytest.approx(2.718281828 ** float(row["loss"]), rel=1e-5)
     assert "nll" not in row
+
+
+def test_a_row_has_means_of_all_steps_since_the_last_one_also_of_those_before_a_resume():
+    before, after = StepLog(), StepLog()
+    before.add_step(10.0, 4, {"reward": 1.0})
+    after.load_state_dict(before.state_dict())
+    after.add_step(2.0, 2, {"reward": 0.0, "kl": 3.0})
+    assert after.flush() == {"reward": 0.5, "kl": 3.0, "loss": 2.0}
+    assert after.flush() == {}

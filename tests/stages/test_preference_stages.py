@@ -17,12 +17,13 @@ from llm.errors import UserError
 from llm.eval.evaluate import run_evaluation
 from llm.eval.preferences import compared, interval
 from llm.model.gpt import GPT
+from llm.objectives import PREFERENCE_LOSSES, PreferenceSettings
 from llm.run.stage_folder import find_stage, write_manifest
 from llm.scaling.rules import model_config
 from llm.stages.choices import check_kto
 from llm.stages.common import load_parent
 from llm.stages.data_check import preferred
-from llm.stages.dpo import build
+from llm.stages.dpo import PreferenceObjective, build, settings_of
 from llm.stages.rollout_stage import read_task
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
@@ -204,6 +205,34 @@ def test_accuracy_and_margin_by_hand():
     found = compared(torch.tensor([1.0, 0.0]), torch.tensor([0.5]), is_paired=False)
     assert (found["accuracy"], found["margin"], found["n"]) == (0.5, 0.0, 1)
     assert compared(good, good[:0], True) == {}
+
+
+def test_every_number_of_a_loss_is_the_key_of_its_name():
+    numbers = {name: 0.1 * place for place, name in enumerate(vars(PreferenceSettings()), 1)}
+    lines = [f"stage.{name}={number}" for name, number in numbers.items()]
+    assert settings_of(compose("train", "stage=dpo", *lines).stage) == PreferenceSettings(**numbers)
+    default = settings_of(compose("train", "stage=dpo", "stage.loss=simpo").stage)
+    assert default.beta == PREFERENCE_LOSSES["simpo"].beta == 2.0
+
+
+class Given(torch.nn.Module):
+    """Stands for a network: gives a loss of 1 nat to every target."""
+
+    def forward(self, inputs, targets, reduction):
+        return (targets >= 0).float()
+
+
+@pytest.mark.parametrize(("loss", "kl"), [("dpo", 0.5 * (0.5**2 + 2**2) / 2), ("kto", 0.5 * (0.5**2 + 2**2))])
+def test_the_distance_from_the_parent_is_a_mean_per_token_of_every_answer(loss, kl):
+    """Computes the sum by hand, which a step divides by its pairs, or by its answers: by 1 and by 2."""
+    targets = torch.tensor([[-1, 3, 4], [-1, 5, -1]])
+    micro = {"inputs": targets, "targets": targets, "last": torch.tensor([2, 1])}
+    micro["logprobs_ref"] = torch.tensor([[0.0, -0.5, -0.5], [0.0, -3.0, 0.0]])
+    micro |= {"labels": torch.tensor([True, False]), "baseline": torch.tensor(0.0)} if loss == "kto" else {}
+    _, sums = PreferenceObjective(PREFERENCE_LOSSES[loss], PreferenceSettings(beta=0.5))(Given(), micro)
+    assert sums["kl"].item() == pytest.approx(kl)
+    # by 1.0 and 2.0 nats: the chosen answer has become less likely than it was, the other one more likely
+    assert sums["margin"].item() == pytest.approx(0.5 * (-1.0 - 2.0)) and sums["accuracy"].item() == 0
 
 
 def test_the_interval_is_wilsons():

@@ -144,10 +144,10 @@ def test_keys_without_an_effect_are_refused():
 # ---- rates, and what is foretold ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("follows", [True, False])
-def test_rates_and_decay_follow_the_batch_of_the_step_where_the_rules_do(follows):
+@pytest.mark.parametrize(("rates", "decays"), [(True, True), (True, False), (False, True), (False, False)])
+def test_rates_and_decay_follow_the_batch_of_the_step_where_the_rules_do(rates, decays):
     """But for the rate that follows no batch."""
-    cfg = compose("train", "stage=pretrain", f"optim.scale_lr={follows}", f"optim.scale_decay={follows}")
+    cfg = compose("train", "stage=pretrain", f"optim.scale_lr={rates}", f"optim.scale_decay={decays}")
     ramp, model = BatchSchedule(2**20, 0.5, 4), net()
     model.smear_gate = torch.nn.Linear(2, 1)
     module = AtStep(model, cfg.optim, cfg.stage, StageContext("pretrain", None, torch.ones(70), 20, 8, batch=ramp))
@@ -158,14 +158,14 @@ def test_rates_and_decay_follow_the_batch_of_the_step_where_the_rules_do(follows
     for step in range(20):
         module.global_step = step
         module.apply_schedules(groups)
-        size = ramp.tokens_of(step, 20) / 2**20 if follows else 1.0
+        size, decay_size = (ramp.tokens_of(step, 20) / 2**20 if follows else 1.0 for follows in (rates, decays))
         shape = (cfg.stage.warmup_steps, cfg.stage.warmdown_ratio, cfg.stage.final_lr_frac)
         multiplier = lr_multiplier(step, 20, *shape)
         for name, group in names.items():
             wanted = multiplier * (1 if name == "smear" else size**0.5)
             assert group["lr"] == pytest.approx(group["initial_lr"] * wanted), (name, step)
         assert module.rate == pytest.approx(multiplier * size**0.5)
-        decay = decay_multiplier(cfg.optim.decay_schedule, step, 20) * size**0.5
+        decay = decay_multiplier(cfg.optim.decay_schedule, step, 20) * decay_size**0.5
         assert names["matrices"]["weight_decay"] == pytest.approx(names["matrices"]["initial_decay"] * decay)
     assert {"smear", "matrices", "head"} <= names.keys() and ramp.tokens_of(0, 20) == 2**18
 

@@ -13,6 +13,7 @@ from conftest import compose
 from safetensors.torch import load_file
 from small_rollouts import TOKENIZER, Task, kill, model
 
+from callbacks.preference_eval import rates
 from llm.checkpoint.model_folder import save_model_folder
 from llm.data.preferences import render_row
 from llm.errors import UserError
@@ -100,6 +101,21 @@ def test_a_normalised_reward_has_the_answers_of_the_data_around_0():
 
 def test_wins_count_ties_half():
     assert wins([1.0, 2.0, 0.5], [0.0, 2.0, 1.0]) == [1.0, 0.5, 0.0]
+
+
+def test_the_columns_of_wins_by_hand():
+    """Takes equal answers for a tie, whatever their scores, and tells the score and the lengths of the answers now."""
+    texts, judged = [("abc", "a"), ("same", "same"), ("x", "yz")], [(1.0, 0.0), (2.0, 1.9), (0.0, 3.0)]
+    pairs = [
+        tuple({"text": text, "judge": number, "rule": number} for text, number in zip(*one, strict=True))
+        for one in zip(texts, judged, strict=True)
+    ]
+    by_judge = {name.removeprefix("preference/"): value for name, value in rates(pairs, "won", "judge").items()}
+    assert (by_judge["won"], by_judge["length"], by_judge["length_parent"]) == pytest.approx((0.5, 8 / 3, 7 / 3))
+    assert (by_judge["won_lc"], by_judge["won_lc_stderr"]) == length_controlled([1.0, 0.5, 0.0], [2, 0, -1])
+    by_rule = rates(pairs, "won", "rule")
+    assert by_rule.keys() == {"preference/won", "preference/won_stderr", "preference/rule"}
+    assert by_rule["preference/rule"] == 1.0 and by_rule["preference/won"] == 0.5
 
 
 def test_without_a_difference_of_lengths_the_rate_is_that_of_wins():
