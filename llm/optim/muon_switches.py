@@ -59,7 +59,7 @@ def soap(group: dict, update: torch.Tensor, grads: torch.Tensor, states: list[di
     """Return momenta (n, r, c) that are divided, in the eigenbases of the gradients, by their root mean squares.
 
     L = EMA(g g'), R = EMA(g' g), with bases P and Q of their eigenvectors; v = EMA((P' g Q)^2); the result is
-    P ((P' m Q) / (sqrt v + eps)) Q'. Every `soap_every` steps the bases make an orthogonal iteration, P = qr((L + r) P).
+    P ((P' m Q) / (sqrt v + eps)) Q'. Every `soap_every` steps the bases make one orthogonal step, P = qr((L + r) P).
     r, a thousandth of the mean of L's diagonal, changes no eigenvector; without it rounding alone would turn P where L
     has less than full rank. All EMAs have `soap_beta`. SOAP: arXiv 2409.11321. In front of Muon's orthogonalisation:
     modded-nanogpt, track 3, 2026-06-09 (all matrices, beta 0.9, each step). A side longer than `soap_side` keeps its
