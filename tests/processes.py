@@ -70,11 +70,11 @@ def run_warm(script: Path | str, *args: str, env: dict[str, str] | None = None, 
     return _ended(start_warm, script, *args, env=env, **popen)
 
 
-def _ended(start, *command, **options) -> subprocess.CompletedProcess:
+def _ended(start, *command, hang: float = HANG, **options) -> subprocess.CompletedProcess:
     before = len(started)
     try:
         process = start(*command, **options)
-        out, err = process.communicate(timeout=HANG)
+        out, err = process.communicate(timeout=hang)
     finally:
         end_started(before)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
