@@ -455,7 +455,7 @@ def test_nothing_is_lost_when_trainings_are_killed(tmp_path):
     """`make chaos` in small: a training of every stage stopped once, one of them on two processes; two other faults."""
     cases = ("pretrain, 1 proc., mixture", "midtrain, 1 proc., local", "sft, 2 proc.", "grpo, 1 proc., local")
     chosen = ("--kills", "1", "--folder", str(tmp_path), "--only", *cases, "flipped_bits", "twins_at_once")
-    done = run(sys.executable, str(REPO / "tests" / "chaos.py"), *chosen, hang=8 * HANG)  # minutes where nothing else runs
+    done = run(sys.executable, str(REPO / "tests" / "chaos.py"), *chosen, hang=8 * HANG)  # minutes of work
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "| **all** |" in done.stdout
 
