@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from llm.checkpoint.hf_model import first_line
 from llm.errors import UserError
 
 
@@ -22,16 +23,14 @@ def push(folder: Path, name: str, private: bool) -> str:
     The repository is made where it is missing; files of the same name are replaced.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export from Fathom")
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:240]
+    except Exception as error:  # those of httpx too
         raise UserError(
-            f"push={name}: the hub refuses or cannot be reached ({reason}); {folder} is complete, so push again with "
-            "the same command and overwrite=true, or by `hf upload`"
+            f"push={name}: the hub refuses or cannot be reached ({first_line(error)}); {folder} is complete, so push "
+            "again with the same command and overwrite=true, or by `hf upload`"
         ) from error
     return f"{api.endpoint}/{name}"

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import compose
+from hub_server import Hub, point_to
 from safetensors.torch import load_file, save_file
 
 from llm.checkpoint import hf_weights
@@ -115,6 +116,18 @@ def test_the_old_key_of_rotary_positions_goes_before_the_new_one(tmp_path):
     ids = torch.randint(found.bos_id, (2, 50))
     assert net.config.rope_base == 3e4
     assert torch.allclose(net(ids)[..., : found.bos_id], theirs(ids).logits[..., : found.bos_id], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(None, "Expecting value"), (("cut", 3), "peer closed connection"), (500, "500")]
+)
+def test_a_hub_that_answers_wrongly_is_a_line(fault, reason, tmp_path, monkeypatch):
+    with Hub({}) as hub:
+        point_to(hub, monkeypatch, tmp_path)
+        path = "/api/models/me/model/revision/main"
+        hub.web[path], hub.faults = b"<html>sign in to this network</html>", [(path, fault)] * 20
+        with pytest.raises(UserError, match=f"init_from=hf:me/model: the hub cannot be .*{reason}.*Check the network"):
+            imported_folder("hf:me/model", tmp_path / "runs")
 
 
 def _weights(change):

@@ -15,6 +15,7 @@ from serving_run import make_run
 from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
 from llm.export.card import trail_of
+from llm.export.hub import push
 from llm.export.run_export import run_export
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
@@ -205,6 +206,12 @@ def test_a_push_brings_all_files_to_the_hub(tok, tmp_path, monkeypatch, capsys):
         hub.push_status = 403
         with pytest.raises(UserError, match="push=me/model: the hub refuses or cannot be reached .*403.* is complete"):
             export(tmp_path, "run=q", "push=me/model", "overwrite=true")
+
+
+def test_a_push_without_a_network_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="push=me/model: the hub refuses or cannot be reached .*refused.* is complete"):
+        push(tmp_path, "me/model", private=True)
 
 
 def test_the_command_names_mistakes_and_lists_its_settings(tmp_path):
