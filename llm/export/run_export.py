@@ -12,7 +12,7 @@ from llm.export.card import TAG, model_card
 from llm.export.gguf_file import check_gguf, write_gguf
 from llm.export.hub import check_hub, push
 from llm.model.linear import DTYPES
-from llm.run.content import CONTENT, check_content
+from llm.run.content import CONTENT
 from llm.run.stage_folder import find_stage
 from llm.utils.files import read_json, replaced_folder, write_json
 
@@ -66,7 +66,6 @@ def is_replaceable(out: Path) -> bool:
 
 def copy_folder(model: Path, out: Path, dtype: str) -> None:
     """Copy a model/ folder into the folder `out`, with weights in the number format `dtype` (a key of DTYPES)."""
-    check_content(model)
     for path in model.iterdir():
         if path.name not in (*LEFT_OUT, WEIGHTS_FILE):
             shutil.copyfile(path, out / path.name)

@@ -21,6 +21,7 @@ from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.qwen3 import Qwen3
 from llm.model.qwen3_config import Qwen3Config
+from llm.run import content
 from llm.run.content import fingerprints
 from llm.tokenizer.bpe import NAMED_PATTERNS, Tokenizer, checked_pattern
 from llm.tokenizer.compression import SAMPLE_TEXTS
@@ -84,6 +85,22 @@ def test_a_folder_for_transformers_with_a_card(tmp_path, capsys):
     export(tmp_path, "run=tiny", "overwrite=true")
     assert load_file(out / "model.safetensors")["lm_head.weight"].dtype == torch.float32
     assert "license:" not in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_files_are_compared_once_or_not_at_all(tok, to, tmp_path, monkeypatch):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    finish(tmp_path / "runs/q/sft", qwen3(tok), tok)
+    compare, seen = content.wrong_file, []
+    monkeypatch.setattr(content, "wrong_file", lambda folder: seen.append(folder) or compare(folder))
+    export(tmp_path, "run=q", f"to={to}", f"out={tmp_path}/compared")
+    assert len(seen) == 1
+    (tmp_path / "runs/q/sft/model/chat_template.jinja").write_text("changed")
+    with pytest.raises(UserError, match="chat_template.jinja has 7 bytes"):
+        export(tmp_path, "run=q", f"to={to}", f"out={tmp_path}/refused")
+    export(tmp_path, "run=q", f"to={to}", f"out={tmp_path}/taken", "verify=false")
+    assert len(seen) == 2 and (tmp_path / "taken").is_dir()
 
 
 @pytest.mark.parametrize("out", ["runs/tiny/sft", "runs/tiny/sft/model", "notes", "notes/todo.txt"])
