@@ -174,6 +174,20 @@ def test_matrices_of_a_gguf_file_are_rounded_and_norms_are_not(tok, dtype, kind,
     assert torch.equal(found.view_as(wanted), wanted.to(getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype])))
 
 
+@pytest.mark.parametrize(("to", "name"), [("hf", "model.layers.0.mlp.up_proj.weight"), ("gguf", "h.0.mlp.c_fc.weight")])
+def test_weights_that_a_format_cannot_hold_are_refused(tok, to, name, tmp_path):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    net = qwen3(tok)
+    with torch.no_grad():
+        net.transformer.h[0].mlp.c_fc.weight[0, 0] = -1e5
+    finish(tmp_path / "runs/q/sft", net, tok)
+    with pytest.raises(UserError, match=rf"dtype=fp16: .*{name} holds numbers up to 1e\+05.*take dtype=bf16"):
+        export(tmp_path, "run=q", f"to={to}", "dtype=fp16", f"out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+    export(tmp_path, "run=q", f"to={to}", "dtype=bf16", f"out={tmp_path}/out")
+
+
 def test_the_pattern_qwen2_cuts_as_qwen2_does():
     import regex
 
