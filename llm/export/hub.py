@@ -6,12 +6,14 @@ from pathlib import Path
 from llm.checkpoint.hf_model import first_line
 from llm.errors import UserError
 
+NAME = re.compile(r"[\w.-]+/[\w.-]+")  # of a model on the hub
+
 
 def check_hub(name: str) -> None:
     """Raise UserError for a name that no model of the hub can have, and where there is no token to push with."""
     import huggingface_hub
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not NAME.fullmatch(name):
         raise UserError(f"push={name}: a model on the hub is called <owner>/<name>")
     if not huggingface_hub.get_token():
         raise UserError(f"push={name}: there is no token of the hub; set HF_TOKEN, or run `hf auth login`")

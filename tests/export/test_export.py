@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPO, compose
 from hub_server import Hub, point_to
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from serving_run import make_run
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
-from llm.export.card import trail_of
+from llm.export.card import TAG, model_card, trail_of
 from llm.export.hub import push
 from llm.export.run_export import run_export
 from llm.model.config import GPTConfig
@@ -132,6 +133,51 @@ def test_a_card_follows_the_parents(tmp_path):
         manifest = {"stage": stage, "status": "finished", "parent": parent and str(tmp_path / "a" / parent / "model")}
         (tmp_path / "a" / stage / "run.json").write_text(json.dumps(manifest))
     assert list(trail_of(tmp_path / "a/grpo")) == ["pretrain", "sft", "grpo"]
+
+
+def test_a_card_follows_parents_into_other_runs(tok, tmp_path, monkeypatch):
+    """The runs lie elsewhere now than their run.json says, and the command runs in a stage folder."""
+    runs, net, spent = tmp_path / "runs", qwen3(tok), {"device_seconds": 7200.0, "seconds": 7200.0}
+    rows = {"a/tokenizer": None, "a/pretrain": "a/tokenizer", "b/sft": "a/pretrain", "c/sft": "b/sft", "c/dpo": "c/sft"}
+    for name, parent in rows.items():
+        config = {"device_price": 3.0, "data": {"name": name[0]}}
+        finish(runs / name, net, tok, parent=parent and f"/gone/{parent}/model", config=config, **spent)
+        (runs / name / "metrics.csv").write_text("step,bpb\n1,0.5\n")
+    monkeypatch.chdir(runs / "a/pretrain")
+    names = ["a/tokenizer", "a/pretrain", "b/sft", "sft", "dpo"]
+    assert list(trail_of(runs / "c/dpo")) == names
+    card = model_card(runs / "c/dpo", net, "hf", None)
+    for name, letter in zip(names, "aabcc", strict=True):
+        assert f"| {name} | {letter} | - | - | 2.00 | $6.00 |" in card
+    assert "| benchmark | a/pretrain | b/sft | sft | dpo |" in card and "started from" not in card
+    assert "| bits per byte, text | 0.5000 | - |" in card
+
+
+@pytest.mark.parametrize(
+    ("init_from", "parent", "name", "on_hub"),
+    [
+        ("hf:owner/name", "runs/.hf/0123/model", "owner/name", True),
+        ("hf:/home/me/a model", "runs/.hf/0123/model", "a model", False),
+        ("nanochat:~/base_checkpoints/d20", "runs/.nanochat/0123/model", "d20", False),
+        (None, "/gone/a/pretrain/model", "a/pretrain", False),
+    ],
+)
+def test_a_card_names_the_model_of_others_that_it_began_with(tok, init_from, parent, name, on_hub, tmp_path):
+    net = qwen3(tok)
+    finish(tmp_path / "b/sft", net, tok, parent=parent, config={"init_from": init_from, "data": {}})
+    card = model_card(tmp_path / "b/sft", net, "hf", None)
+    assert f"It started from {name}, whose data and cost are not in the table." in card
+    assert yaml.safe_load(card.split("---")[1]).get("base_model") == (name if on_hub else None)
+
+
+@pytest.mark.parametrize("licence", ["other: mine", "no", "a\n---\nlibrary_name: x", "ö" * 200, "{", "apache-2.0"])
+def test_any_licence_stands_in_the_head_of_a_card(tok, licence, tmp_path):
+    net = qwen3(tok)
+    finish(tmp_path / "b/sft", net, tok)
+    head = model_card(tmp_path / "b/sft", net, "hf", licence).partition("\n\n#")[0]
+    assert head.startswith("---\n") and head.endswith(f"\ntags:\n- {TAG}\n- qwen3\n---")
+    found = yaml.safe_load(head.removeprefix("---").removesuffix("---"))
+    assert found["license"] == licence and found["library_name"] == "transformers"
 
 
 @torch.no_grad()
