@@ -353,11 +353,11 @@ def hf_folder(name: str, key: str = "model") -> Path:
             f"{key}=hf:{name}: the hub refuses it ({status}): there is no such model, or it is private or gated. "
             "Correct the name, or accept its terms on its page and set HF_TOKEN"
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        reason = _first_line(error.__cause__ or error)
+    except Exception as error:  # those of httpx and JSON too: a broken connection, a page to sign in to a network
         raise UserError(
-            f"{key}=hf:{name}: the hub cannot be reached or fails ({reason}), and the model has not been fetched "
-            f"before. Check the network or HF_ENDPOINT, or give a folder: {key}=hf:/path/to/folder"
+            f"{key}=hf:{name}: the hub cannot be reached or fails ({first_line(error.__cause__ or error)}). Check the "
+            "network or HF_ENDPOINT, take one that was fetched before by HF_HUB_OFFLINE=1, or give a folder: "
+            f"{key}=hf:/path/to/folder"
         ) from error
     if not (found / "config.json").is_file():
         raise UserError(f"{key}=hf:{name}: the repository has no config.json, so it holds no model of transformers")
@@ -373,10 +373,10 @@ def _why_not(error: Exception) -> str:
         return "no causal language model; name one such as hf:openai-community/gpt2"
     if "ignore_mismatched_sizes" in text:
         return "the weights in its files have other shapes than its config.json says"
-    return f"transformers cannot load it ({_first_line(error)})"
+    return f"transformers cannot load it ({first_line(error)})"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the text of an error on one line of at most 240 characters."""
     return " ".join(str(error).split())[:240] or type(error).__name__
 

@@ -81,7 +81,10 @@ def shape(content: dict, vocab_size: int, path: Path) -> Qwen3Config:
     for key, allowed in NEEDED.items():
         if content.get(key) is not None and content[key] not in allowed:
             raise UserError(f"{path}: {key}={str(content[key])[:60]}: such a {kind} model cannot be trained on here")
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"  # the first wins, as in transformers
+    rope = content.get(key) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: {key}={str(rope)[:60]} is no object with a rope_type; restore the file")
     rope_kind = rope.get("rope_type", rope.get("type", "default"))
     if rope_kind != "default":
         raise UserError(f"{path}: rotary positions of type {str(rope_kind)[:40]}; only plain ones are known")
@@ -125,7 +128,9 @@ def read_tokenizer(folder: Path, content: dict) -> tuple[Tokenizer, list[int | N
     rows: list[int | None] = [ids["".join(alphabet[b] for b in token)] for token in tokenizer.tokens]
     ends = (content.get("bos_token_id"), content.get("eos_token_id"))
     starts = [end[0] if isinstance(end, list) and end else end for end in ends]
-    bos = next((start for start in starts if isinstance(start, int)), None)
+    size = content.get("vocab_size")
+    in_table = range(size if isinstance(size, int) else 1 << 31)
+    bos = next((start for start in starts if type(start) is int and start in in_table), None)  # -1 stands for none
     return tokenizer, rows + [special.get(name, bos if name == "<|bos|>" else None) for name in SPECIAL_TOKENS]
 
 
@@ -186,12 +191,15 @@ def copy_tensors(net: GPT, tensors: dict[str, Path], rows: list[int | None], fol
 
 
 def _tensor(tensors: dict[str, Path], name: str, where: str) -> torch.Tensor:
-    """Return one tensor of floats. Raises UserError for other numbers, as quantised weights have them."""
+    """Return one tensor of finite floats. Raises UserError for other numbers, as quantised weights have them."""
     try:
         with safe_open(tensors[name], framework="pt") as file:
             kind = file.get_slice(name).get_dtype()
             if kind not in FLOATS:
                 raise UserError(f"{where}: tensor {name} holds {kind}; only {', '.join(FLOATS)} can be trained on")
-            return file.get_tensor(name)
+            found = file.get_tensor(name)
+            if not found.float().isfinite().all():
+                raise UserError(f"{where}: tensor {name} has values that are not finite; fetch the model again")
+            return found
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{where}: tensor {name} cannot be read ({error})") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llm.errors import UserError
+from llm.export.number_format import check_range
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.lora import merged
@@ -88,7 +89,10 @@ def write_gguf(path: Path, net: GPT, tokenizer: Tokenizer, dtype: str) -> None:
         if name.startswith(("transformer.wte.", "lm_head.")):
             value = value[: c.vocab_size]
         array = value.contiguous().numpy()
-        stored = kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        stored = gguf.GGMLQuantizationType.F32
+        if array.ndim == 2:
+            check_range(name, value, dtype)
+            stored = kind
         writer.add_tensor(tensor_name(name), gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

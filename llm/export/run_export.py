@@ -11,8 +11,9 @@ from llm.errors import UserError
 from llm.export.card import TAG, model_card
 from llm.export.gguf_file import check_gguf, write_gguf
 from llm.export.hub import check_hub, push
+from llm.export.number_format import check_range
 from llm.model.linear import DTYPES
-from llm.run.content import CONTENT, check_content
+from llm.run.content import CONTENT
 from llm.run.stage_folder import find_stage
 from llm.utils.files import read_json, replaced_folder, write_json
 
@@ -66,12 +67,14 @@ def is_replaceable(out: Path) -> bool:
 
 def copy_folder(model: Path, out: Path, dtype: str) -> None:
     """Copy a model/ folder into the folder `out`, with weights in the number format `dtype` (a key of DTYPES)."""
-    check_content(model)
     for path in model.iterdir():
         if path.name not in (*LEFT_OUT, WEIGHTS_FILE):
             shutil.copyfile(path, out / path.name)
     kind = DTYPES[dtype]
-    tensors = {name: value.to(kind).contiguous() for name, value in load_file(model / WEIGHTS_FILE).items()}
+    tensors = load_file(model / WEIGHTS_FILE)
+    for name, value in tensors.items():
+        check_range(name, value, dtype)
+        tensors[name] = value.to(kind).contiguous()
     save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
     shutil.copymode(out / CONFIG_FILE, out / WEIGHTS_FILE)
     write_json(out / CONFIG_FILE, read_json(out / CONFIG_FILE) | {"dtype": str(kind).removeprefix("torch.")})

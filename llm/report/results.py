@@ -125,10 +125,11 @@ def final_metrics(facts: dict[str, Any]) -> Metrics:
 def results_of(stage: str, facts: dict[str, Any]) -> Metrics:
     """Return the final metrics of a stage for a table over stages: bits per byte of text are apart from those of chats.
 
-    Names as `final_metrics` has them, but what a stage that trains on text calls `bpb` is `bpb_text`.
+    Names as `final_metrics` has them, but what a stage that trains on text calls `bpb` is `bpb_text`. stage: its name,
+    or <run>/<stage>.
     """
     found = final_metrics(facts)
-    if row_or_stranger(stage).kind == "text" and "bpb" in found:
+    if row_or_stranger(stage.rpartition("/")[2]).kind == "text" and "bpb" in found:
         found["bpb_text"] = found.pop("bpb")
     return found
 

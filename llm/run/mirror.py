@@ -121,7 +121,7 @@ def mirrored(address: str | None, run: RunDir, stage: str, parents: Iterable[Pat
     address = address.rstrip("/")
     mirror = Mirror(f"{address}/{run.name}/{stage}", run.path / stage)
     for folder in (model.parent for model in parents):
-        if folder.resolve().parent.parent == Path(run.root).resolve() and (folder / MANIFEST).is_file():
+        if folder.parent.parent.resolve() == Path(run.root).resolve() and (folder / MANIFEST).is_file():
             mirror.parents.append(Mirror(f"{address}/{folder.parent.name}/{folder.name}", folder, ("checkpoints",)))
         else:
             mirror.say(f"{folder / 'model'} is no stage of a run in {run.root}, so it is not copied: resuming needs it")
@@ -213,13 +213,23 @@ def files_in(stage_dir: Path, left_out: tuple[str, ...] = ()) -> dict[str, list[
     left_out: names in the folder that do not count, with all below them.
     """
     found = {}
-    for path in sorted(stage_dir.rglob("*"), key=lambda path: (path.suffix != ".ckpt", path)):
+    for path in sorted(_below(stage_dir), key=lambda path: (path.suffix != ".ckpt", path)):
         parts = path.relative_to(stage_dir).parts
         with contextlib.suppress(FileNotFoundError):
-            if parts[0] not in left_out and not any(part.startswith(".") for part in parts) and path.is_file():
+            if parts[0] not in left_out and path.is_file():
                 state = path.stat()
                 found["/".join(parts)] = [state.st_size, state.st_mtime_ns]
     return found
+
+
+def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield what is no folder in a folder and in linked ones, but for hidden names; a link back `above` is left out."""
+    real = os.path.realpath(folder)
+    if real in above or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            yield from _below(path, (*above, real)) if path.is_dir() else (path,)
 
 
 def _in_words(error: Exception) -> str:

@@ -24,34 +24,41 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a new empty folder that replaces `folder` if the block succeeds, and is deleted if it fails.
 
     The files are forced to disk before the rename, so neither a full disk nor a power cut leaves half a folder behind.
-    Raises UserError if the disk refuses.
+    Where `folder` is a link, what it leads to is replaced. Raises UserError if the disk refuses.
     """
-    folder = Path(folder)
-    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    place = Path(os.path.realpath(folder))
+    new, old = (place.with_name(f".{place.name}.{suffix}") for suffix in ("new", "old"))
 
     try:
-        put_back_folder(folder)
+        put_back_folder(place)
         for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         new.mkdir(parents=True)
         yield new
         for path in new.iterdir():
             sync(path)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        sync_folder(folder.parent)
+        if place.exists():
+            place.rename(old)
+        new.rename(place)
+        sync_folder(place.parent)
     except OSError as error:
-        reason = reason_of(error, folder)
+        reason = reason_of(error, place)
         raise UserError(f"{folder}: cannot be written: {reason}. Then run the same command again") from error
     finally:
-        put_back_folder(folder)
+        put_back_folder(place)
         for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
+
+
+def _remove(leftover: Path) -> None:
+    """Remove a folder, or a link to one, if it can be removed."""
+    with contextlib.suppress(OSError):
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover, ignore_errors=True)
 
 
 def put_back_folder(folder: Path) -> None:
     """Rename the old folder back where `replaced_folder` was stopped between its two renames."""
+    folder = Path(os.path.realpath(folder))
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)

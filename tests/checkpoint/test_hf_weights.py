@@ -1,12 +1,14 @@
 """init_from=hf: models of transformers become ours, whole or not at all, and are trained on."""
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import compose
+from hub_server import Hub, point_to
 from safetensors.torch import load_file, save_file
 
 from llm.checkpoint import hf_weights
@@ -94,6 +96,40 @@ def test_our_own_special_tokens_keep_their_rows(tmp_path):
     assert torch.equal(net.transformer.wte.weight[:333], model.get_input_embeddings().weight[:333])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bos", [-1, True, PADDED, None])
+def test_the_first_token_takes_the_row_of_the_end_where_no_row_is_named(bos, tmp_path):
+    model, _ = checkpoint(tmp_path / "theirs", "qwen3")
+    _config(bos_token_id=bos)(tmp_path / "theirs")
+    net, found = load_model_folder(imported_folder(f"hf:{tmp_path}/theirs", tmp_path / "runs"))
+    assert torch.equal(net.transformer.wte.weight[found.bos_id], model.get_input_embeddings().weight[330])
+
+
+@torch.no_grad()
+def test_the_old_key_of_rotary_positions_goes_before_the_new_one(tmp_path):
+    """Both name plain positions, and transformers takes the wavelength of the first."""
+    checkpoint(tmp_path / "theirs", "qwen3")
+    both = {"rope_scaling": {"rope_type": "default", "rope_theta": 3e4}, "rope_parameters": {"rope_theta": 5e4}}
+    _config(**both)(tmp_path / "theirs")
+    net, found = load_model_folder(imported_folder(f"hf:{tmp_path}/theirs", tmp_path / "runs"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    ids = torch.randint(found.bos_id, (2, 50))
+    assert net.config.rope_base == 3e4
+    assert torch.allclose(net(ids)[..., : found.bos_id], theirs(ids).logits[..., : found.bos_id], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(None, "Expecting value"), (("cut", 3), "peer closed connection"), (500, "500")]
+)
+def test_a_hub_that_answers_wrongly_is_a_line(fault, reason, tmp_path, monkeypatch):
+    with Hub({}) as hub:
+        point_to(hub, monkeypatch, tmp_path)
+        path = "/api/models/me/model/revision/main"
+        hub.web[path], hub.faults = b"<html>sign in to this network</html>", [(path, fault)] * 20
+        with pytest.raises(UserError, match=f"init_from=hf:me/model: the hub cannot be .*{reason}.*Check the network"):
+            imported_folder("hf:me/model", tmp_path / "runs")
+
+
 def _weights(change):
     def edit(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -120,6 +156,12 @@ WRONG = {
     "type": (_config(model_type="gemma"), "model_type gemma: only models of the types qwen3, llama"),
     "biases": (_config(attention_bias=True), "attention_bias=True"),
     "rotary": (_config(rope_parameters={"rope_type": "llama3"}), "rotary positions of type llama3"),
+    "old rotary key": (_config(rope_scaling={"type": "yarn", "factor": 2.0}), "rotary positions of type yarn"),
+    "rotary word": (_config(rope_scaling="yarn", rope_parameters=None), "rope_scaling=yarn is no object"),
+    "not finite": (
+        _weights(lambda t: t["model.norm.weight"][3:4].fill_(math.nan)),
+        "norm.weight has values that are not",
+    ),
     "shape of nothing": (_config(num_hidden_layers=None), "config.json.*n_layer"),
     "heads": (_config(num_key_value_heads=3), "is not a shape that can be"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "there is no tokenizer.json"),

@@ -25,7 +25,7 @@ from llm.model.gpt import GPT
 from llm.tokenizer.bpe import RANKS_FILE, Tokenizer
 from llm.tokenizer.chat_format import render_conversation, render_prompt
 from llm.tokenizer.compression import SAMPLE_TEXTS
-from llm.utils.files import replaced_folder
+from llm.utils.files import put_back_folder, replaced_folder
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -265,6 +265,31 @@ def test_replaced_folder_survives_an_interrupt_and_a_kill_between_renames(tmp_pa
     with pytest.raises(KeyboardInterrupt), replaced_folder(target):
         raise KeyboardInterrupt
     assert (target / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_behind_a_link_the_folder_on_the_other_disk_is_replaced(tmp_path):
+    target, stage = tmp_path / "disk/model", tmp_path / "stage"
+    for folder in (target, stage):
+        folder.mkdir(parents=True)
+    (stage / "model").symlink_to(target)
+    for text in ("one", "two", "three"):
+        with replaced_folder(stage / "model") as new:
+            (new / "a").write_text(text)
+        assert (target / "a").read_text() == text and (stage / "model").readlink() == target
+        assert [path.name for path in target.parent.iterdir()] == ["model"]
+    target.rename(target.with_name(".model.old"))  # the state after a kill between the two renames
+    put_back_folder(stage / "model")
+    assert (stage / "model/a").read_text() == "three"
+
+
+def test_a_link_in_the_place_of_the_old_folder_is_removed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".model.old").symlink_to(tmp_path / "precious")
+    for text in ("one", "two"):
+        with replaced_folder(tmp_path / "model") as new:
+            (new / "a").write_text(text)
+        assert (tmp_path / "model/a").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
 
 
 def test_loading_and_saving_import_no_transformers(folder):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPO, compose
 from hub_server import Hub, point_to
 from safetensors.torch import load_file
@@ -14,12 +15,14 @@ from serving_run import make_run
 
 from llm.checkpoint.model_folder import save_model_folder
 from llm.errors import UserError
-from llm.export.card import trail_of
+from llm.export.card import TAG, model_card, trail_of
+from llm.export.hub import push
 from llm.export.run_export import run_export
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.model.qwen3 import Qwen3
 from llm.model.qwen3_config import Qwen3Config
+from llm.run import content
 from llm.run.content import fingerprints
 from llm.tokenizer.bpe import NAMED_PATTERNS, Tokenizer, checked_pattern
 from llm.tokenizer.compression import SAMPLE_TEXTS
@@ -85,6 +88,22 @@ def test_a_folder_for_transformers_with_a_card(tmp_path, capsys):
     assert "license:" not in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_files_are_compared_once_or_not_at_all(tok, to, tmp_path, monkeypatch):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    finish(tmp_path / "runs/q/sft", qwen3(tok), tok)
+    compare, seen = content.wrong_file, []
+    monkeypatch.setattr(content, "wrong_file", lambda folder: seen.append(folder) or compare(folder))
+    export(tmp_path, "run=q", f"to={to}", f"out={tmp_path}/compared")
+    assert len(seen) == 1
+    (tmp_path / "runs/q/sft/model/chat_template.jinja").write_text("changed")
+    with pytest.raises(UserError, match="chat_template.jinja has 7 bytes"):
+        export(tmp_path, "run=q", f"to={to}", f"out={tmp_path}/refused")
+    export(tmp_path, "run=q", f"to={to}", f"out={tmp_path}/taken", "verify=false")
+    assert len(seen) == 2 and (tmp_path / "taken").is_dir()
+
+
 @pytest.mark.parametrize("out", ["runs/tiny/sft", "runs/tiny/sft/model", "notes", "notes/todo.txt"])
 def test_overwrite_replaces_nothing_but_an_export(out, tmp_path):
     make_run(tmp_path / "runs", steps=1)
@@ -114,6 +133,51 @@ def test_a_card_follows_the_parents(tmp_path):
         manifest = {"stage": stage, "status": "finished", "parent": parent and str(tmp_path / "a" / parent / "model")}
         (tmp_path / "a" / stage / "run.json").write_text(json.dumps(manifest))
     assert list(trail_of(tmp_path / "a/grpo")) == ["pretrain", "sft", "grpo"]
+
+
+def test_a_card_follows_parents_into_other_runs(tok, tmp_path, monkeypatch):
+    """The runs lie elsewhere now than their run.json says, and the command runs in a stage folder."""
+    runs, net, spent = tmp_path / "runs", qwen3(tok), {"device_seconds": 7200.0, "seconds": 7200.0}
+    rows = {"a/tokenizer": None, "a/pretrain": "a/tokenizer", "b/sft": "a/pretrain", "c/sft": "b/sft", "c/dpo": "c/sft"}
+    for name, parent in rows.items():
+        config = {"device_price": 3.0, "data": {"name": name[0]}}
+        finish(runs / name, net, tok, parent=parent and f"/gone/{parent}/model", config=config, **spent)
+        (runs / name / "metrics.csv").write_text("step,bpb\n1,0.5\n")
+    monkeypatch.chdir(runs / "a/pretrain")
+    names = ["a/tokenizer", "a/pretrain", "b/sft", "sft", "dpo"]
+    assert list(trail_of(runs / "c/dpo")) == names
+    card = model_card(runs / "c/dpo", net, "hf", None)
+    for name, letter in zip(names, "aabcc", strict=True):
+        assert f"| {name} | {letter} | - | - | 2.00 | $6.00 |" in card
+    assert "| benchmark | a/pretrain | b/sft | sft | dpo |" in card and "started from" not in card
+    assert "| bits per byte, text | 0.5000 | - |" in card
+
+
+@pytest.mark.parametrize(
+    ("init_from", "parent", "name", "on_hub"),
+    [
+        ("hf:owner/name", "runs/.hf/0123/model", "owner/name", True),
+        ("hf:/home/me/a model", "runs/.hf/0123/model", "a model", False),
+        ("nanochat:~/base_checkpoints/d20", "runs/.nanochat/0123/model", "d20", False),
+        (None, "/gone/a/pretrain/model", "a/pretrain", False),
+    ],
+)
+def test_a_card_names_the_model_of_others_that_it_began_with(tok, init_from, parent, name, on_hub, tmp_path):
+    net = qwen3(tok)
+    finish(tmp_path / "b/sft", net, tok, parent=parent, config={"init_from": init_from, "data": {}})
+    card = model_card(tmp_path / "b/sft", net, "hf", None)
+    assert f"It started from {name}, whose data and cost are not in the table." in card
+    assert yaml.safe_load(card.split("---")[1]).get("base_model") == (name if on_hub else None)
+
+
+@pytest.mark.parametrize("licence", ["other: mine", "no", "a\n---\nlibrary_name: x", "ö" * 200, "{", "apache-2.0"])
+def test_any_licence_stands_in_the_head_of_a_card(tok, licence, tmp_path):
+    net = qwen3(tok)
+    finish(tmp_path / "b/sft", net, tok)
+    head = model_card(tmp_path / "b/sft", net, "hf", licence).partition("\n\n#")[0]
+    assert head.startswith("---\n") and head.endswith(f"\ntags:\n- {TAG}\n- qwen3\n---")
+    found = yaml.safe_load(head.removeprefix("---").removesuffix("---"))
+    assert found["license"] == licence and found["library_name"] == "transformers"
 
 
 @torch.no_grad()
@@ -154,6 +218,20 @@ def test_matrices_of_a_gguf_file_are_rounded_and_norms_are_not(tok, dtype, kind,
     found = torch.from_numpy(np.array(gguf.quants.dequantize(matrix.data, matrix.tensor_type)))
     wanted = net.transformer.h[1].attn.c_q.weight.detach()
     assert torch.equal(found.view_as(wanted), wanted.to(getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype])))
+
+
+@pytest.mark.parametrize(("to", "name"), [("hf", "model.layers.0.mlp.up_proj.weight"), ("gguf", "h.0.mlp.c_fc.weight")])
+def test_weights_that_a_format_cannot_hold_are_refused(tok, to, name, tmp_path):
+    if to == "gguf":
+        pytest.importorskip("gguf")
+    net = qwen3(tok)
+    with torch.no_grad():
+        net.transformer.h[0].mlp.c_fc.weight[0, 0] = -1e5
+    finish(tmp_path / "runs/q/sft", net, tok)
+    with pytest.raises(UserError, match=rf"dtype=fp16: .*{name} holds numbers up to 1e\+05.*take dtype=bf16"):
+        export(tmp_path, "run=q", f"to={to}", "dtype=fp16", f"out={tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+    export(tmp_path, "run=q", f"to={to}", "dtype=bf16", f"out={tmp_path}/out")
 
 
 def test_the_pattern_qwen2_cuts_as_qwen2_does():
@@ -205,6 +283,12 @@ def test_a_push_brings_all_files_to_the_hub(tok, tmp_path, monkeypatch, capsys):
         hub.push_status = 403
         with pytest.raises(UserError, match="push=me/model: the hub refuses or cannot be reached .*403.* is complete"):
             export(tmp_path, "run=q", "push=me/model", "overwrite=true")
+
+
+def test_a_push_without_a_network_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="push=me/model: the hub refuses or cannot be reached .*refused.* is complete"):
+        push(tmp_path, "me/model", private=True)
 
 
 def test_the_command_names_mistakes_and_lists_its_settings(tmp_path):

@@ -75,6 +75,29 @@ def test_a_stage_comes_back_from_its_copy(run, address):
     assert sorted(path.name for path in run.path.iterdir()) == ["pretrain"]
 
 
+def test_linked_folders_are_copied_and_one_that_leads_back_ends(run, address, parent, tmp_path):
+    """Checkpoints lie on another disk, two names lead to one folder, and so does the whole parent."""
+    stage, disk = run.path / "pretrain", tmp_path / "disk"
+    disk.mkdir()
+    (stage / "checkpoints").rename(disk / "checkpoints")
+    parent.rename(disk / "parent")
+    for link, target in {
+        stage / "checkpoints": disk / "checkpoints",
+        stage / "copy": disk / "checkpoints",
+        disk / "checkpoints/back": stage,
+        parent: disk / "parent",
+    }.items():
+        link.symlink_to(target)
+    with mirrored(address, run, "pretrain", [parent / "model"]):
+        pass
+    copies = [name.replace("checkpoints", "copy") for name in FILES if "/" in name]
+    assert at(address) == sorted(FILES + copies)
+    assert len(read_list(fsspec.filesystem("memory"), "/bucket/runs/base/pretrain")) == 2
+    shutil.rmtree(run.path)
+    fetch(address, run)
+    assert (run.path / "pretrain/checkpoints/step_000004.ckpt").read_text() == "weights 4"
+
+
 def test_files_that_are_there_already_are_not_mixed_with_those_of_the_copy(run, address):
     mirror_of(run, address).copy()
     (run.path / "pretrain/run.json").unlink()
