@@ -27,6 +27,10 @@ from llm.parallel.muon_zero2 import ShardedOptimizer
 STEPS = 4
 # Of (1,) and (1, 12) the last processes hold nothing with strategy=fsdp; of (4,) the third one, with strategy=muon too.
 SHAPES = {"matrices": [(12, 7), (7, 12), (12, 7), (5, 3)], "others": [(300, 70), (9,), (1,), (1, 12), (4,)]}
+SELDOM = [(6, 5), (40, 30), (2,)]  # have a gradient in even steps only, and on the first process only
+NEVER = [(6, 4), (41, 30), (3,)]
+for some in (SELDOM, NEVER):  # a matrix, a large and a small one
+    SHAPES = {"matrices": [*SHAPES["matrices"], some[0]], "others": [*SHAPES["others"], *some[1:]]}
 
 MUON = {
     "kind": "muon",
@@ -87,14 +91,16 @@ def optimizer_of(kind: type, params: dict[str, list], rules: str) -> GroupOptimi
     return kind([first | {"params": params["matrices"]}, {"kind": "signs", "params": params["others"], "lr": 0.01}])
 
 
-def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor]:
-    """Return what one process computes in a step, or with rank=None the sum over all processes.
+def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor | None]:
+    """Return what one process computes in a step, or with rank=None the sum over all processes; None where nothing is.
 
     They are whole numbers: their sum is exact, in whatever order it is taken.
     """
-    ranks = range(world) if rank is None else [rank]
-    shapes = [shape for shapes in SHAPES.values() for shape in shapes]
-    return [sum(drawn(s, 1000 * step + 100 * r + i).mul_(8).round_() for r in ranks) for i, s in enumerate(shapes)]
+    ranks, found = range(world) if rank is None else [rank], []
+    for i, shape in enumerate(shape for shapes in SHAPES.values() for shape in shapes):
+        have = [] if shape in NEVER else [r for r in ranks if shape not in SELDOM or step % 2 == r == 0]
+        found.append(sum(drawn(shape, 1000 * step + 100 * r + i).mul_(8).round_() for r in have) if have else None)
+    return found
 
 
 def handed_over(optimizer: GroupOptimizer) -> dict:
@@ -124,7 +130,7 @@ def trained(kind: type, world: int, resumed: bool, rules: str = "own") -> tuple[
         rank = dist.get_rank() if kind is ShardedOptimizer else None
         every = [p for ps in params.values() for p in ps]
         for p, grad in zip(every, gradients(step, world, rank), strict=True):
-            p.grad = grad if mesh is None else distribute_tensor(grad, mesh, [Shard(0)])
+            p.grad = grad if mesh is None or grad is None else distribute_tensor(grad, mesh, [Shard(0)])
         optimizer.step()
     weights = [p.full_tensor() if mesh is not None else p.detach() for p in every]
     return weights, handed_over(optimizer)["state"]
