@@ -8,6 +8,7 @@ new optimizers that load it go on.
 
 import copy
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from llm.config.extend import register_update_rule
 from llm.optim import ElementwiseRule, GroupOptimizer, MatrixRule
 from llm.optim import optimizer as optimizers
-from llm.parallel import muon_zero2
+from llm.parallel import collectives, muon_zero2
 from llm.parallel.env import end
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
 from llm.parallel.muon_zero2 import ShardedOptimizer
@@ -136,6 +137,27 @@ def trained(kind: type, world: int, resumed: bool, rules: str = "own") -> tuple[
     return weights, handed_over(optimizer)["state"]
 
 
+def trained_in_passes(early: bool) -> list[torch.Tensor]:
+    """Weights after steps in which the last process uses the middle matrix in the first one only.
+
+    As in training, numbers are exchanged between the backward pass and the update.
+    """
+    params, rank = [torch.nn.Parameter(drawn((40, 40), i)) for i in range(3)], dist.get_rank()
+    optimizer = ShardedOptimizer([{"kind": "signs", "params": params, "lr": 0.01}])
+    if early:
+        optimizer.sum_early()
+    for step in range(STEPS):
+        x, is_used = torch.ones(1, 40), step == 0 or rank + 1 < dist.get_world_size()
+        for p in params if is_used else params[::2]:
+            x = x @ p
+        with optimizer.early_sums.last_pass() if early else nullcontext():
+            x.sum().backward()
+        assert collectives.all_reduce_sum([1.0, 2.0]) == [dist.get_world_size(), 2.0 * dist.get_world_size()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in params]
+
+
 def main() -> None:
     muon_zero2.SMALL = 3  # or nothing here but (300, 70) would be cut
     dist.init_process_group("gloo")
@@ -146,6 +168,7 @@ def main() -> None:
         for kind, resumed, rules in product(kinds, (False, True), RULES)
         if kind is ShardedOptimizer or rules not in WHOLE
     }
+    results |= {early: trained_in_passes(early) for early in (True, False)}
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
     dist.barrier()
