@@ -9,7 +9,7 @@ from small_training import fit
 from llm.checkpoint.parts import wrong_part
 from llm.checkpoint.resume import CheckpointWriter, load_checkpoint, newest_checkpoint, set_aside
 from llm.errors import UserError
-from llm.stages.trainer import needed, restoring
+from llm.stages.trainer import check_within, needed, restoring
 
 WRONG = (None, True, -1, "4", 10**30, [], {}, [[1]], torch.zeros(3, dtype=torch.int64), torch.zeros(1).expand(2**40))
 IDS = "none true -1 text huge list mapping lists tensor endless".split()
@@ -137,6 +137,13 @@ def test_what_does_not_fit_is_skipped_and_never_thrown_away(trained, saved, tmp_
     (tmp_path / "step_000006.damaged").rename(tmp_path / "step_000006.ckpt")
     with pytest.raises(UserError, match=r"step_000006.ckpt: tensor state_dict.*no other checkpoint can be used"):
         newest_checkpoint(tmp_path, needs.misfit)
+
+
+def test_a_sound_checkpoint_behind_the_last_step_is_left_alone(trained):
+    """It was called damaged, and renamed where an older one was there."""
+    with pytest.raises(UserError, match=r"step 6 was saved, but the stage has 5 steps now"):
+        check_within(trained[1], 5)
+    check_within(trained[1], 6)
 
 
 def test_what_breaks_between_loading_and_the_first_step_names_the_file(trained, tmp_path):
