@@ -1,4 +1,4 @@
-"""What a stage that is resumed was planned as: the derived values in its run.json."""
+"""Knows what a stage that is resumed was planned as: the derived values in its run.json."""
 
 from llm.run.stage_folder import RunDir
 
