@@ -48,8 +48,8 @@ def step_of(model: str, world: int, strategy: str) -> dict:
     micro = tokens // (config.seq_len * world * rows)
     compute = tokens * flops_per_token(config) / world / RATE
     numbers = 2 * params  # gradients summed, weights gathered
-    if strategy == "fsdp":  # weights gathered twice, gradients summed; matrix gradients go to owners, updates back
-        numbers = 3 * micro * params + 2 * matrices
+    if strategy == "fsdp":  # blocks gathered twice, all else once, gradients summed; matrices to owners and back
+        numbers = micro * (2 * params + matrices) + 2 * matrices
     sent = 4 * numbers * (world - 1) / world
     transfer = sent / (REACHED * (NVLINK if world <= NODE else ADAPTERS))
     backward = compute / micro * 2 / 3

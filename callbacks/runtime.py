@@ -14,11 +14,12 @@ class CleanStop(L.Callback):
 
     A second SIGINT ends at once.
 
-    `signum` tells the caller afterwards which signal it was, None if the stage ran to its end.
+    `signum` tells the caller afterwards which signal ended the training, on all processes alike; None if something else
+    did, though a signal may have come behind the last vote of the processes.
     """
 
     def __init__(self, checkpoint):
-        self.checkpoint, self.signum, self._previous = checkpoint, None, {}
+        self.checkpoint, self.signum, self._asked, self._previous = checkpoint, None, None, {}
 
     def setup(self, trainer, module, stage) -> None:
         self._previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
@@ -29,15 +30,15 @@ class CleanStop(L.Callback):
             signal.signal(signum, self._request)
 
     def _request(self, signum, frame) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
+        if self._asked is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signum, self.module.votes.stop = signum, True
+        self._asked, self.module.votes.stop = signum, True
         print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         alone = collectives.world_size() == 1
         if (module.votes.stop if alone else module.votes.stop_count) and not trainer.should_stop:
-            self.signum = max(signum or 0 for signum in collectives.all_gather_object(self.signum))
+            self.signum = max(signum or 0 for signum in collectives.all_gather_object(self._asked))
             self.checkpoint.save_now(trainer, module)
             trainer.should_stop = True
 

@@ -24,11 +24,14 @@ class LossGuard(L.Callback):
     def on_exception(self, trainer, module, exception) -> None:
         if not isinstance(exception, BadLoss):
             return
-        path, text = self.folder / f"bad_loss_step_{exception.step}.txt", ""
+        path, text = None, ""
         if exception.documents is not None:
-            decode = module.context.tokenizer.decode
+            decode, process = module.context.tokenizer.decode, collectives.rank()
+            of = f"_process_{process}" if process else ""  # several may have such a loss
+            path = self.folder / f"bad_loss_step_{exception.step}{of}.txt"
             path.write_text("\n\n".join(decode(row.tolist()) for row in exception.documents), encoding="utf-8")
-            text = f"; its text is in {path}"
+        if written := [str(one) for one in collectives.all_gather_object(path) if one is not None]:
+            text = f"; its text is in {', '.join(written)}"
         if self.saves and not exception.finite:
             if not_finite(module.net):
                 text += f"; the weights of step {module.global_step} are not finite either, so nothing was saved"

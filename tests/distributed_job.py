@@ -38,12 +38,13 @@ from llm.parallel.process_group import join
 from llm.parallel.strategy import full_model, layout_of_processes, make_strategy
 from llm.scaling.batch_ramp import BatchSchedule
 from llm.scaling.rules import model_config
-from llm.stages.best_of_n import BestObjective
+from llm.stages.best_of_n import BestObjective, BestSteps
 from llm.stages.distill import DistillObjective
 from llm.stages.dpo import PreferenceObjective
-from llm.stages.grpo import PolicyObjective
+from llm.stages.grpo import GroupSteps, PolicyObjective, SignalWatch
 from llm.stages.ppo import ActorCriticObjective
 from llm.stages.reward import RewardObjective
+from llm.stages.rollouts import Answer, Group, Questions, RolloutSteps, at_least_one
 from llm.stages.step_module import StageContext, StepData, StepModule
 
 STEPS, VOCAB, MICRO = 4, 301, 6
@@ -172,7 +173,33 @@ def measured() -> dict[str, float]:
     accuracy, bits = TaskAccuracy(0.25), BitsPerByte(torch.arange(1, 8))
     accuracy.update(rights[own])
     bits.update(torch.arange(1.0, 8.0)[own], torch.arange(7)[own])
-    return numbers(accuracy) | {"bpb": bits.compute().item()}
+    return numbers(accuracy) | {"bpb": bits.compute().item(), "answers": answered()}
+
+
+def answered() -> dict[str, dict[str, float]]:
+    """Return what is logged of answers to four questions, which the processes share out, and the units of idle ones."""
+    found: dict = {"units": collectives.all_reduce_sum([at_least_one(0)])}
+    for kind in (GroupSteps, BestSteps):
+        steps = kind.__new__(kind)
+        steps.stage, steps.seconds, steps.questions = (
+            SimpleNamespace(min_reward=1.0),
+            {"rollout": 0.5},
+            Questions([0], 0),
+        )
+        steps.score, steps.score_weights, steps.reward_weights = SimpleNamespace(names=["a", "b"]), torch.ones(2), None
+        steps.stage.advantage, steps.signal, groups = "mean", SignalWatch("questions"), []
+        for question in RolloutSteps.share(range(4)):
+            length, rewards = (
+                8 + 4 * question,
+                torch.tensor([[0.0], [0.0]]) + (question == 1) * torch.tensor([[1.0], [3.0]]),
+            )
+            answers = [Answer([1] * length, [1] * length, [-1.0] * length, question > 0, length, 99)] * 2
+            groups.append(Group(question, answers, rewards.repeat(1, 2), rewards[:, 0]))
+        own = steps.metrics(groups, 0) if kind is GroupSteps else steps.answer_metrics(groups) | steps.chosen(groups)[1]
+        del own["rollout_tok_per_s"]  # of one process
+        assert all(other == own for other in collectives.all_gather_object(own))
+        found[kind.__name__] = own
+    return found
 
 
 class Sent:

@@ -8,6 +8,7 @@ new optimizers that load it go on.
 
 import copy
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from llm.config.extend import register_update_rule
 from llm.optim import ElementwiseRule, GroupOptimizer, MatrixRule
 from llm.optim import optimizer as optimizers
-from llm.parallel import muon_zero2
+from llm.parallel import collectives, muon_zero2
 from llm.parallel.env import end
 from llm.parallel.muon_fsdp import FullyShardedOptimizer
 from llm.parallel.muon_zero2 import ShardedOptimizer
@@ -27,6 +28,10 @@ from llm.parallel.muon_zero2 import ShardedOptimizer
 STEPS = 4
 # Of (1,) and (1, 12) the last processes hold nothing with strategy=fsdp; of (4,) the third one, with strategy=muon too.
 SHAPES = {"matrices": [(12, 7), (7, 12), (12, 7), (5, 3)], "others": [(300, 70), (9,), (1,), (1, 12), (4,)]}
+SELDOM = [(6, 5), (40, 30), (2,)]  # have a gradient in even steps only, and on the first process only
+NEVER = [(6, 4), (41, 30), (3,)]
+for some in (SELDOM, NEVER):  # a matrix, a large and a small one
+    SHAPES = {"matrices": [*SHAPES["matrices"], some[0]], "others": [*SHAPES["others"], *some[1:]]}
 
 MUON = {
     "kind": "muon",
@@ -87,14 +92,16 @@ def optimizer_of(kind: type, params: dict[str, list], rules: str) -> GroupOptimi
     return kind([first | {"params": params["matrices"]}, {"kind": "signs", "params": params["others"], "lr": 0.01}])
 
 
-def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor]:
-    """Return what one process computes in a step, or with rank=None the sum over all processes.
+def gradients(step: int, world: int, rank: int | None) -> list[torch.Tensor | None]:
+    """Return what one process computes in a step, or with rank=None the sum over all processes; None where nothing is.
 
     They are whole numbers: their sum is exact, in whatever order it is taken.
     """
-    ranks = range(world) if rank is None else [rank]
-    shapes = [shape for shapes in SHAPES.values() for shape in shapes]
-    return [sum(drawn(s, 1000 * step + 100 * r + i).mul_(8).round_() for r in ranks) for i, s in enumerate(shapes)]
+    ranks, found = range(world) if rank is None else [rank], []
+    for i, shape in enumerate(shape for shapes in SHAPES.values() for shape in shapes):
+        have = [] if shape in NEVER else [r for r in ranks if shape not in SELDOM or step % 2 == r == 0]
+        found.append(sum(drawn(shape, 1000 * step + 100 * r + i).mul_(8).round_() for r in have) if have else None)
+    return found
 
 
 def handed_over(optimizer: GroupOptimizer) -> dict:
@@ -124,10 +131,31 @@ def trained(kind: type, world: int, resumed: bool, rules: str = "own") -> tuple[
         rank = dist.get_rank() if kind is ShardedOptimizer else None
         every = [p for ps in params.values() for p in ps]
         for p, grad in zip(every, gradients(step, world, rank), strict=True):
-            p.grad = grad if mesh is None else distribute_tensor(grad, mesh, [Shard(0)])
+            p.grad = grad if mesh is None or grad is None else distribute_tensor(grad, mesh, [Shard(0)])
         optimizer.step()
     weights = [p.full_tensor() if mesh is not None else p.detach() for p in every]
     return weights, handed_over(optimizer)["state"]
+
+
+def trained_in_passes(early: bool) -> list[torch.Tensor]:
+    """Weights after steps in which the last process uses the middle matrix in the first one only.
+
+    As in training, numbers are exchanged between the backward pass and the update.
+    """
+    params, rank = [torch.nn.Parameter(drawn((40, 40), i)) for i in range(3)], dist.get_rank()
+    optimizer = ShardedOptimizer([{"kind": "signs", "params": params, "lr": 0.01}])
+    if early:
+        optimizer.sum_early()
+    for step in range(STEPS):
+        x, is_used = torch.ones(1, 40), step == 0 or rank + 1 < dist.get_world_size()
+        for p in params if is_used else params[::2]:
+            x = x @ p
+        with optimizer.early_sums.last_pass() if early else nullcontext():
+            x.sum().backward()
+        assert collectives.all_reduce_sum([1.0, 2.0]) == [dist.get_world_size(), 2.0 * dist.get_world_size()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in params]
 
 
 def main() -> None:
@@ -140,6 +168,7 @@ def main() -> None:
         for kind, resumed, rules in product(kinds, (False, True), RULES)
         if kind is ShardedOptimizer or rules not in WHOLE
     }
+    results |= {early: trained_in_passes(early) for early in (True, False)}
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
     dist.barrier()

@@ -170,15 +170,20 @@ class Needed:
         return None
 
     def _other_states(self, checkpoint: dict) -> str | None:
-        """Say in words how what the optimizer remembers differs. In fp16 the first steps may have left all out."""
+        """Say in words how what the optimizer remembers differs.
+
+        A parameter that has never had a gradient has no state. In fp16 the first steps may have left all out.
+        """
         saved, where = checkpoint["optimizer_states"][0]["state"], "optimizer_states[0].state"
         if surplus := sorted(set(saved) - set(range(len(self.states)))):
             return f"{where}.{surplus[0]} is of no parameter of this stage"
-        if not saved and ("scaler" in checkpoint["fathom"] or not checkpoint["global_step"]):
+        is_empty = not any(saved.values())
+        if is_empty and ("scaler" in checkpoint["fathom"] or not checkpoint["global_step"]):
             return None
         problems = (
             differs(saved.get(place, {}), needed, f"{where}.{place}", surplus=True)
             for place, needed in enumerate(self.states)
+            if is_empty or saved.get(place)
         )
         return next((problem for problem in problems if problem is not None), None)
 

@@ -14,8 +14,9 @@ class EarlySums:
     """Starts the sums of parts of the parameters, on all processes in one order, during a step's last backward pass.
 
     That order is the one in which rank 0's gradients were ready in the first step, which starts all sums at its end. A
-    part that is ready sooner waits for those before it; a part whose gradients never come by autograd, such as rows
-    that are added in place, is started at the end.
+    part that is ready sooner waits for those before it; a part whose gradients did not come by autograd, as other
+    processes' may, or rows that are added in place, is started at the end of the pass. So all processes have begun the
+    same sums before they exchange anything else.
 
     parts: the parameters of each part; start: begins the sum of the part of that number.
     """
@@ -43,6 +44,8 @@ class EarlySums:
             yield
         finally:
             self.is_last = False
+        if self.order is not None:
+            self._begin_all()
 
     def _add(self, number: int) -> None:
         """Take notice of one more gradient of a part."""
@@ -58,13 +61,16 @@ class EarlySums:
     def _next(self) -> int:
         return self.order[len(self.begun)]
 
+    def _begin_all(self) -> None:
+        while len(self.begun) < len(self.order):
+            self.begun[self._next] = self.start(self._next)
+
     def take(self) -> list[Arrival]:
         """Return the sums of all parts, in the order of `parts`; start those that have not begun."""
         if self.order is None:
             never = [number for number in range(len(self.sizes)) if number not in self.ready]
             self.order = collectives.broadcast_object(self.ready + never)
-        while len(self.begun) < len(self.order):
-            self.begun[self._next] = self.start(self._next)
+        self._begin_all()
         sums = [self.begun[number] for number in range(len(self.sizes))]
         self._begin_step()
         return sums

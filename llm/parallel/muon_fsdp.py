@@ -8,13 +8,14 @@ is cut, gathered and saved by `ShardedOptimizer`.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from llm.optim.optimizer import rule_of, stacks
 from llm.optim.update_rules import MatrixRule
-from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedOptimizer, end_to_end, grad_of, total_squares
+from llm.parallel.muon_zero2 import FlatShard, Matrices, ShardedOptimizer, end_to_end, total_squares
 
 
 class FullyShardedOptimizer(ShardedOptimizer):
@@ -29,17 +30,19 @@ class FullyShardedOptimizer(ShardedOptimizer):
         return [FlatShard(number, p, rows_of(p, self.world)[0] * (p.numel() // p.size(0))) for p in group["params"]]
 
     def _update(self) -> None:
-        if all(p.grad is None for p in self._params()):
-            return  # a step that overflowed, on all processes alike
+        trained = {p for p in self._params() if p.grad is not None}  # on all processes alike: FSDP2 has summed it
+        if not trained:
+            return  # a step that overflowed
         if self.max_norm is not None:
-            local = [grad_of(p).to_local() for p in self._params()]
+            local = [p.grad.to_local() for p in self._params() if p in trained]
             grads = [grad for grad in local if grad.numel()]  # a process of many may have none
             self._clip(grads, total_squares(grads, [], local[0]))
-        matrices = [part for part in self.parts if isinstance(part, Matrices)]
+        parts = [part for part in self.parts if isinstance(part, Matrices)]
+        matrices = [replace(part, owned=[[p for p in own if p in trained] for own in part.owned]) for part in parts]
         gradients = [self._send_gradients(part) for part in matrices]
         for group in self.param_groups:
-            here = [p for p in group["params"] if p in self.flat_shards and p.to_local().numel()]
-            self._update_pieces(group, [(p, p.to_local().view(-1), grad_of(p).to_local().view(-1)) for p in here])
+            here = [p for p in group["params"] if p in self.flat_shards and p in trained and p.to_local().numel()]
+            self._update_pieces(group, [(p, p.to_local().view(-1), p.grad.to_local().view(-1)) for p in here])
         steps = [self._send_steps(part, *sent) for part, sent in zip(matrices, gradients, strict=True)]
         for part, sent in zip(matrices, steps, strict=True):
             self._take_steps(part, *sent)
@@ -49,7 +52,7 @@ class FullyShardedOptimizer(ShardedOptimizer):
 
         Matrices are numbered among those that this process owns.
         """
-        sent = [[grad_of(p).to_local() for p in owned] for owned in part.owned]
+        sent = [[p.grad.to_local() for p in owned] for owned in part.owned]
         own = [(rows_of(p, self.world), p.size(1)) for p in part.owned[self.rank]]
         return exchange(sent, [[(rows[k], cols) for rows, cols in own] for k in range(self.world)], self._like(part))
 
@@ -68,8 +71,8 @@ class FullyShardedOptimizer(ShardedOptimizer):
         return exchange([[r[k] for r in rows] for k in range(self.world)], shapes, self._like(part))
 
     def _take_steps(self, part: Matrices, work: dist.Work, arrived: list[list[torch.Tensor]]) -> None:
-        work.wait()
         """Write this process's rows of all matrices once the rows of their steps have arrived."""
+        work.wait()
         steps, group = {}, self.param_groups[part.group]
         for owned, rows in zip(part.owned, arrived, strict=True):
             steps |= zip(owned, rows, strict=True)

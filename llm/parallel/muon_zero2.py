@@ -120,9 +120,15 @@ class ShardedOptimizer(GroupOptimizer):
         tables = [FlatShard(number, p, -(-p.numel() // self.world)) for p in large]
         return [*tables, Small(number, small)] if small else tables
 
+    def _trained(self) -> set[torch.Tensor]:
+        """Return the parameters that have a gradient on any process; all others stand still, as in one process."""
+        params = list(self._params())
+        counts = collectives.all_reduce_sum([float(p.grad is not None) for p in params])
+        return {p for p, count in zip(params, counts, strict=True) if count}
+
     def _update(self) -> None:
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
-            return  # a step that overflowed, on all processes alike
+        if not (trained := self._trained()):
+            return  # a step that overflowed
         sums = [self._sum(part) for part in self.parts] if self.early_sums is None else self.early_sums.take()
         arriving = []
         if self.max_norm is not None:
@@ -130,9 +136,9 @@ class ShardedOptimizer(GroupOptimizer):
         for part, summed in zip(self.parts, sums, strict=True):
             if isinstance(part, Small):
                 shares = zip(part.params, part.params, split(summed(), part.params), strict=True)
-                self._update_pieces(self.param_groups[part.group], list(shares))
+                self._update_pieces(self.param_groups[part.group], [share for share in shares if share[0] in trained])
             else:
-                arriving.append((part, self._update_share(part, summed())))
+                arriving.append((part, self._update_share(part, summed(), trained)))
         for part, whole in arriving:
             self._take(part, whole())
 
@@ -162,20 +168,20 @@ class ShardedOptimizer(GroupOptimizer):
                 end_to_end(map(grad_of, owned), place)
         return summed_share(flat, self.world)
 
-    def _update_share(self, part: Matrices | FlatShard, summed: torch.Tensor) -> Arrival:
-        """Update what this process owns and start to send it: the whole part arrives."""
+    def _update_share(self, part: Matrices | FlatShard, summed: torch.Tensor, trained: set[torch.Tensor]) -> Arrival:
+        """Update what this process owns of `trained` and start to send the part, which arrives whole."""
         group = self.param_groups[part.group]
         if isinstance(part, FlatShard):
             flat = part.param.detach().flatten()
             share = part.share(flat, self.rank)
-            if len(share):
+            if len(share) and part.param in trained:
                 self._update_pieces(group, [(part.param, share, summed[: len(share)])])
             sent = padded(share, part.chunk)
         else:
             own = part.owned[self.rank]
             for p, grad in zip(own, split(summed, own), strict=True):
                 p.grad = grad
-            self._update_matrices(group, own)
+            self._update_matrices(group, [p for p in own if p in trained])
             end_to_end(own, sent := torch.empty_like(summed))
         return all_shares(sent, self.world)
 

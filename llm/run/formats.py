@@ -98,7 +98,13 @@ RUN = mapping(
         "metrics": maybe(mapping(others=_scalar)),
         "derived": maybe(
             mapping(
-                {"steps": whole(1), "packing": text, "text_passes": _number, "text_tokens": maybe(whole())},
+                {
+                    **dict.fromkeys(("steps", "tokens_per_step"), whole(1)),
+                    "epochs": real(0),
+                    "packing": text,
+                    "text_passes": _number,
+                    "text_tokens": maybe(whole()),
+                },
                 others=_scalar,
             )
         ),

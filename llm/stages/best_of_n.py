@@ -43,8 +43,8 @@ class BestSteps(RolloutSteps):
             best = winner(rewards, self.stage.min_reward)
             weights += [float(i == best) for i in range(len(rewards))]
             kept += [] if best is None else [rewards[best]]
-        total, n = collectives.all_reduce_sum([sum(kept), float(len(kept))])
-        return weights, {"kept": len(kept) / len(groups), "kept_reward": total / max(n, 1.0)}
+        total, n, n_groups = collectives.all_reduce_sum([sum(kept), len(kept), len(groups)])
+        return weights, {"kept": n / n_groups, "kept_reward": total / max(n, 1)}
 
 
 class BestObjective(AnswerObjective):

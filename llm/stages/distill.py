@@ -21,7 +21,7 @@ from llm.stages.choices import check_distillation
 from llm.stages.common import BuiltStage, load_further, load_parent, task_cache
 from llm.stages.data_check import trained_tasks
 from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
-from llm.stages.rollouts import RolloutSteps, conversations_of, counts, micro_batches_of, trained_tokens
+from llm.stages.rollouts import RolloutSteps, at_least_one, conversations_of, counts, micro_batches_of, trained_tokens
 from llm.stages.step_module import Objective
 from tasks import Mixture, build_mixture
 
@@ -51,7 +51,7 @@ class ConversationSteps(RolloutSteps):
         self.balance += balance
         n_trained, n_tokens = counts(ids, masks)
         micro = micro_batches_of(ids, masks, self.rows_per_micro, advantages=factors)
-        return {"micro": micro, "n_trained": max(n_trained, 1), "n_tokens": n_tokens, "metrics": {}}
+        return {"micro": micro, "n_trained": at_least_one(n_trained), "n_tokens": n_tokens, "metrics": {}}
 
 
 class DistillObjective(AnswerObjective):

@@ -15,6 +15,7 @@ from llm.eval.samples import questions
 from llm.parallel import collectives
 from llm.parallel.launch import processes
 from llm.scaling.rules import finetuning_batch, finetuning_passes
+from llm.stages.begun import is_lengthened, kept
 from llm.stages.common import (
     BuiltStage,
     eval_tasks,
@@ -29,7 +30,7 @@ from llm.stages.common import (
 )
 from llm.stages.data_check import trained_tasks
 from llm.stages.micro_batch import divisors
-from llm.stages.plan import evaluates, held_out_tokens
+from llm.stages.plan import begun_step, evaluates, held_out_tokens
 from llm.stages.step_module import StepData, StepModule
 from tasks import Mixture, build_mixture, held_out_mixture
 
@@ -80,19 +81,20 @@ def build(cfg, parent: Path) -> BuiltStage:
 def horizon(cfg, expected: Forecast) -> Horizon:
     """Return the size of a step, the passes and the steps: as configured, and by rule where a key is null.
 
-    A micro-batch larger than a step that the rule chose is made smaller. Warns of so few steps that next to nothing is
-    learnt.
+    A run with a checkpoint keeps what its run.json holds, on whatever devices. A micro-batch larger than a step that
+    the rule chose is made smaller. Warns of so few steps that next to nothing is learnt.
     """
+    before = {} if is_lengthened(cfg) else kept(cfg)
     tokens, epochs = cfg.batch.tokens_per_step, cfg.stage.epochs
     if tokens is None:
         seq_len, devices, rows = cfg.model.seq_len, processes(cfg), cfg.batch.micro_batch_size
-        tokens = finetuning_batch(expected.tokens, seq_len, devices)
+        tokens = begun_step(cfg) or finetuning_batch(expected.tokens, seq_len, devices)
         if rows != "auto":
             fitting = divisors(tokens // (seq_len * devices))
             cfg.batch.micro_batch_size = next(n for n in fitting if n <= rows)
     if epochs is None:
-        epochs = finetuning_passes(expected.tokens)
-    steps = cfg.max_steps or expected.steps(tokens, epochs)
+        epochs = before.get("epochs") or finetuning_passes(expected.tokens)
+    steps = cfg.max_steps or before.get("steps") or expected.steps(tokens, epochs)
     if cfg.max_steps:
         epochs = steps * tokens / expected.tokens
     if steps < FEW_STEPS and not cfg.max_steps and collectives.is_main():

@@ -28,6 +28,7 @@ from llm.stages.rollouts import (
     Reference,
     RolloutSteps,
     add_old_logprobs,
+    at_least_one,
     counts,
     micro_batches_of,
     passed_tokens,
@@ -63,7 +64,7 @@ class GroupSteps(RolloutSteps):
         self.balance += of_rollout(list(zip(ids, masks, strict=True)), trained, [a.is_finished for a in answers])
         return {
             "micro": micro,
-            "n_trained": max(self.loss.units(n_sampled, len(answers), self.stage.max_new_tokens), 1),
+            "n_trained": at_least_one(self.loss.units(n_sampled, len(answers), self.stage.max_new_tokens)),
             "n_tokens": passed_tokens(ids, trained),
             "metrics": self.metrics(asked, step),
         }
@@ -112,11 +113,11 @@ class GroupSteps(RolloutSteps):
 
     def metrics(self, groups: list[Group], step: int) -> dict[str, float]:
         """Return the numbers of a step's answers, and let the watch see them."""
-        mixed = [self.has_signal(group) for group in groups]
-        silent = not collectives.all_reduce_sum([float(sum(mixed))])[0]
+        mixed, n = collectives.all_reduce_sum([sum(self.has_signal(group) for group in groups), len(groups)])
+        silent = not mixed
         numbers = self.answer_metrics(groups)
         self.signal.count(silent, step, numbers["reward"])
-        return numbers | {"mixed_groups": sum(mixed) / len(mixed), "no_signal": float(silent)}
+        return numbers | {"mixed_groups": mixed / n, "no_signal": float(silent)}
 
 
 class PolicyObjective(AnswerObjective):

@@ -29,6 +29,7 @@ from llm.scaling.rules import (
     pretrain_steps,
     training_tokens,
 )
+from llm.stages.begun import kept
 from llm.stages.micro_batch import check_fits, divisors, training_device
 from llm.stages.ramps import check_ramps
 from llm.stages.text_loss import SWITCHES
@@ -89,9 +90,28 @@ def check_planned(cfg, config: GPTConfig, batch_tokens: int) -> None:
 
 
 def check_finetuning(cfg, config: GPTConfig) -> None:
-    """Raise UserError for a step that cannot be shared out; one that is chosen by the data always can."""
-    if cfg.batch.tokens_per_step is not None:
+    """Raise UserError for a step that cannot be shared out; one that is chosen by the data can where it is begun."""
+    if cfg.batch.tokens_per_step is None:
+        begun_step(cfg)
+    else:
         check_step(cfg, cfg.batch.tokens_per_step)
+
+
+def begun_step(cfg) -> int | None:
+    """Return the tokens of a step that the data chose when the stage was begun; None where it is begun now.
+
+    Raises UserError where the devices, which may be others now, cannot share it.
+    """
+    tokens, seq_len, world = kept(cfg).get("tokens_per_step"), cfg.model.seq_len, processes(cfg)
+    if tokens is not None and tokens % (seq_len * world):
+        rows = tokens // seq_len
+        fits = ", ".join(str(n) for n in reversed(divisors(rows)))
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices}: {cfg.stage.name} was begun with {rows} rows a step "
+            f"(batch.tokens_per_step=null), which {world} devices cannot share equally; resume it on {fits} of them, "
+            "or overwrite=true starts it again"
+        )
+    return tokens
 
 
 def check_shares(cfg, config: GPTConfig | None = None) -> None:

@@ -22,7 +22,7 @@ from llm.parallel.strategy import full_model
 from llm.stages.choices import check_overlong
 from llm.stages.common import BuiltStage, load_parent
 from llm.stages.rollout_stage import AnswerObjective, build_stage, read_task
-from llm.stages.rollouts import Reference, RolloutSteps, add_old_logprobs, counts, micro_batches_of
+from llm.stages.rollouts import Reference, RolloutSteps, add_old_logprobs, at_least_one, counts, micro_batches_of
 
 
 class CriticSteps(RolloutSteps):
@@ -54,7 +54,7 @@ class CriticSteps(RolloutSteps):
             list(zip(ids, masks, strict=True)), [True] * len(ids), [a.is_finished for a in answers]
         )
         metrics = self.answer_metrics(groups) | numbers
-        return {"micro": micro, "n_trained": max(n_sampled, 1), "n_tokens": n_tokens, "metrics": metrics}
+        return {"micro": micro, "n_trained": at_least_one(n_sampled), "n_tokens": n_tokens, "metrics": metrics}
 
     def add_passes(self, micro: list[dict]) -> None:
         """Add what the parent says of the answers, and what this network and its critic say before the updates."""

@@ -298,7 +298,7 @@ class RolloutSteps:
         return groups
 
     def answer_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Return what metrics.csv tells of the answers of this rank's groups, at least one.
+        """Return what metrics.csv tells of the answers of all processes, by this rank's groups, at least one.
 
         The curriculum learns from them: all processes call it together.
         """
@@ -308,22 +308,30 @@ class RolloutSteps:
         self.questions.learn([one for part in collectives.all_gather_object(right) for one in part])
         answers = [answer for group in groups for answer in group.answers]
         n_sampled, n = sum(answer.n_sampled for answer in answers), len(answers)
-        finished = sum(answer.is_finished for answer in answers) / n
-        statistics = RewardStatistics(sync_on_compute=False)  # the step joins the processes
+        statistics = RewardStatistics()
         statistics.update(scores)
         rewards = numbers_of(statistics)
-        numbers = {
+        names = [] if self.score_weights is None else self.score.names
+        sums = [
+            n,
+            n_sampled,
+            sum(answer.length for answer in answers),
+            sum(answer.is_finished for answer in answers),
+            -sum(map(math.fsum, (answer.logprobs for answer in answers))),
+            n_sampled / max(self.seconds["rollout"], 1e-9),
+            *(n * parts[..., i].mean().item() for i in range(len(names))),
+        ]
+        n, n_sampled, length, finished, entropy, speeds, *by_reward = collectives.all_reduce_sum(sums)
+        return {
             "reward": rewards["reward"],
             "reward_std": rewards["reward_std"],
-            "response_len": sum(answer.length for answer in answers) / n,
-            "finished": finished,
-            "truncated": 1 - finished,
-            "entropy": -sum(map(math.fsum, (answer.logprobs for answer in answers))) / max(n_sampled, 1),
-            "rollout_tok_per_s": n_sampled / max(self.seconds["rollout"], 1e-9),
+            "response_len": length / n,
+            "finished": finished / n,
+            "truncated": 1 - finished / n,
+            "entropy": entropy / max(n_sampled, 1),
+            "rollout_tok_per_s": speeds / collectives.world_size(),
+            **{f"reward/{name}": total / n for name, total in zip(names, by_reward, strict=True)},
         }
-        if self.score_weights is not None:
-            numbers |= {f"reward/{name}": parts[..., i].mean().item() for i, name in enumerate(self.score.names)}
-        return numbers
 
     def totals(self, groups: Sequence[Group]) -> torch.Tensor:
         """Return the rewards (P, G) of groups, the weighted sums of several."""
@@ -355,7 +363,7 @@ class RolloutSteps:
             self.seconds["forward"] += time.perf_counter() - begin
         self.balance += of_rollout(list(zip(ids, masks, strict=True)), kept, [a.is_finished for a in answers])
         n_trained = sum(answer.n_sampled for answer, is_kept in zip(answers, kept, strict=True) if is_kept)
-        return {"micro": micro, "n_trained": max(n_trained, 1), "n_tokens": passed_tokens(ids, kept)}
+        return {"micro": micro, "n_trained": at_least_one(n_trained), "n_tokens": passed_tokens(ids, kept)}
 
     def log_answers(self, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> None:
         """Keep the answers of a step, and an advantage of each, for the report."""
@@ -409,6 +417,12 @@ def trained_tokens(factors: Sequence[Sequence[float]]) -> list[list[int]]:
 def counts(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Return the numbers of trained and of all tokens that rows of `ids` have as targets."""
     return sum(sum(mask[1:]) for mask in masks), sum(len(row) - 1 for row in ids)
+
+
+def at_least_one(n_trained: float) -> float:
+    """Return what this process trains in a step, or for the first one 1 where no process trains anything."""
+    (total,) = collectives.all_reduce_sum([n_trained])
+    return n_trained if total or not collectives.is_main() else 1
 
 
 def in_passes(ids: Sequence[Sequence[int]], keep: Sequence[bool] | None) -> list[int]:

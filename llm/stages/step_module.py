@@ -275,10 +275,12 @@ class StepModule(L.LightningModule):
         self.votes.count(votes)
         self.budget.used = spent / self.budget.seconds
         if not math.isfinite(nats):
-            worst = next((i for i, loss in enumerate(losses) if not math.isfinite(loss.item())), None)
-            where, documents = "on another process", None
-            if worst is not None:
-                where, documents = f"micro-batch {worst}", batch["micro"][worst]["inputs"].cpu()
+            own = [i for i, loss in enumerate(losses) if not math.isfinite(loss.item())]
+            documents = batch["micro"][own[0]]["inputs"].cpu() if own else None
+            found = [(k, its[0]) for k, its in enumerate(collectives.all_gather_object(own)) if its]
+            several = collectives.world_size() > 1
+            places = [f"micro-batch {i} of process {k}" if several else f"micro-batch {i}" for k, i in found]
+            where = ", ".join(places) or "in the sum of all micro-batches"
             problem = f"the training loss became {nats} in step {self.global_step + 1}, {where}"
             raise BadLoss(self.global_step + 1, problem, False, documents)
         self.loss_watch.check(nats / max(n_trained, 1), self.global_step + 1)

@@ -9,8 +9,8 @@ from llm.data.packing import PACKINGS
 from llm.data.text_size import passes_over
 from llm.errors import UserError
 from llm.parallel.launch import processes
-from llm.run.stage_folder import RunDir
 from llm.scaling.batch_ramp import BatchSchedule
+from llm.stages.begun import has_begun, is_lengthened, kept
 
 MANY_PASSES = 10
 FEW_STEPS = 100  # that stage.max_passes leaves; in 304 a d4 overfits 1.5 MB, in 152 it does not
@@ -109,7 +109,7 @@ def _measured(cfg, source, tokenizer, steps: int, batch: BatchSchedule, sample: 
     if limit is not None and cfg.max_steps is None and passes > limit:
         steps = max(1, batch.steps_within(round(planned * limit / passes)))
         passes = passes * batch.total(steps) / planned
-    given = _has_begun(cfg) or names_key(cfg, "stage.buffer")  # by an older version, which had none, or the command
+    given = has_begun(cfg) or names_key(cfg, "stage.buffer")  # by an older version, which had none, or the command
     buffer = None if given else small_buffer(cfg, tokens, sample(packing))
     return TextPlan(steps, packing, tokens, passes, buffer)
 
@@ -137,42 +137,22 @@ def _begun(cfg, planned: int, batch: BatchSchedule) -> TextPlan | None:
 
     planned: steps by the configuration, to which stage.extend=true lengthens a finished run, within stage.max_passes.
     """
-    kept = _kept(cfg)
-    if not {"packing", "steps"} <= kept.keys():
+    before = kept(cfg)
+    if not {"packing", "steps"} <= before.keys():
         return None
-    if kept["packing"] not in PACKINGS:
+    if before["packing"] not in PACKINGS:
         raise UserError(
-            f"run.json: derived.packing is {kept['packing'][:60]!r}, but must be one of {', '.join(PACKINGS)}"
+            f"run.json: derived.packing is {before['packing'][:60]!r}, but must be one of {', '.join(PACKINGS)}"
         )
-    passes = kept.get("text_passes")
-    per_token = None if passes is None else passes / batch.total(kept["steps"])
-    steps = cfg.max_steps or kept["steps"]
-    if cfg.max_steps is None and cfg.stage.get("extend") and _is_finished(cfg):
+    passes = before.get("text_passes")
+    per_token = None if passes is None else passes / batch.total(before["steps"])
+    steps = cfg.max_steps or before["steps"]
+    if cfg.max_steps is None and is_lengthened(cfg):
         steps, limit = planned, cfg.stage.get("max_passes")
         if limit is not None and per_token and per_token * batch.total(planned) > limit:
             steps = max(1, batch.steps_within(round(limit / per_token)))
     passes = None if passes is None else per_token * batch.total(steps)
-    return TextPlan(steps, kept["packing"], kept.get("text_tokens"), passes, kept.get("buffer"))
-
-
-def _kept(cfg) -> dict:
-    """Return the derived values in the run.json of a run that is resumed, {} where none is."""
-    return (_run(cfg).manifest(cfg.stage.name) or {}).get("derived") or {} if _has_begun(cfg) else {}
-
-
-def _has_begun(cfg) -> bool:
-    """Return whether a run is resumed: it has a checkpoint."""
-    saved = (_run(cfg).stage_dir(cfg.stage.name) / "checkpoints").glob("*.ckpt")
-    return not (cfg.overwrite or cfg.dry_run) and any(saved)
-
-
-def _is_finished(cfg) -> bool:
-    """Return whether the stage was trained to its end before: only then does stage.extend=true lengthen it."""
-    return cfg.stage.name in _run(cfg).finished()
-
-
-def _run(cfg) -> RunDir:
-    return RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}")
+    return TextPlan(steps, before["packing"], before.get("text_tokens"), passes, before.get("buffer"))
 
 
 def left_out(cfg, source) -> dict:
@@ -184,7 +164,7 @@ def left_out(cfg, source) -> dict:
     if found is None:
         return {}
     facts = {"near_duplicates": sum(source.left_out.values()), "near_duplicates_id": found.identity()}
-    before = _kept(cfg).get("near_duplicates_id")
+    before = kept(cfg).get("near_duplicates_id")
     if before not in (None, facts["near_duplicates_id"]):
         raise UserError(
             f"{found}: other documents are near-duplicates now than when the run began, so its text or the package "

@@ -37,6 +37,7 @@ def fit(trainer, built, stage_dir: Path) -> None:
     newest, problem = None, None
     if collectives.is_main():
         try:
+            check_within(stage_dir / "checkpoints", built.module.context.total_steps)
             newest = newest_checkpoint(stage_dir / "checkpoints", lambda saved: needed(built.module).misfit(saved))
             set_aside(stage_dir / "checkpoints", newest)
         except UserError as error:  # for all processes
@@ -54,6 +55,17 @@ def fit(trainer, built, stage_dir: Path) -> None:
         )
     with restoring(built.module, path), told_by_key():
         trainer.fit(built.module, datamodule=built.data, ckpt_path=None if path is None else str(path))
+
+
+def check_within(folder: Path, steps: int) -> None:
+    """Raise UserError where a stage of `steps` has saved a later one: nothing is wrong with that checkpoint."""
+    from llm.checkpoint.resume import newest_step
+
+    if (newest := newest_step(folder)) > steps:
+        raise UserError(
+            f"{folder}: step {newest} was saved, but the stage has {steps} steps now, so its data or its settings are "
+            "others than when it began; restore them, or overwrite=true starts it again"
+        )
 
 
 def needed(module) -> Any:

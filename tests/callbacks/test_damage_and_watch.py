@@ -1,6 +1,7 @@
 """A run that cannot be lost: checkpoints on damaged and full disks, rows of metrics, bad losses, data that stalls."""
 
 import json
+import math
 import resource
 import shutil
 import signal
@@ -471,3 +472,18 @@ def test_a_readable_checkpoint_that_lacks_a_part_is_skipped(saved, part, caplog)
 def test_the_step_is_the_one_in_the_file(saved):
     CheckpointWriter(3, False).save_checkpoint(checkpoint_of(2), saved / "step_000009.ckpt")
     assert newest_checkpoint(saved)[0] == 2
+
+
+def test_a_bad_loss_of_another_process_is_named_with_its_file(monkeypatch, tmp_path):
+    module = StepModule(net(), OPTIM, STAGE, StageContext("pretrain", None, torch.ones(70), STEPS, 8))
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    monkeypatch.setattr(collectives, "all_reduce_sum", lambda values: [math.nan, *values[1:]])
+    monkeypatch.setattr(collectives, "all_gather_object", lambda own: [own, [1, 2], [0]])
+    with pytest.raises(
+        BadLoss, match="in step 1, micro-batch 1 of process 1, micro-batch 0 of process 2: lower"
+    ) as bad:
+        module.checked_sum([torch.tensor(1.0)], {}, 1)
+    theirs = tmp_path / "bad_loss_step_1_process_1.txt"
+    monkeypatch.setattr(collectives, "all_gather_object", lambda own: [own, theirs, None])
+    LossGuard(None, tmp_path, saves=False).on_exception(None, module, bad.value)
+    assert bad.value.args[0].endswith(f"; its text is in {theirs}")

@@ -9,7 +9,7 @@ from small_training import fit
 from llm.checkpoint.parts import wrong_part
 from llm.checkpoint.resume import CheckpointWriter, load_checkpoint, newest_checkpoint, set_aside
 from llm.errors import UserError
-from llm.stages.trainer import needed, restoring
+from llm.stages.trainer import check_within, needed, restoring
 
 WRONG = (None, True, -1, "4", 10**30, [], {}, [[1]], torch.zeros(3, dtype=torch.int64), torch.zeros(1).expand(2**40))
 IDS = "none true -1 text huge list mapping lists tensor endless".split()
@@ -91,7 +91,7 @@ def test_a_wrong_part_is_said_in_one_line(trained, saved, place, wrong):
         (WTE, torch.zeros(3, 4), r"wte.weight is \(3, 4\) of torch.float32, but must be \("),
         (MOMENT, KeyError, "tensor optimizer_states.0..state.0.exp_avg is missing"),
         (MOMENT, torch.zeros(2), r"state.0.exp_avg is \(2,\)"),
-        (MOMENT[:-1], KeyError, "tensor optimizer_states.0..state.0.step is missing"),
+        ((*MOMENT[:-1], "step"), KeyError, "tensor optimizer_states.0..state.0.step is missing"),
         (("state_dict", "net.more"), torch.zeros(1), "tensor state_dict.net.more is not of this stage"),
         (("optimizer_states", 0, "state", 99), {}, "state.99 is of no parameter"),
         ((*GROUP, "kind"), "os.system", "kind is os.system"),
@@ -105,6 +105,15 @@ def test_tensors_and_names_are_compared_with_the_stages_own(trained, saved, plac
 
     put(saved, place, value)
     assert re.search(words, trained[0].misfit(saved))
+
+
+@pytest.mark.parametrize("empty", [KeyError, {}], ids=["missing", "empty"])
+def test_a_parameter_that_never_had_a_gradient_has_no_state(trained, saved, empty):
+    """All of them without a state are no checkpoint of a step."""
+    for place in range(len(trained[0].states)):
+        assert trained[0].misfit(saved) is None
+        put(saved, (*MOMENT[:-2], place), empty)
+    assert "state.0.step is missing" in trained[0].misfit(saved)
 
 
 def test_of_more_steps_than_the_stage_has(trained, saved):
@@ -128,6 +137,13 @@ def test_what_does_not_fit_is_skipped_and_never_thrown_away(trained, saved, tmp_
     (tmp_path / "step_000006.damaged").rename(tmp_path / "step_000006.ckpt")
     with pytest.raises(UserError, match=r"step_000006.ckpt: tensor state_dict.*no other checkpoint can be used"):
         newest_checkpoint(tmp_path, needs.misfit)
+
+
+def test_a_sound_checkpoint_behind_the_last_step_is_left_alone(trained):
+    """It was called damaged, and renamed where an older one was there."""
+    with pytest.raises(UserError, match=r"step 6 was saved, but the stage has 5 steps now"):
+        check_within(trained[1], 5)
+    check_within(trained[1], 6)
 
 
 def test_what_breaks_between_loading_and_the_first_step_names_the_file(trained, tmp_path):

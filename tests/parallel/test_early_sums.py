@@ -50,12 +50,12 @@ def test_the_first_step_finds_the_order_and_the_next_ones_begin_as_gradients_are
 
 
 def test_a_part_without_gradients_waits_for_the_end_and_so_do_those_behind_it():
-    """Other processes may have its gradients, and all start their sums in one order."""
+    """Other processes may have its gradients: all start their sums in one order, and before they exchange losses."""
     net = Net()
     net.step()
     net.sums.take()
     net.step(used=(0, 2))
-    assert net.begun == [2]
+    assert net.seen[0] == [2] and net.begun == [2, 1, 0]
     net.sums.take()
     assert net.begun == [2, 1, 0]
 

@@ -15,7 +15,7 @@ from llm.parallel.launch import child_env, free_port
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """results(n): {(optimizer class, resumed, rules): (weights, state)} of n processes."""
+    """results(n): {(optimizer class, resumed, rules): (weights, state)} of n processes, and {early: weights}."""
 
     @cache
     def run(n: int) -> dict:
@@ -58,6 +58,11 @@ def assert_same(got: tuple[list, dict], expected: tuple[list, dict]) -> None:
 def test_a_rule_is_divided_gathered_and_resumed_bit_for_bit(results, own_rules, kind, rules, resumed, n):
     """Catches a state that is not cut, is put together in another order, or is overwritten by a process without any."""
     assert_same(results(n)[kind, resumed, rules], update_rule_job.trained(GroupOptimizer, n, False, rules))
+
+
+def test_sums_that_begin_early_and_what_is_exchanged_beside_them_keep_one_order(results):
+    """Also where a process has no gradient of a part: it exchanged its losses where others summed that part."""
+    assert all(map(torch.equal, results(3)[True], results(3)[False]))
 
 
 @pytest.mark.parametrize("rules", update_rule_job.RULES)

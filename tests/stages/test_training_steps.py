@@ -1,11 +1,13 @@
 """Training steps: what a gradient is the gradient of, how rollouts become batches, how a stage resumes and stops."""
 
 import math
+import os
 import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from conftest import compose
@@ -160,6 +162,20 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path, signum):
     _, stop = fit(tmp_path, extra=[StopAt(5, signum)], save_every=100)
     assert stop.signum == signum and [s for s, _ in list_checkpoints(tmp_path / "checkpoints")] == [5]
     assert len(rows(tmp_path)) == 5 and signal.getsignal(signum) == before
+
+
+def test_a_signal_behind_the_vote_of_a_last_step_counts_for_nothing(tmp_path):
+    """Only one process had it, and waited for the others, which handed over."""
+
+    class EndsEarly(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if module.global_step == 4:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                trainer.should_stop = True
+
+    module, stop = fit(tmp_path, extra=[EndsEarly()], save_every=100)
+    assert stop.signum is None and module.votes.stop
+    assert [s for s, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
 
 
 def test_a_closed_terminal_stops_but_not_under_nohup():
