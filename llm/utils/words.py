@@ -1,0 +1,21 @@
+"""Words of text in any script, also of those that are written without spaces."""
+
+import re
+
+WORD_CHARS = 16  # characters per word from which on text counts as written without spaces ...
+SIGNS_SHARE = 3  # ... and one in so many characters that is of such a script
+# Chinese, Japanese, Thai, Lao, Tibetan, Burmese, Khmer
+_SIGNS = re.compile("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+")
+
+
+def has_spaces(words: list[str], text: str) -> bool:
+    """Return whether a text is written with spaces between its words; words: its parts between spaces."""
+    if len(words) * WORD_CHARS < len(text):
+        return False
+    return text.isascii() or SIGNS_SHARE * sum(map(len, _SIGNS.findall(text))) < len(text)
+
+
+def words_or_signs(text: str) -> list[str] | str:
+    """Return the words of a text in small letters; its characters, as one text, where it is written without spaces."""
+    words = text.lower().split()
+    return words if has_spaces(words, text) else "".join(words)
