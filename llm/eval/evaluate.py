@@ -26,7 +26,7 @@ from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
 from llm.eval.judges import judges
 from llm.eval.preferences import preference_scores, scalar_rewards
-from llm.eval.samples import draw_samples, given_prompts, questions, text_prompts
+from llm.eval.samples import NO_PROMPTS, draw_samples, given_prompts, questions, text_prompts
 from llm.eval.saved import saved_config, saved_keys
 from llm.eval.task_scores import chat_core, check_task, evaluate_task
 from llm.inference.engine import Engine
@@ -388,6 +388,8 @@ class Subject:
             prompts = given_prompts(given, self.tokenizer, self.net.config.seq_len, self.is_chat)
         else:
             prompts = self._questions() if self.is_chat else text_prompts(texts(self.source, "val"))
+        if not prompts:
+            print(NO_PROMPTS, flush=True)
         length = self.options.max_new_tokens if self.is_chat else TEXT_SAMPLE_TOKENS
         return {"samples": draw_samples(self.engine, prompts, length)}
 

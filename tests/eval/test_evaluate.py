@@ -2,12 +2,14 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import compose, run_cli
 from eval_data import TEXT, data_config, jsonl
 from omegaconf import OmegaConf
 
+from callbacks.samples import Samples
 from llm.checkpoint.model_folder import save_model_folder
 from llm.data.documents import text_id
 from llm.data.sources import build_source
@@ -105,6 +107,18 @@ def test_samples_take_the_prompts_that_the_training_was_given(runs, stage):
     scores = run_evaluation(settings(runs, ["samples"], stage=stage))
     write_manifest(folder, before)
     assert [sample["prompt"] for sample in scores["samples"]] == given and "other_data" not in scores
+
+
+def test_a_line_says_that_held_out_data_gives_no_prompt(runs, capsys, monkeypatch):
+    """Say it at the start of a training, and in an evaluation."""
+    monkeypatch.setattr("llm.eval.evaluate.text_prompts", lambda documents: [])
+    assert run_evaluation(settings(runs, ["samples"], stage="pretrain"))["samples"] == []
+    assert "samples: none, the held-out data gives no prompt" in capsys.readouterr().out
+    trainer = SimpleNamespace(is_global_zero=True)
+    for prompts, every in (([], 2), (["text"], 2), ([], 0)):
+        module = SimpleNamespace(context=SimpleNamespace(prompts=prompts), row_is_missing=False)
+        Samples(every).on_train_start(trainer, module)
+    assert capsys.readouterr().out == "samples: none, the held-out data gives no prompt\n"
 
 
 def test_public_web_text_brings_prompts_for_pretraining_alone():
