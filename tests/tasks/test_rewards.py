@@ -71,6 +71,12 @@ def test_words_have_their_vowel_signs_and_joiners():
     assert words_of("E\u0301te\u0301, l'eau_x 世界a") == ["été", "l", "eau", "x", "世", "界", "a"]
 
 
+def test_a_number_with_a_full_stop_of_another_script_is_rewarded():
+    reward = build_rewards(TASK, {"number": 1.0}, {})
+    answers = ["#### 42。", "#### 42।", "#### 42؟", "#### 42个", "#### 4万2"]
+    assert reward([QUESTION] * 5, answers) == [[1.0], [1.0], [1.0], [0.0], [0.0]]
+
+
 @pytest.mark.parametrize(("values", "words"), [([float("inf")], "gave inf"), ([], "gave 0 numbers for 1 answers")])
 def test_a_reward_must_give_a_number_for_each_answer(values, words):
     with pytest.raises(UserError, match=f"reward odd: {words}"):
