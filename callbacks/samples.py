@@ -6,6 +6,7 @@ from llm.eval.samples import NO_PROMPTS, draw_samples
 from llm.inference.engine import Engine
 from llm.parallel.strategy import full_model
 from llm.tokenizer.chat_format import readable
+from llm.utils.format import harmless
 
 
 class Samples(Periodic):
@@ -34,5 +35,5 @@ class Samples(Periodic):
         texts = [(sample["prompt"], readable(sample["completion"])) for sample in samples]
         log_table(trainer.loggers, "samples", ["prompt", "answer"], texts, step)
         for prompt, answer in texts:
-            print(f"  step {step} | {prompt} -> {answer}".replace("\n", " / "), flush=True)
+            print(harmless(f"  step {step} | {prompt} -> {answer}").replace("\n", " / "), flush=True)
         module.net.train()

@@ -41,7 +41,7 @@ from llm.run.stage_folder import HF, OTHER_DATA, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.files import check_writable, write_atomic, write_json
-from llm.utils.format import duration, percent, print_table, value
+from llm.utils.format import duration, harmless, percent, print_table, value
 from llm.utils.source import pip_install
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import build_preferences, held_out_weights
@@ -189,7 +189,7 @@ def print_scores(title: str, scores: dict[str, Any]) -> None:
     rows, parts = [], [("", scores), *((f" ({data})", own) for data, own in scores.get("other_data", {}).items())]
     for suffix, part in parts:
         for sample in part.get("samples", []):
-            print(f"\n> {sample['prompt']}\n{readable(sample['completion'])}")
+            print(harmless(f"\n> {sample['prompt']}\n{readable(sample['completion'])}"))
         rows += [[label + suffix, *cells] for label, *cells in score_rows(part)]
     if rows:
         print()
