@@ -2,10 +2,11 @@
 
 from callbacks.cadence import Periodic
 from callbacks.loggers import log_table
-from llm.eval.samples import draw_samples
+from llm.eval.samples import NO_PROMPTS, draw_samples
 from llm.inference.engine import Engine
 from llm.parallel.strategy import full_model
 from llm.tokenizer.chat_format import readable
+from llm.utils.format import harmless
 
 
 class Samples(Periodic):
@@ -20,6 +21,11 @@ class Samples(Periodic):
     def names(self, module) -> tuple:
         return ()
 
+    def on_train_start(self, trainer, module) -> None:
+        if self.every and not module.context.prompts and trainer.is_global_zero:
+            print(NO_PROMPTS, flush=True)
+        super().on_train_start(trainer, module)
+
     def act(self, trainer, module, step) -> None:
         net = full_model(module.net)
         if not trainer.is_global_zero:
@@ -29,5 +35,5 @@ class Samples(Periodic):
         texts = [(sample["prompt"], readable(sample["completion"])) for sample in samples]
         log_table(trainer.loggers, "samples", ["prompt", "answer"], texts, step)
         for prompt, answer in texts:
-            print(f"  step {step} | {prompt} -> {answer}".replace("\n", " / "), flush=True)
+            print(harmless(f"  step {step} | {prompt} -> {answer}").replace("\n", " / "), flush=True)
         module.net.train()

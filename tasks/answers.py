@@ -12,9 +12,13 @@ from tasks.numbers import parse_number, same_number
 
 
 def plain_answer(text: str) -> str:
-    """Return an answer without what does not matter: case, spaces, bold, quotes around it and a dot behind it."""
+    """Return an answer without what does not matter: case, spaces, bold, quotes around it and a dot behind it.
+
+    Signs that cannot be seen, such as marks of direction, do not matter either.
+    """
     text = unicodedata.normalize("NFKC", visible(text)).replace("**", "").casefold()
-    return " ".join(text.split()).rstrip(".!").strip("\"'“”‘’` ")
+    text = "".join(sign for sign in text if sign.isascii() or unicodedata.category(sign) != "Cf")
+    return " ".join(text.split()).rstrip(".!。।॥؟۔").strip("\"'“”‘’„«»「」『』` ")
 
 
 class Exact(Task):

@@ -19,6 +19,7 @@ from llm.data.stores import is_address
 from llm.errors import UserError, reason_of
 from llm.tokenizer.bpe import without_surrogates
 from llm.utils.addresses import without_secrets as shown
+from llm.utils.words import word_of
 from tasks.hub import Cache
 from tasks.rows import RowCheck
 
@@ -318,13 +319,13 @@ def _others(path: Any, encoding: str) -> Iterator[tuple[int, Any, None]]:
             yield number, without_halves(row) if has_escapes else row, None
 
 
-def read_words(files: Sequence[Path]) -> list[str]:
+def read_words(files: Sequence[Path], where: str) -> list[str]:
     """Return the words of .txt files, one per line, in file order, each once.
 
-    Entries with other characters than letters (marks, digits, quotes) are left out: the spelling format cannot hold
-    them.
+    Entries with other characters than letters and their marks (digits, quotes) are left out: the spelling format cannot
+    hold them. How many is printed behind `where`, the config key.
     """
-    words: dict[str, None] = {}
+    words, read, left_out = {}, 0, 0
     for path in files:
         with open_bytes(path) as file:
             lines = file.read().split(b"\n")
@@ -335,10 +336,13 @@ def read_words(files: Sequence[Path]) -> list[str]:
                 raise UserError(f"{path} row {number}: byte {error.start} is not UTF-8 text: convert it") from None
             if len(word.split()) > 1:
                 raise UserError(f"{path} row {number}: one word per line, found {word!r}")
-            if word.isalpha():
-                words[word] = None
+            if found := word_of(word):
+                words[found] = None
+            read, left_out = read + bool(word), left_out + (bool(word) and found is None)
     if not words:
         raise UserError(f"{', '.join(map(str, files))}: no word made of letters")
+    if left_out:
+        print(f"{where}: {left_out:,} of {read:,} words are left out: they hold more than letters", flush=True)
     return list(words)
 
 

@@ -1,8 +1,9 @@
 """Numbers as people write them in answers: read whole and exactly, or not at all.
 
 `parse_number` knows 1,234 and 1 234 and 1.234.567; 3,5 and 3.5; 3/4, 3 1/2 and \\frac{3}{4}; 1e6, 1.5 x 10^6 and 2^10;
-25 %, $18, 5 km, 5 million; 3:30 and 3:30 pm; all of them in bold, in \\boxed{} and with a dot behind. An answer with a
-second number ("12 or 13", "3-4", "1/2/2024") is none, because nobody could say which of them counts.
+25 %, $18, 5 km, 5 million; 3:30 and 3:30 pm; 12元, 3万 and 5кг, as other scripts than Latin write them; all in bold, in
+\\boxed{} and with a dot behind. An answer with a second number ("12 or 13", "3-4", "1/2/2024") is none, because nobody
+could say which of them counts.
 """
 
 import re
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+
+import regex
 
 MAX_CHARS = 10_000  # of an answer; one that is longer is no number
 MAX_EXPONENT = 2_000  # of a power, either way: larger ones would take the memory that they ask for
@@ -46,19 +49,28 @@ dollar $ usd dollars
 cent ¢ cents
 euro € eur euros
 sterling £ gbp
-yen ¥ jpy
+yen ¥ jpy 円 元
+₩ 원
+₽ руб рублей рубля рубль
+₺
+₪
+₫
+฿ บาท
+₱
+₦
+₴ грн
 rupee ₹ inr rupees
-mm millimeter millimeters millimetre millimetres
-cm centimeter centimeters centimetre centimetres
-m meter meters metre metres
-km kilometer kilometers kilometre kilometres
+mm millimeter millimeters millimetre millimetres мм
+cm centimeter centimeters centimetre centimetres см
+m meter meters metre metres м 米
+km kilometer kilometers kilometre kilometres км 公里 千米
 inch inches
 foot ft feet
 yard yd yards
 mile mi miles
 mg milligram milligrams
-g gram grams
-kg kilogram kilograms kilo kilos
+g gram grams г 克
+kg kilogram kilograms kilo kilos кг 公斤 千克
 ounce oz ounces
 lb lbs
 ton tons tonne tonnes
@@ -76,9 +88,14 @@ degree ° deg degrees
 """
 UNITS = {name: line.split()[0] for line in _UNITS.strip().splitlines() for name in line.split()}
 SCALES = {"k": 3, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# Of other scripts; of Han and Hangul one may stand behind the other (百万).
+FURTHER_SCALES = dict(zip("十百千万萬亿億兆십백천만억조", (1, 2, 3, 4, 4, 8, 8, 12, 1, 2, 3, 4, 8, 12), strict=True))
+FURTHER_SCALES |= {"тыс": 3, "тысяч": 3, "млн": 6, "миллион": 6, "млрд": 9, "миллиард": 9, "ألف": 3, "مليون": 6}
+FURTHER_SCALES |= {"हज़ार": 3, "हजार": 3, "लाख": 5, "करोड़": 7, "พัน": 3, "หมื่น": 4, "แสน": 5, "ล้าน": 6}
 ORDINALS = ("st", "nd", "rd", "th")
 
-_CURRENCY = r"[$€£¥₹¢]"
+_CURRENCIES = "$€£¥₹¢₩₽₺₪₫฿₱₦₴"
+_CURRENCY = f"[{_CURRENCIES}]"
 _SIGN = r"(?P<sign>[-+]?) ?"
 _PLAIN = r"\d{1,3}(?:[ '_]\d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,]\d+)*|[.,]\d+"
 _MIXED = r"(?P<whole>\d+) (?P<part>\d+) ?/ ?(?P<parts>\d+)"
@@ -86,13 +103,20 @@ _TIME = r"(?P<time>\d{1,4}(?::\d{1,4}){1,2})"
 _POWER = r"(?P<base>\d+) ?(?:\^|\*\*) ?(?P<power>[-+]?\d+)"
 _TIMES_TEN = r"(?: ?[*x] ?10 ?(?:\^|\*\*) ?|[eE])(?P<exponent>[-+]?\d+)"
 _FRACTION = rf"(?P<upper>{_PLAIN})(?: ?/ ?(?P<lower>{_PLAIN})|{_TIMES_TEN})?"
-_LEAD = r"(?P<lead>[^\d=:≈~]*(?:[=:≈~]|\bis\b))? ?"  # "x =", "Total:", "The answer is"
+_LEAD = r"(?P<lead>[^\d=:≈~]*(?:[=:≈~]|\bis\b|(?<!不)是|は))? ?"  # "x =", "Total:", "The answer is"
 _NUMBER = re.compile(
     rf"{_LEAD}(?:{_SIGN}(?P<money>{_CURRENCY}) ?|(?P<money_first>{_CURRENCY}) ?{_SIGN.replace('sign', 'sign_behind')}|"
     rf"{_SIGN.replace('sign', 'sign_alone')})(?:{_MIXED}|{_TIME}|{_POWER}|{_FRACTION})"
 )
 _HALF_OF_DAY = re.compile(r" ?([ap])\.? ?m\b\.?", re.IGNORECASE)
-_WORD = re.compile(r"(?P<gap>[ -]?)(?P<word>[%°$€£¥₹¢]|[^\W\d_]+(?:\^?[23](?![\d]))?)")
+_WORD = re.compile(rf"(?P<gap>[ -]?)(?P<word>[%°{_CURRENCIES}]|[^\W\d_]+(?:\^?[23](?![\d]))?)")
+_FACTOR = regex.compile(r"[\p{Latin}\p{Greek}\p{Common}]|\p{Cyrillic}$|[십백천만억조]")  # begins 5M, 2x, 2π
+# Not in 千克 (kilogram), 조각 (piece), тысячелетие (millennium) and พันธุ์ (species).
+_FURTHER_SCALE = re.compile(
+    " ?(?:([十百万萬亿億兆]|千(?![克米瓦卡]))|([십백천만억조])(?=[십백천만억조원명개]|(?![가-힣]))"
+    "|(тыс|тысяч|млн|миллион|млрд|миллиард)(?:[аи]|ов)?(?!\\w)|(ألف|مليون|हज़ार|हजार|लाख|करोड़|พัน(?!ธ)|หมื่น|แสน|ล้าน))"
+)
+_ENDS = " .,;!。।॥؟۔،؛！；、"  # of an answer
 _NO_WORDS = re.compile(r"[\d+*/=^<>±√π∞\\]")  # behind the number, these make another number of it
 
 
@@ -186,9 +210,12 @@ def _on_24_hours(value: tuple[Fraction, ...], half: str) -> tuple[Fraction, ...]
 def _read_rest(rest: str, is_money: bool) -> tuple[int, str, bool] | None:
     """Return (power of ten, known unit, whether nothing is left) of what stands behind a number; None if it spoils it.
 
-    A short word without a gap (5M, 2x) could mean anything: it does spoil it, unless it is a unit.
+    A short word without a gap (5M, 2x) could mean anything: it does spoil it, unless it is a unit, or of a script in
+    which words stand so (12个, 5кг).
     """
     scale, unit = 0, ""
+    while found := _FURTHER_SCALE.match(rest):
+        scale, rest = scale + FURTHER_SCALES[found[found.lastindex]], rest[found.end() :]
     while found := _WORD.match(rest):
         word = found["word"].replace("^", "")
         stem, power = (word[:-1], word[-1]) if word[-1] in "23" else (word, "")
@@ -202,12 +229,12 @@ def _read_rest(rest: str, is_money: bool) -> tuple[int, str, bool] | None:
             unit = name + power
             rest = rest[found.end() :]
             break
-        elif attached and len(stem) < 3 and stem not in ORDINALS:
+        elif attached and len(stem) < 3 and stem not in ORDINALS and _FACTOR.match(stem):
             return None
         else:
             break
         rest = rest[found.end() :]
-    return None if _NO_WORDS.search(rest) else (scale, unit, not rest.strip(" .,;!"))
+    return None if _NO_WORDS.search(rest) else (scale, unit, not rest.strip(_ENDS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,16 +252,18 @@ _SYMBOLS = (
     (re.compile(r"\\[,;: ]|~"), " "),
     (re.compile(r"\$([^$]*)\$"), r"\1"),  # a formula, not money
     (re.compile(r"(?<![\d*])(?<!\d )\*+|(?<!\*)\*+(?![*]| ?\d)"), ""),  # bold, where it is no product
-    (re.compile(r"(?<!\d)_+|_+(?!\d)|[`\"“”]"), ""),
+    (re.compile(r"(?<!\d)_+|_+(?!\d)|[`\"“”„«»「」『』]"), ""),
 )
-_CHARACTERS = str.maketrans("−–—﹣－⁄’٫٬", "-----/'.,")
+_CHARACTERS = str.maketrans("−–—﹣－⁄’٫٬：＝．／％＋＄￥￦", "-----/'.,:=./%+$¥₩")
+_WIDE_COMMA = re.compile("，(?P<group>(?=\\d{3}(?!\\d)))?")  # parts thousands, else a list
 _SUPERSCRIPTS = re.compile("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 
 def _plain(text: str) -> str:
     """Return an answer with one spelling of signs, digits, spaces, powers and fractions, without marks of layout."""
     text = _SUPERSCRIPTS.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]), text)
-    text = "".join(map(_character, text.translate(_CHARACTERS)))
+    text = _WIDE_COMMA.sub(lambda found: ", " if found["group"] is None else ",", text.translate(_CHARACTERS))
+    text = "".join(map(_character, text))
     for _ in range(3):  # one within another
         text = _WRAPPED.sub(r"\1", _FRAC.sub(lambda f: f" {f[1] or f[3]}/{f[2] or f[4]}", text))
     for pattern, replacement in _SYMBOLS:
@@ -248,4 +277,4 @@ def _character(sign: str) -> str:
         return str(unicodedata.decimal(sign))
     if kind == "No" and "\u2044" in (fraction := unicodedata.normalize("NFKC", sign)):
         return f" {fraction}".replace("\u2044", "/")  # one half and the like
-    return " " if kind == "Zs" else sign
+    return {"Zs": " ", "Cf": ""}.get(kind, sign)  # Cf: marks of direction, joiners, what has no width

@@ -326,11 +326,11 @@ def _word_task(
     if spec["source"] in GENERATED:
         words = [row["word"] for row in task.generate(spec["source"], split, size, **options)]
     elif spec.get("train") is not None and spec.get("test") is not None:
-        words = read_words(_files(name, spec, split, cache))
+        words = read_words(_files(name, spec, split, cache), f"{place(name, spec)}.{split}")
     else:
         entries = _plain(spec.get("train") or spec.get("test") or [])
-        files = find_files(entries, f"{place(name, spec)}.train", cache=cache)
-        words = words_of_split(read_words(files), split)
+        key = f"{place(name, spec)}.train"
+        words = words_of_split(read_words(find_files(entries, key, cache=cache), key), split)
         if not words:
             raise UserError(f"data.tasks.{name}: no word of the list falls to the {split} split; give a longer list")
     return task.from_words(words, name, size, split, spec["source"], spec.get("limit"))

@@ -7,17 +7,19 @@ deserving it (tests/tasks/test_reward_gaming.py).
 
 import inspect
 import math
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import regex
+
 from llm.config.registries import REWARDS
 from llm.config.targets import TARGET, arguments_of, check_arguments, load_target
 from llm.errors import UserError
 from llm.utils.files import parse_json
+from llm.utils.words import MARKS
 from tasks.base import Task, visible
 from tasks.execution import run_programs
 from tasks.humaneval import program
@@ -209,12 +211,14 @@ SMALL_WORDS = {
     "es": "el la los las de y en un una es que por con para no se su al lo como más pero del está yo son muy le",
     "it": "il la lo gli le di e in un una è che per con non si su al come più ma del sono da io nel della",
 }
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_SIGN = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+_LETTER = rf"(?!{_SIGN})[\p{{L}}\p{{N}}]"
+_WORD = regex.compile(rf"{_SIGN}|{_LETTER}(?:{_LETTER}|[{MARKS}])*")
 
 
 def words_of(text: str) -> list[str]:
     """Return the words of what a reader sees, in lower case; signs of scripts without spaces stand alone."""
-    return _WORD.findall(visible(text).casefold())
+    return _WORD.findall(unicodedata.normalize("NFC", visible(text).casefold()))
 
 
 def n_new(words: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from string import ascii_lowercase
 from typing import ClassVar
 
 from llm.tokenizer.chat_format import content_text
+from llm.utils.words import letters
 from tasks.base import Task, dialogue
 from tasks.gsm8k import extract_answer
 from tasks.numbers import same_number
@@ -97,16 +98,25 @@ def words_of_split(words: Sequence[str], split: str) -> list[str]:
 
 def spelled(word: str) -> str:
     """Return `word:w,o,r,d`: the word and its letters, without spaces, so that each letter keeps its own token."""
-    return f"{word}:{','.join(word)}"
+    return f"{word}:{','.join(letters(word))}"
 
 
 def count_by_hand(word: str, letter: str) -> str:
     """Return the spelled word, then one numbered line per letter that marks each hit with the running count."""
     lines, count = [spelled(word)], 0
-    for number, char in enumerate(word, start=1):
+    for number, char in enumerate(letters(word), start=1):
         count += char == letter
         lines.append(f"{number}:{char}" + (f" hit! count={count}" if char == letter else ""))
     return "\n".join([*lines, f"This gives us {count}."])
+
+
+def _countable(asked: Sequence[str], word: str) -> Sequence[str]:
+    """Return the letters of which Python finds as many in a word as a reader does: a bare one stands in one with marks.
+
+    All of them where there are none such.
+    """
+    own = letters(word)
+    return [one for one in asked if one[0].isalpha() and own.count(one) == word.count(one)] or asked
 
 
 class SimpleSpelling(Task):
@@ -166,7 +176,8 @@ class SpellingBee(Task):
     def conversation(self, row: int, index: int) -> dict:
         rng = random.Random(row)
         word = rng.choice(self.words)
-        letter = rng.choice(word) if rng.random() < FROM_WORD else rng.choice(ascii_lowercase)
+        asked = letters(word) if rng.random() < FROM_WORD else list(ascii_lowercase)
+        letter = rng.choice(_countable(asked, word))
         question = self._question(word, letter, rng)
         return {"messages": dialogue(question, self._answer(word, letter))}
 
@@ -179,11 +190,11 @@ class SpellingBee(Task):
         return text + ("?" if rng.random() < QUESTION_MARK else "")
 
     def _answer(self, word: str, letter: str) -> list[dict]:
-        count = str(word.count(letter))
+        count, quote = str(word.count(letter)), '"' if "'" in word else "'"
         by_hand = f"Count '{letter}' in '{word}'.\n{count_by_hand(word, letter)}\nPython: "
         return [
             {"type": "text", "text": by_hand},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python", "text": f"{quote}{word}{quote}.count('{letter}')"},
             {"type": "python_output", "text": count},
             {"type": "text", "text": f"\n#### {count}"},
         ]

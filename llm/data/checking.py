@@ -2,7 +2,8 @@
 
 Words are compared in small letters. Memory is bounded: of each row a hash of 8 bytes and the number of its file are
 kept in arrays, for at most `MAX_ROWS` rows of a split, and of held-out rows a hash for each run of 13 words, at most
-`MAX_GRAMS`. Beyond that no more are noted, and the result says so.
+`MAX_GRAMS`. Beyond that no more are noted, and the result says so. Text that is written without spaces is compared by
+runs of 40 characters.
 """
 
 from array import array
@@ -14,6 +15,7 @@ from itertools import islice
 import numpy as np
 
 from llm.data.records import LISTED
+from llm.utils.words import words_or_signs
 
 MARKERS = (
     *(
@@ -29,6 +31,7 @@ MARKERS = (
     *("[INST]", "[/INST]", "<<SYS>>", "<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
 )
 GRAM = 13  # words in a row that two texts share only if one was taken from the other (GPT-3's rule of contamination)
+CHARS = 40  # the same in text without spaces: about 25 words of Chinese, 10 of Thai, more than a long name has
 MAX_ROWS = 50_000_000  # 0.6 GB of memory for each split, three times as much while they are compared
 MAX_GRAMS = 20_000_000  # about 2 GB of memory
 
@@ -49,7 +52,7 @@ class Rows:
     bytes: int = 0  # of the text in UTF-8
     repeated: int = 0  # rows that stood before, in this split
     leaked: int = 0  # held-out rows that training holds too, word for word
-    overlapping: int = 0  # held-out rows that share 13 words in a row with training
+    overlapping: int = 0  # held-out rows that share 13 words, or 40 characters, in a row with training
     near_duplicates: int = 0  # training documents that data.near_duplicates leaves out
     markers: Counter = field(default_factory=Counter)
     # Rows with text by length, in tokens, else in characters: n different ones need n^2 / 2 characters of text.
@@ -100,8 +103,8 @@ class Checker:
         self._numbers: dict[int, int] = {}  # id of Rows -> number in `_files`
         self._hashes = {split: array("q") for split in ("held out", "train")}  # of every row with text
         self._origins = {split: array("I") for split in ("held out", "train")}  # the number of its file
-        self._grams: dict[int, int] = {}  # hash of 13 words -> number of the first held-out row with them
-        self._others: dict[int, list[int]] = {}  # hash of 13 words -> numbers of further held-out rows with them
+        self._grams: dict[int, int] = {}  # hash of a run -> number of the first held-out row with it
+        self._others: dict[int, list[int]] = {}  # hash of a run -> numbers of further held-out rows with it
         self._further = 0  # numbers in `_others` so far
         self._row_of = array("i")  # number of the file by the number of the row; -1 once the row is counted
 
@@ -116,16 +119,14 @@ class Checker:
         rows.lengths[len(text) if self.encode is None else len(self.encode(text))] += 1
         if "<" in text or "[" in text:
             rows.markers.update(marker for marker in self.markers if marker in text)
-        words, file = text.lower().split(), self._number(rows)
+        parts, file = words_or_signs(text), self._number(rows)
         if self._has_room(len(self._hashes[rows.split]), MAX_ROWS):
-            self._hashes[rows.split].append(hash(tuple(words)))
+            self._hashes[rows.split].append(hash(parts if isinstance(parts, str) else tuple(parts)))
             self._origins[rows.split].append(file)
-        if len(words) < GRAM:
-            return
         if rows.split == "train":
-            self._compare(words)
+            self._compare(parts)
         else:
-            self._keep(file, words)
+            self._keep(file, parts)
 
     def finish(self) -> None:
         """Count the rows that stood before in their split, and the held-out rows that training holds word for word."""
@@ -157,10 +158,10 @@ class Checker:
         self.is_complete = self.is_complete and kept < most
         return kept < most
 
-    def _keep(self, file: int, words: list[str]) -> None:
-        """Note the runs of 13 words of a held-out row."""
+    def _keep(self, file: int, parts: list[str] | str) -> None:
+        """Note the runs of a held-out row."""
         number = len(self._row_of)
-        for gram in _grams(words):
+        for gram in _grams(parts):
             # Asked within a row: one may be a whole book.
             if not self._has_room(len(self._grams) + self._further, MAX_GRAMS):
                 return
@@ -172,20 +173,22 @@ class Checker:
                     others.append(number)
                     self._further += 1
 
-    def _compare(self, words: list[str]) -> None:
-        """Count the held-out rows that share a run of 13 words with a training row."""
+    def _compare(self, parts: list[str] | str) -> None:
+        """Count the held-out rows that share a run with a training row."""
         if not self._grams:
             return
-        for gram in _grams(words):
+        for gram in _grams(parts):
             if gram not in self._grams:
                 continue
-            # All rows with these words are counted now, so the words are not needed again.
+            # All rows with this run are counted now, so it is not needed again.
             for number in (self._grams.pop(gram), *self._others.pop(gram, ())):
                 if (file := self._row_of[number]) >= 0:
                     self._files[file].overlapping += 1
                     self._row_of[number] = -1
 
 
-def _grams(words: list[str]) -> Iterator[int]:
-    """Yield the hash of every run of 13 words."""
-    return map(hash, zip(*(islice(words, start, None) for start in range(GRAM)), strict=False))
+def _grams(parts: list[str] | str) -> Iterator[int]:
+    """Yield the hash of every run of 13 words, or of 40 characters of a text without spaces."""
+    if isinstance(parts, str):
+        return (hash(parts[start : start + CHARS]) for start in range(len(parts) - CHARS + 1))
+    return map(hash, zip(*(islice(parts, start, None) for start in range(GRAM)), strict=False))

@@ -297,12 +297,17 @@ def _pieces(path: Path, encoding: str) -> Iterator[str | BadRow]:
     """Yield the lines of a text file, longer ones in pieces of TXT_LINE_BYTES; a BadRow for what is not text."""
     number = 1
     with damage(path, lambda: f"line {number - 1:,}"), open_utf8(path, encoding) as (file, encoding):
-        decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
+        kind = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)
+        decoder = kind()
         while raw := file.readline(TXT_LINE_BYTES):
+            before = decoder.getstate()
             try:
                 yield decoder.decode(raw)
             except UnicodeDecodeError as error:
-                decoder.reset()
+                again = kind("replace")  # finds where the last character of the piece begins
+                again.setstate(before)
+                again.decode(raw)
+                decoder.setstate(again.getstate())
                 yield BadRow(f"{path}: line {number:,}", undecodable(error))
             number += raw.endswith(b"\n")
         try:

@@ -27,11 +27,11 @@ from llm.errors import UserError
 from llm.utils.files import write_atomic
 from llm.utils.format import duration
 from llm.utils.source import pip_install
+from llm.utils.words import words_or_signs
 
-VERSION = 1  # of the rules below: another number finds the rows anew
+VERSION = 2  # of the rules below: another number finds the rows anew
 WORDS = 5  # in a run
 CHARS = 13  # in a run of text that is written without spaces
-WORD_CHARS = 16  # characters per word from which on text counts as written without spaces
 HASHES, SEED = 128, 42
 FOUND = 0.85  # share of the pairs right at the threshold that agree in a band, at least
 NEWS_SECONDS = 30.0
@@ -174,9 +174,8 @@ def runs(text: str) -> list[str]:
 
     A text shorter than a run is one.
     """
-    parts, size, glue = text.lower().split(), WORDS, " "
-    if len(parts) * WORD_CHARS < len(text):
-        parts, size, glue = "".join(parts), CHARS, ""
+    parts = words_or_signs(text)
+    size, glue = (CHARS, "") if isinstance(parts, str) else (WORDS, " ")
     found = list(map(glue.join, zip(*(parts[start:] for start in range(size)), strict=False)))
     return found or [glue.join(parts)]
 

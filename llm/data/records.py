@@ -170,7 +170,9 @@ def open_utf8(path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
 def known_encoding(encoding: str) -> tuple[str, bytes]:
     """Return Python's name of an encoding, and its bytes for a line end. Raises UserError if it is none of text."""
     try:
-        return codecs.lookup(encoding).name, "\n".encode(encoding)
+        if (name := codecs.lookup(encoding).name) in ("idna", "punycode"):
+            raise LookupError("of names of hosts")
+        return name, "\n".encode(encoding)
     except (LookupError, UnicodeError):  # base64 is an encoding, but of bytes
         raise UserError(
             f"data.encoding={encoding}: Python knows no such encoding of text. Try utf-8, cp1252 or utf-16."

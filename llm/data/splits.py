@@ -1,8 +1,10 @@
 """Splits by name: the one rule by which files of text and of tasks, local or of the hub, are divided."""
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import regex
 
 from llm.data.files import kind_of
 
@@ -21,14 +23,14 @@ def split_of(name: str) -> str | None:
     """Return the split that a path below the data folder names: "train", "val", "test", or None.
 
     Only a whole part of a name counts: `my_train.jsonl` and `train-00000-of-00005.parquet` do, `latest.txt` does not.
-    The file's name goes before its folders', the inner folder before the outer. In source code only the first folder
-    counts, because `test_x.py` is code like any other.
+    Letters that are not Latin part words too: `数据val.txt`. The file's name goes before its folders', the inner folder
+    before the outer. In source code only the first folder counts, because `test_x.py` is code like any other.
     """
     parts = name.replace("\\", "/").split("/")
     if kind_of(name) == "code":
         return WORDS.get(parts[0].lower()) if len(parts) > 1 else None
     for part in reversed(parts):
-        for word in re.findall(r"[^\W\d_]+", part.lower()):
+        for word in regex.findall(r"\p{Latin}+", unicodedata.normalize("NFC", part.lower())):
             if word in WORDS:
                 return WORDS[word]
     return None

@@ -26,7 +26,7 @@ from llm.eval.core import measure_core
 from llm.eval.core_bundle import load_bundle
 from llm.eval.judges import judges
 from llm.eval.preferences import preference_scores, scalar_rewards
-from llm.eval.samples import draw_samples, given_prompts, questions, text_prompts
+from llm.eval.samples import NO_PROMPTS, draw_samples, given_prompts, questions, text_prompts
 from llm.eval.saved import saved_config, saved_keys
 from llm.eval.task_scores import chat_core, check_task, evaluate_task
 from llm.inference.engine import Engine
@@ -41,7 +41,7 @@ from llm.run.stage_folder import HF, OTHER_DATA, find_stage, read_manifest
 from llm.tokenizer.chat_format import readable
 from llm.utils.addresses import without_secrets
 from llm.utils.files import check_writable, write_atomic, write_json
-from llm.utils.format import duration, percent, print_table, value
+from llm.utils.format import duration, harmless, percent, print_table, value
 from llm.utils.source import pip_install
 from tasks import Cache, bad_rows, build_task, held_out_mixture
 from tasks.registry import build_preferences, held_out_weights
@@ -189,7 +189,7 @@ def print_scores(title: str, scores: dict[str, Any]) -> None:
     rows, parts = [], [("", scores), *((f" ({data})", own) for data, own in scores.get("other_data", {}).items())]
     for suffix, part in parts:
         for sample in part.get("samples", []):
-            print(f"\n> {sample['prompt']}\n{readable(sample['completion'])}")
+            print(harmless(f"\n> {sample['prompt']}\n{readable(sample['completion'])}"))
         rows += [[label + suffix, *cells] for label, *cells in score_rows(part)]
     if rows:
         print()
@@ -388,6 +388,8 @@ class Subject:
             prompts = given_prompts(given, self.tokenizer, self.net.config.seq_len, self.is_chat)
         else:
             prompts = self._questions() if self.is_chat else text_prompts(texts(self.source, "val"))
+        if not prompts:
+            print(NO_PROMPTS, flush=True)
         length = self.options.max_new_tokens if self.is_chat else TEXT_SAMPLE_TOKENS
         return {"samples": draw_samples(self.engine, prompts, length)}
 

@@ -1,13 +1,23 @@
 """Samples to look at: prompts from held-out data and a model's completions of them."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
+
+import regex
 
 from llm.config.check import shown
 from llm.errors import UserError
 from llm.inference.sampling import SamplingParams
 from llm.tokenizer.bpe import without_surrogates
 from llm.tokenizer.chat_format import render_prompt
+from llm.utils.words import has_spaces
+
+NO_PROMPTS = "samples: none, the held-out data gives no prompt"
+SIGNS = 20  # letters of a prompt in a script without spaces
+HEAD = 1_000  # characters that tell whether a document has spaces
+_ENDS = ".!?。！？｡．।॥؟۔…"  # of sentences
+_WORD, _SIGN, _END = regex.compile(r"\S+"), regex.compile(rf"\s*\X[{_ENDS}]*"), regex.compile(rf"[{_ENDS}]$")
 
 
 def questions(mixture, n: int = 4) -> list[dict]:
@@ -23,18 +33,22 @@ def questions(mixture, n: int = 4) -> list[dict]:
 def text_prompts(documents: Iterable[str], n: int = 4, n_words: int = 6) -> list[str]:
     """Return the first words of n held-out documents, prompts that suit the language and subject of a run.
 
-    They are cut before the end of a sentence, where a model could rightly stop. Half a surrogate pair is U+FFFD.
+    Of text without spaces it is the first `SIGNS` letters. They are cut before the end of a sentence, where a model
+    could rightly stop. Half a surrogate pair is U+FFFD.
     """
     prompts = []
     for document in documents:
-        words = without_surrogates(document).split()[: n_words + 1]
-        if len(words) <= n_words:
+        text = without_surrogates(document.lstrip())
+        head = text[:HEAD]
+        part, wanted = (_WORD, n_words) if has_spaces(head.split(), head) else (_SIGN, SIGNS)
+        parts = list(islice(part.finditer(text), wanted + 1))
+        if len(parts) <= wanted:
             continue
-        del words[n_words:]
-        while words and words[-1].endswith((".", "!", "?", "。")):
-            words.pop()
-        if words:
-            prompts.append(" ".join(words))
+        del parts[wanted:]
+        while parts and _END.search(parts[-1][0]):
+            parts.pop()
+        if parts:
+            prompts.append(text[: parts[-1].end()])
         if len(prompts) == n:
             break
     return prompts

@@ -2,21 +2,26 @@
 
 import re
 import shutil
+import unicodedata
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+
+import regex
 
 from llm.data.files import KNOWN, kind_of
 from llm.errors import UserError
 from llm.panel.state import Panel
 from llm.run.stage_folder import RunDir
 from llm.serving.guard import MAX_UPLOAD
+from llm.utils.words import MARKS
 
 OWN = "own"  # folder in paths.data
 TEXT, CHAT = "text", "chat"
 MOST_FILES = 500  # of a folder
 MOST_BYTES = MAX_UPLOAD  # of a folder
 NAME = re.compile(r"[\w][\w.\-]*")
-BARE = re.compile(r"[^\w.\-]+")
+BARE = regex.compile(rf"[^\w.\-{MARKS}]+")
 
 
 def folder_of(panel: Panel, name: str, kind: str) -> Path:
@@ -63,8 +68,16 @@ def keep(panel: Panel, name: str, kind: str, sent: Sequence[str | Path]) -> Path
 
 
 def _plain(name: str) -> str:
-    """Return a file name without blanks and the like, which the list of paths of a setting could not hold."""
-    return BARE.sub("_", name).lstrip(".-") or "file"
+    """Return a file name without blanks and the like, which the list of paths of a setting could not hold.
+
+    One that had to be changed gets a number made of what was sent, so that no other file has the same name.
+    """
+    name = unicodedata.normalize("NFC", name)
+    plain = BARE.sub("_", name).lstrip(".-") or "file"
+    if plain == name:
+        return plain
+    stem, dot, ending = plain.partition(".")
+    return f"{stem}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}{dot}{ending}"
 
 
 def _check(sent: Sequence[Path], targets: dict[Path, Path], before: Sequence[Path]) -> None:

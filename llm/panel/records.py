@@ -52,7 +52,7 @@ def read_items(folder: Path, part: str) -> tuple[Item, ...]:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int) -> tuple[Item, ...]:
-    kind, lines = path.parent.name, read_bytes(path, MOST_BYTES).decode("utf-8", errors="replace").splitlines()
+    kind, lines = path.parent.name, read_bytes(path, MOST_BYTES).decode("utf-8", errors="replace").split("\n")
     try:
         return tuple(_item(kind, parse_json(line.encode(), path)) for line in lines if line.strip())
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

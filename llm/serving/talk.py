@@ -19,6 +19,7 @@ from llm.serving.chat import ChatModel, Message, Reply
 from llm.serving.models import MadeRoom, Models
 from llm.serving.rendering import display, escape, typed
 from llm.serving.saved_chat import MOST_MESSAGES, Chat, Thread, chat_from
+from llm.tokenizer.bpe import without_surrogates
 from llm.utils.files import parse_json
 
 FRAME_SECONDS = 0.05  # a browser does not need more frames, and each one sends the whole conversation
@@ -151,7 +152,7 @@ class Handlers:
             params = self._params(temperature, top_k, top_p, max_new_tokens, seed)
             if len(system or "") > MAX_MESSAGE:
                 raise UserError(f"The system prompt has {len(system):,} characters, {MAX_MESSAGE:,} are possible.")
-            talk.chat.system = system or ""
+            talk.chat.system = without_surrogates(system or "")
             yield from self._frames(talk, turn, params)
         except UserError as error:
             gr.Warning(html.escape(str(error)))
@@ -260,7 +261,7 @@ class Handlers:
             return UNCHANGED
         talk.cut(index - index % 2)  # an unanswered question makes room
         for thread in talk.chat.threads:
-            thread.messages.append({"role": "user", "content": question})
+            thread.messages.append({"role": "user", "content": without_surrogates(question)})
         return self._begin(talk, **box)
 
     def _begin(self, talk: Talk, **box) -> tuple:

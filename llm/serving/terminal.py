@@ -7,7 +7,7 @@ stdout holds the answers only.
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm.errors import UserError
@@ -18,15 +18,20 @@ from llm.serving.interrupts import CtrlC
 from llm.serving.models import Models
 from llm.serving.saved_chat import Chat, Thread
 from llm.tokenizer.chat_format import split_calls
+from llm.utils.format import harmless
 
 DIM, BOLD, RESET = "\033[2m", "\033[1m", "\033[0m"
 FENCE = '"""'  # before and behind a message of several lines
 MOST_REMEMBERED = 1_000  # lines of history
 
 
-def plain_text(reply: Reply, dim: str = "", reset: str = "") -> str:
-    """The answer as text, calculator calls in brackets: `[12*3 = 36]`. As an answer grows, so does this, at its end."""
-    pieces = [f"{dim}[{text}]{reset}" if is_call else text for is_call, text in split_calls(reply.content)]
+def plain_text(reply: Reply, dim: str = "", reset: str = "", clean: Callable[[str], str] = str) -> str:
+    """The answer as text, calculator calls in brackets: `[12*3 = 36]`. As an answer grows, so does this, at its end.
+
+    clean: is applied to what the model wrote, sign by sign.
+    """
+    found = ((is_call, clean(text)) for is_call, text in split_calls(reply.content))
+    pieces = [f"{dim}[{text}]{reset}" if is_call else text for is_call, text in found]
     if reply.content and reply.content[-1]["type"] != "text" and not reply.done:
         pieces[-1] = pieces[-1].removesuffix(f"]{reset}")  # the call goes on, or its result follows
     return "".join(pieces)
@@ -92,14 +97,14 @@ def print_reply(
 ) -> bool:
     """Stream an answer into `reply` and to stdout, its notes to stderr. Return False if Ctrl-C stopped it."""
     dim, reset = (terminal.dim, terminal.reset) if terminal else ("", "")
-    shown, n_notes = "", 0
+    shown, n_notes, clean = "", 0, harmless if sys.stdout.isatty() else str  # a pipe gets the answer as it is
     with contextlib.closing(model.answer(messages, params, reply)) as replies:
         for _ in replies:
-            text = plain_text(reply, dim, reset)
+            text = plain_text(reply, dim, reset, clean)
             print(text[len(shown) :], end="\n" if reply.done else "", flush=True)
             shown = text
             for note in reply.notes[n_notes:]:
-                print(f"{dim}({note}){reset}", file=sys.stderr, flush=True)
+                print(f"{dim}({harmless(note)}){reset}", file=sys.stderr, flush=True)
             n_notes = len(reply.notes)
             if terminal and terminal.ctrl_c.heeded() and not reply.done:
                 return False

@@ -5,7 +5,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 
 from llm.config.stages import all_stages
-from llm.data.checking import MARKERS, Checker, Rows
+from llm.data.checking import CHARS, GRAM, MARKERS, Checker, Rows
 from llm.data.documents import FileDocuments, Shard
 from llm.data.documents import texts as texts_of
 from llm.data.formats import check_file, read_rows
@@ -235,6 +235,7 @@ def warnings(rows: Rows) -> Iterator[str]:
     if rows.leaked:
         yield f"{rows.leaked:,} held-out rows are trained on, word for word"
     if rows.overlapping:
-        yield f"{rows.overlapping:,} held-out rows share 13 words in a row with training"
+        shared = f"{GRAM} words in a row with training (of text without spaces {CHARS} characters)"
+        yield f"{rows.overlapping:,} held-out rows share {shared}"
     if rows.near_duplicates:
         yield f"{rows.near_duplicates:,} near-duplicates, which training leaves out (data.near_duplicates)"

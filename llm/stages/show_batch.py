@@ -14,6 +14,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from llm.utils.format import harmless
+
 KINDS = {  # terminal colour, page style
     "trained": ("\033[32m", "color:#0a7a28;font-weight:600"),
     "punished": ("\033[31m", "color:#b3261e;font-weight:600"),
@@ -53,7 +55,7 @@ def pieces(ids: Sequence[int], weights: Sequence[float], tokenizer) -> list[tupl
 
 def for_terminal(rows: Sequence[list[tuple[str, str]]]) -> str:
     """Return the rows with terminal colours, a line between them."""
-    lines = ["".join(f"{KINDS[kind][0]}{text}{RESET}" for kind, text in row) for row in rows]
+    lines = ["".join(f"{KINDS[kind][0]}{harmless(text)}{RESET}" for kind, text in row) for row in rows]
     return f"\n{'-' * 80}\n".join(lines)
 
 

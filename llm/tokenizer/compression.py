@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm.errors import UserError, reason_of
-from llm.tokenizer.bpe import Tokenizer
+from llm.tokenizer.bpe import Tokenizer, without_surrogates
 
 SAMPLE_TEXTS = {
     "news": (
@@ -151,7 +151,8 @@ def compression_table(
     """
     rows = []
     for name, text in texts.items():
-        n_bytes, n_tokens = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
+        text = without_surrogates(text)
+        n_bytes, n_tokens = len(text.encode()), len(tokenizer.encode(text))
         row = {"text": name, "bytes": n_bytes, "tokens": n_tokens, "ratio": n_bytes / max(n_tokens, 1)}
         for other, encode in others.items():
             n_other = len(encode(text))

@@ -90,6 +90,16 @@ def in_one_line(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
+_CONTROLS = {*range(32), *range(127, 160)} - {*map(ord, "\n\t")}
+_TURNS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}  # the direction in which all that follows is read
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS | _TURNS}
+
+
+def harmless(text: str) -> str:
+    """Return text that does nothing to a terminal: signs that control it, or turn its direction, stand as \\x1b."""
+    return text.translate(_ESCAPES)
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Print a table with rich, in full width if the output is no terminal: a file or a pipe loses nothing."""
     from rich.console import Console

@@ -176,7 +176,7 @@ def test_a_file_of_another_encoding_is_named(tmp_path, name, encoding, reason):
         list(read_records(path, encoding=encoding))
 
 
-@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "undefined"])
+@pytest.mark.parametrize("encoding", ["nonsense", "base64", "rot13", "undefined", "idna", "punycode"])
 def test_an_encoding_that_is_none_of_text_is_named(tmp_path, encoding):
     (tmp_path / "a.txt").write_text("text")
     pq.write_table(pa.table({"text": [b"text"]}), tmp_path / "a.parquet")
@@ -208,6 +208,10 @@ def test_separators_stand_inside_lines_or_are_line_ends(tmp_path, monkeypatch):
         ("my_train.jsonl.gz", "train"),
         ("test00.txt", "test"),
         ("latest.txt", None),
+        ("数据val.txt", "val"),
+        ("데이터test한.txt", "test"),
+        ("festéval.txt", None),
+        ("feste\u0301val.txt", None),
         ("training/contest.txt", None),
         ("src/test_x.py", None),
         ("test/x.py", "test"),
@@ -368,6 +372,18 @@ def test_bad_rows_of_tables_and_text(tmp_path):
         with pytest.raises(UserError, match=f"{name}: line 3: "):
             LocalDocuments(tmp_path / name, val_size=1).check()
     assert "; and 2 more. Correct the rows" in str(bad_rows_error([BadRow("a", "b")] * 10, 12, "data.bad_rows"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_only_the_piece_of_a_long_line_with_a_bad_byte_is_lost(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr("llm.data.formats.TXT_LINE_BYTES", 64)  # pieces end within characters
+    text = "。字".join("甲乙丙丁戊己庚辛壬癸") * 20
+    data = text.encode(encoding)
+    (tmp_path / "a.txt").write_bytes(data[:240] + b"\xff" + data[240:])
+    rows = list(read_rows(tmp_path / "a.txt", Column("text", encoding=encoding), 0))
+    good = "".join(row for row in rows if isinstance(row, str))
+    assert sum(isinstance(row, BadRow) for row in rows) == 1 and len(good) > len(text) - 64
+    assert text.endswith(good[-400:])
 
 
 @pytest.mark.parametrize("name, key", [("embedded", "path"), ("hub", "train"), ("local", "repo"), ("mixture", "path")])

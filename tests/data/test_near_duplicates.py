@@ -176,6 +176,7 @@ def test_runs_of_words_and_of_characters():
     assert runs("A b  c\nd e f") == ["a b c d e", "b c d e f"] and runs("Two words") == ["two words"]
     written = "人工知能は計算機科学の一分野である"  # no spaces
     assert runs(written) == [written[start : start + 13] for start in range(len(written) - 12)]
+    assert runs("1. 保持健康饮食习惯\n2. 每天运动")[0] == "1.保持健康饮食习惯2.每"  # a list
     assert runs("half \ud800 a character")
 
 

@@ -2,19 +2,22 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import compose, run_cli
 from eval_data import TEXT, data_config, jsonl
 from omegaconf import OmegaConf
 
+from callbacks.samples import Samples
 from llm.checkpoint.model_folder import save_model_folder
 from llm.data.documents import text_id
 from llm.data.sources import build_source
 from llm.errors import UserError
 from llm.eval import core, evaluate
 from llm.eval.bits_per_byte import bits_per_byte
-from llm.eval.evaluate import data_title, merge_scores, run_evaluation, same_data, warn_of_change
+from llm.eval.evaluate import data_title, merge_scores, print_scores, run_evaluation, same_data, warn_of_change
 from llm.model.config import GPTConfig
 from llm.model.gpt import GPT
 from llm.run.stage_folder import RunDir, read_manifest, write_manifest
@@ -105,6 +108,37 @@ def test_samples_take_the_prompts_that_the_training_was_given(runs, stage):
     scores = run_evaluation(settings(runs, ["samples"], stage=stage))
     write_manifest(folder, before)
     assert [sample["prompt"] for sample in scores["samples"]] == given and "other_data" not in scores
+
+
+def test_a_line_says_that_held_out_data_gives_no_prompt(runs, capsys, monkeypatch):
+    """Say it at the start of a training, and in an evaluation."""
+    monkeypatch.setattr("llm.eval.evaluate.text_prompts", lambda documents: [])
+    assert run_evaluation(settings(runs, ["samples"], stage="pretrain"))["samples"] == []
+    assert "samples: none, the held-out data gives no prompt" in capsys.readouterr().out
+    trainer = SimpleNamespace(is_global_zero=True)
+    for prompts, every in (([], 2), (["text"], 2), ([], 0)):
+        module = SimpleNamespace(context=SimpleNamespace(prompts=prompts), row_is_missing=False)
+        Samples(every).on_train_start(trainer, module)
+    assert capsys.readouterr().out == "samples: none, the held-out data gives no prompt\n"
+
+
+def test_samples_do_nothing_to_the_terminal(capsys, monkeypatch):
+    """Show control signs of a model's text, in an evaluation and while training; loggers get the text as it is."""
+    drawn = [{"prompt": "a\x1b[31m", "completion": "b\u202e\nc"}]
+    print_scores("title", {"samples": drawn})
+    assert capsys.readouterr().out == "\n> a\\x1b[31m\nb\\u202e\nc\n"
+    logged = []
+    for name, stand_in in (
+        ("draw_samples", lambda *args: drawn),
+        ("full_model", lambda net: net),
+        ("Engine", lambda *args: None),
+        ("log_table", lambda loggers, name, columns, rows, step: logged.extend(rows)),
+    ):
+        monkeypatch.setattr(f"callbacks.samples.{name}", stand_in)
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[])
+    module = SimpleNamespace(net=torch.nn.Identity(), context=SimpleNamespace(tokenizer=None, prompts=["a"]))
+    Samples(1).act(trainer, module, 3)
+    assert capsys.readouterr().out == "  step 3 | a\\x1b[31m -> b\\u202e / c\n" and logged[0][0] == "a\x1b[31m"
 
 
 def test_public_web_text_brings_prompts_for_pretraining_alone():

@@ -342,6 +342,11 @@ def test_text_prompts_are_unfinished_beginnings_of_documents():
         "unused a b c",
     ]
     assert text_prompts(documents, n=2, n_words=3) == ["one two three", "six seven. Eight"]
+    assert text_prompts(["\n one\n\ntwo  three four"], n_words=3) == ["one\n\ntwo  three"]
+    assert text_prompts(["एक दो। तीन चार", "هل هذا؟ نعم لا"], n_words=2) == ["एक", "هل"]
+    first = "今天天气很好，我们一起去公园散步去吧"
+    chinese = first + "！看到很多人在湖边钓鱼。" * 9
+    assert text_prompts([chinese, "一二" + chinese, chinese[:20]]) == [first + "！看到", "一二" + first[:-1]]
     assert text_prompts(["half \ud83d a pair"], n_words=3) == ["half \ufffd a"]  # UTF-8 cannot hold it
 
 

@@ -86,6 +86,9 @@ def test_records_of_every_kind_are_read_in_one_form(panel):
     assert read_items(folder, "core/hellaswag") == (Item(0, "line 7 of the task's file", "0", False, "wanted 1"),)
     (arc,) = read_items(folder, "lm_eval/arc")
     assert (arc.prompt, arc.answer, arc.right, arc.verdict) == ("Question", "yes", True, "acc 1.0, brier 0.2")
+    row = {"index": 0, "arguments": [["one\u2028two\x85three"]], "responses": ["a"], "acc": 1.0}
+    (folder / "lm_eval/arc.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_items(folder, "lm_eval/arc")[0].prompt == "one\u2028two\x85three"
     for part in ("../run", "records/../../../x", "records/none"):
         with pytest.raises(UserError, match="no such records"):
             read_items(folder, part)

@@ -57,9 +57,21 @@ def test_files_are_moved_to_their_name_and_replaced(panel, sent, tmp_path):
     folder = keep(panel, "mine", TEXT, [first])
     assert folder == tmp_path / "data/own/mine/text" and not first.exists()
     keep(panel, "mine", TEXT, [sent("my text (1).txt", "new"), sent("b.jsonl.gz")])
-    assert [path.name for path in kept(panel, "mine", TEXT)] == ["b.jsonl.gz", "my_text_1_.txt"]
-    assert (folder / "my_text_1_.txt").read_text() == "new"
+    assert [path.name for path in kept(panel, "mine", TEXT)] == ["b.jsonl.gz", "my_text_1_-75f23636.txt"]
+    assert (folder / "my_text_1_-75f23636.txt").read_text() == "new"
     assert own_files.names(panel) == ["mine"] and kept(panel, "other", TEXT) == []
+
+
+def test_files_of_different_names_stay_different_files(panel, sent):
+    """Keep names that differ in marks, joiners, emoji or brackets alone; é is é, however it is written."""
+    stems = ("की", "का", "می\u200cروم", "میروم", "a_1_", "a (1)", "a [1]", "👍", "👎")
+    names = [f"{stem}.txt" for stem in stems]
+    for name in [*names, "é.txt", "e\u0301.txt"]:
+        keep(panel, "mine", TEXT, [sent(name, name)])
+    found = {path.read_text(): path.name for path in kept(panel, "mine", TEXT)}
+    assert found.keys() == {*names, "e\u0301.txt"}
+    assert all(found[name] == name for name in names[:5]) and found["e\u0301.txt"] == "é.txt"
+    assert found["👍.txt"].endswith(".txt")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from scripted_pool import BODY, scripted, served  # noqa: E402
 
 from llm.serving.api.chat import ChatAnswer  # noqa: E402
 from llm.serving.api.completions import _mean_logprob  # noqa: E402
+from llm.serving.api.conversation import instructions_of, turns  # noqa: E402
+from llm.serving.api.requests import ChatRequest, Tool  # noqa: E402
 from llm.serving.api.server import MAX_HEAD, run  # noqa: E402
 from llm.serving.api.service import usage_of  # noqa: E402
 from llm.serving.api.text import AnswerText  # noqa: E402
@@ -361,6 +363,17 @@ def test_a_stop_text_before_min_tokens_does_not_cut_the_answer(streams):
             (one.get("delta") or one.get("message") or {"content": one.get("text")}).get("content") for one in choices
         ]
         assert "".join(text or "" for text in texts) == "a stop b " and choices[-1]["finish_reason"] == "stop"
+
+
+def test_functions_are_told_in_their_own_letters():
+    """Keep what a model was trained on: an escape of six signs is none of its letters."""
+    function = {"name": "weather", "description": "Größe", "parameters": {"properties": {"城市": {"type": "string"}}}}
+    told = instructions_of([Tool(type="function", function=function)])
+    assert all(word in told for word in ("weather", "Größe", "城市")) and "\\u" not in told
+    call = {"id": "1", "type": "function", "function": {"name": "天気", "arguments": "{}"}}
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages = ChatRequest(model="m", messages=[*asked, {"role": "user", "content": "!"}]).messages
+    assert turns(messages)[1]["content"] == '{"name": "天気", "arguments": {}}'
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,13 @@ def test_a_question_is_answered_frame_by_frame(handlers, monkeypatch):
     assert list(handlers.answer(visitor)) == NOTHING  # is asked, so nothing changes
 
 
+def test_half_a_character_of_utf_16_is_asked_as_the_tokens_have_it(handlers):
+    visitor = Talk.new("run/sft")
+    handlers.ask("a\ud83d", visitor)
+    list(handlers.answer(visitor, system="b\ud83d"))
+    assert visitor.chat.threads[0].messages[0]["content"] == "a\ufffd" and visitor.chat.system == "b\ufffd"
+
+
 def test_an_empty_box_asks_nothing_and_warns_of_nothing(handlers, warned):
     visitor = asked(handlers, "one")
     for empty in ("", "  \n"):

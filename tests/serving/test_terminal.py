@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -218,6 +219,14 @@ def test_terminal_text_only_grows_at_its_end():
         assert text.startswith(shown)
         shown = text
     assert shown == "a [1+1 = 2][1/0] b [5][2*2]"
+
+
+@pytest.mark.parametrize("on_screen", [True, False])
+def test_an_answer_does_nothing_to_the_terminal(capsys, monkeypatch, on_screen):
+    """Show control signs on a screen; a pipe gets them as they are."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_screen, raising=False)
+    terminal.print_reply(scripted_model("a\x1b[2J\u202eb"), [user("x")], GREEDY, Reply())
+    assert capsys.readouterr().out == ("a\\x1b[2J\\u202eb\n" if on_screen else "a\x1b[2J\u202eb\n")
 
 
 @pytest.mark.parametrize("patient", [True, False])

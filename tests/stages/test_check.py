@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 from conftest import compose
 
-from llm.data.checking import GRAM, Checker, Rows
+from llm.data.checking import CHARS, GRAM, Checker, Rows
 from llm.errors import UserError
 from llm.stages import check
 from llm.stages.run_stage import run_stage
@@ -56,6 +56,25 @@ def test_text_with_every_kind_of_mistake(folder, capsys):
     found = {file["split"]: file for file in json.loads((folder / "runs" / "data_check.json").read_text())["files"]}
     assert (found["train"]["read"], found["train"]["bad"], found["train"]["empty"]) == (198, 2, 1)
     assert (found["held out"]["leaked"], found["held out"]["overlapping"]) == (1, 2)
+
+
+def test_text_without_spaces_is_compared_by_characters():
+    """Find a held-out row within a training row of Chinese, and no leak in a phrase that many texts have."""
+    generator = random.Random(0)
+    han = [chr(generator.randrange(0x4E00, 0x9000)) for _ in range(800)]
+
+    def text(length: int) -> str:
+        return "".join(generator.choices(han, k=length))
+
+    leaked, other, phrase = text(200), text(200), text(CHARS - 1)
+    listed = "\n".join(f"{number}. {text(9)}" for number in range(9))  # few characters a word
+    checker, val, train = Checker(), Rows("val", "held out"), Rows("train", "train")
+    for row in (leaked, f"{text(80)}{phrase}。", other, listed):
+        checker.add(val, row)
+    for row in (f"{text(50)}\n{leaked[:120]}\n{leaked[120:]}", f"{text(80)}{phrase}！", other, listed + text(9)):
+        checker.add(train, row)
+    checker.finish()
+    assert (val.overlapping, val.leaked) == (3, 1)
 
 
 def test_clean_data_ends_well_and_tasks_are_read(tmp_path, capsys):

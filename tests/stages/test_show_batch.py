@@ -8,6 +8,7 @@ from conftest import REPO, run_cli
 from llm.data.loader import ConversationSteps, StepLayout
 from llm.stages.show_batch import for_page, for_terminal, pieces, rows_of
 from llm.tokenizer.chat_format import render_conversation
+from llm.utils.format import harmless
 
 TALK = {"messages": [{"role": "user", "content": "How many apples?"}, {"role": "assistant", "content": "12 <apples>"}]}
 
@@ -23,6 +24,13 @@ def test_what_is_trained_is_what_the_mask_says(tiny_tokenizer):
     assert [float(m) for m in mask] == [float(w != 0) for w in weights[: len(mask)]]
     assert "\033[32m12 <apples>" in for_terminal([shown]) and "12 &lt;apples&gt;" in for_page([shown], "a & b")
     assert "<h1>a &amp; b</h1>" in for_page([shown], "a & b")
+
+
+def test_text_does_nothing_to_the_terminal():
+    """Show what would colour, ring or turn the text around; keep lines, tabs and our own colours."""
+    text = "a\n\tb\x1b[31m\x07\r\x9b\u202eל\u200fé"
+    assert harmless(text) == "a\n\tb\\x1b[31m\\x07\\r\\x9b\\u202eל\u200fé"
+    assert for_terminal([[("trained", "\x1b[2J")]]) == "\033[32m\\x1b[2J\033[0m"
 
 
 def test_answers_that_are_made_less_likely_are_red(tiny_tokenizer):

@@ -12,6 +12,7 @@ from llm.errors import UserError
 from llm.eval.task_scores import evaluate_task
 from llm.tokenizer.chat_format import content_text
 from tasks import Task, build_task, dialogue, need
+from tasks.answers import plain_answer
 
 
 def local(kind: str, **keys) -> dict:
@@ -47,6 +48,21 @@ def test_a_word_problem_without_one_whole_number_is_refused(tmp_path, split, ans
     path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "#### 5"}, {"question": "q", "answer": answer})
     with pytest.raises(UserError, match=r"a\.jsonl row 2: the answer does not end with '#### <number>' and one number"):
         build_task("sums", local("gsm8k", **{split: path}), split)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given"),
+    [
+        ("北京", "北京。"),
+        ("北京", "「北京」"),
+        ("दिल्ली", "दिल्ली।"),
+        ("القاهرة", "\u200fالقاهرة؟"),
+        ("Paris", "«Paris»"),
+        ("Paris", "„Paris“"),
+    ],
+)
+def test_ends_of_sentences_and_quotes_of_every_language_do_not_matter(wanted, given):
+    assert plain_answer(wanted) == plain_answer(given) and plain_answer(given) != plain_answer(given + "x")
 
 
 class Strict(Task):

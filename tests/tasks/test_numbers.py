@@ -31,6 +31,15 @@ SAME = [
     ("3 pm", ["3:00 pm", "15:00"]),
     ("90°", ["90", r"90^\circ", "90 degrees"]),
     ("0", ["-0", "0.0", "0/7"]),
+    (
+        "12",
+        ["12元", "12个", "12개", "12人。", "12。", "答案：12", "答案是12", "答えは12です", "x ＝ 12", "「12」", "«12»"],
+    ),
+    ("12", ["₩12", "₽12", "12₺", "\u200f12\u200f", "\u202b12\u202c", "12\u200b", "12；", "12％"]),
+    ("1234", ["１，２３４"]),
+    ("5 kg", ["5кг", "5千克"]),
+    ("30000", ["3万", "3萬人", "3만원", "30千"]),
+    ("5000000", ["5百万", "5 миллионов", "50 लाख", "5ล้าน", "5000 тыс. руб."]),
 ]
 DIFFERENT = [
     ("1/2", "1/3"),
@@ -69,6 +78,7 @@ NONE = [
     "2 1/0",
 ]
 NONE += ["3+2=5", "12,34.5", "1,2345,6", "1.23.4", "5 apples and 3 pears", "--5", "x - 5", "n-5", "2x", "2π", r"2\pi"]
+NONE += ["3，4", "3、4", "12或13", "3万5千", "答案不是12", "5조각", "2х", "2α", "5µ"]
 NONE += ["3h30", "5'3", "13 pm", "5M", "$5m", "1:2:3:4", "5 ± 1", "10^999999999", "1e999999999", "9" * 20_000]
 
 
@@ -94,6 +104,7 @@ def test_numbers_are_exact_and_say_what_stood_around_them():
     assert parse_number("0.1").value == (Fraction(1, 10),) and parse_number("1,5e-2").value == (Fraction(3, 200),)
     assert parse_number("3:05 pm").value == (15, 5)
     assert parse_number("5 km.").unit == "km" and parse_number("$5").unit == "dollar"
+    assert parse_number("12。").bare and parse_number("١٢؟").bare and not parse_number("12个").bare
     assert parse_number("5 km.").bare and not parse_number("5 figs").bare and not parse_number("x = 5").bare
 
 

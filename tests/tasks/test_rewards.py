@@ -5,7 +5,7 @@ import torch
 
 from llm.errors import UserError
 from tasks.base import Task, dialogue
-from tasks.rewards import Rewards, build_rewards
+from tasks.rewards import Rewards, build_rewards, words_of
 
 QUESTION = {"messages": dialogue("What is 6 times 7?", "#### 42")}
 
@@ -62,6 +62,19 @@ def test_number_needs_numbers():
 
     with pytest.raises(UserError, match="stage.rewards: number: the answers of names are no numbers, such as 'Ada'"):
         build_rewards(Names([{}], "names"), {"number": 1.0}, {})
+
+
+def test_words_have_their_vowel_signs_and_joiners():
+    """Count words of Hindi, vocalised Arabic, Persian and decomposed French as a reader does."""
+    assert words_of("राम शर्मा दिल्ली में रहता है।") == ["राम", "शर्मा", "दिल्ली", "में", "रहता", "है"]
+    assert words_of("السَّلامُ عَلَيْكُم") == ["السَّلامُ", "عَلَيْكُم"] and len(words_of("می\u200cروم")) == 1
+    assert words_of("E\u0301te\u0301, l'eau_x 世界a") == ["été", "l", "eau", "x", "世", "界", "a"]
+
+
+def test_a_number_with_a_full_stop_of_another_script_is_rewarded():
+    reward = build_rewards(TASK, {"number": 1.0}, {})
+    answers = ["#### 42。", "#### 42।", "#### 42؟", "#### 42个", "#### 4万2"]
+    assert reward([QUESTION] * 5, answers) == [[1.0], [1.0], [1.0], [0.0], [0.0]]
 
 
 @pytest.mark.parametrize(("values", "words"), [([float("inf")], "gave inf"), ([], "gave 0 numbers for 1 answers")])

@@ -3,6 +3,7 @@
 import json
 import random
 import tracemalloc
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import SHARED, needs_shared
 
 from llm.errors import UserError
+from llm.inference.calculator import calculate
 from llm.tokenizer.chat_format import content_text, validate_conversation
 from tasks import Mixture, build_mixture, build_task
 from tasks.base import Task, dialogue
@@ -17,7 +19,7 @@ from tasks.execution import Limits
 from tasks.gsm8k import answer_parts, extract_answer
 from tasks.humaneval import extract_code, program
 from tasks.multiple_choice import render_question
-from tasks.spelling import ALL_LANGUAGES, TEST_OFFSET, SpellingBee, count_by_hand
+from tasks.spelling import ALL_LANGUAGES, TEST_OFFSET, SpellingBee, count_by_hand, spelled
 
 DATA = SHARED / "data"
 needs_data = needs_shared("data")
@@ -154,6 +156,23 @@ def test_simple_spelling_needs_every_letter(tmp_path):
     assert sorted({c["messages"][0]["content"] for c in task}) == ["Spell the word: kiki", "Spell the word: mola"]
     item = next(c for c in task if "mola" in c["messages"][0]["content"])
     assert task.evaluate(item, "mola:m,o,l,a\n") and not task.evaluate(item, "mola:m,o,a,l")
+
+
+MARKED = "नमस्ते किताब लड़का कक्का น้ำ กรุงเทพ বাংলা שָׁלוֹם п'ять м’ята می\u200cروم 苹果 한국어 größe".split()
+
+
+def test_words_of_every_script_are_read_and_spelled_by_the_letters_that_a_reader_sees(tmp_path, capsys):
+    """Keep letters with their marks, in one spelling; entries with more than letters are counted."""
+    lines = [*MARKED, unicodedata.normalize("NFD", "größe"), "no2", "don't", ""]
+    (tmp_path / "words.txt").write_text("\n".join(lines), encoding="utf-8")
+    spec = local("spelling_bee", train=str(tmp_path / "words.txt"), size=400)
+    task = build_task("bee", {**spec, "test": str(tmp_path / "words.txt")}, "test")
+    assert sorted(task.words) == sorted(MARKED)
+    assert "data.tasks.bee.test: 2 of 17 words are left out" in capsys.readouterr().out
+    assert spelled("किताब") == "किताब:कि,ता,ब" and spelled("größe") == "größe:g,r,ö,ß,e"
+    for item in task:
+        by_hand, python, output, _ = (part["text"] for part in item["messages"][1]["content"])
+        assert calculate(python) == output and by_hand.count("hit!") == int(output)
 
 
 def test_identity_wants_all_keywords(tmp_path):

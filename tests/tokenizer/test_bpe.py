@@ -283,6 +283,8 @@ def test_compression_table(tok):
     assert rows[0]["ratio"] == pytest.approx(11 / n) and rows[0]["bytes_ratio"] == 1
     assert rows[0]["bytes_diff"] == pytest.approx(100 * (11 - n) / 11)
     assert rows[1]["tokens"] == 0
+    (half,) = compression_table(tok, {"t": "\ud83d"}, {"bytes": lambda s: list(s.encode())})
+    assert half["bytes"] == half["bytes_tokens"] == 3  # U+FFFD
     lines = format_compression_table(rows).splitlines()
     assert len(lines) == 4 and len(set(map(len, lines))) == 1
     assert format_compression_table([]) == ""

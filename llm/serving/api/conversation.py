@@ -102,7 +102,7 @@ def check_room(n_prompt: int, seq_len: int, param: str, n_needed: int = 1) -> No
 def instructions_of(tools: Sequence[Tool]) -> str:
     """Return the text that tells a model which functions it may call, and how."""
     lines = [
-        json.dumps({"name": one.name, "description": one.description or "", "parameters": one.parameters or {}})
+        _json({"name": one.name, "description": one.description or "", "parameters": one.parameters or {}})
         for one in (tool.function for tool in tools)
     ]
     return (
@@ -142,5 +142,10 @@ def _text(message: Message) -> str:
     calls = getattr(message, "tool_calls", None) or ()
     pieces = [text] if text else []
     for call in calls:
-        pieces.append(f'{{"name": {json.dumps(call.function.name)}, "arguments": {call.function.arguments}}}')
+        pieces.append(f'{{"name": {_json(call.function.name)}, "arguments": {call.function.arguments}}}')
     return "\n".join(pieces)
+
+
+def _json(value: Any) -> str:
+    """Return a value as JSON whose letters are those that the model was trained on, and not \\u escapes."""
+    return json.dumps(value, ensure_ascii=False)
