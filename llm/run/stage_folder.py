@@ -347,7 +347,7 @@ def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
     """Return model/ of `parent` in the run `source`, checked to be finished and to hold what `row` needs."""
     if parent not in source.finished():
         usable = [stage for stage in reversed(source.finished()) if _suits(row, stage)]
-        fix = f"run it first (the same command with stage={parent})"
+        fix = f"run it first (the same command with stage={parent}, without its stage.* keys)"
         if usable:
             fix += f", or start from another stage: init_from={source.name}/{usable[0]}"
         elif row.takes == "weights":  # a tokenizer of another run was made for another text: none is proposed
