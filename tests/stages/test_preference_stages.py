@@ -231,3 +231,20 @@ def test_steps_that_draw_answers_are_not_repeated(stage):
     cfg = compose("train", "experiment=tiny", f"stage={stage}", "trainer.overfit_batches=2")
     with pytest.raises(UserError, match=f"trainer.overfit_batches=2: stage={stage} trains on answers that the weights"):
         read_task(cfg, Path("model"))
+
+
+def test_only_tasks_that_give_a_reward_are_offered(tmp_path):
+    """A task of conversations is trained on, and a source of preferences may stand for a task."""
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    files = [f"data.tasks.chat.{split}={tmp_path / split}.jsonl" for split in ("train", "test")]
+    own = ("experiment=own", "stage=grpo", "stage.rehearsal=0", *files)
+    tiny = ("experiment=tiny", "stage=grpo", "data.tasks.arithmetic.type=chat")
+    for lines, words in (
+        (own, "data.rl=null: name the task to be rewarded for, stage.task=<one of identity>"),
+        ((*own, "stage.task=chat"), "stage.task=chat: a task of kind chat gives no reward; choose one of identity$"),
+        ((*tiny, "stage.task=x"), r"not among data.tasks and data.preferences \(spelling, spell_words, identity, po"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_task(compose("train", *lines), tmp_path)
