@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
 from llm.errors import UserError
-from llm.eval.evaluate import run_evaluation
+from llm.eval.evaluate import run_evaluation, score_rows
 from llm.eval.preferences import compared, interval
 from llm.model.gpt import GPT
 from llm.run.stage_folder import find_stage, write_manifest
@@ -26,6 +26,7 @@ from llm.stages.dpo import build
 from llm.stages.rollout_stage import read_task
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
+from llm.utils.format import value
 
 SMALL = ("model.depth=1", "precision.compute=fp32", "trainer=cpu", "callbacks=none", "optim=adamw", "save_every=2")
 FEW = (
@@ -125,8 +126,12 @@ def test_a_reward_model_is_evaluated_and_cannot_be_served_or_chat(runs):
     assert found["preferences"]["accuracy"] == pytest.approx(float(last["preference/accuracy"]))
     assert "bpb" not in found and "chat" not in found
     assert "| pairs told apart" in (runs / "judge" / "report.md").read_text()
-    with pytest.raises(UserError, match="stage=reward holds no model that generates text"):
+    with pytest.raises(UserError, match="holds no model that generates text; choose another. Finished .*: tiny/sft.$"):
         find_stage(runs, "judge", "reward")
+    table = {metric: cells for metric, *cells in score_rows(found)}
+    assert "preferences n" not in table and "preferences margin_stderr" not in table
+    assert table["preferences margin"][1:] == [value(found["preferences"]["margin_stderr"]), "8"]
+    assert table["preferences accuracy"][1:] == ["", "8"]
     cfg.data = config(runs, "judge", "reward").data
     cfg.data.preferences.politeness.test_size = 6
     merged = run_evaluation(cfg)
