@@ -401,7 +401,7 @@ def with_options(every, most=1):
 def test_arguments_beside_a_target_are_compared_with_what_it_takes():
     for part, problem in (
         ({"evry": 1}, "k.evry=1: with_options has no such argument; did you mean k.every? (it has every, most)"),
-        ({"most": 1}, "k: with_options: missing a required argument: 'every'; give it as k.<argument>"),
+        ({"most": 1}, "k: with_options: missing a required argument: 'every'; give it as +k.<argument>=<value>"),
     ):
         with pytest.raises(UserError, match=re.escape(problem)):
             check_arguments(with_options, part, "k")

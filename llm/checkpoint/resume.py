@@ -7,6 +7,7 @@ another artifact (`llm.checkpoint.model_folder`). `checkpoints/manifest.json` ho
 step waits for a copy of the state in host memory. A thread does checksum, disk and renaming.
 """
 
+import argparse
 import contextlib
 import hashlib
 import logging
@@ -367,10 +368,13 @@ def damaged_weights(path: Path) -> str | None:
 
 def main() -> None:
     """Inspect the run named on the command line. Exit status: 0 sound, 1 damaged, 2 wrong use."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm.checkpoint", description="List what a run holds and verify every checksum."
+    )
+    parser.add_argument("run_dir", type=Path, help="run folder, such as runs/demo")
+    options = parser.parse_args()
     try:
-        if len(sys.argv) != 2:
-            raise UserError("give one run folder: python -m llm.checkpoint runs/demo")
-        sys.exit(0 if inspect(Path(sys.argv[1])) else 1)
+        sys.exit(0 if inspect(options.run_dir) else 1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,8 @@ def changes(cfg: Any) -> list[str]:
 
     First come options of groups other than the default ones, then keys that differ from the values of these options; so
     what an experiment sets is listed, and what `data=hub` brings is not. Changes since the configuration was composed
-    do not count. Empty where it is not known what it was composed of, or the defaults cannot be composed.
+    do not count, but what the parent's shape has replaced is not listed. Empty where it is not known what it was
+    composed of, or the defaults cannot be composed.
     """
     origin = origin_of(cfg)
     if origin is None:
@@ -37,11 +38,25 @@ def changes(cfg: Any) -> list[str]:
     except UserError:
         return []
     before, after = flatten(public(before)), flatten(public(origin.values))
+    for name, key in (("model", "model.depth"), ("arch", "arch.name")):
+        if is_replaced(cfg, key, after.get(key)):
+            lines = [line for line in lines if not line.startswith(f"{name}=")]
     for key in {**after, **before}:
         pair = before.get(key, ABSENT), after.get(key, ABSENT)
-        if pair[0] != pair[1] and key not in ABOUT_OUTPUT and not (pair[0] in UNSET and pair[1] in UNSET):
+        if (
+            pair[0] != pair[1]
+            and not is_replaced(cfg, key, pair[1])
+            and key not in ABOUT_OUTPUT
+            and not (pair[0] in UNSET and pair[1] in UNSET)
+        ):
             lines.append(f"~{key}" if pair[1] == ABSENT else f"{key}={shown(pair[1])}")
     return lines
+
+
+def is_replaced(cfg: Any, key: str, value: Any) -> bool:
+    """Return whether a key of the model's shape has no longer the value that it was composed with."""
+    is_shape = key.startswith(("model.", "arch.")) and key != "model.vocab_size"
+    return is_shape and "${" not in str(value) and value != OmegaConf.select(cfg, key, default=ABSENT)
 
 
 def as_option(option: Any) -> str:

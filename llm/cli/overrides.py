@@ -24,6 +24,8 @@ ONE_NAME = {
     "experiment": "give one name; an experiment takes others over in its file: defaults: [/experiment/<name>, ...]",
     "stage": "give one name; several in a row are a sweep: -m stage=tokenizer,pretrain",
 }
+# Keys that are null until a mapping of any keys is given.
+MAPPINGS = ("stage.reward_options.", "stage.rewards.", "data.source.", "data.sources.")
 
 __all__ = ["CONF", "check_overrides", "compose", "config_groups", "group_options"]
 
@@ -370,7 +372,8 @@ def _missing(config_name: str, cfg: Any, name: str, choice: Sequence[str]) -> st
     message = unknown_key(config_name, name, siblings + elsewhere if siblings else _dotted(cfg, ""))
     if advice := _in_a_file(cfg, name):
         return f"{message}; {advice}"
-    if isinstance(parent, DictConfig) and not _is_typed(parent):
+    is_open = isinstance(parent, DictConfig) and not _is_typed(parent)
+    if is_open or (parent is None and name.startswith(MAPPINGS)):
         message += f"; to add a new one write +{name}=..."
     return message
 

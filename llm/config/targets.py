@@ -75,7 +75,8 @@ def check_arguments(thing: Any, part: Mapping[str, Any], key: str, given: tuple[
     try:
         signature.bind(*given, *(part.get("_args_") or ()), **own)
     except TypeError as error:
-        raise UserError(f"{key}: {name}: {error}; give it as {key}.<argument> (it has {listed})") from error
+        form = f"+{key}.<argument>=<value>"
+        raise UserError(f"{key}: {name}: {error}; give it as {form} (it has {listed})") from error
 
 
 def takes(thing: Any, argument: str) -> bool:

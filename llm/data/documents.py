@@ -179,6 +179,7 @@ class FileDocuments:
     is_cached = True  # data.token_cache may keep the tokens: a change of the files is noticed
     near_duplicates = None  # llm.data.near_duplicates.NearDuplicates, or None: training reads every document
     shuffle = None  # llm.data.shuffle.Shuffle, or None: training reads the documents in the order of the files
+    by_key = None  # "by data.val" where that key chose the files that validate, None: their names did
 
     def __init__(
         self,
@@ -334,8 +335,11 @@ class FileDocuments:
         val = shards[0]
         if self.n_train < len(self.files):
             if val.stop is not None:
-                return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}, by its name"
-            return f"{val.path.name}, by its name" if len(shards) == 1 else f"{len(shards)} files, by their names"
+                by = self.by_key or "by its name"
+                return f"the last {val.stop - val.start:,} of {val.stop:,} documents of {val.path.name}, {by}"
+            if len(shards) == 1:
+                return f"{val.path.name}, {self.by_key or 'by its name'}"
+            return f"{len(shards)} files, {self.by_key or 'by their names'}"
         if val.stop is None:
             return f"{val.path.name}, the last file, as no name says what validates{self._large(val.path)}"
         alone = ", as it is a single file" if self.val_size is None else ""
@@ -403,6 +407,14 @@ class FileDocuments:
             yield text
 
 
+def held_out_all(key: str, value: Any, val_key: str, val: Any) -> UserError:
+    """Return the error for files to train on that all validate, by `key`=`value` and `val_key`=`val`."""
+    return UserError(
+        f"{key}={shown(value)}: every file of it is also in {val_key}={shown(val)}, which validates and is not trained "
+        f"on. Leave out {val_key}, or name other files in one of the two"
+    )
+
+
 class LocalDocuments(FileDocuments):
     """Documents of the user's own: a file, a folder (with its subfolders), a glob or a list of them.
 
@@ -434,7 +446,11 @@ class LocalDocuments(FileDocuments):
                 notes.append(f"left out: {_named([found.files[i] for i in parts.test])}, the test split by name")
         if held:
             resolved = {str(file.resolve()) for file in held.files}
-            files, validate = [file for file in files if str(file.resolve()) not in resolved], held.files
+            named, validate = files, held.files
+            files = [file for file in named if str(file.resolve()) not in resolved]
+            if named and not files:
+                raise held_out_all(f"{key}.train" if train else f"{key}.path", train or path, f"{key}.val", val)
+            self.by_key = f"by {key}.val"
         if not files:
             raise UserError(
                 f"{key}.path={shown(path)}: {_named(found.files)}: by their names none of the files is to be trained "

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm.data.documents import Cursor, in_order, share
+from llm.data.documents import Cursor, held_out_all, in_order, share
 from llm.data.files import Listed, list_files
 from llm.data.foreign_tokens import SUFFIXES, ForeignFile
 from llm.data.shuffle import Shuffle
@@ -146,7 +146,10 @@ class ForeignTokens(TokenDocuments):
         if val is not None:
             held = [file for file, _ in token_files(val, "data.val").files]
             validates = {str(file.resolve()) for file in held}
-            train = [file for file in (train or parts[1]) if str(file.resolve()) not in validates]
+            named = train or parts[1]
+            train = [file for file in named if str(file.resolve()) not in validates]
+            if named and not train:
+                raise held_out_all(key, path, "data.val", val)
         elif not held:
             train, held = train[:-1], train[-1:]
         if not train or not held:

@@ -205,9 +205,11 @@ def score_rows(scores: dict[str, Any]) -> list[list[str]]:
         rows += [[f"  {key}", percent(result[key]), "", ""] for key in passes]
         for subject, own in result.get("subjects", {}).items():
             rows.append([f"  {subject}", percent(own["accuracy"]), percent(own["stderr"]), value(own["n"])])
-    for key, number in scores.get("preferences", {}).items():
-        shown = percent(number) if key.startswith("accuracy") else value(number)
-        rows.append([f"preferences {key}", shown, "", ""])
+    preferences = scores.get("preferences", {})
+    for key in [key for key in preferences if key != "n" and not key.endswith("_stderr")]:
+        form, stderr = percent if key.startswith("accuracy") else value, preferences.get(f"{key}_stderr")
+        cells = form(preferences[key]), "" if stderr is None else form(stderr)
+        rows.append([f"preferences {key}", *cells, value(preferences["n"]) if "n" in preferences else ""])
     if "chatcore" in scores:
         rows.append(["ChatCORE", value(scores["chatcore"]), "", ""])
     for judge, own in scores.get("judges", {}).items():

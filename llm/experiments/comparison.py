@@ -270,8 +270,9 @@ def _notes(
     for letter, side in zip("AB", sides, strict=True):
         took = [curve.seconds[curve.steps.index(end)] for curve in side.curves if curve.seconds and end in curve.steps]
         if took and max(took) > UNEVEN * min(took):
+            digits = 1 if min(took) < 10 else 0
             notes.append(
-                f"runs of {letter} took {min(took):,.0f} to {max(took):,.0f} s for the same steps: was the machine "
-                "busy? Then equal seconds say little"
+                f"runs of {letter} took {min(took):,.{digits}f} to {max(took):,.{digits}f} s for the same "
+                "steps: was the machine busy? Then equal seconds say little"
             )
     return notes

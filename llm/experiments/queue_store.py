@@ -324,8 +324,9 @@ class Queue:
                     db.execute("UPDATE jobs SET wish = ? WHERE id = ?", (state, number))
                 else:
                     ended = time.time() if state == "cancelled" else None
+                    cleared = ", result = NULL, message = ''" if state == "queued" else ""  # of what was before
                     db.execute(
-                        "UPDATE jobs SET state = ?, failures = 0, attempts = 0, ended = ? WHERE id = ?",
+                        f"UPDATE jobs SET state = ?, failures = 0, attempts = 0, ended = ?{cleared} WHERE id = ?",
                         (state, ended, number),
                     )
 

@@ -54,6 +54,8 @@ def read_rows(runs_root: str | Path, names: Sequence[str] = (), stages: Sequence
 
     stages: only these; default: all that train a model. Raises UserError where nothing matches.
     """
+    if not Path(runs_root).is_dir():
+        raise UserError(f"--runs {runs_root}: there is no such folder")
     chosen = set(runs_named(runs_root, ",".join(names), stages)) if names else None
 
     def wanted(run: str, stage: str) -> bool:

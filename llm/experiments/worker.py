@@ -208,4 +208,5 @@ def _last_line(log: Path, at: int) -> str:
     with log.open("rb") as file:
         file.seek(at)
         lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:MOST_MESSAGE] if lines else "it printed nothing"
+    last = lines[-1] if lines else "it printed nothing"
+    return last if len(last) <= MOST_MESSAGE else f"{last[: MOST_MESSAGE - 1]}…"

@@ -9,6 +9,7 @@ import csv
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,7 @@ def _check_usable(run: RunDir, stage: str, missing: list[str], any_model: bool) 
             f"plugins=[<module>]{''.join(f' ({problem})' for problem in missing)}"
         )
     if not row.servable and not (any_model and row.makes_model):
+        existing = _existing(run.root, run.name, suits=lambda name: row_or_stranger(name).servable)
         raise UserError(f"stage={stage} holds no model that generates text; choose another. {existing}")
     if stage not in run.finished():
         raise UserError(f"stage={stage} of run={run.name} is {_state(run, stage)}. {existing}")
@@ -347,7 +349,7 @@ def _stage_parent(source: RunDir, parent: str, row: Stage, run: str) -> Path:
     """Return model/ of `parent` in the run `source`, checked to be finished and to hold what `row` needs."""
     if parent not in source.finished():
         usable = [stage for stage in reversed(source.finished()) if _suits(row, stage)]
-        fix = f"run it first (the same command with stage={parent})"
+        fix = f"run it first (the same command with stage={parent}, without its stage.* keys)"
         if usable:
             fix += f", or start from another stage: init_from={source.name}/{usable[0]}"
         elif row.takes == "weights":  # a tokenizer of another run was made for another text: none is proposed
@@ -399,11 +401,13 @@ def _state(run: RunDir, stage: str) -> str:
     return f"not finished (status: {status})"
 
 
-def _existing(root: str | Path, run: str | None = None, limit: int = 12) -> str:
-    """Return one sentence listing finished stages, those of `run` first."""
+def _existing(
+    root: str | Path, run: str | None = None, limit: int = 12, suits: Callable[[str], bool] = lambda stage: True
+) -> str:
+    """Return one sentence listing finished stages that `suits` takes, those of `run` first."""
     runs = sorted(list_runs(root), key=lambda candidate: candidate.name != run)
-    found = [f"{candidate.name}/{stage}" for candidate in runs for stage in readable_stages(candidate)]
+    found = [f"{one.name}/{stage}" for one in runs for stage in readable_stages(one) if suits(stage)]
     if not found:
-        return f"There are no finished stages in {root}."
+        return f"There are no finished stages in {root} to choose from."
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
     return f"Finished stages in {root}: {', '.join(found[:limit])}{more}."

@@ -10,7 +10,7 @@ from llm.config.stages import Stage
 from llm.errors import UserError
 from llm.parallel.env import launched_rank
 from llm.run.config_diff import describe_differences, diff_configs, neutral_keys
-from llm.run.content import other_part
+from llm.run.content import fingerprints, other_part
 from llm.run.further import further_names
 from llm.run.notes import code_note, say
 from llm.run.stage_folder import MANIFEST, RunDir, find_further
@@ -24,14 +24,21 @@ def find_parents(cfg: DictConfig, row: Stage, run: RunDir) -> tuple[Path | None,
 
     None where the parent is missing and a dry run can do without one. Raises UserError in all other such cases.
     """
-    further = further_names(cfg, row)
-    models = {key: find_further(run.root, run.name, row.name, key, value) for key, value in further.items()}
+    models = {key: find_model(cfg, row, run, key) for key in further_names(cfg, row)}
     try:
         return parent_of(cfg, row, run), models
     except UserError:
         if cfg.dry_run and row.derive and cfg.init_from is None and cfg.model.vocab_size:
             return None
         raise
+
+
+def find_model(cfg: DictConfig, row: Stage, run: RunDir, key: str) -> Path | None:
+    """Return the model/ folder that `key` names: init_from, or one of `further_names`; None where it names none."""
+    if key == "init_from":
+        return parent_of(cfg, row, run)
+    value = further_names(cfg, row).get(key)
+    return None if value is None else find_further(run.root, run.name, row.name, key, value)
 
 
 def holds_work(stage_dir: Path) -> bool:
@@ -107,27 +114,46 @@ def beginning_notes(job: Job, record: dict, saved: list[dict]) -> list[str | Non
 
 
 def differing(
-    origin: dict, config: dict, ignored: Iterable[str], parent: Callable[[], Path | None]
+    origin: dict, config: dict, ignored: Iterable[str], find: Callable[[str], Path | None]
 ) -> list[tuple[str, Any, Any]]:
     """Return in which keys `config` differs from that of a run.json, `origin`; see `diff_configs`.
 
-    Two names of one model that the stage starts from are no difference. parent: returns the model/ folder that `config`
-    names; it is called where the names differ, and may raise UserError.
+    Two names of one model that the stage starts from are no difference. find: returns the model/ folder that a key of
+    `config` names; it is called where names differ, and may raise UserError.
     """
     found = diff_configs(origin.get("config") or {}, config, ignored)
-    if not any(key == "init_from" for key, _, _ in found):
-        return found
+    return [one for one in found if not is_one_model(origin, *one, find)]
+
+
+def is_one_model(origin: dict, key: str, old: Any, new: Any, find: Callable[[str], Path | None]) -> bool:
+    """Return whether `old` and `new` name the model that a run.json, `origin`, knows by `key`: one folder or content.
+
+    Lists of names are compared item by item. Without fingerprints, as older releases left it, the folder decides.
+    """
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    keys = [f"{key}.{i}" for i in range(len(new))] if lists else [key]
+    folders, prints = known_parents(origin), origin.get("parents") or {}
+    if not folders.keys() >= set(keys):
+        return False
     try:
-        is_same = origin.get("parent") == str(parent())
+        models = {name: find(name) for name in keys}
     except UserError:
-        is_same = False
-    return [one for one in found if one[0] != "init_from" or not is_same]
+        return False
+    return all(
+        model is not None and (folders[name][0] == str(model) or is_content(prints.get(name) or {}, model))
+        for name, model in models.items()
+    )
+
+
+def is_content(known: dict[str, str | None], model: Path) -> bool:
+    """Return whether a model/ folder has the known fingerprints, both of them; weights None: it has none."""
+    return bool(known.get("tokenizer")) and "weights" in known and fingerprints(model, weigh=True) == known
 
 
 def check_same_settings(job: Job, path: Path, origin: dict) -> None:
     """Raise UserError where a training with another configuration has saved a checkpoint; a horizon may differ."""
     ignored = (*neutral_keys(job.row.name), *HORIZONS)
-    if differences := differing(origin, job.config, ignored, lambda: job.parent):
+    if differences := differing(origin, job.config, ignored, job.models.get):
         raise UserError(
             f"{path} was saved by a training with another configuration ({describe_differences(differences)}): put "
             "the checkpoints of this stage back, or overwrite=true starts the stage again"

@@ -37,8 +37,10 @@ from llm.stages.rollouts import RolloutSteps
 from llm.stages.step_module import Objective, StepData, StepModule
 from llm.stages.turns import draw_in_turns
 from tasks import Mixture, Task, build_mixture, build_task
-from tasks.registry import all_specs, place
+from tasks.registry import all_specs, place, task_class
 from tasks.rewards import Rewards, build_rewards
+
+REWARDED = ("generative", "preference")  # kinds of tasks
 
 
 class RewardScore:
@@ -82,15 +84,15 @@ def read_task(cfg, parent: Path) -> RewardedTask:
     stage, name = cfg.stage, cfg.stage.task or cfg.data.rl
     check_drawn(cfg)
     if name is None:
-        raise UserError(
-            f"data.rl=null: name the task to be rewarded for, stage.task=<one of {', '.join(cfg.data.tasks)}>"
-        )
+        raise UserError(f"data.rl=null: name the task to be rewarded for, stage.task=<one of {rewardable(cfg)}>")
     specs, cache = all_specs(cfg.data), task_cache(cfg)
     if name not in specs:
-        raise UserError(f"stage.task={name}: not among data.tasks and data.preferences ({', '.join(specs)})")
+        raise UserError(f"stage.task={name}: not among data.tasks and data.preferences ({rewardable(cfg)})")
     train, test = (build_task(name, specs[name], split, cache, cfg.data.bad_rows) for split in ("train", "test"))
-    if train.kind not in ("generative", "preference"):
-        raise UserError(f"stage.task={name}: a task of kind {train.kind} gives no reward; choose a generative one")
+    if train.kind not in REWARDED:
+        raise UserError(
+            f"stage.task={name}: a task of kind {train.kind} gives no reward; choose one of {rewardable(cfg)}"
+        )
     if stage.turns > 1 and type(train).reply is Task.reply:
         raise UserError(f"stage.turns={stage.turns}: task {name} never replies; give it `reply`, or set stage.turns=1")
     score = score_of(train, stage)
@@ -101,6 +103,12 @@ def read_task(cfg, parent: Path) -> RewardedTask:
         )
     rehearsal = rehearsal_mixture(cfg, name) if stage.rehearsal else None
     return RewardedTask(train, test, score, rehearsal, eval_tasks(cfg), parent)
+
+
+def rewardable(cfg) -> str:
+    """Return the names of tasks whose answers can be rewarded and of sources of preferences, separated by commas."""
+    kinds = {name: task_class(spec, place(name, spec)).kind for name, spec in all_specs(cfg.data).items()}
+    return ", ".join(name for name, kind in kinds.items() if kind in REWARDED) or "none: describe a generative one"
 
 
 def build_stage(

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -39,11 +40,12 @@ from llm.stages.parents import (
     check_parents_unchanged,
     check_same_origin,
     differing,
+    find_model,
     find_parents,
     holds_work,
 )
 from llm.stages.same_files import check_same_files
-from llm.stages.shape import parent_of, take_shape
+from llm.stages.shape import take_shape
 from llm.utils.format import dollars
 from llm.utils.imports import importing
 from llm.utils.registry import resolved
@@ -296,7 +298,8 @@ def is_finished(run: RunDir, stage: str, config: dict, cfg) -> bool:
         raise UserError(
             f"{run.stage_dir(stage) / 'run.json'}: config is missing; restore the file, or overwrite=true starts again"
         )
-    differences = differing(manifest, config, neutral_keys(stage), lambda: parent_of(cfg, stage_row(stage), run))
+    find = partial(find_model, cfg, stage_row(stage), run)
+    differences = differing(manifest, config, neutral_keys(stage), find)
     if differences and stage in run.finished() and lengthens(manifest, differences, cfg):
         check_parents_unchanged(run, stage, manifest)
         return False

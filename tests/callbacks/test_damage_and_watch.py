@@ -165,7 +165,9 @@ def test_inspect_tells_sound_from_damaged(tmp_path, capsys):
     done = run_cli("llm/checkpoint/__main__.py", str(run))
     assert done.returncode == 1 and done.stdout.count("DAMAGED: its checksum is wrong") == 1
     done = run_cli("llm/checkpoint/__main__.py")
-    assert done.returncode == 2 and "give one run folder" in done.stderr
+    assert done.returncode == 2 and "the following arguments are required: run_dir" in done.stderr
+    done = run_cli("llm/checkpoint/__main__.py", "--help")
+    assert done.returncode == 0 and "run folder, such as runs/demo" in done.stdout
 
 
 MEMORY = """

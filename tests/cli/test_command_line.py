@@ -85,6 +85,7 @@ MISTAKES = [
     (["data.path=a{b"], ["quotes"]),
     (["data.mixture.sft.chioce=2"], ["data.mixture.sft.choice", "+data.mixture.sft.chioce"]),
     (["data.mixture.sft={chioce: 2}"], ["data.mixture.sft.choice"]),
+    (["stage=grpo", "stage.reward_options.length.words=4"], ["write +stage.reward_options.length.words="]),
     (["+data.mixture.sft.poems=2"], ["no task 'poems'"]),
     (["data.rl=poems"], ["data.rl: there is no task 'poems'"]),
     (["data.tasks.choice.limit=x"], ["expected a whole number"]),

@@ -245,8 +245,21 @@ def test_named_files_win_over_names(tmp_path):
         write(tmp_path / f"{name}.jsonl", words(5, 100 * number))
     source = LocalDocuments(tmp_path, val=str(tmp_path / "a.*"))
     assert (read(source), read(source, "val")) == (words(5, 100), words(5))
+    assert "validation: a.jsonl, by data.val; left out" in source.check()
+    some = LocalDocuments(tmp_path, key="data.sources.x", val=str(tmp_path / "a.*"), val_size=2)
+    assert "validation: the last 2 of 5 documents of a.jsonl, by data.sources.x.val" in some.check()
+    both = LocalDocuments(None, train=f"{tmp_path}/test.jsonl", val=[f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"])
+    assert "validation: 2 files, by data.val" in both.check()
     source = LocalDocuments(None, train=[f"{tmp_path}/test.jsonl", f"{tmp_path}/a.jsonl"], val=f"{tmp_path}/b.jsonl")
     assert (read(source), read(source, "val")) == (words(5) + words(5, 200), words(5, 100))
+
+
+def test_files_that_all_validate_leave_none_to_train_on(tmp_path):
+    write(tmp_path / "a.jsonl", words(5))
+    file = str(tmp_path / "a.jsonl")
+    for key, named in (("data.train", {"path": None, "train": [file]}), ("data.path", {"path": tmp_path})):
+        with pytest.raises(UserError, match=f"^{key}=.*: every file of it is also in data.val=.*Leave out data.val"):
+            LocalDocuments(val=file, **named)
 
 
 def test_what_is_left_out_is_said_and_links_are_followed(tmp_path):

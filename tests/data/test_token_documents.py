@@ -329,6 +329,8 @@ def test_splits_by_names_by_place_and_by_key(tmp_path, monkeypatch):
     chosen = [str(tmp_path / name) for name in ("my_test.bin", "b_val.bin")]
     said = token_source(None, chosen, str(tmp_path / "shard_0.bin"), None, None)
     assert sorted(str(file) for file in said.shards("train")) == sorted(chosen), "whatever their names say"
+    with pytest.raises(UserError, match="^data.train=.*: every file of it is also in data.val="):
+        token_source(None, chosen, chosen, None, None)
     with pytest.raises(UserError, match="none is left to train on|none is left to validate"):
         token_source(str(tmp_path / "shard_0.bin"), None, None, None, None)
     with pytest.raises(UserError, match="data.path is not set"):

@@ -269,6 +269,10 @@ def test_busy_and_different_machines_are_said(sweeps):
     assert result.differs == {"commit": ("c0ffeec0ff", "decadedeca")}
     assert "seconds are of different machines: Other CPU 8 threads Some GPU; Test CPU 2 threads" in result.notes
     assert any(note.startswith("runs of B took 20 to 30 s for the same steps") for note in result.notes)
+    add_run(sweeps, "quick-seed=1", 1, seconds=1.6)
+    add_run(sweeps, "quick-seed=2", 2, seconds=2.4)
+    result = compare(sweeps, "base", "quick-*")
+    assert any(note.startswith("runs of B took 1.6 to 2.4 s for the same steps") for note in result.notes)
 
 
 def test_json_holds_what_the_page_says(sweeps, capsys):

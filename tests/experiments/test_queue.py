@@ -422,6 +422,20 @@ def test_clear_keeps_what_a_failed_job_needs_that_an_open_one_waits_for(queue, t
     assert queue.claim(process_name(os.getpid())).id == ids["b"]
 
 
+def test_a_job_that_is_queued_again_has_no_result_of_before(queue, tmp_path):
+    (a,) = queue.add([job(tmp_path, "a")])
+    queue.claim(process_name(os.getpid()))
+    queue.end(a, "pruned", "its values were worse", 2.5)
+    queue.retry([a])
+    assert (queue.job(a).state, queue.job(a).result, queue.job(a).message) == ("queued", None, "")
+
+
+def test_a_long_last_line_of_a_log_is_cut_with_a_mark(tmp_path):
+    for words, wanted in (("x" * 300, "x" * 300), ("x" * 301, "x" * 299 + "…")):
+        (tmp_path / "1.log").write_text(f"before\n{words}\n")
+        assert worker._last_line(tmp_path / "1.log", 7) == wanted
+
+
 # The command
 
 

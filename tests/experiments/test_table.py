@@ -224,6 +224,11 @@ def test_mistakes_are_one_line(runs, capsys, words, problem):
     assert problem in printed.err
 
 
+def test_a_folder_of_runs_that_is_not_there_is_said(tmp_path, capsys):
+    assert table.main(["--runs", str(tmp_path / "nope")]) == 2
+    assert capsys.readouterr().err == f"error: --runs {tmp_path / 'nope'}: there is no such folder\n"
+
+
 def test_the_command_prints_every_column_into_a_pipe_and_needs_no_torch(runs):
     program = (
         "import sys; from llm.experiments.table import main; status = main(sys.argv[1:]); "

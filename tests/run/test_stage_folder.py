@@ -115,7 +115,7 @@ def test_missing_parent_lists_what_exists_and_the_fix(tmp_path):
         find_parent(tmp_path, "demo", "sft")
     text = str(error.value)
     assert "demo/midtrain" in text and "demo/tokenizer, demo/pretrain" in text and "init_from=demo/pretrain" in text
-    assert "the same command with stage=midtrain" in text and "other/" not in text
+    assert "the same command with stage=midtrain, without its stage.* keys" in text and "other/" not in text
     with pytest.raises(UserError, match=r"There are no finished stages.*stage=tokenizer"):
         find_parent(tmp_path / "empty", "new", "pretrain")
 

@@ -26,7 +26,8 @@ from llm.serving import app
 from llm.serving.chat import load_chat_model
 from llm.stages.common import load_parent, load_tokenizer
 from llm.stages.job import Job
-from llm.stages.parents import check_same_origin, find_parents
+from llm.stages.parents import check_same_origin, find_parents, is_one_model
+from llm.stages.run_stage import is_finished
 from llm.stages.same_files import check_same_files
 from llm.tokenizer.bpe import Tokenizer
 from llm.utils import environment
@@ -90,6 +91,48 @@ def runs_once(tokenizer_runs, tmp_path_factory):
 def runs(runs_once, tmp_path):
     """runs/tiny with a finished tokenizer, pretrain and midtrain."""
     return shutil.copytree(runs_once, tmp_path / "runs")
+
+
+def go_on(root, *more) -> Job:
+    """Check an unfinished stage with the configuration that would go on with it."""
+    job = job_of(root, *more)
+    assert not is_finished(job.run, job.row.name, job.config, job.cfg)
+    check_same_origin(job)
+    return job
+
+
+def test_an_unfinished_stage_goes_on_from_parents_whose_folders_have_other_names(runs):
+    child = ("distill", "run=child", "stage.source=data")
+    begin(runs, *child, "init_from=tiny/pretrain", "stage.teacher=tiny/midtrain")
+    (runs / "tiny").rename(runs / "moved")
+    names = ("init_from=moved/pretrain", "stage.teacher=moved/midtrain")
+    go_on(runs, *child, *names).begin()
+    record = read_manifest(runs / "child" / "distill")
+    assert record["config"]["init_from"] == "moved/pretrain" and record["parent"].endswith("moved/pretrain/model")
+    assert record["further"]["stage.teacher"][0].endswith("moved/midtrain/model")
+    go_on(runs, *child, *names)
+    with pytest.raises(UserError, match="stage.teacher: moved/midtrain -> moved/pretrain"):
+        go_on(runs, *child, names[0], "stage.teacher=moved/pretrain")
+    with pytest.raises(UserError, match="init_from: moved/pretrain -> moved/midtrain"):
+        go_on(runs, *child, "init_from=moved/midtrain", names[1])
+
+
+def test_names_of_models_are_compared_by_what_they_hold(runs):
+    """Compare lists item by item; a tokenizer alone is not the model with that tokenizer."""
+    first, other, bare = (runs / "tiny" / stage / "model" for stage in ("pretrain", "midtrain", "tokenizer"))
+    key, keys = "stage.teachers", ("stage.teachers.0", "stage.teachers.1")
+    further = {name: ["/gone", None] for name in keys}
+    parents = {keys[0]: fingerprints(first), keys[1]: fingerprints(other)}
+    origin = {"parent": "/gone", "further": further, "parents": parents}
+    assert is_one_model(origin, key, ["a", "b"], ["c", "d"], {keys[0]: first, keys[1]: other}.get)
+    assert not is_one_model(origin, key, ["a", "b"], ["d", "c"], {keys[0]: other, keys[1]: first}.get)
+    assert not is_one_model(origin, key, ["a", "b"], ["c"], {keys[0]: first}.get)
+    assert not is_one_model(origin, key, ["a", "b"], ["c", "d"], {keys[0]: first}.get)
+    assert not is_one_model(origin, "init_from", "a", "c", {"init_from": first}.get)  # an older release kept no sums
+    assert not is_one_model(origin, "seed", 1, 2, {}.get)
+    alone = origin | {"parents": {"init_from": fingerprints(bare)}}
+    assert is_one_model(alone, "init_from", "a", "c", {"init_from": bare}.get)
+    assert not is_one_model(alone, "init_from", "a", "c", {"init_from": first}.get)
 
 
 def put_other_tokenizer(folder):

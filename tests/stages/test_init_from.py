@@ -251,13 +251,13 @@ def test_a_lengthened_stage_is_that_of_one_go(root, capsys):
 
 
 def test_two_names_of_one_parent_are_one_configuration():
-    def missing():
+    def missing(_):
         raise UserError("there is no such run")
 
     origin, config = {"config": {"init_from": None, "seed": 1}, "parent": "/runs/a/pretrain/model"}, {"seed": 1}
     same, other = Path(origin["parent"]), Path("/b")
-    for parent, keys in ((lambda: same, []), (lambda: other, ["init_from"]), (missing, ["init_from"])):
-        differences = differing(origin, config | {"init_from": "a/pretrain"}, (), parent)
+    for find, keys in ((lambda _: same, []), (lambda _: other, ["init_from"]), (missing, ["init_from"])):
+        differences = differing(origin, config | {"init_from": "a/pretrain"}, (), find)
         assert [key for key, _, _ in differences] == keys
     assert differing(origin, config | {"init_from": None}, (), missing) == []  # nothing is looked for
 

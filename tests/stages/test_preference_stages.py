@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llm.checkpoint.model_folder import load_model_folder, save_model_folder
 from llm.errors import UserError
-from llm.eval.evaluate import run_evaluation
+from llm.eval.evaluate import run_evaluation, score_rows
 from llm.eval.preferences import compared, interval
 from llm.model.gpt import GPT
 from llm.objectives import PREFERENCE_LOSSES, PreferenceSettings
@@ -27,6 +27,7 @@ from llm.stages.dpo import PreferenceObjective, build, settings_of
 from llm.stages.rollout_stage import read_task
 from llm.stages.run_stage import run_stage
 from llm.tokenizer.bpe import Tokenizer
+from llm.utils.format import value
 
 SMALL = ("model.depth=1", "precision.compute=fp32", "trainer=cpu", "callbacks=none", "optim=adamw", "save_every=2")
 FEW = (
@@ -126,8 +127,12 @@ def test_a_reward_model_is_evaluated_and_cannot_be_served_or_chat(runs):
     assert found["preferences"]["accuracy"] == pytest.approx(float(last["preference/accuracy"]))
     assert "bpb" not in found and "chat" not in found
     assert "| pairs told apart" in (runs / "judge" / "report.md").read_text()
-    with pytest.raises(UserError, match="stage=reward holds no model that generates text"):
+    with pytest.raises(UserError, match="holds no model that generates text; choose another. Finished .*: tiny/sft.$"):
         find_stage(runs, "judge", "reward")
+    table = {metric: cells for metric, *cells in score_rows(found)}
+    assert "preferences n" not in table and "preferences margin_stderr" not in table
+    assert table["preferences margin"][1:] == [value(found["preferences"]["margin_stderr"]), "8"]
+    assert table["preferences accuracy"][1:] == ["", "8"]
     cfg.data = config(runs, "judge", "reward").data
     cfg.data.preferences.politeness.test_size = 6
     merged = run_evaluation(cfg)
@@ -260,3 +265,20 @@ def test_steps_that_draw_answers_are_not_repeated(stage):
     cfg = compose("train", "experiment=tiny", f"stage={stage}", "trainer.overfit_batches=2")
     with pytest.raises(UserError, match=f"trainer.overfit_batches=2: stage={stage} trains on answers that the weights"):
         read_task(cfg, Path("model"))
+
+
+def test_only_tasks_that_give_a_reward_are_offered(tmp_path):
+    """A task of conversations is trained on, and a source of preferences may stand for a task."""
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    files = [f"data.tasks.chat.{split}={tmp_path / split}.jsonl" for split in ("train", "test")]
+    own = ("experiment=own", "stage=grpo", "stage.rehearsal=0", *files)
+    tiny = ("experiment=tiny", "stage=grpo", "data.tasks.arithmetic.type=chat")
+    for lines, words in (
+        (own, "data.rl=null: name the task to be rewarded for, stage.task=<one of identity>"),
+        ((*own, "stage.task=chat"), "stage.task=chat: a task of kind chat gives no reward; choose one of identity$"),
+        ((*tiny, "stage.task=x"), r"not among data.tasks and data.preferences \(spelling, spell_words, identity, po"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_task(compose("train", *lines), tmp_path)

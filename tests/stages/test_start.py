@@ -19,6 +19,7 @@ from llm.stages import start
 from llm.stages.expect import Expected, expect, measured_tokens, note, work_of
 from llm.stages.plan import held_out_tokens
 from llm.stages.run_stage import run_stage
+from llm.stages.shape import set_arch, set_model
 from llm.stages.start import data_words, gpu_words, held_out_words, labelled, step_words, time_words
 from llm.utils.format import amount
 
@@ -181,6 +182,22 @@ def test_changes_behind_the_command_do_not_count():
     cfg.batch.micro_batch_size = 1
     assert changes(cfg) == ["seed=7"]
     assert changes(compose("train", "stage=sft", "seed=7").copy()) == []  # it is not known what a copy consists of
+
+
+def test_a_shape_that_the_parent_replaced_is_not_listed():
+    """What the command says of the shape stays, as do values of a preset that the parent has too."""
+    shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "head_dim": 32, "n_embd": 64, "seq_len": 512, "arch": "gpt"}
+    for lines, found in (
+        (("experiment=own", "stage=dpo"), {"model.seq_len=512"}),
+        (
+            ("experiment=own", "stage=dpo", "model=d6", "arch.softcap=9"),
+            {"model=d6", "model.seq_len=512", "arch.softcap=9.0"},
+        ),
+    ):
+        cfg = composed(*lines)
+        set_model(cfg, shape)
+        set_arch(cfg, shape | {"arch": cfg.arch.name, "softcap": 15.0})
+        assert {line for line in changes(cfg) if line.startswith(("model", "arch"))} == found
 
 
 def test_many_changes_are_cut_and_wrapped(monkeypatch):

@@ -34,7 +34,11 @@ def test_several_rewards_are_a_row_each():
         ({}, {}, "stage.rewards is empty"),
         ({"numbr": 1}, {}, "stage.rewards=numbr does not exist; did you mean number"),
         ({"task": 1}, {"length": {}}, "stage.reward_options.length: stage.rewards names no such reward"),
-        ({"length": 1}, {}, "stage.reward_options.length: .*missing a required argument: 'words'"),
+        (
+            {"length": 1},
+            {},
+            r"stage.reward_options.length: .*'words'; give it as \+stage.reward_options.length.<argument>=<value>",
+        ),
         ({"length": 1}, {"length": {"words": 0}}, "length: words=0: must be a whole number"),
         ({"length": 1}, {"length": {"word": 3}}, "stage.reward_options.length"),
         ({"language": 1}, {"language": {"language": "xx"}}, "language=xx does not exist"),
