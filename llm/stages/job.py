@@ -85,7 +85,9 @@ class Job:
     def begin(self) -> None:
         """Remove what was there if overwrite=true, and let run.json say `running`: the last act before work starts."""
         if self.cfg.overwrite and self.stage_dir.exists():
-            shutil.rmtree(self.stage_dir)
+            place = self.stage_dir.resolve()  # a link to another disk stays
+            shutil.rmtree(place)
+            place.mkdir()
         if "horizons" in self.manifest:  # a finished stage is lengthened
             set_scores_aside(self.stage_dir, self.manifest["horizons"][-1])
         old = read_manifest(self.stage_dir) or {}

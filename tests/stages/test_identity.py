@@ -258,6 +258,15 @@ def test_an_unfinished_stage_is_not_resumed_with_other_files(runs, files, stage,
         check_same_files(job_of(runs, stage, *more))
 
 
+def test_a_stage_on_another_disk_is_begun_anew_there(runs, tmp_path):
+    begin(runs, "sft")
+    (runs / "tiny" / "sft").rename(tmp_path / "disk")
+    (runs / "tiny" / "sft").symlink_to(tmp_path / "disk")
+    job_of(runs, "sft", "overwrite=true").begin()
+    assert (runs / "tiny" / "sft").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["config.yaml", "run.json"]
+
+
 def test_a_parent_trained_again_to_the_same_weights_is_the_same_parent(runs):
     begin(runs, "sft")
     record = read_manifest(runs / "tiny" / "pretrain")
