@@ -7,6 +7,7 @@ docs/_build/links.txt, and not asked.
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from pygments import highlight
@@ -17,6 +18,7 @@ from pygments.util import ClassNotFound
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 REPOSITORY = os.environ.get("FATHOM_REPOSITORY", "").rstrip("/")
+PICTURES = (".png", ".svg")  # linked files that are copied as they are
 MARK = "https://source.invalid/"  # links to files of the repository, until the pages that have them are known
 CODE = re.compile(r"(^```.*?^```|!\[[^\]]*\]\([^)]*\))", flags=re.DOTALL | re.MULTILINE)  # and pictures: left alone
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
@@ -100,8 +102,8 @@ def resolve(app, doctree, docname):
                 node["refuri"] = f"{REPOSITORY}/{path}" + (f"#{anchor}" if anchor else "")
             else:
                 anchor = re.sub(r"^L(?=\d)", "L-", anchor)
-                up = "../" * docname.count("/")
-                node["refuri"] = f"{up}source/{path}.html" + (f"#{anchor}" if anchor.startswith("L-") else "")
+                up, page = "../" * docname.count("/"), path if path.endswith(PICTURES) else f"{path}.html"
+                node["refuri"] = f"{up}source/{page}" + (f"#{anchor}" if anchor.startswith("L-") else "")
         elif re.match(r"https?:", address):
             external.setdefault(address, set()).add(docname)
 
@@ -120,7 +122,7 @@ def formula(display):
 
 
 def finish(app, error):
-    """Write the pages with the source, and the list of external links."""
+    """Write the pages with the source, copy linked pictures, and list the external links."""
     if error:
         return
     out = Path(app.outdir)
@@ -132,6 +134,10 @@ def finish(app, error):
     )
     for path in () if REPOSITORY else sorted(linked):
         file, page = ROOT / path, out / "source" / f"{path}.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(PICTURES):
+            shutil.copy(file, page.with_suffix(""))
+            continue
         if file.is_dir():
             text = "".join(f"{child.name}\n" for child in sorted(file.iterdir()) if child.name[0] not in "._")
         else:
@@ -141,7 +147,6 @@ def finish(app, error):
         except ClassNotFound:
             lexer = TextLexer(stripnl=False)
         code = highlight(text, lexer, HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True))
-        page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{path}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{style}</style><h1>{path}</h1>{code}</html>',

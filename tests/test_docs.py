@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import grimp
 import pytest
@@ -306,3 +307,18 @@ def test_the_page_lists_the_packages_as_the_contract_does():
 
 if __name__ == "__main__":
     DESIGN.write_text(redrawn(DESIGN.read_text()))
+
+
+def test_what_the_pages_link_to_outside_docs_becomes_a_page_or_a_copy(tmp_path, monkeypatch):
+    monkeypatch.delenv("FATHOM_REPOSITORY", raising=False)
+    sphinx = runpy.run_path(str(ROOT / "docs/conf.py"))
+    for page in PAGES:
+        if page.is_relative_to(ROOT / "docs"):
+            source = [page.read_text(encoding="utf-8")]
+            sphinx["outside_links"](None, page.relative_to(ROOT / "docs").with_suffix("").as_posix(), source)
+            sphinx["linked"].update(re.findall(rf"{sphinx['MARK']}([^)#]+)", source[0]))
+    sphinx["finish"](SimpleNamespace(outdir=tmp_path / "html"), None)
+    places = tmp_path / "html/source"
+    assert (places / "docs/images/switches.png").read_bytes() == (ROOT / "docs/images/switches.png").read_bytes()
+    assert "GPT" in (places / "llm/model/gpt.py.html").read_text()
+    assert len([place for place in places.rglob("*") if place.is_file()]) == len(sphinx["linked"]) > 40
