@@ -194,8 +194,8 @@ def has_split(name: str, spec, split: str) -> bool:
 def local_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], split: str) -> list:
     """Return the files on this machine that a split of the tasks `names` names, held-out ones among them.
 
-    Nothing is opened. What lies on the network, and splits that are found by names, are left to `build_task`. Raises
-    UserError for the first file that is not there.
+    No row is read; of a zip archive the list of its files. What lies on the network, and splits that are found by
+    names, are left to `build_task`. Raises UserError for the first file that is not there.
     """
     found: list = []
     for name in names:

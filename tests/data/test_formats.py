@@ -255,6 +255,14 @@ def test_named_files_win_over_names(tmp_path):
     assert (read(source), read(source, "val")) == (words(5) + words(5, 200), words(5, 100))
 
 
+def test_files_for_validation_that_data_val_passes_over_are_told(tmp_path):
+    for number, name in enumerate(("a", "val", "b")):
+        write(tmp_path / f"{name}.jsonl", words(5, 100 * number))
+    said = "left out: val.jsonl, for validation by name, as data.val names other files"
+    assert said in LocalDocuments(tmp_path, val=str(tmp_path / "b.jsonl")).check()
+    assert "left out" not in LocalDocuments(tmp_path, val=str(tmp_path / "val.jsonl")).check()
+
+
 def test_files_that_all_validate_leave_none_to_train_on(tmp_path):
     write(tmp_path / "a.jsonl", words(5))
     file = str(tmp_path / "a.jsonl")
