@@ -285,6 +285,11 @@ def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck,
         return FileRows(files, check, limit, encoding=encoding)
     count = count_rows(files, encoding)
     wanted = range(count) if part is None else part.rows(count)
+    if shared and files != tested and cut(_plain(spec["train"]), f"{key}.train")[0] == held_out:
+        raise UserError(
+            f"{key}: train={spec['train']} and test={spec['test']} cut files that their names divide already; give "
+            f"train={held_out} with test=null, or name the files to cut"
+        )
     if shared and (files != tested or set(wanted) & set(held_part.rows(count))):
         raise UserError(
             f"{key}: train={spec['train']} and test={spec['test']} share rows, which would be trained on; cut one file "

@@ -332,6 +332,12 @@ def test_names_in_an_archive_divide_its_rows(tmp_path, capsys, place):
     asked = {split: [row["messages"][0]["content"] for row in part] for split, part in parts.items()}
     assert asked["test"] == ["Q 3", "Q 4"] and sorted(asked["train"]) == ["Q 0", "Q 1", "Q 2"]
     assert "left out by their names: a.jsonl" in capsys.readouterr().out
+    if place == "rows.zip":
+        cuts = {**spec, "train": f"{spec.train}[:-2]", "test": f"{spec.train}[-2:]"}
+        with pytest.raises(
+            UserError, match=r"cut files that their names divide already; give train=.*rows.zip with test"
+        ):
+            build_task("talk", cuts, "train")
 
 
 @pytest.mark.parametrize("form", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
