@@ -10,15 +10,17 @@ from tasks.columns import as_text
 from tasks.files import need
 from tasks.numbers import parse_number, same_number
 
+_STOPS, _QUOTES = ".!。।॥؟۔", "\"'“”‘’„«»「」『』` "  # these may stand within those: 「パリ。」
+
 
 def plain_answer(text: str) -> str:
-    """Return an answer without what does not matter: case, spaces, bold, quotes around it and a dot behind it.
+    """Return an answer without what does not matter: case, spaces, bold, quotes around it and a dot at its end.
 
     Signs that cannot be seen, such as marks of direction, do not matter either.
     """
     text = unicodedata.normalize("NFKC", visible(text)).replace("**", "").casefold()
     text = "".join(sign for sign in text if sign.isascii() or unicodedata.category(sign) != "Cf")
-    return " ".join(text.split()).rstrip(".!。।॥؟۔").strip("\"'“”‘’„«»「」『』` ")
+    return " ".join(text.split()).rstrip(_STOPS + _QUOTES).lstrip(_QUOTES)
 
 
 class Exact(Task):

@@ -90,7 +90,8 @@ UNITS = {name: line.split()[0] for line in _UNITS.strip().splitlines() for name 
 SCALES = {"k": 3, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # Of other scripts; of Han and Hangul one may stand behind the other (百万).
 FURTHER_SCALES = dict(zip("十百千万萬亿億兆십백천만억조", (1, 2, 3, 4, 4, 8, 8, 12, 1, 2, 3, 4, 8, 12), strict=True))
-FURTHER_SCALES |= {"тыс": 3, "тысяч": 3, "млн": 6, "миллион": 6, "млрд": 9, "миллиард": 9, "ألف": 3, "مليون": 6}
+FURTHER_SCALES |= {"тыс": 3, "тысяч": 3, "млн": 6, "миллион": 6, "млрд": 9, "миллиард": 9}
+FURTHER_SCALES |= {"ألف": 3, "آلاف": 3, "مليون": 6, "ملايين": 6, "مليار": 9}
 FURTHER_SCALES |= {"हज़ार": 3, "हजार": 3, "लाख": 5, "करोड़": 7, "พัน": 3, "หมื่น": 4, "แสน": 5, "ล้าน": 6}
 ORDINALS = ("st", "nd", "rd", "th")
 
@@ -111,10 +112,13 @@ _NUMBER = re.compile(
 _HALF_OF_DAY = re.compile(r" ?([ap])\.? ?m\b\.?", re.IGNORECASE)
 _WORD = re.compile(rf"(?P<gap>[ -]?)(?P<word>[%°{_CURRENCIES}]|[^\W\d_]+(?:\^?[23](?![\d]))?)")
 _FACTOR = regex.compile(r"[\p{Latin}\p{Greek}\p{Common}]|\p{Cyrillic}$|[십백천만억조]")  # begins 5M, 2x, 2π
-# Not in 千克 (kilogram), 조각 (piece), тысячелетие (millennium) and พันธุ์ (species).
+# Not in 千克 (kilogram), 千焦 (kilojoule), 兆瓦 (megawatt), 조각 (piece), тысячелетие (millennium), ألفاظ (terms) and
+# พันธุ์ (species).
 _FURTHER_SCALE = re.compile(
-    " ?(?:([十百万萬亿億兆]|千(?![克米瓦卡]))|([십백천만억조])(?=[십백천만억조원명개]|(?![가-힣]))"
-    "|(тыс|тысяч|млн|миллион|млрд|миллиард)(?:[аи]|ов)?(?!\\w)|(ألف|مليون|हज़ार|हजार|लाख|करोड़|พัน(?!ธ)|หมื่น|แสน|ล้าน))"
+    " ?(?:([十百万萬亿億]|千(?![克米瓦卡焦帕赫伏])|兆(?![瓦帕赫焦字]))"
+    "|([십백천만억조])(?=[십백천만억조원명개]|(?![가-힣]))"
+    "|(тыс|тысяч|млн|миллион|млрд|миллиард)(?:[аиу]|ов)?(?!\\w)"
+    "|(ألف|آلاف|مليون|ملايين|مليار)(?:ات)?[اًٌٍ]*(?!\\w)|(हज़ार|हजार|लाख|करोड़|พัน(?!ธ)|หมื่น|แสน|ล้าน))"
 )
 _ENDS = " .,;!。।॥؟۔،؛！；、"  # of an answer
 _NO_WORDS = re.compile(r"[\d+*/=^<>±√π∞\\]")  # behind the number, these make another number of it
@@ -254,13 +258,14 @@ _SYMBOLS = (
     (re.compile(r"(?<![\d*])(?<!\d )\*+|(?<!\*)\*+(?![*]| ?\d)"), ""),  # bold, where it is no product
     (re.compile(r"(?<!\d)_+|_+(?!\d)|[`\"“”„«»「」『』]"), ""),
 )
-_CHARACTERS = str.maketrans("−–—﹣－⁄’٫٬：＝．／％＋＄￥￦", "-----/'.,:=./%+$¥₩")
+_CHARACTERS = str.maketrans("−–—﹣－⁄’٫٬：＝．／％٪＋＄￥￦", "-----/'.,:=./%%+$¥₩")
 _WIDE_COMMA = re.compile("，(?P<group>(?=\\d{3}(?!\\d)))?")  # parts thousands, else a list
 _SUPERSCRIPTS = re.compile("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 
 def _plain(text: str) -> str:
     """Return an answer with one spelling of signs, digits, spaces, powers and fractions, without marks of layout."""
+    text = unicodedata.normalize("NFC", text)
     text = _SUPERSCRIPTS.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]), text)
     text = _WIDE_COMMA.sub(lambda found: ", " if found["group"] is None else ",", text.translate(_CHARACTERS))
     text = "".join(map(_character, text))

@@ -194,8 +194,8 @@ def has_split(name: str, spec, split: str) -> bool:
 def local_files(tasks: Mapping[str, Mapping[str, Any]], names: Sequence[str], split: str) -> list:
     """Return the files on this machine that a split of the tasks `names` names, held-out ones among them.
 
-    Nothing is opened. What lies on the network, and splits that are found by names, are left to `build_task`. Raises
-    UserError for the first file that is not there.
+    No row is read; of a zip archive the list of its files. What lies on the network, and splits that are found by
+    names, are left to `build_task`. Raises UserError for the first file that is not there.
     """
     found: list = []
     for name in names:
@@ -285,6 +285,11 @@ def _local_rows(name: str, spec: Mapping[str, Any], split: str, check: RowCheck,
         return FileRows(files, check, limit, encoding=encoding)
     count = count_rows(files, encoding)
     wanted = range(count) if part is None else part.rows(count)
+    if shared and files != tested and cut(_plain(spec["train"]), f"{key}.train")[0] == held_out:
+        raise UserError(
+            f"{key}: train={spec['train']} and test={spec['test']} cut files that their names divide already; give "
+            f"train={held_out} with test=null, or name the files to cut"
+        )
     if shared and (files != tested or set(wanted) & set(held_part.rows(count))):
         raise UserError(
             f"{key}: train={spec['train']} and test={spec['test']} share rows, which would be trained on; cut one file "

@@ -154,8 +154,8 @@ class JsonReward(Reward):
 class LengthReward(Reward):
     """`length`: 1 for the wanted number of words, less in proportion to what is missing or too much, at least 0.
 
-    words: how many are wanted; signs of Chinese, Japanese and Korean count each. What repeats itself is not counted, so
-    padding earns nothing.
+    words: how many are wanted; signs of Chinese, Japanese and Korean count each, and of scripts like Thai, without
+    spaces, every four letters. What repeats itself is not counted, so padding earns nothing.
     """
 
     def __init__(self, task: Task, words: int):
@@ -212,12 +212,16 @@ SMALL_WORDS = {
     "it": "il la lo gli le di e in un una è che per con non si su al come più ma del sono da io nel della",
 }
 _SIGN = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-_LETTER = rf"(?!{_SIGN})[\p{{L}}\p{{N}}]"
-_WORD = regex.compile(rf"{_SIGN}|{_LETTER}(?:{_LETTER}|[{MARKS}])*")
+_UNSPACED = r"(?=\p{L})[\u0e00-\u109f\u1780-\u17ff]"  # Thai, Lao, Tibetan, Burmese, Khmer
+_LETTER = rf"(?!{_SIGN}|{_UNSPACED})[\p{{L}}\p{{N}}]"
+_WORD = regex.compile(rf"{_SIGN}|(?:{_UNSPACED}[{MARKS}]*){{1,4}}|{_LETTER}(?:{_LETTER}|[{MARKS}])*")
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of what a reader sees, in lower case; signs of scripts without spaces stand alone."""
+    """Return the words of what a reader sees, in lower case.
+
+    Signs of Chinese, Japanese and Korean stand alone. Of Thai and the like four letters are one, about a word's length.
+    """
     return _WORD.findall(unicodedata.normalize("NFC", visible(text).casefold()))
 
 

@@ -446,10 +446,12 @@ class LocalDocuments(FileDocuments):
                 notes.append(f"left out: {_named([found.files[i] for i in parts.test])}, the test split by name")
         if held:
             resolved = {str(file.resolve()) for file in held.files}
-            named, validate = files, held.files
+            named, by_name, validate = files, validate, held.files
             files = [file for file in named if str(file.resolve()) not in resolved]
             if named and not files:
                 raise held_out_all(f"{key}.train" if train else f"{key}.path", train or path, f"{key}.val", val)
+            if unread := [file for file in by_name if str(file.resolve()) not in resolved]:
+                notes.append(f"left out: {_named(unread)}, for validation by name, as {key}.val names other files")
             self.by_key = f"by {key}.val"
         if not files:
             raise UserError(

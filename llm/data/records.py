@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -287,10 +288,15 @@ def _is_turn(value) -> bool:
 
 
 def _json_values(path, encoding: str) -> Iterator[Any]:
-    """Yield the rows of arrays, or values one after the other. After a fault nothing more can be read: UserError."""
+    """Yield the rows of arrays, or values one after the other. After a fault nothing more can be read: UserError.
+
+    A BadRow stands for `null`, and for a row with an object that has a key twice: its end is known.
+    """
     text, at, number, in_array, ended = "", 0, 0, None, False
     behind_array = False  # another may follow: files are joined by cat, and a line may hold an array
     turns: list = []
+    repeated: list[ValueError] = []  # keys that stand twice in the value
+    decoder = json.JSONDecoder(object_pairs_hook=partial(_noting, repeated))
     with damage(path, lambda: f"row {number:,}"), open_utf8(path, encoding) as (file, encoding):
         reader = codecs.getreader("utf-8-sig" if encoding == "utf-8" else encoding)(file)
         while True:
@@ -306,13 +312,14 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
                 continue
             if at < len(text) and in_array and text[at] == "]":
                 if turns:
-                    yield turns
+                    yield next((turn for turn in turns if isinstance(turn, BadRow)), turns)
                 in_array, behind_array, turns, at = None, True, [], at + 1
                 continue
+            repeated.clear()
             try:
                 if at >= len(text):
                     raise ValueError("the file ends within the array") if in_array else StopIteration
-                value, end = DECODER.raw_decode(text, at)
+                value, end = decoder.raw_decode(text, at)
                 if end == len(text) and not ended:
                     raise ValueError("unfinished")
             except StopIteration:
@@ -327,13 +334,26 @@ def _json_values(path, encoding: str) -> Iterator[Any]:
                 value = None
             else:
                 number, at = number + 1, end
-                if in_array and _is_turn(value):
+                is_turn = in_array and _is_turn(value)
+                if value is None or repeated:
+                    reason = NO_ROW if value is None else f"not valid JSON ({json_problem(repeated[0])})"
+                    value = BadRow(f"{path}: row {number:,}", reason)
+                if is_turn:
                     turns.append(value)
                 else:
-                    yield BadRow(f"{path}: row {number:,}", NO_ROW) if value is None else value
+                    yield value
                 continue
             more = reader.read(max(CHUNK, len(text) - at))
             text, at, ended = text[at:] + more, 0, not more
+
+
+def _noting(problems: list[ValueError], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, and note a key that stands there twice."""
+    try:
+        return once(pairs)
+    except ValueError as error:
+        problems.append(error)
+        return dict(pairs)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -30,10 +30,14 @@ def letters(word: str) -> list[str]:
 
 
 def has_spaces(words: list[str], text: str) -> bool:
-    """Return whether a text is written with spaces between its words; words: its parts between spaces."""
-    if len(words) * WORD_CHARS < len(text):
+    """Return whether a text is written with spaces between its words; words: its parts between spaces.
+
+    How many spaces stand between two words, as in indented code and in tables, does not matter.
+    """
+    chars = sum(map(len, words))
+    if len(words) * WORD_CHARS < chars:
         return False
-    return text.isascii() or SIGNS_SHARE * sum(map(len, _SIGNS.findall(text))) < len(text)
+    return text.isascii() or SIGNS_SHARE * sum(map(len, _SIGNS.findall(text))) < chars
 
 
 def words_or_signs(text: str) -> list[str] | str:

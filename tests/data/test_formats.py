@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from callbacks.checkpoint import StepCheckpoint
 from llm.data.documents import LocalDocuments
 from llm.data.files import find_data_files, format_of
 from llm.data.formats import Column, count_rows, read_rows
-from llm.data.records import BadRow, bad_rows_error, read_records
+from llm.data.records import BadRow, bad_rows_error, parse, read_records
 from llm.data.sources import build_source
 from llm.data.splits import divide, split_of
 from llm.data.text_mixture import MixedDocuments
@@ -254,6 +255,14 @@ def test_named_files_win_over_names(tmp_path):
     assert (read(source), read(source, "val")) == (words(5) + words(5, 200), words(5, 100))
 
 
+def test_files_for_validation_that_data_val_passes_over_are_told(tmp_path):
+    for number, name in enumerate(("a", "val", "b")):
+        write(tmp_path / f"{name}.jsonl", words(5, 100 * number))
+    said = "left out: val.jsonl, for validation by name, as data.val names other files"
+    assert said in LocalDocuments(tmp_path, val=str(tmp_path / "b.jsonl")).check()
+    assert "left out" not in LocalDocuments(tmp_path, val=str(tmp_path / "val.jsonl")).check()
+
+
 def test_files_that_all_validate_leave_none_to_train_on(tmp_path):
     write(tmp_path / "a.jsonl", words(5))
     file = str(tmp_path / "a.jsonl")
@@ -331,6 +340,27 @@ def test_a_bad_row_counts_once_wherever_reading_begins(tmp_path):
     for cursor in cursors[:-1]:
         assert list(source.iterate("train", cursor, loop=False))
     assert source.skipped == {str(tmp_path / "a.jsonl"): 2}
+
+
+def test_a_key_that_stands_twice_in_a_packed_file_spoils_its_row_only(tmp_path):
+    """Go on behind the row; a conversation of which one turn is bad is bad as a whole."""
+    turns = ['{"role": "user", "content": "a"}', '{"role": "assistant", "content": "b", "content": "c"}']
+    for name, text, rows in (
+        ("array", '[{"text": "a", "text": "b"}, {"text": "c"}]', [BadRow, dict]),
+        ("lines", '{\n"text": "a",\n"text": "b"}\n{"text": "c"}', [BadRow, dict]),
+        ("turns", f"[{', '.join(turns)}][{turns[0]}]", [BadRow, list]),
+    ):
+        (tmp_path / f"{name}.json").write_text(text)
+        found = [row for _, row in read_records(tmp_path / f"{name}.json")]
+        assert [type(row) for row in found] == rows, name
+        assert "stands there twice" in found[0].reason
+
+
+def test_a_wide_row_with_a_key_twice_is_refused_fast():
+    line = ",".join(f'"k{number}": 1' for number in range(50_000))
+    start = time.process_time()
+    assert "the key 'k49999' stands there twice" in parse(f'{{{line}, "k49999": 2}}', "a.jsonl", 1).reason
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("limit", ["SCAN_SECONDS", "SCAN_BYTES"])

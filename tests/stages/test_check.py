@@ -77,6 +77,19 @@ def test_text_without_spaces_is_compared_by_characters():
     assert (val.overlapping, val.leaked) == (3, 1)
 
 
+def test_blanks_between_words_do_not_make_text_without_spaces():
+    """Compare indented code and padded tables by words: one line of code is no leak, other padding hides none."""
+    code = "class {}:\n            def test_{}(self):\n                self.assertEqual(response.status_code, 200)\n"
+    table = [(f"person{number}", str(number)) for number in range(20)]
+    checker, val, train = Checker(), Rows("val", "held out"), Rows("train", "train")
+    checker.add(val, code.format("A", "one"))
+    checker.add(val, "\n".join(name.ljust(30) + age.ljust(30) for name, age in table))
+    checker.add(train, code.format("B", "two"))
+    checker.add(train, "\n".join(f"{name} {age}" for name, age in table))
+    checker.finish()
+    assert (val.overlapping, val.leaked) == (1, 1)
+
+
 def test_clean_data_ends_well_and_tasks_are_read(tmp_path, capsys):
     run_stage(compose("train", "stage=check", "data.size=50", "data.val_size=5", f"stage.out={tmp_path}/out.json"))
     files = json.loads((tmp_path / "out.json").read_text())["files"]

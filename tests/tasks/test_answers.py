@@ -59,6 +59,8 @@ def test_a_word_problem_without_one_whole_number_is_refused(tmp_path, split, ans
         ("القاهرة", "\u200fالقاهرة؟"),
         ("Paris", "«Paris»"),
         ("Paris", "„Paris“"),
+        ("パリ", "「パリ。」"),
+        ("Paris", '"Paris."'),
     ],
 )
 def test_ends_of_sentences_and_quotes_of_every_language_do_not_matter(wanted, given):

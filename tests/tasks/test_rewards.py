@@ -1,5 +1,7 @@
 """Rewards by name, with weights and options: what can be wrong is told before a run."""
 
+import unicodedata
+
 import pytest
 import torch
 
@@ -73,6 +75,19 @@ def test_words_have_their_vowel_signs_and_joiners():
     assert words_of("राम शर्मा दिल्ली में रहता है।") == ["राम", "शर्मा", "दिल्ली", "में", "रहता", "है"]
     assert words_of("السَّلامُ عَلَيْكُم") == ["السَّلامُ", "عَلَيْكُم"] and len(words_of("می\u200cروم")) == 1
     assert words_of("E\u0301te\u0301, l'eau_x 世界a") == ["été", "l", "eau", "x", "世", "界", "a"]
+    assert words_of("ผมชอบกินข้าว ๑๒ abc") == ["ผมชอ", "บกินข้", "าว", "๑๒", "abc"]
+
+
+@pytest.mark.parametrize("text", ["ผมชอบกินข้าวกับครอบครัวทุกวันเสาร์", "ខ្ញុំចូលចិត្តញ៉ាំបាយជាមួយគ្រួសារ", "ຂ້ອຍມັກກິນເຂົ້າກັບຄອບຄົວທຸກວັນ"])
+def test_a_sentence_of_a_script_without_spaces_has_words(text):
+    """Reward a sentence that holds no space, and not one that goes on for ever."""
+    script = unicodedata.name(text[0]).split()[0]
+    reward = build_rewards(
+        TASK, {"language": 1.0, "length": 1.0}, {"language": {"script": script}, "length": {"words": 6}}
+    )
+    ((language, length),) = reward([QUESTION], [text])
+    assert language > 0.9 and length > 0.6
+    assert reward([QUESTION], [text * 9])[0][1] == 0.0
 
 
 def test_a_number_with_a_full_stop_of_another_script_is_rewarded():
