@@ -40,7 +40,7 @@ class CleanStop(L.Callback):
         if (module.votes.stop if alone else module.votes.stop_count) and not trainer.should_stop:
             self.signum = max(signum or 0 for signum in collectives.all_gather_object(self._asked))
             self.checkpoint.save_now(trainer, module)
-            trainer.should_stop = True
+            trainer.should_stop = module.votes.is_stopped = True
 
     def teardown(self, trainer, module, stage) -> None:
         for signum, handler in self._previous.items():
