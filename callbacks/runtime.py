@@ -24,6 +24,11 @@ class CleanStop(L.Callback):
     def setup(self, trainer, module, stage) -> None:
         self._previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
 
+    @property
+    def asked(self) -> int | None:
+        """Return the signal that all processes know of; in a single one also what came behind the last vote."""
+        return self._asked if collectives.world_size() == 1 else self.signum
+
     def on_train_start(self, trainer, module) -> None:
         self.module = module
         for signum in self._previous:  # only now: Lightning sets its own handlers after on_fit_start
