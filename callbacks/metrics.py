@@ -96,8 +96,7 @@ class MetricsLog(L.Callback):
             log_table(trainer.loggers, "final", ["metric", "value"], list(values.items()), module.global_step)
 
     def _is_over(self, module, step: int) -> bool:
-        votes = module.votes  # a signal ends a sitting and not the training
-        is_ended = module.trainer.should_stop and not (votes.stop or votes.stop_count)
+        is_ended = module.trainer.should_stop and not module.votes.is_stopped  # a signal ends a sitting only
         return step == module.context.total_steps or is_ended
 
     def _due(self, module, step: int) -> bool:

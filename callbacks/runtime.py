@@ -24,6 +24,11 @@ class CleanStop(L.Callback):
     def setup(self, trainer, module, stage) -> None:
         self._previous = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
 
+    @property
+    def asked(self) -> int | None:
+        """Return the signal that all processes know of; in a single one also what came behind the last vote."""
+        return self._asked if collectives.world_size() == 1 else self.signum
+
     def on_train_start(self, trainer, module) -> None:
         self.module = module
         for signum in self._previous:  # only now: Lightning sets its own handlers after on_fit_start
@@ -40,7 +45,7 @@ class CleanStop(L.Callback):
         if (module.votes.stop if alone else module.votes.stop_count) and not trainer.should_stop:
             self.signum = max(signum or 0 for signum in collectives.all_gather_object(self._asked))
             self.checkpoint.save_now(trainer, module)
-            trainer.should_stop = True
+            trainer.should_stop = module.votes.is_stopped = True
 
     def teardown(self, trainer, module, stage) -> None:
         for signum, handler in self._previous.items():

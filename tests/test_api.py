@@ -238,6 +238,16 @@ def test_ctrl_c_saves_and_returns_and_the_same_call_goes_on(runs):
     assert again == made and again.status == "finished" and list(again.metrics().index)[-1] == 3
 
 
+def test_no_further_stage_begins_where_a_signal_came_in_the_last_step(runs, capsys):
+    """The stage is finished; a sweep went on with the next one after it had said that it stops."""
+    stop = "+callbacks.stop={_target_:small_training.StopAt,step:2,signum:2}"
+    made = llm.train(words(runs, f"-m stage=pretrain,midtrain max_steps=2 {stop}"))
+    assert [(one.stage, one.status) for one in made.chain] == [("pretrain", "finished")]
+    assert "not begun: SIGINT came before; the same command goes on here" in capsys.readouterr().out
+    again = llm.train(words(runs, f"-m stage=pretrain,midtrain max_steps=2 {stop}"))
+    assert [one.stage for one in again.chain] == ["pretrain", "midtrain"]
+
+
 @pytest.mark.slow
 def test_two_devices_are_processes_of_their_own(runs):
     made = llm.train(words(runs, "stage=pretrain max_steps=4 trainer.devices=2 strategy=ddp batch.micro_batch_size=2"))

@@ -26,7 +26,7 @@ from llm.config.plugins import load_plugins, plugins_in
 from llm.config.said import note_origin, note_settings
 from llm.config.trust import trust_command
 from llm.errors import UserError, is_out_of_memory, reason_of, system_problem
-from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank
+from llm.parallel.env import adopt_slurm, begin, end, heard_signals, is_launched, launched_rank, take_late
 from llm.run.objective import NoObjective
 from llm.utils.addresses import without_secrets
 from llm.utils.environment import keep_private, tune_process
@@ -116,6 +116,7 @@ def run_command(config_name: str, target: Target, argv: Sequence[str], *, in_pro
     JobFailed for an exception in a job.
     """
     # Hydra's argparse takes -m before the overrides only.
+    take_late()  # of a command before this one in the same process
     argv = [a for a in argv if a in MULTIRUN] + [a for a in argv if a not in MULTIRUN]
     load_plugins(plugins_in(argv))
     argv = quote_raw(config_name, argv)
@@ -232,6 +233,9 @@ def _job(config_name: str, target: Target, command: Command) -> Callable[[Any], 
             title = job_title(swept, lines, number)
             print(f"\n== {title}", flush=True)
         try:
+            if (late := take_late()) is not None:
+                print(f"not begun: {signal.Signals(late).name} came before; the same command goes on here", flush=True)
+                raise SystemExit(128 + late)
             unwrap_names(cfg)
             note_settings(cfg, parse(_settings()))
             note_origin(cfg, config_name, _choices(), command.sources)

@@ -21,6 +21,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 # What gloo, NCCL and torch's store say of a process that has gone.
 LOST = re.compile(r"Connection (closed|reset|refused)[^.]*|Broken pipe|remote process exited[^.]*|failed to recv[^.]*")
 LAUNCHER = "FATHOM_LAUNCHER"  # the process number of our own launcher, for the processes that it has started
+_late: list[int] = []
 
 
 def is_launched() -> bool:
@@ -80,6 +81,19 @@ def begin() -> None:
     die_with_parent(int(launcher) if launcher else None)
     if launched_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
+
+
+def note_late(signum: int | None) -> None:
+    """Note a stop signal that came in the last step of a training, which it did not cut short: no other is to begin."""
+    if signum is not None:
+        _late.append(signum)
+
+
+def take_late() -> int | None:
+    """Return the stop signal that was noted, and forget it; None if there was none."""
+    signum = _late[0] if _late else None
+    _late.clear()
+    return signum
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llm.config.stages import stage_row
 from llm.errors import UserError
-from llm.parallel.env import LAUNCHER, STOP_SIGNALS, is_launched
+from llm.parallel.env import LAUNCHER, STOP_SIGNALS, is_launched, note_late
 from llm.utils.source import python_path
 
 
@@ -119,6 +119,8 @@ def launch(trainer, n: int, title: str, config: Callable[[], dict], newest_step:
         if errors := sorted(folder.glob("error_*")):
             raise UserError(errors[0].read_text(encoding="utf-8"))
     if not result.is_failed():
+        if agent.received and trainer.num_nodes == 1:  # launchers of other nodes may not have heard it, and go on
+            note_late(agent.received[0])
         return 0
     code = first_failure(result.failures)[1]
     if code < 0:  # the others then fail for want of an answer, or get SIGTERM from here: that is no news

@@ -16,8 +16,31 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         lambda c: not c.arch.get("ngrams"),
     ),
     (("optim.copy_lr",), "arch.copy_candidate=false", lambda c: not c.arch.get("copy_candidate")),
-    (("arch.gate_range", "optim.value_lr"), "arch.value_embeds=false", lambda c: not c.arch.get("value_embeds")),
-    (("arch.x0_init", "optim.x0_lr"), "arch.residual_scalars=false", lambda c: not c.arch.get("residual_scalars")),
+    (
+        ("arch.gate_range", "optim.value_lr", "optim.value_betas", "optim.value_decay"),
+        "arch.value_embeds=false",
+        lambda c: not c.arch.get("value_embeds"),
+    ),
+    (
+        ("arch.gate_channels",),
+        "arch.value_embeds=false and arch.attention_gate=false",
+        lambda c: not _any(c, "value_embeds", "attention_gate"),
+    ),
+    (
+        ("arch.gate_init",),
+        "arch.value_embeds=false and arch.smear=false",
+        lambda c: not _any(c, "value_embeds", "smear"),
+    ),
+    (
+        ("arch.x0_init", "arch.resid_init", "optim.x0_lr", "optim.x0_betas"),
+        "arch.residual_scalars=false",
+        lambda c: not c.arch.get("residual_scalars"),
+    ),
+    (
+        ("optim.smear_lr",),
+        "arch.smear, arch.backout and arch.exclusive_attention off",
+        lambda c: not _any(c, "smear", "backout", "exclusive_attention"),
+    ),
     (("arch.softcap",), "arch.asymmetric_cap=true", lambda c: bool(c.arch.get("asymmetric_cap"))),
     (
         ("arch.window_divisor", "arch.window_multiple"),
@@ -54,9 +77,16 @@ IDLE: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
 )
 
 
+def _any(cfg: Any, *names: str) -> bool:
+    """Return whether one of these switches of the architecture is on."""
+    return any(cfg.arch.get(name) for name in names)
+
+
 def check_idle(cfg) -> None:
     """Raise UserError for a key that the command names, and that another setting leaves without a reader."""
-    for keys, why, is_so in IDLE:
+    of_optim = tuple(f"optim.{name}" for name in cfg.optim)
+    adapter = (of_optim, "model.lora.rank, whose rate is model.lora.lr", lambda c: c.model.lora.rank is not None)
+    for keys, why, is_so in (*IDLE, adapter):
         for key in keys:
             group, _, name = key.partition(".")
             if names_key(cfg, key) and name in cfg[group] and cfg[group][name] is not None and is_so(cfg):

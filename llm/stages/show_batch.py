@@ -85,6 +85,9 @@ def show(cfg, n_rows: int = 4, page: Path | None = None) -> None:
     quiet_lightning()
     row, cfg.stage.eval_every = stage_row(cfg.stage.name), 0
     run = take_shape(cfg, row, RunDir(cfg.paths.runs, cfg.run or f"d{cfg.model.depth}"))
+    cfg.run = run.name
+    if "keep_rollouts" in cfg.stage:
+        cfg.stage.keep_rollouts = 0  # the answers of the run stay
     built = builder(row)(cfg, parent_of(cfg, row, run))
     batch, tokenizer = next(iter(built.data.train_dataloader())), built.module.context.tokenizer
     all_rows = list(rows_of(batch["micro"]))

@@ -94,6 +94,7 @@ class Votes:
     checkpoint: bool = False
     stop_count: int = 0
     checkpoint_count: int = 0
+    is_stopped: bool = False  # whether a signal ends this sitting, as all of them have agreed
 
     def cast(self) -> list[float]:
         """Return the wishes as numbers to be summed over the processes."""

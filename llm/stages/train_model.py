@@ -19,7 +19,7 @@ from llm.eval.examples import choose_examples
 from llm.inference.engine import Engine
 from llm.model.gpt import GPT
 from llm.parallel import collectives
-from llm.parallel.env import SIGHUP, SIGUSR1
+from llm.parallel.env import SIGHUP, SIGUSR1, note_late
 from llm.parallel.strategy import full_model
 from llm.run.best_score import best_line
 from llm.run.stage_folder import last_values, read_metrics
@@ -82,6 +82,7 @@ def run(job: Job) -> dict | None:
         trainer, stop = build_trainer(cfg, job.stage_dir, built)
     if forecast is not None:
         job.at_end = lambda: remember_times(forecast, stopwatch_of(trainer), time.perf_counter() - begin)
+    note_late(stop.asked)
     return hand_over(job, built, trainer, stop.signum)
 
 

@@ -22,8 +22,8 @@ from processes import HANG, children_of, finish, start, start_warm, wait_until
 from llm.cli.overrides import check_overrides
 from llm.errors import UserError
 from llm.parallel import heartbeat
-from llm.parallel.env import LAUNCHED, adopt_slurm, check_layout
-from llm.parallel.launch import child_env, free_port, meeting_place
+from llm.parallel.env import LAUNCHED, adopt_slurm, check_layout, take_late
+from llm.parallel.launch import child_env, free_port, launch, meeting_place
 
 TINY = ("experiment=tiny", "batch.tokens_per_step=1024", "trainer=cpu", "precision.compute=fp32", "compile=false")
 TRAIN = REPO / "train.py"
@@ -163,6 +163,28 @@ app.run_app("train", "llm.stages.run_stage.run_stage")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("nodes", "noted"), [(1, signal.SIGTERM), (2, None)])
+def test_a_signal_behind_the_last_step_of_the_processes_ends_the_sweep_of_one_node(monkeypatch, nodes, noted):
+    """A launcher of another node may have heard nothing: it would wait for this one at the next meeting."""
+
+    class Ended:
+        def __init__(self, *args):
+            self.received = []
+
+        def hear(self, signum, frame):
+            self.received.append(signum)
+
+        def run(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return SimpleNamespace(is_failed=lambda: False)
+
+    monkeypatch.setattr("llm.parallel.agent.Agent", Ended)
+    monkeypatch.setattr("llm.parallel.agent.rendezvous", lambda *args: nullcontext())
+    monkeypatch.setattr("llm.parallel.launch.meeting_place", lambda nodes: ("localhost:1", "localhost"))
+    assert launch(SimpleNamespace(num_nodes=nodes, max_restarts=0), 2, "title", dict, int) == 0
+    assert (take_late(), take_late()) == (noted, None)
+
+
 def test_a_mistake_under_torchrun_is_said_once(root, tmp_path):
     (tmp_path / "patient.py").write_text(PATIENT)
     ((status, _, err),) = finish(torchrun(*ODD, f"paths.runs={root}", script=str(tmp_path / "patient.py")))

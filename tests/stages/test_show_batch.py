@@ -3,10 +3,15 @@
 import shutil
 
 import torch
-from conftest import REPO, run_cli
+from conftest import REPO, compose, run_cli
 
+from llm.checkpoint.model_folder import save_model_folder
 from llm.data.loader import ConversationSteps, StepLayout
-from llm.stages.show_batch import for_page, for_terminal, pieces, rows_of
+from llm.model.gpt import build_network
+from llm.run.stage_folder import write_manifest
+from llm.scaling.rules import model_config
+from llm.stages.show_batch import for_page, for_terminal, pieces, rows_of, show
+from llm.tokenizer.bpe import Tokenizer
 from llm.tokenizer.chat_format import render_conversation
 from llm.utils.format import harmless
 
@@ -52,3 +57,21 @@ def test_the_command_shows_the_batch_of_a_stage(tokenizer_runs, tmp_path):
     assert "tiny/pretrain, first step: 4 rows, 512 tokens, 512 trained; 1 shown" in done.stdout
     assert page.read_text().count("<pre>") == 1
     assert not (tmp_path / "tiny" / "pretrain").exists()
+
+
+def test_the_answers_of_a_run_stay_where_others_are_shown(tokenizer_runs, tmp_path, capsys):
+    """They were replaced by those of the batch shown; and a command without run= ended in a traceback."""
+    shutil.copytree(tokenizer_runs, tmp_path, dirs_exist_ok=True)
+    few = ("stage.prompts_per_step=1", "stage.samples_per_prompt=2", "stage.max_new_tokens=4")
+    cfg = compose("train", "experiment=tiny", "stage=grpo", "run=null", "init_from=tiny/sft", *few)
+    cfg.paths.runs = str(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path / "tiny" / "tokenizer" / "model")
+    net = build_network(model_config(cfg.model, cfg.arch, tokenizer.vocab_size)).init_weights(1)
+    save_model_folder(tmp_path / "tiny" / "sft" / "model", net, tokenizer)
+    write_manifest(tmp_path / "tiny" / "sft", {"status": "finished", "finished": "now", "stage": "sft"})
+    kept = tmp_path / "d2" / "grpo" / "rollouts.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of the training")
+    show(cfg)
+    assert "d2/grpo, first step: " in capsys.readouterr().out
+    assert [path.read_text() for path in kept.parent.iterdir()] == ["of the training"]

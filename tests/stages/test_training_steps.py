@@ -173,9 +173,10 @@ def test_a_signal_behind_the_vote_of_a_last_step_counts_for_nothing(tmp_path):
                 os.kill(os.getpid(), signal.SIGUSR1)
                 trainer.should_stop = True
 
-    module, stop = fit(tmp_path, extra=[EndsEarly()], save_every=100)
+    module, stop = fit(tmp_path, extra=[EndsEarly()], save_every=100, log_every=3)
     assert stop.signum is None and module.votes.stop
     assert [s for s, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
+    assert [row["step"] for row in rows(tmp_path)] == ["3", "4"]  # the row of the end is written
 
 
 def test_a_closed_terminal_stops_but_not_under_nohup():
