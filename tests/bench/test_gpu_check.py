@@ -252,6 +252,7 @@ def test_switches_are_compared(tmp_path, monkeypatch, key, is_wrong):
     assert wrong == ({"gradients_joint_qkv_and_cpu"} if is_wrong else set())
 
 
+@pytest.mark.slow
 def test_muon_kernels_and_early_checks_are_compared(tmp_path):
     import _gpu_kernels
     import _gpu_training

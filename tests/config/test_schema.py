@@ -1,5 +1,6 @@
 """Configuration: everything in conf/ composes, values are the published defaults, the command line wins."""
 
+import itertools
 import os
 import re
 import tomllib
@@ -36,8 +37,16 @@ def complete(cfg) -> dict:
 # What conf/ holds
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+def pairs(*, is_slow: bool) -> list[tuple[str | None, str]]:
+    """(experiment, stage): every one of both in `make test`, all others in the slow tests."""
+    of_all = itertools.product([None, *EXPERIMENTS], STAGES)
+    return [(e, s) for e, s in of_all if is_slow != (e is None or s in ("pretrain", "sft"))]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "stage"),
+    [*pairs(is_slow=False), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs(is_slow=True))],
+)
 def test_every_experiment_composes_for_every_stage(experiment, stage):
     lines = [f"stage={stage}"] + ([f"experiment={experiment}"] if experiment else [])
     cfg = compose("train", *lines)

@@ -149,7 +149,7 @@ def test_processes_hand_over_the_average_of_one(trained, strategy, other, tmp_pa
 
 @pytest.mark.parametrize(
     ("strategy", "other"),
-    [("muon", "auto"), ("ddp", "muon"), pytest.param("fsdp", "ddp", marks=pytest.mark.slow)],
+    [("muon", "auto"), *(pytest.param(*of, marks=pytest.mark.slow) for of in (("ddp", "muon"), ("fsdp", "ddp")))],
 )
 def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, tmp_path):
     """Rows that a step does not use stand still with their state; also in one that went on under another strategy."""
@@ -166,7 +166,7 @@ def test_processes_train_the_tables_and_copies_of_one(trained, strategy, other, 
         torch.testing.assert_close(resumed["ngrams"]["weights"][name], weight, atol=1e-7, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("strategy", ["muon", "ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["muon", pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_switches_of_objective_and_heads_train_as_in_one_process(trained, strategy):
     alone, found = (trained(*of, *SWITCHED)[1]["switched"]["weights"] for of in (("auto", 1), (strategy, 2)))
     for name, weight in alone.items():
@@ -180,7 +180,9 @@ def test_blocks_that_run_twice_train_as_in_one_process(trained, strategy):
         torch.testing.assert_close(found[name], weight, atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize(("strategy", "other"), [("muon", "auto"), ("ddp", "muon"), ("fsdp", "ddp")])
+@pytest.mark.parametrize(
+    ("strategy", "other"), [("muon", "auto"), ("fsdp", "ddp"), pytest.param("ddp", "muon", marks=pytest.mark.slow)]
+)
 def test_steps_that_grow_train_as_in_one_process(trained, strategy, other, tmp_path):
     """Also one that went on, under another strategy, from a checkpoint amid the ramp."""
     (_, alone), (folder, results) = trained("auto", 1, *SWITCHED), trained(strategy, 2, *SWITCHED)
