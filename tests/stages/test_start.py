@@ -185,7 +185,7 @@ def test_changes_behind_the_command_do_not_count():
 
 
 def test_a_shape_that_the_parent_replaced_is_not_listed():
-    """What the command says of the shape stays, as do values of a preset that the parent has too."""
+    """Keep what the command says of the shape, and values of a preset that the parent has too."""
     shape = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "head_dim": 32, "n_embd": 64, "seq_len": 512, "arch": "gpt"}
     for lines, found in (
         (("experiment=own", "stage=dpo"), {"model.seq_len=512"}),
